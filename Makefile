@@ -1,0 +1,38 @@
+# Each target sets up what it needs by itself. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help lab test lint format bench prerequisites
+
+help:  ## list the targets
+	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):[^#]*## /\1\t/' | expand -t 12
+
+prerequisites:
+	@sh .ci/prerequisites $(PYTHON)
+
+# The environment with the project installed in it. Made anew in place when what it is made from changes.
+.venv: pyproject.toml constraints.txt | prerequisites
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch .venv
+
+lab: .venv  ## build two isolated networks on this machine and run real clients across them (LAB="--turn coturn --stay")
+	$(BIN)/crossnet lab $(LAB)
+
+test: .venv  ## run every test; installs the real servers it needs where it may
+	@sh .ci/servers
+	$(BIN)/pytest $(TEST)
+
+lint: .venv  ## format check, lint, types, import rules, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: .venv  ## rewrite the tree in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv  ## measure beside real peers, JSON into bench/results
+	$(BIN)/python -m bench $(BENCH)

@@ -1,0 +1,1 @@
+"""Where records live: memory and SQLite, behind one interface and one contract test."""

@@ -1,0 +1,1 @@
+"""The client side: reads the name in the ClientHello, picks a route and carries the stream there."""

@@ -1,0 +1,1 @@
+"""The stream protocol between relay and gateway: preamble, capsules, end rules. Shared with turnreg."""
