@@ -1,6 +1,29 @@
-"""Fixtures that every test file shares."""
+"""Fixtures and marks that every test file shares."""
+
+import os
 
 import pytest
+
+from tests import requirements
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "needs(program, ...): programs (or 'netns', 'userns') without which the test is skipped, or fails with CI=true",
+    )
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{requirements.SBIN}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        for requirement in mark.args:
+            reason = requirements.lacking(requirement)
+            if reason is None:
+                continue
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"{reason} (with CI=true this is a failure, not a skip)", pytrace=False)
+            pytest.skip(reason)
 
 
 @pytest.fixture
