@@ -1,0 +1,377 @@
+"""STUN messages (RFC 8489) with the methods and attributes of TURN (RFC 8656) and TURN over TCP (RFC 6062).
+
+A `Message` is a value: `Message.parse()` makes one from bytes that a peer sent, `pack()` makes the bytes. What a peer
+sent is hostile: every fault is a `StunError`, at parse time for the structure, when an attribute is read for its value.
+
+MESSAGE-INTEGRITY and FINGERPRINT are not among a message's attributes: they say something about the bytes, not about
+the request. `pack()` adds them, `parse()` checks FINGERPRINT and remembers what MESSAGE-INTEGRITY covers for
+`verify_integrity()`. aioice has helpers for the two and for XOR addresses, but importing them imports asyncio and all
+of ICE (110 ms), which a sans-IO module must not do; the tests use them as a second opinion instead.
+"""
+
+import hashlib
+import hmac
+import struct
+import zlib
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Self
+
+MAGIC_COOKIE = 0x2112A442
+HEADER_BYTES = 20
+TRANSACTION_ID_BYTES = 12
+
+MAX_MESSAGE_BYTES = 2048
+"""Longest message that we read or write. The largest one we know is an Allocate with every text attribute at its limit
+(513 + 3 x 763 bytes); real ones stay below 300. coturn's buffers hold 64 KiB, which only serves UDP payload."""
+
+MAX_USERNAME_BYTES = 513
+"""RFC 5389 allowed fewer than 513 bytes, RFC 8489, section 14.3, fewer than 509; we read what either wrote."""
+MAX_TEXT_BYTES = 763
+"""REALM, NONCE and SOFTWARE: fewer than 128 characters, at most 763 bytes (RFC 8489, sections 14.9, 14.10, 14.14)."""
+MAX_REASON_CHARACTERS = 200
+"""How much of a peer's reason phrase is kept: it is there to be logged, and design.md cuts a peer's text there."""
+
+TRANSPORT_TCP = 6
+TRANSPORT_UDP = 17
+FAMILY_IPV4 = 1
+FAMILY_IPV6 = 2
+
+_HEADER = struct.Struct("!HHI12s")
+_ATTRIBUTE = struct.Struct("!HH")
+_INTEGRITY_BYTES = 20
+_FINGERPRINT_XOR = 0x5354554E
+
+
+class StunError(ValueError):
+    """What a peer sent is not the STUN that it should be; the text says why and is safe to log."""
+
+
+class Method(IntEnum):
+    """The methods that we know. A message may carry another, as a plain int."""
+
+    BINDING = 0x001
+    ALLOCATE = 0x003
+    REFRESH = 0x004
+    SEND = 0x006
+    DATA = 0x007
+    CREATE_PERMISSION = 0x008
+    CHANNEL_BIND = 0x009
+    CONNECT = 0x00A
+    CONNECTION_BIND = 0x00B
+    CONNECTION_ATTEMPT = 0x00C
+
+
+class MessageClass(IntEnum):
+    """The two class bits, C1 C0 (RFC 8489, section 5)."""
+
+    REQUEST = 0
+    INDICATION = 1
+    SUCCESS = 2
+    ERROR = 3
+
+
+class Attribute(IntEnum):
+    """The attribute types that we read or write. Those below 0x8000 must be understood by whoever gets them."""
+
+    MAPPED_ADDRESS = 0x0001
+    USERNAME = 0x0006
+    MESSAGE_INTEGRITY = 0x0008
+    ERROR_CODE = 0x0009
+    UNKNOWN_ATTRIBUTES = 0x000A
+    CHANNEL_NUMBER = 0x000C
+    LIFETIME = 0x000D
+    XOR_PEER_ADDRESS = 0x0012
+    DATA = 0x0013
+    REALM = 0x0014
+    NONCE = 0x0015
+    XOR_RELAYED_ADDRESS = 0x0016
+    REQUESTED_ADDRESS_FAMILY = 0x0017
+    EVEN_PORT = 0x0018
+    REQUESTED_TRANSPORT = 0x0019
+    DONT_FRAGMENT = 0x001A
+    MESSAGE_INTEGRITY_SHA256 = 0x001C
+    XOR_MAPPED_ADDRESS = 0x0020
+    RESERVATION_TOKEN = 0x0022
+    CONNECTION_ID = 0x002A
+    ADDITIONAL_ADDRESS_FAMILY = 0x8000
+    SOFTWARE = 0x8022
+    ALTERNATE_SERVER = 0x8023
+    FINGERPRINT = 0x8028
+
+
+_METHODS: dict[int, int] = {method.value: method for method in Method}
+_TEXT_LIMITS = {
+    Attribute.USERNAME: MAX_USERNAME_BYTES,
+    Attribute.REALM: MAX_TEXT_BYTES,
+    Attribute.NONCE: MAX_TEXT_BYTES,
+    Attribute.SOFTWARE: MAX_TEXT_BYTES,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One STUN message. The `with_…` methods return a copy with one attribute more, so that a request reads as a chain.
+
+    Where an attribute is there more than once, the first counts (RFC 8489, section 14), except for `xor_addresses()`.
+    """
+
+    method: int
+    message_class: MessageClass
+    transaction_id: bytes
+    """12 bytes; a client draws them from `secrets`."""
+    attributes: tuple[tuple[int, bytes], ...] = ()
+    """Type and value in the order of the wire, without MESSAGE-INTEGRITY and FINGERPRINT."""
+    has_fingerprint: bool = field(default=False, compare=False)
+    """The bytes that this was parsed from carried a (correct) FINGERPRINT: an answer should carry one too."""
+    _covered: bytes | None = field(default=None, compare=False, repr=False)
+    """The bytes that MESSAGE-INTEGRITY covers, with the length that it was computed over."""
+    _integrity: bytes = field(default=b"", compare=False, repr=False)
+
+    # -- reading
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Read one whole message. Raises StunError.
+
+        Attributes behind MESSAGE-INTEGRITY, other than FINGERPRINT, are ignored: nothing vouches for them (RFC 8489,
+        section 14.5). A FINGERPRINT must be the last attribute and match.
+        """
+        if len(data) < HEADER_BYTES:
+            raise StunError(f"a message of {len(data)} bytes is shorter than the header")
+        if frame_length(data) != len(data):
+            raise StunError("the length in the header is not the length of the message")
+        message_type, _, _, transaction_id = _HEADER.unpack_from(data)
+        attributes: list[tuple[int, bytes]] = []
+        covered: bytes | None = None
+        integrity = b""
+        has_fingerprint = False
+        at = HEADER_BYTES
+        while at < len(data):
+            if has_fingerprint:
+                raise StunError("FINGERPRINT is not the last attribute")
+            kind, length = _ATTRIBUTE.unpack_from(data, at)  # in bounds: all lengths are multiples of four
+            start, end = at + 4, at + 4 + length
+            if end > len(data):
+                raise StunError(f"attribute {kind:#06x} runs over the end of the message")
+            if kind == Attribute.FINGERPRINT:
+                if data[start:end] != _fingerprint(data[:at]):
+                    raise StunError("FINGERPRINT does not match")
+                has_fingerprint = True
+            elif covered is not None:
+                pass
+            elif kind == Attribute.MESSAGE_INTEGRITY:
+                if length != _INTEGRITY_BYTES:
+                    raise StunError(f"MESSAGE-INTEGRITY has {length} bytes, not {_INTEGRITY_BYTES}")
+                integrity = data[start:end]
+                covered = _with_length(data[:at], end - HEADER_BYTES)
+            else:
+                attributes.append((kind, data[start:end]))
+            at = end + -length % 4
+        method, message_class = _split_type(message_type)
+        return cls(method, message_class, transaction_id, tuple(attributes), has_fingerprint, covered, integrity)
+
+    @property
+    def has_integrity(self) -> bool:
+        """The bytes that this was parsed from carried a MESSAGE-INTEGRITY."""
+        return self._covered is not None
+
+    def verify_integrity(self, key: bytes) -> bool:
+        """Tell, in constant time, whether MESSAGE-INTEGRITY is there and was made with `key`."""
+        if self._covered is None:
+            return False
+        return hmac.compare_digest(_integrity(self._covered, key), self._integrity)
+
+    def get(self, attribute: int) -> bytes | None:
+        """Value of the first attribute of that type, None if there is none."""
+        for kind, value in self.attributes:
+            if kind == attribute:
+                return value
+        return None
+
+    def text(self, attribute: Attribute) -> str | None:
+        """Value as text, None if absent. It is the peer's: escape it before it meets a log. Raises StunError."""
+        value = self.get(attribute)
+        if value is None:
+            return None
+        if len(value) > _TEXT_LIMITS.get(attribute, MAX_TEXT_BYTES):
+            raise StunError(f"{attribute.name} of {len(value)} bytes is too long")
+        try:
+            return value.decode()
+        except UnicodeDecodeError as exc:
+            raise StunError(f"{attribute.name} is not UTF-8") from exc
+
+    def number(self, attribute: int) -> int | None:
+        """Value of a 32-bit attribute (LIFETIME in seconds), None if absent. Raises StunError."""
+        value = self.get(attribute)
+        if value is None:
+            return None
+        if len(value) != 4:
+            raise StunError(f"attribute {attribute:#06x} has {len(value)} bytes, not 4")
+        return int.from_bytes(value, "big")
+
+    def first_byte(self, attribute: int) -> int | None:
+        """Value of an attribute of one byte and three reserved ones, None if absent. Raises StunError.
+
+        REQUESTED-TRANSPORT and REQUESTED-ADDRESS-FAMILY are such.
+        """
+        value = self.number(attribute)
+        return None if value is None else value >> 24
+
+    def xor_address(self, attribute: int) -> tuple[str, int] | None:
+        """Address and port of a XOR-…-ADDRESS attribute, None if absent. Raises StunError."""
+        value = self.get(attribute)
+        return None if value is None else _unpack_xor_address(value, self.transaction_id)
+
+    def xor_addresses(self, attribute: int) -> tuple[tuple[str, int], ...]:
+        """All of them, in order: CreatePermission may carry several (RFC 8656, section 10.1). Raises StunError."""
+        return tuple(
+            _unpack_xor_address(value, self.transaction_id) for kind, value in self.attributes if kind == attribute
+        )
+
+    @property
+    def error(self) -> tuple[int, str] | None:
+        """Code and reason of ERROR-CODE, None if absent. Raises StunError.
+
+        The reason is safe to log: coturn's trailing NULs are gone, what does not print is escaped, the rest cut.
+        """
+        value = self.get(Attribute.ERROR_CODE)
+        if value is None:
+            return None
+        if len(value) < 4 or not 3 <= value[2] & 7 <= 6 or value[3] > 99:
+            raise StunError("ERROR-CODE is malformed")
+        reason = value[4:].rstrip(b"\0").decode(errors="backslashreplace")[:MAX_REASON_CHARACTERS]
+        printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in reason)
+        return (value[2] & 7) * 100 + value[3], printable
+
+    @property
+    def unknown_attributes(self) -> tuple[int, ...]:
+        """Types listed in UNKNOWN-ATTRIBUTES, empty if it is absent. Raises StunError."""
+        value = self.get(Attribute.UNKNOWN_ATTRIBUTES) or b""
+        if len(value) % 2:
+            raise StunError("UNKNOWN-ATTRIBUTES has an odd length")
+        return struct.unpack(f"!{len(value) // 2}H", value)
+
+    def not_understood(self, known: Container[int]) -> tuple[int, ...]:
+        """Types, each once, that must be understood (below 0x8000) and are not in `known`: a reason for a 420."""
+        return tuple(dict.fromkeys(kind for kind, _ in self.attributes if kind < 0x8000 and kind not in known))
+
+    # -- writing
+
+    def with_bytes(self, attribute: int, value: bytes) -> Self:
+        """Add an attribute whose value is `value`."""
+        return replace(self, attributes=(*self.attributes, (int(attribute), value)))
+
+    def with_text(self, attribute: int, value: str) -> Self:
+        """Add a text attribute: USERNAME, REALM, NONCE, SOFTWARE."""
+        return self.with_bytes(attribute, value.encode())
+
+    def with_number(self, attribute: int, value: int) -> Self:
+        """Add a 32-bit attribute: LIFETIME in seconds."""
+        return self.with_bytes(attribute, value.to_bytes(4, "big"))
+
+    def with_first_byte(self, attribute: int, value: int) -> Self:
+        """Add an attribute of one byte and three reserved ones: REQUESTED-TRANSPORT, REQUESTED-ADDRESS-FAMILY."""
+        return self.with_bytes(attribute, bytes((value, 0, 0, 0)))
+
+    def with_xor_address(self, attribute: int, address: tuple[str, int]) -> Self:
+        """Add a XOR-…-ADDRESS attribute. The address is an IP literal; ValueError if it is not."""
+        return self.with_bytes(attribute, _pack_xor_address(address, self.transaction_id))
+
+    def success(self) -> Self:
+        """Return the empty success answer to this request."""
+        return type(self)(self.method, MessageClass.SUCCESS, self.transaction_id)
+
+    def refused(self, code: int, reason: str) -> Self:
+        """Return the error answer to this request. `code` is 300 to 699."""
+        answer = type(self)(self.method, MessageClass.ERROR, self.transaction_id)
+        return answer.with_bytes(Attribute.ERROR_CODE, bytes((0, 0, code // 100, code % 100)) + reason.encode())
+
+    def pack(self, *, integrity_key: bytes | None = None, fingerprint: bool = False) -> bytes:
+        """Return the bytes, signed if there is a key, FINGERPRINT last if asked for. Raises StunError if too long."""
+        parts: list[bytes] = []
+        for kind, value in self.attributes:
+            parts += (_ATTRIBUTE.pack(kind, len(value)), value, bytes(-len(value) % 4))
+        body = b"".join(parts)
+        size = len(body) + (24 if integrity_key is not None else 0) + (8 if fingerprint else 0)
+        if HEADER_BYTES + size > MAX_MESSAGE_BYTES:
+            raise StunError(f"a message of {HEADER_BYTES + size} bytes is longer than {MAX_MESSAGE_BYTES}")
+        data = _HEADER.pack(_join_type(self.method, self.message_class), len(body), MAGIC_COOKIE, self.transaction_id)
+        data += body
+        if integrity_key is not None:
+            data = _with_length(data, len(data) - HEADER_BYTES + 24)
+            data += _ATTRIBUTE.pack(Attribute.MESSAGE_INTEGRITY, _INTEGRITY_BYTES) + _integrity(data, integrity_key)
+        if fingerprint:
+            value = _fingerprint(data)
+            data = _with_length(data, len(data) - HEADER_BYTES + 8)
+            data += _ATTRIBUTE.pack(Attribute.FINGERPRINT, len(value)) + value
+        return data
+
+
+def frame_length(prefix: bytes) -> int | None:
+    """Length in bytes, header included, of the message that `prefix` begins, None while that cannot be told.
+
+    Raises StunError as soon as the bytes cannot begin a STUN message that we would take: call it before buffering more.
+    Four bytes tell the length; the cookie is checked once eight are there.
+    """
+    if prefix and prefix[0] & 0xC0:
+        raise StunError("not STUN: the first two bits are not zero")
+    if len(prefix) < 4:
+        return None
+    length = int.from_bytes(prefix[2:4], "big")
+    if length % 4:
+        raise StunError("not STUN: the length is not a multiple of four")
+    if HEADER_BYTES + length > MAX_MESSAGE_BYTES:
+        raise StunError(f"a message of {HEADER_BYTES + length} bytes is longer than {MAX_MESSAGE_BYTES}")
+    if len(prefix) >= 8 and int.from_bytes(prefix[4:8], "big") != MAGIC_COOKIE:
+        raise StunError("not STUN: no magic cookie")
+    return HEADER_BYTES + length
+
+
+def _split_type(message_type: int) -> tuple[int, MessageClass]:
+    """Unweave method and class, whose bits alternate (RFC 8489, figure 3)."""
+    method = (message_type & 0x000F) | (message_type & 0x00E0) >> 1 | (message_type & 0x3E00) >> 2
+    message_class = MessageClass((message_type & 0x0010) >> 4 | (message_type & 0x0100) >> 7)
+    return _METHODS.get(method, method), message_class
+
+
+def _join_type(method: int, message_class: MessageClass) -> int:
+    bits = (method & 0x000F) | (method & 0x0070) << 1 | (method & 0x0F80) << 2
+    return bits | (message_class & 1) << 4 | (message_class & 2) << 7
+
+
+def _with_length(data: bytes, length: int) -> bytes:
+    return data[:2] + length.to_bytes(2, "big") + data[4:]
+
+
+def _integrity(covered: bytes, key: bytes) -> bytes:
+    return hmac.digest(key, covered, hashlib.sha1)
+
+
+def _fingerprint(data: bytes) -> bytes:
+    """CRC-32 of all before the attribute, with a length that counts the attribute in (RFC 8489, section 14.7)."""
+    return (zlib.crc32(_with_length(data, len(data) - HEADER_BYTES + 8)) ^ _FINGERPRINT_XOR).to_bytes(4, "big")
+
+
+def _pack_xor_address(address: tuple[str, int], transaction_id: bytes) -> bytes:
+    host, port = ip_address(address[0]), address[1]
+    family = FAMILY_IPV4 if host.version == 4 else FAMILY_IPV6
+    return struct.pack("!BBH", 0, family, port ^ MAGIC_COOKIE >> 16) + _xor(host.packed, transaction_id)
+
+
+def _unpack_xor_address(value: bytes, transaction_id: bytes) -> tuple[str, int]:
+    host: IPv4Address | IPv6Address
+    if len(value) == 8 and value[1] == FAMILY_IPV4:
+        host = IPv4Address(_xor(value[4:], transaction_id))
+    elif len(value) == 20 and value[1] == FAMILY_IPV6:
+        host = IPv6Address(_xor(value[4:], transaction_id))
+    else:
+        raise StunError("an address attribute is malformed")
+    return str(host), int.from_bytes(value[2:4], "big") ^ MAGIC_COOKIE >> 16
+
+
+def _xor(address: bytes, transaction_id: bytes) -> bytes:
+    pad = (MAGIC_COOKIE.to_bytes(4, "big") + transaction_id)[: len(address)]
+    return (int.from_bytes(address, "big") ^ int.from_bytes(pad, "big")).to_bytes(len(address), "big")
