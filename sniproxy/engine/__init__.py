@@ -1,0 +1,26 @@
+"""What moves bytes: one interface, a portable implementation (asyncio and splice).
+
+Not here: names, routes, capsules. The engine knows sockets, byte counts, deadlines and ends, nothing else. A file descriptor that
+the engine owns is never given to an asyncio transport: uvloop refuses to watch a transport's descriptor.
+"""
+
+from sniproxy.engine.listener import Listener
+from sniproxy.engine.move import Activity, Direction, End, Lost, Moved, Splice, pump, splice
+from sniproxy.engine.pipes import PipePool
+from sniproxy.engine.wire import Wire, WireClosed, connect
+
+__all__ = [
+    "Activity",
+    "Direction",
+    "End",
+    "Listener",
+    "Lost",
+    "Moved",
+    "PipePool",
+    "Splice",
+    "Wire",
+    "WireClosed",
+    "connect",
+    "pump",
+    "splice",
+]

@@ -1,0 +1,142 @@
+"""Accept connections on raw sockets and run each in a task of its own."""
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+
+from sniproxy.engine.wire import Wire, plain_address
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BACKLOG = 4096
+"""What net.core.somaxconn allows by default on Linux since 5.4; a burst of clients waits in the kernel, not in SYN retries."""
+
+ACCEPT_BATCH = 64
+"""Connections taken at once before others get a turn."""
+
+CAPACITY_PAUSE_S = 0.1
+CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+"""Out of descriptors or memory: the connection stays in the backlog, accepting goes on after a pause (as trio does)."""
+
+CAPACITY_LOG_INTERVAL_S = 1.0
+
+TRANSIENT_ERRNOS = frozenset(
+    {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+)
+"""Errors of the one connection that was about to be accepted (accept(2)); the next may be well."""
+
+
+class Listener:
+    """A listening socket. `address` is what it is bound to, with the port that was chosen where 0 was asked."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._fd = sock.fileno()
+        self._accepting = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._capacity_logged = -CAPACITY_LOG_INTERVAL_S
+        name = sock.getsockname()
+        self.address: tuple[str, int] = (plain_address(name[0]), name[1])
+
+    @classmethod
+    async def open(
+        cls, address: str, port: int, *, backlog: int = DEFAULT_BACKLOG, reuse_port: bool = False
+    ) -> "Listener":
+        """Bind and listen on an IP literal. `::` takes IPv6 only: IPv4 has its own listener.
+
+        Raises:
+            OSError: the address is not ours, or the port is taken; the message names both.
+        """
+        family = socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address, port))
+            sock.listen(backlog)
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"cannot listen on {address} port {port}: {error.strerror}") from error
+        return cls(sock)
+
+    async def serve(self, handle: Callable[[Wire], Awaitable[None]]) -> None:
+        """Accept until `close`, then wait for the connections that are open. Cancelling cancels those too.
+
+        `handle` owns its wire; an exception out of it is logged and ends that connection alone.
+        """
+        async with asyncio.TaskGroup() as group:
+            try:
+                while not self._closed.is_set():
+                    await self._acceptable()
+                    pause = self._accept_batch(group, handle)
+                    if pause:
+                        await asyncio.sleep(pause)
+            finally:
+                self.close()
+
+    async def _acceptable(self) -> None:
+        self._accepting.clear()
+        self._loop.add_reader(self._fd, self._accepting.set)
+        try:
+            await self._accepting.wait()
+        finally:
+            if not self._closed.is_set():
+                self._loop.remove_reader(self._fd)
+
+    def _accept_batch(self, group: asyncio.TaskGroup, handle: Callable[[Wire], Awaitable[None]]) -> float:
+        """Take what waits; returns for how many seconds to pause."""
+        for _ in range(ACCEPT_BATCH):
+            if self._closed.is_set():
+                break
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in CAPACITY_ERRNOS:
+                    self._log_capacity(error)
+                    return CAPACITY_PAUSE_S
+                if error.errno in TRANSIENT_ERRNOS:
+                    continue
+                raise
+            try:
+                wire = Wire(sock)
+            except OSError:  # reset before we could set an option
+                sock.close()
+                continue
+            group.create_task(self._run(wire, handle))
+        return 0.0
+
+    def _log_capacity(self, error: OSError) -> None:
+        now = self._loop.time()
+        if now - self._capacity_logged >= CAPACITY_LOG_INTERVAL_S:
+            self._capacity_logged = now
+            log.error(
+                "accept: %s on %s port %s: connections wait; raise the limit of open files",
+                error.strerror,
+                *self.address,
+            )
+
+    async def _run(self, wire: Wire, handle: Callable[[Wire], Awaitable[None]]) -> None:
+        try:
+            await handle(wire)
+        except Exception:
+            log.exception("unexpected error while serving %s", wire.peer)
+        finally:
+            wire.close()
+
+    def close(self) -> None:
+        """Stop accepting; connections that are open go on."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._loop.remove_reader(self._fd)
+            self._sock.close()
+            self._accepting.set()

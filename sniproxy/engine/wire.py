@@ -1,0 +1,316 @@
+"""One connected TCP socket, raw and non-blocking, on the running loop.
+
+Reads and writes are tried at once and wait for readiness only when the kernel says so. A watched descriptor stays watched
+between two waits and is given up when it fires with nobody waiting: in steady state a stream costs no epoll_ctl calls.
+"""
+
+import asyncio
+import errno
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Iterable
+
+Buffer = bytes | bytearray | memoryview
+"""What may be written."""
+
+DEFAULT_READ_BYTES = 64 * 1024
+"""One read of a stream that is copied: what a default-sized socket buffer hands over at once."""
+
+KEEPALIVE_IDLE_S = 15
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_PROBES = 3
+"""An open stream whose far end vanished is found after 15 + 3 × 5 = 30 s of silence."""
+
+USER_TIMEOUT_MS = 30_000
+"""Bytes that nobody acknowledges for 30 s end the stream (TCP_USER_TIMEOUT, RFC 5482): the same bound as for an idle one."""
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_GONE = (errno.ENOTCONN, errno.EINVAL, errno.EBADF)
+
+
+class WireClosed(ConnectionError):
+    """Raised to whoever waits on a wire that our own side has closed."""
+
+
+def plain_address(text: str) -> str:
+    """Write an address as the system gives it without scope, an IPv4-mapped one as the IPv4 address it is."""
+    if ":" not in text:
+        return text
+    address = ipaddress.IPv6Address(text.partition("%")[0])
+    return str(address.ipv4_mapped or address)
+
+
+def _endpoint(name: object) -> tuple[str, int]:
+    if isinstance(name, tuple) and len(name) >= 2:
+        return plain_address(str(name[0])), int(name[1])
+    return "", 0  # a socket pair, in tests
+
+
+def tune(sock: socket.socket) -> None:
+    """Set what every stream socket has: no Nagle delay, keep-alive, a bound on unacknowledged bytes."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+
+class Wire:
+    """A connected stream socket. One reader and one writer at a time; two tasks may use the two halves.
+
+    `peer` and `local` are (address, port); an IPv4-mapped address is written as IPv4.
+    """
+
+    __slots__ = (
+        "_drained",
+        "_loop",
+        "_read_waiter",
+        "_reading",
+        "_sock",
+        "_unread",
+        "_write_waiter",
+        "_writing",
+        "closed",
+        "fd",
+        "local",
+        "peer",
+    )
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        tune(sock)
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._unread: Buffer = b""
+        self._drained = False
+        self._reading = self._writing = False
+        self._read_waiter: asyncio.Future[None] | None = None
+        self._write_waiter: asyncio.Future[None] | None = None
+        self.closed = False
+        self.fd = sock.fileno()
+        try:
+            self.peer = _endpoint(sock.getpeername())
+            self.local = _endpoint(sock.getsockname())
+        except OSError:  # reset between accept and now: the first read says so
+            self.peer = self.local = ("", 0)
+
+    def __repr__(self) -> str:
+        return f"<Wire {self.local} to {self.peer}{' closed' if self.closed else ''}>"
+
+    # Reading
+
+    def unread(self, data: Buffer) -> None:
+        """Give bytes back: the next read returns them first."""
+        self._unread = bytes(data) + bytes(self._unread) if self._unread else bytes(data)
+
+    def take_unread(self) -> bytes:
+        """Take what was given back, without reading the socket."""
+        data, self._unread = bytes(self._unread), b""
+        return data
+
+    async def recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
+        """Read what is there, up to `limit` bytes, waiting for the first one; b"" at the end of the stream.
+
+        Raises:
+            OSError: the peer reset the connection, or keep-alive found it gone.
+            WireClosed: our own side closed it meanwhile.
+        """
+        if self._unread:
+            data = self.take_unread()
+            if len(data) > limit:
+                data, self._unread = data[:limit], data[limit:]
+            return data
+        while True:
+            if not self._drained:
+                try:
+                    data = self._sock.recv(limit)
+                except BlockingIOError:
+                    pass
+                else:
+                    # A short read emptied the socket: asking again at once would only fetch EAGAIN.
+                    self._drained = len(data) < limit
+                    return data
+            await self.readable()
+
+    async def recv_exactly(self, count: int) -> bytes:
+        """Read exactly `count` bytes and not one more.
+
+        Raises:
+            EOFError: the stream ended before.
+            OSError: as for `recv`.
+        """
+        data = await self.recv(count)
+        while len(data) < count:
+            more = await self.recv(count - len(data))
+            if not more:
+                raise EOFError(f"stream ended {count - len(data)} bytes short of {count}")
+            data += more
+        return data
+
+    async def readable(self) -> None:
+        """Wait until a read would return something: bytes, the end, or an error."""
+        if self.closed:
+            raise WireClosed(errno.EBADF, "closed on our side")
+        self._read_waiter = waiter = self._loop.create_future()
+        if not self._reading:
+            self._loop.add_reader(self.fd, self._on_readable)
+            self._reading = True
+        try:
+            await waiter
+        finally:
+            self._read_waiter = None
+        self._drained = False
+
+    def _on_readable(self) -> None:
+        waiter = self._read_waiter
+        if waiter is None:
+            # Level-triggered: staying registered with nobody reading would spin.
+            self._loop.remove_reader(self.fd)
+            self._reading = False
+        elif not waiter.done():
+            waiter.set_result(None)
+
+    # Writing
+
+    def try_send(self, buffers: Iterable[Buffer], flags: int = 0) -> int:
+        """Write what the socket takes right now, gathered in one call, and say how many bytes it took.
+
+        Raises:
+            OSError: the connection is gone.
+            WireClosed: our own side closed it.
+        """
+        if self.closed:
+            raise WireClosed(errno.EBADF, "closed on our side")
+        try:
+            return self._sock.sendmsg(buffers, (), flags)
+        except BlockingIOError:
+            return 0
+
+    async def send(self, *buffers: Buffer, more: bool = False) -> None:
+        """Write all of `buffers`, in one call where the socket takes it. `more`: more follows at once (MSG_MORE).
+
+        Raises:
+            OSError: the connection is gone.
+            WireClosed: our own side closed it.
+        """
+        flags = socket.MSG_MORE if more else 0
+        total = sum(map(len, buffers))
+        sent = self.try_send(buffers, flags)
+        if sent == total:
+            return
+        rest = memoryview(b"".join(buffers))[sent:]
+        while rest:
+            await self.writable()
+            rest = rest[self.try_send((rest,), flags) :]
+
+    async def writable(self) -> None:
+        """Wait until the socket takes more bytes, or is gone."""
+        if self.closed:
+            raise WireClosed(errno.EBADF, "closed on our side")
+        self._write_waiter = waiter = self._loop.create_future()
+        if not self._writing:
+            self._loop.add_writer(self.fd, self._on_writable)
+            self._writing = True
+        try:
+            await waiter
+        finally:
+            self._write_waiter = None
+
+    def _on_writable(self) -> None:
+        waiter = self._write_waiter
+        if waiter is None:
+            self._loop.remove_writer(self.fd)
+            self._writing = False
+        elif not waiter.done():
+            waiter.set_result(None)
+
+    # Ending
+
+    def shutdown_write(self) -> None:
+        """Send FIN; reading goes on. Quietly nothing where the connection is gone already."""
+        if not self.closed:
+            try:
+                self._sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+
+    def close(self) -> None:
+        """Close; whoever waits gets WireClosed. The kernel turns it into a reset if unread bytes are left."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._reading:
+            self._loop.remove_reader(self.fd)
+        if self._writing:
+            self._loop.remove_writer(self.fd)
+        for waiter in (self._read_waiter, self._write_waiter):
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(WireClosed(errno.EBADF, "closed on our side"))
+        self._sock.close()
+        self.fd = -1  # the number may be another socket's at once
+
+    def reset(self) -> None:
+        """Close with RST, so that the peer cannot mistake a cut for an end. Unsent bytes are dropped."""
+        if not self.closed:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            except OSError:
+                pass  # already gone: closing is all that is left
+            self.close()
+
+    async def drain_and_close(self, *, limit_bytes: int = 64 * 1024, limit_s: float = 1.0) -> None:
+        """Send FIN, read and discard for a bounded while, then close: our last bytes arrive instead of a reset."""
+        try:
+            self.shutdown_write()
+            self._unread = b""
+            async with asyncio.timeout(limit_s):
+                left = limit_bytes
+                while left > 0 and (data := await self.recv(left)):
+                    left -= len(data)
+        except (OSError, TimeoutError):
+            pass  # the peer is gone or does not stop: we owe it nothing more
+        finally:
+            self.close()
+
+
+async def connect(
+    address: str, port: int, *, timeout_s: float, local_address: str | None = None, sock: socket.socket | None = None
+) -> Wire:
+    """Connect to an IP literal and port.
+
+    Args:
+        sock: an unconnected non-blocking socket to use, for callers that set options before the handshake.
+
+    Raises:
+        OSError: refused, unreachable, reset.
+        TimeoutError: no answer within `timeout_s` seconds.
+        ValueError: `address` is not an IP literal: names are resolved elsewhere, on purpose.
+    """
+    family = socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
+    own = sock or socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    loop = asyncio.get_running_loop()
+    try:
+        if local_address is not None:
+            own.bind((local_address, 0))
+        code = own.connect_ex((address, port))
+        if code == errno.EINPROGRESS:
+            established = asyncio.Event()
+            loop.add_writer(own.fileno(), established.set)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await established.wait()
+            finally:
+                loop.remove_writer(own.fileno())
+            code = own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, f"{os.strerror(code)}: {address} port {port}")
+        return Wire(own)
+    except BaseException:
+        own.close()
+        raise
