@@ -24,7 +24,7 @@ _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _TURN_URL = re.compile(r"(turns?):(\[[^\]]*\]|[^:?\[\]]*)(?::([^?]*))?(?:\?(.*))?", re.ASCII | re.DOTALL)
 
 
-class BadAddress(ValueError):  # noqa: N818 - beside BadName
+class BadAddress(ValueError):
     """Text that is not the address, endpoint, target or TURN URL it should be; the message says what was expected."""
 
 

@@ -14,7 +14,7 @@ MAX_RULES = 4096
 MAX_PATTERNS = 1024  # in one rule
 
 
-class BadImport(ValueError):  # noqa: N818 - beside BadName
+class BadImport(ValueError):
     """A rule that cannot be meant; `path` says where in the rule."""
 
     def __init__(self, path: str, expected: str) -> None:

@@ -41,7 +41,7 @@ class NameReason(StrEnum):
     INCOMPLETE = "incomplete"
 
 
-class BadName(ValueError):  # noqa: N818 - the word of the design
+class BadName(ValueError):
     """A name, or a target to make a name of, that is refused.
 
     `detail` is a sentence for an operator. It holds only characters that were checked, never raw bytes of a peer.

@@ -1,0 +1,155 @@
+"""From a name to the places that it may mean: the one resolution that relay and resolver share.
+
+It answers who could serve a name, in order of preference. Whether a route leads there, and whether policy allows it, is
+decided elsewhere. Sans-IO. The one error is Unresolved.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from discovery.imports import ImportRule, Imports
+from discovery.model import Mesh, Record, ServiceSpec
+from discovery.names import AddressTarget, BadName, PlainName, ServiceTarget, decode
+
+
+class UnresolvedReason(StrEnum):
+    """Why a name leads nowhere; the words are those of the streams' end reasons."""
+
+    BAD_NAME = "bad_name"
+    UNKNOWN_NETWORK = "unknown_network"
+    UNKNOWN_NAME = "unknown_name"
+    AMBIGUOUS_NAME = "ambiguous_name"
+    AMBIGUOUS_PORT = "ambiguous_port"
+
+
+class Unresolved(LookupError):  # noqa: N818 - a finding, not a failure
+    """A name that leads nowhere. `bad_name` is the error behind BAD_NAME, None otherwise."""
+
+    def __init__(self, reason: UnresolvedReason, detail: str, bad_name: BadName | None = None) -> None:
+        """Say why, as an enum for metrics and as a sentence for people."""
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.bad_name = bad_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One place that a name may mean."""
+
+    network: str
+    target: AddressTarget | ServiceTarget
+    """What to ask that network for. A service stands under its whole name, whatever beginning of it was asked for."""
+
+    service: Record[ServiceSpec] | None
+    """The service's record; its endpoints are known for the own network alone. None for an address."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolution:
+    """All places that a name may mean, the preferred one first; never none."""
+
+    asked: AddressTarget | ServiceTarget | PlainName
+    candidates: tuple[Candidate, ...]
+    rule: ImportRule | None = None
+    """The import that a plain name came in by."""
+
+
+def resolve(
+    asked: str | bytes | AddressTarget | ServiceTarget | PlainName,
+    mesh: Mesh,
+    imports: Imports,
+    domain: str,
+    *,
+    local_port: int | None = None,
+) -> Resolution:
+    """Find what a name means. Raises Unresolved.
+
+    A plain name takes the port that the client dialled, `local_port`, if the service has it, else the service's only
+    port, else it is AMBIGUOUS_PORT. Without a `local_port` (a resolver does not know it) the lowest port stands for all.
+    """
+    if isinstance(asked, str | bytes):
+        try:
+            asked = decode(asked, domain)
+        except BadName as error:
+            raise Unresolved(UnresolvedReason.BAD_NAME, error.detail, error) from error
+    match asked:
+        case AddressTarget(network=network):
+            _check_network(network, mesh)
+            return Resolution(asked=asked, candidates=(Candidate(network=network, target=asked, service=None),))
+        case ServiceTarget():
+            return Resolution(asked=asked, candidates=(_service(asked, mesh),))
+        case PlainName():
+            return _plain(asked, mesh, imports, local_port)
+
+
+def _check_network(network: str, mesh: Mesh) -> None:
+    if network not in mesh.networks:
+        raise Unresolved(UnresolvedReason.UNKNOWN_NETWORK, f"discovery knows no network {network!r}")
+
+
+def _service(asked: ServiceTarget, mesh: Mesh) -> Candidate:
+    _check_network(asked.network, mesh)
+    found = mesh.services_beginning(asked.network, asked.service)
+    if not found:
+        raise Unresolved(
+            UnresolvedReason.UNKNOWN_NAME,
+            f"network {asked.network!r} has no service {asked.service!r}, nor one beginning with it",
+        )
+    if len(found) > 1:
+        raise Unresolved(
+            UnresolvedReason.AMBIGUOUS_NAME,
+            f"{asked.service!r} is or begins {len(found)} services of network {asked.network!r}, "
+            f"such as {found[0].spec.name!r} and {found[1].spec.name!r}: give more labels",
+        )
+    spec = found[0].spec
+    if str(asked.port) not in spec.ports:
+        raise Unresolved(
+            UnresolvedReason.UNKNOWN_NAME,
+            f"service {spec.name!r} of network {asked.network!r} has no port {asked.port}, only {_port_list(spec)}",
+        )
+    target = ServiceTarget(asked.network, spec.name, asked.port)
+    return Candidate(network=asked.network, target=target, service=found[0])
+
+
+def _plain(asked: PlainName, mesh: Mesh, imports: Imports, local_port: int | None) -> Resolution:
+    rule = imports.rule_for(asked.name)
+    if rule is None:
+        raise Unresolved(UnresolvedReason.UNKNOWN_NAME, f"no import rule has the name {asked.name!r}")
+    candidates = []
+    unclear: Record[ServiceSpec] | None = None
+    for network in rule.sources:
+        service = mesh.service(network, asked.name)
+        if service is None:
+            continue
+        port = _port(service.spec, local_port)
+        if port is None:
+            unclear = service
+            continue
+        target = ServiceTarget(network, asked.name, port)
+        candidates.append(Candidate(network=network, target=target, service=service))
+    if candidates:
+        return Resolution(asked=asked, candidates=tuple(candidates), rule=rule)
+    if unclear is not None:
+        raise Unresolved(
+            UnresolvedReason.AMBIGUOUS_PORT,
+            f"service {asked.name!r} of network {unclear.network!r} has ports {_port_list(unclear.spec)}, "
+            f"and none is the relay's own, {local_port}",
+        )
+    raise Unresolved(
+        UnresolvedReason.UNKNOWN_NAME,
+        f"{asked.name!r} is imported, but none of the networks {', '.join(rule.sources)} has a service of that name",
+    )
+
+
+def _port(spec: ServiceSpec, local_port: int | None) -> int | None:
+    if local_port is not None and str(local_port) in spec.ports:
+        return local_port
+    if len(spec.ports) == 1 or local_port is None:
+        return min(map(int, spec.ports), default=None)
+    return None
+
+
+def _port_list(spec: ServiceSpec) -> str:
+    shown = sorted(map(int, spec.ports))
+    return ", ".join(map(str, shown[:8])) + (" and more" if len(shown) > 8 else "") or "none"
