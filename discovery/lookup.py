@@ -22,7 +22,7 @@ class UnresolvedReason(StrEnum):
     AMBIGUOUS_PORT = "ambiguous_port"
 
 
-class Unresolved(LookupError):  # noqa: N818 - a finding, not a failure
+class Unresolved(LookupError):
     """A name that leads nowhere. `bad_name` is the error behind BAD_NAME, None otherwise."""
 
     def __init__(self, reason: UnresolvedReason, detail: str, bad_name: BadName | None = None) -> None:
