@@ -12,6 +12,8 @@ import enum
 import struct
 from typing import ClassVar, Final, NamedTuple
 
+from sniproxy.stream.reason import Reason
+
 MAX_PAYLOAD: Final = (1 << 30) - 1
 """Largest length that a four-byte varint can say, and the largest that we accept in a DATA capsule."""
 MAX_CONTROL: Final = 4096
@@ -44,7 +46,7 @@ class CapsuleType(enum.IntEnum):
 class CapsuleError(ValueError):
     """Raised for bytes that are not a sequence of capsules as described above."""
 
-    reason: ClassVar[str] = "protocol_error"
+    reason: ClassVar = Reason.PROTOCOL_ERROR
 
 
 class Header(NamedTuple):

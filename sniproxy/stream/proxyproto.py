@@ -1,0 +1,187 @@
+"""PROXY protocol version 2: the header in front of a connection that says whose it is.
+
+Written and read as the specification by its inventor says (haproxy.org, doc/proxy-protocol.txt, section 2.2), for TCP over
+IPv4 and IPv6 only, and strictly: the lengths of the TLVs add up to the header exactly, and a checksum that is there is
+right. Layout:
+
+    signature(12) | version and command(1) | family(1) | length(2) | addresses(0, 12 or 36) | TLVs: type(1) length(2) value
+"""
+
+import enum
+import ipaddress
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
+PREFIX_SIZE: Final = 16
+"""Bytes up to and with the length field."""
+MAX_HEADER: Final = 1024
+"""Default bound of a whole header: every TLV in use fits twice, and a peer cannot make us hold the 64 KiB possible."""
+
+TLV_AUTHORITY: Final = 0x02
+TLV_CRC32C: Final = 0x03
+TLV_UNIQUE_ID: Final = 0x05
+
+Endpoint: TypeAlias = tuple[str, int]
+"""Address text and port; the text of an IPv4-mapped IPv6 address is the IPv4 one."""
+
+_PREFIX: Final = struct.Struct(">12sBBH")
+_TLV: Final = struct.Struct(">BH")
+_PORTS: Final = struct.Struct(">HH")
+_UNSPEC, _TCP4, _TCP6 = 0x00, 0x11, 0x21
+_ADDRESS_SIZE: Final = {_UNSPEC: 0, _TCP4: 4, _TCP6: 16}
+
+
+class Command(enum.IntEnum):
+    """Who the connection belongs to."""
+
+    LOCAL = 0
+    """The sender itself; the header carries no addresses."""
+    PROXY = 1
+    """Somebody else, whose addresses the header carries."""
+
+
+class ProxyError(ValueError):
+    """Raised for bytes that are not a header as described above, and for a header that cannot be written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyHeader:
+    """One header. `source` and `destination` are both there or both None (LOCAL, or a sender that does not know)."""
+
+    command: Command = Command.PROXY
+    source: Endpoint | None = None
+    destination: Endpoint | None = None
+    tlvs: tuple[tuple[int, bytes], ...] = ()
+
+    def pack(self, *, max_size: int = MAX_HEADER) -> bytes:
+        """Return the header's bytes.
+
+        Where only one of the addresses is IPv4 it is written as IPv4-mapped. Raises ProxyError if an address or port
+        is none or the header would be longer than `max_size`.
+        """
+        family, addresses = _UNSPEC, b""
+        if self.command is Command.PROXY and self.source is not None and self.destination is not None:
+            family, addresses = _pack_addresses(self.source, self.destination)
+        parts = [addresses]
+        for kind, value in self.tlvs:
+            if not 0 <= kind <= 0xFF or len(value) > 0xFFFF:
+                raise ProxyError(f"TLV {kind:#x} of {len(value)} bytes does not fit its fields")
+            parts += (_TLV.pack(kind, len(value)), value)
+        body = b"".join(parts)
+        if PREFIX_SIZE + len(body) > min(max_size, PREFIX_SIZE + 0xFFFF):
+            raise ProxyError(f"a header of {PREFIX_SIZE + len(body)} bytes is over {max_size}")
+        return _PREFIX.pack(SIGNATURE, 0x20 | self.command, family, len(body)) + body
+
+
+def read_length(data: bytes | bytearray | memoryview, *, max_size: int = MAX_HEADER) -> int | None:
+    """Return the length of the whole header that `data` begins with, None if its 16 first bytes are not all there.
+
+    Raises ProxyError as soon as it cannot be a header, or is one longer than `max_size`.
+    """
+    if bytes(data[:12]) != SIGNATURE[: len(data)]:
+        raise ProxyError("no PROXY v2 signature")
+    if len(data) > 12 and data[12] not in (0x20, 0x21):
+        raise ProxyError(f"PROXY version and command {data[12]:#04x}")
+    if len(data) < PREFIX_SIZE:
+        return None
+    length = PREFIX_SIZE + int.from_bytes(data[14:16], "big")
+    if length > max_size:
+        raise ProxyError(f"a header of {length} bytes is over {max_size}")
+    return length
+
+
+def parse(data: bytes, *, max_size: int = MAX_HEADER) -> tuple[ProxyHeader, int] | None:
+    """Return the header that `data` begins with and its length, None if more bytes are needed.
+
+    A LOCAL header's addresses are skipped, as the specification wants. Raises ProxyError as soon as it cannot be a
+    header of TCP, or is one longer than `max_size`.
+    """
+    length = read_length(data, max_size=max_size)
+    if length is None:
+        return None
+    family = data[13]
+    size = _ADDRESS_SIZE.get(family)
+    if size is None:
+        raise ProxyError(f"PROXY address family and protocol {family:#04x} are not TCP")
+    at = PREFIX_SIZE
+    tlvs_at = at + 2 * size + (_PORTS.size if size else 0)
+    if tlvs_at > length:
+        raise ProxyError(f"a header of {length} bytes is too short for its addresses")
+    if len(data) < length:
+        return None
+    command = Command(data[12] & 0x0F)
+    source = destination = None
+    if size and command is Command.PROXY:
+        source_port, destination_port = _PORTS.unpack_from(data, at + 2 * size)
+        source = _text(data[at : at + size]), source_port
+        destination = _text(data[at + size : at + 2 * size]), destination_port
+    tlvs = tuple(_tlvs(data, tlvs_at, length))
+    return ProxyHeader(command=command, source=source, destination=destination, tlvs=tlvs), length
+
+
+def _tlvs(data: bytes, at: int, end: int) -> Iterator[tuple[int, bytes]]:
+    checked = False
+    while at < end:
+        if end - at < _TLV.size:
+            raise ProxyError("the header ends inside a TLV")
+        kind, size = _TLV.unpack_from(data, at)
+        at += _TLV.size
+        if size > end - at:
+            raise ProxyError(f"TLV {kind:#x} is longer than the header")
+        if kind == TLV_CRC32C:
+            if checked or size != 4:
+                raise ProxyError("a checksum TLV is four bytes and there is one at most")
+            checked = True
+            if crc32c(data[:at] + bytes(4) + data[at + 4 : end]) != int.from_bytes(data[at : at + 4], "big"):
+                raise ProxyError("wrong checksum")
+        yield kind, data[at : at + size]
+        at += size
+
+
+def _pack_addresses(source: Endpoint, destination: Endpoint) -> tuple[int, bytes]:
+    try:
+        addresses = [_address(source[0]), _address(destination[0])]
+        ports = _PORTS.pack(source[1], destination[1])
+    except (ValueError, struct.error) as error:
+        raise ProxyError(f"not addresses and ports: {source}, {destination}") from error
+    if all(address.version == 4 for address in addresses):
+        return _TCP4, addresses[0].packed + addresses[1].packed + ports
+    packed = [bytes(10) + b"\xff\xff" + a.packed if a.version == 4 else a.packed for a in addresses]
+    return _TCP6, packed[0] + packed[1] + ports
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        return address.ipv4_mapped or address
+    return address
+
+
+def _text(packed: bytes) -> str:
+    if packed[:12] == bytes(10) + b"\xff\xff":
+        packed = packed[12:]
+    return str(ipaddress.ip_address(packed))
+
+
+def _make_table() -> tuple[int, ...]:
+    table = []
+    for index in range(256):
+        value = index
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return tuple(table)
+
+
+_CRC_TABLE: Final = _make_table()
+
+
+def crc32c(data: bytes) -> int:
+    """Return the CRC-32C (Castagnoli, RFC 3720 appendix B.4) of `data`."""
+    value = 0xFFFF_FFFF
+    for byte in data:
+        value = value >> 8 ^ _CRC_TABLE[(value ^ byte) & 0xFF]
+    return value ^ 0xFFFF_FFFF
