@@ -5,7 +5,7 @@ the engine owns is never given to an asyncio transport: uvloop refuses to watch 
 """
 
 from sniproxy.engine.listener import Listener
-from sniproxy.engine.move import Activity, Direction, End, Lost, Moved, Splice, pump, splice
+from sniproxy.engine.move import Activity, Direction, End, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.wire import Wire, WireClosed, connect
 
@@ -21,6 +21,8 @@ __all__ = [
     "Wire",
     "WireClosed",
     "connect",
+    "drain",
+    "fill",
     "pump",
     "splice",
 ]

@@ -31,11 +31,13 @@ _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 class Direction:
     """What one direction of a stream has moved, and whether it has been worth a pipe of late."""
 
-    __slots__ = ("_full_reads", "_pool", "_small_splices", "_turn", "activity", "moved", "pipe")
+    __slots__ = ("_full_reads", "_pool", "_small_splices", "_turn", "activity", "first_at", "moved", "pipe")
 
     def __init__(self, activity: "Activity", pool: PipePool = POOL) -> None:
         self.moved = 0
         """Payload bytes read from the source. Written before it is delivered, final once the direction has ended."""
+        self.first_at: float | None = None
+        """When the first byte was moved, on the loop's clock."""
         self.activity = activity
         self.pipe: Pipe | None = None
         self._pool = pool
@@ -66,6 +68,8 @@ class Direction:
         self.moved += size
         self._turn += size
         self.activity.touch()
+        if self.first_at is None:
+            self.first_at = self.activity.last
 
     async def give_turn(self) -> None:
         """Let others run once this direction has moved a lot without waiting for the kernel."""
@@ -96,6 +100,10 @@ class Activity:
     def touch(self) -> None:
         """Note that a byte moved."""
         self.last = self._loop.time()
+
+    def quiet_s(self) -> float:
+        """Say for how many seconds nothing has moved."""
+        return self._loop.time() - self.last
 
     def limit(self, limit_s: float) -> None:
         """Change the seconds of silence in both directions after which `watched` ends; they count from now."""

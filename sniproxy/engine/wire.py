@@ -6,10 +6,12 @@ between two waits and is given up when it fires with nobody waiting: in steady s
 
 import asyncio
 import errno
+import fcntl
 import ipaddress
 import os
 import socket
 import struct
+import termios
 from collections.abc import Iterable
 
 Buffer = bytes | bytearray | memoryview
@@ -25,6 +27,8 @@ KEEPALIVE_PROBES = 3
 
 USER_TIMEOUT_MS = 30_000
 """Bytes that nobody acknowledges for 30 s end the stream (TCP_USER_TIMEOUT, RFC 5482): the same bound as for an idle one."""
+
+FLUSH_POLL_S = 0.02
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _GONE = (errno.ENOTCONN, errno.EINVAL, errno.EBADF)
@@ -220,6 +224,18 @@ class Wire:
             await waiter
         finally:
             self._write_waiter = None
+
+    async def flushed(self, limit_s: float) -> bool:
+        """Wait until the peer's kernel has acknowledged everything we wrote, or `limit_s` seconds; say whether it has."""
+        deadline = self._loop.time() + limit_s
+        while not self.closed:
+            unsent = struct.unpack("i", fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+            if not unsent:
+                return True
+            if self._loop.time() >= deadline:
+                return False
+            await asyncio.sleep(FLUSH_POLL_S)  # the kernel offers no event for it
+        return False
 
     def _on_writable(self) -> None:
         waiter = self._write_waiter

@@ -1,0 +1,227 @@
+"""Bytes moved between real sockets: counts, ends, resets, back-pressure, bulk through pipes."""
+
+import asyncio
+import hashlib
+import os
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from sniproxy.engine import End, Moved, PipePool, Splice, Wire, connect, move, splice
+from tests.sniproxy.engine.pairs import pair, read_all, until_reset
+
+pytestmark = pytest.mark.anyio
+
+LIMITS = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
+
+
+@pytest.fixture
+async def joined() -> AsyncIterator[tuple[Wire, Wire, Wire, Wire]]:
+    """Four wires: `left` speaks to `a`, `right` to `b`; a and b are to be joined by the test."""
+    left, a = await pair()
+    right, b = await pair()
+    yield left, a, b, right
+    for wire in (left, a, b, right):
+        wire.close()
+
+
+async def test_bytes_pass_both_ways_and_each_end_passes_alone(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    left, a, b, right = joined
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(splice(a, b, **LIMITS))
+        await left.send(b"question")
+        left.shutdown_write()
+        assert await read_all(right) == b"question"
+        await right.send(b"an answer after the end of the question")
+        right.shutdown_write()
+        assert await read_all(left) == b"an answer after the end of the question"
+    assert moving.result() == Moved(a_to_b=8, b_to_a=39, end=End.OK)
+
+
+async def test_unread_bytes_go_first(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    left, a, b, right = joined
+    await left.send(b"second")
+    left.shutdown_write()
+    a.unread(b"first ")
+    right.shutdown_write()
+    moved = await splice(a, b, **LIMITS)
+    assert await read_all(right) == b"first second"
+    assert moved.a_to_b == 12
+
+
+async def test_a_reset_is_passed_on_as_a_reset_after_what_was_sent(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    left, a, b, right = joined
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(splice(a, b, **LIMITS))
+        await left.send(b"before")
+        assert await right.recv_exactly(6) == b"before"
+        left.reset()
+        await until_reset(right)
+    assert moving.result().end is End.A_RESET
+
+
+async def test_an_answer_sent_before_a_reset_still_arrives(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    """A service that answers and closes while its client still sends: the answer gets through, then the reset."""
+    left, a, b, right = joined
+    answer = os.urandom(300_000)
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(splice(a, b, **LIMITS))
+
+        async def upload() -> None:
+            with pytest.raises(OSError, match=r"."):
+                while True:
+                    await left.send(bytes(65536))
+
+        uploading = group.create_task(upload())
+        await right.recv_exactly(100_000)
+        sending = group.create_task(right.send(answer))
+        received = await left.recv_exactly(len(answer))
+        await sending
+        right.reset()
+        await uploading
+    assert received == answer
+    assert moving.result().end is End.B_RESET
+
+
+async def test_bulk_goes_through_a_pipe_that_is_given_back(
+    joined: tuple[Wire, Wire, Wire, Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, a, b, right = joined
+    pool = PipePool(limit=2)
+    joining = Splice(a, b, **LIMITS)
+    monkeypatch.setattr(joining.a_to_b, "_pool", pool)
+    monkeypatch.setattr(joining.b_to_a, "_pool", pool)
+    payload = os.urandom(1 << 20) * 24
+    used: list[int] = []
+    give_back = pool.give_back
+    monkeypatch.setattr(pool, "give_back", lambda pipe: (used.append(pipe.held), give_back(pipe)))
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(joining.run())
+        for source in (left, right):
+            group.create_task(_send_and_end(source, payload))
+        down = group.create_task(_digest(left))
+        assert await _digest(right) == hashlib.sha256(payload).digest()
+    assert down.result() == hashlib.sha256(payload).digest()
+    assert moving.result() == Moved(a_to_b=len(payload), b_to_a=len(payload), end=End.OK)
+    assert used, "a pipe was used"
+    assert not any(used), "each pipe was empty when given back"
+    assert pool.taken == 0
+    pool.close()
+
+
+async def test_without_a_pipe_bulk_is_copied(
+    joined: tuple[Wire, Wire, Wire, Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, a, b, right = joined
+    pool = PipePool(limit=0)
+    joining = Splice(a, b, **LIMITS)
+    monkeypatch.setattr(joining.a_to_b, "_pool", pool)
+    payload = os.urandom(1 << 20) * 8
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(joining.run())
+        group.create_task(_send_and_end(left, payload))
+        right.shutdown_write()
+        assert await _digest(right) == hashlib.sha256(payload).digest()
+    assert moving.result().end is End.OK
+    assert pool.denied > 0
+
+
+async def test_a_reader_that_stops_stops_the_sender(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    left, a, b, right = joined
+    async with asyncio.TaskGroup() as group:
+        joining = Splice(a, b, **LIMITS)
+        moving = group.create_task(joining.run())
+        sent = 0
+        chunk = bytes(65536)
+        while sent < 1 << 28:
+            try:
+                async with asyncio.timeout(0.5):
+                    await left.writable()
+            except TimeoutError:
+                break
+            sent += left.try_send((chunk,))
+        assert 0 < sent < 1 << 26, "the sender was stopped by full buffers, not by the end of its data"
+        left.shutdown_write()
+        right.shutdown_write()
+        received = 0
+        while data := await right.recv():
+            received += len(data)
+        assert received == sent
+    assert moving.result() == Moved(a_to_b=sent, b_to_a=0, end=End.OK)
+
+
+async def test_silence_ends_a_stream(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    left, a, b, right = joined
+    moved = await splice(a, b, idle_timeout_s=0.05, half_close_timeout_s=9.0)
+    assert moved.end is End.IDLE_TIMEOUT
+    await until_reset(left)
+    await until_reset(right)
+
+
+async def test_silence_after_a_half_close_has_its_own_limit(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    left, a, b, right = joined
+    left.shutdown_write()
+    moved = await splice(a, b, idle_timeout_s=600.0, half_close_timeout_s=0.05)
+    assert moved.end is End.IDLE_TIMEOUT
+    await until_reset(left)
+
+
+async def test_cancelling_closes_both(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    left, a, b, right = joined
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await splice(a, b, **LIMITS)
+    assert a.closed
+    assert b.closed
+    await until_reset(left)
+    await until_reset(right)
+
+
+async def test_a_busy_stream_lets_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turn is counted in bytes, whether or not the kernel ever makes the stream wait."""
+    monkeypatch.setattr(move, "TURN_BYTES", 1)
+    left, a = await pair()
+    right, b = await pair()
+    ran = 0
+
+    async def other() -> None:
+        nonlocal ran
+        while True:
+            ran += 1
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        others = group.create_task(other())
+        group.create_task(_send_and_end(left, bytes(1 << 20)))
+        right.shutdown_write()
+        group.create_task(splice(a, b, **LIMITS))
+        await read_all(right)
+        others.cancel()
+    assert ran > 4
+    left.close()
+    right.close()
+
+
+async def test_connect_refused_names_the_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError, match=f"127.0.0.1 port {port}"):
+        await connect("127.0.0.1", port, timeout_s=5)
+
+
+async def test_connect_takes_no_names() -> None:
+    with pytest.raises(ValueError, match="localhost"):
+        await connect("localhost", 1, timeout_s=5)
+
+
+async def _send_and_end(wire: Wire, payload: bytes) -> None:
+    await wire.send(payload)
+    wire.shutdown_write()
+
+
+async def _digest(wire: Wire) -> bytes:
+    digest = hashlib.sha256()
+    while data := await wire.recv(1 << 18):
+        digest.update(data)
+    return digest.digest()
