@@ -160,7 +160,7 @@ async def test_silence_ends_a_stream(joined: tuple[Wire, Wire, Wire, Wire]) -> N
 
 
 async def test_silence_after_a_half_close_has_its_own_limit(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
-    left, a, b, right = joined
+    left, a, b, _ = joined
     left.shutdown_write()
     moved = await splice(a, b, idle_timeout_s=600.0, half_close_timeout_s=0.05)
     assert moved.end is End.IDLE_TIMEOUT

@@ -217,7 +217,6 @@ async def test_idle(path: Path) -> None:
         header(CapsuleType.FINAL_DATA, 0) + header(CapsuleType.FINAL_DATA, 0),
         header(CapsuleType.REFUSED, 6) + b"\x05other",
         b"\xff" * 16,
-        b"GET / HTTP/1.1\r\n\r\n",
     ],
 )
 async def test_a_broken_protocol_ends_the_stream(wrong: bytes) -> None:
