@@ -30,6 +30,7 @@ MAX_PORTS = 64  # of one relay or service
 MAX_TURN_SERVERS = 256  # that one relay publishes its sources for
 MAX_ENDPOINTS = 1000  # of one port; a Kubernetes EndpointSlice holds 100 by default and 1000 at most
 MAX_PROTO = 16
+FRAMED = "framed/1"  # capsules behind a signed preamble, the one stream protocol that loses nothing
 
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 _PROTO = re.compile(r"[a-z0-9-]{1,32}/[0-9]{1,3}")
@@ -96,7 +97,7 @@ class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     port: int
     gateway: str
-    proto: list[str] = ["framed/1"]
+    proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,7 +106,7 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     address: str
     """ip:port"""
 
-    proto: list[str] = ["framed/1"]
+    proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,104 @@
+"""Resolution: from a name to the places that it may mean."""
+
+from ipaddress import ip_address
+
+import pytest
+
+from discovery.imports import ImportRule, Imports
+from discovery.lookup import Unresolved, UnresolvedReason, resolve
+from discovery.model import Kind, Mesh, NetworkSpec, Record, ServiceSpec
+from discovery.names import AddressTarget, NameReason, PlainName, ServiceTarget
+
+D = "svc.mesh.internal"
+
+
+def service(network: str, name: str, *ports: int) -> Record[ServiceSpec]:
+    spec = ServiceSpec(name=name, ports={str(port): [] for port in ports})
+    return Record(kind=Kind.SERVICE, network=network, id=name, revision=1, spec=spec)
+
+
+MESH = Mesh.of(
+    [
+        Record(kind=Kind.NETWORK, network="a", id="a", revision=1, spec=NetworkSpec()),
+        service("b", "orders.shop.svc", 8443),
+        service("b", "pay.shop.svc", 443, 8443),
+        service("b", "pay.shop.old", 443),
+        service("c", "orders.shop.svc", 9443, 443),
+        service("c", "orders.shop.svc.deeper", 443),
+        service("d", "orders.shop.svc", 443),
+    ]
+)
+IMPORTS = Imports(
+    [
+        ImportRule(names=("pay.shop.svc",), sources=("b",)),
+        ImportRule(names=("gone.shop.svc",), sources=("b", "nowhere")),
+        ImportRule(names=("*.shop.svc",), sources=("c", "b")),
+    ]
+)
+
+
+def why(name: str, local_port: int | None = None) -> UnresolvedReason:
+    with pytest.raises(Unresolved) as caught:
+        resolve(name, MESH, IMPORTS, D, local_port=local_port)
+    assert caught.value.detail
+    return caught.value.reason
+
+
+def places(name: str, local_port: int | None = None) -> list[tuple[str, object, bool]]:
+    found = resolve(name, MESH, IMPORTS, D, local_port=local_port).candidates
+    return [(place.network, place.target, place.service is not None) for place in found]
+
+
+def test_an_address_needs_its_network_only() -> None:
+    target = AddressTarget("a", ip_address("10.1.0.5"), 8443)
+    assert places(f"p8443-10-1-0-5.a.{D}") == [("a", target, False)]
+    assert resolve(target, MESH, IMPORTS, D).asked is target
+    assert why(f"p8443-10-1-0-5.x.{D}") is UnresolvedReason.UNKNOWN_NETWORK
+
+
+def test_a_service_by_its_whole_name_or_a_beginning() -> None:
+    target = ServiceTarget("b", "orders.shop.svc", 8443)
+    for name in (f"p8443-orders.shop.b.{D}", f"_8443.orders.shop.svc._b.{D}"):
+        assert places(name) == [("b", target, True)]
+    assert places(f"p443-orders.shop.svc.deeper.c.{D}")[0][1] == ServiceTarget("c", "orders.shop.svc.deeper", 443)
+
+
+def test_refused_services() -> None:
+    assert why(f"p443-orders.shop.svc.c.{D}") is UnresolvedReason.AMBIGUOUS_NAME
+    assert why(f"p443-pay.shop.b.{D}") is UnresolvedReason.AMBIGUOUS_NAME
+    assert why(f"p443-orders.sho.b.{D}") is UnresolvedReason.UNKNOWN_NAME
+    assert why(f"p9-orders.shop.b.{D}") is UnresolvedReason.UNKNOWN_NAME
+    assert why(f"p443-orders.shop.x.{D}") is UnresolvedReason.UNKNOWN_NETWORK
+
+
+def test_a_plain_name_needs_an_import() -> None:
+    assert why("pay.shop.old") is UnresolvedReason.UNKNOWN_NAME
+    assert why("gone.shop.svc") is UnresolvedReason.UNKNOWN_NAME
+    assert why("other.shop.svc") is UnresolvedReason.UNKNOWN_NAME
+
+
+def test_networks_come_in_the_order_of_the_import() -> None:
+    resolution = resolve("Orders.shop.svc.", MESH, IMPORTS, D, local_port=443)
+    assert resolution.asked == PlainName("orders.shop.svc")
+    assert resolution.rule is IMPORTS.rules[2]
+    assert [place.target for place in resolution.candidates] == [
+        ServiceTarget("c", "orders.shop.svc", 443),  # the relay's own port
+        ServiceTarget("b", "orders.shop.svc", 8443),  # the only one
+    ]
+
+
+def test_the_port_of_a_plain_name() -> None:
+    assert places("pay.shop.svc", 8443)[0][1] == ServiceTarget("b", "pay.shop.svc", 8443)
+    assert places("pay.shop.svc")[0][1] == ServiceTarget("b", "pay.shop.svc", 443)
+    assert why("pay.shop.svc", 10443) is UnresolvedReason.AMBIGUOUS_PORT
+    # Where the port is unclear in one network only, the others still serve.
+    assert [place[0] for place in places("orders.shop.svc", 10443)] == ["b"]
+
+
+def test_a_bad_name_tells_what_is_bad() -> None:
+    with pytest.raises(Unresolved) as caught:
+        resolve(b"shop.b.svc.mesh.internal", MESH, IMPORTS, D)
+    assert caught.value.reason is UnresolvedReason.BAD_NAME
+    assert caught.value.bad_name is not None
+    assert caught.value.bad_name.reason is NameReason.INCOMPLETE
+    assert why("a b.c") is UnresolvedReason.BAD_NAME
