@@ -1,0 +1,257 @@
+"""What a TURN server remembers: allocations, their permissions, and peers that wait for their ConnectionBind.
+
+No sockets and no clock: `now` is monotonic seconds, identifiers are drawn by the caller's function, and whoever holds the
+sockets asks here what is allowed. Everything that a client can make grow has a limit in `Limits`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+Endpoint = tuple[str, int]
+"""IP address as text, in its canonical form, and port."""
+
+
+@dataclass(frozen=True, slots=True)
+class FiveTuple:
+    """A client's connection: its end and ours; the protocol is always TCP (RFC 8656, section 2.2)."""
+
+    client: Endpoint
+    server: Endpoint
+
+
+class Refusal(StrEnum):
+    """Why a request or a connection was refused: log field and metric label."""
+
+    # Requests, in the order of their codes
+    BAD_REQUEST = "bad_request"
+    UNKNOWN_CONNECTION = "unknown_connection"
+    NO_CREDENTIALS = "no_credentials"
+    UNKNOWN_USER = "unknown_user"
+    WRONG_PASSWORD = "wrong_password"  # noqa: S105 - a reason, not a password
+    EXPIRED = "expired"
+    FORBIDDEN_METHOD = "forbidden_method"
+    FORBIDDEN_PEER = "forbidden_peer"
+    UNKNOWN_ATTRIBUTE = "unknown_attribute"
+    NO_ALLOCATION = "no_allocation"
+    HAS_ALLOCATION = "has_allocation"
+    STALE_NONCE = "stale_nonce"
+    FAMILY_NOT_SUPPORTED = "family_not_supported"
+    WRONG_USER = "wrong_user"
+    TRANSPORT_NOT_SUPPORTED = "transport_not_supported"
+    FAMILY_MISMATCH = "family_mismatch"
+    QUOTA = "quota"
+    CAPACITY = "capacity"
+    # Connections
+    NOT_STUN = "not_stun"
+    TOO_SLOW = "too_slow"
+    CROWDED_OUT = "crowded_out"
+    PEER_NOT_PERMITTED = "peer_not_permitted"
+    PEER_LIMIT = "peer_limit"
+    PEER_NOT_BOUND = "peer_not_bound"
+
+
+CODES: dict[Refusal, tuple[int, str]] = {
+    Refusal.BAD_REQUEST: (400, "Bad Request"),
+    Refusal.UNKNOWN_CONNECTION: (400, "Bad Request"),
+    Refusal.NO_CREDENTIALS: (401, "Unauthorized"),
+    Refusal.UNKNOWN_USER: (401, "Unauthorized"),
+    Refusal.WRONG_PASSWORD: (401, "Unauthorized"),
+    Refusal.EXPIRED: (401, "Unauthorized"),
+    Refusal.FORBIDDEN_METHOD: (403, "Forbidden"),
+    Refusal.FORBIDDEN_PEER: (403, "Forbidden"),
+    Refusal.UNKNOWN_ATTRIBUTE: (420, "Unknown Attribute"),
+    Refusal.NO_ALLOCATION: (437, "Allocation Mismatch"),
+    Refusal.HAS_ALLOCATION: (437, "Allocation Mismatch"),
+    Refusal.STALE_NONCE: (438, "Stale Nonce"),
+    Refusal.FAMILY_NOT_SUPPORTED: (440, "Address Family not Supported"),
+    Refusal.WRONG_USER: (441, "Wrong Credentials"),
+    Refusal.TRANSPORT_NOT_SUPPORTED: (442, "Unsupported Transport Protocol"),
+    Refusal.FAMILY_MISMATCH: (443, "Peer Address Family Mismatch"),
+    Refusal.QUOTA: (486, "Allocation Quota Reached"),
+    Refusal.CAPACITY: (508, "Insufficient Capacity"),
+}
+"""Code and phrase on the wire (RFC 8656, section 19). 446 and 447 belong to the active Connect, which is 403 here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Lifetimes in seconds and counts. The defaults suit a server that some hundred gateways use."""
+
+    default_lifetime_s: float = 600.0
+    """RFC 8656, section 3.2. A client that asks for less gets this."""
+    max_lifetime_s: float = 3600.0
+    """RFC 8656, section 7.2, recommends at most an hour; coturn has the same."""
+    permission_lifetime_s: float = 300.0
+    """RFC 8656, section 9: a permission lasts 300 s."""
+    bind_timeout_s: float = 30.0
+    """RFC 6062, section 5.2: a peer waits at least 30 s for its ConnectionBind."""
+    max_allocations: int = 16_384
+    """As many as the dynamic ports 49152-65535."""
+    max_allocations_per_account: int = 256
+    """A network's gateways may share one account: 16 gateways with 16 allocations each."""
+    max_permissions: int = 1024
+    """Per allocation, as in coturn since 4.17; one is a relay's address, so a network has a few."""
+    max_unbound_per_allocation: int = 1024
+    """Peers that wait for their bind. They hold a descriptor and what the kernel buffers; 300 at once were measured to be
+    bound within 0.2 s, so a thousand is a client that no longer binds."""
+    max_connections_per_account: int = 16_384
+    """Peers, waiting or bound: each costs two descriptors."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Allocation:
+    """One relayed address, which lives as long as its control connection at most."""
+
+    five_tuple: FiveTuple
+    """Of the control connection."""
+    account: str
+    relayed: Endpoint
+    transaction_id: bytes
+    """Of the Allocate that made it, so that its retransmission is answered alike."""
+    lifetime_s: float
+    """As last granted."""
+    expires_at: float
+    family: int
+    fingerprint: bool = False
+    """The client uses FINGERPRINT, so indications carry it too."""
+    permissions: dict[str, float] = field(default_factory=dict)
+    """Peer address to the time it ends."""
+    unbound: int = 0
+    """Peers that wait for their bind."""
+
+    def refresh(self, lifetime_s: float, now: float) -> None:
+        """Let it live for `lifetime_s` from now."""
+        self.lifetime_s = lifetime_s
+        self.expires_at = now + lifetime_s
+
+    def permit(self, addresses: Iterable[str], lifetime_s: float, limit: int, now: float) -> bool:
+        """Install or renew permissions, all or none; False if that would be more than `limit` of them."""
+        wanted = dict.fromkeys(addresses, now + lifetime_s)
+        kept = {address: end for address, end in self.permissions.items() if end > now}
+        if len(kept | wanted) > limit:
+            return False
+        self.permissions = kept | wanted
+        return True
+
+    def permits(self, address: str, now: float) -> bool:
+        """Tell whether a peer may connect now. Ports do not count (RFC 8656, section 9)."""
+        return self.permissions.get(address, now) > now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attempt:
+    """A peer that has connected and waits for the ConnectionBind with this id."""
+
+    connection_id: bytes
+    """Four bytes that nobody can guess, good for one bind."""
+    peer: Endpoint
+    allocation: Allocation
+
+
+class AllocationTable:
+    """Every allocation and every waiting peer of one server."""
+
+    def __init__(self, limits: Limits, draw: Callable[[int], bytes]) -> None:
+        """`draw(n)` returns n random bytes that nobody can guess, `secrets.token_bytes` in life."""
+        self.limits = limits
+        self._draw = draw
+        self._allocations: dict[FiveTuple, Allocation] = {}
+        self._per_account: Counter[str] = Counter()
+        self._connections: Counter[str] = Counter()
+        self._attempts: dict[bytes, Attempt] = {}
+
+    def __len__(self) -> int:
+        return len(self._allocations)
+
+    def __iter__(self) -> Iterator[Allocation]:
+        return iter(self._allocations.values())
+
+    @property
+    def waiting(self) -> int:
+        """Peers that wait for their bind."""
+        return len(self._attempts)
+
+    # -- allocations
+
+    def find(self, five_tuple: FiveTuple, now: float) -> Allocation | None:
+        """Return the allocation of that control connection, None if there is none or its life is over."""
+        allocation = self._allocations.get(five_tuple)
+        return allocation if allocation is not None and allocation.expires_at > now else None
+
+    def reserve(self, account: str) -> Refusal | None:
+        """Take a place for an allocation of that account, before its port is opened; the refusal if there is none.
+
+        A place that was taken is either filled by `add` or given back by `give_up`.
+        """
+        if self._per_account[account] >= self.limits.max_allocations_per_account:
+            return Refusal.QUOTA
+        if self._per_account.total() >= self.limits.max_allocations:
+            return Refusal.CAPACITY
+        self._per_account[account] += 1
+        return None
+
+    def give_up(self, account: str) -> None:
+        """Give back a place that `reserve` took."""
+        _count_down(self._per_account, account)
+
+    def add(self, allocation: Allocation) -> None:
+        """Fill the place that `reserve` took."""
+        self._allocations[allocation.five_tuple] = allocation
+
+    def remove(self, allocation: Allocation) -> None:
+        """Forget an allocation and the peers that wait for it. Nothing if that was done already."""
+        if self._allocations.get(allocation.five_tuple) is allocation:
+            del self._allocations[allocation.five_tuple]
+            self.give_up(allocation.account)
+            for attempt in [attempt for attempt in self._attempts.values() if attempt.allocation is allocation]:
+                self.release(attempt)
+
+    # -- peers
+
+    def announce(self, allocation: Allocation, peer: Endpoint, now: float) -> Attempt | Refusal:
+        """Take a peer that has connected to the relayed address: the attempt that waits, or why not."""
+        if not allocation.permits(peer[0], now):
+            return Refusal.PEER_NOT_PERMITTED
+        if (
+            allocation.unbound >= self.limits.max_unbound_per_allocation
+            or self._connections[allocation.account] >= self.limits.max_connections_per_account
+        ):
+            return Refusal.PEER_LIMIT
+        connection_id = self._draw(4)
+        while connection_id in self._attempts:
+            connection_id = self._draw(4)
+        attempt = Attempt(connection_id=connection_id, peer=peer, allocation=allocation)
+        self._attempts[connection_id] = attempt
+        allocation.unbound += 1
+        self._connections[allocation.account] += 1
+        return attempt
+
+    def claim(self, connection_id: bytes | None, account: str) -> Attempt | Refusal:
+        """Hand out the waiting peer with that id, once. A refusal leaves it waiting."""
+        attempt = self._attempts.get(connection_id or b"")
+        if attempt is None:
+            return Refusal.UNKNOWN_CONNECTION
+        if attempt.allocation.account != account:
+            return Refusal.WRONG_USER
+        self.release(attempt)
+        return attempt
+
+    def release(self, attempt: Attempt) -> bool:
+        """End the wait of a peer; False if it had ended: it was claimed, or its allocation went."""
+        if self._attempts.get(attempt.connection_id) is not attempt:
+            return False
+        del self._attempts[attempt.connection_id]
+        attempt.allocation.unbound -= 1
+        return True
+
+    def depart(self, allocation: Allocation) -> None:
+        """Note that one peer of an allocation, announced before, has gone."""
+        _count_down(self._connections, allocation.account)
+
+
+def _count_down(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if counter[key] <= 0:
+        del counter[key]

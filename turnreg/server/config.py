@@ -1,0 +1,77 @@
+"""What the embedded TURN server is told."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from discovery.addresses import TargetList
+from turnreg.auth import NONCE_LIFETIME_S
+from turnreg.server.allocation import Endpoint, Limits
+
+DEFAULT_PORTS = (49_152, 65_535)
+"""The dynamic ports (RFC 6335), which RFC 8656, section 7.2, asks for. Linux's own ephemeral ports end at 60999 and overlap:
+a port that is busy is skipped."""
+
+UNAUTHENTICATED_TIMEOUT_S = 30.0
+"""How long a connection may be neither an allocation's nor a peer's. It takes three round trips to become one; coturn gives
+60 s, which is also what a client may rely on that opens connections in advance."""
+
+MAX_UNAUTHENTICATED = 4096
+"""Connections that have not shown credentials yet. When one too many comes, the oldest goes: who means it well is through
+in milliseconds, so a flood crowds out itself."""
+
+STREAM_IDLE_TIMEOUT_S = 24 * 3600.0
+"""A TURN server cannot know what silence means; keep-alive finds peers that are gone within half a minute."""
+
+HALF_CLOSE_TIMEOUT_S = 3600.0
+"""Silence after one side has ended, where some client waits for an answer that takes long."""
+
+SEND_TIMEOUT_S = 10.0
+"""An answer or indication is a hundred bytes: a client that has no room for it for so long does not read any more."""
+
+MAX_REFUSALS = 16
+"""Refused requests after which a connection without an allocation is closed: a client needs one 401, and perhaps a 438."""
+
+MAX_REALM_CHARACTERS = 127
+"""RFC 8489, section 14.9: fewer than 128 characters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnServerConfig:
+    """Settings of one embedded TURN server. ValueError if they contradict each other."""
+
+    listen: tuple[Endpoint, ...]
+    """Address and port of each listener; port 0 takes any."""
+    relay_addresses: tuple[str, ...]
+    """Addresses of this host that relayed ports are opened on, as the relays reach them; at most one of each family."""
+    realm: str
+    port_min: int = DEFAULT_PORTS[0]
+    port_max: int = DEFAULT_PORTS[1]
+    users: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Name to password."""
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    """REST secrets; two while one is being replaced."""
+    allowed_peers: TargetList | None = None
+    """Lifts refused ranges that it lies wholly inside, such as 127.0.0.0/8 for tests and the lab."""
+    limits: Limits = field(default_factory=Limits)
+    nonce_lifetime_s: float = NONCE_LIFETIME_S
+    unauthenticated_timeout_s: float = UNAUTHENTICATED_TIMEOUT_S
+    max_unauthenticated: int = MAX_UNAUTHENTICATED
+    software: str | None = "crossnet"
+    """What SOFTWARE says; None leaves it out. No version: it would help attackers only."""
+
+    def __post_init__(self) -> None:
+        if not self.listen:
+            raise ValueError("listen: expected at least one address")
+        if not self.users and not self.secrets:
+            raise ValueError("users, secrets: expected at least one of them, or nobody can use the server")
+        if not 0 < len(self.realm) <= MAX_REALM_CHARACTERS:
+            raise ValueError(f"realm: expected 1 to {MAX_REALM_CHARACTERS} characters, got {len(self.realm)}")
+        if not 0 < self.port_min <= self.port_max <= 65_535:
+            raise ValueError(f"ports: expected a range in 1-65535, got {self.port_min}-{self.port_max}")
+        addresses = [ip_address(text) for text in self.relay_addresses]
+        if not addresses or len({address.version for address in addresses}) != len(addresses):
+            raise ValueError("relay_addresses: expected one IPv4 address, one IPv6 address, or one of each")
+        for address in addresses:
+            if address.is_unspecified or address.is_multicast:
+                raise ValueError(f"relay_addresses: expected an address of this host, got {address}")

@@ -1,0 +1,77 @@
+"""Metrics of the embedded TURN server, on a registry that the caller owns."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from sniproxy.engine.move import Splice
+from turnreg.server.allocation import Refusal
+
+
+class TurnMetrics:
+    """What is counted. Labels are enums, each registered at the start; addresses and users are never labels."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        allocations: Callable[[], int],
+        unauthenticated: Callable[[], int],
+        unbound: Callable[[], int],
+    ) -> None:
+        """Register the metrics; the functions tell the current numbers when somebody asks."""
+        self._streams = _Streams()
+        Gauge("crossnet_turn_allocations", "Allocations now.", registry=registry).set_function(allocations)
+        connections = Gauge(
+            "crossnet_turn_connections",
+            "Connections now: clients without credentials yet, peers that wait for a bind, streams.",
+            ["state"],
+            registry=registry,
+        )
+        connections.labels("unauthenticated").set_function(unauthenticated)
+        connections.labels("unbound").set_function(unbound)
+        connections.labels("bound").set_function(lambda: len(self._streams.running))
+        self._opened = Counter(
+            "crossnet_turn_allocations_opened", "Allocations opened since the start.", registry=registry
+        )
+        refusals = Counter(
+            "crossnet_turn_refusals", "Requests and connections that were refused.", ["reason"], registry=registry
+        )
+        self._refusals = {reason: refusals.labels(reason.value) for reason in Refusal}
+        registry.register(self._streams)
+
+    def refused(self, reason: Refusal) -> None:
+        """Count a refusal."""
+        self._refusals[reason].inc()
+
+    def allocated(self) -> None:
+        """Count a new allocation."""
+        self._opened.inc()
+
+    def stream_began(self, stream: Splice) -> None:
+        """Count the bytes of a stream (a is the peer, b the client) from now on, while it runs too."""
+        self._streams.running.add(stream)
+
+    def stream_ended(self, stream: Splice) -> None:
+        """Keep what the stream has moved."""
+        self._streams.running.discard(stream)
+        self._streams.to_client += stream.a_to_b.moved
+        self._streams.to_peer += stream.b_to_a.moved
+
+
+class _Streams(Collector):
+    """Bytes of streams that have ended and of those that run: one that lasts for days must not show up at its end only."""
+
+    def __init__(self) -> None:
+        self.running: set[Splice] = set()
+        self.to_client = 0
+        self.to_peer = 0
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        family = CounterMetricFamily("crossnet_turn_bytes", "Payload bytes relayed.", labels=["direction"])
+        running = tuple(self.running)
+        family.add_metric(["to_client"], self.to_client + sum(stream.a_to_b.moved for stream in running))
+        family.add_metric(["to_peer"], self.to_peer + sum(stream.b_to_a.moved for stream in running))
+        yield family
