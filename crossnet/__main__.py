@@ -1,0 +1,8 @@
+"""`python -m crossnet` is the `crossnet` command."""
+
+import sys
+
+from crossnet.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

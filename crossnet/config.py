@@ -1,0 +1,70 @@
+"""Loading and showing the configuration file: one YAML file, any set of roles. `load` tells every error of it."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from crossnet.document import DocumentError, read_document
+from crossnet.scalars import Secret
+from crossnet.schema import decode, encode
+from crossnet.sections import Config
+from discovery.shape import Fault, child
+
+
+class ConfigError(Exception):
+    """A configuration file cannot be used; `faults` holds every reason."""
+
+    def __init__(self, path: Path, faults: list[Fault]) -> None:
+        super().__init__("\n".join(f"{path}: {fault}" for fault in faults))
+        self.path = path
+        self.faults = faults
+
+
+def load(path: Path) -> Config:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: it has faults; all of them are in it.
+    """
+    try:
+        document, faults = read_document(path)
+    except DocumentError as error:
+        raise ConfigError(path, [error.fault]) from error
+    config, more = decode(Config, document, path.absolute().parent)
+    if faults or more or config is None:
+        raise ConfigError(path, [*faults, *more])
+    return config
+
+
+def warnings(config: Config) -> list[str]:
+    """Return what the file allows and somebody may regret, each a line that begins with a path."""
+    found = [
+        f"{where}: {secret.path} is readable by every user of this machine"
+        for where, secret in _secrets(config, "$")
+        if secret.readable_by_all
+    ]
+    if config.insecure:
+        found.append("$.insecure: discovery may be spoken to without TLS; tokens and records travel in the clear")
+    return found
+
+
+def effective(config: Config) -> str:
+    """Return the whole configuration as YAML, defaults written out and secrets as ***."""
+    return yaml.safe_dump(encode(Config, config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def _secrets(value: object, path: str) -> Iterator[tuple[str, Secret]]:
+    if isinstance(value, Secret):
+        yield path, value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            name = field.metadata.get("key", field.name)
+            yield from _secrets(getattr(value, field.name), child(path, name))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _secrets(item, child(path, name))
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _secrets(item, f"{path}[{index}]")

@@ -1,0 +1,113 @@
+"""Log lines: one JSON object or one logfmt line a record, on stderr.
+
+A structured event is `log.info("stream", extra={"event": {...fields...}})`: its message is the event's name. Text that
+came from a peer can be in any field, so every text is cut and escaped, and no name can forge a line or a field.
+"""
+
+import json
+import logging
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+MAX_TEXT_BYTES = 200
+"""Of one text in an event: a DNS name has 253 at most, and nobody reads more."""
+
+MAX_MESSAGE_BYTES = 2000
+MAX_TRACEBACK_BYTES = 8000
+MAX_NAME = 64
+MAX_ITEMS = 100
+MAX_DEPTH = 6
+RESERVED = frozenset({"time", "level", "event", "logger", "message", "error"})
+
+_BARE = re.compile(r"[A-Za-z0-9_.:/@+*-]+")
+
+
+def set_up(*, style: str, level: str, stream: TextIO | None = None) -> None:
+    """Send the process's log to stderr in this format, from this level on."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if style == "json" else LogfmtFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    # Every request to the admin server would be a line, and asyncio tells of its selector.
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(max(logging.INFO, root.level))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, ASCII only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(_fields(record), separators=(",", ":"), allow_nan=False)
+
+
+class LogfmtFormatter(logging.Formatter):
+    """`key=value` pairs; a value that is not one plain word is a JSON text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return " ".join(f"{name}={_logfmt(value)}" for name, value in _fields(record).items())
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    fields: dict[str, Any] = {"time": _time(record.created), "level": record.levelname.lower()}
+    event = getattr(record, "event", None)
+    message = cut(record.getMessage(), MAX_MESSAGE_BYTES)
+    if isinstance(event, Mapping):
+        fields["event"] = message
+        for name, value in event.items():
+            fields[_field_name(name)] = _plain(value, 0)
+    else:
+        fields |= {"logger": record.name, "message": message}
+    if record.exc_info:
+        fields["error"] = cut(logging.Formatter().formatException(record.exc_info), MAX_TRACEBACK_BYTES)
+    return fields
+
+
+def cut(text: str, limit: int = MAX_TEXT_BYTES) -> str:
+    """Return the text, at most so many bytes of it as UTF-8, with an ellipsis where something is missing."""
+    if len(text) * 4 <= limit:
+        return text
+    data = text.encode(errors="backslashreplace")
+    return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "…"
+
+
+def _field_name(name: object) -> str:
+    """Return a key that is one word in either format and none of those that stand on every line."""
+    word = re.sub(r"[^A-Za-z0-9_.-]", "_", str(name)[:MAX_NAME]) or "_"
+    return f"{word}_" if word in RESERVED else word
+
+
+def _plain(value: object, depth: int) -> Any:
+    """Return what JSON has for a value, its texts cut, whatever it is."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):  # first of all: an enum of words is a text too
+        return cut(str(value))
+    if isinstance(value, int):
+        return value if value.bit_length() < 64 else cut(hex(value))
+    if isinstance(value, float):
+        return round(value, 3) if math.isfinite(value) else str(value)
+    if isinstance(value, bytes | bytearray):
+        return cut(bytes(value[:MAX_TEXT_BYTES]).decode(errors="backslashreplace"))
+    if depth < MAX_DEPTH and isinstance(value, Mapping):
+        return {cut(str(name)): _plain(item, depth + 1) for name, item in list(value.items())[:MAX_ITEMS]}
+    if depth < MAX_DEPTH and isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, depth + 1) for item in list(value)[:MAX_ITEMS]]
+    return cut(str(value))
+
+
+def _logfmt(value: object) -> str:
+    if isinstance(value, str) and _BARE.fullmatch(value):
+        return value
+    if isinstance(value, dict | list):
+        value = json.dumps(value, separators=(",", ":"))
+    return json.dumps(value)
+
+
+def _time(seconds: float) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1 * 1000):03d}Z"

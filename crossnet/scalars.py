@@ -1,0 +1,337 @@
+"""The single values of a configuration file: durations, sizes, addresses, names, files, secrets.
+
+Each is an `Annotated` type for the field of a section; schema.py reads and shows values by it.
+"""
+
+import dataclasses
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from crossnet.document import Plain
+from crossnet.schema import HIDDEN, Leaf, Mismatch
+from discovery.addresses import (
+    Address,
+    BadAddress,
+    Network,
+    TargetList,
+    format_endpoint,
+    parse_address,
+    parse_cidrs,
+    parse_endpoint,
+    parse_turn_url,
+)
+from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
+from discovery.shape import shown
+from discovery.spec import is_record_id
+
+MAX_SECRET_BYTES = 64 * 1024
+"""Of a secret's file: keys and passwords have a hundred bytes, certificates a few thousand."""
+
+MAX_DURATION_S = 7 * 24 * 3600.0
+DNS_PORT = 53
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS_BYTES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Secret:
+    """What a `{file: PATH}` holds. It is never shown."""
+
+    path: Path
+    value: bytes = dataclasses.field(repr=False)
+    readable_by_all: bool = False
+
+    def __str__(self) -> str:
+        return HIDDEN
+
+    @property
+    def text(self) -> str:
+        """The secret as text; its bytes were checked to be such."""
+        return self.value.decode()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Listen:
+    """An address to listen on; port 0 takes any free one."""
+
+    address: Address
+    port: int
+
+    def __str__(self) -> str:
+        return format_endpoint(self.address, self.port)
+
+
+def parse_duration(value: Plain) -> float:
+    """Return seconds. Raises Mismatch."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h)", value) if isinstance(value, str) else None
+    if match is None:
+        raise Mismatch
+    seconds = float(match[1]) * _UNITS_S[match[2]]
+    if seconds > MAX_DURATION_S:
+        raise Mismatch("a duration of at most 168h")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Return the shortest text that `parse_duration` reads back as the same, to the millisecond."""
+    milliseconds = round(seconds * 1000)
+    for unit, length in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
+        if milliseconds and milliseconds % length == 0:
+            return f"{milliseconds // length}{unit}"
+    return f"{milliseconds}ms"
+
+
+def parse_size(value: Plain) -> int:
+    """Return bytes. Raises Mismatch."""
+    match = None if isinstance(value, bool) else re.fullmatch(r"([0-9]{1,15})(|B|KiB|MiB|GiB)", str(value))
+    if match is None:
+        raise Mismatch
+    return int(match[1]) * _UNITS_BYTES[match[2]]
+
+
+def format_size(size: int) -> str:
+    """Return the shortest text that `parse_size` reads back as the same."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size and size % _UNITS_BYTES[unit] == 0:
+            return f"{size // _UNITS_BYTES[unit]}{unit}"
+    return str(size)
+
+
+def _text(parse: Callable[[str], object]) -> Callable[[Plain, Path], object]:
+    """Read text by a parser of discovery's, whose messages begin with "expected" and end with what it got."""
+
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if not isinstance(value, str):
+            raise Mismatch
+        try:
+            return parse(value)
+        except BadAddress as error:
+            raise Mismatch(re.sub(r"^expected |, got .*$", "", str(error), flags=re.DOTALL)) from error
+        except BadName as error:
+            raise Mismatch(f"a name ({error.detail})") from error
+
+    return parsed
+
+
+def _matching(pattern: str) -> Callable[[Plain, Path], object]:
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+            raise Mismatch
+        return value
+
+    return parsed
+
+
+def _integer(low: int, high: int) -> Callable[[Plain, Path], object]:
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise Mismatch
+        return value
+
+    return parsed
+
+
+def _more_than_nothing(parse: Callable[[Plain], float]) -> Callable[[Plain, Path], object]:
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        number = parse(value)
+        if number <= 0:
+            raise Mismatch("more than nothing")
+        return number
+
+    return parsed
+
+
+def _duration_or_zero(value: Plain, folder: Path) -> object:
+    del folder
+    return 0.0 if value == 0 and not isinstance(value, bool) else parse_duration(value)
+
+
+def _boolean(value: Plain, folder: Path) -> object:
+    del folder
+    if not isinstance(value, bool):
+        raise Mismatch
+    return value
+
+
+def _ldh(text: str) -> str:
+    if not is_ldh_label(text):
+        raise Mismatch
+    return text
+
+
+def _record_id(text: str) -> str:
+    if not is_record_id(text):
+        raise Mismatch
+    return text
+
+
+def _listen(text: str) -> Listen:
+    return Listen(*parse_endpoint(text, zero_port=True))
+
+
+def _endpoint(text: str) -> Listen:
+    return Listen(*parse_endpoint(text))
+
+
+def _dns_server(text: str) -> Listen:
+    # "10.0.0.10" and "fd00::1" have no port, "10.0.0.10:5353" and "[fd00::1]:5353" have one.
+    if text.count(":") == 1 or text.startswith("["):
+        return Listen(*parse_endpoint(text))
+    return Listen(parse_address(text), DNS_PORT)
+
+
+def _show_dns_server(server: Listen) -> str:
+    return str(server.address) if server.port == DNS_PORT else str(server)
+
+
+def _turn_url(text: str) -> str:
+    parse_turn_url(text)
+    return text
+
+
+def _target(text: str) -> str:
+    TargetList.parse([text])
+    return text
+
+
+def _cidr(text: str) -> Network:
+    return parse_cidrs([text])[0]
+
+
+def _port_range(value: Plain, folder: Path) -> object:
+    del folder
+    match = re.fullmatch(r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})", value) if isinstance(value, str) else None
+    if match is None or not int(match[1]) <= int(match[2]) <= MAX_PORT:
+        raise Mismatch
+    return int(match[1]), int(match[2])
+
+
+def _path(value: Plain, folder: Path) -> Path:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise Mismatch("a path")
+    return folder / value
+
+
+def _existing(value: Plain, folder: Path) -> Path:
+    path = _path(value, folder)
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})") from error
+
+
+def _secret(value: Plain, folder: Path) -> Secret:
+    # What stands here in place of {file: PATH} is often the secret itself: it is never repeated in an error.
+    if not isinstance(value, dict) or value.keys() != {"file"}:
+        raise Mismatch("{file: PATH}, secrets stand in files of their own", "something else (not shown)")
+    return _line_of_file(value["file"], folder)
+
+
+def _line_of_file(value: Plain, folder: Path) -> Secret:
+    path = _path(value, folder)
+    try:
+        with path.open("rb") as file:
+            mode = path.stat().st_mode
+            data = file.read(MAX_SECRET_BYTES + 1)
+    except OSError as error:
+        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})", ".file") from error
+    data = data.removesuffix(b"\n").removesuffix(b"\r")
+    if not data:
+        raise Mismatch("a file with a secret in it", f"{shown(value)}, which is empty", ".file")
+    if len(data) > MAX_SECRET_BYTES or not data.isascii() or re.search(rb"[\x00-\x1f\x7f]", data):
+        raise Mismatch("a file with one line of ASCII text", f"{shown(value)}, which has something else", ".file")
+    return Secret(path, data, bool(mode & stat.S_IROTH))
+
+
+def _hex_key(value: Plain, folder: Path) -> Secret:
+    try:
+        secret = _line_of_file(value, folder)
+    except Mismatch as error:
+        raise Mismatch(error.expected, error.got) from error
+    if not re.fullmatch(rb"[0-9a-fA-F]{64}", secret.value):
+        raise Mismatch("a file with 64 hexadecimal digits", f"{shown(value)}, which has something else")
+    return secret
+
+
+def _discovery_source(value: Plain, folder: Path) -> object:
+    """A discovery server's URL as text, or the path of a static mesh file."""
+    if not isinstance(value, str):
+        raise Mismatch
+    if value.endswith(".yaml"):
+        return _existing(value, folder)
+    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:[1-9][0-9]{0,4})?/?", value, re.ASCII):
+        raise Mismatch
+    return value.rstrip("/")
+
+
+def _store(value: Plain, folder: Path) -> object:
+    if value == "memory":
+        return value
+    if not isinstance(value, str) or not value.startswith("sqlite:") or value == "sqlite:":
+        raise Mismatch
+    return f"sqlite:{_path(value.removeprefix('sqlite:'), folder)}"
+
+
+def _word(*words: str) -> Leaf:
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if value not in words:
+            raise Mismatch
+        return value
+
+    return Leaf(" or ".join(words), parsed)
+
+
+def _same(value: Plain) -> Plain:
+    return value
+
+
+Duration: TypeAlias = Annotated[
+    float, Leaf("a duration such as 5s, 250ms or 2m", _more_than_nothing(parse_duration), format_duration)
+]
+DurationOrZero: TypeAlias = Annotated[float, Leaf("a duration such as 5s, or 0", _duration_or_zero, format_duration)]
+Size: TypeAlias = Annotated[int, Leaf("a size such as 64KiB", _more_than_nothing(parse_size), format_size)]
+Boolean: TypeAlias = Annotated[bool, Leaf("true or false", _boolean, _same)]
+Port: TypeAlias = Annotated[int, Leaf(f"a port 1-{MAX_PORT}", _integer(1, MAX_PORT), _same)]
+Count: TypeAlias = Annotated[int, Leaf("a whole number 0-1000000", _integer(0, 1_000_000), _same)]
+PortRange: TypeAlias = Annotated[
+    tuple[int, int], Leaf("a range of ports such as 49152-65535", _port_range, lambda ports: f"{ports[0]}-{ports[1]}")
+]
+NetworkId: TypeAlias = Annotated[str, Leaf("a network id (a-z, 0-9, inner hyphens)", _text(_ldh))]
+RecordId: TypeAlias = Annotated[str, Leaf("an id (a-z, 0-9, inner - . _)", _text(_record_id))]
+KeyId: TypeAlias = Annotated[
+    str, Leaf("a key id (letters, digits, . _ -)", _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"))
+]
+Domain: TypeAlias = Annotated[str, Leaf("a domain name", _text(normalise_domain))]
+IpAddress: TypeAlias = Annotated[Address, Leaf("an IP address", _text(parse_address))]
+ListenAddress: TypeAlias = Annotated[Listen, Leaf("ip:port to listen on", _text(_listen))]
+Endpoint: TypeAlias = Annotated[Listen, Leaf("ip:port", _text(_endpoint))]
+DnsServer: TypeAlias = Annotated[Listen, Leaf("ip or ip:port of a DNS server", _text(_dns_server), _show_dns_server)]
+Target: TypeAlias = Annotated[str, Leaf("CIDR[:PORTS]", _text(_target))]
+Cidr: TypeAlias = Annotated[Network, Leaf("a CIDR", _text(_cidr))]
+TurnServerUrl: TypeAlias = Annotated[str, Leaf("turn:HOST:PORT?transport=tcp", _text(_turn_url))]
+ImportName: TypeAlias = Annotated[str, Leaf("a service name; a label may be *", _matching(r"[a-z0-9*.-]{1,253}"))]
+Prefer: TypeAlias = Annotated[Literal["local", "remote"], _word("local", "remote")]
+LogFormat: TypeAlias = Annotated[Literal["json", "logfmt"], _word("json", "logfmt")]
+LogLevel: TypeAlias = Annotated[
+    Literal["debug", "info", "warning", "error"], _word("debug", "info", "warning", "error")
+]
+Accepted: TypeAlias = Annotated[Literal["framed", "proxy", "raw"], _word("framed", "proxy", "raw")]
+Store: TypeAlias = Annotated[str, Leaf("memory, or sqlite:PATH", _store)]
+Text: TypeAlias = Annotated[str, Leaf("a line of text", _matching(r"[\x20-\x7e]{1,128}"))]
+NewFile: TypeAlias = Annotated[Path, Leaf("a path", _path)]
+ExistingFile: TypeAlias = Annotated[Path, Leaf("a readable file", _existing)]
+DiscoverySource: TypeAlias = Annotated[
+    str | Path, Leaf("https://HOST:PORT, or a path ending in .yaml", _discovery_source)
+]
+SecretFile: TypeAlias = Annotated[Secret, Leaf("{file: PATH}", _secret)]
+KeyFile: TypeAlias = Annotated[Secret, Leaf("a file with 64 hexadecimal digits", _hex_key)]

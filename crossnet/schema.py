@@ -1,0 +1,198 @@
+"""Checking a document against dataclasses, so that every error of it is told at once and not only the first.
+
+A section of the file is a frozen dataclass; its fields' types say what may stand there: another dataclass,
+`tuple[T, ...]` for a list, `dict[K, T]`, `T | None`, and for single values `Annotated[T, Leaf(...)]`. A field's key in
+the file is its name without the unit of seconds (`idle_timeout_s` is written `idle_timeout: 5s`), or `key(...)`'s.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from crossnet.document import Plain
+from discovery.shape import Fault, child, shown
+
+SectionT = TypeVar("SectionT")
+
+HIDDEN = "***"
+
+
+class Mismatch(ValueError):
+    """A single value is not what it should be. What is None is said by the leaf; `below` is the path within the value."""
+
+    def __init__(self, expected: str | None = None, got: str | None = None, below: str = "") -> None:
+        super().__init__(expected, got, below)
+        self.expected = expected
+        self.got = got
+        self.below = below
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """How one kind of single value is read and shown again."""
+
+    expected: str
+    parse: Callable[[Plain, Path], object]
+    """Make the value of what stands in the file (and the file's folder). Raises Mismatch."""
+    show: Callable[[Any], Plain] = str
+
+
+@dataclass(frozen=True, slots=True)
+class OneOrMore:
+    """Marks a list that may be written as its only item, without brackets."""
+
+
+def key(name: str) -> dict[str, str]:
+    """Return the metadata of a field whose key in the file is `name`."""
+    return {"key": name}
+
+
+RuleT = TypeVar("RuleT", bound=Callable[[Any], Iterator[Fault]])
+
+
+def rule(*fields: str) -> Callable[[RuleT], RuleT]:
+    """Mark a section's method that yields what is wrong although each value is well-formed.
+
+    It reads these fields and is asked only where all of them are right, so that no error hides another. Its paths are
+    relative to the section and begin with a dot.
+    """
+
+    def mark(method: RuleT) -> RuleT:
+        method.__dict__[_READS] = frozenset(fields)
+        return method
+
+    return mark
+
+
+_READS = "reads_fields"
+
+
+def decode(kind: type[SectionT], value: Plain, folder: Path) -> tuple[SectionT | None, list[Fault]]:
+    """Make a section of a document. None if there are faults."""
+    reader = _Reader(folder)
+    made = reader.read(kind, value, "$")
+    return (None if reader.faults else made), reader.faults
+
+
+def encode(kind: Any, value: object) -> Plain:
+    """Make the document that would give this section, defaults written out and secrets hidden."""
+    kind, marks = _unwrapped(kind)
+    if value is None:
+        return None
+    for mark in marks:
+        if isinstance(mark, Leaf):
+            return mark.show(value)
+    if dataclasses.is_dataclass(kind):
+        return {
+            name: encode(field_kind, getattr(value, field.name))
+            for name, field, field_kind in _fields(kind)
+            if getattr(value, field.name) is not None
+        }
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, tuple):
+        return [encode(arguments[0], item) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {str(name): encode(arguments[1], item) for name, item in value.items()}
+    raise TypeError(f"{kind} has no place in a section")
+
+
+class _Reader:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.faults: list[Fault] = []
+
+    def wrong(self, path: str, expected: str, got: str) -> Any:
+        self.faults.append(Fault(path, expected, got))
+
+    def read(self, kind: Any, value: Plain, path: str) -> Any:
+        kind, marks = _unwrapped(kind)
+        for mark in marks:
+            if isinstance(mark, Leaf):
+                return self.leaf(mark, value, path)
+        if dataclasses.is_dataclass(kind):
+            return self.section(kind, value, path)
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin is tuple:
+            if isinstance(value, list):
+                return tuple(self.read(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+            if value is not None and any(isinstance(mark, OneOrMore) for mark in marks):
+                return (self.read(arguments[0], value, path),)
+            return self.wrong(path, "a list", shown(value))
+        if origin is dict:
+            if not isinstance(value, dict):
+                return self.wrong(path, "a mapping", shown(value))
+            return {
+                self.read(arguments[0], name, child(path, name)): self.read(arguments[1], item, child(path, name))
+                for name, item in value.items()
+            }
+        raise TypeError(f"{kind} has no place in a section")
+
+    def leaf(self, leaf: Leaf, value: Plain, path: str) -> Any:
+        try:
+            return leaf.parse(value, self.folder)
+        except Mismatch as error:
+            return self.wrong(path + error.below, error.expected or leaf.expected, error.got or shown(value))
+
+    def section(self, kind: Any, value: Plain, path: str) -> Any:
+        if not isinstance(value, dict):
+            return self.wrong(path, "a mapping", shown(value))
+        fields = {key: (field, field_kind) for key, field, field_kind in _fields(kind)}
+        for name in value:
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                self.wrong(
+                    child(path, name), f"a known key such as {near[0]}" if near else _one_of(fields), "an unknown key"
+                )
+        arguments: dict[str, object] = {}
+        wrong = set()
+        for name, (field, field_kind) in fields.items():
+            before = len(self.faults)
+            if name in value:
+                arguments[field.name] = self.read(field_kind, value[name], child(path, name))
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                arguments[field.name] = self.wrong(child(path, name), _expected(field_kind), "nothing")
+            if len(self.faults) > before:
+                wrong.add(field.name)
+        made = kind(**arguments)
+        for method in vars(kind).values():
+            reads = getattr(method, _READS, None)
+            if reads is not None and reads.isdisjoint(wrong):
+                self.faults.extend(Fault(path + fault.path, fault.expected, fault.got) for fault in method(made))
+        return made
+
+
+def _fields(kind: Any) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        yield field.metadata.get("key", field.name.removesuffix("_s")), field, hints[field.name]
+
+
+def _unwrapped(kind: Any) -> tuple[Any, tuple[object, ...]]:
+    """Take `T | None` and `Annotated[T, ...]` off a type; None never gets here as a value."""
+    marks: tuple[object, ...] = ()
+    while True:
+        origin = typing.get_origin(kind)
+        if origin is Annotated:
+            marks += kind.__metadata__
+            kind = kind.__origin__
+        elif origin in {typing.Union, types.UnionType}:
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        else:
+            return kind, marks
+
+
+def _expected(kind: Any) -> str:
+    kind, marks = _unwrapped(kind)
+    for mark in marks:
+        if isinstance(mark, Leaf):
+            return mark.expected
+    return "a list" if typing.get_origin(kind) is tuple else "a mapping"
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"one of {', '.join(names)}"

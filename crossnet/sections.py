@@ -1,0 +1,353 @@
+"""The sections of the configuration file and the rules over their keys.
+
+Each section is a dataclass whose fields are the section's keys, with the defaults written out.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, ip_address
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from crossnet.scalars import (
+    Accepted,
+    Boolean,
+    Cidr,
+    Count,
+    DiscoverySource,
+    DnsServer,
+    Domain,
+    Duration,
+    DurationOrZero,
+    Endpoint,
+    ExistingFile,
+    ImportName,
+    IpAddress,
+    KeyFile,
+    KeyId,
+    Listen,
+    ListenAddress,
+    LogFormat,
+    LogLevel,
+    NetworkId,
+    NewFile,
+    Port,
+    PortRange,
+    Prefer,
+    RecordId,
+    SecretFile,
+    Store,
+    Target,
+    Text,
+    TurnServerUrl,
+)
+from crossnet.schema import OneOrMore, key, rule
+from discovery.imports import BadImport, ImportRule
+from discovery.names import BadName, is_under, normalise_domain
+from discovery.shape import Fault
+
+ROLES = ("discovery_server", "turn", "dns", "relay", "gateway")
+"""In the order in which they start: each finds ready what it asks at its start."""
+
+DEFAULT_DOMAIN = "svc.mesh.internal"
+DEFAULT_ADMIN = Listen(IPv4Address("127.0.0.1"), 8690)
+DEFAULT_DRAIN_S = 30.0
+"""Long enough for a request under way, and what Kubernetes gives before it kills."""
+
+CLUSTER_DOMAIN = "cluster.local"
+MAX_RESOLV_CONF = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSection:
+    """How log lines are written, on stderr."""
+
+    format: LogFormat = "json"
+    level: LogLevel = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscoveryTlsSection:
+    """How a discovery server's certificate is verified."""
+
+    ca: ExistingFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySection:
+    """A key that signs what relays of `from` send to gateways of `to`."""
+
+    file: KeyFile
+    source: NetworkId = dataclasses.field(metadata=key("from"))
+    to: NetworkId
+
+    @property
+    def secret(self) -> bytes:
+        """The 32 bytes."""
+        return bytes.fromhex(self.file.text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportSection:
+    """Plain service names that this network takes from others."""
+
+    names: tuple[ImportName, ...]
+    sources: tuple[NetworkId, ...] = dataclasses.field(metadata=key("from"))
+    prefer: Prefer = "local"
+
+    def as_rule(self) -> ImportRule:
+        """The rule as discovery has it. Raises BadImport."""
+        return ImportRule(names=self.names, sources=self.sources, prefer=self.prefer)
+
+    @rule("names", "sources", "prefer")
+    def _meant(self) -> Iterator[Fault]:
+        try:
+            self.as_rule()
+        except BadImport as error:
+            expected, _, got = error.expected.removeprefix("expected ").rpartition(", got ")
+            yield Fault(f".{error.path}", expected or got, got if expected else "something else")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelaySection:
+    """The relay of this network's clients."""
+
+    id: RecordId
+    listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    advertise: Annotated[tuple[IpAddress, ...], OneOrMore()] = ()
+    """Addresses that clients reach it under; by default those that it listens on."""
+    allow: tuple[Cidr, ...] | None = None
+    """Clients that may use it; by default all that reach it."""
+    deliver: tuple[Target, ...] = ()
+    direct: tuple[Target, ...] = ()
+    sources: dict[RecordId, tuple[IpAddress, ...]] = dataclasses.field(default_factory=dict)
+    """For each TURN server the addresses that it sees this relay come from; asked of the server by default."""
+    pool: Count = 2
+
+    @rule("advertise", "listen")
+    def _advertised(self) -> Iterator[Fault]:
+        if not self.advertise and any(listen.address.is_unspecified for listen in self.listen):
+            yield Fault(".advertise", "the addresses that clients reach, since it listens on all", "nothing")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DnsSection:
+    """The resolver of this network's clients."""
+
+    listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    upstream: Annotated[tuple[DnsServer, ...], OneOrMore()] = ()
+    """Servers that answer what is not ours; by default those of /etc/resolv.conf."""
+    forward: dict[Domain, Annotated[tuple[DnsServer, ...], OneOrMore()]] = dataclasses.field(default_factory=dict)
+    search: Annotated[tuple[Domain, ...], OneOrMore()] | None = None
+    """Search domains of the clients, which the mesh domain must not touch; by default this machine's."""
+    ttl_s: Duration = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnAccessSection:
+    """How this network's gateway proves itself to another network's TURN servers: one of the three ways."""
+
+    username: Text | None = None
+    password: SecretFile | None = None
+    secret: SecretFile | None = None
+    issue: Boolean = False
+    """Ask this network's discovery server for credentials that live shortly."""
+
+    @rule("username", "password", "secret", "issue")
+    def _one_way(self) -> Iterator[Fault]:
+        ways = [self.username is not None or self.password is not None, self.secret is not None, self.issue]
+        if sum(ways) != 1:
+            yield Fault(
+                "", "one of {username, password}, {secret} and {issue: true}", "none" if not any(ways) else "more"
+            )
+        elif ways[0] and self.username is None:
+            yield Fault(".username", "the name that the password is for", "nothing")
+        elif ways[0] and self.password is None:
+            yield Fault(".password", "{file: PATH}", "nothing")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySection:
+    """The gateway to this network's services."""
+
+    id: RecordId
+    allow: tuple[Target, ...]
+    accept: tuple[Accepted, ...] = ("framed",)
+    turn: dict[NetworkId, TurnAccessSection] = dataclasses.field(default_factory=dict)
+    listen: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
+    """Where relays reach it without a TURN server; by default nowhere."""
+    advertise: Endpoint | None = None
+    """The address that relays dial for it; by default the one that it listens on."""
+
+    @rule("advertise", "listen")
+    def _advertised(self) -> Iterator[Fault]:
+        if self.listen and self.advertise is None and self.listen[0].address.is_unspecified:
+            yield Fault(".advertise", "ip:port that relays dial, since it listens on all addresses", "nothing")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnSection:
+    """The embedded TURN server, for gateways of other networks."""
+
+    id: RecordId
+    listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    relay_address: IpAddress
+    """Where allocations are made, as this network's relays reach it."""
+    ports: PortRange = (49152, 65535)  # RFC 8656 section 5
+    secret: SecretFile | None = None
+    users: dict[Text, SecretFile] = dataclasses.field(default_factory=dict)
+    realm: Domain | None = None
+    advertise: TurnServerUrl | None = None
+    """How gateways of other networks reach it; by default by the address that it listens on or relays from."""
+
+    @rule("secret", "users")
+    def _log_in(self) -> Iterator[Fault]:
+        if self.secret is None and not self.users:
+            yield Fault(".secret", "{file: PATH}, or users", "neither")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnServerSection:
+    """A TURN server of this network that is not ours to run, such as coturn."""
+
+    id: RecordId
+    url: TurnServerUrl
+    relay_addresses: tuple[IpAddress, ...]
+    port_min: Port = 49152  # RFC 8656 section 5, coturn's default too
+    port_max: Port = 65535
+
+    @rule("port_min", "port_max")
+    def _range(self) -> Iterator[Fault]:
+        if self.port_max < self.port_min:
+            yield Fault(".port_max", f"a port from {self.port_min} on", str(self.port_max))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerTlsSection:
+    """The certificate that a server of ours shows."""
+
+    cert: ExistingFile
+    key: ExistingFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensSection:
+    """The file that says which token may write what."""
+
+    file: ExistingFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscoveryServerSection:
+    """The discovery server, for all networks."""
+
+    listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    store: Store = "memory"
+    tls: ServerTlsSection | None = None
+    tokens: TokensSection | None = None
+    turn_secrets: dict[NetworkId, SecretFile] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole file."""
+
+    network: NetworkId
+    domain: Domain = DEFAULT_DOMAIN
+    discovery: Annotated[tuple[DiscoverySource, ...], OneOrMore()] = ()
+    discovery_tls: DiscoveryTlsSection | None = None
+    insecure: Boolean = False
+    """Let discovery be reached by http beyond this machine: tokens and records then travel in the clear."""
+    snapshot: NewFile | None = None
+    """Where the last good view of discovery is kept, to start from when discovery is away."""
+    token: SecretFile | None = None
+    admin: ListenAddress = DEFAULT_ADMIN
+    log: LogSection = LogSection()
+    drain_s: DurationOrZero = DEFAULT_DRAIN_S
+    keys: dict[KeyId, KeySection] = dataclasses.field(default_factory=dict)
+    imports: tuple[ImportSection, ...] = dataclasses.field(default=(), metadata=key("import"))
+    relay: RelaySection | None = None
+    dns: DnsSection | None = None
+    gateway: GatewaySection | None = None
+    turn: TurnSection | None = None
+    turn_servers: tuple[TurnServerSection, ...] = ()
+    discovery_server: DiscoveryServerSection | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that the file configures, in the order in which they start."""
+        return tuple(role for role in ROLES if getattr(self, role) is not None)
+
+    @property
+    def static_mesh(self) -> Path | None:
+        """The file that stands in for a discovery server."""
+        return next((source for source in self.discovery if isinstance(source, Path)), None)
+
+    @rule("domain")
+    def _domain(self) -> Iterator[Fault]:
+        yield from _apart(self.domain, (CLUSTER_DOMAIN,), "the cluster's own")
+
+    @rule("domain", "dns")
+    def _domain_and_dns(self) -> Iterator[Fault]:
+        search = None if self.dns is None else self.dns.search
+        yield from _apart(self.domain, search_domains() if search is None else search, "a search domain")
+        if self.dns is not None:
+            yield from _apart(self.domain, self.dns.forward, "a zone of dns.forward")
+
+    @rule("discovery")
+    def _discovery_for_roles(self) -> Iterator[Fault]:
+        asking = [name for name in ("turn", "turn_servers", "dns", "relay", "gateway") if getattr(self, name)]
+        if asking and not self.discovery:
+            yield Fault(".discovery", f"URLs, or a path ending in .yaml, since {asking[0]} needs it", "nothing")
+        if self.static_mesh is not None and len(self.discovery) > 1:
+            yield Fault(".discovery", "URLs, or one path alone", f"{len(self.discovery)} items")
+
+    @rule("discovery", "gateway")
+    def _discovery_for_allocations(self) -> Iterator[Fault]:
+        if self.static_mesh is not None and self.gateway is not None and self.gateway.turn:
+            yield Fault(".gateway.turn", "a discovery server, since allocations come and go", "a static mesh file")
+
+    @rule("discovery", "insecure")
+    def _discovery_in_the_clear(self) -> Iterator[Fault]:
+        for index, source in enumerate(self.discovery):
+            if isinstance(source, str) and not self.insecure and not _safe(source):
+                yield Fault(f".discovery[{index}]", "https, or http to loopback, or insecure: true", repr(source))
+
+
+def _apart(domain: str, zones: Iterable[str], what: str) -> Iterator[Fault]:
+    # Upstream must not serve the mesh domain: there would be two answers for one name, by who is asked.
+    for zone in zones:
+        if is_under(domain, zone) or is_under(zone, domain):
+            yield Fault(".domain", f"a zone apart from {zone}, which is {what}", repr(domain))
+
+
+def search_domains(path: Path = Path("/etc/resolv.conf")) -> tuple[str, ...]:
+    """Return the search domains of this machine's resolver; none where they cannot be read."""
+    found: tuple[str, ...] = ()
+    try:
+        lines = path.read_text(errors="replace")[:MAX_RESOLV_CONF].splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        words = line.split()
+        if words and words[0] in ("search", "domain"):
+            found = tuple(words[1:])  # resolv.conf(5): the last of them counts
+    domains = []
+    for word in found:
+        try:
+            domains.append(normalise_domain(word))
+        except BadName:
+            continue  # "." and the like name no zone
+    return tuple(domains)
+
+
+def _safe(url: str) -> bool:
+    parts = urlsplit(url)
+    if parts.scheme == "https" or parts.hostname == "localhost":
+        return True
+    try:
+        return ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False

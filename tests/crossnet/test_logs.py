@@ -1,0 +1,123 @@
+"""Log lines: one a record, whatever a peer calls itself."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crossnet import logs
+
+
+class Reason(StrEnum):
+    OK = "ok"
+
+
+def record(message: str, event: object = None, **arguments: Any) -> logging.LogRecord:
+    made = logging.LogRecord("sniproxy.relay", logging.INFO, "", 0, message, None, None, **arguments)
+    if event is not None:
+        made.event = event
+    return made
+
+
+def as_json(message: str, event: object = None) -> dict[str, Any]:
+    line = logs.JsonFormatter().format(record(message, event))
+    assert "\n" not in line
+    assert line.isascii()
+    read = json.loads(line)
+    assert isinstance(read, dict)
+    return read
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    logger = logging.getLogger()
+    before = logger.handlers[:], logger.level
+    yield logger
+    logger.handlers[:] = before[0]
+    logger.setLevel(before[1])
+    logging.captureWarnings(False)
+
+
+def test_an_event_is_its_name_and_its_fields() -> None:
+    line = as_json("stream", {"sni": "a.b", "bytes_up": 7, "ms_total": 1.23456, "reason": Reason.OK, "target": None})
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "info",
+        "event": "stream",
+        "sni": "a.b",
+        "bytes_up": 7,
+        "ms_total": 1.235,
+        "reason": "ok",
+        "target": None,
+    }
+
+
+def test_a_plain_message_names_its_logger() -> None:
+    line = as_json("listening")
+    assert (line["logger"], line["message"]) == ("sniproxy.relay", "listening")
+
+
+def test_a_field_cannot_stand_in_for_one_of_ours() -> None:
+    assert as_json("stream", {"level": "x", "event": "y"}).items() >= {
+        "level": "info", "event": "stream", "level_": "x", "event_": "y",
+    }.items()  # fmt: skip
+
+
+def test_text_is_cut_to_200_bytes() -> None:
+    assert len(as_json("stream", {"sni": "ä" * 1000})["sni"].encode()) <= 200
+    assert as_json("stream", {"sni": "x" * 200})["sni"] == "x" * 200
+
+
+def test_nested_values_are_bounded() -> None:
+    deep: list[Any] = []
+    for _ in range(50):
+        deep = [deep]
+    line = as_json("config", {"deep": deep, "wide": list(range(1000)), "map": {"k": "v" * 300}, "huge": 1 << 9999})
+    assert len(line["wide"]) == logs.MAX_ITEMS
+    assert len(line["map"]["k"].encode()) == 200
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=5),
+        st.text(max_size=300) | st.binary(max_size=50) | st.floats() | st.integers() | st.none() | st.lists(st.text()),
+        max_size=4,
+    )
+)
+def test_whatever_is_logged_is_one_line_in_either_format(event: dict[str, object]) -> None:
+    as_json("stream", event)
+    made = logs.LogfmtFormatter().format(record("stream", event))
+    assert len(made.splitlines()) == 1
+
+
+def test_logfmt_cannot_be_forged() -> None:
+    line = logs.LogfmtFormatter().format(record("stream", {"sni": 'x" reason=ok\nlevel=error', "n": 3, "plain": "a-b"}))
+    assert r'sni="x\" reason=ok\nlevel=error"' in line
+    assert line.endswith("n=3 plain=a-b")
+
+
+def test_an_exception_stays_on_the_line() -> None:
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError as error:
+        made = logging.LogRecord("x", logging.ERROR, "", 0, "failed", None, (type(error), error, None))
+    line = logs.JsonFormatter().format(made)
+    assert "\n" not in line
+    assert "ValueError: first" in json.loads(line)["error"]
+
+
+@pytest.mark.parametrize("style", ["json", "logfmt"])
+def test_levels(root: logging.Logger, style: str) -> None:
+    stream = io.StringIO()
+    logs.set_up(style=style, level="warning", stream=stream)
+    logging.getLogger("a").info("quiet")
+    logging.getLogger("a").warning("loud")
+    assert len(stream.getvalue().splitlines()) == 1
+    assert "loud" in stream.getvalue()
+    assert root.level == logging.WARNING
