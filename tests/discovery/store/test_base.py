@@ -1,0 +1,234 @@
+"""The contract that every store keeps."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from discovery.model import AnyRecord, Deletion, Kind, NetworkSpec, VipSpec
+from discovery.store import Change, MemoryStore, PreconditionFailed, SqliteStore, Store, UnknownLease
+
+pytestmark = pytest.mark.anyio
+
+KEY = (Kind.VIP, "b", "v")
+SPEC = VipSpec(name="orders.shop", address="10.200.0.1")
+OTHER = VipSpec(name="orders.shop", address="10.200.0.2")
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> AsyncIterator[Store]:
+    store: Store
+    if request.param == "memory":
+        store = MemoryStore(clock=clock, max_tombstones=5)
+    else:
+        store = SqliteStore(tmp_path / "discovery.db", clock=clock, max_tombstones=5)
+    await store.open()
+    yield store
+    await store.close()
+    await store.close()
+
+
+async def pass_time(store: Store, clock: Clock, seconds: int) -> list[Deletion]:
+    ended: list[Deletion] = []
+    for _ in range(seconds):
+        clock.now += 1
+        ended.extend(await store.expire())
+    return ended
+
+
+async def test_begins_empty(store: Store) -> None:
+    assert store.revision == 0
+    assert len(store.epoch) == 16
+    assert await store.get(KEY) is None
+    assert (await store.snapshot()).records == ()
+    assert await store.since(0) == []
+    assert await store.count("b") == 0
+    assert await store.expire() == ()
+
+
+async def test_what_was_put_is_there(store: Store) -> None:
+    record = await store.put(KEY, SPEC)
+    assert (record.key, record.spec, record.revision, record.lease) == (KEY, SPEC, 1, None)
+    assert await store.get(KEY) == record
+    again = await store.put(KEY, OTHER)
+    assert again.revision == store.revision == 2
+    assert (await store.snapshot()).records == (again,)
+    assert await store.count("b") == 1
+
+
+async def test_listing_by_kind_and_network(store: Store) -> None:
+    await store.put(KEY, SPEC)
+    for network in "bc":
+        await store.put((Kind.NETWORK, network, network), NetworkSpec())
+
+    async def keys(kind: Kind | None = None, network: str | None = None) -> list[object]:
+        snapshot = await store.snapshot(kind, network)
+        assert snapshot.revision == 3
+        return sorted(record.key for record in snapshot.records)
+
+    assert await keys() == [(Kind.NETWORK, "b", "b"), (Kind.NETWORK, "c", "c"), KEY]
+    assert await keys(Kind.NETWORK) == [(Kind.NETWORK, "b", "b"), (Kind.NETWORK, "c", "c")]
+    assert await keys(network="b") == [(Kind.NETWORK, "b", "b"), KEY]
+    assert await keys(Kind.VIP, "c") == []
+
+
+async def test_conditional_writes(store: Store) -> None:
+    with pytest.raises(PreconditionFailed) as caught:
+        await store.put(KEY, SPEC, if_match=1)
+    assert caught.value.revision is None
+    record = await store.put(KEY, SPEC, if_none_match=True)
+    with pytest.raises(PreconditionFailed) as caught:
+        await store.put(KEY, OTHER, if_none_match=True)
+    assert caught.value.revision == record.revision
+    with pytest.raises(PreconditionFailed):
+        await store.put(KEY, OTHER, if_match=record.revision + 1)
+    with pytest.raises(PreconditionFailed):
+        await store.delete(KEY, if_match=record.revision + 1)
+    assert await store.get(KEY) == record
+    newer = await store.put(KEY, OTHER, if_match=record.revision)
+    assert store.revision == newer.revision == 2
+    assert await store.delete(KEY, if_match=2) == Deletion(KEY, 3)
+    with pytest.raises(PreconditionFailed):
+        await store.delete(KEY, if_match=2)
+
+
+async def test_what_was_deleted_is_gone(store: Store) -> None:
+    await store.put(KEY, SPEC)
+    assert await store.delete(KEY) == Deletion(KEY, 2)
+    assert await store.delete(KEY) is None
+    assert store.revision == 2
+    assert await store.get(KEY) is None
+    assert await store.count("b") == 0
+    assert (await store.put(KEY, SPEC, if_none_match=True)).revision == 3
+
+
+async def test_history_tells_the_last_change_of_each_record(store: Store) -> None:
+    first = await store.put(KEY, SPEC)
+    kept = await store.put((Kind.NETWORK, "b", "b"), NetworkSpec())
+    gone = await store.put((Kind.NETWORK, "c", "c"), NetworkSpec())
+    await store.delete(gone.key)
+    last = await store.put(KEY, OTHER)
+    assert await store.since(0) == [kept, Deletion(gone.key, 4), last]
+    assert await store.since(first.revision) == [kept, Deletion(gone.key, 4), last]
+    assert await store.since(4) == [last]
+    assert await store.since(5) == []
+    await store.put(gone.key, NetworkSpec())
+    assert [change.revision for change in await store.since(0) or ()] == [2, 5, 6]
+
+
+async def test_history_that_is_not_known_is_none(store: Store) -> None:
+    assert await store.since(1) is None
+    for _ in range(6):  # one deletion more than is remembered
+        await store.put(KEY, SPEC)
+        await store.delete(KEY)
+        await store.put((Kind.VIP, "b", f"v{store.revision}"), SPEC)
+    for record in (await store.snapshot()).records:
+        await store.delete(record.key)
+    revision = store.revision
+    assert await store.since(0) is None
+    assert await store.since(revision - 6) is None
+    assert await store.since(revision + 1) is None
+    assert len(await store.since(revision - 5) or ()) == 5
+    assert await store.since(revision) == []
+
+
+async def test_subscribers_hear_every_write_in_order(store: Store) -> None:
+    heard: list[Change] = []
+
+    def listen(changes: Sequence[Change]) -> None:
+        heard.extend(changes)
+
+    stop = store.subscribe(listen)
+    record = await store.put(KEY, SPEC)
+    deletion = await store.delete(KEY)
+    await store.delete(KEY)
+    assert heard == [record, deletion]
+    stop()
+    stop()
+    await store.put(KEY, SPEC)
+    assert len(heard) == 2
+
+
+async def test_a_lease_withdraws_its_records_when_it_ends(store: Store, clock: Clock) -> None:
+    lease = await store.grant(10, "somebody")
+    assert await store.lease(lease.id) == lease
+    assert await store.leases("somebody") == [lease]
+    assert await store.leases("nobody") == []
+    await store.put(KEY, SPEC, lease=lease.id)
+    await store.put((Kind.NETWORK, "b", "b"), NetworkSpec(), lease=lease.id)
+    kept = await store.put((Kind.NETWORK, "c", "c"), NetworkSpec())
+    assert await pass_time(store, clock, 9) == []
+    assert await store.renew(lease.id) == lease
+    assert await pass_time(store, clock, 9) == []
+    heard: list[Change] = []
+    store.subscribe(heard.extend)
+    ended = await pass_time(store, clock, 1)
+    assert ended == heard == [Deletion((Kind.NETWORK, "b", "b"), 4), Deletion(KEY, 5)]
+    assert (await store.snapshot()).records == (kept,)
+    assert await store.lease(lease.id) is None
+    for action in (store.renew(lease.id), store.revoke(lease.id), store.put(KEY, SPEC, lease=lease.id)):
+        with pytest.raises(UnknownLease):
+            await action
+    assert store.revision == 5
+
+
+async def test_revoking_is_expiring_now(store: Store) -> None:
+    lease = await store.grant(10, "somebody")
+    await store.put(KEY, SPEC, lease=lease.id)
+    assert await store.revoke(lease.id) == [Deletion(KEY, 2)]
+    assert await store.get(KEY) is None
+    empty = await store.grant(10, "somebody")
+    assert await store.revoke(empty.id) == []
+    assert store.revision == 2
+
+
+async def test_a_record_hangs_on_the_lease_it_was_last_put_with(store: Store, clock: Clock) -> None:
+    old, new = await store.grant(10, "before a crash"), await store.grant(20, "after it")
+    await store.put(KEY, SPEC, lease=old.id)
+    taken = await store.put(KEY, SPEC, lease=new.id)
+    assert await pass_time(store, clock, 12) == []
+    assert await store.get(KEY) == taken
+    freed = await store.put(KEY, SPEC)
+    assert freed.lease is None
+    assert await pass_time(store, clock, 12) == []
+    assert await store.get(KEY) == freed
+
+
+async def test_no_lease_pays_for_a_server_that_stood_still(store: Store, clock: Clock) -> None:
+    lease = await store.grant(10, "somebody")
+    await store.put(KEY, SPEC, lease=lease.id)
+    await pass_time(store, clock, 2)
+    clock.now += 60
+    assert await store.expire() == ()
+    assert await pass_time(store, clock, 7) == []
+    assert await pass_time(store, clock, 1) == [Deletion(KEY, 2)]
+
+
+async def test_writes_at_once_are_one_after_the_other(store: Store) -> None:
+    won: list[AnyRecord] = []
+
+    async def claim(number: int) -> None:
+        try:
+            won.append(await store.put(KEY, VipSpec(name="o.s", address=f"10.200.0.{number}"), if_none_match=True))
+        except PreconditionFailed:
+            pass
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(20):
+            group.create_task(claim(number))
+    assert [await store.get(KEY)] == won
