@@ -1,1 +1,18 @@
-"""The resolver: cross-network names get the relay's address, everything else goes upstream unchanged."""
+"""dnsgw: the resolver that a network's clients use.
+
+Cross-network names get the address of a relay of this network; everything else is asked of upstream, byte for byte. It
+does not recurse, validate or cache what upstream says.
+
+    config     what a server is told                 server     its sockets, and where the parts meet
+    wire       (S) questions: the scanner            reply      (S) replies: prepared, or relayed
+    intercept  (S) one question → answer or pass     rdata      (S) dnslib, for what is made once
+    resolver   one packet → its reply                udp, tcp   the client's side
+    forward    attempts, time-outs, coalescing       upstream, pipeline, exchange   the other side
+"""
+
+from dnsgw.config import DnsConfig
+from dnsgw.metrics import DnsMetrics, Outcome
+from dnsgw.server import DnsServer, UpstreamLoop
+from dnsgw.upstream import Endpoint
+
+__all__ = ["DnsConfig", "DnsMetrics", "DnsServer", "Endpoint", "Outcome", "UpstreamLoop"]

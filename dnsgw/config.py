@@ -1,0 +1,64 @@
+"""What a DnsServer is told."""
+
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+
+from discovery.imports import Imports
+from dnsgw.forward import MAX_IN_FLIGHT
+from dnsgw.upstream import Endpoint
+
+DEFAULT_DOMAIN = "svc.mesh.internal"
+DEFAULT_TTL_S = 5  # what Kubernetes' own DNS uses: a relay that is gone is forgotten soon
+
+# Who asks from inside: loopback, RFC 1918, shared (RFC 6598, many pod networks), link-local and unique local addresses.
+# Answering anybody else makes an open resolver, a tool for attacks on others (RFC 5358).
+PRIVATE = tuple(
+    ip_network(text)
+    for text in (
+        "127.0.0.0/8",
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "100.64.0.0/10",
+        "169.254.0.0/16",
+        "::1/128",
+        "fc00::/7",
+        "fe80::/10",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DnsConfig:
+    """The resolver of one network."""
+
+    network: str
+    """The network whose clients ask, and whose relays they are sent to."""
+
+    listen: tuple[Endpoint, ...]
+    """Addresses for UDP and TCP alike; port 0 is any, the same for both."""
+
+    domain: str = DEFAULT_DOMAIN
+    """The mesh domain."""
+
+    upstream: tuple[Endpoint, ...] = ()
+    """Resolvers for all other names, in order; none: the name servers of `resolv_conf`."""
+
+    resolv_conf: Path = Path("/etc/resolv.conf")
+    imports: Imports = field(default_factory=Imports)
+    """Plain names that this network takes from others."""
+
+    ttl_s: int = DEFAULT_TTL_S
+    """Of every answer of ours, positive or negative."""
+
+    allow: tuple[IPv4Network | IPv6Network, ...] = PRIVATE
+    """Whose questions are answered; everybody else is refused."""
+
+    max_in_flight: int = MAX_IN_FLIGHT
+    """Questions that may wait for an upstream; more are refused at once, as a queue would only make all of them late."""
+
+    max_tcp_connections: int = 512
+    max_tcp_connections_per_client: int = 128
+    tcp_idle_timeout_s: float = 10.0
+    """A connection without a whole question for so long is closed (RFC 7766 section 6.2.3)."""

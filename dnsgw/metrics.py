@@ -1,0 +1,80 @@
+"""What is counted: plain integers on the hot path, which a collector turns into metrics when somebody asks."""
+
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+
+class Outcome(StrEnum):
+    """What became of a question."""
+
+    ANSWERED = "answered"
+    NODATA = "nodata"
+    NXDOMAIN = "nxdomain"
+    SERVFAIL = "servfail"
+    """Ours, but no relay is alive or discovery was not heard from."""
+
+    REFUSED = "refused"
+    FORWARDED = "forwarded"
+    UPSTREAM_FAILED = "upstream_failed"
+    OVERLOADED = "overloaded"
+    DENIED = "denied"
+    MALFORMED = "malformed"
+    IGNORED = "ignored"
+    """Answers and fragments of messages, to which nothing is said."""
+
+    UNSENT = "unsent"
+    """Counted besides: the reply could not be sent."""
+
+    ERROR = "error"
+    """A fault of ours; the log has it."""
+
+
+class UpstreamOutcome(StrEnum):
+    """What became of one attempt to ask an upstream."""
+
+    ANSWERED = "answered"
+    FAILED_OVER = "failed_over"
+    """It answered SERVFAIL or REFUSED and another one was asked."""
+
+    TIMEOUT = "timeout"
+    UNREACHABLE = "unreachable"
+    UNWANTED = "unwanted"
+    """A packet that answers nothing that was asked there: late, or forged."""
+
+
+class DnsMetrics(Collector):
+    """Counts of one server. Every label is there from the start."""
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.queries = dict.fromkeys(Outcome, 0)
+        self.upstream = dict.fromkeys(UpstreamOutcome, 0)
+        self.coalesced = 0
+        self.in_flight: Callable[[], int] = int
+        self.tcp_connections: Callable[[], int] = int
+
+    def collect(self) -> Iterable[Metric]:
+        """Give the counts as Prometheus wants them."""
+        queries = CounterMetricFamily("crossnet_dns_queries", "Questions by what became of them.", labels=["outcome"])
+        for outcome, count in self.queries.items():
+            queries.add_metric([outcome.value], count)
+        yield queries
+        upstream = CounterMetricFamily(
+            "crossnet_dns_upstream_attempts", "Attempts to ask an upstream by what became of them.", labels=["outcome"]
+        )
+        for result, count in self.upstream.items():
+            upstream.add_metric([result.value], count)
+        yield upstream
+        yield CounterMetricFamily(
+            "crossnet_dns_coalesced", "Questions that waited for the answer to the same question.", value=self.coalesced
+        )
+        yield GaugeMetricFamily(
+            "crossnet_dns_in_flight", "Questions that wait for an upstream.", value=self.in_flight()
+        )
+        yield GaugeMetricFamily(
+            "crossnet_dns_tcp_connections", "Clients connected over TCP.", value=self.tcp_connections()
+        )

@@ -1,0 +1,134 @@
+"""One TCP connection to an upstream with many questions in flight (RFC 7766).
+
+Its socket is raw and non-blocking and is driven by callbacks of the loop, so that connecting needs no task either. The
+connection ends when it was idle, when the upstream ends it, or when the upstream sends what is no DNS message.
+"""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from dnsgw.wire import HEADER_SIZE
+
+IDLE_S = 10.0  # RFC 7766 section 6.2.3 asks clients to close what they do not need; upstreams commonly wait as long
+_READ = 65536
+
+AskedT = TypeVar("AskedT")
+
+
+class Pipeline(Generic[AskedT]):
+    """A connection that is opened at once and takes messages before it is there. `pending` is kept by its user."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        received: Callable[[bytes, dict[int, AskedT]], None],
+        lost: Callable[["Pipeline[AskedT]"], None],
+    ) -> None:
+        """Prepare; `received` gets each message with its id, `lost` is called once, however the connection ends."""
+        self.pending: dict[int, AskedT] = {}
+        self.closed = False
+        self._loop = loop
+        self._received = received
+        self._lost = lost
+        self._sock: socket.socket | None = None
+        self._connected = False
+        self._writing = False
+        self._out = bytearray()
+        self._in = bytearray()
+        self._idle_timer: asyncio.TimerHandle | None = None
+
+    def open(self, family: socket.AddressFamily, destination: tuple[str, int]) -> None:
+        """Begin to connect. Raises OSError when that fails at once."""
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        error = sock.connect_ex(destination)
+        if error not in (0, errno.EINPROGRESS):
+            sock.close()
+            self.closed = True
+            raise OSError(error, f"connect: {errno.errorcode.get(error, error)}")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._loop.add_reader(sock, self._readable)
+        self._loop.add_writer(sock, self._writable)
+        self._writing = True
+        self._idle_timer = self._loop.call_later(IDLE_S, self._idle)
+
+    def send(self, message: bytes) -> None:
+        """Send a message with its length in front, in one write (RFC 7766 section 8)."""
+        self._out += len(message).to_bytes(2, "big") + message
+        if self._connected and not self._writing:
+            self._flush()
+
+    def close(self) -> None:
+        """End the connection; whatever is pending is lost."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if self._sock is not None:
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+            self._sock.close()
+        self._out.clear()
+        self._lost(self)
+
+    def _idle(self) -> None:
+        if self.pending:
+            self._idle_timer = self._loop.call_later(IDLE_S, self._idle)
+        else:
+            self.close()
+
+    def _writable(self) -> None:
+        if not self._connected:
+            assert self._sock is not None
+            if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.close()
+                return
+            self._connected = True
+        self._flush()
+
+    def _flush(self) -> None:
+        assert self._sock is not None
+        try:
+            while self._out:
+                del self._out[: self._sock.send(self._out)]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            self.close()
+            return
+        if self._out and not self._writing:
+            self._loop.add_writer(self._sock, self._writable)
+        elif self._writing and not self._out:
+            self._loop.remove_writer(self._sock)
+        self._writing = bool(self._out)
+
+    def _readable(self) -> None:
+        assert self._sock is not None
+        try:
+            data = self._sock.recv(_READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._in += data
+        begin = 0
+        while len(self._in) - begin >= 2:
+            end = begin + 2 + int.from_bytes(self._in[begin : begin + 2], "big")
+            if end - begin - 2 < HEADER_SIZE:
+                self.close()
+                return
+            if len(self._in) < end:
+                break
+            self._received(bytes(self._in[begin + 2 : end]), self.pending)
+            if self.closed:
+                return
+            begin = end
+        del self._in[:begin]

@@ -1,0 +1,143 @@
+"""The resolver of a network as a server: its sockets, and the one place where its parts meet."""
+
+import asyncio
+import logging
+from contextlib import ExitStack
+
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import format_endpoint
+from discovery.model import Mesh
+from dnsgw.config import DnsConfig
+from dnsgw.forward import Forwarder
+from dnsgw.metrics import DnsMetrics
+from dnsgw.resolver import Resolver
+from dnsgw.tcp import TcpListener
+from dnsgw.udp import UdpListener
+from dnsgw.upstream import Endpoint, leads_here, read_resolv_conf
+
+log = logging.getLogger(__name__)
+
+_PORT_TRIES = 16  # to find a port that is free for TCP and UDP alike
+
+
+class UpstreamLoop(ValueError):
+    """An upstream that is this server itself: it would ask itself for ever."""
+
+
+class DnsServer:
+    """Answers the clients of one network. `open`, then `run` until cancelled, then `close`."""
+
+    def __init__(self, config: DnsConfig, *, registry: CollectorRegistry | None = None) -> None:
+        """Prepare. Raises BadName for a bad domain."""
+        self.config = config
+        self.addresses: tuple[Endpoint, ...] = ()
+        """Where it listens, with the ports that were chosen for 0."""
+
+        self.upstreams: tuple[Endpoint, ...] = ()
+        """Who is asked for everything else."""
+
+        self.metrics = DnsMetrics()
+        self._resolver = Resolver(config, self.metrics)
+        self._forwarder: Forwarder | None = None
+        self._udp: list[UdpListener] = []
+        self._tcp: list[TcpListener] = []
+        self._closing = asyncio.Event()
+        if registry is not None:
+            registry.register(self.metrics)
+
+    def apply(self, mesh: Mesh) -> None:
+        """Answer from this state of discovery from now on. Until the first one, questions of ours are held, 1 s at most."""
+        self._resolver.apply(mesh)
+
+    async def open(self) -> None:
+        """Bind every address. Raises OSError, or UpstreamLoop for a configured upstream that is this server."""
+        with ExitStack() as undo:
+            undo.callback(self._close_listeners)
+            self.addresses = tuple(self._bind(endpoint) for endpoint in self.config.listen)
+            self.upstreams = self._choose_upstreams()
+            undo.pop_all()
+        forwarder = Forwarder(self.upstreams, self.metrics, max_in_flight=self.config.max_in_flight)
+        self._forwarder = forwarder
+        self.metrics.in_flight = lambda: forwarder.waiting
+        self.metrics.tcp_connections = lambda: sum(map(len, self._tcp))
+        self._resolver.attach(asyncio.get_running_loop(), forwarder)
+
+    async def run(self) -> None:
+        """Answer until cancelled or closed."""
+        loop = asyncio.get_running_loop()
+        for udp in self._udp:
+            udp.start(loop)
+        for tcp in self._tcp:
+            await tcp.start(loop)
+        log.info(
+            "dns_listening",
+            extra={
+                "event": {
+                    "addresses": [format_endpoint(*endpoint) for endpoint in self.addresses],
+                    "upstreams": [format_endpoint(*endpoint) for endpoint in self.upstreams],
+                    "domain": self.config.domain,
+                    "network": self.config.network,
+                }
+            },
+        )
+        try:
+            await self._closing.wait()
+        finally:
+            self._close_listeners()
+
+    async def close(self) -> None:
+        """Stop: what is held or in flight is answered SERVFAIL over the sockets that still are."""
+        self._resolver.close()
+        if self._forwarder is not None:
+            self._forwarder.close()
+        self._close_listeners()
+        self._closing.set()
+
+    def _close_listeners(self) -> None:
+        for udp in self._udp:
+            udp.close()
+        for tcp in self._tcp:
+            tcp.close()
+        self._udp.clear()
+        self._tcp.clear()
+
+    def _bind(self, endpoint: Endpoint) -> Endpoint:
+        address, port = endpoint
+        for tries_left in reversed(range(_PORT_TRIES)):
+            tcp = TcpListener(
+                endpoint,
+                self._resolver,
+                max_connections=self.config.max_tcp_connections,
+                max_connections_per_client=self.config.max_tcp_connections_per_client,
+                idle_timeout_s=self.config.tcp_idle_timeout_s,
+            )
+            try:
+                udp = UdpListener((address, tcp.port), self._resolver, self.metrics)
+            except OSError:
+                tcp.close()
+                if port or not tries_left:
+                    raise
+                continue
+            self._tcp.append(tcp)
+            self._udp.append(udp)
+            return address, tcp.port
+        raise AssertionError("the last try raises")
+
+    def _choose_upstreams(self) -> tuple[Endpoint, ...]:
+        """Take the configured upstreams; or the host's, but for ourselves, whom the host may well ask."""
+        for upstream in self.config.upstream:
+            if leads_here(upstream, self.addresses):
+                raise UpstreamLoop(
+                    f"upstream {format_endpoint(*upstream)} is this server itself: name another resolver"
+                )
+        if self.config.upstream:
+            return self.config.upstream
+        found = read_resolv_conf(self.config.resolv_conf)
+        kept = tuple(endpoint for endpoint in found if not leads_here(endpoint, self.addresses))
+        if not kept:
+            log.warning(
+                "dns_no_upstream",
+                extra={"event": {"resolv_conf": str(self.config.resolv_conf), "name_servers": len(found)}},
+            )
+        return kept

@@ -1,0 +1,194 @@
+"""Questions over TCP (RFC 7766): many on one connection, answered in the order in which the answers come."""
+
+import asyncio
+import socket
+from typing import Any, cast
+
+from dnsgw.resolver import Resolver
+from dnsgw.upstream import Endpoint
+from dnsgw.wire import HEADER_SIZE
+
+MAX_QUERY = 4096  # as over UDP
+MAX_PIPELINED = 128  # questions of one connection that wait for their answers; then it is not read
+BACKLOG = 256
+
+
+class TcpListener:
+    """One listening socket and its connections."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        resolver: Resolver,
+        *,
+        max_connections: int,
+        max_connections_per_client: int,
+        idle_timeout_s: float,
+    ) -> None:
+        """Bind and listen; connections are accepted from `start` on. Raises OSError."""
+        address, port = endpoint
+        self.resolver = resolver
+        self.idle_timeout_s = idle_timeout_s
+        self._max_connections = max_connections
+        self._max_connections_per_client = max_connections_per_client
+        self._connections: dict[_Connection, str] = {}
+        self._clients: dict[str, int] = {}
+        self._server: asyncio.Server | None = None
+        self._sock = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if address.version == 6:
+                self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            self._sock.bind((str(address), port))
+            self._sock.listen(BACKLOG)
+            self._sock.setblocking(False)
+        except OSError:
+            self._sock.close()
+            raise
+        self.port: int = self._sock.getsockname()[1]
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    async def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to answer."""
+        self._server = await loop.create_server(lambda: _Connection(self, loop), sock=self._sock, backlog=BACKLOG)
+
+    def close(self) -> None:
+        """Close the socket and every connection."""
+        if self._server is not None:
+            self._server.close()
+        else:
+            self._sock.close()
+        for connection in list(self._connections):
+            connection.abort()
+
+    def admit(self, connection: "_Connection", host: str) -> bool:
+        """Count a connection, or say that there are too many."""
+        mine = self._clients.get(host, 0)
+        if len(self._connections) >= self._max_connections or mine >= self._max_connections_per_client:
+            return False
+        self._connections[connection] = host
+        self._clients[host] = mine + 1
+        return True
+
+    def forget(self, connection: "_Connection") -> None:
+        """Count a connection out."""
+        host = self._connections.pop(connection, None)
+        if host is not None:
+            self._clients[host] -= 1
+            if not self._clients[host]:
+                del self._clients[host]
+
+
+class _Connection(asyncio.Protocol):
+    """One client's connection."""
+
+    def __init__(self, listener: TcpListener, loop: asyncio.AbstractEventLoop) -> None:
+        self._listener = listener
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._host = ""
+        self._buffer = bytearray()
+        self._waiting = 0
+        self._pumping = False
+        self._reading = True
+        self._writable = True
+        self._ended = False
+        self._last = loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        self._host = peer[0] if peer else ""
+        if not peer or not self._listener.admit(self, self._host):
+            self._transport.abort()
+            return
+        self._timer = self._loop.call_later(self._listener.idle_timeout_s, self._check_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self._transport = None
+        self._buffer.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._listener.forget(self)
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        self._pump()
+
+    def eof_received(self) -> bool:
+        """The client asks no more. It may still wait for answers."""
+        self._ended = True
+        return self._waiting > 0
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._pump()
+
+    def _pump(self) -> None:
+        """Handle the whole questions that are there, unless too many wait or the client does not read its answers."""
+        transport = self._transport
+        if self._pumping or transport is None:
+            return
+        self._pumping = True
+        buffer = self._buffer
+        begin = 0
+        while self._open_for_more() and not transport.is_closing() and len(buffer) - begin >= 2:
+            size = int.from_bytes(buffer[begin : begin + 2], "big")
+            if not HEADER_SIZE <= size <= MAX_QUERY:
+                transport.close()
+                break
+            end = begin + 2 + size
+            if len(buffer) < end:
+                break
+            self._waiting += 1
+            self._last = self._loop.time()
+            self._listener.resolver.handle(bytes(buffer[begin + 2 : end]), self._host, self._send, None, True)
+            begin = end
+        del buffer[:begin]
+        self._pumping = False
+        if self._reading != self._open_for_more() and not transport.is_closing() and not self._ended:
+            self._reading = not self._reading
+            if self._reading:
+                transport.resume_reading()
+            else:
+                transport.pause_reading()
+
+    def _open_for_more(self) -> bool:
+        return self._writable and self._waiting < MAX_PIPELINED
+
+    def _send(self, reply: bytes, where: Any) -> None:  # noqa: ARG002 - where is for UDP
+        self._waiting -= 1
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if reply:
+            transport.write(len(reply).to_bytes(2, "big") + reply)
+        else:
+            transport.close()  # what needs no reply has no place on a connection either
+        if not self._reading:
+            self._pump()
+        if self._ended and not self._waiting:
+            transport.close()
+
+    def _check_idle(self) -> None:
+        """Close what has been quiet for too long: no whole question came, and none is being answered."""
+        if self._transport is None:
+            return
+        left_s = self._last + self._listener.idle_timeout_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._check_idle)
+        elif self._waiting:
+            self._timer = self._loop.call_later(self._listener.idle_timeout_s, self._check_idle)
+        else:
+            self._transport.abort() if self._transport.get_write_buffer_size() else self._transport.close()

@@ -1,0 +1,325 @@
+"""Questions as bytes: a strict scanner, and the pieces that messages are made of.
+
+A question is read with struct and one walk over its labels. No object per record is made for a packet, and nothing here
+recurses, follows a pointer or grows with the counts that a header claims.
+
+Names are compared as lower-cased wire bytes, never as dotted text, in which a dot inside a label would look like two
+labels (RFC 2181 section 11). Lower-casing whole wire names is safe: lengths are at most 63, below any letter.
+
+Sans-IO. The one error is BadQuery.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+MIN_UDP_REPLY = 512  # RFC 1035 section 4.2.1; RFC 6891 section 6.2.3: a smaller advertised size means this
+MAX_UDP_REPLY = 1232  # fits the smallest IPv6 MTU; unbound's default, and below the 1400 of RFC 9715
+MAX_TCP_REPLY = 65535
+MAX_WIRE_NAME = 255  # RFC 1035 section 2.3.4
+MAX_LABEL = 63
+MAX_EXTRA_TEXT = 120  # of an extended error: with it every reply of ours still fits in 512 bytes
+
+HEADER = struct.Struct("!HHHHHH")  # RFC 1035 section 4.1.1
+HEADER_SIZE = 12
+QR, AA, TC, RD, RA, AD, CD = 0x8000, 0x0400, 0x0200, 0x0100, 0x0080, 0x0020, 0x0010
+OPCODE = 0x7800
+CLASS_IN = 1
+OWNER = b"\xc0\x0c"  # a pointer to the name of the question, as the owner of a record (RFC 1035 section 4.1.4)
+
+_FIXED = struct.Struct("!HHIH")  # type, class, TTL, RDLENGTH
+OPT_FIXED = struct.Struct(
+    "!BHHBBHH"
+)  # root, type, size, extended RCODE, version, flags, RDLENGTH (RFC 6891 section 6.1.2)
+_OPTION = struct.Struct("!HH")
+_PAIR = struct.Struct("!HH")
+DO = 0x8000  # RFC 3225
+
+# Options that speak of one hop and not of the question: cookie (RFC 7873), keepalive (RFC 7828), padding (RFC 7830).
+_HOP_BY_HOP = frozenset({10, 11, 12})
+
+
+class Rcode(IntEnum):
+    """Response codes (RFC 1035 section 4.1.1, RFC 6891 section 9)."""
+
+    NOERROR = 0
+    FORMERR = 1
+    SERVFAIL = 2
+    NXDOMAIN = 3
+    NOTIMP = 4
+    REFUSED = 5
+    BADVERS = 16
+
+
+class Qtype(IntEnum):
+    """The query types that are told apart here."""
+
+    A = 1
+    SOA = 6
+    PTR = 12
+    HINFO = 13
+    AAAA = 28
+    SRV = 33
+    OPT = 41
+    HTTPS = 65
+    IXFR = 251
+    AXFR = 252
+    ANY = 255
+
+
+class ExtendedError(IntEnum):
+    """Extended errors (RFC 8914 section 4)."""
+
+    OTHER = 0
+    NOT_READY = 14
+    NO_REACHABLE_AUTHORITY = 22
+    NETWORK_ERROR = 23
+
+
+class Fault(StrEnum):
+    """Why a packet is not a question that can be looked at."""
+
+    SHORT = "short"
+    RESPONSE = "response"
+    OPCODE = "opcode"
+    FORMAT = "format"
+    VERSION = "version"
+    CLASS = "class"
+
+
+class BadQuery(ValueError):
+    """A packet that is no ordinary question. `reply` is what to send back: nothing at all when it is empty."""
+
+    def __init__(self, fault: Fault, reply: bytes = b"") -> None:
+        """Say why, and what the sender is told."""
+        super().__init__(fault.value)
+        self.fault = fault
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edns:
+    """The OPT record of a question (RFC 6891)."""
+
+    size: int
+    """UDP payload that the asker says it can take, in bytes."""
+
+    version: int
+    do: bool
+    """The asker wants DNSSEC records (RFC 3225)."""
+
+    options: tuple[tuple[int, bytes], ...]
+
+    start: int
+    """Where the record begins and ends in the message."""
+
+    stop: int
+
+    @property
+    def limit(self) -> int:
+        """The largest UDP reply to send, in bytes."""
+        return min(max(self.size, MIN_UDP_REPLY), MAX_UDP_REPLY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """One question, class IN, of a well-formed query."""
+
+    id: int
+    flags: int
+    question: bytes
+    """The question section as it came: name, type, class."""
+
+    name: bytes
+    """The name in wire form, lower-cased."""
+
+    labels: tuple[int, ...]
+    """Where each label begins in `name`; without the root."""
+
+    qtype: int
+    edns: Edns | None
+
+    @property
+    def key(self) -> bytes:
+        """What the answer is looked up by: the lower-cased name, the type and the class."""
+        return self.name + self.question[-4:]
+
+    @property
+    def limit(self) -> int:
+        """The largest UDP reply to send, in bytes."""
+        return self.edns.limit if self.edns else MIN_UDP_REPLY
+
+    def text(self) -> str | None:
+        """The name as dotted lower-case text; None if that would not mean the same name."""
+        stops = (*self.labels[1:], len(self.name) - 1)
+        labels = [self.name[start + 1 : stop] for start, stop in zip(self.labels, stops, strict=True)]
+        if any(b"." in label for label in labels):
+            return None
+        return b".".join(labels).decode("latin-1")
+
+
+def scan(data: bytes) -> Query:
+    """Read a query. Raises BadQuery, which holds the reply for a packet that is none, and nothing else."""
+    if len(data) < HEADER_SIZE:
+        raise BadQuery(Fault.SHORT)
+    ident, flags, questions, answers, authorities, extras = HEADER.unpack_from(data)
+    if flags & QR:
+        raise BadQuery(Fault.RESPONSE)  # answering answers makes two servers talk for ever (CVE-2024-2169)
+    stop = HEADER_SIZE
+    labels: tuple[int, ...] = ()
+    edns = None
+    well_formed = asked = spoke_edns = False
+    # RFC 9619: exactly one question. Neither do queries have answers; what follows those is not read.
+    if questions <= 1 and not answers and not authorities:
+        if questions:
+            labels, stop = _walk(data)
+            asked = stop > HEADER_SIZE
+        if asked or not questions:
+            edns, spoke_edns, well_formed = _additional(data, stop, extras)
+    do = edns is not None and edns.do
+
+    def refuse(fault: Fault, rcode: Rcode) -> BadQuery:
+        return BadQuery(fault, _error_reply(data[:stop], flags, rcode, edns=spoke_edns, do=do))
+
+    if flags & OPCODE:
+        raise refuse(Fault.OPCODE, Rcode.NOTIMP)
+    if not (well_formed and asked):
+        raise refuse(Fault.FORMAT, Rcode.FORMERR)
+    if edns is not None and edns.version:
+        raise refuse(Fault.VERSION, Rcode.BADVERS)
+    qtype, qclass = _PAIR.unpack_from(data, stop - 4)
+    if qclass != CLASS_IN:
+        raise refuse(Fault.CLASS, Rcode.REFUSED)
+    question = data[HEADER_SIZE:stop]
+    name = question[:-4].lower()
+    return Query(id=ident, flags=flags, question=question, name=name, labels=labels, qtype=qtype, edns=edns)
+
+
+def _walk(data: bytes) -> tuple[tuple[int, ...], int]:
+    """Find the labels of the question's name, relative to it, and where the question ends: at once if it is bad."""
+    position = HEADER_SIZE
+    labels = []
+    try:
+        while length := data[position]:
+            labels.append(position - HEADER_SIZE)
+            position += length + 1
+            # A pointer has nothing to point at here; the label types 01 and 10 are extinct (RFC 6891 section 5).
+            if length > MAX_LABEL or position - HEADER_SIZE >= MAX_WIRE_NAME:
+                return (), HEADER_SIZE
+    except IndexError:
+        return (), HEADER_SIZE
+    stop = position + 5
+    return (tuple(labels), stop) if stop <= len(data) else ((), HEADER_SIZE)
+
+
+def _additional(data: bytes, position: int, count: int) -> tuple[Edns | None, bool, bool]:
+    """Read the additional section: (its OPT, whether it had one at all, whether all of it is well-formed).
+
+    Every record takes at least 11 bytes, so the length of the message bounds the work, not `count`.
+    """
+    edns = None
+    seen = False
+    try:
+        for _ in range(count):
+            start = position
+            position = _skip_name(data, position)
+            rtype, _, _, size = _FIXED.unpack_from(data, position)
+            position += _FIXED.size + size
+            if rtype != Qtype.OPT:
+                continue
+            repeated, seen = seen, True
+            # RFC 6891 section 6.1.1: at most one, owned by the root.
+            if repeated or data[start]:
+                return edns, seen, False
+            edns = _parse_opt(data, start, position)
+    except (IndexError, struct.error):
+        return edns, seen, False
+    return edns, seen, position == len(data)
+
+
+def _skip_name(data: bytes, position: int) -> int:
+    while length := data[position]:
+        if length >= 0xC0:  # the owner of a TSIG may be a pointer; it is not followed
+            return position + 2
+        if length > MAX_LABEL:
+            raise IndexError
+        position += length + 1
+    return position + 1
+
+
+def _parse_opt(data: bytes, start: int, stop: int) -> Edns:
+    """Read an OPT record. Raises IndexError or struct.error when its options do not fill it exactly."""
+    _, _, size, _, version, flags, _ = OPT_FIXED.unpack_from(data, start)
+    whole = data[:stop]
+    options = []
+    position = start + OPT_FIXED.size
+    while position < stop:
+        code, length = _OPTION.unpack_from(whole, position)
+        position += _OPTION.size + length
+        if position > len(whole):
+            raise IndexError
+        options.append((code, whole[position - length : position]))
+    return Edns(size=size, version=version, do=bool(flags & DO), options=tuple(options), start=start, stop=stop)
+
+
+def opt_record(*, do: bool, rcode: Rcode = Rcode.NOERROR, options: bytes = b"", size: int = MAX_UDP_REPLY) -> bytes:
+    """Make an OPT record with these encoded options."""
+    return OPT_FIXED.pack(0, Qtype.OPT, size, rcode >> 4, 0, DO if do else 0, len(options)) + options
+
+
+def option(code: int, value: bytes) -> bytes:
+    """Encode one EDNS option."""
+    return _OPTION.pack(code, len(value)) + value
+
+
+def extended_error(code: ExtendedError, text: str = "") -> bytes:
+    """Encode an extended error (RFC 8914 section 2); the text is cut to 120 bytes."""
+    extra = text.encode()[:MAX_EXTRA_TEXT].decode(errors="ignore").encode()
+    return option(15, code.to_bytes(2, "big") + extra)
+
+
+def record(owner: bytes, rtype: int, ttl_s: int, rdata: bytes) -> bytes:
+    """Encode a resource record of class IN."""
+    return owner + _FIXED.pack(rtype, CLASS_IN, ttl_s, len(rdata)) + rdata
+
+
+def wire_name(text: str) -> bytes:
+    """Encode a dotted name in lower case, the root as "". Raises ValueError when it cannot be a name."""
+    labels = [label.encode("ascii") for label in text.lower().removesuffix(".").split(".")] if text.strip(".") else []
+    if not all(0 < len(label) <= MAX_LABEL for label in labels):
+        raise ValueError(f"{text!r} has an empty label or one above {MAX_LABEL} bytes")
+    name = b"".join(bytes((len(label),)) + label for label in labels) + b"\0"
+    if len(name) > MAX_WIRE_NAME:
+        raise ValueError(f"{text!r} is longer than {MAX_WIRE_NAME} bytes")
+    return name
+
+
+def _error_reply(received: bytes, flags: int, rcode: Rcode, *, edns: bool, do: bool) -> bytes:
+    """Refuse with what could be read of the query: its header, and its question if `received` goes on that far."""
+    header = HEADER.pack(
+        0, QR | RA | (flags & (OPCODE | RD | CD)) | (rcode & 0xF), len(received) > HEADER_SIZE, 0, 0, edns
+    )
+    return received[:2] + header[2:] + received[HEADER_SIZE:] + (opt_record(do=do, rcode=rcode) if edns else b"")
+
+
+def forwardable(data: bytes, query: Query) -> bytes:
+    """The query as upstream gets it, without the id: byte for byte, but for what concerns this hop only.
+
+    Hop-by-hop options are taken out, and a UDP size above 1232 becomes 1232, so that no answer comes in fragments.
+    """
+    edns = query.edns
+    if edns is None:
+        return data[2:]
+    kept = [(code, value) for code, value in edns.options if code not in _HOP_BY_HOP]
+    if len(kept) == len(edns.options) and edns.size <= MAX_UDP_REPLY:
+        return data[2:]
+    _, _, size, rcode, version, flags, _ = OPT_FIXED.unpack_from(data, edns.start)
+    options = b"".join(option(code, value) for code, value in kept)
+    opt = OPT_FIXED.pack(0, Qtype.OPT, min(size, MAX_UDP_REPLY), rcode, version, flags, len(options)) + options
+    return data[2 : edns.start] + opt + data[edns.stop :]
+
+
+def with_qtype(message: bytes, query: Query, qtype: int) -> bytes:
+    """The same message (without its id) asking for another type."""
+    position = HEADER_SIZE - 2 + len(query.name)
+    return message[:position] + qtype.to_bytes(2, "big") + message[position + 2 :]
