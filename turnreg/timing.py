@@ -1,0 +1,36 @@
+"""How long an allocation's doings take, and how many there are at once."""
+
+from dataclasses import dataclass
+
+TRANSACTION_TIMEOUT_S = 5.0
+"""How long a request may go unanswered. TCP repeats lost segments by itself: silence for that long is a server that
+hangs, or a path that is gone. RFC 8489, section 6.2.2, would wait 39.5 s, far too long for whoever waits behind it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """The defaults are for real networks; tests shorten them."""
+
+    transaction_s: float = TRANSACTION_TIMEOUT_S
+    connect_s: float = 4.0
+    """Long enough for one lost SYN to be sent again, twice."""
+    lifetime_s: int = 600
+    """Asked for: the usual default (RFC 8656, section 3.2). What the server grants counts; half of it is the period."""
+    permission_refresh_s: float = 200.0
+    """Permissions last 300 s (RFC 8656, section 9): a refresh may fail and come 40 s late, and still be in time."""
+    refused_retry_s: float = 30.0
+    """When an address that the server refused is tried again."""
+    nonce_fresh_s: float = 0.25
+    """How old the last proof of the nonce may be when a bind is signed with it. The new proof is in flight while the
+    data connection is opened, so it costs no time, and four requests a second are nothing to a server; binds between
+    the end of a nonce and the next proof are lost."""
+    bind_s: float = 8.0
+    """From the announcement to the bound stream. coturn drops the peer after 30 s."""
+    close_s: float = 2.0
+    """For giving the allocation back."""
+    max_binds: int = 128
+    """Data connections being opened at once."""
+    max_waiting: int = 1024
+    """Peers announced and not yet bound; more are left to the server, whose timer ends them."""
+    tries: int = 3
+    """How often an unanswered Refresh or CreatePermission is sent before the server counts as gone."""
