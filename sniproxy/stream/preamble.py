@@ -274,14 +274,12 @@ class PreambleVerifier:
                 addressee, replay.
         """
         preamble = _parse(header)
+        direction = preamble.from_network, preamble.to_network
         key = self.keys.get(preamble.key_id)
-        if key is None:
-            raise PreambleError(Reason.NO_KEY, f"key id {preamble.key_id!r} is not known here")
-        if (key.from_network, key.to_network) != (preamble.from_network, preamble.to_network):
+        if key is None or (key.from_network, key.to_network) != direction:
+            # The same words for both: who has not proven anything learns nothing about our keys.
             raise PreambleError(
-                Reason.NO_KEY,
-                f"key {key.id!r} is for {key.from_network} to {key.to_network}, "
-                f"the header for {preamble.from_network!r} to {preamble.to_network!r}",
+                Reason.NO_KEY, f"no key {preamble.key_id!r} here for streams from {direction[0]!r} to {direction[1]!r}"
             )
         if not hmac.compare_digest(_signature(header, key.secret), header[-_SIGNATURE_SIZE:]):
             raise PreambleError(Reason.BAD_SIGNATURE, f"not signed with key {key.id!r}")

@@ -134,3 +134,49 @@ def python_hello(name: str | None, *, protocols: Sequence[str] = ()) -> bytes:
     except ssl.SSLWantReadError:
         pass
     return outgoing.read()
+
+
+_NAME = b"orders.shop.example"
+_SNI = server_name(_NAME)
+
+BROKEN = {
+    "session id of 33": message(_SNI, session_id=bytes(33)),
+    "no ciphers": message(_SNI, ciphers=b""),
+    "odd ciphers": message(_SNI, ciphers=b"\x13\x01\x13"),
+    "no compressions": message(_SNI, compressions=b""),
+    "no null compression": message(_SNI, compressions=b"\x01"),
+    "client version 2": message(_SNI, version=0x0200),
+    "client version 4": message(_SNI, version=0x0400),
+    "message ends in the random": b"\x01\x00\x00\x10" + bytes([3, 3]) + bytes(14),
+    "message of nothing": b"\x01\x00\x00\x00",
+    "extensions longer than the message": message(block=vector(bytes(8), 2)[:-1]),
+    "extensions shorter than the message": message(_SNI, behind=b"\0"),
+    "half an extensions length": message(block=b"\0"),
+    "extension past the end": message(block=vector(b"\x00\x63\x00\x05abcd", 2)),
+    "extension without length": message(block=vector(b"\x00\x63\x00", 2)),
+    "three bytes behind an extension": message(block=vector(b"\x00\x63\x00\x00\x00\x63\x00", 2)),
+    "two server_name extensions": message(_SNI, _SNI),
+    "two server_name extensions, other between": message(_SNI, padding(3), server_name(b"b.example")),
+    "another extension twice": message(padding(1), _SNI, padding(1)),
+    "GREASE twice": message((GREASE, b""), _SNI, (GREASE, b"")),
+    "two names": message(server_name(_NAME, b"b.example")),
+    "the same name twice": message(server_name(_NAME, _NAME)),
+    "unknown name type": message(server_name(_NAME, kind=1)),
+    "unknown name type first": message((0, vector(b"\1" + vector(b"x", 2) + b"\0" + vector(_NAME, 2), 2))),
+    "unknown name type second": message((0, vector(b"\0" + vector(_NAME, 2) + b"\1" + vector(b"x", 2), 2))),
+    "server_name as a server sends it": message((0, b"")),
+    "empty list of names": message((0, vector(b"", 2))),
+    "list of names too long": message((0, b"\0\xff" + b"\0" + vector(_NAME, 2))),
+    "list of names too short": message((0, vector(b"\0" + vector(_NAME, 2), 2) + b"\0")),
+    "name longer than its list": message((0, vector(b"\0\xff\xff" + _NAME, 2))),
+    "name shorter than its list": message((0, vector(b"\0" + vector(_NAME, 2) + b"x", 2))),
+    "list ends in the name's length": message((0, vector(b"\0\0", 2))),
+    "alpn empty": message(_SNI, (16, b"")),
+    "alpn without protocols": message(_SNI, alpn()),
+    "alpn with an empty protocol": message(_SNI, alpn(b"")),
+    "alpn past the end": message(_SNI, (16, vector(b"\x05h2", 2))),
+    "alpn with bytes behind": message(_SNI, (16, vector(b"\x02h2", 2) + b"\0")),
+    "no supported versions": message(_SNI, supported_versions()),
+    "odd supported versions": message(_SNI, (43, vector(b"\3\4\3", 1))),
+}
+"""Messages whose structure is wrong, by what is wrong; a relay answers each with decode_error."""
