@@ -86,8 +86,8 @@ class RelayedAddress:
         address = (str(ip_address(peer.peer[0])), peer.peer[1])
         attempt = meeting.table.announce(allocation, address, self._clock())
         if isinstance(attempt, Refusal):
-            peer.reset()
             self._refuse(address, attempt)
+            peer.reset()
             return
         waiting = meeting.peers[attempt.connection_id] = WaitingPeer()
         try:

@@ -180,7 +180,11 @@ class ClientSession:
             joined = self._wire
         finally:
             waiting.join(joined)
-        await waiting.done.wait()
+        try:
+            await waiting.done.wait()
+        finally:
+            if not waiting.done.is_set():
+                self._wire.reset()  # the server is stopped in the middle of a stream: a cut, not an end
 
     async def _send(self, data: bytes) -> None:
         """Send one whole message; peers' indications and answers take turns. OSError if the client is gone."""

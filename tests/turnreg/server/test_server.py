@@ -1,0 +1,366 @@
+"""What is the embedded server's own: bounds, ports, families, metrics, logs, its end. With real sockets."""
+
+import asyncio
+import hashlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from tests.turnreg.server.embedded import Embedded, embedded
+from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, until_refused
+from turnreg.auth import rest_credentials
+from turnreg.server import Limits, TurnServer, TurnServerConfig, session
+from turnreg.server.config import MAX_REFUSALS
+from turnreg.stun import FAMILY_IPV6, Attribute, Method
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def at(server: Embedded) -> tuple[str, int]:
+    return server.address, server.port
+
+
+class TestStrangers:
+    def test_who_shows_no_credentials_is_dismissed(self) -> None:
+        with embedded(unauthenticated_timeout_s=0.2) as server, Client(at(server)) as idle, Client(at(server)) as busy:
+            threading.Thread(target=lambda: [busy.ask(busy.bare(Method.BINDING), sign=False) for _ in range(3)]).start()
+            assert read_all(idle.sock) == (b"", "fin")
+            assert eventually(lambda: server.metric("crossnet_turn_refusals_total", reason="too_slow") == 2)
+            assert server.metric("crossnet_turn_connections", state="unauthenticated") == 0
+
+    def test_who_has_an_allocation_stays(self) -> None:
+        with (
+            embedded(unauthenticated_timeout_s=0.2) as server,
+            Client(at(server)) as client,
+            Client(at(server)) as idle,
+        ):
+            client.allocate()
+            assert read_all(idle.sock) == (b"", "fin")
+            assert code(client.refresh(600)) == 0
+
+    def test_who_has_a_stream_stays(self) -> None:
+        with embedded(unauthenticated_timeout_s=0.2) as server, Client(at(server)) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as data, Client(at(server)) as idle:
+                assert read_all(idle.sock) == (b"", "fin")
+                peer.sendall(b"hello")
+                assert data.sock.recv(10) == b"hello"
+
+    def test_the_oldest_goes_when_it_is_crowded(self) -> None:
+        with embedded(max_unauthenticated=2) as server, Client(at(server)) as first, Client(at(server)) as second:
+            assert code(first.ask(first.bare(Method.BINDING), sign=False)) == 0
+            assert code(second.ask(second.bare(Method.BINDING), sign=False)) == 0
+            with Client(at(server)) as third:
+                third.allocate()
+                assert read_all(first.sock) == (b"", "reset")
+                second.allocate()
+            assert server.metric("crossnet_turn_refusals_total", reason="crowded_out") == 1
+
+    @pytest.mark.parametrize(
+        "data", [b"GET / HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\0\1\xff\xff"]
+    )
+    def test_who_speaks_something_else_is_dismissed(self, data: bytes) -> None:
+        with embedded() as server, Client(at(server)) as client:
+            client.send(data)
+            assert read_all(client.sock)[0] == b""
+            assert server.metric("crossnet_turn_refusals_total", reason="not_stun") == 1
+
+    def test_who_guesses_passwords_is_dismissed(self) -> None:
+        with embedded() as server, Client(at(server), password="wrong") as client:
+            answers = [client.ask(client.allocate_request()) for _ in range(MAX_REFUSALS)]
+            assert {code(answer) for answer in answers} == {401}
+            assert read_all(client.sock) == (b"", "fin")
+
+    def test_who_does_not_read_is_dismissed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(session, "SEND_TIMEOUT_S", 0.2)
+        with embedded() as server, Client(at(server)) as client:
+            client.allocate()
+            requests = client.bare(Method.BINDING).pack() * 1000
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                for _ in range(10_000):
+                    client.send(requests)
+            assert until_refused(client.relayed)
+            assert eventually(lambda: server.metric("crossnet_turn_allocations") == 0)
+
+
+class TestPeers:
+    def test_who_is_not_bound_in_time_is_reset(self) -> None:
+        with embedded(limits=Limits(bind_timeout_s=0.2)) as server, Client(at(server)) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer:
+                attempt = client.attempt()
+                assert server.metric("crossnet_turn_connections", state="unbound") == 1
+                assert read_all(peer) == (b"", "reset")
+            assert server.metric("crossnet_turn_refusals_total", reason="peer_not_bound") == 1
+            assert server.metric("crossnet_turn_connections", state="unbound") == 0
+            with client.open_data() as data:
+                assert code(data.ask(data.bind_request(attempt.get(Attribute.CONNECTION_ID) or b""))) == 400
+
+    def test_no_more_than_so_many_wait(self) -> None:
+        with embedded(limits=Limits(max_unbound_per_allocation=2)) as server, Client(at(server)) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed), connect(client.relayed):
+                attempt = client.attempt()
+                client.attempt()
+                with connect(client.relayed) as third:
+                    assert read_all(third) == (b"", "reset")
+                assert server.metric("crossnet_turn_refusals_total", reason="peer_limit") == 1
+                with client.bind(attempt), connect(client.relayed):
+                    client.attempt()
+
+    def test_a_client_that_is_lost_while_it_binds(self) -> None:
+        with embedded() as server, Client(at(server)) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer:
+                client.bind(client.attempt()).sock.close()
+                assert read_all(peer)[0] == b""
+            assert eventually(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
+            assert code(client.refresh(600)) == 0
+
+    @pytest.mark.parametrize("permitted", ["127.0.0.1", "169.254.169.254", "224.0.0.1", "0.0.0.0"])
+    def test_refused_addresses(self, permitted: str) -> None:
+        with embedded(allowed_peers=()) as server, Client(at(server)) as client:
+            client.allocate()
+            assert code(client.permit(permitted)) == 403
+
+    def test_bulk_both_ways_at_once(self) -> None:
+        """More than any buffer holds, so that both directions are spliced and pause for each other."""
+        up, down = noise(24_000_000), noise(24_000_000)
+        got: dict[str, str] = {}
+
+        def read(name: str, sock: socket.socket) -> None:
+            data, end = read_all(sock)
+            got[name] = hashlib.sha256(data).hexdigest() + end
+
+        def write(sock: socket.socket, data: bytes) -> None:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        with embedded() as server, Client(at(server)) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as bound:
+                data = bound.sock
+                readers = [
+                    threading.Thread(target=read, args=("up", data)),
+                    threading.Thread(target=read, args=("down", peer)),
+                    threading.Thread(target=write, args=(data, down)),
+                ]
+                for thread in readers:
+                    thread.start()
+                write(peer, up)
+                for thread in readers:
+                    thread.join()
+            assert got == {
+                "up": hashlib.sha256(up).hexdigest() + "fin",
+                "down": hashlib.sha256(down).hexdigest() + "fin",
+            }
+            assert eventually(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
+            assert server.metric("crossnet_turn_bytes_total", direction="to_client") == 24_000_000
+            assert server.metric("crossnet_turn_bytes_total", direction="to_peer") == 24_000_000
+
+
+class TestPorts:
+    def test_busy_ports_are_skipped_and_none_left_is_508(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            port = busy.getsockname()[1]
+            with embedded(ports=(port, port)) as server, Client(at(server)) as client:
+                client.login()
+                answer = client.ask(client.allocate_request())
+                assert code(answer) == 508
+                assert answer.verify_integrity(client.key)
+                busy.close()
+                assert code(client.ask(client.allocate_request())) == 0
+
+    def test_a_port_is_free_again_when_its_allocation_ends(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        with embedded(ports=(port, port)) as server, Client(at(server)) as second:
+            with Client(at(server)) as first:
+                assert first.allocate() == ("127.0.0.1", port)
+                second.login()
+                assert code(second.ask(second.allocate_request())) == 508
+            assert until_refused(("127.0.0.1", port))
+            assert eventually(lambda: code(second.ask(second.allocate_request())) == 0)
+
+    def test_an_address_that_is_not_ours_is_508(self, caplog: pytest.LogCaptureFixture) -> None:
+        with embedded(relay_addresses=("192.0.2.7",)) as server, Client(at(server)) as client:
+            client.login()
+            assert code(client.ask(client.allocate_request())) == 508
+        assert "cannot listen on 192.0.2.7" in caplog.text
+
+
+class TestFamilies:
+    def test_ipv6_relay_over_an_ipv4_control_connection(self) -> None:
+        with embedded(relay_addresses=("127.0.0.1", "::1")) as server, Client(at(server)) as client:
+            client.login()
+            request = client.allocate_request().with_first_byte(Attribute.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV6)
+            relayed = client.ask(request).xor_address(Attribute.XOR_RELAYED_ADDRESS)
+            assert relayed is not None
+            assert relayed[0] == "::1"
+            assert code(client.permit("127.0.0.1")) == 443
+            assert code(client.permit("::ffff:127.0.0.1")) == 403
+            assert code(client.permit("::1")) == 0
+            with connect(relayed, source="::1") as peer:
+                attempt = client.attempt()
+                assert attempt.xor_address(Attribute.XOR_PEER_ADDRESS) == peer.getsockname()[:2]
+                with client.bind(attempt) as data:
+                    data.sock.sendall(b"over IPv6")
+                    assert peer.recv(20) == b"over IPv6"
+
+    def test_ipv4_relay_over_an_ipv6_control_connection(self) -> None:
+        with embedded(address="::1") as server, Client(at(server)) as client:
+            assert client.allocate()[0] == "127.0.0.1"
+
+
+class TestRest:
+    def test_while_the_name_lasts(self) -> None:
+        username, password = rest_credentials("north", "gw", time.time() + 60)
+        with (
+            embedded(users={}, secrets=("south", "north")) as server,
+            Client(at(server), user=username, password=password) as client,
+        ):
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed), client.bind(client.attempt()):
+                pass
+            client.user, client.password = rest_credentials("south", "gw", time.time() + 90)
+            assert code(client.refresh(600)) == 0
+
+    def test_when_it_has_ended(self) -> None:
+        username, password = rest_credentials("north", "gw", time.time() - 1)
+        with (
+            embedded(users={}, secrets=("north",)) as server,
+            Client(at(server), user=username, password=password) as client,
+        ):
+            client.login()
+            assert code(client.ask(client.allocate_request())) == 401
+
+
+class TestAccounts:
+    def test_metrics_count_while_a_stream_runs(self) -> None:
+        with embedded() as server, Client(at(server)) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            assert server.metric("crossnet_turn_allocations") == 1
+            assert server.metric("crossnet_turn_allocations_opened_total") == 1
+            assert server.metric("crossnet_turn_refusals_total", reason="no_credentials") == 1
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as data:
+                peer.sendall(b"12345")
+                assert data.sock.recv(10) == b"12345"
+                assert server.metric("crossnet_turn_connections", state="bound") == 1
+                assert eventually(lambda: server.metric("crossnet_turn_bytes_total", direction="to_client") == 5)
+                assert server.metric("crossnet_turn_bytes_total", direction="to_peer") == 0
+
+    def test_every_reason_is_registered_at_the_start(self) -> None:
+        with embedded() as server:
+            reasons = {
+                sample.labels["reason"]
+                for metric in server.registry.collect()
+                for sample in metric.samples
+                if sample.name == "crossnet_turn_refusals_total"
+            }
+            assert reasons >= {"wrong_password", "stale_nonce", "quota", "peer_not_permitted", "too_slow"}
+
+    def test_logs_tell_the_story_without_secrets(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.DEBUG)
+        with (
+            embedded(users={"user-1": "hidden-password"}) as server,
+            Client(at(server), user="user-1", password="hidden-password") as client,
+        ):
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as data:
+                peer.sendall(b"hidden payload")
+                data.sock.recv(20)
+                data.sock.close()
+                peer.close()
+                assert eventually(lambda: "turn_stream" in caplog.messages)
+            with connect(client.relayed, source="127.0.0.2") as stranger:
+                source = stranger.getsockname()
+                read_all(stranger)
+            client.password = "wrong"
+            client.refresh(600)
+            client.sock.close()
+            assert eventually(lambda: "turn_allocation_ended" in caplog.messages)
+        events = {record.message: vars(record).get("event", {}) for record in caplog.records}
+        assert events["turn_allocation"]["account"] == "user-1"
+        assert events["turn_allocation"]["lifetime_s"] == 600
+        assert events["turn_stream"]["bytes_to_client"] == 14
+        assert events["turn_peers_refused"] == {
+            "account": "user-1",
+            "relayed": f"127.0.0.1:{client.relayed[1]}",
+            "peer": f"127.0.0.2:{source[1]}",
+            "refused": 1,
+            "reason": "peer_not_permitted",
+        }
+        assert events["turn_refused"]["reason"] == "wrong_password"
+        assert events["turn_allocation_ended"]["reason"] == "client_closed"
+        assert "hidden" not in caplog.text + str(events)
+
+
+class TestEnd:
+    def test_stopping_cuts_what_runs(self) -> None:
+        with embedded() as server:
+            client = Client(at(server))
+            client.allocate()
+            client.permit("127.0.0.1")
+            peer, waiting = connect(client.relayed), connect(client.relayed)
+            data = client.bind(client.attempt())
+            stranger = Client(at(server))
+            stranger.ask(stranger.bare(Method.BINDING), sign=False)
+        assert read_all(peer)[1] == "reset"
+        assert read_all(waiting)[1] == "reset"
+        assert read_all(data.sock)[1] == "reset"
+        assert read_all(client.sock)[1] in ("fin", "reset")
+        assert read_all(stranger.sock)[1] in ("fin", "reset")
+        for address in (client.relayed, at(server)):
+            with pytest.raises(ConnectionRefusedError):
+                connect(address)
+        for sock in (peer, waiting, data.sock, client.sock, stranger.sock):
+            sock.close()
+
+    @pytest.mark.anyio
+    async def test_an_address_that_cannot_be_had(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            config = TurnServerConfig(
+                listen=(("127.0.0.1", 0), busy.getsockname()),
+                relay_addresses=("127.0.0.1",),
+                realm="lab",
+                users={"u": "p"},
+            )
+            with pytest.raises(OSError, match=f"port {busy.getsockname()[1]}"):
+                await TurnServer.open(config)
+
+    @pytest.mark.anyio
+    async def test_serving_ends_with_its_block(self) -> None:
+        config = TurnServerConfig(
+            listen=(("127.0.0.1", 0), ("127.0.0.1", 0)), relay_addresses=("127.0.0.1",), realm="lab", users={"u": "p"}
+        )
+        with pytest.raises(LookupError):
+            async with TurnServer.serving(config, registry=CollectorRegistry()) as server:
+                first, second = server.addresses
+                for address in (first, second):
+                    _, writer = await asyncio.open_connection(*address)
+                    writer.close()
+                    await writer.wait_closed()
+                assert server.allocations == 0
+                raise LookupError
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(*first)
