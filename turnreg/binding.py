@@ -26,13 +26,18 @@ async def mapped_address(address: str, port: int, timeout_s: float = 5.0) -> str
     except EOFError as exc:
         raise TurnError(TurnReason.CONNECTION_LOST, "the server closed the connection") from exc
     except OSError as exc:
-        raise TurnError(TurnReason.CONNECT_FAILED, describe(exc)) from exc
+        raise TurnError(TurnReason.CONNECTION_LOST, describe(exc)) from exc
     except StunError as exc:
         raise TurnError(TurnReason.MALFORMED, str(exc)) from exc
 
 
 async def _ask(address: str, port: int, timeout_s: float) -> str:
-    wire = await connect(address, port, timeout_s=timeout_s)
+    try:
+        wire = await connect(address, port, timeout_s=timeout_s)
+    except TimeoutError:
+        raise
+    except OSError as exc:
+        raise TurnError(TurnReason.CONNECT_FAILED, describe(exc)) from exc
     try:
         question = request(Method.BINDING)
         await wire.send(question.pack())

@@ -43,7 +43,7 @@ from turnreg.timing import TRANSACTION_TIMEOUT_S
 log = logging.getLogger(__name__)
 
 MAX_CHALLENGES = 3
-"""How often one request is sent again for a 401 or 438: once is usual, twice when a nonce ends at that very moment."""
+"""How often one request is sent again for a 401 or 438: twice where an allocation meets a nonce at its very end."""
 
 _KNOWN = frozenset(map(int, Attribute))
 
@@ -238,7 +238,7 @@ class Control:
 
         `fill` adds the attributes; it is called again, with a new transaction id, for every time the request is sent.
         """
-        for _ in range(MAX_CHALLENGES):
+        for _ in range(MAX_CHALLENGES + 1):
             sent_at = self._loop.time()
             answer, signed = await self._transact(fill(request(method)))
             if answer.message_class is MessageClass.SUCCESS:

@@ -97,7 +97,8 @@ class Peers:
             self._spawn(self._bind, connection_id, peer)
 
     def _failed(self, result: BindResult, peer: tuple[str, int], detail: str) -> None:
-        log.warning("allocation %s: peer %s port %d: %s: %s", self._record, *peer, result, detail)
+        fields = {"allocation": self._record, "peer": list(peer), "reason": str(result), "detail": detail}
+        log.warning("bind_failed", extra={"event": fields})
         self._on_result(result)
 
     async def _bind(self, connection_id: bytes, peer: tuple[str, int]) -> None:

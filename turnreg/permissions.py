@@ -143,6 +143,7 @@ class Permissions:
         if address not in self._wanted:
             return
         if address not in self.refused:
-            log.warning("allocation %s: no permission for %s: %s", self._record, address, why)
+            fields = {"allocation": self._record, "address": address, "detail": why}
+            log.warning("permission_refused", extra={"event": fields})
         self.refused[address] = why
         self._due[address] = asyncio.get_running_loop().time() + retry_s

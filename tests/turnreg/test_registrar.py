@@ -1,0 +1,461 @@
+"""The registrar, with real TURN servers and a discovery that is set by hand."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import TargetList
+from discovery.client import DiscoveryError, IssuedCredentials
+from discovery.model import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
+from discovery.spec import is_record_id
+from tests.turnreg.coturn import Coturn
+from tests.turnreg.scripted import scripted
+from tests.turnreg.server.embedded import embedded
+from tests.turnreg.turnservers import BOTH, COTURN, LOGIN, RunningServer, eventually, listens, turn_server
+from turnreg import registration
+from turnreg.auth import rest_credentials
+from turnreg.client import Bound, Credentials, Timing, TurnReason
+from turnreg.registrar import Backoff, Issued, Registrar, RegistrarConfig, RestSecret, TurnCredentials, record_id
+from turnreg.server import Limits
+from turnreg.stun import Method
+
+pytestmark = pytest.mark.anyio
+
+QUICK = Backoff(first_s=0.05, unreachable_cap_s=0.2, cap_s=0.2)
+ID = "gw-1.a.turn-1"
+
+
+class HandDiscovery:
+    """A discovery whose mesh the test sets and whose published records it reads."""
+
+    synced = True
+
+    def __init__(self, *records: AnyRecord) -> None:
+        self.mesh = Mesh.of(records)
+        self.published: dict[str, AllocationSpec] = {}
+        self.issued: list[IssuedCredentials] = []
+        self.broken = False
+        self._callbacks: list[Callable[[Mesh], None]] = []
+
+    def set(self, *records: AnyRecord) -> None:
+        self.mesh = Mesh.of(records)
+        for callback in self._callbacks:
+            callback(self.mesh)
+
+    def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    def publish(self, kind: Kind, id: str, spec: Spec, *, network: str | None = None, leased: bool = True) -> None:  # noqa: A002
+        assert kind is Kind.ALLOCATION
+        assert isinstance(spec, AllocationSpec)
+        assert network is None
+        assert leased
+        if self.broken:
+            raise RuntimeError("broken")
+        self.published[id] = spec
+
+    def withdraw(self, kind: Kind, id: str) -> None:  # noqa: A002
+        assert kind is Kind.ALLOCATION
+        del self.published[id]
+
+    async def settled(self, timeout_s: float) -> bool:
+        return True
+
+    async def run(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def turn_credentials(self, network: str) -> IssuedCredentials:
+        assert network == "a"
+        if not self.issued:
+            raise DiscoveryError("unavailable", "no server answers")
+        return self.issued[0]
+
+
+def turn(server: RunningServer, id: str = "turn-1", network: str = "a", url: str | None = None) -> AnyRecord:  # noqa: A002
+    spec = TurnSpec(
+        url=url or f"turn:{server.address}:{server.port}?transport=tcp",
+        relay_addresses=[server.address],
+        port_min=1024,
+        port_max=65535,
+    )
+    return Record(kind=Kind.TURN, network=network, id=id, revision=1, spec=spec)
+
+
+def relay(sources: dict[str, list[str]], id: str = "relay-1", network: str = "a") -> AnyRecord:  # noqa: A002
+    spec = RelaySpec(addresses=["10.0.0.9"], ports=[443], sources=sources)
+    return Record(kind=Kind.RELAY, network=network, id=id, revision=1, spec=spec)
+
+
+@dataclass
+class Registered:
+    """A registrar that runs, and what it gave us."""
+
+    registrar: Registrar
+    discovery: HandDiscovery
+    metrics: CollectorRegistry
+    streams: asyncio.Queue[Bound] = field(default_factory=asyncio.Queue)
+
+    async def publishes(self, *ids: str) -> AllocationSpec:
+        """Wait until exactly these records are published; return the first."""
+        await eventually(lambda: self.discovery.published.keys() == set(ids))
+        return self.discovery.published[ids[0]]
+
+    def of(self, via: str = "a") -> dict[str, object]:
+        return next(line for line in self.registrar.status() if line["via"] == via)
+
+    def count(self, name: str, **labels: str) -> float:
+        value = self.metrics.get_sample_value(f"crossnet_registrar_{name}", labels)
+        assert value is not None, "every label is there from the start"
+        return value
+
+    async def stream(self, port: int, source: str = "127.0.0.1") -> tuple[Bound, asyncio.StreamWriter]:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+        async with asyncio.timeout(10):
+            return await self.streams.get(), writer
+
+
+@asynccontextmanager
+async def registrar(
+    *records: AnyRecord,
+    turn: dict[str, TurnCredentials] | None = None,
+    allowed: tuple[str, ...] = ("127.0.0.0/8",),
+    linger_s: float = 0.0,
+    timing: Timing | None = None,
+) -> AsyncIterator[Registered]:
+    """Run a registrar of network b while the block runs, then close it."""
+    config = RegistrarConfig(
+        network="b",
+        gateway="gw-1",
+        turn={"a": LOGIN} if turn is None else turn,
+        allowed=TargetList.parse(allowed),
+        linger_s=linger_s,
+        backoff=QUICK,
+        timing=timing or Timing(),
+    )
+    discovery = HandDiscovery(*records)
+    metrics = CollectorRegistry()
+    streams: asyncio.Queue[Bound] = asyncio.Queue()
+    ours = Registrar(config, discovery, streams.put_nowait, metrics)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(ours.run())
+        try:
+            yield Registered(ours, discovery, metrics, streams)
+        finally:
+            await ours.close()
+            assert discovery.published == {}
+            async with asyncio.timeout(5):
+                await asyncio.wait({running})
+    while not streams.empty():
+        streams.get_nowait().wire.close()
+
+
+@pytest.mark.parametrize("kind", BOTH)
+async def test_a_registration_from_record_to_stream(kind: str) -> None:
+    with turn_server(kind) as server:
+        relays = relay({"turn-1": ["127.0.0.1"], "turn-2": ["127.0.0.2"]})
+        stranger = relay({"turn-1": ["127.0.0.3"]}, network="c")
+        async with registrar(turn(server), relays, stranger) as ours:
+            spec = await ours.publishes(ID)
+            assert (spec.via, spec.turn, spec.gateway, spec.proto) == ("a", "turn-1", "gw-1", ["framed/1"])
+            status = ours.of()
+            assert (status["state"], status["permissions"]) == ("ready", ["127.0.0.1"])
+            assert status["relayed"] == ["127.0.0.1", spec.port]
+            assert ours.registrar.servers == {(server.address, server.port)}
+            bound, writer = await ours.stream(spec.port)
+            assert (bound.via, bound.turn, bound.allocation) == ("a", "turn-1", ID)
+            bound.wire.close()
+            writer.close()
+            assert ours.count("allocations") == 1
+            assert ours.count("registrations_total", reason="ok") == 1
+            assert ours.count("registrations_total", reason="quota") == 0
+            assert ours.count("binds_total", result="ok") == 1
+            assert ours.count("binds_total", result="reset") == 0
+        await eventually(lambda: not listens(("127.0.0.1", spec.port)))
+        assert ours.registrar.status() == [{"via": "a", "turn": None, "state": "no_turn_record"}]
+
+
+async def test_permissions_follow_the_relays() -> None:
+    with turn_server("embedded") as server:
+        async with registrar(turn(server)) as ours:
+            spec = await ours.publishes(ID)  # without relays too: the first of them may come any time
+            assert ours.of()["permissions"] == []
+            ours.discovery.set(turn(server), relay({"turn-1": ["127.0.0.1"]}), relay({"turn-1": ["127.0.0.2"]}, "r-2"))
+            await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1", "127.0.0.2"], 1.0)
+            bound, writer = await ours.stream(spec.port, "127.0.0.2")
+            bound.wire.close()
+            writer.close()
+            ours.discovery.set(turn(server), relay({"turn-1": ["127.0.0.1"]}))
+            await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1"], 1.0)
+
+
+async def test_records_come_and_go() -> None:
+    with turn_server("embedded") as first, turn_server("embedded") as second:
+        async with registrar(turn=dict.fromkeys(("a", "b", "c"), LOGIN)) as ours:
+            assert [line["state"] for line in ours.registrar.status()] == ["no_turn_record"] * 3
+            # Our own TURN servers, and those that we have no credentials for, are not for us.
+            ours.discovery.set(turn(first), turn(second, "turn-2"), turn(first, network="b"), turn(first, network="d"))
+            await ours.publishes(ID, "gw-1.a.turn-2")
+            ours.discovery.set(turn(second, "turn-2"), turn(first, network="c"))
+            await ours.publishes("gw-1.a.turn-2", "gw-1.c.turn-1")
+            await eventually(lambda: len(ours.registrar.servers) == 2)
+            assert ours.count("allocations") == 2
+
+
+@COTURN.marks[0]
+@COTURN.marks[1]
+async def test_a_killed_and_restarted_server_has_us_again_and_the_other_never_lost_us() -> None:
+    stock = Coturn()
+    try:
+        stock.start()
+        restarted = RunningServer(stock.address, stock.port)
+        with turn_server("embedded") as steady:
+            relays = relay({"turn-1": ["127.0.0.1"], "turn-2": ["127.0.0.1"]})
+            async with registrar(turn(restarted), turn(steady, "turn-2"), relays) as ours:
+                await ours.publishes(ID, "gw-1.a.turn-2")
+                port = ours.discovery.published["gw-1.a.turn-2"].port
+                bound, writer = await ours.stream(port)
+                stock.kill()
+                await ours.publishes("gw-1.a.turn-2")
+                await eventually(lambda: ours.count("registrations_total", reason="connect_failed") > 0)
+                stock.start()
+                spec = await ours.publishes(ID, "gw-1.a.turn-2")
+                assert ours.discovery.published["gw-1.a.turn-2"].port == port
+                again, other = await ours.stream(spec.port)
+                writer.write(b"still there")
+                assert await bound.wire.recv_exactly(11) == b"still there"
+                assert ours.count("registrations_total", reason="connection_lost") == 1
+                for wire in (bound.wire, again.wire, writer, other):
+                    wire.close()
+    finally:
+        stock.close()
+
+
+async def test_default_backoff_is_quick_where_a_server_is_gone() -> None:
+    backoff = Backoff()
+    for failures in range(1, 100):
+        assert 0 <= backoff.delay_s(failures, TurnReason.CONNECT_FAILED) <= 4  # + 4 s to connect: within 10 s
+        assert 0 <= backoff.delay_s(failures, TurnReason.UNAUTHORIZED) <= min(15, 2 ** (failures - 1))
+    assert max(backoff.delay_s(50, TurnReason.QUOTA) for _ in range(200)) > 8
+
+
+async def test_wrong_then_right_credentials() -> None:
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), turn={"a": Credentials(username="u", password="wrong")}) as ours:
+            await eventually(lambda: ours.count("registrations_total", reason="unauthorized") > 1)
+            status = ours.of()
+            assert status["published"] is False
+            assert status["last_error"] == {"reason": "unauthorized", "detail": "the server answered 401 Unauthorized"}
+            assert "wrong" not in str(ours.registrar.status())
+            ours.registrar.update_credentials({"a": LOGIN})
+            port = (await ours.publishes(ID)).port
+            ours.registrar.update_credentials({"a": LOGIN})  # no change: nothing is lost
+            ours.registrar.update_credentials({"a": Credentials(username="u", password="wrong again")})
+            await eventually(lambda: not ours.discovery.published)
+            await eventually(lambda: not listens(("127.0.0.1", port)))
+            ours.registrar.update_credentials({})
+            await eventually(lambda: ours.registrar.status() == [])
+
+
+async def test_a_secret() -> None:
+    with turn_server("embedded", secret="north") as server:
+        async with registrar(turn(server), turn={"a": RestSecret(secret="north")}) as ours:
+            await ours.publishes(ID)
+
+
+async def test_issued_credentials() -> None:
+    with turn_server("embedded", secret="north") as server:
+        async with registrar(turn(server), turn={"a": Issued()}) as ours:
+            await eventually(lambda: ours.count("registrations_total", reason="no_credentials") > 1)
+            assert ours.registrar.servers == frozenset()
+            username, password = rest_credentials("north", "b", time.time() + 60)
+            ours.discovery.issued = [IssuedCredentials(username=username, password=password, ttl_s=60, urls=())]
+            await ours.publishes(ID)
+
+
+async def test_credentials_that_expire_are_replaced() -> None:
+    limits = Limits(default_lifetime_s=1, max_lifetime_s=1)  # refreshed, and so looked at, twice a second
+    with embedded(users={}, secrets=("north",), limits=limits) as server:
+        async with registrar(turn(RunningServer(server.address, server.port)), turn={"a": Issued()}) as ours:
+            for ttl_s in (2, 60):
+                username, password = rest_credentials("north", "b", time.time() + ttl_s)
+                ours.discovery.issued = [IssuedCredentials(username=username, password=password, ttl_s=ttl_s, urls=())]
+                await eventually(lambda: ours.count("registrations_total", reason="ok") > 0)
+            await eventually(lambda: ours.count("registrations_total", reason="ok") == 2)
+            assert ours.count("registrations_total", reason="unauthorized") == 1
+            await ours.publishes(ID)
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed", "reason"),
+    [
+        ("turn:127.0.0.1:3478?transport=tcp", (), TurnReason.REFUSED_ADDRESS),
+        ("turn:169.254.169.254:80?transport=tcp", ("127.0.0.0/8",), TurnReason.REFUSED_ADDRESS),
+        ("turn:[::ffff:127.0.0.1]:80?transport=tcp", ("127.0.0.0/8",), TurnReason.REFUSED_ADDRESS),
+        ("turn:localhost:3478?transport=tcp", (), TurnReason.REFUSED_ADDRESS),
+        ("turn:127.0.0.1:3478?transport=udp", ("127.0.0.0/8",), TurnReason.REFUSED_ADDRESS),
+        ("turns:127.0.0.1:5349?transport=tcp", ("127.0.0.0/8",), TurnReason.TLS_UNSUPPORTED),
+        ("turn:127.0.0.1:1?transport=tcp", ("127.0.0.0/8",), TurnReason.CONNECT_FAILED),
+    ],
+)
+async def test_urls_that_lead_nowhere(url: str, allowed: tuple[str, ...], reason: TurnReason) -> None:
+    async with registrar(turn(RunningServer("127.0.0.1", 1), url=url), allowed=allowed) as ours:
+        await eventually(lambda: ours.count("registrations_total", reason=reason) > 0)
+        assert ours.count("registrations_total", reason="ok") == 0
+
+
+async def test_a_name_is_resolved_anew_for_every_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [["127.0.0.1"], ["169.254.169.254", "127.0.0.1"], ["169.254.169.254", "127.0.0.9", "127.0.0.1"]]
+    calls = []
+
+    async def look_up(url: object) -> list[str]:
+        calls.append(url)
+        return found[min(len(calls), len(found)) - 1]
+
+    monkeypatch.setattr(registration, "_look_up", look_up)
+    with turn_server("embedded") as server:
+        here = turn(server, url=f"turn:turn.example:{server.port}?transport=tcp")
+        async with registrar(here) as ours:
+            await ours.publishes(ID)
+            assert ours.registrar.servers == {("127.0.0.1", server.port)}
+            ours.registrar.update_credentials({"a": Credentials(username="u", password="wrong")})
+            await eventually(lambda: ours.count("registrations_total", reason="unauthorized") > 0)
+            ours.registrar.update_credentials({"a": LOGIN})
+            await ours.publishes(ID)  # 127.0.0.9 does not answer: the next attempt takes the next address
+            assert len(calls) > 2
+
+
+async def test_another_url_moves_the_allocation() -> None:
+    with turn_server("embedded") as first, turn_server("embedded") as second:
+        async with registrar(turn(first)) as ours:
+            port = (await ours.publishes(ID)).port
+            ours.discovery.set(turn(second))
+            await eventually(lambda: ours.registrar.servers == {(second.address, second.port)})
+            await ours.publishes(ID)
+            await eventually(lambda: not listens(("127.0.0.1", port)))
+
+
+async def test_streams_outlive_a_record_that_comes_back() -> None:
+    relays = relay({"turn-1": ["127.0.0.1"]})
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), relays, linger_s=60) as ours:
+            port = (await ours.publishes(ID)).port
+            bound, writer = await ours.stream(port)
+            ours.discovery.set(relays)
+            await eventually(lambda: not ours.discovery.published)
+            assert ours.of()["state"] == "lingering"
+            writer.write(b"still there")
+            assert await bound.wire.recv_exactly(11) == b"still there"
+            ours.discovery.set(relays, turn(server))
+            assert (await ours.publishes(ID)).port == port
+            ours.discovery.set(relays)
+            await eventually(lambda: not ours.discovery.published)
+            bound.wire.close()
+            writer.close()
+
+
+async def test_draining_withdraws_and_keeps_streams() -> None:
+    relays = relay({"turn-1": ["127.0.0.1"]})
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), relays) as ours:
+            port = (await ours.publishes(ID)).port
+            bound, writer = await ours.stream(port)
+            ours.registrar.drain()
+            assert ours.discovery.published == {}
+            late, other = await ours.stream(port)  # a relay that has not heard of it yet
+            writer.write(b"still there")
+            assert await bound.wire.recv_exactly(11) == b"still there"
+            ours.discovery.set(relays, turn(server), turn(server, "turn-2"))
+            assert ours.of()["state"] == "draining"
+            assert len(ours.registrar.status()) == 1
+            await ours.registrar.close()
+            with pytest.raises(ConnectionResetError):  # an end that nobody takes for a clean one
+                await bound.wire.recv()
+            for end in (bound.wire, writer, late.wire, other):
+                end.close()
+
+
+async def test_an_unexpected_error_hurts_one_registration_only(caplog: pytest.LogCaptureFixture) -> None:
+    with turn_server("embedded") as server:
+        async with registrar(turn(server)) as ours:
+            await ours.publishes(ID)
+            ours.discovery.broken = True
+            ours.discovery.set(turn(server), turn(server, "turn-2"))
+            await eventually(lambda: ours.count("registrations_total", reason="internal") > 1)
+            assert ours.discovery.published.keys() == {ID}
+            assert "RuntimeError" in caplog.text
+            ours.discovery.broken = False
+            await ours.publishes(ID, "gw-1.a.turn-2")
+
+
+async def test_a_port_outside_the_record_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with turn_server("embedded") as server:
+        spec = TurnSpec(url=f"turn:127.0.0.1:{server.port}", relay_addresses=["127.0.0.1"], port_min=1, port_max=2)
+        async with registrar(Record(kind=Kind.TURN, network="a", id="turn-1", revision=1, spec=spec)) as ours:
+            await ours.publishes(ID)
+            assert "relays will refuse it" in caplog.text
+
+
+async def test_cancelling_withdraws() -> None:
+    with turn_server("embedded") as server:
+        discovery = HandDiscovery(turn(server))
+        config = RegistrarConfig(
+            network="b", gateway="gw-1", turn={"a": LOGIN}, allowed=TargetList.parse(["127.0.0.0/8"])
+        )
+        ours = Registrar(config, discovery, lambda _: None, CollectorRegistry())
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(ours.run())
+            await eventually(lambda: discovery.published)
+            running.cancel()
+        assert discovery.published == {}
+        assert not discovery._callbacks
+        await ours.close()  # harmless
+
+
+async def test_closing_while_it_registers() -> None:
+    async with (
+        scripted({Method.ALLOCATE: [lambda _: b""]}) as server,
+        registrar(
+            turn(RunningServer(server.address, server.port)), timing=Timing(close_s=0.1, transaction_s=0.1)
+        ) as ours,
+    ):
+        await eventually(lambda: server.requests)
+        await ours.registrar.close()
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("gw-1", "a", "turn-1"), "gw-1.a.turn-1"),
+        (("g", "v" * 30, "t" * 30), "g." + "v" * 30 + "." + "t" * 30),
+    ],
+)
+async def test_record_ids(parts: tuple[str, str, str], expected: str) -> None:
+    assert record_id(*parts) == expected
+
+
+async def test_record_ids_are_apart_and_short() -> None:
+    made = {
+        record_id(*parts)
+        for parts in [
+            ("gw-1", "a", "turn-1"),
+            ("gw", "1-a", "turn-1"),
+            ("gw.a", "a", "turn-1"),
+            ("gw", "a", "a.turn-1"),
+            ("gw.a.b", "c", "d"),
+            ("gw.a", "b", "c.d"),
+            ("g" * 60, "a", "turn-1"),
+            ("g" * 60, "a", "turn-2"),
+            ("g" * 63, "v" * 63, "t" * 63),
+        ]
+    }
+    assert len(made) == 9
+    assert all(len(text) <= 63 and is_record_id(text) for text in made)

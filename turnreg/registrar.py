@@ -1,0 +1,167 @@
+"""The registrar: an allocation on every TURN server of every other network that we have credentials for.
+
+It watches discovery: a TURN server's record begins a registration, its end ends it; the addresses of that network's
+relays, and nobody else's, are what may connect. Each registration lives, fails and comes back by itself.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from discovery.client import Discovery
+from discovery.model import Mesh, Record, TurnSpec
+from turnreg.client import BindResult, Bound, Credentials, TurnReason
+from turnreg.registration import Registration, Server, record_id
+from turnreg.settings import Backoff, Issued, RegistrarConfig, RestSecret, TurnCredentials
+from turnreg.stun import FAMILY_IPV4, FAMILY_IPV6
+
+__all__ = [
+    "Backoff",
+    "Credentials",
+    "Issued",
+    "Registrar",
+    "RegistrarConfig",
+    "RestSecret",
+    "TurnCredentials",
+    "record_id",
+]
+
+log = logging.getLogger(__name__)
+
+CLOSE_MARGIN_S = 1.0
+"""Beyond what an allocation may take to be given back."""
+
+
+class _Metrics:
+    def __init__(self, registry: CollectorRegistry, count: Callable[[], int]) -> None:
+        allocations = Gauge("crossnet_registrar_allocations", "Allocations held now", registry=registry)
+        allocations.set_function(count)
+        registrations = Counter(
+            "crossnet_registrar_registrations",
+            "Registrations that succeeded (ok), failed or were lost, by reason",
+            ["reason"],
+            registry=registry,
+        )
+        binds = Counter("crossnet_registrar_binds", "Peers announced, by result", ["result"], registry=registry)
+        self.registrations = {reason: registrations.labels(reason) for reason in ("ok", *map(str, TurnReason))}
+        self.binds = {result: binds.labels(str(result)) for result in BindResult}
+
+
+class Registrar:
+    """Keep us registered. `run()` it until it is cancelled or, better, `close()` has been called."""
+
+    def __init__(
+        self,
+        config: RegistrarConfig,
+        discovery: Discovery,
+        on_stream: Callable[[Bound], None],
+        registry: CollectorRegistry,
+    ) -> None:
+        """Take what the process has. `on_stream` owns the wire of each stream and must not block."""
+        self._config, self._discovery, self._on_stream = config, discovery, on_stream
+        self._credentials: Mapping[str, TurnCredentials] = config.turn
+        self._registrations: dict[tuple[str, str], Registration] = {}
+        self._metrics = _Metrics(registry, lambda: sum(r.ready for r in self._registrations.values()))
+        self._group: asyncio.TaskGroup | None = None
+        self._draining = False
+        self._closing = asyncio.Event()
+        self._closed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Hold what discovery says should be held. Cancelling drops it all without asking the servers' leave."""
+        unsubscribe = self._discovery.subscribe(self._apply)
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                self._apply(self._discovery.mesh)
+                await self._closing.wait()
+                for registration in self._registrations.values():
+                    registration.end()
+        finally:
+            unsubscribe()
+            self._group = None
+            self._closed.set()
+
+    def drain(self) -> None:
+        """Withdraw all records for good. Allocations stay, so that streams can end and late ones get an answer."""
+        self._draining = True
+        for registration in self._registrations.values():
+            registration.drain()
+
+    async def close(self) -> None:
+        """Withdraw all records, then give all allocations back, which ends their streams. Bounded in time."""
+        self.drain()
+        self._closing.set()
+        if self._group is None:
+            return
+        try:
+            async with asyncio.timeout(self._config.timing.close_s + CLOSE_MARGIN_S):
+                await self._closed.wait()
+        except TimeoutError:
+            log.warning("registrar: not all allocations could be given back in time")
+
+    def update_credentials(self, turn: Mapping[str, TurnCredentials]) -> None:
+        """Use these credentials from now on; where they differ from the old ones, register anew."""
+        self._credentials = dict(turn)
+        self._apply(self._discovery.mesh)
+
+    @property
+    def servers(self) -> frozenset[tuple[str, int]]:
+        """Addresses and ports of the TURN servers that we are registered on, or about to be."""
+        held = (registration.allocation for registration in self._registrations.values())
+        return frozenset((allocation.address, allocation.port) for allocation in held if allocation is not None)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Say how each registration is, for people and the admin page; no secrets."""
+        lines = [self._registrations[key].status() for key in sorted(self._registrations)]
+        without = sorted(self._credentials.keys() - {line["via"] for line in lines})
+        return lines + [{"via": via, "turn": None, "state": "no_turn_record"} for via in without]
+
+    def _apply(self, mesh: Mesh) -> None:
+        """Bring registrations in line with the mesh."""
+        if self._group is None or self._draining:
+            return
+        seen = set()
+        for via, credentials in self._credentials.items():
+            if via == self._config.network:
+                continue
+            for record in mesh.turns(via):
+                key = (via, record.id)
+                seen.add(key)
+                registration = self._registrations.get(key)
+                new = registration is None
+                if registration is None:
+                    registration = self._registrations[key] = Registration(
+                        self._config,
+                        self._discovery,
+                        *key,
+                        on_stream=self._on_stream,
+                        on_bind=lambda result: self._metrics.binds[result].inc(),
+                        on_outcome=lambda reason: self._metrics.registrations[reason].inc(),
+                    )
+                registration.want(_server(record), credentials, _sources(mesh, *key))
+                if new:
+                    self._group.create_task(self._keep(key, registration))
+        for key, registration in self._registrations.items():
+            if key not in seen:
+                registration.want(None, None, _sources(mesh, *key))
+
+    async def _keep(self, key: tuple[str, str], registration: Registration) -> None:
+        try:
+            await registration.run()
+        finally:
+            del self._registrations[key]
+
+
+def _server(record: Record[TurnSpec]) -> Server:
+    spec = record.spec
+    only_ipv6 = bool(spec.relay_addresses) and all(":" in address for address in spec.relay_addresses)
+    family = FAMILY_IPV6 if only_ipv6 else FAMILY_IPV4
+    return Server(url=spec.url, family=family, port_min=spec.port_min, port_max=spec.port_max)
+
+
+def _sources(mesh: Mesh, via: str, turn: str) -> frozenset[str]:
+    """Return the addresses that this TURN server sees its network's relays come from."""
+    return frozenset(address for relay in mesh.relays(via) for address in relay.spec.sources.get(turn, ()))

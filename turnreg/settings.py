@@ -1,0 +1,60 @@
+"""What a registrar is told: who we are, what other networks' TURN servers know us by, and how patient to be."""
+
+import random
+from dataclasses import dataclass, field
+
+from discovery.addresses import TargetList
+from turnreg.control import Credentials, TurnReason
+from turnreg.timing import Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestSecret:
+    """The secret that a TURN server shares with us (coturn's static-auth-secret)."""
+
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Issued:
+    """The discovery server makes short-lived credentials: we never hold the other network's secret."""
+
+
+TurnCredentials = Credentials | RestSecret | Issued
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """When to try again: any time up to a bound that doubles with every failure in a row (full jitter)."""
+
+    first_s: float = 1.0
+    unreachable_cap_s: float = 4.0
+    """For a server that is not there: asking is cheap, and a server that comes back shall have us within 10 s."""
+    cap_s: float = 15.0
+    """For a server that is there and says no."""
+
+    def delay_s(self, failures: int, reason: TurnReason) -> float:
+        """Draw how long to wait after that many failures in a row, the last one for `reason`."""
+        unreachable = reason in (TurnReason.CONNECT_FAILED, TurnReason.CONNECTION_LOST, TurnReason.TIMEOUT)
+        bound = self.unreachable_cap_s if unreachable else self.cap_s
+        return random.uniform(0, min(bound, self.first_s * 2 ** min(failures - 1, 16)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrarConfig:
+    """Which gateway we are, and how we show ourselves to the TURN servers of other networks."""
+
+    network: str
+    """Our own."""
+    gateway: str
+    """The gateway's id: one name in one network."""
+    turn: dict[str, TurnCredentials]
+    """For each other network, by its id, what its TURN servers know us by. Networks without are left alone."""
+    proto: tuple[str, ...] = ("framed/1",)
+    allowed: TargetList | None = None
+    """Lifts the refusal of addresses, such as 127.0.0.0/8 in tests and the lab, for TURN servers."""
+    linger_s: float = 60.0
+    """How long an allocation, and with it its streams, outlives the record of its TURN server: discovery may be at
+    fault, or the server's lease, and not the server."""
+    backoff: Backoff = Backoff()
+    timing: Timing = field(default_factory=Timing)
