@@ -186,6 +186,10 @@ class Mesh:
                 buckets.pop(place, None)
         return Mesh(buckets, highest)
 
+    def at(self, revision: int) -> "Mesh":
+        """Give the same records at another revision, which after a change of epoch may be a lower one."""
+        return self if revision == self.revision else Mesh(self._buckets, revision)
+
     @property
     def networks(self) -> frozenset[str]:
         """All networks that any record declares, belongs to or leads through."""

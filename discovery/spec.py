@@ -168,14 +168,16 @@ def check_key(kind: Kind, network: str, record_id: str) -> None:
         raise BadRecord(fault.path, f"expected {fault.expected}, got {fault.got}")
 
 
-def key_faults(kind: Kind, network: str, record_id: str) -> Iterator[Fault]:
+def key_faults(kind: Kind, network: str, record_id: str, path: str = "$") -> Iterator[Fault]:
     """Yield every fault of a record's network and id."""
     if not is_ldh_label(network):
-        yield Fault("$.network", "a network id: lower-case letters, digits, inner hyphens", shown(network))
+        yield Fault(f"{path}.network", "a network id: lower-case letters, digits, inner hyphens", shown(network))
     if not is_record_id(record_id):
-        yield Fault("$.id", "an id: lower-case letters, digits, inner '-', '.', '_', 63 at most", shown(record_id))
+        yield Fault(
+            f"{path}.id", "an id: lower-case letters, digits, inner '-', '.', '_', 63 at most", shown(record_id)
+        )
     elif kind is Kind.NETWORK and record_id != network:
-        yield Fault("$.id", f"{network!r}, the network itself", shown(record_id))
+        yield Fault(f"{path}.id", f"{network!r}, the network itself", shown(record_id))
 
 
 def spec_faults(

@@ -1,0 +1,93 @@
+"""Questions and answers of the HTTP API: what is read from a request, and how everything is answered."""
+
+import asyncio
+from typing import TypeVar
+
+import msgspec
+from aiohttp import hdrs, web
+
+from discovery.model import BadRecord, Key, Kind, check_key
+from discovery.shape import shown
+
+BODY_TIMEOUT_S = 10.0
+
+BodyT = TypeVar("BodyT")
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        """Hold what the answer says."""
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+        self.detail = detail
+
+
+async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
+    """Read and decode the body. Raises ApiError, and what aiohttp raises for a body that is too large."""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            data = await request.read()
+    except TimeoutError:
+        raise ApiError(400, "bad_request", f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
+    try:
+        return msgspec.json.decode(data, type=shape)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, "bad_request", f"the body: {str(error)[:200]}") from None
+
+
+def json_answer(value: object, *, status: int = 200, etag: int | None = None) -> web.Response:
+    """Answer with JSON, and with a revision as ETag where there is one."""
+    headers = {hdrs.ETAG: f'"{etag}"'} if etag is not None else None
+    return web.Response(
+        body=msgspec.json.encode(value) + b"\n", status=status, headers=headers, content_type="application/json"
+    )
+
+
+def error_answer(status: int, code: str, detail: str) -> web.Response:
+    """Answer that something is wrong."""
+    response = json_answer({"error": code, "detail": detail}, status=status)
+    if status == 401:
+        response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+    return response
+
+
+def not_found(key: Key) -> ApiError:
+    """Make the error for a record that is not there, or not to be seen."""
+    return ApiError(404, "not_found", f"there is no record {'/'.join(key)}")
+
+
+def parse_kind(text: str) -> Kind:
+    """Read a kind. Raises ApiError."""
+    try:
+        return Kind(text)
+    except ValueError:
+        raise ApiError(400, "bad_request", f"expected a kind of {', '.join(Kind)}, got {shown(text)}") from None
+
+
+def parse_key(request: web.Request) -> Key:
+    """Read the key in a path. Raises ApiError."""
+    kind = parse_kind(request.match_info["kind"])
+    network, record_id = request.match_info["network"], request.match_info["id"]
+    try:
+        check_key(kind, network, record_id)
+    except BadRecord as error:
+        raise ApiError(400, "bad_record", str(error)) from None
+    return (kind, network, record_id)
+
+
+def parse_revision(text: str | None) -> int | None:
+    """Read a revision; None when there is none. Raises ApiError."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ApiError(400, "bad_request", f"expected a revision, got {shown(text)}")
+    return int(text)
+
+
+def parse_if_match(request: web.Request) -> int | None:
+    """Read the header If-Match, with quotes or without. Raises ApiError."""
+    text = request.headers.get(hdrs.IF_MATCH)
+    return parse_revision(text.strip().removeprefix('"').removesuffix('"')) if text else None

@@ -1,0 +1,92 @@
+"""What a discovery server is made from, and what it refuses to be."""
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+
+from discovery.addresses import TargetList
+from discovery.shape import shown
+from discovery.store import MemoryStore, SqliteStore, Store, StoreError
+
+DEFAULT_PORT = 8600
+MAX_BODY = 1024 * 1024  # a service with its most endpoints has some 25 kB a port
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscoveryServerConfig:
+    """What a discovery server needs to know."""
+
+    listen: tuple[tuple[str, int], ...]
+    """IP addresses and ports; port 0 means any."""
+
+    store: str = "memory"
+    """`memory`, or `sqlite:` and a path."""
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    """Key of the certificate; None when both stand in one file."""
+
+    tokens_file: Path | None = None
+    """Without one everybody may do everything, which only loopback or `insecure` allows."""
+
+    turn_secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """REST secret of the TURN servers of each network, to issue credentials from."""
+
+    turn_credential_ttl_s: int = 3600
+    """How long issued credentials live. An allocation cannot change its username (RFC 8656 section 5, error 441), so
+    each is made anew that often; coturn checks the expiry at Allocate only, the embedded server at Refresh too."""
+
+    allow_addresses: TargetList | None = None
+    """Lifts the refusal of ranges such as loopback in records; for tests and the lab."""
+
+    insecure: bool = False
+    """Serve other hosts without TLS or without tokens."""
+
+    max_body_bytes: int = MAX_BODY
+    max_records_per_network: int = 20_000
+    max_leases_per_token: int = 1000
+    max_watchers: int = 1000
+
+
+class ServerRefused(Exception):
+    """The configuration would serve the world without TLS or tokens; `reasons` has a sentence for each."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        """Hold all reasons."""
+        super().__init__("; ".join(reasons))
+        self.reasons = tuple(reasons)
+
+
+def start_refusals(config: DiscoveryServerConfig) -> list[str]:
+    """Say why a server must not start like this; `crossnet check` asks too."""
+    public = [f"{host}:{port}" for host, port in config.listen if not ip_address(host).is_loopback]
+    if config.insecure or not public:
+        return []
+    reasons = []
+    if config.tokens_file is None:
+        reasons.append(f"no tokens, but listens on {', '.join(public)}: anybody there could write any record")
+    if config.tls_cert is None:
+        reasons.append(f"no tls, but listens on {', '.join(public)}: tokens would be readable on the way")
+    return [f"{reason}; listen on loopback only, or set insecure: true" for reason in reasons]
+
+
+def make_store(text: str) -> Store:
+    """Make the store that `memory` or `sqlite:PATH` names. Raises StoreError."""
+    scheme, colon, path = text.partition(":")
+    if text == "memory":
+        return MemoryStore()
+    if scheme == "sqlite" and colon and path:
+        return SqliteStore(Path(path))
+    raise StoreError(f"expected memory or sqlite:PATH, got {shown(text)}")
+
+
+def tls_context(config: DiscoveryServerConfig) -> ssl.SSLContext | None:
+    """Make the TLS context of a server; None without a certificate. Raises OSError, ssl.SSLError."""
+    if config.tls_cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(config.tls_cert, config.tls_key)
+    return context

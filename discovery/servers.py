@@ -1,0 +1,198 @@
+"""The discovery servers that a client may use: one at a time, the next one when it fails."""
+
+import asyncio
+import random
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from ipaddress import ip_address
+from typing import Any
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+EPOCH_HEADER = "Crossnet-Epoch"
+REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs one renewal
+WATCH_SILENCE_S = 25.0  # the server sends an empty line every 10 s: two may be lost
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MOST_S = 3.0  # a restarted server rearms leases for 10 s; by then we must have been heard
+MAX_ANSWER = 4 * 1024 * 1024
+
+
+class Away(Exception):
+    """A server cannot be used now: another one can, or the same later."""
+
+
+class Refused(Exception):
+    """A server understood and says no."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        """Hold what it said."""
+        super().__init__(f"{code}: {detail}")
+        self.status = status
+        self.code = code
+        self.detail = detail
+
+
+def parse_server_url(text: str, *, insecure: bool = False) -> URL:
+    """Read the URL of a discovery server. Raises ValueError; `http` to other hosts than loopback needs `insecure`."""
+    expected = "expected https://HOST:PORT, or http:// to loopback"
+    try:
+        url = URL(text)
+        host, port = url.host, url.port
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {text[:200]!r}: {error}") from None
+    bare = url.raw_path in ("", "/") and not url.raw_query_string and not url.raw_fragment and url.user is None
+    if url.scheme not in ("http", "https") or not host or not port or not bare or url.password is not None:
+        raise ValueError(f"{expected}, got {text[:200]!r}")
+    if url.scheme == "http" and not insecure and not _is_loopback(host):
+        raise ValueError(f"{expected}; {text[:200]!r} would show the token on the way (insecure: true permits it)")
+    return url.origin()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Servers:
+    """The servers, and requests to them."""
+
+    def __init__(
+        self, urls: Sequence[URL], *, token: str | None, tls: ssl.SSLContext, on_epoch: Callable[[str], None]
+    ) -> None:
+        """Begin with the first URL; `on_epoch` is told the epoch of the store with every answer, before its meaning."""
+        self._urls = urls
+        self._index = 0
+        self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        self._tls = tls
+        self._on_epoch = on_epoch
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def current(self) -> URL:
+        """The server in use."""
+        return self._urls[self._index]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._urls)
+
+    def failed(self, url: URL) -> None:
+        """Move on from a server, unless that has been done already."""
+        if self._urls[self._index] == url:
+            self._index = (self._index + 1) % len(self._urls)
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Hold connections as long as the context lasts; requests need it."""
+        connector = aiohttp.TCPConnector(ssl=self._tls, limit=8)
+        async with aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False) as session:
+            outer, self._session = self._session, session
+            try:
+                yield
+            finally:
+                self._session = outer
+
+    async def request(self, method: str, url: URL, path: str, body: object = None) -> dict[str, Any]:
+        """Ask one server. Raises Away, Refused."""
+        data = msgspec.json.encode(body) if body is not None else None
+        try:
+            async with self._open().request(
+                method,
+                url.join(URL(path)),
+                data=data,
+                headers={"Content-Type": "application/json"} if data is not None else None,
+                timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
+                allow_redirects=False,
+            ) as response:
+                await self._check(response, 201)
+                return msgspec.json.decode(await _read(response), type=dict[str, Any])
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
+            raise Away(f"{url}: {_explained(error)}") from None
+
+    async def anywhere(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """Ask the servers one after the other, each once, until one answers. Raises Away, Refused."""
+        away: Away | None = None
+        for _ in range(self.count):
+            url = self.current
+            try:
+                return await self.request(method, url, path, body)
+            except Away as error:
+                away = error
+                self.failed(url)
+        assert away is not None
+        raise away
+
+    async def lines(self, url: URL, path: str, query: dict[str, str]) -> AsyncGenerator[bytes, None]:
+        """Give what a server streams, piece by piece, until it ends. Raises Away, Refused."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=WATCH_SILENCE_S)
+        try:
+            async with self._open().get(
+                url.join(URL(path)), params=query, timeout=timeout, allow_redirects=False
+            ) as response:
+                await self._check(response, 200)
+                while data := await response.content.readany():
+                    yield data
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Away(f"{url}: {_explained(error)}") from None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise Away("the discovery client does not run")
+        return self._session
+
+    async def _check(self, response: aiohttp.ClientResponse, most: int) -> None:
+        """Raise what an answer that is an error means: that the server is away, or that it says no."""
+        epoch = response.headers.get(EPOCH_HEADER)
+        if epoch:
+            self._on_epoch(epoch[:64])
+        if 200 <= response.status <= most:
+            return
+        try:
+            answer = msgspec.json.decode(await _read(response), type=dict[str, Any])
+            code, detail = str(answer["error"])[:63], str(answer["detail"])[:300]
+        except (msgspec.MsgspecError, KeyError):
+            code, detail = "unknown", f"status {response.status}"
+        if response.status >= 500:
+            raise Away(f"{code}: {detail}")
+        raise Refused(response.status, code, detail)
+
+
+class Backoff:
+    """Waits that grow and are never the same for two clients; none while there are servers yet to be tried."""
+
+    def __init__(self, servers: Servers) -> None:
+        """Begin without a failure."""
+        self._servers = servers
+        self._failures = 0
+
+    def succeeded(self) -> None:
+        """Begin anew."""
+        self._failures = 0
+
+    async def wait(self) -> None:
+        """Wait after a failure."""
+        self._failures += 1
+        rounds, more = divmod(self._failures, self._servers.count)
+        if more and rounds == 0:
+            return
+        most = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(rounds, 10))
+        await asyncio.sleep(random.uniform(most / 2, most))
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    data = bytearray()
+    while chunk := await response.content.readany():
+        data += chunk
+        if len(data) > MAX_ANSWER:
+            raise aiohttp.ClientPayloadError(f"the answer has more than {MAX_ANSWER} bytes")
+    return bytes(data)
+
+
+def _explained(error: BaseException) -> str:
+    return str(error)[:300] or type(error).__name__

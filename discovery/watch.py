@@ -1,0 +1,192 @@
+"""Watchers: every change of the store, as each reader may see it, to any number of readers of any speed.
+
+A watcher's queue is bounded. One that does not keep up gets `reset` and is cut off: it reads everything anew, and costs
+the others nothing. A line is encoded once, whoever reads it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import msgspec
+
+from discovery.model import AnyRecord, Deletion, Kind, Record
+from discovery.store import Change, Store
+from discovery.tokens import SEEN_BY_ALL, Principal, redacted
+
+MAX_QUEUED_LINES = 10_000
+MAX_QUEUED_BYTES = 8 * 1024 * 1024
+BATCH_BYTES = 64 * 1024  # written at once; what one slow write holds up
+
+
+class _Name(msgspec.Struct, frozen=True):
+    kind: Kind
+    network: str
+    id: str
+
+
+class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
+    revision: int
+    type: Literal["put", "delete", "sync", "reset"]
+    record: AnyRecord | _Name | None = None
+    epoch: str | None = None
+
+
+def mark(kind: Literal["sync", "reset"], revision: int, epoch: str) -> bytes:
+    """Write the line that says that all is told (`sync`), or that all is told anew from here (`reset`)."""
+    return msgspec.json.encode(_Line(revision=revision, type=kind, epoch=epoch)) + b"\n"
+
+
+class _Lines:
+    """The lines of one change: one for those who see all of its network, one for the rest."""
+
+    __slots__ = ("_change", "_full", "_other", "network", "revision")
+
+    def __init__(self, change: Change) -> None:
+        self._change = change
+        self._full: bytes | None = None
+        self._other: bytes | None = None
+        self.network = change.key[1]
+        self.revision = change.revision
+
+    def for_principal(self, principal: Principal) -> bytes:
+        """Give the line as a reader may see it; empty if they may not."""
+        if principal.sees_all_of(self.network):
+            if self._full is None:
+                self._full = _encode(self._change)
+            return self._full
+        if self._other is None:
+            visible: Change | None = self._change
+            if isinstance(visible, Record):
+                visible = redacted(visible)
+            elif self._change.key[0] not in SEEN_BY_ALL:
+                visible = None
+            self._other = _encode(visible) if visible is not None else b""
+        return self._other
+
+
+def _encode(change: Change) -> bytes:
+    if isinstance(change, Deletion):
+        line = _Line(revision=change.revision, type="delete", record=_Name(*change.key))
+    else:
+        line = _Line(revision=change.revision, type="put", record=change)
+    return msgspec.json.encode(line) + b"\n"
+
+
+class Watcher:
+    """One reader's queue."""
+
+    __slots__ = ("_bytes", "_lines", "_wake", "closed", "overrun", "principal")
+
+    def __init__(self, principal: Principal) -> None:
+        """Begin with nothing queued."""
+        self.principal = principal
+        self.overrun = False
+        self.closed = False
+        self._lines: deque[tuple[int, bytes]] = deque()
+        self._bytes = 0
+        self._wake = asyncio.Event()
+
+    def offer(self, revision: int, line: bytes) -> None:
+        """Queue a line, or find that the reader is too slow and forget what it has not read."""
+        if self.overrun:
+            return
+        self._lines.append((revision, line))
+        self._bytes += len(line)
+        if len(self._lines) > MAX_QUEUED_LINES or self._bytes > MAX_QUEUED_BYTES:
+            self.overrun = True
+            self._lines.clear()
+        self._wake.set()
+
+    def close(self) -> None:
+        """Have the reader end after what is queued."""
+        self.closed = True
+        self._wake.set()
+
+    def take(self, after: int) -> bytes:
+        """Take what is queued, as much as is written at once, without what the reader has by revision `after`."""
+        taken: list[bytes] = []
+        size = 0
+        while self._lines and size < BATCH_BYTES:
+            revision, line = self._lines.popleft()
+            self._bytes -= len(line)
+            if revision > after:
+                taken.append(line)
+                size += len(line)
+        if not self._lines and not (self.closed or self.overrun):
+            self._wake.clear()
+        return b"".join(taken)
+
+    async def wait(self) -> None:
+        """Wait until there is something to take, or an end."""
+        await self._wake.wait()
+
+
+class WatchHub:
+    """All watchers of a store."""
+
+    def __init__(self, store: Store) -> None:
+        """Listen to the store from now on."""
+        self._store = store
+        self._watchers: set[Watcher] = set()
+        self._stop = store.subscribe(self._tell)
+
+    def __len__(self) -> int:
+        return len(self._watchers)
+
+    def add(self, principal: Principal) -> Watcher:
+        """Begin to queue changes for a reader."""
+        watcher = Watcher(principal)
+        self._watchers.add(watcher)
+        return watcher
+
+    def remove(self, watcher: Watcher) -> None:
+        """Stop to."""
+        self._watchers.discard(watcher)
+
+    def close(self) -> None:
+        """Stop listening, and have all readers end."""
+        self._stop()
+        for watcher in self._watchers:
+            watcher.close()
+
+    async def backlog(
+        self, principal: Principal, revision: int | None, epoch: str | None
+    ) -> tuple[int, Iterator[bytes]]:
+        """Give what a reader has missed, in batches that end with `sync`, and the revision that brings it to.
+
+        A reader without a revision, of another epoch, or of a revision that the store has no history from, is told
+        everything after a `reset`.
+        """
+        changes: Sequence[Change] | None = None
+        if revision is not None and epoch in (None, self._store.epoch):
+            changes = await self._store.since(revision)
+        if changes is not None:
+            current = max([revision or 0, *(change.revision for change in changes)])
+            return current, self._batches(principal, changes, current, reset=False)
+        snapshot = await self._store.snapshot()
+        return snapshot.revision, self._batches(principal, snapshot.records, snapshot.revision, reset=True)
+
+    def _batches(
+        self, principal: Principal, changes: Sequence[Change], revision: int, *, reset: bool
+    ) -> Iterator[bytes]:
+        batch = [mark("reset", revision, self._store.epoch)] if reset else []
+        size = 0
+        for change in changes:
+            line = _Lines(change).for_principal(principal)
+            batch.append(line)
+            size += len(line)
+            if size >= BATCH_BYTES:
+                yield b"".join(batch)
+                batch.clear()
+                size = 0
+        yield b"".join(batch) + mark("sync", revision, self._store.epoch)
+
+    def _tell(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            lines = _Lines(change)
+            for watcher in self._watchers:
+                line = lines.for_principal(watcher.principal)
+                if line:
+                    watcher.offer(change.revision, line)
