@@ -163,7 +163,7 @@ async def test_permissions_follow_what_is_allowed(kind: str) -> None:
                 await refused_peer(reader)
                 writer.close()
             holding.allocation.allow(frozenset({"127.0.0.1", "127.0.0.3"}))
-            await eventually(lambda: holding.allocation.permissions.granted == {"127.0.0.1", "127.0.0.3"}, 1.0)
+            await eventually(lambda: holding.allocation.permissions.granted == {"127.0.0.1", "127.0.0.3"})
             _, writer = await holding.peer("127.0.0.3")
             assert (await holding.stream()).peer[0] == "127.0.0.3"
             writer.close()

@@ -16,7 +16,7 @@ from turnreg.stun import Attribute, Message, MessageClass, Method
 
 pytestmark = pytest.mark.anyio
 
-QUICK = Timing(transaction_s=0.2, bind_s=0.5, tries=2)
+QUICK = Timing(transaction_s=0.3, tries=2)
 
 
 async def outcome(*answers: Answer, method: Method = Method.ALLOCATE, timing: Timing = QUICK) -> TurnError | None:
@@ -169,7 +169,7 @@ async def test_what_is_not_stun_ends_the_connection(data: bytes) -> None:
 async def test_silence() -> None:
     got = await outcome(lambda _: b"")
     assert got is not None
-    assert (got.reason, got.detail) == (TurnReason.TIMEOUT, "no answer to ALLOCATE within 0.2 s")
+    assert (got.reason, got.detail) == (TurnReason.TIMEOUT, "no answer to ALLOCATE within 0.3 s")
 
 
 async def test_an_unanswered_permission_is_asked_for_again() -> None:

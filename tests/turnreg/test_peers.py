@@ -24,7 +24,7 @@ async def announcing(
     """Hold an allocation on a server that answers binds so."""
     told = {Method.CONNECTION_BIND: list(binds) or [good]}
     told |= {Method[name.upper()]: answers for name, answers in script.items()}
-    timing = timing or Timing(bind_s=0.5, nonce_fresh_s=FRESH)
+    timing = timing or Timing(nonce_fresh_s=FRESH)
     async with (
         scripted(told) as server,
         held(RunningServer(server.address, server.port), timing=timing) as holding,
@@ -64,14 +64,13 @@ async def test_nothing_is_sent_behind_the_bind_before_its_answer() -> None:
 @pytest.mark.parametrize(
     ("answer", "result"),
     [
-        (lambda _: b"", BindResult.TIMEOUT),
         (error(400), BindResult.REJECTED),
         (lambda request: signed(request.success(), b"another key"), BindResult.REJECTED),
         (lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n", BindResult.MALFORMED),
         (lambda _: Message(Method.CONNECTION_BIND, MessageClass.SUCCESS, bytes(12)).pack(), BindResult.MALFORMED),
         (lambda _: b"\xff" * 20, BindResult.MALFORMED),
     ],
-    ids=["silence", "400", "bad integrity", "http", "another transaction", "not stun"],
+    ids=["400", "bad integrity", "http", "another transaction", "not stun"],
 )
 async def test_a_bind_that_fails_ends_nothing_else(answer: Answer, result: BindResult) -> None:
     async with announcing(answer, good) as (server, holding):
@@ -79,6 +78,13 @@ async def test_a_bind_that_fails_ends_nothing_else(answer: Answer, result: BindR
         assert await results(holding) == [result]
         server.announce(8)
         await holding.stream()
+
+
+async def test_silence_ends_a_bind() -> None:
+    timing = Timing(bind_s=0.2, nonce_fresh_s=FRESH)
+    async with announcing(lambda _: b"", timing=timing) as (server, holding):
+        server.announce(7)
+        assert await results(holding) == [BindResult.TIMEOUT]
 
 
 @pytest.mark.parametrize("code", [401, 438])
@@ -103,7 +109,7 @@ async def test_one_proof_of_the_nonce_serves_all_who_wait_for_it() -> None:
             server.announce(number, ("127.0.0.1", 40_000 + number))
         for _ in range(50):
             await holding.stream()
-        assert 1 <= server.count(Method.CREATE_PERMISSION) - before < 10
+        assert 1 <= server.count(Method.CREATE_PERMISSION) - before < 25
 
 
 async def test_a_nonce_that_cannot_be_proved_is_used_all_the_same() -> None:

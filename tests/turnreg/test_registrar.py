@@ -189,12 +189,12 @@ async def test_permissions_follow_the_relays() -> None:
             spec = await ours.publishes(ID)  # without relays too: the first of them may come any time
             assert ours.of()["permissions"] == []
             ours.discovery.set(turn(server), relay({"turn-1": ["127.0.0.1"]}), relay({"turn-1": ["127.0.0.2"]}, "r-2"))
-            await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1", "127.0.0.2"], 1.0)
+            await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1", "127.0.0.2"])
             bound, writer = await ours.stream(spec.port, "127.0.0.2")
             bound.wire.close()
             writer.close()
             ours.discovery.set(turn(server), relay({"turn-1": ["127.0.0.1"]}))
-            await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1"], 1.0)
+            await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1"])
 
 
 async def test_records_come_and_go() -> None:
