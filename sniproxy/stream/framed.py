@@ -38,6 +38,12 @@ class Framed:
             self.ends.sent(CapsuleType[type(message).__name__.upper()])
             await self.wire.send(message.pack())
 
+    async def begin(self, preamble: bytes, data: bytes) -> None:
+        """Send the preamble and a first DATA capsule in one write, so that a TURN server keeps both before the bind."""
+        async with self._writing:
+            self.ends.sent(CapsuleType.DATA)
+            await self.wire.send(preamble, header(CapsuleType.DATA, len(data)), data)
+
     async def send_data(self, data: bytes, *, final: bool = False) -> None:
         """Send one DATA or FINAL_DATA capsule."""
         kind = CapsuleType.FINAL_DATA if final else CapsuleType.DATA
@@ -92,6 +98,11 @@ class Framed:
                 return parse_control(events[0])
 
     @property
+    def exhausted(self) -> bool:
+        """Everything up to the end of FINAL_DATA has been handed out."""
+        return self.ends.final_received and not self._pending and not self._reader.payload_left
+
+    @property
     def payload_left(self) -> int:
         """Bytes of the current capsule that are still in the wire and may be moved past `read`."""
         return 0 if self._pending else self._reader.payload_left
@@ -116,8 +127,23 @@ class Carry:
     """A plain wire's stream carried over a framed wire until both directions have ended; counts may be read meanwhile."""
 
     def __init__(
-        self, plain: Wire, framed: Framed, side: Side, *, idle_timeout_s: float, half_close_timeout_s: float
+        self,
+        plain: Wire,
+        framed: Framed,
+        side: Side,
+        *,
+        idle_timeout_s: float,
+        half_close_timeout_s: float,
+        first: bytes = b"",
     ) -> None:
+        """Carry between these two.
+
+        Args:
+            idle_timeout_s: seconds without a byte in either direction.
+            half_close_timeout_s: the same, once one direction has ended.
+            first: payload that was read from the framed wire already, to be delivered first.
+        """
+        self._first = first
         self._plain = plain
         self._framed = framed
         self._side = side
@@ -220,15 +246,18 @@ class Carry:
         """Deliver the framed wire's payload to its end, confirm it, and see the stream off."""
         framed, ends = self._framed, self._framed.ends
         try:
+            if self._first:
+                await self._deliver(self._first)
+                self.inbound.moved += len(self._first)
             while not ends.complete:
-                if self.inbound.pipe is not None and framed.payload_left:
-                    await self._splice_in()
-                else:
-                    await self._copy_in()
-                if ends.final_received and not ends.finished_sent and not framed.payload_left:
+                if framed.exhausted and not ends.finished_sent:
                     self._plain.shutdown_write()
                     await self._tell(Finished())
                     self._activity.limit(self._half_close_timeout_s)
+                elif self.inbound.pipe is not None and framed.payload_left:
+                    await self._splice_in()
+                else:
+                    await self._copy_in()
                 await self.inbound.give_turn()
         finally:
             self.inbound.release()
@@ -244,14 +273,17 @@ class Carry:
         for event in events:
             if type(event) is Payload:
                 size += len(event.data)
-                try:
-                    await self._plain.send(event.data)
-                except OSError as error:
-                    raise Lost(self._plain, writing=True) from error
+                await self._deliver(event.data)
             elif type(event) is Control:
                 parse_control(event)
         if size:
             self.inbound.copied(size)
+
+    async def _deliver(self, data: bytes | memoryview) -> None:
+        try:
+            await self._plain.send(data)
+        except OSError as error:
+            raise Lost(self._plain, writing=True) from error
 
     async def _splice_in(self) -> None:
         """Splice at most the rest of the current capsule."""

@@ -1,0 +1,222 @@
+"""Open a stream: try candidates one after the other until one has a service at its far end.
+
+What may be tried again is bounded by what may have run: client bytes go to the next candidate only while no gateway can have
+delivered them (before READY, or after a refusal that says so), never after silence behind READY.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from sniproxy.engine import Wire, connect
+from sniproxy.hello import Hello
+from sniproxy.route import Candidate, RouteKind, SigningKeys
+from sniproxy.stream.capsule import HEADER_SIZE, CapsuleError
+from sniproxy.stream.control import Message, Opened, Ready, Refused
+from sniproxy.stream.ends import LIMIT_OPENED_S, LIMIT_READY_S, Side
+from sniproxy.stream.framed import Framed
+from sniproxy.stream.preamble import Preamble, sign
+from sniproxy.stream.reason import RETRYABLE, Reason
+
+MAX_CANDIDATES = 3
+"""Candidates asked for one stream: a client waits at most three times for silence."""
+
+MAX_FIRST_WRITE = 8 * 1024
+"""Bytes before READY, in one write: coturn keeps 16 reads before the bind, which hold this much at the smallest usual MSS."""
+
+RESET_RETRY_S = (0.1, 0.3, 0.9)
+"""A reset before READY may be a permission that is still on its way to the TURN server."""
+
+DEFAULT_DIAL_TIMEOUT_S = 3.0
+"""For the TCP handshake: one lost SYN is sent again after 1 s, a second after 3 s."""
+
+
+class DialError(Exception):
+    """No candidate took the stream. `final`: another one must not be asked with the same bytes."""
+
+    def __init__(self, reason: Reason, detail: str, *, final: bool = False) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.final = final
+
+
+class _ResetBeforeReady(Exception):
+    """The connection was cut before the gateway said READY."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What a client brought: everything that each attempt carries."""
+
+    stream: bytes
+    client: tuple[str, int]
+    local: tuple[str, int]
+    hello: Hello
+    data: bytes
+    """All bytes read from the client so far, to be delivered unchanged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connected:
+    """A stream that has a service at its far end."""
+
+    candidate: Candidate
+    attempts: int
+    wire: Wire | None = None
+    """The service's own connection, on a local route; nothing has been sent yet."""
+    framed: Framed | None = None
+    """The connection to the gateway otherwise; all of `Call.data` has been sent."""
+
+
+class Dialer:
+    """Dials for one relay."""
+
+    def __init__(
+        self,
+        network: str,
+        keys: SigningKeys,
+        *,
+        now_ms: Callable[[], int],
+        dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S,
+        ready_timeout_s: float = LIMIT_READY_S,
+        open_timeout_s: float = LIMIT_OPENED_S,
+    ) -> None:
+        self._network = network
+        self._keys = keys
+        self._now_ms = now_ms
+        self._dial_timeout_s = dial_timeout_s
+        self._ready_timeout_s = ready_timeout_s
+        self._open_timeout_s = open_timeout_s
+
+    async def open(self, call: Call, candidates: list[Candidate]) -> Connected:
+        """Try up to three candidates in their order.
+
+        Raises:
+            DialError: with the last failure's reason, once none is left or none may be asked.
+        """
+        attempts = 0
+        failure = DialError(Reason.NO_ROUTE, "no candidate")
+        for candidate in candidates[:MAX_CANDIDATES]:
+            for pause in (*RESET_RETRY_S, None):
+                attempts += 1
+                try:
+                    return await self._attempt(call, candidate, attempts)
+                except _ResetBeforeReady as error:
+                    if pause is None:
+                        failure = DialError(
+                            Reason.NO_PERMISSION,
+                            f"{candidate} reset the connection {attempts} times before a gateway answered: "
+                            "the TURN server has no permission for this relay's address, or the gateway is gone",
+                        )
+                        break
+                    failure = DialError(Reason.NO_PERMISSION, str(error))
+                    await asyncio.sleep(pause)
+                except DialError as error:
+                    if error.final:
+                        raise
+                    failure = error
+                    break
+        raise failure
+
+    async def _attempt(self, call: Call, candidate: Candidate, attempt: int) -> Connected:
+        try:
+            wire = await connect(candidate.address, candidate.port, timeout_s=self._dial_timeout_s)
+        except TimeoutError:
+            raise DialError(Reason.DIAL_FAILED, f"{candidate}: no answer in {self._dial_timeout_s} s") from None
+        except ConnectionResetError as error:
+            if candidate.kind is RouteKind.TURN:
+                raise _ResetBeforeReady(str(error)) from error
+            raise DialError(Reason.DIAL_FAILED, f"{candidate}: {error.strerror}") from error
+        except OSError as error:
+            raise DialError(Reason.DIAL_FAILED, f"{candidate}: {error.strerror}") from error
+        if candidate.kind is RouteKind.LOCAL:
+            return Connected(candidate=candidate, attempts=attempt, wire=wire)
+        try:
+            framed = await self._open_framed(call, candidate, attempt, Framed(wire, Side.RELAY))
+        except BaseException:
+            wire.reset()
+            raise
+        return Connected(candidate=candidate, attempts=attempt, framed=framed)
+
+    async def _open_framed(self, call: Call, candidate: Candidate, attempt: int, framed: Framed) -> Framed:
+        preamble = self._preamble(call, candidate, attempt)
+        room = MAX_FIRST_WRITE - len(preamble) - HEADER_SIZE
+        first, rest = call.data[:room], call.data[room:]
+        await self._until(
+            Ready,
+            framed,
+            framed.begin(preamble, first),
+            limit_s=self._ready_timeout_s,
+            late=DialError(Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"),
+            cut=_ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
+            final=False,
+        )
+        # From here on the gateway may deliver what we send: neither silence nor a cut may bring it to another one.
+        await self._until(
+            Opened,
+            framed,
+            framed.send_data(rest) if rest else None,
+            limit_s=self._open_timeout_s,
+            late=DialError(
+                Reason.OPEN_TIMEOUT, f"{candidate}: the gateway did not open in {self._open_timeout_s} s", final=True
+            ),
+            cut=DialError(Reason.TRUNCATED, f"{candidate}: cut while the gateway was opening", final=True),
+            final=True,
+        )
+        return framed
+
+    async def _until(
+        self,
+        wanted: type[Message],
+        framed: Framed,
+        send: Awaitable[None] | None,
+        *,
+        limit_s: float,
+        late: DialError,
+        cut: Exception,
+        final: bool,
+    ) -> None:
+        """Send, then wait for `wanted`. A refusal, a broken protocol, silence and a cut each have their exception.
+
+        Args:
+            final: a refusal that does not say that nothing was delivered forbids to ask another gateway.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                if send is not None:
+                    await send
+                message = await framed.next_message()
+        except TimeoutError:
+            raise late from None
+        except (OSError, EOFError) as error:
+            raise cut from error
+        except CapsuleError as error:
+            raise DialError(Reason.PROTOCOL_ERROR, str(error), final=final) from error
+        if isinstance(message, Refused):
+            reason = Reason(message.reason) if message.reason in set(Reason) else Reason.OTHER
+            detail = f"the gateway refused: {message.detail}"
+            raise DialError(reason, detail, final=final and reason not in RETRYABLE)
+        if not isinstance(message, wanted):
+            said = f"{type(message).__name__} instead of {wanted.__name__}"
+            raise DialError(Reason.PROTOCOL_ERROR, said, final=final)
+
+    def _preamble(self, call: Call, candidate: Candidate, attempt: int) -> bytes:
+        key = self._keys.get(self._network, candidate.network)
+        if key is None:
+            raise DialError(Reason.NO_KEY, f"no key signs streams to {candidate.network!r}", final=True)
+        preamble = Preamble(
+            client=call.client,
+            local=call.local,
+            authority=call.hello.server_name,
+            stream_id=call.stream,
+            from_network=self._network,
+            to_network=candidate.network,
+            addressee=candidate.addressee,
+            key_id=key.id,
+            time_ms=self._now_ms(),
+            target=candidate.target,
+            hello_digest=call.hello.digest,
+            attempt=attempt,
+        )
+        return sign(preamble, key.secret)

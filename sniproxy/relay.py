@@ -1,0 +1,250 @@
+"""The relay: accepts a network's clients, reads the name in the ClientHello and carries each stream where a route leads.
+
+It never has a default: what it cannot read, does not know or may not reach is refused, with a TLS alert where the client spoke
+TLS, and with one reason in the log and the metrics.
+"""
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_address
+
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import Network, TargetList
+from discovery.contract import Discovery
+from discovery.imports import Imports
+from sniproxy.alert import AlertDescription, alert_record
+from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, Call, Connected, Dialer, DialError
+from sniproxy.engine import End, Listener, Splice, Wire
+from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
+from sniproxy.route import Router, SigningKeys, Unroutable
+from sniproxy.stream.account import Account, Ledger
+from sniproxy.stream.ends import Side
+from sniproxy.stream.framed import Carry
+from sniproxy.stream.reason import Reason
+
+DEFAULT_HELLO_TIMEOUT_S = 5.0
+"""From accept to the last byte of the ClientHello, however it drips: room for two round trips and a retransmission on a bad link."""
+
+DEFAULT_IDLE_TIMEOUT_S = 3600.0
+"""Silence in both directions. Above the two hours' half that databases and message brokers leave connections unused."""
+
+DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
+"""Silence after one side has ended: the longest answer that anybody computes after its whole question came."""
+
+DEFAULT_MAX_STREAMS = 16_384
+"""Two descriptors a stream, and half of the usual hard limit of open files (65,536) left for bulk pipes and everything else."""
+
+PRIVATE_RANGES: tuple[Network, ...] = (
+    IPv4Network("10.0.0.0/8"),
+    IPv4Network("172.16.0.0/12"),
+    IPv4Network("192.168.0.0/16"),
+    IPv4Network("100.64.0.0/10"),
+    IPv4Network("127.0.0.0/8"),
+    IPv6Network("fc00::/7"),
+    IPv6Network("::1/128"),
+)
+"""Who may use a relay unless told otherwise: RFC 1918, RFC 6598, RFC 4193 and this host."""
+
+_ALERTS = {
+    Reason.DENIED: AlertDescription.ACCESS_DENIED,
+    Reason.NO_SNI: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.BAD_NAME: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.UNKNOWN_NETWORK: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.UNKNOWN_NAME: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.AMBIGUOUS_NAME: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.AMBIGUOUS_PORT: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.BAD_HELLO: AlertDescription.DECODE_ERROR,
+}
+"""What a client that spoke TLS is told; every other reason is internal_error."""
+
+_SILENT = frozenset({Reason.NOT_TLS, Reason.HELLO_TIMEOUT, Reason.CLIENT_RESET})
+"""No ClientHello was read: nobody there understands an alert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayConfig:
+    """What an operator decides about a relay."""
+
+    id: str
+    network: str
+    domain: str
+    listen: tuple[tuple[str, int], ...]
+    imports: Imports = field(default_factory=Imports)
+    allow: tuple[Network, ...] = PRIVATE_RANGES
+    """Clients by source address."""
+    deliver: TargetList = field(default_factory=TargetList)
+    """What may be dialled in the relay's own network; default nothing."""
+    direct: TargetList = field(default_factory=TargetList)
+    """Where gateways of other networks may be dialled without a TURN server; default nowhere."""
+    max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
+    max_streams: int = DEFAULT_MAX_STREAMS
+    hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
+    dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
+    idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
+    half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
+
+
+class _Refusal(Exception):
+    """A stream that we end on purpose."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Relay:
+    """One relay: listeners, routing, streams. `open` binds, `run` serves, `close` stops accepting, `drain` waits."""
+
+    def __init__(
+        self, config: RelayConfig, discovery: Discovery, keys: SigningKeys, *, registry: CollectorRegistry
+    ) -> None:
+        self._config = config
+        self._discovery = discovery
+        self._router = Router(
+            network=config.network,
+            domain=config.domain,
+            imports=config.imports,
+            deliver=config.deliver,
+            direct=config.direct,
+            keys=keys,
+        )
+        self._dialer = Dialer(
+            config.network, keys, now_ms=lambda: time.time_ns() // 1_000_000, dial_timeout_s=config.dial_timeout_s
+        )
+        self.ledger = Ledger("relay", registry)
+        self._listeners: list[Listener] = []
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Where it listens, with the ports that were chosen where 0 was asked."""
+        return tuple(listener.address for listener in self._listeners)
+
+    async def open(self) -> None:
+        """Bind every listening address. OSError names the one that failed; none stays open then."""
+        try:
+            for address, port in self._config.listen:
+                self._listeners.append(await Listener.open(address, port))
+        except OSError:
+            self.close()
+            raise
+
+    async def run(self) -> None:
+        """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
+        async with asyncio.TaskGroup() as group:
+            for listener in self._listeners:
+                group.create_task(listener.serve(self._serve))
+
+    def close(self) -> None:
+        """Stop accepting; streams go on."""
+        for listener in self._listeners:
+            listener.close()
+
+    async def _serve(self, client: Wire) -> None:
+        stream = os.urandom(16)
+        account = self.ledger.open(stream, client=client.peer[0], local=f"{client.local[0]}:{client.local[1]}")
+        reason = Reason.OTHER
+        task = asyncio.current_task()
+        assert task is not None
+        account.end = task.cancel
+        try:
+            reason = await self._carry(client, account)
+        except _Refusal as refusal:
+            reason = refusal.reason
+            account.detail = refusal.detail
+            await self._refuse(client, reason)
+        finally:
+            self.ledger.close(account, reason)
+            client.close()
+
+    async def _carry(self, client: Wire, account: Account) -> Reason:
+        """Take one stream from accept to its end."""
+        if len(self.ledger) > self._config.max_streams:
+            raise _Refusal(Reason.OVERLOADED, f"{self._config.max_streams} streams are open: relay.max_streams")
+        hello, data = await self._read_hello(client, account)
+        account.mark("hello")
+        account.fields["sni"] = hello.server_name
+        if not any(ip_address(client.peer[0]) in network for network in self._config.allow):
+            raise _Refusal(Reason.DENIED, "relay.allow does not have this client's address")
+        try:
+            candidates = self._router.candidates(hello.server_name, self._discovery.mesh, client.local[1])
+        except Unroutable as error:
+            raise _Refusal(error.reason, error.detail) from error
+        account.mark("route")
+        account.fields["network"] = candidates[0].network
+        account.fields["target"] = candidates[0].target
+        account.state = "dialling"
+        call = Call(stream=account.stream, client=client.peer, local=client.local, hello=hello, data=data)
+        try:
+            connected = await self._dialer.open(call, candidates)
+        except DialError as error:
+            raise _Refusal(error.reason, error.detail) from error
+        account.mark("connect")
+        candidate = connected.candidate
+        account.fields |= {
+            "network": candidate.network,
+            "target": candidate.target,
+            "route": candidate.kind.value,
+            "candidate": str(candidate),
+            "attempts": connected.attempts,
+        }
+        return await self._move(client, account, connected, data)
+
+    async def _read_hello(self, client: Wire, account: Account) -> tuple[Hello, bytes]:
+        """Read up to the end of the ClientHello, under one absolute deadline, and what came along with it."""
+        reader = HelloReader(self._config.max_hello_bytes)
+        try:
+            async with asyncio.timeout(self._config.hello_timeout_s):
+                while True:
+                    data = await client.recv()
+                    if not data:
+                        if reader.raw:
+                            raise _Refusal(Reason.BAD_HELLO, "the client ended inside its ClientHello")
+                        raise _Refusal(Reason.CLIENT_RESET, "the client closed without a byte")
+                    hello = reader.feed(data)
+                    if hello is not None:
+                        if hello.ech:
+                            account.fields["ech"] = True
+                        return hello, reader.raw
+        except HelloError as error:
+            raise _Refusal(Reason(error.reason.value), error.detail) from error
+        except TimeoutError:
+            raise _Refusal(
+                Reason.HELLO_TIMEOUT,
+                f"no whole ClientHello in {self._config.hello_timeout_s} s, {len(reader.raw)} bytes came",
+            ) from None
+        except OSError as error:
+            raise _Refusal(Reason.CLIENT_RESET, "reset before its ClientHello was whole") from error
+
+    async def _move(self, client: Wire, account: Account, connected: Connected, data: bytes) -> Reason:
+        idle, half_close = self._config.idle_timeout_s, self._config.half_close_timeout_s
+        if connected.framed is not None:
+            carry = Carry(client, connected.framed, Side.RELAY, idle_timeout_s=idle, half_close_timeout_s=half_close)
+            carry.outbound.moved = len(data)
+            account.carry(up=carry.outbound, down=carry.inbound)
+            return await carry.run()
+        assert connected.wire is not None
+        client.unread(data)
+        splice = Splice(client, connected.wire, idle_timeout_s=idle, half_close_timeout_s=half_close)
+        account.carry(up=splice.a_to_b, down=splice.b_to_a)
+        return _ENDS[(await splice.run()).end]
+
+    async def _refuse(self, client: Wire, reason: Reason) -> None:
+        """Tell the client in its own protocol why, and make sure that it arrives."""
+        if reason not in _SILENT:
+            try:
+                await client.send(alert_record(_ALERTS.get(reason, AlertDescription.INTERNAL_ERROR)))
+            except OSError:
+                pass  # it is gone: nobody to tell
+        await client.drain_and_close()
+
+
+_ENDS = {
+    End.OK: Reason.OK,
+    End.A_RESET: Reason.CLIENT_RESET,
+    End.B_RESET: Reason.SERVER_RESET,
+    End.IDLE_TIMEOUT: Reason.IDLE_TIMEOUT,
+}

@@ -1,0 +1,219 @@
+"""From the name in a ClientHello to the candidates that may carry the stream, best first.
+
+    local    the relay's own network: the service itself, dialled without framing, only where `deliver` allows it
+    direct   a gateway with an address that `direct` allows
+    turn     an allocation that the other network's gateway holds on one of our own TURN servers
+
+A new way of reaching a network is a new RouteKind here and a dialler for it in sniproxy.dial. Sans-IO; the one error is Unroutable.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from discovery.addresses import (
+    Address,
+    BadAddress,
+    TargetList,
+    format_endpoint,
+    parse_address,
+    parse_endpoint,
+    refusal,
+)
+from discovery.imports import Imports
+from discovery.lookup import Candidate as Place
+from discovery.lookup import Unresolved, resolve
+from discovery.model import AllocationSpec, Kind, Mesh, Record, TurnSpec
+from discovery.names import AddressTarget
+from sniproxy.stream.preamble import SigningKey, encode_target
+from sniproxy.stream.reason import Reason
+
+FRAMED = "framed/1"
+"""What a gateway's record says in `proto` when it takes our stream protocol."""
+
+
+class RouteKind(StrEnum):
+    """How a candidate is reached."""
+
+    LOCAL = "local"
+    DIRECT = "direct"
+    TURN = "turn"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One address to dial for a stream."""
+
+    kind: RouteKind
+    network: str
+    target: str
+    """What the gateway is asked for, as the preamble spells it."""
+    address: str
+    port: int
+    addressee: str = ""
+    """Id of the allocation or gateway record, so that a captured preamble is good nowhere else; empty for local."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.addressee or format_endpoint(parse_address(self.address), self.port)}"
+
+
+class Unroutable(Exception):
+    """A name that no candidate serves. `reason` is for metrics and the alert, `detail` a sentence for people."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class SigningKeys:
+    """The keys by direction; the first one for a pair of networks signs."""
+
+    def __init__(self, keys: Mapping[str, SigningKey]) -> None:
+        self._first: dict[tuple[str, str], SigningKey] = {}
+        for key in keys.values():
+            self._first.setdefault((key.from_network, key.to_network), key)
+
+    def get(self, from_network: str, to_network: str) -> SigningKey | None:
+        """Give the key that signs streams in this direction, None if there is none."""
+        return self._first.get((from_network, to_network))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """What a relay routes by, apart from the mesh."""
+
+    network: str
+    domain: str
+    imports: Imports
+    deliver: TargetList
+    """What may be dialled in the relay's own network; default nothing."""
+    direct: TargetList
+    """Where gateways may be dialled directly. A CIDR in it that lies wholly inside a refused range (127.0.0.0/8) lifts that
+    refusal, for TURN servers' relayed addresses too."""
+    keys: SigningKeys
+    shuffle: Callable[[list[Candidate]], None] = random.shuffle
+    """Orders the allocations of one network, so that gateways share the load."""
+
+    def candidates(self, name: str, mesh: Mesh, local_port: int) -> list[Candidate]:
+        """Say where a stream with this server name may go, best first; never nothing.
+
+        Args:
+            local_port: the port that the client connected to; it chooses among the ports of a plain service name.
+
+        Raises:
+            Unroutable: with the reason of the first place where there are several and none has a candidate.
+        """
+        try:
+            places = resolve(name, mesh, self.imports, self.domain, local_port=local_port).candidates
+        except Unresolved as error:
+            raise Unroutable(Reason(error.reason.value), error.detail) from error
+        found: list[Candidate] = []
+        first_failure: Unroutable | None = None
+        for place in places:
+            try:
+                found += self._local(place) if place.network == self.network else self._remote(place, mesh)
+            except Unroutable as failure:
+                first_failure = first_failure or failure
+        if not found:
+            assert first_failure is not None
+            raise first_failure
+        return found
+
+    def _local(self, place: Place) -> list[Candidate]:
+        target = place.target
+        if isinstance(target, AddressTarget):
+            endpoints = [(target.address, target.port)]
+        else:
+            assert place.service is not None
+            texts = place.service.spec.ports.get(str(target.port), ())
+            endpoints = [endpoint for text in texts if (endpoint := _endpoint(text)) is not None]
+            if not endpoints:
+                raise Unroutable(
+                    Reason.NO_ENDPOINT, f"service {target.service!r} has no endpoint for port {target.port}"
+                )
+        allowed = [
+            Candidate(
+                kind=RouteKind.LOCAL,
+                network=place.network,
+                target=format_endpoint(address, port),
+                address=str(address),
+                port=port,
+            )
+            for address, port in endpoints
+            if self.deliver.allows(address, port) and refusal(address, self.deliver) is None
+        ]
+        if not allowed:
+            shown = format_endpoint(*endpoints[0])
+            raise Unroutable(Reason.DENIED, f"relay.deliver does not allow {shown} in the relay's own network")
+        self.shuffle(allowed)
+        return allowed
+
+    def _remote(self, place: Place, mesh: Mesh) -> list[Candidate]:
+        ways = list(self._direct(place, mesh))
+        allocations = list(self._turn(place, mesh))
+        self.shuffle(allocations)
+        ways += allocations
+        if not ways:
+            raise Unroutable(
+                Reason.NO_ROUTE,
+                f"network {place.network!r} has no gateway that relay.direct allows and no usable allocation "
+                f"on a TURN server of {self.network!r}",
+            )
+        if self.keys.get(self.network, place.network) is None:
+            raise Unroutable(Reason.NO_KEY, f"no key signs streams from {self.network!r} to {place.network!r}")
+        return ways
+
+    def _direct(self, place: Place, mesh: Mesh) -> Iterator[Candidate]:
+        for gateway in mesh.gateways(place.network):
+            endpoint = _endpoint(gateway.spec.address)
+            if endpoint is None or FRAMED not in gateway.spec.proto:
+                continue
+            if self.direct.allows(*endpoint) and refusal(endpoint[0], self.direct) is None:
+                yield self._framed(RouteKind.DIRECT, place, endpoint, gateway.id)
+
+    def _turn(self, place: Place, mesh: Mesh) -> Iterator[Candidate]:
+        for allocation in mesh.allocations(place.network):
+            if allocation.spec.via != self.network or FRAMED not in allocation.spec.proto:
+                continue
+            address = self._relayed_address(allocation, mesh)
+            if address is not None:
+                yield self._framed(RouteKind.TURN, place, (address, allocation.spec.port), allocation.id)
+
+    def _relayed_address(self, allocation: Record[AllocationSpec], mesh: Mesh) -> Address | None:
+        """Of another network's record only the port counts, and only inside our own TURN server's range."""
+        turn: Record[TurnSpec] | None = mesh.record(Kind.TURN, self.network, allocation.spec.turn)
+        if turn is None or not turn.spec.port_min <= allocation.spec.port <= turn.spec.port_max:
+            return None
+        addresses = [address for text in turn.spec.relay_addresses if (address := _address(text)) is not None]
+        # An Allocate without REQUESTED-ADDRESS-FAMILY gives IPv4 (RFC 8656 section 7.2), wherever the server has any.
+        addresses.sort(key=lambda address: address.version)
+        return next((address for address in addresses if refusal(address, self.direct) is None), None)
+
+    @staticmethod
+    def _framed(kind: RouteKind, place: Place, endpoint: tuple[Address, int], addressee: str) -> Candidate:
+        target = place.target
+        where = target.address if isinstance(target, AddressTarget) else target.service
+        return Candidate(
+            kind=kind,
+            network=place.network,
+            target=encode_target(where, target.port),
+            address=str(endpoint[0]),
+            port=endpoint[1],
+            addressee=addressee,
+        )
+
+
+def _endpoint(text: str) -> tuple[Address, int] | None:
+    try:
+        return parse_endpoint(text)
+    except BadAddress:
+        return None  # records are checked when they are written; one that slipped through is no candidate
+
+
+def _address(text: str) -> Address | None:
+    try:
+        return parse_address(text)
+    except BadAddress:
+        return None

@@ -1,0 +1,228 @@
+"""A whole path in one process: client → relay → TURN server → gateway → service, every connection a real one.
+
+    async with a_path("coturn") as path:
+        client = await path.dial("p8443-127-0-0-1.b.svc.mesh.internal")
+
+The TURN server is coturn, the embedded one, or none ("direct": the gateway listens). Services are the test's own.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import TargetList
+from discovery.model import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
+from sniproxy.engine import Listener, Wire, connect
+from sniproxy.relay import Relay, RelayConfig
+from sniproxy.route import SigningKeys
+from sniproxy.stream.preamble import SigningKey
+from tests.e2e.mesh import FixedDiscovery, record
+from tests.sniproxy.hellos import client_hello
+from tests.turnreg.coturn import Coturn
+from turnreg.client import Allocation, Credentials, Timing
+from turnreg.gateway import Gateway, GatewayConfig
+from turnreg.server.config import TurnServerConfig
+from turnreg.server.server import TurnServer
+
+DOMAIN = "svc.mesh.internal"
+LOOPBACK = TargetList.parse(["127.0.0.0/8"])
+ALLOCATION = "gw-1-a-turn-1"
+
+
+class LogLines(logging.Handler):
+    """The events that a logger wrote, as dictionaries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[dict[str, object]] = []
+
+    def emit(self, line: logging.LogRecord) -> None:
+        event = getattr(line, "event", None)
+        if event is not None:
+            self.events.append(event)
+
+
+@dataclass
+class Path:
+    """The running parts, and the log of both ends."""
+
+    relay: Relay
+    gateway: Gateway
+    discovery: FixedDiscovery
+    turn: "Coturn | TurnServer | None"
+    allocation: Allocation | None
+    relay_log: LogLines
+    gateway_log: LogLines
+    _group: asyncio.TaskGroup
+    _closing: AsyncExitStack
+    hello_of: dict[str, bytes] = field(default_factory=dict)
+
+    async def serve(self, handle: Callable[[Wire], Awaitable[None]]) -> int:
+        """Run a service on loopback in network b; returns its port."""
+        listener = await Listener.open("127.0.0.1", 0)
+        task = self._group.create_task(listener.serve(handle))
+        self._closing.callback(task.cancel)
+        return listener.address[1]
+
+    async def connect(self) -> Wire:
+        """Connect to the relay as a client does."""
+        return await connect(*self.relay.addresses[0], timeout_s=10)
+
+    async def dial(self, name: str, *, hello: bytes | None = None, behind: bytes = b"") -> Wire:
+        """Connect and send a ClientHello for `name`, with `behind` in the same write."""
+        client = await self.connect()
+        await client.send((hello or client_hello(name)) + behind)
+        return client
+
+    async def ended(self, count: int = 1, limit_s: float = 20) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+        """Wait until both ends have logged the end of `count` streams, and give their lines."""
+        async with asyncio.timeout(limit_s):
+            while len(self.relay_log.events) < count or len(self.gateway_log.events) < count:
+                await asyncio.sleep(0.01)
+        return self.relay_log.events, self.gateway_log.events
+
+
+def name_of(port: int, address: str = "127.0.0.1") -> str:
+    """The compact name of an address in network b."""
+    return f"p{port}-{address.replace('.', '-')}.b.{DOMAIN}"
+
+
+def service_hello(name: str) -> bytes:
+    """What a service behind the path has to read first."""
+    return client_hello(name)
+
+
+@asynccontextmanager
+async def a_path(
+    turn: str, *, bind_delay_s: float = 0.0, coturn_options: tuple[str, ...] = (), timing: Timing | None = None
+) -> AsyncIterator[Path]:
+    """Run the parts of networks a and b on loopback.
+
+    Args:
+        turn: "coturn", "embedded" or "direct".
+        bind_delay_s: how long the gateway waits before it binds an announced peer, as one far away does.
+    """
+    key = SigningKey(id="ab-1", secret=secrets.token_bytes(32), from_network="a", to_network="b")
+    discovery = FixedDiscovery(
+        record(Kind.NETWORK, "a", "a", NetworkSpec()),
+        record(Kind.NETWORK, "b", "b", NetworkSpec()),
+        record(Kind.RELAY, "a", "relay-1", RelaySpec(addresses=["127.0.0.1"], ports=[443])),
+    )
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        registry = CollectorRegistry()
+        relay = Relay(
+            RelayConfig(id="relay-1", network="a", domain=DOMAIN, listen=(("127.0.0.1", 0),), direct=LOOPBACK),
+            discovery,
+            SigningKeys({key.id: key}),
+            registry=registry,
+        )
+        await relay.open()
+        gateway = Gateway(
+            GatewayConfig(
+                id="gw-1",
+                network="b",
+                domain=DOMAIN,
+                allow=LOOPBACK,
+                listen=(("127.0.0.1", 0),) if turn == "direct" else (),
+            ),
+            discovery,
+            {key.id: key},
+            registry=registry,
+        )
+        await gateway.open()
+        tasks = [group.create_task(relay.run()), group.create_task(gateway.run())]
+        closing = AsyncExitStack()
+        path = Path(relay, gateway, discovery, None, None, LogLines(), LogLines(), group, closing)
+        for role, lines in (("relay", path.relay_log), ("gateway", path.gateway_log)):
+            logger = logging.getLogger(f"crossnet.{role}")
+            logger.setLevel(logging.INFO)
+            logger.addHandler(lines)
+            stack.callback(logger.removeHandler, lines)
+        if turn == "direct":
+            address, port = gateway.addresses[0]
+            discovery.put(record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"{address}:{port}")))
+        else:
+            tasks += await _join_turn(path, turn, group, stack, bind_delay_s, coturn_options, timing)
+        try:
+            yield path
+        finally:
+            await closing.aclose()
+            for task in tasks:
+                task.cancel()
+
+
+async def _join_turn(
+    path: Path,
+    kind: str,
+    group: asyncio.TaskGroup,
+    stack: AsyncExitStack,
+    bind_delay_s: float,
+    coturn_options: tuple[str, ...],
+    timing: Timing | None,
+) -> list[asyncio.Task[None]]:
+    tasks = []
+    if kind == "coturn":
+        server = Coturn(user="gw", password="p", extra=coturn_options)
+        await asyncio.to_thread(server.start)
+        stack.callback(server.close)
+        path.turn = server
+        address, port, (low, high) = server.address, server.port, server.relay_range
+    else:
+        low, high = 20_000 + secrets.randbelow(90) * 100, 31_000
+        config = TurnServerConfig(
+            listen=(("127.0.0.1", 0),),
+            relay_addresses=("127.0.0.1",),
+            realm="lab",
+            port_min=low,
+            port_max=high,
+            users={"gw": "p"},
+            allowed_peers=LOOPBACK,
+        )
+        path.turn = embedded = await TurnServer.open(config)
+        tasks.append(group.create_task(embedded.run()))
+        address, port = embedded.addresses[0]
+
+    async def late(address: str, port: int, *, timeout_s: float) -> Wire:
+        if path.allocation is not None and path.allocation.relayed is not None:
+            await asyncio.sleep(bind_delay_s)
+        return await connect(address, port, timeout_s=timeout_s)
+
+    path.allocation = Allocation(
+        address=address,
+        port=port,
+        credentials=Credentials(username="gw", password="p"),
+        on_stream=path.gateway.take,
+        via="a",
+        turn="turn-1",
+        record=ALLOCATION,
+        peers=frozenset({"127.0.0.1"}),
+        dial=late,
+        timing=timing,
+    )
+    ready = asyncio.Event()
+    tasks.append(group.create_task(path.allocation.run(ready.set)))
+    async with asyncio.timeout(15):
+        await ready.wait()
+    assert path.allocation.relayed is not None
+    path.discovery.put(
+        record(
+            Kind.TURN,
+            "a",
+            "turn-1",
+            TurnSpec(
+                url=f"turn:{address}:{port}?transport=tcp", relay_addresses=["127.0.0.1"], port_min=low, port_max=high
+            ),
+        ),
+        record(
+            Kind.ALLOCATION,
+            "b",
+            ALLOCATION,
+            AllocationSpec(via="a", turn="turn-1", port=path.allocation.relayed[1], gateway="gw-1"),
+        ),
+    )
+    return tasks

@@ -1,0 +1,178 @@
+"""From the target in a preamble to a connected service: which address, whether it may be dialled, and the next one on failure."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from discovery.addresses import (
+    Address,
+    BadAddress,
+    TargetList,
+    format_endpoint,
+    parse_address,
+    parse_endpoint,
+    parse_turn_url,
+    refusal,
+)
+from discovery.contract import Discovery
+from discovery.model import Mesh
+from sniproxy.engine import Wire, connect
+from sniproxy.stream.preamble import Preamble, decode_target
+from sniproxy.stream.proxyproto import ProxyHeader
+from sniproxy.stream.reason import Reason
+
+MAX_ENDPOINT_TRIES = 3
+"""Endpoints of a service tried for one stream: with the dial time-out of 3 s still inside the relay's 10 s for OPENED."""
+
+
+class Undeliverable(Exception):
+    """No service was reached. `reason` says whether another gateway may be asked."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """A connected service; a PROXY header that it asked for has been sent."""
+
+    wire: Wire
+    address: Address
+    port: int
+    ms: int
+    """How long the dial took."""
+
+    @property
+    def endpoint(self) -> str:
+        """The address and port as text."""
+        return format_endpoint(self.address, self.port)
+
+
+class Delivery:
+    """Dials services of one network for its gateway."""
+
+    def __init__(
+        self,
+        network: str,
+        discovery: Discovery,
+        allow: TargetList,
+        *,
+        guard: Iterable[tuple[str, int]],
+        dial_timeout_s: float,
+    ) -> None:
+        self._network = network
+        self._discovery = discovery
+        self._allow = allow
+        self._own = frozenset((parse_address(address), port) for address, port in guard)
+        self._dial_timeout_s = dial_timeout_s
+        self._guarded_mesh = Mesh.EMPTY
+        self._guarded: frozenset[tuple[Address, int]] = self._own
+        self._turn: dict[str, int] = {}
+
+    async def connect(self, preamble: Preamble) -> Delivered:
+        """Connect to what a proven preamble asks for.
+
+        Raises:
+            Undeliverable: denied, no_endpoint, unknown_name or dial_failed.
+        """
+        where, port = decode_target(preamble.target)
+        if not isinstance(where, str):
+            return await self._dial([(where, port)], b"")
+        service = self._discovery.mesh.service(self._network, where)
+        if service is None:
+            raise Undeliverable(Reason.UNKNOWN_NAME, f"this network has no service {where!r}")
+        endpoints = self._rotated(where, port, service.spec.ports.get(str(port), []))
+        if not endpoints:
+            raise Undeliverable(Reason.NO_ENDPOINT, f"service {where!r} has no endpoint for port {port}")
+        header = b""
+        if service.spec.proxy_protocol:
+            header = ProxyHeader(source=preamble.client, destination=preamble.local).pack()
+        return await self._dial(endpoints[:MAX_ENDPOINT_TRIES], header)
+
+    def _rotated(self, name: str, port: int, texts: list[str]) -> list[tuple[Address, int]]:
+        """The endpoints, beginning with the one whose turn it is."""
+        if not texts:
+            return []
+        key = f"{name}:{port}"
+        if len(self._turn) > 2 * len(self._discovery.mesh) + 1024:
+            self._turn.clear()  # names of services that came and went
+        turn = self._turn[key] = (self._turn.get(key, -1) + 1) % len(texts)
+        endpoints = []
+        for text in texts[turn:] + texts[:turn]:
+            with suppress(
+                BadAddress
+            ):  # records are checked when they are written; one that slipped through is no endpoint
+                endpoints.append(parse_endpoint(text))
+        return endpoints
+
+    async def _dial(self, endpoints: list[tuple[Address, int]], header: bytes) -> Delivered:
+        failure = Undeliverable(Reason.NO_ENDPOINT, "no endpoint")
+        for address, port in endpoints:
+            shown = format_endpoint(address, port)
+            why = self._why_not(address, port)
+            if why is not None:
+                failure = Undeliverable(Reason.DENIED, f"{shown} {why}")
+                continue
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            try:
+                wire = await connect(str(address), port, timeout_s=self._dial_timeout_s)
+            except TimeoutError:
+                failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: no answer in {self._dial_timeout_s} s")
+                continue
+            except OSError as error:
+                failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: {error.strerror}")
+                continue
+            if header:
+                try:
+                    await wire.send(header)
+                except OSError as error:
+                    failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: {error.strerror}")
+                    wire.close()
+                    continue
+                except BaseException:
+                    wire.reset()
+                    raise
+            return Delivered(wire=wire, address=address, port=port, ms=round((loop.time() - started) * 1000))
+        raise failure
+
+    def _why_not(self, address: Address, port: int) -> str | None:
+        """Say why this address and port may not be dialled, None if it may."""
+        if not self._allow.allows(address, port):
+            return "is not in gateway.allow"
+        why = refusal(address, self._allow)
+        if why is not None:
+            return f"is {why}"
+        if (address, port) in self._infrastructure():
+            return "is a relay, TURN server, gateway or discovery server: a stream there would loop"
+        return None
+
+    def _infrastructure(self) -> frozenset[tuple[Address, int]]:
+        """What is no service although its address may be allowed: our own network's parts, and every TURN server.
+
+        Other networks' relays are left out: their addresses mean something only there, and may be a service's here.
+        """
+        mesh = self._discovery.mesh
+        if mesh is not self._guarded_mesh:
+            self._guarded_mesh = mesh
+            self._guarded = self._own | frozenset(_infrastructure(mesh, self._network))
+        return self._guarded
+
+
+def _infrastructure(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:
+    for relay in mesh.relays(network):
+        for text in relay.spec.addresses:
+            for port in relay.spec.ports:
+                with suppress(BadAddress):
+                    yield parse_address(text), port
+    for gateway in mesh.gateways(network):
+        with suppress(BadAddress):
+            yield parse_endpoint(gateway.spec.address)
+    for turns in map(mesh.turns, mesh.networks):
+        for turn in turns:
+            with suppress(BadAddress):  # one with a name: no address that a stream names can be told from it here
+                url = parse_turn_url(turn.spec.url)
+                yield parse_address(url.host), url.port

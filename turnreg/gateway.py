@@ -1,0 +1,284 @@
+"""The gateway: takes streams that arrive from other networks' relays and delivers them to services of its own network.
+
+A stream reaches a service only after its preamble is proven, its ClientHello is the one that was signed for, and the address that
+is about to be dialled passes `allow`, the refused ranges and the loop guard (sniproxy's capsules carry everything after that).
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import TargetList
+from discovery.contract import Discovery
+from sniproxy.engine import Listener, Wire
+from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, HelloError, HelloReader
+from sniproxy.stream.account import Account, Ledger
+from sniproxy.stream.capsule import CapsuleError, Payload
+from sniproxy.stream.control import Opened, Ready, Refused
+from sniproxy.stream.ends import Side
+from sniproxy.stream.framed import Carry, Framed
+from sniproxy.stream.preamble import (
+    FirstBytes,
+    Preamble,
+    PreambleError,
+    PreambleVerifier,
+    SigningKey,
+    check_hello,
+    classify_first_bytes,
+    read_length,
+)
+from sniproxy.stream.reason import Reason
+from turnreg.client import Bound
+from turnreg.delivery import Delivery, Undeliverable
+
+log = logging.getLogger(__name__)
+
+DEFAULT_HELLO_TIMEOUT_S = 5.0
+"""From the bind to the last byte of the ClientHello. The relay had it whole before it dialled: this covers the way here."""
+
+DEFAULT_DIAL_TIMEOUT_S = 3.0
+"""For the TCP handshake with a service in our own network: one lost SYN is sent again after 1 s."""
+
+DEFAULT_IDLE_TIMEOUT_S = 3600.0
+DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
+"""As at the relay: whichever is lower ends the stream."""
+
+DEFAULT_MAX_STREAMS = 16_384
+"""As at the relay: two descriptors a stream."""
+
+_PREAMBLE_START = 16
+"""A PROXY v2 header says its length in its first 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """What an operator decides about a gateway."""
+
+    id: str
+    network: str
+    domain: str
+    allow: TargetList
+    """What may be dialled, checked on the address that is dialled."""
+    listen: tuple[tuple[str, int], ...] = ()
+    """Where relays may come directly, without a TURN server."""
+    guard: tuple[tuple[str, int], ...] = ()
+    """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
+    max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
+    max_streams: int = DEFAULT_MAX_STREAMS
+    hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
+    dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
+    idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
+    half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
+
+
+class _Refusal(Exception):
+    """A stream that we end on purpose. `tell`: its relay has proven itself, or asks in our protocol, and hears why."""
+
+    def __init__(self, reason: Reason, detail: str, *, tell: bool = True) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+        self.tell = tell
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """What is known of a stream while it is being opened."""
+
+    framed: Framed
+    account: Account
+    preamble: Preamble | None = None
+    data: bytearray = field(default_factory=bytearray)
+
+
+class Gateway:
+    """One gateway. Streams come by `take` (the registrar's callback) and by its own listeners."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        discovery: Discovery,
+        keys: Mapping[str, SigningKey],
+        *,
+        registry: CollectorRegistry,
+    ) -> None:
+        self._config = config
+        self._verifier = PreambleVerifier(keys, config.network)
+        self._delivery = Delivery(
+            config.network, discovery, config.allow, guard=config.guard, dial_timeout_s=config.dial_timeout_s
+        )
+        self.ledger = Ledger("gateway", registry)
+        self._listeners: list[Listener] = []
+        self._group: asyncio.TaskGroup | None = None
+        self._closed = asyncio.Event()
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Where it listens for relays that come directly."""
+        return tuple(listener.address for listener in self._listeners)
+
+    async def open(self) -> None:
+        """Bind every listening address. OSError names the one that failed; none stays open then."""
+        try:
+            for address, port in self._config.listen:
+                self._listeners.append(await Listener.open(address, port))
+        except OSError:
+            self.close()
+            raise
+
+    async def run(self) -> None:
+        """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            for listener in self._listeners:
+                group.create_task(listener.serve(self._serve_direct))
+            await self._closed.wait()
+            self._group = None
+
+    def close(self) -> None:
+        """Take no more streams; those that are open go on."""
+        self._closed.set()
+        for listener in self._listeners:
+            listener.close()
+
+    def take(self, bound: Bound) -> None:
+        """Take a stream that was bound on an allocation of ours."""
+        if self._group is None:
+            bound.wire.close()
+            return
+        self._group.create_task(self._serve_bound(bound))
+
+    async def _serve_bound(self, bound: Bound) -> None:
+        try:
+            await self._serve(bound.wire, bound.allocation, via=bound.via, turn=bound.turn)
+        except Exception:  # one stream's defect must not end the gateway
+            log.exception("unexpected error while serving a stream on %s", bound.allocation)
+
+    async def _serve_direct(self, wire: Wire) -> None:
+        await self._serve(wire, self._config.id)
+
+    async def _serve(self, wire: Wire, addressee: str, **came_by: str) -> None:
+        # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
+        account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
+        arrival = _Arrival(Framed(wire, Side.GATEWAY), account)
+        reason = Reason.OTHER
+        task = asyncio.current_task()
+        assert task is not None
+        account.end = task.cancel
+        try:
+            reason = await self._carry(arrival, addressee)
+        except _Refusal as refusal:
+            reason, account.detail = refusal.reason, refusal.detail
+            if refusal.tell:
+                await self._refuse(arrival.framed, refusal)
+        finally:
+            self.ledger.close(account, reason)
+            wire.close()
+
+    async def _carry(self, arrival: _Arrival, addressee: str) -> Reason:
+        """Take one stream from its first byte to its end."""
+        account, framed = arrival.account, arrival.framed
+        try:
+            async with asyncio.timeout(self._config.hello_timeout_s):
+                preamble = await self._read_preamble(arrival, addressee)
+                if len(self.ledger) > self._config.max_streams:
+                    raise _Refusal(
+                        Reason.OVERLOADED, f"{self._config.max_streams} streams are open: gateway.max_streams"
+                    )
+                await framed.send(Ready())
+                await self._read_hello(arrival, preamble)
+        except TimeoutError:
+            said = "ClientHello" if account.fields.get("key_id") else "preamble"
+            detail = f"no whole {said} in {self._config.hello_timeout_s} s"
+            raise _Refusal(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
+        except CapsuleError as error:
+            raise _Refusal(Reason.PROTOCOL_ERROR, str(error)) from error
+        except (OSError, EOFError) as error:
+            detail = "cut before the ClientHello was whole"
+            raise _Refusal(Reason.TRUNCATED, detail, tell=False) from error
+        account.mark("hello")
+        account.state = "dialling"
+        try:
+            delivered = await self._delivery.connect(preamble)
+        except Undeliverable as error:
+            raise _Refusal(error.reason, error.detail) from error
+        account.mark("connect")
+        account.fields["endpoint"] = f"{delivered.endpoint}"
+        carry = Carry(
+            delivered.wire,
+            framed,
+            Side.GATEWAY,
+            idle_timeout_s=self._config.idle_timeout_s,
+            half_close_timeout_s=self._config.half_close_timeout_s,
+            first=bytes(arrival.data),
+        )
+        account.carry(up=carry.inbound, down=carry.outbound)
+        try:
+            await framed.send(Opened(delivered.address, delivered.port, delivered.ms))
+        except OSError as error:
+            delivered.wire.reset()
+            raise _Refusal(Reason.TRUNCATED, "cut while we were dialling", tell=False) from error
+        except BaseException:
+            delivered.wire.reset()
+            raise
+        return await carry.run()
+
+    async def _read_preamble(self, arrival: _Arrival, addressee: str) -> Preamble:
+        wire, account = arrival.framed.wire, arrival.account
+        start = await wire.recv_exactly(_PREAMBLE_START)
+        if classify_first_bytes(start) is not FirstBytes.PROXY:
+            raise _Refusal(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)
+        try:
+            length = read_length(start)
+            assert length is not None
+            header = start + await wire.recv_exactly(length - len(start))
+            preamble = self._verifier.verify(header, addressee=addressee, now_ms=time.time_ns() // 1_000_000)
+        except PreambleError as error:
+            raise _Refusal(error.reason, error.detail) from error
+        arrival.preamble = preamble
+        account.stream = preamble.stream_id
+        account.fields |= {
+            "client": preamble.client[0],
+            "sni": preamble.authority,
+            "from_network": preamble.from_network,
+            "key_id": preamble.key_id,
+            "target": preamble.target,
+            "attempt": preamble.attempt,
+        }
+        return preamble
+
+    async def _read_hello(self, arrival: _Arrival, preamble: Preamble) -> None:
+        """Read up to the end of the ClientHello, which must be the one that was signed for."""
+        framed = arrival.framed
+        reader = HelloReader(self._config.max_hello_bytes)
+        hello = None
+        try:
+            while hello is None:
+                events = await framed.read()
+                for index, event in enumerate(events):
+                    if isinstance(event, Payload):
+                        hello = reader.feed(event.data)
+                        if hello is not None:
+                            framed.put_back(events[index + 1 :])
+                            break
+                if hello is None and framed.exhausted:
+                    raise _Refusal(Reason.BAD_HELLO, "the stream ends inside its ClientHello")
+            check_hello(preamble, hello.server_name, hello.digest)
+        except HelloError as error:
+            raise _Refusal(Reason(error.reason.value), error.detail) from error
+        except PreambleError as error:
+            raise _Refusal(error.reason, error.detail) from error
+        arrival.data += reader.raw
+
+    async def _refuse(self, framed: Framed, refusal: _Refusal) -> None:
+        """Say why, then give it time to arrive: a close right behind it would overtake it in a TURN server."""
+        try:
+            await framed.send(Refused(refusal.reason.value, refusal.detail))
+        except OSError:
+            return
+        await framed.discard()
