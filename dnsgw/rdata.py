@@ -1,13 +1,15 @@
 """Data of the rarer records, made with dnslib when a table of answers is made, never for a packet.
 
-dnslib is untyped and raises UnicodeError, ValueError, struct.error and its own errors alike: all of that stays here. What
-leaves is RDATA whose names are written out, so that it can stand anywhere in a message. Sans-IO. The one error is BadRdata.
+dnslib is untyped and raises UnicodeError, ValueError, struct.error, DNSError and DNSLabelError, which is no DNSError: all
+of that stays here. What leaves is RDATA whose names are written out, so that it can stand anywhere in a message.
+Sans-IO. The one error is BadRdata.
 """
 
 import struct
 from typing import Any
 
 from dnslib import SOA, SRV, DNSBuffer, DNSError
+from dnslib.label import DNSLabelError
 
 # RFC 6303 section 3: what a locally served zone says of itself, except for its names and its last number.
 _RESPONSIBLE = "nobody.invalid"
@@ -41,6 +43,6 @@ def _packed(kind: Any, *values: object) -> bytes:
     buffer = DNSBuffer()
     try:
         kind(*values).pack(buffer)
-    except (DNSError, ValueError, struct.error) as error:
+    except (DNSError, DNSLabelError, ValueError, struct.error) as error:
         raise BadRdata(f"{kind.__name__} of {values}: {error}") from error
     return bytes(buffer.data)

@@ -61,7 +61,7 @@ class TcpListener:
         else:
             self._sock.close()
         for connection in list(self._connections):
-            connection.abort()
+            connection.close()
 
     def admit(self, connection: "_Connection", host: str) -> bool:
         """Count a connection, or say that there are too many."""
@@ -114,10 +114,13 @@ class _Connection(asyncio.Protocol):
             self._timer.cancel()
         self._listener.forget(self)
 
-    def abort(self) -> None:
-        """End the connection at once."""
+    def close(self) -> None:
+        """End the connection; what was answered still goes out, unless the client does not read."""
         if self._transport is not None:
-            self._transport.abort()
+            if self._writable:
+                self._transport.close()
+            else:
+                self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data

@@ -151,8 +151,7 @@ class Query:
 
     def text(self) -> str | None:
         """The name as dotted lower-case text; None if that would not mean the same name."""
-        stops = (*self.labels[1:], len(self.name) - 1)
-        labels = [self.name[start + 1 : stop] for start, stop in zip(self.labels, stops, strict=True)]
+        labels = [self.name[start + 1 : start + 1 + self.name[start]] for start in self.labels]
         if any(b"." in label for label in labels):
             return None
         return b".".join(labels).decode("latin-1")

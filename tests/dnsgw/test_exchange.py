@@ -1,0 +1,15 @@
+"""The state of a question on its way."""
+
+from dnsgw.exchange import Exchange, Failure
+
+
+def test_an_exchange_begins_with_nothing_open() -> None:
+    exchange = Exchange(b"key", b"message", b"question", 1.8, tcp=False, first=1)
+    assert (exchange.attempts, exchange.refusals, exchange.open, exchange.waiting) == (0, 0, [], [])
+    assert (exchange.first, exchange.tcp, exchange.fallback, exchange.timer) == (1, False, None, None)
+
+
+def test_every_failure_is_answered() -> None:
+    from dnsgw.resolver import _FAILURES
+
+    assert set(_FAILURES) == set(Failure)

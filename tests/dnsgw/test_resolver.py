@@ -1,0 +1,414 @@
+"""From packet to reply, with a real upstream behind it: who may ask, who is asked, and in which order."""
+
+from collections.abc import AsyncIterator
+from ipaddress import ip_network
+
+import dns.message
+import dns.rcode
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from discovery.model import Mesh
+from dnsgw import DnsConfig, DnsMetrics, Outcome
+from dnsgw.resolver import Resolver
+from dnsgw.wire import Qtype
+from tests.dnsgw.authority import Asked, Authority, serving
+from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.dnsgw.packets import AD, CD, RD, header, opt, option, query, question
+from tests.dnsgw.servers import Client, address, connected, running
+
+pytestmark = pytest.mark.anyio
+
+ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
+VIEW = mesh(relay("10.0.0.9", "fd00::9"))
+RECORDS = {
+    ("www.example.test", "A"): ["192.0.2.1"],
+    ("www.example.test", "AAAA"): ["2001:db8::1"],
+    ("big.example.test", "TXT"): [f"{n}-{'x' * 200}" for n in range(12)],
+}
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Authority]:
+    async with serving(dict(RECORDS)) as authority:
+        yield authority
+
+
+def read(reply: bytes) -> dns.message.Message:
+    return dns.message.from_wire(reply)
+
+
+def addresses(reply: bytes) -> list[str]:
+    return [str(item) for rrset in read(reply).answer for item in rrset]
+
+
+def error(reply: bytes) -> tuple[int, str]:
+    (extended,) = read(reply).extended_errors()
+    return int(extended.code), extended.text or ""
+
+
+def silent(asked: Asked) -> list[bytes]:
+    return []
+
+
+# What is forwarded.
+
+
+async def test_a_foreign_name_is_upstreams_with_our_clients_id_and_spelling(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            asked = query("WwW.example.TEST", ident=0xBEEF, flags=RD | AD | CD, edns=opt(1232, do=True))
+            reply = await client.ask(asked)
+        (seen,) = upstream.asked
+        assert seen.packet[2:] == asked[2:]
+        assert reply == asked[:2] + seen.answer[2:]
+        assert addresses(reply) == ["192.0.2.1"]
+        assert server.metrics.queries[Outcome.FORWARDED] == 1
+
+
+async def test_two_spellings_at_once_are_one_question_and_two_replies(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as one, Client(address(server)) as two:
+            one.send(query("WWW.example.test", ident=1))
+            two.send(query("www.EXAMPLE.test", ident=2))
+            first, second = await one.receive(), await two.receive()
+        assert first[:2] + first[12:34] == b"\0\x01" + question("WWW.example.test")
+        assert second[:2] + second[12:34] == b"\0\x02" + question("www.EXAMPLE.test")
+        assert len(upstream.asked) == 1
+
+
+async def test_nxdomain_and_nodata_of_upstream_are_passed_on(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            assert read(await client.ask(query("nope.example.test"))).rcode() == dns.rcode.NXDOMAIN
+            nodata = read(await client.ask(query("www.example.test", 65)))
+            assert (nodata.rcode(), nodata.answer, len(nodata.authority)) == (dns.rcode.NOERROR, [], 1)
+
+
+async def test_cookies_stay_here(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            reply = await client.ask(query("www.example.test", edns=opt(4096, options=option(10, b"12345678"))))
+        assert upstream.asked[0].packet[2:] == query("www.example.test", edns=opt(1232))[2:]
+        assert read(reply).edns == 0
+
+
+async def test_a_big_answer_is_truncated_over_udp_and_whole_over_tcp(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            reply = await client.ask(query("big.example.test", 16, edns=opt(4096)))
+            assert reply[2] & 2
+            assert len(reply) < 512
+            upstream.script = lambda asked: [asked.answer[:2] + long_answer(asked)[2:]]
+            reply = await client.ask(query("big.example.test", 16, ident=9, edns=opt(1232)))
+            assert reply == header(9, 0x8380, (1, 0, 0, 1)) + question("big.example.test", 16) + opt()
+        upstream.script = None
+        async with connected(server) as connection:
+            assert len(addresses(await connection.ask(query("big.example.test", 16)))) == 12
+        assert upstream.asked[-1].tcp
+
+
+def long_answer(asked: Asked) -> bytes:
+    """More than was asked for, as an upstream might send that minds no size."""
+    return asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.packet[12:34] + b"\0" * 1300
+
+
+async def test_silence_of_upstream_is_servfail_and_says_so(upstream: Authority) -> None:
+    upstream.script = silent
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            reply = await client.ask(query("www.example.test", edns=opt()))
+        assert read(reply).rcode() == dns.rcode.SERVFAIL
+        assert error(reply) == (22, "no upstream answered in time")
+        assert len(upstream.asked) == 3
+        assert server.metrics.queries[Outcome.UPSTREAM_FAILED] == 1
+
+
+async def test_without_upstream_foreign_names_are_servfail_and_ours_are_not() -> None:
+    async with running(VIEW) as server:
+        with Client(address(server)) as client:
+            reply = await client.ask(query("www.example.test", edns=opt()))
+            assert read(reply).rcode() == dns.rcode.SERVFAIL
+            assert error(reply) == (22, "no upstream is configured")
+            assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
+
+
+async def test_more_than_may_wait_are_refused(upstream: Authority) -> None:
+    upstream.script = silent
+    async with running(VIEW, upstream.port, max_in_flight=2) as server:
+        with Client(address(server)) as client:
+            client.send(query("n1.example.test"))
+            client.send(query("n2.example.test"))
+            await upstream.heard(2)
+            reply = await client.ask(query("n3.example.test", ident=3, edns=opt()))
+            assert (reply[:2], read(reply).rcode()) == (b"\0\x03", dns.rcode.REFUSED)
+            assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
+        assert server.metrics.queries[Outcome.OVERLOADED] == 1
+
+
+# Who may ask.
+
+
+async def test_strangers_are_refused() -> None:
+    async with running(VIEW, allow=(ip_network("127.0.0.2/32"), ip_network("fd00::/8"))) as server:
+        with Client(address(server), "127.0.0.2") as friend, Client(address(server), "127.0.0.3") as stranger:
+            assert addresses(await friend.ask(query(ADDRESS))) == ["10.0.0.9"]
+            reply = await stranger.ask(query(ADDRESS, edns=opt()))
+            assert read(reply).rcode() == dns.rcode.REFUSED
+            assert len(reply) == len(query(ADDRESS, edns=opt()))
+            stranger.send(query(ADDRESS, flags=0x8100))
+            assert (await stranger.ask(query(ADDRESS)))[3] & 15 == dns.rcode.REFUSED
+        assert server.metrics.queries[Outcome.DENIED] == 2
+        async with connected(server) as connection:  # from 127.0.0.1
+            assert (await connection.ask(query(ADDRESS)))[3] & 15 == dns.rcode.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("127.0.0.1", True),
+        ("10.1.2.3", True),
+        ("172.31.0.1", True),
+        ("172.32.0.1", False),
+        ("192.168.1.1", True),
+        ("100.64.0.1", True),
+        ("8.8.8.8", False),
+        ("::1", True),
+        ("fd00::1", True),
+        ("fe80::1%eth0", True),
+        ("2001:db8::1", False),
+    ],
+)
+def test_private_addresses_may_ask_unless_told_otherwise(host: str, allowed: bool) -> None:
+    resolver = Resolver(DnsConfig(network="a", listen=()), DnsMetrics())
+    resolver.apply(VIEW)
+    replies: list[bytes] = []
+    for _ in range(2):  # the second time it is known
+        resolver.handle(query(ADDRESS), host, lambda reply, where: replies.append(reply), None, False)
+    assert [reply[3] & 15 for reply in replies] == [0 if allowed else 5] * 2
+
+
+# Imported names of which upstream has the first word.
+
+LOCAL = {"imports": imports("local")}
+
+
+async def asked_both(client: Client, name: str) -> dict[str, list[str]]:
+    """Ask for A and AAAA at once, as libc does, and give the addresses of each."""
+    client.send(query(name, Qtype.A, ident=1))
+    client.send(query(name, Qtype.AAAA, ident=2))
+    replies = {reply[1]: reply for reply in (await client.receive(), await client.receive())}
+    assert {reply[3] & 15 for reply in replies.values()} == {0}
+    for reply in replies.values():
+        assert addresses(reply) or len(read(reply).authority) == 1
+    return {"A": addresses(replies[1]), "AAAA": addresses(replies[2])}
+
+
+UPSTREAM_HAS = {
+    "nothing": ({}, {"A": ["10.0.0.9"], "AAAA": ["fd00::9"]}),
+    "both": (
+        {(ORDERS, "A"): ["192.0.2.7"], (ORDERS, "AAAA"): ["2001:db8::7"]},
+        {"A": ["192.0.2.7"], "AAAA": ["2001:db8::7"]},
+    ),
+    "A only": ({(ORDERS, "A"): ["192.0.2.7"]}, {"A": ["192.0.2.7"], "AAAA": []}),
+    "AAAA only": ({(ORDERS, "AAAA"): ["2001:db8::7"]}, {"A": [], "AAAA": ["2001:db8::7"]}),
+    "another type only": ({(ORDERS, "TXT"): ["x"]}, {"A": ["10.0.0.9"], "AAAA": ["fd00::9"]}),
+    "names below only": ({("x." + ORDERS, "A"): ["192.0.2.7"]}, {"A": ["10.0.0.9"], "AAAA": ["fd00::9"]}),
+}
+
+
+@pytest.mark.parametrize(("records", "expected"), UPSTREAM_HAS.values(), ids=UPSTREAM_HAS)
+async def test_a_name_is_upstreams_or_ours_for_both_halves_of_a_pair(
+    upstream: Authority, records: dict[tuple[str, str], list[str]], expected: dict[str, list[str]]
+) -> None:
+    upstream.records.update(records)
+    async with running(VIEW, upstream.port, **LOCAL) as server:
+        with Client(address(server)) as client:
+            assert await asked_both(client, ORDERS) == expected
+            assert await asked_both(client, ORDERS) == expected  # by what is remembered
+            assert await asked_both(client, ORDERS.upper()) == expected
+        assert all(upstream.types_asked(ORDERS).count(rdtype) <= 4 for rdtype in ("A", "AAAA"))
+
+
+@pytest.mark.parametrize(("records", "expected"), UPSTREAM_HAS.values(), ids=UPSTREAM_HAS)
+@pytest.mark.parametrize("first", ["A", "AAAA"])
+async def test_it_does_not_matter_which_half_comes_first(
+    upstream: Authority, records: dict[tuple[str, str], list[str]], expected: dict[str, list[str]], first: str
+) -> None:
+    upstream.records.update(records)
+    second = "AAAA" if first == "A" else "A"
+    async with running(VIEW, upstream.port, **LOCAL) as server:
+        with Client(address(server)) as client:
+            for rdtype in (first, second):
+                assert addresses(await client.ask(query(ORDERS, Qtype[rdtype]))) == expected[rdtype]
+
+
+@pytest.mark.parametrize(("records", "expected"), UPSTREAM_HAS.values(), ids=UPSTREAM_HAS)
+@pytest.mark.parametrize("qtype", [Qtype.HTTPS, Qtype.SRV, 16])
+async def test_other_types_follow_the_addresses(
+    upstream: Authority, records: dict[tuple[str, str], list[str]], expected: dict[str, list[str]], qtype: int
+) -> None:
+    upstream.records.update(records)
+    ours = expected["A"] == ["10.0.0.9"]
+    async with running(VIEW, upstream.port, **LOCAL) as server:
+        with Client(address(server)) as client:
+            for _ in range(2):
+                reply = await client.ask(query(ORDERS, qtype))
+                assert bool(read(reply).answer) == (ours and qtype == Qtype.SRV)
+        assert (len(upstream.asked) > 2) != ours
+
+
+async def test_a_name_that_appears_upstream_is_upstreams_within_a_ttl(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port, **LOCAL, ttl_s=0) as server:
+        with Client(address(server)) as client:
+            assert addresses(await client.ask(query(ORDERS))) == ["10.0.0.9"]
+            upstream.records[ORDERS, "A"] = ["192.0.2.7"]
+            assert addresses(await client.ask(query(ORDERS))) == ["192.0.2.7"]
+            del upstream.records[ORDERS, "A"]
+            assert addresses(await client.ask(query(ORDERS))) == ["10.0.0.9"]
+
+
+async def test_a_name_that_upstream_loses_is_ours_at_once(upstream: Authority) -> None:
+    upstream.records[ORDERS, "A"] = ["192.0.2.7"]
+    async with running(VIEW, upstream.port, **LOCAL) as server:
+        with Client(address(server)) as client:
+            assert addresses(await client.ask(query(ORDERS))) == ["192.0.2.7"]
+            del upstream.records[ORDERS, "A"]
+            assert addresses(await client.ask(query(ORDERS))) == ["10.0.0.9"]
+
+
+async def test_an_alias_upstream_is_a_name_upstream(upstream: Authority) -> None:
+    upstream.records[ORDERS, "CNAME"] = ["gone.example.test"]
+    async with running(VIEW, upstream.port, **LOCAL) as server:
+        with Client(address(server)) as client:
+            reply = read(await client.ask(query(ORDERS)))
+            assert [str(rrset) for rrset in reply.answer] == [f"{ORDERS}. 300 IN CNAME gone.example.test."]
+
+
+@pytest.mark.parametrize("rcode", [2, 5])
+async def test_where_upstream_fails_nothing_is_made_up(upstream: Authority, rcode: int) -> None:
+    upstream.script = lambda asked: [asked.packet[:2] + header(flags=0x8180 | rcode)[2:] + asked.packet[12:]]
+    async with running(VIEW, upstream.port, **LOCAL) as server:
+        with Client(address(server)) as client:
+            assert (await client.ask(query(ORDERS)))[3] & 15 == rcode
+            assert (await client.ask(query(ORDERS, Qtype.HTTPS)))[3] & 15 == dns.rcode.SERVFAIL
+
+
+async def test_where_upstream_knows_but_half_nothing_is_made_up(upstream: Authority) -> None:
+    upstream.records["x." + ORDERS, "A"] = ["192.0.2.7"]  # so that the name itself is NODATA
+
+    def fail_for_aaaa(asked: Asked) -> list[bytes]:
+        failed = asked.packet[:2] + header(flags=0x8182)[2:] + asked.packet[12:]
+        return [failed if asked.rdtype == "AAAA" else asked.answer]
+
+    upstream.script = fail_for_aaaa
+    async with running(VIEW, upstream.port, **LOCAL) as server:
+        with Client(address(server)) as client:
+            reply = await client.ask(query(ORDERS, edns=opt()))
+            assert reply[3] & 15 == dns.rcode.SERVFAIL
+            assert error(reply) == (22, "upstream does not say whether it has this name")
+
+
+async def test_with_prefer_remote_upstream_is_not_asked(upstream: Authority) -> None:
+    upstream.records[ORDERS, "A"] = ["192.0.2.7"]
+    async with running(VIEW, upstream.port, imports=imports("remote")) as server:
+        with Client(address(server)) as client:
+            assert await asked_both(client, ORDERS) == {"A": ["10.0.0.9"], "AAAA": ["fd00::9"]}
+        assert not upstream.asked
+
+
+@pytest.mark.parametrize("name", ["nobody.shop.svc.cluster.local", "www.example.test", "x." + ORDERS])
+async def test_a_name_that_is_not_imported_is_never_touched(upstream: Authority, name: str) -> None:
+    async with running(VIEW, upstream.port, **LOCAL) as server:
+        with Client(address(server)) as client:
+            for qtype in (Qtype.A, Qtype.HTTPS):
+                reply = await client.ask(query(name, qtype))
+                assert reply[2:] == upstream.asked[-1].answer[2:]
+        assert len(upstream.asked) == 2
+
+
+async def test_an_import_over_tcp_asks_upstream_over_tcp(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port, **LOCAL) as server, connected(server) as connection:
+        assert addresses(await connection.ask(query(ORDERS))) == ["10.0.0.9"]
+        assert all(asked.tcp for asked in upstream.asked)
+
+
+# Changes of discovery.
+
+
+async def test_a_change_shows_at_once() -> None:
+    async with running(mesh(), imports=imports()) as server:
+        with Client(address(server)) as client:
+            assert (await client.ask(query(ADDRESS)))[3] & 15 == dns.rcode.SERVFAIL
+            server.apply(VIEW)
+            assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
+            server.apply(mesh(relay("10.0.0.8")))
+            assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.8"]
+            assert addresses(await client.ask(query(ORDERS))) == ["10.0.0.8"]
+            server.apply(Mesh.EMPTY)
+            assert (await client.ask(query(ADDRESS)))[3] & 15 == dns.rcode.NXDOMAIN
+
+
+async def test_before_the_first_news_questions_of_ours_wait_for_it(upstream: Authority) -> None:
+    async with running(None, upstream.port, imports=imports("remote")) as server:
+        with Client(address(server)) as client:
+            client.send(query(ADDRESS, ident=1))
+            client.send(query(ORDERS, ident=2))
+            assert addresses(await client.ask(query("www.example.test", ident=3))) == ["192.0.2.1"]
+            server.apply(VIEW)
+            replies = [await client.receive(), await client.receive()]
+            assert [(reply[:2], addresses(reply)) for reply in replies] == [
+                (b"\0\x01", ["10.0.0.9"]),
+                (b"\0\x02", ["10.0.0.9"]),
+            ]
+
+
+async def test_they_do_not_wait_for_long(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnsgw.resolver.HOLD_S", 0.02)
+    async with running(None, upstream.port, imports=imports("local")) as server:
+        with Client(address(server)) as client:
+            for name in (ADDRESS, ORDERS):
+                reply = await client.ask(query(name, edns=opt()))
+                assert reply[3] & 15 == dns.rcode.SERVFAIL
+                assert error(reply) == (14, "discovery was not heard from since the start")
+            upstream.records["bills.shop.svc.cluster.local", "A"] = ["192.0.2.7"]
+            assert addresses(await client.ask(query("bills.shop.svc.cluster.local"))) == ["192.0.2.7"]
+
+
+async def test_no_more_than_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnsgw.resolver.MAX_HELD", 1)
+    async with running(None) as server:
+        with Client(address(server)) as client:
+            client.send(query(ADDRESS, ident=1))
+            assert (await client.ask(query(ADDRESS, ident=2)))[:4] == b"\0\x02\x81\x82"
+
+
+# Faults.
+
+
+async def test_a_fault_of_ours_ends_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(VIEW) as server:
+        with Client(address(server)) as client, monkeypatch.context() as broken:
+            broken.setattr("dnsgw.intercept.Table.decide", lambda *_: 1 // 0)
+            for n in range(3):
+                client.send(query(ADDRESS, ident=n))
+            async with connected(server) as connection:
+                connection.send(query(ADDRESS))
+                assert await connection.ended() == b""
+        with Client(address(server)) as client:
+            assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
+        assert server.metrics.queries[Outcome.ERROR] == 4
+    assert caplog.text.count("dns_error") == 1  # one line a second at most
+
+
+@given(st.binary(max_size=200))
+def test_garbage_never_raises(packet: bytes) -> None:
+    metrics = DnsMetrics()
+    resolver = Resolver(DnsConfig(network="a", listen=()), metrics)
+    resolver.apply(VIEW)
+    replies: list[bytes] = []
+    resolver.handle(packet, "127.0.0.1", lambda reply, where: replies.append(reply), None, False)
+    if metrics.queries[Outcome.ERROR]:  # it was a good question, and there is no way to upstream here
+        assert packet[4:12] in (b"\0\1\0\0\0\0\0\0", b"\0\1\0\0\0\0\0\1")
+    assert len(replies) == 1
