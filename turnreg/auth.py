@@ -26,7 +26,7 @@ gateway that was idle for ten minutes lose its next bind unless it renews the no
 
 _MAX_EXPIRY_DIGITS = 12
 """Unix seconds have 10 digits until 2286; more than 12 is not a time."""
-_NONCE_TIME_DIGITS = 10
+_NONCE_TIME_DIGITS = 11  # milliseconds since 1970 in hex, until the year 2527
 _NONCE_MAC_DIGITS = 32
 
 
@@ -131,7 +131,7 @@ class Authenticator:
 
     def nonce(self, client: str, now: float) -> str:
         """Return a nonce for the client at that IP address."""
-        issued = f"{int(now):0{_NONCE_TIME_DIGITS}x}"
+        issued = f"{int(now * 1000):0{_NONCE_TIME_DIGITS}x}"
         return issued + self._nonce_mac(issued, client)
 
     def check(self, message: Message, client: str, now: float) -> Verdict:
@@ -188,7 +188,7 @@ class Authenticator:
         issued, mac = nonce[:_NONCE_TIME_DIGITS], nonce[_NONCE_TIME_DIGITS:]
         if not nonce.isascii() or not hmac.compare_digest(mac, self._nonce_mac(issued, client)):
             return False
-        age_s = now - int(issued, 16)  # the HMAC says that we wrote it, so it is a number
+        age_s = now - int(issued, 16) / 1000  # the HMAC says that we wrote it, so it is a number
         return -1 <= age_s < self._nonce_lifetime_s
 
     def _nonce_mac(self, issued: str, client: str) -> str:

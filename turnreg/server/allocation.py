@@ -94,8 +94,8 @@ class Limits:
     max_permissions: int = 1024
     """Per allocation, as in coturn since 4.17; one is a relay's address, so a network has a few."""
     max_unbound_per_allocation: int = 1024
-    """Peers that wait for their bind. They hold a descriptor and what the kernel buffers; 300 at once were measured to be
-    bound within 0.2 s, so a thousand is a client that no longer binds."""
+    """Peers that wait for their bind. They hold a descriptor and what the kernel buffers. 300 at once were measured to be
+    bound within 0.2 s: of a thousand the oldest is one that came to no good, so it goes when another comes."""
     max_connections_per_account: int = 16_384
     """Peers, waiting or bound: each costs two descriptors."""
 
@@ -118,8 +118,8 @@ class Allocation:
     """The client uses FINGERPRINT, so indications carry it too."""
     permissions: dict[str, float] = field(default_factory=dict)
     """Peer address to the time it ends."""
-    unbound: int = 0
-    """Peers that wait for their bind."""
+    waiting: dict[bytes, "Attempt"] = field(default_factory=dict)
+    """Peers that wait for their bind, in the order of their arrival, by connection id."""
 
     def refresh(self, lifetime_s: float, now: float) -> None:
         """Let it live for `lifetime_s` from now."""
@@ -205,28 +205,32 @@ class AllocationTable:
         if self._allocations.get(allocation.five_tuple) is allocation:
             del self._allocations[allocation.five_tuple]
             self.give_up(allocation.account)
-            for attempt in [attempt for attempt in self._attempts.values() if attempt.allocation is allocation]:
+            for attempt in tuple(allocation.waiting.values()):
                 self.release(attempt)
 
     # -- peers
 
-    def announce(self, allocation: Allocation, peer: Endpoint, now: float) -> Attempt | Refusal:
-        """Take a peer that has connected to the relayed address: the attempt that waits, or why not."""
+    def announce(self, allocation: Allocation, peer: Endpoint, now: float) -> tuple[Attempt, Attempt | None] | Refusal:
+        """Take a peer that has connected to the relayed address.
+
+        Returns the attempt that waits now and the one whose wait ends for it, if too many wait; or why not.
+        """
         if not allocation.permits(peer[0], now):
             return Refusal.PEER_NOT_PERMITTED
-        if (
-            allocation.unbound >= self.limits.max_unbound_per_allocation
-            or self._connections[allocation.account] >= self.limits.max_connections_per_account
-        ):
+        if self._connections[allocation.account] >= self.limits.max_connections_per_account:
             return Refusal.PEER_LIMIT
+        crowded_out = None
+        if len(allocation.waiting) >= self.limits.max_unbound_per_allocation:
+            crowded_out = next(iter(allocation.waiting.values()))
+            self.release(crowded_out)
         connection_id = self._draw(4)
         while connection_id in self._attempts:
             connection_id = self._draw(4)
         attempt = Attempt(connection_id=connection_id, peer=peer, allocation=allocation)
         self._attempts[connection_id] = attempt
-        allocation.unbound += 1
+        allocation.waiting[connection_id] = attempt
         self._connections[allocation.account] += 1
-        return attempt
+        return attempt, crowded_out
 
     def claim(self, connection_id: bytes | None, account: str) -> Attempt | Refusal:
         """Hand out the waiting peer with that id, once. A refusal leaves it waiting."""
@@ -239,11 +243,11 @@ class AllocationTable:
         return attempt
 
     def release(self, attempt: Attempt) -> bool:
-        """End the wait of a peer; False if it had ended: it was claimed, or its allocation went."""
+        """End the wait of a peer; False if it had ended: claimed, crowded out, or its allocation gone."""
         if self._attempts.get(attempt.connection_id) is not attempt:
             return False
         del self._attempts[attempt.connection_id]
-        attempt.allocation.unbound -= 1
+        del attempt.allocation.waiting[attempt.connection_id]
         return True
 
     def depart(self, allocation: Allocation) -> None:

@@ -39,7 +39,7 @@ class WaitingPeer:
         """Set when the stream is over and the data connection may go."""
 
     def join(self, data: Wire | None) -> None:
-        """Hand over the data connection, None if it was lost while the bind was being answered."""
+        """Hand over the data connection; None if it was lost while the bind was being answered, or must not come."""
         self.data = data
         self._arrived.set()
 
@@ -84,11 +84,15 @@ class RelayedAddress:
         if not peer.peer[0]:
             return  # reset between its connect and our accept
         address = (str(ip_address(peer.peer[0])), peer.peer[1])
-        attempt = meeting.table.announce(allocation, address, self._clock())
-        if isinstance(attempt, Refusal):
-            self._refuse(address, attempt)
+        announced = meeting.table.announce(allocation, address, self._clock())
+        if isinstance(announced, Refusal):
+            self._refuse(address, announced)
             peer.reset()
             return
+        attempt, crowded_out = announced
+        if crowded_out is not None:
+            self._refuse(crowded_out.peer, Refusal.PEER_LIMIT)
+            meeting.peers[crowded_out.connection_id].join(None)
         waiting = meeting.peers[attempt.connection_id] = WaitingPeer()
         try:
             await self._send(meeting.transactions.attempt(attempt))

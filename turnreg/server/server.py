@@ -57,9 +57,11 @@ class TurnServer:
 
     @classmethod
     async def open(cls, config: TurnServerConfig, *, registry: CollectorRegistry | None = None) -> "TurnServer":
-        """Open the listeners. Raises OSError, which names the address, if one cannot be had."""
+        """Open the listeners. Raises OSError, which names the address, if one cannot be had or relayed from."""
         listeners: list[Listener] = []
         try:
+            for relay_address in config.relay_addresses:  # better now than by a 508 to every client
+                (await Listener.open(relay_address, 0)).close()
             for address, port in config.listen:
                 listeners.append(await Listener.open(address, port))
         except OSError:

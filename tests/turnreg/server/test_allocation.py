@@ -35,9 +35,9 @@ def add(to: AllocationTable, account: str = "u", *, expires_at: float = 600.0) -
 
 def announce(to: AllocationTable, allocation: Allocation, peer: tuple[str, int] = PEER) -> Attempt:
     allocation.permit([peer[0]], 300.0, 10, 0.0)
-    attempt = to.announce(allocation, peer, 0.0)
-    assert isinstance(attempt, Attempt)
-    return attempt
+    announced = to.announce(allocation, peer, 0.0)
+    assert not isinstance(announced, Refusal)
+    return announced[0]
 
 
 class TestPermissions:
@@ -111,10 +111,10 @@ class TestPeers:
         allocation = add(places)
         attempt = announce(places, allocation)
         assert (attempt.peer, attempt.allocation) == (PEER, allocation)
-        assert places.waiting == allocation.unbound == 1
+        assert places.waiting == len(allocation.waiting) == 1
         assert places.claim(attempt.connection_id, "u") is attempt
         assert places.claim(attempt.connection_id, "u") is Refusal.UNKNOWN_CONNECTION
-        assert places.waiting == allocation.unbound == 0
+        assert places.waiting == len(allocation.waiting) == 0
         assert not places.release(attempt)
 
     def test_a_failed_claim_leaves_it_waiting(self) -> None:
@@ -142,15 +142,21 @@ class TestPeers:
         assert announce(places, allocation).connection_id == b"\0\0\0\7"
         assert announce(places, allocation).connection_id == b"\0\0\0\x08"
 
-    def test_bounded_while_unbound(self) -> None:
+    def test_the_oldest_goes_when_too_many_wait(self) -> None:
         places = table(max_unbound_per_allocation=2)
         allocation, other = add(places), add(places)
-        first = announce(places, allocation)
-        announce(places, allocation)
-        assert places.announce(allocation, PEER, 0.0) is Refusal.PEER_LIMIT
+        first, second = announce(places, allocation), announce(places, allocation)
         announce(places, other)
-        assert places.release(first)
-        announce(places, allocation)
+        announced = places.announce(allocation, PEER, 0.0)
+        assert not isinstance(announced, Refusal)
+        assert announced[1] is first
+        assert places.claim(first.connection_id, "u") is Refusal.UNKNOWN_CONNECTION
+        assert places.claim(second.connection_id, "u") is second
+        announced = places.announce(allocation, PEER, 0.0)
+        assert not isinstance(announced, Refusal)
+        assert announced[1] is None
+        assert places.announce(allocation, ("10.0.0.66", 1), 0.0) is Refusal.PEER_NOT_PERMITTED
+        assert len(allocation.waiting) == 2
 
     def test_bounded_in_all_per_account(self) -> None:
         places = table(max_connections_per_account=2)

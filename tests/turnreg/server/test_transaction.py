@@ -3,10 +3,12 @@
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from discovery.addresses import TargetList
 from turnreg.auth import Authenticator, long_term_key, rest_credentials
-from turnreg.server.allocation import Allocation, AllocationTable, Attempt, FiveTuple, Limits, Refusal
+from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, FiveTuple, Limits, Refusal
 from turnreg.server.transaction import Step, Transactions
 from turnreg.stun import (
     FAMILY_IPV4,
@@ -104,9 +106,9 @@ class Server:
 
     def attempt(self, allocation: Allocation) -> Attempt:
         allocation.permit(["10.0.0.9"], 300.0, 10, NOW)
-        attempt = self.table.announce(allocation, ("10.0.0.9", 40_000), NOW)
-        assert isinstance(attempt, Attempt)
-        return attempt
+        announced = self.table.announce(allocation, ("10.0.0.9", 40_000), NOW)
+        assert not isinstance(announced, Refusal)
+        return announced[0]
 
 
 class TestBinding:
@@ -493,3 +495,37 @@ class TestPeers:
         assert Message.parse(step.answer or b"").error == (400, "Bad Request")
         assert not step.close
         assert server.respond(server.sign(server.bind(attempt.connection_id)), at=OTHER).bound is attempt
+
+
+ATTRIBUTES = st.lists(
+    st.tuples(
+        st.sampled_from([a for a in Attribute if a not in (Attribute.MESSAGE_INTEGRITY, Attribute.FINGERPRINT)]),
+        st.binary(max_size=24) | st.just(b"\6\0\0\0") | st.just(b"\0\1\0\0\1\2\3\4"),
+    ),
+    max_size=6,
+)
+
+
+@given(st.sampled_from(list(Method)), ATTRIBUTES, st.booleans(), st.booleans())
+def test_no_request_breaks_it(
+    method: Method, attributes: list[tuple[Attribute, bytes]], allocated: bool, fingerprint: bool
+) -> None:
+    """Signed garbage: it is answered, by a success or by one of our errors, and the answer can be read."""
+    server = Server()
+    if allocated:
+        server.allocate()
+    message = server.sign(server.request(method))
+    for attribute, value in attributes:
+        message = message.with_bytes(attribute, value)
+    key = long_term_key("u", "lab", "p")
+    message = Message.parse(message.pack(integrity_key=key, fingerprint=fingerprint))
+    step = server.respond(message)
+    if step.answer is not None:
+        answer = Message.parse(step.answer)
+        assert answer.transaction_id == message.transaction_id
+        assert answer.has_fingerprint is fingerprint
+        assert (step.refusal is None) is (answer.message_class is MessageClass.SUCCESS)
+        if step.refusal is not None:
+            assert answer.error == CODES[step.refusal]
+    else:
+        assert step.opening is not None or method in (Method.SEND, Method.DATA, Method.CONNECTION_ATTEMPT)
