@@ -129,11 +129,18 @@ class Upstream:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:  # an ICMP error: nobody listens there, and what was asked from this port is lost
-                self._lost(port.pending)
+                self._give_up(port)
                 return
             self._received(packet, port.pending)
             if port.sock.fileno() < 0:
                 return
+
+    def _give_up(self, port: _Port) -> None:
+        """Close a port that reported an error: uvloop would not watch it any more (libuv stops at the first POLLERR)."""
+        self._retired.discard(port)
+        self._ports = [None if kept is port else kept for kept in self._ports]
+        self._close_port(port)
+        self._lost(port.pending)
 
     def _ask_pipeline(self, exchange: Exchange) -> None:
         pipeline = self._pipeline

@@ -214,6 +214,17 @@ async def test_nobody_there_is_told_at_once(nobody: int, tcp: bool) -> None:
         assert await asker.ask("n.example.test", tcp=tcp).result() is Failure.UNREACHABLE
 
 
+async def test_an_upstream_that_comes_back_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an ICMP error uvloop calls the reader of that socket no more: it must not be used again."""
+    monkeypatch.setattr("dnsgw.upstream.POOL", 1)
+    port = free_port()
+    with asking(port, attempt_s=20, total_s=40) as asker:
+        for n in range(3):
+            assert await asker.ask(f"n{n}.example.test").result() is Failure.UNREACHABLE
+        async with serving(RECORDS, port=port) as upstream:
+            assert await asker.ask().answer() == upstream.asked[0].answer
+
+
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_nobody_there_leads_on_to_the_next(nobody: int, upstream: Authority, tcp: bool) -> None:
     with asking(nobody, upstream.port, attempt_s=20, total_s=40) as asker:

@@ -201,7 +201,7 @@ DIG = {
     "ANY over TCP": (f"{ADDRESS} ANY +tcp", ['HINFO "RFC8482" ""', "(TCP)"]),
     "SRV": (f"_8443.orders.shop._b.{DOMAIN} SRV", [f"SRV 0 0 443 p8443-orders.shop.b.{DOMAIN}."]),
     "imported": (ORDERS, ["status: NOERROR", "IN A 10.0.0.9"]),
-    "unknown network": (f"p1-10-1-0-5.x.{DOMAIN}", ["status: NXDOMAIN", "SOA", "EDE: 0 (Other)", "unknown_network"]),
+    "unknown network": (f"p1-10-1-0-5.x.{DOMAIN}", ["status: NXDOMAIN", "SOA", "0 (Other)", "unknown_network"]),
     "no EDNS": (f"+noedns {ADDRESS}", ["IN A 10.0.0.9", "ADDITIONAL: 0", "!EDNS"]),
     "EDNS 1": (f"+edns=1 +noednsnegotiation {ADDRESS}", ["status: BADVERS", "EDNS: version: 0", "ANSWER: 0"]),
     "EDNS 1, then 0": (f"+edns=1 +ednsnegotiation {ADDRESS}", ["status: NOERROR", "IN A 10.0.0.9"]),
