@@ -138,7 +138,7 @@ class DiscoveryClient(Discovery):
         if self._snapshot_file is not None:
             copy = await asyncio.to_thread(disk.load, self._snapshot_file, self._network)
             if copy is not None and not self._view.synced:
-                self._view.restore(copy)
+                self._view.restore(copy.mesh(), copy.epoch, copy.revision)
                 self._known_at = copy.saved_at
                 event = {"records": len(copy.records), "age_s": round(time.time() - copy.saved_at)}
                 log.info("the mesh is begun with as it was saved", extra={"event": event})
@@ -171,7 +171,8 @@ class DiscoveryClient(Discovery):
     async def turn_credentials(self, network: str) -> IssuedCredentials:
         """Have the server issue credentials for that network's TURN servers."""
         try:
-            answer = await self._servers.anywhere("POST", "/v1/turn-credentials", {"network": network})
+            async with self._servers.connected():
+                answer = await self._servers.anywhere("POST", "/v1/turn-credentials", {"network": network})
             return IssuedCredentials(
                 username=str(answer["username"]),
                 password=str(answer["password"]),

@@ -47,7 +47,7 @@ class DiskCopy:
 
     def mesh(self) -> Mesh:
         """Make the mesh that was saved."""
-        return Mesh.of(self.records).at(self.revision)
+        return Mesh.of(self.records)
 
 
 def save(path: Path, network: str, epoch: str, mesh: Iterable[AnyRecord], revision: int, now: float) -> None:

@@ -17,6 +17,7 @@ REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs
 WATCH_SILENCE_S = 25.0  # the server sends an empty line every 10 s: two may be lost
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 3.0  # a restarted server rearms leases for 10 s; by then we must have been heard
+MAX_BODY = 1024 * 1024  # what servers take
 MAX_ANSWER = 4 * 1024 * 1024
 
 
@@ -71,6 +72,7 @@ class Servers:
         self._tls = tls
         self._on_epoch = on_epoch
         self._session: aiohttp.ClientSession | None = None
+        self._users = 0
 
     @property
     def current(self) -> URL:
@@ -89,18 +91,24 @@ class Servers:
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
-        """Hold connections as long as the context lasts; requests need it."""
-        connector = aiohttp.TCPConnector(ssl=self._tls, limit=8)
-        async with aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False) as session:
-            outer, self._session = self._session, session
-            try:
-                yield
-            finally:
-                self._session = outer
+        """Hold connections as long as the context lasts, or longer if another one does; requests need it."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(ssl=self._tls, limit=8)
+            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                session, self._session = self._session, None
+                await session.close()
 
     async def request(self, method: str, url: URL, path: str, body: object = None) -> dict[str, Any]:
         """Ask one server. Raises Away, Refused."""
         data = msgspec.json.encode(body) if body is not None else None
+        if data is not None and len(data) > MAX_BODY:
+            raise Refused(413, "too_large", f"the record has {len(data)} bytes, {MAX_BODY} is the most")
         try:
             async with self._open().request(
                 method,
@@ -143,7 +151,7 @@ class Servers:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            raise Away("the discovery client does not run")
+            raise RuntimeError("requests are made inside of connected()")
         return self._session
 
     async def _check(self, response: aiohttp.ClientResponse, most: int) -> None:

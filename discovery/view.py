@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-from discovery.disk import DiskCopy
 from discovery.model import AnyRecord, BadRecord, Deletion, Key, Kind, Mesh, decode_record
 
 GRACE_S = 60.0  # design: six leases long, time for every writer to find the new store
@@ -59,10 +58,10 @@ class View:
         self._fresh: dict[Key, AnyRecord] | None = None
         self._unconfirmed: dict[Key, float] = {}
 
-    def restore(self, copy: DiskCopy) -> None:
+    def restore(self, mesh: Mesh, epoch: str, revision: int) -> None:
         """Begin with what was saved."""
-        self.mesh = copy.mesh()
-        self.epoch, self.revision = copy.epoch, copy.revision
+        self.mesh = mesh.at(revision)
+        self.epoch, self.revision = epoch, revision
         self.synced = True
 
     def feed(self, data: bytes, now: float) -> list[Deletion]:

@@ -1,0 +1,453 @@
+"""The server over real HTTP: records, conditions, leases, watches, and who may do what."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import logging
+from typing import Any
+
+import aiohttp
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from discovery.addresses import TargetList
+from discovery.api import DiscoveryServer, DiscoveryServerConfig
+from discovery.model import Kind, ServiceSpec
+from discovery.store import MemoryStore, StoreError
+
+pytestmark = pytest.mark.anyio
+
+RELAY = {"spec": {"addresses": ["10.0.0.9"], "ports": [443]}}
+VIP = {"spec": {"name": "orders.shop.svc", "address": "10.200.0.1"}}
+TURN = {
+    "spec": {"url": "turn:192.0.2.7", "relay_addresses": ["10.0.0.7"], "port_min": 49152, "port_max": 65535},
+}
+
+
+def service(name: str) -> dict[str, Any]:
+    return {"spec": {"name": name, "ports": {"8443": ["10.1.0.5:8443"]}}}
+
+
+async def test_a_record_from_its_making_to_its_end(serve: Any) -> None:
+    async with serve() as at:
+        path = "/v1/records/relay/a/relay-1"
+        made = await at.ask("PUT", path, RELAY)
+        assert made.status == 201
+        assert made.headers["ETag"] == '"1"'
+        assert made.body == {
+            "kind": "relay",
+            "network": "a",
+            "id": "relay-1",
+            "revision": 1,
+            "lease": None,
+            "spec": {"addresses": ["10.0.0.9"], "ports": [443], "sources": {}},
+        }
+        assert (await at.ask("GET", path)).body == made.body
+        again = await at.ask("PUT", path, RELAY)
+        assert (again.status, again.body["revision"]) == (200, 2)
+        listed = (await at.ask("GET", "/v1/records")).body
+        assert listed == {"epoch": at.store.epoch, "revision": 2, "records": [again.body]}
+        gone = await at.ask("DELETE", path)
+        assert (gone.status, gone.body) == (200, {"revision": 3})
+        for method in ("GET", "DELETE"):
+            answer = await at.ask(method, path)
+            assert (answer.status, answer.body["error"]) == (404, "not_found")
+
+
+async def test_lists_by_kind_and_network(serve: Any) -> None:
+    async with serve() as at:
+        for path, body in (("relay/a/r", RELAY), ("relay/b/r", RELAY), ("vip/b/v", VIP)):
+            assert (await at.ask("PUT", f"/v1/records/{path}", body)).status == 201
+
+        async def keys(query: str) -> list[tuple[str, str]]:
+            records = (await at.ask("GET", f"/v1/records{query}")).body["records"]
+            return [(record["kind"], record["network"]) for record in records]
+
+        assert await keys("") == [("relay", "a"), ("relay", "b"), ("vip", "b")]
+        assert await keys("?kind=relay") == [("relay", "a"), ("relay", "b")]
+        assert await keys("?network=b") == [("relay", "b"), ("vip", "b")]
+        assert await keys("?kind=vip&network=b") == [("vip", "b")]
+        assert (await at.ask("GET", "/v1/records?kind=other")).status == 400
+
+
+async def test_conditions(serve: Any) -> None:
+    path = "/v1/records/vip/b/v"
+    async with serve() as at:
+        assert (await at.ask("PUT", path, VIP, headers={"If-Match": "1"})).status == 412
+        assert (await at.ask("PUT", path, VIP, headers={"If-None-Match": "*"})).status == 201
+        refused = await at.ask("PUT", path, VIP, headers={"If-None-Match": "*"})
+        assert (refused.status, refused.body["error"]) == (412, "precondition_failed")
+        assert (await at.ask("PUT", path, VIP, headers={"If-Match": '"1"'})).body["revision"] == 2
+        assert (await at.ask("DELETE", path, headers={"If-Match": "1"})).status == 412
+        for headers in ({"If-Match": "x"}, {"If-Match": "-1"}, {"If-None-Match": "2"}):
+            assert (await at.ask("PUT", path, VIP, headers=headers)).status == 400
+        assert (await at.ask("DELETE", path, headers={"If-Match": "2"})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "detail"),
+    [
+        ("relay/a/r", {"spec": {"addresses": ["127.0.0.1"], "ports": [1]}}, 400, "bad_record", "$.spec.addresses[0]"),
+        ("relay/a/r", {"spec": {"addresses": ["10.0.0.9"]}}, 400, "bad_record", "`ports`"),
+        ("relay/a/r", {"spec": {"addresses": [], "ports": [1], "x": 1}}, 400, "bad_record", "`x`"),
+        ("relay/a/r", {"spec": RELAY["spec"], "leese": "1"}, 400, "bad_request", "leese"),
+        ("relay/a/r", {}, 400, "bad_request", "spec"),
+        ("relay/a/r", b"{", 400, "bad_request", "body"),
+        ("relay/a/r", b"[" * 100_000, 400, "bad_request", "body"),
+        ("relay/a/r", b"\xff" * 1_100_000, 413, "too_large", "bytes"),
+        ("relay/A/r", RELAY, 400, "bad_record", "$.network"),
+        ("relay/a/R", RELAY, 400, "bad_record", "$.id"),
+        ("relay/a/x%2Fy", RELAY, 400, "bad_record", "$.id"),
+        ("network/a/b", {"spec": {}}, 400, "bad_record", "$.id"),
+        ("other/a/r", RELAY, 400, "bad_request", "relay"),
+        ("relay/a/r", RELAY | {"lease": "none"}, 409, "no_lease", "none"),
+        ("relay/a", RELAY, 404, "not_found", "path"),
+    ],
+)
+async def test_bad_writes(serve: Any, path: str, body: Any, status: int, code: str, detail: str) -> None:
+    async with serve() as at:
+        answer = await at.ask("PUT", f"/v1/records/{path}", body)
+        assert (answer.status, answer.body["error"]) == (status, code)
+        assert detail in answer.body["detail"]
+        assert at.store.revision == 0
+
+
+async def test_other_methods_and_paths(serve: Any) -> None:
+    async with serve() as at:
+        assert (await at.ask("GET", "/healthz")).body == {"ok": True}
+        assert (await at.ask("POST", "/v1/records")).status == 405
+        assert (await at.ask("GET", "/")).status == 404
+        assert (await at.ask("GET", "/v1/watch?from=x")).status == 400
+
+
+async def test_an_allowed_range_lets_tests_use_loopback(serve: Any) -> None:
+    async with serve(allow_addresses=TargetList.parse(["127.0.0.0/8"])) as at:
+        body = {"spec": {"addresses": ["127.0.0.1"], "ports": [443]}}
+        assert (await at.ask("PUT", "/v1/records/relay/a/r", body)).status == 201
+
+
+async def test_limits(serve: Any) -> None:
+    async with serve(max_records_per_network=2, max_leases_per_token=1, max_watchers=1, max_body_bytes=500) as at:
+        for number in range(2):
+            assert (await at.ask("PUT", f"/v1/records/vip/b/v{number}", VIP)).status == 201
+        answer = await at.ask("PUT", "/v1/records/vip/b/v2", VIP)
+        assert (answer.status, answer.body["error"]) == (429, "too_many")
+        assert (await at.ask("PUT", "/v1/records/vip/b/v1", VIP)).status == 200
+        assert (await at.ask("PUT", "/v1/records/vip/c/v1", VIP)).status == 201
+        assert (await at.ask("POST", "/v1/leases", {})).status == 201
+        assert (await at.ask("POST", "/v1/leases", {})).status == 429
+        async with at.watch():
+            assert (await at.ask("GET", "/v1/watch")).status == 429
+        assert (await at.ask("PUT", "/v1/records/vip/b/v1", b" " * 501)).status == 413
+
+
+# Leases.
+
+
+async def test_a_lease_from_its_making_to_its_end(serve: Any) -> None:
+    async with serve() as at:
+        made = await at.ask("POST", "/v1/leases", {"ttl_s": 10})
+        assert made.status == 201
+        lease = made.body["id"]
+        assert made.body == {"id": lease, "ttl_s": 10}
+        assert (await at.ask("PUT", "/v1/records/relay/a/r", RELAY | {"lease": lease})).body["lease"] == lease
+        assert (await at.ask("PUT", f"/v1/leases/{lease}")).body == made.body
+        assert (await at.ask("DELETE", f"/v1/leases/{lease}")).body == {"withdrawn": 1, "revision": 2}
+        assert (await at.ask("GET", "/v1/records/relay/a/r")).status == 404
+        for method in ("PUT", "DELETE"):
+            answer = await at.ask(method, f"/v1/leases/{lease}")
+            assert (answer.status, answer.body["error"]) == (410, "lease_gone")
+        for ttl_s in (0, -1, 3601, 10**30, "10", 1.5):
+            assert (await at.ask("POST", "/v1/leases", {"ttl_s": ttl_s})).status == 400
+
+
+async def test_a_lease_that_ends_withdraws_its_records(serve: Any) -> None:
+    async with serve() as at:
+        lease = (await at.ask("POST", "/v1/leases", {"ttl_s": 1})).body["id"]
+        await at.ask("PUT", "/v1/records/relay/a/r", RELAY | {"lease": lease})
+        async with at.watch("?from=1") as lines:
+            assert (await anext(lines))["type"] == "sync"
+            assert await anext(lines) == {
+                "revision": 2,
+                "type": "delete",
+                "record": {"kind": "relay", "network": "a", "id": "r"},
+            }
+
+
+# Watches.
+
+
+async def test_a_watch_tells_everything_and_then_every_change(serve: Any) -> None:
+    async with serve() as at:
+        made = await at.ask("PUT", "/v1/records/relay/a/r", RELAY)
+        epoch = at.store.epoch
+        async with at.watch() as lines:
+            assert await anext(lines) == {"revision": 1, "type": "reset", "epoch": epoch}
+            assert await anext(lines) == {"revision": 1, "type": "put", "record": made.body}
+            assert await anext(lines) == {"revision": 1, "type": "sync", "epoch": epoch}
+            await at.ask("PUT", "/v1/records/vip/b/v", VIP)
+            line = await anext(lines)
+            assert (line["revision"], line["type"], line["record"]["kind"]) == (2, "put", "vip")
+            await at.ask("DELETE", "/v1/records/vip/b/v")
+            line = await anext(lines)
+            assert line == {"revision": 3, "type": "delete", "record": {"kind": "vip", "network": "b", "id": "v"}}
+
+
+async def test_a_watch_resumes_from_a_revision(serve: Any) -> None:
+    async with serve(MemoryStore(max_tombstones=1)) as at:
+        for name in ("v1", "v2"):
+            await at.ask("PUT", f"/v1/records/vip/b/{name}", VIP)
+        epoch = at.store.epoch
+
+        async def told(query: str) -> list[tuple[str, int]]:
+            seen = []
+            async with at.watch(query) as lines:
+                async for line in lines:
+                    seen.append((line["type"], line["revision"]))
+                    if line["type"] == "sync":
+                        break
+            return seen
+
+        assert await told("?from=1") == [("put", 2), ("sync", 2)]
+        assert await told(f"?from=2&epoch={epoch}") == [("sync", 2)]
+        everything = [("reset", 2), ("put", 1), ("put", 2), ("sync", 2)]
+        assert await told("?from=2&epoch=another") == everything
+        assert await told("?from=9") == everything
+        assert await told("?from=") == everything
+        for name in ("v1", "v2"):
+            await at.ask("DELETE", f"/v1/records/vip/b/{name}")
+        assert await told("?from=3") == [("delete", 4), ("sync", 4)]
+        assert await told("?from=2") == [("reset", 4), ("sync", 4)]  # what was deleted at 3 is forgotten
+
+
+async def test_a_watcher_that_does_not_keep_up_is_reset(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discovery.watch.MAX_QUEUED_BYTES", 200_000)
+    async with serve() as at:
+        async with at.watch() as lines:
+            assert (await anext(lines))["type"] == "reset"
+            assert (await anext(lines))["type"] == "sync"
+            # Nothing is read while far more is written than socket buffers and the queue hold together.
+            big = ServiceSpec(name="o.s", ports={"1": ["10.1.0.5:8443"] * 1000})
+            for _ in range(600):
+                await at.store.put((Kind.SERVICE, "b", "s"), big)
+                await asyncio.sleep(0)
+            seen = [line["type"] async for line in lines]
+        assert seen[-1] == "reset"
+        assert set(seen[:-1]) == {"put"}
+        assert len(seen) < 600
+
+
+async def test_watches_end_when_the_server_does(serve: Any) -> None:
+    async with aiohttp.ClientSession() as session:
+        async with serve() as at:
+            response = await session.get(f"{at.url}/v1/watch")
+            assert b"reset" in await response.content.readline()
+            assert b"sync" in await response.content.readline()
+        assert await response.content.read() == b""
+
+
+async def test_a_watcher_that_takes_nothing_is_cut_off(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("discovery.api.WRITE_TIMEOUT_S", 0.1)
+    caplog.set_level(logging.INFO)
+    async with serve() as at:
+        big = ServiceSpec(name="o.s", ports={"1": ["10.1.0.5:8443"] * 1000})
+        for number in range(400):
+            await at.store.put((Kind.SERVICE, "b", f"s{number}"), big)
+        reader, writer = await asyncio.open_connection("127.0.0.1", at.port, limit=1)
+        writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(10):
+            while not any("took nothing" in record.message for record in caplog.records):
+                await asyncio.sleep(0.01)
+        data = b""
+        try:
+            while piece := await reader.read(1_000_000):
+                data = piece
+        except ConnectionResetError:
+            pass
+        assert not data.endswith(b"0\r\n\r\n")  # a whole answer would end so: this one was cut
+        writer.close()
+        assert len(at.server._hub) == 0
+
+
+# Who may do what.
+
+
+async def test_who_is_not_known_gets_nothing(serve: Any, tokens: Any) -> None:
+    async with serve(tokens_file=tokens.path) as at:
+        assert (await at.ask("GET", "/healthz")).status == 200
+        for headers in (
+            {},
+            {"Authorization": "Bearer x"},
+            {"Authorization": f"Basic {tokens['b']}"},
+            {"Authorization": ""},
+        ):
+            for method, path in (
+                ("GET", "/v1/records"),
+                ("PUT", "/v1/records/relay/b/r"),
+                ("DELETE", "/v1/records/relay/b/r"),
+                ("GET", "/v1/watch"),
+                ("POST", "/v1/leases"),
+                ("POST", "/v1/turn-credentials"),
+            ):
+                answer = await at.ask(method, path, headers=headers)
+                assert (answer.status, answer.body["error"]) == (401, "unauthorized")
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+async def test_a_token_writes_for_its_network_only(serve: Any, tokens: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async with serve(tokens_file=tokens.path) as at:
+        assert (await at.ask("PUT", "/v1/records/relay/b/r", RELAY, token=tokens["b"])).status == 201
+        with caplog.at_level(logging.WARNING):
+            answer = await at.ask("PUT", "/v1/records/relay/c/r", RELAY, token=tokens["b"])
+        assert (answer.status, answer.body["error"]) == (403, "forbidden")
+        events = [getattr(record, "event", None) for record in caplog.records]
+        assert {"token": "b", "kind": "relay", "network": "c", "id": "r", "why": answer.body["detail"]} in events
+        assert (await at.ask("DELETE", "/v1/records/relay/b/r", token=tokens["c"])).status == 403
+        assert (await at.ask("PUT", "/v1/records/relay/c/r", RELAY, token=tokens["operator"])).status == 201
+        assert tokens["b"] not in caplog.text
+
+
+async def test_a_token_writes_its_kinds_and_names_only(serve: Any, tokens: Any) -> None:
+    async with serve(tokens_file=tokens.path) as at:
+
+        async def put(token: str, path: str, body: Any) -> int:
+            return int((await at.ask("PUT", f"/v1/records/{path}", body, token=tokens[token])).status)
+
+        assert await put("gw-b", "relay/b/r", RELAY) == 403
+        assert await put("gw-b", "gateway/b/g", {"spec": {"address": "10.9.0.1:7443"}}) == 201
+        assert await put("b", "service/b/s", service("orders.shop.svc")) == 201
+        assert await put("b", "service/b/s", service("a.orders.shop.svc")) == 403
+        assert await put("b", "service/b/s", service("bank.example")) == 403
+        assert await put("b", "service/b/t", service("a.b.open")) == 201
+        assert await put("operator", "service/b/u", service("bank.example")) == 201
+        # Neither taken over nor deleted by who does not cover the name that stands there.
+        assert await put("b", "service/b/u", service("orders.shop.svc")) == 403
+        assert (await at.ask("DELETE", "/v1/records/service/b/u", token=tokens["b"])).status == 403
+
+
+async def test_others_see_no_endpoints_and_no_vips(serve: Any, tokens: Any) -> None:
+    async with serve(tokens_file=tokens.path) as at:
+        lease = (await at.ask("POST", "/v1/leases", {}, token=tokens["b"])).body["id"]
+        written = service("orders.shop.svc") | {"lease": lease}
+        await at.ask("PUT", "/v1/records/service/b/s", written, token=tokens["b"])
+        await at.ask("PUT", "/v1/records/vip/b/v", VIP, token=tokens["b"])
+        await at.ask("PUT", "/v1/records/turn/b/t", TURN, token=tokens["b"])
+
+        def endpoints(record: Any) -> Any:
+            return record["spec"]["ports"]
+
+        for name, ports, seen, whose in (
+            ("b", {"8443": ["10.1.0.5:8443"]}, ["service", "turn", "vip"], lease),
+            ("operator", {"8443": ["10.1.0.5:8443"]}, ["service", "turn", "vip"], lease),
+            ("c", {"8443": []}, ["service", "turn"], None),
+        ):
+            token = tokens[name]
+            record = (await at.ask("GET", "/v1/records/service/b/s", token=token)).body
+            assert endpoints(record) == ports
+            assert record["lease"] == whose
+            records = (await at.ask("GET", "/v1/records", token=token)).body["records"]
+            assert [record["kind"] for record in records] == seen
+            assert endpoints(records[0]) == ports
+            async with at.watch(token=token) as lines:
+                told = []
+                async for line in lines:
+                    told.append(line)
+                    if line["type"] == "sync":
+                        break
+                assert sorted(line["record"]["kind"] for line in told if line["type"] == "put") == seen
+                assert [endpoints(line["record"]) for line in told if "8443" in str(line)] == [ports]
+                # Live changes are told by the same rule; the relay's shows that nothing came between.
+                await at.ask("PUT", "/v1/records/vip/b/v", VIP, token=tokens["b"])
+                await at.ask("DELETE", "/v1/records/vip/b/v", token=tokens["b"])
+                await at.ask("PUT", "/v1/records/service/b/s", written, token=tokens["b"])
+                await at.ask("PUT", "/v1/records/vip/b/v", VIP, token=tokens["b"])
+                await at.ask("PUT", "/v1/records/relay/b/r", RELAY, token=tokens["b"])
+                live = []
+                async for line in lines:
+                    live.append((line["type"], line["record"]["kind"]))
+                    if line["record"]["kind"] == "service":
+                        assert endpoints(line["record"]) == ports
+                    if line["record"]["kind"] == "relay":
+                        break
+                own = [("put", "vip"), ("delete", "vip"), ("put", "service"), ("put", "vip"), ("put", "relay")]
+                assert live == (own if "vip" in seen else [("put", "service"), ("put", "relay")])
+            await at.ask("DELETE", "/v1/records/relay/b/r", token=tokens["b"])
+        assert (await at.ask("GET", "/v1/records/vip/b/v", token=tokens["c"])).status == 404
+
+
+async def test_a_lease_is_its_makers_alone(serve: Any, tokens: Any) -> None:
+    async with serve(tokens_file=tokens.path) as at:
+        lease = (await at.ask("POST", "/v1/leases", {}, token=tokens["b"])).body["id"]
+        for other in ("c", "relay-b", "operator"):
+            for method in ("PUT", "DELETE"):
+                assert (await at.ask(method, f"/v1/leases/{lease}", token=tokens[other])).status == 403
+        answer = await at.ask("PUT", "/v1/records/relay/b/r", RELAY | {"lease": lease}, token=tokens["relay-b"])
+        assert answer.status == 403
+        assert (await at.ask("PUT", f"/v1/leases/{lease}", token=tokens["b"])).status == 200
+
+
+async def test_turn_credentials(serve: Any, tokens: Any) -> None:
+    store = MemoryStore()
+    config = DiscoveryServerConfig(
+        listen=(("127.0.0.1", 0),), tokens_file=tokens.path, turn_secrets={"d": "s3cret"}, turn_credential_ttl_s=600
+    )
+    assert "s3cret" not in repr(config)
+    async with serve(store, tokens_file=tokens.path, turn_secrets={"d": "s3cret"}, turn_credential_ttl_s=600) as at:
+        at.server._wall_clock = lambda: 1_700_000_000.5
+        await at.ask("PUT", "/v1/records/turn/d/t", TURN, token=tokens["operator"])
+        answer = await at.ask("POST", "/v1/turn-credentials", {"network": "d"}, token=tokens["gw-b"])
+        username = "1700000600:b.gw-b"
+        password = base64.b64encode(hmac.new(b"s3cret", username.encode(), hashlib.sha1).digest()).decode()
+        assert answer.body == {"username": username, "password": password, "ttl_s": 600, "urls": ["turn:192.0.2.7"]}
+        for name, network, status in (("relay-b", "d", 403), ("gw-b", "x", 404), ("gw-b", "D", 400)):
+            answer = await at.ask("POST", "/v1/turn-credentials", {"network": network}, token=tokens[name])
+            assert answer.status == status
+
+
+# The server itself.
+
+
+async def test_a_store_that_fails_is_told_as_such(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serve() as at:
+
+        def fail(*_: object) -> None:
+            raise StoreError("the disk is full")
+
+        monkeypatch.setattr(at.store, "_persist", fail)
+        answer = await at.ask("PUT", "/v1/records/relay/a/r", RELAY)
+        assert (answer.status, answer.body["error"]) == (503, "unavailable")
+        monkeypatch.setattr(at.store, "get", fail)
+        assert (await at.ask("GET", "/v1/records/relay/a/r")).status == 503
+        monkeypatch.setattr(at.store, "get", lambda _: 1 / 0)
+        answer = await at.ask("GET", "/v1/records/relay/a/r")
+        assert (answer.status, answer.body["error"]) == (500, "internal")
+
+
+async def test_metrics() -> None:
+    registry = CollectorRegistry()
+    server = DiscoveryServer(DiscoveryServerConfig(listen=(("127.0.0.1", 0),)), registry=registry)
+    async with server.serving():
+        text = generate_latest(registry).decode()
+    assert 'crossnet_discovery_requests_total{code="403"} 0.0' in text
+    assert "crossnet_discovery_watchers 0.0" in text
+
+
+async def test_run_serves_until_cancelled() -> None:
+    server = DiscoveryServer(DiscoveryServerConfig(listen=(("127.0.0.1", 0), ("::1", 0))))
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(server.run())
+        await asyncio.sleep(0.05)
+        task.cancel()
+    assert task.cancelled()
+    async with DiscoveryServer(DiscoveryServerConfig(listen=(("127.0.0.1", 0), ("::1", 0)))).serving() as addresses:
+        assert [host for host, _ in addresses] == ["127.0.0.1", "::1"]
+        assert all(port for _, port in addresses)
+        with pytest.raises(OSError, match="address already in use"):
+            async with DiscoveryServer(DiscoveryServerConfig(listen=addresses)).serving():
+                pass
+    with pytest.raises(ValueError, match="the body's own"):
+        async with DiscoveryServer(DiscoveryServerConfig(listen=(("127.0.0.1", 0),))).serving():
+            raise ValueError("the body's own")

@@ -1,0 +1,412 @@
+"""The client against real servers: views, desired state, restarts, failover, snapshots."""
+
+import asyncio
+import logging
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from prometheus_client import CollectorRegistry, generate_latest
+
+from discovery import client as client_module
+from discovery.client import DiscoveryClient, DiscoveryError
+from discovery.model import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, VipSpec
+from discovery.store import MemoryStore, SqliteStore
+
+pytestmark = pytest.mark.anyio
+
+RELAY = RelaySpec(addresses=["10.0.0.9"], ports=[443])
+OTHER = RelaySpec(addresses=["10.0.0.10"], ports=[443])
+
+
+def client_of(*at: Any, network: str = "a", **settings: Any) -> DiscoveryClient:
+    return DiscoveryClient([server.url for server in at], network=network, **settings)
+
+
+async def gone(at: Any, *key: Any) -> None:
+    async with asyncio.timeout(5):
+        while await at.store.get(key) is not None:
+            await asyncio.sleep(0.01)
+
+
+async def test_two_clients_see_what_each_publishes(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at, run(client_of(at)) as one, run(client_of(at, network="b")) as two:
+        one.publish(Kind.RELAY, "r", RELAY)
+        two.publish(Kind.NETWORK, "b", NetworkSpec(), leased=False)
+        mesh = await until(two, lambda mesh: mesh.relays("a"))
+        assert mesh.relays("a")[0].spec == RELAY
+        await until(one, lambda mesh: "b" in mesh.networks)
+        assert await one.settled(5)
+        assert await two.settled(5)
+        one.publish(Kind.RELAY, "r", OTHER)
+        await until(two, lambda mesh: mesh.relays("a")[0].spec == OTHER)
+        one.withdraw(Kind.RELAY, "r")
+        await until(two, lambda mesh: not mesh.relays("a"))
+        assert await one.settled(5)
+        assert one.connected
+        assert one.age_s == 0
+
+
+async def test_publishing_twice_writes_once(serve: Any, run: Any) -> None:
+    async with serve() as at, run(client_of(at)) as client:
+        for _ in range(3):
+            client.publish(Kind.RELAY, "r", RELAY)
+            client.withdraw(Kind.RELAY, "nothing")
+            assert await client.settled(5)
+        assert at.store.revision == 1
+
+
+async def test_what_was_wanted_before_the_run_is_written_then(serve: Any, run: Any) -> None:
+    async with serve() as at:
+        client = client_of(at)
+        client.publish(Kind.RELAY, "r", RELAY)
+        client.publish(Kind.NETWORK, "d", NetworkSpec(), network="d")
+        assert not await client.settled(0.01)
+        assert client.mesh is Mesh.EMPTY
+        assert not client.synced
+        assert client.age_s is None
+        async with run(client):
+            assert await client.settled(5)
+        assert at.store.revision == 4  # both were leased, and went when it closed
+
+
+async def test_closing_ends_the_lease_and_leaves_the_rest(serve: Any, run: Any) -> None:
+    async with serve() as at:
+        async with run(client_of(at)) as client:
+            client.publish(Kind.RELAY, "r", RELAY)
+            client.publish(Kind.NETWORK, "a", NetworkSpec(), leased=False)
+            assert await client.settled(5)
+        assert [record.kind for record in (await at.store.snapshot()).records] == [Kind.NETWORK]
+        assert await at.store.leases("anyone") == []
+
+
+async def test_what_a_dead_client_published_goes_with_its_lease(serve: Any) -> None:
+    async with serve() as at:
+        client = client_of(at, lease_ttl_s=1)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(client.run())
+            client.publish(Kind.RELAY, "r", RELAY)
+            assert await client.settled(5)
+            for _ in range(4):  # it lives for longer than its lease without renewals would
+                await asyncio.sleep(0.4)
+            assert await at.store.get((Kind.RELAY, "a", "r")) is not None
+            task.cancel()  # and dies without closing
+        await gone(at, Kind.RELAY, "a", "r")
+
+
+async def test_a_lost_lease_and_a_deleted_record_are_made_good(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at, run(client_of(at)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        first = client.mesh.relays("a")[0]
+        await at.store.revoke(first.lease)
+        await until(client, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].revision > first.revision)
+        second = client.mesh.relays("a")[0]
+        assert second.lease != first.lease
+        await at.store.delete(second.key)
+        await until(client, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].revision > second.revision)
+        assert await client.settled(5)
+
+
+async def test_a_restarted_server_finds_its_clients_again(
+    serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "discovery.db"
+    async with serve(SqliteStore(path)) as at:
+        port = at.port
+        client = client_of(at)
+        running = run(client)
+        await running.__aenter__()
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+    before = client.mesh
+    async with asyncio.timeout(5):
+        while client.connected:
+            await asyncio.sleep(0.01)
+    assert client.mesh is before  # discovery is away, the view stays
+    assert client.synced
+    client.publish(Kind.RELAY, "r2", OTHER)
+    async with serve(SqliteStore(path), port=port) as at:
+        await until(client, lambda mesh: len(mesh.relays("a")) == 2)
+        assert client.mesh.relays("a")[0] == before.relays("a")[0]  # its lease was rearmed: nothing was written anew
+        assert await client.settled(5)
+        await running.__aexit__(None, None, None)
+        assert (await at.store.snapshot()).records == ()
+    events = [record.message for record in caplog.records if record.name == "discovery.client"]
+    assert events.count("discovery is there") == 2
+    assert events.count("discovery is away") <= 3  # once it ended, once it was refused, and not at each attempt
+
+
+async def test_another_epoch_keeps_old_records_for_a_while(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at:
+        port = at.port
+        await at.store.put((Kind.NETWORK, "z", "z"), NetworkSpec())
+        await at.store.put((Kind.NETWORK, "y", "y"), NetworkSpec())
+        for _ in range(20):
+            await at.store.put((Kind.VIP, "b", "v"), VipSpec(name="o.s", address="10.200.0.1"))
+        client = client_of(at, grace_s=0.3)
+        running = run(client)
+        await running.__aenter__()
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+    seen: list[Mesh] = []
+    client.subscribe(seen.append)
+    async with serve(port=port) as at:  # the store was lost
+        await at.store.put((Kind.NETWORK, "y", "y"), NetworkSpec())
+        await until(client, lambda mesh: mesh.revision < 20 and mesh.relays("a") and mesh.relays("a")[0].revision < 20)
+        assert client.mesh.networks >= {"y", "z", "b"}  # nobody confirmed these, and they are still there
+        await until(client, lambda mesh: mesh.networks == {"a", "y"})  # until the grace period ended
+        assert await client.settled(5)
+        await running.__aexit__(None, None, None)
+    assert all(mesh.relays("a") for mesh in seen[:-1])  # our own never went
+
+
+async def test_the_next_server_takes_over(serve: Any, run: Any, until: Any) -> None:
+    store = MemoryStore()
+    async with serve(store) as second:
+        async with serve(store) as first:
+            dead = type(first)(first.server, 1, first.session)  # nothing listens on port 1
+            client = client_of(dead, first, second)
+            running = run(client)
+            await running.__aenter__()
+            client.publish(Kind.RELAY, "r", RELAY)
+            await until(client, lambda mesh: mesh.relays("a"))
+            assert len(first.server._hub) == 1
+        client.publish(Kind.RELAY, "r2", RELAY)
+        await until(client, lambda mesh: len(mesh.relays("a")) == 2)
+        assert len(second.server._hub) == 1
+        await running.__aexit__(None, None, None)
+
+
+async def test_refusals_are_told_and_hinder_nothing_else(
+    serve: Any, run: Any, until: Any, tokens: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(tokens_file=tokens.path) as at:
+        async with run(client_of(at, network="b", token=tokens["relay-b"])) as client:
+            client.publish(Kind.VIP, "v", VipSpec(name="o.s", address="10.200.0.1"))
+            client.publish(Kind.RELAY, "r", RELAY, network="c")
+            client.publish(Kind.RELAY, "bad", RelaySpec(addresses=["127.0.0.1"], ports=[1]))
+            client.publish(Kind.SERVICE, "s", ServiceSpec(name="o.s", ports={"1": ["10.1.0.5:1"] * 90_000}))
+            client.publish(Kind.RELAY, "r", RELAY)
+            await until(client, lambda mesh: mesh.relays("b"))
+            assert not await client.settled(0.01)
+            whys = [
+                record.event["why"] for record in caplog.records if hasattr(record, "event") and "why" in record.event
+            ]
+            assert any("may not write vip" in why for why in whys)
+            assert any("of network 'b', not 'c'" in why for why in whys)
+            assert any("loopback" in why for why in whys)
+            assert any("too_large" in why for why in whys)
+            for kind, name in ((Kind.VIP, "v"), (Kind.RELAY, "bad"), (Kind.SERVICE, "s")):
+                client.withdraw(kind, name)
+            with pytest.raises(DiscoveryError) as caught:
+                await client.turn_credentials("d")
+            assert caught.value.code == "forbidden"
+        async with run(client_of(at, token="wrong")) as client:
+            client.publish(Kind.RELAY, "r", RELAY)
+            assert not await client.settled(0.3)
+            assert not client.synced
+    assert any("the token is not known here" in str(getattr(record, "event", "")) for record in caplog.records)
+
+
+async def test_turn_credentials(serve: Any, run: Any, tokens: Any) -> None:
+    async with serve(tokens_file=tokens.path, turn_secrets={"d": "s3cret"}) as at:
+        client = client_of(at, network="b", token=tokens["gw-b"])
+        assert (await client.turn_credentials("d")).ttl_s == 3600  # before the run, too
+        async with run(client):
+            issued = await client.turn_credentials("d")
+            assert issued.username.endswith(":b.gw-b")
+            assert issued.ttl_s == 3600
+            assert issued.urls == ()
+            with pytest.raises(DiscoveryError, match="no secret"):
+                await client.turn_credentials("x")
+    with pytest.raises(DiscoveryError) as caught:
+        await client.turn_credentials("d")
+    assert caught.value.code == "unavailable"
+
+
+async def test_bursts_are_told_together(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at:
+        for number in range(2000):
+            await at.store.put((Kind.NETWORK, f"n{number}", f"n{number}"), NetworkSpec())
+        client = client_of(at)
+        seen: list[Mesh] = []
+        client.subscribe(seen.append)
+        async with run(client):
+            await until(client, lambda mesh: len(mesh) == 2000)
+            assert len(seen) == 1  # the whole snapshot came as one
+            for number in range(2000):
+                await at.store.delete((Kind.NETWORK, f"n{number}", f"n{number}"))
+            await until(client, lambda mesh: len(mesh) == 0)
+            assert len(seen) < 200
+
+
+async def test_a_reset_drops_what_is_no_more(serve: Any, run: Any, until: Any, tmp_path: Path) -> None:
+    """The client was away while so much was deleted that the store forgot what: it is told everything anew."""
+    path = tmp_path / "discovery.db"
+    async with serve(SqliteStore(path, max_tombstones=1)) as at:
+        port = at.port
+        for name in ("x", "y", "z"):
+            await at.store.put((Kind.NETWORK, name, name), NetworkSpec())
+        client = client_of(at)
+        running = run(client)
+        await running.__aenter__()
+        await until(client, lambda mesh: len(mesh) == 3)
+    store = SqliteStore(path, max_tombstones=1)
+    await store.open()
+    for name in ("x", "y"):
+        await store.delete((Kind.NETWORK, name, name))
+    await store.close()
+    async with serve(SqliteStore(path, max_tombstones=1), port=port):
+        await until(client, lambda mesh: mesh.networks == {"z"})
+        await running.__aexit__(None, None, None)
+
+
+async def test_a_snapshot_on_disk_serves_while_discovery_is_away(
+    serve: Any, run: Any, until: Any, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "mesh.snapshot"
+    store = MemoryStore()
+    async with serve(store) as at:
+        port = at.port
+        await store.put((Kind.NETWORK, "x", "x"), NetworkSpec())
+        await store.put((Kind.NETWORK, "y", "y"), NetworkSpec())
+        async with run(client_of(at, snapshot_file=snapshot)) as client:
+            await until(client, lambda mesh: len(mesh) == 2)
+        assert snapshot.exists()
+    client = client_of(at, snapshot_file=snapshot)
+    async with run(client):
+        await until(client, lambda mesh: len(mesh) == 2)
+        assert client.synced
+        assert not client.connected
+        assert client.age_s is not None
+        assert 0 <= client.age_s < 60
+        # Discovery comes back: only what changed is told.
+        await store.delete((Kind.NETWORK, "x", "x"))
+        async with serve(store, port=port):
+            await until(client, lambda mesh: mesh.networks == {"y"})
+            assert client.connected
+
+
+async def test_a_damaged_snapshot_is_set_aside(
+    serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshot = tmp_path / "mesh.snapshot"
+    snapshot.write_bytes(b"{}\ngarbage")
+    async with serve() as at:
+        await at.store.put((Kind.NETWORK, "x", "x"), NetworkSpec())
+        async with run(client_of(at, snapshot_file=snapshot)) as client:
+            await until(client, lambda mesh: len(mesh) == 1)
+    assert (tmp_path / "mesh.snapshot.bad").read_bytes() == b"{}\ngarbage"
+    assert "set aside" in caplog.text
+    assert snapshot.exists()
+
+
+async def test_a_snapshot_that_cannot_be_saved_is_told(
+    serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as at:
+        await at.store.put((Kind.NETWORK, "x", "x"), NetworkSpec())
+        async with run(client_of(at, snapshot_file=tmp_path / "missing" / "mesh")) as client:
+            await until(client, lambda mesh: len(mesh) == 1)
+    assert "cannot be saved" in caplog.text
+
+
+async def test_over_tls_with_a_ca(serve: Any, run: Any, until: Any, tmp_path: Path, tokens: Any) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    async with serve(tls_cert=tmp_path / "server.pem", tokens_file=tokens.path) as at:
+        assert at.url.startswith("https:")
+        client = client_of(at, network="b", token=tokens["b"], ca_file=tmp_path / "ca.pem")
+        async with run(client):
+            client.publish(Kind.RELAY, "r", RELAY)
+            await until(client, lambda mesh: mesh.relays("b"))
+        async with run(client_of(at, network="b", token=tokens["b"])) as stranger:
+            stranger.publish(Kind.RELAY, "r", RELAY)
+            assert not await stranger.settled(0.3)
+            assert not stranger.synced
+    with pytest.raises((OSError, ssl.SSLError)):
+        client_of(at, ca_file=tmp_path / "missing.pem")
+
+
+async def test_a_subscriber_that_fails_hurts_no_other(
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as at, run(client_of(at)) as client:
+        client.subscribe(lambda _: 1 / 0)
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+    assert "a subscriber to the mesh failed" in caplog.text
+
+
+async def test_closing_is_bounded(serve: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "CLOSE_TIMEOUT_S", 0.2)
+    async with serve() as at:
+        client = client_of(at)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(client.run())
+            client.publish(Kind.RELAY, "r", RELAY)
+            assert await client.settled(5)
+            task.cancel()
+        port = at.port
+    held = []
+    hung = await asyncio.start_server(lambda _, writer: held.append(writer), "127.0.0.1", port)
+    async with hung:
+        async with asyncio.timeout(2):
+            await client.close()
+        for writer in held:
+            writer.close()
+    await client_of(at).close()
+
+
+async def test_a_server_that_talks_nonsense_is_another_that_is_away(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    answers = iter(
+        [
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense\n",
+            b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n",
+            b"SSH-2.0-OpenSSH\r\n",
+        ]
+    )
+    done = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        data = next(answers, None)
+        if data is None:
+            done.set()
+        else:
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        async with run(DiscoveryClient([f"http://127.0.0.1:{port}"], network="a")) as client, asyncio.timeout(10):
+            await done.wait()
+            assert not client.synced
+    told = " ".join(str(getattr(record, "event", "")) for record in caplog.records)
+    for word in ("no change", "302", "500", "SSH"):
+        assert word in told
+
+
+async def test_metrics(serve: Any, run: Any, until: Any) -> None:
+    registry = CollectorRegistry()
+    async with serve() as at, run(client_of(at, registry=registry)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        text = generate_latest(registry).decode()
+    assert "crossnet_discovery_connected 1.0" in text
+    assert "crossnet_discovery_records 1.0" in text
+
+
+def test_a_client_needs_a_server() -> None:
+    with pytest.raises(ValueError, match="URL"):
+        DiscoveryClient([], network="a")
+    with pytest.raises(ValueError, match="insecure"):
+        DiscoveryClient(["http://10.0.0.2:8600"], network="a")
