@@ -8,9 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
 from crossnet.config import ConfigError, effective, load, warnings
-from crossnet.sections import DEFAULT_DOMAIN, ROLES
+from crossnet.sections import DEFAULT_ADMIN, DEFAULT_DOMAIN, ROLES
+from discovery.spec import Kind
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 FAILED = 1
 USAGE = 2
@@ -74,6 +78,51 @@ def _name(arguments: argparse.Namespace) -> int:
     return decode_command(arguments.names, domain, arguments.json)
 
 
+def _status(arguments: argparse.Namespace) -> int:
+    from crossnet.status import status_command
+
+    admin = load(arguments.config).admin if arguments.config else arguments.admin
+    address = str(admin).removeprefix("http://").rstrip("/")
+    return status_command(address, watch=arguments.watch, as_json=arguments.json)
+
+
+def _records(arguments: argparse.Namespace) -> int:
+    from crossnet import records
+
+    config = load(arguments.config)
+    try:
+        if arguments.action == "list":
+            return records.list_records(config, arguments.kind, arguments.network, arguments.json)
+        key = (config, arguments.kind, arguments.network, arguments.id)
+        if arguments.action == "put":
+            return records.put_record(*key, arguments.spec)
+        return {"get": records.get_record, "delete": records.delete_record}[arguments.action](*key)
+    except records.RecordsError as error:
+        print(f"crossnet records: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _token(arguments: argparse.Namespace) -> int:
+    from crossnet.tokens import hash_command, new_command
+
+    if arguments.action == "hash":
+        return hash_command()
+    return new_command(
+        name=arguments.name,
+        network=arguments.network,
+        kinds=arguments.kind,
+        names=arguments.names,
+        admin=arguments.admin,
+    )
+
+
+def _lab(arguments: argparse.Namespace) -> int:
+    from crossnet.lab.run import Options, lab
+
+    names = ("turn", "mode", "service", "check", "stay", "inside")
+    return lab(Options(**{name: getattr(arguments, name) for name in names}))
+
+
 def _parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="crossnet", description="Reach mutual-TLS services in networks that accept nothing from outside."
@@ -90,8 +139,73 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", action="append")
     check.set_defaults(command=_check)
 
+    status = commands.add_parser("status", help="show what a running process does")
+    status.add_argument(
+        "--admin", default=str(DEFAULT_ADMIN), metavar="HOST:PORT", help="its admin server (%(default)s)"
+    )
+    status.add_argument("-c", "--config", type=Path, metavar="FILE", help="take the admin server from this file")
+    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    status.add_argument("--json", action="store_true", help="everything, for programs")
+    status.set_defaults(command=_status)
+
     _add_name(commands)
+    _add_records(commands)
+    _add_token(commands)
+    _add_lab(commands)
     return top
+
+
+def _add_records(commands: Commands) -> None:
+    records = commands.add_parser("records", help="read and write records of a discovery server")
+    records.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="names server and token")
+    actions = records.add_subparsers(dest="action", required=True, metavar="list|get|put|delete")
+    listing = actions.add_parser("list", help="print records, one a line")
+    listing.add_argument("--kind", choices=[*Kind])
+    listing.add_argument("--network")
+    listing.add_argument("--json", action="store_true", help="one JSON object a line")
+    for action, words in (("get", "print"), ("put", "write"), ("delete", "delete")):
+        one = actions.add_parser(action, help=f"{words} one record")
+        one.add_argument("kind", choices=[*Kind], metavar="KIND", help=", ".join(Kind))
+        one.add_argument("id", metavar="ID")
+        if action == "put":
+            one.add_argument("spec", metavar="SPEC", help="JSON, or - for standard input")
+        one.add_argument("--network", help="the configuration's own, unless given")
+    records.set_defaults(command=_records)
+
+
+def _add_token(commands: Commands) -> None:
+    token = commands.add_parser("token", help="make tokens for a discovery server")
+    actions = token.add_subparsers(dest="action", required=True, metavar="new|hash")
+    new = actions.add_parser("new", help="print a new token, and on stderr its line for the tokens file")
+    new.add_argument("--name", default="", help="for the server's log")
+    new.add_argument("--network", help="whose records it may write")
+    new.add_argument("--kind", action="append", default=[], choices=[*Kind], help="that it may write; repeatable")
+    new.add_argument(
+        "--names", action="append", default=[], metavar="GLOB", help="services that it may write; repeatable"
+    )
+    new.add_argument("--admin", action="store_true", help="may do everything")
+    actions.add_parser("hash", help="print the hash of a token that is read from standard input")
+    token.set_defaults(command=_token)
+
+
+def _add_lab(commands: Commands) -> None:
+    lab = commands.add_parser("lab", help="two isolated networks on this machine, real clients in one")
+    lab.add_argument(
+        "--turn", choices=["embedded", "coturn"], default="embedded", help="which TURN server (%(default)s)"
+    )
+    lab.add_argument(
+        "--mode",
+        choices=["auto", "netns", "loopback"],
+        default="auto",
+        help="network namespaces, or loopback addresses; auto takes what the kernel allows",
+    )
+    lab.add_argument(
+        "--service", choices=["auto", "nginx", "openssl", "python"], default="auto", help="what serves in b"
+    )
+    lab.add_argument("--check", action="store_true", help="list every check; any failure exits 1, with or without this")
+    lab.add_argument("--stay", action="store_true", help="keep it running until Ctrl-C, and tell how to look around")
+    lab.add_argument("--inside", help=argparse.SUPPRESS)
+    lab.set_defaults(command=_lab)
 
 
 def _role(text: str) -> str:
@@ -100,7 +214,7 @@ def _role(text: str) -> str:
     return text
 
 
-def _add_name(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_name(commands: Commands) -> None:
     name = commands.add_parser("name", help="make or read names of the mesh domain")
     directions = name.add_subparsers(dest="direction", required=True, metavar="encode|decode")
     encode = directions.add_parser("encode", help="print the names of a target, compact form first")

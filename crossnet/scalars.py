@@ -154,6 +154,14 @@ def _duration_or_zero(value: Plain, folder: Path) -> object:
     return 0.0 if value == 0 and not isinstance(value, bool) else parse_duration(value)
 
 
+def _whole_seconds(value: Plain, folder: Path) -> object:
+    del folder
+    seconds = parse_duration(value)
+    if seconds < 1 or seconds % 1:
+        raise Mismatch("whole seconds, 1s or more")
+    return int(seconds)
+
+
 def _boolean(value: Plain, folder: Path) -> object:
     del folder
     if not isinstance(value, bool):
@@ -299,6 +307,7 @@ Duration: TypeAlias = Annotated[
     float, Leaf("a duration such as 5s, 250ms or 2m", _more_than_nothing(parse_duration), format_duration)
 ]
 DurationOrZero: TypeAlias = Annotated[float, Leaf("a duration such as 5s, or 0", _duration_or_zero, format_duration)]
+WholeSeconds: TypeAlias = Annotated[int, Leaf("a duration such as 5s", _whole_seconds, format_duration)]
 Size: TypeAlias = Annotated[int, Leaf("a size such as 64KiB", _more_than_nothing(parse_size), format_size)]
 Boolean: TypeAlias = Annotated[bool, Leaf("true or false", _boolean, _same)]
 Port: TypeAlias = Annotated[int, Leaf(f"a port 1-{MAX_PORT}", _integer(1, MAX_PORT), _same)]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 from crossnet.document import Plain
 from discovery.shape import Fault, child, shown
 
-SectionT = TypeVar("SectionT")
+MadeT = TypeVar("MadeT")
 
 HIDDEN = "***"
 
@@ -72,7 +72,7 @@ def rule(*fields: str) -> Callable[[RuleT], RuleT]:
 _READS = "reads_fields"
 
 
-def decode(kind: type[SectionT], value: Plain, folder: Path) -> tuple[SectionT | None, list[Fault]]:
+def decode(kind: type[MadeT], value: Plain, folder: Path) -> tuple[MadeT | None, list[Fault]]:
     """Make a section of a document. None if there are faults."""
     reader = _Reader(folder)
     made = reader.read(kind, value, "$")

@@ -38,17 +38,30 @@ from crossnet.scalars import (
     Prefer,
     RecordId,
     SecretFile,
+    Size,
     Store,
     Target,
     Text,
     TurnServerUrl,
+    WholeSeconds,
 )
 from crossnet.schema import OneOrMore, key, rule
+from discovery.addresses import TargetList
 from discovery.imports import BadImport, ImportRule
 from discovery.names import BadName, is_under, normalise_domain
 from discovery.shape import Fault
+from discovery.static import load_mesh
+from discovery.tokens import Tokens
+from discovery.yamlfile import BadFile
+from dnsgw import config as dns
+from dnsgw.forward import MAX_IN_FLIGHT
+from sniproxy import relay
+from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S
+from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
+from turnreg import gateway
+from turnreg.server.config import DEFAULT_PORTS
 
-ROLES = ("discovery_server", "turn", "dns", "relay", "gateway")
+ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway")
 """In the order in which they start: each finds ready what it asks at its start."""
 
 DEFAULT_DOMAIN = "svc.mesh.internal"
@@ -118,13 +131,21 @@ class RelaySection:
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
     advertise: Annotated[tuple[IpAddress, ...], OneOrMore()] = ()
     """Addresses that clients reach it under; by default those that it listens on."""
-    allow: tuple[Cidr, ...] | None = None
-    """Clients that may use it; by default all that reach it."""
+    allow: tuple[Cidr, ...] = relay.PRIVATE_RANGES
+    """Clients that may use it."""
     deliver: tuple[Target, ...] = ()
+    """What it may dial in its own network."""
     direct: tuple[Target, ...] = ()
+    """Where it may dial gateways of other networks without a TURN server."""
     sources: dict[RecordId, tuple[IpAddress, ...]] = dataclasses.field(default_factory=dict)
     """For each TURN server the addresses that it sees this relay come from; asked of the server by default."""
     pool: Count = 2
+    max_hello: Size = DEFAULT_MAX_HELLO_BYTES
+    max_streams: Count = relay.DEFAULT_MAX_STREAMS
+    hello_timeout_s: Duration = relay.DEFAULT_HELLO_TIMEOUT_S
+    dial_timeout_s: Duration = DEFAULT_DIAL_TIMEOUT_S
+    idle_timeout_s: Duration = relay.DEFAULT_IDLE_TIMEOUT_S
+    half_close_timeout_s: Duration = relay.DEFAULT_HALF_CLOSE_TIMEOUT_S
 
     @rule("advertise", "listen")
     def _advertised(self) -> Iterator[Fault]:
@@ -139,10 +160,12 @@ class DnsSection:
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
     upstream: Annotated[tuple[DnsServer, ...], OneOrMore()] = ()
     """Servers that answer what is not ours; by default those of /etc/resolv.conf."""
-    forward: dict[Domain, Annotated[tuple[DnsServer, ...], OneOrMore()]] = dataclasses.field(default_factory=dict)
+    allow: tuple[Cidr, ...] = dns.PRIVATE
+    """Clients that are answered; an open resolver is a weapon for others."""
     search: Annotated[tuple[Domain, ...], OneOrMore()] | None = None
     """Search domains of the clients, which the mesh domain must not touch; by default this machine's."""
-    ttl_s: Duration = 5.0
+    ttl_s: WholeSeconds = dns.DEFAULT_TTL_S
+    max_in_flight: Count = MAX_IN_FLIGHT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,10 +199,18 @@ class GatewaySection:
     allow: tuple[Target, ...]
     accept: tuple[Accepted, ...] = ("framed",)
     turn: dict[NetworkId, TurnAccessSection] = dataclasses.field(default_factory=dict)
+    allow_turn_servers: tuple[Cidr, ...] = ()
+    """TURN servers in ranges that are refused otherwise, such as 127.0.0.0/8 for a try on one machine."""
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
     """Where relays reach it without a TURN server; by default nowhere."""
     advertise: Endpoint | None = None
     """The address that relays dial for it; by default the one that it listens on."""
+    max_hello: Size = DEFAULT_MAX_HELLO_BYTES
+    max_streams: Count = gateway.DEFAULT_MAX_STREAMS
+    hello_timeout_s: Duration = gateway.DEFAULT_HELLO_TIMEOUT_S
+    dial_timeout_s: Duration = gateway.DEFAULT_DIAL_TIMEOUT_S
+    idle_timeout_s: Duration = gateway.DEFAULT_IDLE_TIMEOUT_S
+    half_close_timeout_s: Duration = gateway.DEFAULT_HALF_CLOSE_TIMEOUT_S
 
     @rule("advertise", "listen")
     def _advertised(self) -> Iterator[Fault]:
@@ -195,10 +226,13 @@ class TurnSection:
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
     relay_address: IpAddress
     """Where allocations are made, as this network's relays reach it."""
-    ports: PortRange = (49152, 65535)  # RFC 8656 section 5
+    ports: PortRange = DEFAULT_PORTS
     secret: SecretFile | None = None
     users: dict[Text, SecretFile] = dataclasses.field(default_factory=dict)
-    realm: Domain | None = None
+    realm: Text | None = None
+    """What clients are told the credentials are for; the mesh domain by default."""
+    allow_peers: tuple[Cidr, ...] = ()
+    """Peers in ranges that are refused otherwise, such as 127.0.0.0/8 for a try on one machine."""
     advertise: TurnServerUrl | None = None
     """How gateways of other networks reach it; by default by the address that it listens on or relays from."""
 
@@ -248,6 +282,20 @@ class DiscoveryServerSection:
     tls: ServerTlsSection | None = None
     tokens: TokensSection | None = None
     turn_secrets: dict[NetworkId, SecretFile] = dataclasses.field(default_factory=dict)
+    """For each network the secret of its TURN servers, to issue credentials from."""
+    turn_credential_ttl_s: WholeSeconds = 3600
+    """How long issued credentials live; an allocation is made anew that often."""
+    allow_addresses: tuple[Cidr, ...] = ()
+    """Addresses in ranges that are refused in records otherwise, such as 127.0.0.0/8 for a try on one machine."""
+
+    @rule("tokens")
+    def _tokens_file(self) -> Iterator[Fault]:
+        if self.tokens is not None:
+            try:
+                Tokens.load(self.tokens.file)
+            except BadFile as error:
+                for fault in error.faults:
+                    yield Fault(".tokens.file", f"a tokens file ({fault.path}: expected {fault.expected})", fault.got)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +326,7 @@ class Config:
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that the file configures, in the order in which they start."""
-        return tuple(role for role in ROLES if getattr(self, role) is not None)
+        return tuple(role for role in ROLES if getattr(self, role))
 
     @property
     def static_mesh(self) -> Path | None:
@@ -293,8 +341,6 @@ class Config:
     def _domain_and_dns(self) -> Iterator[Fault]:
         search = None if self.dns is None else self.dns.search
         yield from _apart(self.domain, search_domains() if search is None else search, "a search domain")
-        if self.dns is not None:
-            yield from _apart(self.domain, self.dns.forward, "a zone of dns.forward")
 
     @rule("discovery")
     def _discovery_for_roles(self) -> Iterator[Fault]:
@@ -304,10 +350,38 @@ class Config:
         if self.static_mesh is not None and len(self.discovery) > 1:
             yield Fault(".discovery", "URLs, or one path alone", f"{len(self.discovery)} items")
 
+    @property
+    def dialled(self) -> TargetList:
+        """What relay and gateway of this file may dial; it lifts refusals in a static mesh file, as for them."""
+        items = [] if self.gateway is None else list(self.gateway.allow)
+        if self.relay is not None:
+            items += [*self.relay.deliver, *self.relay.direct]
+        return TargetList.parse(items)
+
+    @rule("discovery", "relay", "gateway")
+    def _mesh_file(self) -> Iterator[Fault]:
+        if self.static_mesh is not None:
+            try:
+                load_mesh(self.static_mesh, self.dialled)
+            except BadFile as error:
+                for fault in error.faults:
+                    yield Fault(".discovery", f"a mesh file ({fault.path}: expected {fault.expected})", fault.got)
+
     @rule("discovery", "gateway")
     def _discovery_for_allocations(self) -> Iterator[Fault]:
         if self.static_mesh is not None and self.gateway is not None and self.gateway.turn:
             yield Fault(".gateway.turn", "a discovery server, since allocations come and go", "a static mesh file")
+
+    @rule("discovery_server", "insecure")
+    def _served_in_the_clear(self) -> Iterator[Fault]:
+        server = self.discovery_server
+        public = [str(listen) for listen in server.listen if not listen.address.is_loopback] if server else []
+        if server is None or self.insecure or not public:
+            return
+        for section, given in (("tokens", server.tokens), ("tls", server.tls)):
+            if given is None:
+                expected = f"{section}, since it listens on {public[0]}, or insecure: true"
+                yield Fault(f".discovery_server.{section}", expected, "nothing")
 
     @rule("discovery", "insecure")
     def _discovery_in_the_clear(self) -> Iterator[Fault]:

@@ -37,6 +37,8 @@ def folder(tmp_path: Path) -> Path:
         "ab-1.key": "0f" * 32 + "\n",
         "turn.secret": "hush-turn\r\n",
         "tokens.yaml": "[]",
+        "bad-tokens.yaml": "[{hash: x, network: b}]",
+        "bad-mesh.yaml": "networks: [{id: a}]\nservices: [{name: a.b, network: a, ports: {1: ['127.0.0.1:1']}}]",
         "empty": "\n",
         "two-lines": "a\nb\n",
         "mesh.yaml": "networks: []",
@@ -61,7 +63,7 @@ def test_the_example_of_the_design_is_good(folder: Path) -> None:
     path = folder / "crossnet.yaml"
     path.write_text(DESIGN_EXAMPLE)
     config = load(path)
-    assert config.roles == ("discovery_server", "turn", "dns", "relay", "gateway")
+    assert config.roles == ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway")
     assert config.token is not None
     assert config.token.text == "hush-token"
     assert config.keys["ab-1"].secret == b"\x0f" * 32
@@ -156,10 +158,6 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
             f"{DNS}, search: [corp.internal]}}\ndomain: svc.corp.internal",
             "$.domain: expected a zone apart from corp.internal, which is a search domain, got 'svc.corp.internal'",
         ),
-        (
-            f"{DNS}, forward: {{svc.mesh.internal: 10.0.0.1}}}}",
-            "$.domain: expected a zone apart from svc.mesh.internal, which is a zone of dns.forward, got 'svc.mesh.internal'",
-        ),
         ("network: a\ndiscovery: 10.0.0.1", "$.discovery: expected https://HOST:PORT, or a path ending in .yaml, got '10.0.0.1'"),
         ("network: a\ndiscovery: [absent.yaml]", "$.discovery[0]: expected a readable file, got 'absent.yaml' (No such file or directory)"),
         (
@@ -180,8 +178,8 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
         ("network: a\nimport: [{names: [a*.b], from: [b]}]", "$.import[0].names[0]: expected a lower-case name of two labels or more, each a label or '*', got 'a*.b'"),
         (f"{RELAY}, pool: -1}}", "$.relay.pool: expected a whole number 0-1000000, got -1"),
         (f"{RELAY}, pool: true}}", "$.relay.pool: expected a whole number 0-1000000, got true"),
-        (f"{DNS}, ttl: 5}}", "$.dns.ttl: expected a duration such as 5s, 250ms or 2m, got 5"),
-        (f"{DNS}, ttl: 0s}}", "$.dns.ttl: expected more than nothing, got '0s'"),
+        (f"{DNS}, ttl: 5}}", "$.dns.ttl: expected a duration such as 5s, got 5"),
+        (f"{DNS}, ttl: 0s}}", "$.dns.ttl: expected whole seconds, 1s or more, got '0s'"),
         (f"{DNS}, ttl: 200h}}", "$.dns.ttl: expected a duration of at most 168h, got '200h'"),
         (f"{DNS}, upstream: [dns.example]}}", "$.dns.upstream[0]: expected an IP address, got 'dns.example'"),
         (f"{GATEWAY}, accept: [framd]}}", "$.gateway.accept[0]: expected framed or proxy or raw, got 'framd'"),
@@ -202,11 +200,23 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
             "turn_servers: [{id: t, url: 'turn:10.0.0.8', relay_addresses: [10.0.0.8], port_min: 9, port_max: 8}]",
             "$.turn_servers[0].port_max: expected a port from 9 on, got 8",
         ),
+        ("network: a\ndiscovery_server: {listen: '127.0.0.1:0', tokens: {file: bad-tokens.yaml}}", "$.discovery_server.tokens.file: expected a tokens file ($[0].hash: expected the SHA-256 of a token, 64 lower-case hexadecimal digits), got something else"),
+        ("network: a\ndiscovery_server: {listen: '10.0.0.1:0', tls: {cert: c.pem, key: k.pem}}", "$.discovery_server.tokens: expected tokens, since it listens on 10.0.0.1:0, or insecure: true, got nothing"),
+        ("network: a\ndiscovery_server: {listen: '10.0.0.1:0', tokens: {file: tokens.yaml}}", "$.discovery_server.tls: expected tls, since it listens on 10.0.0.1:0, or insecure: true, got nothing"),
+        ("network: a\ndiscovery: bad-mesh.yaml", "$.discovery: expected a mesh file ($.services[0].ports.1[0]: expected an address that may be dialled), got 127.0.0.1:1, which is loopback"),
         ("network: a\ndiscovery_server: {listen: '127.0.0.1:0', store: postgres}", "$.discovery_server.store: expected memory, or sqlite:PATH, got 'postgres'"),
     ],
 )  # fmt: skip
 def test_one_clear_line_for_each_error(folder: Path, text: str, told: str) -> None:
     assert lines(folder, text) == [told]
+
+
+def test_what_may_be_dialled_may_stand_in_a_mesh_file(folder: Path) -> None:
+    path = folder / "crossnet.yaml"
+    path.write_text(
+        "network: a\ndiscovery: bad-mesh.yaml\nrelay: {id: r, listen: 127.0.0.1:0, deliver: [127.0.0.1/32]}"
+    )
+    assert load(path).static_mesh is not None
 
 
 def test_http_is_taken_to_loopback_and_where_it_is_asked_for(folder: Path) -> None:

@@ -60,8 +60,8 @@ def test_one_item_needs_no_brackets_where_that_is_said() -> None:
 
 
 def test_faults_at_every_depth_are_told_together() -> None:
-    assert faults({"wait": 1, "wiat": 2, "inner": {"low": -1}, "named": {"x": {"high": "y"}, "z": None}}) == [
-        "$.wiat: expected a known key such as wait, got an unknown key",
+    assert faults({"wait": 1, "waitt": 2, "inner": {"low": -1}, "named": {"x": {"high": "y"}, "z": None}}) == [
+        "$.waitt: expected a known key such as wait, got an unknown key",
         "$.wait: expected a duration such as 5s, 250ms or 2m, got 1",
         "$.inner.low: expected a whole number 0-1000000, got -1",
         "$.inner.high: expected a whole number 0-1000000, got nothing",

@@ -1,0 +1,395 @@
+"""One process with the roles of one configuration: start in order, serve, drain on a signal, end.
+
+Boot order: logging, limits, version and effective configuration into the log, then each role when what it asks at its
+start is there. The first SIGTERM or SIGINT drains: readiness goes, records are withdrawn, listeners close once clients
+have had time to look elsewhere, streams may end. A second one ends at once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import time
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import uvloop
+from prometheus_client import CollectorRegistry, GCCollector, Info, PlatformCollector, ProcessCollector
+
+from crossnet import logs, roles
+from crossnet.admin import AdminServer
+from crossnet.config import warnings
+from crossnet.publication import RelayPublication, publish_turn_servers
+from crossnet.schema import encode
+from crossnet.sections import Config, DnsSection, GatewaySection, RelaySection
+from discovery.addresses import format_endpoint, parse_address
+from discovery.api import DiscoveryServer, DiscoveryServerConfig, ServerRefused
+from discovery.client import DiscoveryClient
+from discovery.contract import Discovery
+from discovery.model import Kind, Mesh
+from discovery.static import StaticDiscovery
+from discovery.store import StoreError
+from discovery.yamlfile import BadFile
+from dnsgw.config import DEFAULT_TTL_S
+from dnsgw.server import DnsServer
+from sniproxy.relay import Relay
+from sniproxy.route import SigningKeys
+from turnreg.gateway import Gateway
+from turnreg.registrar import Registrar
+from turnreg.server.server import TurnServer
+
+T = TypeVar("T")
+
+log = logging.getLogger("crossnet")
+
+FAILED = 1
+
+FORGET_S = 2.0
+"""On top of the TTL of our DNS answers, for resolvers on the client's side that round it up (design, section 9)."""
+
+CLOSE_TIMEOUT_S = 5.0
+"""What giving allocations and records back may take together; leases end by themselves."""
+
+
+DRAIN_LOOK_S = 0.1
+
+
+class StartError(Exception):
+    """A role cannot start; the text says which one and why."""
+
+
+class App:
+    """The running process. `serve` ends when `stop` has been called and everything is drained."""
+
+    def __init__(self, config: Config, chosen: Sequence[str]) -> None:
+        self.config = config
+        self.chosen = tuple(chosen)
+        self._bound: dict[str, list[tuple[str, int]]] = {}
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        Info("crossnet_build", "What runs.", registry=self.registry).info({"version": version("crossnet")})
+        self.discovery: Discovery | None = None
+        self.relay: Relay | None = None
+        self.gateway: Gateway | None = None
+        self.registrar: Registrar | None = None
+        self._dns: DnsServer | None = None
+        self._publication: RelayPublication | None = None
+        self._group = asyncio.TaskGroup()
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._started_at = time.time()
+        self._started = False
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    def stop(self) -> None:
+        """Drain and end; asked a second time, end at once."""
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stopping.set()
+
+    async def serve(self) -> None:
+        """Start, serve until stopped, drain.
+
+        Raises:
+            StartError: a role cannot start.
+            ExceptionGroup: a role died of something unexpected.
+        """
+        admin = AdminServer(self)
+        await self._begin("admin", admin.open(str(self.config.admin.address), self.config.admin.port))
+        self._note("admin", [admin.address])
+        try:
+            async with self._group:
+                try:
+                    await self._start()
+                    self._started = True
+                    log.info("started", extra={"event": {"roles": self.chosen, "listening": self.listening}})
+                    await self._stopping.wait()
+                    await self._drain()
+                    await self._give_back()
+                finally:
+                    for task in self._tasks.values():
+                        task.cancel()
+        finally:
+            await admin.close()
+        log.info("ended", extra={"event": {"seconds": time.time() - self._started_at}})
+
+    async def _start(self) -> None:
+        config, chosen = self.config, self.chosen
+        if "discovery_server" in chosen and config.discovery_server is not None:
+            await self._start_discovery_server(roles.discovery_server_config(config, config.discovery_server))
+        turn = None
+        if "turn" in chosen and config.turn is not None:
+            opening = TurnServer.open(roles.turn_config(config, config.turn), registry=self.registry)
+            turn = await self._begin("turn", opening)
+            self._note("turn", turn.addresses)
+            self._run("turn", turn.run())
+        if not set(chosen) - {"discovery_server"}:
+            return
+        discovery = self.discovery = await self._begin("discovery", open_discovery(config, self.registry))
+        self._run("discovery", discovery.run())
+        if turn is not None and config.turn is not None:
+            discovery.publish(Kind.TURN, config.turn.id, roles.turn_spec(config.turn, turn.addresses[0]))
+        if "turn_servers" in chosen:
+            publish_turn_servers(config, discovery)
+        if "dns" in chosen and config.dns is not None:
+            await self._start_dns(discovery, config.dns)
+        if "relay" in chosen and config.relay is not None:
+            await self._start_relay(discovery, config.relay)
+        if "gateway" in chosen and config.gateway is not None:
+            await self._start_gateway(discovery, config.gateway)
+
+    async def _start_discovery_server(self, config: DiscoveryServerConfig) -> None:
+        server = DiscoveryServer(config, registry=self.registry)
+        opened: asyncio.Future[tuple[tuple[str, int], ...]] = asyncio.get_running_loop().create_future()
+
+        async def hold() -> None:
+            # The server's own tasks live in this context, which must be left by the task that entered it.
+            try:
+                async with server.serving() as addresses:
+                    opened.set_result(addresses)
+                    await asyncio.get_running_loop().create_future()
+            except Exception as error:
+                if opened.done():
+                    raise
+                opened.set_exception(error)
+
+        self._run("discovery_server", hold())
+        self._note("discovery_server", await self._begin("discovery_server", opened))
+
+    async def _start_dns(self, discovery: Discovery, section: DnsSection) -> None:
+        dns = DnsServer(roles.dns_config(self.config, section), registry=self.registry)
+        await self._begin("dns", dns.open())
+        self._note("dns", [(str(address), port) for address, port in dns.addresses])
+        discovery.subscribe(dns.apply)
+        if discovery.synced:
+            dns.apply(discovery.mesh)
+        self._dns = dns
+        self._run("dns", dns.run())
+
+    async def _start_relay(self, discovery: Discovery, section: RelaySection) -> None:
+        config = roles.relay_config(self.config, section)
+        relay = Relay(config, discovery, SigningKeys(roles.keys(self.config)), registry=self.registry)
+        await self._begin("relay", relay.open())
+        self._note("relay", relay.addresses)
+        self.relay = relay
+        self._run("relay", relay.run())
+        addresses = [str(address) for address in section.advertise] or _unique(
+            address for address, _ in relay.addresses
+        )
+        ports = _unique(port for _, port in relay.addresses)
+        self._publication = RelayPublication(self.config, discovery, ports, addresses)
+        self._run("publication", self._publication.run())
+
+    async def _start_gateway(self, discovery: Discovery, section: GatewaySection) -> None:
+        guard = [endpoint for bound in self._bound.values() for endpoint in bound] + roles.discovery_endpoints(
+            self.config
+        )
+        config = roles.gateway_config(self.config, section, guard)
+        gateway = Gateway(config, discovery, roles.keys(self.config), registry=self.registry)
+        await self._begin("gateway", gateway.open())
+        self._note("gateway", gateway.addresses)
+        self.gateway = gateway
+        self._run("gateway", gateway.run())
+        if gateway.addresses:
+            discovery.publish(Kind.GATEWAY, section.id, roles.gateway_spec(section, gateway.addresses[0]))
+        if section.turn:
+            config_of_registrar = roles.registrar_config(self.config, section)
+            self.registrar = Registrar(config_of_registrar, discovery, gateway.take, self.registry)
+            self._run("registrar", self.registrar.run())
+
+    async def _drain(self) -> None:
+        """Withdraw, let clients look elsewhere, take nothing new, wait for the streams: `drain` in all."""
+        log.info("draining", extra={"event": {"seconds": self.config.drain_s, "streams": self._streams_open()}})
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.drain_s
+        if self._publication is not None:
+            self._publication.withdraw()
+        if self.registrar is not None:
+            self.registrar.drain()
+        if self.gateway is not None and self.config.gateway is not None and self.gateway.addresses:
+            assert self.discovery is not None
+            self.discovery.withdraw(Kind.GATEWAY, self.config.gateway.id)
+        if self._publication is not None:
+            ttl_s = self.config.dns.ttl_s if self.config.dns is not None else DEFAULT_TTL_S
+            await self._hurried_after(min(ttl_s + FORGET_S, deadline - loop.time()))
+        waiting = []
+        for role, server in (("relay", self.relay), ("gateway", self.gateway)):
+            if server is not None:
+                server.close()
+                waiting.append(self._tasks[role])
+        while any(not task.done() for task in waiting) and loop.time() < deadline and not self._hurry.is_set():
+            await self._hurried_after(min(DRAIN_LOOK_S, deadline - loop.time()))
+        if left := self._streams_open():
+            log.warning("cut", extra={"event": {"streams": left}})
+
+    async def _give_back(self) -> None:
+        """Return allocations and records, so that nobody comes for what is no longer here."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                if self.registrar is not None:
+                    await self.registrar.close()
+                if self._dns is not None:
+                    await self._dns.close()
+                if self.discovery is not None:
+                    self._tasks["discovery"].cancel()
+                    await asyncio.wait([self._tasks["discovery"]])
+                    await self.discovery.close()
+
+    async def _hurried_after(self, pause_s: float) -> None:
+        """Wait, but not when somebody has asked for the end a second time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._hurry.wait()
+
+    async def _begin(self, role: str, opening: Awaitable[T]) -> T:
+        try:
+            return await opening
+        except (OSError, ValueError, StoreError, ServerRefused, BadFile) as error:
+            raise StartError(f"{role}: {error}") from error
+
+    def _run(self, name: str, running: Coroutine[Any, Any, None]) -> None:
+        self._tasks[name] = self._group.create_task(running, name=name)
+
+    def _note(self, role: str, addresses: Iterable[tuple[str, int]]) -> None:
+        self._bound[role] = list(addresses)
+
+    @property
+    def listening(self) -> dict[str, list[str]]:
+        """Where each role listens, with the ports that were chosen for 0."""
+        return {
+            role: [format_endpoint(parse_address(address), port) for address, port in bound]
+            for role, bound in self._bound.items()
+            if bound
+        }
+
+    def _streams_open(self) -> int:
+        return sum(len(server.ledger) for server in (self.relay, self.gateway) if server is not None)
+
+    def waiting_for(self) -> list[str]:
+        """Return what is not ready yet; empty when all is."""
+        if self._stopping.is_set():
+            return ["the end: draining"]
+        if not self._started:
+            return ["the start of all roles"]
+        waiting = []
+        if self.discovery is not None and not self.discovery.synced:
+            waiting.append("a first view of discovery")
+        if self.registrar is not None and not any(line["state"] == "ready" for line in self.registrar.status()):
+            waiting.append("a first allocation")
+        return waiting
+
+    def status(self) -> dict[str, object]:
+        """Return how the process is, for people and `crossnet status`."""
+        view = self.view()
+        return {
+            "version": version("crossnet"),
+            "network": self.config.network,
+            "domain": self.config.domain,
+            "roles": self.chosen,
+            "seconds": round(time.time() - self._started_at, 1),
+            "waiting_for": self.waiting_for(),
+            "listening": self.listening,
+            "streams": {role: len(rows) for role, rows in self.streams().items()},
+            "discovery": {
+                "sources": [str(source) for source in self.config.discovery],
+                "synced": self.discovery is not None and self.discovery.synced,
+                "connected": getattr(self.discovery, "connected", None),
+                "age_s": getattr(self.discovery, "age_s", None),
+                "revision": view.revision,
+                "records": len(view),
+                "networks": sorted(view.networks),
+            },
+            "registrations": self.registrar.status() if self.registrar is not None else [],
+        }
+
+    def streams(self) -> dict[str, list[dict[str, object]]]:
+        """Return the open streams by role."""
+        servers = {"relay": self.relay, "gateway": self.gateway}
+        return {role: server.ledger.rows() for role, server in servers.items() if server is not None}
+
+    def view(self) -> Mesh:
+        """Return the current mesh."""
+        return self.discovery.mesh if self.discovery is not None else Mesh.EMPTY
+
+    def effective_config(self) -> object:
+        """Return the configuration, secrets hidden."""
+        return encode(Config, self.config)
+
+
+async def open_discovery(config: Config, registry: CollectorRegistry) -> Discovery:
+    """Make the process's one client of discovery."""
+    if config.static_mesh is not None:
+        return StaticDiscovery(config.static_mesh, network=config.network, allowed=config.dialled)
+    return DiscoveryClient(
+        [str(source) for source in config.discovery],
+        network=config.network,
+        token=config.token.text if config.token else None,
+        ca_file=config.discovery_tls.ca if config.discovery_tls else None,
+        insecure=config.insecure,
+        snapshot_file=config.snapshot,
+        registry=registry,
+    )
+
+
+def run(config: Config, chosen: Sequence[str]) -> int:
+    """Run these roles until a signal ends them; return the exit code."""
+    logs.set_up(style=config.log.format, level=config.log.level)
+    limit = raise_open_files()
+    log.info("crossnet", extra={"event": {"version": version("crossnet"), "roles": chosen, "open_files": limit}})
+    log.info("config", extra={"event": {"config": encode(Config, config)}})
+    for warning in warnings(config):
+        log.warning("%s", warning)
+    # The runner leaves SIGINT alone when a handler of ours is there; ours drains as SIGTERM does.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(config, chosen))
+
+
+async def _run(config: Config, chosen: Sequence[str]) -> int:
+    app = App(config, chosen)
+    received: list[int] = []
+
+    def take(number: int) -> None:
+        received.append(number)
+        app.stop()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, take, number)
+    failed = False
+    try:
+        await app.serve()
+    except* StartError as group:
+        failed = True
+        for error in leaves(group):
+            log.error("cannot_start", extra={"event": {"detail": str(error)}})
+    except* Exception as group:
+        failed = True
+        for error in leaves(group):
+            log.error("died", exc_info=error)
+    return FAILED if failed or not received else 128 + received[0]
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions that a group holds, however deep."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from leaves(inner)
+    else:
+        yield error
+
+
+def raise_open_files() -> int:
+    """Let this process have as many descriptors as it may; a stream takes two. Return how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            return hard
+    return soft
+
+
+def _unique(items: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(items))

@@ -1,0 +1,182 @@
+"""From the sections of the configuration file to the configurations that the roles take."""
+
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from crossnet.scalars import Listen
+from crossnet.sections import (
+    Config,
+    DiscoveryServerSection,
+    DnsSection,
+    GatewaySection,
+    RelaySection,
+    TurnAccessSection,
+    TurnSection,
+)
+from discovery.addresses import BadAddress, Network, TargetList, format_endpoint, parse_address
+from discovery.api import DiscoveryServerConfig
+from discovery.imports import Imports
+from discovery.spec import GatewaySpec, TurnSpec
+from dnsgw.config import DnsConfig
+from sniproxy.relay import RelayConfig
+from sniproxy.stream.preamble import SigningKey
+from turnreg.control import Credentials
+from turnreg.gateway import GatewayConfig
+from turnreg.server.config import TurnServerConfig
+from turnreg.settings import Issued, RegistrarConfig, RestSecret, TurnCredentials
+
+
+def endpoints(listens: Iterable[Listen]) -> tuple[tuple[str, int], ...]:
+    """Return addresses and ports as the engine takes them."""
+    return tuple((str(listen.address), listen.port) for listen in listens)
+
+
+def imports(config: Config) -> Imports:
+    """Return what this network takes from others."""
+    return Imports([section.as_rule() for section in config.imports])
+
+
+def keys(config: Config) -> dict[str, SigningKey]:
+    """Return the keys of all directions, in the order of the file."""
+    return {
+        key_id: SigningKey(id=key_id, secret=section.secret, from_network=section.source, to_network=section.to)
+        for key_id, section in config.keys.items()
+    }
+
+
+def discovery_endpoints(config: Config) -> list[tuple[str, int]]:
+    """Return where the discovery servers are whose URLs say so by address."""
+    found = []
+    for source in config.discovery:
+        parts = urlsplit(str(source))
+        try:
+            address = parse_address(parts.hostname or "")
+        except BadAddress:
+            continue
+        found.append((str(address), parts.port or {"http": 80}.get(parts.scheme, 443)))
+    return found
+
+
+def relay_config(config: Config, section: RelaySection) -> RelayConfig:
+    """Return what the relay takes."""
+    return RelayConfig(
+        id=section.id,
+        network=config.network,
+        domain=config.domain,
+        listen=endpoints(section.listen),
+        imports=imports(config),
+        allow=section.allow,
+        deliver=TargetList.parse(section.deliver),
+        direct=TargetList.parse(section.direct),
+        max_hello_bytes=section.max_hello,
+        max_streams=section.max_streams,
+        hello_timeout_s=section.hello_timeout_s,
+        dial_timeout_s=section.dial_timeout_s,
+        idle_timeout_s=section.idle_timeout_s,
+        half_close_timeout_s=section.half_close_timeout_s,
+    )
+
+
+def dns_config(config: Config, section: DnsSection) -> DnsConfig:
+    """Return what the resolver takes."""
+    return DnsConfig(
+        network=config.network,
+        domain=config.domain,
+        listen=tuple((listen.address, listen.port) for listen in section.listen),
+        upstream=tuple((server.address, server.port) for server in section.upstream),
+        imports=imports(config),
+        ttl_s=section.ttl_s,
+        allow=section.allow,
+        max_in_flight=section.max_in_flight,
+    )
+
+
+def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]]) -> GatewayConfig:
+    """Return what the gateway takes; `guard` is what of our own is no service."""
+    return GatewayConfig(
+        id=section.id,
+        network=config.network,
+        domain=config.domain,
+        allow=TargetList.parse(section.allow),
+        listen=endpoints(section.listen),
+        guard=tuple(guard),
+        max_hello_bytes=section.max_hello,
+        max_streams=section.max_streams,
+        hello_timeout_s=section.hello_timeout_s,
+        dial_timeout_s=section.dial_timeout_s,
+        idle_timeout_s=section.idle_timeout_s,
+        half_close_timeout_s=section.half_close_timeout_s,
+    )
+
+
+def registrar_config(config: Config, section: GatewaySection) -> RegistrarConfig:
+    """Return what keeps the gateway registered on other networks' TURN servers."""
+    return RegistrarConfig(
+        network=config.network,
+        gateway=section.id,
+        turn={network: _credentials(access) for network, access in section.turn.items()},
+        allowed=_lifted(section.allow_turn_servers),
+    )
+
+
+def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
+    """Return what the embedded TURN server takes."""
+    return TurnServerConfig(
+        listen=endpoints(section.listen),
+        relay_addresses=(str(section.relay_address),),
+        realm=section.realm or config.domain,
+        port_min=section.ports[0],
+        port_max=section.ports[1],
+        users={name: secret.text for name, secret in section.users.items()},
+        secrets=(section.secret.text,) if section.secret else (),
+        allowed_peers=_lifted(section.allow_peers),
+    )
+
+
+def discovery_server_config(config: Config, section: DiscoveryServerSection) -> DiscoveryServerConfig:
+    """Return what the discovery server takes."""
+    return DiscoveryServerConfig(
+        listen=endpoints(section.listen),
+        store=section.store,
+        tls_cert=section.tls.cert if section.tls else None,
+        tls_key=section.tls.key if section.tls else None,
+        tokens_file=section.tokens.file if section.tokens else None,
+        turn_secrets={network: secret.text for network, secret in section.turn_secrets.items()},
+        turn_credential_ttl_s=section.turn_credential_ttl_s,
+        allow_addresses=_lifted(section.allow_addresses),
+        insecure=config.insecure,
+    )
+
+
+def turn_spec(section: TurnSection, listening: tuple[str, int]) -> TurnSpec:
+    """Return the record of the embedded TURN server, which listens there."""
+    address = parse_address(listening[0])
+    reached = section.relay_address if address.is_unspecified else address
+    return TurnSpec(
+        url=section.advertise or f"turn:{format_endpoint(reached, listening[1])}?transport=tcp",
+        relay_addresses=[str(section.relay_address)],
+        port_min=section.ports[0],
+        port_max=section.ports[1],
+    )
+
+
+def gateway_spec(section: GatewaySection, listening: tuple[str, int]) -> GatewaySpec:
+    """Return the record of a gateway that relays may dial, which listens there."""
+    if section.advertise is not None:
+        return GatewaySpec(address=str(section.advertise))
+    return GatewaySpec(address=format_endpoint(parse_address(listening[0]), listening[1]))
+
+
+def _credentials(access: TurnAccessSection) -> TurnCredentials:
+    if access.issue:
+        return Issued()
+    if access.secret is not None:
+        return RestSecret(secret=access.secret.text)
+    assert access.username is not None
+    assert access.password is not None
+    return Credentials(username=access.username, password=access.password.text)
+
+
+def _lifted(cidrs: Iterable[Network]) -> TargetList | None:
+    """Return the ranges whose refusal is lifted."""
+    return TargetList.parse(map(str, cidrs)) or None
