@@ -69,10 +69,11 @@ class Pipeline(Generic[AskedT]):
         self.closed = True
         if self._idle_timer is not None:
             self._idle_timer.cancel()
-        if self._sock is not None:
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
-            self._sock.close()
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            self._loop.remove_reader(sock)
+            self._loop.remove_writer(sock)
+            sock.close()
         self._out.clear()
         self._lost(self)
 
@@ -83,8 +84,9 @@ class Pipeline(Generic[AskedT]):
             self.close()
 
     def _writable(self) -> None:
+        if self._sock is None:
+            return
         if not self._connected:
-            assert self._sock is not None
             if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self.close()
                 return
@@ -92,7 +94,8 @@ class Pipeline(Generic[AskedT]):
         self._flush()
 
     def _flush(self) -> None:
-        assert self._sock is not None
+        if self._sock is None:
+            return
         try:
             while self._out:
                 del self._out[: self._sock.send(self._out)]
@@ -108,7 +111,8 @@ class Pipeline(Generic[AskedT]):
         self._writing = bool(self._out)
 
     def _readable(self) -> None:
-        assert self._sock is not None
+        if self._sock is None:
+            return
         try:
             data = self._sock.recv(_READ)
         except (BlockingIOError, InterruptedError):

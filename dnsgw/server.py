@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import format_endpoint
+from discovery.addresses import Address, format_endpoint
 from discovery.model import Mesh
 from dnsgw.config import DnsConfig
 from dnsgw.forward import Forwarder
@@ -103,26 +103,33 @@ class DnsServer:
         self._tcp.clear()
 
     def _bind(self, endpoint: Endpoint) -> Endpoint:
+        """Listen over both. Raises OSError, which names the address."""
         address, port = endpoint
         for tries_left in reversed(range(_PORT_TRIES)):
-            tcp = TcpListener(
-                endpoint,
-                self._resolver,
-                max_connections=self.config.max_tcp_connections,
-                max_connections_per_client=self.config.max_tcp_connections_per_client,
-                idle_timeout_s=self.config.tcp_idle_timeout_s,
-            )
             try:
-                udp = UdpListener((address, tcp.port), self._resolver, self.metrics)
-            except OSError:
-                tcp.close()
+                return self._bind_both(address, port)
+            except OSError as error:
                 if port or not tries_left:
-                    raise
-                continue
-            self._tcp.append(tcp)
-            self._udp.append(udp)
-            return address, tcp.port
+                    what = f"cannot listen on {format_endpoint(address, port)}: {error.strerror}"
+                    raise OSError(error.errno, what) from error
         raise AssertionError("the last try raises")
+
+    def _bind_both(self, address: Address, port: int) -> Endpoint:
+        tcp = TcpListener(
+            (address, port),
+            self._resolver,
+            max_connections=self.config.max_tcp_connections,
+            max_connections_per_client=self.config.max_tcp_connections_per_client,
+            idle_timeout_s=self.config.tcp_idle_timeout_s,
+        )
+        try:
+            udp = UdpListener((address, tcp.port), self._resolver, self.metrics)
+        except OSError:
+            tcp.close()
+            raise
+        self._tcp.append(tcp)
+        self._udp.append(udp)
+        return address, tcp.port
 
     def _choose_upstreams(self) -> tuple[Endpoint, ...]:
         """Take the configured upstreams; or the host's, but for ourselves, whom the host may well ask."""
