@@ -1,7 +1,7 @@
 """The copy of the mesh on disk, from which a client goes on when discovery is away at its start.
 
-One line of JSON as header, then one record a line. The header has a hash of the rest: a file that was cut short or
-changed is set aside, never half believed.
+The first line is the SHA-256 of the rest: a header in JSON, then one record a line. A file that was cut short or changed
+is set aside, never half believed.
 """
 
 import hashlib
@@ -28,7 +28,6 @@ class _Header(msgspec.Struct, kw_only=True):
     epoch: str
     revision: int
     saved_at: float
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,18 +52,11 @@ class DiskCopy:
 def save(path: Path, network: str, epoch: str, mesh: Iterable[AnyRecord], revision: int, now: float) -> None:
     """Write a copy in place of an older one, whole or not at all. Raises OSError. Takes a while: run it in a thread."""
     encode = msgspec.json.Encoder().encode
-    body = b"".join(encode(record) + b"\n" for record in mesh)
-    header = _Header(
-        format=FORMAT,
-        network=network,
-        epoch=epoch,
-        revision=revision,
-        saved_at=now,
-        sha256=hashlib.sha256(body).hexdigest(),
-    )
+    header = _Header(format=FORMAT, network=network, epoch=epoch, revision=revision, saved_at=now)
+    body = b"".join([encode(header), b"\n", *(encode(record) + b"\n" for record in mesh)])
     unfinished = path.with_name(f"{path.name}.new")
     with _saving:
-        _replace(path, unfinished, encode(header) + b"\n" + body)
+        _replace(path, unfinished, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 # A save that was given up on may still run in its thread when the last one begins.
@@ -119,17 +111,18 @@ class _Damaged(Exception):
 
 
 def _parse(data: bytes) -> DiskCopy:
-    first, _, body = data.partition(b"\n")
+    digest, _, body = data.partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise _Damaged("is damaged: its checksum is wrong")
+    first, _, lines = body.partition(b"\n")
     try:
         header = msgspec.json.decode(first, type=_Header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise _Damaged("has no header") from None
     if header.format != FORMAT:
         raise _Damaged(f"has format {header.format}, this version reads {FORMAT}")
-    if hashlib.sha256(body).hexdigest() != header.sha256:
-        raise _Damaged("is damaged: its checksum is wrong")
     try:
-        records = tuple(decode_record(line) for line in body.splitlines())
+        records = tuple(decode_record(line) for line in lines.splitlines())
     except BadRecord as error:
         raise _Damaged(f"holds what this version cannot read: {error}") from None
     return DiskCopy(

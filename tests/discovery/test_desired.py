@@ -1,0 +1,116 @@
+"""Desired state: what to do next, whatever happens in between."""
+
+from discovery.desired import RETRY_REFUSED_S, Delete, DesiredState, Put
+from discovery.model import Deletion, Kind, NetworkSpec
+
+A = (Kind.NETWORK, "a", "a")
+B = (Kind.NETWORK, "b", "b")
+
+
+def put(key: tuple[Kind, str, str], leased: bool = True) -> Put:
+    return Put(key, NetworkSpec(), leased)
+
+
+def settled(state: DesiredState) -> DesiredState:
+    while (work := state.next_work(0)) is not None:
+        state.acknowledge(work, 1)
+    assert state.settled
+    return state
+
+
+def test_from_wanting_to_having_to_not_wanting() -> None:
+    state = DesiredState()
+    assert state.settled
+    assert not state.wants_lease
+    assert state.publish(put(A))
+    assert not state.publish(put(A))
+    assert state.wants_lease
+    assert not state.settled
+    assert state.next_work(0) == put(A)
+    state.acknowledge(put(A), 1)
+    assert state.settled
+    assert state.next_work(0) is None
+    assert state.withdraw(A)
+    assert not state.withdraw(A)
+    assert state.next_work(0) == Delete(A)
+    assert not state.settled
+    state.acknowledge(Delete(A))
+    assert state.settled
+    assert state.next_retry() is None
+
+
+def test_what_changed_while_it_was_written_is_written_again() -> None:
+    state = DesiredState()
+    state.publish(put(A))
+    work = state.next_work(0)
+    state.publish(put(A, leased=False))
+    assert work is not None
+    state.acknowledge(work, 1)
+    assert state.next_work(0) == put(A, leased=False)
+
+
+def test_wanted_again_while_it_was_deleted() -> None:
+    state = settled_with(A)
+    state.withdraw(A)
+    state.publish(put(A))
+    assert state.next_work(0) == put(A)
+    state.acknowledge(Delete(A))
+    assert not state.settled
+
+
+def settled_with(*keys: tuple[Kind, str, str]) -> DesiredState:
+    state = DesiredState()
+    for key in keys:
+        state.publish(put(key))
+    return settled(state)
+
+
+def test_a_refusal_waits_and_hinders_nothing_else() -> None:
+    state = DesiredState()
+    state.publish(put(A))
+    state.publish(put(B))
+    state.refuse(put(A), 100)
+    assert state.next_work(100) == put(B)
+    state.acknowledge(put(B), 1)
+    assert state.next_work(100) is None
+    assert state.next_retry() == 100 + RETRY_REFUSED_S
+    assert state.next_work(100 + RETRY_REFUSED_S) == put(A)
+    assert not state.settled
+    state.withdraw(B)
+    state.refuse(Delete(B), 200)
+    state.refuse(Delete(A), 200)
+    assert state.next_work(200) == put(A)
+    # A new wish is tried at once, whatever was said to the old one.
+    state.refuse(put(A), 200)
+    state.publish(put(A, leased=False))
+    assert state.next_work(200) == put(A, leased=False)
+
+
+def test_a_lost_lease_takes_what_hung_on_it() -> None:
+    state = settled_with(A)
+    state.publish(put(B, leased=False))
+    settled(state)
+    state.lease_lost()
+    assert state.next_work(0) == put(A)
+    state.acknowledge(put(A), 2)
+    assert state.settled
+
+
+def test_another_epoch_takes_everything() -> None:
+    state = settled_with(A, B)
+    state.withdraw(B)
+    state.epoch_changed()
+    assert state.next_work(0) == put(A)
+    state.acknowledge(put(A), 1)
+    assert state.settled  # and what was not wanted is not there either
+
+
+def test_a_record_that_somebody_deleted_is_written_again() -> None:
+    state = DesiredState()
+    state.publish(put(A))
+    assert not state.deleted(Deletion(A, 9))
+    state.acknowledge(put(A), 5)
+    assert not state.deleted(Deletion(A, 4))  # that was before ours
+    assert not state.deleted(Deletion(B, 6))
+    assert state.deleted(Deletion(A, 6))
+    assert state.next_work(0) == put(A)

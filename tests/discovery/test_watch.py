@@ -1,0 +1,97 @@
+"""The hub of watchers: one encoding for all, bounded queues, and a backlog that ends in sync."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from discovery import watch
+from discovery.model import Kind, NetworkSpec, ServiceSpec
+from discovery.store import MemoryStore
+from discovery.tokens import OPEN, Principal
+from discovery.watch import WatchHub
+
+pytestmark = pytest.mark.anyio
+
+OTHER = Principal(name="c", network="c", kinds=frozenset(Kind), owner="c")
+KEY = (Kind.SERVICE, "b", "s")
+SERVICE = ServiceSpec(name="o.s", ports={"8443": ["10.1.0.5:8443"]})
+
+
+def lines(data: bytes) -> list[Any]:
+    return [json.loads(line) for line in data.splitlines()]
+
+
+async def test_a_line_is_encoded_once_for_all_who_see_the_same() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    first, second, third = hub.add(OPEN), hub.add(OPEN), hub.add(OTHER)
+    await store.put(KEY, SERVICE)
+    one, two, three = first._lines[0][1], second._lines[0][1], third._lines[0][1]
+    assert one is two
+    assert b"10.1.0.5" in one
+    assert b"10.1.0.5" not in three
+    hub.remove(second)
+    await store.delete(KEY)
+    assert len(first._lines) == 2
+    assert len(second._lines) == 1
+    assert len(hub) == 2
+
+
+async def test_taking_skips_what_the_backlog_had() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    watcher = hub.add(OPEN)
+    await store.put(KEY, SERVICE)
+    current, batches = await hub.backlog(OPEN, None, None)
+    assert current == 1
+    assert [line["type"] for line in lines(b"".join(batches))] == ["reset", "put", "sync"]
+    await store.put(KEY, SERVICE)
+    assert [line["revision"] for line in lines(watcher.take(current))] == [2]
+    assert watcher.take(current) == b""
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(watcher.wait())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await store.delete(KEY)
+    assert [line["type"] for line in lines(watcher.take(current))] == ["delete"]
+
+
+async def test_a_backlog_is_cut_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "BATCH_BYTES", 500)
+    store = MemoryStore()
+    hub = WatchHub(store)
+    for number in range(50):
+        await store.put((Kind.NETWORK, f"n{number}", f"n{number}"), NetworkSpec())
+    for revision in (0, None):
+        _, batches = await hub.backlog(OPEN, revision, store.epoch)
+        pieces = list(batches)
+        assert len(pieces) > 5
+        told = lines(b"".join(pieces))
+        assert [line["type"] for line in told].count("put") == 50
+        assert told[-1] == {"revision": 50, "type": "sync", "epoch": store.epoch}
+
+
+@pytest.mark.parametrize("limit", ["MAX_QUEUED_LINES", "MAX_QUEUED_BYTES"])
+async def test_a_queue_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(watch, limit, 3)
+    store = MemoryStore()
+    hub = WatchHub(store)
+    watcher = hub.add(OPEN)
+    for _ in range(10):
+        await store.put(KEY, SERVICE)
+    assert watcher.overrun
+    assert len(watcher._lines) == 0
+    await watcher.wait()
+
+
+async def test_closing_wakes_everybody() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    watcher = hub.add(OPEN)
+    hub.close()
+    await watcher.wait()
+    assert watcher.closed
+    await store.put(KEY, SERVICE)
+    assert watcher.take(0) == b""
