@@ -73,8 +73,8 @@ async def test_it_can_be_cancelled_closed_and_started_again_on_its_port() -> Non
 
 async def test_an_address_that_is_taken_leaves_nothing_open() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+        port = free_port()
+        taken.bind(("127.0.0.1", port))
         server = DnsServer(DnsConfig(network="a", listen=((ip_address("127.0.0.2"), 0), (LOOPBACK, port))))
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             await server.open()
