@@ -143,15 +143,7 @@ class Dialer:
         preamble = self._preamble(call, candidate, attempt)
         room = MAX_FIRST_WRITE - len(preamble) - HEADER_SIZE
         first, rest = call.data[:room], call.data[room:]
-        await self._until(
-            Ready,
-            framed,
-            framed.begin(preamble, first),
-            limit_s=self._ready_timeout_s,
-            late=DialError(Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"),
-            cut=_ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
-            final=False,
-        )
+        await self._greet(framed, preamble, first, candidate)
         # From here on the gateway may deliver what we send: neither silence nor a cut may bring it to another one.
         await self._until(
             Opened,
@@ -165,6 +157,45 @@ class Dialer:
             final=True,
         )
         return framed
+
+    async def second(self, call: Call, connected: Connected) -> Framed:
+        """Open the second connection of a stream through a TURN server, for its upload alone.
+
+        Raises:
+            ConnectionError: the gateway that holds the stream was not reached on it.
+        """
+        candidate = connected.candidate
+        attempt = connected.attempts
+        for pause in (*RESET_RETRY_S, None):
+            attempt += 1
+            try:
+                wire = await connect(candidate.address, candidate.port, timeout_s=self._dial_timeout_s)
+                framed = Framed(wire, Side.RELAY)
+                try:
+                    await self._greet(framed, self._preamble(call, candidate, attempt, continues=True), b"", candidate)
+                except BaseException:
+                    wire.reset()
+                    raise
+                return framed
+            except (OSError, _ResetBeforeReady) as error:
+                if pause is None:
+                    raise ConnectionError(str(error)) from error
+                await asyncio.sleep(pause)
+            except (DialError, TimeoutError) as error:
+                raise ConnectionError(str(error)) from error
+        raise AssertionError("the last try returns or raises")
+
+    async def _greet(self, framed: Framed, preamble: bytes, first: bytes, candidate: Candidate) -> None:
+        """Send the preamble and what goes with it, and wait for READY."""
+        await self._until(
+            Ready,
+            framed,
+            framed.begin(preamble, first),
+            limit_s=self._ready_timeout_s,
+            late=DialError(Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"),
+            cut=_ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
+            final=False,
+        )
 
     async def _until(
         self,
@@ -201,7 +232,7 @@ class Dialer:
             said = f"{type(message).__name__} instead of {wanted.__name__}"
             raise DialError(Reason.PROTOCOL_ERROR, said, final=final)
 
-    def _preamble(self, call: Call, candidate: Candidate, attempt: int) -> bytes:
+    def _preamble(self, call: Call, candidate: Candidate, attempt: int, *, continues: bool = False) -> bytes:
         key = self._keys.get(self._network, candidate.network)
         if key is None:
             raise DialError(Reason.NO_KEY, f"no key signs streams to {candidate.network!r}", final=True)
@@ -218,5 +249,6 @@ class Dialer:
             target=candidate.target,
             hello_digest=call.hello.digest,
             attempt=attempt,
+            continues=continues,
         )
         return sign(preamble, key.secret)

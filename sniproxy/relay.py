@@ -19,14 +19,15 @@ from sniproxy.alert import AlertDescription, alert_record
 from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, Call, Connected, Dialer, DialError
 from sniproxy.engine import End, Listener, Splice, Wire
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
-from sniproxy.route import Router, SigningKeys, Unroutable
+from sniproxy.route import RouteKind, Router, SigningKeys, Unroutable
 from sniproxy.stream.account import Account, Ledger
+from sniproxy.stream.carry import Carry
 from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Carry
+from sniproxy.stream.framed import Framed
 from sniproxy.stream.reason import Reason
 
 DEFAULT_HELLO_TIMEOUT_S = 5.0
-"""From accept to the last byte of the ClientHello, however it drips: room for two round trips and a retransmission on a bad link."""
+"""From accept to the last byte of the ClientHello, however it drips: room for two round trips and a retransmission."""
 
 DEFAULT_IDLE_TIMEOUT_S = 3600.0
 """Silence in both directions. Above the two hours' half that databases and message brokers leave connections unused."""
@@ -191,7 +192,7 @@ class Relay:
             "candidate": str(candidate),
             "attempts": connected.attempts,
         }
-        return await self._move(client, account, connected, data)
+        return await self._move(client, account, call, connected)
 
     async def _read_hello(self, client: Wire, account: Account) -> tuple[Hello, bytes]:
         """Read up to the end of the ClientHello, under one absolute deadline, and what came along with it."""
@@ -219,15 +220,27 @@ class Relay:
         except OSError as error:
             raise _Refusal(Reason.CLIENT_RESET, "reset before its ClientHello was whole") from error
 
-    async def _move(self, client: Wire, account: Account, connected: Connected, data: bytes) -> Reason:
+    async def _move(self, client: Wire, account: Account, call: Call, connected: Connected) -> Reason:
         idle, half_close = self._config.idle_timeout_s, self._config.half_close_timeout_s
         if connected.framed is not None:
-            carry = Carry(client, connected.framed, Side.RELAY, idle_timeout_s=idle, half_close_timeout_s=half_close)
-            carry.outbound.moved = len(data)
+
+            async def second() -> Framed:
+                account.fields["second"] = True
+                return await self._dialer.second(call, connected)
+
+            carry = Carry(
+                client,
+                connected.framed,
+                Side.RELAY,
+                idle_timeout_s=idle,
+                half_close_timeout_s=half_close,
+                second=second if connected.candidate.kind is RouteKind.TURN else None,
+            )
+            carry.outbound.moved = len(call.data)
             account.carry(up=carry.outbound, down=carry.inbound)
             return await carry.run()
         assert connected.wire is not None
-        client.unread(data)
+        client.unread(call.data)
         splice = Splice(client, connected.wire, idle_timeout_s=idle, half_close_timeout_s=half_close)
         account.carry(up=splice.a_to_b, down=splice.b_to_a)
         return _ENDS[(await splice.run()).end]

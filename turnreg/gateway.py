@@ -19,9 +19,10 @@ from sniproxy.engine import Listener, Wire
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, HelloError, HelloReader
 from sniproxy.stream.account import Account, Ledger
 from sniproxy.stream.capsule import CapsuleError, Payload
+from sniproxy.stream.carry import Carry
 from sniproxy.stream.control import Opened, Ready, Refused
 from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Carry, Framed
+from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import (
     FirstBytes,
     Preamble,
@@ -34,6 +35,7 @@ from sniproxy.stream.preamble import (
 )
 from sniproxy.stream.reason import Reason
 from turnreg.client import Bound
+from turnreg.continuation import Continuations
 from turnreg.delivery import Delivery, Undeliverable
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class _Arrival:
 
     framed: Framed
     account: Account
+    behind_turn: bool
     preamble: Preamble | None = None
     data: bytearray = field(default_factory=bytearray)
 
@@ -112,6 +115,7 @@ class Gateway:
         self._delivery = Delivery(
             config.network, discovery, config.allow, guard=config.guard, dial_timeout_s=config.dial_timeout_s
         )
+        self._continuations = Continuations()
         self.ledger = Ledger("gateway", registry)
         self._listeners: list[Listener] = []
         self._group: asyncio.TaskGroup | None = None
@@ -165,8 +169,8 @@ class Gateway:
     async def _serve(self, wire: Wire, addressee: str, **came_by: str) -> None:
         # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
         account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
-        arrival = _Arrival(Framed(wire, Side.GATEWAY), account)
-        reason = Reason.OTHER
+        arrival = _Arrival(Framed(wire, Side.GATEWAY), account, behind_turn=bool(came_by))
+        reason: Reason | None = Reason.OTHER
         task = asyncio.current_task()
         assert task is not None
         account.end = task.cancel
@@ -177,11 +181,14 @@ class Gateway:
             if refusal.tell:
                 await self._refuse(arrival.framed, refusal)
         finally:
-            self.ledger.close(account, reason)
-            wire.close()
+            if reason is None:
+                self.ledger.drop(account)
+            else:
+                self.ledger.close(account, reason)
+                wire.close()
 
-    async def _carry(self, arrival: _Arrival, addressee: str) -> Reason:
-        """Take one stream from its first byte to its end."""
+    async def _carry(self, arrival: _Arrival, addressee: str) -> Reason | None:
+        """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""
         account, framed = arrival.account, arrival.framed
         try:
             async with asyncio.timeout(self._config.hello_timeout_s):
@@ -190,6 +197,9 @@ class Gateway:
                     raise _Refusal(
                         Reason.OVERLOADED, f"{self._config.max_streams} streams are open: gateway.max_streams"
                     )
+                if preamble.continues:
+                    await self._hand_over(framed, preamble)
+                    return None
                 await framed.send(Ready())
                 await self._read_hello(arrival, preamble)
         except TimeoutError:
@@ -209,15 +219,6 @@ class Gateway:
             raise _Refusal(error.reason, error.detail) from error
         account.mark("connect")
         account.fields["endpoint"] = f"{delivered.endpoint}"
-        carry = Carry(
-            delivered.wire,
-            framed,
-            Side.GATEWAY,
-            idle_timeout_s=self._config.idle_timeout_s,
-            half_close_timeout_s=self._config.half_close_timeout_s,
-            first=bytes(arrival.data),
-        )
-        account.carry(up=carry.inbound, down=carry.outbound)
         try:
             await framed.send(Opened(delivered.address, delivered.port, delivered.ms))
         except OSError as error:
@@ -226,7 +227,24 @@ class Gateway:
         except BaseException:
             delivered.wire.reset()
             raise
-        return await carry.run()
+        with self._continuations.expected(preamble) as second:
+            carry = Carry(
+                delivered.wire,
+                framed,
+                Side.GATEWAY,
+                idle_timeout_s=self._config.idle_timeout_s,
+                half_close_timeout_s=self._config.half_close_timeout_s,
+                first=bytes(arrival.data),
+                second=second if arrival.behind_turn else None,
+            )
+            account.carry(up=carry.inbound, down=carry.outbound)
+            return await carry.run()
+
+    async def _hand_over(self, framed: Framed, preamble: Preamble) -> None:
+        """Give a second connection to its stream."""
+        await framed.send(Ready())
+        if not self._continuations.bring(preamble, framed):
+            raise _Refusal(Reason.PROTOCOL_ERROR, "it continues a stream that is not open here")
 
     async def _read_preamble(self, arrival: _Arrival, addressee: str) -> Preamble:
         wire, account = arrival.framed.wire, arrival.account
@@ -237,6 +255,7 @@ class Gateway:
             length = read_length(start)
             assert length is not None
             header = start + await wire.recv_exactly(length - len(start))
+            arrival.framed.received += length
             preamble = self._verifier.verify(header, addressee=addressee, now_ms=time.time_ns() // 1_000_000)
         except PreambleError as error:
             raise _Refusal(error.reason, error.detail) from error

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from sniproxy.engine.wire import Wire, plain_address
 
@@ -112,7 +113,9 @@ class Listener:
             except OSError:  # reset before we could set an option
                 sock.close()
                 continue
-            group.create_task(self._run(wire, handle))
+            task = group.create_task(self._run(wire, handle))
+            # A task that is cancelled before its first step never reaches its own finally.
+            task.add_done_callback(partial(_close, wire))
         return 0.0
 
     def _log_capacity(self, error: OSError) -> None:
@@ -130,8 +133,6 @@ class Listener:
             await handle(wire)
         except Exception:
             log.exception("unexpected error while serving %s", wire.peer)
-        finally:
-            wire.close()
 
     def close(self) -> None:
         """Stop accepting; connections that are open go on."""
@@ -140,3 +141,7 @@ class Listener:
             self._loop.remove_reader(self._fd)
             self._sock.close()
             self._accepting.set()
+
+
+def _close(wire: Wire, _: asyncio.Task[None]) -> None:
+    wire.close()

@@ -23,10 +23,8 @@ DEFAULT_READ_BYTES = 64 * 1024
 KEEPALIVE_IDLE_S = 15
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
-"""An open stream whose far end vanished is found after 15 + 3 × 5 = 30 s of silence."""
-
-USER_TIMEOUT_MS = 30_000
-"""Bytes that nobody acknowledges for 30 s end the stream (TCP_USER_TIMEOUT, RFC 5482): the same bound as for an idle one."""
+"""An open stream whose far end vanished is found after 15 + 3 × 5 = 30 s of silence. TCP_USER_TIMEOUT is not set: Linux counts a
+reader that pauses (zero window, probes answered) against it, so that it would cut streams whose client merely waits."""
 
 FLUSH_POLL_S = 0.02
 
@@ -53,7 +51,7 @@ def _endpoint(name: object) -> tuple[str, int]:
 
 
 def tune(sock: socket.socket) -> None:
-    """Set what every stream socket has: no Nagle delay, keep-alive, a bound on unacknowledged bytes."""
+    """Set what every stream socket has: no Nagle delay, keep-alive."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -61,7 +59,6 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
 
 class Wire:

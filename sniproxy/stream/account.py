@@ -97,6 +97,10 @@ class Ledger:
             row["detail"] = account.detail
         self._log.info("stream", extra={"event": row})
 
+    def drop(self, account: Account) -> None:
+        """Forget an account that turned out to be part of another stream's."""
+        self._live.discard(account)
+
     def rows(self) -> list[dict[str, object]]:
         """The streams that live, the oldest first."""
         live = sorted(self._live, key=lambda account: account._started)

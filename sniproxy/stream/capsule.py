@@ -41,6 +41,8 @@ class CapsuleType(enum.IntEnum):
     PONG = 0x20637205
     OPEN = 0x20637206
     DONE = 0x20637207
+    RECEIVED = 0x20637208
+    CONTINUED = 0x20637209
 
 
 class CapsuleError(ValueError):

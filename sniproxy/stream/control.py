@@ -2,10 +2,11 @@
 
 Values (integers big-endian; strictly so, anything else is a CapsuleError):
 
-    READY FINISHED DONE   empty
+    READY FINISHED DONE CONTINUED   empty
     OPENED                ms(4) port(2) address(4 or 16)       the address that was dialled, and how long that took
     REFUSED               n(1) reason(n) detail(0..200)        reason is [a-z_]+, detail is UTF-8
     PING PONG             token(8)                             a PONG repeats the token
+    RECEIVED              bytes(8)                             of this connection, from its first one
     OPEN                  a complete signed preamble           at most 1,024 bytes
 """
 
@@ -68,6 +69,35 @@ class Done(_Bare):
     type = CapsuleType.DONE
 
 
+class Continued(_Bare):
+    """Relay: the rest of my DATA comes on the connection whose preamble continues this stream."""
+
+    __slots__ = ()
+    type = CapsuleType.CONTINUED
+
+
+_COUNT: Final = struct.Struct(">Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Gateway: this many bytes of the connection, from its first one, have left the TURN server."""
+
+    type: ClassVar = CapsuleType.RECEIVED
+    count: int
+
+    def pack(self) -> bytes:
+        """Return the whole capsule."""
+        return _control(CapsuleType.RECEIVED, _COUNT.pack(self.count))
+
+    @classmethod
+    def parse(cls, value: bytes) -> Self:
+        """Return the message; CapsuleError if it has another length."""
+        if len(value) != _COUNT.size:
+            raise CapsuleError(f"RECEIVED of {len(value)} bytes")
+        return cls(*_COUNT.unpack(value))
+
+
 _OPENED: Final = struct.Struct(">IH")
 _MAX_MS: Final = (1 << 32) - 1
 
@@ -76,6 +106,7 @@ _MAX_MS: Final = (1 << 32) - 1
 class Opened:
     """Gateway: the service is connected; comes before the gateway's first DATA."""
 
+    type: ClassVar = CapsuleType.OPENED
     address: ipaddress.IPv4Address | ipaddress.IPv6Address
     port: int
     ms: int
@@ -104,6 +135,7 @@ _REASON: Final = re.compile(r"[a-z_]{1,32}")
 class Refused:
     """Gateway: this stream will not be; the reason is one of the stream end reasons, or one that we do not know yet."""
 
+    type: ClassVar = CapsuleType.REFUSED
     reason: str
     detail: str = ""
 
@@ -170,6 +202,7 @@ class Pong(_Pulse):
 class Open:
     """Relay, on a warm stream: a client is here; `preamble` is its complete signed header."""
 
+    type: ClassVar = CapsuleType.OPEN
     preamble: bytes
 
     def pack(self) -> bytes:
@@ -186,7 +219,7 @@ class Open:
         return cls(value)
 
 
-Message = Ready | Opened | Refused | Finished | Ping | Pong | Open | Done
+Message = Ready | Opened | Refused | Finished | Ping | Pong | Open | Done | Received | Continued
 
 _PARSERS: Final[dict[CapsuleType, Callable[[bytes], Message]]] = {
     CapsuleType.READY: Ready.parse,
@@ -197,6 +230,8 @@ _PARSERS: Final[dict[CapsuleType, Callable[[bytes], Message]]] = {
     CapsuleType.PONG: Pong.parse,
     CapsuleType.OPEN: Open.parse,
     CapsuleType.DONE: Done.parse,
+    CapsuleType.RECEIVED: Received.parse,
+    CapsuleType.CONTINUED: Continued.parse,
 }
 
 

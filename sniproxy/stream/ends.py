@@ -14,6 +14,12 @@ FIN is never a message: each end is said in band, and confirmed.
       DONE ─────────────────────────────────▶  closes the connection
 
 A connection that ends before both have confirmed is a truncation.
+
+Through a TURN server one connection must not be full in both directions at once: coturn (4.6.1 to 4.17.1) stops reading a side
+while the other's buffer is full, and when that buffer has drained looks at the wrong one before it reads on. If both are full
+at that moment, one direction stands still for ever (measured: bulk both ways never ends). So the relay keeps its own direction
+nearly empty: the gateway says how much it has RECEIVED, and an upload that outgrows LIMIT_UNRECEIVED goes on over a second
+connection, announced by CONTINUED, where nothing comes back.
 """
 
 from enum import Enum
@@ -33,6 +39,14 @@ LIMIT_REFUSED_S = 2.0
 """How long a gateway that has refused reads and discards, so that REFUSED arrives before the close."""
 
 
+LIMIT_UNRECEIVED = 96 * 1024
+"""Bytes from relay to gateway that may be in a TURN server's hands on a connection that carries both directions. coturn calls a
+buffer full from 126 KiB on (192 KiB less one read of 64 KiB)."""
+
+RECEIVED_INTERVAL = 32 * 1024
+"""How often the gateway says what it has received: a stream whose client sends less than this never costs a capsule more."""
+
+
 class Side(Enum):
     """Which end of the connection we are."""
 
@@ -45,6 +59,7 @@ class Ends:
 
     __slots__ = (
         "_side",
+        "continued",
         "done",
         "final_received",
         "final_sent",
@@ -58,7 +73,7 @@ class Ends:
     def __init__(self, side: Side) -> None:
         self._side = side
         self.ready = self.opened = self.refused = False
-        self.done = False
+        self.done = self.continued = False
         self.final_sent = self.final_received = False
         self.finished_sent = self.finished_received = False
 
@@ -87,6 +102,13 @@ class Ends:
         if error:
             raise CapsuleError(f"{kind.name}: {error}")
 
+    def end_elsewhere(self, *, by_us: bool) -> None:
+        """Note that the relay's FINAL_DATA went over the second connection."""
+        if by_us:
+            self.final_sent = True
+        else:
+            self.final_received = True
+
     def _note(self, kind: CapsuleType, *, from_relay: bool, by_us: bool) -> str | None:
         """Say why `kind` may not be said now, or note that it was and return None."""
         if self.refused:
@@ -99,6 +121,13 @@ class Ends:
             case CapsuleType.DONE if from_relay:
                 self.done = True
                 return None if self.complete else "before both FINISHED"
+            case CapsuleType.CONTINUED if from_relay:
+                ended = self.final_sent if by_us else self.final_received
+                error = "after FINAL_DATA" if ended else "a second time" if self.continued else None
+                self.continued = True
+                return error
+            case CapsuleType.RECEIVED if not from_relay:
+                return None if self.opened else "before OPENED"
             case CapsuleType.READY if not from_relay:
                 error, self.ready = "a second time" if self.ready else None, True
                 return error
@@ -117,6 +146,8 @@ class Ends:
             return "before OPENED"
         if self.final_sent if by_us else self.final_received:
             return "after FINAL_DATA"
+        if from_relay and self.continued:
+            return "after CONTINUED"
         if final and by_us:
             self.final_sent = True
         elif final:

@@ -61,6 +61,7 @@ class Tlv(enum.IntEnum):
     ADDRESSEE = 0xE8
     HELLO_DIGEST = 0xE9
     ATTEMPT = 0xEA
+    CONTINUES = 0xEB
 
 
 class PreambleError(ValueError):
@@ -154,6 +155,8 @@ class Preamble:
     """As `encode_target` writes it."""
     hello_digest: bytes | None
     attempt: int = 0
+    continues: bool = False
+    """Whether the connection takes over a direction of a stream that is open already, instead of opening one."""
 
 
 def encode_target(where: Address | str, port: int) -> str:
@@ -199,6 +202,8 @@ def sign(preamble: Preamble, key: bytes) -> bytes:
         (Tlv.ATTEMPT, bytes([preamble.attempt])),
         (Tlv.SIGNATURE, bytes(_SIGNATURE_SIZE)),
     ]
+    if preamble.continues:
+        tlvs.insert(-1, (Tlv.CONTINUES, b"\1"))
     if preamble.hello_digest is not None:
         tlvs.insert(-2, (Tlv.HELLO_DIGEST, preamble.hello_digest))
     header = ProxyHeader(source=preamble.client, destination=preamble.local, tlvs=tuple(tlvs))
@@ -323,6 +328,8 @@ def _parse(header: bytes) -> Preamble:
             raise _broken(f"TLV {kind:#04x} of {len(values[kind])} bytes")
     if proxy.tlvs[-1][0] != Tlv.SIGNATURE:
         raise _broken("the signature is not the last TLV")
+    if values.get(Tlv.CONTINUES, b"\1") != b"\1":
+        raise _broken("TLV 0xeb is not 1")
     if values[Tlv.FRAMING] != bytes([FRAMING_VERSION]):
         raise _broken(f"framing version {values[Tlv.FRAMING].hex()}")
     preamble = Preamble(
@@ -338,13 +345,14 @@ def _parse(header: bytes) -> Preamble:
         target=_text(values[Tlv.TARGET]),
         hello_digest=values.get(Tlv.HELLO_DIGEST),
         attempt=values[Tlv.ATTEMPT][0],
+        continues=Tlv.CONTINUES in values,
     )
     _check(preamble)
     return preamble
 
 
 _OURS: Final = frozenset(Tlv)
-_REQUIRED: Final = _OURS - {Tlv.HELLO_DIGEST}
+_REQUIRED: Final = _OURS - {Tlv.HELLO_DIGEST, Tlv.CONTINUES}
 _SIZES: Final = {
     Tlv.UNIQUE_ID: STREAM_ID_SIZE,
     Tlv.TIME: 8,
@@ -352,6 +360,7 @@ _SIZES: Final = {
     Tlv.FRAMING: 1,
     Tlv.HELLO_DIGEST: DIGEST_SIZE,
     Tlv.ATTEMPT: 1,
+    Tlv.CONTINUES: 1,
 }
 _WORD: Final = re.compile(r"[!-~]{1,255}")
 """Ids and names: visible ASCII without spaces. What they name is compared, not interpreted."""

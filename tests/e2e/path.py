@@ -79,7 +79,9 @@ class Path:
         await client.send((hello or client_hello(name)) + behind)
         return client
 
-    async def ended(self, count: int = 1, limit_s: float = 20) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    async def ended(
+        self, count: int = 1, limit_s: float = 20
+    ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
         """Wait until both ends have logged the end of `count` streams, and give their lines."""
         async with asyncio.timeout(limit_s):
             while len(self.relay_log.events) < count or len(self.gateway_log.events) < count:

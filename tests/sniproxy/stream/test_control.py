@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sniproxy.stream.capsule import CapsuleError, CapsuleReader, CapsuleType, Control
 from sniproxy.stream.control import (
     MAX_DETAIL,
+    Continued,
     Done,
     Finished,
     Message,
@@ -17,6 +18,7 @@ from sniproxy.stream.control import (
     Ping,
     Pong,
     Ready,
+    Received,
     Refused,
     parse_control,
 )
@@ -26,11 +28,12 @@ addresses = st.ip_addresses(v=4) | st.ip_addresses(v=6)
 reasons = st.sampled_from(Reason).map(str) | st.from_regex(r"[a-z_]{1,32}", fullmatch=True)
 details = st.text(max_size=50)
 messages: st.SearchStrategy[Message] = st.one_of(
-    st.sampled_from([Ready(), Finished(), Done()]),
+    st.sampled_from([Ready(), Finished(), Done(), Continued()]),
     st.builds(Opened, addresses, st.integers(1, 65535), st.integers(0, (1 << 32) - 1)),
     st.builds(Refused, reasons, details),
     st.builds(Ping, st.binary(min_size=8, max_size=8)),
     st.builds(Pong, st.binary(min_size=8, max_size=8)),
+    st.builds(Received, st.integers(0, (1 << 64) - 1)),
     st.builds(Open, st.binary(max_size=1024)),
 )
 
@@ -54,6 +57,8 @@ def test_bytes() -> None:
     assert Refused("dial_failed", "no").pack() == bytes.fromhex("a06372028000000e") + b"\x0bdial_failedno"
     assert Ping(bytes(range(8))).pack().hex() == "a0637204800000080001020304050607"
     assert Pong(bytes(8)).pack().hex() == "a0637205800000080000000000000000"
+    assert Received(258).pack().hex() == "a0637208800000080000000000000102"
+    assert Continued().pack().hex() == "a063720980000000"
     assert Open(b"abc").pack().hex() == "a063720680000003616263"
 
 
@@ -139,6 +144,7 @@ def test_every_control_capsule_has_a_reader() -> None:
         CapsuleType.REFUSED: b"\x05other",
         CapsuleType.PING: bytes(8),
         CapsuleType.PONG: bytes(8),
+        CapsuleType.RECEIVED: bytes(8),
     }
     for kind in controls:
         assert parse_control(Control(kind, values.get(kind, b""))).pack()

@@ -12,9 +12,10 @@ import pytest
 
 from sniproxy.engine import Wire
 from sniproxy.stream.capsule import CapsuleType, header
+from sniproxy.stream.carry import Carry
 from sniproxy.stream.control import Opened, Ready
 from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Carry, Framed
+from sniproxy.stream.framed import Framed
 from sniproxy.stream.reason import Reason
 from tests.sniproxy.engine.pairs import pair, read_all, until_reset
 

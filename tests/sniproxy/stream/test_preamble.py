@@ -298,15 +298,22 @@ def without(kind: int) -> list[tuple[int, bytes]]:
     return [tlv for tlv in TLVS if tlv[0] != kind]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Tlv if kind not in (Tlv.HELLO_DIGEST, Tlv.SIGNATURE)])
+@pytest.mark.parametrize("kind", [kind for kind in Tlv if kind not in (Tlv.HELLO_DIGEST, Tlv.CONTINUES, Tlv.SIGNATURE)])
 def test_each_field_must_be_there(kind: Tlv) -> None:
     assert refusal(signed(without(kind))) is Reason.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize("kind", Tlv)
 def test_each_field_must_be_there_once(kind: Tlv) -> None:
-    again = [tlv for tlv in TLVS if tlv[0] == kind]
+    again = [tlv for tlv in TLVS if tlv[0] == kind] or [(int(kind), b"\1"), (int(kind), b"\1")]
     assert refusal(signed(again + TLVS)) is Reason.PROTOCOL_ERROR
+
+
+def test_a_second_connection_says_so_signed() -> None:
+    header = sign(dataclasses.replace(GOOD, continues=True), AB.secret)
+    assert verifier().verify(header, addressee=GOOD.addressee, now_ms=NOW_MS).continues
+    assert not verifier().verify(signed(TLVS), addressee=GOOD.addressee, now_ms=NOW_MS).continues
+    assert refusal(signed([(Tlv.CONTINUES, b"\2"), *TLVS])) is Reason.PROTOCOL_ERROR
 
 
 def test_the_signature_must_be_last() -> None:

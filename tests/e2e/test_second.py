@@ -1,0 +1,164 @@
+"""Uploads that outgrow their first connection: both directions full at once, through TURN servers that cannot have that."""
+
+import asyncio
+import hashlib
+import os
+
+import pytest
+
+from sniproxy.dial import Call, Connected, Dialer
+from sniproxy.engine import Wire
+from sniproxy.stream.framed import Framed
+from tests.e2e.path import a_path, name_of
+from tests.sniproxy.engine.pairs import read_all, until_reset
+from tests.sniproxy.hellos import client_hello
+
+pytestmark = [pytest.mark.anyio, pytest.mark.interop]
+
+TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded"]
+BULK = os.urandom(1 << 20) * 16
+
+
+async def _digest(wire: Wire) -> bytes:
+    digest = hashlib.sha256()
+    while data := await wire.recv(1 << 18):
+        digest.update(data)
+    return digest.digest()
+
+
+@pytest.mark.parametrize("turn", TURNS)
+async def test_an_upload_goes_on_while_its_client_reads_nothing(turn: str) -> None:
+    """As on one TCP connection: a full direction back to the client must not stop the one to the service."""
+    async with a_path(turn) as path:
+
+        async def service(wire: Wire) -> None:
+            await wire.recv_exactly(len(client_hello(name)))
+            async with asyncio.TaskGroup() as group:
+                answering = group.create_task(wire.send(BULK))
+                uploaded.set_result(await _digest(wire))
+                await answering
+            wire.shutdown_write()
+
+        uploaded: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        name = name_of(await path.serve(service))
+        client = await path.dial(name)
+        await client.send(BULK)
+        client.shutdown_write()
+        async with asyncio.timeout(30):
+            assert await uploaded == hashlib.sha256(BULK).digest()
+        assert await _digest(client) == hashlib.sha256(BULK).digest()
+        client.close()
+        relay, gateway = await path.ended()
+    assert [relay[0]["reason"], gateway[0]["reason"]] == ["ok", "ok"]
+    assert relay[0]["second"] is True
+    assert len(relay) == len(gateway) == 1, "the second connection is part of its stream's account"
+
+
+@pytest.mark.parametrize("turn", TURNS)
+async def test_a_stream_of_many_small_messages_keeps_one_connection(turn: str) -> None:
+    async with a_path(turn) as path:
+
+        async def echo(wire: Wire) -> None:
+            await wire.recv_exactly(len(client_hello(name)))
+            while data := await wire.recv():
+                await wire.send(data)
+            wire.shutdown_write()
+
+        name = name_of(await path.serve(echo))
+        client = await path.dial(name)
+        message = os.urandom(2000)
+        for _ in range(300):
+            await client.send(message)
+            assert await client.recv_exactly(len(message)) == message
+        client.shutdown_write()
+        assert await read_all(client) == b""
+        client.close()
+        relay, _ = await path.ended()
+    assert "second" not in relay[0]
+
+
+async def test_without_a_second_connection_an_upload_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def none(self: Dialer, call: Call, connected: Connected) -> Framed:
+        raise ConnectionError("refused by the test")
+
+    monkeypatch.setattr(Dialer, "second", none)
+    async with a_path("embedded") as path:
+
+        async def service(wire: Wire) -> None:
+            await wire.recv_exactly(len(client_hello(name)))
+            await wire.send(await _digest(wire))
+            wire.shutdown_write()
+
+        name = name_of(await path.serve(service))
+        client = await path.dial(name)
+        await client.send(BULK)
+        client.shutdown_write()
+        assert await read_all(client) == hashlib.sha256(BULK).digest()
+        client.close()
+
+
+@pytest.mark.parametrize("turn", TURNS)
+async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: list[Framed] = []
+    dial = Dialer.second
+
+    async def kept(self: Dialer, call: Call, connected: Connected) -> Framed:
+        seconds.append(await dial(self, call, connected))
+        return seconds[0]
+
+    monkeypatch.setattr(Dialer, "second", kept)
+    async with a_path(turn) as path:
+        arrived: asyncio.Future[Wire] = asyncio.get_running_loop().create_future()
+        done = asyncio.Event()
+
+        async def service(wire: Wire) -> None:
+            await wire.recv_exactly(400_000)
+            arrived.set_result(wire)
+            await done.wait()
+
+        client = await path.dial(name_of(await path.serve(service)))
+        await client.send(bytes(500_000))
+        served = await arrived
+        assert seconds
+        seconds[0].wire.reset()
+        await until_reset(served)
+        await client.send(b"more")
+        await until_reset(client)
+        client.close()
+        done.set()
+        relay, gateway = await path.ended()
+    assert [relay[0]["reason"], gateway[0]["reason"]] == ["truncated", "truncated"]
+
+
+async def test_a_second_connection_for_no_stream_is_refused() -> None:
+    async with a_path("embedded") as path:
+
+        async def service(wire: Wire) -> None:
+            await wire.recv()
+            await wire.send(b"x")
+            await read_all(wire)
+
+        client = await path.dial(name_of(await path.serve(service)))
+        assert await client.recv() == b"x"
+        connected: list[tuple[Call, Connected]] = []
+        relay = path.relay
+        opened = relay._dialer.open
+
+        async def kept(call: Call, candidates: list[object]) -> Connected:
+            connected.append((call, await opened(call, candidates)))  # type: ignore[arg-type]
+            return connected[0][1]
+
+        relay._dialer.open = kept  # type: ignore[assignment, method-assign]
+        other = await path.dial(name_of(await path.serve(service)))
+        assert await other.recv() == b"x"
+        call, first = connected[0]
+        other.shutdown_write()
+        client.shutdown_write()
+        await read_all(other)
+        await path.ended(2)
+        framed = await relay._dialer.second(call, first)
+        message = await framed.next_message()
+        assert getattr(message, "reason", None) == "protocol_error"
+        framed.wire.close()
+        client.close()
+        other.close()
