@@ -6,7 +6,6 @@ everything that is up goes on with it.
 
 import asyncio
 import logging
-import ssl
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -57,15 +56,7 @@ class DiscoveryClient(Discovery):
         lease_ttl_s: int = LEASE_TTL_S,
     ) -> None:
         """Take URLs, in order of preference, and the network that we are in. Raises ValueError, OSError, ssl.SSLError."""
-        if not urls:
-            raise ValueError("expected the URL of a discovery server")
-        tls = ssl.create_default_context(cafile=str(ca_file) if ca_file is not None else None)
-        self._servers = Servers(
-            [parse_server_url(url, insecure=insecure) for url in urls],
-            token=token,
-            tls=tls,
-            on_epoch=self._note_epoch,
-        )
+        self._servers = Servers.at(urls, token=token, ca_file=ca_file, insecure=insecure, on_epoch=self._note_epoch)
         for url in urls:
             if url.startswith("http:") and insecure:
                 log.warning("discovery at %s is used without TLS, by configuration", url)

@@ -57,7 +57,7 @@ class Discovery(Protocol):
         A leased record goes when we do; another stays until somebody deletes it.
         """
 
-    def withdraw(self, kind: Kind, id: str) -> None:  # noqa: A002
+    def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
         """No longer want a record that `publish` named. Idempotent; returns at once."""
 
     async def settled(self, timeout_s: float) -> bool:

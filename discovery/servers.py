@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,7 @@ WATCH_SILENCE_S = 25.0  # the server sends an empty line every 10 s: two may be 
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 3.0  # a restarted server rearms leases for 10 s; by then we must have been heard
 MAX_BODY = 1024 * 1024  # what servers take
-MAX_ANSWER = 4 * 1024 * 1024
+MAX_ANSWER = 64 * 1024 * 1024  # a list of all records; one of a hundred thousand has some 20 MB
 
 
 class Away(Exception):
@@ -73,6 +74,23 @@ class Servers:
         self._on_epoch = on_epoch
         self._session: aiohttp.ClientSession | None = None
         self._users = 0
+
+    @classmethod
+    def at(
+        cls,
+        urls: Sequence[str],
+        *,
+        token: str | None = None,
+        ca_file: Path | None = None,
+        insecure: bool = False,
+        on_epoch: Callable[[str], None] = lambda _: None,
+    ) -> "Servers":
+        """Take URLs as a configuration has them. Raises ValueError, OSError, ssl.SSLError."""
+        if not urls:
+            raise ValueError("expected the URL of a discovery server")
+        tls = ssl.create_default_context(cafile=str(ca_file) if ca_file is not None else None)
+        parsed = [parse_server_url(url, insecure=insecure) for url in urls]
+        return cls(parsed, token=token, tls=tls, on_epoch=on_epoch)
 
     @property
     def current(self) -> URL:

@@ -238,6 +238,13 @@ async def test_a_watcher_that_does_not_keep_up_is_reset(serve: Any, monkeypatch:
         assert len(seen) < 600
 
 
+async def test_a_quiet_watch_has_a_heartbeat(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discovery.api.HEARTBEAT_S", 0.02)
+    async with serve() as at, at.session.get(f"{at.url}/v1/watch") as response:
+        lines = [await response.content.readline() for _ in range(5)]
+        assert lines[2:] == [b"\n"] * 3
+
+
 async def test_watches_end_when_the_server_does(serve: Any) -> None:
     async with aiohttp.ClientSession() as session:
         async with serve() as at:
@@ -424,6 +431,28 @@ async def test_a_store_that_fails_is_told_as_such(serve: Any, monkeypatch: pytes
         monkeypatch.setattr(at.store, "get", lambda _: 1 / 0)
         answer = await at.ask("GET", "/v1/records/relay/a/r")
         assert (answer.status, answer.body["error"]) == (500, "internal")
+
+
+async def test_leases_that_cannot_be_ended_are_tried_again(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("discovery.api.SWEEP_S", 0.01)
+    store = MemoryStore()
+    expire, tried = store.expire, asyncio.Event()
+
+    async def fail_once() -> Any:
+        if not tried.is_set():
+            tried.set()
+            raise StoreError("the disk is full")
+        return await expire()
+
+    monkeypatch.setattr(store, "expire", fail_once)
+    async with serve(store) as at:
+        lease = (await at.ask("POST", "/v1/leases", {"ttl_s": 1})).body["id"]
+        async with asyncio.timeout(5):
+            while await store.lease(lease) is not None:
+                await asyncio.sleep(0.02)
+    assert "leases cannot be ended: the disk is full" in caplog.text
 
 
 async def test_metrics() -> None:

@@ -3,9 +3,13 @@
 import asyncio
 import logging
 import ssl
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trustme
 from prometheus_client import CollectorRegistry, generate_latest
@@ -89,7 +93,7 @@ async def test_what_a_dead_client_published_goes_with_its_lease(serve: Any) -> N
             task = group.create_task(client.run())
             client.publish(Kind.RELAY, "r", RELAY)
             assert await client.settled(5)
-            for _ in range(4):  # it lives for longer than its lease without renewals would
+            for _ in range(3):  # it lives for longer than its lease without renewals would
                 await asyncio.sleep(0.4)
             assert await at.store.get((Kind.RELAY, "a", "r")) is not None
             task.cancel()  # and dies without closing
@@ -108,6 +112,35 @@ async def test_a_lost_lease_and_a_deleted_record_are_made_good(serve: Any, run: 
         await at.store.delete(second.key)
         await until(client, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].revision > second.revision)
         assert await client.settled(5)
+
+
+async def test_a_lease_that_was_forgotten_is_noticed_when_it_is_renewed(
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as at, run(client_of(at, lease_ttl_s=1)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        lease = client.mesh.relays("a")[0].lease
+        await at.store.put(
+            (Kind.RELAY, "a", "r"), OTHER
+        )  # somebody else took the record: the watch says nothing of use
+        await at.store.revoke(lease)
+        await until(client, lambda mesh: mesh.relays("a")[0].spec == RELAY and mesh.relays("a")[0].lease != lease)
+    assert "our lease has ended" in caplog.text
+
+
+async def test_what_a_newer_server_says_is_skipped_and_told(
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as at, run(client_of(at)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        newer = msgspec.defstruct("Newer", [("new", int)], frozen=True)(1)
+        await at.store.put((Kind.RELAY, "a", "newer"), newer)
+        await at.store.put((Kind.RELAY, "a", "r2"), OTHER)
+        await until(client, lambda mesh: len(mesh.relays("a")) == 2)
+        assert client.connected
+    assert "cannot read" in caplog.text
 
 
 async def test_a_restarted_server_finds_its_clients_again(
@@ -138,6 +171,54 @@ async def test_a_restarted_server_finds_its_clients_again(
     events = [record.message for record in caplog.records if record.name == "discovery.client"]
     assert events.count("discovery is there") == 2
     assert events.count("discovery is away") <= 3  # once it ended, once it was refused, and not at each attempt
+
+
+def start_server(path: Path, port: int) -> tuple[subprocess.Popen[str], int]:
+    program = textwrap.dedent(
+        """
+        import asyncio, sys
+        from discovery.api import DiscoveryServer, DiscoveryServerConfig
+
+        async def main():
+            config = DiscoveryServerConfig(listen=(("127.0.0.1", int(sys.argv[2])),), store=f"sqlite:{sys.argv[1]}")
+            async with DiscoveryServer(config).serving() as addresses:
+                print(addresses[0][1], flush=True)
+                await asyncio.Event().wait()
+
+        asyncio.run(main())
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(path), str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+async def test_a_killed_server_comes_back_with_everything(run: Any, until: Any, tmp_path: Path) -> None:
+    path = tmp_path / "discovery.db"
+    process, port = await asyncio.to_thread(start_server, path, 0)
+    client = DiscoveryClient([f"http://127.0.0.1:{port}"], network="a")
+    watcher = DiscoveryClient([f"http://127.0.0.1:{port}"], network="b")
+    try:
+        async with run(client), run(watcher):
+            client.publish(Kind.RELAY, "r", RELAY)
+            mesh = await until(watcher, lambda mesh: mesh.relays("a"))
+            await asyncio.to_thread(kill, process)
+            assert watcher.mesh is mesh
+            client.publish(Kind.RELAY, "r2", OTHER)
+            process, _ = await asyncio.to_thread(start_server, path, port)
+            await until(watcher, lambda mesh: len(mesh.relays("a")) == 2)
+            # Lease and record were in the store: the same one, and not written anew.
+            assert watcher.mesh.relays("a")[0] == mesh.relays("a")[0]
+            assert watcher.mesh.relays("a")[1].lease == mesh.relays("a")[0].lease
+    finally:
+        await asyncio.to_thread(kill, process)
 
 
 async def test_another_epoch_keeps_old_records_for_a_while(serve: Any, run: Any, until: Any) -> None:
@@ -363,7 +444,10 @@ async def test_closing_is_bounded(serve: Any, run: Any, monkeypatch: pytest.Monk
     await client_of(at).close()
 
 
-async def test_a_server_that_talks_nonsense_is_another_that_is_away(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_server_that_talks_nonsense_is_another_that_is_away(
+    run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("discovery.servers.BACKOFF_MOST_S", 0.05)
     answers = iter(
         [
             b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense\n",
