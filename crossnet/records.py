@@ -38,7 +38,7 @@ class Server:
     def of(cls, config: Config) -> "Server":
         """Return those that a configuration names."""
         return cls(
-            tuple(str(source) for source in config.discovery),
+            tuple(source for source in config.discovery if isinstance(source, str)),
             config.token.text if config.token else None,
             config.discovery_tls.ca if config.discovery_tls else None,
         )
@@ -46,7 +46,7 @@ class Server:
     def request(self, method: str, path: str, body: object = None) -> Any:
         """Send one request and return the answer. Raises RecordsError."""
         if not self.urls:
-            raise RecordsError("the configuration names no discovery server")
+            raise RecordsError("the configuration names no discovery server; a static mesh file is written by hand")
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {self.token}"} if self.token else {}

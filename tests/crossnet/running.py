@@ -1,0 +1,150 @@
+"""Real `crossnet run` processes and a real mutual-TLS service for tests, each ended by its pid."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crossnet.lab.certificates import Authority
+from crossnet.lab.service import command as service_command
+
+START_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 20.0
+
+
+class Running:
+    """One `crossnet run`; its log is a file of JSON lines."""
+
+    def __init__(self, folder: Path, config: str, *roles: str, name: str = "crossnet") -> None:
+        self.folder = folder
+        self.log = folder / f"{name}.log"
+        (folder / f"{name}.yaml").write_text(config)
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "crossnet", "run", "-c", f"{name}.yaml", *roles],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Return what it has logged, or what of it is called so. Every line must be a JSON object."""
+        read = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return [event for event in read if name is None or event.get("event") == name]
+
+    def wait_for(self, name: str) -> dict[str, Any]:
+        """Wait until it logs an event of this name."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ValueError):  # half a line so far
+                if found := self.events(name):
+                    return found[-1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"no event {name}:\n{self.log.read_text()}")
+
+    def started(self) -> dict[str, list[str]]:
+        """Wait until it has started; return where it listens."""
+        listening = self.wait_for("started")["listening"]
+        assert isinstance(listening, dict)
+        return listening
+
+    def ask(self, path: str, host: str | None = None) -> tuple[int, str]:
+        """Ask its admin server; return status and body."""
+        admin = self.started()["admin"][0]
+        request = urllib.request.Request(f"http://{admin}{path}", headers={"Host": host or admin})
+        try:
+            with urllib.request.urlopen(request, timeout=5) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(END_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def running(folder: Path, config: str, *roles: str, name: str = "crossnet") -> Iterator[Running]:
+    """Run these roles while the block runs."""
+    process = Running(folder, config, *roles, name=name)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+@contextlib.contextmanager
+def mutual_tls_service(folder: Path, *names: str) -> Iterator[tuple[int, list[str]]]:
+    """Run a service for these names; give its port and the options by which curl trusts it and proves itself."""
+    authority = Authority(folder)
+    server = authority.server("service", "a service", names)
+    client = authority.client("client", "a client")
+    port = free_port()
+    with (folder / "service.log").open("wb") as output:
+        process = subprocess.Popen(
+            service_command("python", "127.0.0.1", port, server, authority.path, folder),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None, (folder / "service.log").read_text()
+            assert time.monotonic() < deadline, "the service does not start"
+            time.sleep(0.02)
+        trust = ["--cacert", str(authority.path), "--cert", str(client.certificate), "--key", str(client.key)]
+        yield port, trust
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def curl(name: str, relay: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Have curl ask for a name, by way of a relay."""
+    return subprocess.run(
+        [
+            "curl",
+            "-sS",
+            "--max-time",
+            "10",
+            "--noproxy",
+            "*",
+            "--connect-to",
+            f"{name}:443:{relay}",
+            *options,
+            f"https://{name}/",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+        env={"PATH": os.environ["PATH"]},
+    )

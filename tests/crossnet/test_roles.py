@@ -1,0 +1,89 @@
+"""From the configuration file to what the roles take."""
+
+from ipaddress import IPv4Network, ip_address
+from pathlib import Path
+
+from crossnet import roles
+from crossnet.config import load
+from crossnet.sections import Config
+from discovery.spec import GatewaySpec, TurnSpec
+from turnreg.control import Credentials
+from turnreg.settings import Issued, RestSecret
+
+FILE = """
+network: b
+discovery: ["https://10.0.0.2:8600", "https://discovery.example", "http://[::1]"]
+keys: {ab-1: {file: key, from: a, to: b}}
+import: [{names: ["*.shop.example"], from: [a, c], prefer: remote}]
+relay: {id: r, listen: ["10.0.0.9:443", "[fd00::9]:443"], allow: [10.0.0.0/8], deliver: ["10.1.0.0/16:443"], max_hello: 32KiB}
+dns: {listen: "0.0.0.0:53", upstream: [10.0.0.10, "[fd00::53]:5353"], ttl: 7s}
+gateway:
+  id: gw-1
+  allow: ["10.0.0.0/16:443,8443"]
+  listen: "0.0.0.0:7443"
+  advertise: 192.0.2.1:7443
+  turn: {a: {issue: true}, c: {secret: {file: secret}}, d: {username: u, password: {file: secret}}}
+turn: {id: t, listen: "0.0.0.0:3478", relay_address: 10.0.0.7, users: {u: {file: secret}}, allow_peers: [127.0.0.0/8]}
+"""
+
+
+def config(folder: Path) -> Config:
+    (folder / "key").write_text("0a" * 32)
+    (folder / "secret").write_text("hush\n")
+    (folder / "x.yaml").write_text(FILE)
+    return load(folder / "x.yaml")
+
+
+def test_the_relay(tmp_path: Path) -> None:
+    read = config(tmp_path)
+    assert read.relay is not None
+    made = roles.relay_config(read, read.relay)
+    assert made.listen == (("10.0.0.9", 443), ("fd00::9", 443))
+    assert made.allow == (IPv4Network("10.0.0.0/8"),)
+    assert made.deliver.allows(ip_address("10.1.2.3"), 443)
+    assert not made.deliver.allows(ip_address("10.1.2.3"), 444)
+    assert made.max_hello_bytes == 32768
+    rule = made.imports.rule_for("orders.shop.example")
+    assert rule is not None
+    assert (rule.sources, rule.prefer) == (("a", "c"), "remote")
+
+
+def test_the_resolver(tmp_path: Path) -> None:
+    read = config(tmp_path)
+    assert read.dns is not None
+    made = roles.dns_config(read, read.dns)
+    assert made.upstream == ((ip_address("10.0.0.10"), 53), (ip_address("fd00::53"), 5353))
+    assert made.ttl_s == 7
+
+
+def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
+    read = config(tmp_path)
+    assert read.gateway is not None
+    made = roles.gateway_config(read, read.gateway, [("127.0.0.1", 8690)])
+    assert (made.listen, made.guard) == ((("0.0.0.0", 7443),), (("127.0.0.1", 8690),))
+    registrar = roles.registrar_config(read, read.gateway)
+    assert registrar.turn == {
+        "a": Issued(),
+        "c": RestSecret(secret="hush"),
+        "d": Credentials(username="u", password="hush"),
+    }
+    assert registrar.allowed is None
+    assert roles.gateway_spec(read.gateway, ("0.0.0.0", 7443)) == GatewaySpec(address="192.0.2.1:7443")
+    assert roles.keys(read)["ab-1"].secret == b"\n" * 32
+
+
+def test_the_turn_server(tmp_path: Path) -> None:
+    read = config(tmp_path)
+    assert read.turn is not None
+    made = roles.turn_config(read, read.turn)
+    assert (made.users, made.realm, made.secrets) == ({"u": "hush"}, "svc.mesh.internal", ())
+    assert made.allowed_peers is not None
+    expected = TurnSpec(
+        url="turn:10.0.0.7:3478?transport=tcp", relay_addresses=["10.0.0.7"], port_min=49152, port_max=65535
+    )
+    assert roles.turn_spec(read.turn, ("0.0.0.0", 3478)) == expected
+    assert roles.turn_spec(read.turn, ("10.0.0.8", 3478)).url == "turn:10.0.0.8:3478?transport=tcp"
+
+
+def test_discovery_servers_whose_address_is_known_are_guarded(tmp_path: Path) -> None:
+    assert roles.discovery_endpoints(config(tmp_path)) == [("10.0.0.2", 8600), ("::1", 80)]
