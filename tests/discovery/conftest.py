@@ -3,11 +3,13 @@
 import asyncio
 import io
 import json
+import random
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 import pytest
@@ -101,16 +103,28 @@ async def _lines(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, A
                 yield json.loads(line)
 
 
-class Serve(Protocol):
-    def __call__(self, store: Store | None = None, *, port: int = 0, **settings: Any) -> "asynccontextmanager[Running]":  # type: ignore[valid-type]
-        """Run a server as long as the context lasts."""
+def free_port() -> int:
+    """Find a port that a server can come back to: below the range that clients take theirs from."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+
+
+@pytest.fixture(name="free_port")
+def free_port_fixture() -> int:
+    return free_port()
 
 
 @pytest.fixture
 def serve() -> Any:
     @asynccontextmanager
     async def serve(store: Store | None = None, *, port: int = 0, **settings: Any) -> AsyncIterator[Running]:
-        config = DiscoveryServerConfig(listen=(("127.0.0.1", port),), **settings)
+        config = DiscoveryServerConfig(listen=(("127.0.0.1", port or free_port()),), **settings)
         server = DiscoveryServer(config, store=store if store is not None else MemoryStore())
         scheme = "https" if config.tls_cert is not None else "http"
         async with server.serving() as addresses, aiohttp.ClientSession() as session:

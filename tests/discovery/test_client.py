@@ -200,9 +200,9 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-async def test_a_killed_server_comes_back_with_everything(run: Any, until: Any, tmp_path: Path) -> None:
+async def test_a_killed_server_comes_back_with_everything(run: Any, until: Any, tmp_path: Path, free_port: int) -> None:
     path = tmp_path / "discovery.db"
-    process, port = await asyncio.to_thread(start_server, path, 0)
+    process, port = await asyncio.to_thread(start_server, path, free_port)
     client = DiscoveryClient([f"http://127.0.0.1:{port}"], network="a")
     watcher = DiscoveryClient([f"http://127.0.0.1:{port}"], network="b")
     try:
