@@ -5,6 +5,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Direction:
         self.moved = 0
         """Payload bytes read from the source. Written before it is delivered, final once the direction has ended."""
         self.first_at: float | None = None
-        """When the first byte was moved, on the loop's clock."""
+        """When the first byte was moved, as time.monotonic() says it."""
         self.activity = activity
         self.pipe: Pipe | None = None
         self._pool = pool
@@ -69,7 +70,7 @@ class Direction:
         self._turn += size
         self.activity.touch()
         if self.first_at is None:
-            self.first_at = self.activity.last
+            self.first_at = time.monotonic()
 
     async def give_turn(self) -> None:
         """Let others run once this direction has moved a lot without waiting for the kernel."""

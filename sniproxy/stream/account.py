@@ -3,8 +3,8 @@
 Relay and gateway keep the same books, under their own metric prefix and with the same stream id.
 """
 
-import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -62,7 +62,8 @@ class Ledger:
 
     def __init__(self, role: str, registry: CollectorRegistry) -> None:
         self._log = logging.getLogger(f"crossnet.{role}")
-        self._clock = asyncio.get_running_loop().time
+        # Not the loop's clock: uvloop's has whole milliseconds, and is the time at which its turn began.
+        self._clock = time.monotonic
         self._live: set[Account] = set()
         ended = Counter(f"crossnet_{role}_streams", "Streams that ended, by reason.", ["reason"], registry=registry)
         self._ended = {reason: ended.labels(reason.value) for reason in Reason}
