@@ -1,23 +1,16 @@
 """`crossnet records`: read and write records of a discovery server, one request a command."""
 
+import asyncio
 import json
-import ssl
 import sys
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import msgspec
 
 from crossnet.sections import Config
+from discovery.servers import Away, Refused, Servers
 from discovery.static import load_mesh
-
-REQUEST_TIMEOUT_S = 10.0
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
-"""A mesh of ten thousand services has some 2 MB."""
 
 COLUMNS = ("kind", "network", "id", "revision", "lease")
 
@@ -26,45 +19,26 @@ class RecordsError(Exception):
     """The server refused, or none answered; the text says which."""
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """The discovery servers of a configuration, asked in their order until one answers."""
+def request(config: Config, method: str, path: str, body: object = None) -> dict[str, Any]:
+    """Ask the discovery servers of a configuration, in their order until one answers. Raises RecordsError."""
+    urls = [source for source in config.discovery if isinstance(source, str)]
+    if not urls:
+        raise RecordsError("the configuration names no discovery server; a static mesh file is written by hand")
 
-    urls: tuple[str, ...]
-    token: str | None
-    ca: Path | None
-
-    @classmethod
-    def of(cls, config: Config) -> "Server":
-        """Return those that a configuration names."""
-        return cls(
-            tuple(source for source in config.discovery if isinstance(source, str)),
-            config.token.text if config.token else None,
-            config.discovery_tls.ca if config.discovery_tls else None,
+    async def ask() -> dict[str, Any]:
+        servers = Servers.at(
+            urls,
+            token=config.token.text if config.token else None,
+            ca_file=config.discovery_tls.ca if config.discovery_tls else None,
+            insecure=config.insecure,
         )
+        async with servers.connected():
+            return await servers.anywhere(method, path, body)
 
-    def request(self, method: str, path: str, body: object = None) -> Any:
-        """Send one request and return the answer. Raises RecordsError."""
-        if not self.urls:
-            raise RecordsError("the configuration names no discovery server; a static mesh file is written by hand")
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        )
-        tls = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
-        # No proxy of the environment: discovery is ours, and its token is for nobody else.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls))
-        away = []
-        for url in self.urls:
-            request = urllib.request.Request(url + path, data=data, method=method, headers=headers)  # noqa: S310 - checked: http or https
-            try:
-                with opener.open(request, timeout=REQUEST_TIMEOUT_S) as response:
-                    return json.loads(response.read(MAX_ANSWER_BYTES) or b"null")
-            except urllib.error.HTTPError as error:
-                raise RecordsError(_refusal(error)) from error
-            except (OSError, ValueError) as error:
-                away.append(f"{url}: {getattr(error, 'reason', error)}")
-        raise RecordsError("; ".join(away))
+    try:
+        return asyncio.run(ask())
+    except (Away, Refused, OSError, ValueError) as error:
+        raise RecordsError(str(error)) from error
 
 
 def list_records(config: Config, kind: str | None, network: str | None, as_json: bool) -> int:
@@ -76,7 +50,7 @@ def list_records(config: Config, kind: str | None, network: str | None, as_json:
         ]
     else:
         asked = {name: value for name, value in (("kind", kind), ("network", network)) if value is not None}
-        records = Server.of(config).request("GET", f"/v1/records?{urlencode(asked)}")["records"]
+        records = request(config, "GET", f"/v1/records?{urlencode(asked)}")["records"]
     if as_json:
         for record in records:
             print(json.dumps(record))
@@ -91,7 +65,7 @@ def list_records(config: Config, kind: str | None, network: str | None, as_json:
 
 def get_record(config: Config, kind: str, network: str | None, record_id: str) -> int:
     """Print one record as JSON."""
-    print(json.dumps(Server.of(config).request("GET", _path(config, kind, network, record_id)), indent=2))
+    print(json.dumps(request(config, "GET", _path(config, kind, network, record_id)), indent=2))
     return 0
 
 
@@ -102,24 +76,16 @@ def put_record(config: Config, kind: str, network: str | None, record_id: str, s
         spec = json.loads(text)
     except ValueError as error:
         raise RecordsError(f"the spec is no JSON: {error}") from error
-    record = Server.of(config).request("PUT", _path(config, kind, network, record_id), {"spec": spec})
+    record = request(config, "PUT", _path(config, kind, network, record_id), {"spec": spec})
     print(json.dumps(record))
     return 0
 
 
 def delete_record(config: Config, kind: str, network: str | None, record_id: str) -> int:
     """Delete one record."""
-    Server.of(config).request("DELETE", _path(config, kind, network, record_id))
+    request(config, "DELETE", _path(config, kind, network, record_id))
     return 0
 
 
 def _path(config: Config, kind: str, network: str | None, record_id: str) -> str:
     return "/v1/records/" + "/".join(quote(part, safe="") for part in (kind, network or config.network, record_id))
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    try:
-        said = json.loads(error.read(MAX_ANSWER_BYTES))
-        return f"{said['error']}: {said['detail']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"HTTP {error.code} {error.reason}"

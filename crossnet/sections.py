@@ -6,10 +6,9 @@ Each section is a dataclass whose fields are the section's keys, with the defaul
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Address, ip_address
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from crossnet.scalars import (
     Accepted,
@@ -49,6 +48,7 @@ from crossnet.schema import OneOrMore, key, rule
 from discovery.addresses import TargetList
 from discovery.imports import BadImport, ImportRule
 from discovery.names import BadName, is_under, normalise_domain
+from discovery.servers import parse_server_url
 from discovery.shape import Fault
 from discovery.static import load_mesh
 from discovery.tokens import Tokens
@@ -386,8 +386,11 @@ class Config:
     @rule("discovery", "insecure")
     def _discovery_in_the_clear(self) -> Iterator[Fault]:
         for index, source in enumerate(self.discovery):
-            if isinstance(source, str) and not self.insecure and not _safe(source):
-                yield Fault(f".discovery[{index}]", "https, or http to loopback, or insecure: true", repr(source))
+            if isinstance(source, str):
+                try:
+                    parse_server_url(source, insecure=self.insecure)
+                except ValueError:
+                    yield Fault(f".discovery[{index}]", "https, or http to loopback, or insecure: true", repr(source))
 
 
 def _apart(domain: str, zones: Iterable[str], what: str) -> Iterator[Fault]:
@@ -415,13 +418,3 @@ def search_domains(path: Path = Path("/etc/resolv.conf")) -> tuple[str, ...]:
         except BadName:
             continue  # "." and the like name no zone
     return tuple(domains)
-
-
-def _safe(url: str) -> bool:
-    parts = urlsplit(url)
-    if parts.scheme == "https" or parts.hostname == "localhost":
-        return True
-    try:
-        return ip_address(parts.hostname or "").is_loopback
-    except ValueError:
-        return False

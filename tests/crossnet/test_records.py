@@ -62,7 +62,7 @@ def test_put_get_list_delete(folder: Path) -> None:
     [
         (["put", "service", "x", '{"name": "other.name", "ports": {"1": []}}'], "forbidden: "),
         (["put", "relay", "x", '{"addresses": ["10.0.0.1"], "ports": [1]}'], "forbidden: "),
-        (["put", "service", "x", '{"nmae": 1}'], "bad_record: "),
+        (["put", "service", "x", '{"zzz": 1}'], "bad_record: "),
         (["put", "service", "x", "{"], "the spec is no JSON: "),
         (["get", "service", "absent"], "not_found: "),
         (["delete", "service", "x", "--network", "a"], "forbidden: "),
@@ -79,7 +79,6 @@ def test_no_server_is_one_line_and_exit_code_1(folder: Path) -> None:
     (folder / "away.yaml").write_text("network: b\ndiscovery: ['http://127.0.0.1:1', 'http://127.0.0.1:2']\n")
     done = crossnet(folder, "records", "-c", "away.yaml", "list")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "http://127.0.0.1:1: " in done.stderr
     assert "http://127.0.0.1:2: " in done.stderr
 
 
