@@ -105,9 +105,18 @@ class DiscoveryClient(Discovery):
         """Have `callback` called with each new mesh."""
         return self._subscribers.add(callback)
 
-    def publish(self, kind: Kind, id: str, spec: Spec, *, network: str | None = None, leased: bool = True) -> None:  # noqa: A002
+    def publish(
+        self,
+        kind: Kind,
+        id: str,  # noqa: A002
+        spec: Spec,
+        *,
+        network: str | None = None,
+        leased: bool = True,
+        if_absent: bool = False,
+    ) -> None:
         """Want this record to be there."""
-        if self._desired.publish(Put((kind, network or self._network, id), spec, leased)):
+        if self._desired.publish(Put((kind, network or self._network, id), spec, leased, if_absent)):
             self._wanted_changed()
 
     def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
@@ -312,7 +321,7 @@ class DiscoveryClient(Discovery):
             self._renew_at = now + self._lease_ttl_s / 3
             return True
         try:
-            revision = await self._carry_out(work, url)
+            revision, ours = await self._carry_out(work, url)
         except Refused as error:
             if error.code == "no_lease":
                 self._lose_lease(lease)
@@ -324,21 +333,34 @@ class DiscoveryClient(Discovery):
             log.error("discovery refused a record of ours", extra={"event": event})
             self._desired.refuse(work, now)
         else:
-            self._desired.acknowledge(work, revision)
+            self._desired.acknowledge(work, revision, ours=ours)
             self._update_settled()
         return True
 
-    async def _carry_out(self, work: Put | Delete, url: URL) -> int:
+    async def _carry_out(self, work: Put | Delete, url: URL) -> tuple[int, bool]:
+        """Write or delete; gives the revision of the record that stands there now, and whether it is ours."""
         path = "/v1/records/" + "/".join(work.key)
-        if isinstance(work, Put):
-            body = {"spec": work.spec, "lease": self._lease if work.leased else None}
-            return int((await self._servers.request("PUT", url, path, body))["revision"])
+        if isinstance(work, Delete):
+            headers = {"If-Match": str(work.if_match)} if work.if_match is not None else {}
+            try:
+                await self._servers.request("DELETE", url, path, headers=headers)
+            except Refused as error:
+                if error.status not in (404, 412):  # gone, or another one: neither is ours to delete any more
+                    raise
+            return 0, True
+        body = {"spec": work.spec, "lease": self._lease if work.leased else None}
+        headers = {"If-None-Match": "*"} if work.if_absent else {}
         try:
-            await self._servers.request("DELETE", url, path)
+            return int((await self._servers.request("PUT", url, path, body, headers=headers))["revision"]), True
+        except Refused as error:
+            if error.status != 412:
+                raise
+        try:
+            return int((await self._servers.request("GET", url, path))["revision"]), False
         except Refused as error:
             if error.status != 404:
                 raise
-        return 0
+            raise Away(f"{'/'.join(work.key)} was there and is gone again") from None
 
     def _lose_lease(self, lease: str | None) -> None:
         if self._lease != lease:

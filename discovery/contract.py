@@ -51,10 +51,21 @@ class Discovery(Protocol):
         It is not called with the mesh that is there already.
         """
 
-    def publish(self, kind: Kind, id: str, spec: Spec, *, network: str | None = None, leased: bool = True) -> None:  # noqa: A002
+    def publish(
+        self,
+        kind: Kind,
+        id: str,  # noqa: A002
+        spec: Spec,
+        *,
+        network: str | None = None,
+        leased: bool = True,
+        if_absent: bool = False,
+    ) -> None:
         """Want this record to be there, in our network unless another is named. Idempotent; returns at once.
 
-        A leased record goes when we do; another stays until somebody deletes it.
+        A leased record goes when we do; another stays until somebody deletes it. With `if_absent` it is written only
+        where there is none: the first writer's stands, whoever that is, and the mesh tells all what it says. When it is
+        deleted, ours is tried again. Withdrawing it deletes it only if it is as we wrote it.
         """
 
     def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002

@@ -17,6 +17,8 @@ class Put:
     key: Key
     spec: Spec
     leased: bool
+    if_absent: bool = False
+    """Only where there is none: what somebody else wrote is as good, and is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,17 @@ class Delete:
     """Delete this record."""
 
     key: Key
+    if_match: int | None = None
+    """Only at this revision, which is what we wrote."""
 
 
 @dataclass(slots=True)
 class _Wanted:
     put: Put
     acknowledged: bool = False
+    ours: bool = False
     revision: int = 0
+    gone_at: int = 0  # the last deletion that the watch told of, which may come before the answer to a write
     retry_at: float = 0.0
 
 
@@ -40,7 +46,7 @@ class DesiredState:
     def __init__(self) -> None:
         """Begin wanting nothing."""
         self._wanted: dict[Key, _Wanted] = {}
-        self._unwanted: dict[Key, float] = {}  # key to the time before which it is not tried
+        self._unwanted: dict[Key, tuple[Delete, float]] = {}  # with the time before which it is not tried
 
     def publish(self, put: Put) -> bool:
         """Want a record; tells whether that is news."""
@@ -52,10 +58,17 @@ class DesiredState:
         return True
 
     def withdraw(self, key: Key) -> bool:
-        """No longer want a record; tells whether that is news."""
-        if self._wanted.pop(key, None) is None:
+        """No longer want a record; tells whether that is news.
+
+        One that was wanted only where there was none is deleted only if it is as we wrote it.
+        """
+        wanted = self._wanted.pop(key, None)
+        if wanted is None:
             return False
-        self._unwanted[key] = 0.0
+        if not wanted.put.if_absent:
+            self._unwanted[key] = (Delete(key), 0.0)
+        elif wanted.ours:
+            self._unwanted[key] = (Delete(key, wanted.revision), 0.0)
         return True
 
     @property
@@ -70,9 +83,9 @@ class DesiredState:
 
     def next_work(self, now: float) -> Put | Delete | None:
         """Tell what to do next; None while there is nothing, or nothing that is not to be retried later."""
-        for key, retry_at in self._unwanted.items():
+        for delete, retry_at in self._unwanted.values():
             if retry_at <= now:
-                return Delete(key)
+                return delete
         for wanted in self._wanted.values():
             if not wanted.acknowledged and wanted.retry_at <= now:
                 return wanted.put
@@ -81,23 +94,28 @@ class DesiredState:
     def next_retry(self) -> float | None:
         """Tell when the first of what was refused is to be tried again."""
         times = [wanted.retry_at for wanted in self._wanted.values() if not wanted.acknowledged]
-        return min([*times, *self._unwanted.values()], default=None)
+        return min([*times, *(retry_at for _, retry_at in self._unwanted.values())], default=None)
 
-    def acknowledge(self, work: Put | Delete, revision: int = 0) -> None:
-        """Take note that the server did it; what is wanted may have changed meanwhile."""
+    def acknowledge(self, work: Put | Delete, revision: int = 0, *, ours: bool = True) -> None:
+        """Take note that the server did it, or (not `ours`) that the record of somebody else stands there.
+
+        What is wanted may have changed meanwhile, and the record may be gone again already.
+        """
         if isinstance(work, Delete):
             self._unwanted.pop(work.key, None)
             return
         wanted = self._wanted.get(work.key)
         if wanted is not None and wanted.put == work:
-            wanted.acknowledged = True
+            wanted.acknowledged = revision > wanted.gone_at
+            wanted.ours = ours and wanted.acknowledged
             wanted.revision = revision
+            wanted.gone_at = 0  # counts once: a number of another epoch must not have us write for ever
 
     def refuse(self, work: Put | Delete, now: float) -> None:
         """Take note that the server will not do it; it is tried again later."""
         if isinstance(work, Delete):
             if work.key in self._unwanted:
-                self._unwanted[work.key] = now + RETRY_REFUSED_S
+                self._unwanted[work.key] = (work, now + RETRY_REFUSED_S)
             return
         wanted = self._wanted.get(work.key)
         if wanted is not None:
@@ -113,13 +131,17 @@ class DesiredState:
         """Take note that the store is another one: it has nothing of ours."""
         self._unwanted.clear()
         for wanted in self._wanted.values():
-            wanted.acknowledged = False
+            wanted.acknowledged = wanted.ours = False
+            wanted.revision = wanted.gone_at = 0
             wanted.retry_at = 0.0
 
     def deleted(self, deletion: Deletion) -> bool:
         """Take note that the store says that a record is gone; tells whether it was wanted and is to be written again."""
         wanted = self._wanted.get(deletion.key)
-        if wanted is None or not wanted.acknowledged or deletion.revision <= wanted.revision:
+        if wanted is None:
             return False
-        wanted.acknowledged = False
+        wanted.gone_at = max(wanted.gone_at, deletion.revision)
+        if not wanted.acknowledged or deletion.revision <= wanted.revision:
+            return False
+        wanted.acknowledged = wanted.ours = False
         return True

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -122,7 +122,9 @@ class Servers:
                 session, self._session = self._session, None
                 await session.close()
 
-    async def request(self, method: str, url: URL, path: str, body: object = None) -> dict[str, Any]:
+    async def request(
+        self, method: str, url: URL, path: str, body: object = None, *, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Ask one server. Raises Away, Refused."""
         data = msgspec.json.encode(body) if body is not None else None
         if data is not None and len(data) > MAX_BODY:
@@ -132,7 +134,7 @@ class Servers:
                 method,
                 url.join(URL(path)),
                 data=data,
-                headers={"Content-Type": "application/json"} if data is not None else None,
+                headers={**(headers or {}), **({"Content-Type": "application/json"} if data is not None else {})},
                 timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
                 allow_redirects=False,
             ) as response:

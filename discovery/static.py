@@ -80,11 +80,20 @@ class StaticDiscovery(Discovery):
         """Have `callback` called when a role of this process publishes or withdraws something, or on `reload`."""
         return self._subscribers.add(callback)
 
-    def publish(self, kind: Kind, id: str, spec: Spec, *, network: str | None = None, leased: bool = True) -> None:  # noqa: A002, ARG002
+    def publish(
+        self,
+        kind: Kind,
+        id: str,  # noqa: A002
+        spec: Spec,
+        *,
+        network: str | None = None,
+        leased: bool = True,  # noqa: ARG002 - nothing here outlives the process
+        if_absent: bool = False,
+    ) -> None:
         """Merge a record in, unless the file has one under its key."""
         key = self._key(kind, id, network)
         known = self._own.get(key)
-        if known is not None and known.spec == spec:
+        if known is not None and (if_absent or known.spec == spec):
             return
         revision = self._mesh.revision + 1
         record: AnyRecord = Record(kind=kind, network=key[1], id=id, revision=revision, spec=spec)

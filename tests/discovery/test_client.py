@@ -62,6 +62,27 @@ async def test_publishing_twice_writes_once(serve: Any, run: Any) -> None:
         assert at.store.revision == 1
 
 
+async def test_of_several_that_claim_a_record_the_first_has_it_and_all_agree(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at, run(client_of(at)) as one, run(client_of(at)) as two:
+        for number, client in enumerate((one, two)):
+            spec = VipSpec(name="orders.shop", address=f"10.200.0.{number + 1}")
+            client.publish(Kind.VIP, "orders", spec, leased=False, if_absent=True)
+            assert await client.settled(5)
+        assert at.store.revision == 1
+        for client in (one, two):
+            mesh = await until(client, lambda mesh: mesh.vips("a"))
+            assert mesh.vips("a")[0].spec.address == "10.200.0.1"
+        two.withdraw(Kind.VIP, "orders")  # not theirs
+        assert await two.settled(5)
+        assert at.store.revision == 1
+        # When it is gone, whoever still wants it claims it, with what they want.
+        two.publish(Kind.VIP, "orders", VipSpec(name="orders.shop", address="10.200.0.2"), leased=False, if_absent=True)
+        assert await two.settled(5)
+        one.withdraw(Kind.VIP, "orders")
+        mesh = await until(two, lambda mesh: mesh.vips("a") and mesh.vips("a")[0].spec.address == "10.200.0.2")
+        assert mesh.vips("a")[0].revision == 3
+
+
 async def test_what_was_wanted_before_the_run_is_written_then(serve: Any, run: Any) -> None:
     async with serve() as at:
         client = client_of(at)

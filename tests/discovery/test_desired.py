@@ -108,9 +108,46 @@ def test_another_epoch_takes_everything() -> None:
 def test_a_record_that_somebody_deleted_is_written_again() -> None:
     state = DesiredState()
     state.publish(put(A))
-    assert not state.deleted(Deletion(A, 9))
+    assert not state.deleted(Deletion(A, 4))
     state.acknowledge(put(A), 5)
     assert not state.deleted(Deletion(A, 4))  # that was before ours
     assert not state.deleted(Deletion(B, 6))
     assert state.deleted(Deletion(A, 6))
     assert state.next_work(0) == put(A)
+
+
+def test_a_deletion_that_is_told_before_the_write_is_answered() -> None:
+    state = DesiredState()
+    state.publish(put(A))
+    assert not state.deleted(Deletion(A, 6))
+    state.acknowledge(put(A), 5)
+    assert state.next_work(0) == put(A)
+    state.acknowledge(put(A), 3)  # a store of another epoch: the old number counts once and not for ever
+    assert state.settled
+
+
+def claim(key: tuple[Kind, str, str]) -> Put:
+    return Put(key, NetworkSpec(), leased=False, if_absent=True)
+
+
+def test_what_somebody_else_wrote_is_as_good_as_ours() -> None:
+    state = DesiredState()
+    state.publish(claim(A))
+    state.acknowledge(claim(A), 5, ours=False)
+    assert state.settled
+    assert state.deleted(Deletion(A, 6))  # now it may be ours
+    assert state.next_work(0) == claim(A)
+    state.acknowledge(claim(A), 7)
+    assert state.withdraw(A)
+    assert state.next_work(0) == Delete(A, if_match=7)
+
+
+def test_what_somebody_else_wrote_is_not_ours_to_delete() -> None:
+    state = DesiredState()
+    for revision in (0, 5):
+        state.publish(claim(A))
+        if revision:
+            state.acknowledge(claim(A), revision, ours=False)
+        assert state.withdraw(A)
+        assert state.settled
+        assert state.next_work(0) is None

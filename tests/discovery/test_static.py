@@ -7,7 +7,7 @@ import pytest
 
 from discovery.addresses import TargetList
 from discovery.client import DiscoveryError
-from discovery.model import Kind, Mesh, RelaySpec
+from discovery.model import Kind, Mesh, RelaySpec, VipSpec
 from discovery.static import BadFile, StaticDiscovery, load_mesh
 
 DESIGN = """
@@ -157,3 +157,13 @@ async def test_it_stands_in_for_a_client(path: Path) -> None:
         task.cancel()
     await discovery.close()
     assert len(discovery.mesh.relays("a")) == 1
+
+
+def test_a_claim_leaves_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "mesh.yaml"
+    path.write_text("networks: [{id: a}]\nvips: [{network: a, id: v1, name: orders.shop, address: 10.200.0.1}]\n")
+    discovery = StaticDiscovery(path, network="a")
+    for record_id, last in (("v1", 9), ("v2", 2), ("v2", 3)):
+        spec = VipSpec(name="orders.shop", address=f"10.200.0.{last}")
+        discovery.publish(Kind.VIP, record_id, spec, if_absent=True)
+    assert [vip.spec.address for vip in discovery.mesh.vips("a")] == ["10.200.0.1", "10.200.0.2"]
