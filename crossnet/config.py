@@ -45,6 +45,13 @@ def warnings(config: Config) -> list[str]:
         for where, secret in _secrets(config, "$")
         if secret.readable_by_all
     ]
+    if config.relay is not None and config.relay.pool:
+        found.append("$.relay.pool: has no effect yet: each stream is opened when its client comes")
+    ours = [section.source for section in config.keys.values()]
+    if config.relay is not None and config.static_mesh is None and config.network not in ours:
+        found.append(f"$.keys: none is from {config.network!r}: the relay can reach no other network")
+    if config.gateway is not None and config.network not in [section.to for section in config.keys.values()]:
+        found.append(f"$.keys: none is to {config.network!r}: the gateway can take no stream")
     if config.insecure:
         found.append("$.insecure: discovery may be spoken to without TLS; tokens and records travel in the clear")
     return found

@@ -334,7 +334,7 @@ LogFormat: TypeAlias = Annotated[Literal["json", "logfmt"], _word("json", "logfm
 LogLevel: TypeAlias = Annotated[
     Literal["debug", "info", "warning", "error"], _word("debug", "info", "warning", "error")
 ]
-Accepted: TypeAlias = Annotated[Literal["framed", "proxy", "raw"], _word("framed", "proxy", "raw")]
+Accepted: TypeAlias = Annotated[Literal["framed"], _word("framed")]
 Store: TypeAlias = Annotated[str, Leaf("memory, or sqlite:PATH", _store)]
 Text: TypeAlias = Annotated[str, Leaf("a line of text", _matching(r"[\x20-\x7e]{1,128}"))]
 NewFile: TypeAlias = Annotated[Path, Leaf("a path", _path)]

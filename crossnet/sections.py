@@ -139,7 +139,8 @@ class RelaySection:
     """Where it may dial gateways of other networks without a TURN server."""
     sources: dict[RecordId, tuple[IpAddress, ...]] = dataclasses.field(default_factory=dict)
     """For each TURN server the addresses that it sees this relay come from; asked of the server by default."""
-    pool: Count = 2
+    pool: Count = 0
+    """Connections kept ready to each allocation. There are none yet: see `config.warnings`."""
     max_hello: Size = DEFAULT_MAX_HELLO_BYTES
     max_streams: Count = relay.DEFAULT_MAX_STREAMS
     hello_timeout_s: Duration = relay.DEFAULT_HELLO_TIMEOUT_S

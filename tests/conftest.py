@@ -10,7 +10,7 @@ from tests import requirements
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "needs(program, ...): programs (or 'netns', 'userns') without which the test is skipped, or fails with CI=true",
+        "needs(program, ...): programs (or 'netns', 'userns', 'namespaces') without which it is skipped, or fails with CI=true",
     )
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{requirements.SBIN}"
 

@@ -29,7 +29,12 @@ SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def lacking(requirement: str) -> str | None:
-    """Return why a requirement is not met here, None if it is. `netns` and `userns` are found out by doing."""
+    """Return why a requirement is not met here, None if it is.
+
+    `netns` (as root), `userns` (as anybody) and `namespaces` (one of the two) are found out by doing.
+    """
+    if requirement == "namespaces":
+        return lacking("userns") if lacking("netns") else None
     if requirement == "netns":
         return _namespaces_refused(())
     if requirement == "userns":

@@ -1,6 +1,7 @@
 """`crossnet lab`: choose how, build, play, tell, and take everything down on every way out."""
 
 import contextlib
+import os
 import secrets
 import shlex
 import signal
@@ -22,6 +23,7 @@ from crossnet.lab.topology import Loopback, Namespaces, Topology, TopologyError
 MODES = ("auto", "netns", "loopback")
 TURN_SERVERS = ("embedded", "coturn")
 SERVICES = ("auto", "nginx", "openssl", "python")
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 FAILED = 1
 
 
@@ -53,6 +55,8 @@ class Ended(BaseException):
 
 def lab(options: Options) -> int:
     """Run the lab and return its exit code."""
+    # Debian keeps ip, nft and nginx where an ordinary user's PATH does not look.
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{SBIN}"
     if options.inside is not None:
         enter.end_with_parent()
         return _perform(options, f"two network namespaces on this machine, made {options.inside}")

@@ -82,7 +82,7 @@ def assert_whole(done: subprocess.CompletedProcess[str], mode: str) -> None:
 
 @pytest.mark.netns
 @pytest.mark.interop
-@pytest.mark.needs("netns", "nft", "ip", "turnserver", "nginx", "curl", "openssl")
+@pytest.mark.needs("namespaces", "nft", "ip", "turnserver", "nginx", "curl", "openssl")
 @pytest.mark.parametrize("turn", ["embedded", "coturn"])
 def test_in_namespaces(tmp_path: Path, turn: str) -> None:
     done = lab(tmp_path, "--check", "--mode", "netns", "--turn", turn, "--service", "nginx")
@@ -131,7 +131,7 @@ FORBIDDEN = {
 }
 
 
-@pytest.mark.needs("netns", "unshare", "ip", "nft")
+@pytest.mark.needs("namespaces", "unshare", "ip", "nft")
 @pytest.mark.parametrize("program", FORBIDDEN)
 def test_where_the_kernel_forbids_it_forced_namespaces_fail_with_the_reason(tmp_path: Path, program: str) -> None:
     script, told = FORBIDDEN[program]
@@ -141,7 +141,7 @@ def test_where_the_kernel_forbids_it_forced_namespaces_fail_with_the_reason(tmp_
     assert told in done.stderr
 
 
-@pytest.mark.needs("netns", "unshare", "ip", "nft", "curl", "openssl")
+@pytest.mark.needs("namespaces", "unshare", "ip", "nft", "curl", "openssl")
 def test_where_the_kernel_forbids_it_late_the_lab_goes_on_without_and_says_so(tmp_path: Path) -> None:
     done = lab(tmp_path, "--check", path=fake(tmp_path, "nft", FORBIDDEN["nft"][0]))
     assert_whole(done, "loopback addresses")
@@ -156,7 +156,7 @@ def test_a_part_that_does_not_start_is_named_with_its_last_words(tmp_path: Path)
     assert "bind() failed, says nginx" in done.stderr
 
 
-@pytest.mark.needs("netns", "nft", "ip")
+@pytest.mark.needs("namespaces", "nft", "ip")
 @pytest.mark.parametrize("after_s", [0.15, 0.6, 1.2])
 def test_a_signal_half_way_leaves_nothing_behind(tmp_path: Path, after_s: float) -> None:
     with lab_started(tmp_path) as process:
@@ -177,7 +177,7 @@ def wait_for_account(folder: Path) -> str:
 
 
 @pytest.mark.netns
-@pytest.mark.needs("netns", "nft", "ip", "nsenter", "curl", "openssl")
+@pytest.mark.needs("namespaces", "nft", "ip", "nsenter", "curl", "openssl")
 def test_staying_it_can_be_entered_and_ends_on_ctrl_c(tmp_path: Path) -> None:
     with lab_started(tmp_path, "--stay", "--mode", "netns") as process:
         text = wait_for_account(tmp_path)
@@ -194,7 +194,7 @@ def test_staying_it_can_be_entered_and_ends_on_ctrl_c(tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-@pytest.mark.needs("netns", "nft", "ip", "setpriv", "curl", "openssl")
+@pytest.mark.needs("namespaces", "nft", "ip", "setpriv", "curl", "openssl")
 def test_killed_it_takes_its_processes_along(tmp_path: Path) -> None:
     with lab_started(tmp_path, "--stay", "--mode", "netns") as process:
         wait_for_account(tmp_path)
