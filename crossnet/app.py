@@ -202,7 +202,12 @@ class App:
 
     async def _drain(self) -> None:
         """Withdraw, let clients look elsewhere, take nothing new, wait for the streams: `drain` in all."""
-        log.info("draining", extra={"event": {"seconds": self.config.drain_s, "streams": self._streams_open()}})
+        event = {
+            "seconds": self.config.drain_s,
+            "streams": self._streams_open(),
+            "hint": "a second signal ends at once",
+        }
+        log.info("draining", extra={"event": event})
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.drain_s
         if self._publication is not None:
@@ -212,7 +217,8 @@ class App:
         if self.gateway is not None and self.config.gateway is not None and self.gateway.addresses:
             assert self.discovery is not None
             self.discovery.withdraw(Kind.GATEWAY, self.config.gateway.id)
-        if self._publication is not None:
+        if self._publication is not None and (self.config.static_mesh is None or self._dns is not None):
+            # Somebody's resolver has named us until now, and its answers live on for a while.
             ttl_s = self.config.dns.ttl_s if self.config.dns is not None else DEFAULT_TTL_S
             await self._hurried_after(min(ttl_s + FORGET_S, deadline - loop.time()))
         waiting = []

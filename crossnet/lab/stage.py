@@ -37,7 +37,8 @@ class Stage:
         self.turn = turn
         self.service_kind = service.choose(wanted_service)
         self.parts = Parts(folder, self.plan, self.authority, coturn=turn == "coturn")
-        self._programs: dict[str, Program] = {}
+        self.programs: dict[str, Program] = {}
+        """What runs, by name."""
 
     def stand(self) -> None:
         """Start everything and wait until a first stream can go through. Raises ProgramError."""
@@ -49,7 +50,7 @@ class Stage:
     def _complaints(self) -> str:
         """Return what any process has warned of: who fails is often not who is at fault."""
         found = []
-        for name, program in self._programs.items():
+        for name, program in self.programs.items():
             lines = [line for line in program.lines() if '"level":"warning"' in line or '"level":"error"' in line]
             found += [f"\n    {name}: {line[:400]}" for line in lines[-3:]]
         return "\n  and these were warned of:" + "".join(found) if found else ""
@@ -85,9 +86,9 @@ class Stage:
 
     def clear(self) -> None:
         """End every process, all at once, and wait until they are gone."""
-        for program in reversed(self._programs.values()):
+        for program in reversed(self.programs.values()):
             program.ask_to_end()
-        for program in reversed(self._programs.values()):
+        for program in reversed(self.programs.values()):
             program.end()
 
     def hold(self, network: Network) -> int:
@@ -109,7 +110,7 @@ class Stage:
     def streams(self, part: str) -> list[dict[str, Any]]:
         """Return what a part has logged of streams that ended."""
         events = []
-        for line in self._programs[part].lines():
+        for line in self.programs[part].lines():
             try:
                 event = json.loads(line)
             except ValueError:
@@ -124,12 +125,17 @@ class Stage:
         return next(iter(status.get("registrations", ())), {})
 
     def _start(self, name: str, command: Sequence[str], network: Network = "a") -> Program:
-        program = self._programs[name] = Program(name, self.topology.command(network, command), self.folder)
+        program = self.programs[name] = Program(name, self.topology.command(network, command), self.folder)
         program.start()
         return program
 
     def _until(self, name: str, what: str, ready: Callable[[], bool]) -> None:
-        self._programs[name].wait_until(what, ready)
+        self.programs[name].wait_until(what, ready)
+
+    def start_part(self, part: str) -> None:
+        """Start a part of ours, whose configuration is there, once more or for the first time, and wait for it."""
+        self._start(part, self.parts.command(part), NETWORK_OF_PART.get(part, "a"))
+        self._wait_ready(part)
 
     def _wait_ready(self, part: str) -> None:
         self._until(part, "ready", lambda: bool((self.ask(part, "/readyz") or {}).get("ready")))

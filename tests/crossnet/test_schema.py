@@ -5,9 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from crossnet.document import Plain
 from crossnet.scalars import Count, Duration, Text
 from crossnet.schema import OneOrMore, decode, encode, key, rule
+from crossnet.sections import Config
 from discovery.shape import Fault
 
 
@@ -80,3 +84,54 @@ def test_a_rule_speaks_beside_other_faults_and_never_of_wrong_fields() -> None:
         "$.inner.high: expected 5 or more, got 1",
     ]
     assert faults({"inner": {"low": 5, "high": "x"}}) == ["$.inner.high: expected a whole number 0-1000000, got 'x'"]
+
+
+WORDS = st.sampled_from(
+    [
+        "network",
+        "relay",
+        "listen",
+        "allow",
+        "keys",
+        "gateway",
+        "turn",
+        "dns",
+        "token",
+        "discovery",
+        "file",
+        "import",
+        "id",
+        "names",
+        "from",
+        "to",
+        "turn_servers",
+        "url",
+        "discovery_server",
+        "tokens",
+        "tls",
+        "cert",
+        "log",
+        "issue",
+        "search",
+    ]
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.sampled_from(
+    ["a", "10.0.0.1:443", "10.0.0.0/8", "5s", "svc.mesh.internal", "http://127.0.0.1:1", "turn:h", "memory", "mesh.yaml"]
+)  # fmt: skip
+DOCUMENTS = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=6),
+    max_leaves=30,
+)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(WORDS, DOCUMENTS, max_size=8))
+def test_any_document_gives_a_configuration_or_faults_of_one_line_each(document: dict[str, Plain]) -> None:
+    made, found = decode(Config, document, Path("/nowhere"))
+    assert (made is None) == bool(found)
+    for fault in found:
+        assert str(fault).startswith("$")
+        assert len(str(fault).splitlines()) == 1
+    if made is not None:
+        encode(Config, made)
