@@ -41,12 +41,12 @@ class Running:
         read = [json.loads(line) for line in self.log.read_text().splitlines()]
         return [event for event in read if name is None or event.get("event") == name]
 
-    def wait_for(self, name: str) -> dict[str, Any]:
-        """Wait until it logs an event of this name."""
+    def wait_for(self, name: str, count: int = 1) -> dict[str, Any]:
+        """Wait until it has logged so many events of this name; return the last."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             with contextlib.suppress(ValueError):  # half a line so far
-                if found := self.events(name):
+                if len(found := self.events(name)) >= count:
                     return found[-1]
             if self.process.poll() is not None:
                 break

@@ -164,6 +164,40 @@ def test_only_the_roles_that_are_asked_for_run(tmp_path: Path) -> None:
         assert set(process.started()) == {"admin", "relay"}
 
 
+@pytest.mark.needs("curl")
+def test_two_networks_with_a_static_mesh_by_a_direct_gateway(
+    tmp_path: Path, service: tuple[Path, int, list[str]]
+) -> None:
+    _, port, trust = service
+    gateway_port = free_port()
+    (tmp_path / "ab.key").write_text("5c" * 32)
+    (tmp_path / "mesh.yaml").write_text(
+        f"networks: [{{id: a}}, {{id: b}}]\n"
+        f"gateways: [{{network: b, id: gw-1, address: '127.0.0.1:{gateway_port}'}}]\n"
+        f"services: [{{name: {NAME}, network: b, ports: {{443: ['127.0.0.1:{port}']}}}}]\n"
+    )
+    both = "discovery: mesh.yaml\nadmin: 127.0.0.1:0\ndrain: 0\nkeys: {ab: {file: ab.key, from: a, to: b}}\n"
+    gateway = (
+        f"network: b\n{both}gateway: {{id: gw-1, listen: '127.0.0.1:{gateway_port}', allow: ['127.0.0.1/32:{port}']}}\n"
+    )
+    relay = f"network: a\n{both}import: [{{names: [{NAME}], from: [b]}}]\n"
+    relay += "relay: {id: r, listen: '127.0.0.1:0', direct: [127.0.0.0/8]}\n"
+    with running(tmp_path, gateway, name="gateway") as far, running(tmp_path, relay, name="relay") as near:
+        far.started()
+        done = curl(NAME, near.started()["relay"][0], *trust)
+        assert done.returncode == 0, done.stderr
+        assert '"subject": "commonName=a client"' in done.stdout
+        # Not allowed by the gateway: the service's own admin port, so to say.
+        assert curl("p1-127-0-0-1.b.svc.mesh.internal", near.started()["relay"][0], *trust).returncode == 35
+        near.wait_for("stream", 2)
+        far.wait_for("stream", 2)
+        streams = {event["reason"]: event for event in near.events("stream")}
+        assert streams["ok"]["route"] == "direct"
+        assert streams["ok"]["stream"] in {event["stream"] for event in far.events("stream")}
+        assert set(streams) == {"ok", "denied"}
+        assert near.end() == far.end() == 143
+
+
 def test_leaves_of_a_group() -> None:
     group = ExceptionGroup("x", [ValueError("1"), ExceptionGroup("y", [OSError("2")])])
     assert [str(error) for error in leaves(group)] == ["1", "2"]
