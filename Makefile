@@ -21,7 +21,7 @@ lab: .venv  ## build two isolated networks on this machine and run real clients 
 
 test: .venv  ## run every test; installs the real servers it needs where it may
 	@sh .ci/servers
-	$(BIN)/pytest $(TEST)
+	$(BIN)/pytest -n auto --maxprocesses 4 $(TEST)
 
 lint: .venv  ## format check, lint, types, import rules, spelling
 	$(BIN)/ruff format --check .
