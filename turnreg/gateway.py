@@ -181,11 +181,13 @@ class Gateway:
             if refusal.tell:
                 await self._refuse(arrival.framed, refusal)
         finally:
-            if reason is None:
+            if reason is not None:
+                wire.close()
+            # A second connection is no stream of its own, nor is one that comes when its stream has ended.
+            if arrival.preamble is not None and arrival.preamble.continues:
                 self.ledger.drop(account)
             else:
-                self.ledger.close(account, reason)
-                wire.close()
+                self.ledger.close(account, reason or Reason.OTHER)
 
     async def _carry(self, arrival: _Arrival, addressee: str) -> Reason | None:
         """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""

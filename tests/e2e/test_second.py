@@ -159,6 +159,7 @@ async def test_a_second_connection_for_no_stream_is_refused() -> None:
         framed = await relay._dialer.second(call, first)
         message = await framed.next_message()
         assert getattr(message, "reason", None) == "protocol_error"
+        assert [line["reason"] for line in path.gateway_log.events] == ["ok", "ok"], "it is no stream of its own"
         framed.wire.close()
         client.close()
         other.close()
