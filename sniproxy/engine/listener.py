@@ -25,7 +25,19 @@ CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENO
 CAPACITY_LOG_INTERVAL_S = 1.0
 
 TRANSIENT_ERRNOS = frozenset(
-    {errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+    {
+        errno.ECONNABORTED,
+        errno.EPERM,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+        errno.ETIMEDOUT,
+    }
 )
 """Errors of the one connection that was about to be accepted (accept(2)); the next may be well."""
 
@@ -98,7 +110,7 @@ class Listener:
             if self._closed.is_set():
                 break
             try:
-                sock, _ = self._sock.accept()
+                sock, peer = self._sock.accept()
             except BlockingIOError:
                 break
             except OSError as error:
@@ -109,8 +121,8 @@ class Listener:
                     continue
                 raise
             try:
-                wire = Wire(sock)
-            except OSError:  # reset before we could set an option
+                wire = Wire(sock, peer)
+            except OSError:  # gone before we could set an option
                 sock.close()
                 continue
             task = group.create_task(self._run(wire, handle))

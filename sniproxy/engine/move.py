@@ -149,6 +149,12 @@ class Lost(Exception):
 
 async def fill(source: Wire, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
     """Splice what is there from `source` into the empty pipe, up to `limit`, waiting for the first byte; 0 at the end."""
+    if source.holds_unread:
+        data = source.take_unread()
+        size = os.write(pipe.writer, data[:limit])
+        source.unread(data[size:])
+        pipe.held += size
+        return size
     while True:
         try:
             size = os.splice(source.fd, pipe.writer, limit, flags=_FLAGS)

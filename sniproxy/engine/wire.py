@@ -82,7 +82,16 @@ class Wire:
         "peer",
     )
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, peer: object = None) -> None:
+        """Own a connected socket.
+
+        Args:
+            sock: not used by anybody else from now on.
+            peer: its address as accept(2) or connect(2) had it: getpeername(2) fails once the peer has reset.
+
+        Raises:
+            OSError: the socket takes no options; it stays the caller's.
+        """
         sock.setblocking(False)
         tune(sock)
         self._loop = asyncio.get_running_loop()
@@ -94,11 +103,8 @@ class Wire:
         self._write_waiter: asyncio.Future[None] | None = None
         self.closed = False
         self.fd = sock.fileno()
-        try:
-            self.peer = _endpoint(sock.getpeername())
-            self.local = _endpoint(sock.getsockname())
-        except OSError:  # reset between accept and now: the first read says so
-            self.peer = self.local = ("", 0)
+        self.local = _endpoint(sock.getsockname())
+        self.peer = _endpoint(peer if peer is not None else sock.getpeername())
 
     def __repr__(self) -> str:
         return f"<Wire {self.local} to {self.peer}{' closed' if self.closed else ''}>"
@@ -108,6 +114,11 @@ class Wire:
     def unread(self, data: Buffer) -> None:
         """Give bytes back: the next read returns them first."""
         self._unread = bytes(data) + bytes(self._unread) if self._unread else bytes(data)
+
+    @property
+    def holds_unread(self) -> bool:
+        """Whether bytes that were given back wait to be read."""
+        return bool(self._unread)
 
     def take_unread(self) -> bytes:
         """Take what was given back, without reading the socket."""
@@ -145,18 +156,21 @@ class Wire:
             EOFError: the stream ended before.
             OSError: as for `recv`.
         """
-        data = await self.recv(count)
+        data = b""
         while len(data) < count:
             more = await self.recv(count - len(data))
             if not more:
                 raise EOFError(f"stream ended {count - len(data)} bytes short of {count}")
-            data += more
+            data = data + more if data else more
         return data
 
     async def readable(self) -> None:
         """Wait until a read would return something: bytes, the end, or an error."""
         if self.closed:
             raise WireClosed(errno.EBADF, "closed on our side")
+        assert self._read_waiter is None or self._read_waiter.done(), (
+            "one reader at a time: the first would sleep for ever"
+        )
         self._read_waiter = waiter = self._loop.create_future()
         if not self._reading:
             self._loop.add_reader(self.fd, self._on_readable)
@@ -164,7 +178,8 @@ class Wire:
         try:
             await waiter
         finally:
-            self._read_waiter = None
+            if self._read_waiter is waiter:  # not that of the next reader, where this one was cancelled
+                self._read_waiter = None
         self._drained = False
 
     def _on_readable(self) -> None:
@@ -213,6 +228,7 @@ class Wire:
         """Wait until the socket takes more bytes, or is gone."""
         if self.closed:
             raise WireClosed(errno.EBADF, "closed on our side")
+        assert self._write_waiter is None or self._write_waiter.done(), "one writer at a time"
         self._write_waiter = waiter = self._loop.create_future()
         if not self._writing:
             self._loop.add_writer(self.fd, self._on_writable)
@@ -220,7 +236,8 @@ class Wire:
         try:
             await waiter
         finally:
-            self._write_waiter = None
+            if self._write_waiter is waiter:
+                self._write_waiter = None
 
     async def flushed(self, limit_s: float) -> bool:
         """Wait until the peer's kernel has acknowledged everything we wrote, or `limit_s` seconds; say whether it has."""
@@ -301,11 +318,15 @@ async def connect(
         sock: an unconnected non-blocking socket to use, for callers that set options before the handshake.
 
     Raises:
-        OSError: refused, unreachable, reset.
+        OSError: refused, unreachable, reset; or no port that anything listens on.
         TimeoutError: no answer within `timeout_s` seconds.
         ValueError: `address` is not an IP literal: names are resolved elsewhere, on purpose.
     """
     family = socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
+    if not 0 < port < 1 << 16:
+        if sock is not None:
+            sock.close()
+        raise OSError(errno.EADDRNOTAVAIL, f"no such port: {address} port {port}")
     own = sock or socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     loop = asyncio.get_running_loop()
     try:
@@ -323,7 +344,7 @@ async def connect(
             code = own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, f"{os.strerror(code)}: {address} port {port}")
-        return Wire(own)
+        return Wire(own, (address, port))
     except BaseException:
         own.close()
         raise

@@ -50,6 +50,19 @@ async def test_unread_bytes_go_first(joined: tuple[Wire, Wire, Wire, Wire]) -> N
     assert moved.a_to_b == 12
 
 
+async def test_unread_bytes_go_first_also_when_they_are_bulk(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    """More than it takes to become worth a pipe: what is spliced must not overtake what was given back."""
+    left, a, b, right = joined
+    first, second = os.urandom(700_001), os.urandom(300_000)
+    a.unread(first)
+    right.shutdown_write()
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(splice(a, b, **LIMITS))
+        group.create_task(_send_and_end(left, second))
+        assert await read_all(right) == first + second
+    assert moving.result().a_to_b == 1_000_001
+
+
 async def test_a_reset_is_passed_on_as_a_reset_after_what_was_sent(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
     left, a, b, right = joined
     async with asyncio.TaskGroup() as group:
