@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help lab test lint format bench prerequisites
+.PHONY: help lab test soak lint format bench prerequisites
 
 help:  ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):[^#]*## /\1\t/' | expand -t 12
@@ -22,6 +22,10 @@ lab: .venv  ## build two isolated networks on this machine and run real clients 
 test: .venv  ## run every test; installs the real servers it needs where it may
 	@sh .ci/servers
 	$(BIN)/pytest -n auto --maxprocesses 4 $(TEST)
+
+soak: .venv  ## a gigabyte each way through real processes, on loopback and on shaped links: a quarter of an hour
+	@sh .ci/servers
+	CROSSNET_TEST_BYTES=1000000000 $(BIN)/pytest -v -s -k "bulk or two_hundred" tests/e2e/test_processes_bulk.py tests/netns
 
 lint: .venv  ## format check, lint, types, import rules, spelling
 	$(BIN)/ruff format --check .

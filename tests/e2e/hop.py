@@ -1,0 +1,36 @@
+"""A hop between a gateway and a TURN server that makes every connection late, as a far-away server would: a program.
+
+usage: hop.py ADDRESS PORT TO-ADDRESS TO-PORT SECONDS
+
+A data connection that is late by so much binds late by so much: what the TURN server's peer has sent by then, the server
+has to keep. The kernel's netem would do the same, but few kernels of small machines have it.
+"""
+
+import asyncio
+import sys
+
+import uvloop
+
+from sniproxy.engine import Listener, Splice, Wire, connect
+
+FOREVER_S = 3600.0
+CONNECT_TIMEOUT_S = 10.0
+
+
+async def _serve(address: str, port: int, to: tuple[str, int], late_s: float) -> None:
+    async def pass_on(near: Wire) -> None:
+        await asyncio.sleep(late_s)
+        try:
+            far = await connect(*to, timeout_s=CONNECT_TIMEOUT_S)
+        except OSError:
+            near.reset()
+            return
+        await Splice(near, far, idle_timeout_s=FOREVER_S, half_close_timeout_s=FOREVER_S).run()
+
+    listener = await Listener.open(address, port)
+    await listener.serve(pass_on)
+
+
+if __name__ == "__main__":
+    at_address, at_port, to_address, to_port, late = sys.argv[1:]
+    uvloop.run(_serve(at_address, int(at_port), (to_address, int(to_port)), float(late)))

@@ -1,0 +1,89 @@
+"""Bytes that tell where one is missing, at any pace, and their digests."""
+
+import asyncio
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from sniproxy.engine import Wire
+
+BLOCK = 256 * 1024
+DEFAULT_BYTES = 24_000_000
+
+BULK_BYTES = int(os.environ.get("CROSSNET_TEST_BYTES", DEFAULT_BYTES))
+"""Of a bulk stream each way. `make soak` asks for a gigabyte; the default takes seconds on the shaped link."""
+
+MANY_BYTES = BULK_BYTES // 3 if BULK_BYTES == DEFAULT_BYTES else BULK_BYTES
+"""Of all of many streams together, each way."""
+
+SLOWEST_BYTES_S = 3_000_000
+BULK_TIMEOUT_S = 40.0 + BULK_BYTES / SLOWEST_BYTES_S
+"""Until a bulk stream that has not ended counts as one that never will."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """How many bytes there were, and which."""
+
+    size: int
+    digest: str
+
+
+def content(size: int, seed: int) -> Iterator[bytes]:
+    """Make `size` bytes that never repeat, so that a hole, an echo or a swap anywhere changes the digest."""
+    key = hashlib.sha256(seed.to_bytes(8, "big")).digest()
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    zeros = bytes(min(BLOCK, size))
+    while size:
+        block = stream.update(zeros[:size])
+        size -= len(block)
+        yield block
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How hesitantly bytes are written or read: in pieces of a random size, with random pauses between them."""
+
+    pieces: tuple[int, ...] = (BLOCK,)
+    pause_probability: float = 0.0
+    pause_s: float = 0.02
+
+    async def hesitate(self, dice: random.Random) -> None:
+        if self.pause_probability and dice.random() < self.pause_probability:
+            await asyncio.sleep(dice.random() * self.pause_s)
+
+
+FLAT_OUT = Pace()
+HESITANT = Pace(pieces=(1, 700, 20_000, 100_000), pause_probability=0.3)
+SLOW = Pace(pieces=(1000, 65_536), pause_probability=0.1)
+
+
+async def send(wire: Wire, size: int, seed: int, pace: Pace = FLAT_OUT) -> Sum:
+    """Send that many bytes and end the direction."""
+    dice = random.Random(seed)
+    digest = hashlib.sha256()
+    for block in content(size, seed):
+        digest.update(block)
+        rest = memoryview(block)
+        while rest:
+            piece = dice.choice(pace.pieces)
+            await wire.send(rest[:piece])
+            rest = rest[piece:]
+            await pace.hesitate(dice)
+    wire.shutdown_write()
+    return Sum(size, digest.hexdigest())
+
+
+async def receive(wire: Wire, seed: int = 0, pace: Pace = FLAT_OUT) -> Sum:
+    """Read to the end."""
+    dice = random.Random(seed)
+    digest, size = hashlib.sha256(), 0
+    while data := await wire.recv(dice.choice(pace.pieces)):
+        digest.update(data)
+        size += len(data)
+        await pace.hesitate(dice)
+    return Sum(size, digest.hexdigest())

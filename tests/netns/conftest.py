@@ -1,0 +1,26 @@
+"""Meshes on hosts of their own, one for each TURN server, shared by the tests of a module."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.processes import TURNS, Mesh, standing
+from tests.netns.hosts import hosts
+
+LATE_S = 0.4
+"""How late a gateway binds where it is late: as one on another continent, over TLS."""
+
+
+@pytest.fixture(scope="module", params=TURNS)
+def mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """A mesh over shaped links."""
+    with hosts() as ground, standing(Mesh(tmp_path_factory.mktemp("mesh"), ground, turn=request.param)) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module", params=TURNS)
+def late_mesh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """The same, and every bind comes 0.4 s late."""
+    folder = tmp_path_factory.mktemp("late")
+    with hosts() as ground, standing(Mesh(folder, ground, turn=request.param, late_s=LATE_S)) as mesh:
+        yield mesh
