@@ -13,6 +13,7 @@ import socket
 import struct
 import termios
 from collections.abc import Iterable
+from typing import ClassVar
 
 Buffer = bytes | bytearray | memoryview
 """What may be written."""
@@ -67,8 +68,10 @@ class Wire:
     `peer` and `local` are (address, port); an IPv4-mapped address is written as IPv4.
     """
 
+    spliceable: ClassVar[bool] = True
+    """What is on the descriptor is the stream itself: os.splice may move it."""
+
     __slots__ = (
-        "_drained",
         "_loop",
         "_read_waiter",
         "_reading",
@@ -97,7 +100,6 @@ class Wire:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._unread: Buffer = b""
-        self._drained = False
         self._reading = self._writing = False
         self._read_waiter: asyncio.Future[None] | None = None
         self._write_waiter: asyncio.Future[None] | None = None
@@ -138,15 +140,12 @@ class Wire:
                 data, self._unread = data[:limit], data[limit:]
             return data
         while True:
-            if not self._drained:
-                try:
-                    data = self._sock.recv(limit)
-                except BlockingIOError:
-                    pass
-                else:
-                    # A short read emptied the socket: asking again at once would only fetch EAGAIN.
-                    self._drained = len(data) < limit
-                    return data
+            # Asked even after a short read: a reset behind those bytes has ended the watch already (uvloop gives up a descriptor
+            # that reports an error), and only the socket itself still tells of it.
+            try:
+                return self._sock.recv(limit)
+            except BlockingIOError:
+                pass
             await self.readable()
 
     async def recv_exactly(self, count: int) -> bytes:
@@ -180,7 +179,6 @@ class Wire:
         finally:
             if self._read_waiter is waiter:  # not that of the next reader, where this one was cancelled
                 self._read_waiter = None
-        self._drained = False
 
     def _on_readable(self) -> None:
         waiter = self._read_waiter
@@ -322,6 +320,18 @@ async def connect(
         TimeoutError: no answer within `timeout_s` seconds.
         ValueError: `address` is not an IP literal: names are resolved elsewhere, on purpose.
     """
+    own = await connect_socket(address, port, timeout_s=timeout_s, local_address=local_address, sock=sock)
+    try:
+        return Wire(own, (address, port))
+    except BaseException:
+        own.close()
+        raise
+
+
+async def connect_socket(
+    address: str, port: int, *, timeout_s: float, local_address: str | None = None, sock: socket.socket | None = None
+) -> socket.socket:
+    """Connect as `connect` does, and return the bare socket."""
     family = socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
     if not 0 < port < 1 << 16:
         if sock is not None:
@@ -344,7 +354,7 @@ async def connect(
             code = own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, f"{os.strerror(code)}: {address} port {port}")
-        return Wire(own, (address, port))
+        return own
     except BaseException:
         own.close()
         raise
