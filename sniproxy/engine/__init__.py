@@ -7,6 +7,7 @@ the engine owns is never given to an asyncio transport: uvloop refuses to watch 
 from sniproxy.engine.listener import Listener
 from sniproxy.engine.move import Activity, Direction, End, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.pipes import PipePool
+from sniproxy.engine.tls import TlsWire, connect_tls
 from sniproxy.engine.wire import Wire, WireClosed, connect
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "Moved",
     "PipePool",
     "Splice",
+    "TlsWire",
     "Wire",
     "WireClosed",
     "connect",
+    "connect_tls",
     "drain",
     "fill",
     "pump",

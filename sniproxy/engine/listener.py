@@ -5,9 +5,11 @@ import errno
 import ipaddress
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from sniproxy.engine.tls import TlsWire
 from sniproxy.engine.wire import Wire, plain_address
 
 log = logging.getLogger(__name__)
@@ -45,8 +47,10 @@ TRANSIENT_ERRNOS = frozenset(
 class Listener:
     """A listening socket. `address` is what it is bound to, with the port that was chosen where 0 was asked."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         sock.setblocking(False)
+        self.tls = tls
+        """For the connections accepted from now on; another context may be set at any time."""
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._fd = sock.fileno()
@@ -58,9 +62,18 @@ class Listener:
 
     @classmethod
     async def open(
-        cls, address: str, port: int, *, backlog: int = DEFAULT_BACKLOG, reuse_port: bool = False
+        cls,
+        address: str,
+        port: int,
+        *,
+        backlog: int = DEFAULT_BACKLOG,
+        reuse_port: bool = False,
+        tls: ssl.SSLContext | None = None,
     ) -> "Listener":
         """Bind and listen on an IP literal. `::` takes IPv6 only: IPv4 has its own listener.
+
+        With `tls` the handler gets each connection as a TlsWire and begins with its `handshake`, which has a deadline: so
+        the handler's own bound on connections counts those that have not shaken hands, too.
 
         Raises:
             OSError: the address is not ours, or the port is taken; the message names both.
@@ -78,7 +91,7 @@ class Listener:
         except OSError as error:
             sock.close()
             raise OSError(error.errno, f"cannot listen on {address} port {port}: {error.strerror}") from error
-        return cls(sock)
+        return cls(sock, tls)
 
     async def serve(self, handle: Callable[[Wire], Awaitable[None]]) -> None:
         """Accept until `close`, then wait for the connections that are open. Cancelling cancels those too.
@@ -121,7 +134,7 @@ class Listener:
                     continue
                 raise
             try:
-                wire = Wire(sock, peer)
+                wire = Wire(sock, peer) if self.tls is None else TlsWire(sock, self.tls, server_side=True)
             except OSError:  # gone before we could set an option
                 sock.close()
                 continue

@@ -32,9 +32,20 @@ _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 class Direction:
     """What one direction of a stream has moved, and whether it has been worth a pipe of late."""
 
-    __slots__ = ("_full_reads", "_pool", "_small_splices", "_turn", "activity", "first_at", "moved", "pipe")
+    __slots__ = (
+        "_full_reads",
+        "_pool",
+        "_small_splices",
+        "_spliceable",
+        "_turn",
+        "activity",
+        "first_at",
+        "moved",
+        "pipe",
+    )
 
-    def __init__(self, activity: "Activity", pool: PipePool = POOL) -> None:
+    def __init__(self, activity: "Activity", *wires: Wire, pool: PipePool = POOL) -> None:
+        """Begin with nothing moved, between these wires."""
         self.moved = 0
         """Payload bytes read from the source. Written before it is delivered, final once the direction has ended."""
         self.first_at: float | None = None
@@ -45,11 +56,18 @@ class Direction:
         self._full_reads = 0
         self._small_splices = 0
         self._turn = 0
+        self._spliceable = all(wire.spliceable for wire in wires)
+
+    def joins(self, wire: Wire) -> None:
+        """Note that this wire, too, is at one end from now on. Call it while no move is under way."""
+        if not wire.spliceable:
+            self._spliceable = False
+            self.release()
 
     def copied(self, size: int) -> None:
         """Count bytes that were read into memory; take a pipe when they keep filling whole reads."""
         self._count(size)
-        if size < DEFAULT_READ_BYTES:
+        if size < DEFAULT_READ_BYTES or not self._spliceable:
             self._full_reads = 0
             return
         self._full_reads += 1
@@ -246,8 +264,8 @@ class Splice:
         self.a, self.b = a, b
         self._activity = Activity(idle_timeout_s)
         self._half_close_timeout_s = half_close_timeout_s
-        self.a_to_b = Direction(self._activity)
-        self.b_to_a = Direction(self._activity)
+        self.a_to_b = Direction(self._activity, a, b)
+        self.b_to_a = Direction(self._activity, a, b)
         self._lost: Wire | None = None
 
     async def run(self) -> Moved:

@@ -58,9 +58,9 @@ class Carry:
         self._first = first
         self._activity = Activity(idle_timeout_s)
         self._half_close_timeout_s = half_close_timeout_s
-        self.outbound = Direction(self._activity)
+        self.outbound = Direction(self._activity, plain, framed.wire)
         """From the plain wire to the framed one."""
-        self.inbound = Direction(self._activity)
+        self.inbound = Direction(self._activity, plain, framed.wire)
         self._cut: Reason | None = None
         self._group: asyncio.TaskGroup | None = None
         self._get_second = second
@@ -186,6 +186,7 @@ class Carry:
                 return out, room
             if self._second is not None:
                 await self._tell(Continued())
+                self.outbound.joins(self._second.wire)
                 return self._second, PIPE_BYTES
             if not self._tasks:
                 self._spawn(self._fetch_second())
@@ -227,6 +228,7 @@ class Carry:
         try:
             async with asyncio.timeout(LIMIT_DONE_S):
                 self._second = second = await self._get_second()
+                self.inbound.joins(second.wire)
         except TimeoutError:
             raise EOFError from None
         while not self._delivered:

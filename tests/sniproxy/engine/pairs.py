@@ -1,19 +1,53 @@
-"""Connected pairs of real TCP sockets."""
+"""Connected pairs of real TCP sockets, plain or with TLS over them."""
 
 import asyncio
+import functools
 import socket
+import ssl
 
 import pytest
+import trustme
 
-from sniproxy.engine import Wire
+from sniproxy.engine import TlsWire, Wire
+
+TLS_NAME = "turn.example"
 
 
-async def pair() -> tuple[Wire, Wire]:
+@functools.cache
+def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Give a client's and a server's context that trust each other; the certificate is for TLS_NAME."""
+    authority = trustme.CA()
+    client, server = ssl.create_default_context(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.configure_trust(client)
+    authority.issue_cert(TLS_NAME).configure_cert(server)
+    return client, server
+
+
+def sockets() -> tuple[socket.socket, socket.socket]:
     """Give the two ends of a TCP connection over loopback."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         one = socket.create_connection(server.getsockname())
         other, _ = server.accept()
-    return Wire(one), Wire(other)
+    return one, other
+
+
+async def pair(kind: str = "plain") -> tuple[Wire, Wire]:
+    """Give the two ends of a TCP connection over loopback; `kind` "tls": with TLS over it."""
+    one, other = sockets()
+    if kind == "plain":
+        return Wire(one), Wire(other)
+    contexts = tls_contexts()
+    client = TlsWire(one, contexts[0], server_hostname=TLS_NAME)
+    server = TlsWire(other, contexts[1], server_side=True)
+    await shake(client, server)
+    return client, server
+
+
+async def shake(*wires: TlsWire) -> None:
+    """Let both ends shake hands."""
+    async with asyncio.TaskGroup() as group:
+        for wire in wires:
+            group.create_task(wire.handshake(20))
 
 
 async def read_all(wire: Wire, limit_s: float = 20) -> bytes:

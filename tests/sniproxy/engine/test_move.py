@@ -16,11 +16,15 @@ pytestmark = pytest.mark.anyio
 LIMITS = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
 
 
-@pytest.fixture
-async def joined() -> AsyncIterator[tuple[Wire, Wire, Wire, Wire]]:
+PLAIN = pytest.mark.parametrize("joined", [("plain", "plain")], indirect=True, ids=["plain"])
+"""For what only raw descriptors can do."""
+
+
+@pytest.fixture(params=[("plain", "plain"), ("plain", "tls"), ("tls", "tls")], ids="-".join)
+async def joined(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Wire, Wire, Wire, Wire]]:
     """Four wires: `left` speaks to `a`, `right` to `b`; a and b are to be joined by the test."""
-    left, a = await pair()
-    right, b = await pair()
+    left, a = await pair(request.param[0])
+    right, b = await pair(request.param[1])
     yield left, a, b, right
     for wire in (left, a, b, right):
         wire.close()
@@ -48,6 +52,20 @@ async def test_unread_bytes_go_first(joined: tuple[Wire, Wire, Wire, Wire]) -> N
     moved = await splice(a, b, **LIMITS)
     assert await read_all(right) == b"first second"
     assert moved.a_to_b == 12
+
+
+async def test_a_reset_right_behind_bytes_is_found(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    """The loop gives up watching a descriptor with an error; those who still wait on it would wait for ever."""
+    left, a, b, right = joined
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(splice(a, b, **LIMITS))
+        await left.send(b"question")
+        assert await right.recv_exactly(8) == b"question"  # both watch now
+        await right.send(b"half an ans")
+        right.reset()
+        assert await left.recv_exactly(11) == b"half an ans"
+        await until_reset(left)
+    assert moving.result().end is End.B_RESET
 
 
 async def test_unread_bytes_go_first_also_when_they_are_bulk(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
@@ -97,6 +115,7 @@ async def test_an_answer_sent_before_a_reset_still_arrives(joined: tuple[Wire, W
     assert moving.result().end is End.B_RESET
 
 
+@PLAIN
 async def test_bulk_goes_through_a_pipe_that_is_given_back(
     joined: tuple[Wire, Wire, Wire, Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +142,7 @@ async def test_bulk_goes_through_a_pipe_that_is_given_back(
     pool.close()
 
 
+@PLAIN
 async def test_without_a_pipe_bulk_is_copied(
     joined: tuple[Wire, Wire, Wire, Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +158,27 @@ async def test_without_a_pipe_bulk_is_copied(
         assert await _digest(right) == hashlib.sha256(payload).digest()
     assert moving.result().end is End.OK
     assert pool.denied > 0
+
+
+@pytest.mark.parametrize("joined", [("plain", "tls"), ("tls", "plain"), ("tls", "tls")], indirect=True, ids="-".join)
+async def test_bulk_with_tls_at_either_end_never_takes_a_pipe(
+    joined: tuple[Wire, Wire, Wire, Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, a, b, right = joined
+    pool = PipePool()
+    monkeypatch.setattr(pool, "take", lambda: pytest.fail("a pipe was asked for"))
+    joining = Splice(a, b, **LIMITS)
+    monkeypatch.setattr(joining.a_to_b, "_pool", pool)
+    monkeypatch.setattr(joining.b_to_a, "_pool", pool)
+    payload = os.urandom(1 << 20) * 12
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(joining.run())
+        for source in (left, right):
+            group.create_task(_send_and_end(source, payload))
+        down = group.create_task(_digest(left))
+        assert await _digest(right) == hashlib.sha256(payload).digest()
+    assert down.result() == hashlib.sha256(payload).digest()
+    assert moving.result() == Moved(a_to_b=len(payload), b_to_a=len(payload), end=End.OK)
 
 
 async def test_a_reader_that_stops_stops_the_sender(joined: tuple[Wire, Wire, Wire, Wire]) -> None:

@@ -38,11 +38,11 @@ class Path:
         return group.create_task(self.relay.run()), group.create_task(self.gateway.run())
 
 
-@pytest.fixture
-async def path() -> AsyncIterator[Path]:
+@pytest.fixture(params=["plain", "tls"])
+async def path(request: pytest.FixtureRequest) -> AsyncIterator[Path]:
     client, relay_plain = await pair()
     service, gateway_plain = await pair()
-    relay_wire, gateway_wire = await pair()
+    relay_wire, gateway_wire = await pair(request.param)
     relay, gateway = Framed(relay_wire, Side.RELAY), Framed(gateway_wire, Side.GATEWAY)
     await gateway.send(Ready())
     await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
