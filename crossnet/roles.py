@@ -12,6 +12,7 @@ from crossnet.sections import (
     RelaySection,
     TurnAccessSection,
     TurnSection,
+    policy,
 )
 from discovery.addresses import BadAddress, Network, TargetList, format_endpoint, parse_address
 from discovery.api import DiscoveryServerConfig
@@ -66,6 +67,7 @@ def relay_config(config: Config, section: RelaySection) -> RelayConfig:
         listen=endpoints(section.listen),
         imports=imports(config),
         allow=section.allow,
+        policy=policy(section.rules),
         deliver=TargetList.parse(section.deliver),
         direct=TargetList.parse(section.direct),
         max_hello_bytes=section.max_hello,
@@ -98,6 +100,7 @@ def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tupl
         network=config.network,
         domain=config.domain,
         allow=TargetList.parse(section.allow),
+        policy=policy(section.rules),
         listen=endpoints(section.listen),
         guard=tuple(guard),
         max_hello_bytes=section.max_hello,

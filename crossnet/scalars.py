@@ -26,6 +26,7 @@ from discovery.addresses import (
 from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
 from discovery.shape import shown
 from discovery.spec import is_record_id
+from sniproxy.stream.policy import BadRule, Rule
 
 MAX_SECRET_BYTES = 64 * 1024
 """Of a secret's file: keys and passwords have a hundred bytes, certificates a few thousand."""
@@ -281,6 +282,22 @@ def _discovery_source(value: Plain, folder: Path) -> object:
     return value.rstrip("/")
 
 
+def _rule_item(key: str) -> Callable[[Plain, Path], object]:
+    """Read one item of a rule's list as the rule itself does."""
+
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise Mismatch
+        try:
+            Rule.parse(action="allow", **{key: [str(value)]})
+        except BadRule as error:
+            raise Mismatch(error.expected) from error
+        return str(value)
+
+    return parsed
+
+
 def _store(value: Plain, folder: Path) -> object:
     if value == "memory":
         return value
@@ -343,4 +360,8 @@ DiscoverySource: TypeAlias = Annotated[
     str | Path, Leaf("https://HOST:PORT, or a path ending in .yaml", _discovery_source)
 ]
 SecretFile: TypeAlias = Annotated[Secret, Leaf("{file: PATH}", _secret)]
+RuleSource: TypeAlias = Annotated[str, Leaf("a CIDR of clients or a network id", _rule_item("sources"))]
+RuleDestination: TypeAlias = Annotated[str, Leaf("a network id, a name or a target", _rule_item("to"))]
+RulePort: TypeAlias = Annotated[str, Leaf("a port or a range such as 8000-8099", _rule_item("ports"))]
+RuleAction: TypeAlias = Annotated[Literal["allow", "deny"], _word("allow", "deny")]
 KeyFile: TypeAlias = Annotated[Secret, Leaf("a file with 64 hexadecimal digits", _hex_key)]

@@ -36,6 +36,10 @@ from crossnet.scalars import (
     PortRange,
     Prefer,
     RecordId,
+    RuleAction,
+    RuleDestination,
+    RulePort,
+    RuleSource,
     SecretFile,
     Size,
     Store,
@@ -58,6 +62,7 @@ from dnsgw.forward import MAX_IN_FLIGHT
 from sniproxy import relay
 from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.stream.policy import BadRule, Policy, Rule
 from turnreg import gateway
 from turnreg.server.config import DEFAULT_PORTS
 
@@ -124,6 +129,41 @@ class ImportSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RuleSection:
+    """Who may go where, one rule: the first that matches decides, and what none matches is denied."""
+
+    sources: Annotated[tuple[RuleSource, ...], OneOrMore()] = dataclasses.field(default=(), metadata=key("from"))
+    """Clients, and at a gateway networks; by default all."""
+    to: Annotated[tuple[RuleDestination, ...], OneOrMore()] = ()
+    """Networks, names in which `*` is one label and a leading `**` one or more, targets; by default all."""
+    ports: Annotated[tuple[RulePort, ...], OneOrMore()] = ()
+    action: RuleAction
+
+    def as_rule(self) -> Rule:
+        """The rule as relays and gateways have it. Raises BadRule."""
+        return Rule.parse(action=self.action, sources=self.sources, to=self.to, ports=self.ports)
+
+    @rule("sources", "to", "ports", "action")
+    def _bounded(self) -> Iterator[Fault]:
+        try:
+            self.as_rule()
+        except BadRule as error:
+            yield Fault(f".{error.path}", error.expected, "more")
+
+
+def policy(rules: Iterable[RuleSection]) -> Policy:
+    """Return what a list of rules comes to. Raises BadRule."""
+    return Policy(tuple(section.as_rule() for section in rules))
+
+
+def _not_too_many(rules: Iterable[RuleSection]) -> Iterator[Fault]:
+    try:
+        policy(rules)
+    except BadRule as error:
+        yield Fault(f".{error.path}", error.expected, "more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RelaySection:
     """The relay of this network's clients."""
 
@@ -133,6 +173,8 @@ class RelaySection:
     """Addresses that clients reach it under; by default those that it listens on."""
     allow: tuple[Cidr, ...] = relay.PRIVATE_RANGES
     """Clients that may use it."""
+    rules: tuple[RuleSection, ...] = ()
+    """Which of them may go where; without any all may go everywhere."""
     deliver: tuple[Target, ...] = ()
     """What it may dial in its own network."""
     direct: tuple[Target, ...] = ()
@@ -147,6 +189,10 @@ class RelaySection:
     dial_timeout_s: Duration = DEFAULT_DIAL_TIMEOUT_S
     idle_timeout_s: Duration = relay.DEFAULT_IDLE_TIMEOUT_S
     half_close_timeout_s: Duration = relay.DEFAULT_HALF_CLOSE_TIMEOUT_S
+
+    @rule("rules")
+    def _rules(self) -> Iterator[Fault]:
+        yield from _not_too_many(self.rules)
 
     @rule("advertise", "listen")
     def _advertised(self) -> Iterator[Fault]:
@@ -198,6 +244,9 @@ class GatewaySection:
 
     id: RecordId
     allow: tuple[Target, ...]
+    """What it may dial."""
+    rules: tuple[RuleSection, ...] = ()
+    """Which streams may go where, by the network and client that they come from; without any all that `allow` lists."""
     accept: tuple[Accepted, ...] = ("framed",)
     turn: dict[NetworkId, TurnAccessSection] = dataclasses.field(default_factory=dict)
     allow_turn_servers: tuple[Cidr, ...] = ()
@@ -212,6 +261,10 @@ class GatewaySection:
     dial_timeout_s: Duration = gateway.DEFAULT_DIAL_TIMEOUT_S
     idle_timeout_s: Duration = gateway.DEFAULT_IDLE_TIMEOUT_S
     half_close_timeout_s: Duration = gateway.DEFAULT_HALF_CLOSE_TIMEOUT_S
+
+    @rule("rules")
+    def _rules(self) -> Iterator[Fault]:
+        yield from _not_too_many(self.rules)
 
     @rule("advertise", "listen")
     def _advertised(self) -> Iterator[Fault]:

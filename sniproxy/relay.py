@@ -19,11 +19,13 @@ from sniproxy.alert import AlertDescription, alert_record
 from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, Call, Connected, Dialer, DialError
 from sniproxy.engine import End, Listener, Splice, Wire
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
-from sniproxy.route import RouteKind, Router, SigningKeys, Unroutable
+from sniproxy.route import Candidate, RouteKind, Router, SigningKeys, Unroutable
 from sniproxy.stream.account import Account, Ledger
 from sniproxy.stream.carry import Carry
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
+from sniproxy.stream.policy import Flow, Policy
+from sniproxy.stream.preamble import decode_target
 from sniproxy.stream.reason import Reason
 
 DEFAULT_HELLO_TIMEOUT_S = 5.0
@@ -76,6 +78,8 @@ class RelayConfig:
     imports: Imports = field(default_factory=Imports)
     allow: tuple[Network, ...] = PRIVATE_RANGES
     """Clients by source address."""
+    policy: Policy = field(default_factory=Policy)
+    """Which of them may go where."""
     deliver: TargetList = field(default_factory=TargetList)
     """What may be dialled in the relay's own network; default nothing."""
     direct: TargetList = field(default_factory=TargetList)
@@ -103,8 +107,14 @@ class Relay:
     def __init__(
         self, config: RelayConfig, discovery: Discovery, keys: SigningKeys, *, registry: CollectorRegistry
     ) -> None:
-        self._config = config
         self._discovery = discovery
+        self.ledger = Ledger("relay", registry)
+        self._listeners: list[Listener] = []
+        self.reconfigure(config, keys)
+
+    def reconfigure(self, config: RelayConfig, keys: SigningKeys) -> None:
+        """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
+        self.config = config
         self._router = Router(
             network=config.network,
             domain=config.domain,
@@ -116,8 +126,6 @@ class Relay:
         self._dialer = Dialer(
             config.network, keys, now_ms=lambda: time.time_ns() // 1_000_000, dial_timeout_s=config.dial_timeout_s
         )
-        self.ledger = Ledger("relay", registry)
-        self._listeners: list[Listener] = []
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
@@ -127,7 +135,7 @@ class Relay:
     async def open(self) -> None:
         """Bind every listening address. OSError names the one that failed; none stays open then."""
         try:
-            for address, port in self._config.listen:
+            for address, port in self.config.listen:
                 self._listeners.append(await Listener.open(address, port))
         except OSError:
             self.close()
@@ -163,17 +171,18 @@ class Relay:
 
     async def _carry(self, client: Wire, account: Account) -> Reason:
         """Take one stream from accept to its end."""
-        if len(self.ledger) > self._config.max_streams:
-            raise _Refusal(Reason.OVERLOADED, f"{self._config.max_streams} streams are open: relay.max_streams")
+        if len(self.ledger) > self.config.max_streams:
+            raise _Refusal(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
         hello, data = await self._read_hello(client, account)
         account.mark("hello")
         account.fields["sni"] = hello.server_name
-        if not any(ip_address(client.peer[0]) in network for network in self._config.allow):
+        if not any(ip_address(client.peer[0]) in network for network in self.config.allow):
             raise _Refusal(Reason.DENIED, "relay.allow does not have this client's address")
         try:
             candidates = self._router.candidates(hello.server_name, self._discovery.mesh, client.local[1])
         except Unroutable as error:
             raise _Refusal(error.reason, error.detail) from error
+        candidates = self._permitted(candidates, client, hello.server_name)
         account.mark("route")
         account.fields["network"] = candidates[0].network
         account.fields["target"] = candidates[0].target
@@ -194,11 +203,33 @@ class Relay:
         }
         return await self._move(client, account, call, connected)
 
+    def _permitted(self, candidates: list[Candidate], client: Wire, name: str) -> list[Candidate]:
+        """Leave out what the rules deny to this client."""
+        permitted, why = [], ""
+        source = ip_address(client.peer[0])
+        for candidate in candidates:
+            where, port = decode_target(candidate.target)
+            flow = Flow(
+                client=source,
+                from_network=self.config.network,
+                network=candidate.network,
+                name=name,
+                address=None if isinstance(where, str) else where,
+                port=port,
+            )
+            refused = self.config.policy.refusal(flow)
+            if refused is None:
+                permitted.append(candidate)
+            why = why or f"relay.rules: {refused}, {candidate.target} in network {candidate.network!r}"
+        if not permitted:
+            raise _Refusal(Reason.DENIED, why)
+        return permitted
+
     async def _read_hello(self, client: Wire, account: Account) -> tuple[Hello, bytes]:
         """Read up to the end of the ClientHello, under one absolute deadline, and what came along with it."""
-        reader = HelloReader(self._config.max_hello_bytes)
+        reader = HelloReader(self.config.max_hello_bytes)
         try:
-            async with asyncio.timeout(self._config.hello_timeout_s):
+            async with asyncio.timeout(self.config.hello_timeout_s):
                 while True:
                     data = await client.recv()
                     if not data:
@@ -215,13 +246,13 @@ class Relay:
         except TimeoutError:
             raise _Refusal(
                 Reason.HELLO_TIMEOUT,
-                f"no whole ClientHello in {self._config.hello_timeout_s} s, {len(reader.raw)} bytes came",
+                f"no whole ClientHello in {self.config.hello_timeout_s} s, {len(reader.raw)} bytes came",
             ) from None
         except OSError as error:
             raise _Refusal(Reason.CLIENT_RESET, "reset before its ClientHello was whole") from error
 
     async def _move(self, client: Wire, account: Account, call: Call, connected: Connected) -> Reason:
-        idle, half_close = self._config.idle_timeout_s, self._config.half_close_timeout_s
+        idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
         if connected.framed is not None:
 
             async def second() -> Framed:

@@ -18,6 +18,7 @@ from discovery.addresses import (
 from discovery.contract import Discovery
 from discovery.model import Mesh
 from sniproxy.engine import Wire, connect
+from sniproxy.stream.policy import Flow, Policy
 from sniproxy.stream.preamble import Preamble, decode_target
 from sniproxy.stream.proxyproto import ProxyHeader
 from sniproxy.stream.reason import Reason
@@ -59,18 +60,24 @@ class Delivery:
         network: str,
         discovery: Discovery,
         allow: TargetList,
+        policy: Policy,
         *,
         guard: Iterable[tuple[str, int]],
         dial_timeout_s: float,
     ) -> None:
         self._network = network
         self._discovery = discovery
-        self._allow = allow
         self._own = frozenset((parse_address(address), port) for address, port in guard)
-        self._dial_timeout_s = dial_timeout_s
+        self.reconfigure(allow, policy, dial_timeout_s=dial_timeout_s)
         self._guarded_mesh = Mesh.EMPTY
         self._guarded: frozenset[tuple[Address, int]] = self._own
         self._turn: dict[str, int] = {}
+
+    def reconfigure(self, allow: TargetList, policy: Policy, *, dial_timeout_s: float) -> None:
+        """Go by these from the next dial on."""
+        self._allow = allow
+        self._policy = policy
+        self._dial_timeout_s = dial_timeout_s
 
     async def connect(self, preamble: Preamble) -> Delivered:
         """Connect to what a proven preamble asks for.
@@ -80,7 +87,7 @@ class Delivery:
         """
         where, port = decode_target(preamble.target)
         if not isinstance(where, str):
-            return await self._dial([(where, port)], b"")
+            return await self._dial(preamble, [(where, port)], b"")
         service = self._discovery.mesh.service(self._network, where)
         if service is None:
             raise Undeliverable(Reason.UNKNOWN_NAME, f"this network has no service {where!r}")
@@ -90,7 +97,7 @@ class Delivery:
         header = b""
         if service.spec.proxy_protocol:
             header = ProxyHeader(source=preamble.client, destination=preamble.local).pack()
-        return await self._dial(endpoints[:MAX_ENDPOINT_TRIES], header)
+        return await self._dial(preamble, endpoints[:MAX_ENDPOINT_TRIES], header)
 
     def _rotated(self, name: str, port: int, texts: list[str]) -> list[tuple[Address, int]]:
         """The endpoints, beginning with the one whose turn it is."""
@@ -108,11 +115,11 @@ class Delivery:
                 endpoints.append(parse_endpoint(text))
         return endpoints
 
-    async def _dial(self, endpoints: list[tuple[Address, int]], header: bytes) -> Delivered:
+    async def _dial(self, preamble: Preamble, endpoints: list[tuple[Address, int]], header: bytes) -> Delivered:
         failure = Undeliverable(Reason.NO_ENDPOINT, "no endpoint")
         for address, port in endpoints:
             shown = format_endpoint(address, port)
-            why = self._why_not(address, port)
+            why = self._why_not(preamble, address, port)
             if why is not None:
                 failure = Undeliverable(Reason.DENIED, f"{shown} {why}")
                 continue
@@ -139,7 +146,7 @@ class Delivery:
             return Delivered(wire=wire, address=address, port=port, ms=round((loop.time() - started) * 1000))
         raise failure
 
-    def _why_not(self, address: Address, port: int) -> str | None:
+    def _why_not(self, preamble: Preamble, address: Address, port: int) -> str | None:
         """Say why this address and port may not be dialled, None if it may."""
         if not self._allow.allows(address, port):
             return "is not in gateway.allow"
@@ -148,7 +155,16 @@ class Delivery:
             return f"is {why}"
         if (address, port) in self._infrastructure():
             return "is a relay, TURN server, gateway or discovery server: a stream there would loop"
-        return None
+        flow = Flow(
+            client=parse_address(preamble.client[0]),
+            from_network=preamble.from_network,
+            network=self._network,
+            name=preamble.authority,
+            address=address,
+            port=port,
+        )
+        refused = self._policy.refusal(flow)
+        return None if refused is None else f"may not be reached: gateway.rules: {refused}"
 
     def _infrastructure(self) -> frozenset[tuple[Address, int]]:
         """What is no service although its address may be allowed: our own network's parts, and every TURN server.

@@ -23,6 +23,7 @@ from sniproxy.stream.carry import Carry
 from sniproxy.stream.control import Opened, Ready, Refused
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
+from sniproxy.stream.policy import Policy
 from sniproxy.stream.preamble import (
     FirstBytes,
     Preamble,
@@ -66,6 +67,8 @@ class GatewayConfig:
     domain: str
     allow: TargetList
     """What may be dialled, checked on the address that is dialled."""
+    policy: Policy = field(default_factory=Policy)
+    """Which streams may go where, by the network and client that they come from."""
     listen: tuple[tuple[str, int], ...] = ()
     """Where relays may come directly, without a TURN server."""
     guard: tuple[tuple[str, int], ...] = ()
@@ -110,16 +113,27 @@ class Gateway:
         *,
         registry: CollectorRegistry,
     ) -> None:
-        self._config = config
+        self.config = config
         self._verifier = PreambleVerifier(keys, config.network)
         self._delivery = Delivery(
-            config.network, discovery, config.allow, guard=config.guard, dial_timeout_s=config.dial_timeout_s
+            config.network,
+            discovery,
+            config.allow,
+            config.policy,
+            guard=config.guard,
+            dial_timeout_s=config.dial_timeout_s,
         )
         self._continuations = Continuations()
         self.ledger = Ledger("gateway", registry)
         self._listeners: list[Listener] = []
         self._group: asyncio.TaskGroup | None = None
         self._closed = asyncio.Event()
+
+    def reconfigure(self, config: GatewayConfig, keys: Mapping[str, SigningKey]) -> None:
+        """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
+        self.config = config
+        self._verifier.keys = keys
+        self._delivery.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
@@ -129,7 +143,7 @@ class Gateway:
     async def open(self) -> None:
         """Bind every listening address. OSError names the one that failed; none stays open then."""
         try:
-            for address, port in self._config.listen:
+            for address, port in self.config.listen:
                 self._listeners.append(await Listener.open(address, port))
         except OSError:
             self.close()
@@ -164,7 +178,7 @@ class Gateway:
             log.exception("unexpected error while serving a stream on %s", bound.allocation)
 
     async def _serve_direct(self, wire: Wire) -> None:
-        await self._serve(wire, self._config.id)
+        await self._serve(wire, self.config.id)
 
     async def _serve(self, wire: Wire, addressee: str, **came_by: str) -> None:
         # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
@@ -193,11 +207,11 @@ class Gateway:
         """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""
         account, framed = arrival.account, arrival.framed
         try:
-            async with asyncio.timeout(self._config.hello_timeout_s):
+            async with asyncio.timeout(self.config.hello_timeout_s):
                 preamble = await self._read_preamble(arrival, addressee)
-                if len(self.ledger) > self._config.max_streams:
+                if len(self.ledger) > self.config.max_streams:
                     raise _Refusal(
-                        Reason.OVERLOADED, f"{self._config.max_streams} streams are open: gateway.max_streams"
+                        Reason.OVERLOADED, f"{self.config.max_streams} streams are open: gateway.max_streams"
                     )
                 if preamble.continues:
                     await self._hand_over(framed, preamble)
@@ -206,7 +220,7 @@ class Gateway:
                 await self._read_hello(arrival, preamble)
         except TimeoutError:
             said = "ClientHello" if account.fields.get("key_id") else "preamble"
-            detail = f"no whole {said} in {self._config.hello_timeout_s} s"
+            detail = f"no whole {said} in {self.config.hello_timeout_s} s"
             raise _Refusal(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
         except CapsuleError as error:
             raise _Refusal(Reason.PROTOCOL_ERROR, str(error)) from error
@@ -234,8 +248,8 @@ class Gateway:
                 delivered.wire,
                 framed,
                 Side.GATEWAY,
-                idle_timeout_s=self._config.idle_timeout_s,
-                half_close_timeout_s=self._config.half_close_timeout_s,
+                idle_timeout_s=self.config.idle_timeout_s,
+                half_close_timeout_s=self.config.half_close_timeout_s,
                 first=bytes(arrival.data),
                 second=second if arrival.behind_turn else None,
             )
@@ -276,7 +290,7 @@ class Gateway:
     async def _read_hello(self, arrival: _Arrival, preamble: Preamble) -> None:
         """Read up to the end of the ClientHello, which must be the one that was signed for."""
         framed = arrival.framed
-        reader = HelloReader(self._config.max_hello_bytes)
+        reader = HelloReader(self.config.max_hello_bytes)
         hello = None
         try:
             while hello is None:
