@@ -1,12 +1,15 @@
 """dnsgw: the resolver that a network's clients use.
 
-Cross-network names get the address of a relay of this network; everything else is asked of upstream, byte for byte. It
-does not recurse, validate or cache what upstream says.
+Cross-network names get the address of a relay of this network; everything else is asked of upstream and kept for as long as
+upstream says. It does not recurse or validate.
 
     config     what a server is told                 server     its sockets, and where the parts meet
     wire       (S) questions: the scanner            reply      (S) replies: prepared, or relayed
     intercept  (S) one question → answer or pass     rdata      (S) dnslib, for what is made once
+    message    (S) upstream's replies                cache      (S) what upstream said
+    admission  (S) who may ask, and how much         recent     (S) a bounded memory
     resolver   one packet → its reply                udp, tcp   the client's side
+    foreign    cache or upstream, and when neither has it
     forward    attempts, time-outs, coalescing       upstream, pipeline, exchange   the other side
 """
 

@@ -5,10 +5,15 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from discovery.imports import Imports
+from dnsgw.cache import CacheConfig
 from dnsgw.forward import MAX_IN_FLIGHT
 from dnsgw.upstream import Endpoint
+from dnsgw.wire import MAX_UDP_REPLY
 
 DEFAULT_DOMAIN = "svc.mesh.internal"
+DEFAULT_RATE_LIMIT = (
+    0  # as CoreDNS, unbound and dnsdist: one client may be the cluster's own DNS, which asks for thousands
+)
 DEFAULT_TTL_S = 5  # what Kubernetes' own DNS uses: a relay that is gone is forgotten soon
 
 # Who asks from inside: loopback, RFC 1918, shared (RFC 6598, many pod networks), link-local and unique local addresses.
@@ -54,6 +59,20 @@ class DnsConfig:
 
     allow: tuple[IPv4Network | IPv6Network, ...] = PRIVATE
     """Whose questions are answered; everybody else is refused."""
+
+    rate_limit: int = DEFAULT_RATE_LIMIT
+    """Questions that one client may ask in a second; 0: any number."""
+
+    max_udp_reply: int = MAX_UDP_REPLY
+    """Bytes of the largest reply over UDP, 512 to 1232, whatever the client says that it can take."""
+
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    stale_relays_for_s: float = 0.0
+    """How long the relays known last are answered when none is alive; 0: such questions fail at once."""
+
+    reuse_port: bool = False
+    """Let other processes listen on the same addresses: the kernel shares the clients out among them."""
 
     max_in_flight: int = MAX_IN_FLIGHT
     """Questions that may wait for an upstream; more are refused at once, as a queue would only make all of them late."""

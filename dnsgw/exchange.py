@@ -12,6 +12,7 @@ class Failure(Enum):
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
     OVERLOADED = "overloaded"
+    MALFORMED = "malformed"
     NO_UPSTREAM = "no_upstream"
     CLOSED = "closed"
 

@@ -10,7 +10,6 @@ Sans-IO; nothing here raises for what a peer sent.
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from random import randrange
-from typing import Generic, TypeVar
 
 from discovery.addresses import Address
 from discovery.imports import Imports
@@ -28,6 +27,7 @@ from discovery.names import (
     normalise_domain,
 )
 from dnsgw.rdata import BadRdata, hinfo, soa, srv
+from dnsgw.recent import Recent
 from dnsgw.reply import Answer, answer_prepared
 from dnsgw.wire import HEADER_SIZE, OWNER, ExtendedError, Qtype, Query, Rcode, extended_error, record, wire_name
 
@@ -54,38 +54,6 @@ class Disposition(Enum):
     """It is ours, and nothing was heard from discovery yet."""
 
 
-KeptT = TypeVar("KeptT")
-
-
-class Recent(Generic[KeptT]):
-    """A bounded dict that forgets what was not used for long: two generations, the older dropped when one is full."""
-
-    __slots__ = ("_limit", "_old", "young")
-
-    def __init__(self, limit: int) -> None:
-        """Keep at least the last `limit` entries used and at most twice as many."""
-        self._limit = limit
-        self._old: dict[bytes, KeptT] = {}
-        self.young: dict[bytes, KeptT] = {}
-
-    def get(self, key: bytes) -> KeptT | None:
-        """Look up, and remember the use."""
-        kept = self.young.get(key)
-        if kept is None:
-            kept = self._old.get(key)
-            if kept is not None:
-                self[key] = kept
-        return kept
-
-    def __setitem__(self, key: bytes, kept: KeptT) -> None:
-        if len(self.young) >= self._limit:
-            self._old, self.young = self.young, {}
-        self.young[key] = kept
-
-    def __len__(self) -> int:
-        return len(self.young) + len(self._old)
-
-
 class Table:
     """Answers from one state of discovery."""
 
@@ -96,6 +64,7 @@ class Table:
         self._network = network
         self._domain = normalise_domain(domain)
         self._zone = wire_name(self._domain)
+        self._suffixes = (self._zone, _LOCALHOST, _RESOLVER_ARPA, *_ABSENT_TOP_LEVEL)
         self._ttl_s = ttl_s
         self._soa = soa(self._domain, mesh.revision if mesh else 0, ttl_s)
         self._present: Recent[Answer] = Recent(MAX_PREPARED)
@@ -144,10 +113,11 @@ class Table:
     def _decide(self, query: Query) -> Answer | Disposition:
         if query.qtype in (Qtype.AXFR, Qtype.IXFR):
             return self._refused  # ours has no transfers, and a forwarder cannot pass on an answer of many messages
-        if (zone := _position(query, self._zone)) is not None:
-            return self._under_domain(query, zone)
-        if (special := self._special(query)) is not None:
-            return special
+        if query.name.endswith(self._suffixes):
+            if (zone := _position(query, self._zone)) is not None:
+                return self._under_domain(query, zone)
+            if (special := self._special(query)) is not None:
+                return special
         if query.qtype == Qtype.PTR and query.name in self._reverse:
             return self._no_data(0)  # the name of a relay says nothing about the service behind it
         return self._plain(query)

@@ -18,10 +18,17 @@ class Outcome(StrEnum):
     """Ours, but no relay is alive or discovery was not heard from."""
 
     REFUSED = "refused"
+    CACHED = "cached"
+    STALE = "stale"
+    """Upstream gave no answer; the last one it gave was answered."""
+
     FORWARDED = "forwarded"
     UPSTREAM_FAILED = "upstream_failed"
     OVERLOADED = "overloaded"
     DENIED = "denied"
+    LIMITED = "limited"
+    """Asked by a client that had asked too much in this second."""
+
     MALFORMED = "malformed"
     IGNORED = "ignored"
     """Answers and fragments of messages, to which nothing is said."""
@@ -54,6 +61,10 @@ class DnsMetrics(Collector):
         self.queries = dict.fromkeys(Outcome, 0)
         self.upstream = dict.fromkeys(UpstreamOutcome, 0)
         self.coalesced = 0
+        self.prefetched = 0
+        self.cache_evicted: Callable[[], int] = int
+        self.cache_entries: Callable[[], int] = int
+        self.cache_bytes: Callable[[], int] = int
         self.in_flight: Callable[[], int] = int
         self.tcp_connections: Callable[[], int] = int
 
@@ -72,6 +83,14 @@ class DnsMetrics(Collector):
         yield CounterMetricFamily(
             "crossnet_dns_coalesced", "Questions that waited for the answer to the same question.", value=self.coalesced
         )
+        yield CounterMetricFamily(
+            "crossnet_dns_prefetched", "Answers asked for anew before they ended.", value=self.prefetched
+        )
+        yield CounterMetricFamily(
+            "crossnet_dns_cache_evicted", "Answers forgotten for want of room.", value=self.cache_evicted()
+        )
+        yield GaugeMetricFamily("crossnet_dns_cache_entries", "Answers that are kept.", value=self.cache_entries())
+        yield GaugeMetricFamily("crossnet_dns_cache_bytes", "Memory that they take.", value=self.cache_bytes())
         yield GaugeMetricFamily(
             "crossnet_dns_in_flight", "Questions that wait for an upstream.", value=self.in_flight()
         )

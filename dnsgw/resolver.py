@@ -8,17 +8,22 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
-from ipaddress import ip_address
 from typing import Any, TypeAlias
 
 from discovery.model import Mesh
+from dnsgw.admission import Clients, Host
+from dnsgw.cache import answer_cached, key_of
 from dnsgw.config import DnsConfig
 from dnsgw.exchange import Failure
+from dnsgw.foreign import Foreign, Heard
 from dnsgw.forward import Forwarder
-from dnsgw.intercept import NOT_READY, Disposition, Recent, Table
+from dnsgw.intercept import NOT_READY, Disposition, Table
+from dnsgw.message import Malformed, Message, joined, retargeted
 from dnsgw.metrics import DnsMetrics, Outcome
-from dnsgw.reply import Answer, Presence, presence, relayed
+from dnsgw.recent import Recent
+from dnsgw.reply import Answer, Presence, presence, truncate
 from dnsgw.wire import (
+    HEADER_SIZE,
     MAX_TCP_REPLY,
     BadQuery,
     ExtendedError,
@@ -28,14 +33,15 @@ from dnsgw.wire import (
     extended_error,
     forwardable,
     scan,
-    with_qtype,
 )
 
 log = logging.getLogger(__name__)
 
 HOLD_S = 1.0  # before the first news of discovery; Java would remember a failure for 10 s
 MAX_HELD = 1024
-MAX_KNOWN_CLIENTS = 65536
+MAX_ALIASES = 4  # from upstream's aliases to a name of ours and on from there: more than one is odd already
+_WINDOW_S = 1.0
+_SLIP = 8  # of the questions that are too many one is answered by TC: whoever is real may come over TCP
 MAX_VERDICTS = 4096
 _LOG_EVERY_S = 1.0
 
@@ -48,11 +54,13 @@ def _failure(rcode: Rcode, code: ExtendedError, why: str) -> Answer:
 
 
 _REFUSED = Answer(Rcode.REFUSED, authoritative=False)
+_TOO_MANY = _failure(Rcode.REFUSED, ExtendedError.OTHER, "too many questions in one second")
 _FAILURES = {
     Failure.TIMEOUT: _failure(Rcode.SERVFAIL, ExtendedError.NO_REACHABLE_AUTHORITY, "no upstream answered in time"),
     Failure.UNREACHABLE: _failure(Rcode.SERVFAIL, ExtendedError.NETWORK_ERROR, "no upstream can be reached"),
     Failure.NO_UPSTREAM: _failure(Rcode.SERVFAIL, ExtendedError.NO_REACHABLE_AUTHORITY, "no upstream is configured"),
     Failure.OVERLOADED: _failure(Rcode.REFUSED, ExtendedError.OTHER, "too many questions wait for an upstream"),
+    Failure.MALFORMED: _failure(Rcode.SERVFAIL, ExtendedError.NETWORK_ERROR, "upstream's answer is malformed"),
     Failure.CLOSED: _failure(Rcode.SERVFAIL, ExtendedError.NOT_READY, "shutting down"),
 }
 _UNDECIDED = _failure(
@@ -70,23 +78,28 @@ _OUTCOMES: dict[int, Outcome] = {
 class _Asked:
     """A question that was not answered at once."""
 
-    __slots__ = ("held", "message", "query", "send", "tcp", "where")
+    __slots__ = ("depth", "held", "host", "message", "most", "query", "send", "tcp", "where")
 
-    def __init__(self, query: Query, message: bytes, send: Send, where: Any, *, tcp: bool) -> None:
+    def __init__(
+        self, query: Query, message: bytes, host: Host, send: Send, where: Any, *, tcp: bool, most: int, depth: int = 0
+    ) -> None:
         self.query = query
         self.message = message
+        self.host = host
         self.send = send
         self.where = where
         self.tcp = tcp
+        self.most = most
+        self.depth = depth
         self.held: asyncio.TimerHandle | None = None
 
     @property
     def limit(self) -> int:
-        return MAX_TCP_REPLY if self.tcp else self.query.limit
+        return MAX_TCP_REPLY if self.tcp else min(self.query.limit, self.most)
 
 
 class Resolver:
-    """Answers questions from the current table and from upstream."""
+    """Answers questions from the current table, from what upstream said, and from upstream."""
 
     def __init__(self, config: DnsConfig, metrics: DnsMetrics) -> None:
         """Prepare; `attach` comes before the first question. Raises BadName for a bad domain."""
@@ -94,21 +107,27 @@ class Resolver:
         self._metrics = metrics
         self._counts = metrics.queries
         self._table = self._make_table(None)
-        self._clients: dict[str, bool] = {}
+        self._foreign = Foreign(config.cache, metrics, max_in_flight=config.max_in_flight)
+        self._cache = self._foreign.cache
+        self._clients = Clients(config.allow, config.rate_limit)
+        self._left = self._clients.left
+        self._limited = 0
+        self._most = config.max_udp_reply
         self._verdicts: Recent[tuple[float, bool]] = Recent(MAX_VERDICTS)
         self._held: dict[_Asked, None] = {}
         self._next_log = 0.0
+        self._window: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop
-        self._forwarder: Forwarder
 
     def attach(self, loop: asyncio.AbstractEventLoop, forwarder: Forwarder) -> None:
         """Take the loop to run on and the way to upstream."""
         self._loop = loop
-        self._forwarder = forwarder
+        self._foreign.attach(loop, forwarder)
 
     def apply(self, mesh: Mesh) -> None:
         """Answer from this state of discovery from now on."""
         self._table = self._make_table(mesh)
+        self._cache.cool()  # what was upstream's may be ours now
         held, self._held = self._held, {}
         for asked in held:
             if asked.held is not None:
@@ -117,22 +136,31 @@ class Resolver:
 
     def close(self) -> None:
         """Answer what is held."""
+        if self._window is not None:
+            self._window.cancel()
         for asked in list(self._held):
             self._release(asked)
 
-    def handle(self, data: bytes, host: str, send: Send, where: Any, tcp: bool) -> None:
+    def handle(self, data: bytes, host: Host, send: Send, where: Any, tcp: bool) -> None:
         """Answer a packet that came from `host`, now or later, by `send`. Never raises."""
         try:
-            allowed = self._clients.get(host)
-            if allowed is None:
-                allowed = self._admit(host)
-            if allowed:
+            left = self._left.get(host)
+            if left is None:
+                left = self._admit(host)
+            if left > 0:
+                self._left[host] = left - 1
                 reply = self._table.answer_at_once(data)
                 if reply is not None:
                     self._count(reply)
                     send(reply, where)
                     return
-            self._look(data, send, where, tcp=tcp, allowed=allowed)
+                if self._cache.hot:
+                    reply = answer_cached(data, self._cache.hot, self._loop.time(), self._most)
+                    if reply is not None:
+                        self._counts[Outcome.CACHED] += 1
+                        send(reply, where)
+                        return
+            self._look(data, host, send, where, tcp=tcp, left=left)
         except Exception as error:  # noqa: BLE001 - the last resort, or one packet would end the server
             self._log(error)
             send(b"", where)
@@ -141,26 +169,34 @@ class Resolver:
         config = self._config
         return Table(mesh, imports=config.imports, network=config.network, domain=config.domain, ttl_s=config.ttl_s)
 
-    def _admit(self, host: str) -> bool:
-        address = ip_address(host)
-        allowed = any(address in network for network in self._config.allow)
-        if len(self._clients) >= MAX_KNOWN_CLIENTS:
-            self._clients.clear()
-        self._clients[host] = allowed
-        return allowed
+    def _admit(self, host: Host) -> int:
+        if self._window is None and self._clients.limited:
+            self._window = self._loop.call_later(_WINDOW_S, self._renew)
+        return self._clients.admit(host)
 
-    def _look(self, data: bytes, send: Send, where: Any, *, tcp: bool, allowed: bool) -> None:
+    def _renew(self) -> None:
+        self._clients.renew()
+        self._window = None
+
+    def _look(self, data: bytes, host: Host, send: Send, where: Any, *, tcp: bool, left: int) -> None:
         try:
             query = scan(data)
         except BadQuery as bad:
             self._counts[Outcome.MALFORMED if bad.reply else Outcome.IGNORED] += 1
-            send(bad.reply, where)
+            send(bad.reply if left > 0 else b"", where)
             return
-        if not allowed:
+        if left < 0:
             self._counts[Outcome.DENIED] += 1
             send(_REFUSED.reply(query, query.limit), where)
-            return
-        self._dispatch(_Asked(query, forwardable(data, query), send, where, tcp=tcp))
+        elif left == 0:
+            self._counts[Outcome.LIMITED] += 1
+            self._limited += 1
+            if tcp:
+                send(_TOO_MANY.reply(query, MAX_TCP_REPLY), where)
+            else:
+                send(b"" if self._limited % _SLIP else truncate(_TOO_MANY.reply(query, query.limit), query), where)
+        else:
+            self._dispatch(_Asked(query, forwardable(data, query), host, send, where, tcp=tcp, most=self._most))
 
     def _dispatch(self, asked: _Asked) -> None:
         decision = self._table.decide(asked.query)
@@ -184,18 +220,75 @@ class Resolver:
 
     # Upstream's answers
 
-    def _ask(self, asked: _Asked, then: Callable[[_Asked, bytes | Failure], None], qtype: int | None = None) -> None:
+    def _ask(self, asked: _Asked, then: Callable[[_Asked, Heard | Failure], None], qtype: int | None = None) -> None:
         """Ask upstream the question itself, or the same about another type."""
-        message = asked.message if qtype is None else with_qtype(asked.message, asked.query, qtype)
-        self._forwarder.ask(message, asked.query, partial(self._guarded, then, asked), tcp=asked.tcp)
+        self._foreign.ask(
+            asked.query, asked.message, asked.host, partial(self._guarded, then, asked), tcp=asked.tcp, qtype=qtype
+        )
 
-    def _forwarded(self, asked: _Asked, result: bytes | Failure) -> None:
-        if isinstance(result, bytes):
-            self._counts[Outcome.FORWARDED] += 1
-            asked.send(relayed(result, asked.query, asked.limit), asked.where)
+    def _ask_anew(
+        self, asked: _Asked, then: Callable[[_Asked, Heard | Failure], None], qtype: int | None = None
+    ) -> None:
+        """As `_ask`, of a name that may be ours too: what upstream said before the last `ttl_s` does not count."""
+        self._foreign.ask(
+            asked.query,
+            asked.message,
+            asked.host,
+            partial(self._guarded, then, asked),
+            tcp=asked.tcp,
+            qtype=qtype,
+            max_age_s=self._config.ttl_s,
+        )
+
+    def _forwarded(self, asked: _Asked, result: Heard | Failure) -> None:
+        if isinstance(result, Failure):
+            self._counts[Outcome.OVERLOADED if result is Failure.OVERLOADED else Outcome.UPSTREAM_FAILED] += 1
+            asked.send(_FAILURES[result].reply(asked.query, asked.limit), asked.where)
             return
-        self._counts[Outcome.OVERLOADED if result is Failure.OVERLOADED else Outcome.UPSTREAM_FAILED] += 1
-        asked.send(_FAILURES[result].reply(asked.query, asked.limit), asked.where)
+        ours = self._ours(asked, result) if result.targets and asked.depth < MAX_ALIASES else 0
+        if ours:
+            self._finish_chain(asked, result, ours)
+            return
+        self._counts[result.outcome] += 1
+        if result.outcome is Outcome.CACHED and result.entry is not None and not asked.depth:
+            key = key_of(asked.query)
+            if key is not None and self._table.decide(asked.query) is Disposition.FORWARD:
+                self._cache.heat(key, result.entry)
+        wire = result.wire
+        asked.send(wire if len(wire) <= asked.limit else truncate(wire, asked.query), asked.where)
+
+    # A chain of aliases from upstream that leads to a name of ours is finished by us: upstream does not have the name, or
+    # has another network's private address for it.
+
+    def _ours(self, asked: _Asked, heard: Heard) -> int:
+        """How many aliases lead to the first name of ours; 0: none is."""
+        for count, target in enumerate(heard.targets, 1):
+            decision = self._table.decide(retargeted(asked.query, target))
+            if decision is Disposition.LOCAL_FIRST:
+                # Upstream goes first: it is ours only if upstream's answer ends there.
+                if count == len(heard.targets) and not Message(heard.wire).has_data(asked.query.qtype):
+                    return count
+            elif decision is not Disposition.FORWARD:
+                return count
+        return 0
+
+    def _finish_chain(self, asked: _Asked, heard: Heard, count: int) -> None:
+        target = retargeted(asked.query, heard.targets[count - 1])
+        size = HEADER_SIZE - 2
+        message = asked.message[:size] + target.question + asked.message[size + len(asked.query.question) :]
+        send = partial(self._join, asked, heard, count)
+        self._dispatch(
+            _Asked(target, message, asked.host, send, None, tcp=True, most=asked.most, depth=asked.depth + 1)
+        )
+
+    def _join(self, asked: _Asked, heard: Heard, count: int, reply: bytes, where: Any) -> None:  # noqa: ARG002
+        wire = b""
+        if reply:
+            try:
+                wire = joined(asked.query, Message(heard.wire), count, Message(reply))
+            except Malformed:
+                wire = _FAILURES[Failure.MALFORMED].reply(asked.query, asked.limit)
+        asked.send(wire if len(wire) <= asked.limit else truncate(wire, asked.query), asked.where)
 
     # Imported names of which upstream has the first word. Whether a name is upstream's is one verdict for all its types:
     # a name with an A record there and no AAAA must not get our AAAA, nor the other way round.
@@ -205,38 +298,38 @@ class Resolver:
         if verdict is not None and verdict[0] <= self._loop.time():
             verdict = None
         if verdict is None and asked.query.qtype not in (Qtype.A, Qtype.AAAA):
-            self._ask(asked, partial(self._probed, Qtype.A, None), Qtype.A)
+            self._ask_anew(asked, partial(self._probed, Qtype.A, None), Qtype.A)
         elif verdict is None or not verdict[1]:
-            self._ask(asked, partial(self._heard, verdict is not None))
+            self._ask_anew(asked, partial(self._heard, verdict is not None))
         else:
             self._answer_import(asked)
 
-    def _heard(self, known: bool, asked: _Asked, result: bytes | Failure) -> None:
+    def _heard(self, known: bool, asked: _Asked, result: Heard | Failure) -> None:
         """Upstream's answer to the question itself; `known`: the name was upstream's a moment ago."""
-        said = presence(result) if isinstance(result, bytes) else Presence.FAILED
+        said = presence(result.wire) if isinstance(result, Heard) else Presence.FAILED
         if said is Presence.NXDOMAIN:
             self._decide(asked, ours=True)
         elif said is Presence.NODATA and not known:
             other = Qtype.AAAA if asked.query.qtype == Qtype.A else Qtype.A
-            self._ask(asked, partial(self._probed, other, result), other)
+            self._ask_anew(asked, partial(self._probed, other, result), other)
         else:
             if said is Presence.DATA:
                 self._remember(asked, ours=False)
             self._forwarded(asked, result)
 
-    def _probed(self, qtype: Qtype, kept: bytes | Failure | None, asked: _Asked, result: bytes | Failure) -> None:
+    def _probed(self, qtype: Qtype, kept: Heard | Failure | None, asked: _Asked, result: Heard | Failure) -> None:
         """Upstream's answer about an address type that was not asked for; `kept` is its answer to the question."""
-        said = presence(result) if isinstance(result, bytes) else Presence.FAILED
+        said = presence(result.wire) if isinstance(result, Heard) else Presence.FAILED
         if said is Presence.FAILED:
             self._answer(asked, _UNDECIDED)
         elif said is Presence.DATA:
             self._remember(asked, ours=False)
             if kept is None:
-                self._ask(asked, self._forwarded)
+                self._ask_anew(asked, self._forwarded)
             else:
                 self._forwarded(asked, kept)
         elif said is Presence.NODATA and kept is None and qtype is Qtype.A:
-            self._ask(asked, partial(self._probed, Qtype.AAAA, None), Qtype.AAAA)
+            self._ask_anew(asked, partial(self._probed, Qtype.AAAA, None), Qtype.AAAA)
         else:
             self._decide(asked, ours=True)
 

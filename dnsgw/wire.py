@@ -36,7 +36,7 @@ _PAIR = struct.Struct("!HH")
 DO = 0x8000  # RFC 3225
 
 # Options that speak of one hop and not of the question: cookie (RFC 7873), keepalive (RFC 7828), padding (RFC 7830).
-_HOP_BY_HOP = frozenset({10, 11, 12})
+HOP_BY_HOP = frozenset({10, 11, 12})
 
 
 class Rcode(IntEnum):
@@ -71,7 +71,9 @@ class ExtendedError(IntEnum):
     """Extended errors (RFC 8914 section 4)."""
 
     OTHER = 0
+    STALE_ANSWER = 3
     NOT_READY = 14
+    STALE_NXDOMAIN = 19
     NO_REACHABLE_AUTHORITY = 22
     NETWORK_ERROR = 23
 
@@ -261,7 +263,7 @@ def _parse_opt(data: bytes, start: int, stop: int) -> Edns:
     return Edns(size=size, version=version, do=bool(flags & DO), options=tuple(options), start=start, stop=stop)
 
 
-def opt_record(*, do: bool, rcode: Rcode = Rcode.NOERROR, options: bytes = b"", size: int = MAX_UDP_REPLY) -> bytes:
+def opt_record(*, do: bool, rcode: int = Rcode.NOERROR, options: bytes = b"", size: int = MAX_UDP_REPLY) -> bytes:
     """Make an OPT record with these encoded options."""
     return OPT_FIXED.pack(0, Qtype.OPT, size, rcode >> 4, 0, DO if do else 0, len(options)) + options
 
@@ -309,13 +311,27 @@ def forwardable(data: bytes, query: Query) -> bytes:
     edns = query.edns
     if edns is None:
         return data[2:]
-    kept = [(code, value) for code, value in edns.options if code not in _HOP_BY_HOP]
+    kept = [(code, value) for code, value in edns.options if code not in HOP_BY_HOP]
     if len(kept) == len(edns.options) and edns.size <= MAX_UDP_REPLY:
         return data[2:]
     _, _, size, rcode, version, flags, _ = OPT_FIXED.unpack_from(data, edns.start)
     options = b"".join(option(code, value) for code, value in kept)
     opt = OPT_FIXED.pack(0, Qtype.OPT, min(size, MAX_UDP_REPLY), rcode, version, flags, len(options)) + options
     return data[2 : edns.start] + opt + data[edns.stop :]
+
+
+def retyped(query: Query, qtype: int) -> Query:
+    """The same question about another type."""
+    question = query.question[:-4] + qtype.to_bytes(2, "big") + query.question[-2:]
+    return Query(
+        id=query.id,
+        flags=query.flags,
+        question=question,
+        name=query.name,
+        labels=query.labels,
+        qtype=qtype,
+        edns=query.edns,
+    )
 
 
 def with_qtype(message: bytes, query: Query, qtype: int) -> bytes:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from discovery.imports import Imports
 from discovery.model import Mesh
-from dnsgw.intercept import MAX_ADDRESSES, Disposition, Recent, Table
+from dnsgw.intercept import MAX_ADDRESSES, Disposition, Table
 from dnsgw.reply import Answer
 from dnsgw.wire import BadQuery, Qtype, scan
 from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
@@ -342,17 +342,6 @@ def test_before_discovery_was_heard_from_ours_are_not_ready() -> None:
 
 
 # Bounds.
-
-
-def test_recent_forgets_what_was_not_used() -> None:
-    recent: Recent[int] = Recent(3)
-    recent[b"kept"] = 1
-    for n in range(100):
-        recent[b"%d" % n] = n
-        assert recent.get(b"kept") == 1
-        assert len(recent) <= 6
-    assert recent.get(b"0") is None
-    assert recent.get(b"99") == 99
 
 
 def test_names_that_do_not_exist_do_not_push_out_those_that_do() -> None:

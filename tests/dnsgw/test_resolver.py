@@ -1,8 +1,10 @@
 """From packet to reply, with a real upstream behind it: who may ask, who is asked, and in which order."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from ipaddress import ip_network
 
+import dns.flags
 import dns.message
 import dns.rcode
 import pytest
@@ -62,7 +64,9 @@ async def test_a_foreign_name_is_upstreams_with_our_clients_id_and_spelling(upst
             reply = await client.ask(asked)
         (seen,) = upstream.asked
         assert seen.packet[2:] == asked[2:]
-        assert reply == asked[:2] + seen.answer[2:]
+        # But for OPT, which is for one hop, it is upstream's answer byte for byte.
+        assert reply[: -len(opt())] == (asked[:2] + seen.answer[2:])[: -len(opt())]
+        assert reply.endswith(opt(1232, do=True))
         assert addresses(reply) == ["192.0.2.1"]
         assert server.metrics.queries[Outcome.FORWARDED] == 1
 
@@ -136,15 +140,32 @@ async def test_without_upstream_foreign_names_are_servfail_and_ours_are_not() ->
 
 async def test_more_than_may_wait_are_refused(upstream: Authority) -> None:
     upstream.script = silent
-    async with running(VIEW, upstream.port, max_in_flight=2) as server:
-        with Client(address(server)) as client:
+    async with running(VIEW, upstream.port, max_in_flight=8) as server:
+        with Client(address(server)) as client, Client(address(server), "127.0.0.2") as other:
             client.send(query("n1.example.test"))
             client.send(query("n2.example.test"))
             await upstream.heard(2)
+            # One client has a fourth of what may wait.
             reply = await client.ask(query("n3.example.test", ident=3, edns=opt()))
             assert (reply[:2], read(reply).rcode()) == (b"\0\x03", dns.rcode.REFUSED)
             assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
+            other.send(query("n4.example.test"))
+            await upstream.heard(3)
         assert server.metrics.queries[Outcome.OVERLOADED] == 1
+
+
+async def test_all_clients_together_are_refused_what_is_too_much(upstream: Authority) -> None:
+    upstream.script = silent
+    async with running(VIEW, upstream.port, max_in_flight=2) as server:
+        with (
+            Client(address(server)) as one,
+            Client(address(server), "127.0.0.2") as two,
+            Client(address(server), "127.0.0.3") as three,
+        ):
+            one.send(query("n1.example.test"))
+            two.send(query("n2.example.test"))
+            await upstream.heard(2)
+            assert read(await three.ask(query("n3.example.test"))).rcode() == dns.rcode.REFUSED
 
 
 # Who may ask.
@@ -256,7 +277,8 @@ async def test_other_types_follow_the_addresses(
             for _ in range(2):
                 reply = await client.ask(query(ORDERS, qtype))
                 assert bool(read(reply).answer) == (ours and qtype == Qtype.SRV)
-        assert (len(upstream.asked) > 2) != ours
+        assert len(upstream.asked) <= 3  # both addresses and the question itself: the second time all is known
+        assert ours or Qtype(1).name in upstream.types_asked(ORDERS)
 
 
 async def test_a_name_that_appears_upstream_is_upstreams_within_a_ttl(upstream: Authority) -> None:
@@ -269,9 +291,9 @@ async def test_a_name_that_appears_upstream_is_upstreams_within_a_ttl(upstream: 
             assert addresses(await client.ask(query(ORDERS))) == ["10.0.0.9"]
 
 
-async def test_a_name_that_upstream_loses_is_ours_at_once(upstream: Authority) -> None:
+async def test_a_name_that_upstream_loses_is_ours_within_a_ttl(upstream: Authority) -> None:
     upstream.records[ORDERS, "A"] = ["192.0.2.7"]
-    async with running(VIEW, upstream.port, **LOCAL) as server:
+    async with running(VIEW, upstream.port, **LOCAL, ttl_s=0) as server:
         with Client(address(server)) as client:
             assert addresses(await client.ask(query(ORDERS))) == ["192.0.2.7"]
             del upstream.records[ORDERS, "A"]
@@ -324,8 +346,10 @@ async def test_a_name_that_is_not_imported_is_never_touched(upstream: Authority,
         with Client(address(server)) as client:
             for qtype in (Qtype.A, Qtype.HTTPS):
                 reply = await client.ask(query(name, qtype))
-                assert reply[2:] == upstream.asked[-1].answer[2:]
-        assert len(upstream.asked) == 2
+                assert read(reply).rcode() == read(upstream.asked[-1].answer).rcode()
+                assert read(reply).authority == read(upstream.asked[-1].answer).authority
+        # What is not there has no other types either.
+        assert len(upstream.asked) == (2 if name == "www.example.test" else 1)
 
 
 async def test_an_import_over_tcp_asks_upstream_over_tcp(upstream: Authority) -> None:
@@ -412,3 +436,35 @@ def test_garbage_never_raises(packet: bytes) -> None:
     if metrics.queries[Outcome.ERROR]:  # it was a good question, and there is no way to upstream here
         assert packet[4:12] in (b"\0\1\0\0\0\0\0\0", b"\0\1\0\0\0\0\0\1")
     assert len(replies) == 1
+
+
+# How much.
+
+
+async def test_who_asks_too_much_is_dropped_and_told_to_come_over_tcp_now_and_then() -> None:
+    async with running(VIEW, rate_limit=10) as server:
+        with Client(address(server)) as client, Client(address(server), "127.0.0.2") as other:
+            for _ in range(10):
+                assert addresses(await client.ask(query(ADDRESS)))
+            for _ in range(16):
+                client.send(query(ADDRESS, ident=9))
+            for _ in range(2):
+                reply = await client.receive()
+                assert read(reply).flags & dns.flags.TC
+                assert not read(reply).answer
+            assert addresses(await other.ask(query(ADDRESS))) == ["10.0.0.9"]
+            assert server.metrics.queries[Outcome.LIMITED] == 16
+            async with asyncio.timeout(5), connected(server) as connection:
+                while (answer := read(await connection.ask(query(ADDRESS)))).rcode():  # until the second is over
+                    assert answer.rcode() == dns.rcode.REFUSED
+            assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
+
+
+async def test_no_reply_over_udp_is_longer_than_the_limit(upstream: Authority) -> None:
+    upstream.records["six.example.test", "A"] = [f"192.0.2.{n}" for n in range(50)]
+    async with running(VIEW, upstream.port, max_udp_reply=600) as server:
+        with Client(address(server)) as client:
+            for _ in range(2):
+                reply = await client.ask(query("six.example.test", edns=opt(4096)))
+                assert read(reply).flags & dns.flags.TC
+                assert len(reply) < 100

@@ -1,0 +1,52 @@
+"""Who may ask, and how much: an access list, and for each client a number of questions in a second.
+
+What a client has left is one number in a dict, so that an ordinary question costs one look into it and one write. All of
+it is forgotten every second. Sans-IO: its user says when a second is over.
+"""
+
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from typing import TypeAlias
+
+Host: TypeAlias = str | bytes
+"""A client's address, as text or packed: whatever the socket gives, as it is only looked up."""
+
+MAX_KNOWN = 65536
+DENIED = -1
+_UNLIMITED = 1 << 60
+
+
+class Clients:
+    """What each client has left. `left` is for the hot path: no entry, ask `admit`; 0, too many; below, not allowed."""
+
+    __slots__ = ("_allow", "_allowed", "_limit", "left")
+
+    def __init__(self, allow: Iterable[IPv4Network | IPv6Network], limit_per_s: int) -> None:
+        """Allow these networks, and each client in them so many questions a second; 0: any number."""
+        self._allow = tuple(allow)
+        self._limit = limit_per_s or _UNLIMITED
+        self._allowed: dict[Host, bool] = {}
+        self.left: dict[Host, int] = {}
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit at all, and `renew` is to be called."""
+        return self._limit != _UNLIMITED
+
+    def admit(self, host: Host) -> int:
+        """Say how many questions a client has left that was not heard of in this second."""
+        allowed = self._allowed.get(host)
+        if allowed is None:
+            address = ip_address(host)
+            allowed = any(address in network for network in self._allow)
+            if len(self._allowed) >= MAX_KNOWN:
+                self._allowed.clear()
+            self._allowed[host] = allowed
+        if len(self.left) >= MAX_KNOWN:
+            self.left.clear()
+        left = self.left[host] = self._limit if allowed else DENIED
+        return left
+
+    def renew(self) -> None:
+        """Begin another second."""
+        self.left.clear()

@@ -1,0 +1,190 @@
+"""Names that are not ours: what upstream says about them, from the cache or asked anew.
+
+Every question gets exactly one answer, through a callback that may be called before `ask` returns. When upstream gives
+none, the last one it gave is answered while it may be (RFC 8767); upstream's own time limit is below the 1.8 s after which
+such an answer is due. A question that failed is not asked again within a second (RFC 9520).
+"""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+from dnsgw.admission import Host
+from dnsgw.cache import MIN_PREFETCH_USES, RETRY_STALE_S, Cache, CacheConfig, Entry, key_of
+from dnsgw.exchange import Failure
+from dnsgw.forward import Forwarder
+from dnsgw.message import Malformed, Message
+from dnsgw.metrics import DnsMetrics, Outcome
+from dnsgw.recent import Recent
+from dnsgw.reply import truncate
+from dnsgw.wire import TC, ExtendedError, Query, Rcode, extended_error, retyped, with_qtype
+
+FAILURE_TTL_S = 1.0  # RFC 9520 section 3.2: at least one second
+MAX_FAILURES = 4096
+CLIENT_SHARE = 4  # one client may hold a fourth of the questions that wait for an upstream
+
+_STALE = {
+    Rcode.NOERROR: extended_error(ExtendedError.STALE_ANSWER, "upstream gives no answer"),
+    Rcode.NXDOMAIN: extended_error(ExtendedError.STALE_NXDOMAIN, "upstream gives no answer"),
+}
+
+
+class Heard:
+    """What upstream said, as the reply to the question that was asked, of any length."""
+
+    __slots__ = ("entry", "outcome", "targets", "wire")
+
+    def __init__(self, wire: bytes, targets: tuple[bytes, ...], outcome: Outcome, entry: Entry | None = None) -> None:
+        """Note the reply, the names that its aliases lead to, and where it is from; `entry` if it can be used again."""
+        self.wire = wire
+        self.targets = targets
+        self.outcome = outcome
+        self.entry = entry
+
+
+Done: TypeAlias = Callable[[Heard | Failure], None]
+
+
+class Foreign:
+    """All that is known and asked of upstream."""
+
+    def __init__(self, config: CacheConfig, metrics: DnsMetrics, *, max_in_flight: int) -> None:
+        """Prepare; `attach` comes before the first question."""
+        self.cache = Cache(config)
+        self._metrics = metrics
+        self._most = max(max_in_flight // CLIENT_SHARE, 1)
+        self._failed: Recent[tuple[float, bytes | Failure]] = Recent(MAX_FAILURES)
+        self._waiting: dict[Host, int] = {}
+        self._prefetching: set[bytes] = set()
+        self._read: tuple[bytes, Message] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._forwarder: Forwarder
+        metrics.cache_entries = lambda: len(self.cache)
+        metrics.cache_bytes = lambda: self.cache.size
+        metrics.cache_evicted = lambda: self.cache.evicted
+
+    def attach(self, loop: asyncio.AbstractEventLoop, forwarder: Forwarder) -> None:
+        """Take the loop to run on and the way to upstream."""
+        self._loop = loop
+        self._forwarder = forwarder
+
+    def ask(
+        self,
+        query: Query,
+        message: bytes,
+        host: Host,
+        done: Done,
+        *,
+        tcp: bool,
+        qtype: int | None = None,
+        max_age_s: float | None = None,
+    ) -> None:
+        """Ask for `query`, whose `message` is without an id, or for the same about another type.
+
+        `max_age_s`: what was said longer ago does not count, however long it holds.
+        """
+        key = key_of(query, qtype)
+        if qtype is not None:
+            query, message = retyped(query, qtype), with_qtype(message, query, qtype)
+        if key is not None:
+            now = self._loop.time()
+            known = self._recall(query, key, now, max_age_s)
+            if known is not None:
+                entry = known.entry if isinstance(known, Heard) else None
+                if entry is not None and now >= entry.fresh_until and entry.uses >= MIN_PREFETCH_USES:
+                    self._prefetch(query, message, key)
+                done(known)
+                return
+        waiting = self._waiting.get(host, 0)
+        if waiting >= self._most:
+            self._give_up(query, key, done, Failure.OVERLOADED)
+            return
+        self._waiting[host] = waiting + 1
+        self._forwarder.ask(message, query, partial(self._heard, query, key, host, done), tcp=tcp)
+
+    def _recall(self, query: Query, key: bytes, now: float, max_age_s: float | None) -> Heard | Failure | None:
+        entry = self.cache.get(key)
+        if entry is not None:
+            if now < entry.expires and (max_age_s is None or now - entry.stored < max_age_s):
+                entry.uses += 1
+                ident = query.id.to_bytes(2, "big")
+                wire = entry.reply(ident, query.question, edns=query.edns is not None, now=now)
+                return Heard(wire, entry.targets, Outcome.CACHED, entry)
+            if entry.expires <= now < entry.retry_at and self.cache.may_be_stale(entry, now):
+                return self._stale(query, entry)
+        failed = self._failed.get(key)
+        if failed is not None and now < failed[0]:
+            return failed[1] if isinstance(failed[1], Failure) else self._understood(query, None, failed[1], now)
+        return None
+
+    def _prefetch(self, query: Query, message: bytes, key: bytes) -> None:
+        if key in self._prefetching:
+            return
+        self._prefetching.add(key)
+        self._metrics.prefetched += 1
+        self._forwarder.ask(message, query, partial(self._prefetched, query, key), tcp=False)
+
+    def _prefetched(self, query: Query, key: bytes, result: bytes | Failure) -> None:
+        self._prefetching.discard(key)
+        if isinstance(result, bytes):
+            self._understood(query, key, result, self._loop.time())
+
+    def _heard(self, query: Query, key: bytes | None, host: Host, done: Done, result: bytes | Failure) -> None:
+        waiting = self._waiting.pop(host, 1) - 1
+        if waiting:
+            self._waiting[host] = waiting
+        if isinstance(result, Failure):
+            self._give_up(query, key, done, result)
+            return
+        if result[3] & 0xF == Rcode.SERVFAIL and key is not None:
+            stale = self._last_good(query, key)
+            if stale is not None:
+                done(stale)
+                return
+            self._failed[key] = (self._loop.time() + FAILURE_TTL_S, result)
+        done(self._understood(query, key, result, self._loop.time()))
+
+    def _understood(self, query: Query, key: bytes | None, result: bytes, now: float) -> Heard | Failure:
+        try:
+            # All who waited for one answer get the same object: it is read once.
+            if self._read is None or self._read[0] is not result:
+                self._read = (result, Message(result))
+            message = self._read[1]
+            entry = self.cache.put(query, key, message, now) if key is not None else None
+            return Heard(message.as_reply(query), message.targets, Outcome.FORWARDED, entry)
+        except Malformed:
+            if int.from_bytes(result[2:4], "big") & TC:  # it was cut somewhere, and what is left does not matter
+                return Heard(truncate(query.id.to_bytes(2, "big") + result[2:], query), (), Outcome.FORWARDED)
+            return Failure.MALFORMED
+
+    def _give_up(self, query: Query, key: bytes | None, done: Done, failure: Failure) -> None:
+        if key is not None:
+            stale = self._last_good(query, key)
+            if stale is not None:
+                done(stale)
+                return
+            if failure is not Failure.OVERLOADED and failure is not Failure.CLOSED:
+                self._failed[key] = (self._loop.time() + FAILURE_TTL_S, failure)
+        done(failure)
+
+    def _last_good(self, query: Query, key: bytes) -> Heard | None:
+        """The last good answer if it may be given past its end."""
+        entry = self.cache.get(key)
+        now = self._loop.time()
+        if entry is None or not self.cache.may_be_stale(entry, now):
+            return None
+        entry.retry_at = now + RETRY_STALE_S
+        return self._stale(query, entry)
+
+    @staticmethod
+    def _stale(query: Query, entry: Entry) -> Heard:
+        edns = query.edns
+        wire = entry.stale_reply(
+            query.id.to_bytes(2, "big"),
+            query.question,
+            edns=edns is not None,
+            do=edns is not None and edns.do,
+            options=_STALE[Rcode(entry.rcode)],
+        )
+        return Heard(wire, entry.targets, Outcome.STALE)

@@ -1,0 +1,313 @@
+"""Upstream's replies as messages: where their records are, which of them lead to another name, and how to write them anew.
+
+One walk over the records finds all that is needed; names are followed through compression only where a name must be known.
+Pointers are followed backwards only and names end at 255 bytes, so that no message makes this loop or grow.
+
+Sans-IO. The one error is Malformed.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from dnsgw.wire import (
+    AA,
+    AD,
+    CLASS_IN,
+    HEADER,
+    HEADER_SIZE,
+    MAX_LABEL,
+    MAX_WIRE_NAME,
+    Qtype,
+    Query,
+    opt_record,
+    option,
+    record,
+)
+
+MAX_CHAIN = 16  # aliases from one name to another that are followed; unbound takes 11, BIND 16
+
+_FIXED = struct.Struct("!HHIH")  # type, class, TTL, RDLENGTH
+_OPTION = struct.Struct("!HH")
+_EXTENDED_ERROR = 15
+_SERVFAIL = 2
+
+_CNAME = 5
+_ONE_NAME = frozenset({2, 3, 4, _CNAME, 7, 8, 9, 12})  # types whose data is a name that may be compressed (RFC 1035)
+_TTL_SIGN = 0x80000000
+_POINTER = 0xC0
+
+
+class Malformed(ValueError):
+    """What came is not a well-formed message."""
+
+
+class Section:
+    """Where in a message a record stands. Plain numbers: an enumeration costs more than the rest of the walk."""
+
+    ANSWER: Final = 0
+    AUTHORITY: Final = 1
+    ADDITIONAL: Final = 2
+
+
+class Place(NamedTuple):
+    """Where one record is in its message."""
+
+    section: int
+    owner: int
+    rtype: int
+    rclass: int
+    fixed: int
+    """Where its type begins, behind the owner; the TTL is 4 bytes further."""
+
+    ttl_s: int
+    start: int
+    """Where its data begins and ends."""
+
+    stop: int
+
+
+class Message:
+    """A reply, read once. Raises Malformed."""
+
+    __slots__ = (
+        "answers",
+        "authorities",
+        "body",
+        "data",
+        "flags",
+        "opt",
+        "places",
+        "question",
+        "records_stop",
+        "targets",
+    )
+
+    def __init__(self, data: bytes) -> None:
+        """Find every record. A reply cut short (TC) must still hold the records that it counts."""
+        self.data = data
+        aliased = False
+        try:
+            _, self.flags, questions, self.answers, self.authorities, extras = HEADER.unpack_from(data)
+            position = HEADER_SIZE
+            if questions:
+                position = _skip_name(data, position) + 4
+            self.body = position
+            """Where the records begin."""
+            self.places: list[Place] = []
+            self.opt: Place | None = None
+            self.records_stop = position
+            """Where the answer and authority sections end."""
+            size = len(data)
+            section = 0
+            for count in (self.answers, self.authorities, extras):
+                for _ in range(count):
+                    owner = position
+                    # Most owners are a pointer to the name asked for.
+                    fixed = position + 2 if data[position] >= _POINTER else _skip_name(data, position)
+                    rtype, rclass, ttl_s, length = _FIXED.unpack_from(data, fixed)
+                    start = fixed + 10
+                    position = start + length
+                    if position > size:
+                        raise Malformed("a record goes on behind the end")
+                    if rtype == 41 and section == 2 and self.opt is None:  # Qtype.OPT, Section.ADDITIONAL
+                        self.opt = Place(section, owner, rtype, rclass, fixed, ttl_s, start, position)
+                        continue
+                    if ttl_s & _TTL_SIGN:
+                        ttl_s = 0  # RFC 2181 section 8
+                    self.places.append(Place(section, owner, rtype, rclass, fixed, ttl_s, start, position))
+                    if rtype == _CNAME:
+                        aliased = True
+                if section == 1:
+                    self.records_stop = position
+                section += 1
+        except (IndexError, struct.error) as error:
+            raise Malformed("a record is cut short") from error
+        self.question = data[HEADER_SIZE : self.body]
+        self.targets = self._targets() if aliased else ()
+        """The names that aliases lead to from the name asked for, in order, lower-cased."""
+
+    @property
+    def rcode(self) -> int:
+        """The whole response code, with its upper bits from OPT."""
+        upper = self.opt.ttl_s >> 24 if self.opt else 0
+        return upper << 4 | int(self.flags & 0xF)
+
+    @property
+    def extended_errors(self) -> bytes:
+        """The extended errors of its OPT, as options that can go into another one. Raises Malformed."""
+        if self.opt is None or self.opt.start == self.opt.stop:
+            return b""
+        kept = []
+        position = self.opt.start
+        try:
+            while position < self.opt.stop:
+                code, size = _OPTION.unpack_from(self.data, position)
+                position += _OPTION.size + size
+                if code == _EXTENDED_ERROR and position <= self.opt.stop:
+                    kept.append(option(code, self.data[position - size : position]))
+        except struct.error as error:
+            raise Malformed("an option is cut short") from error
+        return b"".join(kept)
+
+    def _targets(self) -> tuple[bytes, ...]:
+        aliases = {
+            name_at(self.data, place.owner).lower(): name_at(self.data, place.start, place.stop).lower()
+            for place in self.places
+            if place.rtype == _CNAME and place.section == Section.ANSWER and place.rclass == CLASS_IN
+        }
+        found: list[bytes] = []
+        name = self.question[:-4].lower()
+        while name in aliases and len(found) < MAX_CHAIN:
+            name = aliases.pop(name)
+            found.append(name)
+        return tuple(found)
+
+    def as_reply(self, query: Query, options: bytes = b"") -> bytes:
+        """Write it as the reply to this question: the client's id and spelling, and an OPT that is ours if it has one.
+
+        What OPT says is for one hop (RFC 6891 section 6.1.1); only extended errors are handed on. AD is for those who
+        ask for it (RFC 6840 section 5.8). Raises Malformed.
+        """
+        flags = self.flags
+        wants_ad = query.flags & AD or (query.edns is not None and query.edns.do)
+        if not wants_ad:
+            flags &= ~AD
+        rcode = self.rcode
+        if rcode > 0xF and query.edns is None:
+            flags = flags & ~0xF | _SERVFAIL
+        stop = len(self.data)
+        extras = len(self.places) - self.answers - self.authorities
+        if self.opt is not None:
+            if self.opt.stop == stop:
+                stop = self.opt.owner
+            else:
+                stop, extras = self.records_stop, 0  # what comes behind OPT may point before it: leave all of it out
+        head = HEADER.pack(query.id, flags, 1, self.answers, self.authorities, extras + (query.edns is not None))
+        whole = head + query.question + self.data[self.body : stop]
+        if query.edns is not None:
+            whole += opt_record(do=query.edns.do, rcode=rcode, options=self.extended_errors + options)
+        return whole
+
+    def has_data(self, qtype: int) -> bool:
+        """Tell whether the answer section has a record of this type, or any but aliases for ANY."""
+        return any(
+            place.section == Section.ANSWER and (place.rtype == qtype or (qtype == Qtype.ANY and place.rtype != _CNAME))
+            for place in self.places
+        )
+
+    def aliases(self, count: int) -> Iterator[bytes]:
+        """The first `count` aliases of the chain as records that can stand anywhere. Raises Malformed."""
+        wanted = {self.question[:-4].lower(), *self.targets[: count - 1]}
+        chain = [self.question[:-4].lower(), *self.targets]
+        found = {}
+        for place in self.places:
+            if place.rtype == _CNAME and place.section == Section.ANSWER:
+                owner = name_at(self.data, place.owner).lower()
+                if owner in wanted:
+                    found[owner] = self.standalone(place)
+        for name in chain[:count]:
+            if name in found:
+                yield found[name]
+
+    def standalone(self, place: Place) -> bytes:
+        """One record without compression. Raises Malformed."""
+        data = self.data
+        owner = name_at(data, place.owner)
+        match place.rtype:
+            case rtype if rtype in _ONE_NAME:
+                rdata = name_at(data, place.start, place.stop)
+            case Qtype.SOA:
+                first = name_at(data, place.start, place.stop)
+                second_at = _skip_name(data, place.start)
+                second = name_at(data, second_at, place.stop)
+                rdata = first + second + data[_skip_name(data, second_at) : place.stop]
+            case 15:  # MX
+                rdata = data[place.start : place.start + 2] + name_at(data, place.start + 2, place.stop)
+            case _:
+                rdata = data[place.start : place.stop]  # RFC 3597 section 4: not compressed in newer types
+        return record(owner, place.rtype, place.ttl_s, rdata)
+
+
+def joined(query: Query, chain: Message, count: int, end: Message) -> bytes:
+    """Write the reply to `query` whose first `count` aliases are of `chain` and whose rest answers the name they lead to.
+
+    The response code is that of the last name (RFC 6604 section 3). What we put together is neither authoritative nor
+    validated. Raises Malformed.
+    """
+    records = list(chain.aliases(count))
+    answers = [end.standalone(place) for place in end.places if place.section == Section.ANSWER]
+    authorities = [end.standalone(place) for place in end.places if place.section == Section.AUTHORITY]
+    edns = query.edns is not None
+    head = HEADER.pack(query.id, end.flags & ~(AA | AD), 1, len(records) + len(answers), len(authorities), edns)
+    opt = opt_record(do=query.edns.do, rcode=end.rcode, options=end.extended_errors) if query.edns else b""
+    return b"".join((head, query.question, *records, *answers, *authorities, opt))
+
+
+def retargeted(query: Query, name: bytes) -> Query:
+    """The same question about another name in wire form. Raises Malformed."""
+    labels = []
+    position = 0
+    while length := name[position]:
+        labels.append(position)
+        position += length + 1
+    question = name + query.question[-4:]
+    return Query(
+        id=query.id,
+        flags=query.flags,
+        question=question,
+        name=name.lower(),
+        labels=tuple(labels),
+        qtype=query.qtype,
+        edns=query.edns,
+    )
+
+
+def name_at(data: bytes, position: int, stop: int | None = None) -> bytes:
+    """The name that begins here, without compression; if `stop` is given, it must end there at the latest.
+
+    Raises Malformed.
+    """
+    parts = []
+    size = 1
+    limit = len(data) if stop is None else stop
+    try:
+        while length := data[position]:
+            if length >= 0xC0:
+                target = (length & 0x3F) << 8 | data[position + 1]
+                if position + 2 > limit or target >= position or target < HEADER_SIZE:
+                    raise Malformed("a pointer leads nowhere")
+                position, limit = target, position
+                continue
+            end = position + 1 + length
+            size += length + 1
+            if length > MAX_LABEL or size > MAX_WIRE_NAME or end >= limit:
+                raise Malformed("a name is too long")
+            parts.append(data[position:end])
+            position = end
+    except IndexError as error:
+        raise Malformed("a name is cut short") from error
+    return b"".join(parts) + b"\0"
+
+
+def _skip_name(data: bytes, position: int) -> int:
+    begin = position
+    while length := data[position]:
+        if length >= 0xC0:
+            return position + 2
+        position += length + 1
+        if length > MAX_LABEL or position - begin >= MAX_WIRE_NAME:
+            raise Malformed("a label is of no known type")
+    return position + 1
+
+
+def with_option(reply: bytes, extra: bytes) -> bytes:
+    """Add an encoded option to the OPT of a reply of ours, whose last record it is."""
+    # Found from the front: a reply of ours is short, and its OPT is where the records end.
+    message = Message(reply)
+    opt = message.opt
+    if opt is None or opt.stop != len(reply):
+        return reply
+    size = opt.stop - opt.start + len(extra)
+    at = opt.start - 2
+    return reply[:at] + size.to_bytes(2, "big") + reply[opt.start :] + extra

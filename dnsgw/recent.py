@@ -1,0 +1,34 @@
+"""A bounded memory of what was used last. Sans-IO."""
+
+from typing import Generic, TypeVar
+
+KeptT = TypeVar("KeptT")
+
+
+class Recent(Generic[KeptT]):
+    """A bounded dict that forgets what was not used for long: two generations, the older dropped when one is full."""
+
+    __slots__ = ("_limit", "_old", "young")
+
+    def __init__(self, limit: int) -> None:
+        """Keep at least the last `limit` entries used and at most twice as many."""
+        self._limit = limit
+        self._old: dict[bytes, KeptT] = {}
+        self.young: dict[bytes, KeptT] = {}
+
+    def get(self, key: bytes) -> KeptT | None:
+        """Look up, and remember the use."""
+        kept = self.young.get(key)
+        if kept is None:
+            kept = self._old.get(key)
+            if kept is not None:
+                self[key] = kept
+        return kept
+
+    def __setitem__(self, key: bytes, kept: KeptT) -> None:
+        if len(self.young) >= self._limit:
+            self._old, self.young = self.young, {}
+        self.young[key] = kept
+
+    def __len__(self) -> int:
+        return len(self.young) + len(self._old)

@@ -1,0 +1,201 @@
+"""What upstream said, kept and asked anew; and chains of aliases from upstream that lead to us."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import dns.message
+import dns.rcode
+import pytest
+
+from dnsgw import Outcome
+from dnsgw.cache import CacheConfig
+from dnsgw.wire import Qtype
+from tests.dnsgw.authority import Asked, Authority, serving
+from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay, service
+from tests.dnsgw.packets import opt, query
+from tests.dnsgw.servers import Client, address, connected, running
+
+pytestmark = pytest.mark.anyio
+
+ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
+VIEW = mesh(relay("10.0.0.9"))
+WWW = "www.example.test"
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Authority]:
+    async with serving({(WWW, "A"): ["192.0.2.1"], (WWW, "AAAA"): ["2001:db8::1"]}) as authority:
+        yield authority
+
+
+def read(reply: bytes) -> dns.message.Message:
+    return dns.message.from_wire(reply)
+
+
+def answers(reply: bytes) -> list[str]:
+    return [str(rrset) for rrset in read(reply).answer]
+
+
+def with_ttl(ttl: int) -> Callable[[Asked], list[bytes]]:
+    return lambda asked: [asked.answer.replace((300).to_bytes(4, "big"), ttl.to_bytes(4, "big"))]
+
+
+def errors(reply: bytes) -> list[int]:
+    return [int(option.code) for option in read(reply).options if option.otype == 15]
+
+
+async def test_upstream_is_asked_once(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server, connected(server) as connection:
+        with Client(address(server)) as client:
+            for packet in (query(WWW), query(WWW.upper()), query(WWW, edns=opt()), query(WWW)):
+                (answer,) = answers(await client.ask(packet))
+                assert answer.lower().endswith(" in a 192.0.2.1")
+            assert len(answers(await connection.ask(query(WWW)))) == 1
+        assert len(upstream.asked) == 1
+        counts = server.metrics.queries
+        assert (counts[Outcome.FORWARDED], counts[Outcome.CACHED]) == (1, 4)
+        assert server.metrics.cache_entries() == 1
+
+
+async def test_a_name_that_becomes_ours_is_ours_at_once(upstream: Authority) -> None:
+    name = "new.shop.svc.cluster.local"
+    upstream.records[name, "A"] = ["192.0.2.7"]
+    async with running(VIEW, upstream.port, imports=imports()) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                assert answers(await client.ask(query(name)))[0].endswith("192.0.2.7")
+            server.apply(VIEW.apply([service("b", name, 443)]))
+            assert answers(await client.ask(query(name)))[0].endswith("10.0.0.9")
+            server.apply(VIEW)
+            assert answers(await client.ask(query(name)))[0].endswith("192.0.2.7")
+
+
+async def test_the_last_good_answer_when_upstream_gives_none(upstream: Authority) -> None:
+    """RFC 8767: after the end of its life, with a short TTL, and upstream is not asked again for a while."""
+    upstream.script = with_ttl(1)
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            assert answers(await client.ask(query(WWW))) == [f"{WWW}. 1 IN A 192.0.2.1"]
+            upstream.script = lambda asked: [asked.answer[:3] + b"\x82" + asked.answer[4:]]
+            async with asyncio.timeout(10):
+                while not errors(reply := await client.ask(query(WWW, edns=opt()))):
+                    assert answers(reply)
+            assert answers(reply) == [f"{WWW}. 30 IN A 192.0.2.1"]
+            assert errors(reply) == [3]
+            count = len(upstream.asked)
+            assert answers(await client.ask(query(WWW))) == [f"{WWW}. 30 IN A 192.0.2.1"]
+            assert len(upstream.asked) == count
+        assert server.metrics.queries[Outcome.STALE] == 2
+
+
+async def test_no_answer_past_its_end_if_told_so(upstream: Authority) -> None:
+    upstream.script = with_ttl(1)
+    async with running(VIEW, upstream.port, cache=CacheConfig(stale_for_s=0)) as server:
+        with Client(address(server)) as client:
+            assert answers(await client.ask(query(WWW)))
+            upstream.script = lambda asked: [asked.answer[:3] + b"\x82" + asked.answer[4:]]
+            async with asyncio.timeout(10):
+                while read(reply := await client.ask(query(WWW))).rcode() != dns.rcode.SERVFAIL:
+                    assert answers(reply)
+
+
+async def test_a_failure_is_not_asked_for_again_at_once(upstream: Authority) -> None:
+    """RFC 9520."""
+    upstream.script = lambda asked: [asked.answer[:3] + b"\x82" + asked.answer[4:]]
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                assert read(await client.ask(query(WWW))).rcode() == dns.rcode.SERVFAIL
+        assert len(upstream.asked) == 1
+
+
+async def test_what_is_in_use_is_asked_for_before_it_ends(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnsgw.cache.PREFETCH_SHARE", 1.0)  # all of its life
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for _ in range(4):
+                assert answers(await client.ask(query(WWW)))
+            await upstream.heard(2)
+        assert server.metrics.prefetched >= 1
+
+
+async def test_without_room_everything_is_asked_for(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port, cache=CacheConfig(max_bytes=0)) as server:
+        with Client(address(server)) as client:
+            for count in range(1, 4):
+                assert answers(await client.ask(query(WWW)))
+                assert len(upstream.asked) == count
+
+
+@pytest.mark.parametrize("cut", [10, 1])
+async def test_an_answer_that_is_malformed_is_a_failure(upstream: Authority, cut: int) -> None:
+    upstream.script = lambda asked: [asked.answer[:-cut]]
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            reply = await client.ask(query(WWW, edns=opt()))
+            assert read(reply).rcode() == dns.rcode.SERVFAIL
+            assert errors(reply) == [23]
+
+
+async def test_a_truncated_answer_may_end_anywhere(upstream: Authority) -> None:
+    upstream.script = lambda asked: [asked.answer[:2] + b"\x83" + asked.answer[3:-10]]
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            assert read(await client.ask(query(WWW))).flags & 0x0200
+
+
+# Aliases.
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["upstream lacks the name", "upstream has another address for it"])
+@pytest.mark.parametrize("tcp", [False, True], ids=["UDP", "TCP"])
+async def test_a_chain_that_leads_to_us_ends_at_the_relay(upstream: Authority, there: bool, tcp: bool) -> None:
+    upstream.records["shop.example.test", "CNAME"] = ["front.example.test"]
+    upstream.records["front.example.test", "CNAME"] = [ADDRESS]
+    if there:
+        upstream.records[ADDRESS, "A"] = ["10.1.0.5"]
+    expected = ["shop.example.test. 300 IN CNAME front.example.test.", f"front.example.test. 300 IN CNAME {ADDRESS}."]
+    async with running(VIEW, upstream.port) as server, connected(server) as connection:
+        with Client(address(server)) as client:
+            asker = connection if tcp else client
+            for _ in range(2):
+                reply = await asker.ask(query("shop.example.test", edns=opt()))
+                assert answers(reply) == [*expected, f"{ADDRESS}. 5 IN A 10.0.0.9"]
+                assert read(reply).rcode() == dns.rcode.NOERROR
+                for qtype in (Qtype.AAAA, Qtype.HTTPS):
+                    nodata = await asker.ask(query("shop.example.test", qtype))
+                    assert (answers(nodata), len(read(nodata).authority)) == (expected, 1)
+                    assert read(nodata).rcode() == dns.rcode.NOERROR
+
+
+async def test_a_chain_to_a_name_under_the_domain_that_is_not_there(upstream: Authority) -> None:
+    upstream.records["shop.example.test", "CNAME"] = [f"p1-10-1-0-5.nope.{DOMAIN}"]
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            reply = await client.ask(query("shop.example.test", edns=opt()))
+            assert read(reply).rcode() == dns.rcode.NXDOMAIN  # RFC 6604: it is that of the last name
+            assert len(answers(reply)) == 1
+            assert errors(reply) == [0]
+
+
+async def test_a_chain_to_an_import_asks_upstream_first_where_that_is_so(upstream: Authority) -> None:
+    upstream.records["shop.example.test", "CNAME"] = [ORDERS]
+    async with running(VIEW, upstream.port, imports=imports("local"), ttl_s=0) as server:
+        with Client(address(server)) as client:
+            assert answers(await client.ask(query("shop.example.test")))[1].endswith("IN A 10.0.0.9")
+            upstream.records[ORDERS, "A"] = ["192.0.2.7"]
+            # Upstream's answer for the chain is kept, and with it the end that it had.
+            assert answers(await client.ask(query("shop.example.test")))[1].endswith("IN A 192.0.2.7")
+            assert answers(await client.ask(query(ORDERS)))[0].endswith("IN A 192.0.2.7")
+
+
+async def test_a_chain_that_leads_elsewhere_is_left_alone(upstream: Authority) -> None:
+    upstream.records["shop.example.test", "CNAME"] = [WWW]
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                assert answers(await client.ask(query("shop.example.test"))) == [
+                    f"shop.example.test. 300 IN CNAME {WWW}.",
+                    f"{WWW}. 300 IN A 192.0.2.1",
+                ]
+        assert len(upstream.asked) == 1

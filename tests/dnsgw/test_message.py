@@ -1,0 +1,168 @@
+"""Upstream's replies, read once: where records are, which names aliases lead to, and what they are as replies of ours."""
+
+import dns.flags
+import dns.message
+import dns.rcode
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dnsgw.message import Malformed, Message, joined, name_at, retargeted, with_option
+from dnsgw.wire import ExtendedError, extended_error, scan
+from tests.dnsgw.packets import AD, RD, header, name, opt, option, query, question
+
+CHAIN = """id 1
+flags QR RD RA AA AD
+edns 0
+;QUESTION
+www.example.test. IN A
+;ANSWER
+www.example.test. 300 IN CNAME a.example.test.
+a.example.test. 200 IN CNAME b.svc.mesh.internal.
+b.svc.mesh.internal. 100 IN A 10.1.0.5
+;AUTHORITY
+example.test. 60 IN NS ns.example.test.
+;ADDITIONAL
+ns.example.test. 60 IN A 192.0.2.53
+"""
+ASKED = scan(query("WWW.example.test", edns=opt(do=True)))
+
+
+def wire(text: str = CHAIN) -> bytes:
+    return dns.message.from_text(text).to_wire()
+
+
+def test_aliases_are_followed_in_any_order_of_the_records() -> None:
+    lines = CHAIN.splitlines()
+    turned = [*lines[:6], lines[8], lines[7], lines[6], *lines[9:]]
+    for text in (CHAIN, "\n".join(turned)):
+        assert Message(wire(text)).targets == (name("a.example.test"), name("b.svc.mesh.internal"))
+
+
+def test_a_ring_of_aliases_ends() -> None:
+    text = "id 1\nflags QR\n;QUESTION\na.test. IN A\n;ANSWER\na.test. 1 IN CNAME b.test.\nb.test. 1 IN CNAME a.test.\n"
+    assert Message(wire(text)).targets == (name("b.test"), name("a.test"))
+
+
+def test_a_reply_is_the_clients_and_opt_is_ours() -> None:
+    reply = Message(wire()).as_reply(ASKED, extended_error(ExtendedError.OTHER, "x"))
+    message = dns.message.from_wire(reply)
+    assert reply[12:30] == ASKED.question[:18]
+    assert [len(section) for section in (message.answer, message.authority, message.additional)] == [3, 1, 1]
+    assert message.flags & dns.flags.AD
+    assert message.ednsflags & dns.flags.DO
+    plain = dns.message.from_wire(Message(wire()).as_reply(scan(query("www.example.test"))))
+    assert plain.edns == -1
+    assert not plain.flags & dns.flags.AD
+    assert (
+        dns.message.from_wire(Message(wire()).as_reply(scan(query("www.example.test", flags=RD | AD)))).flags
+        & dns.flags.AD
+    )
+
+
+def test_upstreams_extended_errors_are_handed_on_and_its_other_options_are_not() -> None:
+    packet = header(1, 0x8182, (1, 0, 0, 1)) + question("www.example.test")
+    packet += opt(options=option(10, b"12345678") + option(15, b"\0\x16why") + option(12, b"\0"))
+    reply = dns.message.from_wire(Message(packet).as_reply(ASKED))
+    assert [option.otype for option in reply.options] == [15]
+    assert reply.rcode() == dns.rcode.SERVFAIL
+
+
+def test_an_opt_among_other_records_takes_the_additional_section_with_it() -> None:
+    record = name("x.test") + bytes.fromhex("0001 0001 00000001 0004 c0000201")
+    packet = header(1, 0x8180, (1, 0, 0, 2)) + question("www.example.test") + opt() + record
+    reply = dns.message.from_wire(Message(packet).as_reply(ASKED))
+    assert reply.additional == []
+    assert reply.edns == 0
+
+
+def test_a_code_that_only_opt_can_tell_is_a_failure_without_it() -> None:
+    packet = header(1, 0x8187, (1, 0, 0, 1)) + question("www.example.test")
+    packet += b"\0" + bytes.fromhex("0029 04d0 01000000 0000")
+    assert dns.message.from_wire(Message(packet).as_reply(ASKED)).rcode() == 23
+    assert dns.message.from_wire(Message(packet).as_reply(scan(query("www.example.test")))).rcode() == 2
+
+
+def test_a_chain_is_joined_to_another_answer() -> None:
+    end = """id 9
+flags QR AA RD RA
+edns 0
+;QUESTION
+b.svc.mesh.internal. IN A
+;ANSWER
+b.svc.mesh.internal. 5 IN A 10.0.0.9
+;AUTHORITY
+mesh.internal. 5 IN SOA svc.mesh.internal. nobody.invalid. 1 2 3 4 5
+"""
+    whole = dns.message.from_wire(joined(ASKED, Message(wire()), 2, Message(wire(end))))
+    assert [str(rrset).lower() for rrset in whole.answer] == [
+        "www.example.test. 300 in cname a.example.test.",
+        "a.example.test. 200 in cname b.svc.mesh.internal.",
+        "b.svc.mesh.internal. 5 in a 10.0.0.9",
+    ]
+    assert str(whole.authority[0]) == "mesh.internal. 5 IN SOA svc.mesh.internal. nobody.invalid. 1 2 3 4 5"
+    assert whole.id == ASKED.id
+    assert not whole.flags & (dns.flags.AA | dns.flags.AD)
+    cut = dns.message.from_wire(joined(ASKED, Message(wire()), 1, Message(wire(end))))
+    assert len(cut.answer) == 2
+
+
+@pytest.mark.parametrize(
+    "rtype", ["NS ns.x.test.", "MX 5 mx.x.test.", "PTR p.x.test.", 'TXT "x"', "SRV 0 0 1 s.x.test."]
+)
+def test_records_stand_alone_without_compression(rtype: str) -> None:
+    kind = rtype.split()[0]
+    text = f"id 1\nflags QR\n;QUESTION\nx.test. IN {kind}\n;ANSWER\nx.test. 9 IN {rtype}\n"
+    query_of = scan(query("y.test"))
+    whole = dns.message.from_wire(joined(query_of, Message(wire(text)), 0, Message(wire(text))))
+    assert str(whole.answer[0]) == f"x.test. 9 IN {rtype}"
+
+
+def test_a_question_about_another_name() -> None:
+    other = retargeted(ASKED, name("b.svc.mesh.internal"))
+    assert other.question == question("b.svc.mesh.internal")
+    assert other.labels == (0, 2, 6, 11)
+    assert other.edns is ASKED.edns
+
+
+def test_an_option_is_added_to_a_reply() -> None:
+    reply = Message(wire()).as_reply(ASKED, option(65001, b"a"))
+    more = dns.message.from_wire(with_option(reply, option(65002, b"bc")))
+    assert [option.otype for option in more.options] == [65001, 65002]
+    bare = Message(wire()).as_reply(scan(query("www.example.test")))
+    assert with_option(bare, option(65002, b"bc")) == bare
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xc0\x0c",
+        b"\1a\xc0\xff",
+        b"\x40a\0",
+        b"\1",
+        b"\1a",
+        b"\xc0",
+        b"".join(b"\x3f" + b"a" * 63 for _ in range(4)) + b"\0",
+    ],
+    ids=["itself", "forwards", "type 01", "cut", "no end", "half a pointer", "too long"],
+)
+def test_bad_names(data: bytes) -> None:
+    with pytest.raises(Malformed):
+        name_at(b"\0" * 12 + data, 12)
+
+
+def test_a_name_must_end_where_its_record_does() -> None:
+    with pytest.raises(Malformed):
+        name_at(b"\0" * 12 + b"\1a\1b\0", 12, 15)
+
+
+@given(st.integers(0, len(wire())), st.binary(max_size=12), st.integers(0, 12))
+def test_a_spoilt_reply_is_read_or_malformed(at: int, spoilt: bytes, skip: int) -> None:
+    data = wire()
+    data = data[:at] + spoilt + data[at + skip :]
+    try:
+        message = Message(data)
+        message.as_reply(ASKED)
+        joined(ASKED, message, len(message.targets), message)
+    except Malformed:
+        pass
