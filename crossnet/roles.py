@@ -141,6 +141,10 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
     return DiscoveryServerConfig(
         listen=endpoints(section.listen),
         store=section.store,
+        etcd_prefix=section.etcd.prefix,
+        etcd_ca=section.etcd.ca,
+        etcd_cert=section.etcd.cert,
+        etcd_key=section.etcd.key,
         tls_cert=section.tls.cert if section.tls else None,
         tls_key=section.tls.key if section.tls else None,
         tokens_file=section.tokens.file if section.tokens else None,

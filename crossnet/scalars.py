@@ -26,6 +26,7 @@ from discovery.addresses import (
 from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
 from discovery.shape import shown
 from discovery.spec import is_record_id
+from discovery.store.etcdapi import parse_endpoints
 from sniproxy.stream.policy import BadRule, Rule
 
 MAX_SECRET_BYTES = 64 * 1024
@@ -301,6 +302,11 @@ def _rule_item(key: str) -> Callable[[Plain, Path], object]:
 def _store(value: Plain, folder: Path) -> object:
     if value == "memory":
         return value
+    if isinstance(value, str) and value.startswith("etcd:"):
+        try:
+            return "etcd:" + ",".join(parse_endpoints(value.removeprefix("etcd:")))
+        except ValueError:
+            raise Mismatch from None
     if not isinstance(value, str) or not value.startswith("sqlite:") or value == "sqlite:":
         raise Mismatch
     return f"sqlite:{_path(value.removeprefix('sqlite:'), folder)}"
@@ -352,8 +358,9 @@ LogLevel: TypeAlias = Annotated[
     Literal["debug", "info", "warning", "error"], _word("debug", "info", "warning", "error")
 ]
 Accepted: TypeAlias = Annotated[Literal["framed"], _word("framed")]
-Store: TypeAlias = Annotated[str, Leaf("memory, or sqlite:PATH", _store)]
+Store: TypeAlias = Annotated[str, Leaf("memory, sqlite:PATH or etcd:URL,URL", _store)]
 Text: TypeAlias = Annotated[str, Leaf("a line of text", _matching(r"[\x20-\x7e]{1,128}"))]
+KeyPrefix: TypeAlias = Annotated[str, Leaf("a key prefix such as /crossnet/", _matching(r"/[\x21-\x7e]{0,100}/"))]
 NewFile: TypeAlias = Annotated[Path, Leaf("a path", _path)]
 ExistingFile: TypeAlias = Annotated[Path, Leaf("a readable file", _existing)]
 DiscoverySource: TypeAlias = Annotated[

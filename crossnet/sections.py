@@ -26,6 +26,7 @@ from crossnet.scalars import (
     IpAddress,
     KeyFile,
     KeyId,
+    KeyPrefix,
     Listen,
     ListenAddress,
     LogFormat,
@@ -55,6 +56,7 @@ from discovery.names import BadName, is_under, normalise_domain
 from discovery.servers import parse_server_url
 from discovery.shape import Fault
 from discovery.static import load_mesh
+from discovery.store.etcdapi import DEFAULT_PREFIX
 from discovery.tokens import Tokens
 from discovery.yamlfile import BadFile
 from dnsgw import config as dns
@@ -328,11 +330,31 @@ class TokensSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdSection:
+    """How an etcd cluster is spoken to that is the store."""
+
+    prefix: KeyPrefix = DEFAULT_PREFIX
+    """What keys begin with; several meshes can share a cluster."""
+    ca: ExistingFile | None = None
+    """Verifies the members; the system's authorities by default."""
+    cert: ExistingFile | None = None
+    key: ExistingFile | None = None
+    """What we show to a cluster that wants certificates of its clients."""
+
+    @rule("cert", "key")
+    def _pair(self) -> Iterator[Fault]:
+        if (self.cert is None) != (self.key is None):
+            yield Fault(".cert" if self.cert is None else ".key", "cert and key, or neither", "one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiscoveryServerSection:
     """The discovery server, for all networks."""
 
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
     store: Store = "memory"
+    """`memory`, `sqlite:PATH`, or `etcd:` and the URLs of its members, the nearest first."""
+    etcd: EtcdSection = EtcdSection()
     tls: ServerTlsSection | None = None
     tokens: TokensSection | None = None
     turn_secrets: dict[NetworkId, SecretFile] = dataclasses.field(default_factory=dict)

@@ -91,3 +91,11 @@ def parse_if_match(request: web.Request) -> int | None:
     """Read the header If-Match, with quotes or without. Raises ApiError."""
     text = request.headers.get(hdrs.IF_MATCH)
     return parse_revision(text.strip().removeprefix('"').removesuffix('"')) if text else None
+
+
+def parse_if_none_match(request: web.Request) -> bool:
+    """Read the header If-None-Match, of which only `*` makes sense here. Raises ApiError."""
+    text = request.headers.get(hdrs.IF_NONE_MATCH)
+    if text not in (None, "*"):
+        raise ApiError(400, "bad_request", "expected If-None-Match: *")
+    return text is not None

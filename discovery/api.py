@@ -11,7 +11,8 @@
     DELETE /v1/leases/{id}                       ends it and withdraws its records
     POST   /v1/turn-credentials                  {"network":"d"} → {"username","password","ttl_s","urls"}
 
-Every answer has the store's epoch in the header Crossnet-Epoch. Errors are {"error": CODE, "detail": sentence}.
+Every answer has the store's epoch in the header Crossnet-Epoch; where the store has not been confirmed to be current for
+some time, Crossnet-Stale says for how many seconds. Errors are {"error": CODE, "detail": sentence}.
 """
 
 import asyncio
@@ -33,6 +34,7 @@ from discovery.answers import (
     json_answer,
     not_found,
     parse_if_match,
+    parse_if_none_match,
     parse_key,
     parse_kind,
     parse_revision,
@@ -44,13 +46,16 @@ from discovery.server_config import DiscoveryServerConfig, ServerRefused, make_s
 from discovery.shape import shown
 from discovery.store import Lease, PreconditionFailed, Store, StoreError, UnknownLease
 from discovery.tokens import OPEN, Principal, Tokens
-from discovery.watch import WatchHub, mark
+from discovery.watch import WatchHub, mark, mark_stale
 
 __all__ = ["EPOCH_HEADER", "DiscoveryServer", "DiscoveryServerConfig", "ServerRefused", "start_refusals"]
 
 log = logging.getLogger(__name__)
 
 EPOCH_HEADER = "Crossnet-Epoch"
+STALE_HEADER = "Crossnet-Stale"
+STALE_WATCH_S = 30.0  # at a server that is cut off: then the client is sent to look for a better one
+MAX_CONFLICTS = 5  # others that write the same record at once; the sixth is not by chance
 MAX_LEASE_S = 3600
 SWEEP_S = 0.5  # a lease's records are gone at most this, and a write, after its end
 HEARTBEAT_S = 10.0
@@ -108,7 +113,7 @@ class DiscoveryServer:
     ) -> None:
         """Take a store, or make the one that the configuration names."""
         self._config = config
-        self._store = store if store is not None else make_store(config.store)
+        self._store = store if store is not None else make_store(config)
         self._metrics = _Metrics(registry if registry is not None else CollectorRegistry())
         self._wall_clock = wall_clock
         self._tokens: Tokens | None = None
@@ -149,13 +154,14 @@ class DiscoveryServer:
             self._log_start(addresses)
             failure: BaseException | None = None
             async with asyncio.TaskGroup() as group:
-                sweeper = group.create_task(self._sweep())
+                tasks = [group.create_task(self._sweep()), group.create_task(self._store.run())]
                 try:
                     yield addresses
                 except BaseException as error:  # noqa: BLE001 - raised below, and not inside an exception group
                     failure = error
                 finally:
-                    sweeper.cancel()
+                    for task in tasks:
+                        task.cancel()
             if failure is not None:
                 raise failure
         finally:
@@ -223,16 +229,23 @@ class DiscoveryServer:
         except web.HTTPException as error:
             code = "not_found" if error.status == 404 else "bad_request"
             response = error_answer(404 if error.status == 404 else 400, code, "there is nothing under this path")
-        except StoreError:
-            response = error_answer(503, "unavailable", "the store cannot be written; the server's log says why")
+        except StoreError as error:
+            log.warning("the store failed", extra={"event": {"path": request.path[:200], "why": str(error)[:300]}})
+            response = error_answer(
+                503, "unavailable", "the store cannot be reached or written; the server's log says why"
+            )
         except Exception:
             log.exception("a request failed")
             response = error_answer(500, "internal", "this is a fault of the server; its log has more")
         if not response.prepared:
-            response.headers[EPOCH_HEADER] = self._store.epoch
+            response.headers.update(self._marks())
         self._metrics.requests[response.status].inc()
         self._metrics.revision.set(self._store.revision)
         return response
+
+    def _marks(self) -> dict[str, str]:
+        stale_s = self._store.stale_s
+        return {EPOCH_HEADER: self._store.epoch} | ({STALE_HEADER: f"{stale_s:.0f}"} if stale_s else {})
 
     def _authenticated(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def authenticate(request: web.Request) -> web.StreamResponse:
@@ -278,44 +291,57 @@ class DiscoveryServer:
             check_spec(key[0], key[1], spec, self._config.allow_addresses)
         except BadRecord as error:
             raise ApiError(400, "bad_record", str(error)) from None
-        old = await self._store.get(key)
-        self._check_may_write(principal, key, spec, *([old.spec] if old is not None else []))
         if body.lease is not None:
             try:
                 await self._lease_of(principal, body.lease)
             except UnknownLease as error:
                 raise ApiError(409, "no_lease", str(error)) from None
-        if old is None and await self._store.count(key[1]) >= self._config.max_records_per_network:
-            limit = self._config.max_records_per_network
-            raise ApiError(429, "too_many", f"network {key[1]!r} has {limit} records, which is the most")
-        if_none_match = request.headers.get(hdrs.IF_NONE_MATCH)
-        if if_none_match not in (None, "*"):
-            raise ApiError(400, "bad_request", "expected If-None-Match: *")
-        try:
-            record = await self._store.put(
-                key, spec, lease=body.lease, if_match=parse_if_match(request), if_none_match=if_none_match is not None
-            )
-        except PreconditionFailed as error:
-            raise ApiError(412, "precondition_failed", str(error)) from None
-        except UnknownLease as error:
-            raise ApiError(409, "no_lease", str(error)) from None
-        self._log_write("put", principal, key, record.revision)
-        return json_answer(record, status=201 if old is None else 200, etag=record.revision)
+        if_match, if_none_match = parse_if_match(request), parse_if_none_match(request)
+        for _ in range(MAX_CONFLICTS):
+            old = await self._store.get(key)
+            self._check_may_write(principal, key, spec, *([old.spec] if old is not None else []))
+            if old is None and await self._store.count(key[1]) >= self._config.max_records_per_network:
+                limit = self._config.max_records_per_network
+                raise ApiError(429, "too_many", f"network {key[1]!r} has {limit} records, which is the most")
+            # What is replaced is what was looked at, so that nobody slips in what the writer may not replace.
+            pin = old.revision if old is not None and if_match is None and not if_none_match else if_match
+            try:
+                record = await self._store.put(
+                    key, spec, lease=body.lease, if_match=pin, if_none_match=if_none_match or pin is None
+                )
+            except PreconditionFailed as error:
+                if if_match is not None or if_none_match:
+                    raise ApiError(412, "precondition_failed", str(error)) from None
+                continue
+            except UnknownLease as error:
+                raise ApiError(409, "no_lease", str(error)) from None
+            self._log_write("put", principal, key, record.revision)
+            return json_answer(record, status=201 if old is None else 200, etag=record.revision)
+        raise ApiError(503, "unavailable", "others write this record at the same time")
 
     async def _delete(self, request: web.Request, principal: Principal) -> web.Response:
         key = parse_key(request)
         self._check_may_write(principal, key)
-        old = await self._store.get(key)
-        if old is not None:
-            self._check_may_write(principal, key, old.spec)
-        try:
-            deletion = await self._store.delete(key, if_match=parse_if_match(request))
-        except PreconditionFailed as error:
-            raise ApiError(412, "precondition_failed", str(error)) from None
-        if deletion is None:
-            raise not_found(key)
-        self._log_write("delete", principal, key, deletion.revision)
-        return json_answer({"revision": deletion.revision})
+        if_match = parse_if_match(request)
+        for _ in range(MAX_CONFLICTS):
+            old = await self._store.get(key)
+            if old is None and key[0] is Kind.SERVICE:
+                raise not_found(key)  # who may delete it depends on its name
+            pin = if_match
+            if old is not None:
+                self._check_may_write(principal, key, old.spec)
+                pin = if_match if if_match is not None else old.revision
+            try:
+                deletion = await self._store.delete(key, if_match=pin)
+            except PreconditionFailed as error:
+                if if_match is not None:
+                    raise ApiError(412, "precondition_failed", str(error)) from None
+                continue
+            if deletion is None:
+                raise not_found(key)
+            self._log_write("delete", principal, key, deletion.revision)
+            return json_answer({"revision": deletion.revision})
+        raise ApiError(503, "unavailable", "others write this record at the same time")
 
     def _check_may_write(self, principal: Principal, key: Key, *specs: object) -> None:
         why = principal.refusal_to_write(key, specs)  # type: ignore[arg-type]
@@ -373,7 +399,8 @@ class DiscoveryServer:
         revision = parse_revision(request.query.get("from"))
         if len(self._hub) >= self._config.max_watchers:
             raise ApiError(429, "too_many", f"{self._config.max_watchers} watches are open, which is the most")
-        response = web.StreamResponse(headers={EPOCH_HEADER: self._store.epoch, hdrs.CACHE_CONTROL: "no-store"})
+        response = web.StreamResponse(headers={**self._marks(), hdrs.CACHE_CONTROL: "no-store"})
+        ends_at = time.monotonic() + STALE_WATCH_S if self._store.stale_s else 0.0
         response.content_type = "application/x-ndjson"
         watcher = self._hub.add(principal)
         self._metrics.watchers.set(len(self._hub))
@@ -390,6 +417,8 @@ class DiscoveryServer:
                 for batch in backlog:
                     await write(batch)
                     await asyncio.sleep(0)  # a large backlog is encoded piece by piece, others get their turn
+                if ends_at:
+                    await write(mark_stale(self._store.revision, self._store.stale_s))
                 while not watcher.overrun:
                     data = watcher.take(current)
                     if data:
@@ -402,7 +431,10 @@ class DiscoveryServer:
                         async with asyncio.timeout(HEARTBEAT_S):
                             await watcher.wait()
                     except TimeoutError:
-                        await write(b"\n")
+                        stale_s = self._store.stale_s
+                        if stale_s and time.monotonic() > ends_at:
+                            return response  # there may be a server that is not cut off
+                        await write(mark_stale(self._store.revision, stale_s) if stale_s else b"\n")
                 await write(mark("reset", self._store.revision, self._store.epoch))
                 log.info("a slow watcher was cut off", extra={"event": {"token": principal.name}})
         except TimeoutError:

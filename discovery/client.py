@@ -36,6 +36,11 @@ class _Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.connected = Gauge("crossnet_discovery_connected", "Whether the watch is live.", registry=registry)
         self.records = Gauge("crossnet_discovery_records", "Records in the mesh.", registry=registry)
+        self.staleness = Gauge(
+            "crossnet_discovery_staleness_seconds",
+            "Time since a server last confirmed the view; -1 before there is one.",
+            registry=registry,
+        )
         self.connects = Counter("crossnet_discovery_connects", "Watches that were begun.", registry=registry)
 
 
@@ -63,6 +68,7 @@ class DiscoveryClient(Discovery):
         self._network = network
         self._snapshot_file = snapshot_file
         self._metrics = _Metrics(registry if registry is not None else CollectorRegistry())
+        self._metrics.staleness.set_function(lambda: -1.0 if self.age_s is None else self.age_s)
         self._lease_ttl_s = lease_ttl_s
         self._view = View(grace_s)
         self._subscribers = Subscribers()
@@ -99,7 +105,7 @@ class DiscoveryClient(Discovery):
         """For how many seconds the view has not been confirmed by a server; None before there is one."""
         if not self._view.synced:
             return None
-        return 0.0 if self._connected else max(0.0, time.time() - self._known_at)
+        return self._view.stale_s if self._connected else max(0.0, time.time() - self._known_at)
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
         """Have `callback` called with each new mesh."""
@@ -198,7 +204,7 @@ class DiscoveryClient(Discovery):
                 why = "the server ended the watch"
             except (Away, Refused, BadWatch) as error:
                 why = str(error)
-            self._view.ended()
+            self._view.ended(loop.time())
             if self._connected and loop.time() - begun > BACKOFF_MOST_S:
                 backoff.succeeded()
             if self._connected or why != said:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from discovery.addresses import TargetList
 from discovery.shape import shown
-from discovery.store import MemoryStore, SqliteStore, Store, StoreError
+from discovery.store import EtcdAccess, EtcdStore, MemoryStore, SqliteStore, Store, StoreError
+from discovery.store.etcdapi import DEFAULT_PREFIX, parse_endpoints
 
 DEFAULT_PORT = 8600
 MAX_BODY = 1024 * 1024  # a service with its most endpoints has some 25 kB a port
@@ -22,7 +23,15 @@ class DiscoveryServerConfig:
     """IP addresses and ports; port 0 means any."""
 
     store: str = "memory"
-    """`memory`, or `sqlite:` and a path."""
+    """`memory`, `sqlite:` and a path, or `etcd:` and a comma list of URLs."""
+
+    etcd_prefix: str = DEFAULT_PREFIX
+    """What keys in etcd begin with; several meshes can share a cluster."""
+
+    etcd_ca: Path | None = None
+    etcd_cert: Path | None = None
+    etcd_key: Path | None = None
+    """Authority that verifies the members of etcd, and the certificate that we show them."""
 
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -72,14 +81,26 @@ def start_refusals(config: DiscoveryServerConfig) -> list[str]:
     return [f"{reason}; listen on loopback only, or set insecure: true" for reason in reasons]
 
 
-def make_store(text: str) -> Store:
-    """Make the store that `memory` or `sqlite:PATH` names. Raises StoreError."""
-    scheme, colon, path = text.partition(":")
-    if text == "memory":
+def make_store(config: DiscoveryServerConfig) -> Store:
+    """Make the store that a configuration names. Raises StoreError."""
+    scheme, colon, place = config.store.partition(":")
+    if config.store == "memory":
         return MemoryStore()
-    if scheme == "sqlite" and colon and path:
-        return SqliteStore(Path(path))
-    raise StoreError(f"expected memory or sqlite:PATH, got {shown(text)}")
+    if scheme == "sqlite" and colon and place:
+        return SqliteStore(Path(place))
+    if scheme == "etcd" and colon:
+        try:
+            access = EtcdAccess(
+                endpoints=parse_endpoints(place),
+                prefix=config.etcd_prefix,
+                ca=config.etcd_ca,
+                cert=config.etcd_cert,
+                key=config.etcd_key,
+            )
+            return EtcdStore(access)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise StoreError(f"etcd: {error}") from error
+    raise StoreError(f"expected memory, sqlite:PATH or etcd:URL,…, got {shown(config.store)}")
 
 
 def tls_context(config: DiscoveryServerConfig) -> ssl.SSLContext | None:

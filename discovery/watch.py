@@ -28,9 +28,18 @@ class _Name(msgspec.Struct, frozen=True):
 
 class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     revision: int
-    type: Literal["put", "delete", "sync", "reset"]
+    type: Literal["put", "delete", "sync", "reset", "stale"]
     record: AnyRecord | _Name | None = None
     epoch: str | None = None
+    more: bool = False
+    """More of the same revision comes: who resumes from here would miss it."""
+
+    age_s: float | None = None
+
+
+def mark_stale(revision: int, age_s: float) -> bytes:
+    """Write the line that takes the empty one's place while nothing confirms that what was told is all there is."""
+    return msgspec.json.encode(_Line(revision=revision, type="stale", age_s=round(age_s, 1))) + b"\n"
 
 
 def mark(kind: Literal["sync", "reset"], revision: int, epoch: str) -> bytes:
@@ -41,10 +50,11 @@ def mark(kind: Literal["sync", "reset"], revision: int, epoch: str) -> bytes:
 class _Lines:
     """The lines of one change: one for those who see all of its network, one for the rest."""
 
-    __slots__ = ("_change", "_full", "_other", "network", "revision")
+    __slots__ = ("_change", "_full", "_more", "_other", "network", "revision")
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: Change, more: bool) -> None:
         self._change = change
+        self._more = more
         self._full: bytes | None = None
         self._other: bytes | None = None
         self.network = change.key[1]
@@ -54,7 +64,7 @@ class _Lines:
         """Give the line as a reader may see it; empty if they may not."""
         if principal.sees_all_of(self.network):
             if self._full is None:
-                self._full = _encode(self._change)
+                self._full = _encode(self._change, self._more)
             return self._full
         if self._other is None:
             visible: Change | None = self._change
@@ -62,16 +72,22 @@ class _Lines:
                 visible = redacted(visible)
             elif self._change.key[0] not in SEEN_BY_ALL:
                 visible = None
-            self._other = _encode(visible) if visible is not None else b""
+            self._other = _encode(visible, self._more) if visible is not None else b""
         return self._other
 
 
-def _encode(change: Change) -> bytes:
+def _encode(change: Change, more: bool) -> bytes:
     if isinstance(change, Deletion):
-        line = _Line(revision=change.revision, type="delete", record=_Name(*change.key))
+        line = _Line(revision=change.revision, type="delete", record=_Name(*change.key), more=more)
     else:
-        line = _Line(revision=change.revision, type="put", record=change)
+        line = _Line(revision=change.revision, type="put", record=change, more=more)
     return msgspec.json.encode(line) + b"\n"
+
+
+def _lines(changes: Sequence[Change]) -> Iterator[_Lines]:
+    for index, change in enumerate(changes):
+        more = index + 1 < len(changes) and changes[index + 1].revision == change.revision
+        yield _Lines(change, more)
 
 
 class Watcher:
@@ -173,8 +189,8 @@ class WatchHub:
     ) -> Iterator[bytes]:
         batch = [mark("reset", revision, self._store.epoch)] if reset else []
         size = 0
-        for change in changes:
-            line = _Lines(change).for_principal(principal)
+        for lines in _lines(changes):
+            line = lines.for_principal(principal)
             batch.append(line)
             size += len(line)
             if size >= BATCH_BYTES:
@@ -184,9 +200,8 @@ class WatchHub:
         yield b"".join(batch) + mark("sync", revision, self._store.epoch)
 
     def _tell(self, changes: Sequence[Change]) -> None:
-        for change in changes:
-            lines = _Lines(change)
+        for lines in _lines(changes):
             for watcher in self._watchers:
                 line = lines.for_principal(watcher.principal)
                 if line:
-                    watcher.offer(change.revision, line)
+                    watcher.offer(lines.revision, line)

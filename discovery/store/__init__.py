@@ -1,4 +1,4 @@
-"""Where records live: memory and SQLite, behind one interface and one contract test."""
+"""Where records live: memory, SQLite and etcd, behind one interface and one contract test."""
 
 from discovery.store.base import (
     Change,
@@ -9,11 +9,15 @@ from discovery.store.base import (
     StoreError,
     UnknownLease,
 )
+from discovery.store.etcd import EtcdStore
+from discovery.store.etcdapi import EtcdAccess
 from discovery.store.memory import MemoryStore
 from discovery.store.sqlite import SqliteStore
 
 __all__ = [
     "Change",
+    "EtcdAccess",
+    "EtcdStore",
     "Lease",
     "MemoryStore",
     "PreconditionFailed",

@@ -1,6 +1,7 @@
 """What a store is: records under revisions, leases that records hang on, and a history that watchers resume from.
 
-Every write raises the revision by one and is told to subscribers in order. A store that kept no trace of something
+Every write raises the revision and is told to subscribers in order; changes that were made as one have one revision and
+are told together. A store that kept no trace of something
 deleted cannot tell what a watcher missed; it says so (`since` gives None) and the watcher reads everything anew.
 """
 
@@ -54,7 +55,10 @@ class Snapshot:
 
 
 class Store(Protocol):
-    """Where records live. All methods raise StoreError when the store fails; a failed write has changed nothing."""
+    """Where records live. All methods raise StoreError when the store fails.
+
+    A failed write has changed nothing, unless the store is on other machines and its answer was lost on the way.
+    """
 
     @property
     def epoch(self) -> str:
@@ -64,8 +68,15 @@ class Store(Protocol):
     def revision(self) -> int:
         """The revision of the last write, 0 before the first."""
 
+    @property
+    def stale_s(self) -> float:
+        """For how many seconds nothing has confirmed that what is read here is current; 0 while it is."""
+
     async def open(self) -> None:
         """Make ready; stored leases get their whole TTL anew."""
+
+    async def run(self) -> None:
+        """Do between `open` and `close` what the store needs done, until cancelled."""
 
     async def close(self) -> None:
         """Let go of files and connections. Idempotent."""

@@ -69,8 +69,17 @@ class MemoryStore(Store):
         """The revision of the last write."""
         return self._revision
 
+    @property
+    def stale_s(self) -> float:
+        """Never: what is here is the truth."""
+        return 0.0
+
     async def open(self) -> None:
         """Make ready: nothing to do in memory."""
+
+    async def run(self) -> None:
+        """Wait to be cancelled: nothing to do in memory."""
+        await asyncio.get_running_loop().create_future()
 
     async def close(self) -> None:
         """Let go: nothing to do in memory."""
@@ -213,10 +222,7 @@ class MemoryStore(Store):
 
     async def _write(self, batch: Batch) -> None:
         """Make a batch durable, then true. Once begun it ends, even if who asked for it is cancelled meanwhile."""
-        excess = len(self._tombstones) + len(batch.deletions) - self._max_tombstones
-        for key, revision in islice(self._tombstones.items(), max(excess, 0)):
-            batch.forgotten.append(key)
-            batch.compacted = revision
+        self._forget(batch)
         cancelled: asyncio.CancelledError | None = None
         durable = self._persist(batch)
         while durable is not None and not durable.done():
@@ -232,6 +238,13 @@ class MemoryStore(Store):
         self._apply(batch)
         if cancelled is not None:
             raise cancelled
+
+    def _forget(self, batch: Batch) -> None:
+        """Have a batch forget as many deletions as it brings too many."""
+        excess = len(self._tombstones) + len(batch.deletions) - self._max_tombstones
+        for key, revision in islice(self._tombstones.items(), max(excess, 0)):
+            batch.forgotten.append(key)
+            batch.compacted = revision
 
     def _persist(self, batch: Batch) -> asyncio.Future[None] | None:  # noqa: ARG002 - for stores with a file
         """Begin to make a batch durable; None when there is nothing to wait for."""
@@ -277,4 +290,4 @@ class MemoryStore(Store):
         if not self._counts[record.network]:
             del self._counts[record.network]
         if record.lease is not None:
-            self._hanging[record.lease].discard(key)
+            self._hanging.get(record.lease, set()).discard(key)

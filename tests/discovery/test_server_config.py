@@ -1,12 +1,13 @@
 """The configuration of a server: what it refuses to be."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from discovery.api import DiscoveryServer
 from discovery.server_config import DiscoveryServerConfig, ServerRefused, make_store, start_refusals
-from discovery.store import MemoryStore, SqliteStore, StoreError
+from discovery.store import EtcdStore, MemoryStore, SqliteStore, Store, StoreError
 
 LOOPBACK = (("127.0.0.1", 8600), ("::1", 8600))
 PUBLIC = (*LOOPBACK, ("0.0.0.0", 8600))
@@ -40,12 +41,22 @@ async def test_a_server_that_refuses_opens_no_store() -> None:
     assert len(caught.value.reasons) == 2
 
 
+def stored(text: str, **settings: Any) -> Store:
+    return make_store(DiscoveryServerConfig(listen=LOOPBACK, store=text, **settings))
+
+
 def test_stores() -> None:
-    assert isinstance(make_store("memory"), MemoryStore)
-    assert isinstance(make_store("sqlite:discovery.db"), SqliteStore)
-    for bad in ("", "sqlite", "sqlite:", "etcd:x", "memory:x"):
-        with pytest.raises(StoreError, match="expected memory or sqlite:PATH"):
-            make_store(bad)
+    assert isinstance(stored("memory"), MemoryStore)
+    assert isinstance(stored("sqlite:discovery.db"), SqliteStore)
+    assert isinstance(stored("etcd:http://10.0.0.2:2379,http://10.0.0.3:2379"), EtcdStore)
+    for bad in ("", "sqlite", "sqlite:", "memory:x", "etcd"):
+        with pytest.raises(StoreError, match="expected memory, sqlite:PATH or etcd:URL"):
+            stored(bad)
+    for bad in ("etcd:x", "etcd:", "etcd:http://10.0.0.2:2379,ftp://x:1", "etcd:http://u@h:1", "etcd:http://h:1/x"):
+        with pytest.raises(StoreError, match="expected http"):
+            stored(bad)
+    with pytest.raises(StoreError, match="etcd: "):
+        stored("etcd:https://10.0.0.2:2379", etcd_ca=Path("/nowhere/ca.pem"))
 
 
 def test_secrets_are_not_shown() -> None:

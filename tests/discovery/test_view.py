@@ -169,3 +169,49 @@ def test_garbage_gives_badwatch_only(data: bytes) -> None:
         View().feed(data + b"\n", 0)
     except BadWatch:
         pass
+
+
+def test_a_view_resumes_from_before_changes_that_were_not_told_whole() -> None:
+    view = View()
+    view.feed(reset() + put("a", 1) + put("b", 2) + sync(2), 0)
+    first = delete("a", 5).replace(b'"revision":5', b'"revision":5,"more":true')
+    view.feed(first, 0)
+    assert view.mesh.networks == {"b"}
+    assert view.revision == 2
+    view.feed(delete("b", 5), 0)
+    assert view.revision == 5
+
+
+def test_a_server_that_is_cut_off_says_so() -> None:
+    view = View()
+    view.feed(reset() + sync(2), 0)
+    view.feed(b'{"revision":2,"type":"stale","age_s":7.5}\n', 0)
+    assert (view.stale_s, view.live, view.revision) == (7.5, True, 2)
+    view.feed(b"\n", 0)
+    assert view.stale_s == 0
+    view.feed(b'{"revision":2,"type":"stale","age_s":7.5}\n', 0)
+    view.ended()
+    assert view.stale_s == 0
+
+
+def test_what_ended_while_all_servers_were_away_may_be_written_again() -> None:
+    view = View(outage_grace_s=10)
+    view.feed(reset() + put("a", 1) + put("b", 2) + put("c", 3) + sync(3), 0)
+    view.ended(100)
+    # Ten minutes later: etcd has ended the leases of those who could not renew them, alive or not.
+    view.feed(delete("a", 4) + delete("b", 4) + sync(4), 700)
+    assert view.mesh.networks == {"a", "b", "c"}
+    view.feed(put("a", 5), 701)
+    view.expire(710)
+    assert view.mesh.networks == {"a", "c"}
+    view.feed(delete("c", 6), 711)  # live again: what is deleted now goes at once
+    assert view.mesh.networks == {"a"}
+    view.ended(720)
+    view.feed(reset() + sync(7), 1000)
+    assert view.mesh.networks == {"a"}
+    view.expire(1010)
+    assert not view.mesh.networks
+    view.feed(put("d", 8), 1011)
+    view.ended(1012)
+    view.feed(reset() + sync(9), 1013)  # away for a moment only
+    assert not view.mesh.networks

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from discovery import watch
-from discovery.model import Kind, NetworkSpec, ServiceSpec
+from discovery.model import Deletion, Kind, NetworkSpec, ServiceSpec
 from discovery.store import MemoryStore
 from discovery.tokens import OPEN, Principal
 from discovery.watch import WatchHub
@@ -95,3 +95,14 @@ async def test_closing_wakes_everybody() -> None:
     assert watcher.closed
     await store.put(KEY, SERVICE)
     assert watcher.take(0) == b""
+
+
+async def test_changes_of_one_revision_say_that_more_comes() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    watcher = hub.add(OPEN)
+    records = [await store.put((Kind.NETWORK, name, name), NetworkSpec()) for name in "bcd"]
+    watcher.take(store.revision)
+    hub._tell([Deletion(records[0].key, 4), Deletion(records[1].key, 4), Deletion(records[2].key, 5)])
+    told = lines(watcher.take(0))
+    assert [(line["revision"], line.get("more", False)) for line in told] == [(4, True), (4, False), (5, False)]

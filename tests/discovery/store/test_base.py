@@ -1,13 +1,25 @@
 """The contract that every store keeps."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from discovery.model import AnyRecord, Deletion, Kind, NetworkSpec, VipSpec
-from discovery.store import Change, MemoryStore, PreconditionFailed, SqliteStore, Store, UnknownLease
+from discovery.store import (
+    Change,
+    EtcdAccess,
+    EtcdStore,
+    MemoryStore,
+    PreconditionFailed,
+    SqliteStore,
+    Store,
+    UnknownLease,
+)
+from tests.discovery.etcdcluster import etcd_cluster
 
 pytestmark = pytest.mark.anyio
 
@@ -30,17 +42,48 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with etcd_cluster(tmp_path_factory.mktemp("etcd")) as members:
+        yield members[0].url
+
+
+@asynccontextmanager
+async def running(store: Store) -> AsyncIterator[Store]:
+    await store.open()
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(store.run())
+        yield store
+        task.cancel()
+    await store.close()
+    await store.close()
+
+
+prefixes = itertools.count()
+
+
+@pytest.fixture(params=["memory", "sqlite", pytest.param("etcd", marks=pytest.mark.needs("etcd"))])
 async def store(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> AsyncIterator[Store]:
     store: Store
     if request.param == "memory":
         store = MemoryStore(clock=clock, max_tombstones=5)
-    else:
+    elif request.param == "sqlite":
         store = SqliteStore(tmp_path / "discovery.db", clock=clock, max_tombstones=5)
-    await store.open()
-    yield store
-    await store.close()
-    await store.close()
+    else:
+        access = EtcdAccess(endpoints=(request.getfixturevalue("etcd"),), prefix=f"/test-{next(prefixes)}/")
+        store = EtcdStore(access, max_tombstones=5)
+    async with running(store):
+        yield store
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def clocked(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> AsyncIterator[Store]:
+    """Stores that end leases by a clock of their own; etcd ends them by its own."""
+    store: Store = MemoryStore(clock=clock)
+    if request.param == "sqlite":
+        store = SqliteStore(tmp_path / "discovery.db", clock=clock)
+    async with running(store):
+        yield store
 
 
 async def pass_time(store: Store, clock: Clock, seconds: int) -> list[Deletion]:
@@ -52,33 +95,35 @@ async def pass_time(store: Store, clock: Clock, seconds: int) -> list[Deletion]:
 
 
 async def test_begins_empty(store: Store) -> None:
-    assert store.revision == 0
     assert len(store.epoch) == 16
+    assert store.stale_s == 0
     assert await store.get(KEY) is None
     assert (await store.snapshot()).records == ()
-    assert await store.since(0) == []
+    assert await store.since(store.revision) == []
     assert await store.count("b") == 0
     assert await store.expire() == ()
 
 
 async def test_what_was_put_is_there(store: Store) -> None:
+    base = store.revision
     record = await store.put(KEY, SPEC)
-    assert (record.key, record.spec, record.revision, record.lease) == (KEY, SPEC, 1, None)
+    assert (record.key, record.spec, record.revision, record.lease) == (KEY, SPEC, base + 1, None)
     assert await store.get(KEY) == record
     again = await store.put(KEY, OTHER)
-    assert again.revision == store.revision == 2
+    assert again.revision == store.revision == base + 2
     assert (await store.snapshot()).records == (again,)
     assert await store.count("b") == 1
 
 
 async def test_listing_by_kind_and_network(store: Store) -> None:
+    base = store.revision
     await store.put(KEY, SPEC)
     for network in "bc":
         await store.put((Kind.NETWORK, network, network), NetworkSpec())
 
     async def keys(kind: Kind | None = None, network: str | None = None) -> list[object]:
         snapshot = await store.snapshot(kind, network)
-        assert snapshot.revision == 3
+        assert snapshot.revision == base + 3
         return sorted(record.key for record in snapshot.records)
 
     assert await keys() == [(Kind.NETWORK, "b", "b"), (Kind.NETWORK, "c", "c"), KEY]
@@ -89,7 +134,7 @@ async def test_listing_by_kind_and_network(store: Store) -> None:
 
 async def test_conditional_writes(store: Store) -> None:
     with pytest.raises(PreconditionFailed) as caught:
-        await store.put(KEY, SPEC, if_match=1)
+        await store.put(KEY, SPEC, if_match=store.revision + 1)
     assert caught.value.revision is None
     record = await store.put(KEY, SPEC, if_none_match=True)
     with pytest.raises(PreconditionFailed) as caught:
@@ -101,38 +146,41 @@ async def test_conditional_writes(store: Store) -> None:
         await store.delete(KEY, if_match=record.revision + 1)
     assert await store.get(KEY) == record
     newer = await store.put(KEY, OTHER, if_match=record.revision)
-    assert store.revision == newer.revision == 2
-    assert await store.delete(KEY, if_match=2) == Deletion(KEY, 3)
+    assert store.revision == newer.revision == record.revision + 1
+    assert await store.delete(KEY, if_match=newer.revision) == Deletion(KEY, newer.revision + 1)
     with pytest.raises(PreconditionFailed):
-        await store.delete(KEY, if_match=2)
+        await store.delete(KEY, if_match=newer.revision)
 
 
 async def test_what_was_deleted_is_gone(store: Store) -> None:
+    base = store.revision
     await store.put(KEY, SPEC)
-    assert await store.delete(KEY) == Deletion(KEY, 2)
+    assert await store.delete(KEY) == Deletion(KEY, base + 2)
     assert await store.delete(KEY) is None
-    assert store.revision == 2
+    assert store.revision == base + 2
     assert await store.get(KEY) is None
     assert await store.count("b") == 0
-    assert (await store.put(KEY, SPEC, if_none_match=True)).revision == 3
+    assert (await store.put(KEY, SPEC, if_none_match=True)).revision == base + 3
 
 
 async def test_history_tells_the_last_change_of_each_record(store: Store) -> None:
+    base = store.revision
     first = await store.put(KEY, SPEC)
     kept = await store.put((Kind.NETWORK, "b", "b"), NetworkSpec())
     gone = await store.put((Kind.NETWORK, "c", "c"), NetworkSpec())
     await store.delete(gone.key)
     last = await store.put(KEY, OTHER)
-    assert await store.since(0) == [kept, Deletion(gone.key, 4), last]
-    assert await store.since(first.revision) == [kept, Deletion(gone.key, 4), last]
-    assert await store.since(4) == [last]
-    assert await store.since(5) == []
+    assert await store.since(base) == [kept, Deletion(gone.key, base + 4), last]
+    assert await store.since(first.revision) == [kept, Deletion(gone.key, base + 4), last]
+    assert await store.since(base + 4) == [last]
+    assert await store.since(base + 5) == []
     await store.put(gone.key, NetworkSpec())
-    assert [change.revision for change in await store.since(0) or ()] == [2, 5, 6]
+    assert [change.revision - base for change in await store.since(base) or ()] == [2, 5, 6]
 
 
 async def test_history_that_is_not_known_is_none(store: Store) -> None:
-    assert await store.since(1) is None
+    base = store.revision
+    assert await store.since(base + 1) is None
     for _ in range(6):  # one deletion more than is remembered
         await store.put(KEY, SPEC)
         await store.delete(KEY)
@@ -140,7 +188,7 @@ async def test_history_that_is_not_known_is_none(store: Store) -> None:
     for record in (await store.snapshot()).records:
         await store.delete(record.key)
     revision = store.revision
-    assert await store.since(0) is None
+    assert await store.since(base) is None
     assert await store.since(revision - 6) is None
     assert await store.since(revision + 1) is None
     assert len(await store.since(revision - 5) or ()) == 5
@@ -164,59 +212,75 @@ async def test_subscribers_hear_every_write_in_order(store: Store) -> None:
     assert len(heard) == 2
 
 
-async def test_a_lease_withdraws_its_records_when_it_ends(store: Store, clock: Clock) -> None:
-    lease = await store.grant(10, "somebody")
-    assert await store.lease(lease.id) == lease
-    assert await store.leases("somebody") == [lease]
-    assert await store.leases("nobody") == []
-    await store.put(KEY, SPEC, lease=lease.id)
-    await store.put((Kind.NETWORK, "b", "b"), NetworkSpec(), lease=lease.id)
-    kept = await store.put((Kind.NETWORK, "c", "c"), NetworkSpec())
-    assert await pass_time(store, clock, 9) == []
-    assert await store.renew(lease.id) == lease
-    assert await pass_time(store, clock, 9) == []
+async def test_a_lease_withdraws_its_records_when_it_ends(clocked: Store, clock: Clock) -> None:
+    lease = await clocked.grant(10, "somebody")
+    assert await clocked.lease(lease.id) == lease
+    assert await clocked.leases("somebody") == [lease]
+    assert await clocked.leases("nobody") == []
+    await clocked.put(KEY, SPEC, lease=lease.id)
+    await clocked.put((Kind.NETWORK, "b", "b"), NetworkSpec(), lease=lease.id)
+    kept = await clocked.put((Kind.NETWORK, "c", "c"), NetworkSpec())
+    assert await pass_time(clocked, clock, 9) == []
+    assert await clocked.renew(lease.id) == lease
+    assert await pass_time(clocked, clock, 9) == []
     heard: list[Change] = []
-    store.subscribe(heard.extend)
-    ended = await pass_time(store, clock, 1)
+    clocked.subscribe(heard.extend)
+    ended = await pass_time(clocked, clock, 1)
     assert ended == heard == [Deletion((Kind.NETWORK, "b", "b"), 4), Deletion(KEY, 5)]
-    assert (await store.snapshot()).records == (kept,)
-    assert await store.lease(lease.id) is None
-    for action in (store.renew(lease.id), store.revoke(lease.id), store.put(KEY, SPEC, lease=lease.id)):
+    assert (await clocked.snapshot()).records == (kept,)
+    assert await clocked.lease(lease.id) is None
+    for action in (clocked.renew(lease.id), clocked.revoke(lease.id), clocked.put(KEY, SPEC, lease=lease.id)):
         with pytest.raises(UnknownLease):
             await action
-    assert store.revision == 5
+    assert clocked.revision == 5
+
+
+async def test_leases_belong_to_somebody_and_can_be_renewed(store: Store) -> None:
+    lease = await store.grant(10, "somebody")
+    assert await store.lease(lease.id) == lease
+    assert await store.lease("abc") is None
+    assert await store.leases("somebody") == [lease]
+    assert await store.leases("nobody") == []
+    assert await store.renew(lease.id) == lease
 
 
 async def test_revoking_is_expiring_now(store: Store) -> None:
     lease = await store.grant(10, "somebody")
     await store.put(KEY, SPEC, lease=lease.id)
-    assert await store.revoke(lease.id) == [Deletion(KEY, 2)]
+    base = store.revision
+    assert await store.revoke(lease.id) == [Deletion(KEY, base + 1)]
     assert await store.get(KEY) is None
     empty = await store.grant(10, "somebody")
     assert await store.revoke(empty.id) == []
-    assert store.revision == 2
+    assert (await store.snapshot()).records == ()
+    for action in (store.renew(lease.id), store.revoke(lease.id), store.put(KEY, SPEC, lease=lease.id)):
+        with pytest.raises(UnknownLease):
+            await action
+    for nonsense in ("x", "-1", "0", "f" * 40):
+        with pytest.raises(UnknownLease):
+            await store.renew(nonsense)
 
 
-async def test_a_record_hangs_on_the_lease_it_was_last_put_with(store: Store, clock: Clock) -> None:
-    old, new = await store.grant(10, "before a crash"), await store.grant(20, "after it")
-    await store.put(KEY, SPEC, lease=old.id)
-    taken = await store.put(KEY, SPEC, lease=new.id)
-    assert await pass_time(store, clock, 12) == []
-    assert await store.get(KEY) == taken
-    freed = await store.put(KEY, SPEC)
+async def test_a_record_hangs_on_the_lease_it_was_last_put_with(clocked: Store, clock: Clock) -> None:
+    old, new = await clocked.grant(10, "before a crash"), await clocked.grant(20, "after it")
+    await clocked.put(KEY, SPEC, lease=old.id)
+    taken = await clocked.put(KEY, SPEC, lease=new.id)
+    assert await pass_time(clocked, clock, 12) == []
+    assert await clocked.get(KEY) == taken
+    freed = await clocked.put(KEY, SPEC)
     assert freed.lease is None
-    assert await pass_time(store, clock, 12) == []
-    assert await store.get(KEY) == freed
+    assert await pass_time(clocked, clock, 12) == []
+    assert await clocked.get(KEY) == freed
 
 
-async def test_no_lease_pays_for_a_server_that_stood_still(store: Store, clock: Clock) -> None:
-    lease = await store.grant(10, "somebody")
-    await store.put(KEY, SPEC, lease=lease.id)
-    await pass_time(store, clock, 2)
+async def test_no_lease_pays_for_a_server_that_stood_still(clocked: Store, clock: Clock) -> None:
+    lease = await clocked.grant(10, "somebody")
+    await clocked.put(KEY, SPEC, lease=lease.id)
+    await pass_time(clocked, clock, 2)
     clock.now += 60
-    assert await store.expire() == ()
-    assert await pass_time(store, clock, 7) == []
-    assert await pass_time(store, clock, 1) == [Deletion(KEY, 2)]
+    assert await clocked.expire() == ()
+    assert await pass_time(clocked, clock, 7) == []
+    assert await pass_time(clocked, clock, 1) == [Deletion(KEY, 2)]
 
 
 async def test_writes_at_once_are_one_after_the_other(store: Store) -> None:

@@ -1,0 +1,461 @@
+"""The store in etcd, which several discovery servers share.
+
+    PREFIX epoch                          the store's identity, made once
+    PREFIX records/KIND/NETWORK/ID        a spec, hanging on an etcd lease where the record has one
+    PREFIX leases/ID                      who made a lease and for how long; hangs on that lease itself
+
+Revisions, leases and the watch are etcd's own: two servers tell the same revisions, so a client that moves from one to the
+other resumes where it was, and a lease ends when etcd says so, whichever servers are up. What is read comes from a copy in
+memory that the watch keeps true; a write is answered when the copy has it too. Where etcd cannot be reached the copy is
+read on, and `stale_s` says for how long nothing has confirmed it.
+
+Revisions are those of the whole cluster: they rise with every write and may leave gaps.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from yarl import URL
+
+from discovery.model import AnyRecord, BadRecord, Deletion, Key, Kind, Record, Spec, check_key, decode_spec
+from discovery.store.base import Change, Lease, PreconditionFailed, StoreError, UnknownLease
+from discovery.store.etcdapi import (
+    COMPACTED,
+    NOT_FOUND,
+    Etcd,
+    EtcdAccess,
+    EtcdError,
+    bytes_of,
+    number_of,
+    range_end,
+    text_of,
+)
+from discovery.store.memory import MAX_TOMBSTONES, Batch, MemoryStore
+
+log = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 10.0
+PAGE = 500
+PROBE_S = 1.0
+STALE_AFTER_S = 4.0  # two probes that failed, or an election
+REACH_TIMEOUT_S = 0.7  # with the call below what a client waits
+RETRY_S = 0.2
+
+
+class _LeaseValue(msgspec.Struct):
+    owner: str
+    ttl_s: int
+
+
+class EtcdStore(MemoryStore):
+    """Records in an etcd cluster."""
+
+    def __init__(
+        self,
+        access: EtcdAccess,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        max_tombstones: int = MAX_TOMBSTONES,
+    ) -> None:
+        """Name the cluster; `open` connects. Raises OSError, ssl.SSLError for files that cannot be used."""
+        super().__init__(clock=clock, max_tombstones=max_tombstones)
+        self._etcd = Etcd(access)
+        self._prefix = access.prefix
+        self._applied = asyncio.Event()  # replaced with each change of the copy
+        self._confirmed_at = clock()
+
+    @property
+    def stale_s(self) -> float:
+        """For how many seconds etcd has not confirmed what is read here; 0 while it does."""
+        age = self._clock() - self._confirmed_at
+        return age if age > STALE_AFTER_S else 0.0
+
+    async def open(self) -> None:
+        """Read everything. Raises StoreError where etcd cannot be reached for OPEN_TIMEOUT_S."""
+        self._etcd.open()
+        error = EtcdError("no answer in time")
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                while True:
+                    try:
+                        await self._load()
+                        return
+                    except EtcdError as refusal:
+                        error = refusal
+                    await asyncio.sleep(RETRY_S)
+        except TimeoutError:
+            await self.close()
+            raise StoreError(f"etcd: {error}") from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close the connections. Idempotent."""
+        await self._etcd.close()
+
+    async def run(self) -> None:
+        """Keep the copy true until cancelled."""
+        while True:
+            url = self._etcd.current
+            error = await self._follow(url)
+            if error.code == COMPACTED:
+                log.info("etcd has compacted what was missed here: everything is read anew")
+                await self._reload()
+                continue
+            if not self.stale_s:
+                # Once when it begins and at each new member, not once for each attempt while all are away.
+                log.warning("etcd does not answer as it should", extra={"event": {"why": str(error)[:300]}})
+            self._etcd.failed(url)
+            await asyncio.sleep(RETRY_S)
+
+    async def _follow(self, url: URL) -> EtcdError:
+        """Watch and probe one member until one of both fails; gives why."""
+        failure: asyncio.Future[EtcdError] = asyncio.get_running_loop().create_future()
+
+        async def until_failure(doing: Awaitable[None]) -> None:
+            try:
+                await doing
+            except EtcdError as error:
+                if not failure.done():
+                    failure.set_result(error)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(until_failure(self._watch(url)), name="etcd-watch"),
+                group.create_task(until_failure(self._probe(url)), name="etcd-probe"),
+            ]
+            try:
+                return await failure
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    # Records.
+
+    async def put(
+        self,
+        key: Key,
+        spec: Spec,
+        *,
+        lease: str | None = None,
+        if_match: int | None = None,
+        if_none_match: bool = False,
+    ) -> AnyRecord:
+        """Write a record."""
+        where = self._record_key(key)
+        put = {"key": where, "value": text_of(msgspec.json.encode(spec))}
+        if lease is not None:
+            put["lease"] = str(_lease_number(lease))
+        try:
+            revision = await self._transact(where, {"request_put": put}, 0 if if_none_match else if_match)
+        except EtcdError as error:
+            if error.code == NOT_FOUND and lease is not None:
+                raise UnknownLease(lease) from None
+            raise StoreError(f"etcd: {error}") from error
+        await self._reach(revision)
+        kind, network, record_id = key
+        return Record(kind=kind, network=network, id=record_id, revision=revision, lease=lease, spec=spec)
+
+    async def delete(self, key: Key, *, if_match: int | None = None) -> Deletion | None:
+        """Delete a record."""
+        where = self._record_key(key)
+        try:
+            revision = await self._transact(where, {"request_delete_range": {"key": where}}, if_match, delete=True)
+        except EtcdError as error:
+            raise StoreError(f"etcd: {error}") from error
+        if not revision:
+            return None
+        await self._reach(revision)
+        return Deletion(key, revision)
+
+    async def since(self, revision: int) -> Sequence[Change] | None:
+        """Tell what changed after a revision."""
+        if revision > self._revision:
+            # A client that comes from another server may be ahead of us by what is on its way.
+            await self._reach(revision)
+            if revision > self._revision and self.stale_s:
+                raise StoreError("etcd: the copy here is older than what the watcher has")
+        return await super().since(revision)
+
+    async def _transact(
+        self, where: str, operation: Mapping[str, Any], revision: int | None, *, delete: bool = False
+    ) -> int:
+        """Do it if the key is at that revision (0: if there is none); gives the new one, 0 if nothing was deleted."""
+        compare = [{"key": where, "target": "MOD", "mod_revision": str(revision)}] if revision is not None else []
+        request = {"compare": compare, "success": [operation], "failure": [{"request_range": {"key": where}}]}
+        answer = await self._etcd.call("kv/txn", request)
+        at = number_of(answer.get("header", {}), "revision")
+        if not answer.get("succeeded"):
+            # So that the copy shows why. `at` is the cluster's revision, which may be that of a key that is none of ours.
+            await self._reach(at, REACH_TIMEOUT_S / 7)
+            found = _response(answer, "response_range").get("kvs")
+            raise PreconditionFailed(number_of(found[0], "mod_revision") if found else None)
+        if delete and not number_of(_response(answer, "response_delete_range"), "deleted"):
+            return 0
+        return at
+
+    # Leases.
+
+    async def grant(self, ttl_s: int, owner: str) -> Lease:
+        """Make a lease. etcd has a least TTL, some two seconds by default; the lease says what it has."""
+        try:
+            granted = await self._etcd.call("lease/grant", {"TTL": str(ttl_s)})
+            number = number_of(granted, "ID")
+            lease = Lease(id=f"{number:x}", ttl_s=number_of(granted, "TTL"), owner=owner)
+            value = text_of(msgspec.json.encode(_LeaseValue(lease.owner, lease.ttl_s)))
+            put = {"key": text_of(f"{self._prefix}leases/{lease.id}"), "value": value, "lease": str(number)}
+            answer = await self._etcd.call("kv/txn", {"success": [{"request_put": put}]})
+        except EtcdError as error:
+            raise StoreError(f"etcd: {error}") from error
+        await self._reach(number_of(answer.get("header", {}), "revision"))
+        return lease
+
+    async def lease(self, lease_id: str) -> Lease | None:
+        """Find a lease. One that is not in the copy is looked for in etcd: another server may just have made it."""
+        known = self._leases.get(lease_id)
+        if known is not None:
+            return known
+        try:
+            answer = await self._etcd.call(
+                "kv/range", {"key": text_of(f"{self._prefix}leases/{lease_id}")}, repeatable=True
+            )
+        except EtcdError as error:
+            raise StoreError(f"etcd: {error}") from error
+        kvs = answer.get("kvs")
+        return _lease(lease_id, kvs[0]) if kvs else None
+
+    async def renew(self, lease_id: str) -> Lease:
+        """Give a lease its whole TTL anew."""
+        lease = await self.lease(lease_id)
+        if lease is None:
+            raise UnknownLease(lease_id)
+        try:
+            answer = await self._etcd.call("lease/keepalive", {"ID": str(_lease_number(lease_id))}, repeatable=True)
+        except EtcdError as error:
+            raise StoreError(f"etcd: {error}") from error
+        if not number_of(answer.get("result", {}), "TTL"):
+            raise UnknownLease(lease_id)
+        return lease
+
+    async def revoke(self, lease_id: str) -> Sequence[Deletion]:
+        """End a lease and delete the records that hang on it."""
+        try:
+            answer = await self._etcd.call("lease/revoke", {"ID": str(_lease_number(lease_id))})
+        except EtcdError as error:
+            if error.code == NOT_FOUND:
+                raise UnknownLease(lease_id) from None
+            raise StoreError(f"etcd: {error}") from error
+        revision = number_of(answer.get("header", {}), "revision")
+        await self._reach(revision)
+        return [Deletion(key, deleted) for key, deleted in self._tombstones.items() if deleted == revision]
+
+    async def expire(self) -> Sequence[Deletion]:
+        """Do nothing: etcd ends leases, and the watch tells."""
+        return ()
+
+    # The copy.
+
+    async def _load(self) -> None:
+        """Read everything and hold it in place of what is held; tell of the difference."""
+        began = self._clock()
+        await self._find_epoch()
+        records: dict[Key, AnyRecord] = {}
+        leases: dict[str, Lease] = {}
+        first, revision = text_of(self._prefix), 0
+        while True:
+            request = {"key": first, "range_end": range_end(self._prefix), "limit": str(PAGE)}
+            answer = await self._etcd.call(
+                "kv/range", request | ({"revision": str(revision)} if revision else {}), repeatable=True
+            )
+            revision = revision or number_of(answer.get("header", {}), "revision")
+            kvs = answer.get("kvs", ())
+            for kv in kvs:
+                item = self._item(kv)
+                if isinstance(item, Lease):
+                    leases[item.id] = item
+                elif isinstance(item, Record):
+                    records[item.key] = item
+            if not answer.get("more") or not kvs:
+                break
+            first = text_of(bytes_of(kvs[-1].get("key")) + b"\0")
+        if not self._revision:
+            self._compacted = revision
+        self._apply_batch(self._difference(revision, records, leases))
+        self._confirmed_at = began
+
+    def _difference(self, revision: int, records: Mapping[Key, AnyRecord], leases: Mapping[str, Lease]) -> Batch:
+        for lease in leases.values():
+            if lease.id not in self._leases:
+                self._restore_lease(lease)
+        puts = sorted(
+            (record for key, record in records.items() if self._records.get(key) != record),
+            key=lambda record: record.revision,
+        )
+        gone = sorted(key for key in self._records if key not in records)
+        return Batch(
+            revision=revision,
+            compacted=self._compacted,
+            puts=puts,
+            deletions=[Deletion(key, revision) for key in gone],
+            revoked=[lease_id for lease_id in self._leases if lease_id not in leases],
+        )
+
+    async def _find_epoch(self) -> None:
+        where = text_of(f"{self._prefix}epoch")
+        made = secrets.token_hex(4)
+        answer = await self._etcd.call(
+            "kv/txn",
+            {
+                "compare": [{"key": where, "target": "CREATE", "create_revision": "0"}],
+                "success": [{"request_put": {"key": where, "value": text_of(made)}}],
+                "failure": [{"request_range": {"key": where}}],
+            },
+        )
+        if not answer.get("succeeded"):
+            found = _response(answer, "response_range").get("kvs") or [{}]
+            made = bytes_of(found[0].get("value")).decode(errors="replace")
+        # With the cluster's own id: one that was made from a backup has another, and its history is another's too.
+        cluster = number_of(answer.get("header", {}), "cluster_id")
+        self._epoch = f"{made[:8]}{cluster & 0xFFFFFFFF:08x}"
+
+    async def _reload(self) -> None:
+        while True:
+            try:
+                await self._load()
+            except EtcdError as error:
+                log.warning("etcd cannot be read: %s", error)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
+    async def _watch(self, url: URL) -> None:
+        async with aclosing(self._etcd.watch(url, self._prefix, self._revision + 1)) as results:
+            async for result in results:
+                if result.get("canceled"):
+                    compacted = number_of(result, "compact_revision")
+                    reason = str(result.get("cancel_reason", "the watch was cancelled"))[:200]
+                    raise EtcdError(reason, COMPACTED if compacted else None)
+                self._take(result.get("events", ()))
+
+    def _take(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Apply events, all of one revision at once."""
+        by_revision: dict[int, Batch] = {}
+        for event in events:
+            kv = event.get("kv", {})
+            revision = number_of(kv, "mod_revision")
+            batch = by_revision.setdefault(revision, Batch(revision=revision, compacted=self._compacted))
+            if event.get("type") == "DELETE":
+                parts = self._parts(kv)
+                if parts[0] == "leases" and len(parts) == 2 and parts[1] in self._leases:
+                    batch.revoked.append(parts[1])
+                elif (key := _record_key(parts)) is not None:
+                    batch.deletions.append(Deletion(key, revision))
+                continue
+            item = self._item(kv)
+            if isinstance(item, Lease):
+                batch.granted = item
+            elif item is not None:
+                batch.puts.append(item)
+        for revision in sorted(by_revision):
+            if revision > self._revision:
+                by_revision[revision].compacted = self._compacted
+                self._apply_batch(by_revision[revision])
+
+    def _apply_batch(self, batch: Batch) -> None:
+        self._forget(batch)
+        self._apply(batch)
+        self._applied.set()
+        self._applied = asyncio.Event()
+
+    async def _probe(self, url: URL) -> None:
+        """Have the member that we watch confirm, by a read that takes a majority, that it is not behind."""
+        request = {"key": text_of(f"{self._prefix}epoch"), "keys_only": True}
+        while True:
+            began = self._clock()
+            await self._etcd.call_at(url, "kv/range", request)
+            self._confirmed_at = began
+            if self._etcd.current != url:
+                raise EtcdError(f"{url}: a call could not be made there")
+            await asyncio.sleep(PROBE_S)
+
+    async def _reach(self, revision: int, timeout_s: float = REACH_TIMEOUT_S) -> None:
+        """Wait until the copy is at a revision, for a moment: what is written is written, the copy follows."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._revision < revision:
+                    await self._applied.wait()
+        except TimeoutError:
+            pass
+
+    def _record_key(self, key: Key) -> str:
+        return text_of(self._prefix + "records/" + "/".join(key))
+
+    def _parts(self, kv: Mapping[str, Any]) -> list[str]:
+        return bytes_of(kv.get("key")).decode(errors="replace").removeprefix(self._prefix).split("/")
+
+    def _item(self, kv: Mapping[str, Any]) -> AnyRecord | Lease | None:
+        """Read what stands under a key; None, and a line in the log, for what we did not write."""
+        parts = self._parts(kv)
+        if parts == ["epoch"]:
+            return None
+        try:
+            if parts[0] == "leases" and len(parts) == 2:
+                return _lease(parts[1], kv)
+            key = _record_key(parts)
+            if key is not None:
+                kind, network, record_id = key
+                hangs_on = number_of(kv, "lease")
+                return Record(
+                    kind=kind,
+                    network=network,
+                    id=record_id,
+                    revision=number_of(kv, "mod_revision"),
+                    lease=f"{hangs_on:x}" if hangs_on else None,
+                    spec=decode_spec(kind, bytes_of(kv.get("value"))),
+                )
+        except (BadRecord, msgspec.MsgspecError) as error:
+            log.warning("etcd has a key that cannot be read", extra={"event": {"key": parts, "why": str(error)[:200]}})
+            return None
+        log.warning("etcd has a key that is none of ours", extra={"event": {"key": "/".join(parts)[:200]}})
+        return None
+
+
+def _record_key(parts: Sequence[str]) -> Key | None:
+    if len(parts) != 4 or parts[0] != "records":
+        return None
+    try:
+        kind = Kind(parts[1])
+        check_key(kind, parts[2], parts[3])
+    except ValueError:
+        return None
+    return (kind, parts[2], parts[3])
+
+
+def _lease(lease_id: str, kv: Mapping[str, Any]) -> Lease:
+    value = msgspec.json.decode(bytes_of(kv.get("value")), type=_LeaseValue)
+    return Lease(id=lease_id, ttl_s=value.ttl_s, owner=value.owner)
+
+
+def _lease_number(lease_id: str) -> int:
+    try:
+        number = int(lease_id, 16)
+    except ValueError:
+        raise UnknownLease(lease_id) from None
+    if not 0 < number < 1 << 63:
+        raise UnknownLease(lease_id)
+    return number
+
+
+def _response(answer: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """Give what a transaction's only operation answered; nothing where it has no such answer."""
+    try:
+        return msgspec.convert(answer["responses"][0][kind], dict[str, Any])
+    except (KeyError, IndexError, TypeError, msgspec.MsgspecError):
+        return {}

@@ -1,0 +1,223 @@
+"""etcd v3 by way of its JSON gateway: calls, and the stream of a watch, at one of several endpoints.
+
+The gateway carries the same messages as gRPC: bytes as base64, 64-bit numbers as strings, fields that are zero left out.
+Checked against etcd 3.4, whose gateway is at /v3.
+"""
+
+import asyncio
+import base64
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+DEFAULT_PREFIX = "/crossnet/"
+CALL_TIMEOUT_S = 2.0  # below a client's 3 s, so that it is told why rather than left
+CONNECT_TIMEOUT_S = 1.0
+MAX_ANSWER = 64 * 1024 * 1024  # a page of 500 records of the largest kind has some 20 MB
+MAX_LINE = 64 * 1024 * 1024  # etcd puts up to 1,000 changes into one line when a watch catches up
+
+UNAVAILABLE = 14
+COMPACTED = 11  # gRPC's OUT_OF_RANGE: what was asked for is history that etcd has let go
+NOT_FOUND = 5
+
+
+class EtcdError(Exception):
+    """etcd cannot be reached, or says no; `code` is gRPC's, None when there was no answer."""
+
+    def __init__(self, detail: str, code: int | None = None, *, unsent: bool = False) -> None:
+        """Say why. `unsent`: etcd has not seen the question, so that it can be asked elsewhere, whatever it was."""
+        super().__init__(detail)
+        self.code = code
+        self.unsent = unsent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdAccess:
+    """Where an etcd cluster is and how it is spoken to."""
+
+    endpoints: tuple[str, ...]
+    """URLs of its members, the nearest first."""
+
+    prefix: str = DEFAULT_PREFIX
+    """What our keys begin with; several meshes can share a cluster."""
+
+    ca: Path | None = None
+    """Verifies the members; the system's authorities by default."""
+
+    cert: Path | None = None
+    key: Path | None = None
+    """What we show to a cluster that wants certificates of its clients."""
+
+
+def parse_endpoints(text: str) -> tuple[str, ...]:
+    """Read a comma list of URLs. Raises ValueError."""
+    found = []
+    for item in text.split(","):
+        expected = f"expected http(s)://HOST:PORT, got {item[:80]!r}"
+        try:
+            url = URL(item)
+            good = url.scheme in ("http", "https") and url.host and url.port and url.raw_path in ("", "/")
+        except ValueError:
+            raise ValueError(expected) from None
+        if not good or url.query_string or url.fragment or url.user is not None:
+            raise ValueError(expected)
+        found.append(str(url.origin()))
+    return tuple(found)
+
+
+def text_of(value: str | bytes) -> str:
+    """Write bytes as the gateway has them."""
+    return base64.b64encode(value.encode() if isinstance(value, str) else value).decode()
+
+
+def bytes_of(value: object) -> bytes:
+    """Read bytes as the gateway writes them; nothing is empty. Raises EtcdError."""
+    try:
+        return base64.b64decode(str(value or ""), validate=True)
+    except ValueError:
+        raise EtcdError("an answer has bytes that are not base64") from None
+
+
+def number_of(message: Mapping[str, Any], name: str) -> int:
+    """Read a 64-bit number; what is left out is 0. Raises EtcdError."""
+    try:
+        return int(message.get(name) or 0)
+    except (TypeError, ValueError):
+        raise EtcdError(f"an answer has no number as {name}") from None
+
+
+def range_end(prefix: str) -> str:
+    """Give the end of the range of keys that begin with a prefix: its last byte is one more."""
+    data = prefix.encode()
+    return text_of(data[:-1] + bytes([data[-1] + 1]))
+
+
+class Etcd:
+    """Calls to one member as long as that works, then to the next."""
+
+    def __init__(self, access: EtcdAccess) -> None:
+        """Take where it is; `open` before anything else. Raises OSError, ssl.SSLError for bad files."""
+        self._urls = [URL(endpoint) for endpoint in access.endpoints]
+        self._index = 0
+        self._session: aiohttp.ClientSession | None = None
+        self._tls: ssl.SSLContext | None = None
+        if any(url.scheme == "https" for url in self._urls):
+            self._tls = ssl.create_default_context(cafile=str(access.ca) if access.ca is not None else None)
+            if access.cert is not None:
+                self._tls.load_cert_chain(access.cert, access.key)
+
+    @property
+    def current(self) -> URL:
+        """The member in use."""
+        return self._urls[self._index]
+
+    def failed(self, url: URL) -> None:
+        """Move on from a member, unless that has been done already."""
+        if self.current == url:
+            self._index = (self._index + 1) % len(self._urls)
+
+    def open(self) -> None:
+        """Make ready to connect."""
+        connector = aiohttp.TCPConnector(ssl=self._tls if self._tls is not None else True, limit=64)
+        self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def call(self, path: str, message: Mapping[str, Any], *, repeatable: bool = False) -> dict[str, Any]:
+        """Ask, in CALL_TIMEOUT_S altogether, and at the next member where one cannot be reached. Raises EtcdError.
+
+        A write that may have arrived is not repeated elsewhere: it could be done twice, and a condition that it met the
+        first time would fail the second time. What only reads is `repeatable`.
+        """
+        error = EtcdError("no member of etcd answered in time")
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                for _ in self._urls:
+                    url = self.current
+                    try:
+                        return await self._call(url, path, message)
+                    except EtcdError as refusal:
+                        if refusal.code not in (None, UNAVAILABLE):
+                            raise
+                        error = refusal
+                        self.failed(url)
+                        if not (repeatable or refusal.unsent):
+                            raise
+        except TimeoutError:
+            self.failed(url)
+        raise error
+
+    async def call_at(self, url: URL, path: str, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask one member and no other. Raises EtcdError."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await self._call(url, path, message)
+        except TimeoutError:
+            raise EtcdError(f"{url}: no answer within {CALL_TIMEOUT_S:g} s") from None
+
+    async def watch(self, url: URL, prefix: str, revision: int) -> AsyncGenerator[dict[str, Any], None]:
+        """Give every result of a watch of a prefix from a revision on. Raises EtcdError when it ends."""
+        create = {"key": text_of(prefix), "range_end": range_end(prefix), "start_revision": str(revision)}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        rest = b""
+        try:
+            async with self._opened().post(
+                url.join(URL("/v3/watch")), data=msgspec.json.encode({"create_request": create}), timeout=timeout
+            ) as response:
+                while data := await response.content.readany():
+                    *lines, rest = (rest + data).split(b"\n")
+                    if max(map(len, [rest, *lines])) > MAX_LINE:
+                        raise EtcdError(f"{url}: a change has more than {MAX_LINE} bytes")
+                    for line in lines:
+                        if line:
+                            yield _result(line, url)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EtcdError(f"{url}: {error or type(error).__name__}") from None
+        raise EtcdError(f"{url}: the watch ended")
+
+    async def _call(self, url: URL, path: str, message: Mapping[str, Any]) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        data = msgspec.json.encode(message)
+        try:
+            async with self._opened().post(url.join(URL(f"/v3/{path}")), data=data, timeout=timeout) as response:
+                body = bytearray()
+                while piece := await response.content.readany():
+                    body += piece
+                    if len(body) > MAX_ANSWER:
+                        raise EtcdError(f"{url}: an answer has more than {MAX_ANSWER} bytes")
+                answer = msgspec.json.decode(bytes(body), type=dict[str, Any])
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise EtcdError(f"{url}: {error or 'cannot be reached'}", unsent=True) from None
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
+            raise EtcdError(f"{url}: {error or type(error).__name__}") from None
+        if response.status != 200:
+            raise EtcdError(f"{url}: {str(answer.get('error'))[:200]}", number_of(answer, "code"))
+        return answer
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise EtcdError("the store is closed")
+        return self._session
+
+
+def _result(line: bytes, url: URL) -> dict[str, Any]:
+    try:
+        message = msgspec.json.decode(line, type=dict[str, Any])
+        error = message.get("error")
+        if error is not None:
+            raise EtcdError(
+                f"{url}: {str(error)[:200]}", number_of(error, "grpc_code") if isinstance(error, dict) else None
+            )
+        return msgspec.convert(message["result"], dict[str, Any])
+    except (msgspec.MsgspecError, KeyError) as fault:
+        raise EtcdError(f"{url}: a line of the watch is none: {str(fault)[:100]}") from None

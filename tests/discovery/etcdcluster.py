@@ -1,0 +1,113 @@
+"""Debian's etcd, one member or several, started for a test and ended by their pids."""
+
+import contextlib
+import json
+import random
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+START_TIMEOUT_S = 20.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Find ports below the range that clients take theirs from, so that a member can come back to its own."""
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < count:
+            port = random.randrange(20_000, 32_000)
+            probe = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
+
+
+class Member:
+    """One etcd process."""
+
+    def __init__(self, name: str, directory: Path, client_port: int, peer_port: int, extra: Sequence[str] = ()) -> None:
+        self.name = name
+        scheme = "https" if any("cert-file" in option for option in extra) else "http"
+        self.url = f"{scheme}://127.0.0.1:{client_port}"
+        self.peer_url = f"http://127.0.0.1:{peer_port}"
+        self._directory = directory / name
+        self._extra = extra
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, cluster: str) -> None:
+        """Start it; a second time with the data of the first."""
+        command = ["etcd", "--name", self.name, "--data-dir", str(self._directory)]
+        command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
+        command += ["--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url]
+        command += ["--initial-cluster", cluster, "--heartbeat-interval", "50", "--election-timeout", "500"]
+        command += ["--logger", "zap", "--log-level", "error", *self._extra]
+        with (self._directory.parent / f"{self.name}.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """End it as a power cut does."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def signal(self, number: int) -> None:
+        """Stop or continue it."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def ask(self, path: str, message: object, timeout_s: float = 2.0) -> dict[str, object]:
+        """Call its JSON gateway. Raises OSError."""
+        request = urllib.request.Request(f"{self.url}/v3/{path}", json.dumps(message).encode())
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            found: dict[str, object] = json.load(answer)
+        return found
+
+    def leads(self) -> bool:
+        """Tell whether it is the leader."""
+        try:
+            status = self.ask("maintenance/status", {}, 1.0)
+        except OSError:
+            return False
+        return status.get("leader") == status["header"]["member_id"]  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def etcd_cluster(directory: Path, count: int = 1, extra: Sequence[str] = ()) -> Iterator[list[Member]]:
+    """Run members until the block ends."""
+    ports = free_ports(2 * count)
+    members = [Member(f"m{n}", directory, ports[2 * n], ports[2 * n + 1], extra) for n in range(count)]
+    names = ",".join(f"{member.name}={member.peer_url}" for member in members)
+    try:
+        for member in members:
+            member.start(names)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _ready(members):
+            if time.monotonic() > deadline:
+                logs = "".join(path.read_text(errors="replace") for path in directory.glob("*.log"))
+                raise TimeoutError(f"etcd does not start: {logs[-1000:]}")
+            time.sleep(0.05)
+        yield members
+    finally:
+        for member in members:
+            member.kill()
+
+
+def _ready(members: Sequence[Member]) -> bool:
+    if members[0].url.startswith("https"):
+        port = int(members[0].url.rpartition(":")[2])
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+    try:
+        for member in members:
+            member.ask("kv/range", {"key": "eA=="}, 1.0)
+    except OSError:
+        return False
+    return True

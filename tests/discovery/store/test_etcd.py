@@ -1,0 +1,224 @@
+"""The store in etcd: what two servers share, and what they tell of an etcd that goes away, compacts or ends leases."""
+
+import asyncio
+import base64
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from discovery.model import Deletion, Kind, NetworkSpec, VipSpec
+from discovery.store import Change, EtcdAccess, EtcdStore, PreconditionFailed, StoreError, UnknownLease
+from discovery.store import etcd as etcd_module
+from tests.discovery.etcdcluster import Member, etcd_cluster, free_ports
+
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
+
+KEY = (Kind.VIP, "b", "v")
+SPEC = VipSpec(name="orders.shop", address="10.200.0.1")
+
+
+@pytest.fixture(scope="module")
+def member(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Member]:
+    with etcd_cluster(tmp_path_factory.mktemp("etcd")) as members:
+        yield members[0]
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    return f"/{request.node.name}/"
+
+
+@asynccontextmanager
+async def running(*stores: EtcdStore, opened: bool = False) -> AsyncIterator[Sequence[EtcdStore]]:
+    for store in stores:
+        if not opened:
+            await store.open()
+    failure: BaseException | None = None
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(store.run()) for store in stores]
+        try:
+            yield stores
+        except BaseException as error:  # noqa: BLE001 - raised below, and not inside an exception group
+            failure = error
+        for task in tasks:
+            task.cancel()
+    for store in stores:
+        await store.close()
+    if failure is not None:
+        raise failure
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+async def test_two_servers_share_records_revisions_and_epoch(member: Member, prefix: str) -> None:
+    access = EtcdAccess(endpoints=(member.url,), prefix=prefix)
+    async with running(EtcdStore(access), EtcdStore(access)) as (one, two):
+        assert one.epoch == two.epoch
+        assert len(one.epoch) == 16
+        heard: list[Change] = []
+        two.subscribe(heard.extend)
+        record = await one.put(KEY, SPEC)
+        await until(lambda: heard)
+        assert heard == [record]
+        assert await two.get(KEY) == record
+        with pytest.raises(PreconditionFailed):
+            await two.put(KEY, SPEC, if_none_match=True)
+        lease = await one.grant(30, "somebody")
+        # At the other server at once, whether the watch has told of it yet or not.
+        assert await two.lease(lease.id) == lease
+        assert await two.renew(lease.id) == lease
+        await two.put(KEY, SPEC, lease=lease.id)
+        for name in "cde":
+            await two.put((Kind.NETWORK, name, name), NetworkSpec(), lease=lease.id)
+        del heard[:]
+        gone = await one.revoke(lease.id)
+        # etcd ends them in one transaction: one revision, told together.
+        assert len(gone) == 4
+        assert {deletion.revision for deletion in gone} == {one.revision}
+        await until(lambda: heard)
+        assert sorted(map(str, heard)) == sorted(map(str, gone))
+        assert await two.since(record.revision) == gone
+
+
+async def test_a_lease_ends_when_etcd_says_so(member: Member, prefix: str) -> None:
+    access = EtcdAccess(endpoints=(member.url,), prefix=prefix)
+    async with running(EtcdStore(access)) as (store,):
+        lease, kept = await store.grant(1, "somebody"), await store.grant(60, "somebody")
+        await store.put(KEY, SPEC, lease=lease.id)
+        other = await store.put((Kind.NETWORK, "b", "b"), NetworkSpec(), lease=kept.id)
+        await until(lambda: lease.id not in store._leases)
+        assert (await store.snapshot()).records == (other,)
+        assert await store.leases("somebody") == [kept]
+        with pytest.raises(UnknownLease):
+            await store.renew(lease.id)
+
+
+async def test_a_server_that_starts_later_has_everything(
+    member: Member, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcd_module, "PAGE", 3)
+    access = EtcdAccess(endpoints=(member.url,), prefix=prefix)
+    async with running(EtcdStore(access)) as (one,):
+        records = [await one.put((Kind.NETWORK, f"n{n}", f"n{n}"), NetworkSpec()) for n in range(8)]
+        lease = await one.grant(30, "somebody")
+        async with running(EtcdStore(access)) as (two,):
+            assert sorted((await two.snapshot()).records, key=lambda record: record.id) == records
+            assert await two.leases("somebody") == [lease]
+            assert await two.since(records[3].revision) is None  # what was deleted before its start is not known
+            assert await two.since(two.revision) == []
+
+
+async def test_history_that_etcd_compacted_is_read_anew(member: Member, prefix: str) -> None:
+    access = EtcdAccess(endpoints=(member.url,), prefix=prefix)
+    async with running(EtcdStore(access)) as (writer,):
+        kept = await writer.put((Kind.NETWORK, "b", "b"), NetworkSpec())
+        await writer.put(KEY, SPEC)
+        lease = await writer.grant(60, "somebody")
+        behind = EtcdStore(access)
+        await behind.open()  # and not yet running: it misses what comes
+        heard: list[Change] = []
+        behind.subscribe(heard.extend)
+        await writer.delete(KEY)
+        await writer.revoke(lease.id)
+        new = await writer.put((Kind.NETWORK, "c", "c"), NetworkSpec())
+        await asyncio.to_thread(member.ask, "kv/compaction", {"revision": str(writer.revision)})
+        async with running(behind, opened=True):
+            await until(lambda: heard)
+            assert heard == [new, Deletion(KEY, new.revision)]
+            assert sorted((await behind.snapshot()).records, key=lambda record: record.id) == [kept, new]
+            assert await behind.leases("somebody") == []
+            again = await writer.put(KEY, SPEC)
+            await until(lambda: behind.revision == again.revision)
+
+
+async def test_keys_that_are_none_of_ours_are_left_out(
+    member: Member, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def put(key: str, value: str) -> None:
+        member.ask("kv/put", {"key": b64(prefix + key), "value": b64(value)})
+
+    for key in ("x", "records/vip/b", "records/other/b/v", "records/vip/B/v", "leases/x/y"):
+        put(key, "{}")
+    put("records/vip/b/bad", "{")
+    put("leases/abc", "[]")
+    async with running(EtcdStore(EtcdAccess(endpoints=(member.url,), prefix=prefix))) as (store,):
+        assert (await store.snapshot()).records == ()
+        put("records/vip/b/bad", '{"unknown": 1}')
+        put("y", "")
+        member.ask("kv/deleterange", {"key": b64(prefix + "x")})
+        record = await store.put(KEY, SPEC)
+        assert (await store.snapshot()).records == (record,)
+    assert sum("none of ours" in entry.message for entry in caplog.records) == 6
+    assert sum("cannot be read" in entry.message for entry in caplog.records) == 3
+
+
+async def test_a_store_without_etcd_does_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd_module, "OPEN_TIMEOUT_S", 0.3)
+    (port,) = free_ports(1)
+    with pytest.raises(StoreError, match=f"etcd: http://127.0.0.1:{port}"):
+        await EtcdStore(EtcdAccess(endpoints=(f"http://127.0.0.1:{port}",))).open()
+
+
+async def test_an_etcd_that_hangs_makes_reads_stale_and_refuses_writes(
+    tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(etcd_module, "STALE_AFTER_S", 0.5)
+    monkeypatch.setattr(etcd_module, "PROBE_S", 0.1)
+    monkeypatch.setattr("discovery.store.etcdapi.CALL_TIMEOUT_S", 0.5)
+    caplog.set_level(logging.INFO)
+    with etcd_cluster(tmp_path) as (alone,):
+        async with running(EtcdStore(EtcdAccess(endpoints=(alone.url,), prefix=prefix))) as (store,):
+            record = await store.put(KEY, SPEC)
+            assert store.stale_s == 0
+            alone.signal(signal.SIGSTOP)
+            await until(lambda: store.stale_s > 0)
+            assert await store.get(KEY) == record
+            assert await store.since(store.revision) == []
+            for action in (
+                store.put(KEY, SPEC),
+                store.delete(KEY),
+                store.grant(10, "x"),
+                store.lease("abc"),
+                store.revoke("abc"),
+                store.since(store.revision + 1),
+            ):
+                with pytest.raises(StoreError):
+                    await action
+            alone.signal(signal.SIGCONT)
+            await until(lambda: store.stale_s == 0)
+            assert (await store.put(KEY, SPEC)).revision > record.revision
+    assert sum("does not answer" in entry.message for entry in caplog.records) <= 2
+
+
+async def test_etcd_over_mutual_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name, host in (("server", "127.0.0.1"), ("client", "discovery.example")):
+        made = authority.issue_cert(host)
+        made.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        made.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    options = [f"--cert-file={tmp_path}/server.pem", f"--key-file={tmp_path}/server.key"]
+    options += [f"--trusted-ca-file={tmp_path}/ca.pem"]
+    with etcd_cluster(tmp_path, extra=options) as (member,):
+        access = EtcdAccess(
+            endpoints=(member.url,),
+            ca=tmp_path / "ca.pem",
+            cert=tmp_path / "client.pem",
+            key=tmp_path / "client.key",
+        )
+        async with running(EtcdStore(access)) as (store,):
+            assert (await store.put(KEY, SPEC)).spec == SPEC

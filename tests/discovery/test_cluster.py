@@ -1,0 +1,101 @@
+"""Several discovery servers over one etcd cluster: whichever part goes away, clients go on."""
+
+import asyncio
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from discovery.client import DiscoveryClient
+from discovery.model import Kind, RelaySpec
+from discovery.store import EtcdAccess, EtcdStore
+from discovery.store import etcd as etcd_module
+from tests.discovery.etcdcluster import Member, etcd_cluster
+
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
+
+
+def relay(last: int) -> RelaySpec:
+    return RelaySpec(addresses=[f"10.0.0.{last}"], ports=[443])
+
+
+def store_at(*members: Member) -> EtcdStore:
+    return EtcdStore(EtcdAccess(endpoints=tuple(member.url for member in members)))
+
+
+async def leader_of(members: list[Member]) -> Member:
+    async with asyncio.timeout(20):
+        while True:
+            for member in members:
+                if await asyncio.to_thread(member.leads):
+                    return member
+            await asyncio.sleep(0.1)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd_module, "STALE_AFTER_S", 1.0)
+    monkeypatch.setattr(etcd_module, "PROBE_S", 0.1)
+    monkeypatch.setattr("discovery.store.etcdapi.CALL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("discovery.api.HEARTBEAT_S", 0.2)
+
+
+async def test_clients_outlive_a_server_the_leader_and_a_minority(
+    tmp_path: Path, serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with etcd_cluster(tmp_path, 3) as members:
+        async with AsyncExitStack() as servers, AsyncExitStack() as first:
+            # The first two reach every member, the third only its own: a server on the far side of a partition.
+            one = await first.enter_async_context(serve(store_at(*members)))
+            two = await servers.enter_async_context(serve(store_at(*members)))
+            urls = [one.url, two.url]
+            async with (
+                run(DiscoveryClient(urls, network="a")) as client,
+                run(DiscoveryClient(urls, network="b")) as other,
+            ):
+                client.publish(Kind.RELAY, "r", relay(1))
+                assert await client.settled(10)
+                await until(other, lambda mesh: mesh.relays("a"))
+
+                # A discovery server is killed: its clients move on, and resume rather than read anew.
+                await first.aclose()
+                client.publish(Kind.RELAY, "r", relay(2))
+                assert await client.settled(10)
+                await until(other, lambda mesh: mesh.relays("a")[0].spec == relay(2))
+
+                # The leader of etcd is killed: writes resume once another is elected.
+                leader = await leader_of(members)
+                leader.kill()
+                client.publish(Kind.RELAY, "r", relay(3))
+                assert await client.settled(20)
+                await until(other, lambda mesh: mesh.relays("a")[0].spec == relay(3))
+
+                # A second member hangs: what is left is a minority. It refuses writes and is read, marked as stale.
+                rest = [member for member in members if member is not leader]
+                rest[1].signal(signal.SIGSTOP)
+                async with asyncio.timeout(20):
+                    while (answer := await two.ask("GET", "/v1/records")).headers.get("Crossnet-Stale") is None:
+                        await asyncio.sleep(0.05)
+                assert [record["id"] for record in answer.body["records"]] == ["r"]
+                refused = await two.ask("PUT", "/v1/records/network/c/c", {"spec": {}})
+                assert (refused.status, refused.body["error"]) == (503, "unavailable")
+                async with two.watch() as lines:
+                    told = [await anext(lines) for _ in range(5)]
+                assert [line["type"] for line in told[:4]] == ["reset", "put", "sync", "stale"]
+                assert told[4]["age_s"] > 0
+                assert client.mesh.relays("a")  # nobody has lost the relay
+                async with asyncio.timeout(20):
+                    while not client.age_s:
+                        await asyncio.sleep(0.02)
+
+                # And back: the record was leased, its writer lives, and writes again what ended meanwhile.
+                rest[1].signal(signal.SIGCONT)
+                client.publish(Kind.RELAY, "r", relay(4))
+                assert await client.settled(20)
+                await until(other, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].spec == relay(4))
+                async with asyncio.timeout(20):
+                    while client.age_s or two.store.stale_s:
+                        await asyncio.sleep(0.05)
+    assert "a request failed" not in caplog.text
