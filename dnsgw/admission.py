@@ -5,15 +5,22 @@ it is forgotten every second. Sans-IO: its user says when a second is over.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import TypeAlias
 
-Host: TypeAlias = str | bytes
-"""A client's address, as text or packed: whatever the socket gives, as it is only looked up."""
+Host: TypeAlias = bytes
+"""A client's address, packed."""
 
 MAX_KNOWN = 65536
 DENIED = -1
 _UNLIMITED = 1 << 60
+
+
+@lru_cache(4096)
+def packed(text: str) -> Host:
+    """The address that a socket gives as text, which may end in an interface."""
+    return ip_address(text).packed
 
 
 class Clients:

@@ -7,9 +7,11 @@ the reply comes later, from a callback of the loop. Nothing that a client or an 
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
+from discovery.imports import Imports
 from discovery.model import Mesh
 from dnsgw.admission import Clients, Host
 from dnsgw.cache import answer_cached, key_of
@@ -123,6 +125,10 @@ class Resolver:
         """Take the loop to run on and the way to upstream."""
         self._loop = loop
         self._foreign.attach(loop, forwarder)
+
+    def reimport(self, imports: Imports) -> None:
+        """Take these imports into the tables to come."""
+        self._config = replace(self._config, imports=imports)
 
     def apply(self, mesh: Mesh) -> None:
         """Answer from this state of discovery from now on."""

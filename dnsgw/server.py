@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from prometheus_client import CollectorRegistry
 
 from discovery.addresses import Address, format_endpoint
+from discovery.imports import Imports
 from discovery.model import Mesh
 from dnsgw.config import DnsConfig
 from dnsgw.forward import Forwarder
@@ -45,6 +46,10 @@ class DnsServer:
         self._closing = asyncio.Event()
         if registry is not None:
             registry.register(self.metrics)
+
+    def reimport(self, imports: Imports) -> None:
+        """Import these names from the next `apply` on."""
+        self._resolver.reimport(imports)
 
     def apply(self, mesh: Mesh) -> None:
         """Answer from this state of discovery from now on. Until the first one, questions of ours are held, 1 s at most."""
@@ -121,9 +126,10 @@ class DnsServer:
             max_connections=self.config.max_tcp_connections,
             max_connections_per_client=self.config.max_tcp_connections_per_client,
             idle_timeout_s=self.config.tcp_idle_timeout_s,
+            reuse_port=self.config.reuse_port,
         )
         try:
-            udp = UdpListener((address, tcp.port), self._resolver, self.metrics)
+            udp = UdpListener((address, tcp.port), self._resolver, self.metrics, reuse_port=self.config.reuse_port)
         except OSError:
             tcp.close()
             raise

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from typing import Any, cast
 
+from dnsgw.admission import Host, packed
 from dnsgw.resolver import Resolver
 from dnsgw.upstream import Endpoint
 from dnsgw.wire import HEADER_SIZE
@@ -24,6 +25,7 @@ class TcpListener:
         max_connections: int,
         max_connections_per_client: int,
         idle_timeout_s: float,
+        reuse_port: bool = False,
     ) -> None:
         """Bind and listen; connections are accepted from `start` on. Raises OSError."""
         address, port = endpoint
@@ -31,12 +33,14 @@ class TcpListener:
         self.idle_timeout_s = idle_timeout_s
         self._max_connections = max_connections
         self._max_connections_per_client = max_connections_per_client
-        self._connections: dict[_Connection, str] = {}
-        self._clients: dict[str, int] = {}
+        self._connections: dict[_Connection, Host] = {}
+        self._clients: dict[Host, int] = {}
         self._server: asyncio.Server | None = None
         self._sock = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse_port:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if address.version == 6:
                 self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             self._sock.bind((str(address), port))
@@ -63,7 +67,7 @@ class TcpListener:
         for connection in list(self._connections):
             connection.close()
 
-    def admit(self, connection: "_Connection", host: str) -> bool:
+    def admit(self, connection: "_Connection", host: Host) -> bool:
         """Count a connection, or say that there are too many."""
         mine = self._clients.get(host, 0)
         if len(self._connections) >= self._max_connections or mine >= self._max_connections_per_client:
@@ -88,7 +92,7 @@ class _Connection(asyncio.Protocol):
         self._listener = listener
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._host = ""
+        self._host = b""
         self._buffer = bytearray()
         self._waiting = 0
         self._pumping = False
@@ -101,7 +105,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
-        self._host = peer[0] if peer else ""
+        self._host = packed(peer[0]) if peer else b""
         if not peer or not self._listener.admit(self, self._host):
             self._transport.abort()
             return

@@ -1,4 +1,4 @@
-"""Questions over UDP: one raw socket per listening address, drained whenever it is readable.
+"""Questions over UDP: one raw socket per listening address, drained whenever it is readable, in batches where that goes.
 
 A socket on a wildcard address asks the kernel for the address that each packet came to (RFC 3542 section 6.2 and its IPv4
 likeness) and answers from that one: a host with several addresses would else answer from whichever its routes prefer, and
@@ -10,11 +10,12 @@ import socket
 import struct
 from typing import Any
 
+from dnsgw.admission import packed
+from dnsgw.batch import MAX_QUERY, Batch, available
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.resolver import Resolver
 from dnsgw.upstream import Endpoint
 
-MAX_QUERY = 4096  # a question needs 512 at most; the rest is room for options
 MAX_DRAIN = 64  # packets before the loop sees to something else
 _RECEIVE_BUFFER = 1 << 20  # asked for; the kernel gives what net.core.rmem_max allows
 
@@ -27,8 +28,10 @@ _SPACE = socket.CMSG_SPACE(_PKTINFO6.size)
 class UdpListener:
     """One UDP socket and the way its replies go."""
 
-    def __init__(self, endpoint: Endpoint, resolver: Resolver, metrics: DnsMetrics) -> None:
-        """Bind. Raises OSError."""
+    def __init__(
+        self, endpoint: Endpoint, resolver: Resolver, metrics: DnsMetrics, *, reuse_port: bool = False
+    ) -> None:
+        """Bind; `reuse_port`: others may too, and the kernel shares the clients out. Raises OSError."""
         address, port = endpoint
         self._resolver = resolver
         self._metrics = metrics
@@ -44,24 +47,64 @@ class UdpListener:
                 self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
             elif self._wildcard:
                 self._sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            if reuse_port:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
             self._sock.bind((str(address), port))
         except OSError:
             self._sock.close()
             raise
+        self._batch = Batch(self._sock, v6=self._v6, wildcard=self._wildcard) if available(self._sock) else None
+        self._flush_at: asyncio.Handle | None = None
+        self._reading = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to answer."""
         self._loop = loop
-        loop.add_reader(self._sock, self._drain_wildcard if self._wildcard else self._drain)
+        if self._batch is not None:
+            loop.add_reader(self._sock, self._drain_batch, self._batch)
+        else:
+            loop.add_reader(self._sock, self._drain_wildcard if self._wildcard else self._drain)
 
     def close(self) -> None:
         """Close the socket; replies that come later are dropped."""
+        if self._batch is not None and self._loop is not None:
+            self._flush(self._batch)
+        if self._flush_at is not None:
+            self._flush_at.cancel()
         if self._loop is not None:
             self._loop.remove_reader(self._sock)
             self._loop = None
         self._sock.close()
+
+    def _drain_batch(self, batch: Batch) -> None:
+        self._reading = True
+        try:
+            batch.receive(self._handle)
+        finally:
+            self._reading = False
+            if batch.waiting:
+                self._flush(batch)
+
+    def _handle(self, data: bytes, host: bytes, where: bytes) -> None:
+        self._resolver.handle(data, host, self._put, where, False)
+
+    def _put(self, reply: bytes, where: Any) -> None:
+        batch = self._batch
+        if not reply or batch is None or self._loop is None:
+            return
+        unsent = batch.put(reply, where)
+        if unsent:
+            self._metrics.queries[Outcome.UNSENT] += unsent
+        if not self._reading and self._flush_at is None:  # an answer that came later; others may come with it
+            self._flush_at = self._loop.call_soon(self._flush, batch)
+
+    def _flush(self, batch: Batch) -> None:
+        self._flush_at = None
+        unsent = batch.flush()
+        if unsent:
+            self._metrics.queries[Outcome.UNSENT] += unsent
 
     def _drain(self) -> None:
         receive, handle, send = self._sock.recvfrom, self._resolver.handle, self._send
@@ -70,7 +113,7 @@ class UdpListener:
                 data, peer = receive(MAX_QUERY)
             except OSError:  # nothing left, most of the time; an error of the socket is told once and then over
                 return
-            handle(data, peer[0], send, peer, False)
+            handle(data, packed(peer[0]), send, peer, False)
 
     def _send(self, reply: bytes, peer: Any) -> None:
         if reply:
@@ -86,7 +129,7 @@ class UdpListener:
                 data, ancillary, _, peer = receive(MAX_QUERY, _SPACE)
             except OSError:
                 return
-            handle(data, peer[0], send, (ancillary, peer), False)
+            handle(data, packed(peer[0]), send, (ancillary, peer), False)
 
     def _send_from(self, reply: bytes, where: Any) -> None:
         if reply:

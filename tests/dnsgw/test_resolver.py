@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from discovery.model import Mesh
 from dnsgw import DnsConfig, DnsMetrics, Outcome
+from dnsgw.admission import packed
 from dnsgw.resolver import Resolver
 from dnsgw.wire import Qtype
 from tests.dnsgw.authority import Asked, Authority, serving
@@ -206,7 +207,7 @@ def test_private_addresses_may_ask_unless_told_otherwise(host: str, allowed: boo
     resolver.apply(VIEW)
     replies: list[bytes] = []
     for _ in range(2):  # the second time it is known
-        resolver.handle(query(ADDRESS), host, lambda reply, where: replies.append(reply), None, False)
+        resolver.handle(query(ADDRESS), packed(host), lambda reply, where: replies.append(reply), None, False)
     assert [reply[3] & 15 for reply in replies] == [0 if allowed else 5] * 2
 
 
@@ -432,7 +433,7 @@ def test_garbage_never_raises(packet: bytes) -> None:
     resolver = Resolver(DnsConfig(network="a", listen=()), metrics)
     resolver.apply(VIEW)
     replies: list[bytes] = []
-    resolver.handle(packet, "127.0.0.1", lambda reply, where: replies.append(reply), None, False)
+    resolver.handle(packet, packed("127.0.0.1"), lambda reply, where: replies.append(reply), None, False)
     if metrics.queries[Outcome.ERROR]:  # it was a good question, and there is no way to upstream here
         assert packet[4:12] in (b"\0\1\0\0\0\0\0\0", b"\0\1\0\0\0\0\0\1")
     assert len(replies) == 1

@@ -1,9 +1,12 @@
 """UDP sockets: where replies come from, and what a flood of packets does."""
 
+import asyncio
+from dataclasses import replace
+
 import dns.message
 import pytest
 
-from dnsgw import Outcome
+from dnsgw import DnsServer, Outcome
 from tests.dnsgw.meshes import DOMAIN, mesh, relay
 from tests.dnsgw.packets import opt, query
 from tests.dnsgw.servers import Client, address, running
@@ -12,6 +15,12 @@ pytestmark = pytest.mark.anyio
 
 ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
 VIEW = mesh(relay("10.0.0.9"))
+
+
+@pytest.fixture(autouse=True, params=["in batches", "one by one"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "one by one":
+        monkeypatch.setattr("dnsgw.udp.available", lambda sock: False)
 
 
 def addresses(reply: bytes) -> list[str]:
@@ -70,3 +79,20 @@ async def test_what_is_met_with_silence_takes_no_harm() -> None:
             assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
         assert server.metrics.queries[Outcome.IGNORED] == 5
         assert server.metrics.queries[Outcome.MALFORMED] == 1
+
+
+async def test_several_servers_share_a_port(way: None) -> None:
+    async with running(VIEW, reuse_port=True) as one:
+        config = replace(one.config, listen=(one.addresses[0],))
+        two = DnsServer(config)
+        await two.open()
+        two.apply(VIEW)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(two.run())
+            for _ in range(40):
+                with Client(address(one)) as client:  # the kernel goes by the source
+                    assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
+            counts = [server.metrics.queries[Outcome.ANSWERED] for server in (one, two)]
+            assert sum(counts) == 40
+            assert min(counts) > 0
+            await two.close()
