@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
@@ -22,6 +23,7 @@ from crossnet import logs, roles
 from crossnet.admin import AdminServer
 from crossnet.config import warnings
 from crossnet.publication import RelayPublication, publish_turn_servers
+from crossnet.reload import Reloader
 from crossnet.schema import encode
 from crossnet.sections import Config, DnsSection, GatewaySection, RelaySection
 from discovery.addresses import format_endpoint, parse_address
@@ -63,7 +65,8 @@ class StartError(Exception):
 class App:
     """The running process. `serve` ends when `stop` has been called and everything is drained."""
 
-    def __init__(self, config: Config, chosen: Sequence[str]) -> None:
+    def __init__(self, config: Config, chosen: Sequence[str], path: Path | None = None) -> None:
+        """Take the configuration, and the file that it is read from anew when that changes."""
         self.config = config
         self.chosen = tuple(chosen)
         self._bound: dict[str, list[tuple[str, int]]] = {}
@@ -83,6 +86,7 @@ class App:
         self._started = False
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
+        self.reloader = Reloader(path, config, self._apply, self.registry) if path is not None else None
 
     def stop(self) -> None:
         """Drain and end; asked a second time, end at once."""
@@ -105,6 +109,8 @@ class App:
                 try:
                     await self._start()
                     self._started = True
+                    if self.reloader is not None:
+                        self._run("reloader", self.reloader.run())
                     log.info("started", extra={"event": {"roles": self.chosen, "listening": self.listening}})
                     await self._stopping.wait()
                     await self._drain()
@@ -115,6 +121,23 @@ class App:
         finally:
             await admin.close()
         log.info("ended", extra={"event": {"seconds": time.time() - self._started_at}})
+
+    def _apply(self, config: Config) -> None:
+        """Go by this configuration from now on; it differs only in what needs no restart."""
+        self.config = config
+        logs.set_up(style=config.log.format, level=config.log.level)
+        keys = roles.keys(config)
+        if self.relay is not None and config.relay is not None:
+            self.relay.reconfigure(roles.relay_config(config, config.relay), SigningKeys(keys))
+        if self.gateway is not None and config.gateway is not None:
+            guard = self.gateway.config.guard
+            self.gateway.reconfigure(roles.gateway_config(config, config.gateway, guard), keys)
+        if self._dns is not None:
+            self._dns.reimport(roles.imports(config))
+            if self.discovery is not None and self.discovery.synced:
+                self._dns.apply(self.discovery.mesh)
+        for warning in warnings(config):
+            log.warning("%s", warning)
 
     async def _start(self) -> None:
         config, chosen = self.config, self.chosen
@@ -298,6 +321,7 @@ class App:
             "seconds": round(time.time() - self._started_at, 1),
             "waiting_for": self.waiting_for(),
             "listening": self.listening,
+            "config": self.reloader.status if self.reloader is not None else None,
             "streams": {role: len(rows) for role, rows in self.streams().items()},
             "discovery": {
                 "sources": [str(source) for source in self.config.discovery],
@@ -340,8 +364,8 @@ async def open_discovery(config: Config, registry: CollectorRegistry) -> Discove
     )
 
 
-def run(config: Config, chosen: Sequence[str]) -> int:
-    """Run these roles until a signal ends them; return the exit code."""
+def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
+    """Run these roles until a signal ends them; return the exit code. `path` is read anew when it changes and on SIGHUP."""
     logs.set_up(style=config.log.format, level=config.log.level)
     limit = raise_open_files()
     log.info("crossnet", extra={"event": {"version": version("crossnet"), "roles": chosen, "open_files": limit}})
@@ -350,11 +374,11 @@ def run(config: Config, chosen: Sequence[str]) -> int:
         log.warning("%s", warning)
     # The runner leaves SIGINT alone when a handler of ours is there; ours drains as SIGTERM does.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(config, chosen))
+        return runner.run(_run(config, chosen, path))
 
 
-async def _run(config: Config, chosen: Sequence[str]) -> int:
-    app = App(config, chosen)
+async def _run(config: Config, chosen: Sequence[str], path: Path | None) -> int:
+    app = App(config, chosen, path)
     received: list[int] = []
 
     def take(number: int) -> None:
@@ -364,6 +388,7 @@ async def _run(config: Config, chosen: Sequence[str]) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, take, number)
+    loop.add_signal_handler(signal.SIGHUP, app.reloader.ask if app.reloader is not None else lambda: None)
     failed = False
     try:
         await app.serve()

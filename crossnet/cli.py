@@ -66,7 +66,8 @@ def _run(arguments: argparse.Namespace) -> int:
         wanted = f"a section {missing[0]}" if missing else f"at least one role of {', '.join(ROLES)}"
         print(f"{arguments.config}: $: expected {wanted}, got nothing", file=sys.stderr)
         return USAGE
-    return run(config, [role for role in config.roles if not arguments.roles or role in arguments.roles])
+    chosen = [role for role in config.roles if not arguments.roles or role in arguments.roles]
+    return run(config, chosen, arguments.config)
 
 
 def _name(arguments: argparse.Namespace) -> int:

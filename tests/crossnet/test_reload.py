@@ -1,0 +1,143 @@
+"""A new configuration under a running process: what changes at once, what waits, and what a bad file does."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crossnet.config import load
+from crossnet.reload import change, files
+from tests.crossnet.running import Running, running
+from tests.sniproxy.hellos import client_hello
+
+FILE = """
+network: a
+discovery: mesh.yaml
+admin: 127.0.0.1:0
+drain: 0
+keys: {{ab-1: {{file: ab.key, from: a, to: b}}}}
+relay: {{id: relay-1, listen: "127.0.0.1:0", deliver: ["127.0.0.1/32"]{more}}}
+"""
+DENY = ", rules: [{to: a, action: deny}]"
+ALLOW = ", rules: [{to: a, action: allow}]"
+ACCESS_DENIED = bytes.fromhex("15030300020231")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mesh.yaml").write_text("networks: [{id: a}, {id: b}]")
+    (tmp_path / "ab.key").write_text("0a" * 32)
+    return tmp_path
+
+
+@pytest.fixture
+def service() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(10)
+        yield listening
+
+
+def write(folder: Path, text: str) -> None:
+    """Put a whole new file in the old one's place, as everybody should."""
+    (folder / "new").write_text(text)
+    os.replace(folder / "new", folder / "crossnet.yaml")
+
+
+def dial(relay: Running, service: socket.socket) -> tuple[socket.socket, bytes]:
+    """Connect through the relay and send a ClientHello for the service; give the connection and the hello."""
+    address, _, port = relay.started()["relay"][0].rpartition(":")
+    client = socket.create_connection((address, int(port)), 10)
+    hello = client_hello(f"p{service.getsockname()[1]}-127-0-0-1.a.svc.mesh.internal")
+    client.sendall(hello)
+    return client, hello
+
+
+def is_served(relay: Running, service: socket.socket) -> bool:
+    client, hello = dial(relay, service)
+    with client:
+        service.settimeout(0.2)
+        try:
+            accepted, _ = service.accept()
+        except TimeoutError:
+            assert client.recv(100) == ACCESS_DENIED
+            return False
+        with accepted:
+            assert accepted.recv(10_000) == hello
+        return True
+
+
+def test_rules_change_and_a_stream_goes_on(folder: Path, service: socket.socket) -> None:
+    with running(folder, FILE.format(more=ALLOW)) as relay:
+        held, hello = dial(relay, service)
+        accepted, _ = service.accept()
+        with held, accepted:
+            accepted.settimeout(10)
+            assert accepted.recv(10_000) == hello
+            # By SIGHUP, then by the change of the file alone.
+            write(folder, FILE.format(more=DENY))
+            relay.process.send_signal(signal.SIGHUP)
+            read = relay.wait_for("config_read")
+            assert (read["applied"], read["restart_needed"]) == (["relay.rules"], [])
+            assert not is_served(relay, service)
+            write(folder, FILE.format(more=ALLOW + ", hello_timeout: 3s"))
+            assert relay.wait_for("config_read", 2)["applied"] == ["relay.rules", "relay.hello_timeout"]
+            assert is_served(relay, service)
+            held.sendall(b"still here")
+            assert accepted.recv(100) == b"still here"
+        config = relay.ask("/config")[1]
+        assert '"hello_timeout": "3s"' in config
+        metrics = relay.ask("/metrics")[1]
+        assert 'crossnet_config_reloads_total{result="applied"} 2.0' in metrics
+        assert relay.wait_for("config_read", 2)["sha256"] in metrics
+        assert relay.end() == 143
+
+
+def test_a_bad_file_keeps_what_runs_and_says_every_fault(folder: Path, service: socket.socket) -> None:
+    with running(folder, FILE.format(more=ALLOW)) as relay:
+        relay.started()
+        write(folder, FILE.format(more=", rules: [{to: A, action: deny}, {action: no}], hello_timeout: 3"))
+        relay.process.send_signal(signal.SIGHUP)
+        assert relay.wait_for("config_refused")["faults"] == 3
+        said = [str(event["fault"]).split(":")[0] for event in relay.events("config_fault")]
+        assert said == ["$.relay.rules[0].to", "$.relay.rules[1].action", "$.relay.hello_timeout"]
+        assert is_served(relay, service)
+        assert "crossnet_config_last_reload_successful 0.0" in relay.ask("/metrics")[1]
+        assert "$.relay.hello_timeout" in relay.ask("/status")[1]
+        write(folder, FILE.format(more=", listen: '127.0.0.1:1'").replace('listen: "127.0.0.1:0", ', ""))
+        relay.process.send_signal(signal.SIGHUP)
+        read = relay.wait_for("config_read")
+        assert (read["level"], read["applied"], read["restart_needed"]) == (
+            "warning",
+            ["relay.rules"],
+            ["relay.listen"],
+        )
+        assert '"127.0.0.1:0"' in relay.ask("/config")[1]
+        assert "crossnet_config_restart_needed 1.0" in relay.ask("/metrics")[1]
+
+
+def test_a_key_is_read_anew_when_its_file_changes(folder: Path) -> None:
+    with running(folder, FILE.format(more="")) as relay:
+        relay.started()
+        write(folder, FILE.format(more="") + "log: {level: debug}\n")
+        assert relay.wait_for("config_read")["applied"] == ["log"]
+        (folder / "ab.key").write_text("0b" * 32)
+        assert relay.wait_for("config_read", 2)["applied"] == ["keys"]
+        (folder / "ab.key").unlink()
+        assert relay.wait_for("config_refused")["faults"] == 1
+
+
+def test_what_is_the_same_in_both_files_is_no_change(folder: Path) -> None:
+    write(folder, FILE.format(more=""))
+    old = load(folder / "crossnet.yaml")
+    write(
+        folder, FILE.format(more="").replace("drain: 0", "drain: 5s\ninsecure: true") + "dns: {listen: '127.0.0.1:0'}\n"
+    )
+    new = load(folder / "crossnet.yaml")
+    assert change(old, old).config == old
+    made = change(old, new)
+    assert (made.applied, made.restart) == (("drain",), ("insecure", "dns"))
+    assert (made.config.drain_s, made.config.insecure, made.config.dns) == (5.0, False, None)
+    assert set(files(old)) == {folder / "ab.key"}
