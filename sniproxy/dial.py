@@ -6,6 +6,7 @@ delivered them (before READY, or after a refusal that says so), never after sile
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sniproxy.engine import Wire, connect
@@ -15,7 +16,7 @@ from sniproxy.stream.capsule import HEADER_SIZE, CapsuleError
 from sniproxy.stream.control import Message, Opened, Ready, Refused
 from sniproxy.stream.ends import LIMIT_OPENED_S, LIMIT_READY_S, Side
 from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import Preamble, sign
+from sniproxy.stream.preamble import Preamble, PreambleError, sign
 from sniproxy.stream.reason import RETRYABLE, Reason
 
 MAX_CANDIDATES = 3
@@ -39,6 +40,8 @@ class DialError(Exception):
         self.reason = reason
         self.detail = detail
         self.final = final
+        self.attempts = 0
+        """How many times candidates were asked in all, the same one again included."""
 
 
 class _ResetBeforeReady(Exception):
@@ -97,26 +100,24 @@ class Dialer:
         """
         attempts = 0
         failure = DialError(Reason.NO_ROUTE, "no candidate")
-        for candidate in candidates[:MAX_CANDIDATES]:
-            for pause in (*RESET_RETRY_S, None):
+        for candidate in _choice(candidates):
+            # Only a TURN server resets because a permission is still on its way to it.
+            pauses = RESET_RETRY_S if candidate.kind is RouteKind.TURN else ()
+            for pause in (*pauses, None):
                 attempts += 1
                 try:
                     return await self._attempt(call, candidate, attempts)
                 except _ResetBeforeReady as error:
                     if pause is None:
-                        failure = DialError(
-                            Reason.NO_PERMISSION,
-                            f"{candidate} reset the connection {attempts} times before a gateway answered: "
-                            "the TURN server has no permission for this relay's address, or the gateway is gone",
-                        )
-                        break
-                    failure = DialError(Reason.NO_PERMISSION, str(error))
-                    await asyncio.sleep(pause)
+                        failure = _given_up(candidate, error)
+                    else:
+                        await asyncio.sleep(pause)
                 except DialError as error:
-                    if error.final:
-                        raise
                     failure = error
                     break
+            failure.attempts = attempts
+            if failure.final:
+                break
         raise failure
 
     async def _attempt(self, call: Call, candidate: Candidate, attempt: int) -> Connected:
@@ -216,7 +217,9 @@ class Dialer:
         try:
             async with asyncio.timeout(limit_s):
                 if send is not None:
-                    await send
+                    # What the gateway said before it closed is still there to be read; if nothing is, reading says so.
+                    with suppress(OSError):
+                        await send
                 message = await framed.next_message()
         except TimeoutError:
             raise late from None
@@ -251,4 +254,31 @@ class Dialer:
             attempt=attempt,
             continues=continues,
         )
-        return sign(preamble, key.secret)
+        try:
+            return sign(preamble, key.secret)
+        except PreambleError as error:
+            raise DialError(Reason.OTHER, f"{candidate}: {error.detail}", final=True) from error
+
+
+def _choice(candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates to try, in their order; each network in turn has one before another has all."""
+    left = MAX_CANDIDATES
+    networks = list(dict.fromkeys(candidate.network for candidate in candidates))
+    chosen: list[Candidate] = []
+    for number, network in enumerate(networks, 1):
+        # An import that names several networks wants failover from one to the next, however many gateways the first has.
+        share = max(1, left - (len(networks) - number))
+        found = [candidate for candidate in candidates if candidate.network == network][: min(share, left)]
+        chosen += found
+        left -= len(found)
+    return chosen
+
+
+def _given_up(candidate: Candidate, error: _ResetBeforeReady) -> DialError:
+    if candidate.kind is not RouteKind.TURN:
+        return DialError(Reason.DIAL_FAILED, str(error))
+    return DialError(
+        Reason.NO_PERMISSION,
+        f"{candidate} reset the connection {len(RESET_RETRY_S) + 1} times before a gateway answered: "
+        "the TURN server has no permission for this relay's address, or the gateway is gone",
+    )

@@ -18,12 +18,14 @@ from discovery.imports import Imports
 from sniproxy.alert import AlertDescription, alert_record
 from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, Call, Connected, Dialer, DialError
 from sniproxy.engine import End, Listener, Splice, Wire
+from sniproxy.engine.host import is_own_address
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
 from sniproxy.route import Candidate, RouteKind, Router, SigningKeys, Unroutable
 from sniproxy.stream.account import Account, Ledger
 from sniproxy.stream.carry import Carry
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
+from sniproxy.stream.loopguard import LoopGuard
 from sniproxy.stream.policy import Flow, Policy
 from sniproxy.stream.preamble import decode_target
 from sniproxy.stream.reason import Reason
@@ -39,6 +41,13 @@ DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
 
 DEFAULT_MAX_STREAMS = 16_384
 """Two descriptors a stream, and half of the usual hard limit of open files (65,536) left for bulk pipes and everything else."""
+
+MAX_LINGERING = 1024
+"""Refused clients that are read from until they have seen their alert. In a flood of more the others get theirs as luck has it."""
+
+HELLO_READ_BYTES = 16 * 1024
+"""One read up to the end of the ClientHello: what comes behind it stays in the kernel, which holds the client back, until the
+service is there."""
 
 PRIVATE_RANGES: tuple[Network, ...] = (
     IPv4Network("10.0.0.0/8"),
@@ -84,6 +93,8 @@ class RelayConfig:
     """What may be dialled in the relay's own network; default nothing."""
     direct: TargetList = field(default_factory=TargetList)
     """Where gateways of other networks may be dialled without a TURN server; default nowhere."""
+    guard: tuple[tuple[str, int], ...] = ()
+    """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
     max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
     max_streams: int = DEFAULT_MAX_STREAMS
     hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
@@ -110,11 +121,13 @@ class Relay:
         self._discovery = discovery
         self.ledger = Ledger("relay", registry)
         self._listeners: list[Listener] = []
+        self._lingering = 0
         self.reconfigure(config, keys)
 
     def reconfigure(self, config: RelayConfig, keys: SigningKeys) -> None:
         """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
         self.config = config
+        self._guard = LoopGuard(config.network, [*config.guard, *self.addresses], is_own=is_own_address)
         self._router = Router(
             network=config.network,
             domain=config.domain,
@@ -122,6 +135,7 @@ class Relay:
             deliver=config.deliver,
             direct=config.direct,
             keys=keys,
+            guard=self._guard,
         )
         self._dialer = Dialer(
             config.network, keys, now_ms=lambda: time.time_ns() // 1_000_000, dial_timeout_s=config.dial_timeout_s
@@ -136,16 +150,21 @@ class Relay:
         """Bind every listening address. OSError names the one that failed; none stays open then."""
         try:
             for address, port in self.config.listen:
-                self._listeners.append(await Listener.open(address, port))
+                listener = await Listener.open(address, port)
+                self._listeners.append(listener)
+                self._guard.add(*listener.address)
         except OSError:
             self.close()
             raise
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
-        async with asyncio.TaskGroup() as group:
-            for listener in self._listeners:
-                group.create_task(listener.serve(self._serve))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for listener in self._listeners:
+                    group.create_task(listener.serve(self._serve))
+        finally:
+            self.close()  # those that were cancelled before their first step
 
     def close(self) -> None:
         """Stop accepting; streams go on."""
@@ -156,17 +175,20 @@ class Relay:
         stream = os.urandom(16)
         account = self.ledger.open(stream, client=client.peer[0], local=f"{client.local[0]}:{client.local[1]}")
         reason = Reason.OTHER
+        refused = False
         task = asyncio.current_task()
         assert task is not None
         account.end = task.cancel
         try:
-            reason = await self._carry(client, account)
-        except _Refusal as refusal:
-            reason = refusal.reason
-            account.detail = refusal.detail
-            await self._refuse(client, reason)
+            try:
+                reason = await self._carry(client, account)
+            except _Refusal as refusal:
+                refused, reason, account.detail = True, refusal.reason, refusal.detail
+            finally:
+                self.ledger.close(account, reason)
+            if refused:  # no stream any more: clients that linger over their alert keep nobody else out
+                await self._refuse(client, reason)
         finally:
-            self.ledger.close(account, reason)
             client.close()
 
     async def _carry(self, client: Wire, account: Account) -> Reason:
@@ -191,6 +213,7 @@ class Relay:
         try:
             connected = await self._dialer.open(call, candidates)
         except DialError as error:
+            account.fields["attempts"] = error.attempts
             raise _Refusal(error.reason, error.detail) from error
         account.mark("connect")
         candidate = connected.candidate
@@ -231,7 +254,7 @@ class Relay:
         try:
             async with asyncio.timeout(self.config.hello_timeout_s):
                 while True:
-                    data = await client.recv()
+                    data = await client.recv(HELLO_READ_BYTES)
                     if not data:
                         if reader.raw:
                             raise _Refusal(Reason.BAD_HELLO, "the client ended inside its ClientHello")
@@ -282,8 +305,13 @@ class Relay:
             try:
                 await client.send(alert_record(_ALERTS.get(reason, AlertDescription.INTERNAL_ERROR)))
             except OSError:
-                pass  # it is gone: nobody to tell
-        await client.drain_and_close()
+                return  # it is gone: nobody to tell
+        if self._lingering < MAX_LINGERING:
+            self._lingering += 1
+            try:
+                await client.drain_and_close()
+            finally:
+                self._lingering -= 1
 
 
 _ENDS = {

@@ -26,7 +26,8 @@ from discovery.lookup import Candidate as Place
 from discovery.lookup import Unresolved, resolve
 from discovery.model import AllocationSpec, Kind, Mesh, Record, TurnSpec
 from discovery.names import AddressTarget
-from sniproxy.stream.preamble import SigningKey, encode_target
+from sniproxy.stream.loopguard import STOPPED, LoopGuard
+from sniproxy.stream.preamble import PreambleError, SigningKey, encode_target
 from sniproxy.stream.reason import Reason
 
 FRAMED = "framed/1"
@@ -93,6 +94,8 @@ class Router:
     """Where gateways may be dialled directly. A CIDR in it that lies wholly inside a refused range (127.0.0.0/8) lifts that
     refusal, for TURN servers' relayed addresses too."""
     keys: SigningKeys
+    guard: LoopGuard
+    """What is no service of the own network, whatever `deliver` allows."""
     shuffle: Callable[[list[Candidate]], None] = random.shuffle
     """Orders the allocations of one network, so that gateways share the load."""
 
@@ -113,7 +116,7 @@ class Router:
         first_failure: Unroutable | None = None
         for place in places:
             try:
-                found += self._local(place) if place.network == self.network else self._remote(place, mesh)
+                found += self._local(place, mesh) if place.network == self.network else self._remote(place, mesh)
             except Unroutable as failure:
                 first_failure = first_failure or failure
         if not found:
@@ -121,7 +124,7 @@ class Router:
             raise first_failure
         return found
 
-    def _local(self, place: Place) -> list[Candidate]:
+    def _local(self, place: Place, mesh: Mesh) -> list[Candidate]:
         target = place.target
         if isinstance(target, AddressTarget):
             endpoints = [(target.address, target.port)]
@@ -133,22 +136,30 @@ class Router:
                 raise Unroutable(
                     Reason.NO_ENDPOINT, f"service {target.service!r} has no endpoint for port {target.port}"
                 )
-        allowed = [
-            Candidate(
-                kind=RouteKind.LOCAL,
-                network=place.network,
-                target=format_endpoint(address, port),
-                address=str(address),
-                port=port,
+        allowed = []
+        denied = ""
+        for address, port in endpoints:
+            shown = format_endpoint(address, port)
+            why = self._why_not(address, port, mesh)
+            if why is not None:
+                denied = denied or f"{shown} {why}"
+                continue
+            allowed.append(
+                Candidate(kind=RouteKind.LOCAL, network=place.network, target=shown, address=str(address), port=port)
             )
-            for address, port in endpoints
-            if self.deliver.allows(address, port) and refusal(address, self.deliver) is None
-        ]
         if not allowed:
-            shown = format_endpoint(*endpoints[0])
-            raise Unroutable(Reason.DENIED, f"relay.deliver does not allow {shown} in the relay's own network")
+            raise Unroutable(Reason.DENIED, denied)
         self.shuffle(allowed)
         return allowed
+
+    def _why_not(self, address: Address, port: int, mesh: Mesh) -> str | None:
+        """Say why this address and port of the own network may not be dialled, None if it may."""
+        if not self.deliver.allows(address, port):
+            return "is not in relay.deliver"
+        why = refusal(address, self.deliver)
+        if why is not None:
+            return f"is {why}"
+        return STOPPED if self.guard.stops(address, port, mesh) else None
 
     def _remote(self, place: Place, mesh: Mesh) -> list[Candidate]:
         ways = list(self._direct(place, mesh))
@@ -195,10 +206,14 @@ class Router:
     def _framed(kind: RouteKind, place: Place, endpoint: tuple[Address, int], addressee: str) -> Candidate:
         target = place.target
         where = target.address if isinstance(target, AddressTarget) else target.service
+        try:
+            text = encode_target(where, target.port)
+        except PreambleError as error:  # a record that is none slipped through
+            raise Unroutable(Reason.NO_ROUTE, error.detail) from error
         return Candidate(
             kind=kind,
             network=place.network,
-            target=encode_target(where, target.port),
+            target=text,
             address=str(endpoint[0]),
             port=endpoint[1],
             addressee=addressee,

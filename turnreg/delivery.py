@@ -1,23 +1,15 @@
 """From the target in a preamble to a connected service: which address, whether it may be dialled, and the next one on failure."""
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from discovery.addresses import (
-    Address,
-    BadAddress,
-    TargetList,
-    format_endpoint,
-    parse_address,
-    parse_endpoint,
-    parse_turn_url,
-    refusal,
-)
+from discovery.addresses import Address, BadAddress, TargetList, format_endpoint, parse_address, parse_endpoint, refusal
 from discovery.contract import Discovery
-from discovery.model import Mesh
 from sniproxy.engine import Wire, connect
+from sniproxy.engine.host import is_own_address
+from sniproxy.stream.loopguard import STOPPED, LoopGuard
 from sniproxy.stream.policy import Flow, Policy
 from sniproxy.stream.preamble import Preamble, decode_target
 from sniproxy.stream.proxyproto import ProxyHeader
@@ -67,10 +59,8 @@ class Delivery:
     ) -> None:
         self._network = network
         self._discovery = discovery
-        self._own = frozenset((parse_address(address), port) for address, port in guard)
+        self._guard = LoopGuard(network, guard, is_own=is_own_address)
         self.reconfigure(allow, policy, dial_timeout_s=dial_timeout_s)
-        self._guarded_mesh = Mesh.EMPTY
-        self._guarded: frozenset[tuple[Address, int]] = self._own
         self._turn: dict[str, int] = {}
 
     def reconfigure(self, allow: TargetList, policy: Policy, *, dial_timeout_s: float) -> None:
@@ -97,7 +87,7 @@ class Delivery:
         header = b""
         if service.spec.proxy_protocol:
             header = ProxyHeader(source=preamble.client, destination=preamble.local).pack()
-        return await self._dial(preamble, endpoints[:MAX_ENDPOINT_TRIES], header)
+        return await self._dial(preamble, endpoints, header)
 
     def _rotated(self, name: str, port: int, texts: list[str]) -> list[tuple[Address, int]]:
         """The endpoints, beginning with the one whose turn it is."""
@@ -109,20 +99,24 @@ class Delivery:
         turn = self._turn[key] = (self._turn.get(key, -1) + 1) % len(texts)
         endpoints = []
         for text in texts[turn:] + texts[:turn]:
-            with suppress(
-                BadAddress
-            ):  # records are checked when they are written; one that slipped through is no endpoint
+            with suppress(BadAddress):  # records are checked when written; one that slipped through is no endpoint
                 endpoints.append(parse_endpoint(text))
         return endpoints
 
     async def _dial(self, preamble: Preamble, endpoints: list[tuple[Address, int]], header: bytes) -> Delivered:
         failure = Undeliverable(Reason.NO_ENDPOINT, "no endpoint")
+        tries = 0
         for address, port in endpoints:
+            if tries == MAX_ENDPOINT_TRIES:
+                break
             shown = format_endpoint(address, port)
             why = self._why_not(preamble, address, port)
             if why is not None:
-                failure = Undeliverable(Reason.DENIED, f"{shown} {why}")
+                # An endpoint that was tried in vain says more about the service than one that never may be.
+                if failure.reason is not Reason.DIAL_FAILED:
+                    failure = Undeliverable(Reason.DENIED, f"{shown} {why}")
                 continue
+            tries += 1
             loop = asyncio.get_running_loop()
             started = loop.time()
             try:
@@ -153,8 +147,8 @@ class Delivery:
         why = refusal(address, self._allow)
         if why is not None:
             return f"is {why}"
-        if (address, port) in self._infrastructure():
-            return "is a relay, TURN server, gateway or discovery server: a stream there would loop"
+        if self._guard.stops(address, port, self._discovery.mesh):
+            return STOPPED
         flow = Flow(
             client=parse_address(preamble.client[0]),
             from_network=preamble.from_network,
@@ -165,30 +159,3 @@ class Delivery:
         )
         refused = self._policy.refusal(flow)
         return None if refused is None else f"may not be reached: gateway.rules: {refused}"
-
-    def _infrastructure(self) -> frozenset[tuple[Address, int]]:
-        """What is no service although its address may be allowed: our own network's parts, and every TURN server.
-
-        Other networks' relays are left out: their addresses mean something only there, and may be a service's here.
-        """
-        mesh = self._discovery.mesh
-        if mesh is not self._guarded_mesh:
-            self._guarded_mesh = mesh
-            self._guarded = self._own | frozenset(_infrastructure(mesh, self._network))
-        return self._guarded
-
-
-def _infrastructure(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:
-    for relay in mesh.relays(network):
-        for text in relay.spec.addresses:
-            for port in relay.spec.ports:
-                with suppress(BadAddress):
-                    yield parse_address(text), port
-    for gateway in mesh.gateways(network):
-        with suppress(BadAddress):
-            yield parse_endpoint(gateway.spec.address)
-    for turns in map(mesh.turns, mesh.networks):
-        for turn in turns:
-            with suppress(BadAddress):  # one with a name: no address that a stream names can be told from it here
-                url = parse_turn_url(turn.spec.url)
-                yield parse_address(url.host), url.port

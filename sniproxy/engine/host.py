@@ -1,0 +1,46 @@
+"""Which addresses are this host's own, as the kernel's routing table has it."""
+
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address
+
+_HEADER = struct.Struct("=IHHII")  # rtnetlink(7): length, type, flags, sequence number, port id
+_ROUTE = struct.Struct("=8BI")  # family, destination and source length, tos, table, protocol, scope, type, flags
+_ATTRIBUTE = struct.Struct("=HH")
+_RTM_NEWROUTE, _RTM_GETROUTE, _NLM_F_REQUEST, _RTA_DST, _RTN_LOCAL = 24, 26, 1, 1, 2
+_ANSWER_BYTES = 8192
+_ANSWER_LIMIT_S = 1.0
+"""The kernel answers within the call that asks; the limit is for whatever may stand in for a kernel."""
+
+
+def is_own_address(address: IPv4Address | IPv6Address) -> bool:
+    """Tell whether a connection to this address ends on this host, on whatever interface and in whatever role it has it."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        return _route_type(family, address.packed) == _RTN_LOCAL
+    except OSError:  # a sandbox without netlink
+        return address.is_loopback or _source_towards(family, str(address)) == str(address)
+
+
+def _route_type(family: int, packed: bytes) -> int | None:
+    """Ask for the route to an address; None where there is none."""
+    route = _ROUTE.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
+    attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(packed), _RTA_DST) + packed
+    body = route + attribute
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
+        kernel.settimeout(_ANSWER_LIMIT_S)
+        kernel.send(_HEADER.pack(_HEADER.size + len(body), _RTM_GETROUTE, _NLM_F_REQUEST, 1, 0) + body)
+        answer = kernel.recv(_ANSWER_BYTES)
+    if len(answer) < _HEADER.size + _ROUTE.size or _HEADER.unpack_from(answer)[1] != _RTM_NEWROUTE:
+        return None
+    return int(_ROUTE.unpack_from(answer, _HEADER.size)[7])
+
+
+def _source_towards(family: int, address: str) -> str | None:
+    """Return the address that we would come from; on the way to ourselves that is the one we go to."""
+    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])

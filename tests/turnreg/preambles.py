@@ -1,0 +1,29 @@
+"""Preambles for tests of the gateway's side: network a's relay asks network b's gateway for something."""
+
+import hashlib
+import secrets
+import time
+from dataclasses import replace
+
+from sniproxy.stream.preamble import Preamble, SigningKey
+
+KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
+
+
+def preamble(target: str, hello: bytes = b"", **changes: object) -> Preamble:
+    """Make one that is good now, for the record `gw-1`; `hello` is a ClientHello in one record."""
+    made = Preamble(
+        client=("10.0.0.77", 40000),
+        local=("10.0.0.9", 443),
+        authority="orders.shop.example",
+        stream_id=secrets.token_bytes(16),
+        from_network="a",
+        to_network="b",
+        addressee="gw-1",
+        key_id=KEY.id,
+        time_ms=time.time_ns() // 1_000_000,
+        target=target,
+        hello_digest=hashlib.sha256(hello[5:]).digest(),
+        attempt=1,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
