@@ -15,31 +15,59 @@ def _key(preamble: Preamble) -> _Key:
     return preamble.from_network, preamble.stream_id
 
 
+class _Place:
+    """Where the second connection of one stream is put until the stream takes it."""
+
+    __slots__ = ("_arrived", "framed", "taken")
+
+    def __init__(self) -> None:
+        self._arrived = asyncio.Event()
+        self.framed: Framed | None = None
+        self.taken = False
+
+    def put(self, framed: Framed) -> None:
+        """Put one here; one that was here before goes, for its relay did not hear that it had come and dialled again."""
+        if self.framed is not None:
+            self.framed.wire.close()
+        self.framed = framed
+        self._arrived.set()
+
+    async def take(self) -> Framed:
+        """Wait for it and take it."""
+        await self._arrived.wait()
+        assert self.framed is not None
+        self.taken = True
+        return self.framed
+
+
 class Continuations:
     """The streams that may get a second connection, and those connections until they are taken."""
 
     def __init__(self) -> None:
-        self._expected: dict[_Key, asyncio.Future[Framed]] = {}
+        self._places: dict[_Key, _Place] = {}
 
     @contextmanager
     def expected(self, preamble: Preamble) -> Iterator[Callable[[], Awaitable[Framed]]]:
-        """Let a second connection come while the block runs; what is given waits for it."""
+        """Let a second connection come while the block runs; what is given waits for it. It is closed behind the block."""
         key = _key(preamble)
-        arrival: asyncio.Future[Framed] = asyncio.get_running_loop().create_future()
-        self._expected[key] = arrival
+        place = self._places[key] = _Place()
         try:
-            yield lambda: asyncio.shield(arrival)
+            yield place.take
         finally:
-            del self._expected[key]
-            if arrival.done():
-                arrival.result().wire.close()
-            else:
-                arrival.cancel()
+            # A relay that gave up an attempt just as it was opened has the same stream in here twice; the last one counts.
+            if self._places.get(key) is place:
+                del self._places[key]
+            if place.framed is not None:
+                place.framed.wire.close()
+
+    def awaits(self, preamble: Preamble) -> bool:
+        """Tell whether the stream that this continues is here and has not gone on with a second connection yet."""
+        place = self._places.get(_key(preamble))
+        return place is not None and not place.taken
 
     def bring(self, preamble: Preamble, framed: Framed) -> bool:
-        """Hand a proven second connection to its stream; False where no such stream waits for one."""
-        arrival = self._expected.get(_key(preamble))
-        if arrival is None or arrival.done():
+        """Hand a proven second connection to its stream; False where none awaits it."""
+        if not self.awaits(preamble):
             return False
-        arrival.set_result(framed)
+        self._places[_key(preamble)].put(framed)
         return True

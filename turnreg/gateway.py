@@ -54,6 +54,13 @@ DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
 DEFAULT_MAX_STREAMS = 16_384
 """As at the relay: two descriptors a stream."""
 
+MAX_UNPROVEN = 1024
+"""Connections whose preamble has not come whole. A relay's is there within a round trip, a stranger's may never come: past this
+number the oldest has to go, and strangers keep no relay out."""
+
+MAX_LINGERING = 1024
+"""Refused connections that are read from until REFUSED has arrived. In a flood of more it arrives as luck has it."""
+
 _PREAMBLE_START = 16
 """A PROXY v2 header says its length in its first 16 bytes."""
 
@@ -99,6 +106,8 @@ class _Arrival:
     account: Account
     behind_turn: bool
     preamble: Preamble | None = None
+    evicted: bool = False
+    """Closed by us to make room before it had proven anything."""
     data: bytearray = field(default_factory=bytearray)
 
 
@@ -126,6 +135,8 @@ class Gateway:
         self._continuations = Continuations()
         self.ledger = Ledger("gateway", registry)
         self._listeners: list[Listener] = []
+        self._unproven: dict[int, _Arrival] = {}  # by identity, the oldest first
+        self._lingering = 0
         self._group: asyncio.TaskGroup | None = None
         self._closed = asyncio.Event()
 
@@ -151,25 +162,35 @@ class Gateway:
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
-        async with asyncio.TaskGroup() as group:
-            self._group = group
-            for listener in self._listeners:
-                group.create_task(listener.serve(self._serve_direct))
-            await self._closed.wait()
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                for listener in self._listeners:
+                    group.create_task(listener.serve(self._serve_direct))
+                await self._closed.wait()
+        finally:
             self._group = None
+            self.close()
 
     def close(self) -> None:
-        """Take no more streams; those that are open go on."""
+        """Take no more streams; those that are open go on, and may still get their second connection."""
         self._closed.set()
         for listener in self._listeners:
             listener.close()
 
     def take(self, bound: Bound) -> None:
         """Take a stream that was bound on an allocation of ours."""
-        if self._group is None:
+        serving = self._serve_bound(bound)
+        try:
+            if self._group is None:
+                raise RuntimeError("not running")
+            task = self._group.create_task(serving)
+        except RuntimeError:  # not running, or the last stream has just ended
+            serving.close()
             bound.wire.close()
             return
-        self._group.create_task(self._serve_bound(bound))
+        # A task that is cancelled before its first step never reaches its own finally.
+        task.add_done_callback(lambda task: bound.wire.close() if task.cancelled() else None)
 
     async def _serve_bound(self, bound: Bound) -> None:
         try:
@@ -185,37 +206,42 @@ class Gateway:
         account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
         arrival = _Arrival(Framed(wire, Side.GATEWAY), account, behind_turn=bool(came_by))
         reason: Reason | None = Reason.OTHER
+        refused: _Refusal | None = None
         task = asyncio.current_task()
         assert task is not None
         account.end = task.cancel
         try:
-            reason = await self._carry(arrival, addressee)
-        except _Refusal as refusal:
-            reason, account.detail = refusal.reason, refusal.detail
-            if refusal.tell:
-                await self._refuse(arrival.framed, refusal)
+            try:
+                reason = await self._carry(arrival, addressee)
+            except _Refusal as refusal:
+                refused, reason, account.detail = refusal, refusal.reason, refusal.detail
+            finally:
+                # A second connection is no stream of its own, nor is one that comes when its stream has ended.
+                if arrival.preamble is not None and arrival.preamble.continues:
+                    self.ledger.drop(account)
+                else:
+                    self.ledger.close(account, reason or Reason.OTHER)
+            if refused is not None and refused.tell:  # no stream any more: it keeps nobody else out
+                await self._refuse(arrival.framed, refused)
         finally:
             if reason is not None:
                 wire.close()
-            # A second connection is no stream of its own, nor is one that comes when its stream has ended.
-            if arrival.preamble is not None and arrival.preamble.continues:
-                self.ledger.drop(account)
-            else:
-                self.ledger.close(account, reason or Reason.OTHER)
 
     async def _carry(self, arrival: _Arrival, addressee: str) -> Reason | None:
         """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""
         account, framed = arrival.account, arrival.framed
         try:
             async with asyncio.timeout(self.config.hello_timeout_s):
-                preamble = await self._read_preamble(arrival, addressee)
-                if len(self.ledger) > self.config.max_streams:
+                preamble = await self._proven(arrival, addressee)
+                if preamble.continues:
+                    await self._hand_over(arrival, preamble)
+                    return None
+                if self._closed.is_set():
+                    raise _Refusal(Reason.DRAINING, "this gateway takes no more streams")
+                if len(self.ledger) - len(self._unproven) > self.config.max_streams:
                     raise _Refusal(
                         Reason.OVERLOADED, f"{self.config.max_streams} streams are open: gateway.max_streams"
                     )
-                if preamble.continues:
-                    await self._hand_over(framed, preamble)
-                    return None
                 await framed.send(Ready())
                 await self._read_hello(arrival, preamble)
         except TimeoutError:
@@ -225,6 +251,9 @@ class Gateway:
         except CapsuleError as error:
             raise _Refusal(Reason.PROTOCOL_ERROR, str(error)) from error
         except (OSError, EOFError) as error:
+            if arrival.evicted:
+                detail = f"{MAX_UNPROVEN} connections have not proven anything, and this was the oldest"
+                raise _Refusal(Reason.OVERLOADED, detail, tell=False) from error
             detail = "cut before the ClientHello was whole"
             raise _Refusal(Reason.TRUNCATED, detail, tell=False) from error
         account.mark("hello")
@@ -253,14 +282,30 @@ class Gateway:
                 first=bytes(arrival.data),
                 second=second if arrival.behind_turn else None,
             )
+            arrival.data.clear()  # for as long as the stream lives
             account.carry(up=carry.inbound, down=carry.outbound)
             return await carry.run()
 
-    async def _hand_over(self, framed: Framed, preamble: Preamble) -> None:
+    async def _hand_over(self, arrival: _Arrival, preamble: Preamble) -> None:
         """Give a second connection to its stream."""
-        await framed.send(Ready())
-        if not self._continuations.bring(preamble, framed):
-            raise _Refusal(Reason.PROTOCOL_ERROR, "it continues a stream that is not open here")
+        lost = _Refusal(Reason.PROTOCOL_ERROR, "it continues a stream that is not open here")
+        if not arrival.behind_turn or not self._continuations.awaits(preamble):
+            raise lost  # before READY, so that its relay does not send the rest of an upload here
+        await arrival.framed.send(Ready())
+        if not self._continuations.bring(preamble, arrival.framed):
+            raise lost
+
+    async def _proven(self, arrival: _Arrival, addressee: str) -> Preamble:
+        """Read the preamble, in competition with strangers that send none."""
+        self._unproven[id(arrival)] = arrival
+        try:
+            if len(self._unproven) > MAX_UNPROVEN:
+                oldest = self._unproven.pop(next(iter(self._unproven)))
+                oldest.evicted = True
+                oldest.framed.wire.close()  # wakes its task
+            return await self._read_preamble(arrival, addressee)
+        finally:
+            self._unproven.pop(id(arrival), None)
 
     async def _read_preamble(self, arrival: _Arrival, addressee: str) -> Preamble:
         wire, account = arrival.framed.wire, arrival.account
@@ -316,4 +361,9 @@ class Gateway:
             await framed.send(Refused(refusal.reason.value, refusal.detail))
         except OSError:
             return
-        await framed.discard()
+        if self._lingering < MAX_LINGERING:
+            self._lingering += 1
+            try:
+                await framed.discard()
+            finally:
+                self._lingering -= 1

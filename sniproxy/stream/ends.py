@@ -123,6 +123,8 @@ class Ends:
                 return None if self.complete else "before both FINISHED"
             case CapsuleType.CONTINUED if from_relay:
                 ended = self.final_sent if by_us else self.final_received
+                if not self.opened:  # nor on a second connection, which is never opened: there is no third one
+                    return "before OPENED"
                 error = "after FINAL_DATA" if ended else "a second time" if self.continued else None
                 self.continued = True
                 return error
