@@ -20,6 +20,9 @@ BULK_READS = 4
 SMALL_SPLICES = 16
 """Splices under a read's size in a row after which a direction gives its pipe back."""
 
+LIMIT_STALLED_S = 10.0
+"""Once one side is gone: how long what it sent before may stand still on its way to the other."""
+
 TURN_BYTES = 4 * 1024 * 1024
 """Bytes that one direction may move without waiting before others get a turn (about a millisecond)."""
 
@@ -131,6 +134,11 @@ class Activity:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = self._loop.call_later(limit_s, self._look)
+
+    def hasten(self, limit_s: float) -> None:
+        """Lower the limit to this, if it is not lower already."""
+        if limit_s < self._limit_s:
+            self.limit(limit_s)
 
     def _look(self) -> None:
         # One timer a stream, moved only when it fires: a byte costs a clock reading and no timer work.
@@ -277,11 +285,11 @@ class Splice:
                 await self._one_way(self.b, self.a, self.b_to_a)
             if self._lost is None:
                 end = End.OK
-            else:
-                end = End.A_RESET if self._lost is self.a else End.B_RESET
         except TimeoutError:
             pass
         finally:
+            if self._lost is not None:
+                end = End.A_RESET if self._lost is self.a else End.B_RESET
             if end is End.OK:
                 self.a.close()
                 self.b.close()
@@ -296,7 +304,9 @@ class Splice:
         except Lost as lost:
             self._lost = self._lost or lost.wire
             if lost.writing:
-                return  # what the lost side sent before is still on its way through the other direction
+                # What the lost side sent before is still on its way through the other direction, if that moves at all.
+                self._activity.hasten(LIMIT_STALLED_S)
+                return
         if self._lost is None:
             sink.shutdown_write()
             self._activity.limit(self._half_close_timeout_s)

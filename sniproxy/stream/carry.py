@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from sniproxy.engine import Activity, Direction, Lost, Wire, drain, fill
+from sniproxy.engine.move import LIMIT_STALLED_S
 from sniproxy.engine.pipes import PIPE_BYTES
 from sniproxy.engine.wire import DEFAULT_READ_BYTES
 from sniproxy.stream.capsule import HEADER_SIZE, CapsuleError, Control, Payload
@@ -79,14 +80,14 @@ class Carry:
         reason = Reason.IDLE_TIMEOUT
         try:
             async with self._activity.watched(), asyncio.TaskGroup() as self._group:
-                sending = self._group.create_task(self._way(self._send_out()))
-                await self._way(self._bring_in())
+                sending = self._group.create_task(self._way(self._send_out))
+                await self._way(self._bring_in)
                 await sending
                 for task in self._tasks:
                     task.cancel()
             reason = self._cut or Reason.OK
         except TimeoutError:
-            pass
+            reason = self._cut or reason
         finally:
             self._group = None
             for wire in self._wires():
@@ -96,15 +97,17 @@ class Carry:
                     wire.reset()
         return reason
 
-    async def _way(self, move: Coroutine[Any, Any, None]) -> None:
+    async def _way(self, move: Callable[[], Awaitable[None]]) -> None:
         """Run one direction; where it is cut, note why and stop the other one."""
         try:
-            await move
+            await move()
         except Lost as lost:
             self._cut_by(lost)
             self._news.set()
             if lost.writing:
-                return  # what the lost side sent before may be on its way; the other direction finds its end
+                # What the lost side sent before may be on its way; the other direction finds its end, if it moves at all.
+                self._activity.hasten(LIMIT_STALLED_S)
+                return
         except CapsuleError as error:
             log.debug("stream broken: %s", error)
             self._cut = self._cut or Reason.PROTOCOL_ERROR
@@ -185,7 +188,10 @@ class Carry:
             if room >= MIN_ROOM:
                 return out, room
             if self._second is not None:
-                await self._tell(Continued())
+                try:
+                    await out.send(Continued())
+                except OSError as error:
+                    raise Lost(out.wire, writing=True) from error
                 self.outbound.joins(self._second.wire)
                 return self._second, PIPE_BYTES
             if not self._tasks:
@@ -216,6 +222,7 @@ class Carry:
             if self._first:
                 await self._deliver(self._first)
                 self.inbound.moved += len(self._first)
+                self._first = b""  # for as long as the stream lives
             while not self._framed.ends.complete:
                 await self._take(self._framed)
         finally:
@@ -241,7 +248,10 @@ class Carry:
             self._plain.shutdown_write()
             if source is not self._framed:
                 self._framed.ends.end_elsewhere(by_us=False)
-            await self._tell(Finished())
+            try:
+                await self._framed.send(Finished())
+            except OSError as error:  # and nobody else may be reading there
+                raise Lost(self._framed.wire, writing=False) from error
             self._activity.limit(self._half_close_timeout_s)
         elif self.inbound.pipe is not None and source.payload_left:
             await self._splice_in(source)
@@ -300,7 +310,7 @@ class Carry:
         elif isinstance(message, Continued):
             if self._get_second is None:
                 raise CapsuleError("CONTINUED where nothing is between us")
-            self._spawn(self._way(self._bring_in_rest()))
+            self._spawn(self._way(self._bring_in_rest))
 
     def _report(self) -> None:
         """Say now and then how much has arrived; in a task of its own, for the other direction may be full."""
@@ -319,12 +329,6 @@ class Carry:
                 await self._framed.send(Received(self._reported))
             except OSError:
                 return  # the directions notice by themselves
-
-    async def _tell(self, message: Message) -> None:
-        try:
-            await self._framed.send(message)
-        except OSError as error:
-            raise Lost(self._framed.wire, writing=True) from error
 
     async def _see_off(self) -> None:
         """Everything is delivered and confirmed both ways: relay says DONE, gateway closes first, nothing can be lost."""
