@@ -1,271 +1,209 @@
-"""Two mirror images of Carry over a real connection: what a client and a service see of each other."""
+"""Capsules over a wire: what goes out in one piece, what comes back as events, and what is an error."""
 
 import asyncio
-import hashlib
 import os
-import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 import pytest
 
-from sniproxy.engine import Wire
-from sniproxy.stream.capsule import CapsuleType, header
-from sniproxy.stream.carry import Carry
-from sniproxy.stream.control import Opened, Ready
+from sniproxy.engine import Activity, Direction, PipePool, Wire
+from sniproxy.stream.capsule import CapsuleError, CapsuleType, Control, Header, Payload, header
+from sniproxy.stream.control import Finished, Opened, Ready, Received, Refused
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
-from sniproxy.stream.reason import Reason
-from tests.sniproxy.engine.pairs import pair, read_all, until_reset
+from tests.sniproxy.engine.pairs import pair, read_all
 
 pytestmark = pytest.mark.anyio
 
-LIMITS = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
+OPENED = Opened(IPv4Address("10.1.0.5"), 8443, 1)
 
 
-@dataclass
-class Path:
-    """client ⇄ relay's carry ⇄ gateway's carry ⇄ service."""
-
-    client: Wire
-    service: Wire
-    relay: Carry
-    gateway: Carry
-    between: tuple[Wire, Wire]
-
-    async def run(self, group: asyncio.TaskGroup) -> tuple[asyncio.Task[Reason], asyncio.Task[Reason]]:
-        return group.create_task(self.relay.run()), group.create_task(self.gateway.run())
+@pytest.fixture
+async def both() -> AsyncIterator[tuple[Framed, Framed]]:
+    """Both sides of one stream, not opened yet."""
+    one, other = await pair()
+    yield Framed(one, Side.RELAY), Framed(other, Side.GATEWAY)
+    one.close()
+    other.close()
 
 
-@pytest.fixture(params=["plain", "tls"])
-async def path(request: pytest.FixtureRequest) -> AsyncIterator[Path]:
-    client, relay_plain = await pair()
-    service, gateway_plain = await pair()
-    relay_wire, gateway_wire = await pair(request.param)
-    relay, gateway = Framed(relay_wire, Side.RELAY), Framed(gateway_wire, Side.GATEWAY)
+async def opened(relay: Framed, gateway: Framed) -> None:
     await gateway.send(Ready())
-    await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+    await gateway.send(OPENED)
     assert await relay.next_message() == Ready()
-    assert isinstance(await relay.next_message(), Opened)
-    yield Path(
-        client=client,
-        service=service,
-        relay=Carry(relay_plain, relay, Side.RELAY, **LIMITS),
-        gateway=Carry(gateway_plain, gateway, Side.GATEWAY, **LIMITS),
-        between=(relay_wire, gateway_wire),
-    )
-    for wire in (client, service, relay_plain, gateway_plain, relay_wire, gateway_wire):
-        wire.close()
+    assert await relay.next_message() == OPENED
 
 
-async def test_question_and_answer(path: Path) -> None:
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        await path.client.send(b"question")
-        path.client.shutdown_write()
-        assert await read_all(path.service) == b"question"
-        await path.service.send(b"an answer after the client's end")
-        path.service.shutdown_write()
-        assert await read_all(path.client) == b"an answer after the client's end"
-    assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
-    assert path.relay.outbound.moved == path.gateway.inbound.moved == 8
-    assert path.relay.inbound.moved == path.gateway.outbound.moved == 32
+async def test_preamble_and_first_data_leave_in_one_write(
+    both: tuple[Framed, Framed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay, gateway = both
+    writes = []
+    send = Wire.send
+
+    async def counting(self: Wire, *buffers: bytes, more: bool = False) -> None:
+        writes.append(len(b"".join(buffers)))
+        await send(self, *buffers, more=more)
+
+    monkeypatch.setattr(Wire, "send", counting)
+    await relay.begin(b"preamble", b"hello")
+    assert writes == [8 + 8 + 5]
+    assert await gateway.wire.recv() == b"preamble" + header(CapsuleType.DATA, 5) + b"hello"
+    assert relay.sent == 21
 
 
-async def test_a_service_that_sends_and_closes_at_once_loses_nothing(path: Path) -> None:
-    payload = os.urandom(100_000)
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        await path.service.send(payload)
-        path.service.close()
-        assert await read_all(path.client) == payload
-        path.client.close()
-    assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
+async def test_a_preamble_can_go_alone(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await relay.begin(b"preamble", b"")
+    assert await gateway.wire.recv() == b"preamble"
+    assert relay.sent == 8
 
 
-async def test_bulk_both_ways_is_spliced_and_intact(path: Path) -> None:
-    payload = os.urandom(1 << 20) * 40 + b"tail"
-    expected = hashlib.sha256(payload).hexdigest()
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        for wire in (path.client, path.service):
-            group.create_task(_send_and_end(wire, payload))
-        digests = [group.create_task(_digest(wire)) for wire in (path.client, path.service)]
-    assert [digest.result() for digest in digests] == [expected, expected]
-    assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
+async def test_events_and_counts(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await opened(relay, gateway)
+    await relay.send_data(b"abc")
+    await relay.send_data(b"", final=True)
+    events: list[object] = []
+    while not gateway.exhausted:
+        events += [bytes(event.data) if isinstance(event, Payload) else event for event in await gateway.read()]
+    assert events == [Header(CapsuleType.DATA, 3), b"abc", Header(CapsuleType.FINAL_DATA, 0)]
+    assert gateway.received == relay.sent == 8 + 3 + 8
 
 
-@pytest.mark.parametrize("seed", range(8))
-async def test_any_pace_of_both_sides(path: Path, seed: int) -> None:
-    """Random sizes, pauses and half-closes: both sides get exactly what the other sent, then its end."""
-    dice = random.Random(seed)
-    payloads = [dice.randbytes(dice.choice((0, 1, 7, 70_000, 3_000_000))) for _ in range(2)]
-
-    async def send(wire: Wire, payload: bytes, dice: random.Random) -> None:
-        at = 0
-        while at < len(payload):
-            size = dice.choice((1, 100, 65536, 400_000))
-            await wire.send(payload[at : at + size])
-            at += size
-            if dice.random() < 0.2:
-                await asyncio.sleep(dice.random() / 100)
-        wire.shutdown_write()
-
-    async def receive(wire: Wire, dice: random.Random) -> bytes:
-        got = bytearray()
-        while data := await wire.recv(dice.choice((1000, 65536, 1 << 20))):
-            got += data
-            if dice.random() < 0.2:
-                await asyncio.sleep(dice.random() / 100)
-        return bytes(got)
-
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        for wire, payload in zip((path.client, path.service), payloads, strict=True):
-            group.create_task(send(wire, payload, random.Random(dice.random())))
-        got = [group.create_task(receive(wire, random.Random(dice.random()))) for wire in (path.client, path.service)]
-    assert [task.result() for task in got] == payloads[::-1]
-    assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
+async def test_events_that_were_put_back_come_first(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await opened(relay, gateway)
+    await relay.send_data(b"abc", final=True)
+    events = await gateway.read()
+    gateway.put_back(events[1:])
+    assert not gateway.exhausted, "the payload has not been handed out"
+    assert gateway.payload_left == 0, "and must not be moved past what is pending"
+    assert [type(event) for event in await gateway.read()] == [Payload]
+    assert gateway.exhausted
 
 
-async def test_a_client_reset_reaches_the_service_as_a_reset(path: Path) -> None:
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        await path.client.send(b"half a req")
-        await path.service.recv_exactly(10)
-        path.client.reset()
-        await until_reset(path.service)
-    assert [end.result() for end in ends] == [Reason.CLIENT_RESET, Reason.TRUNCATED]
+async def test_data_behind_a_message_stays_for_the_next_reader(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await gateway.wire.send(Ready().pack() + OPENED.pack() + header(CapsuleType.DATA, 2) + b"hi")
+    assert await relay.next_message() == Ready()
+    assert await relay.next_message() == OPENED
+    kinds = [type(event) for event in await relay.read()]
+    assert kinds == [Header, Payload]
 
 
-async def test_a_service_reset_reaches_the_client_as_a_reset(path: Path) -> None:
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        await path.service.send(b"half an ans")
-        await path.client.recv_exactly(11)
-        path.service.reset()
-        await until_reset(path.client)
-    assert [end.result() for end in ends] == [Reason.TRUNCATED, Reason.SERVER_RESET]
-
-
-@pytest.mark.parametrize("how", ["reset", "close"])
-async def test_a_cut_in_the_middle_is_a_reset_on_both_sides(path: Path, how: str) -> None:
-    """A FIN between relay and gateway is never an end: neither peer may take it for one."""
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        await path.service.send(b"half an ans")
-        await path.client.send(b"half a req")
-        await path.client.recv_exactly(11)
-        await path.service.recv_exactly(10)
-        getattr(path.between[0], how)()
-        await until_reset(path.client)
-        await until_reset(path.service)
-    assert [end.result() for end in ends] == [Reason.TRUNCATED, Reason.TRUNCATED]
-
-
-async def test_a_cut_after_one_end_is_still_a_reset(path: Path) -> None:
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        path.client.shutdown_write()
-        assert await path.service.recv() == b""
-        path.between[0].reset()
-        await until_reset(path.client)
-        with pytest.raises(OSError, match=r"."):
-            while True:
-                await path.service.send(b"x")
-                await asyncio.sleep(0.001)
-    assert [end.result() for end in ends] == [Reason.TRUNCATED, Reason.TRUNCATED]
-
-
-async def test_an_answer_and_close_during_an_upload_arrives(path: Path) -> None:
-    answer = os.urandom(200_000)
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-
-        async def upload() -> None:
-            with pytest.raises(OSError, match=r"."):
-                while True:
-                    await path.client.send(bytes(65536))
-
-        uploading = group.create_task(upload())
-        await path.service.recv_exactly(100_000)
-        await path.service.send(answer)
-        assert await path.service.flushed(10)
-        path.service.close()  # with unread bytes: the kernel makes it a reset
-        assert await path.client.recv_exactly(len(answer)) == answer
-        await uploading
-    assert ends[1].result() is Reason.SERVER_RESET
-
-
-async def test_idle(path: Path) -> None:
-    path.relay._activity.limit(0.05)
-    async with asyncio.TaskGroup() as group:
-        ends = await path.run(group)
-        await until_reset(path.client)
-        await until_reset(path.service)
-    assert [end.result() for end in ends] == [Reason.IDLE_TIMEOUT, Reason.TRUNCATED]
+async def test_data_where_a_message_is_due(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await opened(relay, gateway)
+    await gateway.send_data(b"x")
+    with pytest.raises(CapsuleError, match="DATA where"):
+        await relay.next_message()
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        header(CapsuleType.FINISHED, 0),
-        header(CapsuleType.READY, 0),
-        header(CapsuleType.DONE, 0),
-        header(CapsuleType.PING, 8) + bytes(8),
-        header(CapsuleType.FINAL_DATA, 1) + b"x" + header(CapsuleType.DATA, 1) + b"y",
-        header(CapsuleType.FINAL_DATA, 0) + header(CapsuleType.FINAL_DATA, 0),
-        header(CapsuleType.REFUSED, 6) + b"\x05other",
-        b"\xff" * 16,
-    ],
+    "wrong", [header(CapsuleType.DATA, 1) + b"x", OPENED.pack(), Finished().pack(), b"\xff" * 16, Received(0).pack()]
 )
-async def test_a_broken_protocol_ends_the_stream(wrong: bytes) -> None:
-    client, plain = await pair()
-    relay_wire, peer = await pair()
-    relay, gateway = Framed(relay_wire, Side.RELAY), Framed(peer, Side.GATEWAY)
-    await gateway.send(Ready())
-    await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
-    await relay.next_message()
-    await relay.next_message()
-    await peer.send(wrong)
-    reason = await Carry(plain, relay, Side.RELAY, **LIMITS).run()
-    assert reason is Reason.PROTOCOL_ERROR
-    await until_reset(client)
-    client.close()
-    peer.close()
+async def test_what_may_not_come_now(both: tuple[Framed, Framed], wrong: bytes) -> None:
+    relay, gateway = both
+    await gateway.wire.send(wrong)
+    with pytest.raises(CapsuleError):
+        await relay.next_message()
 
 
-async def test_a_small_message_costs_one_write_each_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Header and payload leave in one send: counted, not timed."""
-    writes = 0
-    try_send = Wire.try_send
+async def test_unknown_capsules_are_skipped(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await gateway.wire.send(header(0x1234, 60_000) + bytes(60_000) + Ready().pack())
+    assert await relay.next_message() == Ready()
 
-    def counting(self: Wire, *arguments: object, **options: object) -> int:
-        nonlocal writes
-        writes += 1
-        return try_send(self, *arguments, **options)  # type: ignore[arg-type]
 
+@pytest.mark.parametrize("cut", [0, 3, 8])
+async def test_the_end_of_the_connection_is_no_end_of_the_stream(both: tuple[Framed, Framed], cut: int) -> None:
+    relay, gateway = both
+    await opened(relay, gateway)
+    await gateway.wire.send((header(CapsuleType.FINAL_DATA, 4) + b"ab")[:cut])
+    gateway.wire.close()
+    with pytest.raises(EOFError):
+        while True:
+            await relay.read()
+
+
+async def test_control_capsules_never_cut_into_a_payload(both: tuple[Framed, Framed]) -> None:
+    """Two tasks write: one a payload larger than any buffer, one what must not wait for the stream's end."""
+    relay, gateway = both
+    await opened(relay, gateway)
+    payload = os.urandom(8 << 20)
     async with asyncio.TaskGroup() as group:
-        await path.run(group)
-        monkeypatch.setattr(Wire, "try_send", counting)
-        for _ in range(10):
-            await path.client.send(b"ping")
-            await path.service.recv_exactly(4)
-            await path.service.send(b"pong")
-            await path.client.recv_exactly(4)
-        assert writes == 10 * 6
-        path.client.close()
-        path.service.close()
+        group.create_task(gateway.send_data(payload))
+        await asyncio.sleep(0)
+        for count in (1, 2, 3):
+            group.create_task(gateway.send(Received(count)))
+        got, controls = bytearray(), 0
+        while len(got) < len(payload) or controls < 3:
+            for event in await relay.read():
+                if isinstance(event, Payload):
+                    assert not controls
+                    got += event.data
+                elif isinstance(event, Control):
+                    controls += 1
+    assert got == payload
 
 
-async def _send_and_end(wire: Wire, payload: bytes) -> None:
-    await wire.send(payload)
-    wire.shutdown_write()
+async def test_spliced_data_has_its_header(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await opened(relay, gateway)
+    pool = PipePool()
+    direction = Direction(Activity(20.0), pool=pool)
+    direction.pipe = pool.take()
+    assert direction.pipe is not None
+    payload = os.urandom(300_000)
+    direction.pipe.held = os.write(direction.pipe.writer, payload)
+    before = relay.sent
+    async with asyncio.TaskGroup() as group:
+        group.create_task(relay.send_spliced(direction))
+        data = await gateway.wire.recv_exactly(8 + len(payload))
+    assert data == header(CapsuleType.DATA, len(payload)) + payload
+    assert relay.sent - before == len(data)
+    direction.release()
+    pool.close()
 
 
-async def _digest(wire: Wire) -> str:
-    digest = hashlib.sha256()
-    while data := await wire.recv(1 << 18):
-        digest.update(data)
-    return digest.hexdigest()
+async def test_a_payload_can_be_moved_past(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await opened(relay, gateway)
+    await relay.send_data(b"spliced")
+    await relay.send_data(b"read")
+    events = await gateway.read(exact=True)
+    assert events == [Header(CapsuleType.DATA, 7)], "not a byte of the payload was taken along"
+    assert gateway.payload_left == 7
+    assert await gateway.wire.recv_exactly(7) == b"spliced"
+    gateway.skip_payload(7)
+    assert gateway.received == 15
+    assert [type(event) for event in await gateway.read()] == [Header, Payload]
+
+
+async def test_our_own_disorder_is_a_defect(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    with pytest.raises(AssertionError, match="relay sends FINISHED"):
+        await relay.send(Finished())
+    with pytest.raises(AssertionError, match="gateway sends DATA: before OPENED"):
+        await gateway.send_data(b"x")
+    assert (relay.sent, gateway.sent) == (0, 0), "nothing of it went out"
+
+
+async def test_discard_reads_until_the_peer_has_seen_it(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await relay.wire.send(bytes(50_000))
+    await gateway.send(Refused("denied", "because"))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(gateway.discard())
+        assert await relay.next_message() == Refused("denied", "because")
+        relay.wire.close()
+    assert gateway.wire.closed
+
+
+async def test_discard_does_not_wait_for_ever(both: tuple[Framed, Framed]) -> None:
+    relay, gateway = both
+    await gateway.discard(0.01)
+    assert gateway.wire.closed
+    assert await read_all(relay.wire) == b""
