@@ -361,6 +361,8 @@ async def open_discovery(config: Config, registry: CollectorRegistry) -> Discove
         insecure=config.insecure,
         snapshot_file=config.snapshot,
         registry=registry,
+        cert_file=config.discovery_tls.cert if config.discovery_tls else None,
+        key_file=config.discovery_tls.key if config.discovery_tls else None,
     )
 
 

@@ -30,6 +30,8 @@ def request(config: Config, method: str, path: str, body: object = None) -> dict
             urls,
             token=config.token.text if config.token else None,
             ca_file=config.discovery_tls.ca if config.discovery_tls else None,
+            cert_file=config.discovery_tls.cert if config.discovery_tls else None,
+            key_file=config.discovery_tls.key if config.discovery_tls else None,
             insecure=config.insecure,
         )
         async with servers.connected():

@@ -155,7 +155,11 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
     )
 
 
+        tls_client_ca=section.tls.client_ca if section.tls else None,
 def turn_spec(section: TurnSection, listening: tuple[str, int]) -> TurnSpec:
+        requests_per_s=section.requests_per_s,
+        max_records_per_network=section.max_records_per_network,
+        max_watchers=section.max_watchers,
     """Return the record of the embedded TURN server, which listens there."""
     address = parse_address(listening[0])
     reached = section.relay_address if address.is_unspecified else address

@@ -90,12 +90,19 @@ class LogSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscoveryTlsSection:
-    """How a discovery server's certificate is verified."""
+    """How a discovery server's certificate is verified, and what we show in place of a token."""
 
     ca: ExistingFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+    cert: ExistingFile | None = None
+    key: ExistingFile | None = None
+
+    @rule("cert", "key")
+    def _pair(self) -> Iterator[Fault]:
+        if (self.cert is None) != (self.key is None):
+            yield Fault(".cert" if self.cert is None else ".key", "cert and key, or neither", "one of them")
 class KeySection:
     """A key that signs what relays of `from` send to gateways of `to`."""
 
@@ -339,6 +346,8 @@ class EtcdSection:
     """Verifies the members; the system's authorities by default."""
     cert: ExistingFile | None = None
     key: ExistingFile | None = None
+    client_ca: ExistingFile | None = None
+    """Verifies client certificates, which entries of the tokens file can name in place of tokens."""
     """What we show to a cluster that wants certificates of its clients."""
 
     @rule("cert", "key")
@@ -378,6 +387,10 @@ class DiscoveryServerSection:
 class Config:
     """The whole file."""
 
+    requests_per_s: Count = 200
+    """What each network may ask in the long run; far more at once."""
+    max_records_per_network: Count = 20_000
+    max_watchers: Count = 2000
     network: NetworkId
     domain: Domain = DEFAULT_DOMAIN
     discovery: Annotated[tuple[DiscoverySource, ...], OneOrMore()] = ()

@@ -1,6 +1,8 @@
 """Questions and answers of the HTTP API: what is read from a request, and how everything is answered."""
 
 import asyncio
+import base64
+from ipaddress import ip_address
 from typing import TypeVar
 
 import msgspec
@@ -23,6 +25,50 @@ class ApiError(Exception):
         self.status = status
         self.code = code
         self.detail = detail
+
+
+class RateLimited(ApiError):
+    """Too many requests in too little time."""
+
+    def __init__(self, detail: str, wait_s: float) -> None:
+        """Hold when the next one will be taken."""
+        super().__init__(429, "rate_limited", detail)
+        self.wait_s = wait_s
+
+
+def parse_token(request: web.Request) -> str | None:
+    """Read the token: Bearer, or, for what only reads, the password of Basic, which is what a browser can send."""
+    scheme, _, rest = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip()
+    if scheme.lower() == "basic" and request.method == hdrs.METH_GET:
+        try:
+            return base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
+        except ValueError:
+            return None
+    return None
+
+
+def certificate_names(request: web.Request) -> list[str]:
+    """Give the URIs and DNS names of the verified certificate that a client showed; none without one."""
+    certificate = request.get_extra_info("peercert") or {}
+    return [str(value) for kind, value in certificate.get("subjectAltName", ()) if kind in ("URI", "DNS")]
+
+
+def check_browser(request: web.Request, *, named: bool) -> None:
+    """Refuse what another site's page has a browser ask here with the rights of whoever looks at it. Raises ApiError.
+
+    Without tokens (not `named`) rights come from the address alone, so a name that somebody points here is refused, too.
+    """
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise ApiError(403, "forbidden", "another site's page asks")
+    if not named:
+        host = request.url.host or ""
+        try:
+            ip_address(host)
+        except ValueError:
+            if host != "localhost":
+                raise ApiError(403, "forbidden", "without tokens, ask by address or as localhost") from None
 
 
 async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:

@@ -20,6 +20,7 @@ import base64
 import hashlib
 import hmac
 import logging
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -30,6 +31,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.answers import (
     ApiError,
+    RateLimited,
+    certificate_names,
+    check_browser,
     error_answer,
     json_answer,
     not_found,
@@ -38,15 +42,26 @@ from discovery.answers import (
     parse_key,
     parse_kind,
     parse_revision,
+    parse_token,
     read_body,
 )
+from discovery.limits import RateLimit
 from discovery.model import BadRecord, Key, Kind, Mesh, check_spec, decode_spec
 from discovery.names import is_ldh_label
-from discovery.server_config import DiscoveryServerConfig, ServerRefused, make_store, start_refusals, tls_context
+from discovery.server_config import (
+    DiscoveryServerConfig,
+    ServerRefused,
+    make_store,
+    reload_tls,
+    start_refusals,
+    tls_context,
+)
 from discovery.shape import shown
+from discovery.stamp import Stamp
 from discovery.store import Lease, PreconditionFailed, Store, StoreError, UnknownLease
 from discovery.tokens import OPEN, Principal, Tokens
 from discovery.watch import WatchHub, mark, mark_stale
+from discovery.yamlfile import BadFile
 
 __all__ = ["EPOCH_HEADER", "DiscoveryServer", "DiscoveryServerConfig", "ServerRefused", "start_refusals"]
 
@@ -58,6 +73,7 @@ STALE_WATCH_S = 30.0  # at a server that is cut off: then the client is sent to 
 MAX_CONFLICTS = 5  # others that write the same record at once; the sixth is not by chance
 MAX_LEASE_S = 3600
 SWEEP_S = 0.5  # a lease's records are gone at most this, and a write, after its end
+RELOAD_S = 2.0  # how soon a changed tokens file or certificate counts
 HEARTBEAT_S = 10.0
 WRITE_TIMEOUT_S = 30.0  # a watcher that takes nothing for so long has gone
 SHUTDOWN_TIMEOUT_S = 2.0
@@ -118,6 +134,9 @@ class DiscoveryServer:
         self._wall_clock = wall_clock
         self._tokens: Tokens | None = None
         self._hub = WatchHub(self._store)
+        self._requests = RateLimit(config.requests_per_s, config.request_burst)
+        self._credentials = RateLimit(config.credentials_per_s, config.credentials_burst)
+        self._warnings = RateLimit(0.1, 1)  # of the two above: a flood of requests must not become one of lines
 
     @property
     def store(self) -> Store:
@@ -136,6 +155,7 @@ class DiscoveryServer:
         reasons = start_refusals(config)
         if reasons:
             raise ServerRefused(reasons)
+        stamps = Stamp([config.tokens_file]), Stamp([config.tls_cert, config.tls_key, config.tls_client_ca])
         self._tokens = Tokens.load(config.tokens_file) if config.tokens_file is not None else None
         tls = tls_context(config)
         await self._store.open()
@@ -155,6 +175,7 @@ class DiscoveryServer:
             failure: BaseException | None = None
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._sweep()), group.create_task(self._store.run())]
+                tasks.append(group.create_task(self._keep_reloading(*stamps, tls)))
                 try:
                     yield addresses
                 except BaseException as error:  # noqa: BLE001 - raised below, and not inside an exception group
@@ -209,6 +230,26 @@ class DiscoveryServer:
             except StoreError as error:
                 log.error("leases cannot be ended: %s", error)
 
+    async def _keep_reloading(self, tokens: Stamp, certificates: Stamp, tls: ssl.SSLContext | None) -> None:
+        while True:
+            await asyncio.sleep(RELOAD_S)
+            if self._config.tokens_file is not None and tokens.changed():
+                try:
+                    known = await asyncio.to_thread(Tokens.load, self._config.tokens_file)
+                except BadFile as error:
+                    log.error("the tokens file is not taken, what it said before stays: %s", error)
+                else:
+                    self._tokens = known
+                    ended = self._hub.keep(known.still)
+                    log.info("the tokens file is read anew", extra={"event": {"tokens": len(known), "ended": ended}})
+            if tls is not None and certificates.changed():
+                try:
+                    reload_tls(tls, self._config)
+                except OSError as error:  # ssl.SSLError is one
+                    log.error("the certificate is not taken, the one before stays: %s", error)
+                else:
+                    log.info("the certificate is read anew")
+
     # Around every request.
 
     @web.middleware
@@ -220,6 +261,9 @@ class DiscoveryServer:
             response = await handler(request)
         except ApiError as error:
             response = error_answer(error.status, error.code, error.detail)
+            if isinstance(error, RateLimited):
+                response.headers[hdrs.RETRY_AFTER] = f"{error.wait_s + 1:.0f}"
+                self._log_rate(request, error)
         except web.HTTPRequestEntityTooLarge:
             limit = self._config.max_body_bytes
             response = error_answer(413, "too_large", f"the body has more than {limit} bytes")
@@ -243,23 +287,43 @@ class DiscoveryServer:
         self._metrics.revision.set(self._store.revision)
         return response
 
+    def _log_rate(self, request: web.Request, error: RateLimited) -> None:
+        if not self._warnings.wait_s(error.detail, time.monotonic()):
+            event = {"path": request.path[:200], "remote": request.remote, "why": error.detail}
+            log.warning("a request was too many", extra={"event": event})
+
     def _marks(self) -> dict[str, str]:
         stale_s = self._store.stale_s
         return {EPOCH_HEADER: self._store.epoch} | ({STALE_HEADER: f"{stale_s:.0f}"} if stale_s else {})
 
     def _authenticated(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def authenticate(request: web.Request) -> web.StreamResponse:
-            if self._tokens is None:
-                return await handler(request, OPEN)
-            scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-            if scheme.lower() != "bearer":
-                raise ApiError(401, "unauthorized", "expected the header Authorization: Bearer TOKEN")
-            principal = self._tokens.find(token.strip())
-            if principal is None:
-                raise ApiError(401, "unauthorized", "the token is not known here")
+            principal = self._principal(request)
+            wait_s = self._requests.wait_s(principal.network, time.monotonic())
+            if wait_s:
+                raise RateLimited(f"network {principal.network!r} asks too often", wait_s)
             return await handler(request, principal)
 
         return authenticate
+
+    def _principal(self, request: web.Request) -> Principal:
+        """Find who asks, by token or else by client certificate. Raises ApiError."""
+        check_browser(request, named=self._tokens is not None or self._config.insecure)
+        if self._tokens is None:
+            return OPEN
+        if hdrs.AUTHORIZATION not in request.headers:
+            names = certificate_names(request)
+            principal = self._tokens.find_certificate(names)
+            if principal is None and names:
+                raise ApiError(401, "unauthorized", f"no entry names the certificate of {shown(names[0])}")
+        else:
+            token = parse_token(request)
+            principal = self._tokens.find(token) if token is not None else None
+            if principal is None and token is not None:
+                raise ApiError(401, "unauthorized", "the token is not known here")
+        if principal is None:
+            raise ApiError(401, "unauthorized", "expected the header Authorization: Bearer TOKEN")
+        return principal
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return json_answer({"ok": True})
@@ -463,9 +527,14 @@ class DiscoveryServer:
             raise ApiError(
                 404, "not_found", f"there is no secret to issue credentials for network {body.network!r} from"
             )
+        wait_s = self._credentials.wait_s(principal.network, time.monotonic())
+        if wait_s:
+            raise RateLimited(f"network {principal.network!r} asks for credentials too often", wait_s)
         ttl_s = self._config.turn_credential_ttl_s
         username = f"{int(self._wall_clock()) + ttl_s}:{principal.network or 'admin'}.{principal.name}"
         digest = hmac.digest(secret.encode(), username.encode(), hashlib.sha1)
+        event = {"token": principal.name, "network": principal.network, "for": body.network, "username": username}
+        log.info("turn credentials were issued", extra={"event": event})
         mesh = Mesh.of((await self._store.snapshot(Kind.TURN, body.network)).records)
         return json_answer(
             {

@@ -54,6 +54,8 @@ class DiscoveryClient(Discovery):
         network: str,
         token: str | None = None,
         ca_file: Path | None = None,
+        cert_file: Path | None = None,
+        key_file: Path | None = None,
         insecure: bool = False,
         snapshot_file: Path | None = None,
         registry: CollectorRegistry | None = None,
@@ -61,7 +63,15 @@ class DiscoveryClient(Discovery):
         lease_ttl_s: int = LEASE_TTL_S,
     ) -> None:
         """Take URLs, in order of preference, and the network that we are in. Raises ValueError, OSError, ssl.SSLError."""
-        self._servers = Servers.at(urls, token=token, ca_file=ca_file, insecure=insecure, on_epoch=self._note_epoch)
+        self._servers = Servers.at(
+            urls,
+            token=token,
+            ca_file=ca_file,
+            cert_file=cert_file,
+            key_file=key_file,
+            insecure=insecure,
+            on_epoch=self._note_epoch,
+        )
         for url in urls:
             if url.startswith("http:") and insecure:
                 log.warning("discovery at %s is used without TLS, by configuration", url)
@@ -332,7 +342,7 @@ class DiscoveryClient(Discovery):
             if error.code == "no_lease":
                 self._lose_lease(lease)
                 raise Away(str(error)) from None  # not at once again: a store that forgets leases would be flooded
-            if error.status == 401:
+            if error.status == 401 or error.code == "rate_limited":
                 raise
             kind, network, record_id = work.key
             event = {"kind": kind, "network": network, "id": record_id, "why": str(error)}

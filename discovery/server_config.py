@@ -37,6 +37,9 @@ class DiscoveryServerConfig:
     tls_key: Path | None = None
     """Key of the certificate; None when both stand in one file."""
 
+    tls_client_ca: Path | None = None
+    """Verifies client certificates, which then can stand in for tokens."""
+
     tokens_file: Path | None = None
     """Without one everybody may do everything, which only loopback or `insecure` allows."""
 
@@ -56,7 +59,17 @@ class DiscoveryServerConfig:
     max_body_bytes: int = MAX_BODY
     max_records_per_network: int = 20_000
     max_leases_per_token: int = 1000
-    max_watchers: int = 1000
+    max_watchers: int = 2000
+    requests_per_s: float = 200.0
+    """Of one network in the long run: six hundred clients that renew their leases."""
+
+    request_burst: int = 5000
+    """A gateway that registers in a thousand networks writes as many records at its start."""
+
+    credentials_per_s: float = 5.0
+    """TURN credentials of one network: each is a secret made, and worth a line in the log."""
+
+    credentials_burst: int = 1000
 
 
 class ServerRefused(Exception):
@@ -110,4 +123,19 @@ def tls_context(config: DiscoveryServerConfig) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(config.tls_cert, config.tls_key)
+    if config.tls_client_ca is not None:
+        context.load_verify_locations(config.tls_client_ca)
+        context.verify_mode = ssl.CERT_OPTIONAL  # who shows none needs a token
     return context
+
+
+def reload_tls(context: ssl.SSLContext, config: DiscoveryServerConfig) -> None:
+    """Have later handshakes use the files as they are now. Raises OSError, ssl.SSLError, and then nothing has changed.
+
+    An authority that is no longer in the file stays trusted until the server starts anew.
+    """
+    tls_context(config)  # files that do not fit together must not take the place of those that did
+    assert config.tls_cert is not None
+    context.load_cert_chain(config.tls_cert, config.tls_key)
+    if config.tls_client_ca is not None:
+        context.load_verify_locations(config.tls_client_ca)

@@ -1,6 +1,7 @@
 """The discovery servers that a client may use: one at a time, the next one when it fails."""
 
 import asyncio
+import logging
 import random
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -12,6 +13,10 @@ from typing import Any
 import aiohttp
 import msgspec
 from yarl import URL
+
+from discovery.stamp import Stamp
+
+log = logging.getLogger(__name__)
 
 EPOCH_HEADER = "Crossnet-Epoch"
 REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs one renewal
@@ -74,6 +79,8 @@ class Servers:
         self._on_epoch = on_epoch
         self._session: aiohttp.ClientSession | None = None
         self._users = 0
+        self._certificate: tuple[Path | None, Path | None] = (None, None)
+        self._stamp = Stamp(())
 
     @classmethod
     def at(
@@ -82,6 +89,8 @@ class Servers:
         *,
         token: str | None = None,
         ca_file: Path | None = None,
+        cert_file: Path | None = None,
+        key_file: Path | None = None,
         insecure: bool = False,
         on_epoch: Callable[[str], None] = lambda _: None,
     ) -> "Servers":
@@ -89,8 +98,13 @@ class Servers:
         if not urls:
             raise ValueError("expected the URL of a discovery server")
         tls = ssl.create_default_context(cafile=str(ca_file) if ca_file is not None else None)
+        if cert_file is not None:
+            tls.load_cert_chain(cert_file, key_file)
         parsed = [parse_server_url(url, insecure=insecure) for url in urls]
-        return cls(parsed, token=token, tls=tls, on_epoch=on_epoch)
+        servers = cls(parsed, token=token, tls=tls, on_epoch=on_epoch)
+        servers._certificate = (cert_file, key_file)
+        servers._stamp = Stamp(servers._certificate)
+        return servers
 
     @property
     def current(self) -> URL:
@@ -172,6 +186,12 @@ class Servers:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             raise RuntimeError("requests are made inside of connected()")
+        certificate, key = self._certificate
+        if certificate is not None and self._stamp.changed():
+            try:
+                self._tls.load_cert_chain(certificate, key)  # for the next connection; those that are open stay
+            except OSError as error:
+                log.warning("the certificate %s is not taken, the one before stays: %s", certificate, error)
         return self._session
 
     async def _check(self, response: aiohttp.ClientResponse, most: int) -> None:

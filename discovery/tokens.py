@@ -5,8 +5,11 @@ A tokens file is a list (YAML, of which JSON is a part):
     - {name: gw-1, hash: 5f0c…, network: b, kinds: [allocation, gateway]}
     - {name: publisher, hash: 91ab…, network: b, kinds: [service], names: ["*.shop.svc.cluster.local"]}
     - {name: operator, hash: 77d0…, admin: true}
+    - {name: gw-2, certificate: "spiffe://mesh.example/b/gw-2", network: b, kinds: [allocation, gateway]}
 
-It holds SHA-256 hashes of tokens; the tokens themselves are 256 random bits, so a plain hash is enough.
+It holds SHA-256 hashes of tokens; the tokens themselves are 256 random bits, so a plain hash is enough. In place of a hash
+an entry can name a client certificate by a URI (a SPIFFE id, say; a last segment `*` stands for all below) or a DNS name
+among its subjectAltNames.
 """
 
 import hashlib
@@ -29,6 +32,8 @@ TOKEN_PREFIX = "crossnet-"  # noqa: S105 - so that scanners for leaked secrets c
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{0,63}")  # goes into TURN usernames, where ':' is a separator
 
+_CERTIFICATE = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._/-]{1,200}(?:/\*)?|[a-z0-9-]+(?:\.[a-z0-9-]+)+")
+
 # What networks other than its own may read of a network. Of services they see names and ports, never endpoints.
 SEEN_BY_ALL = frozenset({Kind.NETWORK, Kind.RELAY, Kind.TURN, Kind.ALLOCATION, Kind.GATEWAY, Kind.SERVICE})
 
@@ -36,11 +41,14 @@ SEEN_BY_ALL = frozenset({Kind.NETWORK, Kind.RELAY, Kind.TURN, Kind.ALLOCATION, K
 class TokenEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One item of a tokens file."""
 
-    hash: str
+    hash: str | None = None
     """SHA-256 of the token, 64 hexadecimal digits."""
 
+    certificate: str | None = None
+    """URI or DNS name in a client certificate, in place of a token."""
+
     name: str = ""
-    """For logs; the beginning of the hash when there is none."""
+    """For logs; the beginning of the hash, or the certificate's name, when there is none."""
 
     network: str | None = None
     """The network whose records it may write and whose endpoints it may read. Only an admin has none."""
@@ -138,17 +146,24 @@ def hash_token(token: str) -> str:
 
 
 def make_entry(
-    token: str,
+    token: str | None,
     *,
+    certificate: str | None = None,
     name: str = "",
     network: str | None = None,
     kinds: Sequence[Kind] = (),
     names: Sequence[str] = (),
     admin: bool = False,
 ) -> TokenEntry:
-    """Make the entry of a token for a tokens file. Raises BadFile for one that no file may hold."""
+    """Make the entry of a token or a certificate for a tokens file. Raises BadFile for one that no file may hold."""
     entry = TokenEntry(
-        hash=hash_token(token), name=name, network=network, kinds=[*map(str, kinds)], names=[*names], admin=admin
+        hash=hash_token(token) if token is not None else None,
+        certificate=certificate,
+        name=name,
+        network=network,
+        kinds=[*map(str, kinds)],
+        names=[*names],
+        admin=admin,
     )
     faults = list(_entry_faults(entry, "$"))
     if faults:
@@ -166,7 +181,15 @@ class Tokens:
 
     def __init__(self, entries: Iterable[TokenEntry] = ()) -> None:
         """Hold entries that are known to be good; `Tokens.load` reads and checks a file."""
-        self._known = [(bytes.fromhex(entry.hash), _principal(entry)) for entry in entries]
+        entries = list(entries)
+        self._known = [
+            (bytes.fromhex(entry.hash), _principal(entry, entry.hash)) for entry in entries if entry.hash is not None
+        ]
+        self._certificates = {
+            entry.certificate: _principal(entry, hash_token(f"certificate {entry.certificate}"))
+            for entry in entries
+            if entry.certificate is not None
+        }
 
     @classmethod
     def load(cls, path: Path) -> "Tokens":
@@ -192,18 +215,43 @@ class Tokens:
                 found = principal
         return found
 
+    def find_certificate(self, names: Iterable[str]) -> Principal | None:
+        """Find who a verified certificate stands for, by the URIs and DNS names in it: the longest that is listed."""
+        found: str | None = None
+        for name in names:
+            for listed in (name, *_above(name)):
+                if listed in self._certificates and len(listed) > len(found or ""):
+                    found = listed
+                    break
+        return self._certificates[found] if found is not None else None
+
+    def still(self, principal: Principal) -> bool:
+        """Tell whether somebody who was found before would be found the same now."""
+        known = [known for _, known in self._known]
+        return principal in known or principal in self._certificates.values()
+
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._known) + len(self._certificates)
 
 
-def _principal(entry: TokenEntry) -> Principal:
+def _above(name: str) -> Iterator[str]:
+    """Give the globs that cover a URI, the longest first."""
+    scheme, separator, rest = name.partition("://")
+    if not separator:
+        return
+    segments = rest.split("/")
+    for count in range(len(segments) - 1, 0, -1):
+        yield f"{scheme}://{'/'.join(segments[:count])}/*"
+
+
+def _principal(entry: TokenEntry, digest: str) -> Principal:
     return Principal(
-        name=entry.name or entry.hash[:12],
+        name=entry.name or (entry.certificate or digest[:12])[:63],
         network=entry.network,
         kinds=frozenset(Kind) if entry.admin else frozenset(map(Kind, entry.kinds)),
         names=tuple(entry.names),
         admin=entry.admin,
-        owner=entry.hash[:32],
+        owner=digest[:32],
     )
 
 
@@ -214,13 +262,20 @@ def _list_faults(entries: Sequence[TokenEntry]) -> Iterator[Fault]:
     seen: dict[str, int] = {}
     for index, entry in enumerate(entries):
         yield from _entry_faults(entry, f"$[{index}]")
-        first = seen.setdefault(entry.hash.lower(), index)
+        which = "hash" if entry.certificate is None else "certificate"
+        first = seen.setdefault(str(getattr(entry, which)).lower(), index)
         if first != index:
-            yield Fault(f"$[{index}].hash", "each token once", f"that of $[{first}]")
+            yield Fault(f"$[{index}].{which}", "each token once", f"that of $[{first}]")
 
 
 def _entry_faults(entry: TokenEntry, path: str) -> Iterator[Fault]:
-    if len(entry.hash) != 64 or not set(entry.hash) <= set("0123456789abcdef"):
+    if (entry.hash is None) == (entry.certificate is None):
+        yield Fault(path, "a hash or a certificate", "neither" if entry.hash is None else "both")
+    if entry.certificate is not None and not _CERTIFICATE.fullmatch(entry.certificate):
+        yield Fault(
+            f"{path}.certificate", "a URI such as spiffe://mesh.example/b/gw, or a DNS name", shown(entry.certificate)
+        )
+    if entry.hash is not None and (len(entry.hash) != 64 or not set(entry.hash) <= set("0123456789abcdef")):
         # Not shown: whoever puts the token itself here by mistake must not find it in a log.
         yield Fault(f"{path}.hash", "the SHA-256 of a token, 64 lower-case hexadecimal digits", "something else")
     if not _NAME.fullmatch(entry.name):

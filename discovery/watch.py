@@ -6,7 +6,7 @@ the others nothing. A line is encoded once, whoever reads it.
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -160,6 +160,13 @@ class WatchHub:
     def remove(self, watcher: Watcher) -> None:
         """Stop to."""
         self._watchers.discard(watcher)
+
+    def keep(self, wanted: Callable[[Principal], bool]) -> int:
+        """Have all other readers end; gives how many."""
+        ended = [watcher for watcher in self._watchers if not wanted(watcher.principal)]
+        for watcher in ended:
+            watcher.close()
+        return len(ended)
 
     def close(self) -> None:
         """Stop listening, and have all readers end."""

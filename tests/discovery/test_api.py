@@ -5,16 +5,22 @@ import base64
 import hashlib
 import hmac
 import logging
+import ssl
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
+import trustme
 from prometheus_client import CollectorRegistry, generate_latest
 
 from discovery.addresses import TargetList
 from discovery.api import DiscoveryServer, DiscoveryServerConfig
-from discovery.model import Kind, ServiceSpec
+from discovery.client import DiscoveryClient
+from discovery.model import GatewaySpec, Kind, RelaySpec, ServiceSpec
 from discovery.store import MemoryStore, StoreError
+from discovery.tokens import format_entry, make_entry
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +47,7 @@ async def test_a_record_from_its_making_to_its_end(serve: Any) -> None:
             "id": "relay-1",
             "revision": 1,
             "lease": None,
-            "spec": {"addresses": ["10.0.0.9"], "ports": [443], "sources": {}},
+            "spec": msgspec.to_builtins(RelaySpec(addresses=["10.0.0.9"], ports=[443])),
         }
         assert (await at.ask("GET", path)).body == made.body
         again = await at.ask("PUT", path, RELAY)
@@ -264,7 +270,7 @@ async def test_a_watcher_that_takes_nothing_is_cut_off(
         for number in range(400):
             await at.store.put((Kind.SERVICE, "b", f"s{number}"), big)
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port, limit=1)
-        writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /v1/watch HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         async with asyncio.timeout(10):
             while not any("took nothing" in record.message for record in caplog.records):
                 await asyncio.sleep(0.01)
@@ -412,6 +418,141 @@ async def test_turn_credentials(serve: Any, tokens: Any) -> None:
         for name, network, status in (("relay-b", "d", 403), ("gw-b", "x", 404), ("gw-b", "D", 400)):
             answer = await at.ask("POST", "/v1/turn-credentials", {"network": network}, token=tokens[name])
             assert answer.status == status
+
+
+async def test_a_network_that_asks_too_often_waits_and_no_other(
+    serve: Any, tokens: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(tokens_file=tokens.path, requests_per_s=0.01, request_burst=3) as at:
+        for _ in range(3):
+            assert (await at.ask("GET", "/v1/records", token=tokens["b"])).status == 200
+        for name in ("b", "gw-b", "relay-b"):
+            answer = await at.ask("GET", "/v1/records", token=tokens[name])
+            assert (answer.status, answer.body["error"]) == (429, "rate_limited")
+            assert 90 < int(answer.headers["Retry-After"]) < 110
+        assert (await at.ask("GET", "/v1/records", token=tokens["c"])).status == 200
+        assert (await at.ask("GET", "/healthz")).status == 200
+    assert sum("too many" in entry.message for entry in caplog.records) == 1
+
+
+async def test_turn_credentials_are_limited_and_logged(
+    serve: Any, tokens: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    settings = {"turn_secrets": {"d": "s3cret"}, "credentials_per_s": 0.01, "credentials_burst": 2}
+    async with serve(tokens_file=tokens.path, **settings) as at:
+        answers = [
+            await at.ask("POST", "/v1/turn-credentials", {"network": "d"}, token=tokens["gw-b"]) for _ in range(3)
+        ]
+        assert [answer.status for answer in answers] == [200, 200, 429]
+        assert (await at.ask("GET", "/v1/records", token=tokens["gw-b"])).status == 200
+    issued = [record.event for record in caplog.records if "were issued" in record.message]  # type: ignore[attr-defined]
+    assert [(event["token"], event["network"], event["for"]) for event in issued] == [("gw-b", "b", "d")] * 2
+    assert answers[0].body["password"] not in caplog.text
+
+
+async def test_a_browser_reads_with_basic_and_writes_nothing(serve: Any, tokens: Any) -> None:
+    async with serve(tokens_file=tokens.path) as at:
+        basic = {"Authorization": "Basic " + base64.b64encode(f"any:{tokens['b']}".encode()).decode()}
+        assert (await at.ask("GET", "/v1/records", headers=basic)).status == 200
+        assert (await at.ask("POST", "/v1/leases", {}, headers=basic)).status == 401
+        for site, status in (("same-origin", 200), ("none", 200), ("cross-site", 403), ("same-site", 403)):
+            answer = await at.ask("GET", "/v1/records", headers=basic | {"Sec-Fetch-Site": site})
+            assert answer.status == status
+        assert (await at.ask("GET", "/v1/records", headers=basic | {"Host": "any.example"})).status == 200
+    async with serve() as at:  # without tokens a name that somebody points here must not give them our rights
+        assert (await at.ask("GET", "/v1/records", headers={"Host": "rebound.example"})).status == 403
+        assert (await at.ask("GET", "/v1/records", headers={"Host": "localhost"})).status == 200
+
+
+async def test_a_changed_tokens_file_counts_at_once(
+    serve: Any, tokens: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("discovery.api.RELOAD_S", 0.02)
+    async with serve(tokens_file=tokens.path) as at:
+        whole = tokens.path.read_text()
+        async with at.watch(token=tokens["c"]) as cut, at.watch(token=tokens["b"]) as kept:
+            assert [(await anext(lines))["type"] for lines in (cut, kept, cut, kept)] == [
+                "reset",
+                "reset",
+                "sync",
+                "sync",
+            ]
+            tokens.path.write_text("\n".join(line for line in whole.splitlines() if '"name":"c"' not in line))
+            assert [line async for line in cut] == []  # its watch ends with its token
+            assert (await at.ask("GET", "/v1/records", token=tokens["c"])).status == 401
+            await at.ask("PUT", "/v1/records/relay/b/r", RELAY, token=tokens["b"])
+            assert (await anext(kept))["type"] == "put"
+        tokens.path.write_text("nonsense")
+        async with asyncio.timeout(5):
+            while "not taken" not in caplog.text:
+                await asyncio.sleep(0.01)
+        assert (await at.ask("GET", "/v1/records", token=tokens["b"])).status == 200
+        tokens.path.write_text(whole)
+        async with asyncio.timeout(5):
+            while (await at.ask("GET", "/v1/records", token=tokens["c"])).status != 200:
+                await asyncio.sleep(0.01)
+
+
+async def test_certificates_in_place_of_tokens_and_both_renewed(
+    tmp_path: Path, serve: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("discovery.api.RELOAD_S", 0.02)
+    authority, other = trustme.CA(), trustme.CA()
+
+    def issue(name: str, *hosts: str, by: trustme.CA = authority) -> None:
+        made = by.issue_cert(*hosts)
+        made.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        made.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+
+    issue("server", "127.0.0.1")
+    issue("gw", "gw-1.b.example")
+    issue("stranger", "stranger.example")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    entry = make_entry(None, certificate="gw-1.b.example", network="b", kinds=[Kind.GATEWAY])
+    (tmp_path / "tokens.yaml").write_text(format_entry(entry))
+    config = DiscoveryServerConfig(
+        listen=(("127.0.0.1", 0),),
+        tls_cert=tmp_path / "server.pem",
+        tls_key=tmp_path / "server.key",
+        tls_client_ca=tmp_path / "ca.pem",
+        tokens_file=tmp_path / "tokens.yaml",
+    )
+    async with DiscoveryServer(config).serving() as addresses:
+        url = f"https://127.0.0.1:{addresses[0][1]}"
+
+        async def ask(name: str | None) -> tuple[int, str]:
+            context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+            if name is not None:
+                context.load_cert_chain(tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+            connector = aiohttp.TCPConnector(ssl=context, force_close=True)
+            async with (
+                aiohttp.ClientSession(connector=connector) as session,
+                session.get(f"{url}/v1/records") as answer,
+            ):
+                status = answer.status
+            shown = await asyncio.to_thread(ssl.get_server_certificate, addresses[0])
+            return status, shown
+
+        status, before = await ask("gw")
+        assert status == 200
+        assert (await ask("stranger"))[0] == 401
+        assert (await ask(None))[0] == 401
+        files = {"ca_file": tmp_path / "ca.pem", "cert_file": tmp_path / "gw.pem", "key_file": tmp_path / "gw.key"}
+        async with run(DiscoveryClient([url], network="b", **files)) as client:
+            client.publish(Kind.GATEWAY, "gw-1", GatewaySpec(address="10.9.0.1:7443"))
+            assert await client.settled(5)
+        # A renewed certificate is shown to whoever comes next; one that does not fit its key changes nothing.
+        (tmp_path / "server.pem").write_text("nonsense")
+        await asyncio.sleep(0.1)
+        assert (await ask("gw"))[1] == before
+        issue("server", "127.0.0.1")
+        async with asyncio.timeout(5):
+            while (await ask("gw"))[1] == before:
+                await asyncio.sleep(0.02)
+        issue("gw", "gw-1.b.example", by=other)
+        with pytest.raises((aiohttp.ClientError, OSError)):
+            await ask("gw")
 
 
 # The server itself.

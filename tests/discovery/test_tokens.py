@@ -99,7 +99,7 @@ def test_every_fault_of_a_file_is_told(tmp_path: Path) -> None:
     path.write_text("- {hsh: 1}\n- 3")
     with pytest.raises(BadFile) as caught:
         Tokens.load(path)
-    assert len(caught.value.faults) == 3
+    assert len(caught.value.faults) == 2
     with pytest.raises(BadFile):
         make_entry("x", network="B")
 
@@ -149,3 +149,45 @@ def test_what_is_seen() -> None:
     assert mine.view(SERVICE) is SERVICE
     assert mine.view(msgspec.structs.replace(SERVICE, network="c")) != msgspec.structs.replace(SERVICE, network="c")
     assert OPEN.view(VIP) is VIP
+
+
+def test_certificates_stand_for_principals(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    path.write_text(
+        "- {certificate: 'spiffe://m.example/b/*', network: b, kinds: [relay]}\n"
+        "- {certificate: 'spiffe://m.example/b/gw', name: gw, network: b, kinds: [gateway]}\n"
+        "- {certificate: gw.c.example, network: c}\n"
+    )
+    tokens = Tokens.load(path)
+    assert len(tokens) == 3
+
+    def network_and_kinds(*names: str) -> tuple[str | None, list[str]] | None:
+        found = tokens.find_certificate(names)
+        return None if found is None else (found.network, sorted(found.kinds))
+
+    assert network_and_kinds("spiffe://m.example/b/gw") == ("b", ["gateway"])
+    assert network_and_kinds("spiffe://m.example/b/x/y") == ("b", ["relay"])
+    assert network_and_kinds("nothing.example", "gw.c.example") == ("c", [])
+    for name in ("spiffe://m.example/b", "spiffe://m.example/c/gw", "spiffe://m.example/", "x.gw.c.example", ""):
+        assert network_and_kinds(name) is None
+    assert tokens.find("gw.c.example") is None
+    assert Tokens.load(path).still(tokens.find_certificate(["gw.c.example"]))
+    assert not Tokens().still(tokens.find_certificate(["gw.c.example"]))
+    owners = {tokens.find_certificate([name]).owner for name in ("spiffe://m.example/b/gw", "gw.c.example")}
+    assert len(owners) == 2
+
+
+def test_certificates_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    for entry in (
+        "{network: b}",
+        f"{{certificate: a.b, hash: {'a' * 64}, network: b}}",
+        "{certificate: a, network: b}",
+        "{certificate: '*', network: b}",
+        "{certificate: 'spiffe://', network: b}",
+        "{certificate: a.b, network: b}\n- {certificate: a.b, network: c}",
+    ):
+        path.write_text(f"- {entry}")
+        with pytest.raises(BadFile) as caught:
+            Tokens.load(path)
+        assert len(caught.value.faults) == 1
