@@ -9,9 +9,9 @@ upstream says. It does not recurse or validate.
     message    (S) upstream's replies                cache      (S) what upstream said
     admission  (S) who may ask, and how much         recent     (S) a bounded memory
     resolver   one packet → its reply                udp, tcp   the client's side
-    batch      many datagrams in one system call
+    batch      many datagrams in one system call     destination (S) where an upstream is
     foreign    cache or upstream, and when neither has it
-    forward    attempts, time-outs, coalescing       upstream, pipeline, exchange   the other side
+    forward    attempts, time-outs, coalescing       upstream, pipeline, https, exchange   the other side
 """
 
 from dnsgw.config import DnsConfig

@@ -1,12 +1,14 @@
 """What a DnsServer is told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from discovery.imports import Imports
 from dnsgw.cache import CacheConfig
-from dnsgw.forward import MAX_IN_FLIGHT
+from dnsgw.destination import Destination
+from dnsgw.forward import MAX_IN_FLIGHT, RACE_S
 from dnsgw.upstream import Endpoint
 from dnsgw.wire import MAX_UDP_REPLY
 
@@ -47,8 +49,20 @@ class DnsConfig:
     domain: str = DEFAULT_DOMAIN
     """The mesh domain."""
 
-    upstream: tuple[Endpoint, ...] = ()
+    upstream: tuple[Destination | Endpoint, ...] = ()
     """Resolvers for all other names, in order; none: the name servers of `resolv_conf`."""
+
+    forward: Mapping[str, tuple[Destination, ...]] = field(default_factory=dict)
+    """Resolvers of their own for the names at and under these."""
+
+    upstream_ca: Path | None = None
+    """Who signs the certificates of upstreams that are spoken to in secret; none: the system's authorities."""
+
+    race_s: float = RACE_S
+    """How long one upstream has before another is asked as well."""
+
+    random_case: bool = False
+    """Ask upstream in random spelling and believe only answers that keep it (DNS 0x20)."""
 
     resolv_conf: Path = Path("/etc/resolv.conf")
     imports: Imports = field(default_factory=Imports)

@@ -47,6 +47,12 @@ class UpstreamOutcome(StrEnum):
     FAILED_OVER = "failed_over"
     """It answered SERVFAIL or REFUSED and another one was asked."""
 
+    RACED = "raced"
+    """It took long, so that another one was asked too."""
+
+    MISSPELLED = "misspelled"
+    """An answer in another spelling than the question's random one: asked again over TCP."""
+
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
     UNWANTED = "unwanted"

@@ -1,4 +1,4 @@
-"""One TCP connection to an upstream with many questions in flight (RFC 7766).
+"""One connection to an upstream, TCP or TLS, with many questions in flight (RFC 7766, RFC 7858).
 
 Its socket is raw and non-blocking and is driven by callbacks of the loop, so that connecting needs no task either. The
 connection ends when it was idle, when the upstream ends it, or when the upstream sends what is no DNS message.
@@ -6,11 +6,15 @@ connection ends when it was idle, when the upstream ends it, or when the upstrea
 
 import asyncio
 import errno
+import logging
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from dnsgw.wire import HEADER_SIZE
+
+log = logging.getLogger(__name__)
 
 IDLE_S = 10.0  # RFC 7766 section 6.2.3 asks clients to close what they do not need; upstreams commonly wait as long
 _READ = 65536
@@ -27,8 +31,16 @@ class Pipeline(Generic[AskedT]):
         *,
         received: Callable[[bytes, dict[int, AskedT]], None],
         lost: Callable[["Pipeline[AskedT]"], None],
+        tls: ssl.SSLContext | None = None,
+        server_name: str = "",
     ) -> None:
         """Prepare; `received` gets each message with its id, `lost` is called once, however the connection ends."""
+        self._received_bytes = ssl.MemoryBIO()
+        self._sent_bytes = ssl.MemoryBIO()
+        self._tls = tls.wrap_bio(self._received_bytes, self._sent_bytes, server_hostname=server_name) if tls else None
+        self._secure = tls is None
+        self._plain = bytearray()
+        """What waits for the handshake."""
         self.pending: dict[int, AskedT] = {}
         self.closed = False
         self._loop = loop
@@ -37,6 +49,7 @@ class Pipeline(Generic[AskedT]):
         self._sock: socket.socket | None = None
         self._connected = False
         self._writing = False
+        self._failed = False
         self._out = bytearray()
         self._in = bytearray()
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -58,7 +71,13 @@ class Pipeline(Generic[AskedT]):
 
     def send(self, message: bytes) -> None:
         """Send a message with its length in front, in one write (RFC 7766 section 8)."""
-        self._out += len(message).to_bytes(2, "big") + message
+        framed = len(message).to_bytes(2, "big") + message
+        if self._tls is None:
+            self._out += framed
+        else:
+            self._plain += framed
+            if self._secure:
+                self._encrypt()
         if self._connected and not self._writing:
             self._flush()
 
@@ -91,7 +110,43 @@ class Pipeline(Generic[AskedT]):
                 self.close()
                 return
             self._connected = True
+            self._shake_hands()
         self._flush()
+
+    def _shake_hands(self) -> None:
+        """Go on with the handshake as far as it goes."""
+        if self._secure or self._tls is None:
+            return
+        try:
+            self._tls.do_handshake()
+            self._secure = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            log.warning("dns_upstream_refused", extra={"event": {"error": str(error)[:200]}})
+            self._failed = True
+        self._encrypt()
+
+    def _encrypt(self) -> None:
+        if self._tls is not None and self._secure and self._plain:
+            self._tls.write(self._plain)  # into memory: all of it goes
+            self._plain.clear()
+        self._out += self._sent_bytes.read()
+
+    def _decrypted(self, data: bytes) -> bytes:
+        """What the peer said in these bytes. Raises ssl.SSLError."""
+        if self._tls is None:
+            return data
+        self._received_bytes.write(data)
+        self._shake_hands()
+        said = []
+        try:
+            while self._secure and (part := self._tls.read(_READ)):
+                said.append(part)
+        except ssl.SSLWantReadError:
+            pass
+        self._encrypt()
+        return b"".join(said)
 
     def _flush(self) -> None:
         if self._sock is None:
@@ -122,7 +177,15 @@ class Pipeline(Generic[AskedT]):
         if not data:
             self.close()
             return
-        self._in += data
+        try:
+            self._in += self._decrypted(data)
+        except ssl.SSLError:
+            self._failed = True
+        if self._failed:
+            self.close()
+            return
+        if self._out and not self._writing:
+            self._flush()
         begin = 0
         while len(self._in) - begin >= 2:
             end = begin + 2 + int.from_bytes(self._in[begin : begin + 2], "big")

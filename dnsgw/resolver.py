@@ -63,6 +63,7 @@ _FAILURES = {
     Failure.NO_UPSTREAM: _failure(Rcode.SERVFAIL, ExtendedError.NO_REACHABLE_AUTHORITY, "no upstream is configured"),
     Failure.OVERLOADED: _failure(Rcode.REFUSED, ExtendedError.OTHER, "too many questions wait for an upstream"),
     Failure.MALFORMED: _failure(Rcode.SERVFAIL, ExtendedError.NETWORK_ERROR, "upstream's answer is malformed"),
+    Failure.LOOP: _failure(Rcode.SERVFAIL, ExtendedError.OTHER, "what upstream is asked comes back here: a loop"),
     Failure.CLOSED: _failure(Rcode.SERVFAIL, ExtendedError.NOT_READY, "shutting down"),
 }
 _UNDECIDED = _failure(

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import ssl
 from contextlib import ExitStack
 
 from prometheus_client import CollectorRegistry
@@ -10,6 +11,7 @@ from discovery.addresses import Address, format_endpoint
 from discovery.imports import Imports
 from discovery.model import Mesh
 from dnsgw.config import DnsConfig
+from dnsgw.destination import Destination, Way
 from dnsgw.forward import Forwarder
 from dnsgw.metrics import DnsMetrics
 from dnsgw.resolver import Resolver
@@ -35,7 +37,7 @@ class DnsServer:
         self.addresses: tuple[Endpoint, ...] = ()
         """Where it listens, with the ports that were chosen for 0."""
 
-        self.upstreams: tuple[Endpoint, ...] = ()
+        self.upstreams: tuple[Destination, ...] = ()
         """Who is asked for everything else."""
 
         self.metrics = DnsMetrics()
@@ -62,7 +64,21 @@ class DnsServer:
             self.addresses = tuple(self._bind(endpoint) for endpoint in self.config.listen)
             self.upstreams = self._choose_upstreams()
             undo.pop_all()
-        forwarder = Forwarder(self.upstreams, self.metrics, max_in_flight=self.config.max_in_flight)
+        config = self.config
+        secret = any(
+            upstream.way in (Way.TLS, Way.HTTPS)
+            for group in (self.upstreams, *config.forward.values())
+            for upstream in group
+        )
+        forwarder = Forwarder(
+            self.upstreams,
+            self.metrics,
+            zones=config.forward,
+            max_in_flight=config.max_in_flight,
+            race_s=config.race_s,
+            tls=ssl.create_default_context(cafile=config.upstream_ca) if secret else None,
+            random_case=config.random_case,
+        )
         self._forwarder = forwarder
         self.metrics.in_flight = lambda: forwarder.waiting
         self.metrics.tcp_connections = lambda: sum(map(len, self._tcp))
@@ -80,15 +96,21 @@ class DnsServer:
             extra={
                 "event": {
                     "addresses": [format_endpoint(*endpoint) for endpoint in self.addresses],
-                    "upstreams": [format_endpoint(*endpoint) for endpoint in self.upstreams],
+                    "upstreams": [str(upstream) for upstream in self.upstreams],
                     "domain": self.config.domain,
                     "network": self.config.network,
                 }
             },
         )
+        forwarder = self._forwarder
         try:
-            await self._closing.wait()
+            async with asyncio.TaskGroup() as tasks:
+                if forwarder is not None:
+                    forwarder.attach(tasks.create_task)
+                await self._closing.wait()
         finally:
+            if forwarder is not None:
+                forwarder.attach(None)
             self._close_listeners()
 
     async def close(self) -> None:
@@ -96,6 +118,7 @@ class DnsServer:
         self._resolver.close()
         if self._forwarder is not None:
             self._forwarder.close()
+            await self._forwarder.ended()
         self._close_listeners()
         self._closing.set()
 
@@ -137,20 +160,26 @@ class DnsServer:
         self._udp.append(udp)
         return address, tcp.port
 
-    def _choose_upstreams(self) -> tuple[Endpoint, ...]:
+    def _choose_upstreams(self) -> tuple[Destination, ...]:
         """Take the configured upstreams; or the host's, but for ourselves, whom the host may well ask."""
-        for upstream in self.config.upstream:
-            if leads_here(upstream, self.addresses):
+        config = self.config
+        chosen = tuple(_destination(upstream) for upstream in config.upstream)
+        for upstream in (*chosen, *(upstream for group in config.forward.values() for upstream in group)):
+            if leads_here(upstream.endpoint, self.addresses):
                 raise UpstreamLoop(
-                    f"upstream {format_endpoint(*upstream)} is this server itself: name another resolver"
+                    f"upstream {format_endpoint(*upstream.endpoint)} is this server itself: name another resolver"
                 )
-        if self.config.upstream:
-            return self.config.upstream
-        found = read_resolv_conf(self.config.resolv_conf)
-        kept = tuple(endpoint for endpoint in found if not leads_here(endpoint, self.addresses))
+        if chosen:
+            return chosen
+        found = read_resolv_conf(config.resolv_conf)
+        kept = tuple(Destination(*endpoint) for endpoint in found if not leads_here(endpoint, self.addresses))
         if not kept:
             log.warning(
                 "dns_no_upstream",
-                extra={"event": {"resolv_conf": str(self.config.resolv_conf), "name_servers": len(found)}},
+                extra={"event": {"resolv_conf": str(config.resolv_conf), "name_servers": len(found)}},
             )
         return kept
+
+
+def _destination(upstream: Destination | Endpoint) -> Destination:
+    return upstream if isinstance(upstream, Destination) else Destination(*upstream)

@@ -39,6 +39,9 @@ DO = 0x8000  # RFC 3225
 HOP_BY_HOP = frozenset({10, 11, 12})
 
 
+_PADDING = 12
+
+
 class Rcode(IntEnum):
     """Response codes (RFC 1035 section 4.1.1, RFC 6891 section 9)."""
 
@@ -318,6 +321,25 @@ def forwardable(data: bytes, query: Query) -> bytes:
     options = b"".join(option(code, value) for code, value in kept)
     opt = OPT_FIXED.pack(0, Qtype.OPT, min(size, MAX_UDP_REPLY), rcode, version, flags, len(options)) + options
     return data[2 : edns.start] + opt + data[edns.stop :]
+
+
+def padded(message: bytes, query_size: int) -> bytes:
+    """The message (without its id) with an OPT padded to a multiple of 128 bytes (RFC 7830, RFC 8467 section 4.1).
+
+    `query_size` is where its question ends. What is padded is for encrypted ways only.
+    """
+    begin = HEADER_SIZE - 2 + query_size
+    if message[begin:]:
+        root, rtype, size, rcode, version, flags, length = OPT_FIXED.unpack_from(message, begin)
+        options = message[begin + OPT_FIXED.size : begin + OPT_FIXED.size + length]
+        if root or rtype != Qtype.OPT or len(message) != begin + OPT_FIXED.size + length:
+            return message  # there is more than OPT: TSIG, which signs the message as it is
+    else:
+        size, rcode, version, flags, options = MAX_UDP_REPLY, 0, 0, 0, b""
+    bare = 2 + begin + OPT_FIXED.size + len(options) + _OPTION.size
+    options += option(_PADDING, bytes(-bare % 128))
+    opt = OPT_FIXED.pack(0, Qtype.OPT, size, rcode, version, flags, len(options)) + options
+    return message[: HEADER_SIZE - 4] + b"\0\1" + message[HEADER_SIZE - 2 : begin] + opt
 
 
 def retyped(query: Query, qtype: int) -> Query:

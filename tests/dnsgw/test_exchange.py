@@ -4,9 +4,9 @@ from dnsgw.exchange import Exchange, Failure
 
 
 def test_an_exchange_begins_with_nothing_open() -> None:
-    exchange = Exchange(b"key", b"message", b"question", 1.8, tcp=False, first=1)
+    exchange = Exchange(b"key", b"message", b"question", 1.8, tcp=False, order=())
     assert (exchange.attempts, exchange.refusals, exchange.open, exchange.waiting) == (0, 0, [], [])
-    assert (exchange.first, exchange.tcp, exchange.fallback, exchange.timer) == (1, False, None, None)
+    assert (exchange.spelled, exchange.tcp, exchange.fallback, exchange.timer) == (False, False, None, None)
 
 
 def test_every_failure_is_answered() -> None:

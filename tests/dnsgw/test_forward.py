@@ -5,9 +5,11 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
+from dnsgw.destination import Destination, Way
 from dnsgw.exchange import Failure
 from dnsgw.forward import Forwarder
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
@@ -27,10 +29,10 @@ RECORDS = {
 class Asker:
     """A forwarder, and its answers as awaitables."""
 
-    def __init__(self, *ports: int, **limits: float) -> None:
+    def __init__(self, *ports: int, **limits: Any) -> None:
         self.metrics = DnsMetrics()
         endpoints = [(ip_address("127.0.0.1"), port) for port in ports]
-        self.forwarder = Forwarder(endpoints, self.metrics, **limits)  # type: ignore[arg-type]
+        self.forwarder = Forwarder(endpoints, self.metrics, **limits)
 
     def ask(self, name: str = "www.example.test", qtype: int = 1, *, edns: bytes = b"", tcp: bool = False) -> "Waiting":
         data = query(name, qtype, edns=edns)
@@ -59,7 +61,7 @@ class Waiting:
 
 
 @contextlib.contextmanager
-def asking(*ports: int, **limits: float) -> Iterator[Asker]:
+def asking(*ports: int, **limits: Any) -> Iterator[Asker]:
     asker = Asker(*ports, **limits)
     try:
         yield asker
@@ -323,3 +325,87 @@ async def test_one_that_fails_does_not_cost_the_others_their_answer(
         asker.forwarder.ask(data[2:], read, lambda _: 1 // 0, tcp=False)  # type: ignore[arg-type, return-value]
         await asker.ask().answer()
     assert "dns_answer_failed" in caplog.text
+
+
+# Who is asked.
+
+
+async def test_zones_have_upstreams_of_their_own(upstream: Authority) -> None:
+    async with serving({("www.corp.test", "A"): ["192.0.2.2"]}) as corp, serving() as lab:
+        zones = {
+            "corp.test": [Destination(ip_address("127.0.0.1"), corp.port)],
+            "lab.corp.test.": [Destination(ip_address("127.0.0.1"), lab.port, Way.TCP)],
+        }
+        with asking(upstream.port, zones=zones) as asker:
+            names = {
+                "www.corp.test": corp,
+                "CORP.test": corp,
+                "x.lab.corp.test": lab,
+                "lab.corp.test": lab,
+                "www.example.test": upstream,
+                "xcorp.test": upstream,
+                "test": upstream,
+            }
+            for name, server in names.items():
+                before = len(server.asked)
+                await asker.ask(name).answer()
+                assert len(server.asked) == before + 1
+                assert server.asked[-1].tcp == (server is lab)
+
+
+async def test_the_root_can_be_a_zone(upstream: Authority) -> None:
+    with asking(zones={".": [Destination(ip_address("127.0.0.1"), upstream.port)]}) as asker:
+        await asker.ask("www.example.test").answer()
+        await asker.ask("").answer()
+
+
+async def test_another_is_asked_when_one_takes_long_and_the_first_answer_counts(upstream: Authority) -> None:
+    async with serving(RECORDS) as slow:
+        slow.script = silent
+        with asking(slow.port, upstream.port, race_s=0.01) as asker:
+            for n in range(3):
+                answer = await asker.ask(f"n{n}.example.test").answer()
+                assert answer == upstream.asked[-1].answer
+            assert asker.count(UpstreamOutcome.RACED) == 2
+            # Twice was enough: the other one comes first now.
+            assert len(slow.asked) == 2
+
+
+async def test_who_was_down_is_tried_again_by_one_question(
+    upstream: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dnsgw.upstream.DOWN_MIN_S", 0.0)
+    async with serving(RECORDS) as first:
+        first.script = silent
+        with asking(first.port, upstream.port, race_s=0.01) as asker:
+            for n in range(3):
+                await asker.ask(f"n{n}.example.test").answer()
+            first.script = None
+            async with asyncio.timeout(5):
+                while (answer := await asker.ask("www.example.test").answer()) != first.asked[-1].answer:
+                    assert answer
+            before = len(upstream.asked)
+            await asker.ask("n9.example.test").answer()
+            assert len(upstream.asked) == before
+
+
+async def test_random_spelling(upstream: Authority) -> None:
+    with asking(upstream.port, random_case=True) as asker:
+        name = "a-rather-long-name-with-many-letters.example.test"
+        spellings = set()
+        for qtype in range(1, 6):
+            await asker.ask(name, qtype).answer()
+            spellings.add(upstream.asked[-1].packet[12:60])
+        assert len(spellings) == 5
+        assert {spelling.lower() for spelling in spellings} == {query(name)[12:60]}
+
+
+async def test_an_answer_in_another_spelling_is_asked_for_over_tcp(upstream: Authority) -> None:
+    upstream.script = lambda asked: [
+        asked.answer if asked.tcp else asked.answer[:12] + asked.answer[12:].lower().replace(b"\0\1", b"\0\1")
+    ]
+    with asking(upstream.port, random_case=True) as asker:
+        answer = await asker.ask("a-rather-long-name-with-many-letters.example.test").answer()
+        assert [asked.tcp for asked in upstream.asked] == [False, True]
+        assert answer == upstream.asked[-1].answer
+        assert asker.count(UpstreamOutcome.MISSPELLED) == 1

@@ -127,10 +127,10 @@ async def test_the_hosts_own_resolvers_but_for_ourselves(
     port = free_port()
     monkeypatch.setattr("dnsgw.upstream.DNS_PORT", port)
     async with running(VIEW, listen=("127.0.0.1",), resolv_conf=conf) as server:
-        assert server.upstreams == ((LOOPBACK, port), (ip_address("192.0.2.1"), port))
+        assert [up.endpoint for up in server.upstreams] == [(LOOPBACK, port), (ip_address("192.0.2.1"), port)]
     server = DnsServer(DnsConfig(network="a", listen=((LOOPBACK, port),), resolv_conf=conf))
     await server.open()
-    assert server.upstreams == ((ip_address("192.0.2.1"), port),)
+    assert [up.endpoint for up in server.upstreams] == [(ip_address("192.0.2.1"), port)]
     await server.close()
     conf.write_text("nameserver 127.0.0.1\n")
     with caplog.at_level(logging.WARNING):

@@ -13,6 +13,7 @@ from dnsgw.wire import (
     extended_error,
     forwardable,
     opt_record,
+    padded,
     scan,
     wire_name,
     with_qtype,
@@ -318,3 +319,21 @@ def test_an_extended_error_is_cut_between_characters() -> None:
     assert encoded[:6] == struct.pack("!HHH", 15, len(encoded) - 4, 22)
     assert encoded[6:].decode() == "é" * 60
     assert opt_record(do=False, options=encoded)[-len(encoded) :] == encoded
+
+
+@pytest.mark.parametrize("edns", [b"", opt(), opt(4096, do=True, options=option(8, b"\0\1\x18\0\x0a\0\0"))])
+@pytest.mark.parametrize("length", [1, 50, 63])
+def test_padding_fills_up_to_128_bytes(edns: bytes, length: int) -> None:
+    data = query("a" * length + ".test", edns=edns)
+    message = padded(data[2:], len(data) - 12 - len(edns))
+    assert (len(message) + 2) % 128 == 0
+    read = scan(data[:2] + message)
+    assert read.edns is not None
+    before = scan(data).edns
+    assert read.edns.do == (before is not None and before.do)
+    assert [code for code, _ in read.edns.options][:-1] == ([code for code, _ in before.options] if before else [])
+
+
+def test_a_signed_message_is_left_as_it_is() -> None:
+    data = header(counts=(1, 0, 0, 2)) + question("a.test") + opt() + b"\0" + bytes.fromhex("00fa 00ff 00000000 0000")
+    assert padded(data[2:], len(question("a.test"))) == data[2:]

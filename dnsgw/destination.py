@@ -1,0 +1,84 @@
+"""Where an upstream is and how it is spoken to, as the configuration says it.
+
+    10.0.0.10   10.0.0.10:5353   [fd00::1]:53     UDP, and TCP for what is asked over TCP
+    tcp://10.0.0.10                               TCP always (RFC 7766)
+    tls://10.0.0.10#dns.example                   DNS over TLS (RFC 7858); the name is checked in the certificate
+    https://10.0.0.10/dns-query#dns.example       DNS over HTTPS (RFC 8484)
+
+An upstream is always an address: its name could only be looked up by asking it. Without a name the certificate must be for
+the address. Sans-IO. The one error is BadDestination.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import ip_address
+
+from discovery.addresses import Address, format_endpoint
+
+
+class BadDestination(ValueError):
+    """Text that names no upstream."""
+
+
+class Way(StrEnum):
+    """How an upstream is spoken to."""
+
+    UDP = "udp"
+    TCP = "tcp"
+    TLS = "tls"
+    HTTPS = "https"
+
+
+DEFAULT_PORTS = {Way.UDP: 53, Way.TCP: 53, Way.TLS: 853, Way.HTTPS: 443}
+EXPECTED = "ip, ip:port, tcp://ip, tls://ip#name or https://ip/path#name of a DNS server"
+
+_FORM = re.compile(
+    r"(?:(?P<way>udp|tcp|tls|https)://)?(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[0-9.]{7,15}|[0-9A-Fa-f:]{2,45})"
+    r"(?::(?P<port>[1-9][0-9]{0,4}))?(?P<path>/[!-\"$-~]{0,200})?(?:#(?P<name>[A-Za-z0-9.-]{1,253}))?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """One upstream."""
+
+    address: Address
+    port: int
+    way: Way = Way.UDP
+    name: str = ""
+    """What its certificate must be for, if not its address."""
+
+    path: str = ""
+    """Of DNS over HTTPS."""
+
+    def __str__(self) -> str:
+        if self.way is Way.UDP:
+            return (
+                str(self.address) if self.port == DEFAULT_PORTS[self.way] else format_endpoint(self.address, self.port)
+            )
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        port = "" if self.port == DEFAULT_PORTS[self.way] else f":{self.port}"
+        return f"{self.way}://{host}{port}{self.path}" + (f"#{self.name}" if self.name else "")
+
+    @property
+    def endpoint(self) -> tuple[Address, int]:
+        """Its address and port."""
+        return self.address, self.port
+
+
+def parse_destination(text: str) -> Destination:
+    """Read an upstream. Raises BadDestination."""
+    found = _FORM.fullmatch(text)
+    if found is None:
+        raise BadDestination(EXPECTED)
+    way = Way(found["way"] or "udp")
+    try:
+        address = ip_address(found["host"].strip("[]"))
+        port = int(found["port"]) if found["port"] else DEFAULT_PORTS[way]
+    except ValueError as error:
+        raise BadDestination(EXPECTED) from error
+    secret = way in (Way.TLS, Way.HTTPS)
+    if port > 65535 or bool(found["path"]) != (way is Way.HTTPS) or (found["name"] and not secret):
+        raise BadDestination(EXPECTED)
+    return Destination(address, port, way, (found["name"] or "").lower().rstrip("."), found["path"] or "")

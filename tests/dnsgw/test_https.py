@@ -1,0 +1,159 @@
+"""Upstreams that are spoken to in secret: TLS and HTTPS, with real certificates."""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import dns.message
+import dns.rcode
+import pytest
+import trustme
+from aiohttp import web
+
+from dnsgw import Outcome
+from dnsgw.destination import Destination, Way
+from tests.dnsgw.authority import Authority
+from tests.dnsgw.meshes import mesh, relay
+from tests.dnsgw.packets import opt, query
+from tests.dnsgw.servers import Client, address, running
+
+pytestmark = pytest.mark.anyio
+
+VIEW = mesh(relay("10.0.0.9"))
+LOOPBACK = ip_address("127.0.0.1")
+WWW = "www.example.test"
+RECORDS = {(f"{prefix}{WWW}", "A"): ["192.0.2.1"] for prefix in ("", *(f"n{n}." for n in range(20)))}
+
+
+@dataclass
+class Secret:
+    """A server that is spoken to in secret."""
+
+    authority: Authority
+    port: int
+    connections: int = 0
+    status: int = 200
+
+
+@pytest.fixture(scope="module")
+def signer() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def ca(signer: trustme.CA, tmp_path: Path) -> Path:
+    signer.cert_pem.write_to_path(tmp_path / "ca.pem")
+    return tmp_path / "ca.pem"
+
+
+def context(signer: trustme.CA, *names: str) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    signer.issue_cert(*names).configure_cert(made)
+    return made
+
+
+@contextlib.asynccontextmanager
+async def serving_tls(tls: ssl.SSLContext) -> AsyncIterator[Secret]:
+    secret = Secret(Authority(records=dict(RECORDS)), 0)
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        secret.connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+            while True:
+                packet = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
+                for answer in secret.authority.packets(packet, ("", 0), tcp=True):
+                    writer.write(len(answer).to_bytes(2, "big") + answer)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(connection, "127.0.0.1", 0, ssl=tls)
+    secret.port = server.sockets[0].getsockname()[1]
+    try:
+        yield secret
+    finally:
+        server.close()
+
+
+@contextlib.asynccontextmanager
+async def serving_https(tls: ssl.SSLContext) -> AsyncIterator[Secret]:
+    secret = Secret(Authority(records=dict(RECORDS)), 0)
+
+    async def post(request: web.Request) -> web.Response:
+        assert request.content_type == "application/dns-message"
+        packet = await request.read()
+        assert packet[:2] == b"\0\0"
+        (answer,) = secret.authority.packets(packet, ("", 0), tcp=True)
+        return web.Response(body=answer, status=secret.status, content_type="application/dns-message")
+
+    app = web.Application()
+    app.router.add_post("/dns-query", post)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
+    await site.start()
+    secret.port = runner.addresses[0][1]
+    try:
+        yield secret
+    finally:
+        await runner.cleanup()
+
+
+SERVING = {Way.TLS: serving_tls, Way.HTTPS: serving_https}
+
+
+def destination(way: Way, port: int, name: str = "dns.example") -> Destination:
+    return Destination(LOOPBACK, port, way, name, "/dns-query" if way is Way.HTTPS else "")
+
+
+@pytest.mark.parametrize("name", ["dns.example", ""], ids=["by name", "by address"])
+@pytest.mark.parametrize("way", SERVING)
+async def test_questions_go_in_secret_and_padded(signer: trustme.CA, ca: Path, way: Way, name: str) -> None:
+    async with SERVING[way](context(signer, name or "127.0.0.1")) as secret:
+        upstream = (destination(way, secret.port, name),)
+        async with running(VIEW, upstream=upstream, upstream_ca=ca) as server:
+            with Client(address(server)) as client:
+                for packet in (query(WWW), query(WWW, flags=0x0110), query(WWW, edns=opt(do=True))):
+                    reply = await client.ask(packet)
+                    assert dns.message.from_wire(reply).answer
+                    assert (dns.message.from_wire(reply).edns >= 0) == (packet[11] == 1)
+        assert [len(asked.packet) % 128 for asked in secret.authority.asked] == [0, 0, 0]
+        options = [asked.message.options[-1].otype for asked in secret.authority.asked]
+        assert options == [12, 12, 12]
+
+
+@pytest.mark.parametrize("way", SERVING)
+async def test_many_at_once(signer: trustme.CA, ca: Path, way: Way) -> None:
+    async with SERVING[way](context(signer, "dns.example")) as secret:
+        async with running(VIEW, upstream=(destination(way, secret.port),), upstream_ca=ca) as server:
+            with Client(address(server)) as client:
+                for n in range(20):
+                    client.send(query(f"n{n}.{WWW}", ident=n))
+                replies = [await client.receive() for _ in range(20)]
+        assert {int.from_bytes(reply[:2], "big") for reply in replies} == set(range(20))
+        assert all(dns.message.from_wire(reply).answer for reply in replies)
+        if way is Way.TLS:
+            assert secret.connections == 1
+
+
+@pytest.mark.parametrize("way", SERVING)
+async def test_a_certificate_for_somebody_else_is_no_upstream(signer: trustme.CA, ca: Path, way: Way) -> None:
+    async with SERVING[way](context(signer, "other.example")) as secret:
+        async with running(VIEW, upstream=(destination(way, secret.port),), upstream_ca=ca) as server:
+            with Client(address(server)) as client:
+                reply = dns.message.from_wire(await client.ask(query(WWW, edns=opt())))
+                assert reply.rcode() == dns.rcode.SERVFAIL
+                assert [int(option.code) for option in reply.options] == [23]
+            assert server.metrics.queries[Outcome.UPSTREAM_FAILED] == 1
+        assert not secret.authority.asked
+
+
+async def test_an_answer_that_is_no_answer_is_a_failure(signer: trustme.CA, ca: Path) -> None:
+    async with serving_https(context(signer, "dns.example")) as secret:
+        secret.status = 500
+        async with running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server:
+            with Client(address(server)) as client:
+                assert (await client.ask(query(WWW)))[3] & 15 == dns.rcode.SERVFAIL
