@@ -128,7 +128,7 @@ class App:
         logs.set_up(style=config.log.format, level=config.log.level)
         keys = roles.keys(config)
         if self.relay is not None and config.relay is not None:
-            self.relay.reconfigure(roles.relay_config(config, config.relay), SigningKeys(keys))
+            self.relay.reconfigure(roles.relay_config(config, config.relay, self.relay.config.guard), SigningKeys(keys))
         if self.gateway is not None and config.gateway is not None:
             guard = self.gateway.config.guard
             self.gateway.reconfigure(roles.gateway_config(config, config.gateway, guard), keys)
@@ -193,7 +193,7 @@ class App:
         self._run("dns", dns.run())
 
     async def _start_relay(self, discovery: Discovery, section: RelaySection) -> None:
-        config = roles.relay_config(self.config, section)
+        config = roles.relay_config(self.config, section, self._guard())
         relay = Relay(config, discovery, SigningKeys(roles.keys(self.config)), registry=self.registry)
         await self._begin("relay", relay.open())
         self._note("relay", relay.addresses)
@@ -207,10 +207,7 @@ class App:
         self._run("publication", self._publication.run())
 
     async def _start_gateway(self, discovery: Discovery, section: GatewaySection) -> None:
-        guard = [endpoint for bound in self._bound.values() for endpoint in bound] + roles.discovery_endpoints(
-            self.config
-        )
-        config = roles.gateway_config(self.config, section, guard)
+        config = roles.gateway_config(self.config, section, self._guard())
         gateway = Gateway(config, discovery, roles.keys(self.config), registry=self.registry)
         await self._begin("gateway", gateway.open())
         self._note("gateway", gateway.addresses)
@@ -222,6 +219,11 @@ class App:
             config_of_registrar = roles.registrar_config(self.config, section)
             self.registrar = Registrar(config_of_registrar, discovery, gateway.take, self.registry)
             self._run("registrar", self.registrar.run())
+
+    def _guard(self) -> list[tuple[str, int]]:
+        """Where this process listens so far, and discovery servers do: no stream goes there."""
+        bound = [endpoint for endpoints in self._bound.values() for endpoint in endpoints]
+        return bound + roles.discovery_endpoints(self.config)
 
     async def _drain(self) -> None:
         """Withdraw, let clients look elsewhere, take nothing new, wait for the streams: `drain` in all."""

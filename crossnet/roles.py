@@ -58,8 +58,8 @@ def discovery_endpoints(config: Config) -> list[tuple[str, int]]:
     return found
 
 
-def relay_config(config: Config, section: RelaySection) -> RelayConfig:
-    """Return what the relay takes."""
+def relay_config(config: Config, section: RelaySection, guard: Iterable[tuple[str, int]]) -> RelayConfig:
+    """Return what the relay takes; `guard` is what of our own is no service."""
     return RelayConfig(
         id=section.id,
         network=config.network,
@@ -70,8 +70,13 @@ def relay_config(config: Config, section: RelaySection) -> RelayConfig:
         policy=policy(section.rules),
         deliver=TargetList.parse(section.deliver),
         direct=TargetList.parse(section.direct),
+        guard=tuple(guard),
+        proxy_from=section.proxy_from,
         max_hello_bytes=section.max_hello,
+        max_hello_held_bytes=section.max_hello_held,
         max_streams=section.max_streams,
+        max_streams_per_client=section.max_streams_per_client,
+        new_streams_per_s=section.new_streams_per_second,
         hello_timeout_s=section.hello_timeout_s,
         dial_timeout_s=section.dial_timeout_s,
         idle_timeout_s=section.idle_timeout_s,
@@ -147,7 +152,11 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
         etcd_key=section.etcd.key,
         tls_cert=section.tls.cert if section.tls else None,
         tls_key=section.tls.key if section.tls else None,
+        tls_client_ca=section.tls.client_ca if section.tls else None,
         tokens_file=section.tokens.file if section.tokens else None,
+        requests_per_s=section.requests_per_s,
+        max_records_per_network=section.max_records_per_network,
+        max_watchers=section.max_watchers,
         turn_secrets={network: secret.text for network, secret in section.turn_secrets.items()},
         turn_credential_ttl_s=section.turn_credential_ttl_s,
         allow_addresses=_lifted(section.allow_addresses),
@@ -155,11 +164,7 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
     )
 
 
-        tls_client_ca=section.tls.client_ca if section.tls else None,
 def turn_spec(section: TurnSection, listening: tuple[str, int]) -> TurnSpec:
-        requests_per_s=section.requests_per_s,
-        max_records_per_network=section.max_records_per_network,
-        max_watchers=section.max_watchers,
     """Return the record of the embedded TURN server, which listens there."""
     address = parse_address(listening[0])
     reached = section.relay_address if address.is_unspecified else address

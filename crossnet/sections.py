@@ -61,7 +61,7 @@ from discovery.tokens import Tokens
 from discovery.yamlfile import BadFile
 from dnsgw import config as dns
 from dnsgw.forward import MAX_IN_FLIGHT
-from sniproxy import relay
+from sniproxy import limits, relay
 from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.stream.policy import BadRule, Policy, Rule
@@ -93,9 +93,6 @@ class DiscoveryTlsSection:
     """How a discovery server's certificate is verified, and what we show in place of a token."""
 
     ca: ExistingFile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
     cert: ExistingFile | None = None
     key: ExistingFile | None = None
 
@@ -103,6 +100,9 @@ class DiscoveryTlsSection:
     def _pair(self) -> Iterator[Fault]:
         if (self.cert is None) != (self.key is None):
             yield Fault(".cert" if self.cert is None else ".key", "cert and key, or neither", "one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeySection:
     """A key that signs what relays of `from` send to gateways of `to`."""
 
@@ -192,8 +192,16 @@ class RelaySection:
     """For each TURN server the addresses that it sees this relay come from; asked of the server by default."""
     pool: Count = 0
     """Connections kept ready to each allocation. There are none yet: see `config.warnings`."""
+    proxy_from: tuple[Cidr, ...] = ()
+    """Load balancers that begin each connection with a PROXY header (v1 or v2); from anywhere else that is not TLS."""
     max_hello: Size = DEFAULT_MAX_HELLO_BYTES
+    max_hello_held: Size = limits.DEFAULT_MAX_HELLO_HELD_BYTES
+    """Of all unfinished ClientHellos together."""
     max_streams: Count = relay.DEFAULT_MAX_STREAMS
+    max_streams_per_client: Count = limits.DEFAULT_MAX_STREAMS_PER_CLIENT
+    """By source address, an IPv6 client by its /64; 0 is no limit of its own."""
+    new_streams_per_second: Count = limits.DEFAULT_NEW_STREAMS_PER_S
+    """Of one client; 0 is no limit."""
     hello_timeout_s: Duration = relay.DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: Duration = DEFAULT_DIAL_TIMEOUT_S
     idle_timeout_s: Duration = relay.DEFAULT_IDLE_TIMEOUT_S
@@ -327,6 +335,8 @@ class ServerTlsSection:
 
     cert: ExistingFile
     key: ExistingFile
+    client_ca: ExistingFile | None = None
+    """Verifies client certificates, which entries of the tokens file can name in place of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,8 +356,6 @@ class EtcdSection:
     """Verifies the members; the system's authorities by default."""
     cert: ExistingFile | None = None
     key: ExistingFile | None = None
-    client_ca: ExistingFile | None = None
-    """Verifies client certificates, which entries of the tokens file can name in place of tokens."""
     """What we show to a cluster that wants certificates of its clients."""
 
     @rule("cert", "key")
@@ -368,6 +376,10 @@ class DiscoveryServerSection:
     tokens: TokensSection | None = None
     turn_secrets: dict[NetworkId, SecretFile] = dataclasses.field(default_factory=dict)
     """For each network the secret of its TURN servers, to issue credentials from."""
+    requests_per_s: Count = 200
+    """What each network may ask in the long run; far more at once."""
+    max_records_per_network: Count = 20_000
+    max_watchers: Count = 2000
     turn_credential_ttl_s: WholeSeconds = 3600
     """How long issued credentials live; an allocation is made anew that often."""
     allow_addresses: tuple[Cidr, ...] = ()
@@ -387,10 +399,6 @@ class DiscoveryServerSection:
 class Config:
     """The whole file."""
 
-    requests_per_s: Count = 200
-    """What each network may ask in the long run; far more at once."""
-    max_records_per_network: Count = 20_000
-    max_watchers: Count = 2000
     network: NetworkId
     domain: Domain = DEFAULT_DOMAIN
     discovery: Annotated[tuple[DiscoverySource, ...], OneOrMore()] = ()

@@ -12,7 +12,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import Network, TargetList
+from discovery.addresses import Address, Network, TargetList
 from discovery.contract import Discovery
 from discovery.imports import Imports
 from sniproxy.alert import AlertDescription, alert_record
@@ -20,6 +20,15 @@ from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, Call, Connected, Dialer, DialE
 from sniproxy.engine import End, Listener, Splice, Wire
 from sniproxy.engine.host import is_own_address
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
+from sniproxy.limits import (
+    DEFAULT_MAX_HELLO_HELD_BYTES,
+    DEFAULT_MAX_STREAMS_PER_CLIENT,
+    DEFAULT_NEW_STREAMS_PER_S,
+    Admission,
+    Budget,
+    Limits,
+    Share,
+)
 from sniproxy.route import Candidate, RouteKind, Router, SigningKeys, Unroutable
 from sniproxy.stream.account import Account, Ledger
 from sniproxy.stream.carry import Carry
@@ -28,6 +37,7 @@ from sniproxy.stream.framed import Framed
 from sniproxy.stream.loopguard import LoopGuard
 from sniproxy.stream.policy import Flow, Policy
 from sniproxy.stream.preamble import decode_target
+from sniproxy.stream.proxyproto import Endpoint, ProxyError, parse_any
 from sniproxy.stream.reason import Reason
 
 DEFAULT_HELLO_TIMEOUT_S = 5.0
@@ -95,8 +105,16 @@ class RelayConfig:
     """Where gateways of other networks may be dialled without a TURN server; default nowhere."""
     guard: tuple[tuple[str, int], ...] = ()
     """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
+    proxy_from: tuple[Network, ...] = ()
+    """Load balancers that begin each connection with a PROXY header, which says who the client is and where it connected to."""
     max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
+    max_hello_held_bytes: int = DEFAULT_MAX_HELLO_HELD_BYTES
+    """Of all ClientHellos together that have not reached a service yet."""
     max_streams: int = DEFAULT_MAX_STREAMS
+    max_streams_per_client: int = DEFAULT_MAX_STREAMS_PER_CLIENT
+    """By source address, an IPv6 client by its /64; 0 is no limit of its own."""
+    new_streams_per_s: int = DEFAULT_NEW_STREAMS_PER_S
+    """Of one client; 0 is no limit."""
     hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
@@ -122,11 +140,17 @@ class Relay:
         self.ledger = Ledger("relay", registry)
         self._listeners: list[Listener] = []
         self._lingering = 0
+        self._admission = Admission(Limits())
+        self._hellos = Budget(config.max_hello_held_bytes)
         self.reconfigure(config, keys)
 
     def reconfigure(self, config: RelayConfig, keys: SigningKeys) -> None:
         """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
         self.config = config
+        self._admission.limits = Limits(
+            max_streams=config.max_streams_per_client, new_streams_per_s=config.new_streams_per_s
+        )
+        self._hellos.limit = config.max_hello_held_bytes
         self._guard = LoopGuard(config.network, [*config.guard, *self.addresses], is_own=is_own_address)
         self._router = Router(
             network=config.network,
@@ -195,21 +219,37 @@ class Relay:
         """Take one stream from accept to its end."""
         if len(self.ledger) > self.config.max_streams:
             raise _Refusal(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
-        hello, data = await self._read_hello(client, account)
+        deadline = asyncio.get_running_loop().time() + self.config.hello_timeout_s
+        peer, local = await self._endpoints(client, account, deadline)
+        source = ip_address(peer[0])
+        refused = self._admission.admit(source, time.monotonic())
+        if refused is not None:
+            raise _Refusal(Reason.OVERLOADED, refused)
+        try:
+            with self._hellos.share() as share:
+                hello, data = await self._read_hello(client, account, deadline, share)
+                call = Call(stream=account.stream, client=peer, local=local, hello=hello, data=data)
+                connected = await self._connect(account, call, source)
+            return await self._move(client, account, call, connected)
+        finally:
+            self._admission.leave(source)
+
+    async def _connect(self, account: Account, call: Call, source: Address) -> Connected:
+        """From a client's ClientHello to a service, or a gateway that has reached one."""
+        name = call.hello.server_name
         account.mark("hello")
-        account.fields["sni"] = hello.server_name
-        if not any(ip_address(client.peer[0]) in network for network in self.config.allow):
+        account.fields["sni"] = name
+        if not any(source in network for network in self.config.allow):
             raise _Refusal(Reason.DENIED, "relay.allow does not have this client's address")
         try:
-            candidates = self._router.candidates(hello.server_name, self._discovery.mesh, client.local[1])
+            candidates = self._router.candidates(name, self._discovery.mesh, call.local[1])
         except Unroutable as error:
             raise _Refusal(error.reason, error.detail) from error
-        candidates = self._permitted(candidates, client, hello.server_name)
+        candidates = self._permitted(candidates, source, name)
         account.mark("route")
         account.fields["network"] = candidates[0].network
         account.fields["target"] = candidates[0].target
         account.state = "dialling"
-        call = Call(stream=account.stream, client=client.peer, local=client.local, hello=hello, data=data)
         try:
             connected = await self._dialer.open(call, candidates)
         except DialError as error:
@@ -224,12 +264,11 @@ class Relay:
             "candidate": str(candidate),
             "attempts": connected.attempts,
         }
-        return await self._move(client, account, call, connected)
+        return connected
 
-    def _permitted(self, candidates: list[Candidate], client: Wire, name: str) -> list[Candidate]:
+    def _permitted(self, candidates: list[Candidate], source: Address, name: str) -> list[Candidate]:
         """Leave out what the rules deny to this client."""
         permitted, why = [], ""
-        source = ip_address(client.peer[0])
         for candidate in candidates:
             where, port = decode_target(candidate.target)
             flow = Flow(
@@ -248,17 +287,53 @@ class Relay:
             raise _Refusal(Reason.DENIED, why)
         return permitted
 
-    async def _read_hello(self, client: Wire, account: Account) -> tuple[Hello, bytes]:
+    async def _endpoints(self, client: Wire, account: Account, deadline: float) -> tuple[Endpoint, Endpoint]:
+        """Say who the client is and where it connected to: by the PROXY header that a load balancer of ours sends first."""
+        if not self.config.proxy_from:
+            return client.peer, client.local
+        sender = ip_address(client.peer[0])
+        if not any(sender in network for network in self.config.proxy_from):
+            return client.peer, client.local  # a header from there is not TLS
+        data = b""
+        found = None
+        try:
+            async with asyncio.timeout_at(deadline):
+                while found is None:
+                    more = await client.recv(HELLO_READ_BYTES)
+                    if not more:
+                        raise _Refusal(Reason.CLIENT_RESET, "closed before its PROXY header was whole")
+                    data += more
+                    found = parse_any(data)
+        except ProxyError as error:
+            raise _Refusal(Reason.NOT_TLS, f"relay.proxy_from has this address: {error}") from error
+        except TimeoutError:
+            raise _Refusal(Reason.HELLO_TIMEOUT, f"no PROXY header in {self.config.hello_timeout_s} s") from None
+        except OSError as error:
+            raise _Refusal(Reason.CLIENT_RESET, "reset before its PROXY header was whole") from error
+        header, length = found
+        client.unread(data[length:])
+        if header.source is None or header.destination is None:
+            return client.peer, client.local  # the load balancer itself, asking whether we live
+        account.fields |= {
+            "client": header.source[0],
+            "local": f"{header.destination[0]}:{header.destination[1]}",
+            "proxy": client.peer[0],
+        }
+        return header.source, header.destination
+
+    async def _read_hello(self, client: Wire, account: Account, deadline: float, share: Share) -> tuple[Hello, bytes]:
         """Read up to the end of the ClientHello, under one absolute deadline, and what came along with it."""
         reader = HelloReader(self.config.max_hello_bytes)
         try:
-            async with asyncio.timeout(self.config.hello_timeout_s):
+            async with asyncio.timeout_at(deadline):
                 while True:
                     data = await client.recv(HELLO_READ_BYTES)
                     if not data:
                         if reader.raw:
                             raise _Refusal(Reason.BAD_HELLO, "the client ended inside its ClientHello")
                         raise _Refusal(Reason.CLIENT_RESET, "the client closed without a byte")
+                    if not share.take(len(data)):
+                        raise _Refusal(Reason.OVERLOADED, "too many unfinished ClientHellos: relay.max_hello_held")
                     hello = reader.feed(data)
                     if hello is not None:
                         if hello.ech:

@@ -1,9 +1,10 @@
-"""PROXY protocol version 2: the header in front of a connection that says whose it is.
+"""PROXY protocol: the header in front of a connection that says whose it is. We write version 2 and read version 1, too.
 
-Written and read as the specification by its inventor says (haproxy.org, doc/proxy-protocol.txt, section 2.2), for TCP over
+Written and read as the specification by its inventor says (haproxy.org, doc/proxy-protocol.txt, section 2), for TCP over
 IPv4 and IPv6 only, and strictly: the lengths of the TLVs add up to the header exactly, and a checksum that is there is
 right. Layout:
 
+    "PROXY TCP4 192.0.2.1 192.0.2.2 56324 443\\r\\n"                                               version 1, 107 bytes at most
     signature(12) | version and command(1) | family(1) | length(2) | addresses(0, 12 or 36) | TLVs: type(1) length(2) value
 """
 
@@ -19,6 +20,12 @@ PREFIX_SIZE: Final = 16
 """Bytes up to and with the length field."""
 MAX_HEADER: Final = 1024
 """Default bound of a whole header: every TLV in use fits twice, and a peer cannot make us hold the 64 KiB possible."""
+
+MAX_V1: Final = 107
+"""Of a version 1 header with its CR LF, as the specification counts it."""
+
+_V1_START: Final = b"PROXY "
+_V1_VERSIONS: Final = {"TCP4": 4, "TCP6": 6}
 
 TLV_AUTHORITY: Final = 0x02
 TLV_CRC32C: Final = 0x03
@@ -120,6 +127,47 @@ def parse(data: bytes, *, max_size: int = MAX_HEADER) -> tuple[ProxyHeader, int]
         destination = _text(data[at + size : at + 2 * size]), destination_port
     tlvs = tuple(_tlvs(data, tlvs_at, length))
     return ProxyHeader(command=command, source=source, destination=destination, tlvs=tlvs), length
+
+
+def parse_any(data: bytes) -> tuple[ProxyHeader, int] | None:
+    """Return the header of either version that `data` begins with and its length, None if more bytes are needed.
+
+    A sender that does not know its client (UNKNOWN, UNSPEC) gives no addresses. Raises ProxyError as soon as it cannot be
+    a header of TCP.
+    """
+    return parse_v1(data) if data[:1] == b"P" else parse(data)
+
+
+def parse_v1(data: bytes) -> tuple[ProxyHeader, int] | None:
+    """Return the version 1 header that `data` begins with and its length, None if more bytes are needed (section 2.1).
+
+    Raises ProxyError as soon as it cannot be one.
+    """
+    if data[: len(_V1_START)] != _V1_START[: len(data)]:
+        raise ProxyError("no PROXY v1 header")
+    end = data.find(b"\r\n", 0, MAX_V1)
+    if end < 0:
+        if len(data) >= MAX_V1:
+            raise ProxyError(f"a PROXY v1 header is longer than {MAX_V1} bytes")
+        return None
+    words = data[:end].decode("latin-1").split(" ")
+    if words[1:2] == ["UNKNOWN"]:
+        return ProxyHeader(), end + 2  # what follows is to be ignored
+    if len(words) != 6 or words[1] not in _V1_VERSIONS:
+        raise ProxyError("a PROXY v1 header has TCP4 or TCP6, two addresses and two ports")
+    source, destination = (_v1_endpoint(words[at], words[at + 2], _V1_VERSIONS[words[1]]) for at in (2, 3))
+    return ProxyHeader(source=source, destination=destination), end + 2
+
+
+def _v1_endpoint(host: str, port: str, version: int) -> Endpoint:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError as error:
+        raise ProxyError("not an IP address in a PROXY v1 header") from error
+    plain = port.isascii() and port.isdigit() and len(port) <= 5 and str(int(port)) == port
+    if address.version != version or "%" in host or not plain or int(port) > 0xFFFF:
+        raise ProxyError("an address or port in a PROXY v1 header is not what it says")
+    return str(_address(host)), int(port)
 
 
 def _tlvs(data: bytes, at: int, end: int) -> Iterator[tuple[int, bytes]]:

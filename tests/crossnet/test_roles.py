@@ -37,7 +37,7 @@ def config(folder: Path) -> Config:
 def test_the_relay(tmp_path: Path) -> None:
     read = config(tmp_path)
     assert read.relay is not None
-    made = roles.relay_config(read, read.relay)
+    made = roles.relay_config(read, read.relay, [])
     assert made.listen == (("10.0.0.9", 443), ("fd00::9", 443))
     assert made.allow == (IPv4Network("10.0.0.0/8"),)
     assert made.deliver.allows(ip_address("10.1.2.3"), 443)

@@ -1,4 +1,4 @@
-"""PROXY protocol v2: written and read as specified, strictly, in any pieces."""
+"""PROXY protocol: v2 written and read as specified, v1 read, strictly, in any pieces."""
 
 import socket
 import subprocess
@@ -19,6 +19,8 @@ from sniproxy.stream.proxyproto import (
     ProxyHeader,
     crc32c,
     parse,
+    parse_any,
+    parse_v1,
     read_length,
 )
 
@@ -245,18 +247,19 @@ frontend f
     bind fd@{listener}
     default_backend b
 backend b
-    server s 127.0.0.1:{port} send-proxy-v2 proxy-v2-options crc32c,unique-id,authority
+    server s 127.0.0.1:{port} send-{version} proxy-v2-options crc32c,unique-id,authority
 """
 
 
 @pytest.mark.interop
 @pytest.mark.needs("haproxy")
-def test_reads_what_haproxy_writes(tmp_path: Path) -> None:
-    """With its checksum, which this module must find right."""
+@pytest.mark.parametrize("version", ["proxy", "proxy-v2"])
+def test_reads_what_haproxy_writes(tmp_path: Path, version: str) -> None:
+    """With its checksum, where there is one, which this module must find right."""
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10)
         config = tmp_path / "haproxy.cfg"
-        config.write_text(HAPROXY.format(listener=listener.fileno(), port=server.getsockname()[1]))
+        config.write_text(HAPROXY.format(version=version, listener=listener.fileno(), port=server.getsockname()[1]))
         with subprocess.Popen(
             ["haproxy", "-db", "-f", str(config)], pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL
         ) as haproxy:
@@ -267,7 +270,7 @@ def test_reads_what_haproxy_writes(tmp_path: Path) -> None:
                     with connection:
                         connection.settimeout(10)
                         wire = b""
-                        while (parsed := parse(wire)) is None:
+                        while (parsed := parse_any(wire) if wire else None) is None:
                             data = connection.recv(4096)
                             assert data
                             wire += data
@@ -277,5 +280,62 @@ def test_reads_what_haproxy_writes(tmp_path: Path) -> None:
                 haproxy.wait(10)
     header, length = parsed
     assert (header.source, header.destination) == expected
-    assert TLV_CRC32C in dict(header.tlvs)
+    assert (TLV_CRC32C in dict(header.tlvs)) is (version == "proxy-v2")
     assert wire[length:] in (b"hello", b"")
+
+
+V1 = b"PROXY TCP4 192.0.2.1 198.51.100.7 56324 443\r\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "source", "destination"),
+    [
+        (V1, ("192.0.2.1", 56324), ("198.51.100.7", 443)),
+        (b"PROXY TCP6 2001:db8::1 2001:db8::2 1 65535\r\n", ("2001:db8::1", 1), ("2001:db8::2", 65535)),
+        (b"PROXY TCP6 ::ffff:192.0.2.1 2001:db8::2 1 2\r\n", ("192.0.2.1", 1), ("2001:db8::2", 2)),
+        (b"PROXY UNKNOWN\r\n", None, None),
+        (b"PROXY UNKNOWN ffff:f...f ffff:f...f 65535 65535\r\n", None, None),
+    ],
+)
+def test_version_1_is_read_in_any_pieces(line: bytes, source: object, destination: object) -> None:
+    for size in range(1, len(line)):
+        assert parse_any(line[:size]) is None
+    for behind in (b"", b"\x16\x03\x01", b"\r\n"):
+        parsed = parse_any(line + behind)
+        assert parsed is not None
+        assert (parsed[0].source, parsed[0].destination, parsed[1]) == (source, destination, len(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"PROXY\tTCP4 192.0.2.1 198.51.100.7 1 2\r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.7 1\r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.7 1 2 3\r\n",
+        b"PROXY TCP4  192.0.2.1 198.51.100.7 1 2\r\n",
+        b"PROXY UDP4 192.0.2.1 198.51.100.7 1 2\r\n",
+        b"PROXY TCP4 2001:db8::1 198.51.100.7 1 2\r\n",
+        b"PROXY TCP6 fe80::1%eth0 fe80::2 1 2\r\n",
+        b"PROXY TCP4 192.0.2.01 198.51.100.7 1 2\r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.7 01 2\r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.7 1 65536\r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.7 +1 2\r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.7 \xb2 2\r\n",
+        b"PROXY TCP4 192.0.2.1 198.51.100.7 1 2\n" + b" " * 107,
+        b"PROXY " + b"A" * 101,
+        b"POST / HTTP/1.1",
+    ],
+)
+def test_what_is_no_version_1_header(line: bytes) -> None:
+    with pytest.raises(ProxyError):
+        parse_v1(line)
+
+
+@given(st.binary(max_size=200))
+def test_bytes_behind_the_word_are_a_header_or_an_error(data: bytes) -> None:
+    for start in (b"", b"PROXY ", b"PROXY TCP4 "):
+        if start + data:
+            try:
+                parse_any(start + data)
+            except ProxyError:
+                pass
