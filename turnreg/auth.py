@@ -64,6 +64,8 @@ def client_key(address: str) -> str:
     Nonces are bound to it and unauthenticated connections are counted by it: a host on IPv6 owns a whole /64 and, with
     privacy addresses, may well bind from another address of it than its control connection came from.
     """
+    if ":" not in address:
+        return address
     host = ip_address(address)
     if isinstance(host, IPv6Address):
         if host.ipv4_mapped is not None:

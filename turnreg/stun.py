@@ -14,8 +14,9 @@ import hmac
 import struct
 import zlib
 from collections.abc import Container
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Self
 
@@ -25,7 +26,12 @@ TRANSACTION_ID_BYTES = 12
 
 MAX_MESSAGE_BYTES = 2048
 """Longest message that we read or write. The largest one we know is an Allocate with every text attribute at its limit
-(513 + 3 x 763 bytes); real ones stay below 300. coturn's buffers hold 64 KiB, which only serves UDP payload."""
+(513 + 3 x 763 bytes); real ones stay below 300. Only Send and Data indications are longer, see MAX_INDICATION_BYTES."""
+
+MAX_DATAGRAM_BYTES = 65_507
+"""The most that UDP carries over IPv4: 65,535 less 20 bytes of IP and 8 of UDP header."""
+MAX_INDICATION_BYTES = 65_535
+"""Longest Send or Data indication: what the 16-bit length of a datagram allows; over UDP itself less fits."""
 
 MAX_USERNAME_BYTES = 513
 """RFC 5389 allowed fewer than 513 bytes, RFC 8489, section 14.3, fewer than 509; we read what either wrote."""
@@ -133,15 +139,15 @@ class Message:
     # -- reading
 
     @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """Read one whole message. Raises StunError.
+    def parse(cls, data: bytes, limit: int = MAX_MESSAGE_BYTES) -> Self:
+        """Read one whole message of at most `limit` bytes. Raises StunError.
 
         Attributes behind MESSAGE-INTEGRITY, other than FINGERPRINT, are ignored: nothing vouches for them (RFC 8489,
         section 14.5). A FINGERPRINT must be the last attribute and match.
         """
         if len(data) < HEADER_BYTES:
             raise StunError(f"a message of {len(data)} bytes is shorter than the header")
-        if frame_length(data) != len(data):
+        if frame_length(data, limit) != len(data):
             raise StunError("the length in the header is not the length of the message")
         message_type, _, _, transaction_id = _HEADER.unpack_from(data)
         attributes: list[tuple[int, bytes]] = []
@@ -262,7 +268,16 @@ class Message:
 
     def with_bytes(self, attribute: int, value: bytes) -> Self:
         """Add an attribute whose value is `value`."""
-        return replace(self, attributes=(*self.attributes, (int(attribute), value)))
+        # Spelt out, for `dataclasses.replace` takes four times as long and an answer has five attributes.
+        return type(self)(
+            self.method,
+            self.message_class,
+            self.transaction_id,
+            (*self.attributes, (int(attribute), value)),
+            self.has_fingerprint,
+            self._covered,
+            self._integrity,
+        )
 
     def with_text(self, attribute: int, value: str) -> Self:
         """Add a text attribute: USERNAME, REALM, NONCE, SOFTWARE."""
@@ -296,8 +311,9 @@ class Message:
             parts += (_ATTRIBUTE.pack(kind, len(value)), value, bytes(-len(value) % 4))
         body = b"".join(parts)
         size = len(body) + (24 if integrity_key is not None else 0) + (8 if fingerprint else 0)
-        if HEADER_BYTES + size > MAX_MESSAGE_BYTES:
-            raise StunError(f"a message of {HEADER_BYTES + size} bytes is longer than {MAX_MESSAGE_BYTES}")
+        limit = MAX_INDICATION_BYTES if self.message_class == MessageClass.INDICATION else MAX_MESSAGE_BYTES
+        if HEADER_BYTES + size > limit:
+            raise StunError(f"a message of {HEADER_BYTES + size} bytes is longer than {limit}")
         data = _HEADER.pack(_join_type(self.method, self.message_class), len(body), MAGIC_COOKIE, self.transaction_id)
         data += body
         if integrity_key is not None:
@@ -310,10 +326,37 @@ class Message:
         return data
 
 
-def frame_length(prefix: bytes) -> int | None:
+def data_indication(peer: tuple[str, int], data: bytes, transaction_id: bytes, *, fingerprint: bool = False) -> bytes:
+    """Return the Data indication that brings a client what a peer sent (RFC 8656, section 11.3).
+
+    Packed by hand, for each datagram is one. Raises StunError if it would be too long.
+    """
+    address = _pack_xor_address(peer, transaction_id)
+    body = b"".join(
+        (
+            _ATTRIBUTE.pack(Attribute.XOR_PEER_ADDRESS, len(address)),
+            address,
+            _ATTRIBUTE.pack(Attribute.DATA, len(data)),
+            data,
+            bytes(-len(data) % 4),
+        )
+    )
+    if HEADER_BYTES + len(body) + 8 > MAX_INDICATION_BYTES:
+        raise StunError(f"a datagram of {len(data)} bytes does not fit into an indication")
+    kind = _join_type(Method.DATA, MessageClass.INDICATION)
+    packed = _HEADER.pack(kind, len(body), MAGIC_COOKIE, transaction_id) + body
+    if fingerprint:
+        value = _fingerprint(packed)
+        packed = _with_length(packed, len(packed) - HEADER_BYTES + 8)
+        packed += _ATTRIBUTE.pack(Attribute.FINGERPRINT, len(value)) + value
+    return packed
+
+
+def frame_length(prefix: bytes, limit: int = MAX_MESSAGE_BYTES) -> int | None:
     """Length in bytes, header included, of the message that `prefix` begins, None while that cannot be told.
 
-    Raises StunError as soon as the bytes cannot begin a STUN message that we would take: call it before buffering more.
+    Raises StunError as soon as the bytes cannot begin a STUN message of at most `limit` bytes: call it before
+    buffering more.
     Four bytes tell the length; the cookie is checked once eight are there.
     """
     if prefix and prefix[0] & 0xC0:
@@ -323,8 +366,8 @@ def frame_length(prefix: bytes) -> int | None:
     length = int.from_bytes(prefix[2:4], "big")
     if length % 4:
         raise StunError("not STUN: the length is not a multiple of four")
-    if HEADER_BYTES + length > MAX_MESSAGE_BYTES:
-        raise StunError(f"a message of {HEADER_BYTES + length} bytes is longer than {MAX_MESSAGE_BYTES}")
+    if HEADER_BYTES + length > limit:
+        raise StunError(f"a message of {HEADER_BYTES + length} bytes is longer than {limit}")
     if len(prefix) >= 8 and int.from_bytes(prefix[4:8], "big") != MAGIC_COOKIE:
         raise StunError("not STUN: no magic cookie")
     return HEADER_BYTES + length
@@ -356,9 +399,15 @@ def _fingerprint(data: bytes) -> bytes:
 
 
 def _pack_xor_address(address: tuple[str, int], transaction_id: bytes) -> bytes:
-    host, port = ip_address(address[0]), address[1]
-    family = FAMILY_IPV4 if host.version == 4 else FAMILY_IPV6
-    return struct.pack("!BBH", 0, family, port ^ MAGIC_COOKIE >> 16) + _xor(host.packed, transaction_id)
+    packed = _packed(address[0])
+    family = FAMILY_IPV4 if len(packed) == 4 else FAMILY_IPV6
+    return struct.pack("!BBH", 0, family, address[1] ^ MAGIC_COOKIE >> 16) + _xor(packed, transaction_id)
+
+
+@lru_cache(maxsize=1024)
+def _packed(host: str) -> bytes:
+    """Remembered, for reading an address costs more than the rest of an indication, and peers are few."""
+    return ip_address(host).packed
 
 
 def _unpack_xor_address(value: bytes, transaction_id: bytes) -> tuple[str, int]:

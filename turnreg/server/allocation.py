@@ -1,4 +1,4 @@
-"""What a TURN server remembers: allocations, their permissions, and peers that wait for their ConnectionBind.
+"""What a TURN server remembers: allocations, their permissions and channels, and peers that wait for their ConnectionBind.
 
 No sockets and no clock: `now` is monotonic seconds, identifiers are drawn by the caller's function, and whoever holds the
 sockets asks here what is allowed. Everything that a client can make grow has a limit in `Limits`.
@@ -9,16 +9,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from turnreg.server.pace import Pace
+from turnreg.stun import TRANSPORT_TCP
+
 Endpoint = tuple[str, int]
 """IP address as text, in its canonical form, and port."""
 
 
 @dataclass(frozen=True, slots=True)
 class FiveTuple:
-    """A client's connection: its end and ours; the protocol is always TCP (RFC 8656, section 2.2)."""
+    """A client's connection: its end, ours and the protocol, TLS counting as TCP (RFC 8656, section 2.2)."""
 
     client: Endpoint
     server: Endpoint
+    transport: int = TRANSPORT_TCP
 
 
 class Refusal(StrEnum):
@@ -41,8 +45,11 @@ class Refusal(StrEnum):
     WRONG_USER = "wrong_user"
     TRANSPORT_NOT_SUPPORTED = "transport_not_supported"
     FAMILY_MISMATCH = "family_mismatch"
+    CONNECTION_EXISTS = "connection_exists"
+    CONNECT_FAILED = "connect_failed"
     QUOTA = "quota"
     CAPACITY = "capacity"
+    DRAINING = "draining"
     # Connections
     NOT_STUN = "not_stun"
     TOO_SLOW = "too_slow"
@@ -50,6 +57,7 @@ class Refusal(StrEnum):
     PEER_NOT_PERMITTED = "peer_not_permitted"
     PEER_LIMIT = "peer_limit"
     PEER_NOT_BOUND = "peer_not_bound"
+    TLS_FAILED = "tls_failed"
 
 
 CODES: dict[Refusal, tuple[int, str]] = {
@@ -69,10 +77,30 @@ CODES: dict[Refusal, tuple[int, str]] = {
     Refusal.WRONG_USER: (441, "Wrong Credentials"),
     Refusal.TRANSPORT_NOT_SUPPORTED: (442, "Unsupported Transport Protocol"),
     Refusal.FAMILY_MISMATCH: (443, "Peer Address Family Mismatch"),
+    Refusal.CONNECTION_EXISTS: (446, "Connection Already Exists"),
+    Refusal.CONNECT_FAILED: (447, "Connection Timeout or Failure"),
     Refusal.QUOTA: (486, "Allocation Quota Reached"),
     Refusal.CAPACITY: (508, "Insufficient Capacity"),
+    Refusal.DRAINING: (508, "Insufficient Capacity"),
 }
-"""Code and phrase on the wire (RFC 8656, section 19). 446 and 447 belong to the active Connect, which is 403 here."""
+"""Code and phrase on the wire (RFC 8656, section 19; RFC 6062, section 6.3)."""
+
+
+class Drop(StrEnum):
+    """Why a datagram was not relayed, or not answered: metric label."""
+
+    NOT_STUN = "not_stun"
+    NO_ALLOCATION = "no_allocation"
+    NO_PERMISSION = "no_permission"
+    NO_CHANNEL = "no_channel"
+    PACE = "pace"
+    """The account's bytes per second are used up."""
+    FULL = "full"
+    """The kernel's send buffer had no room."""
+    UNSENDABLE = "unsendable"
+    """No route, too long for the path with DONT-FRAGMENT, or forbidden by a firewall here."""
+    ANSWER_RATE = "answer_rate"
+    """One unsigned answer too many to that address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +113,8 @@ class Limits:
     """RFC 8656, section 7.2, recommends at most an hour; coturn has the same."""
     permission_lifetime_s: float = 300.0
     """RFC 8656, section 9: a permission lasts 300 s."""
+    channel_lifetime_s: float = 600.0
+    """RFC 8656, section 12: a channel lasts 10 minutes."""
     bind_timeout_s: float = 30.0
     """RFC 6062, section 5.2: a peer waits at least 30 s for its ConnectionBind."""
     max_allocations: int = 16_384
@@ -98,6 +128,12 @@ class Limits:
     bound within 0.2 s: of a thousand the oldest is one that came to no good, so it goes when another comes."""
     max_connections_per_account: int = 16_384
     """Peers, waiting or bound: each costs two descriptors."""
+    max_channels: int = 1024
+    """Per allocation, of the 4096 that there are numbers for."""
+    max_connects_per_allocation: int = 64
+    """Active Connects under way: each is a SYN that somebody else gets from us."""
+    max_bytes_per_second_per_account: float | None = None
+    """Payload relayed for one account, both ways together. Streams are slowed down to it, datagrams beyond it dropped."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -114,12 +150,27 @@ class Allocation:
     """As last granted."""
     expires_at: float
     family: int
+    transport: int = TRANSPORT_TCP
+    """Of the relayed address."""
+    reservation: bytes = b""
+    """The token of the port above the relayed one, if that was asked for."""
+    pace: Pace | None = None
     fingerprint: bool = False
     """The client uses FINGERPRINT, so indications carry it too."""
     permissions: dict[str, float] = field(default_factory=dict)
     """Peer address to the time it ends."""
     waiting: dict[bytes, "Attempt"] = field(default_factory=dict)
     """Peers that wait for their bind, in the order of their arrival, by connection id."""
+    connected: set[Endpoint] = field(default_factory=set)
+    """Peers that are connected or being connected to."""
+    connecting: int = 0
+    """Connects under way."""
+    channels: dict[int, tuple[Endpoint, float]] = field(default_factory=dict)
+    """Channel number to peer and the time it ends."""
+    channel_of: dict[Endpoint, int] = field(default_factory=dict)
+    to_client: int = 0
+    """Payload of datagrams that peers sent."""
+    to_peer: int = 0
 
     def refresh(self, lifetime_s: float, now: float) -> None:
         """Let it live for `lifetime_s` from now."""
@@ -138,6 +189,30 @@ class Allocation:
     def permits(self, address: str, now: float) -> bool:
         """Tell whether a peer may connect now. Ports do not count (RFC 8656, section 9)."""
         return self.permissions.get(address, now) > now
+
+    def bind_channel(self, number: int, peer: Endpoint, limits: "Limits", now: float) -> Refusal | None:
+        """Bind or renew a channel (RFC 8656, section 12.2). A number has one peer, a peer one number."""
+        self.channels = {known: (bound, end) for known, (bound, end) in self.channels.items() if end > now}
+        self.channel_of = {bound: known for known, (bound, _) in self.channels.items()}
+        if self.channels.get(number, (peer, 0.0))[0] != peer or self.channel_of.get(peer, number) != number:
+            return Refusal.BAD_REQUEST
+        if number not in self.channels and len(self.channels) >= limits.max_channels:
+            return Refusal.CAPACITY
+        if not self.permit([peer[0]], limits.permission_lifetime_s, limits.max_permissions, now):
+            return Refusal.CAPACITY
+        self.channels[number] = (peer, now + limits.channel_lifetime_s)
+        self.channel_of[peer] = number
+        return None
+
+    def peer_of(self, channel: int, now: float) -> Endpoint | None:
+        """Return the peer that a channel leads to now."""
+        peer, end = self.channels.get(channel, (None, 0.0))
+        return peer if end > now else None
+
+    def channel_to(self, peer: Endpoint, now: float) -> int | None:
+        """Return the channel that leads to a peer now."""
+        channel = self.channel_of.get(peer)
+        return channel if channel is not None and self.channels[channel][1] > now else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -161,6 +236,9 @@ class AllocationTable:
         self._per_account: Counter[str] = Counter()
         self._connections: Counter[str] = Counter()
         self._attempts: dict[bytes, Attempt] = {}
+        self._places = 0
+        self.draining = False
+        """No new allocations: the server is about to end."""
 
     def __len__(self) -> int:
         return len(self._allocations)
@@ -185,16 +263,20 @@ class AllocationTable:
 
         A place that was taken is either filled by `add` or given back by `give_up`.
         """
-        if self._per_account[account] >= self.limits.max_allocations_per_account:
+        if self.draining:
+            return Refusal.DRAINING
+        if self._per_account.get(account, 0) >= self.limits.max_allocations_per_account:
             return Refusal.QUOTA
-        if self._per_account.total() >= self.limits.max_allocations:
+        if self._places >= self.limits.max_allocations:
             return Refusal.CAPACITY
         self._per_account[account] += 1
+        self._places += 1
         return None
 
     def give_up(self, account: str) -> None:
         """Give back a place that `reserve` took."""
         _count_down(self._per_account, account)
+        self._places -= 1
 
     def add(self, allocation: Allocation) -> None:
         """Fill the place that `reserve` took."""
@@ -217,8 +299,28 @@ class AllocationTable:
         """
         if not allocation.permits(peer[0], now):
             return Refusal.PEER_NOT_PERMITTED
-        if self._connections[allocation.account] >= self.limits.max_connections_per_account:
+        if self._connections.get(allocation.account, 0) >= self.limits.max_connections_per_account:
             return Refusal.PEER_LIMIT
+        self._connections[allocation.account] += 1
+        allocation.connected.add(peer)
+        return self.enqueue(allocation, peer)
+
+    def connect(self, allocation: Allocation, peer: Endpoint) -> Refusal | None:
+        """Take a peer that is to be connected to (RFC 6062, section 5.2), or say why not. `depart` is owed for it."""
+        if peer in allocation.connected:
+            return Refusal.CONNECTION_EXISTS
+        if (
+            allocation.connecting >= self.limits.max_connects_per_allocation
+            or self._connections.get(allocation.account, 0) >= self.limits.max_connections_per_account
+        ):
+            return Refusal.CAPACITY
+        self._connections[allocation.account] += 1
+        allocation.connected.add(peer)
+        allocation.connecting += 1
+        return None
+
+    def enqueue(self, allocation: Allocation, peer: Endpoint) -> tuple[Attempt, Attempt | None]:
+        """Let a peer that is connected wait for its bind; returns what `announce` does."""
         crowded_out = None
         if len(allocation.waiting) >= self.limits.max_unbound_per_allocation:
             crowded_out = next(iter(allocation.waiting.values()))
@@ -229,7 +331,6 @@ class AllocationTable:
         attempt = Attempt(connection_id=connection_id, peer=peer, allocation=allocation)
         self._attempts[connection_id] = attempt
         allocation.waiting[connection_id] = attempt
-        self._connections[allocation.account] += 1
         return attempt, crowded_out
 
     def claim(self, connection_id: bytes | None, account: str) -> Attempt | Refusal:
@@ -250,8 +351,9 @@ class AllocationTable:
         del attempt.allocation.waiting[attempt.connection_id]
         return True
 
-    def depart(self, allocation: Allocation) -> None:
-        """Note that one peer of an allocation, announced before, has gone."""
+    def depart(self, allocation: Allocation, peer: Endpoint) -> None:
+        """Note that one peer of an allocation, announced or connected to before, has gone."""
+        allocation.connected.discard(peer)
         _count_down(self._connections, allocation.account)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 
 from discovery.addresses import TargetList
 from turnreg.auth import NONCE_LIFETIME_S
@@ -40,11 +41,25 @@ MAX_REALM_CHARACTERS = 127
 class TurnServerConfig:
     """Settings of one embedded TURN server. ValueError if they contradict each other."""
 
-    listen: tuple[Endpoint, ...]
-    """Address and port of each listener; port 0 takes any."""
+    listen: tuple[Endpoint, ...] = ()
+    """Address and port of each listener for TCP; port 0 takes any."""
+    listen_tls: tuple[Endpoint, ...] = ()
+    """The same for TLS."""
+    listen_udp: tuple[Endpoint, ...] = ()
+    """The same for UDP. Who comes that way can only have UDP allocations."""
+    tls_cert: Path | None = None
+    """Certificate chain, PEM. It and the key are read again when they change."""
+    tls_key: Path | None = None
     relay_addresses: tuple[str, ...]
-    """Addresses of this host that relayed ports are opened on, as the relays reach them; at most one of each family."""
+    """Addresses of this host that relayed ports are opened on; at most one of each family."""
     realm: str
+    advertised: Mapping[str, str] = field(default_factory=dict)
+    """By relay address what it is to peers, where a NAT (one to one, ports unchanged) lies between."""
+    udp_allocations: bool = False
+    """Let clients send datagrams to any peer that is not refused."""
+    active_connect: bool = False
+    """Let clients have us connect to any peer that is not refused (RFC 6062, section 5.2). No permission guards it: whoever
+    has credentials reaches what this host reaches."""
     port_min: int = DEFAULT_PORTS[0]
     port_max: int = DEFAULT_PORTS[1]
     users: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -52,7 +67,8 @@ class TurnServerConfig:
     secrets: tuple[str, ...] = field(default=(), repr=False)
     """REST secrets; two while one is being replaced."""
     allowed_peers: TargetList | None = None
-    """Lifts refused ranges that it lies wholly inside, such as 127.0.0.0/8 for tests and the lab."""
+    """Lifts refused ranges that it lies wholly inside, such as 127.0.0.0/8 for tests and the lab, and this host's own addresses
+    that it holds."""
     limits: Limits = field(default_factory=Limits)
     nonce_lifetime_s: float = NONCE_LIFETIME_S
     unauthenticated_timeout_s: float = UNAUTHENTICATED_TIMEOUT_S
@@ -61,8 +77,10 @@ class TurnServerConfig:
     """What SOFTWARE says; None leaves it out. No version: it would help attackers only."""
 
     def __post_init__(self) -> None:
-        if not self.listen:
-            raise ValueError("listen: expected at least one address")
+        if not (self.listen or self.listen_tls or self.listen_udp):
+            raise ValueError("listen, listen_tls, listen_udp: expected at least one address")
+        if self.listen_tls and (self.tls_cert is None or self.tls_key is None):
+            raise ValueError("tls_cert, tls_key: expected both, since listen_tls is there")
         if not self.users and not self.secrets:
             raise ValueError("users, secrets: expected at least one of them, or nobody can use the server")
         if not 0 < len(self.realm) <= MAX_REALM_CHARACTERS:
@@ -75,3 +93,12 @@ class TurnServerConfig:
         for address in addresses:
             if address.is_unspecified or address.is_multicast:
                 raise ValueError(f"relay_addresses: expected an address of this host, got {address}")
+        unknown = set(self.advertised) - set(self.relay_addresses)
+        if unknown:
+            raise ValueError(f"advertised: expected relay addresses, got {', '.join(sorted(unknown))}")
+        for relay, reached in self.advertised.items():
+            if ip_address(relay).version != ip_address(reached).version:
+                raise ValueError(f"advertised: expected the family of {relay}, got {reached}")
+        rate = self.limits.max_bytes_per_second_per_account
+        if rate is not None and rate <= 0:
+            raise ValueError(f"limits: expected bytes per second above 0, got {rate}")

@@ -1,41 +1,102 @@
-"""STUN messages out of a TCP stream (RFC 8489, section 6.2.2): one header says how long each is.
+"""STUN messages and ChannelData out of a TCP stream (RFC 8489, section 6.2.2; RFC 8656, section 12.5).
 
 `MessageReader` holds at most one message and what one read brought behind it: a length that we would not take is refused
 when its four bytes are there, before anything of it is waited for.
 """
 
-from turnreg.stun import Message, frame_length
+from typing import NamedTuple
+
+from turnreg.stun import (
+    MAX_DATAGRAM_BYTES,
+    MAX_INDICATION_BYTES,
+    MAX_MESSAGE_BYTES,
+    Message,
+    StunError,
+    frame_length,
+)
 
 READ_BYTES = 4096
 """How much to read at once: two messages of the greatest length, and some twenty of the usual one."""
+DATAGRAM_READ_BYTES = 64 * 1024
+"""How much to read at once from a client that sends datagrams over a stream: some forty full ones."""
+
+MIN_CHANNEL, MAX_CHANNEL = 0x4000, 0x7FFF
+"""Channel numbers. RFC 8656, section 12, ends at 0x4FFF; clients that know RFC 5766, coturn's among them, go up to here."""
+CHANNEL_HEADER_BYTES = 4
+
+
+class ChannelData(NamedTuple):
+    """A datagram with four bytes of header in place of an indication (RFC 8656, section 12.4)."""
+
+    channel: int
+    data: bytes
+
+
+def parse_channel_data(packet: bytes) -> ChannelData:
+    """Read the ChannelData of one datagram; bytes behind it are padding (RFC 8656, section 12.5). Raises StunError."""
+    if len(packet) < CHANNEL_HEADER_BYTES:
+        raise StunError("a ChannelData message is shorter than its header")
+    channel, length = int.from_bytes(packet[:2], "big"), int.from_bytes(packet[2:4], "big")
+    if not MIN_CHANNEL <= channel <= MAX_CHANNEL:
+        raise StunError(f"{channel:#06x} is no channel number")
+    if CHANNEL_HEADER_BYTES + length > len(packet):
+        raise StunError("a ChannelData message is shorter than it says")
+    return ChannelData(channel, packet[CHANNEL_HEADER_BYTES : CHANNEL_HEADER_BYTES + length])
+
+
+def pack_channel_data(channel: int, data: bytes, *, padded: bool) -> bytes:
+    """Return the bytes; over a stream they are padded to a multiple of four, which its length does not count."""
+    padding = bytes(-len(data) % 4) if padded else b""
+    return channel.to_bytes(2, "big") + len(data).to_bytes(2, "big") + data + padding
 
 
 class MessageReader:
     """Feed it what a read brought, then take messages until there is none."""
 
-    __slots__ = ("_buffer",)
+    __slots__ = ("_at", "_buffer", "datagrams")
 
     def __init__(self) -> None:
         self._buffer = b""
+        self._at = 0
+        self.datagrams = False
+        """Whether the client may send datagrams: long indications and ChannelData. Set when it has an allocation for them."""
 
     def feed(self, data: bytes) -> None:
         """Take bytes of the stream. Take out all messages before feeding more, so that nothing piles up."""
-        self._buffer += data
+        self._buffer = self._buffer[self._at :] + data
+        self._at = 0
 
-    def take(self) -> Message | None:
+    def take(self) -> Message | ChannelData | None:
         """Return the next whole message, None if more bytes are needed.
 
         Raises:
             StunError: this is not STUN, or a message is malformed or too long. The stream is of no use any more.
         """
-        length = frame_length(self._buffer[:8])
-        if length is None or len(self._buffer) < length:
+        prefix = self._buffer[self._at : self._at + 8]
+        if self.datagrams and prefix and prefix[0] & 0xC0 == 0x40:
+            return self._take_channel_data(prefix)
+        limit = MAX_INDICATION_BYTES if self.datagrams else MAX_MESSAGE_BYTES
+        length = frame_length(prefix, limit)
+        if length is None or len(self._buffer) - self._at < length:
             return None
-        message = Message.parse(self._buffer[:length])
-        self._buffer = self._buffer[length:]
+        message = Message.parse(self._buffer[self._at : self._at + length], limit)
+        self._at += length
+        return message
+
+    def _take_channel_data(self, prefix: bytes) -> ChannelData | None:
+        if len(prefix) < CHANNEL_HEADER_BYTES:
+            return None
+        length = int.from_bytes(prefix[2:4], "big")
+        if length > MAX_DATAGRAM_BYTES:
+            raise StunError(f"ChannelData of {length} bytes is longer than any datagram")
+        end = self._at + CHANNEL_HEADER_BYTES + length + -length % 4
+        if len(self._buffer) < end:
+            return None
+        message = parse_channel_data(self._buffer[self._at : end])
+        self._at = end
         return message
 
     def take_rest(self) -> bytes:
         """Return what is left of the stream: payload, when the message before it was a ConnectionBind."""
-        rest, self._buffer = self._buffer, b""
+        rest, self._buffer, self._at = self._buffer[self._at :], b"", 0
         return rest

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from sniproxy.engine.move import Splice
-from turnreg.server.allocation import Refusal
+from turnreg.server.allocation import Drop, Refusal
 
 
 class TurnMetrics:
@@ -40,7 +40,35 @@ class TurnMetrics:
             "crossnet_turn_refusals", "Requests and connections that were refused.", ["reason"], registry=registry
         )
         self._refusals = {reason: refusals.labels(reason.value) for reason in Refusal}
+        drops = Counter(
+            "crossnet_turn_datagrams_dropped",
+            "Datagrams that were not relayed or answered.",
+            ["reason"],
+            registry=registry,
+        )
+        self._drops = {reason: drops.labels(reason.value) for reason in Drop}
+        relayed = Counter("crossnet_turn_datagrams", "Datagrams relayed.", ["direction"], registry=registry)
+        self._to_client, self._to_peer = relayed.labels("to_client"), relayed.labels("to_peer")
         registry.register(self._streams)
+
+    @property
+    def streams(self) -> int:
+        """Streams now."""
+        return len(self._streams.running)
+
+    def dropped(self, reason: Drop) -> None:
+        """Count a datagram that was not relayed or answered."""
+        self._drops[reason].inc()
+
+    def datagram_to_client(self, size: int) -> None:
+        """Count a datagram that was relayed, and its payload."""
+        self._to_client.inc()
+        self._streams.to_client += size
+
+    def datagram_to_peer(self, size: int) -> None:
+        """Count a datagram that was relayed, and its payload."""
+        self._to_peer.inc()
+        self._streams.to_peer += size
 
     def refused(self, reason: Refusal) -> None:
         """Count a refusal."""

@@ -28,6 +28,10 @@ class PortRange:
                 yield port
         yield from resting
 
+    def is_taken(self, port: int) -> bool:
+        """Tell whether the port is open."""
+        return port in self._taken
+
     def take(self, port: int) -> None:
         """Note that the port is open."""
         self._taken.add(port)

@@ -1,62 +1,26 @@
-"""One allocation's relayed address: the port that peers come to, and each peer until its stream ends."""
+"""One TCP allocation's relayed address: the port that peers come to, and each peer until its stream ends."""
 
 import asyncio
+import errno
+import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
-from ipaddress import ip_address
+import socket
 
-from discovery.addresses import format_endpoint
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Activity, Direction, Listener, Wire, connect
 from sniproxy.engine.move import Splice
-from turnreg.server.allocation import Allocation, AllocationTable, Attempt, Endpoint, Refusal
+from turnreg.server.allocation import Allocation, Attempt, Endpoint, Refusal
 from turnreg.server.config import HALF_CLOSE_TIMEOUT_S, STREAM_IDLE_TIMEOUT_S
-from turnreg.server.metrics import TurnMetrics
-from turnreg.server.transaction import Transactions
+from turnreg.server.holding import Meeting, Send, WaitingPeer, text_of
+from turnreg.server.pace import Pace
+from turnreg.server.transaction import Connecting
 
 log = logging.getLogger(__name__)
 
 REFUSED_LOG_INTERVAL_S = 1.0
 """Peers without permission are logged once a second, with their number: whoever scans the port writes no more lines."""
 
-Send = Callable[[bytes], Awaitable[None]]
-"""Sends a message on the control connection. Raises OSError if that is lost."""
-
-
-def text_of(endpoint: Endpoint) -> str:
-    """Write an endpoint for a log."""
-    return format_endpoint(ip_address(endpoint[0]), endpoint[1])
-
-
-class WaitingPeer:
-    """Where a peer's task meets the task of the data connection that is bound to it."""
-
-    __slots__ = ("_arrived", "data", "done")
-
-    def __init__(self) -> None:
-        self._arrived = asyncio.Event()
-        self.data: Wire | None = None
-        self.done = asyncio.Event()
-        """Set when the stream is over and the data connection may go."""
-
-    def join(self, data: Wire | None) -> None:
-        """Hand over the data connection; None if it was lost while the bind was being answered, or must not come."""
-        self.data = data
-        self._arrived.set()
-
-    async def joined(self) -> Wire | None:
-        """Wait for what `join` hands over."""
-        await self._arrived.wait()
-        return self.data
-
-
-class Meeting:
-    """The waiting peers of all allocations by their connection id, and what they are decided and counted by."""
-
-    def __init__(self, table: AllocationTable, transactions: Transactions, metrics: TurnMetrics) -> None:
-        self.table = table
-        self.transactions = transactions
-        self.metrics = metrics
-        self.peers: dict[bytes, WaitingPeer] = {}
+CONNECT_TIMEOUT_S = 30.0
+"""RFC 6062, section 5.2: an active Connect is tried for at least 30 s."""
 
 
 class RelayedAddress:
@@ -76,26 +40,60 @@ class RelayedAddress:
         await self._listener.serve(self._peer)
 
     async def _peer(self, peer: Wire) -> None:
-        """Carry one peer from its arrival to the end of its stream.
-
-        Until the bind nothing is read from it: the kernel closes the window, the peer waits, and not a byte is lost.
-        """
-        meeting, allocation = self._meeting, self._allocation
+        """Carry one peer from its arrival to the end of its stream."""
         if not peer.peer[0]:
             return  # reset between its connect and our accept
-        address = (str(ip_address(peer.peer[0])), peer.peer[1])
-        announced = meeting.table.announce(allocation, address, self._clock())
+        table = self._meeting.table
+        address = peer.peer
+        if ":" in address[0]:
+            address = (str(ipaddress.ip_address(address[0])), address[1])
+        announced = table.announce(self._allocation, address, self._clock())
         if isinstance(announced, Refusal):
             self._refuse(address, announced)
             peer.reset()
             return
+        try:
+            await self._carry(peer, announced, self._meeting.transactions.attempt(announced[0]))
+        finally:
+            table.depart(self._allocation, address)
+
+    async def connect(self, connecting: Connecting) -> None:
+        """Carry one peer that the client asked us to connect to (RFC 6062, section 5.2)."""
+        allocation, meeting, address = self._allocation, self._meeting, connecting.peer
+        try:
+            peer: Wire | None = None
+            try:
+                sock = _from_relayed(allocation.relayed)
+                peer = await connect(*address, timeout_s=CONNECT_TIMEOUT_S, sock=sock)
+            except (OSError, TimeoutError):
+                pass
+            finally:
+                allocation.connecting -= 1
+            if peer is None:
+                meeting.metrics.refused(Refusal.CONNECT_FAILED)
+                answer = meeting.transactions.not_connected(connecting).answer
+                await self._send(answer or b"")
+                return
+            waiting = meeting.table.enqueue(allocation, address)
+            await self._carry(peer, waiting, meeting.transactions.connected(connecting, waiting[0]))
+        except OSError:
+            pass  # the control connection is lost
+        finally:
+            meeting.table.depart(allocation, address)
+
+    async def _carry(self, peer: Wire, announced: tuple[Attempt, Attempt | None], announcement: bytes) -> None:
+        """Tell the client of a peer, wait for the bind, and move bytes until the stream ends.
+
+        Until the bind nothing is read from the peer: the kernel closes the window, the peer waits, and not a byte is lost.
+        """
+        meeting = self._meeting
         attempt, crowded_out = announced
         if crowded_out is not None:
             self._refuse(crowded_out.peer, Refusal.PEER_LIMIT)
             meeting.peers[crowded_out.connection_id].join(None)
         waiting = meeting.peers[attempt.connection_id] = WaitingPeer()
         try:
-            await self._send(meeting.transactions.attempt(attempt))
+            await self._send(announcement)
             data = await self._bound(attempt, waiting)
             if data is None:
                 peer.reset()
@@ -106,26 +104,32 @@ class RelayedAddress:
         finally:
             del meeting.peers[attempt.connection_id]
             meeting.table.release(attempt)
-            meeting.table.depart(allocation)
             # Nothing if the stream has closed them. Whatever else ends here is a cut, and must look like one.
             peer.reset()
             if waiting.data is not None:
                 waiting.data.reset()
-            waiting.done.set()
+            waiting.over()
 
     async def _bound(self, attempt: Attempt, waiting: WaitingPeer) -> Wire | None:
         """Wait for the data connection; None if nobody binds in time or the one that did is lost."""
+        limit_s = self._meeting.table.limits.bind_timeout_s
+        timer = asyncio.get_running_loop().call_later(limit_s, self._give_up, attempt, waiting)
         try:
-            async with asyncio.timeout(self._meeting.table.limits.bind_timeout_s):
-                return await waiting.joined()
-        except TimeoutError:
-            if not self._meeting.table.release(attempt):
-                return await waiting.joined()  # claimed at the last moment: its answer is being sent
+            return await waiting.joined()
+        finally:
+            timer.cancel()
+
+    def _give_up(self, attempt: Attempt, waiting: WaitingPeer) -> None:
+        if self._meeting.table.release(attempt):  # else claimed at the last moment: its answer is being sent
             self._meeting.metrics.refused(Refusal.PEER_NOT_BOUND)
-            return None
+            waiting.join(None)
 
     async def _stream(self, peer: Wire, data: Wire) -> None:
         stream = Splice(peer, data, idle_timeout_s=STREAM_IDLE_TIMEOUT_S, half_close_timeout_s=HALF_CLOSE_TIMEOUT_S)
+        pace = self._allocation.pace
+        if pace is not None:
+            stream.a_to_b = PacedDirection(stream.a_to_b.activity, peer, data, pace=pace)
+            stream.b_to_a = PacedDirection(stream.b_to_a.activity, peer, data, pace=pace)
         metrics = self._meeting.metrics
         began = self._clock()
         reason = "cut"
@@ -135,6 +139,8 @@ class RelayedAddress:
             reason = {"a_reset": "peer_reset", "b_reset": "client_reset"}.get(moved.end, moved.end.value)
         finally:
             metrics.stream_ended(stream)
+            self._allocation.to_client += stream.a_to_b.moved
+            self._allocation.to_peer += stream.b_to_a.moved
             event = {
                 "account": self._allocation.account,
                 "relayed": text_of(self._allocation.relayed),
@@ -161,3 +167,36 @@ class RelayedAddress:
         log.info("turn_peers_refused", extra={"event": event})
         self._refused = 0
         self._refused_logged = self._clock()
+
+
+class PacedDirection(Direction):
+    """A direction that keeps the pace of its account: it reads no more while more than that was moved."""
+
+    __slots__ = ("_pace", "_paced")
+
+    def __init__(self, activity: Activity, *wires: Wire, pace: Pace) -> None:
+        super().__init__(activity, *wires)
+        self._pace = pace
+        self._paced = 0
+
+    async def give_turn(self) -> None:
+        """Wait for as long as the bytes that were moved since the last turn take at that pace."""
+        size, self._paced = self.moved - self._paced, self.moved
+        wait_s = self._pace.spend(size, asyncio.get_running_loop().time())
+        if wait_s:
+            await asyncio.sleep(wait_s)
+        await super().give_turn()
+
+
+def _from_relayed(relayed: Endpoint) -> socket.socket:
+    """Return a socket bound to the relayed port, beside the one that listens there. Raises OSError."""
+    family = socket.AF_INET6 if ":" in relayed[0] else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(relayed)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno or errno.EADDRINUSE, "cannot connect from the relayed port") from error
+    return sock

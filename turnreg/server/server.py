@@ -4,35 +4,67 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Listener, TlsWire, Wire
 from turnreg.auth import Authenticator
 from turnreg.server.admission import Strangers
-from turnreg.server.allocation import AllocationTable, Endpoint
+from turnreg.server.allocation import AllocationTable, Endpoint, Refusal
+from turnreg.server.certificates import Certificates
 from turnreg.server.config import TurnServerConfig
+from turnreg.server.datagramclients import DatagramClients
+from turnreg.server.datagrams import DatagramSocket
+from turnreg.server.holding import Meeting
 from turnreg.server.metrics import TurnMetrics
-from turnreg.server.ports import PortRange
-from turnreg.server.relayed import Meeting
-from turnreg.server.session import ClientSession, RelayPorts
+from turnreg.server.ownaddresses import is_own_address
+from turnreg.server.pace import AnswerRate
+from turnreg.server.relayports import RelayPorts
+from turnreg.server.session import ClientSession
 from turnreg.server.transaction import Transactions
+
+DRAIN_LOOK_S = 0.1
+"""How often a server that drains looks whether its streams have ended."""
+
+
+@dataclass(slots=True)
+class Listening:
+    """What a server has opened."""
+
+    tcp: list[Listener] = field(default_factory=list)
+    tls: list[Listener] = field(default_factory=list)
+    udp: list[DatagramSocket] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Close it all."""
+        for listener in (*self.tcp, *self.tls):
+            listener.close()
+        for sock in self.udp:
+            sock.close()
 
 
 class TurnServer:
-    """TCP allocations over TCP (RFC 8489, RFC 8656, RFC 6062). `open` it, then `run` it, or use `serving`."""
+    """STUN and TURN over TCP, TLS and UDP (RFC 8489, RFC 8656, RFC 6062). `open` it, then `run` it, or use `serving`."""
 
-    def __init__(self, config: TurnServerConfig, listeners: list[Listener], registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        config: TurnServerConfig,
+        listening: Listening,
+        certificates: Certificates | None,
+        registry: CollectorRegistry,
+    ) -> None:
         """Take listeners that are open; `open` makes them."""
         self.config = config
-        self._listeners = listeners
+        self._listening = listening
+        self._certificates = certificates
         self._strangers: Strangers[Wire] = Strangers(config.max_unauthenticated)
         table = AllocationTable(config.limits, secrets.token_bytes)
         relays = [
-            RelayPorts(address, PortRange(config.port_min, config.port_max, secrets.randbelow))
+            RelayPorts(address, config.port_min, config.port_max, shared=config.active_connect)
             for address in config.relay_addresses
         ]
-        self._relays = {relay.family: relay for relay in relays}
+        by_family = {relay.family: relay for relay in relays}
         transactions = Transactions(
             authenticator=Authenticator(
                 realm=config.realm,
@@ -42,10 +74,14 @@ class TurnServer:
                 nonce_lifetime_s=config.nonce_lifetime_s,
             ),
             table=table,
-            families=self._relays,
+            families=by_family,
             allowed_peers=config.allowed_peers,
             software=config.software,
             draw=secrets.token_bytes,
+            udp_allocations=config.udp_allocations,
+            active_connect=config.active_connect,
+            advertised=config.advertised,
+            is_ours=self._is_ours,
         )
         metrics = TurnMetrics(
             registry,
@@ -53,42 +89,84 @@ class TurnServer:
             unauthenticated=lambda: len(self._strangers),
             unbound=lambda: table.waiting,
         )
-        self._meeting = Meeting(table, transactions, metrics)
+        self._meeting = Meeting(table, transactions, metrics, by_family)
+        rate = AnswerRate(secrets.token_bytes(32))
+        self._datagram_clients = [DatagramClients(sock, self._meeting, rate) for sock in listening.udp]
 
     @classmethod
     async def open(cls, config: TurnServerConfig, *, registry: CollectorRegistry | None = None) -> "TurnServer":
         """Open the listeners. Raises OSError, which names the address, if one cannot be had or relayed from."""
-        listeners: list[Listener] = []
+        listening = Listening()
+        certificates = None
         try:
             for relay_address in config.relay_addresses:  # better now than by a 508 to every client
                 (await Listener.open(relay_address, 0)).close()
             for address, port in config.listen:
-                listeners.append(await Listener.open(address, port))
+                listening.tcp.append(await Listener.open(address, port))
+            for address, port in config.listen_udp:
+                listening.udp.append(DatagramSocket.open(address, port))
+            if config.listen_tls and config.tls_cert and config.tls_key:
+                certificates = Certificates(config.tls_cert, config.tls_key)
+                for address, port in config.listen_tls:
+                    listening.tls.append(await Listener.open(address, port, tls=certificates.context))
         except OSError:
-            for listener in listeners:
-                listener.close()
+            listening.close()
             raise
-        return cls(config, listeners, registry or CollectorRegistry())
+        return cls(config, listening, certificates, registry or CollectorRegistry())
 
     @property
     def addresses(self) -> tuple[Endpoint, ...]:
-        """Where it listens, in the order of the configuration, with the ports that were chosen for 0."""
-        return tuple(listener.address for listener in self._listeners)
+        """Where it listens for TCP, in the order of the configuration, with the ports that were chosen for 0."""
+        return tuple(listener.address for listener in self._listening.tcp)
+
+    @property
+    def tls_addresses(self) -> tuple[Endpoint, ...]:
+        """The same for TLS."""
+        return tuple(listener.address for listener in self._listening.tls)
+
+    @property
+    def udp_addresses(self) -> tuple[Endpoint, ...]:
+        """The same for UDP."""
+        return tuple(sock.address for sock in self._listening.udp)
 
     @property
     def allocations(self) -> int:
         """Allocations now."""
         return len(self._meeting.table)
 
+    @property
+    def streams(self) -> int:
+        """Streams now, and peers that wait to become one."""
+        return self._meeting.metrics.streams + self._meeting.table.waiting
+
     async def run(self) -> None:
         """Serve until cancelled, which cuts every stream and closes every port."""
         try:
             async with asyncio.TaskGroup() as group:
-                for listener in self._listeners:
+                for listener in self._listening.tcp:
                     group.create_task(listener.serve(self._client))
+                for listener in self._listening.tls:
+                    group.create_task(listener.serve(self._client))
+                if self._certificates is not None:
+                    group.create_task(self._certificates.renew(self._listening.tls))
+                for clients in self._datagram_clients:
+                    group.create_task(clients.serve())
         finally:
-            for listener in self._listeners:
-                listener.close()
+            self._listening.close()
+            for relay in self._meeting.relays.values():
+                relay.close()
+
+    def drain(self) -> None:
+        """Take no new allocations (508 from now on). Those that are there go on, with their streams, until `run` is cancelled."""
+        self._meeting.table.draining = True
+
+    async def drained(self, limit_s: float) -> bool:
+        """Drain, and wait until the last stream has ended or `limit_s` seconds are over; says whether all have ended."""
+        self.drain()
+        deadline = asyncio.get_running_loop().time() + limit_s
+        while self.streams and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(DRAIN_LOOK_S)
+        return not self.streams
 
     @classmethod
     @asynccontextmanager
@@ -109,13 +187,27 @@ class TurnServer:
             raise failure
 
     async def _client(self, wire: Wire) -> None:
-        """Serve one client. TLS would be put round the wire here: a session does not know the difference."""
-        if wire.peer[0]:  # else reset between its connect and our accept
-            session = ClientSession(
-                wire,
-                config=self.config,
-                meeting=self._meeting,
-                relays=self._relays,
-                strangers=self._strangers,
-            )
-            await session.run()
+        """Serve one client. Over TLS the handshake comes first, and counts as being a stranger."""
+        if not wire.peer[0]:
+            return  # reset between its connect and our accept
+        if isinstance(wire, TlsWire):
+            self._admit(wire)
+            try:
+                await wire.handshake(self.config.unauthenticated_timeout_s)
+            except (OSError, TimeoutError):
+                self._meeting.metrics.refused(Refusal.TLS_FAILED)
+                return
+            finally:
+                self._strangers.dismiss(wire)
+        self._admit(wire)
+        session = ClientSession(wire, config=self.config, meeting=self._meeting, strangers=self._strangers)
+        await session.run()
+
+    def _admit(self, wire: Wire) -> None:
+        crowded_out = self._strangers.admit(wire)
+        if crowded_out is not None:
+            self._meeting.metrics.refused(Refusal.CROWDED_OUT)
+            crowded_out.reset()
+
+    def _is_ours(self, address: str) -> bool:
+        return address in self.config.advertised.values() or is_own_address(address)

@@ -2,49 +2,22 @@
 
 import asyncio
 import errno
-import itertools
 import logging
 import time
+from collections.abc import Sequence
 
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Wire
 from turnreg.server.admission import Strangers
-from turnreg.server.allocation import Allocation, Attempt, FiveTuple, Refusal
+from turnreg.server.allocation import Attempt, Drop, FiveTuple, Refusal
 from turnreg.server.config import MAX_REFUSALS, SEND_TIMEOUT_S, TurnServerConfig
-from turnreg.server.framing import READ_BYTES, MessageReader
-from turnreg.server.ports import PortRange
-from turnreg.server.relayed import Meeting, RelayedAddress, text_of
+from turnreg.server.framing import DATAGRAM_READ_BYTES, READ_BYTES, ChannelData, MessageReader
+from turnreg.server.holding import Holding, Meeting, text_of
+from turnreg.server.relayed import RelayedAddress
+from turnreg.server.relayeddatagrams import RelayedDatagrams
 from turnreg.server.transaction import Opening, Step
-from turnreg.stun import FAMILY_IPV4, FAMILY_IPV6, StunError
+from turnreg.stun import TRANSPORT_UDP, StunError
 
 log = logging.getLogger(__name__)
-
-MAX_PORT_TRIES = 1000
-"""Busy ports that one Allocate tries at most (some 10 ms): the range is somebody else's then."""
-
-_PORT_ERRNOS = frozenset({errno.EADDRINUSE, errno.EACCES})
-
-
-class RelayPorts:
-    """The relay address of one family and its ports."""
-
-    def __init__(self, address: str, ports: PortRange) -> None:
-        self.address = address
-        self.ports = ports
-        self.family = FAMILY_IPV6 if ":" in address else FAMILY_IPV4
-
-    async def open(self, now: float) -> Listener | None:
-        """Listen on a random free port; None if there is none."""
-        for port in itertools.islice(self.ports.candidates(now), MAX_PORT_TRIES):
-            try:
-                listener = await Listener.open(self.address, port)
-            except OSError as exc:
-                if exc.errno in _PORT_ERRNOS:
-                    continue
-                log.error("turn: %s", exc)  # no such address, out of descriptors: the next port would fail alike
-                return None
-            self.ports.take(port)
-            return listener
-        return None
 
 
 class ClientSession:
@@ -56,79 +29,126 @@ class ClientSession:
         *,
         config: TurnServerConfig,
         meeting: Meeting,
-        relays: dict[int, RelayPorts],
         strangers: "Strangers[Wire]",
     ) -> None:
         self._wire = wire
         self._config = config
         self._meeting = meeting
-        self._relays = relays
         self._strangers = strangers
-        self._clock = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
         self._five_tuple = FiveTuple(wire.peer, wire.local)
         self._stranger_until = self._clock() + config.unauthenticated_timeout_s
         self._reader = MessageReader()
         self._sending = asyncio.Lock()
         self._refusals = 0
-        self._allocation: Allocation | None = None
-        self._listener: Listener | None = None
+        self._holding: Holding | None = None
+        self._relayed: RelayedAddress | None = None
+        self._datagrams: RelayedDatagrams | None = None
         self._serving: asyncio.Task[None] | None = None
-        self._began = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timed_out = ""
         self._end = "server_stopped"
 
     async def run(self) -> None:
         """Serve the connection to its end. Ending it, by whatever way, ends its allocation and cuts the streams."""
-        crowded_out = self._strangers.admit(self._wire)
-        if crowded_out is not None:
-            self._meeting.metrics.refused(Refusal.CROWDED_OUT)
-            crowded_out.reset()
+        self._watch(self._stranger_until)
         try:
+            end = await self._converse(None)
+            if isinstance(end, str):  # a data connection, or somebody who wanted little
+                self._end = end
+                return
             async with asyncio.TaskGroup() as peers:
-                self._end = await self._converse(peers)
+                self._end = await self._allocate(end, peers)
                 raise _Over
         except* _Over:
             pass
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             self._strangers.dismiss(self._wire)
-            self._end_allocation()
+            if self._holding is not None:
+                self._holding.end(self._end)
 
-    async def _converse(self, peers: asyncio.TaskGroup) -> str:
-        """Answer requests until something ends the connection; returns what."""
+    def _watch(self, deadline: float) -> None:
+        """End the connection then, unless its allocation has been prolonged by then: one timer, set anew only when it fires."""
+        self._timer = self._loop.call_at(deadline, self._look)
+
+    def _look(self) -> None:
+        allocation = self._holding.allocation if self._holding is not None else None
+        deadline = allocation.expires_at if allocation is not None else self._stranger_until
+        if deadline > self._clock():
+            self._watch(deadline)
+            return
+        self._timed_out = "too_slow" if allocation is None else "expired"
+        if allocation is None:
+            self._meeting.metrics.refused(Refusal.TOO_SLOW)
+        self._wire.close()  # whoever reads it is told
+
+    async def _converse(self, peers: asyncio.TaskGroup | None) -> str | Opening:
+        """Answer requests until something ends the connection; returns what.
+
+        Without a group for peers it returns as soon as there is an allocation to open, too.
+        """
         while True:
-            allocation = self._allocation
             try:
-                async with asyncio.timeout_at(allocation.expires_at if allocation else self._stranger_until):
-                    data = await self._wire.recv(READ_BYTES)
-            except TimeoutError:
-                if allocation is not None:
-                    return "expired"
-                self._meeting.metrics.refused(Refusal.TOO_SLOW)
-                return "too_slow"
+                data = await self._wire.recv(READ_BYTES if self._datagrams is None else DATAGRAM_READ_BYTES)
             except OSError:
-                return "client_reset"
+                return self._timed_out or "client_reset"
             if not data:
                 return "client_closed"
             self._reader.feed(data)
-            try:
-                while (message := self._reader.take()) is not None:
-                    step = self._meeting.transactions.respond(
-                        self._five_tuple, message, now=self._clock(), unix_now=time.time()
-                    )
-                    end = await self._take(step, peers)
-                    if end is not None:
-                        return end
-            except StunError:
-                self._meeting.metrics.refused(Refusal.NOT_STUN)
-                return "not_stun"
-            except OSError:
-                return "client_reset"
+            end = await self._answer(peers)
+            if end is not None:
+                return end
 
-    async def _take(self, step: Step, peers: asyncio.TaskGroup) -> str | None:
+    async def _answer(self, peers: asyncio.TaskGroup | None) -> str | Opening | None:
+        """Answer what has been read. Returns what ended the connection, None if it goes on."""
+        try:
+            while (message := self._reader.take()) is not None:
+                if isinstance(message, ChannelData):
+                    self._channel_data(message)
+                    continue
+                step = self._meeting.transactions.respond(
+                    self._five_tuple, message, now=self._clock(), unix_now=time.time()
+                )
+                if step.opening is not None and peers is None:
+                    return step.opening
+                end = await self._take(step, peers)
+                if end is not None:
+                    return end
+        except StunError:
+            self._meeting.metrics.refused(Refusal.NOT_STUN)
+            return "not_stun"
+        except OSError:
+            return self._timed_out or "client_reset"
+        return None
+
+    async def _allocate(self, opening: Opening, peers: asyncio.TaskGroup) -> str:
+        """Open an allocation and go on with what follows; returns what ended the connection."""
+        try:
+            end: str | Opening | None = await self._take(Step(opening=opening), peers)
+        except OSError:
+            end = self._timed_out or "client_reset"
+        end = end or await self._answer(peers) or await self._converse(peers)
+        assert isinstance(end, str)  # there is a group
+        return end
+
+    async def _take(self, step: Step, peers: asyncio.TaskGroup | None) -> str | None:
         """Do what a step says; returns what ended the connection, None if it goes on."""
+        if step.datagram is not None and self._datagrams is not None:
+            self._datagrams.send(step.datagram)
+            return None
+        if step.dropped is not None:
+            self._meeting.metrics.dropped(step.dropped)
+            return None
+        if step.connecting is not None and self._relayed is not None and peers is not None:
+            peers.create_task(self._relayed.connect(step.connecting))
+            return None
         if step.bound is not None:
             await self._join(step.bound, step.answer or b"")
             return "bound"
-        if step.opening is not None:
+        if step.opening is not None and peers is not None:
             step = await self._open(step.opening, peers)
         if step.refusal is not None:
             self._refuse(step.refusal)
@@ -141,38 +161,51 @@ class ClientSession:
                 self._serving.cancel()
             await self._wire.drain_and_close()
             return self._end
-        if step.close or (self._allocation is None and self._refusals >= MAX_REFUSALS):
+        if step.close or (self._holding is None and self._refusals >= MAX_REFUSALS):
             await self._wire.drain_and_close()
             return "refused"
         return None
 
     async def _open(self, opening: Opening, peers: asyncio.TaskGroup) -> Step:
         """Open the relayed address of an Allocate that was granted."""
-        transactions = self._meeting.transactions
-        relay = self._relays[opening.family]
-        listener = await relay.open(self._clock())
-        if listener is None:
-            return transactions.not_opened(opening)
-        allocation, answer = transactions.opened(opening, listener.address, self._clock())
-        self._allocation, self._listener = allocation, listener
-        self._began = self._clock()
+        meeting = self._meeting
+        if opening.transport == TRANSPORT_UDP:
+            made = meeting.open_datagrams(opening)
+            if isinstance(made, Step):
+                return made
+            self._holding, sock, answer = made
+            self._datagrams = RelayedDatagrams(self._holding.allocation, sock, meeting, padded=True)
+            self._reader.datagrams = True
+            self._serving = peers.create_task(self._datagrams.serve(self._deliver))
+        else:
+            opened = await meeting.open_streams(opening)
+            if isinstance(opened, Step):
+                return opened
+            self._holding, listener, answer = opened
+            self._relayed = RelayedAddress(self._holding.allocation, listener, meeting, self._send)
+            self._serving = peers.create_task(self._relayed.serve())
         self._strangers.dismiss(self._wire)
-        self._meeting.metrics.allocated()
-        event = {
-            "client": text_of(self._five_tuple.client),
-            "account": allocation.account,
-            "relayed": text_of(allocation.relayed),
-            "lifetime_s": int(allocation.lifetime_s),
-        }
-        log.info("turn_allocation", extra={"event": event})
-        relayed = RelayedAddress(allocation, listener, self._meeting, self._send)
-        self._serving = peers.create_task(relayed.serve())
+        if self._timer is not None:
+            self._timer.cancel()
+        self._watch(self._holding.allocation.expires_at)
         return Step(answer=answer)
+
+    def _channel_data(self, message: ChannelData) -> None:
+        where = self._meeting.transactions.channel_data(self._five_tuple, *message, self._clock())
+        if isinstance(where, Drop):
+            self._meeting.metrics.dropped(where)
+        elif self._datagrams is not None:
+            self._datagrams.send(where)
+
+    async def _deliver(self, frames: Sequence[bytes]) -> None:
+        await self._send(b"".join(frames))
 
     async def _join(self, attempt: Attempt, answer: bytes) -> None:
         """Answer the bind, then leave the connection to the peer's task until their stream has ended."""
         waiting = self._meeting.peers[attempt.connection_id]
         self._strangers.dismiss(self._wire)
+        if self._timer is not None:
+            self._timer.cancel()
         joined: Wire | None = None
         try:
             await self._send(answer)
@@ -181,17 +214,22 @@ class ClientSession:
         finally:
             waiting.join(joined)
         try:
-            await waiting.done.wait()
+            await waiting.done
         finally:
-            if not waiting.done.is_set():
+            if not waiting.done.done() or waiting.done.cancelled():
                 self._wire.reset()  # the server is stopped in the middle of a stream: a cut, not an end
 
     async def _send(self, data: bytes) -> None:
         """Send one whole message; peers' indications and answers take turns. OSError if the client is gone."""
+        rest = memoryview(data)
+        if not self._sending.locked():
+            rest = rest[self._wire.try_send((data,)) :]  # nearly always all of it
+            if not rest:
+                return
         async with self._sending:
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await self._wire.send(data)
+                    await self._wire.send(rest)
             except TimeoutError:
                 self._wire.reset()  # half a message may have gone: nothing can follow it
                 raise ConnectionAbortedError(errno.ECONNABORTED, "the client does not read") from None
@@ -202,22 +240,6 @@ class ClientSession:
         if why not in (Refusal.NO_CREDENTIALS, Refusal.STALE_NONCE):  # those two belong to every client's life
             event = {"client": text_of(self._five_tuple.client), "reason": why.value}
             log.info("turn_refused", extra={"event": event})
-
-    def _end_allocation(self) -> None:
-        allocation, listener = self._allocation, self._listener
-        if allocation is None or listener is None:
-            return
-        listener.close()  # its task does that too, unless it was cancelled before it began
-        self._meeting.table.remove(allocation)
-        self._relays[allocation.family].ports.give_back(allocation.relayed[1], self._clock())
-        event = {
-            "client": text_of(self._five_tuple.client),
-            "account": allocation.account,
-            "relayed": text_of(allocation.relayed),
-            "ms_total": round((self._clock() - self._began) * 1000),
-            "reason": self._end,
-        }
-        log.info("turn_allocation_ended", extra={"event": event})
 
 
 class _Over(Exception):

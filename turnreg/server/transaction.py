@@ -1,24 +1,28 @@
 """One request in, one answer out: what RFC 8656 and RFC 6062 say about each method, without a socket.
 
-`Transactions.respond()` decides and packs the answer; where the sockets must do something, the returned `Step` says so. TCP
-allocations only, and passive only: a peer comes to the relayed address, the server never connects anywhere. So a leaked
-credential opens no way into the networks that the server sees, and the active Connect is 403.
+`Transactions.respond()` decides and packs the answer; where the sockets must do something, the returned `Step` says so. Unless
+told otherwise: TCP allocations only, and passive only. A peer comes to the relayed address, the server never sends anywhere of
+its own, so that a leaked credential opens no way into the networks that the server sees. UDP allocations and the active
+Connect do open one; each has to be switched on.
 
 `now` is monotonic seconds for lifetimes; `unix_now` is unix time in seconds for nonces and REST credentials.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from discovery.addresses import TargetList, refusal
-from turnreg.auth import Accepted, Authenticator
-from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Endpoint, FiveTuple, Refusal
+from turnreg.auth import Accepted, Authenticator, Refused
+from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, Endpoint, FiveTuple, Refusal
+from turnreg.server.framing import MAX_CHANNEL, MIN_CHANNEL
+from turnreg.server.pace import Paces
 from turnreg.stun import (
     FAMILY_IPV4,
     FAMILY_IPV6,
     TRANSACTION_ID_BYTES,
     TRANSPORT_TCP,
+    TRANSPORT_UDP,
     Attribute,
     Message,
     MessageClass,
@@ -49,6 +53,7 @@ _UNDERSTOOD = frozenset(
     }
 )
 _NOT_WITH_TCP = (Attribute.EVEN_PORT, Attribute.DONT_FRAGMENT, Attribute.RESERVATION_TOKEN)
+_TOKEN_BYTES = 8
 _NEED_ALLOCATION = frozenset({Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND, Method.CONNECT})
 _AUTHENTICATED = _NEED_ALLOCATION | {Method.ALLOCATE, Method.CONNECTION_BIND}
 
@@ -62,6 +67,33 @@ class Opening:
     user: Accepted
     family: int
     lifetime_s: float
+    transport: int = TRANSPORT_TCP
+    even: bool = False
+    """The port must be even (RFC 8656, section 18.6) ..."""
+    pair: bool = False
+    """... and the one above it reserved for an Allocate with the token that the answer brings."""
+    token: bytes = b""
+    """The port is the one that was reserved with this token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connecting:
+    """A Connect that was granted: connect, then call `connected` or `not_connected`, whatever happens."""
+
+    request: Message
+    user: Accepted
+    allocation: Allocation
+    peer: Endpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Datagram:
+    """Send this from the relayed address."""
+
+    allocation: Allocation
+    peer: Endpoint
+    data: bytes
+    dont_fragment: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +112,13 @@ class Step:
     """Join this connection to that peer; what follows the request is payload."""
     close: bool = False
     """End the connection, so that the answer still arrives."""
+    connecting: Connecting | None = None
+    """Connect to a peer; the answer comes from that."""
+    datagram: Datagram | None = None
+    dropped: Drop | None = None
+    """A datagram was not relayed."""
+    unproven: bool = False
+    """The answer goes to somebody who has not shown that the source address is theirs."""
 
 
 class Transactions:
@@ -94,8 +133,19 @@ class Transactions:
         allowed_peers: TargetList | None,
         software: str | None,
         draw: Callable[[int], bytes],
+        udp_allocations: bool = False,
+        active_connect: bool = False,
+        advertised: Mapping[str, str] | None = None,
+        is_ours: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """Take the parts. `families` are those of the relay addresses, `allowed_peers` lifts refused ranges (tests)."""
+        """Take the parts.
+
+        Args:
+            families: those of the relay addresses.
+            allowed_peers: lifts refused ranges, and our own addresses, where one of its items holds them.
+            advertised: by relay address what a NAT in front of us makes of it.
+            is_ours: tells whether this host has that address.
+        """
         self._authenticator = authenticator
         self._table = table
         self._limits = table.limits
@@ -103,23 +153,25 @@ class Transactions:
         self._allowed_peers = allowed_peers
         self._software = software
         self._draw = draw
+        self._udp_allocations = udp_allocations
+        self._active_connect = active_connect
+        self._advertised = dict(advertised or {})
+        self._is_ours = is_ours
+        self._paces = Paces(table.limits.max_bytes_per_second_per_account)
 
     def respond(self, five_tuple: FiveTuple, message: Message, *, now: float, unix_now: float) -> Step:
         """Decide about one message of a client."""
         if message.message_class != MessageClass.REQUEST:
-            return Step()  # Send indications among them: there is nothing on a TCP allocation that they could mean
+            if message.message_class == MessageClass.INDICATION and message.method == Method.SEND:
+                return self._send(five_tuple, message, now)
+            return Step()
         if message.method == Method.BINDING:
             return self._binding(five_tuple, message)
         if message.method not in _AUTHENTICATED:
             return Step()  # RFC 8489, section 6.3: a method that is not supported is silently discarded
         verdict = self._authenticator.check(message, five_tuple.client[0], unix_now)
         if not isinstance(verdict, Accepted):
-            challenge = message.refused(verdict.code, verdict.phrase)
-            if verdict.code != 400:
-                nonce = self._authenticator.nonce(five_tuple.client[0], unix_now)
-                challenge = challenge.with_text(Attribute.REALM, self._authenticator.realm)
-                challenge = challenge.with_text(Attribute.NONCE, nonce)
-            step = Step(answer=self._pack(message, challenge), refusal=Refusal(verdict.reason.value))
+            step = self._challenge(five_tuple, message, verdict, unix_now)
         elif message.not_understood(_UNDERSTOOD):
             step = self._refused(message, verdict, Refusal.UNKNOWN_ATTRIBUTE)
         else:
@@ -129,11 +181,26 @@ class Transactions:
                 step = self._refused(message, verdict, Refusal.BAD_REQUEST)
         if step.refusal and message.method == Method.CONNECTION_BIND and self._table.find(five_tuple, now) is None:
             # RFC 6062, section 4.3: a data connection whose bind fails is of no use. The id is not: it goes on waiting.
-            return Step(answer=step.answer, refusal=step.refusal, close=True)
+            return Step(answer=step.answer, refusal=step.refusal, close=True, unproven=step.unproven)
         return step
 
-    def opened(self, opening: Opening, relayed: Endpoint, now: float) -> tuple[Allocation, bytes]:
-        """Make the allocation whose port was opened. Returns it and the answer."""
+    def _challenge(self, five_tuple: FiveTuple, message: Message, why: Refused, unix_now: float) -> Step:
+        """Answer whoever is not authenticated. Over UDP without SOFTWARE, so that the answer is little longer than it must be."""
+        challenge = message.refused(why.code, why.phrase)
+        if why.code != 400:
+            nonce = self._authenticator.nonce(five_tuple.client[0], unix_now)
+            challenge = challenge.with_text(Attribute.REALM, self._authenticator.realm)
+            challenge = challenge.with_text(Attribute.NONCE, nonce)
+        answer = self._pack(message, challenge, named=five_tuple.transport != TRANSPORT_UDP)
+        return Step(answer=answer, refusal=Refusal(why.reason.value), unproven=True)
+
+    def opened(
+        self, opening: Opening, relayed: Endpoint, now: float, *, reservation: bytes = b""
+    ) -> tuple[Allocation, bytes]:
+        """Make the allocation whose port was opened. Returns it and the answer.
+
+        `reservation` is the token of the port above it, if that was asked for.
+        """
         allocation = Allocation(
             five_tuple=opening.five_tuple,
             account=opening.user.account,
@@ -142,6 +209,9 @@ class Transactions:
             lifetime_s=opening.lifetime_s,
             expires_at=now + opening.lifetime_s,
             family=opening.family,
+            transport=opening.transport,
+            reservation=reservation,
+            pace=self._paces.of(opening.user.account, now),
             fingerprint=opening.request.has_fingerprint,
         )
         self._table.add(allocation)
@@ -151,6 +221,15 @@ class Transactions:
         """Give the place back and answer: no port was to be had."""
         self._table.give_up(opening.user.account)
         return self._refused(opening.request, opening.user, Refusal.CAPACITY)
+
+    def connected(self, connecting: Connecting, attempt: Attempt) -> bytes:
+        """Return the answer to a Connect that reached its peer (RFC 6062, section 5.2)."""
+        answer = connecting.request.success().with_bytes(Attribute.CONNECTION_ID, attempt.connection_id)
+        return self._pack(connecting.request, answer, connecting.user)
+
+    def not_connected(self, connecting: Connecting) -> Step:
+        """Answer: the peer refused, or there was no answer in time."""
+        return self._refused(connecting.request, connecting.user, Refusal.CONNECT_FAILED)
 
     def attempt(self, attempt: Attempt) -> bytes:
         """Return the ConnectionAttempt that tells the client of a peer (RFC 6062, section 5.2).
@@ -171,9 +250,11 @@ class Transactions:
     def _binding(self, five_tuple: FiveTuple, message: Message) -> Step:
         """Tell a client which address it has, to anybody who asks: relays learn theirs so."""
         if message.not_understood(_UNDERSTOOD):
-            return self._refused(message, None, Refusal.UNKNOWN_ATTRIBUTE)
+            refused = self._refused(message, None, Refusal.UNKNOWN_ATTRIBUTE)
+            return Step(answer=refused.answer, refusal=refused.refusal, unproven=True)
         answer = message.success().with_xor_address(Attribute.XOR_MAPPED_ADDRESS, five_tuple.client)
-        return Step(answer=self._pack(message, answer))
+        named = five_tuple.transport != TRANSPORT_UDP
+        return Step(answer=self._pack(message, answer, named=named), unproven=True)
 
     def _authenticated(self, five_tuple: FiveTuple, message: Message, user: Accepted, now: float) -> Step:
         allocation = self._table.find(five_tuple, now)
@@ -181,6 +262,8 @@ class Transactions:
             case Method.ALLOCATE:
                 return self._allocate(five_tuple, message, user, allocation)
             case Method.CONNECTION_BIND:
+                if five_tuple.transport == TRANSPORT_UDP:
+                    return self._refused(message, user, Refusal.BAD_REQUEST)
                 return self._connection_bind(message, user, allocation)
         if allocation is None:
             return self._refused(message, user, Refusal.NO_ALLOCATION)
@@ -193,7 +276,11 @@ class Transactions:
                 return self._refresh(message, user, allocation, now)
             case Method.CREATE_PERMISSION:
                 return self._create_permission(message, user, allocation, now)
-        return self._refused(message, user, Refusal.FORBIDDEN_METHOD)  # ChannelBind is for UDP, Connect is active
+            case Method.CHANNEL_BIND if allocation.transport == TRANSPORT_UDP:
+                return self._channel_bind(message, user, allocation, now)
+            case Method.CONNECT if allocation.transport == TRANSPORT_TCP and self._active_connect:
+                return self._connect(message, user, allocation)
+        return self._refused(message, user, Refusal.FORBIDDEN_METHOD)
 
     def _allocate(self, five_tuple: FiveTuple, message: Message, user: Accepted, allocation: Allocation | None) -> Step:
         """RFC 8656, section 7.2, and RFC 6062, section 5.1."""
@@ -204,11 +291,22 @@ class Transactions:
         transport = message.first_byte(Attribute.REQUESTED_TRANSPORT)
         if transport is None:
             return self._refused(message, user, Refusal.BAD_REQUEST)
-        if transport != TRANSPORT_TCP:
+        if transport not in (TRANSPORT_TCP, TRANSPORT_UDP):
             return self._refused(message, user, Refusal.TRANSPORT_NOT_SUPPORTED)
-        if any(message.get(attribute) is not None for attribute in _NOT_WITH_TCP):
-            return self._refused(message, user, Refusal.BAD_REQUEST)
         family = message.first_byte(Attribute.REQUESTED_ADDRESS_FAMILY)
+        if transport == TRANSPORT_TCP:
+            # RFC 6062, section 5.1: over TCP, and none of what is about datagrams and their ports.
+            if five_tuple.transport == TRANSPORT_UDP or any(message.get(kind) is not None for kind in _NOT_WITH_TCP):
+                return self._refused(message, user, Refusal.BAD_REQUEST)
+        elif not self._udp_allocations:
+            return self._refused(message, user, Refusal.TRANSPORT_NOT_SUPPORTED)
+        even, token = message.get(Attribute.EVEN_PORT), message.get(Attribute.RESERVATION_TOKEN)
+        if (
+            (even is not None and len(even) != 1)
+            or (token is not None and len(token) != _TOKEN_BYTES)
+            or (token is not None and (even is not None or family is not None))
+        ):
+            return self._refused(message, user, Refusal.BAD_REQUEST)
         if family is None:
             family = FAMILY_IPV4  # RFC 8656, section 7.2, whatever the control connection runs over
         if family not in self._families:
@@ -218,7 +316,17 @@ class Transactions:
         if no_place is not None:
             return self._refused(message, user, no_place)
         return Step(
-            opening=Opening(request=message, five_tuple=five_tuple, user=user, family=family, lifetime_s=lifetime_s)
+            opening=Opening(
+                request=message,
+                five_tuple=five_tuple,
+                user=user,
+                family=family,
+                lifetime_s=lifetime_s,
+                transport=transport,
+                even=even is not None,
+                pair=bool(even and even[0] & 0x80),
+                token=token or b"",
+            )
         )
 
     def _refresh(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Step:
@@ -238,15 +346,77 @@ class Transactions:
         addresses = [ip_address(host) for host, _ in message.xor_addresses(Attribute.XOR_PEER_ADDRESS)]
         if not addresses:
             return self._refused(message, user, Refusal.BAD_REQUEST)
-        if any((FAMILY_IPV4 if address.version == 4 else FAMILY_IPV6) != allocation.family for address in addresses):
-            return self._refused(message, user, Refusal.FAMILY_MISMATCH)
-        # Our own addresses are not refused, unlike in servers that connect to peers: a relay may well run on this host.
-        if any(refusal(address, self._allowed_peers) for address in addresses):
-            return self._refused(message, user, Refusal.FORBIDDEN_PEER)
+        for address in addresses:
+            why = self._forbidden(address, allocation)
+            if why is not None:
+                return self._refused(message, user, why)
         limits = self._limits
         if not allocation.permit(map(str, addresses), limits.permission_lifetime_s, limits.max_permissions, now):
             return self._refused(message, user, Refusal.CAPACITY)
         return Step(answer=self._pack(message, message.success(), user))
+
+    def _forbidden(self, address: IPv4Address | IPv6Address, allocation: Allocation) -> Refusal | None:
+        """Say why an allocation may have nothing to do with that peer."""
+        if (FAMILY_IPV4 if address.version == 4 else FAMILY_IPV6) != allocation.family:
+            return Refusal.FAMILY_MISMATCH
+        if refusal(address, self._allowed_peers):
+            return Refusal.FORBIDDEN_PEER
+        if allocation.transport == TRANSPORT_TCP and not self._active_connect:
+            return None  # we only let it come to us, and a relay may well run on this host
+        if self._allowed_peers is not None and any(address in network for network in self._allowed_peers.networks):
+            return None
+        return Refusal.FORBIDDEN_PEER if self._is_ours(str(address)) else None
+
+    def _channel_bind(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Step:
+        """RFC 8656, section 12.2."""
+        value = message.number(Attribute.CHANNEL_NUMBER)
+        peer = message.xor_address(Attribute.XOR_PEER_ADDRESS)
+        if value is None or peer is None or not MIN_CHANNEL <= value >> 16 <= MAX_CHANNEL:
+            return self._refused(message, user, Refusal.BAD_REQUEST)
+        why = self._forbidden(ip_address(peer[0]), allocation)
+        why = why or allocation.bind_channel(value >> 16, peer, self._limits, now)
+        if why is not None:
+            return self._refused(message, user, why)
+        return Step(answer=self._pack(message, message.success(), user))
+
+    def _connect(self, message: Message, user: Accepted, allocation: Allocation) -> Step:
+        """RFC 6062, section 5.2. No permission is needed for it, only that the peer is not forbidden."""
+        peer = message.xor_address(Attribute.XOR_PEER_ADDRESS)
+        if peer is None or not peer[1]:
+            return self._refused(message, user, Refusal.BAD_REQUEST)
+        why = self._forbidden(ip_address(peer[0]), allocation) or self._table.connect(allocation, peer)
+        if why is not None:
+            return self._refused(message, user, why)
+        return Step(connecting=Connecting(request=message, user=user, allocation=allocation, peer=peer))
+
+    def _send(self, five_tuple: FiveTuple, message: Message, now: float) -> Step:
+        """RFC 8656, section 11.2. What is wrong with an indication is nobody's to be told."""
+        allocation = self._table.find(five_tuple, now)
+        if allocation is None or allocation.transport != TRANSPORT_UDP:
+            return Step(dropped=Drop.NO_ALLOCATION)
+        try:
+            peer = message.xor_address(Attribute.XOR_PEER_ADDRESS)
+        except StunError:
+            peer = None
+        data = message.get(Attribute.DATA)
+        if peer is None or not peer[1] or data is None or message.not_understood(_UNDERSTOOD):
+            return Step(dropped=Drop.NOT_STUN)
+        if not allocation.permits(peer[0], now):
+            return Step(dropped=Drop.NO_PERMISSION)
+        dont_fragment = message.get(Attribute.DONT_FRAGMENT) is not None
+        return Step(datagram=Datagram(allocation=allocation, peer=peer, data=data, dont_fragment=dont_fragment))
+
+    def channel_data(self, five_tuple: FiveTuple, channel: int, data: bytes, now: float) -> Datagram | Drop:
+        """Say where ChannelData goes (RFC 8656, section 12.6)."""
+        allocation = self._table.find(five_tuple, now)
+        if allocation is None:
+            return Drop.NO_ALLOCATION
+        peer = allocation.peer_of(channel, now)
+        if peer is None:
+            return Drop.NO_CHANNEL
+        if not allocation.permits(peer[0], now):
+            return Drop.NO_PERMISSION  # a channel outlives the permission that came with it
+        return Datagram(allocation=allocation, peer=peer, data=data)
 
     def _connection_bind(self, message: Message, user: Accepted, allocation: Allocation | None) -> Step:
         """RFC 6062, section 5.4. The success is signed; only then is the id used up."""
@@ -267,11 +437,18 @@ class Transactions:
     def _allocated(self, message: Message, user: Accepted, allocation: Allocation) -> bytes:
         answer = (
             message.success()
-            .with_xor_address(Attribute.XOR_RELAYED_ADDRESS, allocation.relayed)
+            .with_xor_address(Attribute.XOR_RELAYED_ADDRESS, self.reached(allocation))
             .with_number(Attribute.LIFETIME, int(allocation.lifetime_s))
             .with_xor_address(Attribute.XOR_MAPPED_ADDRESS, allocation.five_tuple.client)
         )
+        if allocation.reservation:
+            answer = answer.with_bytes(Attribute.RESERVATION_TOKEN, allocation.reservation)
         return self._pack(message, answer, user)
+
+    def reached(self, allocation: Allocation) -> Endpoint:
+        """Return the relayed address as peers reach it."""
+        address, port = allocation.relayed
+        return self._advertised.get(address, address), port
 
     def _refused(self, message: Message, user: Accepted | None, why: Refusal) -> Step:
         answer = message.refused(*CODES[why])
@@ -282,7 +459,7 @@ class Transactions:
             )
         return Step(answer=self._pack(message, answer, user), refusal=why)
 
-    def _pack(self, request: Message, answer: Message, user: Accepted | None = None) -> bytes:
-        if self._software is not None:
+    def _pack(self, request: Message, answer: Message, user: Accepted | None = None, *, named: bool = True) -> bytes:
+        if named and self._software is not None:
             answer = answer.with_text(Attribute.SOFTWARE, self._software)
         return answer.pack(integrity_key=None if user is None else user.key, fingerprint=request.has_fingerprint)

@@ -5,6 +5,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import uvloop
 from prometheus_client import CollectorRegistry
@@ -21,6 +22,15 @@ class Embedded:
     port: int
     registry: CollectorRegistry
     server: TurnServer
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def udp(self) -> tuple[str, int]:
+        return self.server.udp_addresses[0]
+
+    @property
+    def tls(self) -> tuple[str, int]:
+        return self.server.tls_addresses[0]
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -39,8 +49,9 @@ def embedded(
     nonce_lifetime_s: float = 3600.0,
     unauthenticated_timeout_s: float = 30.0,
     max_unauthenticated: int = 4096,
+    **more: Any,
 ) -> Iterator[Embedded]:
-    """Run a server with user u, password p and realm lab while the block runs."""
+    """Run a server with user u, password p and realm lab while the block runs; `more` is for TurnServerConfig."""
     config = TurnServerConfig(
         listen=((address, 0),),
         relay_addresses=relay_addresses,
@@ -54,6 +65,7 @@ def embedded(
         nonce_lifetime_s=nonce_lifetime_s,
         unauthenticated_timeout_s=unauthenticated_timeout_s,
         max_unauthenticated=max_unauthenticated,
+        **more,
     )
     registry = CollectorRegistry()
     ready: threading.Event = threading.Event()
@@ -65,7 +77,7 @@ def embedded(
         ended = asyncio.Event()
         async with TurnServer.serving(config, registry=registry) as server:
             stop.append((asyncio.get_running_loop(), ended))
-            box.append(Embedded(*server.addresses[0], registry, server))
+            box.append(Embedded(*server.addresses[0], registry, server, asyncio.get_running_loop()))
             ready.set()
             await ended.wait()
 

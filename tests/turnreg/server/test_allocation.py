@@ -168,7 +168,7 @@ class TestPeers:
         other.permit([PEER[0]], 300.0, 10, 0.0)
         assert places.announce(other, PEER, 0.0) is Refusal.PEER_LIMIT
         announce(places, add(places, "v"))
-        places.depart(allocation)
+        places.depart(allocation, PEER)
         announce(places, other)
 
     def test_go_with_their_allocation(self) -> None:
@@ -179,3 +179,76 @@ class TestPeers:
         places.remove(allocation)
         assert places.claim(attempt.connection_id, "u") is Refusal.UNKNOWN_CONNECTION
         assert places.claim(kept.connection_id, "u") is kept
+
+
+class TestChannels:
+    LIMITS = Limits(max_channels=2)
+    OTHER = ("10.0.0.9", 40_001)
+
+    def test_lead_to_a_peer_and_back_for_their_time(self) -> None:
+        allocation = add(table())
+        assert allocation.bind_channel(0x4000, PEER, self.LIMITS, 0.0) is None
+        assert allocation.peer_of(0x4000, 599.9) == PEER
+        assert allocation.channel_to(PEER, 599.9) == 0x4000
+        assert allocation.peer_of(0x4000, 600.0) is None
+        assert allocation.channel_to(PEER, 600.0) is None
+        assert allocation.permits(PEER[0], 299.9)
+        assert not allocation.permits(PEER[0], 300.0)
+
+    def test_are_renewed(self) -> None:
+        allocation = add(table())
+        allocation.bind_channel(0x4000, PEER, self.LIMITS, 0.0)
+        assert allocation.bind_channel(0x4000, PEER, self.LIMITS, 500.0) is None
+        assert allocation.peer_of(0x4000, 1000.0) == PEER
+
+    def test_a_number_has_one_peer_and_a_peer_one_number(self) -> None:
+        allocation = add(table())
+        allocation.bind_channel(0x4000, PEER, self.LIMITS, 0.0)
+        assert allocation.bind_channel(0x4000, self.OTHER, self.LIMITS, 1.0) is Refusal.BAD_REQUEST
+        assert allocation.bind_channel(0x4001, PEER, self.LIMITS, 1.0) is Refusal.BAD_REQUEST
+        assert allocation.bind_channel(0x4001, self.OTHER, self.LIMITS, 1.0) is None
+        assert allocation.bind_channel(0x4000, self.OTHER, self.LIMITS, 700.0) is None
+
+    def test_are_bounded(self) -> None:
+        allocation = add(table())
+        for number in range(2):
+            assert allocation.bind_channel(0x4000 + number, ("10.0.0.9", 1 + number), self.LIMITS, 0.0) is None
+        assert allocation.bind_channel(0x4002, ("10.0.0.9", 9), self.LIMITS, 1.0) is Refusal.CAPACITY
+        assert allocation.bind_channel(0x4001, ("10.0.0.9", 2), self.LIMITS, 1.0) is None
+        assert allocation.bind_channel(0x4002, ("10.0.0.9", 9), self.LIMITS, 602.0) is None
+
+
+class TestActiveConnects:
+    def test_one_connection_to_a_peer(self) -> None:
+        places = table()
+        allocation = add(places)
+        assert places.connect(allocation, PEER) is None
+        assert places.connect(allocation, PEER) is Refusal.CONNECTION_EXISTS
+        places.depart(allocation, PEER)
+        assert places.connect(allocation, PEER) is None
+
+    def test_none_to_a_peer_that_came_by_itself(self) -> None:
+        places = table()
+        allocation = add(places)
+        announce(places, allocation)
+        assert places.connect(allocation, PEER) is Refusal.CONNECTION_EXISTS
+
+    def test_few_at_a_time(self) -> None:
+        places = table(max_connects_per_allocation=1)
+        allocation = add(places)
+        assert places.connect(allocation, PEER) is None
+        assert places.connect(allocation, ("10.0.0.9", 1)) is Refusal.CAPACITY
+
+    def test_they_count_as_connections(self) -> None:
+        places = table(max_connections_per_account=1)
+        allocation = add(places)
+        assert places.connect(allocation, PEER) is None
+        assert places.connect(allocation, ("10.0.0.9", 1)) is Refusal.CAPACITY
+
+
+def test_a_server_that_drains_takes_no_allocation() -> None:
+    places = table()
+    add(places)
+    places.draining = True
+    assert places.reserve("u") is Refusal.DRAINING
+    assert len(places) == 1

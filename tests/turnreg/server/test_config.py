@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from turnreg.server import TurnServerConfig
+from turnreg.server import Limits, TurnServerConfig
 
 GOOD: dict[str, Any] = {
     "listen": (("127.0.0.1", 0),),
@@ -17,7 +17,11 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"listen": ()}, "listen: expected at least one"),
+        ({"listen": ()}, "listen, listen_tls, listen_udp: expected at least one"),
+        ({"listen_tls": (("127.0.0.1", 0),)}, "tls_cert, tls_key: expected both"),
+        ({"advertised": {"10.0.0.1": "192.0.2.1"}}, "advertised: expected relay addresses"),
+        ({"advertised": {"127.0.0.1": "2001:db8::1"}}, "advertised: expected the family"),
+        ({"limits": Limits(max_bytes_per_second_per_account=0)}, "limits: expected bytes per second"),
         ({"users": {}}, "users, secrets"),
         ({"realm": ""}, "realm: expected 1 to 127"),
         ({"realm": "x" * 128}, "realm: expected 1 to 127"),

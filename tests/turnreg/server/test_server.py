@@ -86,9 +86,8 @@ class TestStrangers:
 
     def test_who_does_not_read_is_dismissed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(session, "SEND_TIMEOUT_S", 0.2)
-        with embedded() as server, Client(at(server)) as client:
+        with embedded() as server, Client(at(server), receive_buffer=4096) as client:
             client.allocate()
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             requests = client.bare(Method.REFRESH).pack() * 100  # 20 bytes, a challenge of 150 is the answer to each
             with pytest.raises((ConnectionResetError, BrokenPipeError)):
                 for _ in range(10_000):

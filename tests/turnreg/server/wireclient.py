@@ -9,7 +9,7 @@ import time
 from typing import Self
 
 from turnreg.auth import long_term_key
-from turnreg.stun import TRANSPORT_TCP, Attribute, Message, MessageClass, Method, frame_length
+from turnreg.stun import MAX_INDICATION_BYTES, TRANSPORT_TCP, Attribute, Message, MessageClass, Method, frame_length
 
 TIMEOUT_S = 10.0
 
@@ -18,10 +18,21 @@ class Client:
     """One TCP connection to a TURN server, with credentials and the nonce that it learnt."""
 
     def __init__(
-        self, server: tuple[str, int], *, user: str = "u", password: str = "p", realm: str = "lab", nonce: str = ""
+        self,
+        server: tuple[str, int],
+        *,
+        user: str = "u",
+        password: str = "p",
+        realm: str = "lab",
+        nonce: str = "",
+        receive_buffer: int | None = None,
     ) -> None:
         self.server = server
-        self.sock = socket.create_connection(server, timeout=TIMEOUT_S)
+        self.sock = socket.socket(socket.AF_INET6 if ":" in server[0] else socket.AF_INET)
+        if receive_buffer is not None:  # before connecting: a window that was offered may not shrink
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.sock.settimeout(TIMEOUT_S)
+        self.sock.connect(server)
         self.user, self.password, self.realm, self.nonce = user, password, realm, nonce
         self.relayed = ("", 0)
         self._buffer = b""
@@ -53,9 +64,10 @@ class Client:
     def receive(self) -> Message:
         """The next message; EOFError at the end of the stream, ConnectionResetError, TimeoutError."""
         while True:
-            length = frame_length(self._buffer[:8])
+            length = frame_length(self._buffer[:8], MAX_INDICATION_BYTES)
             if length is not None and len(self._buffer) >= length:
-                message, self._buffer = Message.parse(self._buffer[:length]), self._buffer[length:]
+                message = Message.parse(self._buffer[:length], MAX_INDICATION_BYTES)
+                self._buffer = self._buffer[length:]
                 return message
             data = self.sock.recv(65536)
             if not data:
@@ -92,10 +104,10 @@ class Client:
     def allocate_request(self, transport: int = TRANSPORT_TCP) -> Message:
         return self.bare(Method.ALLOCATE).with_first_byte(Attribute.REQUESTED_TRANSPORT, transport)
 
-    def allocate(self) -> tuple[str, int]:
+    def allocate(self, request: Message | None = None) -> tuple[str, int]:
         """Log in and allocate; returns the relayed address."""
         self.login()
-        answer = self.ask(self.allocate_request())
+        answer = self.ask(request or self.allocate_request())
         assert answer.message_class is MessageClass.SUCCESS, answer.error
         relayed = answer.xor_address(Attribute.XOR_RELAYED_ADDRESS)
         assert relayed is not None
@@ -132,6 +144,64 @@ class Client:
         answer = data.ask(data.bind_request(attempt.get(Attribute.CONNECTION_ID) or b""))
         assert answer.message_class is MessageClass.SUCCESS, answer.error
         return data
+
+    # -- datagrams
+
+    def channel_bind(self, channel: int, peer: tuple[str, int]) -> Message:
+        request = self.bare(Method.CHANNEL_BIND).with_number(Attribute.CHANNEL_NUMBER, channel << 16)
+        return self.ask(request.with_xor_address(Attribute.XOR_PEER_ADDRESS, peer))
+
+    def send_indication(self, peer: tuple[str, int], data: bytes, *, dont_fragment: bool = False) -> None:
+        message = Message(Method.SEND, MessageClass.INDICATION, secrets.token_bytes(12))
+        message = message.with_xor_address(Attribute.XOR_PEER_ADDRESS, peer).with_bytes(Attribute.DATA, data)
+        if dont_fragment:
+            message = message.with_bytes(Attribute.DONT_FRAGMENT, b"")
+        self.send(message.pack())
+
+    def data_indication(self) -> tuple[tuple[str, int] | None, bytes | None]:
+        """Peer and data of the next Data indication."""
+        message = self._set_aside.pop(0) if self._set_aside else self.receive()
+        assert (message.method, message.message_class) == (Method.DATA, MessageClass.INDICATION)
+        return message.xor_address(Attribute.XOR_PEER_ADDRESS), message.get(Attribute.DATA)
+
+    def channel_data(self) -> tuple[int, bytes]:
+        """Channel and data of the next ChannelData over a stream, its padding taken off."""
+        while len(self._buffer) < 4 or len(self._buffer) < 4 + (length := self._length()) + -length % 4:
+            self._buffer += self.sock.recv(65536)
+        length = self._length()
+        channel, data = int.from_bytes(self._buffer[:2], "big"), self._buffer[4 : 4 + length]
+        assert self._buffer[4 + length : 4 + length + -length % 4] == bytes(-length % 4)
+        self._buffer = self._buffer[4 + length + -length % 4 :]
+        return channel, data
+
+    def _length(self) -> int:
+        return int.from_bytes(self._buffer[2:4], "big")
+
+
+class DatagramClient(Client):
+    """The same over UDP."""
+
+    def __init__(self, server: tuple[str, int], *, user: str = "u", password: str = "p", realm: str = "lab") -> None:
+        family = socket.AF_INET6 if ":" in server[0] else socket.AF_INET
+        self.server = server
+        self.sock = socket.socket(family, socket.SOCK_DGRAM)
+        self.sock.settimeout(TIMEOUT_S)
+        self.sock.connect(server)
+        self.user, self.password, self.realm, self.nonce = user, password, realm, ""
+        self.relayed = ("", 0)
+        self._buffer = b""
+        self._set_aside: list[Message] = []
+
+    def send(self, data: bytes) -> None:
+        self.sock.send(data)
+
+    def receive(self) -> Message:
+        return Message.parse(self.sock.recv(65536), MAX_INDICATION_BYTES)
+
+    def channel_data(self) -> tuple[int, bytes]:
+        packet = self.sock.recv(65536)
+        assert int.from_bytes(packet[2:4], "big") == len(packet) - 4  # no padding over UDP
+        return int.from_bytes(packet[:2], "big"), packet[4:]
 
 
 def code(answer: Message) -> int:

@@ -1,0 +1,232 @@
+"""The active Connect, pace, NAT, TLS, drain: what may be switched on, with real sockets."""
+
+import asyncio
+import shutil
+import socket
+import ssl
+import time
+from pathlib import Path
+
+import pytest
+import trustme
+
+from tests.turnreg.server.embedded import Embedded, embedded
+from tests.turnreg.server.test_server import at, eventually
+from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all
+from turnreg.server import Limits, certificates, relayed
+from turnreg.stun import Attribute, MessageClass, Method
+
+CA = trustme.CA()
+
+
+class TestConnect:
+    def test_to_a_peer_from_the_relayed_port(self) -> None:
+        with (
+            embedded(active_connect=True) as server,
+            Client(at(server)) as client,
+            socket.create_server(("127.0.0.1", 0)) as listener,
+        ):
+            client.allocate()
+            request = client.bare(Method.CONNECT).with_xor_address(Attribute.XOR_PEER_ADDRESS, listener.getsockname())
+            answer = client.ask(request)
+            assert answer.message_class is MessageClass.SUCCESS
+            peer, name = listener.accept()
+            with peer, client.bind(answer) as data:
+                assert name == client.relayed
+                peer.sendall(b"from the peer")
+                assert data.sock.recv(100) == b"from the peer"
+                data.sock.sendall(b"from the client")
+                assert peer.recv(100) == b"from the client"
+                assert (
+                    code(
+                        client.ask(
+                            client.bare(Method.CONNECT).with_xor_address(
+                                Attribute.XOR_PEER_ADDRESS, listener.getsockname()
+                            )
+                        )
+                    )
+                    == 446
+                )
+                # Peers still come by themselves to the same port.
+                client.permit("127.0.0.1")
+                with connect(client.relayed) as other, client.bind(client.attempt()) as second:
+                    other.sendall(b"hello")
+                    assert second.sock.recv(10) == b"hello"
+            assert eventually(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
+            assert code(client.ask(request)) == 0  # the first is over
+
+    def test_who_is_not_there(self) -> None:
+        with embedded(active_connect=True) as server, Client(at(server)) as client:
+            client.allocate()
+            with socket.socket() as closed:
+                closed.bind(("127.0.0.1", 0))
+                request = client.bare(Method.CONNECT).with_xor_address(Attribute.XOR_PEER_ADDRESS, closed.getsockname())
+                answer = client.ask(request)
+                assert code(answer) == 447
+                assert answer.verify_integrity(client.key)
+                assert code(client.ask(request)) == 447
+            assert server.metric("crossnet_turn_refusals_total", reason="connect_failed") == 2
+
+    def test_who_does_not_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(relayed, "CONNECT_TIMEOUT_S", 0.2)
+        with embedded(active_connect=True) as server, Client(at(server)) as client, socket.socket() as full:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            with connect(full.getsockname()):  # its backlog is full now: SYNs are dropped
+                client.allocate()
+                request = client.bare(Method.CONNECT).with_xor_address(Attribute.XOR_PEER_ADDRESS, full.getsockname())
+                assert code(client.ask(request)) == 447
+
+    def test_one_relayed_port_has_one_allocation(self) -> None:
+        """Although the port is shared with our own outgoing connections, nobody else can listen on it."""
+        with embedded(active_connect=True) as server, Client(at(server)) as client, socket.socket() as thief:
+            client.allocate()
+            thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with pytest.raises(OSError, match="in use"):
+                thief.bind(client.relayed)
+
+
+class TestPace:
+    def test_a_stream_is_slowed_down_and_loses_nothing(self) -> None:
+        limits = Limits(max_bytes_per_second_per_account=1_000_000.0)
+        with embedded(limits=limits) as server, Client(at(server)) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as data:
+                payload = noise(1_500_000)
+                began = time.monotonic()
+                peer.sendall(payload)
+                peer.shutdown(socket.SHUT_WR)
+                assert read_all(data.sock) == (payload, "fin")
+                assert time.monotonic() - began > 0.4  # 1 MB at once, half a second for the rest
+
+
+class TestNat:
+    def test_the_address_outside_is_what_clients_are_told(self) -> None:
+        with embedded(advertised={"127.0.0.1": "203.0.113.7"}) as server, Client(at(server)) as client:
+            address, port = client.allocate()
+            assert address == "203.0.113.7"
+            client.permit("127.0.0.1")
+            with connect(("127.0.0.1", port)):
+                assert client.attempt().xor_address(Attribute.XOR_PEER_ADDRESS) is not None
+
+    def test_the_address_outside_is_ours(self) -> None:
+        options = {"advertised": {"127.0.0.1": "203.0.113.7"}, "udp_allocations": True}
+        with embedded(**options) as server, Client(at(server)) as client:
+            client.allocate(client.allocate_request(17))
+            assert code(client.permit("203.0.113.7")) == 403
+            assert code(client.permit("203.0.113.8")) == 0
+
+
+class TlsClient(Client):
+    """Over TLS, blocking as the other."""
+
+    def __init__(self, server: tuple[str, int], **more: str) -> None:
+        super().__init__(server, **more)
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["stun.turn"])
+        CA.configure_trust(context)
+        self.sock = context.wrap_socket(self.sock, server_hostname="127.0.0.1")
+
+    def open_data(self) -> "Client":
+        return TlsClient(self.server, user=self.user, password=self.password, realm=self.realm, nonce=self.nonce)
+
+    @property
+    def tls(self) -> ssl.SSLSocket:
+        assert isinstance(self.sock, ssl.SSLSocket)
+        return self.sock
+
+
+def certificate(directory: Path) -> dict[str, Path]:
+    issued = CA.issue_cert("127.0.0.1")
+    cert, key = directory / "cert.pem", directory / "key.pem"
+    issued.cert_chain_pems[0].write_to_path(cert)
+    issued.private_key_pem.write_to_path(key)
+    return {"tls_cert": cert, "tls_key": key}
+
+
+class TestTls:
+    def options(self, tmp_path: Path) -> dict[str, object]:
+        return {"listen_tls": (("127.0.0.1", 0),), **certificate(tmp_path)}
+
+    def test_a_stream_with_both_ends(self, tmp_path: Path) -> None:
+        with embedded(**self.options(tmp_path)) as server, TlsClient(server.tls) as client:
+            assert client.tls.selected_alpn_protocol() == "stun.turn"
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as data:
+                up, down = noise(300_000), noise(300_000)
+                peer.sendall(down)
+                peer.shutdown(socket.SHUT_WR)
+                assert read_all(data.sock) == (down, "fin")
+                data.sock.sendall(up)
+                assert isinstance(data.sock, ssl.SSLSocket)
+                data.sock.unwrap()  # close_notify: an end, where a bare FIN would be a cut
+                assert read_all(peer) == (up, "fin")
+
+    def test_control_by_tls_and_data_in_the_open(self, tmp_path: Path) -> None:
+        with embedded(**self.options(tmp_path)) as server, TlsClient(server.tls) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer, Client(at(server), nonce=client.nonce) as data:
+                request = data.bind_request(client.attempt().get(Attribute.CONNECTION_ID) or b"")
+                assert code(data.ask(request)) == 0
+                peer.sendall(b"hello")
+                assert data.sock.recv(10) == b"hello"
+
+    def test_what_is_no_tls(self, tmp_path: Path) -> None:
+        with embedded(**self.options(tmp_path)) as server, Client(server.tls) as client:
+            client.send(client.bare(Method.BINDING).pack())
+            assert read_all(client.sock)[1] != "silence"
+            assert eventually(lambda: server.metric("crossnet_turn_refusals_total", reason="tls_failed") == 1)
+
+    def test_a_handshake_that_never_comes(self, tmp_path: Path) -> None:
+        with (
+            embedded(unauthenticated_timeout_s=0.2, **self.options(tmp_path)) as server,  # type: ignore[arg-type]
+            Client(server.tls) as client,
+        ):
+            assert read_all(client.sock)[1] != "silence"
+            assert server.metric("crossnet_turn_connections", state="unauthenticated") == 0
+
+    def test_old_tls_is_refused(self, tmp_path: Path) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+            context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        with embedded(**self.options(tmp_path)) as server, pytest.raises(ssl.SSLError):
+            context.wrap_socket(connect(server.tls))
+
+    def test_a_new_certificate_is_taken_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(certificates, "LOOK_INTERVAL_S", 0.05)
+        with embedded(**self.options(tmp_path)) as server, TlsClient(server.tls) as client:
+            first = client.tls.getpeercert(binary_form=True)
+            (tmp_path / "next").mkdir()
+            for path in certificate(tmp_path / "next").values():
+                shutil.copy(path, tmp_path / path.name)
+
+            def shown() -> bytes | None:
+                with TlsClient(server.tls) as other:
+                    return other.tls.getpeercert(binary_form=True)
+
+            assert eventually(lambda: shown() != first)
+            client.allocate()  # who was connected before stays
+
+
+class TestDrain:
+    def drained(self, server: Embedded, limit_s: float) -> bool:
+        return asyncio.run_coroutine_threadsafe(server.server.drained(limit_s), server.loop).result(10)
+
+    def test_no_new_allocations_but_what_is_there_goes_on(self) -> None:
+        with embedded() as server, Client(at(server)) as client, Client(at(server)) as late:
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as data:
+                assert not self.drained(server, 0.0)
+                late.login()
+                assert code(late.ask(late.allocate_request())) == 508
+                assert server.metric("crossnet_turn_refusals_total", reason="draining") == 1
+                assert code(client.refresh(600)) == 0
+                peer.sendall(b"still here")
+                assert data.sock.recv(100) == b"still here"
+            assert self.drained(server, 10.0)

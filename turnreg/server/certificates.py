@@ -1,0 +1,61 @@
+"""The certificate of the TLS listeners, read again when its files change."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Iterable
+from pathlib import Path
+
+from sniproxy.engine import Listener
+
+log = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S = 5.0
+"""How often the files are looked at: two calls of stat."""
+
+ALPN = "stun.turn"
+"""RFC 7443. A client that offers others only, or none as most do, is served all the same."""
+
+
+class Certificates:
+    """Holds the TLS context for the next connection. A renewal that cannot be read leaves the last good one in use."""
+
+    def __init__(self, cert: Path, key: Path) -> None:
+        """Read them. Raises OSError (ssl.SSLError is one) if that fails."""
+        self._cert, self._key = cert, key
+        self._seen = self._stamp()
+        self.context = self._load()
+
+    async def renew(self, listeners: Iterable[Listener]) -> None:
+        """Give the listeners a new context whenever the files have changed, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL_S)
+            if self.look():
+                for listener in listeners:
+                    listener.tls = self.context
+
+    def look(self) -> bool:
+        """Read the files again if they have changed; tell whether there is a new context."""
+        try:
+            stamp = self._stamp()
+            if stamp == self._seen:
+                return False
+            self._seen = stamp
+            # Into a context of its own: half a renewal (a certificate without its key yet) must not spoil the one in use.
+            self.context = self._load()
+        except OSError as error:
+            log.error("turn: the certificate is not renewed: %s", error)
+            return False
+        log.info("turn_certificate", extra={"event": {"file": str(self._cert)}})
+        return True
+
+    def _stamp(self) -> tuple[int, ...]:
+        stats = (self._cert.stat(), self._key.stat())
+        return tuple(number for stat in stats for number in (stat.st_mtime_ns, stat.st_ino, stat.st_size))
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self._cert, self._key)
+        context.set_alpn_protocols([ALPN])
+        return context
