@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from sniproxy.engine import Wire, connect
 from sniproxy.hello import Hello
@@ -149,7 +150,7 @@ class Dialer:
         await self._until(
             Opened,
             framed,
-            framed.send_data(rest) if rest else None,
+            partial(framed.send_data, rest) if rest else None,
             limit_s=self._open_timeout_s,
             late=DialError(
                 Reason.OPEN_TIMEOUT, f"{candidate}: the gateway did not open in {self._open_timeout_s} s", final=True
@@ -191,7 +192,7 @@ class Dialer:
         await self._until(
             Ready,
             framed,
-            framed.begin(preamble, first),
+            partial(framed.begin, preamble, first),
             limit_s=self._ready_timeout_s,
             late=DialError(Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"),
             cut=_ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
@@ -202,7 +203,7 @@ class Dialer:
         self,
         wanted: type[Message],
         framed: Framed,
-        send: Awaitable[None] | None,
+        send: Callable[[], Awaitable[None]] | None,
         *,
         limit_s: float,
         late: DialError,
@@ -216,24 +217,25 @@ class Dialer:
         """
         try:
             async with asyncio.timeout(limit_s):
-                if send is not None:
+                if send is not None and not framed.ends.refused:  # which may have come along with READY
                     # What the gateway said before it closed is still there to be read; if nothing is, reading says so.
                     with suppress(OSError):
-                        await send
+                        await send()
                 message = await framed.next_message()
         except TimeoutError:
             raise late from None
         except (OSError, EOFError) as error:
             raise cut from error
         except CapsuleError as error:
-            raise DialError(Reason.PROTOCOL_ERROR, str(error), final=final) from error
+            # READY may have come in the same read as what is wrong, or whoever speaks there takes our bytes for its own.
+            raise DialError(Reason.PROTOCOL_ERROR, str(error), final=True) from error
         if isinstance(message, Refused):
             reason = Reason(message.reason) if message.reason in set(Reason) else Reason.OTHER
             detail = f"the gateway refused: {message.detail}"
             raise DialError(reason, detail, final=final and reason not in RETRYABLE)
         if not isinstance(message, wanted):
             said = f"{type(message).__name__} instead of {wanted.__name__}"
-            raise DialError(Reason.PROTOCOL_ERROR, said, final=final)
+            raise DialError(Reason.PROTOCOL_ERROR, said, final=True)
 
     def _preamble(self, call: Call, candidate: Candidate, attempt: int, *, continues: bool = False) -> bytes:
         key = self._keys.get(self._network, candidate.network)

@@ -1,0 +1,143 @@
+"""A gateway that does what a test's script says: accepts, reads the first bytes, answers or not, cuts.
+
+async with scripted(reset, reset, opens) as gateway:      one script a connection, the last one for all that follow
+    ...
+    assert [visit.preamble.attempt for visit in gateway.visits] == [1, 2, 3]
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+
+from sniproxy.engine import Listener, Wire
+from sniproxy.stream.capsule import Payload
+from sniproxy.stream.control import Opened, Ready, Refused
+from sniproxy.stream.ends import Side
+from sniproxy.stream.framed import Framed
+from sniproxy.stream.preamble import Preamble, PreambleVerifier, SigningKey, read_length
+
+KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
+KEY_C = SigningKey(id="ac-1", secret=bytes(range(32, 64)), from_network="a", to_network="c")
+
+
+@dataclass
+class Visit:
+    """One connection of a relay."""
+
+    framed: Framed
+    first: bytes
+    """What the first read returned: the preamble and what came with it in one segment."""
+    preamble: Preamble
+
+    @property
+    def wire(self) -> Wire:
+        return self.framed.wire
+
+    async def payload(self, size: int) -> bytes:
+        """Read this much payload."""
+        got = bytearray()
+        while len(got) < size:
+            for event in await self.framed.read():
+                if isinstance(event, Payload):
+                    got += event.data
+        return bytes(got)
+
+
+Script = Callable[[Visit], Awaitable[None]]
+
+
+@dataclass
+class ScriptedGateway:
+    """Where it listens, and who came."""
+
+    address: tuple[str, int]
+    visits: list[Visit] = field(default_factory=list)
+    connections: int = 0
+
+
+async def opens(visit: Visit) -> None:
+    """READY, OPENED, and the connection stays."""
+    await visit.framed.send(Ready())
+    await visit.framed.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+    await asyncio.get_running_loop().create_future()
+
+
+async def reset(visit: Visit) -> None:
+    """As a TURN server without a permission: cut."""
+    visit.wire.reset()
+
+
+async def ends(visit: Visit) -> None:
+    """A clean end in place of READY."""
+    visit.wire.close()
+
+
+async def silent(visit: Visit) -> None:
+    """Nothing at all, ever."""
+    await asyncio.get_running_loop().create_future()
+
+
+async def silent_behind_ready(visit: Visit) -> None:
+    await visit.framed.send(Ready())
+    await asyncio.get_running_loop().create_future()
+
+
+async def reset_behind_ready(visit: Visit) -> None:
+    await visit.framed.send(Ready())
+    await visit.wire.flushed(5)
+    visit.wire.reset()
+
+
+def refuses(reason: str, *, behind_ready: bool = False, detail: str = "said the test") -> Script:
+    """REFUSED with this reason, then read and discard."""
+
+    async def script(visit: Visit) -> None:
+        if behind_ready:
+            await visit.framed.send(Ready())
+        await visit.framed.send(Refused(reason, detail))
+        await visit.framed.discard()
+
+    return script
+
+
+def says(data: bytes) -> Script:
+    """These bytes, whatever they mean."""
+
+    async def script(visit: Visit) -> None:
+        await visit.wire.send(data)
+        await asyncio.get_running_loop().create_future()
+
+    return script
+
+
+@asynccontextmanager
+async def scripted(*scripts: Script, network: str = "b", addressee: str = "gw-1") -> AsyncIterator[ScriptedGateway]:
+    """Run one on loopback."""
+    verifier = PreambleVerifier({key.id: key for key in (KEY, KEY_C)}, network)
+    listener = await Listener.open("127.0.0.1", 0)
+    gateway = ScriptedGateway(listener.address)
+
+    async def serve(wire: Wire) -> None:
+        script = scripts[min(gateway.connections, len(scripts) - 1)]
+        gateway.connections += 1
+        first = await wire.recv()
+        length = read_length(first)
+        assert length is not None
+        preamble = verifier.verify(first[:length], addressee=addressee, now_ms=time.time_ns() // 1_000_000)
+        assert preamble.to_network == network
+        wire.unread(first[length:])
+        visit = Visit(Framed(wire, Side.GATEWAY), first, preamble)
+        visit.framed.received = length
+        gateway.visits.append(visit)
+        await script(visit)
+
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(listener.serve(serve))
+        try:
+            yield gateway
+        finally:
+            serving.cancel()
+            listener.close()
