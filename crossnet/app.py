@@ -30,6 +30,7 @@ from discovery.addresses import format_endpoint, parse_address
 from discovery.api import DiscoveryServer, DiscoveryServerConfig, ServerRefused
 from discovery.client import DiscoveryClient
 from discovery.contract import Discovery
+from discovery.merged import MergedDiscovery
 from discovery.model import Kind, Mesh
 from discovery.static import StaticDiscovery
 from discovery.store import StoreError
@@ -354,9 +355,11 @@ class App:
 async def open_discovery(config: Config, registry: CollectorRegistry) -> Discovery:
     """Make the process's one client of discovery."""
     if config.static_mesh is not None:
-        return StaticDiscovery(config.static_mesh, network=config.network, allowed=config.dialled)
-    return DiscoveryClient(
-        [str(source) for source in config.discovery],
+        file = StaticDiscovery(config.static_mesh, network=config.network, allowed=config.dialled)
+        if not config.discovery_urls:
+            return file
+    client = DiscoveryClient(
+        config.discovery_urls,
         network=config.network,
         token=config.token.text if config.token else None,
         ca_file=config.discovery_tls.ca if config.discovery_tls else None,
@@ -368,6 +371,7 @@ async def open_discovery(config: Config, registry: CollectorRegistry) -> Discove
     )
 
 
+    return client if file is None else MergedDiscovery(client, file)
 def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
     """Run these roles until a signal ends them; return the exit code. `path` is read anew when it changes and on SIGHUP."""
     logs.set_up(style=config.log.format, level=config.log.level)

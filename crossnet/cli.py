@@ -94,6 +94,10 @@ def _records(arguments: argparse.Namespace) -> int:
     try:
         if arguments.action == "list":
             return records.list_records(config, arguments.kind, arguments.network, arguments.json)
+        if arguments.action == "export":
+            return records.export_records(config, arguments.network, arguments.leased)
+        if arguments.action == "import":
+            return records.import_records(config, arguments.file)
         key = (config, arguments.kind, arguments.network, arguments.id)
         if arguments.action == "put":
             return records.put_record(*key, arguments.spec)
@@ -159,11 +163,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_records(commands: Commands) -> None:
     records = commands.add_parser("records", help="read and write records of a discovery server")
     records.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="names server and token")
-    actions = records.add_subparsers(dest="action", required=True, metavar="list|get|put|delete")
+    actions = records.add_subparsers(dest="action", required=True, metavar="list|get|put|delete|export|import")
     listing = actions.add_parser("list", help="print records, one a line")
     listing.add_argument("--kind", choices=[*Kind])
     listing.add_argument("--network")
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
+    exporting = actions.add_parser("export", help="print a mesh file of what stands at the server")
+    exporting.add_argument("--network")
+    exporting.add_argument("--leased", action="store_true", help="also what goes with its writer")
+    importing = actions.add_parser("import", help="write every record of a mesh file to the server")
+    importing.add_argument("file", type=Path, metavar="FILE")
     for action, words in (("get", "print"), ("put", "write"), ("delete", "delete")):
         one = actions.add_parser(action, help=f"{words} one record")
         one.add_argument("kind", choices=[*Kind], metavar="KIND", help=", ".join(Kind))

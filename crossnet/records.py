@@ -3,14 +3,21 @@
 import asyncio
 import json
 import sys
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
 
 from crossnet.sections import Config
+from discovery.model import Kind, decode_record
 from discovery.servers import Away, Refused, Servers
-from discovery.static import load_mesh
+from discovery.static import format_mesh, load_mesh
+from discovery.yamlfile import BadFile
+
+T = TypeVar("T")
 
 COLUMNS = ("kind", "network", "id", "revision", "lease")
 
@@ -21,13 +28,21 @@ class RecordsError(Exception):
 
 def request(config: Config, method: str, path: str, body: object = None) -> dict[str, Any]:
     """Ask the discovery servers of a configuration, in their order until one answers. Raises RecordsError."""
-    urls = [source for source in config.discovery if isinstance(source, str)]
-    if not urls:
+
+    async def ask(servers: Servers) -> dict[str, Any]:
+        return await servers.anywhere(method, path, body)
+
+    return _with_servers(config, ask)
+
+
+def _with_servers(config: Config, ask: Callable[[Servers], Awaitable[T]]) -> T:
+    """Speak to the discovery servers of a configuration. Raises RecordsError."""
+    if not config.discovery_urls:
         raise RecordsError("the configuration names no discovery server; a static mesh file is written by hand")
 
-    async def ask() -> dict[str, Any]:
+    async def speak() -> T:
         servers = Servers.at(
-            urls,
+            config.discovery_urls,
             token=config.token.text if config.token else None,
             ca_file=config.discovery_tls.ca if config.discovery_tls else None,
             cert_file=config.discovery_tls.cert if config.discovery_tls else None,
@@ -35,17 +50,17 @@ def request(config: Config, method: str, path: str, body: object = None) -> dict
             insecure=config.insecure,
         )
         async with servers.connected():
-            return await servers.anywhere(method, path, body)
+            return await ask(servers)
 
     try:
-        return asyncio.run(ask())
+        return asyncio.run(speak())
     except (Away, Refused, OSError, ValueError) as error:
         raise RecordsError(str(error)) from error
 
 
 def list_records(config: Config, kind: str | None, network: str | None, as_json: bool) -> int:
     """Print records, one a line."""
-    if config.static_mesh is not None:
+    if config.static_mesh is not None and not config.discovery_urls:
         found = msgspec.to_builtins(list(load_mesh(config.static_mesh, config.dialled)))
         records = [
             record for record in found if kind in (None, record["kind"]) and network in (None, record["network"])
@@ -87,6 +102,61 @@ def delete_record(config: Config, kind: str, network: str | None, record_id: str
     """Delete one record."""
     request(config, "DELETE", _path(config, kind, network, record_id))
     return 0
+
+
+def export_records(config: Config, network: str | None, leased: bool) -> int:
+    """Print a mesh file of what stands at the server; what goes with its writer's lease only where it is asked for."""
+    asked = f"?{urlencode({'network': network})}" if network is not None else ""
+    found = request(config, "GET", f"/v1/records{asked}")["records"]
+    records, left_out = [], Counter[str]()
+    for item in found:
+        record = decode_record(json.dumps(item).encode())
+        hidden = record.kind is Kind.SERVICE and not any(record.spec.ports.values())
+        if record.kind in (Kind.TURN, Kind.ALLOCATION):
+            left_out[f"{record.kind} records, which need a server"] += 1
+        elif hidden:
+            left_out["services whose endpoints this token may not see"] += 1
+        elif record.lease is not None and not leased:
+            left_out["records with a lease (--leased takes them)"] += 1
+        else:
+            records.append(record)
+    sys.stdout.write(format_mesh(records))
+    for what, count in sorted(left_out.items()):
+        print(f"left out: {count} {what}", file=sys.stderr)
+    return 0
+
+
+def import_records(config: Config, path: Path) -> int:
+    """Write every record of a mesh file to the server, without a lease; tell of each that is new or changed."""
+    try:
+        mesh = load_mesh(path, config.dialled)
+    except BadFile as error:
+        raise RecordsError(str(error)) from error
+
+    async def write(servers: Servers) -> int:
+        there = {
+            (item["kind"], item["network"], item["id"]): item
+            for item in (await servers.anywhere("GET", "/v1/records"))["records"]
+        }
+        refused = 0
+        for record in mesh:
+            spec = msgspec.to_builtins(record.spec)
+            known = there.get((str(record.kind), record.network, record.id))
+            if known is not None and known["spec"] == spec and known["lease"] is None:
+                continue
+            name = f"{record.kind}/{record.network}/{record.id}"
+            try:
+                await servers.anywhere("PUT", f"/v1/records/{name}", {"spec": spec})
+            except Refused as error:
+                if record.kind is Kind.NETWORK and error.status == 403:
+                    continue  # a file must declare its networks; what is in one shows that it is there
+                refused += 1
+                print(f"crossnet records: {name}: {error}", file=sys.stderr)
+            else:
+                print(f"{'changed' if known is not None else 'new'}  {name}")
+        return refused
+
+    return 1 if _with_servers(config, write) else 0
 
 
 def _path(config: Config, kind: str, network: str | None, record_id: str) -> str:

@@ -427,7 +427,7 @@ class Config:
 
     @property
     def static_mesh(self) -> Path | None:
-        """The file that stands in for a discovery server."""
+        """The file that stands in for a discovery server, or beside some."""
         return next((source for source in self.discovery if isinstance(source, Path)), None)
 
     @rule("domain")
@@ -444,8 +444,14 @@ class Config:
         asking = [name for name in ("turn", "turn_servers", "dns", "relay", "gateway") if getattr(self, name)]
         if asking and not self.discovery:
             yield Fault(".discovery", f"URLs, or a path ending in .yaml, since {asking[0]} needs it", "nothing")
-        if self.static_mesh is not None and len(self.discovery) > 1:
-            yield Fault(".discovery", "URLs, or one path alone", f"{len(self.discovery)} items")
+        files = sum(isinstance(source, Path) for source in self.discovery)
+        if files > 1:
+            yield Fault(".discovery", "URLs, and one path at most", f"{files} paths")
+
+    @property
+    def discovery_urls(self) -> tuple[str, ...]:
+        """The discovery servers."""
+        return tuple(source for source in self.discovery if isinstance(source, str))
 
     @property
     def dialled(self) -> TargetList:
@@ -466,7 +472,7 @@ class Config:
 
     @rule("discovery", "gateway")
     def _discovery_for_allocations(self) -> Iterator[Fault]:
-        if self.static_mesh is not None and self.gateway is not None and self.gateway.turn:
+        if not self.discovery_urls and self.static_mesh is not None and self.gateway is not None and self.gateway.turn:
             yield Fault(".gateway.turn", "a discovery server, since allocations come and go", "a static mesh file")
 
     @rule("discovery_server", "insecure")

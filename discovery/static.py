@@ -11,7 +11,8 @@ publishes is merged in, so that one process with a relay and a resolver needs no
 """
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,14 @@ from discovery.contract import Discovery, DiscoveryError, IssuedCredentials, Sub
 from discovery.model import SPEC_TYPES, AnyRecord, Deletion, Key, Kind, Mesh, Record, Spec, service_id
 from discovery.shape import Fault, child, shape_faults, shown
 from discovery.spec import key_faults, spec_faults
+from discovery.stamp import Stamp
 from discovery.yamlfile import BadFile, load_yaml
 
-__all__ = ["BadFile", "StaticDiscovery", "load_mesh"]
+__all__ = ["BadFile", "StaticDiscovery", "format_mesh", "load_mesh"]
+
+log = logging.getLogger(__name__)
+
+RELOAD_S = 2.0  # how soon a changed file counts
 
 _SECTIONS = {
     "networks": Kind.NETWORK,
@@ -46,14 +52,35 @@ def load_mesh(path: Path, allowed: TargetList | None = None) -> Mesh:
     return Mesh.of(records, 1)
 
 
+def format_mesh(records: Iterable[AnyRecord]) -> str:
+    """Write a mesh.yaml with these records, of the kinds that a file can hold; the rest is left out."""
+    lines: dict[Kind, list[str]] = {kind: [] for kind in _SECTIONS.values()}
+    networks = set()
+    for record in sorted(records, key=lambda record: record.key):
+        if record.kind not in lines:
+            continue
+        networks.add(record.network)
+        place = {} if record.kind is Kind.NETWORK else {"network": record.network}
+        item = {"id": record.id, **place, **msgspec.to_builtins(record.spec)}
+        lines[record.kind].append(msgspec.json.encode(item).decode())
+    declared = {f'{{"id":"{network}"}}' for network in networks}
+    lines[Kind.NETWORK] = sorted(declared.union(lines[Kind.NETWORK]))
+    text = ""
+    for section, kind in _SECTIONS.items():
+        if lines[kind] or kind is Kind.NETWORK:  # JSON is YAML; one record a line, so that changes can be read
+            text += f"{section}:{'' if lines[kind] else ' []'}\n" + "".join(f"  - {line}\n" for line in lines[kind])
+    return text
+
+
 class StaticDiscovery(Discovery):
-    """Discovery by way of a file, read once."""
+    """Discovery by way of a file, which is read again when it changes."""
 
     def __init__(self, path: Path, *, network: str | None = None, allowed: TargetList | None = None) -> None:
         """Read the file; `network` is the one that roles publish in. Raises BadFile with every fault in it."""
         self._path = path
         self._network = network
         self._allowed = allowed
+        self._stamp = Stamp([path])
         self._file = load_mesh(path, allowed)
         self._own: dict[Key, AnyRecord] = {}
         self._mesh = self._file
@@ -71,7 +98,10 @@ class StaticDiscovery(Discovery):
 
     def reload(self) -> None:
         """Read the file anew. Raises BadFile, and then the mesh stays as it was."""
-        self._file = load_mesh(self._path, self._allowed)
+        self._replace(load_mesh(self._path, self._allowed))
+
+    def _replace(self, file: Mesh) -> None:
+        self._file = file
         # A record that is in the file counts before one that was published here: somebody wrote it on purpose.
         own = (record for key, record in self._own.items() if self._file.record(*key) is None)
         self._swap(self._file.apply(own).at(self._mesh.revision + 1))
@@ -112,8 +142,18 @@ class StaticDiscovery(Discovery):
         return True
 
     async def run(self) -> None:
-        """Wait to be cancelled: a file that was read needs nothing."""
-        await asyncio.get_running_loop().create_future()
+        """Read the file anew when it changes, until cancelled. One with faults changes nothing and is told of."""
+        while True:
+            await asyncio.sleep(RELOAD_S)
+            if not self._stamp.changed():
+                continue
+            try:
+                file = await asyncio.to_thread(load_mesh, self._path, self._allowed)
+            except BadFile as error:
+                log.error("the mesh file is not taken, what it said before stays: %s", error)
+            else:
+                self._replace(file)
+                log.info("the mesh file is read anew", extra={"event": {"file": self._path, "records": len(file)}})
 
     async def close(self) -> None:
         """Forget what was published."""

@@ -167,7 +167,7 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
             "network: a\ndiscovery: [http://10.0.0.1:8600]",
             "$.discovery[0]: expected https, or http to loopback, or insecure: true, got 'http://10.0.0.1:8600'",
         ),
-        ("network: a\ndiscovery: [mesh.yaml, mesh.yaml]", "$.discovery: expected URLs, or one path alone, got 2 items"),
+        ("network: a\ndiscovery: [mesh.yaml, mesh.yaml]", "$.discovery: expected URLs, and one path at most, got 2 paths"),
         ("network: a\ntoken: hush", "$.token: expected {file: PATH}, secrets stand in files of their own, got something else (not shown)"),
         ("network: a\ntoken: {file: absent}", "$.token.file: expected a readable file, got 'absent' (No such file or directory)"),
         ("network: a\ntoken: {file: empty}", "$.token.file: expected a file with a secret in it, got 'empty', which is empty"),

@@ -93,3 +93,27 @@ def test_a_token_that_could_write_nothing_is_refused(tmp_path: Path) -> None:
     done = crossnet(tmp_path, "token", "new")
     assert (done.returncode, done.stdout) == (2, "")
     assert "$.network" in done.stderr
+
+
+def test_export_and_import_both_ways(folder: Path) -> None:
+    put = crossnet(folder, "records", "-c", "client.yaml", "put", "service", "exported", json.dumps(SPEC))
+    assert put.returncode == 0, put.stderr
+    exported = crossnet(folder, "records", "-c", "client.yaml", "export")
+    assert exported.returncode == 0, exported.stderr
+    assert '"id":"exported"' in exported.stdout
+    (folder / "exported.yaml").write_text(exported.stdout)
+    same = crossnet(folder, "records", "-c", "client.yaml", "import", "exported.yaml")
+    assert (same.returncode, same.stdout) == (0, "")
+    assert crossnet(folder, "records", "-c", "client.yaml", "delete", "service", "exported").returncode == 0
+    text = exported.stdout.replace('"id":"orders"', '"id":"renamed"')
+    (folder / "exported.yaml").write_text(text)
+    done = crossnet(folder, "records", "-c", "client.yaml", "import", "exported.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "new  service/b/exported" in done.stdout.splitlines()
+    foreign = text.replace('"network":"b"', '"network":"c"').replace('{"id":"b"}', '{"id":"c"}')
+    (folder / "foreign.yaml").write_text(foreign)
+    refused = crossnet(folder, "records", "-c", "client.yaml", "import", "foreign.yaml")
+    assert refused.returncode == 1
+    assert "service/c/exported: forbidden" in refused.stderr
+    (folder / "bad.yaml").write_text("x: 1")
+    assert crossnet(folder, "records", "-c", "client.yaml", "import", "bad.yaml").returncode == 1

@@ -8,7 +8,7 @@ import pytest
 from discovery.addresses import TargetList
 from discovery.client import DiscoveryError
 from discovery.model import Kind, Mesh, RelaySpec, VipSpec
-from discovery.static import BadFile, StaticDiscovery, load_mesh
+from discovery.static import BadFile, StaticDiscovery, format_mesh, load_mesh
 
 DESIGN = """
 networks: [{id: a}, {id: b}]
@@ -167,3 +167,21 @@ def test_a_claim_leaves_what_is_there(tmp_path: Path) -> None:
         spec = VipSpec(name="orders.shop", address=f"10.200.0.{last}")
         discovery.publish(Kind.VIP, record_id, spec, if_absent=True)
     assert [vip.spec.address for vip in discovery.mesh.vips("a")] == ["10.200.0.1", "10.200.0.2"]
+
+
+def test_a_written_file_is_read_as_it_was(tmp_path: Path) -> None:
+    first, second = tmp_path / "mesh.yaml", tmp_path / "again.yaml"
+    first.write_text(
+        "networks: [{id: a}, {id: b}]\n"
+        "services: [{network: b, name: o.s, ports: {8443: ['10.1.0.1:1', '[fd00::5]:2']}, proxy_protocol: true}]\n"
+        "gateways: [{network: b, id: gw, address: '10.9.0.1:7443'}]\n"
+        "relays: [{network: a, id: r, addresses: [10.0.0.9], ports: [443], sources: {t: [10.0.0.9]}}]\n"
+        "vips: [{network: a, id: v1, name: o.s, address: 10.200.0.1}]\n"
+    )
+    mesh = load_mesh(first)
+    second.write_text(format_mesh(mesh))
+    assert list(load_mesh(second)) == list(mesh)
+    second.write_text(format_mesh([record for record in mesh if record.kind is not Kind.NETWORK]))
+    assert list(load_mesh(second)) == list(mesh)  # networks are declared because something is in them
+    second.write_text(format_mesh([]))
+    assert len(load_mesh(second)) == 0
