@@ -85,6 +85,15 @@ class DnsConfig:
     stale_relays_for_s: float = 0.0
     """How long the relays known last are answered when none is alive; 0: such questions fail at once."""
 
+    vip: IPv4Network | IPv6Network | None = None
+    """A range from which imported services have addresses of their own; what leads them to a relay is another's task."""
+
+    cookie_secret: bytes | None = None
+    """16 bytes that all servers of one address share (RFC 9018); none: drawn at the start."""
+
+    loop_probe: bool = True
+    """Ask upstream a name that nobody has now and then, to see whether it comes back here."""
+
     reuse_port: bool = False
     """Let other processes listen on the same addresses: the kernel shares the clients out among them."""
 

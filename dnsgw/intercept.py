@@ -8,7 +8,7 @@ Sans-IO; nothing here raises for what a peer sent.
 """
 
 from enum import Enum
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from random import randrange
 
 from discovery.addresses import Address
@@ -29,6 +29,7 @@ from discovery.names import (
 from dnsgw.rdata import BadRdata, hinfo, soa, srv
 from dnsgw.recent import Recent
 from dnsgw.reply import Answer, answer_prepared
+from dnsgw.vip import address_of, reverse
 from dnsgw.wire import HEADER_SIZE, OWNER, ExtendedError, Qtype, Query, Rcode, extended_error, record, wire_name
 
 MAX_ADDRESSES = 8  # in one answer: even 8 of IPv6 fit in 512 bytes under any name (musl before 1.2.4 has no TCP)
@@ -57,8 +58,22 @@ class Disposition(Enum):
 class Table:
     """Answers from one state of discovery."""
 
-    def __init__(self, mesh: Mesh | None, *, imports: Imports, network: str, domain: str, ttl_s: int) -> None:
-        """Prepare what all answers share. `mesh` None: discovery was not heard from. Raises BadName for a bad domain."""
+    def __init__(
+        self,
+        mesh: Mesh | None,
+        *,
+        imports: Imports,
+        network: str,
+        domain: str,
+        ttl_s: int,
+        stale: Mesh | None = None,
+        vips: IPv4Network | IPv6Network | None = None,
+    ) -> None:
+        """Prepare what all answers share. `mesh` None: discovery was not heard from. Raises BadName for a bad domain.
+
+        `stale` is an earlier mesh, whose relays are answered, since in this one there are none. From `vips` imported
+        services have addresses of their own.
+        """
         self._mesh = mesh
         self._imports = imports
         self._network = network
@@ -72,7 +87,10 @@ class Table:
         self._nodata: dict[int, Answer] = {}
         self._any = Answer(tails=(record(OWNER, Qtype.HINFO, ttl_s, hinfo(_ANY_HINFO)),), answers=1)
         self._refused = Answer(Rcode.REFUSED, authoritative=False)
-        addresses, self._port = _relays(mesh, network)
+        addresses, self._port = _relays(stale or mesh, network)
+        self._options = extended_error(ExtendedError.STALE_ANSWER, "no relay is alive") if stale else b""
+        self._vips = vips
+        self._vip_names: dict[bytes, str] | None = None
         self._a = self._address_answer(Qtype.A, [a for a in addresses if isinstance(a, IPv4Address)])
         self._aaaa = self._address_answer(Qtype.AAAA, [a for a in addresses if isinstance(a, IPv6Address)])
         self._no_relay = None if addresses else _failure(f"no relay of network {network} is alive")
@@ -118,8 +136,11 @@ class Table:
                 return self._under_domain(query, zone)
             if (special := self._special(query)) is not None:
                 return special
-        if query.qtype == Qtype.PTR and query.name in self._reverse:
-            return self._no_data(0)  # the name of a relay says nothing about the service behind it
+        if query.qtype == Qtype.PTR:
+            if query.name in self._reverse:
+                return self._no_data(0)  # the name of a relay says nothing about the service behind it
+            if self._vips is not None and (pointer := self._pointer(query)) is not None:
+                return pointer
         return self._plain(query)
 
     def _special(self, query: Query) -> Answer | None:
@@ -174,6 +195,10 @@ class Table:
 
     def _existing(self, query: Query, zone: int, target: AddressTarget | ServiceTarget | PlainName) -> Answer:
         """Answer for a name that is there. Types that we do not have are NODATA: musl takes anything else for failure."""
+        if self._vips is not None and isinstance(target, PlainName) and query.qtype in (Qtype.A, Qtype.AAAA):
+            vip = self._vip(query.qtype, target.name)
+            if vip is not None:
+                return vip
         match query.qtype:
             case Qtype.A:
                 return self._no_relay or self._a or self._no_data(zone)
@@ -185,6 +210,31 @@ class Table:
                 return self._any
             case _:
                 return self._no_data(zone)  # HTTPS and SVCB above all: a hint in them would lead round the relay
+
+    def _vip(self, qtype: int, name: str) -> Answer | None:
+        """The service's own address, of whose other half there is nothing; None: it has none yet, and the relays' will do."""
+        assert self._vips is not None
+        assert self._mesh is not None
+        address = address_of(name, self._mesh, self._network, self._vips)
+        if address is None:
+            return None
+        if self._no_relay is not None:
+            return self._no_relay
+        if (address.version == 4) != (qtype == Qtype.A):
+            return self._no_data(0)
+        rdata = record(OWNER, qtype, self._ttl_s, address.packed)
+        return Answer(tails=(rdata,), answers=1, options=self._options)
+
+    def _pointer(self, query: Query) -> Answer | None:
+        """The name of the service that has the address asked for in reverse."""
+        assert self._vips is not None
+        if self._vip_names is None:
+            records = self._mesh.vips(self._network) if self._mesh else ()
+            self._vip_names = {wire_name(text): name for text, name in reverse(records).items()}
+        name = self._vip_names.get(query.name)
+        if name is None:
+            return None
+        return Answer(tails=(record(OWNER, Qtype.PTR, self._ttl_s, wire_name(name)),), answers=1)
 
     def _srv(self, target: AddressTarget | ServiceTarget | PlainName) -> Answer | None:
         """Point at the compact name and the relays' port; None where there is no one such port or name."""
@@ -211,7 +261,8 @@ class Table:
         begin = randrange(len(records))
         most = min(MAX_ADDRESSES, len(records))
         ring = (records[begin:] + records[:begin]) * 2
-        return Answer(tails=[b"".join(ring[turn : turn + most]) for turn in range(len(records))], answers=most)
+        tails = [b"".join(ring[turn : turn + most]) for turn in range(len(records))]
+        return Answer(tails=tails, answers=most, options=self._options)
 
     def _no_data(self, zone: int) -> Answer:
         answer = self._nodata.get(zone)

@@ -6,6 +6,8 @@ the reply comes later, from a callback of the loop. Nothing that a client or an 
 
 import asyncio
 import logging
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +15,7 @@ from typing import Any, TypeAlias
 
 from discovery.imports import Imports
 from discovery.model import Mesh
+from dnsgw import cookie
 from dnsgw.admission import Clients, Host
 from dnsgw.cache import answer_cached, key_of
 from dnsgw.config import DnsConfig
@@ -20,7 +23,7 @@ from dnsgw.exchange import Failure
 from dnsgw.foreign import Foreign, Heard
 from dnsgw.forward import Forwarder
 from dnsgw.intercept import NOT_READY, Disposition, Table
-from dnsgw.message import Malformed, Message, joined, retargeted
+from dnsgw.message import Malformed, Message, joined, retargeted, with_option
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.recent import Recent
 from dnsgw.reply import Answer, Presence, presence, truncate
@@ -34,6 +37,7 @@ from dnsgw.wire import (
     Rcode,
     extended_error,
     forwardable,
+    option,
     scan,
 )
 
@@ -56,6 +60,7 @@ def _failure(rcode: Rcode, code: ExtendedError, why: str) -> Answer:
 
 
 _REFUSED = Answer(Rcode.REFUSED, authoritative=False)
+_FORMAT_ERROR = Answer(Rcode.FORMERR, authoritative=False)
 _TOO_MANY = _failure(Rcode.REFUSED, ExtendedError.OTHER, "too many questions in one second")
 _FAILURES = {
     Failure.TIMEOUT: _failure(Rcode.SERVFAIL, ExtendedError.NO_REACHABLE_AUTHORITY, "no upstream answered in time"),
@@ -78,10 +83,18 @@ _OUTCOMES: dict[int, Outcome] = {
 }
 
 
+def _send_with(send: Send, added: bytes, reply: bytes, where: Any) -> None:
+    """Send a reply with one option more."""
+    try:
+        send(with_option(reply, added) if reply else reply, where)
+    except Malformed:
+        send(reply, where)
+
+
 class _Asked:
     """A question that was not answered at once."""
 
-    __slots__ = ("depth", "held", "host", "message", "most", "query", "send", "tcp", "where")
+    __slots__ = ("depth", "extra", "held", "host", "message", "most", "query", "send", "tcp", "where")
 
     def __init__(
         self, query: Query, message: bytes, host: Host, send: Send, where: Any, *, tcp: bool, most: int, depth: int = 0
@@ -94,11 +107,14 @@ class _Asked:
         self.tcp = tcp
         self.most = most
         self.depth = depth
+        self.extra = 0
+        """Bytes to leave for what is added to the reply."""
+
         self.held: asyncio.TimerHandle | None = None
 
     @property
     def limit(self) -> int:
-        return MAX_TCP_REPLY if self.tcp else min(self.query.limit, self.most)
+        return MAX_TCP_REPLY if self.tcp else min(self.query.limit, self.most) - self.extra
 
 
 class Resolver:
@@ -109,6 +125,12 @@ class Resolver:
         self._config = config
         self._metrics = metrics
         self._counts = metrics.queries
+        self._secret = config.cookie_secret or os.urandom(cookie.SECRET_SIZE)
+        self._probes: dict[bytes, Callable[[], None]] = {}
+        self._relayed: Mesh | None = None
+        """The last mesh in which a relay was alive, and when that was no longer so."""
+        self._relayed_until: float | None = None
+        self._stale_end: asyncio.TimerHandle | None = None
         self._table = self._make_table(None)
         self._foreign = Foreign(config.cache, metrics, max_in_flight=config.max_in_flight)
         self._cache = self._foreign.cache
@@ -133,7 +155,10 @@ class Resolver:
 
     def apply(self, mesh: Mesh) -> None:
         """Answer from this state of discovery from now on."""
-        self._table = self._make_table(mesh)
+        if self._stale_end is not None:
+            self._stale_end.cancel()
+            self._stale_end = None
+        self._table = self._make_table(mesh, self._stale_relays(mesh))
         self._cache.cool()  # what was upstream's may be ours now
         held, self._held = self._held, {}
         for asked in held:
@@ -143,8 +168,9 @@ class Resolver:
 
     def close(self) -> None:
         """Answer what is held."""
-        if self._window is not None:
-            self._window.cancel()
+        for timer in (self._window, self._stale_end):
+            if timer is not None:
+                timer.cancel()
         for asked in list(self._held):
             self._release(asked)
 
@@ -172,9 +198,32 @@ class Resolver:
             self._log(error)
             send(b"", where)
 
-    def _make_table(self, mesh: Mesh | None) -> Table:
+    def _make_table(self, mesh: Mesh | None, stale: Mesh | None = None) -> Table:
         config = self._config
-        return Table(mesh, imports=config.imports, network=config.network, domain=config.domain, ttl_s=config.ttl_s)
+        return Table(
+            mesh,
+            imports=config.imports,
+            network=config.network,
+            domain=config.domain,
+            ttl_s=config.ttl_s,
+            stale=stale,
+            vips=config.vip,
+        )
+
+    def _stale_relays(self, mesh: Mesh) -> Mesh | None:
+        """The mesh whose relays are answered if this one has none, for a while."""
+        if mesh.relays(self._config.network):
+            self._relayed, self._relayed_until = mesh, None
+            return None
+        if self._relayed is None or not self._config.stale_relays_for_s:
+            return None
+        now = self._loop.time()
+        if self._relayed_until is None:
+            self._relayed_until = now + self._config.stale_relays_for_s
+        if now >= self._relayed_until:
+            return None
+        self._stale_end = self._loop.call_later(self._relayed_until - now, self.apply, mesh)
+        return self._relayed
 
     def _admit(self, host: Host) -> int:
         if self._window is None and self._clients.limited:
@@ -203,7 +252,33 @@ class Resolver:
             else:
                 send(b"" if self._limited % _SLIP else truncate(_TOO_MANY.reply(query, query.limit), query), where)
         else:
-            self._dispatch(_Asked(query, forwardable(data, query), host, send, where, tcp=tcp, most=self._most))
+            self._probe_or_dispatch(
+                _Asked(query, forwardable(data, query), host, send, where, tcp=tcp, most=self._most)
+            )
+
+    def _probe_or_dispatch(self, asked: _Asked) -> None:
+        query = asked.query
+        if self._probes and query.name in self._probes:
+            self._probes.pop(query.name)()
+            self._answer(asked, _FAILURES[Failure.LOOP])
+            return
+        value = (
+            next((value for code, value in query.edns.options if code == cookie.OPTION), None) if query.edns else None
+        )
+        if value is not None:
+            if not cookie.is_well_formed(value):
+                self._counts[Outcome.MALFORMED] += 1
+                asked.send(_FORMAT_ERROR.reply(query, asked.limit), asked.where)
+                return
+            added = option(cookie.OPTION, cookie.answer(value, asked.host, self._secret, time.time()))
+            asked.extra = len(added)
+            asked.send = partial(_send_with, asked.send, added)
+        self._dispatch(asked)
+
+    def expect_probe(self, name: bytes, seen: Callable[[], None]) -> Callable[[], None]:
+        """Have `seen` called, once, if somebody asks for this name; what is returned ends that."""
+        self._probes[name] = seen
+        return lambda: self._probes.pop(name, None) and None
 
     def _dispatch(self, asked: _Asked) -> None:
         decision = self._table.decide(asked.query)

@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import ssl
+from collections.abc import Callable
 from contextlib import ExitStack
+from ipaddress import IPv4Network, IPv6Network
 
 from prometheus_client import CollectorRegistry
 
 from discovery.addresses import Address, format_endpoint
 from discovery.imports import Imports
-from discovery.model import Mesh
+from discovery.model import Mesh, VipSpec
 from dnsgw.config import DnsConfig
 from dnsgw.destination import Destination, Way
 from dnsgw.forward import Forwarder
@@ -18,9 +20,13 @@ from dnsgw.resolver import Resolver
 from dnsgw.tcp import TcpListener
 from dnsgw.udp import UdpListener
 from dnsgw.upstream import Endpoint, leads_here, read_resolv_conf
+from dnsgw.vip import claim, imported_names
+from dnsgw.wire import probe_question
 
 log = logging.getLogger(__name__)
 
+PROBE_S = 300.0  # a loop is made by somebody's change of configuration, which is rare
+PROBE_AGAIN_S = 10.0
 _PORT_TRIES = 16  # to find a port that is free for TCP and UDP alike
 
 
@@ -31,8 +37,15 @@ class UpstreamLoop(ValueError):
 class DnsServer:
     """Answers the clients of one network. `open`, then `run` until cancelled, then `close`."""
 
-    def __init__(self, config: DnsConfig, *, registry: CollectorRegistry | None = None) -> None:
-        """Prepare. Raises BadName for a bad domain."""
+    def __init__(
+        self,
+        config: DnsConfig,
+        *,
+        registry: CollectorRegistry | None = None,
+        claim: Callable[[str, VipSpec], None] | None = None,
+    ) -> None:
+        """Prepare. `claim` creates the record of an address, by its id, if it is absent. Raises BadName for a bad domain."""
+        self._claim = claim
         self.config = config
         self.addresses: tuple[Endpoint, ...] = ()
         """Where it listens, with the ports that were chosen for 0."""
@@ -46,6 +59,7 @@ class DnsServer:
         self._udp: list[UdpListener] = []
         self._tcp: list[TcpListener] = []
         self._closing = asyncio.Event()
+        self._closers: list[Callable[[], object]] = []
         if registry is not None:
             registry.register(self.metrics)
 
@@ -56,6 +70,17 @@ class DnsServer:
     def apply(self, mesh: Mesh) -> None:
         """Answer from this state of discovery from now on. Until the first one, questions of ours are held, 1 s at most."""
         self._resolver.apply(mesh)
+        if self._claim is not None and self.config.vip is not None:
+            self._claim_addresses(mesh, self.config.vip, self._claim)
+
+    def _claim_addresses(
+        self, mesh: Mesh, vips: IPv4Network | IPv6Network, create: Callable[[str, VipSpec], None]
+    ) -> None:
+        """See to it that every imported service has an address of its own, as far as the range goes."""
+        for name in imported_names(mesh, self.config.imports):
+            found = claim(name, mesh, self.config.network, vips)
+            if found is not None:
+                create(*found)
 
     async def open(self) -> None:
         """Bind every address. Raises OSError, or UpstreamLoop for a configured upstream that is this server."""
@@ -107,7 +132,12 @@ class DnsServer:
             async with asyncio.TaskGroup() as tasks:
                 if forwarder is not None:
                     forwarder.attach(tasks.create_task)
+                    if self.config.loop_probe:
+                        probing = tasks.create_task(self._probe(forwarder))
+                        self._closers.append(probing.cancel)
                 await self._closing.wait()
+                while self._closers:
+                    self._closers.pop()()
         finally:
             if forwarder is not None:
                 forwarder.attach(None)
@@ -121,6 +151,26 @@ class DnsServer:
             await self._forwarder.ended()
         self._close_listeners()
         self._closing.set()
+
+    async def _probe(self, forwarder: Forwarder) -> None:
+        """Ask each upstream a name that nobody has, again and again: what comes back here goes round in a circle.
+
+        Such an upstream is asked nothing else until that has ended.
+        """
+        while True:
+            for upstream in forwarder.upstreams:
+                seen = asyncio.Event()
+                answered = asyncio.Event()
+                query, message = probe_question()
+                forget = self._resolver.expect_probe(query.name, seen.set)
+                forwarder.ask(message, query, lambda _, answered=answered: answered.set(), tcp=False, only=upstream)  # type: ignore[misc]
+                await answered.wait()
+                forget()
+                if seen.is_set() and not upstream.looping:
+                    log.error("dns_loop", extra={"event": {"upstream": str(upstream.destination)}})
+                upstream.looping = seen.is_set()
+            looping = any(upstream.looping for upstream in forwarder.upstreams)
+            await asyncio.sleep(PROBE_AGAIN_S if looping else PROBE_S)
 
     def _close_listeners(self) -> None:
         for udp in self._udp:

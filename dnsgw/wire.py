@@ -9,6 +9,7 @@ labels (RFC 2181 section 11). Lower-casing whole wire names is safe: lengths are
 Sans-IO. The one error is BadQuery.
 """
 
+import secrets
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -360,3 +361,11 @@ def with_qtype(message: bytes, query: Query, qtype: int) -> bytes:
     """The same message (without its id) asking for another type."""
     position = HEADER_SIZE - 2 + len(query.name)
     return message[:position] + qtype.to_bytes(2, "big") + message[position + 2 :]
+
+
+def probe_question() -> tuple[Query, bytes]:
+    """A question that nobody else asks, and its message without an id: two random labels, as CoreDNS's loop plugin has it."""
+    name = wire_name(f"{secrets.token_hex(8)}.{secrets.token_hex(8)}")
+    question = name + _PAIR.pack(Qtype.HINFO, CLASS_IN)
+    query = Query(id=0, flags=RD, question=question, name=name, labels=(0, 17), qtype=Qtype.HINFO, edns=None)
+    return query, HEADER.pack(0, RD, 1, 0, 0, 0)[2:] + question

@@ -23,6 +23,7 @@ async def running(
         DnsConfig(
             network="a",
             domain=DOMAIN,
+            loop_probe=config.pop("loop_probe", False),
             listen=tuple((ip_address(address), 0) for address in listen),
             **{"upstream": tuple((ip_address("127.0.0.1"), port) for port in upstream_ports)} if upstream_ports else {},
             **{"resolv_conf": Path("/nonexistent"), **config} if not upstream_ports else config,

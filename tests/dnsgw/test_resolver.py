@@ -97,6 +97,7 @@ async def test_cookies_stay_here(upstream: Authority) -> None:
             reply = await client.ask(query("www.example.test", edns=opt(4096, options=option(10, b"12345678"))))
         assert upstream.asked[0].packet[2:] == query("www.example.test", edns=opt(1232))[2:]
         assert read(reply).edns == 0
+        assert read(reply).options[0].to_wire()[:8] == b"12345678"  # the client's, with our half, and not upstream's
 
 
 async def test_a_big_answer_is_truncated_over_udp_and_whole_over_tcp(upstream: Authority) -> None:
