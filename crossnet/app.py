@@ -355,6 +355,7 @@ class App:
 async def open_discovery(config: Config, registry: CollectorRegistry) -> Discovery:
     """Make the process's one client of discovery."""
     if config.static_mesh is not None:
+    file = None
         file = StaticDiscovery(config.static_mesh, network=config.network, allowed=config.dialled)
         if not config.discovery_urls:
             return file
