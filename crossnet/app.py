@@ -354,8 +354,8 @@ class App:
 
 async def open_discovery(config: Config, registry: CollectorRegistry) -> Discovery:
     """Make the process's one client of discovery."""
-    if config.static_mesh is not None:
     file = None
+    if config.static_mesh is not None:
         file = StaticDiscovery(config.static_mesh, network=config.network, allowed=config.dialled)
         if not config.discovery_urls:
             return file
@@ -364,15 +364,15 @@ async def open_discovery(config: Config, registry: CollectorRegistry) -> Discove
         network=config.network,
         token=config.token.text if config.token else None,
         ca_file=config.discovery_tls.ca if config.discovery_tls else None,
+        cert_file=config.discovery_tls.cert if config.discovery_tls else None,
+        key_file=config.discovery_tls.key if config.discovery_tls else None,
         insecure=config.insecure,
         snapshot_file=config.snapshot,
         registry=registry,
-        cert_file=config.discovery_tls.cert if config.discovery_tls else None,
-        key_file=config.discovery_tls.key if config.discovery_tls else None,
     )
-
-
     return client if file is None else MergedDiscovery(client, file)
+
+
 def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
     """Run these roles until a signal ends them; return the exit code. `path` is read anew when it changes and on SIGHUP."""
     logs.set_up(style=config.log.format, level=config.log.level)
