@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,6 +136,7 @@ class Mesh:
         self._coturn_options = list(coturn_options)
         self._parts = Parts(folder, self.plan, Authority(folder), coturn=turn == "coturn")
         self._started: dict[str, list[Part]] = {}
+        self._clients: list[Wire] = []
         self.names = ["discovery", "turn", "relay", "gateway", *(["gateway-2"] if gateways == 2 else [])]
         if dns:
             self.names.append("dns")
@@ -253,22 +255,38 @@ class Mesh:
             return True
         return False
 
-    def registration(self, gateway: str = "gateway") -> dict[str, Any]:
-        """Return how a gateway stands with the TURN server."""
-        status = self.ask(gateway, "/status") or {}
-        return next(iter(status.get("registrations", ())), {})
+    def registrations(self, gateway: str = "gateway") -> list[dict[str, Any]]:
+        """Return how a gateway stands with the TURN server: one line for each allocation that relays may use."""
+        lines = (self.ask(gateway, "/status") or {}).get("registrations", ())
+        return [line for line in lines if line.get("published")]
 
     def records(self, part: str, kind: str) -> list[dict[str, Any]]:
         """Return the records of a kind that a part knows."""
         return [record for record in (self.ask(part, "/mesh") or {}).get("records", ()) if record["kind"] == kind]
 
+    def records_command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `crossnet records` as network b's operator."""
+        command = [sys.executable, "-m", "crossnet", "records", "-c", str(self._parts.path("operator")), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+    def records_at_the_server(self) -> list[dict[str, Any]]:
+        """Return all records that the discovery server has; none while it does not answer."""
+        return [json.loads(line) for line in self.records_command("list", "--json").stdout.splitlines()]
+
+    def forget_all(self) -> None:
+        """Remove the store of a discovery server that does not run."""
+        for path in self.folder.glob("discovery.db*"):
+            path.unlink()
+
     def whole(self) -> bool:
         """Whether every gateway is registered, has let the relay in, and is known to the relay as it is now."""
-        known = {record["spec"]["gateway"]: record["spec"]["port"] for record in self.records("relay", "allocation")}
-        for gateway, name in (("gateway", "gw-1"), ("gateway-2", "gw-2")):
+        known = {record["id"]: record["spec"]["port"] for record in self.records("relay", "allocation")}
+        for gateway in ("gateway", "gateway-2"):
             if gateway in self.names and self[gateway].alive:
-                registration = self.registration(gateway)
-                if not registration.get("permissions") or registration["relayed"][1] != known.get(name):
+                lines = self.registrations(gateway)
+                if not lines or not all(
+                    line.get("permissions") and known.get(line["record"]) == line["relayed"][1] for line in lines
+                ):
                     return False
         return True
 
@@ -305,8 +323,8 @@ class Mesh:
         deadline = time.monotonic() + limit_s
         while not holds():
             if time.monotonic() > deadline:
-                logs = "".join(f"\n  {part}:\n{self[part].tail()}" for part in self._started)
-                raise AssertionError(f"not within {limit_s:g} s: {what}{logs}")
+                logs = (f"\n  {part}: {line[:300]}" for part in self._started for line in self.lines(part)[-3:])
+                raise AssertionError(f"not within {limit_s:g} s: {what}{''.join(logs)}")
             await asyncio.sleep(LOOK_EVERY_S)
 
     # Streams
@@ -317,7 +335,10 @@ class Mesh:
 
     @asynccontextmanager
     async def serving(self, handle: Callable[[Wire], Awaitable[None]]) -> AsyncIterator[int]:
-        """Run a service in network b while the block runs; give its port. What goes wrong in it ends the block."""
+        """Run a service in network b while the block runs; give its port.
+
+        What goes wrong in it is raised at the block's end. Clients that still are connected then are closed.
+        """
         with self.ground.on("service"):
             listener = Listener(socket.create_server((self.plan.service, 0), backlog=1024))
         failures: list[BaseException] = []
@@ -337,6 +358,9 @@ class Mesh:
                 yield listener.address[1]
             finally:
                 task.cancel()
+                for client in self._clients:
+                    client.close()
+                self._clients.clear()
         for error in failures:
             if not isinstance(error, asyncio.CancelledError):
                 raise error
@@ -345,7 +369,9 @@ class Mesh:
         """Connect to the relay as a client does."""
         with self.ground.on("client"):
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        return await connect_wire(self.plan.relay, self.plan.relay_port, timeout_s=LIMIT_S, sock=sock)
+        client = await connect_wire(self.plan.relay, self.plan.relay_port, timeout_s=LIMIT_S, sock=sock)
+        self._clients.append(client)
+        return client
 
     async def dial(self, name: str, *, hello: bytes | None = None, behind: bytes = b"") -> Wire:
         """Connect and send a ClientHello for `name`, with `behind` in the same write."""

@@ -49,9 +49,11 @@ class Talk:
         """Open a stream, ask, hear the same, see it end."""
         question = os.urandom(3000)
         client = await self._mesh.dial(self.name, behind=question)
-        client.shutdown_write()
-        assert await read_all(client) == question
-        client.close()
+        try:
+            client.shutdown_write()
+            assert await read_all(client) == question
+        finally:
+            client.close()
         self.count += 1
 
     async def at_once(self, count: int) -> None:
@@ -60,11 +62,22 @@ class Talk:
             for _ in range(count):
                 group.create_task(self.once())
 
-    async def on_and_on(self, pause_s: float = 0.02) -> None:
-        """One stream after the other until cancelled."""
-        while True:
-            await self.once()
-            await asyncio.sleep(pause_s)
+    @asynccontextmanager
+    async def going_on(self, pause_s: float = 0.02) -> AsyncIterator[None]:
+        """Have one stream after the other while the block runs."""
+
+        async def on_and_on() -> None:
+            while not over.is_set():
+                await self.once()
+                await asyncio.sleep(pause_s)
+
+        over = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(on_and_on())
+            try:
+                yield
+            finally:
+                over.set()
 
     async def hold(self) -> Held:
         """Open a stream that stays."""

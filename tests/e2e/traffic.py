@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from sniproxy.engine import Wire
 
 BLOCK = 256 * 1024
-DEFAULT_BYTES = 24_000_000
+DEFAULT_BYTES = 16_000_000
 
 BULK_BYTES = int(os.environ.get("CROSSNET_TEST_BYTES", DEFAULT_BYTES))
 """Of a bulk stream each way. `make soak` asks for a gigabyte; the default takes seconds on the shaped link."""

@@ -1,0 +1,152 @@
+"""What dies and comes back, and what goes on meanwhile: TURN server, gateway, discovery, each a real process."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.processes import TURNS, Loopback, Mesh, standing
+from tests.e2e.talk import talking
+
+pytestmark = pytest.mark.anyio
+
+REGISTERED_WITHIN_S = 10.0
+"""The promise after a TURN server's return."""
+
+LEASE_S = 10.0
+
+
+@contextmanager
+def a_mesh(folder: Path, turn: str, **options: Any) -> Iterator[Mesh]:
+    with standing(Mesh(folder, Loopback(), turn=turn, **options)) as mesh:
+        yield mesh
+
+
+@pytest.mark.parametrize("turn", TURNS)
+async def test_when_a_killed_turn_server_is_back_the_gateway_registers_by_itself(tmp_path: Path, turn: str) -> None:
+    with a_mesh(tmp_path, turn) as mesh:
+        async with talking(mesh) as talk:
+            held = await talk.hold()
+            before = [line["since"] for line in mesh.registrations()]
+            mesh["turn"].kill()
+            await held.cut()
+            mesh.start("turn")
+            await mesh.eventually("the TURN server is back", lambda: mesh.ready("turn"))
+            await mesh.eventually(
+                "the gateway is registered anew",
+                lambda: mesh.whole() and min(line["since"] for line in mesh.registrations()) > max(before),
+                REGISTERED_WITHIN_S,
+            )
+            await talk.at_once(10)
+
+
+@pytest.mark.parametrize("turn", TURNS)
+async def test_a_second_gateway_takes_over_from_one_that_is_killed(tmp_path: Path, turn: str) -> None:
+    with a_mesh(tmp_path, turn, gateways=2) as mesh:
+        async with talking(mesh) as talk:
+            held = [await talk.hold() for _ in range(16)]
+            cut = len(mesh.ask("gateway", "/streams")["gateway"])
+            assert 0 < cut < len(held), "both gateways have some"
+            mesh["gateway"].kill()
+            # Clients that come now still find the dead one's record.
+            assert {record["spec"]["gateway"] for record in mesh.records("relay", "allocation")} == {"gw-1", "gw-2"}
+            await talk.at_once(50)
+            assert talk.count == 50
+            assert len(mesh.ask("gateway-2", "/streams")["gateway"]) == len(held) - cut
+            lost = 0
+            for one in held:
+                try:
+                    await one.ping()
+                    await one.end()
+                except OSError:
+                    one.wire.close()
+                    lost += 1
+            assert lost == cut
+            if turn == "embedded":  # once is enough: a lease knows nothing of TURN servers
+                await mesh.eventually(
+                    "the dead one's allocation is gone with its lease",
+                    lambda: {record["spec"]["gateway"] for record in mesh.records("relay", "allocation")} == {"gw-2"},
+                )
+                await talk.at_once(10)
+        reasons = [event["reason"] for event in mesh.events("relay")]
+        assert reasons.count("truncated") == cut
+        assert set(reasons) == {"ok", "truncated"}
+
+
+async def test_streams_go_on_while_discovery_is_dead_and_all_settles_when_it_is_back(tmp_path: Path) -> None:
+    with a_mesh(tmp_path, "embedded") as mesh:
+        async with talking(mesh) as talk:
+            held = await talk.hold()
+            mesh["discovery"].kill()
+            parts = ("relay", "gateway", "turn")
+            await mesh.eventually("all have noticed", lambda: not any(connected(mesh, part) for part in parts))
+            await held.ping()
+            await talk.at_once(10)
+            assert all(mesh[part].alive and mesh.ready(part) for part in parts)
+            mesh.start("discovery")
+            async with talk.going_on():
+                await mesh.eventually("all are back", lambda: all(connected(mesh, part) for part in parts))
+                await mesh.eventually("all is as it was", mesh.whole)
+            await held.ping()
+            await held.end()
+        assert {event["reason"] for event in mesh.events("relay")} == {"ok"}
+
+
+async def test_a_discovery_server_that_comes_back_empty_is_told_everything_anew(tmp_path: Path) -> None:
+    with a_mesh(tmp_path, "embedded") as mesh:
+        kinds = ("turn", "relay", "allocation")
+        before = {kind: mesh.records("gateway", kind)[0]["spec"] for kind in kinds}
+        async with talking(mesh) as talk:
+            mesh["discovery"].kill()
+            mesh.forget_all()
+            mesh.start("discovery")
+            async with talk.going_on():
+                # The test's time-out is the limit.
+                while {record["kind"] for record in await asyncio.to_thread(mesh.records_at_the_server)} < {*kinds}:
+                    await asyncio.sleep(0.1)
+                await mesh.eventually("the relay has the new view", lambda: connected(mesh, "relay"))
+            after = {kind: mesh.records("gateway", kind)[0]["spec"] for kind in kinds}
+            assert after == before
+            await talk.at_once(10)
+        assert {event["reason"] for event in mesh.events("relay")} == {"ok"}
+
+
+@pytest.mark.slow
+async def test_streams_go_on_while_discovery_hangs_for_longer_than_a_lease_and_when_it_wakes(tmp_path: Path) -> None:
+    with a_mesh(tmp_path, "embedded") as mesh:
+        async with talking(mesh) as talk, talk.going_on():
+            held = await talk.hold()
+            mesh["discovery"].send_signal(signal.SIGSTOP)
+            await asyncio.sleep(LEASE_S + 1)  # the lease is what must pass here
+            await held.ping()
+            mesh["discovery"].send_signal(signal.SIGCONT)
+            # What it makes of the leases that nobody could renew meanwhile it does at once.
+            await asyncio.sleep(2)
+            await mesh.eventually("all is as it was", mesh.whole)
+            await held.end()
+        reasons = [event["reason"] for event in mesh.events("relay")]
+        assert set(reasons) == {"ok"}, {reason: reasons.count(reason) for reason in reasons}
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+@pytest.mark.needs("turnserver")
+async def test_a_gateway_that_idled_past_the_nonces_life_takes_the_next_stream(tmp_path: Path) -> None:
+    with a_mesh(tmp_path, "coturn", coturn_options=["--stale-nonce=5"]) as mesh:
+        async with talking(mesh) as talk:
+            await talk.once()
+            await asyncio.sleep(6.5)  # the nonce's life, and what coturn may take to notice
+            await talk.once()
+            # And across the end of the next one's life, wherever that falls.
+            async with talk.going_on(0.1):
+                await asyncio.sleep(5.5)
+        assert {event["reason"] for event in mesh.events("relay")} == {"ok"}
+
+
+def connected(mesh: Mesh, part: str) -> bool:
+    """Whether a part's view of discovery is live."""
+    return bool((mesh.ask(part, "/status") or {}).get("discovery", {}).get("connected"))
