@@ -1,14 +1,17 @@
 """The admin server: health, readiness, metrics, live streams, the current view of discovery, effective configuration.
 
-It only tells and changes nothing, on loopback unless configured otherwise. Names of services and addresses of clients
-are in what it tells, so a web page that a browser on this machine happens to show must not read it: requests are taken
-only under an address or `localhost`, never under a name that somebody may point here.
+It has no authentication, and is on loopback unless configured otherwise. Names of services and addresses of clients are in
+what it tells, so a web page that a browser on this machine happens to show must not read it: requests are taken only under
+an address or `localhost`, never under a name that somebody may point here.
+
+The one thing that it does is to end a stream: only for who connects from loopback, and only with the header `Crossnet-Admin`,
+which a web page cannot send to another origin without a preflight, and that is never granted.
 """
 
 import json
-from collections.abc import Awaitable, Callable
-from ipaddress import ip_address
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from ipaddress import ip_address, ip_network
+from typing import Protocol, TypeAlias
 
 import msgspec
 from aiohttp import web
@@ -16,10 +19,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from discovery.model import Mesh
+from sniproxy.stream.policy import NamePattern
 
 MAX_REQUEST_BYTES = 1024
 """Of a request's body: nothing here takes one."""
 
+GUARD_HEADER = "Crossnet-Admin"
+"""Must be there, whatever it says, where something is changed."""
+
+Row: TypeAlias = Mapping[str, object]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -36,6 +44,12 @@ class Process(Protocol):
 
     def streams(self) -> dict[str, list[dict[str, object]]]:
         """Return the open streams by role."""
+
+    def ended_streams(self) -> dict[str, list[dict[str, object]]]:
+        """Return the streams that ended last, by role."""
+
+    def end_stream(self, stream: bytes) -> bool:
+        """End a stream of this process; False if none of that id is open."""
 
     def view(self) -> Mesh:
         """Return the current mesh."""
@@ -59,6 +73,7 @@ class AdminServer:
                 web.get("/metrics", self._metrics),
                 web.get("/status", self._status),
                 web.get("/streams", self._streams),
+                web.delete("/streams/{stream}", self._end_stream),
                 web.get("/mesh", self._mesh),
                 web.get("/config", self._config),
             ]
@@ -103,8 +118,27 @@ class AdminServer:
         return _json(self._process.status())
 
     async def _streams(self, request: web.Request) -> web.StreamResponse:
-        del request
-        return _json(self._process.streams())
+        try:
+            wanted = _filter(request.query)
+        except ValueError as error:
+            return _json({"error": "bad_filter", "detail": str(error)}, 400)
+        # A stream has a reason when it has ended.
+        rows = self._process.ended_streams() if "reason" in request.query else self._process.streams()
+        return _json({role: [row for row in of_role if wanted(row)] for role, of_role in rows.items()})
+
+    async def _end_stream(self, request: web.Request) -> web.StreamResponse:
+        peer = request.transport.get_extra_info("peername") if request.transport is not None else None
+        if peer is None or not ip_address(peer[0].partition("%")[0]).is_loopback:
+            return _json({"error": "forbidden", "detail": "streams are ended from this machine only"}, 403)
+        if GUARD_HEADER not in request.headers:
+            return _json({"error": "forbidden", "detail": f"send the header {GUARD_HEADER}: 1"}, 403)
+        try:
+            stream = bytes.fromhex(request.match_info["stream"])
+        except ValueError:
+            stream = b""
+        if not self._process.end_stream(stream):
+            return _json({"error": "not_found", "detail": "no stream of this id is open"}, 404)
+        return _json({"ended": stream.hex()})
 
     async def _mesh(self, request: web.Request) -> web.StreamResponse:
         del request
@@ -114,6 +148,26 @@ class AdminServer:
     async def _config(self, request: web.Request) -> web.StreamResponse:
         del request
         return _json(self._process.effective_config())
+
+
+def _filter(query: Mapping[str, str]) -> Callable[[Row], bool]:
+    """Read which rows are asked for; all that is asked must hold. Raises ValueError."""
+    checks = [_check(name, value) for name, value in query.items()]
+    return lambda row: all(check(row) for check in checks)
+
+
+def _check(name: str, value: str) -> Callable[[Row], bool]:
+    if name == "network":
+        return lambda row: value in (row.get("network"), row.get("from_network"))
+    if name == "client":
+        clients = ip_network(value)
+        return lambda row: ip_address(str(row.get("client", "::"))) in clients
+    if name == "sni":
+        pattern = NamePattern.parse(value.lower())
+        return lambda row: pattern.matches(str(row.get("sni", "")))
+    if name in ("state", "reason"):
+        return lambda row: value in ("*", row.get(name))
+    raise ValueError(f"{name!r} is none of network, client (an address or CIDR), sni (* is a label), state, reason")
 
 
 @web.middleware

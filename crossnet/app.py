@@ -343,6 +343,19 @@ class App:
         servers = {"relay": self.relay, "gateway": self.gateway}
         return {role: server.ledger.rows() for role, server in servers.items() if server is not None}
 
+    def ended_streams(self) -> dict[str, list[dict[str, object]]]:
+        """Return the streams that ended last, by role."""
+        servers = {"relay": self.relay, "gateway": self.gateway}
+        return {role: server.ledger.ended() for role, server in servers.items() if server is not None}
+
+    def end_stream(self, stream: bytes) -> bool:
+        """End a stream of this process; False if none of that id is open."""
+        found = [server.ledger.find(stream) for server in (self.relay, self.gateway) if server is not None]
+        for account in found:
+            if account is not None:
+                account.stop("ended at the admin server")
+        return any(found)
+
     def view(self) -> Mesh:
         """Return the current mesh."""
         return self.discovery.mesh if self.discovery is not None else Mesh.EMPTY

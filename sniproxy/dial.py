@@ -33,6 +33,10 @@ DEFAULT_DIAL_TIMEOUT_S = 3.0
 """For the TCP handshake: one lost SYN is sent again after 1 s, a second after 3 s."""
 
 
+RESET = "reset"
+"""The result of an attempt that may be made again."""
+
+
 class DialError(Exception):
     """No candidate took the stream. `final`: another one must not be asked with the same bytes."""
 
@@ -85,13 +89,20 @@ class Dialer:
         dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S,
         ready_timeout_s: float = LIMIT_READY_S,
         open_timeout_s: float = LIMIT_OPENED_S,
+        count: Callable[[RouteKind, str], None] = lambda _kind, _result: None,
     ) -> None:
+        """Dial for this network.
+
+        Args:
+            count: told of each attempt and its result: "ok", "reset" before a gateway answered, or a reason.
+        """
         self._network = network
         self._keys = keys
         self._now_ms = now_ms
         self._dial_timeout_s = dial_timeout_s
         self._ready_timeout_s = ready_timeout_s
         self._open_timeout_s = open_timeout_s
+        self._count = count
 
     async def open(self, call: Call, candidates: list[Candidate]) -> Connected:
         """Try up to three candidates in their order.
@@ -107,15 +118,20 @@ class Dialer:
             for pause in (*pauses, None):
                 attempts += 1
                 try:
-                    return await self._attempt(call, candidate, attempts)
+                    connected = await self._attempt(call, candidate, attempts)
                 except _ResetBeforeReady as error:
+                    self._count(candidate.kind, RESET)
                     if pause is None:
                         failure = _given_up(candidate, error)
                     else:
                         await asyncio.sleep(pause)
                 except DialError as error:
+                    self._count(candidate.kind, error.reason.value)
                     failure = error
                     break
+                else:
+                    self._count(candidate.kind, Reason.OK.value)
+                    return connected
             failure.attempts = attempts
             if failure.final:
                 break

@@ -10,13 +10,13 @@ import time
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 
 from discovery.addresses import Address, Network, TargetList
 from discovery.contract import Discovery
 from discovery.imports import Imports
 from sniproxy.alert import AlertDescription, alert_record
-from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, Call, Connected, Dialer, DialError
+from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, RESET, Call, Connected, Dialer, DialError
 from sniproxy.engine import End, Listener, Splice, Wire
 from sniproxy.engine.host import is_own_address
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
@@ -138,6 +138,14 @@ class Relay:
     ) -> None:
         self._discovery = discovery
         self.ledger = Ledger("relay", registry)
+        dials = Counter(
+            "crossnet_relay_dials",
+            "Attempts to open a stream, by route and result.",
+            ["route", "result"],
+            registry=registry,
+        )
+        results = (*(reason.value for reason in Reason), RESET)
+        self._dials = {(kind, result): dials.labels(kind.value, result) for kind in RouteKind for result in results}
         self._listeners: list[Listener] = []
         self._lingering = 0
         self._admission = Admission(Limits())
@@ -162,7 +170,11 @@ class Relay:
             guard=self._guard,
         )
         self._dialer = Dialer(
-            config.network, keys, now_ms=lambda: time.time_ns() // 1_000_000, dial_timeout_s=config.dial_timeout_s
+            config.network,
+            keys,
+            now_ms=lambda: time.time_ns() // 1_000_000,
+            dial_timeout_s=config.dial_timeout_s,
+            count=lambda kind, result: self._dials[kind, result].inc(),
         )
 
     @property
