@@ -30,6 +30,7 @@ MAX_PORTS = 64  # of one relay or service
 MAX_TURN_SERVERS = 256  # that one relay publishes its sources for
 MAX_ENDPOINTS = 1000  # of one port; a Kubernetes EndpointSlice holds 100 by default and 1000 at most
 MAX_PROTO = 16
+MAX_ASKED = 1000  # networks that one relay imports from
 FRAMED = "framed/1"  # capsules behind a signed preamble, the one stream protocol that loses nothing
 
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
@@ -71,6 +72,10 @@ class RelaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ports: list[int]
     sources: dict[str, list[str]] = {}
     """For each TURN server of this network (by id) the addresses that it sees this relay come from."""
+
+    asks: list[str] = []
+    """Networks that this relay asks for: those that it imports names from. A hint for gateways that register only where they
+    are asked for; a relay may ask for others all the same."""
 
 
 class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -204,6 +209,7 @@ def spec_faults(
             for turn, sources in spec.sources.items():
                 yield from _id_faults(child(f"{path}.sources", turn), turn)
                 yield from _each(child(f"{path}.sources", turn), sources, MAX_ADDRESSES, address)
+            yield from _each(f"{path}.asks", spec.asks, MAX_ASKED, _network_faults)
         case TurnSpec():
             yield from _turn_url_faults(f"{path}.url", spec.url, allowed)
             yield from _each(f"{path}.relay_addresses", spec.relay_addresses, MAX_ADDRESSES, address, least=1)
@@ -277,6 +283,11 @@ def _name_faults(path: str, text: str) -> Iterator[Fault]:
 def _port_faults(path: str, port: int) -> Iterator[Fault]:
     if not 1 <= port <= MAX_PORT:
         yield Fault(path, f"a port 1-{MAX_PORT}", shown(port))
+
+
+def _network_faults(path: str, text: str) -> Iterator[Fault]:
+    if not is_ldh_label(text):
+        yield Fault(path, "a network id", shown(text))
 
 
 def _proto_faults(path: str, text: str) -> Iterator[Fault]:

@@ -6,6 +6,8 @@ the server announces, end. It does not come back: a new one is the registrar's b
 
 import asyncio
 import logging
+import socket
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -99,6 +101,9 @@ class Allocation:
         self._control: Control | None = None
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self._wires: list[Wire] = []
+        self._pruned_at = 0
         self.allow(peers)
 
     def allow(self, addresses: frozenset[str]) -> None:
@@ -107,6 +112,26 @@ class Allocation:
         The server keeps a permission up to 300 s after its address has left the set; such a peer is not bound.
         """
         self.permissions.want(addresses)
+
+    @property
+    def streams(self) -> int:
+        """How many of the streams that were bound are open."""
+        self._wires = [wire for wire in self._wires if not wire.closed]
+        return len(self._wires)
+
+    async def renew(self, credentials: Credentials) -> None:
+        """Go on with these credentials, if the server lets a living allocation have new ones; nothing changes if not.
+
+        Some do, where both are of one account (RFC 8656, section 7.3: the username must be the same, and of REST
+        usernames only the part behind the expiry counts); coturn answers 441.
+
+        Raises:
+            TurnError: it does not, or the allocation is not there (any more).
+        """
+        if self._control is None or self.relayed is None:
+            raise TurnError(TurnReason.CONNECTION_LOST, "the allocation is not there")
+        answer = await self._control.ask(Method.REFRESH, self._asking_lifetime, as_whom=credentials)
+        self.lifetime_s = _lifetime(answer)
 
     # Life
 
@@ -148,6 +173,7 @@ class Allocation:
     async def close(self) -> None:
         """Give the allocation back, which ends its streams, and make `run()` return. Bounded in time."""
         control = self._control
+        self._closing = True
         if control is not None and self.relayed is not None and not self._ended.is_set():
             try:
                 async with asyncio.timeout(self.timing.close_s):
@@ -158,7 +184,7 @@ class Allocation:
 
     def _finish(self, error: TurnError | None) -> None:
         if not self._ended.is_set():
-            self._error = error
+            self._error = None if self._closing else error  # a server that has been told may hang up at once
             self._ended.set()
 
     def _spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> asyncio.Task[None]:
@@ -177,16 +203,26 @@ class Allocation:
 
     async def _connected(self) -> Wire:
         try:
-            return await self._dialled(self.timing.connect_s)
+            wire = await self._dialled(self.timing.connect_s)
         except TimeoutError:
             raise TurnError(TurnReason.CONNECT_FAILED, f"no connection in {self.timing.connect_s:g} s") from None
+        except ssl.SSLError as exc:
+            raise TurnError(TurnReason.TLS_FAILED, describe(exc)) from exc
         except OSError as exc:
             raise TurnError(TurnReason.CONNECT_FAILED, describe(exc)) from exc
+        with socket.fromfd(
+            wire.fd, socket.AF_INET, socket.SOCK_STREAM
+        ) as same:  # an option is the connection's, not the number's
+            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self.timing.user_timeout_s * 1000))
+        return wire
 
     async def _dialled(self, timeout_s: float) -> Wire:
         return await self._dial(self.address, self.port, timeout_s=timeout_s)
 
     def _bound(self, wire: Wire, peer: tuple[str, int]) -> None:
+        if len(self._wires) >= 2 * self._pruned_at + 16:
+            self._pruned_at = self.streams
+        self._wires.append(wire)
         self._on_stream(Bound(wire=wire, peer=peer, via=self._via, turn=self._turn, allocation=self.record))
 
     # Allocation and lifetime
@@ -194,6 +230,7 @@ class Allocation:
     async def _live(self, on_ready: Callable[[], None]) -> None:
         await self._allocate()
         self._spawn(self._keep_lifetime)
+        self._spawn(self._keep_alive)
         await self.permissions.ask()
         on_ready()
         await self.permissions.keep()
@@ -221,10 +258,30 @@ class Allocation:
     async def _keep_lifetime(self) -> None:
         while True:
             await asyncio.sleep(max(MIN_REFRESH_S, self.lifetime_s / 2))
-            answer = await self._insist(
-                Method.REFRESH, lambda m: m.with_number(Attribute.LIFETIME, self.timing.lifetime_s)
-            )
-            self.lifetime_s = _lifetime(answer)
+            self.lifetime_s = _lifetime(await self._insist(Method.REFRESH, self._asking_lifetime))
+
+    async def _keep_alive(self) -> None:
+        """Find out within 30 s when the path is gone, even where only what we send is lost; keep NATs' mappings.
+
+        A Binding is the cheapest question. A server may be told not to answer it: so silence is confirmed by a Refresh, and
+        where that is answered, Refresh is the question from then on.
+        """
+        assert self._control is not None, "only while running"
+        binding = True
+        while True:
+            await asyncio.sleep(self.timing.keepalive_s)
+            try:
+                if binding:
+                    await self._control.ping()
+                    continue
+            except TurnError as exc:
+                if exc.reason is not TurnReason.TIMEOUT:
+                    raise
+                binding = False
+            self.lifetime_s = _lifetime(await self._insist(Method.REFRESH, self._asking_lifetime))
+
+    def _asking_lifetime(self, message: Message) -> Message:
+        return message.with_number(Attribute.LIFETIME, self.timing.lifetime_s)
 
     async def _ask(self, method: Method, fill: Callable[[Message], Message]) -> Message:
         assert self._control is not None, "only while running"

@@ -25,10 +25,13 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from ipaddress import ip_address
 
 from sniproxy.engine import Wire
 from turnreg.auth import long_term_key
 from turnreg.stun import (
+    FAMILY_IPV4,
+    FAMILY_IPV6,
     HEADER_BYTES,
     TRANSACTION_ID_BYTES,
     Attribute,
@@ -52,10 +55,12 @@ class TurnReason(StrEnum):
     """Why a registration failed or an allocation ended. Metric label and log field."""
 
     CONNECT_FAILED = "connect_failed"
+    TLS_FAILED = "tls_failed"
     CONNECTION_LOST = "connection_lost"
     TIMEOUT = "timeout"
     MALFORMED = "malformed"
     BAD_ANSWER = "bad_answer"
+    BAD_REQUEST = "bad_request"
     UNAUTHORIZED = "unauthorized"
     WRONG_CREDENTIALS = "wrong_credentials"
     STALE_NONCE = "stale_nonce"
@@ -63,6 +68,8 @@ class TurnReason(StrEnum):
     MISMATCH = "mismatch"
     UNSUPPORTED_TRANSPORT = "unsupported_transport"
     FAMILY = "family"
+    PEER_TAKEN = "peer_taken"
+    PEER_UNREACHABLE = "peer_unreachable"
     QUOTA = "quota"
     CAPACITY = "capacity"
     REDIRECTED = "redirected"
@@ -70,12 +77,12 @@ class TurnReason(StrEnum):
     NO_CREDENTIALS = "no_credentials"
     REFUSED_ADDRESS = "refused_address"
     UNRESOLVED = "unresolved"
-    TLS_UNSUPPORTED = "tls_unsupported"
     INTERNAL = "internal"
 
 
 _REASON_OF_CODE = {
     300: TurnReason.REDIRECTED,
+    400: TurnReason.BAD_REQUEST,
     401: TurnReason.UNAUTHORIZED,
     403: TurnReason.FORBIDDEN,
     437: TurnReason.MISMATCH,
@@ -84,6 +91,8 @@ _REASON_OF_CODE = {
     441: TurnReason.WRONG_CREDENTIALS,
     442: TurnReason.UNSUPPORTED_TRANSPORT,
     443: TurnReason.FAMILY,
+    446: TurnReason.PEER_TAKEN,
+    447: TurnReason.PEER_UNREACHABLE,
     486: TurnReason.QUOTA,
     508: TurnReason.CAPACITY,
 }
@@ -92,9 +101,15 @@ _REASON_OF_CODE = {
 class TurnError(Exception):
     """A request to a TURN server failed, or the connection to it ended. `detail` is safe to log."""
 
-    def __init__(self, reason: TurnReason, detail: str, *, code: int | None = None) -> None:
-        """Say why, as an enum for metrics and as a sentence for people. `code` is the server's, if it gave one."""
+    def __init__(
+        self, reason: TurnReason, detail: str, *, code: int | None = None, alternate: tuple[str, int] | None = None
+    ) -> None:
+        """Say why, as an enum for metrics and as a sentence for people.
+
+        `code` is the server's, if it gave one; `alternate` the server that it sends us to with a 300.
+        """
         super().__init__(f"{reason}: {detail}")
+        self.alternate = alternate
         self.reason = reason
         self.detail = detail
         self.code = code
@@ -110,7 +125,22 @@ class TurnError(Exception):
             return cls(TurnReason.BAD_ANSWER, "an error answer without ERROR-CODE")
         code, phrase = error
         reason = _REASON_OF_CODE.get(code, TurnReason.REJECTED)
-        return cls(reason, f"the server answered {code} {phrase}".rstrip(), code=code)
+        alternate = None
+        if code == 300:
+            try:
+                alternate = _plain_address(answer.get(Attribute.ALTERNATE_SERVER))
+            except StunError as exc:
+                return cls(TurnReason.BAD_ANSWER, str(exc), code=code)
+        return cls(reason, f"the server answered {code} {phrase}".rstrip(), code=code, alternate=alternate)
+
+
+def _plain_address(value: bytes | None) -> tuple[str, int] | None:
+    """Read an address that is not XORed, as ALTERNATE-SERVER is (RFC 8489, section 14.15). Raises StunError."""
+    if value is None:
+        return None
+    if (len(value), value[1:2]) not in ((8, bytes([FAMILY_IPV4])), (20, bytes([FAMILY_IPV6]))):
+        raise StunError("ALTERNATE-SERVER is malformed")
+    return str(ip_address(value[4:])), int.from_bytes(value[2:4], "big")
 
 
 def describe(error: OSError) -> str:
@@ -130,11 +160,14 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """What the server's last challenge gave, and the key that follows from it."""
+    """What the server's last challenge gave."""
 
     realm: str
     nonce: str
-    key: bytes = field(repr=False)
+
+    def key(self, credentials: Credentials) -> bytes:
+        """Return the key that these credentials sign with."""
+        return long_term_key(credentials.username, self.realm, credentials.password)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,21 +228,22 @@ class Control:
         """Take the nonce for old until a request proves it: a bind signed with it was refused."""
         self._nonce_proved_at = -1e9
 
-    def sign(self, message: Message) -> tuple[bytes, bytes | None]:
+    def sign(self, message: Message, credentials: Credentials | None = None) -> tuple[bytes, bytes | None]:
         """Return the bytes of a request, signed if the server has asked for it, and the key they are signed with.
 
         Raises TurnError if the server's realm and nonce leave no room for the request itself.
         """
-        session = self._session
+        session, credentials = self._session, credentials or self._credentials
         try:
             if session is None:
                 return message.pack(), None
             signed = (
-                message.with_text(Attribute.USERNAME, self._credentials.username)
+                message.with_text(Attribute.USERNAME, credentials.username)
                 .with_text(Attribute.REALM, session.realm)
                 .with_text(Attribute.NONCE, session.nonce)
             )
-            return signed.pack(integrity_key=session.key), session.key
+            key = session.key(credentials)
+            return signed.pack(integrity_key=key), key
         except StunError as exc:
             raise TurnError(TurnReason.BAD_ANSWER, f"the server's realm and nonce are too long: {exc}") from exc
 
@@ -224,26 +258,31 @@ class Control:
             realm = session.realm
         if realm is None or not nonce:
             raise TurnError(TurnReason.BAD_ANSWER, "a challenge without REALM or NONCE")
-        if session is not None and session.realm == realm:
-            key = session.key
-        else:
-            key = long_term_key(self._credentials.username, realm, self._credentials.password)
-        self._session = _Session(realm, nonce, key)
+        self._session = _Session(realm, nonce)
         self._nonce_proved_at = self._loop.time()
 
     # Asking
 
-    async def ask(self, method: Method, fill: Callable[[Message], Message] = lambda message: message) -> Message:
+    async def ask(
+        self,
+        method: Method,
+        fill: Callable[[Message], Message] = lambda message: message,
+        *,
+        as_whom: Credentials | None = None,
+    ) -> Message:
         """Send a request, answer the server's challenges, return its success answer. Raises TurnError.
 
-        `fill` adds the attributes; it is called again, with a new transaction id, for every time the request is sent.
+        Args:
+            fill: adds the attributes; called again, with a new transaction id, for every time the request is sent.
+            as_whom: other credentials than ours. Where the server takes them, they are ours from then on.
         """
         for _ in range(MAX_CHALLENGES + 1):
             sent_at = self._loop.time()
-            answer, signed = await self._transact(fill(request(method)))
+            answer, signed = await self._transact(fill(request(method)), as_whom)
             if answer.message_class is MessageClass.SUCCESS:
                 if signed:
                     self._nonce_proved_at = max(self._nonce_proved_at, sent_at)
+                    self._credentials = as_whom or self._credentials
                 if unknown := answer.not_understood(_KNOWN):
                     raise TurnError(TurnReason.BAD_ANSWER, f"the answer needs attribute {unknown[0]:#06x} understood")
                 return answer
@@ -254,11 +293,19 @@ class Control:
             raise error
         raise error
 
-    async def _transact(self, message: Message) -> tuple[Message, bool]:
+    async def ping(self) -> None:
+        """Send a Binding request, which needs no credentials, and take any answer to it. Raises TurnError."""
+        question = request(Method.BINDING)
+        await self._exchange(question, question.pack(), None)
+
+    async def _transact(self, message: Message, as_whom: Credentials | None) -> tuple[Message, bool]:
         """Return the answer that counts and whether the request was signed."""
+        data, key = self.sign(message, as_whom)
+        return await self._exchange(message, data, key), key is not None
+
+    async def _exchange(self, message: Message, data: bytes, key: bytes | None) -> Message:
         if self._error is not None:
             raise self._error
-        data, key = self.sign(message)
         answer: asyncio.Future[Message | None] = self._loop.create_future()
         self._pending[message.transaction_id] = _Pending(message.method, key, answer)
         try:
@@ -272,7 +319,7 @@ class Control:
             del self._pending[message.transaction_id]
         if got is None:
             raise self._error or TurnError(TurnReason.CONNECTION_LOST, "the connection ended")
-        return got, key is not None
+        return got
 
     async def _send(self, data: bytes) -> None:
         async with self._sending:

@@ -5,6 +5,7 @@ relays, and nobody else's, are what may connect. Each registration lives, fails 
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,14 +15,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from discovery.client import Discovery
 from discovery.model import Mesh, Record, TurnSpec
 from turnreg.client import BindResult, Bound, Credentials, TurnReason
-from turnreg.registration import Registration, Server, record_id
-from turnreg.settings import Backoff, Issued, RegistrarConfig, RestSecret, TurnCredentials
+from turnreg.registration import Registration, record_id
+from turnreg.settings import Backoff, Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
 from turnreg.stun import FAMILY_IPV4, FAMILY_IPV6
+from turnreg.tenure import Renewal, Server
 
 __all__ = [
     "Backoff",
     "Credentials",
     "Issued",
+    "Register",
     "Registrar",
     "RegistrarConfig",
     "RestSecret",
@@ -35,6 +38,10 @@ CLOSE_MARGIN_S = 1.0
 """Beyond what an allocation may take to be given back."""
 
 
+_Key = tuple[str, str, int]
+"""Network, TURN server, and which of our allocations there."""
+
+
 class _Metrics:
     def __init__(self, registry: CollectorRegistry, count: Callable[[], int]) -> None:
         allocations = Gauge("crossnet_registrar_allocations", "Allocations held now", registry=registry)
@@ -45,8 +52,12 @@ class _Metrics:
             ["reason"],
             registry=registry,
         )
+        renewals = Counter(
+            "crossnet_registrar_renewals", "Renewals of credentials, by result", ["result"], registry=registry
+        )
         binds = Counter("crossnet_registrar_binds", "Peers announced, by result", ["result"], registry=registry)
         self.registrations = {reason: registrations.labels(reason) for reason in ("ok", *map(str, TurnReason))}
+        self.renewals = {result: renewals.labels(str(result)) for result in Renewal}
         self.binds = {result: binds.labels(str(result)) for result in BindResult}
 
 
@@ -63,7 +74,7 @@ class Registrar:
         """Take what the process has. `on_stream` owns the wire of each stream and must not block."""
         self._config, self._discovery, self._on_stream = config, discovery, on_stream
         self._credentials: Mapping[str, TurnCredentials] = config.turn
-        self._registrations: dict[tuple[str, str], Registration] = {}
+        self._registrations: dict[_Key, Registration] = {}
         self._metrics = _Metrics(registry, lambda: sum(r.ready for r in self._registrations.values()))
         self._group: asyncio.TaskGroup | None = None
         self._draining = False
@@ -110,49 +121,90 @@ class Registrar:
     @property
     def servers(self) -> frozenset[tuple[str, int]]:
         """Addresses and ports of the TURN servers that we are registered on, or about to be."""
-        held = (registration.allocation for registration in self._registrations.values())
-        return frozenset((allocation.address, allocation.port) for allocation in held if allocation is not None)
+        return frozenset[tuple[str, int]]().union(*(one.servers for one in self._registrations.values()))
 
     def status(self) -> list[dict[str, Any]]:
         """Say how each registration is, for people and the admin page; no secrets."""
         lines = [self._registrations[key].status() for key in sorted(self._registrations)]
         without = sorted(self._credentials.keys() - {line["via"] for line in lines})
-        return lines + [{"via": via, "turn": None, "state": "no_turn_record"} for via in without]
+        mesh = self._discovery.mesh
+        return lines + [
+            # Standby: nobody there asks for us, or other gateways of ours hold what is needed.
+            {
+                "via": via,
+                "turn": None,
+                "state": "standby" if mesh.turns(via) and via != self._config.network else "no_turn_record",
+            }
+            for via in without
+        ]
 
     def _apply(self, mesh: Mesh) -> None:
         """Bring registrations in line with the mesh."""
         if self._group is None or self._draining:
             return
-        seen = set()
+        there, seen = set(), set()
         for via, credentials in self._credentials.items():
             if via == self._config.network:
                 continue
             for record in mesh.turns(via):
-                key = (via, record.id)
-                seen.add(key)
-                registration = self._registrations.get(key)
-                new = registration is None
-                if registration is None:
-                    registration = self._registrations[key] = Registration(
-                        self._config,
-                        self._discovery,
-                        *key,
-                        on_stream=self._on_stream,
-                        on_bind=lambda result: self._metrics.binds[result].inc(),
-                        on_outcome=lambda reason: self._metrics.registrations[reason].inc(),
-                    )
-                registration.want(_server(record), credentials, _sources(mesh, *key))
-                if new:
-                    self._group.create_task(self._keep(key, registration))
+                there.add((via, record.id))
+                for replica in range(self._share(mesh, via, record.id)):
+                    key = (via, record.id, replica)
+                    seen.add(key)
+                    new = key not in self._registrations
+                    registration = self._registrations[key] if not new else self._registration(key)
+                    registration.want(_server(record), credentials, _sources(mesh, via, record.id))
+                    if new:
+                        self._group.create_task(self._keep(key, registration))
         for key, registration in self._registrations.items():
-            if key not in seen:
-                registration.want(None, None, _sources(mesh, *key))
+            if key in seen:
+                continue
+            if key[:2] in there:
+                registration.release()
+            else:
+                registration.want(None, None, _sources(mesh, *key[:2]))
 
-    async def _keep(self, key: tuple[str, str], registration: Registration) -> None:
+    def _share(self, mesh: Mesh, via: str, turn: str) -> int:
+        """Say how many allocations on this server are ours to hold.
+
+        Gateways of one network share them without asking each other: the records of those that hold one there say who
+        does, and a hash orders them and us, the same order everywhere. So one more gateway takes its share, the others
+        see its record and give theirs back; when one goes, its records lapse and the next takes its place.
+        """
+        own = self._config.network
+        if self._config.register is Register.IMPORTED and not any(own in relay.spec.asks for relay in mesh.relays(via)):
+            return 0
+        gateways = {
+            record.spec.gateway
+            for record in mesh.allocations(own)
+            if (record.spec.via, record.spec.turn) == (via, turn)
+        }
+        ranked = sorted(gateways | {self._config.gateway}, key=lambda gateway: _rank(gateway, via, turn))
+        return sum(ranked[replica % len(ranked)] == self._config.gateway for replica in range(self._config.replicas))
+
+    def _registration(self, key: _Key) -> Registration:
+        registration = self._registrations[key] = Registration(
+            self._config,
+            self._discovery,
+            *key,
+            on_stream=self._on_stream,
+            on_bind=lambda result: self._metrics.binds[result].inc(),
+            on_outcome=lambda reason: self._metrics.registrations[reason].inc(),
+            on_renewal=lambda result: self._metrics.renewals[result].inc(),
+        )
+        return registration
+
+    async def _keep(self, key: _Key, registration: Registration) -> None:
         try:
             await registration.run()
         finally:
             del self._registrations[key]
+        if not self._draining:
+            self._apply(self._discovery.mesh)  # it may have been wanted again while it was being given back
+
+
+def _rank(gateway: str, via: str, turn: str) -> bytes:
+    return hashlib.sha256(f"{gateway}\0{via}\0{turn}".encode()).digest()
 
 
 def _server(record: Record[TurnSpec]) -> Server:

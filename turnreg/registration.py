@@ -1,65 +1,53 @@
 """One registration: our allocation on one TURN server of another network, had again whenever it is lost.
 
-Not here: which TURN servers there are (`turnreg.registrar`), what an allocation does (`turnreg.client`).
+Not here: which TURN servers there are (`turnreg.registrar`), one allocation's life (`turnreg.tenure`).
+
+A registration has one allocation that is published, the current one. When its credentials run out, or others are to be
+used, another one is made first; the record then names that one's port in place of the old, in one write, and the old one
+is retired: it goes on until its streams have ended. Relays never see a moment without one.
 """
 
 import asyncio
 import hashlib
 import logging
-import math
-import socket
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from ipaddress import ip_address
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
-from discovery.addresses import BadAddress, TurnUrl, parse_turn_url, refusal
-from discovery.client import Discovery, DiscoveryError
+from discovery.addresses import TurnUrl
+from discovery.client import Discovery
 from discovery.model import AllocationSpec, Kind
 from discovery.spec import MAX_ID
-from sniproxy.engine import connect
-from turnreg.auth import rest_credentials
+from turnreg import tenure
 from turnreg.client import Allocation, BindResult, Bound, Credentials, Dial, TurnError, TurnReason
-from turnreg.settings import RegistrarConfig, RestSecret, TurnCredentials
+from turnreg.settings import RegistrarConfig, TurnCredentials
+from turnreg.tenure import Renewal, Server, Shown, Tenure
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-REST_LIFETIME_S = 7 * 24 * 3600.0
-"""How long the REST credentials are good that a gateway with the secret makes for itself, anew at every registration.
-Nobody else ever sees them, so short ones would win nothing. A server that looks at the expiry does so when the allocation
-is refreshed: that refresh fails with 401 or 441, and the registration begins anew at once with fresh ones."""
-
-RESOLVE_TIMEOUT_S = 5.0
-ISSUE_TIMEOUT_S = 10.0
-"""Discovery is an HTTP request away, and may have to fail over to its second server."""
 
 STEADY_S = 10.0
 """An allocation lost sooner than that counts as one more failure in a row: a server may accept and drop us for ever."""
 
+MAX_RETIRED = 4
+"""Allocations that go on for the sake of their streams. One more, and the oldest is closed: by then it has seen at least
+that many renewals, hours for credentials of one hour."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Server:
-    """What the record of a TURN server says of how to register there."""
+LOOK_AGAIN_S = 5.0
+"""How often a retired allocation is looked at: streams end without telling."""
 
-    url: str
-    family: int
-    """Of the relayed address: IPv6 only where the server's record has no IPv4 address."""
-    port_min: int
-    port_max: int
+LOG_AGAIN_S = 60.0
+"""The same failure over and over is logged that often, with how often it was."""
 
 
-def record_id(gateway: str, via: str, turn: str) -> str:
-    """Make the id of an allocation record: the same at every registration, another for every gateway.
+def record_id(gateway: str, via: str, turn: str, replica: int = 0) -> str:
+    """Make the id of an allocation record: the same at every registration, another for every gateway and replica.
 
     Network ids have no dots. Where a gateway's or TURN server's id has some, or all is too long, a hash keeps ids apart.
     """
-    text = f"{gateway}.{via}.{turn}"
-    if len(text) <= MAX_ID and text.count(".") == 2:
+    suffix = f".{replica + 1}" if replica else ""
+    text = f"{gateway}.{via}.{turn}{suffix}"
+    if len(text) <= MAX_ID and text.count(".") == 2 + bool(suffix):
         return text
-    digest = hashlib.sha256(f"{gateway}\0{via}\0{turn}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{gateway}\0{via}\0{turn}{suffix}".encode()).hexdigest()[:16]
     return f"{text[: MAX_ID - 17].rstrip('.-_')}-{digest}"
 
 
@@ -72,28 +60,37 @@ class Registration:
         discovery: Discovery,
         via: str,
         turn: str,
+        replica: int = 0,
         *,
         on_stream: Callable[[Bound], None],
         on_bind: Callable[[BindResult], None],
         on_outcome: Callable[[str], None],
+        on_renewal: Callable[[Renewal], None],
     ) -> None:
         """Describe it; `want()` and `run()` begin it. `on_outcome` is told "ok" or the TurnReason of every attempt."""
         self.via, self.turn = via, turn
-        self.record = record_id(config.gateway, via, turn)
-        self.allocation: Allocation | None = None
-        """The one that we hold or are about to."""
-        self.published = False
+        self.record = record_id(config.gateway, via, turn, replica)
         self._config, self._discovery = config, discovery
-        self._on_stream, self._on_bind, self._on_outcome = on_stream, on_bind, on_outcome
+        self._on_stream, self._on_bind = on_stream, on_bind
+        self._on_outcome, self._on_renewal = on_outcome, on_renewal
         self._server: Server | None = None
         self._credentials: TurnCredentials | None = None
         self._peers: frozenset[str] = frozenset()
-        self._draining = self._ending = False
+        self._draining = self._ending = self._released = False
         self._changed = asyncio.Event()
+        self._group: asyncio.TaskGroup | None = None
+        self._current: Tenure | None = None
+        self._coming: Tenure | None = None
+        self._retired: list[Tenure] = []
+        self._renewing = False
+        self._port: int | None = None  # what the record says
+        self._gone_at: float | None = None
+        self._retry_at = 0.0
         self._failures = 0
         self._binds = 0
         self._last: TurnError | None = None
-        self._ready_at: float | None = None  # unix time, for people
+        self._logged_at = -LOG_AGAIN_S
+        self._unlogged = 0
 
     # What is wanted
 
@@ -101,10 +98,20 @@ class Registration:
         """Say where, as whom and for which peers to register; without server or credentials, not at all."""
         if peers != self._peers:
             self._peers = peers
-            if self.allocation is not None:
-                self.allocation.allow(peers)
+            for one in self._tenures():
+                if one.allocation is not None:
+                    one.allocation.allow(peers)
         if (server, credentials) != (self._server, self._credentials):
             self._server, self._credentials = server, credentials
+            self._retry_at = 0.0
+            self._changed.set()
+        self._released = False
+
+    def release(self) -> None:
+        """Want it no longer, though the server is there: others have taken our part. What streams there are go on."""
+        if not self._released:
+            self._server = self._credentials = None
+            self._released = True
             self._changed.set()
 
     def drain(self) -> None:
@@ -121,14 +128,25 @@ class Registration:
     @property
     def ready(self) -> bool:
         """There is an allocation, and peers can connect to it."""
-        return self._ready_at is not None
+        return self._current is not None and self._current.ready
+
+    @property
+    def published(self) -> bool:
+        """Relays can know of it."""
+        return self._port is not None
+
+    @property
+    def servers(self) -> frozenset[tuple[str, int]]:
+        """Addresses and ports of the servers that we hold allocations on, or are about to."""
+        held = (one.allocation for one in self._tenures())
+        return frozenset((allocation.address, allocation.port) for allocation in held if allocation is not None)
 
     def status(self) -> dict[str, Any]:
         """Say how things are, for people; no secrets.
 
         `state` is waiting, registering, ready, lingering (no record of the server any more), draining.
         """
-        allocation, last = self.allocation, self._last
+        current, last = self._current, self._last
         lines: dict[str, Any] = {
             "via": self.via,
             "turn": self.turn,
@@ -138,11 +156,13 @@ class Registration:
             "published": self.published,
             "failures": 0 if self.ready else self._failures,
             "streams_bound": self._binds,
+            "retired": len(self._retired),
             "last_error": None if last is None else {"reason": str(last.reason), "detail": last.detail},
         }
-        if allocation is not None and self.ready:
+        if current is not None and current.ready and current.allocation is not None:
+            allocation = current.allocation
             lines |= {
-                "since": self._ready_at,
+                "since": current.ready_at,
                 "server": [allocation.address, allocation.port],
                 "relayed": list(allocation.relayed or ()),
                 "mapped": list(allocation.mapped or ()),
@@ -154,154 +174,215 @@ class Registration:
 
     def _state(self) -> str:
         if self.ready:
-            if self._draining:
+            if self._draining or self._released:
                 return "draining"
             return "ready" if self.published else "lingering"
-        return "waiting" if self.allocation is None else "registering"
+        return "waiting" if self._coming is None else "registering"
+
+    def _tenures(self) -> list[Tenure]:
+        return [one for one in (self._current, self._coming, *self._retired) if one is not None]
 
     # Life
 
     async def run(self) -> None:
         """Register, and again whenever that fails or is lost, until nothing is wanted any more."""
-        while (wanted := self._wanted()) is not None:
-            began = time.monotonic()
-            error: TurnError | None = None
+        async with asyncio.TaskGroup() as self._group:
             try:
-                await self._register(*wanted)
-            except TurnError as exc:
-                error = exc
-            except Exception as exc:  # one registration's fault must not end the others
-                log.exception("registration on %s at %s: unexpected error", self.turn, self.via)
-                error = TurnError(TurnReason.INTERNAL, type(exc).__name__)
+                while True:
+                    self._changed.clear()
+                    try:
+                        if self._step(asyncio.get_running_loop().time()):
+                            break
+                    except Exception as exc:  # one registration's fault must not end the others
+                        log.exception("registration on %s at %s: unexpected error", self.turn, self.via)
+                        self._failed(TurnError(TurnReason.INTERNAL, type(exc).__name__))
+                    await self._changes()
             finally:
-                was_ready = self.ready
                 self._withdraw()
-                self.allocation, self._ready_at = None, None
-            if error is None:
-                continue
-            self._failures = 1 if was_ready and time.monotonic() - began >= STEADY_S else self._failures + 1
-            self._last = error
-            self._on_outcome(error.reason)
-            if self._wanted() == wanted:
-                delay_s = self._config.backoff.delay_s(self._failures, error.reason)
-                self._log("allocation_lost" if was_ready else "registration_failed", error, delay_s)
-                await self._pause(delay_s)
+            for one in self._tenures():
+                self._group.create_task(one.close())
 
     def _wanted(self) -> tuple[Server, TurnCredentials] | None:
         if self._draining or self._server is None or self._credentials is None:
             return None
         return self._server, self._credentials
 
-    async def _pause(self, delay_s: float) -> None:
-        """Wait, but not on when something else is wanted."""
+    async def _changes(self) -> None:
+        """Wait until there may be something to do."""
+        loop = asyncio.get_running_loop()
+        due = self._due()
         try:
-            async with asyncio.timeout(delay_s):
+            async with asyncio.timeout_at(None if due is None else max(due, loop.time() + 0.001)):
                 await self._changed.wait()
         except TimeoutError:
             pass
 
-    async def _register(self, server: Server, credentials: TurnCredentials) -> None:
-        """Hold one allocation. Returns when another one is wanted, or none; raises TurnError when it is lost."""
-        self._changed.clear()
-        url = _parsed(server.url)
-        dial = _dial(url)
-        shown = await self._made(credentials)
-        address = await self._resolved(url)
-        self.allocation = allocation = Allocation(
-            address=address,
-            port=url.port,
-            credentials=shown,
-            on_stream=self._on_stream,
-            via=self.via,
-            turn=self.turn,
-            record=self.record,
-            peers=self._peers,
-            family=server.family,
-            on_bind=self._bound,
-            dial=dial,
-            timing=self._config.timing,
+    def _due(self) -> float | None:
+        dues = []
+        current, wanted = self._current, self._wanted()
+        if wanted is not None and self._coming is None:
+            if current is None or self._replaces(current, wanted) or not self.published:
+                dues.append(self._retry_at)
+            elif current.renew_at is not None and not self._renewing:
+                dues.append(max(current.renew_at, self._retry_at))
+        if self._gone_at is not None and not self._draining:
+            dues.append(self._gone_at + self._config.linger_s)
+        now = asyncio.get_running_loop().time()
+        overlap_s = self._config.overlap_s
+        dues.extend(
+            max(one.retired_at + overlap_s, now + LOOK_AGAIN_S if one.streams else 0.0) for one in self._retired
         )
+        return min(dues, default=None)
 
-        def ready() -> None:
-            self._ready_at = time.time()
+    def _step(self, now: float) -> bool:
+        """Bring what there is in line with what is wanted, as far as that is done at once; True when all is over."""
+        self._reap(now)
+        wanted = self._wanted()
+        if wanted is None:
+            return self._wind_down(now)
+        self._gone_at = None
+        if self._coming is not None and not self._coming.is_for(wanted):
+            self._close(self._coming)
+            self._coming = None
+        if self._coming is not None and self._coming.ready:
+            if self._current is not None:
+                self._retire(self._current, now)
+            self._current, self._coming = self._coming, None
             self._on_outcome("ok")
-            if self._wanted() == (server, credentials):
-                self._publish(server)
+            self._logged_at = -LOG_AGAIN_S
+        current = self._current
+        if current is not None and current.server != wanted[0]:
+            self._withdraw()  # relays take the address from the record of the server
+        elif current is not None and now >= self._retry_at:
+            self._publish(current)
+        if self._coming is None and now >= self._retry_at:
+            if current is None or self._replaces(current, wanted):
+                self._coming = self._begun(*wanted)
+            elif current.renew_at is not None and now >= current.renew_at and not self._renewing:
+                self._renewing = True
+                self._spawn(self._renew(current))
+        return False
 
-        lost: list[TurnError] = []
+    @staticmethod
+    def _replaces(current: Tenure, wanted: tuple[Server, TurnCredentials]) -> bool:
+        return current.outdated or not current.is_for(wanted)
 
-        async def live() -> None:
-            try:
-                await allocation.run(ready)
-            except TurnError as exc:
-                lost.append(exc)
-
-        async with asyncio.TaskGroup() as group:
-            life = group.create_task(live())
-            while await self._changes_before(life, math.inf):
-                if self._wanted() == (server, credentials):
-                    if self.ready:
-                        self._publish(server)
-                    continue
+    def _reap(self, now: float) -> None:
+        """Note what has ended, and end what nobody uses."""
+        for one in (self._coming, self._current):
+            if one is None or not one.over:
+                continue
+            was_ready = one is self._current
+            if was_ready:
                 self._withdraw()
-                if self._ending or self._wanted() is not None or not self.ready:
-                    break
-                # Drained, or the server's record is gone: streams go on until that is final.
-                linger_s = math.inf if self._draining else self._config.linger_s
-                if not await self._changes_before(life, linger_s):
-                    break
-                self._changed.set()  # look again at what it was
-            await allocation.close()
-        if lost:
-            raise lost[0]
-
-    async def _changes_before(self, life: asyncio.Task[None], timeout_s: float) -> bool:
-        """Wait for a change: True if it came before the allocation ended and the time was up."""
-        async with asyncio.TaskGroup() as group:
-            change = group.create_task(self._changed.wait())
-            await asyncio.wait(
-                {life, change},
-                timeout=None if timeout_s == math.inf else timeout_s,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            changed = change.done() and not life.done()
-            change.cancel()
-        self._changed.clear()
-        return changed
-
-    async def _made(self, credentials: TurnCredentials) -> Credentials:
-        match credentials:
-            case Credentials():
-                return credentials
-            case RestSecret(secret=secret):
-                name = f"{self._config.network}.{self._config.gateway}"
-                username, password = rest_credentials(secret, name, time.time() + REST_LIFETIME_S)
-                return Credentials(username=username, password=password)
-        return await _in_time(self._issued(), ISSUE_TIMEOUT_S, TurnReason.NO_CREDENTIALS)
-
-    async def _issued(self) -> Credentials:
-        try:
-            issued = await self._discovery.turn_credentials(self.via)
-        except DiscoveryError as exc:
-            raise TurnError(TurnReason.NO_CREDENTIALS, str(exc)) from exc
-        return Credentials(username=issued.username, password=issued.password)
-
-    async def _resolved(self, url: TurnUrl) -> str:
-        """Return an IP address of the server, the next one after every failure. It stays the allocation's."""
-        try:
-            addresses = [str(ip_address(url.host))]
-        except ValueError:
-            addresses = await _in_time(_look_up(url), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
-        good, detail = [], "the name has no address"
-        for address in addresses:
-            # Another network wrote this: it must not lead us to what only we can reach.
-            if why := refusal(ip_address(address), self._config.allowed):
-                detail = f"{address} is {why}"
+                self._current = None
             else:
-                good.append(address)
-        if not good:
-            raise TurnError(TurnReason.REFUSED_ADDRESS, detail)
-        return good[self._failures % len(good)]
+                self._coming = None
+            if one.error is not None:
+                steady = was_ready and now - one.steady_from >= STEADY_S
+                self._failed(one.error, steady=steady, event="allocation_lost" if was_ready else "registration_failed")
+        self._retired = [one for one in self._retired if not one.over]
+        for one in list(self._retired):
+            if now >= one.retired_at + self._config.overlap_s and not one.streams:
+                self._retired.remove(one)
+                self._close(one)
+
+    def _wind_down(self, now: float) -> bool:
+        """Nothing is wanted: withdraw, and see streams off. True when that is done."""
+        self._withdraw()
+        if self._coming is not None:
+            self._close(self._coming)
+            self._coming = None
+        if self._current is not None and self._released:
+            self._retire(self._current, now)
+            self._current = None
+        if self._current is not None and not self._draining:
+            # The server's record is gone: discovery may be at fault, or its lease, and not the server.
+            self._gone_at = now if self._gone_at is None else self._gone_at
+            if now >= self._gone_at + self._config.linger_s:
+                return True
+        return self._ending or (self._current is None and not self._retired)
+
+    def _retire(self, one: Tenure, now: float) -> None:
+        one.retired_at = now
+        self._retired.append(one)
+        if len(self._retired) > MAX_RETIRED:
+            self._close(self._retired.pop(0))
+
+    def _close(self, one: Tenure) -> None:
+        self._spawn(one.close())
+
+    def _spawn(self, work: Any) -> None:
+        assert self._group is not None, "only while running"
+        self._group.create_task(work)
+
+    def _begun(self, server: Server, credentials: TurnCredentials) -> Tenure:
+        async def show(credentials: TurnCredentials) -> Shown:
+            return await tenure.shown(self._config, self._discovery, self.via, credentials)
+
+        async def find(url: TurnUrl) -> tuple[str, int]:
+            return await tenure.endpoint(self._config, url, self._failures)
+
+        def make(address: str, port: int, credentials: Credentials, dial: Dial) -> Allocation:
+            return Allocation(
+                address=address,
+                port=port,
+                credentials=credentials,
+                on_stream=self._on_stream,
+                via=self.via,
+                turn=self.turn,
+                record=self.record,
+                peers=self._peers,
+                family=server.family,
+                on_bind=self._bound,
+                dial=dial,
+                timing=self._config.timing,
+            )
+
+        one = Tenure(
+            server,
+            credentials,
+            show=show,
+            find=find,
+            make=make,
+            admit=lambda address: tenure.admit(self._config, address),
+            ca=self._config.ca.get(self.via),
+            on_change=self._changed.set,
+        )
+        assert self._group is not None, "only while running"
+        one.begin(self._group)
+        return one
+
+    async def _renew(self, current: Tenure) -> None:
+        """Give the current allocation new credentials before the old ones expire, or have it replaced."""
+        try:
+            await current.renew()
+            self._on_renewal(Renewal.IN_PLACE)
+        except TurnError as exc:
+            if current.outdated:
+                self._on_renewal(Renewal.REPLACED)
+            else:
+                self._on_renewal(Renewal.FAILED)
+                if not current.over:  # else `_reap` has it
+                    self._failed(exc, event="renewal_failed")
+        finally:
+            self._renewing = False
+            self._changed.set()
+
+    def _failed(self, error: TurnError, *, steady: bool = False, event: str = "registration_failed") -> None:
+        """Take a failure down, and decide when to try again."""
+        self._failures = 1 if steady else self._failures + 1
+        delay_s = self._config.backoff.delay_s(self._failures, error.reason)
+        now = asyncio.get_running_loop().time()
+        self._retry_at = now + delay_s
+        known = self._last is not None and self._last.reason is error.reason
+        self._last = error
+        self._on_outcome(error.reason)
+        if known and now - self._logged_at < LOG_AGAIN_S:
+            self._unlogged += 1
+            return
+        self._log(event, error, delay_s)
+        self._logged_at, self._unlogged = now, 0
 
     def _bound(self, result: BindResult) -> None:
         self._binds += result is BindResult.OK
@@ -309,9 +390,9 @@ class Registration:
 
     # The record
 
-    def _publish(self, server: Server) -> None:
-        allocation = self.allocation
-        if self._draining or self.published or allocation is None or allocation.relayed is None:
+    def _publish(self, current: Tenure) -> None:
+        allocation, server = current.allocation, current.server
+        if self._draining or allocation is None or allocation.relayed is None or allocation.relayed[1] == self._port:
             return
         port = allocation.relayed[1]
         if not server.port_min <= port <= server.port_max:
@@ -323,52 +404,23 @@ class Registration:
             via=self.via, turn=self.turn, port=port, gateway=self._config.gateway, proto=list(self._config.proto)
         )
         self._discovery.publish(Kind.ALLOCATION, self.record, spec)
-        self.published = True
+        self._port = port
         self._log("allocation")
 
     def _withdraw(self) -> None:
         if self.published:
-            self.published = False
+            self._port = None
             self._discovery.withdraw(Kind.ALLOCATION, self.record)
 
     def _log(self, event: str, error: TurnError | None = None, retry_s: float | None = None) -> None:
         fields: dict[str, Any] = {"via": self.via, "turn": self.turn, "allocation": self.record}
-        allocation = self.allocation
+        allocation = self._current.allocation if self._current is not None else None
         if allocation is not None and allocation.relayed is not None:
             fields |= {"relayed": list(allocation.relayed), "lifetime_s": allocation.lifetime_s}
         if error is not None:
             fields |= {"reason": str(error.reason), "detail": error.detail, "failures": self._failures}
+            if self._unlogged:
+                fields["not_logged"] = self._unlogged
         if retry_s is not None:
             fields["retry_s"] = round(retry_s, 3)
         log.log(logging.INFO if error is None else logging.WARNING, event, extra={"event": fields})
-
-
-async def _in_time(work: Awaitable[T], timeout_s: float, reason: TurnReason) -> T:
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await work
-    except TimeoutError:
-        raise TurnError(reason, f"no answer within {timeout_s:g} s") from None
-
-
-def _parsed(url: str) -> TurnUrl:
-    try:
-        return parse_turn_url(url)
-    except BadAddress as exc:
-        raise TurnError(TurnReason.REFUSED_ADDRESS, str(exc)) from exc
-
-
-def _dial(url: TurnUrl) -> Dial:
-    """Return what opens connections to this server, control and data alike."""
-    if url.tls:
-        raise TurnError(TurnReason.TLS_UNSUPPORTED, "turns: is not supported yet; give the server a turn: URL as well")
-    return connect
-
-
-async def _look_up(url: TurnUrl) -> list[str]:
-    loop = asyncio.get_running_loop()
-    try:
-        found = await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-    except OSError as exc:
-        raise TurnError(TurnReason.UNRESOLVED, f"{url.host}: {exc.strerror or exc}") from exc
-    return list(dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found))

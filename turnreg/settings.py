@@ -2,6 +2,8 @@
 
 import random
 from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
 
 from discovery.addresses import TargetList
 from turnreg.control import Credentials, TurnReason
@@ -23,6 +25,21 @@ class Issued:
 TurnCredentials = Credentials | RestSecret | Issued
 
 
+_UNREACHABLE = (TurnReason.CONNECT_FAILED, TurnReason.CONNECTION_LOST, TurnReason.TIMEOUT)
+
+
+DEFAULT_REPLICAS = 2
+"""One that is lost leaves one; and coturn runs an allocation on one thread."""
+
+
+class Register(StrEnum):
+    """With which of the other networks, those that we have credentials for, to register."""
+
+    ALL = "all"
+    IMPORTED = "imported"
+    """Those in which a relay asks for our network."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
     """When to try again: any time up to a bound that doubles with every failure in a row (full jitter)."""
@@ -35,7 +52,7 @@ class Backoff:
 
     def delay_s(self, failures: int, reason: TurnReason) -> float:
         """Draw how long to wait after that many failures in a row, the last one for `reason`."""
-        unreachable = reason in (TurnReason.CONNECT_FAILED, TurnReason.CONNECTION_LOST, TurnReason.TIMEOUT)
+        unreachable = reason in _UNREACHABLE
         bound = self.unreachable_cap_s if unreachable else self.cap_s
         return random.uniform(0, min(bound, self.first_s * 2 ** min(failures - 1, 16)))
 
@@ -53,6 +70,15 @@ class RegistrarConfig:
     proto: tuple[str, ...] = ("framed/1",)
     allowed: TargetList | None = None
     """Lifts the refusal of addresses, such as 127.0.0.0/8 in tests and the lab, for TURN servers."""
+    ca: dict[str, Path] = field(default_factory=dict)
+    """For each other network the authority that signed its `turns:` servers' certificates; the system's by default."""
+    register: Register = Register.ALL
+    replicas: int = DEFAULT_REPLICAS
+    """Allocations of our network on each TURN server, by different gateways where there are several. A second one of
+    the same gateway takes over while the first is had again, and may run on another thread of the server."""
+    overlap_s: float = 10.0
+    """How long at least an allocation that was replaced or is no longer wanted goes on after its record: until relays
+    have heard of it. Streams keep it for longer."""
     linger_s: float = 60.0
     """How long an allocation, and with it its streams, outlives the record of its TURN server: discovery may be at
     fault, or the server's lease, and not the server."""

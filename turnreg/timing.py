@@ -14,6 +14,12 @@ class Timing:
     transaction_s: float = TRANSACTION_TIMEOUT_S
     connect_s: float = 4.0
     """Long enough for one lost SYN to be sent again, twice."""
+    user_timeout_s: float = 20.0
+    """TCP_USER_TIMEOUT of the control connection: what we sent stays unacknowledged for that long, and the kernel gives up.
+    Streams do not have it: it would count a reader that pauses as gone."""
+    keepalive_s: float = 10.0
+    """Silence after which the server is sent something that it answers. NATs keep a mapping for minutes; what counts is that a
+    dead path is found within 30 s: 10 + 5 for a Binding that is not answered + 2 × 5 for a Refresh, which is asked to be sure."""
     lifetime_s: int = 600
     """Asked for: the usual default (RFC 8656, section 3.2). What the server grants counts; half of it is the period."""
     permission_refresh_s: float = 200.0
@@ -32,5 +38,5 @@ class Timing:
     """Data connections being opened at once."""
     max_waiting: int = 1024
     """Peers announced and not yet bound; more are left to the server, whose timer ends them."""
-    tries: int = 3
+    tries: int = 2
     """How often an unanswered Refresh or CreatePermission is sent before the server counts as gone."""

@@ -23,7 +23,12 @@ from discovery.spec import (
 
 GOOD: dict[Kind, dict[str, Any]] = {
     Kind.NETWORK: {},
-    Kind.RELAY: {"addresses": ["10.0.0.9", "fd00::9"], "ports": [443], "sources": {"turn-1": ["10.0.0.9"]}},
+    Kind.RELAY: {
+        "addresses": ["10.0.0.9", "fd00::9"],
+        "ports": [443],
+        "sources": {"turn-1": ["10.0.0.9"]},
+        "asks": ["b", "c"],
+    },
     Kind.TURN: {
         "url": "turn:192.0.2.7:3478?transport=tcp",
         "relay_addresses": ["10.0.0.7"],
@@ -62,6 +67,8 @@ def test_good_specs_come_back_as_they_went(kind: Kind) -> None:
         (Kind.RELAY, {"sources": {"turn 1": []}}, '$.spec.sources["turn 1"]'),
         (Kind.RELAY, {"sources": {"turn-1": ["::ffff:10.0.0.9"]}}, '$.spec.sources["turn-1"][0]'),
         (Kind.RELAY, {"sources": {f"t{n}": [] for n in range(257)}}, "$.spec.sources"),
+        (Kind.RELAY, {"asks": ["b", "No_network"]}, "$.spec.asks[1]"),
+        (Kind.RELAY, {"asks": ["b"] * 1001}, "$.spec.asks"),
         (Kind.TURN, {"url": "http://10.0.0.7"}, "$.spec.url"),
         (Kind.TURN, {"url": "turn:127.0.0.1"}, "$.spec.url"),
         (Kind.TURN, {"url": "turn:[::1]:3478"}, "$.spec.url"),

@@ -52,7 +52,7 @@ async def test_a_good_server() -> None:
     ("code", "reason"),
     [
         (300, TurnReason.REDIRECTED),
-        (400, TurnReason.REJECTED),
+        (400, TurnReason.BAD_REQUEST),
         (401, TurnReason.UNAUTHORIZED),
         (403, TurnReason.FORBIDDEN),
         (420, TurnReason.REJECTED),

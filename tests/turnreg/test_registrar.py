@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -17,7 +18,7 @@ from tests.turnreg.coturn import Coturn
 from tests.turnreg.scripted import scripted
 from tests.turnreg.server.embedded import embedded
 from tests.turnreg.turnservers import BOTH, COTURN, LOGIN, RunningServer, eventually, listens, turn_server
-from turnreg import registration
+from turnreg import registration, tenure
 from turnreg.auth import rest_credentials
 from turnreg.client import Bound, Credentials, Timing, TurnReason
 from turnreg.registrar import Backoff, Issued, Registrar, RegistrarConfig, RestSecret, TurnCredentials, record_id
@@ -39,6 +40,8 @@ class HandDiscovery:
         self.mesh = Mesh.of(records)
         self.published: dict[str, AllocationSpec] = {}
         self.issued: list[IssuedCredentials] = []
+        self.writes = self.withdrawn = 0
+        self._secret: tuple[str, int] | None = None
         self.broken = False
         self._callbacks: list[Callable[[Mesh], None]] = []
 
@@ -59,10 +62,12 @@ class HandDiscovery:
         if self.broken:
             raise RuntimeError("broken")
         self.published[id] = spec
+        self.writes += 1
 
     def withdraw(self, kind: Kind, id: str) -> None:  # noqa: A002
         assert kind is Kind.ALLOCATION
         del self.published[id]
+        self.withdrawn += 1
 
     async def settled(self, timeout_s: float) -> bool:
         return True
@@ -73,8 +78,16 @@ class HandDiscovery:
     async def close(self) -> None:
         pass
 
+    def issue(self, secret: str, ttl_s: int) -> None:
+        """Make credentials from now on as the discovery server does."""
+        self._secret = secret, ttl_s
+
     async def turn_credentials(self, network: str) -> IssuedCredentials:
         assert network == "a"
+        if self._secret is not None:
+            secret, ttl_s = self._secret
+            username, password = rest_credentials(secret, "b", time.time() + ttl_s)
+            return IssuedCredentials(username=username, password=password, ttl_s=ttl_s, urls=())
         if not self.issued:
             raise DiscoveryError("unavailable", "no server answers")
         return self.issued[0]
@@ -109,7 +122,10 @@ class Registered:
         await eventually(lambda: self.discovery.published.keys() == set(ids))
         return self.discovery.published[ids[0]]
 
-    def of(self, via: str = "a") -> dict[str, object]:
+    def retired(self) -> list[Any]:
+        return [one for held in self.registrar._registrations.values() for one in held._retired]
+
+    def of(self, via: str = "a") -> dict[str, Any]:
         return next(line for line in self.registrar.status() if line["via"] == via)
 
     def count(self, name: str, **labels: str) -> float:
@@ -130,16 +146,21 @@ async def registrar(
     allowed: tuple[str, ...] = ("127.0.0.0/8",),
     linger_s: float = 0.0,
     timing: Timing | None = None,
+    gateway: str = "gw-1",
+    overlap_s: float = 0.0,
+    **options: Any,
 ) -> AsyncIterator[Registered]:
     """Run a registrar of network b while the block runs, then close it."""
     config = RegistrarConfig(
         network="b",
-        gateway="gw-1",
+        gateway=gateway,
         turn={"a": LOGIN} if turn is None else turn,
         allowed=TargetList.parse(allowed),
         linger_s=linger_s,
+        overlap_s=overlap_s,
         backoff=QUICK,
         timing=timing or Timing(),
+        **{"replicas": 1} | options,
     )
     discovery = HandDiscovery(*records)
     metrics = CollectorRegistry()
@@ -180,6 +201,8 @@ async def test_a_registration_from_record_to_stream(kind: str) -> None:
             assert ours.count("binds_total", result="ok") == 1
             assert ours.count("binds_total", result="reset") == 0
         await eventually(lambda: not listens(("127.0.0.1", spec.port)))
+        assert ours.registrar.status() == [{"via": "a", "turn": None, "state": "standby"}]
+        ours.discovery.set()
         assert ours.registrar.status() == [{"via": "a", "turn": None, "state": "no_turn_record"}]
 
 
@@ -258,10 +281,14 @@ async def test_wrong_then_right_credentials() -> None:
             ours.registrar.update_credentials({"a": LOGIN})
             port = (await ours.publishes(ID)).port
             ours.registrar.update_credentials({"a": LOGIN})  # no change: nothing is lost
+            failed = ours.count("registrations_total", reason="unauthorized")
             ours.registrar.update_credentials({"a": Credentials(username="u", password="wrong again")})
+            await eventually(lambda: ours.count("registrations_total", reason="unauthorized") > failed)
+            assert ours.discovery.published[ID].port == port  # what works is kept until the other does
+            assert ours.of()["state"] == "ready"
+            ours.registrar.update_credentials({})
             await eventually(lambda: not ours.discovery.published)
             await eventually(lambda: not listens(("127.0.0.1", port)))
-            ours.registrar.update_credentials({})
             await eventually(lambda: ours.registrar.status() == [])
 
 
@@ -281,17 +308,60 @@ async def test_issued_credentials() -> None:
             await ours.publishes(ID)
 
 
-async def test_credentials_that_expire_are_replaced() -> None:
-    limits = Limits(default_lifetime_s=1, max_lifetime_s=1)  # refreshed, and so looked at, twice a second
+async def test_credentials_are_renewed_in_place_where_the_server_allows_it() -> None:
+    """The embedded server looks at the expiry at every refresh; two lives of the credentials cost the stream nothing."""
+    limits = Limits(default_lifetime_s=4, max_lifetime_s=4)
+    relays = relay({"turn-1": ["127.0.0.1"]})
     with embedded(users={}, secrets=("north",), limits=limits) as server:
-        async with registrar(turn(RunningServer(server.address, server.port)), turn={"a": Issued()}) as ours:
-            for ttl_s in (2, 60):
-                username, password = rest_credentials("north", "b", time.time() + ttl_s)
-                ours.discovery.issued = [IssuedCredentials(username=username, password=password, ttl_s=ttl_s, urls=())]
-                await eventually(lambda: ours.count("registrations_total", reason="ok") > 0)
-            await eventually(lambda: ours.count("registrations_total", reason="ok") == 2)
-            assert ours.count("registrations_total", reason="unauthorized") == 1
-            await ours.publishes(ID)
+        here = turn(RunningServer(server.address, server.port))
+        async with registrar(here, relays, turn={"a": Issued()}) as ours:
+            ours.discovery.issue("north", ttl_s=3)
+            spec = await ours.publishes(ID)
+            bound, writer = await ours.stream(spec.port)
+            await eventually(lambda: ours.count("renewals_total", result="in_place") == 2)
+            writer.write(b"still there")
+            assert await bound.wire.recv_exactly(11) == b"still there"
+            late, other = await ours.stream(spec.port)  # bound with the new credentials
+            assert ours.discovery.writes == 1
+            assert ours.count("registrations_total", reason="ok") == 1
+            for end in (bound.wire, writer, late.wire, other):
+                end.close()
+
+
+@COTURN.marks[0]
+@COTURN.marks[1]
+async def test_an_allocation_is_replaced_before_its_credentials_expire_where_the_server_allows_no_others() -> None:
+    relays = relay({"turn-1": ["127.0.0.1"]})
+    with turn_server("coturn", secret="north") as server:
+        async with registrar(turn(server), relays, turn={"a": Issued()}, overlap_s=0.2) as ours:
+            ours.discovery.issue("north", ttl_s=3)
+            old = await ours.publishes(ID)
+            bound, writer = await ours.stream(old.port)
+            await eventually(lambda: ours.discovery.published[ID].port != old.port)
+            assert ours.discovery.withdrawn == 0  # relays never saw a moment without one
+            assert ours.count("renewals_total", result="replaced") >= 1
+            late, other = await ours.stream(old.port)  # a relay that has not heard of it yet
+            writer.write(b"still there")
+            assert await bound.wire.recv_exactly(11) == b"still there"
+            new, third = await ours.stream(ours.discovery.published[ID].port)
+            assert old.port in {one.allocation.relayed[1] for one in ours.retired()}
+            for end in (bound.wire, writer, late.wire, other, new.wire, third):
+                end.close()
+            await eventually(lambda: not listens(("127.0.0.1", old.port)))  # now that its streams have ended
+
+
+async def test_no_more_than_some_are_retired() -> None:
+    relays = relay({"turn-1": ["127.0.0.1"]})
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), relays, overlap_s=60) as ours:
+            ports = []
+            for number in range(registration.MAX_RETIRED + 2):
+                url = f"turn:127.0.0.1:{server.port}" + ("?transport=tcp" if number % 2 else "")
+                ours.discovery.set(relays, turn(server, url=url))
+                await eventually(lambda: ours.of()["state"] == "ready" and ours.of()["relayed"][1] not in ports)
+                ports.append(ours.of()["relayed"][1])
+            await eventually(lambda: [listens(("127.0.0.1", port)) for port in ports] == [False] + [True] * 5)
+            assert ours.of()["retired"] == registration.MAX_RETIRED
 
 
 @pytest.mark.parametrize(
@@ -302,7 +372,7 @@ async def test_credentials_that_expire_are_replaced() -> None:
         ("turn:[::ffff:127.0.0.1]:80?transport=tcp", ("127.0.0.0/8",), TurnReason.REFUSED_ADDRESS),
         ("turn:localhost:3478?transport=tcp", (), TurnReason.REFUSED_ADDRESS),
         ("turn:127.0.0.1:3478?transport=udp", ("127.0.0.0/8",), TurnReason.REFUSED_ADDRESS),
-        ("turns:127.0.0.1:5349?transport=tcp", ("127.0.0.0/8",), TurnReason.TLS_UNSUPPORTED),
+        ("turns:127.0.0.1:1?transport=tcp", ("127.0.0.0/8",), TurnReason.CONNECT_FAILED),
         ("turn:127.0.0.1:1?transport=tcp", ("127.0.0.0/8",), TurnReason.CONNECT_FAILED),
     ],
 )
@@ -320,14 +390,13 @@ async def test_a_name_is_resolved_anew_for_every_registration(monkeypatch: pytes
         calls.append(url)
         return found[min(len(calls), len(found)) - 1]
 
-    monkeypatch.setattr(registration, "_look_up", look_up)
+    monkeypatch.setattr(tenure, "_look_up", look_up)
     with turn_server("embedded") as server:
         here = turn(server, url=f"turn:turn.example:{server.port}?transport=tcp")
-        async with registrar(here) as ours:
-            await ours.publishes(ID)
-            assert ours.registrar.servers == {("127.0.0.1", server.port)}
-            ours.registrar.update_credentials({"a": Credentials(username="u", password="wrong")})
-            await eventually(lambda: ours.count("registrations_total", reason="unauthorized") > 0)
+        async with registrar(here, turn={"a": Credentials(username="u", password="wrong")}) as ours:
+            await eventually(lambda: ours.count("registrations_total", reason="unauthorized") > 1)
+            assert ours.registrar.servers <= {("127.0.0.1", server.port)}
+            await eventually(lambda: ours.count("registrations_total", reason="connect_failed") > 0)
             ours.registrar.update_credentials({"a": LOGIN})
             await ours.publishes(ID)  # 127.0.0.9 does not answer: the next attempt takes the next address
             assert len(calls) > 2

@@ -1,0 +1,277 @@
+"""One allocation's life within a registration, from its making to its end, and what it was made with.
+
+Not here: when there is one and which is published (`turnreg.registration`).
+"""
+
+import asyncio
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TypeVar
+
+from discovery.addresses import BadAddress, TurnUrl, parse_turn_url, refusal
+from discovery.client import Discovery, DiscoveryError
+from sniproxy.engine import connect, connect_tls
+from turnreg.auth import rest_credentials
+from turnreg.client import Allocation, Credentials, Dial, TurnError, TurnReason
+from turnreg.settings import RegistrarConfig, RestSecret, TurnCredentials
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REST_LIFETIME_S = 7 * 24 * 3600.0
+"""How long the REST credentials are good that a gateway with the secret makes for itself. Nobody else ever sees them, so
+short ones would win nothing."""
+
+RENEW_AFTER = 2 / 3
+"""The part of their life after which credentials are replaced; the rest is for trying again."""
+
+RESOLVE_TIMEOUT_S = 5.0
+ISSUE_TIMEOUT_S = 10.0
+"""Discovery is an HTTP request away, and may have to fail over to its second server."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """What the record of a TURN server says of how to register there."""
+
+    url: str
+    family: int
+    """Of the relayed address: IPv6 only where the server's record has no IPv4 address."""
+    port_min: int
+    port_max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """Credentials to show, and for how many seconds they are good."""
+
+    credentials: Credentials
+    lifetime_s: float | None
+    """None: for ever."""
+
+
+class Renewal(StrEnum):
+    """How a renewal of credentials went. Metric label."""
+
+    IN_PLACE = "in_place"
+    REPLACED = "replaced"
+    """The server gives a living allocation no new ones: another one is made and published, then the old one retired."""
+    FAILED = "failed"
+    """Tried again."""
+
+
+class Tenure:
+    """An allocation, and what was wanted when it was made."""
+
+    def __init__(
+        self,
+        server: Server,
+        credentials: TurnCredentials,
+        *,
+        show: Callable[[TurnCredentials], Awaitable[Shown]],
+        find: Callable[[TurnUrl], Awaitable[tuple[str, int]]],
+        make: Callable[[str, int, Credentials, Dial], Allocation],
+        admit: Callable[[str], None],
+        ca: Path | None,
+        on_change: Callable[[], None],
+    ) -> None:
+        """Begin without an allocation; `run()` makes it.
+
+        Args:
+            show: makes the credentials that the server is shown.
+            find: resolves a URL to an address and port.
+            make: makes the allocation, as yet unconnected.
+            admit: raises TurnError for an address that is never to be dialled.
+            ca: the authority of a `turns:` server; None: the system's.
+            on_change: called when it gets ready and when it has ended.
+        """
+        self.server, self.credentials = server, credentials
+        self.allocation: Allocation | None = None
+        self.error: TurnError | None = None
+        self.over = False
+        self.ready_at: float | None = None
+        """Unix time, for people."""
+        self.steady_from = 0.0
+        """When it got ready, on the loop's clock."""
+        self.retired_at = 0.0
+        self.renew_at: float | None = None
+        """When its credentials are to be replaced, on the loop's clock."""
+        self.outdated = False
+        """Its credentials will expire, and it cannot have others: another one is to take its place."""
+        self._loop = asyncio.get_running_loop()
+        self._show, self._find, self._make, self._admit, self._ca = show, find, make, admit, ca
+        self._on_change = on_change
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Peers can connect to it."""
+        return self.ready_at is not None and not self.over
+
+    @property
+    def streams(self) -> int:
+        """Open streams."""
+        return 0 if self.allocation is None else self.allocation.streams
+
+    def is_for(self, wanted: tuple[Server, TurnCredentials]) -> bool:
+        """Tell whether it was made for this."""
+        return (self.server, self.credentials) == wanted
+
+    def begin(self, group: asyncio.TaskGroup) -> None:
+        """Live in a task of its own until the allocation is lost or closed; the error, if any, is kept."""
+        self._task = group.create_task(self._run())
+
+    async def close(self) -> None:
+        """Give the allocation back, which ends its streams. Bounded in time."""
+        if self.ready and self.allocation is not None:
+            await self.allocation.close()
+        elif self._task is not None:
+            self._task.cancel()
+
+    async def renew(self) -> None:
+        """Replace the credentials of the living allocation. Raises TurnError; `outdated` is set where it never can."""
+        assert self.allocation is not None
+        given = await self._show(self.credentials)
+        try:
+            await self.allocation.renew(given.credentials)
+        except TurnError as exc:
+            if exc.reason not in (TurnReason.TIMEOUT, TurnReason.CONNECTION_LOST):
+                self.outdated = True
+            raise
+        self._note(given)
+
+    def _note(self, given: Shown) -> None:
+        self.renew_at = None
+        if given.lifetime_s is not None:
+            self.renew_at = self._loop.time() + given.lifetime_s * RENEW_AFTER
+
+    async def _run(self) -> None:
+        try:
+            try:
+                await self._live(None)
+            except TurnError as exc:
+                if exc.alternate is None or self.ready_at is not None:
+                    raise
+                # Followed once, with the same credentials and for the same name (RFC 8489, section 10).
+                log.info("turn_redirected", extra={"event": {"url": self.server.url, "to": list(exc.alternate)}})
+                await self._live(exc.alternate)
+        except TurnError as exc:
+            self.error = exc
+        except Exception as exc:  # one registration's fault must not end the others
+            log.exception("registration at %s: unexpected error", self.server.url)
+            self.error = TurnError(TurnReason.INTERNAL, type(exc).__name__)
+        finally:
+            self.over = True
+            self._on_change()
+
+    async def _live(self, alternate: tuple[str, int] | None) -> None:
+        url = parsed(self.server.url)
+        dial = dialler(url, self._ca)
+        given = await self._show(self.credentials)
+        if alternate is None:
+            address, port = await self._find(url)
+        else:
+            self._admit(alternate[0])
+            address, port = alternate
+        self._note(given)
+        self.allocation = self._make(address, port, given.credentials, dial)
+        await self.allocation.run(self._ready)
+
+    def _ready(self) -> None:
+        self.ready_at, self.steady_from = time.time(), self._loop.time()
+        self._on_change()
+
+
+async def shown(config: RegistrarConfig, discovery: Discovery, via: str, credentials: TurnCredentials) -> Shown:
+    """Make or get what that network's TURN servers are shown. Raises TurnError."""
+    match credentials:
+        case Credentials():
+            return Shown(credentials=credentials, lifetime_s=None)
+        case RestSecret(secret=secret):
+            name = f"{config.network}.{config.gateway}"
+            username, password = rest_credentials(secret, name, time.time() + REST_LIFETIME_S)
+            return Shown(credentials=Credentials(username=username, password=password), lifetime_s=REST_LIFETIME_S)
+    return await _in_time(_issued(discovery, via), ISSUE_TIMEOUT_S, TurnReason.NO_CREDENTIALS)
+
+
+async def _issued(discovery: Discovery, via: str) -> Shown:
+    try:
+        issued = await discovery.turn_credentials(via)
+    except DiscoveryError as exc:
+        raise TurnError(TurnReason.NO_CREDENTIALS, str(exc)) from exc
+    return Shown(
+        credentials=Credentials(username=issued.username, password=issued.password), lifetime_s=float(issued.ttl_s)
+    )
+
+
+async def endpoint(config: RegistrarConfig, url: TurnUrl, turn: int) -> tuple[str, int]:
+    """Return an IP address of the server, the next one with every `turn`, and its port. Raises TurnError."""
+    try:
+        addresses = [str(ip_address(url.host))]
+    except ValueError:
+        addresses = await _in_time(_look_up(url), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
+    good, error = [], TurnError(TurnReason.UNRESOLVED, "the name has no address")
+    for address in addresses:
+        try:
+            admit(config, address)
+        except TurnError as exc:
+            error = exc
+        else:
+            good.append(address)
+    if not good:
+        raise error
+    return good[turn % len(good)], url.port
+
+
+def admit(config: RegistrarConfig, address: str) -> None:
+    """Raise TurnError for an address that another network must not lead us to: what only we can reach."""
+    if why := refusal(ip_address(address), config.allowed):
+        raise TurnError(TurnReason.REFUSED_ADDRESS, f"{address} is {why}")
+
+
+def parsed(url: str) -> TurnUrl:
+    """Read the URL of a server. Raises TurnError."""
+    try:
+        return parse_turn_url(url)
+    except BadAddress as exc:
+        raise TurnError(TurnReason.REFUSED_ADDRESS, str(exc)) from exc
+
+
+def dialler(url: TurnUrl, ca: Path | None) -> Dial:
+    """Return what opens connections to this server, control and data alike. Raises TurnError.
+
+    The authority is read anew for every allocation, so that a new one needs no restart.
+    """
+    if not url.tls:
+        return connect
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as exc:
+        raise TurnError(TurnReason.TLS_FAILED, f"{ca}: {exc.strerror or exc}") from exc
+    return partial(connect_tls, context=context, server_hostname=url.host)
+
+
+async def _in_time(work: Awaitable[T], timeout_s: float, reason: TurnReason) -> T:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError:
+        raise TurnError(reason, f"no answer within {timeout_s:g} s") from None
+
+
+async def _look_up(url: TurnUrl) -> list[str]:
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    except OSError as exc:
+        raise TurnError(TurnReason.UNRESOLVED, f"{url.host}: {exc.strerror or exc}") from exc
+    return list(dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found))
