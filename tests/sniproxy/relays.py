@@ -1,0 +1,117 @@
+"""A relay of network a on loopback, with the services and gateways that a test brings.
+
+async with a_relay() as running:
+    port = await running.serve(handle)                  a service of network a itself: the local route
+    client = await running.dial(name_of(port))
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import TargetList
+from discovery.model import AnyRecord, GatewaySpec, Kind, NetworkSpec
+from sniproxy.engine import Listener, Wire, connect
+from sniproxy.relay import Relay, RelayConfig
+from sniproxy.route import SigningKeys
+from tests.e2e.mesh import FixedDiscovery, record
+from tests.e2e.path import LogLines
+from tests.sniproxy.gateways import KEY, KEY_C, ScriptedGateway
+from tests.sniproxy.hellos import client_hello
+
+DOMAIN = "svc.mesh.internal"
+LOOPBACK = TargetList.parse(["127.0.0.0/8", "[::1/128]"])
+ALERT = {
+    name: bytes.fromhex("150303000202") + bytes([code])
+    for name, code in {"access_denied": 49, "decode_error": 50, "internal_error": 80, "unrecognized_name": 112}.items()
+}
+"""The alert records of design section 5, byte for byte."""
+
+
+def name_of(port: int, network: str = "a", address: str = "127.0.0.1") -> str:
+    """The compact name of an address."""
+    return f"p{port}-{address.replace('.', '-')}.{network}.{DOMAIN}"
+
+
+@dataclass
+class Running:
+    """A relay that runs, and what it says."""
+
+    relay: Relay
+    discovery: FixedDiscovery
+    log: LogLines
+    registry: CollectorRegistry
+    _group: asyncio.TaskGroup
+    _closing: AsyncExitStack
+
+    async def serve(self, handle: Callable[[Wire], Awaitable[None]]) -> int:
+        """Run a service on loopback; returns its port."""
+        listener = await Listener.open("127.0.0.1", 0)
+        task = self._group.create_task(listener.serve(handle))
+        self._closing.callback(listener.close)
+        self._closing.callback(task.cancel)
+        return listener.address[1]
+
+    def add(self, gateway: ScriptedGateway, *, network: str = "b", name: str = "gw-1") -> None:
+        """Publish a scripted gateway as one that is dialled directly."""
+        address, port = gateway.address
+        self.discovery.put(record(Kind.GATEWAY, network, name, GatewaySpec(address=f"{address}:{port}")))
+
+    async def connect(self) -> Wire:
+        """Connect as a client does."""
+        return await connect(*self.relay.addresses[0], timeout_s=10)
+
+    async def dial(self, name: str, *, behind: bytes = b"") -> Wire:
+        """Connect and send a ClientHello for `name`, with `behind` in the same write."""
+        client = await self.connect()
+        await client.send(client_hello(name) + behind)
+        return client
+
+    async def ended(self, count: int = 1) -> list[dict[str, object]]:
+        """Wait until so many streams have ended, and give their log lines."""
+        async with asyncio.timeout(20):
+            while len(self.log.events) < count:
+                await asyncio.sleep(0.002)
+        return self.log.events
+
+    def counted(self, reason: str) -> float:
+        """How many streams the metrics say ended so."""
+        return self.registry.get_sample_value("crossnet_relay_streams_total", {"reason": reason}) or 0.0
+
+
+@asynccontextmanager
+async def a_relay(*records: AnyRecord, **config: object) -> AsyncIterator[Running]:
+    """Run a relay that delivers to loopback and dials gateways there; `config` are fields of RelayConfig."""
+    fields = {
+        "id": "relay-1",
+        "network": "a",
+        "domain": DOMAIN,
+        "listen": (("127.0.0.1", 0),),
+        "deliver": LOOPBACK,
+        "direct": LOOPBACK,
+        "new_streams_per_s": 0,
+    } | config
+    networks = [record(Kind.NETWORK, name, name, NetworkSpec()) for name in ("a", "b", "c")]
+    discovery = FixedDiscovery(*networks, *records)
+    registry = CollectorRegistry()
+    keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
+    relay = Relay(RelayConfig(**fields), discovery, keys, registry=registry)  # type: ignore[arg-type]
+    await relay.open()
+    logger, lines = logging.getLogger("crossnet.relay"), LogLines()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(lines)
+    try:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(relay.run())
+            closing = AsyncExitStack()
+            try:
+                yield Running(relay, discovery, lines, registry, group, closing)
+            finally:
+                await closing.aclose()
+                task.cancel()
+    finally:
+        logger.removeHandler(lines)
