@@ -1,5 +1,6 @@
 """The discovery server: records, leases and watches over HTTP.
 
+    GET    /                                     a page for people; a browser gives the token as a Basic password
     GET    /healthz                              open to all
     GET    /v1/records?kind=&network=            {"epoch","revision","records"}
     GET    /v1/records/{kind}/{network}/{id}     the record, its revision as ETag too
@@ -29,6 +30,8 @@ import msgspec
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from discovery import page
+from discovery.ages import Ages
 from discovery.answers import (
     ApiError,
     RateLimited,
@@ -48,6 +51,7 @@ from discovery.answers import (
 from discovery.limits import RateLimit
 from discovery.model import BadRecord, Key, Kind, Mesh, check_spec, decode_spec
 from discovery.names import is_ldh_label
+from discovery.page import PageState, render_page
 from discovery.server_config import (
     DiscoveryServerConfig,
     ServerRefused,
@@ -134,6 +138,8 @@ class DiscoveryServer:
         self._wall_clock = wall_clock
         self._tokens: Tokens | None = None
         self._hub = WatchHub(self._store)
+        self._ages = Ages(time.monotonic)
+        self._store.subscribe(self._ages.take)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
         self._credentials = RateLimit(config.credentials_per_s, config.credentials_burst)
         self._warnings = RateLimit(0.1, 1)  # of the two above: a flood of requests must not become one of lines
@@ -159,6 +165,7 @@ class DiscoveryServer:
         self._tokens = Tokens.load(config.tokens_file) if config.tokens_file is not None else None
         tls = tls_context(config)
         await self._store.open()
+        self._ages.known([record.key for record in (await self._store.snapshot()).records])
         runner = web.AppRunner(
             self._application(),
             access_log=None,
@@ -205,6 +212,9 @@ class DiscoveryServer:
         record = "/v1/records/{kind}/{network}/{id}"
         application.add_routes(
             [
+                web.get("/", self._authenticated(self._page), allow_head=False),
+                web.get("/page.css", self._style, allow_head=False),
+                web.get("/page.js", self._script, allow_head=False),
                 web.get("/healthz", self._healthz, allow_head=False),
                 web.get("/v1/records", self._authenticated(self._list), allow_head=False),
                 web.get(record, self._authenticated(self._get), allow_head=False),
@@ -261,6 +271,8 @@ class DiscoveryServer:
             response = await handler(request)
         except ApiError as error:
             response = error_answer(error.status, error.code, error.detail)
+            if error.status == 401 and request.path == "/":
+                response.headers[hdrs.WWW_AUTHENTICATE] = 'Basic realm="crossnet: the token is the password"'
             if isinstance(error, RateLimited):
                 response.headers[hdrs.RETRY_AFTER] = f"{error.wait_s + 1:.0f}"
                 self._log_rate(request, error)
@@ -327,6 +339,29 @@ class DiscoveryServer:
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return json_answer({"ok": True})
+
+    # The page.
+
+    async def _page(self, request: web.Request, principal: Principal) -> web.Response:
+        snapshot = await self._store.snapshot()
+        mesh = Mesh.of(view for record in snapshot.records if (view := principal.view(record)) is not None)
+        state = PageState(
+            epoch=self._store.epoch,
+            revision=snapshot.revision,
+            stale_s=self._store.stale_s,
+            reader=principal.name,
+            ages=self._ages.now(),
+        )
+        network = request.query.get("network", "")[:63] or None
+        return web.Response(
+            text=render_page(mesh, state, network), content_type="text/html", headers=page.SECURITY_HEADERS
+        )
+
+    async def _style(self, _: web.Request) -> web.Response:
+        return web.Response(text=page.STYLE, content_type="text/css", headers=page.SECURITY_HEADERS)
+
+    async def _script(self, _: web.Request) -> web.Response:
+        return web.Response(text=page.SCRIPT, content_type="text/javascript", headers=page.SECURITY_HEADERS)
 
     # Records.
 

@@ -123,7 +123,7 @@ async def test_other_methods_and_paths(serve: Any) -> None:
     async with serve() as at:
         assert (await at.ask("GET", "/healthz")).body == {"ok": True}
         assert (await at.ask("POST", "/v1/records")).status == 405
-        assert (await at.ask("GET", "/")).status == 404
+        assert (await at.ask("GET", "/v2")).status == 404
         assert (await at.ask("GET", "/v1/watch?from=x")).status == 400
 
 
