@@ -309,7 +309,8 @@ class App:
         waiting = []
         if self.discovery is not None and not self.discovery.synced:
             waiting.append("a first view of discovery")
-        if self.registrar is not None and not any(line["state"] == "ready" for line in self.registrar.status()):
+        registrations = {line["state"] for line in self.registrar.status()} if self.registrar is not None else {"ready"}
+        if "ready" not in registrations and registrations != {"standby"}:
             waiting.append("a first allocation")
         return waiting
 

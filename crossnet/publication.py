@@ -42,6 +42,8 @@ class RelayPublication:
         self._sources: dict[str, list[str]] = {
             turn: [str(address) for address in given] for turn, given in config.relay.sources.items()
         }
+        imported = {network for section in config.imports for network in section.sources}
+        self._asks = sorted((imported | set(config.relay.asks)) - {config.network})
         self._changed = asyncio.Event()
         self._withdrawn = False
 
@@ -103,5 +105,5 @@ class RelayPublication:
 
     def _publish(self) -> None:
         if not self._withdrawn:
-            spec = RelaySpec(addresses=self._addresses, ports=self._ports, sources=dict(self._sources))
+            spec = RelaySpec(addresses=self._addresses, ports=self._ports, sources=dict(self._sources), asks=self._asks)
             self._discovery.publish(Kind.RELAY, self._section.id, spec)

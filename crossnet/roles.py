@@ -24,7 +24,7 @@ from sniproxy.stream.preamble import SigningKey
 from turnreg.control import Credentials
 from turnreg.gateway import GatewayConfig
 from turnreg.server.config import TurnServerConfig
-from turnreg.settings import Issued, RegistrarConfig, RestSecret, TurnCredentials
+from turnreg.settings import Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
 
 
 def endpoints(listens: Iterable[Listen]) -> tuple[tuple[str, int], ...]:
@@ -123,6 +123,9 @@ def registrar_config(config: Config, section: GatewaySection) -> RegistrarConfig
         network=config.network,
         gateway=section.id,
         turn={network: _credentials(access) for network, access in section.turn.items()},
+        ca={network: access.ca for network, access in section.turn.items() if access.ca is not None},
+        register=Register(section.register),
+        replicas=section.replicas,
         allowed=_lifted(section.allow_turn_servers),
     )
 

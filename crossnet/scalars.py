@@ -357,6 +357,8 @@ LogFormat: TypeAlias = Annotated[Literal["json", "logfmt"], _word("json", "logfm
 LogLevel: TypeAlias = Annotated[
     Literal["debug", "info", "warning", "error"], _word("debug", "info", "warning", "error")
 ]
+Register: TypeAlias = Annotated[Literal["all", "imported"], _word("all", "imported")]
+Replicas: TypeAlias = Annotated[int, Leaf("a whole number 1-16", _integer(1, 16), _same)]
 Accepted: TypeAlias = Annotated[Literal["framed"], _word("framed")]
 Store: TypeAlias = Annotated[str, Leaf("memory, sqlite:PATH or etcd:URL,URL", _store)]
 Text: TypeAlias = Annotated[str, Leaf("a line of text", _matching(r"[\x20-\x7e]{1,128}"))]

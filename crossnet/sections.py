@@ -37,6 +37,8 @@ from crossnet.scalars import (
     PortRange,
     Prefer,
     RecordId,
+    Register,
+    Replicas,
     RuleAction,
     RuleDestination,
     RulePort,
@@ -67,6 +69,7 @@ from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.stream.policy import BadRule, Policy, Rule
 from turnreg import gateway
 from turnreg.server.config import DEFAULT_PORTS
+from turnreg.settings import DEFAULT_REPLICAS
 
 ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway")
 """In the order in which they start: each finds ready what it asks at its start."""
@@ -190,6 +193,8 @@ class RelaySection:
     """Where it may dial gateways of other networks without a TURN server."""
     sources: dict[RecordId, tuple[IpAddress, ...]] = dataclasses.field(default_factory=dict)
     """For each TURN server the addresses that it sees this relay come from; asked of the server by default."""
+    asks: tuple[NetworkId, ...] = ()
+    """Networks that it asks for besides those it imports from: their gateways may register only where they are asked for."""
     pool: Count = 0
     """Connections kept ready to each allocation. There are none yet: see `config.warnings`."""
     proxy_from: tuple[Cidr, ...] = ()
@@ -241,6 +246,8 @@ class TurnAccessSection:
     secret: SecretFile | None = None
     issue: Boolean = False
     """Ask this network's discovery server for credentials that live shortly."""
+    ca: ExistingFile | None = None
+    """Verifies `turns:` servers; the system's authorities by default."""
 
     @rule("username", "password", "secret", "issue")
     def _one_way(self) -> Iterator[Fault]:
@@ -266,6 +273,10 @@ class GatewaySection:
     """Which streams may go where, by the network and client that they come from; without any all that `allow` lists."""
     accept: tuple[Accepted, ...] = ("framed",)
     turn: dict[NetworkId, TurnAccessSection] = dataclasses.field(default_factory=dict)
+    register: Register = "all"
+    """`imported`: only with networks in which a relay asks for ours."""
+    replicas: Replicas = DEFAULT_REPLICAS
+    """Allocations on each TURN server, by different gateways of this network where there are several."""
     allow_turn_servers: tuple[Cidr, ...] = ()
     """TURN servers in ranges that are refused otherwise, such as 127.0.0.0/8 for a try on one machine."""
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
