@@ -78,6 +78,7 @@ class App:
         self.discovery: Discovery | None = None
         self.relay: Relay | None = None
         self.gateway: Gateway | None = None
+        self.turn: TurnServer | None = None
         self.registrar: Registrar | None = None
         self._dns: DnsServer | None = None
         self._publication: RelayPublication | None = None
@@ -147,15 +148,17 @@ class App:
         turn = None
         if "turn" in chosen and config.turn is not None:
             opening = TurnServer.open(roles.turn_config(config, config.turn), registry=self.registry)
-            turn = await self._begin("turn", opening)
-            self._note("turn", turn.addresses)
+            turn = self.turn = await self._begin("turn", opening)
+            self._note("turn", (*turn.addresses, *turn.tls_addresses, *turn.udp_addresses))
             self._run("turn", turn.run())
         if not set(chosen) - {"discovery_server"}:
             return
         discovery = self.discovery = await self._begin("discovery", open_discovery(config, self.registry))
         self._run("discovery", discovery.run())
         if turn is not None and config.turn is not None:
-            discovery.publish(Kind.TURN, config.turn.id, roles.turn_spec(config.turn, turn.addresses[0]))
+            listening = (*turn.addresses, *turn.tls_addresses)
+            spec = roles.turn_spec(config.turn, listening[0], tls=not turn.addresses)
+            discovery.publish(Kind.TURN, config.turn.id, spec)
         if "turn_servers" in chosen:
             publish_turn_servers(config, discovery)
         if "dns" in chosen and config.dns is not None:
@@ -252,7 +255,9 @@ class App:
             if server is not None:
                 server.close()
                 waiting.append(self._tasks[role])
-        while any(not task.done() for task in waiting) and loop.time() < deadline and not self._hurry.is_set():
+        while loop.time() < deadline and not self._hurry.is_set():
+            if all(task.done() for task in waiting) and (self.turn is None or not self.turn.streams):
+                break
             await self._hurried_after(min(DRAIN_LOOK_S, deadline - loop.time()))
         if left := self._streams_open():
             log.warning("cut", extra={"event": {"streams": left}})
@@ -298,7 +303,8 @@ class App:
         }
 
     def _streams_open(self) -> int:
-        return sum(len(server.ledger) for server in (self.relay, self.gateway) if server is not None)
+        ours = sum(len(server.ledger) for server in (self.relay, self.gateway) if server is not None)
+        return ours + (self.turn.streams if self.turn is not None else 0)
 
     def waiting_for(self) -> list[str]:
         """Return what is not ready yet; empty when all is."""

@@ -23,6 +23,7 @@ from sniproxy.relay import RelayConfig
 from sniproxy.stream.preamble import SigningKey
 from turnreg.control import Credentials
 from turnreg.gateway import GatewayConfig
+from turnreg.server.allocation import Limits
 from turnreg.server.config import TurnServerConfig
 from turnreg.settings import Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
 
@@ -132,15 +133,28 @@ def registrar_config(config: Config, section: GatewaySection) -> RegistrarConfig
 
 def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
     """Return what the embedded TURN server takes."""
+    relays = [str(address) for address in section.relay_address]
     return TurnServerConfig(
         listen=endpoints(section.listen),
-        relay_addresses=(str(section.relay_address),),
+        listen_tls=endpoints(section.tls.listen) if section.tls else (),
+        listen_udp=endpoints(section.listen_udp),
+        tls_cert=section.tls.cert if section.tls else None,
+        tls_key=section.tls.key if section.tls else None,
+        relay_addresses=tuple(relays),
+        advertised=dict(zip(relays, map(str, section.advertise_relay_address), strict=False)),
         realm=section.realm or config.domain,
         port_min=section.ports[0],
         port_max=section.ports[1],
         users={name: secret.text for name, secret in section.users.items()},
-        secrets=(section.secret.text,) if section.secret else (),
+        secrets=tuple(secret.text for secret in section.secret),
         allowed_peers=_lifted(section.allow_peers),
+        udp_allocations=section.udp_allocations,
+        active_connect=section.active_connect,
+        limits=Limits(
+            max_allocations_per_account=section.max_allocations_per_user,
+            max_connections_per_account=section.max_streams_per_user,
+            max_bytes_per_second_per_account=section.max_bytes_per_second_per_user,
+        ),
     )
 
 
@@ -167,13 +181,17 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
     )
 
 
-def turn_spec(section: TurnSection, listening: tuple[str, int]) -> TurnSpec:
+def turn_spec(section: TurnSection, listening: tuple[str, int], *, tls: bool = False) -> TurnSpec:
     """Return the record of the embedded TURN server, which listens there."""
     address = parse_address(listening[0])
-    reached = section.relay_address if address.is_unspecified else address
+    relays = section.advertise_relay_address or section.relay_address
+    reached = next((relay for relay in relays if relay.version == address.version), relays[0])
+    if not address.is_unspecified:
+        reached = address
+    scheme = "turns" if tls else "turn"
     return TurnSpec(
-        url=section.advertise or f"turn:{format_endpoint(reached, listening[1])}?transport=tcp",
-        relay_addresses=[str(section.relay_address)],
+        url=section.advertise or f"{scheme}:{format_endpoint(reached, listening[1])}?transport=tcp",
+        relay_addresses=[str(relay) for relay in relays],
         port_min=section.ports[0],
         port_max=section.ports[1],
     )

@@ -68,8 +68,7 @@ def test_the_example_of_the_design_is_good(folder: Path) -> None:
     assert config.token.text == "hush-token"
     assert config.keys["ab-1"].secret == b"\x0f" * 32
     assert config.turn is not None
-    assert config.turn.secret is not None
-    assert config.turn.secret.value == b"hush-turn"
+    assert [secret.value for secret in config.turn.secret] == [b"hush-turn"]
     assert config.dns is not None
     assert (str(config.dns.upstream[0]), config.dns.ttl_s) == ("10.0.0.10:53", 5.0)
     assert warnings(config) == [
@@ -87,7 +86,7 @@ def test_the_effective_configuration_reads_back_and_hides_secrets(folder: Path) 
     read = yaml.safe_load(shown)
     assert read["token"] == "***"
     assert read["keys"]["ab-1"] == {"file": "***", "from": "a", "to": "b"}
-    assert read["turn"]["secret"] == "***"
+    assert read["turn"]["secret"] == ["***"]
     assert read["dns"]["ttl"] == "5s"
     assert read["drain"] == "30s"
     assert read["admin"] == "127.0.0.1:8690"
@@ -192,6 +191,15 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
         (
             "network: a\ndiscovery: mesh.yaml\ngateway: {id: g, allow: [], turn: {b: {issue: true}}}",
             "$.gateway.turn: expected a discovery server, since allocations come and go, got a static mesh file",
+        ),
+        (f"{TURN}, advertise_relay_address: '::1', secret: {{file: token}}}}", "$.turn.advertise_relay_address: expected as many addresses of the same families as relay_address, got others"),
+        (
+            "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.0:1', relay_address: [10.0.0.7, 10.0.0.8], secret: {file: token}}",
+            "$.turn.relay_address: expected one address of a family, got two",
+        ),
+        (
+            "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, relay_address: 10.0.0.7, secret: {file: token}}",
+            "$.turn.listen: expected ip:port, or tls, got neither",
         ),
         (f"{TURN}, ports: 9-1, secret: {{file: token}}}}", "$.turn.ports: expected a range of ports such as 49152-65535, got '9-1'"),
         (

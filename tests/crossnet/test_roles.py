@@ -87,3 +87,43 @@ def test_the_turn_server(tmp_path: Path) -> None:
 
 def test_discovery_servers_whose_address_is_known_are_guarded(tmp_path: Path) -> None:
     assert roles.discovery_endpoints(config(tmp_path)) == [("10.0.0.2", 8600), ("::1", 80)]
+
+
+TURN = """
+network: b
+discovery: ["https://10.0.0.2:8600"]
+turn:
+  id: t
+  listen: "0.0.0.0:3478"
+  listen_udp: "0.0.0.0:3478"
+  tls: {listen: "0.0.0.0:5349", cert: secret, key: key}
+  relay_address: [10.0.0.7, "fd00::7"]
+  advertise_relay_address: [192.0.2.7, "2001:db8::7"]
+  secret: [{file: secret}, {file: key}]
+  udp_allocations: true
+  active_connect: true
+  max_allocations_per_user: 4
+  max_streams_per_user: 100
+  max_bytes_per_second_per_user: 10MiB
+"""
+
+
+def test_all_of_the_turn_server(tmp_path: Path) -> None:
+    config(tmp_path)
+    (tmp_path / "turn.yaml").write_text(TURN)
+    read = load(tmp_path / "turn.yaml")
+    assert read.turn is not None
+    made = roles.turn_config(read, read.turn)
+    assert (made.listen_udp, made.listen_tls) == ((("0.0.0.0", 3478),), (("0.0.0.0", 5349),))
+    assert (made.tls_cert, made.tls_key) == (tmp_path / "secret", tmp_path / "key")
+    assert made.relay_addresses == ("10.0.0.7", "fd00::7")
+    assert made.advertised == {"10.0.0.7": "192.0.2.7", "fd00::7": "2001:db8::7"}
+    assert made.secrets == ("hush", "0a" * 32)
+    assert made.udp_allocations
+    assert made.active_connect
+    limits = made.limits
+    assert (limits.max_allocations_per_account, limits.max_connections_per_account) == (4, 100)
+    assert limits.max_bytes_per_second_per_account == 10 * 1024 * 1024
+    spec = roles.turn_spec(read.turn, ("0.0.0.0", 5349), tls=True)
+    assert spec.url == "turns:192.0.2.7:5349?transport=tcp"
+    assert spec.relay_addresses == ["192.0.2.7", "2001:db8::7"]
