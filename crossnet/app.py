@@ -22,16 +22,17 @@ from prometheus_client import CollectorRegistry, GCCollector, Info, PlatformColl
 from crossnet import logs, roles
 from crossnet.admin import AdminServer
 from crossnet.config import warnings
+from crossnet.dns_section import DnsSection
 from crossnet.publication import RelayPublication, publish_turn_servers
 from crossnet.reload import Reloader
 from crossnet.schema import encode
-from crossnet.sections import Config, DnsSection, GatewaySection, RelaySection
+from crossnet.sections import Config, GatewaySection, RelaySection
 from discovery.addresses import format_endpoint, parse_address
 from discovery.api import DiscoveryServer, DiscoveryServerConfig, ServerRefused
 from discovery.client import DiscoveryClient
 from discovery.contract import Discovery
 from discovery.merged import MergedDiscovery
-from discovery.model import Kind, Mesh
+from discovery.model import Kind, Mesh, VipSpec
 from discovery.static import StaticDiscovery
 from discovery.store import StoreError
 from discovery.yamlfile import BadFile
@@ -187,7 +188,10 @@ class App:
         self._note("discovery_server", await self._begin("discovery_server", opened))
 
     async def _start_dns(self, discovery: Discovery, section: DnsSection) -> None:
-        dns = DnsServer(roles.dns_config(self.config, section), registry=self.registry)
+        def claim(id: str, spec: VipSpec) -> None:  # noqa: A002 - the word of the design
+            discovery.publish(Kind.VIP, id, spec, leased=False, if_absent=True)
+
+        dns = DnsServer(roles.dns_config(self.config, section), registry=self.registry, claim=claim)
         await self._begin("dns", dns.open())
         self._note("dns", [(str(address), port) for address, port in dns.addresses])
         discovery.subscribe(dns.apply)

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from crossnet.dns_section import DnsSection
 from crossnet.scalars import Listen
 from crossnet.sections import (
     Config,
     DiscoveryServerSection,
-    DnsSection,
     GatewaySection,
     RelaySection,
     TurnAccessSection,
@@ -91,10 +91,22 @@ def dns_config(config: Config, section: DnsSection) -> DnsConfig:
         network=config.network,
         domain=config.domain,
         listen=tuple((listen.address, listen.port) for listen in section.listen),
-        upstream=tuple((server.address, server.port) for server in section.upstream),
+        reuse_port=section.reuse_port,
+        upstream=section.upstream,
+        forward=section.forward,
+        upstream_ca=section.upstream_ca,
+        race_s=section.race_s,
+        random_case=section.random_case,
         imports=imports(config),
         ttl_s=section.ttl_s,
+        vip=section.vip,
+        stale_relays_for_s=section.stale_relays_s,
+        cache=section.cache_config,
+        cookie_secret=section.cookie_bytes,
+        loop_probe=section.loop_probe,
         allow=section.allow,
+        rate_limit=section.rate_limit,
+        max_udp_reply=section.max_udp_reply,
         max_in_flight=section.max_in_flight,
     )
 

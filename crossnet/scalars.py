@@ -33,7 +33,6 @@ MAX_SECRET_BYTES = 64 * 1024
 """Of a secret's file: keys and passwords have a hundred bytes, certificates a few thousand."""
 
 MAX_DURATION_S = 7 * 24 * 3600.0
-DNS_PORT = 53
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _UNITS_BYTES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
@@ -191,17 +190,6 @@ def _endpoint(text: str) -> Listen:
     return Listen(*parse_endpoint(text))
 
 
-def _dns_server(text: str) -> Listen:
-    # "10.0.0.10" and "fd00::1" have no port, "10.0.0.10:5353" and "[fd00::1]:5353" have one.
-    if text.count(":") == 1 or text.startswith("["):
-        return Listen(*parse_endpoint(text))
-    return Listen(parse_address(text), DNS_PORT)
-
-
-def _show_dns_server(server: Listen) -> str:
-    return str(server.address) if server.port == DNS_PORT else str(server)
-
-
 def _turn_url(text: str) -> str:
     parse_turn_url(text)
     return text
@@ -347,7 +335,6 @@ Domain: TypeAlias = Annotated[str, Leaf("a domain name", _text(normalise_domain)
 IpAddress: TypeAlias = Annotated[Address, Leaf("an IP address", _text(parse_address))]
 ListenAddress: TypeAlias = Annotated[Listen, Leaf("ip:port to listen on", _text(_listen))]
 Endpoint: TypeAlias = Annotated[Listen, Leaf("ip:port", _text(_endpoint))]
-DnsServer: TypeAlias = Annotated[Listen, Leaf("ip or ip:port of a DNS server", _text(_dns_server), _show_dns_server)]
 Target: TypeAlias = Annotated[str, Leaf("CIDR[:PORTS]", _text(_target))]
 Cidr: TypeAlias = Annotated[Network, Leaf("a CIDR", _text(_cidr))]
 TurnServerUrl: TypeAlias = Annotated[str, Leaf("turn:HOST:PORT?transport=tcp", _text(_turn_url))]

@@ -10,13 +10,13 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated
 
+from crossnet.dns_section import DnsSection
 from crossnet.scalars import (
     Accepted,
     Boolean,
     Cidr,
     Count,
     DiscoverySource,
-    DnsServer,
     Domain,
     Duration,
     DurationOrZero,
@@ -61,8 +61,6 @@ from discovery.static import load_mesh
 from discovery.store.etcdapi import DEFAULT_PREFIX
 from discovery.tokens import Tokens
 from discovery.yamlfile import BadFile
-from dnsgw import config as dns
-from dnsgw.forward import MAX_IN_FLIGHT
 from sniproxy import limits, relay
 from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
@@ -223,21 +221,6 @@ class RelaySection:
     def _advertised(self) -> Iterator[Fault]:
         if not self.advertise and any(listen.address.is_unspecified for listen in self.listen):
             yield Fault(".advertise", "the addresses that clients reach, since it listens on all", "nothing")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DnsSection:
-    """The resolver of this network's clients."""
-
-    listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
-    upstream: Annotated[tuple[DnsServer, ...], OneOrMore()] = ()
-    """Servers that answer what is not ours; by default those of /etc/resolv.conf."""
-    allow: tuple[Cidr, ...] = dns.PRIVATE
-    """Clients that are answered; an open resolver is a weapon for others."""
-    search: Annotated[tuple[Domain, ...], OneOrMore()] | None = None
-    """Search domains of the clients, which the mesh domain must not touch; by default this machine's."""
-    ttl_s: WholeSeconds = dns.DEFAULT_TTL_S
-    max_in_flight: Count = MAX_IN_FLIGHT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -490,6 +473,8 @@ class Config:
     def _domain_and_dns(self) -> Iterator[Fault]:
         search = None if self.dns is None else self.dns.search
         yield from _apart(self.domain, search_domains() if search is None else search, "a search domain")
+        if self.dns is not None:
+            yield from _apart(self.domain, self.dns.forward, "a zone that dns.forward sends elsewhere")
 
     @rule("discovery")
     def _discovery_for_roles(self) -> Iterator[Fault]:
