@@ -19,6 +19,7 @@ async def running(
     mesh: Mesh | None, *upstream_ports: int, listen: tuple[str, ...] = ("127.0.0.1",), **config: Any
 ) -> AsyncIterator[DnsServer]:
     """A server on free ports that knows this mesh, if any, and asks these ports of loopback."""
+    claim = config.pop("claim", None)
     server = DnsServer(
         DnsConfig(
             network="a",
@@ -27,7 +28,8 @@ async def running(
             listen=tuple((ip_address(address), 0) for address in listen),
             **{"upstream": tuple((ip_address("127.0.0.1"), port) for port in upstream_ports)} if upstream_ports else {},
             **{"resolv_conf": Path("/nonexistent"), **config} if not upstream_ports else config,
-        )
+        ),
+        claim=claim,
     )
     await server.open()
     if mesh is not None:

@@ -470,3 +470,21 @@ async def test_no_reply_over_udp_is_longer_than_the_limit(upstream: Authority) -
                 reply = await client.ask(query("six.example.test", edns=opt(4096)))
                 assert read(reply).flags & dns.flags.TC
                 assert len(reply) < 100
+
+
+# No relay is alive.
+
+
+async def test_the_last_relays_for_a_while_if_told_so() -> None:
+    async with running(VIEW, stale_relays_for_s=0.3) as server:
+        with Client(address(server)) as client:
+            server.apply(mesh())
+            reply = await client.ask(query(ADDRESS, edns=opt()))
+            assert addresses(reply) == ["10.0.0.9"]
+            assert [int(found.code) for found in read(reply).options] == [3]  # type: ignore[attr-defined]
+            async with asyncio.timeout(5):
+                while read(reply := await client.ask(query(ADDRESS))).rcode() != dns.rcode.SERVFAIL:
+                    assert addresses(reply) == ["10.0.0.9"]
+            server.apply(VIEW)
+            reply = await client.ask(query(ADDRESS, edns=opt()))
+            assert (addresses(reply), read(reply).options) == (["10.0.0.9"], ())

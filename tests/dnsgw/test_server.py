@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from discovery.names import BadName
 from dnsgw import DnsConfig, DnsServer, UpstreamLoop
-from tests.dnsgw.authority import Authority, serving
+from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
-from tests.dnsgw.packets import query
+from tests.dnsgw.packets import opt, query
 from tests.dnsgw.servers import Client, address, connected, free_port, running
 
 pytestmark = pytest.mark.anyio
@@ -138,6 +138,35 @@ async def test_the_hosts_own_resolvers_but_for_ourselves(
     assert server.upstreams == ()
     assert "dns_no_upstream" in caplog.text
     await server.close()
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_an_upstream_that_asks_us_is_noticed_and_left_out(
+    upstream: Authority, caplog: pytest.LogCaptureFixture, others: int
+) -> None:
+    """The first upstream asks us whatever it is asked: a question would go round for ever."""
+    async with serving() as circle:
+        ports = (circle.port, upstream.port)[: 1 + others]
+        with caplog.at_level(logging.ERROR), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+            async with running(VIEW, *ports, loop_probe=True) as server:
+                asker.connect(address(server))
+
+                def ask_us(asked: Asked) -> list[bytes]:
+                    asker.send(asked.packet)
+                    return []
+
+                circle.script = ask_us
+                async with asyncio.timeout(10):
+                    while "dns_loop" not in caplog.text:
+                        await asyncio.sleep(0.01)
+                before = len(circle.asked)
+                with Client(address(server)) as client:
+                    reply = dns.message.from_wire(await client.ask(query("www.example.test", edns=opt())))
+                    assert bool(reply.answer) == bool(others)
+                    if not others:
+                        assert reply.rcode() == 2
+                        assert "loop" in str(reply.options[0])
+                assert len(circle.asked) == before
 
 
 # What it counts.
