@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TextIO
 
+from aiohttp.http_exceptions import HttpProcessingError
+
 MAX_TEXT_BYTES = 200
 """Of one text in an event: a DNS name has 253 at most, and nobody reads more."""
 
@@ -41,6 +43,12 @@ def set_up(*, style: str, level: str, stream: TextIO | None = None) -> None:
     # Every request to the admin server would be a line, and asyncio tells of its selector.
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(max(logging.INFO, root.level))
+    logging.getLogger("aiohttp.server").filters[:] = [_is_ours]
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Tell an error of ours from a malformed request: else any stranger fills the log, a traceback at a time."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 class JsonFormatter(logging.Formatter):

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 import pytest
+from aiohttp.http_exceptions import BadStatusLine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,3 +122,12 @@ def test_levels(root: logging.Logger, style: str) -> None:
     assert len(stream.getvalue().splitlines()) == 1
     assert "loud" in stream.getvalue()
     assert root.level == logging.WARNING
+
+
+def test_a_strangers_malformed_request_is_no_error_of_ours(root: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", stream=stream)
+    for error in (BadStatusLine("nonsense"), ValueError("a defect")):
+        logging.getLogger("aiohttp.server").error("Error handling request from %s", "10.0.0.1", exc_info=error)
+    (line,) = stream.getvalue().splitlines()
+    assert "a defect" in json.loads(line)["error"]
