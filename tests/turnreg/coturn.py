@@ -39,6 +39,7 @@ class Coturn:
         relay_range: tuple[int, int] | None = None,
         extra: Sequence[str] = (),
         prefix: Sequence[str] = (),
+        certificate: Path | None = None,
     ) -> None:
         """Describe the server; nothing runs yet.
 
@@ -48,11 +49,13 @@ class Coturn:
             extra: more options. One with a value needs the `=`: after a space coturn ignores it silently.
             prefix: what to run it with, such as ["ip", "netns", "exec", NAME]; it must exec, so that the pid is
                 coturn's.
+            certificate: a PEM file with certificate and key; coturn then speaks TLS too, on the same port.
         """
         self.user, self.password, self.secret, self.realm = user, password, secret, realm
         self.address, self.relay_address = address, relay_address or address
         self.port = port or _free_port_pair(address)
         self.relay_range = relay_range or _free_range(address)
+        self._certificate = certificate
         self._extra, self._prefix = list(extra), list(prefix)
         self._directory = Path(tempfile.mkdtemp(prefix="crossnet-coturn-"))
         self._process: subprocess.Popen[bytes] | None = None
@@ -133,8 +136,12 @@ class Coturn:
             "-v",
             "--no-cli",
             "--no-dtls",
-            "--no-tls",
             *(loopback if ipaddress.ip_address(self.relay_address).is_loopback else []),
+            *(
+                ["--no-tls"]
+                if self._certificate is None
+                else [f"--cert={self._certificate}", f"--pkey={self._certificate}"]
+            ),
             *credentials,
             *self._extra,
         ]

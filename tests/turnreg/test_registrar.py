@@ -2,181 +2,35 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from discovery.addresses import TargetList
-from discovery.client import DiscoveryError, IssuedCredentials
-from discovery.model import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
+from discovery.client import IssuedCredentials
+from discovery.model import Kind, Mesh, Record, TurnSpec
 from discovery.spec import is_record_id
 from tests.turnreg.coturn import Coturn
+from tests.turnreg.registered import ID, HandDiscovery, allocation, rank, registrar, relay, turn
 from tests.turnreg.scripted import scripted
 from tests.turnreg.server.embedded import embedded
 from tests.turnreg.turnservers import BOTH, COTURN, LOGIN, RunningServer, eventually, listens, turn_server
 from turnreg import registration, tenure
 from turnreg.auth import rest_credentials
-from turnreg.client import Bound, Credentials, Timing, TurnReason
-from turnreg.registrar import Backoff, Issued, Registrar, RegistrarConfig, RestSecret, TurnCredentials, record_id
+from turnreg.client import Credentials, Timing, TurnReason
+from turnreg.registrar import (
+    Backoff,
+    Issued,
+    Register,
+    Registrar,
+    RegistrarConfig,
+    RestSecret,
+    record_id,
+)
 from turnreg.server import Limits
 from turnreg.stun import Method
 
 pytestmark = pytest.mark.anyio
-
-QUICK = Backoff(first_s=0.05, unreachable_cap_s=0.2, cap_s=0.2)
-ID = "gw-1.a.turn-1"
-
-
-class HandDiscovery:
-    """A discovery whose mesh the test sets and whose published records it reads."""
-
-    synced = True
-
-    def __init__(self, *records: AnyRecord) -> None:
-        self.mesh = Mesh.of(records)
-        self.published: dict[str, AllocationSpec] = {}
-        self.issued: list[IssuedCredentials] = []
-        self.writes = self.withdrawn = 0
-        self._secret: tuple[str, int] | None = None
-        self.broken = False
-        self._callbacks: list[Callable[[Mesh], None]] = []
-
-    def set(self, *records: AnyRecord) -> None:
-        self.mesh = Mesh.of(records)
-        for callback in self._callbacks:
-            callback(self.mesh)
-
-    def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
-        self._callbacks.append(callback)
-        return lambda: self._callbacks.remove(callback)
-
-    def publish(self, kind: Kind, id: str, spec: Spec, *, network: str | None = None, leased: bool = True) -> None:  # noqa: A002
-        assert kind is Kind.ALLOCATION
-        assert isinstance(spec, AllocationSpec)
-        assert network is None
-        assert leased
-        if self.broken:
-            raise RuntimeError("broken")
-        self.published[id] = spec
-        self.writes += 1
-
-    def withdraw(self, kind: Kind, id: str) -> None:  # noqa: A002
-        assert kind is Kind.ALLOCATION
-        del self.published[id]
-        self.withdrawn += 1
-
-    async def settled(self, timeout_s: float) -> bool:
-        return True
-
-    async def run(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
-
-    def issue(self, secret: str, ttl_s: int) -> None:
-        """Make credentials from now on as the discovery server does."""
-        self._secret = secret, ttl_s
-
-    async def turn_credentials(self, network: str) -> IssuedCredentials:
-        assert network == "a"
-        if self._secret is not None:
-            secret, ttl_s = self._secret
-            username, password = rest_credentials(secret, "b", time.time() + ttl_s)
-            return IssuedCredentials(username=username, password=password, ttl_s=ttl_s, urls=())
-        if not self.issued:
-            raise DiscoveryError("unavailable", "no server answers")
-        return self.issued[0]
-
-
-def turn(server: RunningServer, id: str = "turn-1", network: str = "a", url: str | None = None) -> AnyRecord:  # noqa: A002
-    spec = TurnSpec(
-        url=url or f"turn:{server.address}:{server.port}?transport=tcp",
-        relay_addresses=[server.address],
-        port_min=1024,
-        port_max=65535,
-    )
-    return Record(kind=Kind.TURN, network=network, id=id, revision=1, spec=spec)
-
-
-def relay(sources: dict[str, list[str]], id: str = "relay-1", network: str = "a") -> AnyRecord:  # noqa: A002
-    spec = RelaySpec(addresses=["10.0.0.9"], ports=[443], sources=sources)
-    return Record(kind=Kind.RELAY, network=network, id=id, revision=1, spec=spec)
-
-
-@dataclass
-class Registered:
-    """A registrar that runs, and what it gave us."""
-
-    registrar: Registrar
-    discovery: HandDiscovery
-    metrics: CollectorRegistry
-    streams: asyncio.Queue[Bound] = field(default_factory=asyncio.Queue)
-
-    async def publishes(self, *ids: str) -> AllocationSpec:
-        """Wait until exactly these records are published; return the first."""
-        await eventually(lambda: self.discovery.published.keys() == set(ids))
-        return self.discovery.published[ids[0]]
-
-    def retired(self) -> list[Any]:
-        return [one for held in self.registrar._registrations.values() for one in held._retired]
-
-    def of(self, via: str = "a") -> dict[str, Any]:
-        return next(line for line in self.registrar.status() if line["via"] == via)
-
-    def count(self, name: str, **labels: str) -> float:
-        value = self.metrics.get_sample_value(f"crossnet_registrar_{name}", labels)
-        assert value is not None, "every label is there from the start"
-        return value
-
-    async def stream(self, port: int, source: str = "127.0.0.1") -> tuple[Bound, asyncio.StreamWriter]:
-        _, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
-        async with asyncio.timeout(10):
-            return await self.streams.get(), writer
-
-
-@asynccontextmanager
-async def registrar(
-    *records: AnyRecord,
-    turn: dict[str, TurnCredentials] | None = None,
-    allowed: tuple[str, ...] = ("127.0.0.0/8",),
-    linger_s: float = 0.0,
-    timing: Timing | None = None,
-    gateway: str = "gw-1",
-    overlap_s: float = 0.0,
-    **options: Any,
-) -> AsyncIterator[Registered]:
-    """Run a registrar of network b while the block runs, then close it."""
-    config = RegistrarConfig(
-        network="b",
-        gateway=gateway,
-        turn={"a": LOGIN} if turn is None else turn,
-        allowed=TargetList.parse(allowed),
-        linger_s=linger_s,
-        overlap_s=overlap_s,
-        backoff=QUICK,
-        timing=timing or Timing(),
-        **{"replicas": 1} | options,
-    )
-    discovery = HandDiscovery(*records)
-    metrics = CollectorRegistry()
-    streams: asyncio.Queue[Bound] = asyncio.Queue()
-    ours = Registrar(config, discovery, streams.put_nowait, metrics)
-    async with asyncio.TaskGroup() as group:
-        running = group.create_task(ours.run())
-        try:
-            yield Registered(ours, discovery, metrics, streams)
-        finally:
-            await ours.close()
-            assert discovery.published == {}
-            async with asyncio.timeout(5):
-                await asyncio.wait({running})
-    while not streams.empty():
-        streams.get_nowait().wire.close()
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -218,6 +72,74 @@ async def test_permissions_follow_the_relays() -> None:
             writer.close()
             ours.discovery.set(turn(server), relay({"turn-1": ["127.0.0.1"]}))
             await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1"])
+
+
+async def test_replicas_of_one_gateway() -> None:
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), replicas=2) as ours:
+            await ours.publishes(ID, f"{ID}.2")
+            assert ours.discovery.published[ID].port != ours.discovery.published[f"{ID}.2"].port
+            assert ours.count("allocations") == 2
+
+
+async def test_gateways_share_a_server_by_what_discovery_says_of_them() -> None:
+    relays = relay({"turn-1": ["127.0.0.1"]})
+    ids = sorted(("gw-1", "gw-2", "gw-3"), key=rank)
+    mine = ids[1]
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), relays, gateway=mine, replicas=2) as ours:
+            first = record_id(mine, "a", "turn-1")
+            await ours.publishes(first, f"{first}.2")
+            bound, writer = await ours.stream(ours.discovery.published[f"{first}.2"].port)
+            # One more that comes after us in order takes the second one, as its record says; ours goes on without a record.
+            ours.discovery.set(turn(server), relays, allocation(ids[2]))
+            await ours.publishes(first)
+            writer.write(b"still there")
+            assert await bound.wire.recv_exactly(11) == b"still there"
+            bound.wire.close()
+            writer.close()
+            # Two that come before us: we stand by.
+            ours.discovery.set(turn(server), relays, allocation(ids[0]), allocation(ids[2]))
+            assert ours.discovery.published.keys() == {first}
+            ours.discovery.set(turn(server), relays, allocation(ids[0]), allocation("gw-5"), allocation("gw-6"))
+            shares = [rank(gateway) for gateway in (mine, ids[0], "gw-5", "gw-6")]
+            await eventually(lambda: (first in ours.discovery.published) == (sorted(shares).index(shares[0]) < 2))
+            # The others go, and their leased records with them.
+            ours.discovery.set(turn(server), relays)
+            await ours.publishes(first, f"{first}.2")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+async def test_shares_add_up(count: int, replicas: int) -> None:
+    """Whoever sees all the others' records and asks, the shares of all are what is wanted, however many they are."""
+    gateways = [f"gw-{number}" for number in range(count)]
+    mesh = Mesh.of(allocation(gateway) for gateway in gateways)
+    shares = []
+    for gateway in gateways:
+        config = RegistrarConfig(network="b", gateway=gateway, turn={}, replicas=replicas)
+        ours = Registrar(config, HandDiscovery(), lambda _: None, CollectorRegistry())
+        shares.append(ours._share(mesh, "a", "turn-1"))
+    assert sum(shares) == replicas
+    assert max(shares) <= -(-replicas // count)
+
+
+async def test_only_where_we_are_asked_for() -> None:
+    relays = relay({"turn-1": ["127.0.0.1"]})
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), relays, register=Register.IMPORTED) as ours:
+            assert ours.registrar.status() == [{"via": "a", "turn": None, "state": "standby"}]
+            ours.discovery.set(turn(server), relays, relay({}, "relay-2", asks=["c", "b"]))
+            port = (await ours.publishes(ID)).port
+            bound, writer = await ours.stream(port)
+            ours.discovery.set(turn(server), relays, relay({}, "relay-2", asks=["c"]))
+            await eventually(lambda: not ours.discovery.published)
+            writer.write(b"still there")
+            assert await bound.wire.recv_exactly(11) == b"still there"
+            bound.wire.close()
+            writer.close()
+            ours.discovery.set(turn(server), relays, relay({}, "relay-2", asks=["b"]))
+            await ours.publishes(ID)
 
 
 async def test_records_come_and_go() -> None:
