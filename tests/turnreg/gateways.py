@@ -1,0 +1,161 @@
+"""A gateway of network b on loopback, and relays of network a as tests want them.
+
+async with a_gateway() as running:
+    visit = await running.visit(preamble(endpoint, HELLO), HELLO)       connect, preamble, ClientHello
+    assert await visit.answer() == Ready()
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import TargetList
+from discovery.model import AnyRecord
+from sniproxy.engine import Listener, Wire, connect
+from sniproxy.stream.capsule import CapsuleType, header
+from sniproxy.stream.control import Message, Opened, Ready
+from sniproxy.stream.ends import Side
+from sniproxy.stream.framed import Framed
+from sniproxy.stream.preamble import Preamble, SigningKey, sign
+from tests.e2e.mesh import FixedDiscovery
+from tests.e2e.path import LogLines
+from tests.sniproxy.engine.pairs import pair
+from tests.turnreg.preambles import KEY
+from turnreg.client import Bound
+from turnreg.gateway import Gateway, GatewayConfig
+
+LOOPBACK = TargetList.parse(["127.0.0.0/8"])
+ALLOCATION = "gw-1-a-turn-1"
+
+
+def data(payload: bytes, *, final: bool = False) -> bytes:
+    """One DATA or FINAL_DATA capsule."""
+    return header(CapsuleType.FINAL_DATA if final else CapsuleType.DATA, len(payload)) + payload
+
+
+@dataclass
+class Visit:
+    """A relay's connection to the gateway."""
+
+    framed: Framed
+
+    @property
+    def wire(self) -> Wire:
+        return self.framed.wire
+
+    async def answer(self) -> Message:
+        """Wait for what the gateway says next."""
+        async with asyncio.timeout(10):
+            return await self.framed.next_message()
+
+    async def opened(self) -> None:
+        """See that the stream is opened."""
+        assert await self.answer() == Ready()
+        assert isinstance(await self.answer(), Opened)
+
+
+@dataclass
+class Service:
+    """A service on loopback that echoes; it counts who came."""
+
+    endpoint: str
+    wires: list[Wire] = field(default_factory=list)
+    got: list[bytearray] = field(default_factory=list)
+
+
+@dataclass
+class Running:
+    """A gateway that runs, and what it says."""
+
+    gateway: Gateway
+    discovery: FixedDiscovery
+    log: LogLines
+    registry: CollectorRegistry
+    _group: asyncio.TaskGroup
+    _closing: AsyncExitStack
+
+    async def service(self) -> Service:
+        """Run a service that gives back what it gets."""
+        listener = await Listener.open("127.0.0.1", 0)
+        made = Service(f"127.0.0.1:{listener.address[1]}")
+
+        async def echo(wire: Wire) -> None:
+            made.wires.append(wire)
+            made.got.append(got := bytearray())
+            while piece := await wire.recv():
+                got += piece
+                await wire.send(piece)
+            wire.shutdown_write()
+
+        task = self._group.create_task(listener.serve(echo))
+        self._closing.callback(listener.close)
+        self._closing.callback(task.cancel)
+        return made
+
+    async def connect(self) -> Visit:
+        """Connect to the gateway's own listener."""
+        return Visit(Framed(await connect(*self.gateway.addresses[0], timeout_s=10), Side.RELAY))
+
+    async def visit(
+        self, preamble: Preamble | bytes, *payload: bytes, key: SigningKey = KEY, behind_turn: bool = False
+    ) -> Visit:
+        """Connect and send a preamble, signed or as it is, and each payload in a DATA capsule."""
+        visit = await (self.bound() if behind_turn else self.connect())
+        first = preamble if isinstance(preamble, bytes) else sign(preamble, key.secret)
+        await visit.wire.send(first, *map(data, payload))
+        visit.framed.sent = len(first)
+        return visit
+
+    async def bound(self) -> Visit:
+        """Come by an allocation, as if a TURN server had been between."""
+        near, far = await pair()
+        self.gateway.take(Bound(wire=far, peer=("192.0.2.1", 4000), via="a", turn="turn-1", allocation=ALLOCATION))
+        return Visit(Framed(near, Side.RELAY))
+
+    async def ended(self, count: int = 1) -> list[dict[str, object]]:
+        """Wait until so many streams have ended, and give their log lines."""
+        async with asyncio.timeout(20):
+            while len(self.log.events) < count:
+                await asyncio.sleep(0.002)
+        return self.log.events
+
+
+@asynccontextmanager
+async def a_gateway(
+    *records: AnyRecord, keys: tuple[SigningKey, ...] = (KEY,), **config: object
+) -> AsyncIterator[Running]:
+    """Run a gateway that delivers to loopback; `config` are fields of GatewayConfig."""
+    fields = {
+        "id": "gw-1",
+        "network": "b",
+        "domain": "svc.mesh.internal",
+        "allow": LOOPBACK,
+        "listen": (("127.0.0.1", 0),),
+    } | config
+    discovery, registry = FixedDiscovery(*records), CollectorRegistry()
+    gateway = Gateway(
+        GatewayConfig(**fields),  # type: ignore[arg-type]
+        discovery,
+        {key.id: key for key in keys},
+        registry=registry,
+    )
+    await gateway.open()
+    logger, lines = logging.getLogger("crossnet.gateway"), LogLines()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(lines)
+    try:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(gateway.run())
+            await asyncio.sleep(0)  # what comes by an allocation is taken once it runs
+            closing = AsyncExitStack()
+            try:
+                yield Running(gateway, discovery, lines, registry, group, closing)
+            finally:
+                await closing.aclose()
+                task.cancel()
+    finally:
+        logger.removeHandler(lines)
