@@ -9,6 +9,7 @@ which a web page cannot send to another origin without a preflight, and that is 
 """
 
 import json
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from ipaddress import ip_address, ip_network
 from typing import Protocol, TypeAlias
@@ -78,23 +79,33 @@ class AdminServer:
                 web.get("/config", self._config),
             ]
         )
+        self._sock: socket.socket | None = None
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False)
 
-    async def open(self, address: str, port: int) -> None:
-        """Listen. Raises OSError."""
+    async def open(self, address: str, port: int, inherited: socket.socket | None = None) -> None:
+        """Listen, with a socket that does so already where there is one. Raises OSError."""
         await self._runner.setup()
         try:
-            site = web.TCPSite(self._runner, address, port, shutdown_timeout=1.0)
-            await site.start()
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            self._sock = inherited or socket.create_server((address, port), family=family)
+            await web.SockSite(self._runner, self._sock, shutdown_timeout=1.0).start()
         except OSError:
             await self._runner.cleanup()
             raise
         bound = self._runner.addresses[0]
         self.address = (bound[0], bound[1])
 
+    def fileno(self) -> int:
+        """The listening descriptor, for a process that comes after us."""
+        assert self._sock is not None
+        return self._sock.fileno()
+
     async def close(self) -> None:
-        """Stop at once."""
+        """Stop at once; once more does nothing."""
         await self._runner.cleanup()
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
 
     async def _index(self, request: web.Request) -> web.StreamResponse:
         paths = sorted({resource.canonical for resource in request.app.router.resources()} - {"/"})

@@ -12,6 +12,7 @@ import resource
 import signal
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from crossnet import logs, roles
 from crossnet.admin import AdminServer
 from crossnet.config import warnings
 from crossnet.dns_section import DnsSection
+from crossnet.handover import Inherited, Offer, Place
 from crossnet.publication import RelayPublication, publish_turn_servers
 from crossnet.reload import Reloader
 from crossnet.schema import encode
@@ -89,7 +91,14 @@ class App:
         self._started = False
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._inherited = Inherited()
+        self._handed_over = False
         self.reloader = Reloader(path, config, self._apply, self.registry) if path is not None else None
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether another process has taken our place."""
+        return self._handed_over
 
     def stop(self) -> None:
         """Drain and end; asked a second time, end at once."""
@@ -104,14 +113,20 @@ class App:
             StartError: a role cannot start.
             ExceptionGroup: a role died of something unexpected.
         """
+        if self.config.handover is not None:
+            self._inherited = await self._begin("handover", asyncio.to_thread(Inherited.receive, self.config.handover))
         admin = AdminServer(self)
-        await self._begin("admin", admin.open(str(self.config.admin.address), self.config.admin.port))
-        self._note("admin", [admin.address])
+        where = str(self.config.admin.address), self.config.admin.port
         try:
+            await self._begin("admin", admin.open(*where, self._inherited.take("admin", *where)))
+            self._note("admin", [admin.address])
             async with self._group:
                 try:
                     await self._start()
                     self._started = True
+                    self._inherited.started()
+                    if self.config.handover is not None:
+                        self._run("handover", self._hand_over(self.config.handover, admin))
                     if self.reloader is not None:
                         self._run("reloader", self.reloader.run())
                     log.info("started", extra={"event": {"roles": self.chosen, "listening": self.listening}})
@@ -122,6 +137,7 @@ class App:
                     for task in self._tasks.values():
                         task.cancel()
         finally:
+            self._inherited.close()
             await admin.close()
         log.info("ended", extra={"event": {"seconds": time.time() - self._started_at}})
 
@@ -203,7 +219,7 @@ class App:
     async def _start_relay(self, discovery: Discovery, section: RelaySection) -> None:
         config = roles.relay_config(self.config, section, self._guard())
         relay = Relay(config, discovery, SigningKeys(roles.keys(self.config)), registry=self.registry)
-        await self._begin("relay", relay.open())
+        await self._begin("relay", relay.open(partial(self._inherited.take, "relay")))
         self._note("relay", relay.addresses)
         self.relay = relay
         self._run("relay", relay.run())
@@ -217,7 +233,7 @@ class App:
     async def _start_gateway(self, discovery: Discovery, section: GatewaySection) -> None:
         config = roles.gateway_config(self.config, section, self._guard())
         gateway = Gateway(config, discovery, roles.keys(self.config), registry=self.registry)
-        await self._begin("gateway", gateway.open())
+        await self._begin("gateway", gateway.open(partial(self._inherited.take, "gateway")))
         self._note("gateway", gateway.addresses)
         self.gateway = gateway
         self._run("gateway", gateway.run())
@@ -227,6 +243,31 @@ class App:
             config_of_registrar = roles.registrar_config(self.config, section)
             self.registrar = Registrar(config_of_registrar, discovery, gateway.take, self.registry)
             self._run("registrar", self.registrar.run())
+
+    async def _hand_over(self, path: Path, admin: AdminServer) -> None:
+        """Wait for a successor, then drain; what it has published by then is its own."""
+
+        def sockets() -> Iterator[tuple[Place, int]]:
+            yield ("admin", str(self.config.admin.address), self.config.admin.port), admin.fileno()
+            for role, server in (("relay", self.relay), ("gateway", self.gateway)):
+                for place, number in server.listening() if server is not None else ():
+                    yield (role, *place), number
+
+        offer = Offer(path, sockets)
+        try:
+            offer.open()
+            await offer.run()
+        except OSError as error:
+            log.error("handover_failed", extra={"event": {"detail": str(error)}})
+            return
+        finally:
+            offer.close()
+        self._handed_over = True
+        for server in (self.relay, self.gateway):
+            if server is not None:
+                server.close()
+        self._stopping.set()
+        await admin.close()
 
     def _guard(self) -> list[tuple[str, int]]:
         """Where this process listens so far, and discovery servers do: no stream goes there."""
@@ -243,14 +284,19 @@ class App:
         log.info("draining", extra={"event": event})
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.drain_s
-        if self._publication is not None:
+        if self._publication is not None and not self._handed_over:
             self._publication.withdraw()
         if self.registrar is not None:
             self.registrar.drain()
-        if self.gateway is not None and self.config.gateway is not None and self.gateway.addresses:
+        direct = self.gateway is not None and self.gateway.addresses and not self._handed_over
+        if direct and self.config.gateway is not None:
             assert self.discovery is not None
             self.discovery.withdraw(Kind.GATEWAY, self.config.gateway.id)
-        if self._publication is not None and (self.config.static_mesh is None or self._dns is not None):
+        if (
+            self._publication is not None
+            and not self._handed_over
+            and (self.config.static_mesh is None or self._dns is not None)
+        ):
             # Somebody's resolver has named us until now, and its answers live on for a while.
             ttl_s = self.config.dns.ttl_s if self.config.dns is not None else DEFAULT_TTL_S
             await self._hurried_after(min(ttl_s + FORGET_S, deadline - loop.time()))
@@ -433,7 +479,9 @@ async def _run(config: Config, chosen: Sequence[str], path: Path | None) -> int:
         failed = True
         for error in leaves(group):
             log.error("died", exc_info=error)
-    return FAILED if failed or not received else 128 + received[0]
+    if failed or not (received or app.handed_over):
+        return FAILED
+    return 128 + received[0] if received else 0
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

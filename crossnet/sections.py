@@ -448,6 +448,8 @@ class Config:
     drain_s: DurationOrZero = DEFAULT_DRAIN_S
     keys: dict[KeyId, KeySection] = dataclasses.field(default_factory=dict)
     imports: tuple[ImportSection, ...] = dataclasses.field(default=(), metadata=key("import"))
+    handover: NewFile | None = None
+    """A unix socket where a new process takes the listening sockets of the one that runs, which then drains."""
     relay: RelaySection | None = None
     dns: DnsSection | None = None
     gateway: GatewaySection | None = None
@@ -464,6 +466,16 @@ class Config:
     def static_mesh(self) -> Path | None:
         """The file that stands in for a discovery server, or beside some."""
         return next((source for source in self.discovery if isinstance(source, Path)), None)
+
+    @rule("handover", "dns", "turn", "discovery_server")
+    def _handed_over(self) -> Iterator[Fault]:
+        others = [name for name in ("dns", "turn", "discovery_server") if getattr(self, name) is not None]
+        if self.handover is not None and others:
+            yield Fault(
+                ".handover",
+                "a file of relay and gateway alone, whose sockets can be handed over",
+                f"one with {others[0]}",
+            )
 
     @rule("domain")
     def _domain(self) -> Iterator[Fault]:

@@ -7,8 +7,9 @@ is about to be dialled passes `allow`, the refused ranges and the loop guard (sn
 import asyncio
 import logging
 import os
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -151,14 +152,24 @@ class Gateway:
         """Where it listens for relays that come directly."""
         return tuple(listener.address for listener in self._listeners)
 
-    async def open(self) -> None:
-        """Bind every listening address. OSError names the one that failed; none stays open then."""
+    async def open(self, inherited: Callable[[str, int], socket.socket | None] = lambda _address, _port: None) -> None:
+        """Bind every listening address. OSError names the one that failed; none stays open then.
+
+        Args:
+            inherited: gives a socket that listens there already, of the process that we come after.
+        """
         try:
             for address, port in self.config.listen:
-                self._listeners.append(await Listener.open(address, port))
+                sock = inherited(address, port)
+                listener = await Listener.open(address, port) if sock is None else Listener(sock)
+                self._listeners.append(listener)
         except OSError:
             self.close()
             raise
+
+    def listening(self) -> list[tuple[tuple[str, int], int]]:
+        """The listening sockets by their configured address and port, for a process that comes after us."""
+        return [(place, listener.fileno()) for place, listener in zip(self.config.listen, self._listeners, strict=True)]
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""

@@ -93,6 +93,10 @@ class Listener:
             raise OSError(error.errno, f"cannot listen on {address} port {port}: {error.strerror}") from error
         return cls(sock, tls)
 
+    def fileno(self) -> int:
+        """The descriptor, to be given to another process that accepts from the same queue."""
+        return self._fd
+
     async def serve(self, handle: Callable[[Wire], Awaitable[None]]) -> None:
         """Accept until `close`, then wait for the connections that are open. Cancelling cancels those too.
 
