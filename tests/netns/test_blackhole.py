@@ -1,0 +1,102 @@
+"""A path to a TURN server that goes silent, between two network namespaces: who notices, and how soon."""
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvloop
+
+from tests.netns.hosts import Namespace
+from tests.turnreg.registered import ID, registrar, relay, turn
+from tests.turnreg.server.embedded import embedded
+from tests.turnreg.turnservers import RunningServer, eventually
+from turnreg.client import Timing
+
+HERE, THERE = "198.18.7.1", "198.18.7.2"
+BENCHMARKING = ("198.18.0.0/15",)
+PATIENCE_S = 30.0
+"""Within that, as the issue says, a gateway has found out."""
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=10)
+
+
+@contextmanager
+def two_hosts() -> Iterator[tuple[Namespace, Namespace]]:
+    here, there = Namespace(), Namespace()
+    try:
+        with here.entered():
+            _run("ip", "link", "add", "here0", "type", "veth", "peer", "name", "there0")
+            _run("ip", "link", "set", "there0", "netns", f"/proc/{os.getpid()}/fd/{there.fd}")
+        for host, link, address in ((here, "here0", HERE), (there, "there0", THERE)):
+            with host.entered():
+                _run("ip", "address", "add", f"{address}/24", "dev", link)
+                _run("ip", "link", "set", link, "up")
+                _run("ip", "link", "set", "lo", "up")
+        yield here, there
+    finally:
+        here.close()
+        there.close()
+
+
+RULES = {
+    "both": "add rule ip t in drop; add rule ip t out drop",
+    "ours": "add rule ip t in drop",
+    "theirs": "add rule ip t out drop",
+}
+
+
+def blackhole(host: Namespace, lost: str) -> None:
+    with host.entered():
+        _run(
+            "nft",
+            "add table ip t; add chain ip t in { type filter hook input priority 0; };"
+            f"add chain ip t out {{ type filter hook output priority 0; }}; {RULES[lost]}",
+        )
+
+
+@pytest.mark.netns
+@pytest.mark.needs("netns", "nft")
+@pytest.mark.parametrize("lost", RULES)
+def test_a_silent_path_is_found_and_left(lost: str) -> None:
+    """With shorter times than the defaults, whose sum is checked below; the reason is in the metrics."""
+    timing = Timing(keepalive_s=0.5, transaction_s=0.3, connect_s=0.5, close_s=0.2)
+
+    async def main(server: RunningServer, there: Namespace) -> None:
+        relays = relay({"turn-1": [THERE]})
+        async with registrar(turn(server), relays, allowed=BENCHMARKING, timing=timing) as ours:
+            await ours.publishes(ID)
+            await asyncio.sleep(0.6)  # a keep-alive has been answered
+            await asyncio.to_thread(blackhole, there, lost)
+            began = time.monotonic()
+            await eventually(lambda: ours.count("registrations_total", reason="timeout") > 0)
+            assert not ours.discovery.published
+            await eventually(lambda: ours.count("registrations_total", reason="connect_failed") > 0)
+            assert time.monotonic() - began < PATIENCE_S
+            await asyncio.to_thread(restore, there)
+            await ours.publishes(ID)
+
+    def restore(there: Namespace) -> None:
+        with there.entered():
+            _run("nft", "delete table ip t")
+
+    with two_hosts() as (here, there):
+        with there.entered():
+            serving = embedded(address=THERE, relay_addresses=(THERE,), allowed_peers=BENCHMARKING)
+            server = serving.__enter__()  # its thread stays where it begins
+        try:
+            with here.entered():
+                uvloop.run(main(RunningServer(server.address, server.port), there))
+        finally:
+            serving.__exit__(None, None, None)
+
+
+def test_the_defaults_find_it_in_time() -> None:
+    timing = Timing()
+    assert timing.keepalive_s + timing.transaction_s * (1 + timing.tries) < PATIENCE_S
+    assert timing.user_timeout_s + timing.keepalive_s <= PATIENCE_S
