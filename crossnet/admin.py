@@ -183,8 +183,9 @@ def _check(name: str, value: str) -> Callable[[Row], bool]:
 
 @web.middleware
 async def _only_by_address(request: web.Request, handler: Handler) -> web.StreamResponse:
-    host = request.url.host or ""
+    host = ""
     try:
+        host = request.url.host or ""  # ValueError: the Host header can be anything
         ip_address(host)
     except ValueError:
         if host != "localhost":

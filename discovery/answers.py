@@ -63,8 +63,9 @@ def check_browser(request: web.Request, *, named: bool) -> None:
     if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         raise ApiError(403, "forbidden", "another site's page asks")
     if not named:
-        host = request.url.host or ""
+        host = ""
         try:
+            host = request.url.host or ""  # ValueError: the Host header can be anything
             ip_address(host)
         except ValueError:
             if host != "localhost":

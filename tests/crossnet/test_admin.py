@@ -64,7 +64,8 @@ def test_the_index_lists_the_pages(process: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "status"), [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:8690", 200), ("evil.example", 421)]
+    ("host", "status"),
+    [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:8690", 200), ("evil.example", 421), ("localhost:99999", 421)],
 )
 def test_a_name_that_somebody_points_here_is_not_served(process: Running, host: str, status: int) -> None:
     assert process.ask("/streams", host=host)[0] == status

@@ -463,6 +463,7 @@ async def test_a_browser_reads_with_basic_and_writes_nothing(serve: Any, tokens:
     async with serve() as at:  # without tokens a name that somebody points here must not give them our rights
         assert (await at.ask("GET", "/v1/records", headers={"Host": "rebound.example"})).status == 403
         assert (await at.ask("GET", "/v1/records", headers={"Host": "localhost"})).status == 200
+        assert (await at.ask("GET", "/v1/records", headers={"Host": "localhost:99999"})).status == 403
 
 
 async def test_a_changed_tokens_file_counts_at_once(
