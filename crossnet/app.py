@@ -28,13 +28,14 @@ from crossnet.handover import Inherited, Offer, Place
 from crossnet.publication import RelayPublication, publish_turn_servers
 from crossnet.reload import Reloader
 from crossnet.schema import encode
-from crossnet.sections import Config, GatewaySection, RelaySection
+from crossnet.sections import Config, GatewaySection, PublisherSection, RelaySection
 from discovery.addresses import format_endpoint, parse_address
 from discovery.api import DiscoveryServer, DiscoveryServerConfig, ServerRefused
 from discovery.client import DiscoveryClient
 from discovery.contract import Discovery
 from discovery.merged import MergedDiscovery
 from discovery.model import Kind, Mesh, VipSpec
+from discovery.publisher import Publisher
 from discovery.static import StaticDiscovery
 from discovery.store import StoreError
 from discovery.yamlfile import BadFile
@@ -184,6 +185,8 @@ class App:
             await self._start_relay(discovery, config.relay)
         if "gateway" in chosen and config.gateway is not None:
             await self._start_gateway(discovery, config.gateway)
+        if "publisher" in chosen and config.publisher is not None:
+            await self._start_publisher(discovery, config.publisher)
 
     async def _start_discovery_server(self, config: DiscoveryServerConfig) -> None:
         server = DiscoveryServer(config, registry=self.registry)
@@ -202,6 +205,12 @@ class App:
 
         self._run("discovery_server", hold())
         self._note("discovery_server", await self._begin("discovery_server", opened))
+
+    async def _start_publisher(self, discovery: Discovery, section: PublisherSection) -> None:
+        async def opened() -> Publisher:
+            return Publisher(roles.publisher_config(self.config, section), discovery, registry=self.registry)
+
+        self._run("publisher", (await self._begin("publisher", opened())).run())
 
     async def _start_dns(self, discovery: Discovery, section: DnsSection) -> None:
         def claim(id: str, spec: VipSpec) -> None:  # noqa: A002 - the word of the design

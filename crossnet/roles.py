@@ -9,6 +9,7 @@ from crossnet.sections import (
     Config,
     DiscoveryServerSection,
     GatewaySection,
+    PublisherSection,
     RelaySection,
     TurnAccessSection,
     TurnSection,
@@ -17,6 +18,7 @@ from crossnet.sections import (
 from discovery.addresses import BadAddress, Network, TargetList, format_endpoint, parse_address
 from discovery.api import DiscoveryServerConfig
 from discovery.imports import Imports
+from discovery.publisher import PublisherConfig
 from discovery.spec import GatewaySpec, TurnSpec
 from dnsgw.config import DnsConfig
 from sniproxy.relay import RelayConfig
@@ -190,6 +192,19 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
         turn_credential_ttl_s=section.turn_credential_ttl_s,
         allow_addresses=_lifted(section.allow_addresses),
         insecure=config.insecure,
+    )
+
+
+def publisher_config(config: Config, section: PublisherSection) -> PublisherConfig:
+    """Return what the publisher takes."""
+    return PublisherConfig(
+        network=config.network,
+        id=section.id,
+        api=section.api,
+        token_file=section.token,
+        ca_file=section.ca,
+        namespaces=section.namespaces,
+        cluster_domain=section.cluster_domain,
     )
 
 

@@ -349,6 +349,7 @@ Replicas: TypeAlias = Annotated[int, Leaf("a whole number 1-16", _integer(1, 16)
 Accepted: TypeAlias = Annotated[Literal["framed"], _word("framed")]
 Store: TypeAlias = Annotated[str, Leaf("memory, sqlite:PATH or etcd:URL,URL", _store)]
 Text: TypeAlias = Annotated[str, Leaf("a line of text", _matching(r"[\x20-\x7e]{1,128}"))]
+KubernetesUrl: TypeAlias = Annotated[str, Leaf("https://HOST:PORT", _matching(r"https?://[A-Za-z0-9.:\[\]-]{1,255}/?"))]
 KeyPrefix: TypeAlias = Annotated[str, Leaf("a key prefix such as /crossnet/", _matching(r"/[\x21-\x7e]{0,100}/"))]
 NewFile: TypeAlias = Annotated[Path, Leaf("a path", _path)]
 ExistingFile: TypeAlias = Annotated[Path, Leaf("a readable file", _existing)]

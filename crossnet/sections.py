@@ -27,6 +27,7 @@ from crossnet.scalars import (
     KeyFile,
     KeyId,
     KeyPrefix,
+    KubernetesUrl,
     Listen,
     ListenAddress,
     LogFormat,
@@ -72,7 +73,7 @@ from turnreg.settings import DEFAULT_REPLICAS
 
 _TURN_LIMITS = TurnLimits()
 
-ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway")
+ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway", "publisher")
 """In the order in which they start: each finds ready what it asks at its start."""
 
 DEFAULT_DOMAIN = "svc.mesh.internal"
@@ -431,6 +432,22 @@ class DiscoveryServerSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PublisherSection:
+    """What publishes a Kubernetes cluster's exported Services as service records of this network."""
+
+    id: RecordId = "k8s"
+    """What the ids of its records begin with; each cluster of a network has its own."""
+    api: KubernetesUrl | None = None
+    """URL of the API; by default that of the cluster that we are a pod of, with the pod's own token and authority."""
+    token: ExistingFile | None = None
+    """Read again as it is renewed."""
+    ca: ExistingFile | None = None
+    namespaces: tuple[NetworkId, ...] = ()
+    """Only these; by default all."""
+    cluster_domain: Domain = CLUSTER_DOMAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole file."""
 
@@ -456,6 +473,7 @@ class Config:
     turn: TurnSection | None = None
     turn_servers: tuple[TurnServerSection, ...] = ()
     discovery_server: DiscoveryServerSection | None = None
+    publisher: PublisherSection | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -490,7 +508,9 @@ class Config:
 
     @rule("discovery")
     def _discovery_for_roles(self) -> Iterator[Fault]:
-        asking = [name for name in ("turn", "turn_servers", "dns", "relay", "gateway") if getattr(self, name)]
+        asking = [
+            name for name in ("turn", "turn_servers", "dns", "relay", "gateway", "publisher") if getattr(self, name)
+        ]
         if asking and not self.discovery:
             yield Fault(".discovery", f"URLs, or a path ending in .yaml, since {asking[0]} needs it", "nothing")
         files = sum(isinstance(source, Path) for source in self.discovery)

@@ -1,0 +1,45 @@
+"""What the publisher needs to know."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+DEFAULT_CLUSTER_DOMAIN = "cluster.local"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublisherConfig:
+    """What the publisher needs to know."""
+
+    network: str
+    id: str = "k8s"
+    """What the ids of its records begin with. Publishers of one cluster share it, those of two clusters must not: each
+    takes away what stands under its own and is not exported any more."""
+
+    api: str | None = None
+    """URL of the Kubernetes API; by default where a pod is told that it is."""
+
+    token_file: Path | None = None
+    """Read again as it is renewed; by default the pod's service account's."""
+
+    ca_file: Path | None = None
+    namespaces: tuple[str, ...] = ()
+    """Only these; by default all, which needs a cluster-wide right to list and watch."""
+
+    cluster_domain: str = DEFAULT_CLUSTER_DOMAIN
+
+    def resolved(self, environment: dict[str, str] | None = None) -> "PublisherConfig":
+        """Fill in what a pod finds in its environment. Raises ValueError where that is none."""
+        if self.api is not None:
+            return self
+        found = os.environ if environment is None else environment
+        host, port = found.get("KUBERNETES_SERVICE_HOST"), found.get("KUBERNETES_SERVICE_PORT", "443")
+        if not host:
+            raise ValueError("expected publisher.api, since this is no pod: KUBERNETES_SERVICE_HOST is not set")
+        return replace(
+            self,
+            api=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
+            token_file=self.token_file or SERVICE_ACCOUNT / "token",
+            ca_file=self.ca_file or SERVICE_ACCOUNT / "ca.crt",
+        )

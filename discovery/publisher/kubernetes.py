@@ -1,0 +1,153 @@
+"""The Kubernetes API over aiohttp: list everything, then watch from there, and list again when the history is gone."""
+
+import logging
+import ssl
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from discovery.publisher.table import resource_version
+
+log = logging.getLogger(__name__)
+
+PAGE = 500
+REQUEST_TIMEOUT_S = 30.0
+WATCH_S = 240  # asked of the server, so that a watch that hangs is noticed soon after
+MAX_ANSWER = 64 * 1024 * 1024
+MAX_LINE = 4 * 1024 * 1024  # etcd holds objects of 1.5 MiB at most
+
+
+class KubeError(Exception):
+    """The API cannot be reached, or says no."""
+
+
+class Gone(KubeError):
+    """The history from a resourceVersion on is no longer there (HTTP 410): everything is to be listed anew."""
+
+
+class KubeApi:
+    """Lists and watches. `async with` holds its connections."""
+
+    def __init__(self, url: str, *, token_file: Path | None, ca_file: Path | None) -> None:
+        """Take where it is. Raises OSError, ssl.SSLError for a bad CA file, ValueError for a bad URL."""
+        self._url = URL(url)
+        if self._url.scheme not in ("http", "https") or not self._url.host:
+            raise ValueError(f"expected https://HOST:PORT of a Kubernetes API, got {url[:100]!r}")
+        self._token_file = token_file
+        self._tls = ssl.create_default_context(cafile=str(ca_file) if ca_file is not None else None)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Make ready."""
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls, limit=8), trust_env=False)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def list_all(self, path: str) -> tuple[list[dict[str, Any]], str]:
+        """Give all objects under a path, and the resourceVersion to watch from. Raises KubeError, Gone."""
+        items: list[dict[str, Any]] = []
+        query = {"limit": str(PAGE)}
+        while True:
+            page = await self._get(path, query)
+            found = page.get("items") or []
+            if not isinstance(found, list):
+                raise KubeError(f"{path}: the list has no items")
+            items += (item for item in found if isinstance(item, dict))
+            metadata = page.get("metadata")
+            token = metadata.get("continue") if isinstance(metadata, dict) else None
+            if not token:
+                return items, resource_version(page)
+            query["continue"] = str(token)
+
+    async def watch(self, path: str, version: str) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        """Give changes after a resourceVersion: ADDED, MODIFIED, DELETED or BOOKMARK, and the object.
+
+        It ends when the server ends it. Raises KubeError, Gone.
+        """
+        query = {
+            "watch": "true",
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(WATCH_S),
+        }
+        timeout = aiohttp.ClientTimeout(total=WATCH_S + REQUEST_TIMEOUT_S, sock_connect=REQUEST_TIMEOUT_S)
+        rest = b""
+        try:
+            async with self._opened().get(
+                self._url.join(URL(path)), params=query, headers=self._headers(), timeout=timeout
+            ) as response:
+                await _check(response, path)
+                while data := await response.content.readany():
+                    *lines, rest = (rest + data).split(b"\n")
+                    if max(map(len, [rest, *lines])) > MAX_LINE:
+                        raise KubeError(f"{path}: a change has more than {MAX_LINE} bytes")
+                    for line in lines:
+                        if line.strip():
+                            yield _change(line, path)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise KubeError(f"{path}: {error or type(error).__name__}") from None
+
+    async def _get(self, path: str, query: dict[str, str]) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+        try:
+            async with self._opened().get(
+                self._url.join(URL(path)), params=query, headers=self._headers(), timeout=timeout
+            ) as response:
+                await _check(response, path)
+                return msgspec.json.decode(await _read(response), type=dict[str, Any])
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
+            raise KubeError(f"{path}: {error or type(error).__name__}") from None
+
+    def _headers(self) -> dict[str, str]:
+        if self._token_file is None:
+            return {}
+        # Read each time: the kubelet renews it, and the old one ends within the hour.
+        return {"Authorization": f"Bearer {self._token_file.read_text().strip()}"}
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("requests are made inside of `async with`")
+        return self._session
+
+
+def _change(line: bytes, path: str) -> tuple[str, dict[str, Any]]:
+    try:
+        change = msgspec.json.decode(line, type=dict[str, Any])
+        kind, found = str(change["type"]), msgspec.convert(change["object"], dict[str, Any])
+    except (msgspec.MsgspecError, KeyError) as error:
+        raise KubeError(f"{path}: a line of the watch is none: {str(error)[:100]}") from None
+    if kind == "ERROR":
+        if found.get("code") == 410:
+            raise Gone(f"{path}: {str(found.get('message'))[:200]}")
+        raise KubeError(f"{path}: {str(found.get('message'))[:200]}")
+    return kind, found
+
+
+async def _check(response: aiohttp.ClientResponse, path: str) -> None:
+    if response.status == 200:
+        return
+    told = (await response.content.read(2000)).decode(errors="replace")
+    try:
+        told = str(msgspec.json.decode(told, type=dict[str, Any]).get("message"))
+    except msgspec.MsgspecError:
+        pass
+    if response.status == 410:
+        raise Gone(f"{path}: {told[:200]}")
+    raise KubeError(f"{path}: status {response.status}: {told[:200]}")
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    data = bytearray()
+    while piece := await response.content.readany():
+        data += piece
+        if len(data) > MAX_ANSWER:
+            raise aiohttp.ClientPayloadError(f"the answer has more than {MAX_ANSWER} bytes")
+    return bytes(data)

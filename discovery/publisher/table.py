@@ -1,0 +1,231 @@
+"""From Kubernetes' Services and EndpointSlices to service records. Sans-IO.
+
+A Service is exported by the annotation crossnet.io/export: `true` for all its TCP ports, or a comma list of port names or
+numbers. crossnet.io/proxy-protocol: `true` says that it wants a PROXY protocol header. Only endpoints that are ready count.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+
+from discovery.addresses import BadAddress, format_endpoint, parse_address, refusal
+from discovery.names import is_service_name
+from discovery.spec import MAX_ENDPOINTS, MAX_ID, MAX_PORTS, ServiceSpec
+
+log = logging.getLogger(__name__)
+
+EXPORT = "crossnet.io/export"
+PROXY_PROTOCOL = "crossnet.io/proxy-protocol"
+SERVICE_NAME = "kubernetes.io/service-name"
+MAX_OBJECTS = 100_000  # of each kind; a cluster is tested with 10,000 services
+
+Name: TypeAlias = tuple[str, str]
+"""Namespace and name."""
+
+
+class _Meta(msgspec.Struct):
+    name: str
+    namespace: str = ""
+    resourceVersion: str = ""  # noqa: N815 - Kubernetes' word
+    annotations: dict[str, str] | None = None
+    labels: dict[str, str] | None = None
+
+
+class _Port(msgspec.Struct):
+    name: str | None = None
+    port: int | None = None
+    protocol: str | None = None
+
+
+class _ServiceSpec(msgspec.Struct):
+    ports: list[_Port] | None = None
+
+
+class ServiceObject(msgspec.Struct):
+    """A Service, as far as it matters here."""
+
+    metadata: _Meta
+    spec: _ServiceSpec = msgspec.field(default_factory=_ServiceSpec)
+
+
+class _Conditions(msgspec.Struct):
+    ready: bool | None = None
+
+
+class _Endpoint(msgspec.Struct):
+    addresses: list[str] = []
+    conditions: _Conditions | None = None
+
+
+class SliceObject(msgspec.Struct):
+    """An EndpointSlice, as far as it matters here."""
+
+    metadata: _Meta
+    addressType: str = "IPv4"  # noqa: N815
+    endpoints: list[_Endpoint] | None = None
+    ports: list[_Port] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    service: Name
+    addresses: tuple[str, ...]
+    ports: tuple[tuple[str, int], ...]
+    """Name and number."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    ports: tuple[tuple[str, int], ...]
+    proxy_protocol: bool
+
+
+class ServiceTable:
+    """What the cluster has, and what is to be published of it."""
+
+    def __init__(self, cluster_domain: str) -> None:
+        """Begin with nothing."""
+        self._domain = cluster_domain
+        self._services: dict[Name, _Service] = {}
+        self._slices: dict[Name, _Slice] = {}
+        self._slices_of: dict[Name, set[Name]] = {}
+
+    def put_service(self, found: ServiceObject) -> Name:
+        """Take a Service as it is now; gives what may have to be published anew."""
+        name = (found.metadata.namespace, found.metadata.name)
+        asked = (found.metadata.annotations or {}).get(EXPORT, "")
+        ports = tuple(_exported(found, asked))
+        if not ports or (name not in self._services and len(self._services) >= MAX_OBJECTS):
+            self._services.pop(name, None)
+            return name
+        wants_header = (found.metadata.annotations or {}).get(PROXY_PROTOCOL) == "true"
+        self._services[name] = _Service(ports, wants_header)
+        return name
+
+    def delete_service(self, found: ServiceObject) -> Name:
+        """Let go of a Service."""
+        name = (found.metadata.namespace, found.metadata.name)
+        self._services.pop(name, None)
+        return name
+
+    def put_slice(self, found: SliceObject) -> Name | None:
+        """Take an EndpointSlice as it is now; gives the Service that it is of."""
+        service = (found.metadata.labels or {}).get(SERVICE_NAME)
+        name = (found.metadata.namespace, found.metadata.name)
+        if not service or found.addressType not in ("IPv4", "IPv6"):
+            return self._drop_slice(name)
+        if name not in self._slices and len(self._slices) >= MAX_OBJECTS:
+            return None
+        of = (found.metadata.namespace, service)
+        self._drop_slice(name)
+        self._slices[name] = _Slice(of, tuple(_ready(found)), tuple(_named(found.ports or ())))
+        self._slices_of.setdefault(of, set()).add(name)
+        return of
+
+    def delete_slice(self, found: SliceObject) -> Name | None:
+        """Let go of an EndpointSlice."""
+        return self._drop_slice((found.metadata.namespace, found.metadata.name))
+
+    def retain_services(self, names: Iterable[Name]) -> set[Name]:
+        """Let go of all others, after everything was listed; gives those."""
+        gone = set(self._services) - set(names)
+        for name in gone:
+            del self._services[name]
+        return gone
+
+    def retain_slices(self, names: Iterable[Name]) -> set[Name]:
+        """Let go of all others, after everything was listed; gives their Services."""
+        gone = set(self._slices) - set(names)
+        return {of for name in gone if (of := self._drop_slice(name)) is not None}
+
+    def exported(self) -> set[Name]:
+        """Give all Services that are to be published."""
+        return set(self._services)
+
+    def slice_names(self) -> set[Name]:
+        """Give all EndpointSlices."""
+        return set(self._slices)
+
+    def spec(self, name: Name) -> ServiceSpec | None:
+        """Give what is to be published of a Service; None if it is not to be."""
+        service = self._services.get(name)
+        full = f"{name[1]}.{name[0]}.svc.{self._domain}"
+        if service is None or not is_service_name(full):
+            return None
+        slices = [self._slices[key] for key in sorted(self._slices_of.get(name, ()))]
+        ports = {}
+        for port_name, port in service.ports[:MAX_PORTS]:
+            endpoints = sorted(
+                {
+                    format_endpoint(parse_address(address), number)
+                    for found in slices
+                    for slice_port, number in found.ports
+                    if slice_port == port_name
+                    for address in found.addresses
+                }
+            )
+            if len(endpoints) > MAX_ENDPOINTS:
+                event = {"service": full, "port": port, "endpoints": len(endpoints), "published": MAX_ENDPOINTS}
+                log.warning("a service has too many endpoints", extra={"event": event})
+            ports[str(port)] = endpoints[:MAX_ENDPOINTS]
+        return ServiceSpec(name=full, ports=ports, proxy_protocol=service.proxy_protocol)
+
+    def _drop_slice(self, name: Name) -> Name | None:
+        known = self._slices.pop(name, None)
+        if known is None:
+            return None
+        others = self._slices_of[known.service]
+        others.discard(name)
+        if not others:
+            del self._slices_of[known.service]
+        return known.service
+
+
+def record_id(publisher: str, name: Name) -> str:
+    """Make the id of a Service's record: its publisher's, readable, and another one for each."""
+    digest = hashlib.sha256("/".join(name).encode()).hexdigest()[:12]
+    readable = re.sub(r"[^a-z0-9-]", "-", f"{name[1]}-{name[0]}")[: MAX_ID - len(publisher) - 14].strip("-")
+    return f"{publisher}-{readable}-{digest}"
+
+
+def _exported(found: ServiceObject, asked: str) -> Iterable[tuple[str, int]]:
+    wanted = {item.strip() for item in asked.split(",")} - {""}
+    if not wanted or wanted == {"false"}:
+        return
+    for port in found.spec.ports or ():
+        name, number = port.name or "", port.port
+        if (port.protocol or "TCP") != "TCP" or number is None or not 1 <= number <= 65535:
+            continue
+        if wanted == {"true"} or name in wanted or str(number) in wanted:
+            yield name, number
+
+
+def _named(ports: Iterable[_Port]) -> Iterable[tuple[str, int]]:
+    for port in ports:
+        if (port.protocol or "TCP") == "TCP" and port.port is not None and 1 <= port.port <= 65535:
+            yield port.name or "", port.port
+
+
+def _ready(found: SliceObject) -> Iterable[str]:
+    for endpoint in found.endpoints or ():
+        # Kubernetes: ready that is not known is to be taken as true.
+        if endpoint.conditions is not None and endpoint.conditions.ready is False:
+            continue
+        for address in endpoint.addresses:
+            try:
+                if refusal(parse_address(address)) is None:
+                    yield address
+            except BadAddress:
+                continue
+
+
+def resource_version(item: Mapping[str, Any]) -> str:
+    """Read an object's or list's resourceVersion: opaque, for the API server alone to make sense of."""
+    metadata = item.get("metadata")
+    found = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
+    return found if isinstance(found, str) else ""

@@ -1,0 +1,238 @@
+"""The publisher between an API server that keeps the rules and a real discovery server."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from discovery.client import DiscoveryClient
+from discovery.model import Kind, ServiceSpec
+from discovery.publisher import Publisher, PublisherConfig, role
+from discovery.publisher.table import record_id
+from tests.discovery.publisher.kubeserver import KubeServer, kube_server
+
+pytestmark = pytest.mark.anyio
+
+EXPORTED = {"annotations": {"crossnet.io/export": "true"}}
+PORTS = {"ports": [{"name": "https", "port": 8443, "protocol": "TCP"}]}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(role, "BACKOFF_MOST_S", 0.1)
+
+
+def put_service(server: KubeServer, name: str, namespace: str = "shop", **metadata: Any) -> None:
+    server.put("services", namespace, name, metadata=EXPORTED | metadata, spec=PORTS)
+
+
+def put_slice(server: KubeServer, name: str, service: str, *addresses: str, namespace: str = "shop") -> None:
+    server.put(
+        "endpointslices",
+        namespace,
+        name,
+        metadata={"labels": {"kubernetes.io/service-name": service}},
+        addressType="IPv4",
+        endpoints=[{"addresses": [address], "conditions": {"ready": True}} for address in addresses],
+        ports=[{"name": "https", "port": 9443, "protocol": "TCP"}],
+    )
+
+
+@asynccontextmanager
+async def publishing(
+    kube: KubeServer, at: Any, tmp_path: Path, namespaces: tuple[str, ...] = ()
+) -> AsyncIterator[tuple[Publisher, DiscoveryClient]]:
+    (tmp_path / "token").write_text("t0ken\n")
+    client = DiscoveryClient([at.url], network="b")
+    config = PublisherConfig(network="b", api=kube.url, token_file=tmp_path / "token", namespaces=namespaces)
+    publisher = Publisher(config, client)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(client.run()), group.create_task(publisher.run())]
+        try:
+            yield publisher, client
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def endpoints(at: Any) -> dict[str, list[str]]:
+    records = (await at.store.snapshot(Kind.SERVICE, "b")).records
+    return {record.spec.name: record.spec.ports.get("8443", []) for record in records}
+
+
+async def until(at: Any, expected: dict[str, list[str]]) -> None:
+    async with asyncio.timeout(10):
+        while await endpoints(at) != expected:
+            await asyncio.sleep(0.01)
+
+
+async def reached(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+NAME = "orders.shop.svc.cluster.local"
+
+
+async def test_a_cluster_is_published_and_followed(serve: Any, tmp_path: Path) -> None:
+    async with kube_server() as kube, serve() as at:
+        put_service(kube, "orders")
+        kube.put("services", "shop", "private", spec=PORTS)
+        for number in range(3):  # more than a page
+            put_slice(kube, f"orders-{number}", "orders", f"10.1.0.{number}")
+        async with publishing(kube, at, tmp_path) as (publisher, client):
+            await until(at, {NAME: ["10.1.0.0:9443", "10.1.0.1:9443", "10.1.0.2:9443"]})
+            assert publisher.listed
+            assert all(record.lease is None for record in (await at.store.snapshot()).records)
+            kube.delete("endpointslices", "shop", "orders-0")
+            await until(at, {NAME: ["10.1.0.1:9443", "10.1.0.2:9443"]})
+            put_slice(kube, "orders-1", "orders", "10.1.0.9")
+            await until(at, {NAME: ["10.1.0.2:9443", "10.1.0.9:9443"]})
+            put_service(kube, "orders", annotations={})  # no longer exported
+            await until(at, {})
+            put_service(kube, "orders")
+            put_service(kube, "cart", "other")
+            await until(at, {NAME: ["10.1.0.2:9443", "10.1.0.9:9443"], "cart.other.svc.cluster.local": []})
+            kube.delete("services", "other", "cart")
+            await until(at, {NAME: ["10.1.0.2:9443", "10.1.0.9:9443"]})
+            assert await client.settled(5)
+        assert list(await endpoints(at)) == [NAME]  # the services outlive their publisher
+
+
+async def test_a_watch_is_resumed_where_it_was(serve: Any, tmp_path: Path) -> None:
+    async with kube_server() as kube, serve() as at:
+        put_service(kube, "orders")
+        async with publishing(kube, at, tmp_path):
+            await until(at, {NAME: []})
+            await reached(lambda: kube.watches == 2)
+            put_slice(kube, "orders-1", "orders", "10.1.0.1")
+            await until(at, {NAME: ["10.1.0.1:9443"]})
+            kube.bookmark()
+            version = f"v{kube._version}"
+            await asyncio.sleep(0.05)
+            del kube.asked[:]
+            kube.end_watches()
+            await reached(lambda: len(kube.asked) >= 2)
+            assert {query.get("resourceVersion") for _, query in kube.asked} == {version}
+            put_slice(kube, "orders-1", "orders", "10.1.0.2")
+            await until(at, {NAME: ["10.1.0.2:9443"]})
+            assert all(query.get("watch") for _, query in kube.asked)  # nothing was listed again
+
+
+@pytest.mark.parametrize("in_stream", [False, True])
+async def test_history_that_is_gone_is_listed_anew(serve: Any, tmp_path: Path, in_stream: bool) -> None:
+    async with kube_server() as kube, serve() as at:
+        kube.gone_in_stream = in_stream
+        put_service(kube, "orders")
+        put_service(kube, "cart")
+        put_slice(kube, "orders-1", "orders", "10.1.0.1")
+        async with publishing(kube, at, tmp_path):
+            await until(at, {NAME: ["10.1.0.1:9443"], "cart.shop.svc.cluster.local": []})
+            await reached(lambda: kube.watches == 2)
+            kube.end_watches()
+            # Before the watches come back: changes, and no trace of them.
+            kube.delete("services", "shop", "cart")
+            kube.delete("endpointslices", "shop", "orders-1")
+            put_slice(kube, "orders-2", "orders", "10.1.0.2")
+            kube.compact()
+            await until(at, {NAME: ["10.1.0.2:9443"]})
+
+
+async def test_what_was_withdrawn_while_nobody_published_goes(serve: Any, tmp_path: Path) -> None:
+    async with kube_server() as kube, serve() as at:
+        stale, mine = (
+            ServiceSpec(name="old.shop.svc.cluster.local", ports={"1": []}),
+            ServiceSpec(name="o.s", ports={"8443": []}),
+        )
+        await at.store.put((Kind.SERVICE, "b", record_id("k8s", ("shop", "old"))), stale)
+        await at.store.put((Kind.SERVICE, "b", record_id("other", ("shop", "old"))), stale)
+        await at.store.put((Kind.SERVICE, "b", "by-hand"), mine)
+        put_service(kube, "orders")
+        async with publishing(kube, at, tmp_path):
+            # The other cluster's publisher and people keep theirs.
+            await until(at, {"old.shop.svc.cluster.local": [], "o.s": [], NAME: []})
+            await reached_async(at)
+            ids = {record.id for record in (await at.store.snapshot()).records}
+            assert ids == {record_id("other", ("shop", "old")), "by-hand", record_id("k8s", ("shop", "orders"))}
+
+
+async def reached_async(at: Any) -> None:
+    async with asyncio.timeout(10):
+        while await at.store.get((Kind.SERVICE, "b", record_id("k8s", ("shop", "old")))) is not None:
+            await asyncio.sleep(0.01)
+
+
+async def test_namespaces_and_a_renewed_token(serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with kube_server() as kube, serve() as at:
+        for namespace in ("shop", "bank", "hidden"):
+            put_service(kube, "orders", namespace)
+        kube.token = "renewed"
+        async with publishing(kube, at, tmp_path, ("shop", "bank")):
+            await reached(lambda: "status 401" in caplog.text)
+            assert await endpoints(at) == {}
+            (tmp_path / "token").write_text("renewed")
+            await until(at, {NAME: [], "orders.bank.svc.cluster.local": []})
+            kube.delete("services", "bank", "orders")
+            await until(at, {NAME: []})
+
+
+CONVERSATION = Path(__file__).with_name("conversation.json")
+
+
+async def test_a_conversation_is_replayed(serve: Any, tmp_path: Path) -> None:
+    """Objects with every field that a cluster sends, most of which mean nothing here."""
+    told = json.loads(CONVERSATION.read_text())
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        turn = told[request.path]
+        if request.query.get("watch") != "true":
+            assert request.query["limit"]
+            return web.json_response(turn["list"])
+        assert request.query["resourceVersion"] == turn["list"]["metadata"]["resourceVersion"]
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for line in turn["watch"]:
+            data = json.dumps(line).encode() + b"\n"
+            await response.write(data[: len(data) // 2])
+            await asyncio.sleep(0)
+            await response.write(data[len(data) // 2 :])
+        await asyncio.sleep(3600)
+        return response
+
+    application = web.Application()
+    for path in told:
+        application.router.add_get(path, answer)
+    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    kube = KubeServer()
+    kube.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        async with serve() as at, publishing(kube, at, tmp_path):
+            await until(at, {"orders.shop.svc.cluster.local": ["10.244.1.18:9443", "10.244.2.31:9443"]})
+            (record,) = (await at.store.snapshot()).records
+            assert record.spec == ServiceSpec(
+                name="orders.shop.svc.cluster.local",
+                ports={"8443": ["10.244.1.18:9443", "10.244.2.31:9443"]},
+                proxy_protocol=True,
+            )
+    finally:
+        await runner.cleanup()
+
+
+def test_a_pod_knows_where_it_is() -> None:
+    config = PublisherConfig(network="b").resolved({"KUBERNETES_SERVICE_HOST": "10.96.0.1"})
+    assert config.api == "https://10.96.0.1:443"
+    assert str(config.token_file) == "/var/run/secrets/kubernetes.io/serviceaccount/token"
+    config = PublisherConfig(network="b").resolved(
+        {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443"}
+    )
+    assert config.api == "https://[fd00::1]:6443"
+    with pytest.raises(ValueError, match=r"publisher\.api"):
+        PublisherConfig(network="b").resolved({})
