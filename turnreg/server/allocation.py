@@ -124,8 +124,12 @@ class Limits:
     max_permissions: int = 1024
     """Per allocation, as in coturn since 4.17; one is a relay's address, so a network has a few."""
     max_unbound_per_allocation: int = 1024
-    """Peers that wait for their bind. They hold a descriptor and what the kernel buffers. 300 at once were measured to be
-    bound within 0.2 s: of a thousand the oldest is one that came to no good, so it goes when another comes."""
+    """Peers that wait for their bind. 300 at once were measured to be bound within 0.2 s: of a thousand the oldest is one that
+    came to no good, so it goes when another comes."""
+    max_unbound: int = 4096
+    """The same, of all allocations. Each holds a descriptor and, as it is not read, up to 128 KiB in the kernel (measured: what
+    net.ipv4.tcp_rmem starts with, it does not grow): half a GiB. A smaller SO_RCVBUF until the bind would make it 52 kB, but then
+    the stream never gets over it: 3 Gb/s in place of 17 after raising it again, and stalls of a retransmission timer."""
     max_connections_per_account: int = 16_384
     """Peers, waiting or bound: each costs two descriptors."""
     max_channels: int = 1024
@@ -301,6 +305,8 @@ class AllocationTable:
             return Refusal.PEER_NOT_PERMITTED
         if self._connections.get(allocation.account, 0) >= self.limits.max_connections_per_account:
             return Refusal.PEER_LIMIT
+        if len(self._attempts) >= self.limits.max_unbound and not allocation.waiting:
+            return Refusal.PEER_LIMIT  # others' peers wait no shorter for it
         self._connections[allocation.account] += 1
         allocation.connected.add(peer)
         return self.enqueue(allocation, peer)
@@ -322,7 +328,10 @@ class AllocationTable:
     def enqueue(self, allocation: Allocation, peer: Endpoint) -> tuple[Attempt, Attempt | None]:
         """Let a peer that is connected wait for its bind; returns what `announce` does."""
         crowded_out = None
-        if len(allocation.waiting) >= self.limits.max_unbound_per_allocation:
+        if allocation.waiting and (
+            len(allocation.waiting) >= self.limits.max_unbound_per_allocation
+            or len(self._attempts) >= self.limits.max_unbound
+        ):
             crowded_out = next(iter(allocation.waiting.values()))
             self.release(crowded_out)
         connection_id = self._draw(4)

@@ -181,6 +181,20 @@ class TestPeers:
         assert places.claim(kept.connection_id, "u") is kept
 
 
+class TestAllThatWait:
+    def test_one_of_the_same_allocation_goes_when_there_are_too_many(self) -> None:
+        places = table(max_unbound=2)
+        first, second, third = add(places), add(places), add(places)
+        oldest = announce(places, first)
+        announce(places, second)
+        third.permit([PEER[0]], 300.0, 10, 0.0)
+        assert places.announce(third, PEER, 0.0) is Refusal.PEER_LIMIT
+        announced = places.announce(first, ("10.0.0.9", 40_001), 0.0)
+        assert not isinstance(announced, Refusal)
+        assert announced[1] is oldest
+        assert places.waiting == 2
+
+
 class TestChannels:
     LIMITS = Limits(max_channels=2)
     OTHER = ("10.0.0.9", 40_001)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.turnreg.coturn import coturn
-from tests.turnreg.server import control_cases, stream_cases
+from tests.turnreg.server import control_cases, datagram_cases, stream_cases
 from tests.turnreg.server.embedded import embedded
 from tests.turnreg.server.situations import Server
 from turnreg.server import Limits
@@ -27,6 +27,7 @@ class Case:
     embedded: object
     coturn_options: tuple[str, ...] = ()
     embedded_options: dict[str, Any] = field(default_factory=dict)
+    over_udp: bool = False
 
 
 class Either:
@@ -49,6 +50,11 @@ def same(run: Callable[[Server], object], seen: object, *options: str, **more: A
     return Case(run=run, coturn=seen, embedded=seen, coturn_options=options, embedded_options=more)
 
 
+def over_udp(run: Callable[[Server], object], seen: object) -> Case:
+    return Case(run=run, coturn=seen, embedded=seen, embedded_options=UDP, over_udp=True)
+
+
+UDP = {"udp_allocations": True, "listen_udp": (("127.0.0.1", 0),)}
 SHORT_LIFE = {"limits": Limits(default_lifetime_s=1.0, max_lifetime_s=1.0)}
 GOOD = (0, b"hello")
 
@@ -130,6 +136,25 @@ TABLE: dict[str, Case] = {
     "many at once": same(stream_cases.many_at_once, (100, 100)),
     "binding": same(control_cases.binding_request, True),
     "requests in one write": same(control_cases.requests_in_one_write, [0, 0, 0]),
+    "datagrams by indications": same(datagram_cases.by_indications, (b"to the peer", True, True), **UDP),
+    "datagrams by channel": same(datagram_cases.by_channel, (0, b"hello", (0x4000, b"odd")), **UDP),
+    "datagrams over udp": over_udp(datagram_cases.over_udp, (0, b"hello", (0x4000, b"odd"))),
+    "channel numbers": same(datagram_cases.channel_numbers, [400, 400, 0, 400, 400], **UDP),
+    "datagrams without permission": same(datagram_cases.without_permission, (b"!", b"!"), **UDP),
+    "pair of ports": same(datagram_cases.pair_of_ports, (0, True), **UDP),
+    "streams over udp": over_udp(datagram_cases.streams_over_udp, 400),
+    "allocate again over udp": over_udp(datagram_cases.allocate_again_over_udp, (True, 437)),
+    # coturn keeps an allocation that was given back for another second.
+    "refresh 0 over udp": Case(
+        run=datagram_cases.refresh_zero_over_udp,
+        coturn=(0, 0),
+        embedded=(0, 437),
+        embedded_options=UDP,
+        over_udp=True,
+    ),
+    "size of a challenge": over_udp(datagram_cases.challenge_size, True),
+    "active connect": same(datagram_cases.active_connect, (True, b"hello", [446, 447]), active_connect=True),
+    "connect beside peers": same(datagram_cases.connect_beside_peers, b"hello", active_connect=True),
     "request byte by byte": same(control_cases.request_byte_by_byte, 0),
 }
 
@@ -138,6 +163,8 @@ TABLE: dict[str, Case] = {
 def test_embedded(name: str) -> None:
     case = TABLE[name]
     with embedded(**case.embedded_options) as server:
+        if case.over_udp:
+            server.port = server.udp[1]
         assert case.run((server.address, server.port)) == case.embedded
 
 
