@@ -1,0 +1,167 @@
+"""Whatever comes in at any port of any process: all survive it, still serve, keep nothing, and log no defect."""
+
+import asyncio
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from discovery.addresses import parse_endpoint
+from sniproxy.engine import Wire, connect
+from tests.e2e.processes import LIMIT_S, Loopback, Mesh, standing
+from tests.e2e.talk import talking
+from tests.sniproxy.hellos import client_hello, message, records, supported_versions
+
+pytestmark = pytest.mark.anyio
+
+PROXY_SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
+STUN_COOKIE = bytes.fromhex("2112a442")
+HELLO = client_hello("p1-10-0-0-1.nowhere.svc.mesh.internal")
+ROUNDS = 4
+
+Endpoint = tuple[str, int]
+
+
+def endpoint(text: str) -> Endpoint:
+    address, port = parse_endpoint(text)
+    return str(address), port
+
+
+async def say(at: Endpoint, data: bytes, *, wait: bool = True, reset: bool = False) -> None:
+    """Connect, say something, perhaps hear the other out, go."""
+    wire = await connect(*at, timeout_s=LIMIT_S)
+    try:
+        await wire.send(data)
+        if wait:
+            wire.shutdown_write()
+            while await wire.recv():
+                pass
+    except OSError:
+        pass  # it does not want to hear the rest
+    finally:
+        if reset:
+            wire.reset()
+        wire.close()
+
+
+def random_bytes(dice: random.Random) -> bytes:
+    return dice.randbytes(dice.choice((1, 20, 300, 5000)))
+
+
+def stun(dice: random.Random) -> bytes:
+    length = dice.choice((0, 4, 8, 0xFFFC, 0xFFFF))
+    kind = dice.choice((0x0001, 0x0003, 0x000B, 0x0111, 0x3FFF))
+    return kind.to_bytes(2, "big") + length.to_bytes(2, "big") + STUN_COOKIE + dice.randbytes(12 + min(length, 64))
+
+
+def proxy(dice: random.Random) -> bytes:
+    length = dice.choice((0, 12, 200, 1024, 0xFFFF))
+    rest = dice.choice((b"\x20\x00", b"\x21\x11", b"\x21\x21", b"\xff\xff")) + length.to_bytes(2, "big")
+    return PROXY_SIGNATURE + rest + dice.randbytes(min(length, 2048))
+
+
+def http(dice: random.Random) -> bytes:
+    lines = (
+        b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n",
+        b"GET " + b"a" * 70_000,
+        b"POST /v1/leases HTTP/1.1\r\n" * 3,
+        b"\r\n" * 999,
+    )
+    return dice.choice(lines)
+
+
+def hello(dice: random.Random) -> bytes:
+    nameless = records(message(supported_versions(0x0304)))
+    return dice.choice((nameless, HELLO, HELLO[:40], HELLO[:-1], HELLO + dice.randbytes(3000)))
+
+
+GARBAGE: dict[str, Callable[[random.Random], bytes]] = {
+    "random bytes": random_bytes,
+    "STUN of a kind": stun,
+    "PROXY headers of a kind": proxy,
+    "HTTP of a kind": http,
+    "hellos": hello,
+}
+
+
+async def pour(at: Endpoint) -> None:
+    """Everything that there is, at one port."""
+    dice = random.Random(repr(at))
+    for _ in range(ROUNDS):
+        for make in GARBAGE.values():
+            await say(at, make(dice))
+            await say(at, make(dice), wait=False)
+            await say(at, make(dice), wait=False, reset=True)
+        await say(at, b"")
+        await say(at, b"", wait=False, reset=True)
+    await say(at, bytes(1_000_000))
+
+
+async def half_open(at: Endpoint) -> list[Wire]:
+    """Connections that begin something and go on to nothing."""
+    wires = [await connect(*at, timeout_s=LIMIT_S) for _ in range(10)]
+    for wire, start in zip(wires, (b"", b"\x16", HELLO[:50], PROXY_SIGNATURE, b"GET /", b"\x00\x03") * 2, strict=False):
+        await wire.send(start)
+    return wires
+
+
+def datagrams(at: Endpoint) -> None:
+    dice = random.Random(repr(at))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for size in (0, 1, 11, 12, 13, 50, 512, 9000, 60_000):
+            sender.sendto(dice.randbytes(size), at)
+            sender.sendto(bytes(size), at)
+            sender.sendto(b"\xff" * size, at)
+
+
+def with_a_listener(document: dict[str, Any]) -> None:
+    document["gateway"]["listen"] = ["{}:0".format(document["admin"].rpartition(":")[0])]
+
+
+async def settled(mesh: Mesh, parts: list[str], before: dict[str, int]) -> None:
+    await mesh.eventually(
+        f"no more descriptors than before: {before}",
+        lambda: all(mesh[part].descriptors() <= before[part] for part in parts),
+    )
+
+
+@pytest.mark.timeout(120)
+async def test_every_process_survives_whatever_comes_in_at_any_port(tmp_path: Path) -> None:
+    ground = Loopback()
+
+    def by_way_of_turn(document: dict[str, Any]) -> None:
+        document["relay"]["direct"] = [f"{ground.plan.turn}/32"]  # and not to the gateway's own listener
+
+    changes = {"gateway": with_a_listener, "relay": by_way_of_turn}
+    with standing(Mesh(tmp_path, ground, dns=True, changes=changes)) as mesh:
+        parts = mesh.names
+        ports = {
+            (part, role): endpoint(text)
+            for part in parts
+            for role, texts in mesh.ask(part, "/status")["listening"].items()
+            for text in texts
+        }
+        for line in mesh.registrations():
+            ports["turn", line["record"]] = (line["relayed"][0], line["relayed"][1])
+        assert {role for _, role in ports} > {"admin", "discovery_server", "turn", "relay", "gateway", "dns"}
+        async with talking(mesh) as talk:
+            await talk.at_once(20)
+            await settled(mesh, parts, before := {part: mesh[part].descriptors() for part in parts})
+            opened = [wire for at in ports.values() for wire in await half_open(at)]
+            async with asyncio.TaskGroup() as group:
+                for at in ports.values():
+                    group.create_task(pour(at))
+                datagrams(ports["dns", "dns"])
+                await talk.at_once(5)
+            for wire in opened:
+                wire.close()
+            for part in parts:
+                assert mesh[part].alive, part
+                assert mesh.ready(part), part
+            await talk.at_once(20)
+            await settled(mesh, parts, before)
+        for part in parts:
+            assert [line for line in mesh.lines(part) if '"level":"error"' in line] == [], part
