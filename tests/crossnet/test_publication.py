@@ -80,6 +80,15 @@ async def test_configured_sources_are_not_asked(tmp_path: Path) -> None:
         running.cancel()
 
 
+async def test_a_relay_says_which_networks_it_asks_for(tmp_path: Path) -> None:
+    imported = '}\nimport: [{names: ["*.shop.svc.cluster.local"], from: [c, b]}]\nlog: {level: info'
+    relay, discovery = publication(tmp_path, ", asks: [b, d]" + imported)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(relay.run())
+        await until(discovery, lambda: (made := spec(discovery)) is not None and made.asks == ["b", "c", "d"])
+        running.cancel()
+
+
 async def test_turn_servers_of_somebody_else_are_published_as_configured(tmp_path: Path) -> None:
     (tmp_path / "crossnet.yaml").write_text(
         "network: a\ndiscovery: http://127.0.0.1:1\n"

@@ -8,7 +8,7 @@ from crossnet.config import load
 from crossnet.sections import Config
 from discovery.spec import GatewaySpec, TurnSpec
 from turnreg.control import Credentials
-from turnreg.settings import Issued, RestSecret
+from turnreg.settings import Issued, Register, RestSecret
 
 FILE = """
 network: b
@@ -68,8 +68,21 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
         "d": Credentials(username="u", password="hush"),
     }
     assert registrar.allowed is None
+    assert (registrar.ca, registrar.register, registrar.replicas) == ({}, Register.ALL, 2)
     assert roles.gateway_spec(read.gateway, ("0.0.0.0", 7443)) == GatewaySpec(address="192.0.2.1:7443")
     assert roles.keys(read)["ab-1"].secret == b"\n" * 32
+
+
+def test_whom_the_registrar_trusts_and_where_it_registers(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").touch()
+    (tmp_path / "crossnet.yaml").write_text(
+        "network: b\ndiscovery: http://127.0.0.1:1\n"
+        "gateway: {id: gw-1, allow: [], register: imported, replicas: 3, turn: {a: {issue: true, ca: ca.pem}}}\n"
+    )
+    read = load(tmp_path / "crossnet.yaml")
+    assert read.gateway is not None
+    registrar = roles.registrar_config(read, read.gateway)
+    assert (registrar.ca, registrar.register, registrar.replicas) == ({"a": tmp_path / "ca.pem"}, Register.IMPORTED, 3)
 
 
 def test_the_turn_server(tmp_path: Path) -> None:

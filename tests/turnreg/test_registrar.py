@@ -142,6 +142,17 @@ async def test_only_where_we_are_asked_for() -> None:
             await ours.publishes(ID)
 
 
+@pytest.mark.parametrize("kind", BOTH)
+async def test_a_server_whose_record_has_only_ipv6_addresses_is_asked_for_one(kind: str) -> None:
+    with turn_server(kind, address="::1") as server:
+        here = turn(server, url=f"turn:[::1]:{server.port}?transport=tcp")
+        async with registrar(here, relay({"turn-1": ["::1", "127.0.0.1"]}), allowed=("::1/128",)) as ours:
+            spec = await ours.publishes(ID)
+            status = ours.of()
+            assert status["relayed"] == ["::1", spec.port]
+            assert (status["permissions"], list(status["refused"])) == (["::1"], ["127.0.0.1"])
+
+
 async def test_records_come_and_go() -> None:
     with turn_server("embedded") as first, turn_server("embedded") as second:
         async with registrar(turn=dict.fromkeys(("a", "b", "c"), LOGIN)) as ours:
