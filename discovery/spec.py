@@ -241,7 +241,9 @@ def spec_faults(
                 yield from _each(where, endpoints, MAX_ENDPOINTS, endpoint)
         case VipSpec():
             yield from _name_faults(f"{path}.name", spec.name)
-            yield from address(f"{path}.address", spec.address)
+            # Nobody dials it: what goes there is led to a relay. So it may lie where no host is.
+            if any(_address_faults(f"{path}.address", spec.address, _NO_HOSTS)):
+                yield from address(f"{path}.address", spec.address)
 
 
 def decode_spec(kind: Kind, data: bytes | msgspec.Raw) -> Spec:
@@ -293,6 +295,9 @@ def _network_faults(path: str, text: str) -> Iterator[Fault]:
 def _proto_faults(path: str, text: str) -> Iterator[Fault]:
     if not _PROTO.fullmatch(text):
         yield Fault(path, "a protocol and version such as framed/1", shown(text))
+
+
+_NO_HOSTS = TargetList.parse(["240.0.0.0/5", "248.0.0.0/6", "252.0.0.0/7", "254.0.0.0/8"])  # not broadcast
 
 
 def _address_faults(path: str, text: str, allowed: TargetList | None) -> Iterator[Fault]:

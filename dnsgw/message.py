@@ -80,6 +80,7 @@ class Message:
         "places",
         "question",
         "records_stop",
+        "stop",
         "targets",
     )
 
@@ -121,6 +122,8 @@ class Message:
                 if section == 1:
                     self.records_stop = position
                 section += 1
+            self.stop = position
+            """Where the records end; what comes behind is nothing."""
         except (IndexError, struct.error) as error:
             raise Malformed("a record is cut short") from error
         self.question = data[HEADER_SIZE : self.body]
@@ -176,7 +179,7 @@ class Message:
         rcode = self.rcode
         if rcode > 0xF and query.edns is None:
             flags = flags & ~0xF | _SERVFAIL
-        stop = len(self.data)
+        stop = self.stop
         extras = len(self.places) - self.answers - self.authorities
         if self.opt is not None:
             if self.opt.stop == stop:

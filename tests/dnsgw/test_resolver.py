@@ -117,7 +117,8 @@ async def test_a_big_answer_is_truncated_over_udp_and_whole_over_tcp(upstream: A
 
 def long_answer(asked: Asked) -> bytes:
     """More than was asked for, as an upstream might send that minds no size."""
-    return asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.packet[12:34] + b"\0" * 1300
+    record = b"\xc0\x0c" + bytes.fromhex("0010 0001 00000000 0514") + b"\0" * 0x514
+    return asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.packet[12:34] + record
 
 
 async def test_silence_of_upstream_is_servfail_and_says_so(upstream: Authority) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discovery.model import Kind, Mesh, Record, VipSpec
-from discovery.spec import is_record_id
+from discovery.spec import BadRecord, check_spec, is_record_id
 from dnsgw.vip import MAX_DRAWS, address_of, claim, draws, imported_names, record_id
 from dnsgw.wire import Qtype
 from tests.dnsgw.meshes import ORDERS, imports, mesh, relay
@@ -114,3 +114,14 @@ async def test_answers_and_the_way_back(vips: str) -> None:
             assert await ask(ip_address(stable).reverse_pointer, Qtype.PTR) == [ORDERS + "."]
             # Names that say where they lead need none.
             assert await ask("p8443-10-1-0-5.b.svc.mesh.internal", Qtype.A) == ["10.0.0.9"]
+
+
+@pytest.mark.parametrize(
+    ("text", "good"), [("240.0.0.7", True), ("fd00:1::7", True), ("127.0.0.1", False), ("224.0.0.1", False)]
+)
+def test_a_record_may_name_an_address_where_no_host_is(text: str, good: bool) -> None:
+    if good:
+        check_spec(Kind.VIP, "a", VipSpec(name=NAME, address=text))
+    else:
+        with pytest.raises(BadRecord):
+            check_spec(Kind.VIP, "a", VipSpec(name=NAME, address=text))

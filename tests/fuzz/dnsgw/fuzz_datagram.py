@@ -1,0 +1,130 @@
+"""Any bytes as a datagram from a client, and any bytes as upstream's answer to a question: nothing raises, nothing grows.
+
+    python -m pip install '.[fuzz]'
+    python tests/fuzz/dnsgw/fuzz_datagram.py -max_total_time=60 tests/fuzz/dnsgw/corpus
+
+The first byte says what the rest is: below 128 a client's packet, else upstream's answer to a question, whose id and
+question are made to fit so that it is looked at; each such question is for another name, so that no cache answers it.
+Without atheris the corpus alone is run, as the tests do.
+"""
+
+# ruff: noqa: E402 - what is to be instrumented is imported first
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT))
+try:
+    import atheris
+except ImportError:
+    atheris = None
+
+if atheris is not None:
+    with atheris.instrument_imports(include=["dnsgw", "discovery.names"]):
+        from dnsgw import DnsConfig, DnsMetrics, Outcome
+        from dnsgw.resolver import Resolver
+else:
+    from dnsgw import DnsConfig, DnsMetrics, Outcome
+    from dnsgw.resolver import Resolver
+
+from discovery.imports import ImportRule, Imports
+from discovery.model import Kind, Mesh, NetworkSpec, Record, RelaySpec, ServiceSpec
+from dnsgw.exchange import Failure
+from dnsgw.reply import is_answer
+
+LOOPBACK = b"\x7f\0\0\1"
+
+
+def question(number: int) -> tuple[bytes, bytes]:
+    """A question that was not asked before, without and with EDNS."""
+    asked = b"\x08%08x\x04test\0\0\1\0\1" % (number & 0xFFFFFFFF)
+    head = b"\0\7\1\0\0\1\0\0\0\0\0"
+    return head + b"\0" + asked, head + b"\1" + asked + b"\0\0\x29\4\xd0\0\0\x80\0\0\0"
+
+
+MESH = Mesh.of(
+    [
+        Record(kind=Kind.NETWORK, network="b", id="b", revision=1, spec=NetworkSpec()),
+        Record(
+            kind=Kind.RELAY,
+            network="a",
+            id="r",
+            revision=2,
+            spec=RelaySpec(addresses=["10.0.0.9", "fd00::9"], ports=[443]),
+        ),
+        Record(
+            kind=Kind.SERVICE,
+            network="b",
+            id="s",
+            revision=3,
+            spec=ServiceSpec(name="orders.shop.svc.cluster.local", ports={"443": []}),
+        ),
+    ]
+)
+
+
+class _Upstream:
+    """In the place of the forwarder: answers at once what it was told to."""
+
+    answer = b""
+
+    def ask(self, message: bytes, query: Any, done: Any, *, tcp: bool) -> None:
+        del message, tcp
+        answer = b"\0\0" + self.answer[:10].ljust(10, b"\0") + query.question + self.answer[10:]
+        done(answer if is_answer(answer, query.question) else Failure.TIMEOUT)
+
+
+class Target:
+    """The resolver as a function from bytes to replies."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.metrics = DnsMetrics()
+        rule = ImportRule(names=("*.shop.svc.cluster.local",), sources=("b",))
+        config = DnsConfig(network="a", listen=(), imports=Imports([rule]), cookie_secret=bytes(16))
+        self.resolver = Resolver(config, self.metrics)
+        self.upstream = _Upstream()
+        self.asked = 0
+        self.resolver.attach(loop, self.upstream)  # type: ignore[arg-type]
+        self.resolver.apply(MESH)
+
+    def run(self, data: bytes) -> None:
+        """Take one input. Raises AssertionError when something is wrong."""
+        replies: list[bytes] = []
+
+        def send(reply: bytes, where: Any) -> None:
+            replies.append(reply)
+            assert where == "here"
+
+        if not data or data[0] < 128:
+            packets, self.upstream.answer = (data[1:],), b"\x81\x83\0\1\0\0\0\0\0\0"
+        else:
+            self.asked += 1
+            packets, self.upstream.answer = question(self.asked), data[1:]
+        for packet in packets:
+            for tcp in (False, True):
+                before = len(replies)
+                self.resolver.handle(packet, LOOPBACK, send, "here", tcp)
+                assert len(replies) == before + 1, "one packet, one reply"
+                reply = replies[-1]
+                assert len(reply) <= (65535 if tcp else 1232), "too long"
+                assert not reply or reply[:2] == packet[:2], "another's id"
+                assert not reply or reply[2] & 0x80, "a reply is no question"
+        assert self.metrics.queries[Outcome.ERROR] == 0, "it raised"
+
+
+def main() -> None:
+    """Fuzz, or run the corpus."""
+    loop = asyncio.new_event_loop()
+    target = Target(loop)
+    if atheris is None:
+        for path in sorted((Path(__file__).parent / "corpus").iterdir()):
+            target.run(path.read_bytes())
+        return
+    atheris.Setup(sys.argv, target.run)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
