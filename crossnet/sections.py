@@ -412,7 +412,7 @@ class DiscoveryServerSection:
     tokens: TokensSection | None = None
     turn_secrets: dict[NetworkId, SecretFile] = dataclasses.field(default_factory=dict)
     """For each network the secret of its TURN servers, to issue credentials from."""
-    requests_per_s: Count = 200
+    requests_per_second: Count = 200
     """What each network may ask in the long run; far more at once."""
     max_records_per_network: Count = 20_000
     max_watchers: Count = 2000
