@@ -21,6 +21,7 @@ import uvloop
 from prometheus_client import CollectorRegistry, GCCollector, Info, PlatformCollector, ProcessCollector
 
 from crossnet import logs, roles
+from crossnet.adaptive import AdaptivePorts
 from crossnet.admin import AdminServer
 from crossnet.config import warnings
 from crossnet.dns_section import DnsSection
@@ -149,6 +150,8 @@ class App:
         keys = roles.keys(config)
         if self.relay is not None and config.relay is not None:
             self.relay.reconfigure(roles.relay_config(config, config.relay, self.relay.config.guard), SigningKeys(keys))
+        if self._publication is not None:
+            self._publication.reconfigure(config)
         if self.gateway is not None and config.gateway is not None:
             guard = self.gateway.config.guard
             self.gateway.reconfigure(roles.gateway_config(config, config.gateway, guard), keys)
@@ -238,6 +241,9 @@ class App:
         ports = _unique(port for _, port in relay.addresses)
         self._publication = RelayPublication(self.config, discovery, ports, addresses)
         self._run("publication", self._publication.run())
+        if section.ports == "auto":
+            adaptive = AdaptivePorts(relay, discovery, section.port_range, self._publication.set_ports)
+            self._run("ports", adaptive.run())
 
     async def _start_gateway(self, discovery: Discovery, section: GatewaySection) -> None:
         config = roles.gateway_config(self.config, section, self._guard())

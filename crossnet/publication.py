@@ -42,10 +42,9 @@ class RelayPublication:
         self._sources: dict[str, list[str]] = {
             turn: [str(address) for address in given] for turn, given in config.relay.sources.items()
         }
-        imported = {network for section in config.imports for network in section.sources}
-        self._asks = sorted((imported | set(config.relay.asks)) - {config.network})
         self._changed = asyncio.Event()
         self._withdrawn = False
+        self.reconfigure(config)
 
     async def run(self) -> None:
         """Publish, and publish again when a TURN server of our network comes, goes or sees us otherwise."""
@@ -76,6 +75,18 @@ class RelayPublication:
                     pause = min(pause * 2, ASK_AGAIN_S)
         finally:
             unsubscribe()
+
+    def set_ports(self, ports: list[int]) -> None:
+        """Say that clients reach us on these ports."""
+        self._ports = ports
+        self._changed.set()
+
+    def reconfigure(self, config: Config) -> None:
+        """Ask for the networks that this configuration imports from."""
+        assert config.relay is not None
+        imported = {network for section in config.imports for network in section.sources}
+        self._asks = sorted((imported | set(config.relay.asks)) - {config.network})
+        self._changed.set()
 
     def withdraw(self) -> None:
         """Send no more clients here."""

@@ -340,6 +340,7 @@ Cidr: TypeAlias = Annotated[Network, Leaf("a CIDR", _text(_cidr))]
 TurnServerUrl: TypeAlias = Annotated[str, Leaf("turn:HOST:PORT?transport=tcp", _text(_turn_url))]
 ImportName: TypeAlias = Annotated[str, Leaf("a service name; a label may be *", _matching(r"[a-z0-9*.-]{1,253}"))]
 Prefer: TypeAlias = Annotated[Literal["local", "remote"], _word("local", "remote")]
+Ports: TypeAlias = Annotated[Literal["listen", "auto"], _word("listen", "auto")]
 LogFormat: TypeAlias = Annotated[Literal["json", "logfmt"], _word("json", "logfmt")]
 LogLevel: TypeAlias = Annotated[
     Literal["debug", "info", "warning", "error"], _word("debug", "info", "warning", "error")

@@ -36,6 +36,7 @@ from crossnet.scalars import (
     NewFile,
     Port,
     PortRange,
+    Ports,
     Prefer,
     RecordId,
     Register,
@@ -185,6 +186,10 @@ class RelaySection:
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
     advertise: Annotated[tuple[IpAddress, ...], OneOrMore()] = ()
     """Addresses that clients reach it under; by default those that it listens on."""
+    ports: Ports = "listen"
+    """`auto`: it listens on the ports of imported services, too, since a plain service name says none."""
+    port_range: PortRange = (1024, 65535)
+    """What `auto` may open; ports below 1024 take a right of their own."""
     allow: tuple[Cidr, ...] = relay.PRIVATE_RANGES
     """Clients that may use it."""
     rules: tuple[RuleSection, ...] = ()

@@ -8,7 +8,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
@@ -149,6 +149,8 @@ class Relay:
         results = (*(reason.value for reason in Reason), RESET)
         self._dials = {(kind, result): dials.labels(kind.value, result) for kind in RouteKind for result in results}
         self._listeners: list[Listener] = []
+        self._adapted: dict[tuple[str, int], Listener] = {}
+        self._group: asyncio.TaskGroup | None = None
         self._lingering = 0
         self._admission = Admission(Limits())
         self._hellos = Budget(config.max_hello_held_bytes)
@@ -182,7 +184,7 @@ class Relay:
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
         """Where it listens, with the ports that were chosen where 0 was asked."""
-        return tuple(listener.address for listener in self._listeners)
+        return tuple(listener.address for listener in (*self._listeners, *self._adapted.values()))
 
     async def open(self, inherited: Callable[[str, int], socket.socket | None] = lambda _address, _port: None) -> None:
         """Bind every listening address. OSError names the one that failed; none stays open then.
@@ -207,15 +209,40 @@ class Relay:
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
         try:
-            async with asyncio.TaskGroup() as group:
+            async with asyncio.TaskGroup() as self._group:
                 for listener in self._listeners:
-                    group.create_task(listener.serve(self._serve))
+                    self._group.create_task(listener.serve(self._serve))
         finally:
             self.close()  # those that were cancelled before their first step
 
+    async def adapt(self, ports: Collection[int]) -> dict[int, str]:
+        """Listen on these ports besides the configured ones, on the same addresses, and no longer on others asked for before.
+
+        Returns:
+            the ports that could not be opened, with the reason; asking again tries again.
+        """
+        if self._group is None:
+            return {}
+        fixed = {listener.address for listener in self._listeners}
+        wanted = {(address, port) for address, _ in fixed for port in ports} - fixed
+        failed = {}
+        for place in self._adapted.keys() - wanted:
+            self._adapted.pop(place).close()
+        for place in sorted(wanted - self._adapted.keys()):
+            try:
+                listener = await Listener.open(*place, reuse_port=True)
+            except OSError as error:
+                failed[place[1]] = str(error)
+                continue
+            self._adapted[place] = listener
+            self._guard.add(*place)
+            self._group.create_task(listener.serve(self._serve))
+        return failed
+
     def close(self) -> None:
         """Stop accepting; streams go on."""
-        for listener in self._listeners:
+        self._group = None
+        for listener in (*self._listeners, *self._adapted.values()):
             listener.close()
 
     async def _serve(self, client: Wire) -> None:

@@ -1,0 +1,68 @@
+"""Keeps a relay listening on the ports of imported services (`relay.ports: auto`), and its record true about them."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from discovery.contract import Discovery
+from discovery.model import Mesh
+from sniproxy.ports import service_ports
+from sniproxy.relay import Relay
+
+log = logging.getLogger("crossnet")
+
+LOOK_AGAIN_S = 10.0
+"""A port that was taken is tried again so often, and one that nobody needs is closed after LINGER_S."""
+
+LINGER_S = 60.0
+"""A service whose record lapses with a lease is back within seconds: its clients must not find a closed port meanwhile."""
+
+
+class AdaptivePorts:
+    """Follows discovery for one relay. `range_` is from the lowest to the highest port that may be opened."""
+
+    def __init__(
+        self, relay: Relay, discovery: Discovery, range_: tuple[int, int], tell: Callable[[list[int]], None]
+    ) -> None:
+        self._relay = relay
+        self._discovery = discovery
+        self._low, self._high = range_
+        self._tell = tell
+        self._changed = asyncio.Event()
+        self._seen: dict[int, float] = {}
+        self._failed: dict[int, str] = {}
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        unsubscribe = self._discovery.subscribe(self._notice)
+        loop = asyncio.get_running_loop()
+        told: list[int] = []
+        try:
+            while True:
+                self._changed.clear()
+                config = self._relay.config
+                wanted = service_ports(self._discovery.mesh, config.network, config.imports, self._low, self._high)
+                now = loop.time()
+                self._seen |= dict.fromkeys(wanted, now)
+                self._seen = {port: at for port, at in self._seen.items() if now - at < LINGER_S}
+                failed = await self._relay.adapt(self._seen)
+                for port, why in failed.items():
+                    if self._failed.get(port) != why:
+                        log.warning("port_not_opened", extra={"event": {"port": port, "detail": why}})
+                self._failed = failed
+                ports = sorted({port for _, port in self._relay.addresses})
+                if ports != told:
+                    told = ports
+                    log.info("ports", extra={"event": {"ports": ports}})
+                    self._tell(ports)
+                try:
+                    async with asyncio.timeout(LOOK_AGAIN_S):
+                        await self._changed.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            unsubscribe()
+
+    def _notice(self, mesh: Mesh) -> None:
+        del mesh
+        self._changed.set()
