@@ -142,7 +142,7 @@ class SqliteStore(MemoryStore):
             self._execute(database, batch)
             database.execute("COMMIT")
         except sqlite3.Error as error:
-            log.exception("the store cannot be written")
+            log.error("the store cannot be written: %s", error)
             raise StoreError(f"{self._path}: {_explained(error)}") from error
         finally:
             if database.in_transaction:  # a full disk makes SQLite roll back by itself
