@@ -19,6 +19,11 @@ from turnreg.timing import Timing
 log = logging.getLogger(__name__)
 
 
+LOG_PERIOD_S = 60.0
+LOGGED_PER_PERIOD = 20
+"""Anybody whom the server lets through, and the server itself, can make binds fail; the metrics count those not logged."""
+
+
 class BindResult(StrEnum):
     """How an announced peer ended: `ok`, or why it has no stream. Metric label and log field."""
 
@@ -74,6 +79,7 @@ class Peers:
         self._binding: set[bytes] = set()
         self._slots = asyncio.Semaphore(timing.max_binds)
         self._proving: asyncio.Task[None] | None = None
+        self._log_until, self._logged = 0.0, 0
 
     def take(self, indication: Message) -> None:
         """Take an indication. A ConnectionAttempt is not signed: it is a hint, which only a bind proves."""
@@ -97,9 +103,15 @@ class Peers:
             self._spawn(self._bind, connection_id, peer)
 
     def _failed(self, result: BindResult, peer: tuple[str, int], detail: str) -> None:
+        self._on_result(result)
+        now = asyncio.get_running_loop().time()
+        if now >= self._log_until:
+            self._log_until, self._logged = now + LOG_PERIOD_S, 0
+        self._logged += 1
+        if self._logged > LOGGED_PER_PERIOD:
+            return
         fields = {"allocation": self._record, "peer": list(peer), "reason": str(result), "detail": detail}
         log.warning("bind_failed", extra={"event": fields})
-        self._on_result(result)
 
     async def _bind(self, connection_id: bytes, peer: tuple[str, int]) -> None:
         try:

@@ -7,7 +7,7 @@ relays, and nobody else's, are what may connect. Each registration lives, fails 
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -143,12 +143,15 @@ class Registrar:
         if self._group is None or self._draining:
             return
         there, seen = set(), set()
+        holders = self._holders(mesh)
         for via, credentials in self._credentials.items():
             if via == self._config.network:
                 continue
+            asked = self._is_asked_for(mesh, via)
             for record in mesh.turns(via):
                 there.add((via, record.id))
-                for replica in range(self._share(mesh, via, record.id)):
+                gateways = holders.get((via, record.id), ())
+                for replica in range(self._share(gateways, via, record.id) if asked else 0):
                     key = (via, record.id, replica)
                     seen.add(key)
                     new = key not in self._registrations
@@ -164,23 +167,28 @@ class Registrar:
             else:
                 registration.want(None, None, _sources(mesh, *key[:2]))
 
-    def _share(self, mesh: Mesh, via: str, turn: str) -> int:
-        """Say how many allocations on this server are ours to hold.
+    def _is_asked_for(self, mesh: Mesh, via: str) -> bool:
+        """Tell whether we register in that network at all."""
+        own = self._config.network
+        return self._config.register is Register.ALL or any(own in relay.spec.asks for relay in mesh.relays(via))
+
+    def _holders(self, mesh: Mesh) -> dict[tuple[str, str], set[str]]:
+        """Say which gateways of our network hold allocations on each TURN server, as far as their records say."""
+        holders: dict[tuple[str, str], set[str]] = {}
+        for record in mesh.allocations(self._config.network):
+            holders.setdefault((record.spec.via, record.spec.turn), set()).add(record.spec.gateway)
+        return holders
+
+    def _share(self, gateways: Collection[str], via: str, turn: str) -> int:
+        """Say how many allocations on this server are ours to hold, where these gateways of our network hold some.
 
         Gateways of one network share them without asking each other: the records of those that hold one there say who
         does, and a hash orders them and us, the same order everywhere. So one more gateway takes its share, the others
         see its record and give theirs back; when one goes, its records lapse and the next takes its place.
         """
-        own = self._config.network
-        if self._config.register is Register.IMPORTED and not any(own in relay.spec.asks for relay in mesh.relays(via)):
-            return 0
-        gateways = {
-            record.spec.gateway
-            for record in mesh.allocations(own)
-            if (record.spec.via, record.spec.turn) == (via, turn)
-        }
-        ranked = sorted(gateways | {self._config.gateway}, key=lambda gateway: _rank(gateway, via, turn))
-        return sum(ranked[replica % len(ranked)] == self._config.gateway for replica in range(self._config.replicas))
+        ours = self._config.gateway
+        ranked = sorted({*gateways, ours}, key=lambda gateway: _rank(gateway, via, turn))
+        return sum(ranked[replica % len(ranked)] == ours for replica in range(self._config.replicas))
 
     def _registration(self, key: _Key) -> Registration:
         registration = self._registrations[key] = Registration(

@@ -5,6 +5,7 @@ Not here: when there is one and which is published (`turnreg.registration`).
 
 import asyncio
 import logging
+import random
 import socket
 import ssl
 import time
@@ -152,7 +153,8 @@ class Tenure:
     def _note(self, given: Shown) -> None:
         self.renew_at = None
         if given.lifetime_s is not None:
-            self.renew_at = self._loop.time() + given.lifetime_s * RENEW_AFTER
+            # Not all at once: many allocations are made in the same second, at our start.
+            self.renew_at = self._loop.time() + given.lifetime_s * RENEW_AFTER * random.uniform(0.85, 1)
 
     async def _run(self) -> None:
         try:

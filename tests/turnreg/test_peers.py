@@ -9,6 +9,7 @@ import pytest
 from tests.turnreg.scripted import KEY, Answer, Scripted, error, good, scripted, signed
 from tests.turnreg.turnservers import Holding, RunningServer, eventually, held
 from turnreg.client import BindResult, Timing
+from turnreg.peers import LOGGED_PER_PERIOD
 from turnreg.stun import Attribute, Message, MessageClass, Method
 
 pytestmark = pytest.mark.anyio
@@ -167,3 +168,12 @@ async def test_a_data_connection_that_cannot_be_opened() -> None:
         holding.allocation.port = 1
         server.announce(7)
         assert await results(holding) == [BindResult.CONNECT_FAILED]
+
+
+async def test_failures_are_logged_so_often_and_counted_always(caplog: pytest.LogCaptureFixture) -> None:
+    count = LOGGED_PER_PERIOD + 50
+    async with announcing() as (server, holding):
+        for number in range(count):
+            server.announce(number, ("127.0.0.9", 1))
+        assert await results(holding, count) == [BindResult.NOT_ALLOWED] * count
+        assert caplog.text.count("bind_failed") == LOGGED_PER_PERIOD
