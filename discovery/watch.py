@@ -6,13 +6,13 @@ the others nothing. A line is encoded once, whoever reads it.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
 
 from discovery.model import AnyRecord, Deletion, Kind, Record
-from discovery.store import Change, Store
+from discovery.store import Change, Snapshot, Store
 from discovery.tokens import SEEN_BY_ALL, Principal, redacted
 
 MAX_QUEUED_LINES = 10_000
@@ -146,6 +146,9 @@ class WatchHub:
         """Listen to the store from now on."""
         self._store = store
         self._watchers: set[Watcher] = set()
+        # What everybody is told who begins anew, by network: after a server's end they all come at once.
+        self._groups: dict[str, list[AnyRecord]] | None = None
+        self._told: dict[tuple[str, bool], bytes] = {}
         self._stop = store.subscribe(self._tell)
 
     def __len__(self) -> int:
@@ -187,19 +190,36 @@ class WatchHub:
             changes = await self._store.since(revision)
         if changes is not None:
             current = max([revision or 0, *(change.revision for change in changes)])
-            return current, self._batches(principal, changes, current, reset=False)
+            return current, self._batches((lines.for_principal(principal) for lines in _lines(changes)), current)
         snapshot = await self._store.snapshot()
-        return snapshot.revision, self._batches(principal, snapshot.records, snapshot.revision, reset=True)
+        pieces = self._everything(principal, snapshot)
+        return snapshot.revision, self._batches(
+            [mark("reset", snapshot.revision, self._store.epoch), *pieces], snapshot.revision
+        )
 
-    def _batches(
-        self, principal: Principal, changes: Sequence[Change], revision: int, *, reset: bool
-    ) -> Iterator[bytes]:
-        batch = [mark("reset", revision, self._store.epoch)] if reset else []
+    def _everything(self, principal: Principal, snapshot: Snapshot) -> list[bytes]:
+        """Give all lines, one piece a network. Whole before anything else runs: a piece that is kept must be current."""
+        if self._groups is None:
+            self._groups = {}
+            for record in snapshot.records:
+                self._groups.setdefault(record.network, []).append(record)
+        pieces = []
+        for network, records in self._groups.items():
+            place = (network, principal.sees_all_of(network))
+            told = self._told.get(place)
+            if told is None:
+                told = self._told[place] = b"".join(
+                    _Lines(record, False).for_principal(principal) for record in records
+                )
+            pieces.append(told)
+        return pieces
+
+    def _batches(self, pieces: Iterable[bytes], revision: int) -> Iterator[bytes]:
+        batch: list[bytes] = []
         size = 0
-        for lines in _lines(changes):
-            line = lines.for_principal(principal)
-            batch.append(line)
-            size += len(line)
+        for piece in pieces:
+            batch.append(piece)
+            size += len(piece)
             if size >= BATCH_BYTES:
                 yield b"".join(batch)
                 batch.clear()
@@ -207,6 +227,10 @@ class WatchHub:
         yield b"".join(batch) + mark("sync", revision, self._store.epoch)
 
     def _tell(self, changes: Sequence[Change]) -> None:
+        self._groups = None
+        for change in changes:
+            for whole in (True, False):
+                self._told.pop((change.key[1], whole), None)
         for lines in _lines(changes):
             for watcher in self._watchers:
                 line = lines.for_principal(watcher.principal)

@@ -106,3 +106,27 @@ async def test_changes_of_one_revision_say_that_more_comes() -> None:
     hub._tell([Deletion(records[0].key, 4), Deletion(records[1].key, 4), Deletion(records[2].key, 5)])
     told = lines(watcher.take(0))
     assert [(line["revision"], line.get("more", False)) for line in told] == [(4, True), (4, False), (5, False)]
+
+
+async def test_who_begins_anew_is_told_what_is_current_and_theirs_to_see() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    await store.put(KEY, SERVICE)
+
+    async def told(principal: Principal) -> list[tuple[str, str]]:
+        _, batches = await hub.backlog(principal, None, None)
+        return [
+            (line["record"]["id"], str(line["record"]["spec"].get("ports", "")))
+            for line in lines(b"".join(batches))
+            if line["type"] == "put"
+        ]
+
+    for _ in range(2):
+        assert await told(OPEN) == [("s", "{'8443': ['10.1.0.5:8443']}")]
+        assert await told(OTHER) == [("s", "{'8443': []}")]
+    await store.put((Kind.NETWORK, "c", "c"), NetworkSpec())
+    await store.put(KEY, ServiceSpec(name="o.s", ports={"1": ["10.1.0.6:1"]}))
+    assert sorted(await told(OPEN)) == [("c", ""), ("s", "{'1': ['10.1.0.6:1']}")]
+    assert sorted(await told(OTHER)) == [("c", ""), ("s", "{'1': []}")]
+    await store.delete(KEY)
+    assert await told(OPEN) == await told(OTHER) == [("c", "")]
