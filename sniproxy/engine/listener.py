@@ -56,6 +56,7 @@ class Listener:
         self._fd = sock.fileno()
         self._accepting = asyncio.Event()
         self._closed = asyncio.Event()
+        self._watched = False
         self._capacity_logged = -CAPACITY_LOG_INTERVAL_S
         name = sock.getsockname()
         self.address: tuple[str, int] = (plain_address(name[0]), name[1])
@@ -108,18 +109,23 @@ class Listener:
                     await self._acceptable()
                     pause = self._accept_batch(group, handle)
                     if pause:
+                        self._unwatch()  # level-triggered: what waits would keep the loop busy
                         await asyncio.sleep(pause)
             finally:
                 self.close()
 
     async def _acceptable(self) -> None:
+        """Wait for a connection. The descriptor stays watched in between: two calls of epoll_ctl a connection less."""
         self._accepting.clear()
-        self._loop.add_reader(self._fd, self._accepting.set)
-        try:
-            await self._accepting.wait()
-        finally:
-            if not self._closed.is_set():
-                self._loop.remove_reader(self._fd)
+        if not self._watched:
+            self._loop.add_reader(self._fd, self._accepting.set)
+            self._watched = True
+        await self._accepting.wait()
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._loop.remove_reader(self._fd)
+            self._watched = False
 
     def _accept_batch(self, group: asyncio.TaskGroup, handle: Callable[[Wire], Awaitable[None]]) -> float:
         """Take what waits; returns for how many seconds to pause."""
@@ -167,7 +173,7 @@ class Listener:
         """Stop accepting; connections that are open go on."""
         if not self._closed.is_set():
             self._closed.set()
-            self._loop.remove_reader(self._fd)
+            self._unwatch()
             self._sock.close()
             self._accepting.set()
 
