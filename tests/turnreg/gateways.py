@@ -17,7 +17,7 @@ from discovery.addresses import TargetList
 from discovery.model import AnyRecord
 from sniproxy.engine import Listener, Wire, connect
 from sniproxy.stream.capsule import CapsuleType, header
-from sniproxy.stream.control import Message, Opened, Ready
+from sniproxy.stream.control import Message, Opened, Ready, Refused
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import Preamble, SigningKey, sign
@@ -51,6 +51,16 @@ class Visit:
         """Wait for what the gateway says next."""
         async with asyncio.timeout(10):
             return await self.framed.next_message()
+
+    async def refused(self, *, after_ready: bool = False) -> Refused:
+        """Wait for the refusal and go, as a relay does."""
+        answer = await self.answer()
+        if after_ready:
+            assert answer == Ready()
+            answer = await self.answer()
+        assert isinstance(answer, Refused), answer
+        self.wire.close()
+        return answer
 
     async def opened(self) -> None:
         """See that the stream is opened."""
