@@ -1,0 +1,160 @@
+"""Every snippet that points somebody at the resolver, loaded into the real program where this machine has it.
+
+There is no CoreDNS to be had from Debian, PyPI or npm: its files are only checked to be well-formed and to name plugins
+that it has.
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dns.message
+import pytest
+import yaml
+
+from crossnet.config import load
+from tests.dnsgw.authority import serving
+from tests.dnsgw.meshes import DOMAIN, mesh, relay
+from tests.dnsgw.packets import query
+from tests.dnsgw.servers import Client, address, free_port, running
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
+COREDNS_PLUGINS = {
+    *("errors", "cache", "forward", "health", "ready", "kubernetes", "prometheus", "loop", "reload", "loadbalance"),
+    *("bind", "log", "hosts", "rewrite", "template"),
+}
+
+
+@pytest.mark.needs("systemd-analyze")
+@pytest.mark.parametrize("unit", ["crossnet-dns.service", "crossnet-dns@.service"])
+def test_systemd_takes_the_units(unit: str, tmp_path: Path) -> None:
+    text = (DEPLOY / "systemd" / unit).read_text()
+    (tmp_path / unit).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(tmp_path / unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    mine = [line for line in done.stderr.splitlines() if unit.split(".")[0].rstrip("@") in line]
+    assert not mine, done.stderr
+    assert "AmbientCapabilities=CAP_NET_BIND_SERVICE" in text
+    assert "User=root" not in text
+
+
+@pytest.mark.anyio
+@pytest.mark.needs("dnsmasq")
+async def test_dnsmasq_asks_us_for_what_is_ours(tmp_path: Path) -> None:
+    text = (DEPLOY / "dnsmasq" / "crossnet.conf").read_text()
+    async with (
+        serving({("www.example.test", "A"): ["198.41.0.4"]}) as upstream,
+        running(mesh(relay("10.0.0.9")), upstream.port) as server,
+    ):
+        conf = tmp_path / "crossnet.conf"
+        conf.write_text(text.replace("127.0.0.1#5300", f"127.0.0.1#{address(server)[1]}"))
+        port = free_port()
+        process = await asyncio.create_subprocess_exec(
+            *("dnsmasq", "--keep-in-foreground", f"--conf-file={conf}", f"--port={port}", "--listen-address=127.0.0.1"),
+            *("--bind-interfaces", "--no-resolv", "--no-hosts", "--stop-dns-rebind", "--pid-file", "--user=root"),
+            f"--server=127.0.0.1#{upstream.port}",
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            with Client(("127.0.0.1", port)) as client:
+                assert await asked(client, ADDRESS) == ["10.0.0.9"]
+                assert await asked(client, "www.example.test") == ["198.41.0.4"]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
+
+
+async def asked(client: Client, name: str) -> list[str]:
+    """Ask until there is somebody to answer."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                client.send(query(name))
+                reply = dns.message.from_wire(await client.receive())
+                return [str(item) for rrset in reply.answer for item in rrset]
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.05)
+
+
+def documents() -> Iterator[tuple[str, Any]]:
+    for path in sorted((*DEPLOY.glob("kubernetes/*.yaml"), *DEPLOY.glob("coredns/*.yaml"))):
+        for document in yaml.safe_load_all(path.read_text()):
+            yield f"{path.name} {document['kind']} {document['metadata']['name']}", document
+
+
+@pytest.mark.parametrize("document", [pytest.param(found, id=name) for name, found in documents()])
+def test_kubernetes_takes_it(document: dict[str, Any]) -> None:
+    """Checked against the schema of Kubernetes' own API, strictly: no unknown field."""
+    validate = pytest.importorskip("kubernetes_validate")
+    validate.validate(document, validate.latest_version(), strict=True)
+
+
+def test_the_configurations_in_kubernetes_are_ours(tmp_path: Path) -> None:
+    config = next(found for name, found in documents() if "ConfigMap crossnet" in name)
+    for name in ("token", "ab-1.key", "ba-1.key"):
+        (tmp_path / name).write_text("00" * 32 + "\n")
+    for name, text in config["data"].items():
+        (tmp_path / name).write_text(text.replace("/secrets", str(tmp_path)))
+        assert load(tmp_path / name).roles == (name.removesuffix(".yaml"),)
+
+
+def test_the_resolver_and_the_relay_are_reached_by_those_who_should_only() -> None:
+    policies = {found["metadata"]["name"]: found["spec"] for name, found in documents() if "NetworkPolicy" in name}
+    assert policies["closed"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    for name in ("clients-to-relay", "askers-to-dns"):
+        (rule,) = policies[name]["ingress"]
+        assert all("podSelector" in peer for peer in rule["from"])
+
+
+@pytest.mark.parametrize("name", ["stub-domain.Corefile", "nodelocaldns.Corefile"])
+def test_corefiles_are_well_formed(name: str) -> None:
+    text = re.sub(r"#.*", "", (DEPLOY / "coredns" / name).read_text())
+    assert text.count("{") == text.count("}")
+    assert DOMAIN + ":53" in text
+    depth = 0
+    for line in text.splitlines():
+        words = line.split()
+        if depth == 1 and words and words[0] != "}":
+            assert words[0] in COREDNS_PLUGINS
+        depth += line.count("{") - line.count("}")
+
+
+def test_the_stub_domain_of_kube_dns() -> None:
+    found = next(found for name, found in documents() if name.startswith("kube-dns"))
+    assert json.loads(found["data"]["stubDomains"]) == {DOMAIN: ["10.96.0.53"]}
+
+
+RESOLVED = Path("/lib/systemd/systemd-resolved")
+
+
+@pytest.mark.skipif(not RESOLVED.exists(), reason="systemd-resolved is not installed: it takes over /etc/resolv.conf")
+@pytest.mark.needs("netns")
+def test_resolved_takes_the_snippet(tmp_path: Path) -> None:
+    """In a mount namespace of its own; it says what it does not know, and goes on."""
+    conf = tmp_path / "resolved.conf"
+    conf.write_text((DEPLOY / "resolved" / "crossnet.conf").read_text())
+    script = f"""
+        ip link set lo up
+        mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/resolved.conf.d
+        cp {conf} /run/systemd/resolved.conf.d/crossnet.conf
+        SYSTEMD_LOG_LEVEL=debug SYSTEMD_LOG_TARGET=console timeout 2 {RESOLVED} 2>&1
+        cat /run/systemd/resolve/resolv.conf 2>/dev/null; true
+    """
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert "DNS server 127.0.0.1 with non-standard UDP port" in done.stdout, done.stdout
+    for complaint in ("Unknown key", "Failed to parse", "Failed to add", "Invalid"):
+        assert complaint not in done.stdout, done.stdout

@@ -1,0 +1,176 @@
+"""Programs of others that ask us: kdig, drill, delv, which validates, and dnsperf, which asks a lot."""
+
+import asyncio
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import dns.dnssec
+import dns.message
+import dns.name
+import dns.rdataclass
+import dns.rdatatype
+import dns.rrset
+import dns.zone
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.dnsgw.authority import Asked, Authority, serving
+from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.dnsgw.servers import address, running
+
+pytestmark = [pytest.mark.anyio, pytest.mark.interop]
+
+ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
+VIEW = mesh(relay("10.0.0.9"))
+BIG = [f"{n}-{'x' * 200}" for n in range(12)]
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Authority]:
+    async with serving({("www.example.test", "A"): ["192.0.2.1"], ("big.example.test", "TXT"): BIG}) as authority:
+        yield authority
+
+
+async def output(*command: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    text, _ = await process.communicate()
+    return " ".join(text.decode().split())
+
+
+KDIG = {
+    f"{ADDRESS} A": ["status: NOERROR", "10.0.0.9"],
+    f"{ADDRESS} AAAA": ["status: NOERROR", "ANSWER: 0", "SOA"],
+    f"+tcp {ADDRESS}": ["10.0.0.9", "(TCP)"],
+    f"+cookie {ADDRESS}": ["10.0.0.9", "COOKIE"],
+    f"+nsid +padding +subnet=192.0.2.0/24 {ADDRESS}": ["10.0.0.9", "!CLIENT-SUBNET"],
+    f"+edns nope.{DOMAIN}": ["NXDOMAIN", "EDE"],
+    "www.example.test": ["192.0.2.1"],
+    "+bufsize=512 big.example.test TXT": ["ANSWER: 12", "(TCP)"],
+}
+DRILL = {
+    f"{ADDRESS} A": ["rcode: NOERROR", "10.0.0.9"],
+    f"-t {ADDRESS} A": ["10.0.0.9"],
+    f"{ORDERS} SRV": ["p8443-orders.shop"],
+    f"-D {ADDRESS} AAAA": ["rcode: NOERROR", "SOA"],
+    "-x 10.0.0.9": ["rcode: NOERROR"],
+    "www.example.test A": ["192.0.2.1"],
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "table"),
+    [
+        pytest.param(["kdig", "@{host}", "-p", "{port}"], KDIG, marks=pytest.mark.needs("kdig"), id="kdig"),
+        pytest.param(["drill", "@{host}", "-p", "{port}"], DRILL, marks=pytest.mark.needs("drill"), id="drill"),
+    ],
+)
+async def test_other_askers(upstream: Authority, program: list[str], table: dict[str, list[str]]) -> None:
+    async with running(VIEW, upstream.port, imports=imports()) as server:
+        host, port = address(server)
+        failures = []
+        for arguments, wanted in table.items():
+            command = [word.format(host=host, port=port) for word in program]
+            if program[0] == "drill":
+                command = ["drill", "-p", str(port), *arguments.split(), f"@{host}"]
+            else:
+                command += arguments.split()
+            text = await output(*command)
+            wrong = [want for want in wanted if (want.removeprefix("!") in text) == want.startswith("!")]
+            if wrong:
+                failures.append(f"{arguments}: {wrong} in\n{text}\n")
+        assert not failures, "\n".join(failures)
+
+
+class Signed:
+    """A zone with its signatures, as an upstream's script."""
+
+    def __init__(self) -> None:
+        self.origin = dns.name.from_text("example.test.")
+        text = "@ 60 IN SOA ns admin 1 2 3 4 60\n@ 60 IN NS ns\nns 60 IN A 192.0.2.53\nwww 60 IN A 192.0.2.1\n"
+        self.zone = dns.zone.from_text(text, self.origin, relativize=False)
+        key = ec.generate_private_key(ec.SECP256R1())
+        self.key = dns.dnssec.make_dnskey(key.public_key(), dns.dnssec.Algorithm.ECDSAP256SHA256, flags=257)
+        with self.zone.writer() as transaction:
+            now = int(time.time())
+            dns.dnssec.sign_zone(
+                self.zone,
+                transaction,
+                keys=[(key, self.key)],
+                inception=now - 3600,
+                expiration=now + 3600,
+                add_dnskey=True,
+            )
+
+    @property
+    def anchor(self) -> str:
+        words = self.key.to_text().split(maxsplit=3)
+        return f'trust-anchors {{ example.test. static-key {" ".join(words[:3])} "{words[3]}"; }};'
+
+    def __call__(self, asked: Asked) -> list[bytes]:
+        reply = dns.message.make_response(asked.message, recursion_available=True)
+        question = reply.question[0]
+        for rdtype, covers in ((question.rdtype, dns.rdatatype.NONE), (dns.rdatatype.RRSIG, question.rdtype)):
+            found = self.zone.get_rrset(question.name, rdtype, covers)
+            if found is not None:
+                reply.answer.append(found)
+        return [reply.to_wire()]
+
+
+@pytest.mark.needs("delv")
+async def test_what_is_signed_can_be_validated_through_us(upstream: Authority, tmp_path: Path) -> None:
+    signed = Signed()
+    upstream.script = signed
+    anchors = tmp_path / "anchors"
+    anchors.write_text(signed.anchor)
+    async with running(VIEW, upstream.port) as server:
+        host, port = address(server)
+        for _ in range(2):  # upstream's answer, and the kept one
+            text = await output(
+                *(
+                    "delv",
+                    f"@{host}",
+                    "-p",
+                    str(port),
+                    "-a",
+                    str(anchors),
+                    "+root=example.test",
+                    "www.example.test",
+                    "A",
+                )
+            )
+            assert "fully validated" in text, text
+            assert "192.0.2.1" in text
+        text = await output("delv", f"@{host}", "-p", str(port), "-i", ADDRESS, "A")
+        assert "10.0.0.9" in text  # ours is unsigned, and only for those who do not insist
+
+
+@pytest.mark.needs("dnsperf")
+@pytest.mark.parametrize("mode", ["udp", "tcp"])
+async def test_a_thousand_questions_at_once_lose_none(upstream: Authority, tmp_path: Path, mode: str) -> None:
+    names = [ADDRESS, "www.example.test", f"nope.{DOMAIN}", f"b.{DOMAIN}", "localhost"]
+    (tmp_path / "questions").write_text(
+        "".join(f"{name} {kind}\n" for name in names for kind in ("A", "AAAA", "HTTPS"))
+    )
+    async with running(VIEW, upstream.port) as server:
+        host, port = address(server)
+        command = [
+            "dnsperf",
+            "-s",
+            host,
+            "-p",
+            str(port),
+            "-m",
+            mode,
+            "-d",
+            str(tmp_path / "questions"),
+            "-n",
+            "100",
+            "-e",
+        ]
+        text = await output(*command, "-c", "8", "-t", "10")
+        assert "Queries completed: 1500 (100.00%)" in text, text
+        assert "SERVFAIL" not in text
