@@ -1,0 +1,105 @@
+"""Several gateways of one network on the same TURN server, each knowing of the others only what discovery says."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import TargetList
+from discovery.model import AllocationSpec, AnyRecord, Kind, Mesh, Record, Spec
+from tests.turnreg.registered import QUICK, HandDiscovery, relay, turn
+from tests.turnreg.turnservers import LOGIN, eventually, turn_server
+from turnreg.client import Bound
+from turnreg.registrar import Registrar, RegistrarConfig
+
+pytestmark = pytest.mark.anyio
+
+
+class Board:
+    """One discovery for several processes: what one publishes, all see a moment later."""
+
+    def __init__(self, *records: AnyRecord) -> None:
+        self.records = {record.key: record for record in records}
+        self.views: list[View] = []
+        self.least = 0
+        """The fewest allocations that were there at once, since it was set."""
+
+    @property
+    def held(self) -> list[str]:
+        """The gateways that hold allocations, by their records."""
+        return sorted(record.spec.gateway for key, record in self.records.items() if key[0] is Kind.ALLOCATION)
+
+    def tell(self) -> None:
+        self.least = min(self.least, len(self.held))
+        mesh = Mesh.of(self.records.values())
+        for view in self.views:
+            asyncio.get_running_loop().call_later(0.01, view.see, mesh)
+
+
+class View(HandDiscovery):
+    def __init__(self, board: Board) -> None:
+        super().__init__(*board.records.values())
+        self._board = board
+        board.views.append(self)
+
+    def see(self, mesh: Mesh) -> None:
+        self.set(*(record for record in mesh_records(mesh)))
+
+    def publish(self, kind: Kind, id: str, spec: Spec, **options: Any) -> None:  # noqa: A002
+        assert isinstance(spec, AllocationSpec)
+        super().publish(kind, id, spec)
+        self._board.records[kind, "b", id] = Record(kind=kind, network="b", id=id, revision=1, spec=spec)
+        self._board.tell()
+
+    def withdraw(self, kind: Kind, id: str) -> None:  # noqa: A002
+        super().withdraw(kind, id)
+        del self._board.records[kind, "b", id]
+        self._board.tell()
+
+
+def mesh_records(mesh: Mesh) -> list[AnyRecord]:
+    return [*mesh.turns("a"), *mesh.relays("a"), *mesh.allocations("b")]
+
+
+async def test_gateways_come_and_go_and_the_server_has_as_many_allocations_as_wanted() -> None:
+    with turn_server("embedded") as server:
+        board = Board(turn(server), relay({"turn-1": ["127.0.0.1"]}))
+        streams: asyncio.Queue[Bound] = asyncio.Queue()
+
+        async with asyncio.TaskGroup() as group, AsyncExitStack() as closing:
+            gateways: dict[str, Registrar] = {}
+
+            def begin(gateway: str) -> None:
+                config = RegistrarConfig(
+                    network="b",
+                    gateway=gateway,
+                    turn={"a": LOGIN},
+                    allowed=TargetList.parse(["127.0.0.0/8"]),
+                    overlap_s=0.0,
+                    backoff=QUICK,
+                )
+                ours = gateways[gateway] = Registrar(config, View(board), streams.put_nowait, CollectorRegistry())
+                group.create_task(ours.run())
+                closing.push_async_callback(ours.close)
+
+            begin("gw-1")
+            await eventually(lambda: board.held == ["gw-1", "gw-1"])
+            board.least = 2
+            begin("gw-2")
+            await eventually(lambda: board.held == ["gw-1", "gw-2"])
+            for gateway in ("gw-3", "gw-4", "gw-5"):
+                begin(gateway)
+            await eventually(lambda: len(board.held) == 2 == len(set(board.held)))
+            await asyncio.sleep(0.3)
+            holders = board.held
+            assert len(set(holders)) == 2, "and there it stays"
+            assert board.least == 2, "never fewer meanwhile"
+            standing_by = sorted(gateways.keys() - set(holders))
+            assert [gateways[gateway].status()[0]["state"] for gateway in standing_by] == ["standby"] * 3
+            await gateways[holders[0]].close()
+            await eventually(lambda: len(set(board.held) - {holders[0]}) == 2 == len(board.held))
+            for gateway in standing_by:
+                await gateways[gateway].close()
+            await eventually(lambda: board.held == [holders[1]] * 2)
