@@ -194,6 +194,51 @@ async def test_a_restarted_server_finds_its_clients_again(
     assert events.count("discovery is away") <= 3  # once it ended, once it was refused, and not at each attempt
 
 
+async def test_ten_minutes_without_discovery_withdraw_nothing_that_lives(
+    serve: Any, run: Any, until: Any, tmp_path: Path, clock: Any
+) -> None:
+    path, registry = tmp_path / "discovery.db", CollectorRegistry()
+
+    def staleness() -> float:
+        value = registry.get_sample_value("crossnet_discovery_staleness_seconds")
+        assert value is not None
+        return value
+
+    async with serve(SqliteStore(path, clock=clock)) as at:
+        port = at.port
+        client = client_of(at, registry=registry)
+        assert staleness() == -1
+        living = run(client)
+        await living.__aenter__()
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        assert staleness() == 0
+        dead = await at.store.grant(10, "anyone")  # whoever made it does not come back
+        await at.store.put((Kind.RELAY, "b", "dead"), OTHER, lease=dead.id)
+        await until(client, lambda mesh: mesh.relays("b"))
+    async with asyncio.timeout(5):
+        while client.connected:
+            await asyncio.sleep(0.01)
+    client._known_at -= 600
+    assert 600 <= staleness() < 660
+    clock.now += 600
+    async with serve(SqliteStore(path, clock=clock), port=port) as at:
+        at.server._wall_clock = lambda: -1e9  # what the clock on the wall does is nothing to a lease
+        async with asyncio.timeout(10):
+            while not client.connected:
+                await asyncio.sleep(0.01)
+        assert staleness() == 0
+        revision = client.mesh.relays("a")[0].revision
+        for second in range(12):  # a second at a time: the whole lease, and a bit more
+            clock.now += 1
+            if second % 3 == 0:
+                await at.store.renew(client.mesh.relays("a")[0].lease)
+            await at.store.expire()
+        await until(client, lambda mesh: not mesh.relays("b"))
+        assert client.mesh.relays("a")[0].revision == revision  # nothing was even written again
+        await living.__aexit__(None, None, None)
+
+
 def start_server(path: Path, port: int) -> tuple[subprocess.Popen[str], int]:
     program = textwrap.dedent(
         """
