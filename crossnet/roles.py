@@ -185,7 +185,7 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
         tls_key=section.tls.key if section.tls else None,
         tls_client_ca=section.tls.client_ca if section.tls else None,
         tokens_file=section.tokens.file if section.tokens else None,
-        requests_per_s=section.requests_per_s,
+        requests_per_s=section.requests_per_second,
         max_records_per_network=section.max_records_per_network,
         max_watchers=section.max_watchers,
         turn_secrets={network: secret.text for network, secret in section.turn_secrets.items()},
