@@ -118,6 +118,7 @@ def _token(arguments: argparse.Namespace) -> int:
         kinds=arguments.kind,
         names=arguments.names,
         admin=arguments.admin,
+        certificate=arguments.certificate,
     )
 
 
@@ -194,6 +195,9 @@ def _add_token(commands: Commands) -> None:
         "--names", action="append", default=[], metavar="GLOB", help="services that it may write; repeatable"
     )
     new.add_argument("--admin", action="store_true", help="may do everything")
+    new.add_argument(
+        "--certificate", metavar="NAME", help="no token, but a client certificate with this URI (SPIFFE id) or DNS name"
+    )
     actions.add_parser("hash", help="print the hash of a token that is read from standard input")
     token.set_defaults(command=_token)
 

@@ -8,19 +8,37 @@ from discovery.tokens import format_entry, hash_token, make_entry, make_token
 from discovery.yamlfile import BadFile
 
 
-def new_command(*, name: str, network: str | None, kinds: Sequence[str], names: Sequence[str], admin: bool) -> int:
-    """Print a new token on stdout, so that it can go into a file of its own, and its entry on stderr."""
-    token = make_token()
+def new_command(
+    *,
+    name: str,
+    network: str | None,
+    kinds: Sequence[str],
+    names: Sequence[str],
+    admin: bool,
+    certificate: str | None = None,
+) -> int:
+    """Print a new token on stdout, so that it can go into a file of its own, and its entry on stderr.
+
+    With a certificate, named by a URI or DNS name in it, there is no token: its entry alone is printed.
+    """
+    token = make_token() if certificate is None else None
     try:
         entry = make_entry(
-            token, name=name, network=network, kinds=[Kind(kind) for kind in kinds], names=names, admin=admin
+            token,
+            certificate=certificate,
+            name=name,
+            network=network,
+            kinds=[Kind(kind) for kind in kinds],
+            names=names,
+            admin=admin,
         )
     except BadFile as error:
         for fault in error.faults:
             print(f"crossnet token: {fault}", file=sys.stderr)
         return 2
     print(f"for the tokens file of the discovery server:\n{format_entry(entry)}", file=sys.stderr)
-    print(token)
+    if token is not None:
+        print(token)
     return 0
 
 

@@ -17,3 +17,12 @@ def test_the_token_alone_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> Non
 def test_an_admin_needs_no_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert new_command(name="", network=None, kinds=[], names=[], admin=True) == 0
     assert '"admin":true' in capsys.readouterr().err
+
+
+def test_a_certificate_has_an_entry_and_no_token(capsys: pytest.CaptureFixture[str]) -> None:
+    uri = "spiffe://mesh.example/b/gw"
+    assert new_command(name="gw", network="b", kinds=["gateway"], names=[], admin=False, certificate=uri) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f'"certificate":"{uri}"' in captured.err
+    assert "hash" not in captured.err
