@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -46,6 +47,9 @@ log = logging.getLogger(__name__)
 HOLD_S = 1.0  # before the first news of discovery; Java would remember a failure for 10 s
 MAX_HELD = 1024
 MAX_ALIASES = 4  # from upstream's aliases to a name of ours and on from there: more than one is odd already
+RECENT = 256  # questions looked through for halves of pairs
+PAIR_S = 0.05  # between two packets that were sent at once
+_HALVES = {b"\0\x01": b"\0\x1c", b"\0\x1c": b"\0\x01"}  # A and AAAA
 _WINDOW_S = 1.0
 _SLIP = 8  # of the questions that are too many one is answered by TC: whoever is real may come over TCP
 MAX_VERDICTS = 4096
@@ -127,6 +131,9 @@ class Resolver:
         self._counts = metrics.queries
         self._secret = config.cookie_secret or os.urandom(cookie.SECRET_SIZE)
         self._probes: dict[bytes, Callable[[], None]] = {}
+        self._recent: deque[tuple[Host, bytes]] = deque(maxlen=RECENT)
+        self._open_pairs: dict[tuple[Host, bytes], Table] = {}
+        self._pairs_end: asyncio.TimerHandle | None = None
         self._relayed: Mesh | None = None
         """The last mesh in which a relay was alive, and when that was no longer so."""
         self._relayed_until: float | None = None
@@ -158,7 +165,8 @@ class Resolver:
         if self._stale_end is not None:
             self._stale_end.cancel()
             self._stale_end = None
-        self._table = self._make_table(mesh, self._stale_relays(mesh))
+        before, self._table = self._table, self._make_table(mesh, self._stale_relays(mesh))
+        self._keep_pairs(before)
         self._cache.cool()  # what was upstream's may be ours now
         held, self._held = self._held, {}
         for asked in held:
@@ -166,9 +174,52 @@ class Resolver:
                 asked.held.cancel()
             self._guarded(self._dispatch, asked)
 
+    # libc asks for the two addresses of a name in two packets at once. When discovery changes between them, the second is
+    # answered from what the first was: an IPv6-only relay that gives way to an IPv4-only one must not look like no address.
+
+    def _keep_pairs(self, before: Table) -> None:
+        """Remember who asked for one half of a pair lately and not for the other."""
+        pairs: dict[tuple[Host, bytes], set[bytes]] = {}
+        for host, data in self._recent:
+            stop = data.find(0, HEADER_SIZE) + 1
+            qtype = data[stop : stop + 2]
+            if qtype in _HALVES:
+                pairs.setdefault((host, data[HEADER_SIZE:stop].lower()), set()).add(qtype)
+        self._recent.clear()
+        for (host, name), seen in pairs.items():
+            if len(seen) == 1:
+                self._open_pairs[host, name + _HALVES[seen.pop()]] = before
+        if self._open_pairs and self._pairs_end is None:
+            self._pairs_end = self._loop.call_later(PAIR_S, self._forget_pairs)
+
+    def _forget_pairs(self) -> None:
+        self._open_pairs.clear()
+        self._pairs_end = None
+
+    def _complete_pair(self, data: bytes, host: Host, send: Send, where: Any) -> bool:
+        """Answer the other half of a pair as the first half was; False: it is none."""
+        stop = data.find(0, HEADER_SIZE) + 1
+        table = self._open_pairs.pop((host, data[HEADER_SIZE:stop].lower() + data[stop : stop + 2]), None)
+        reply = None
+        if table is not None:
+            reply = table.answer_at_once(data)
+            if reply is None:
+                try:
+                    query = scan(data)
+                except BadQuery:
+                    return False
+                answer = table.decide(query)
+                if isinstance(answer, Answer):
+                    reply = answer.reply(query, min(query.limit, self._most))
+        if reply is None:
+            return False
+        self._count(reply)
+        send(reply, where)
+        return True
+
     def close(self) -> None:
         """Answer what is held."""
-        for timer in (self._window, self._stale_end):
+        for timer in (self._window, self._stale_end, self._pairs_end):
             if timer is not None:
                 timer.cancel()
         for asked in list(self._held):
@@ -182,6 +233,9 @@ class Resolver:
                 left = self._admit(host)
             if left > 0:
                 self._left[host] = left - 1
+                self._recent.append((host, data))
+                if self._open_pairs and self._complete_pair(data, host, send, where):
+                    return
                 reply = self._table.answer_at_once(data)
                 if reply is not None:
                     self._count(reply)

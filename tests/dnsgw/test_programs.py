@@ -47,7 +47,7 @@ KDIG = {
     f"+tcp {ADDRESS}": ["10.0.0.9", "(TCP)"],
     f"+cookie {ADDRESS}": ["10.0.0.9", "COOKIE"],
     f"+nsid +padding +subnet=192.0.2.0/24 {ADDRESS}": ["10.0.0.9", "!CLIENT-SUBNET"],
-    f"+edns nope.{DOMAIN}": ["NXDOMAIN", "EDE"],
+    f"+edns nope.{DOMAIN}": ["NXDOMAIN", "EDNS"],
     "www.example.test": ["192.0.2.1"],
     "+bufsize=512 big.example.test TXT": ["ANSWER: 12", "(TCP)"],
 }

@@ -489,3 +489,23 @@ async def test_the_last_relays_for_a_while_if_told_so() -> None:
             server.apply(VIEW)
             reply = await client.ask(query(ADDRESS, edns=opt()))
             assert (addresses(reply), read(reply).options) == (["10.0.0.9"], ())
+
+
+@pytest.mark.parametrize("name", [ADDRESS, "p8443-10-1-0-5.b.svc.mesh.INTERNAL"])
+@pytest.mark.parametrize("first", [Qtype.A, Qtype.AAAA])
+async def test_both_halves_of_a_pair_are_answered_from_one_table(
+    monkeypatch: pytest.MonkeyPatch, name: str, first: Qtype
+) -> None:
+    """Relays of one family give way to relays of the other between the two packets of one client."""
+    monkeypatch.setattr("dnsgw.resolver.PAIR_S", 30)  # however slow the machine is
+    second = Qtype.AAAA if first is Qtype.A else Qtype.A
+    old, new = ("fd00::9", "10.0.0.9") if first is Qtype.A else ("10.0.0.9", "fd00::9")
+    async with running(mesh(relay(old))) as server:
+        with Client(address(server)) as client, Client(address(server), "127.0.0.2") as other:
+            assert addresses(await client.ask(query(name, first))) == []
+            server.apply(mesh(relay(new)))
+            # Whoever asks now sees what is now, but for this client's other half.
+            assert addresses(await other.ask(query(name, first))) == [new]
+            assert addresses(await client.ask(query(name, second))) == [old]
+            assert addresses(await client.ask(query(name, second))) == []
+            assert addresses(await client.ask(query(name, first))) == [new]
