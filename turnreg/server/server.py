@@ -1,6 +1,8 @@
 """The embedded TURN server: listeners for clients, and what their sessions share."""
 
 import asyncio
+import logging
+import resource
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +25,11 @@ from turnreg.server.pace import AnswerRate
 from turnreg.server.relayports import RelayPorts
 from turnreg.server.session import ClientSession
 from turnreg.server.transaction import Transactions
+
+log = logging.getLogger(__name__)
+
+MIN_OPEN_FILES = 16_384
+"""Fewer are said at the start: some eight thousand streams, and the listening ports of allocations besides."""
 
 DRAIN_LOOK_S = 0.1
 """How often a server that drains looks whether its streams have ended."""
@@ -112,6 +119,9 @@ class TurnServer:
         except OSError:
             listening.close()
             raise
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files < MIN_OPEN_FILES:
+            log.warning("turn: %d open files are allowed, and a stream takes two: raise the limit (LimitNOFILE)", files)
         return cls(config, listening, certificates, registry or CollectorRegistry())
 
     @property

@@ -339,3 +339,23 @@ def test_time_of_credentials_counts_for_udp_too() -> None:
     on = server()
     step = on.transactions.respond(OVER_UDP, on.sign(on.allocate_request(TRANSPORT_UDP)), now=NOW, unix_now=UNIX + 3601)
     assert step.refusal is Refusal.STALE_NONCE
+
+
+def test_nothing_is_advertised_that_is_not_there() -> None:
+    """No security bits in the nonce (RFC 8489, section 9.2), no PASSWORD-ALGORITHMS; SHA-256 alone is no signature to us."""
+    on = server()
+    request = on.allocate_request().with_bytes(Attribute.MESSAGE_INTEGRITY_SHA256, bytes(32))
+    step = on.respond(Message.parse(request.pack()))
+    assert step.answer is not None
+    answer = Message.parse(step.answer)
+    assert answer.error == (401, "Unauthorized")
+    assert not (answer.text(Attribute.NONCE) or "").startswith("obMatJos2")
+    assert {kind for kind, _ in answer.attributes} == {
+        Attribute.ERROR_CODE,
+        Attribute.REALM,
+        Attribute.NONCE,
+        Attribute.SOFTWARE,
+    }
+    ticket, additional = 0x8030, Attribute.ADDITIONAL_ADDRESS_FAMILY
+    made, _ = on.allocate(on.allocate_request().with_bytes(ticket, b"").with_bytes(additional, b"\2\0\0\0"))
+    assert made.family == FAMILY_IPV4

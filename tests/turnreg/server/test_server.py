@@ -15,6 +15,7 @@ from tests.turnreg.server.embedded import Embedded, embedded
 from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, until_refused
 from turnreg.auth import rest_credentials
 from turnreg.server import Limits, TurnServer, TurnServerConfig, session
+from turnreg.server import server as server_module
 from turnreg.server.config import MAX_REFUSALS
 from turnreg.stun import FAMILY_IPV6, Attribute, Method
 
@@ -368,3 +369,11 @@ class TestEnd:
                 raise LookupError
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection(*first)
+
+
+def test_few_open_files_are_said_at_the_start(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MIN_OPEN_FILES", 1 << 40)
+    with embedded():
+        assert "open files are allowed" in caplog.text
