@@ -307,6 +307,10 @@ class App:
         if direct and self.config.gateway is not None:
             assert self.discovery is not None
             self.discovery.withdraw(Kind.GATEWAY, self.config.gateway.id)
+        if self.turn is not None and self.config.turn is not None:
+            if not self._handed_over and self.discovery is not None:
+                self.discovery.withdraw(Kind.TURN, self.config.turn.id)
+            self.turn.drain()
         if (
             self._publication is not None
             and not self._handed_over
