@@ -8,16 +8,20 @@ The TURN server is coturn, the embedded one, or none ("direct": the gateway list
 
 import asyncio
 import logging
+import pathlib
 import secrets
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 
+import trustme
 from prometheus_client import CollectorRegistry
 
 from discovery.addresses import TargetList
 from discovery.model import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
-from sniproxy.engine import Listener, Wire, connect
+from sniproxy.engine import Listener, Wire, connect, connect_tls
 from sniproxy.relay import Relay, RelayConfig
 from sniproxy.route import SigningKeys
 from sniproxy.stream.preamble import SigningKey
@@ -168,8 +172,17 @@ async def _join_turn(
     timing: Timing | None,
 ) -> list[asyncio.Task[None]]:
     tasks = []
+    kind, _, tls = kind.partition("-")
+    client_context, pem = (
+        ssl.create_default_context(),
+        pathlib.Path(stack.enter_context(TemporaryDirectory())) / "turn.pem",
+    )
+    if tls:
+        authority = trustme.CA()
+        authority.configure_trust(client_context)
+        authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
     if kind == "coturn":
-        server = Coturn(user="gw", password="p", extra=coturn_options)
+        server = Coturn(user="gw", password="p", extra=coturn_options, certificate=pem if tls else None)
         await asyncio.to_thread(server.start)
         stack.callback(server.close)
         path.turn = server
@@ -177,7 +190,10 @@ async def _join_turn(
     else:
         low, high = 20_000 + secrets.randbelow(90) * 100, 31_000
         config = TurnServerConfig(
-            listen=(("127.0.0.1", 0),),
+            listen=() if tls else (("127.0.0.1", 0),),
+            listen_tls=(("127.0.0.1", 0),) if tls else (),
+            tls_cert=pem if tls else None,
+            tls_key=pem if tls else None,
             relay_addresses=("127.0.0.1",),
             realm="lab",
             port_min=low,
@@ -187,11 +203,15 @@ async def _join_turn(
         )
         path.turn = embedded = await TurnServer.open(config)
         tasks.append(group.create_task(embedded.run()))
-        address, port = embedded.addresses[0]
+        address, port = (embedded.tls_addresses if tls else embedded.addresses)[0]
 
     async def late(address: str, port: int, *, timeout_s: float) -> Wire:
         if path.allocation is not None and path.allocation.relayed is not None:
             await asyncio.sleep(bind_delay_s)
+        if tls:
+            return await connect_tls(
+                address, port, context=client_context, server_hostname=address, timeout_s=timeout_s
+            )
         return await connect(address, port, timeout_s=timeout_s)
 
     path.allocation = Allocation(

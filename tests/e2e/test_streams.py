@@ -16,6 +16,8 @@ from turnreg.client import Timing
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 
 TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded", "direct"]
+TLS = [pytest.param("coturn-tls", marks=pytest.mark.needs("turnserver")), "embedded-tls"]
+"""The gateway's leg over TLS, where nothing is spliced."""
 
 
 def sized_hello(name: str, size: int) -> bytes:
@@ -74,7 +76,7 @@ async def test_early_bytes_before_a_late_bind_arrive_in_order(turn: str, hello_b
         client.close()
 
 
-@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("turn", TURNS + TLS)
 async def test_a_service_that_sends_100000_bytes_and_closes_loses_none(turn: str) -> None:
     payload = os.urandom(100_000)
     async with a_path(turn) as path:
@@ -190,7 +192,7 @@ async def test_two_hundred_streams_at_any_pace(turn: str) -> None:
     assert {line["reason"] for line in relay} == {line["reason"] for line in gateway} == {"ok"}
 
 
-@pytest.mark.parametrize("turn", TURNS)
+@pytest.mark.parametrize("turn", TURNS + TLS)
 async def test_bulk_both_ways_with_the_same_digest(turn: str) -> None:
     block = os.urandom(1 << 20)
     count = 48
