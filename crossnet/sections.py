@@ -422,7 +422,7 @@ class DiscoveryServerSection:
     max_records_per_network: Count = 20_000
     max_watchers: Count = 2000
     turn_credential_ttl_s: WholeSeconds = 3600
-    """How long issued credentials live; an allocation is made anew that often."""
+    """How long issued credentials live; gateways get new ones after two thirds of it."""
     allow_addresses: tuple[Cidr, ...] = ()
     """Addresses in ranges that are refused in records otherwise, such as 127.0.0.0/8 for a try on one machine."""
 

@@ -47,8 +47,8 @@ class DiscoveryServerConfig:
     """REST secret of the TURN servers of each network, to issue credentials from."""
 
     turn_credential_ttl_s: int = 3600
-    """How long issued credentials live. An allocation cannot change its username (RFC 8656 section 5, error 441), so
-    each is made anew that often; coturn checks the expiry at Allocate only, the embedded server at Refresh too."""
+    """How long issued credentials live. Gateways get new ones after two thirds of it: the embedded server lets an allocation go
+    on with them; coturn, which looks at the expiry at Allocate only, does not (441), and they make another one first."""
 
     allow_addresses: TargetList | None = None
     """Lifts the refusal of ranges such as loopback in records; for tests and the lab."""
