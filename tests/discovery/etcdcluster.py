@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 START_TIMEOUT_S = 20.0
@@ -31,18 +32,28 @@ def free_ports(count: int) -> list[int]:
 class Member:
     """One etcd process."""
 
-    def __init__(self, name: str, directory: Path, client_port: int, peer_port: int, extra: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        client_port: int,
+        peer_port: int,
+        extra: Sequence[str] = (),
+        address: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.name = name
+        self._prefix = list(prefix)
         scheme = "https" if any("cert-file" in option for option in extra) else "http"
-        self.url = f"{scheme}://127.0.0.1:{client_port}"
-        self.peer_url = f"http://127.0.0.1:{peer_port}"
+        self.url = f"{scheme}://{address}:{client_port}"
+        self.peer_url = f"http://{address}:{peer_port}"
         self._directory = directory / name
         self._extra = extra
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, cluster: str) -> None:
         """Start it; a second time with the data of the first."""
-        command = ["etcd", "--name", self.name, "--data-dir", str(self._directory)]
+        command = [*self._prefix, "etcd", "--name", self.name, "--data-dir", str(self._directory)]
         command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
         command += ["--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url]
         command += ["--initial-cluster", cluster, "--heartbeat-interval", "50", "--election-timeout", "500"]
@@ -84,6 +95,53 @@ def etcd_cluster(directory: Path, count: int = 1, extra: Sequence[str] = ()) -> 
     """Run members until the block ends."""
     ports = free_ports(2 * count)
     members = [Member(f"m{n}", directory, ports[2 * n], ports[2 * n + 1], extra) for n in range(count)]
+    with _started(members, directory):
+        yield members
+
+
+@contextlib.contextmanager
+def etcd_hosts(directory: Path) -> Iterator[tuple[list[Member], Callable[[bool], None]]]:
+    """Run three members, each on a host of its own: a network namespace on a bridge.
+
+    What else is given cuts the third off from the other two, or lets it back; all three can be reached from here.
+    """
+    tag = f"{os.getpid() % 100_000}"
+    bridge, hosts = f"xb{tag}", [f"xh{tag}-{number}" for number in (1, 2, 3)]
+    addresses = [f"10.93.{int(tag) % 250}.{number}" for number in (1, 2, 3)]
+    here = f"10.93.{int(tag) % 250}.254"
+
+    def ip(*words: str, check: bool = True) -> None:
+        subprocess.run(["ip", *words], check=check, capture_output=True, timeout=10)
+
+    def cut(away: bool) -> None:
+        for address in addresses[:2]:
+            ip("-n", hosts[2], "route", "add" if away else "del", "blackhole", f"{address}/32")
+
+    try:
+        ip("link", "add", bridge, "type", "bridge")
+        ip("addr", "add", f"{here}/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        for number, (host, address) in enumerate(zip(hosts, addresses, strict=True)):
+            ip("netns", "add", host)
+            ip("link", "add", f"xv{tag}-{number}", "type", "veth", "peer", "name", "eth0", "netns", host)
+            ip("link", "set", f"xv{tag}-{number}", "master", bridge, "up")
+            ip("-n", host, "addr", "add", f"{address}/24", "dev", "eth0")
+            ip("-n", host, "link", "set", "eth0", "up")
+            ip("-n", host, "link", "set", "lo", "up")
+        members = [
+            Member(host, directory, 2379, 2380, (), address, ["ip", "netns", "exec", host])
+            for host, address in zip(hosts, addresses, strict=True)
+        ]
+        with _started(members, directory):
+            yield members, cut
+    finally:
+        for host in hosts:
+            ip("netns", "del", host, check=False)
+        ip("link", "del", bridge, check=False)
+
+
+@contextlib.contextmanager
+def _started(members: Sequence[Member], directory: Path) -> Iterator[None]:
     names = ",".join(f"{member.name}={member.peer_url}" for member in members)
     try:
         for member in members:
@@ -94,7 +152,7 @@ def etcd_cluster(directory: Path, count: int = 1, extra: Sequence[str] = ()) -> 
                 logs = "".join(path.read_text(errors="replace") for path in directory.glob("*.log"))
                 raise TimeoutError(f"etcd does not start: {logs[-1000:]}")
             time.sleep(0.05)
-        yield members
+        yield
     finally:
         for member in members:
             member.kill()

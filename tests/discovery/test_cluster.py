@@ -12,7 +12,7 @@ from discovery.client import DiscoveryClient
 from discovery.model import Kind, RelaySpec
 from discovery.store import EtcdAccess, EtcdStore
 from discovery.store import etcd as etcd_module
-from tests.discovery.etcdcluster import Member, etcd_cluster
+from tests.discovery.etcdcluster import Member, etcd_cluster, etcd_hosts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
 
@@ -99,3 +99,36 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
                     while client.age_s or two.store.stale_s:
                         await asyncio.sleep(0.05)
     assert "a request failed" not in caplog.text
+
+
+@pytest.mark.needs("netns", "ip")
+@pytest.mark.netns
+async def test_a_real_partition(tmp_path: Path, serve: Any, run: Any, until: Any) -> None:
+    """The majority goes on; the minority refuses writes, is read as stale, and catches up when it is back."""
+    with etcd_hosts(tmp_path) as (members, cut):
+        async with (
+            serve(store_at(*members[:2])) as inside,
+            serve(store_at(members[2])) as outside,
+            run(DiscoveryClient([outside.url, inside.url], network="a")) as client,
+        ):
+            client.publish(Kind.RELAY, "r", relay(1))
+            assert await client.settled(10)
+            cut(True)
+            client.publish(Kind.RELAY, "r", relay(2))
+            assert await client.settled(30)  # refused here, taken there
+            assert (await inside.store.get((Kind.RELAY, "a", "r"))).spec == relay(2)
+            async with asyncio.timeout(20):
+                while not (answer := await outside.ask("GET", "/v1/records")).headers.get("Crossnet-Stale"):
+                    await asyncio.sleep(0.05)
+            assert [record["spec"]["addresses"] for record in answer.body["records"]] == [["10.0.0.1"]]
+            assert (await outside.ask("PUT", "/v1/records/network/c/c", {"spec": {}})).status == 503
+            assert inside.store.stale_s == 0
+            # The client's watch ended at the one that is cut off, and it follows the other.
+            await until(client, lambda mesh: mesh.relays("a")[0].spec == relay(2))
+            cut(False)
+            async with asyncio.timeout(30):
+                while outside.store.stale_s or (await outside.store.get((Kind.RELAY, "a", "r"))).spec != relay(2):
+                    await asyncio.sleep(0.05)
+            assert outside.store.epoch == inside.store.epoch
+            # 200: what was refused for want of an answer was on its way to the leader, and has arrived since.
+            assert (await outside.ask("PUT", "/v1/records/network/c/c", {"spec": {}})).status in (200, 201)
