@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help lab test soak lint format bench prerequisites
+.PHONY: help lab test fuzz soak lint format bench prerequisites
 
 help:  ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):[^#]*## /\1\t/' | expand -t 12
@@ -37,6 +37,10 @@ lint: .venv  ## format check, lint, types, import rules, spelling
 format: .venv  ## rewrite the tree in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: .venv  ## feed parsers with garbage for FUZZ seconds each, a minute by default; needs Python 3.11
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	@set -e; for target in tests/fuzz/*.py; do echo "$$target"; $(BIN)/python "$$target" -max_total_time=$${FUZZ:-60}; done
 
 bench: .venv  ## measure beside real peers, JSON into bench/results
 	$(BIN)/python -m bench $(BENCH)
