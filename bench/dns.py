@@ -160,6 +160,7 @@ async def _serve(port: int, upstream: int) -> None:
             listen=((loopback, port),),
             upstream=((loopback, upstream),),
             allow=(ip_network("10.0.0.0/8"), ip_network("127.0.0.0/8")),
+            rate_limit=10_000_000,
         ),
         registry=CollectorRegistry(),
     )
