@@ -47,7 +47,10 @@ class DatagramClients:
                         arrived = self._sock.receive()
                         if arrived is None:
                             break
-                        self._take(arrived, group)
+                        try:
+                            self._take(arrived, group)
+                        except Exception:  # one datagram must not end what serves all the others
+                            log.exception("unexpected error while serving %s", arrived.source)
         except* OSError:
             pass  # closed
         finally:

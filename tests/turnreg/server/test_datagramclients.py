@@ -10,7 +10,7 @@ import pytest
 from tests.turnreg.server.embedded import Embedded, embedded
 from tests.turnreg.server.test_server import eventually
 from tests.turnreg.server.wireclient import Client, DatagramClient, code
-from turnreg.server import Limits
+from turnreg.server import Limits, datagramclients
 from turnreg.server.pace import ANSWER_BURST
 from turnreg.stun import FAMILY_IPV6, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
 
@@ -201,6 +201,19 @@ class TestOverUdp:
             client.send(Message(Method.BINDING, MessageClass.SUCCESS, bytes(12)).pack())
             assert code(client.ask(client.bare(Method.BINDING), sign=False)) == 0
             assert dropped(running, "not_stun") == 6
+
+    def test_a_fault_of_ours_ends_nobody_else(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fault(*_: object) -> None:
+            raise RuntimeError("no")
+
+        with server() as running, DatagramClient(running.udp) as client:
+            with monkeypatch.context() as patch:
+                patch.setattr(datagramclients, "parse_channel_data", fault)
+                client.send(b"\x40\0\0\0")
+                assert eventually(lambda: "unexpected error" in caplog.text)
+            assert code(client.ask(client.bare(Method.BINDING), sign=False)) == 0
 
     def test_a_stranger_is_answered_up_to_a_rate(self) -> None:
         """So that nobody can be flooded in his name; others are answered all the same, and so is who has the nonce."""
