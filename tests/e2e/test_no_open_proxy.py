@@ -1,0 +1,232 @@
+"""Nobody can make a relay or gateway dial what they should not: the well-known targets, their spellings, and captured streams."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path as File
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import TargetList
+from discovery.model import GatewaySpec, Kind
+from sniproxy.engine import Wire, connect
+from sniproxy.stream.capsule import CapsuleType, header
+from sniproxy.stream.control import Ready, Refused
+from sniproxy.stream.ends import Side
+from sniproxy.stream.framed import Framed
+from sniproxy.stream.preamble import SigningKey
+from sniproxy.stream.reason import Reason
+from tests.crossnet.running import running
+from tests.e2e.mesh import record
+from tests.e2e.path import DOMAIN, LOOPBACK, Path, a_path, name_of
+from tests.sniproxy.engine.pairs import read_all
+from tests.sniproxy.hellos import client_hello
+from turnreg.gateway import Gateway, GatewayConfig
+
+pytestmark = pytest.mark.anyio
+
+EVERYTHING = TargetList.parse(["0.0.0.0/0", "::/0"])
+NEVER_DIALLED = {"denied", "bad_name", "unknown_name", "unknown_network", "no_sni"}
+
+HOSTS = [
+    "127-0-0-1",
+    "127-1",
+    "127-255-255-254",
+    "0-0-0-0",
+    "169-254-169-254",
+    "224-0-0-1",
+    "255-255-255-255",
+    "2130706433",
+    "0177-0-0-1",
+    "0x7f-0-0-1",
+    "0x7f000001",
+    "017700000001",
+    "127-0-0-1-",
+]
+"""As they stand in a mangled name, where a dash is a dot or a colon."""
+
+HOSTS_OF_IPV6 = {
+    "--1": "1",
+    "--": "0",
+    "--ffff-7f00-1": "ffff7f000001",
+    "--ffff-a9fe-a9fe": "ffffa9fea9fe",
+    "64-ff9b--7f00-1": "64ff9b0000000000000000" + "7f000001",
+    "fe80--1": "fe80" + "0" * 27 + "1",
+    "ff02--1": "ff02" + "0" * 27 + "1",
+    "--7f00-1": "7f000001",
+}
+
+
+def names(port: int, network: str) -> list[str]:
+    """Every way to ask for the targets above in a network, and plain literals."""
+    compact = [f"p{port}-{host}.{network}.{DOMAIN}" for host in HOSTS]
+    compact += [f"p{port}-x{digits.rjust(32, '0')}.{network}.{DOMAIN}" for digits in HOSTS_OF_IPV6.values()]
+    mangled = [f"_{port}._{host}._{network}.{DOMAIN}" for host in (*HOSTS, *HOSTS_OF_IPV6)]
+    odd = [
+        "127.0.0.1",
+        f"127.0.0.1:{port}",
+        "[::1]",
+        "localhost",
+        "169.254.169.254",
+        "2130706433",
+        f"127.0.0.1.{DOMAIN}",
+    ]
+    return [*compact, *mangled, *odd, f"p{port}-localhost.{network}.{DOMAIN}", f"p{port}-127-0-0-1.{network}.{DOMAIN}/"]
+
+
+async def refused(path: Path, name: str) -> dict[str, object]:
+    """Ask for a name; give the relay's account of it, which must be a refusal told by an alert."""
+    before = len(path.relay_log.events)
+    client = await path.dial(name)
+    answer = await read_all(client)
+    client.close()
+    assert answer[:6] == bytes.fromhex("150303000202"), (name, answer)
+    async with asyncio.timeout(10):
+        while len(path.relay_log.events) == before:
+            await asyncio.sleep(0.001)
+    return path.relay_log.events[-1]
+
+
+@pytest.mark.parametrize("network", ["a", "b"])
+async def test_what_no_list_can_allow_by_being_wide(network: str) -> None:
+    """Both relay and gateway allow every address there is; a service listens on loopback all the same."""
+    async with a_path("direct") as path:
+        reached = []
+
+        async def service(wire: Wire) -> None:
+            reached.append(wire.peer)
+
+        port = await path.serve(service)
+        path.relay.reconfigure(replace(path.relay.config, deliver=EVERYTHING), path.relay._router.keys)
+        path.gateway.reconfigure(replace(path.gateway.config, allow=EVERYTHING), path.gateway._verifier.keys)
+        for name in names(port, network):
+            line = await refused(path, name)
+            assert line["reason"] in NEVER_DIALLED, (name, line)
+        assert reached == []
+
+
+@pytest.mark.parametrize("turn", ["embedded", "direct"])
+async def test_our_own_parts_are_no_services_where_loopback_is_allowed(turn: str) -> None:
+    async with a_path(turn) as path:
+        admin = await path.serve(lambda wire: read_all(wire))
+        path.relay.reconfigure(
+            replace(path.relay.config, deliver=LOOPBACK, guard=(("127.0.0.1", admin),)), path.relay._router.keys
+        )
+        turns = [] if turn == "direct" else list(path.turn.addresses)  # type: ignore[union-attr]
+        for _, port in [*path.relay.addresses, ("127.0.0.1", admin), *turns]:
+            line = await refused(path, f"p{port}-127-0-0-1.a.{DOMAIN}")
+            assert line["reason"] == "denied", line
+        for _, port in [*path.gateway.addresses, *turns]:
+            line = await refused(path, name_of(port))
+            assert line["reason"] == "denied", line
+
+
+def test_a_real_relay_dials_neither_its_admin_server_nor_itself(tmp_path: File) -> None:
+    config = """
+network: a
+discovery: mesh.yaml
+admin: 127.0.0.1:0
+drain: 0
+relay: {id: relay-1, listen: "127.0.0.1:0", deliver: ["127.0.0.0/8", "0.0.0.0/0"]}
+"""
+    (tmp_path / "mesh.yaml").write_text("networks: [{id: a}]")
+
+    async def ask(relay: str, name: str) -> bytes:
+        address, _, port = relay.rpartition(":")
+        client = await connect(address, int(port), timeout_s=10)
+        await client.send(client_hello(name))
+        try:
+            return await read_all(client)
+        finally:
+            client.close()
+
+    with running(tmp_path, config) as process:
+        listening = process.started()
+        relay = listening["relay"][0]
+        for role in ("admin", "relay"):
+            for host in ("127-0-0-1", "0-0-0-0", "169-254-169-254"):
+                port = listening[role][0].rpartition(":")[2]
+                answer = asyncio.run(ask(relay, f"p{port}-{host}.a.{DOMAIN}"))
+                assert answer == bytes.fromhex("15030300020231"), (role, host, answer)
+
+
+class Captured:
+    """What a relay wrote to a gateway, and what it is split into."""
+
+    def __init__(self, data: bytes) -> None:
+        length = 16 + int.from_bytes(data[14:16], "big")
+        self.header, self.capsules = data[:length], data[length:]
+
+
+async def captured(path: Path) -> Captured:
+    """Let one stream pass through somebody who listens in between relay and gateway."""
+    seen = bytearray()
+    gateway = path.gateway.addresses[0]
+
+    async def between(relay: Wire) -> None:
+        onward = await connect(*gateway, timeout_s=10)
+
+        async def copy(source: Wire, sink: Wire, keep: bytearray) -> None:
+            while data := await source.recv():
+                keep += data
+                await sink.send(data)
+            sink.shutdown_write()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(copy(relay, onward, seen))
+            await copy(onward, relay, bytearray())
+        onward.close()
+
+    tap = await path.serve(between)
+    path.discovery.put(record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"127.0.0.1:{tap}")))
+    name = name_of(await path.serve(lambda wire: read_all(wire)))
+    client = await path.dial(name)
+    client.shutdown_write()
+    assert await read_all(client) == b""
+    client.close()
+    await path.ended()
+    return Captured(bytes(seen))
+
+
+async def play(address: tuple[str, int], data: bytes) -> list[object]:
+    """Write these bytes to a gateway; give what it says, in its own words."""
+    wire = await connect(*address, timeout_s=10)
+    await wire.send(data)
+    framed, said = Framed(wire, Side.RELAY), []
+    try:
+        async with asyncio.timeout(10):
+            while not any(isinstance(message, Refused) for message in said):
+                said.append(await framed.next_message())
+    finally:
+        wire.close()
+    return said
+
+
+async def test_a_captured_stream_is_refused_wherever_it_is_played_again() -> None:
+    async with a_path("direct") as path:
+        capture = await captured(path)
+        keys = dict(path.gateway._verifier.keys)
+        keys["cb-1"] = SigningKey(id="cb-1", secret=bytes(32), from_network="c", to_network="b")
+        said = await play(path.gateway.addresses[0], capture.header + capture.capsules)
+        assert [message.reason for message in said if isinstance(message, Refused)] == [Reason.REPLAY]
+        others = [("gw-2", "b", Reason.REPLAY), ("gw-1", "c", Reason.REPLAY), ("gw-1", "b", None)]
+        for gateway_id, network, reason in others:
+            config = GatewayConfig(
+                id=gateway_id, network=network, domain=DOMAIN, allow=LOOPBACK, listen=(("127.0.0.1", 0),)
+            )
+            other = Gateway(config, path.discovery, keys, registry=CollectorRegistry())
+            await other.open()
+            async with asyncio.TaskGroup() as group:
+                running_gateway = group.create_task(other.run())
+                if reason is not None:
+                    said = await play(other.addresses[0], capture.header + capture.capsules)
+                    assert [type(message) for message in said] == [Refused]
+                    assert said[0].reason == reason  # type: ignore[attr-defined]
+                else:
+                    # A gateway that has just started remembers no stream: the ClientHello must still be the one that was signed.
+                    hello = client_hello(f"p1-127-0-0-2.b.{DOMAIN}")
+                    capsule = header(CapsuleType.DATA, len(hello)) + hello
+                    said = await play(other.addresses[0], capture.header + capsule)
+                    assert [type(message) for message in said] == [Ready, Refused]
+                    assert said[1].reason == Reason.BAD_SIGNATURE  # type: ignore[attr-defined]
+                running_gateway.cancel()
