@@ -73,20 +73,20 @@ class Entry:
     """One answer of upstream's."""
 
     __slots__ = (
-        "_heads",
         "_opt",
-        "_rendered",
-        "_rendered_age",
         "_ttls",
         "body",
         "expires",
         "fresh_until",
+        "heads",
         "hot",
         "key",
         "rcode",
         "retry_at",
         "size",
         "stored",
+        "tails",
+        "tails_until",
         "targets",
         "uses",
     )
@@ -117,26 +117,31 @@ class Entry:
         flags = QR | RD | message.flags & (RA | 0xF) | bits << 4 & CD
         if bits & (_AD_BIT | _DO_BIT):
             flags |= message.flags & AD  # for those who ask for it (RFC 6840 section 5.8)
-        self._heads = tuple(HEADER.pack(0, flags, 1, message.answers, message.authorities, edns)[2:] for edns in (0, 1))
+        self.heads = tuple(HEADER.pack(0, flags, 1, message.answers, message.authorities, edns)[2:] for edns in (0, 1))
         self._opt = _OPTS[bits >= _DO_BIT]
-        self._rendered = b""
-        self._rendered_age = -1
-        self.size = _OVERHEAD + len(key) + 2 * len(self.body) + 80 * len(self._ttls)
+        self.tails = (b"", b"")
+        """What comes behind the question, without and with EDNS, until `tails_until`."""
+
+        self.tails_until = 0.0
+        self.size = _OVERHEAD + len(key) + 3 * len(self.body) + 80 * len(self._ttls)
 
     def reply(self, ident: bytes, question: bytes, *, edns: bool, now: float) -> bytes:
         """The reply to its question, with what is left of each TTL."""
+        if now >= self.tails_until:
+            self.count_down(now)
+        return ident + self.heads[edns] + question + self.tails[edns]
+
+    def count_down(self, now: float) -> None:
+        """Write what comes behind the question anew; it holds for the rest of a second of the entry's life."""
         age = int(now - self.stored)
-        if age != self._rendered_age:
-            self._rendered = self._with_ttls(lambda ttl_s: max(ttl_s - age, 0))
-            self._rendered_age = age
-        if edns:
-            return ident + self._heads[1] + question + self._rendered + self._opt
-        return ident + self._heads[0] + question + self._rendered
+        body = self._with_ttls(lambda ttl_s: max(ttl_s - age, 0))
+        self.tails = (body, body + self._opt)
+        self.tails_until = self.stored + age + 1
 
     def stale_reply(self, ident: bytes, question: bytes, *, edns: bool, do: bool, options: bytes) -> bytes:
         """The reply to its question after its end (RFC 8767 section 4)."""
         opt = opt_record(do=do, options=options) if edns else b""
-        return ident + self._heads[edns] + question + self._with_ttls(lambda _: STALE_TTL_S) + opt
+        return ident + self.heads[edns] + question + self._with_ttls(lambda _: STALE_TTL_S) + opt
 
     def _with_ttls(self, left: Callable[[int], int]) -> bytes:
         body = bytearray(self.body)
@@ -197,7 +202,9 @@ def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most:
     if entry is None or now >= entry.fresh_until:
         return None
     entry.uses += 1
-    whole = entry.reply(data[:2], data[HEADER_SIZE:stop], edns=edns, now=now)
+    if now >= entry.tails_until:
+        entry.count_down(now)
+    whole = data[:2] + entry.heads[edns] + data[HEADER_SIZE:stop] + entry.tails[edns]
     return whole if len(whole) <= limit else None
 
 
