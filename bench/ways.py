@@ -66,6 +66,9 @@ backend service
 HAPROXY_SPLICE = {"pipes": f"tune.pipesize {PIPE_BYTES}", "splice": "option splice-request\n    option splice-response"}
 """Pipes as large as ours. `splice-auto`, which its manual recommends, was seen to splice nothing here (2.6.12)."""
 
+_RELAY = {"id": "relay-1", "listen": f"{HOST}:0", "max_streams_per_client": 0, "new_streams_per_second": 0}
+"""All clients here have one address, and ask for all that there is."""
+
 
 class Way:
     """One way. `start` starts its processes and says where to connect; `end` is good at any time."""
@@ -108,7 +111,7 @@ class Way:
 
     def _start_relay(self) -> None:
         mesh = self._write("mesh.yaml", {"networks": [{"id": "a"}]})
-        relay = {"id": "relay-1", "listen": f"{HOST}:0", "deliver": [f"{HOST}/32:{self._service_port}"]}
+        relay = {**_RELAY, "deliver": [f"{HOST}/32:{self._service_port}"]}
         self.address = self._crossnet("relay", {"network": "a", "discovery": [mesh], "relay": relay})
         self.measured = ("relay",)
 
@@ -128,7 +131,7 @@ class Way:
         listening = self._crossnet("gateway", {"network": "b", "discovery": [mesh], "keys": keys, "gateway": gateway})
         known = {"network": "b", "id": "gw-1", "address": format_endpoint(parse_address(HOST), listening[1])}
         mesh = self._write("mesh-a.yaml", {"networks": [{"id": "a"}, {"id": "b"}], "gateways": [known]})
-        relay = {"id": "relay-1", "listen": f"{HOST}:0", "direct": LOOPBACK}
+        relay = {**_RELAY, "direct": LOOPBACK}
         self.address = self._crossnet("relay", {"network": "a", "discovery": [mesh], "keys": keys, "relay": relay})
         self.asked = self._asked("b")
         self.measured = ("relay", "gateway")
@@ -179,7 +182,7 @@ class Way:
             "allow_turn_servers": LOOPBACK,
         }
         self._crossnet("gateway", {"network": "b", "discovery": discovery, "keys": keys, "gateway": gateway})
-        relay = {"id": "relay-1", "listen": f"{HOST}:0", "direct": LOOPBACK}
+        relay = {**_RELAY, "direct": LOOPBACK}
         self.address = self._crossnet(
             "relay", {"network": "a", "discovery": discovery, "keys": keys, "relay": relay, **more}
         )
