@@ -34,7 +34,7 @@ import uvloop
 from bench import machine
 from discovery import disk
 from discovery.client import DiscoveryClient
-from discovery.model import Kind, NetworkSpec, RelaySpec, ServiceSpec, Spec, TurnSpec
+from discovery.model import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, Spec, TurnSpec
 
 START_TIMEOUT_S = 20.0
 LIMIT_S = 300.0
@@ -179,7 +179,11 @@ async def first_snapshot(url: str, folder: Path) -> dict[str, Any]:
     for _ in range(5):
         client = DiscoveryClient([url], network="net-0")
         synced = asyncio.Event()
-        client.subscribe(lambda _, synced=synced: synced.set())
+
+        def seen(_: Mesh, synced: asyncio.Event = synced) -> None:
+            synced.set()
+
+        client.subscribe(seen)
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             task = group.create_task(client.run())

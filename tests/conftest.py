@@ -7,7 +7,6 @@ from hypothesis import settings
 
 from tests import requirements
 
-
 # A busy machine is no defect of the example that it met: the limit of each test is pytest's.
 settings.register_profile("crossnet", deadline=None)
 settings.load_profile("crossnet")
