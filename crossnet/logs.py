@@ -44,11 +44,18 @@ def set_up(*, style: str, level: str, stream: TextIO | None = None) -> None:
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(max(logging.INFO, root.level))
     logging.getLogger("aiohttp.server").filters[:] = [_is_ours]
+    logging.getLogger("asyncio").filters[:] = [_is_fatal]
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
     """Tell an error of ours from a malformed request: else any stranger fills the log, a traceback at a time."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+def _is_fatal(record: logging.LogRecord) -> bool:
+    """Tell an error from what uvloop takes for one: TLS bytes that come in just when we have closed the connection."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, RuntimeError) and str(error).endswith("the handler is closed"))
 
 
 class JsonFormatter(logging.Formatter):

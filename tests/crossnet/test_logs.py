@@ -131,3 +131,12 @@ def test_a_strangers_malformed_request_is_no_error_of_ours(root: logging.Logger)
         logging.getLogger("aiohttp.server").error("Error handling request from %s", "10.0.0.1", exc_info=error)
     (line,) = stream.getvalue().splitlines()
     assert "a defect" in json.loads(line)["error"]
+
+
+def test_a_connection_that_is_closed_while_bytes_come_in_is_no_error(root: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", stream=stream)
+    for said in ("unable to perform operation on <TCPTransport closed=True>; the handler is closed", "a defect"):
+        logging.getLogger("asyncio").error("Fatal error on SSL protocol", exc_info=RuntimeError(said))
+    (line,) = stream.getvalue().splitlines()
+    assert "a defect" in json.loads(line)["error"]
