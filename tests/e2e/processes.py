@@ -43,7 +43,7 @@ TURNS = [
 """The TURN servers, of which each must hold what the other does."""
 
 DOMAIN = "svc.mesh.internal"
-LIMIT_S = 20.0
+LIMIT_S = 30.0
 """How long a test waits for what must come; nothing is asserted of how long it took."""
 
 ASK_TIMEOUT_S = 2.0
@@ -60,6 +60,8 @@ class Ground(Protocol):
     """Where the parts stand."""
 
     plan: topology.Plan
+    second_gateway: str
+    """Address of gateway-2; the others are the plan's."""
 
     def on(self, part: str) -> AbstractContextManager[None]:
         """Be on a part's host while the block runs: sockets and processes that are made in it belong there."""
@@ -70,6 +72,7 @@ class Loopback:
 
     def __init__(self) -> None:
         self.plan = topology.Loopback().plan
+        self.second_gateway = self.plan.gateway
 
     def on(self, part: str) -> AbstractContextManager[None]:
         """Stay where we are."""
@@ -120,6 +123,8 @@ class Mesh:
         coturn_options: Sequence[str] = (),
         dns: bool = False,
         changes: Mapping[str, Change] | None = None,
+        roles: Mapping[str, Sequence[str]] | None = None,
+        prefixes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Write the configuration of every part.
 
@@ -129,11 +134,15 @@ class Mesh:
             late_s: by how much each connection of a gateway to the TURN server is late, and so each bind.
             coturn_options: more of coturn's; one with a value needs the `=`.
             changes: by part, what is different in its configuration.
+            roles: by part, which roles of its configuration to run; all, unless given.
+            prefixes: by part, what to run it with; it must exec, so that the pid is the part's.
         """
         self.folder, self.ground, self.plan = folder, ground, ground.plan
         self.turn = turn
         self._late_s = late_s
         self._coturn_options = list(coturn_options)
+        self._roles = dict(roles or {})
+        self._prefixes = dict(prefixes or {})
         self._parts = Parts(folder, self.plan, Authority(folder), coturn=turn == "coturn")
         self._started: dict[str, list[Part]] = {}
         self._clients: list[Wire] = []
@@ -141,7 +150,7 @@ class Mesh:
         if dns:
             self.names.append("dns")
         self._admin = {part: self.plan.admin(part) for part in self.names if part in self.plan.admin_ports}
-        self._admin["gateway-2"] = self.plan.gateway, SECOND_ADMIN_PORT
+        self._admin["gateway-2"] = ground.second_gateway, SECOND_ADMIN_PORT
         if turn == "coturn":
             del self._admin["turn"]
         changes = dict(changes or {})
@@ -188,7 +197,7 @@ class Mesh:
     # Life
 
     def stand(self) -> None:
-        """Start everything and wait until a first stream can go through. Raises ProgramError."""
+        """Start everything and wait until a first stream can go through."""
         first = ["discovery", "turn", *(["hop"] if self._late_s else [])]
         for part in first:
             self.start(part)
@@ -226,7 +235,7 @@ class Mesh:
         if name == "hop":
             to = self.plan.turn, self.plan.turn_port
             return [sys.executable, str(Path(__file__).with_name("hop.py")), *map(str, (*self._hop, *to, self._late_s))]
-        return self._parts.command(name)
+        return [*self._prefixes.get(name, ()), *self._parts.command(name), *self._roles.get(name, ())]
 
     def __getitem__(self, name: str) -> Part:
         """The process of a part, the latest if it was started again."""
@@ -315,8 +324,12 @@ class Mesh:
         ]
 
     def until(self, part: str, what: str, holds: Callable[[], bool]) -> None:
-        """Wait, without a loop, until something holds."""
-        self[part].wait_until(what, holds)
+        """Wait, without a loop, until something holds of a part that runs."""
+        deadline = time.monotonic() + LIMIT_S
+        while not holds():
+            assert self[part].alive, f"{part} has ended:\n{self[part].tail()}"
+            assert time.monotonic() < deadline, f"{part}: not within {LIMIT_S:g} s: {what}\n{self[part].tail()}"
+            time.sleep(LOOK_EVERY_S)
 
     async def eventually(self, what: str, holds: Callable[[], object], limit_s: float = LIMIT_S) -> None:
         """Wait in the loop until something holds."""
@@ -386,7 +399,8 @@ def standing(mesh: Mesh) -> Iterator[Mesh]:
     try:
         mesh.stand()
         yield mesh
-        assert mesh.complaints() == []
+        complaints = mesh.complaints()
+        assert not complaints, "\n".join(complaints)
     finally:
         mesh.clear()
 

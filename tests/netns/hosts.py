@@ -3,7 +3,7 @@
     network a                          the router                       network b
     10.80.1.2  client, discovery  ───  10.80.1.1    10.90.1.1  ───  10.90.1.2  gateway
     10.80.2.2  relay              ───  10.80.2.1    10.90.2.1  ───  10.90.2.2  services
-    10.80.3.2  TURN server        ───  10.80.3.1
+    10.80.3.2  TURN server        ───  10.80.3.1    10.90.3.1  ───  10.90.3.2  second gateway
                                   masquerades b → a, drops a → b
 
 Every link is a veth pair with an MTU of 1500, and shaped both ways: no segment larger than the MTU ever travels on it
@@ -35,10 +35,11 @@ LINKS = {
     "turn": "10.80.3.2",
     "gateway": "10.90.1.2",
     "service": "10.90.2.2",
+    "gateway-2": "10.90.3.2",
 }
 """The hosts and their addresses."""
 
-HOST_OF_PART = {"discovery": "client", "dns": "client", "gateway-2": "gateway", "hop": "router"}
+HOST_OF_PART = {"discovery": "client", "dns": "client", "hop": "router"}
 MORE_ADDRESSES = {"client": ["10.80.1.3", "10.80.1.53"]}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -90,6 +91,7 @@ class Hosts:
             service=LINKS["service"],
             router=_router(LINKS["gateway"]),
         )
+        self.second_gateway = LINKS["gateway-2"]
         self._closing = ExitStack()
         self._hosts: dict[str, Namespace] = {}
 

@@ -1,0 +1,127 @@
+"""SIGTERM to a relay and to a gateway: what is open may end, what comes finds another way, and the exit code says why."""
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sniproxy.engine import Wire
+from tests.e2e.processes import Loopback, Mesh, standing
+from tests.e2e.talk import talking
+
+pytestmark = pytest.mark.anyio
+
+ENDED_BY_SIGTERM = 143
+
+
+def drain(limit: str) -> Any:
+    def change(document: dict[str, Any]) -> None:
+        document["drain"] = limit
+
+    return change
+
+
+def drain_relay(limit: str) -> Any:
+    """A relay looks how long resolvers remember it by the `dns` of its file, which another process may run."""
+
+    def change(document: dict[str, Any]) -> None:
+        document |= {
+            "drain": limit,
+            "dns": {"listen": "127.0.0.1:0", "upstream": "127.0.0.1", "ttl": "1s", "search": []},
+        }
+
+    return change
+
+
+async def refused(mesh: Mesh) -> bool:
+    try:
+        wire: Wire = await mesh.connect()
+    except ConnectionRefusedError:
+        return True
+    wire.close()
+    return False
+
+
+async def test_a_relay_that_is_asked_to_end_lets_its_streams_end(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path, Loopback(), changes={"relay": drain_relay("30s")}, roles={"relay": ["relay"]})
+    with standing(mesh):
+        async with talking(mesh) as talk:
+            held = [await talk.hold() for _ in range(3)]
+            mesh["relay"].send_signal(signal.SIGTERM)
+            await mesh.eventually("it says that it is not ready", lambda: not mesh.ready("relay"))
+            await mesh.eventually("no resolver names it any more", lambda: not mesh.records("gateway", "relay"))
+            while not await refused(mesh):
+                await asyncio.sleep(0.05)
+            assert mesh["relay"].alive
+            for one in held:
+                await one.ping()
+            for one in held:
+                await one.end()
+            assert await asyncio.to_thread(mesh["relay"].exit_code) == ENDED_BY_SIGTERM
+        assert [event["reason"] for event in mesh.events("relay") if "sni" in event] == ["ok"] * len(held)
+        assert mesh.events("relay", "cut") == []
+
+
+@pytest.mark.xfail(
+    reason="gateways take the withdrawn record for a relay that is gone, and refuse its streams", strict=True
+)
+async def test_a_draining_relay_serves_those_whose_resolver_has_not_heard_yet(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path, Loopback(), changes={"relay": drain_relay("30s")}, roles={"relay": ["relay"]})
+    with standing(mesh):
+        async with talking(mesh) as talk:
+            mesh["relay"].send_signal(signal.SIGTERM)
+            await mesh.eventually("no resolver names it any more", lambda: not mesh.records("gateway", "relay"))
+            await talk.once()
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_gateway_that_is_asked_to_end_lets_its_streams_end_while_another_takes_what_comes(
+    tmp_path: Path,
+) -> None:
+    mesh = Mesh(tmp_path, Loopback(), turn="coturn", gateways=2, changes={"gateway": drain("30s")})
+    with standing(mesh):
+        async with talking(mesh) as talk:
+            held = [await talk.hold() for _ in range(12)]
+            own = len(mesh.ask("gateway", "/streams")["gateway"])
+            assert 0 < own < len(held), "both gateways have some"
+            async with talk.going_on(0.005):
+                await talk.once()
+                mesh["gateway"].send_signal(signal.SIGTERM)
+                await mesh.eventually(
+                    "its allocation is withdrawn",
+                    lambda: {record["spec"]["gateway"] for record in mesh.records("relay", "allocation")} == {"gw-2"},
+                )
+                await talk.at_once(30)
+            assert mesh["gateway"].alive
+            for one in held:
+                await one.ping()
+            for one in held:
+                await one.end()
+            assert await asyncio.to_thread(mesh["gateway"].exit_code) == ENDED_BY_SIGTERM
+            await talk.at_once(10)
+        assert {event["reason"] for event in mesh.events("relay")} == {"ok"}
+        assert mesh.events("gateway", "cut") == []
+
+
+async def test_what_has_not_ended_when_the_time_is_up_is_cut_and_seen_to_be_and_a_second_signal_says_now(
+    tmp_path: Path,
+) -> None:
+    mesh = Mesh(tmp_path, Loopback(), changes={"gateway": drain("300ms"), "relay": drain("10m")})
+    with standing(mesh):
+        async with talking(mesh) as talk:
+            held = await talk.hold()
+            mesh["gateway"].send_signal(signal.SIGTERM)
+            await held.cut()
+            assert await asyncio.to_thread(mesh["gateway"].exit_code) == ENDED_BY_SIGTERM
+            assert [event["streams"] for event in mesh.events("gateway", "cut")] == [1]
+            mesh.start("gateway")
+            await mesh.eventually("the gateway is back", mesh.whole)
+            held = await talk.hold()
+            mesh["relay"].send_signal(signal.SIGTERM)
+            await mesh.eventually("it drains", lambda: mesh.events("relay", "draining"))
+            mesh["relay"].send_signal(signal.SIGINT)
+            await held.cut()
+            assert await asyncio.to_thread(mesh["relay"].exit_code) == ENDED_BY_SIGTERM
