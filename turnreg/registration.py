@@ -34,6 +34,9 @@ that many renewals, hours for credentials of one hour."""
 LOOK_AGAIN_S = 5.0
 """How often a retired allocation is looked at: streams end without telling."""
 
+FORGET_MARGIN_S = 0.1
+"""A timer may fire a little before its time."""
+
 LOG_AGAIN_S = 60.0
 """The same failure over and over is logged that often, with how often it was."""
 
@@ -76,6 +79,7 @@ class Registration:
         self._server: Server | None = None
         self._credentials: TurnCredentials | None = None
         self._peers: frozenset[str] = frozenset()
+        self._leaving: dict[str, float] = {}  # addresses of relays that withdrew, until when on the loop's clock
         self._draining = self._ending = self._released = False
         self._changed = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -97,15 +101,30 @@ class Registration:
     def want(self, server: Server | None, credentials: TurnCredentials | None, peers: frozenset[str]) -> None:
         """Say where, as whom and for which peers to register; without server or credentials, not at all."""
         if peers != self._peers:
+            loop = asyncio.get_running_loop()
+            for address in self._peers - peers:
+                self._leaving[address] = loop.time() + self._config.linger_s
+            if self._peers - peers:
+                loop.call_later(self._config.linger_s + FORGET_MARGIN_S, self._admit)
             self._peers = peers
-            for one in self._tenures():
-                if one.allocation is not None:
-                    one.allocation.allow(peers)
+            self._admit()
         if (server, credentials) != (self._server, self._credentials):
             self._server, self._credentials = server, credentials
             self._retry_at = 0.0
             self._changed.set()
         self._released = False
+
+    def _admit(self) -> None:
+        """Let connect whom we want now, and for a while whom we wanted: a relay that drains has withdrawn its record, and still
+        has clients whose resolver has not heard of it."""
+        now = asyncio.get_running_loop().time()
+        self._leaving = {address: until for address, until in self._leaving.items() if until > now}
+        for one in self._tenures():
+            if one.allocation is not None:
+                one.allocation.allow(self._admitted())
+
+    def _admitted(self) -> frozenset[str]:
+        return self._peers | self._leaving.keys()
 
     def release(self) -> None:
         """Want it no longer, though the server is there: others have taken our part. What streams there are go on."""
@@ -332,7 +351,7 @@ class Registration:
                 via=self.via,
                 turn=self.turn,
                 record=self.record,
-                peers=self._peers,
+                peers=self._admitted(),
                 family=server.family,
                 on_bind=self._bound,
                 dial=dial,

@@ -81,6 +81,6 @@ class RegistrarConfig:
     have heard of it. Streams keep it for longer."""
     linger_s: float = 60.0
     """How long an allocation, and with it its streams, outlives the record of its TURN server: discovery may be at
-    fault, or the server's lease, and not the server."""
+    fault, or the server's lease, and not the server. The address of a relay is admitted for as long after its record."""
     backoff: Backoff = Backoff()
     timing: Timing = field(default_factory=Timing)

@@ -74,6 +74,19 @@ async def test_permissions_follow_the_relays() -> None:
             await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1"])
 
 
+async def test_a_relay_that_withdrew_is_admitted_for_a_while() -> None:
+    """It drains: clients whose resolver still names it come through it."""
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), relay({"turn-1": ["127.0.0.2"]}), linger_s=1.0) as ours:
+            spec = await ours.publishes(ID)
+            await eventually(lambda: ours.of()["permissions"] == ["127.0.0.2"])
+            ours.discovery.set(turn(server))
+            bound, writer = await ours.stream(spec.port, "127.0.0.2")
+            bound.wire.close()
+            writer.close()
+            await eventually(lambda: ours.of()["permissions"] == [])
+
+
 async def test_replicas_of_one_gateway() -> None:
     with turn_server("embedded") as server:
         async with registrar(turn(server), replicas=2) as ours:
