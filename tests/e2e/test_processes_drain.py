@@ -64,9 +64,6 @@ async def test_a_relay_that_is_asked_to_end_lets_its_streams_end(tmp_path: Path)
         assert mesh.events("relay", "cut") == []
 
 
-@pytest.mark.xfail(
-    reason="gateways take the withdrawn record for a relay that is gone, and refuse its streams", strict=True
-)
 async def test_a_draining_relay_serves_those_whose_resolver_has_not_heard_yet(tmp_path: Path) -> None:
     mesh = Mesh(tmp_path, Loopback(), changes={"relay": drain_relay("30s")}, roles={"relay": ["relay"]})
     with standing(mesh):
