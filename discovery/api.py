@@ -231,7 +231,7 @@ class DiscoveryServer:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_S)
+            # At once for the first time: from then on the store knows how long it stood still.
             try:
                 for deletion in await self._store.expire():
                     kind, network, record_id = deletion.key
@@ -239,6 +239,7 @@ class DiscoveryServer:
                     log.info("a lease ended, its record is withdrawn", extra={"event": event})
             except StoreError as error:
                 log.error("leases cannot be ended: %s", error)
+            await asyncio.sleep(SWEEP_S)
 
     async def _keep_reloading(self, tokens: Stamp, certificates: Stamp, tls: ssl.SSLContext | None) -> None:
         while True:
