@@ -125,7 +125,8 @@ async def _play(
 
 async def _all_ended_well(mesh: Mesh, before: dict[str, int]) -> None:
     def ends(part: str) -> list[str]:
-        return [event["reason"] for event in mesh.events(part)[before[part] :]]
+        # A line without a name is a second connection that its relay no longer needed before it had said a word.
+        return [event["reason"] for event in mesh.events(part)[before[part] :] if "sni" in event]
 
     await mesh.eventually("every end is logged", lambda: min(len(ends(part)) for part in before) >= STREAMS)
     assert {part: set(ends(part)) for part in before} == {part: {"ok"} for part in before}
