@@ -1,7 +1,7 @@
 """Any bytes as a datagram from a client, and any bytes as upstream's answer to a question: nothing raises, nothing grows.
 
     python -m pip install '.[fuzz]'
-    python tests/fuzz/dnsgw/fuzz_datagram.py -max_total_time=60 tests/fuzz/dnsgw/corpus
+    python tests/fuzz/datagram.py -max_total_time=60 tests/fuzz/datagram
 
 The first byte says what the rest is: below 128 a client's packet, else upstream's answer to a question, whose id and
 question are made to fit so that it is looked at; each such question is for another name, so that no cache answers it.
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 try:
     import atheris
@@ -119,7 +119,7 @@ def main() -> None:
     loop = asyncio.new_event_loop()
     target = Target(loop)
     if atheris is None:
-        for path in sorted((Path(__file__).parent / "corpus").iterdir()):
+        for path in sorted((Path(__file__).parent / "datagram").iterdir()):
             target.run(path.read_bytes())
         return
     atheris.Setup(sys.argv, target.run)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.dnsgw.fuzz_datagram import Target
+from tests.fuzz.datagram import Target
 
-CORPUS = [path.read_bytes() for path in sorted((Path(__file__).parent / "corpus").iterdir())]
+CORPUS = [path.read_bytes() for path in sorted((Path(__file__).parent / "datagram").iterdir())]
 
 
 @pytest.fixture
