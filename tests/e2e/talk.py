@@ -51,7 +51,8 @@ class Talk:
         client = await self._mesh.dial(self.name, behind=question)
         try:
             client.shutdown_write()
-            assert await read_all(client) == question
+            answer = await read_all(client)
+            assert answer == question, f"{answer[:16].hex()}; the relay: {self._mesh.events('relay')[-3:]}"
         finally:
             client.close()
         self.count += 1
