@@ -61,7 +61,8 @@ class Ground(Protocol):
 
     plan: topology.Plan
     second_gateway: str
-    """Address of gateway-2; the others are the plan's."""
+    hop: str
+    """Addresses of gateway-2 and hop; the others are the plan's."""
 
     def on(self, part: str) -> AbstractContextManager[None]:
         """Be on a part's host while the block runs: sockets and processes that are made in it belong there."""
@@ -72,7 +73,7 @@ class Loopback:
 
     def __init__(self) -> None:
         self.plan = topology.Loopback().plan
-        self.second_gateway = self.plan.gateway
+        self.second_gateway = self.hop = self.plan.gateway
 
     def on(self, part: str) -> AbstractContextManager[None]:
         """Stay where we are."""
@@ -192,7 +193,7 @@ class Mesh:
 
     @property
     def _hop(self) -> tuple[str, int]:
-        return self.plan.router or self.plan.gateway, self.plan.turn_port + 10
+        return self.ground.hop, self.plan.turn_port + 10
 
     # Life
 

@@ -4,11 +4,13 @@
     10.80.1.2  client, discovery  ───  10.80.1.1    10.90.1.1  ───  10.90.1.2  gateway
     10.80.2.2  relay              ───  10.80.2.1    10.90.2.1  ───  10.90.2.2  services
     10.80.3.2  TURN server        ───  10.80.3.1    10.90.3.1  ───  10.90.3.2  second gateway
+                                                    10.90.4.1  ───  10.90.4.2  hop
                                   masquerades b → a, drops a → b
 
-Every link is a veth pair with an MTU of 1500, and shaped both ways: no segment larger than the MTU ever travels on it
-(`gso_max_segs 1`), and no more than 100 Mb/s. That is where TURN servers show what they lose: on loopback, or a veth as it
-comes, one write arrives as one read, in no time.
+Every link is a veth pair with an MTU of 1500 on which no larger segment ever travels (`gso_max_segs 1`), and the router
+lets through no more than 100 Mb/s to each host. That is where TURN servers show what they lose: on loopback, or a veth as
+it comes, one write arrives as one read, in no time. Nothing but the router drops: a sender whose own queue drops what it
+sends is given up by Linux after fifteen drops in a row, 7.5 s, which two hundred greedy streams bring about.
 
 The namespaces have no names. Each is held by a descriptor of this process and by the processes in it, so that the kernel
 takes everything away with the last of them, however that one ends.
@@ -36,10 +38,11 @@ LINKS = {
     "gateway": "10.90.1.2",
     "service": "10.90.2.2",
     "gateway-2": "10.90.3.2",
+    "hop": "10.90.4.2",
 }
 """The hosts and their addresses."""
 
-HOST_OF_PART = {"discovery": "client", "dns": "client", "hop": "router"}
+HOST_OF_PART = {"discovery": "client", "dns": "client"}
 MORE_ADDRESSES = {"client": ["10.80.1.3", "10.80.1.53"]}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -91,7 +94,7 @@ class Hosts:
             service=LINKS["service"],
             router=_router(LINKS["gateway"]),
         )
-        self.second_gateway = LINKS["gateway-2"]
+        self.second_gateway, self.hop = LINKS["gateway-2"], LINKS["hop"]
         self._closing = ExitStack()
         self._hosts: dict[str, Namespace] = {}
 
@@ -106,15 +109,17 @@ class Hosts:
                 _ip(
                     f"link add {link} type veth peer name eth0 netns /proc/{os.getpid()}/fd/{self._hosts[host].fd}",
                     f"address add {_router(address)}/{MASK} dev {link}",
+                    *_up(link),
                 )
-                self._shape(link)
+                _do("tc", "qdisc", "replace", "dev", link, "root", *SHAPE)
             with self._hosts[host].entered():
+                addresses = (address, *MORE_ADDRESSES.get(host, ()))
                 _ip(
                     "link set lo up",
-                    *(f"address add {each}/{MASK} dev eth0" for each in (address, *MORE_ADDRESSES.get(host, ()))),
+                    *(f"address add {each}/{MASK} dev eth0" for each in addresses),
+                    *_up("eth0"),
+                    f"route add default via {_router(address)}",
                 )
-                self._shape("eth0")
-                _ip(f"route add default via {_router(address)}")
         with router.entered():
             _ip("link set lo up")
             with open("/proc/sys/net/ipv4/ip_forward", "w") as switch:
@@ -139,10 +144,6 @@ class Hosts:
         self._closing.callback(host.close)
         return host
 
-    def _shape(self, link: str) -> None:
-        _ip(f"link set {link} gso_max_segs 1 mtu 1500", f"link set {link} up")
-        _do("tc", "qdisc", "replace", "dev", link, "root", *SHAPE)
-
 
 @contextmanager
 def hosts() -> Iterator[Hosts]:
@@ -162,6 +163,10 @@ def _firewall() -> str:
     head, established, rest = rules.partition("        ct state established,related accept\n")
     assert established
     return head + established + inside + rest
+
+
+def _up(link: str) -> tuple[str, str]:
+    return f"link set {link} gso_max_segs 1 mtu 1500", f"link set {link} up"
 
 
 def _router(address: str) -> str:
