@@ -24,12 +24,11 @@ from crossnet import logs, roles
 from crossnet.adaptive import AdaptivePorts
 from crossnet.admin import AdminServer
 from crossnet.config import warnings
-from crossnet.dns_section import DnsSection
 from crossnet.handover import Inherited, Offer, Place
 from crossnet.publication import RelayPublication, publish_turn_servers
 from crossnet.reload import Reloader
 from crossnet.schema import encode
-from crossnet.sections import Config, GatewaySection, PublisherSection, RelaySection
+from crossnet.sections import Config, DnsSection, GatewaySection, PublisherSection, RelaySection
 from discovery.addresses import format_endpoint, parse_address
 from discovery.api import DiscoveryServer, DiscoveryServerConfig, ServerRefused
 from discovery.client import DiscoveryClient

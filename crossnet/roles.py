@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from crossnet.dns_section import DnsSection
 from crossnet.scalars import Listen
 from crossnet.sections import (
     Config,
     DiscoveryServerSection,
+    DnsSection,
     GatewaySection,
     PublisherSection,
     RelaySection,

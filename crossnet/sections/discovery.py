@@ -1,0 +1,89 @@
+"""The `discovery_server` section."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from crossnet.scalars import (
+    Cidr,
+    Count,
+    ExistingFile,
+    KeyPrefix,
+    ListenAddress,
+    NetworkId,
+    SecretFile,
+    Store,
+    WholeSeconds,
+)
+from crossnet.schema import OneOrMore, rule
+from discovery.shape import Fault
+from discovery.store.etcdapi import DEFAULT_PREFIX
+from discovery.tokens import Tokens
+from discovery.yamlfile import BadFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerTlsSection:
+    """The certificate that a server of ours shows."""
+
+    cert: ExistingFile
+    key: ExistingFile
+    client_ca: ExistingFile | None = None
+    """Verifies client certificates, which entries of the tokens file can name in place of tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensSection:
+    """The file that says which token may write what."""
+
+    file: ExistingFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdSection:
+    """How an etcd cluster is spoken to that is the store."""
+
+    prefix: KeyPrefix = DEFAULT_PREFIX
+    """What keys begin with; several meshes can share a cluster."""
+    ca: ExistingFile | None = None
+    """Verifies the members; the system's authorities by default."""
+    cert: ExistingFile | None = None
+    key: ExistingFile | None = None
+    """What we show to a cluster that wants certificates of its clients."""
+
+    @rule("cert", "key")
+    def _pair(self) -> Iterator[Fault]:
+        if (self.cert is None) != (self.key is None):
+            yield Fault(".cert" if self.cert is None else ".key", "cert and key, or neither", "one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscoveryServerSection:
+    """The discovery server, for all networks."""
+
+    listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    store: Store = "memory"
+    """`memory`, `sqlite:PATH`, or `etcd:` and the URLs of its members, the nearest first."""
+    etcd: EtcdSection = EtcdSection()
+    tls: ServerTlsSection | None = None
+    tokens: TokensSection | None = None
+    turn_secrets: dict[NetworkId, SecretFile] = dataclasses.field(default_factory=dict)
+    """For each network the secret of its TURN servers, to issue credentials from."""
+    requests_per_second: Count = 200
+    """What each network may ask in the long run; far more at once."""
+    max_records_per_network: Count = 20_000
+    max_watchers: Count = 2000
+    turn_credential_ttl_s: WholeSeconds = 3600
+    """How long issued credentials live; gateways get new ones after two thirds of it."""
+    allow_addresses: tuple[Cidr, ...] = ()
+    """Addresses in ranges that are refused in records otherwise, such as 127.0.0.0/8 for a try on one machine."""
+
+    @rule("tokens")
+    def _tokens_file(self) -> Iterator[Fault]:
+        if self.tokens is not None:
+            try:
+                Tokens.load(self.tokens.file)
+            except BadFile as error:
+                for fault in error.faults:
+                    yield Fault(".tokens.file", f"a tokens file ({fault.path}: expected {fault.expected})", fault.got)

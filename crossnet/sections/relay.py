@@ -1,0 +1,77 @@
+"""The `relay` section."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from crossnet.scalars import (
+    Cidr,
+    Count,
+    Duration,
+    IpAddress,
+    ListenAddress,
+    NetworkId,
+    PortRange,
+    Ports,
+    RecordId,
+    Size,
+    Target,
+)
+from crossnet.schema import OneOrMore, rule
+from crossnet.sections.policy import RuleSection, faults_of_rules
+from discovery.shape import Fault
+from sniproxy import limits, relay
+from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S
+from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelaySection:
+    """The relay of this network's clients."""
+
+    id: RecordId
+    listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    advertise: Annotated[tuple[IpAddress, ...], OneOrMore()] = ()
+    """Addresses that clients reach it under; by default those that it listens on."""
+    ports: Ports = "listen"
+    """`auto`: it listens on the ports of imported services, too, since a plain service name says none."""
+    port_range: PortRange = (1024, 65535)
+    """What `auto` may open; ports below 1024 take a right of their own."""
+    allow: tuple[Cidr, ...] = relay.PRIVATE_RANGES
+    """Clients that may use it."""
+    rules: tuple[RuleSection, ...] = ()
+    """Which of them may go where; without any all may go everywhere."""
+    deliver: tuple[Target, ...] = ()
+    """What it may dial in its own network."""
+    direct: tuple[Target, ...] = ()
+    """Where it may dial gateways of other networks without a TURN server."""
+    sources: dict[RecordId, tuple[IpAddress, ...]] = dataclasses.field(default_factory=dict)
+    """For each TURN server the addresses that it sees this relay come from; asked of the server by default."""
+    asks: tuple[NetworkId, ...] = ()
+    """Networks that it asks for besides those it imports from: their gateways may register only where they are asked for."""
+    pool: Count = 0
+    """Connections kept ready to each allocation. There are none yet: see `config.warnings`."""
+    proxy_from: tuple[Cidr, ...] = ()
+    """Load balancers that begin each connection with a PROXY header (v1 or v2); from anywhere else that is not TLS."""
+    max_hello: Size = DEFAULT_MAX_HELLO_BYTES
+    max_hello_held: Size = limits.DEFAULT_MAX_HELLO_HELD_BYTES
+    """Of all unfinished ClientHellos together."""
+    max_streams: Count = relay.DEFAULT_MAX_STREAMS
+    max_streams_per_client: Count = limits.DEFAULT_MAX_STREAMS_PER_CLIENT
+    """By source address, an IPv6 client by its /64; 0 is no limit of its own."""
+    new_streams_per_second: Count = limits.DEFAULT_NEW_STREAMS_PER_S
+    """Of one client; 0 is no limit."""
+    hello_timeout_s: Duration = relay.DEFAULT_HELLO_TIMEOUT_S
+    dial_timeout_s: Duration = DEFAULT_DIAL_TIMEOUT_S
+    idle_timeout_s: Duration = relay.DEFAULT_IDLE_TIMEOUT_S
+    half_close_timeout_s: Duration = relay.DEFAULT_HALF_CLOSE_TIMEOUT_S
+
+    @rule("rules")
+    def _rules(self) -> Iterator[Fault]:
+        yield from faults_of_rules(self.rules)
+
+    @rule("advertise", "listen")
+    def _advertised(self) -> Iterator[Fault]:
+        if not self.advertise and any(listen.address.is_unspecified for listen in self.listen):
+            yield Fault(".advertise", "the addresses that clients reach, since it listens on all", "nothing")
