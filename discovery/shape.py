@@ -6,7 +6,7 @@ A fault names a path and what was expected there. Sans-IO.
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
@@ -54,7 +54,9 @@ def child(path: str, key: object) -> str:
 
 
 def shape_faults(value: object, expected: Any, path: str = "$") -> Iterator[Fault]:
-    """Hold a value against str, int, bool, list[T], dict[str, T], T | None or a Struct, and yield every fault.
+    """Hold a value against str, int, bool, Literal, list[T], dict[str, T], T | None, unions of plain ones, or a Struct.
+
+    Yields every fault.
 
     A value without faults can be given to msgspec.convert(value, expected).
     """
@@ -63,7 +65,11 @@ def shape_faults(value: object, expected: Any, path: str = "$") -> Iterator[Faul
         options = get_args(expected)
         if value is None and type(None) in options:
             return
-        (expected,) = (option for option in options if option is not type(None))
+        expected, *others = (option for option in options if option is not type(None))
+        if others:
+            if all(any(shape_faults(value, option)) for option in (expected, *others)):
+                yield Fault(path, " or ".join(map(_words, (expected, *others))), shown(value))
+            return
         origin = get_origin(expected)
     if isinstance(expected, type) and issubclass(expected, msgspec.Struct):
         yield from _struct_faults(value, expected, path)
@@ -81,9 +87,18 @@ def shape_faults(value: object, expected: Any, path: str = "$") -> Iterator[Faul
             if not isinstance(key, str):
                 yield Fault(child(path, key), "a string as key", shown(key))
             yield from shape_faults(item, get_args(expected)[1], child(path, key))
+    elif origin is Literal:
+        if not isinstance(value, str) or value not in get_args(expected):
+            yield Fault(path, _words(expected), shown(value))
     elif not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        words = {str: "a string", int: "an integer", bool: "true or false"}
-        yield Fault(path, words.get(expected, str(expected)), shown(value))
+        yield Fault(path, _words(expected), shown(value))
+
+
+def _words(expected: Any) -> str:
+    """Say what a plain value has to be."""
+    if get_origin(expected) is Literal:
+        return " or ".join(get_args(expected))
+    return {str: "a string", int: "an integer", bool: "true or false"}.get(expected, str(expected))
 
 
 def _struct_faults(value: object, struct: type[msgspec.Struct], path: str) -> Iterator[Fault]:

@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -121,8 +121,13 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ports: dict[str, list[str]]
     """Port as a decimal string, and the endpoints (ip:port) behind it."""
 
-    proxy_protocol: bool = False
-    """Whether the service wants a PROXY protocol v2 header first."""
+    proxy_protocol: bool | Literal["v1", "v2"] = False
+    """Which PROXY protocol header the service wants first; `true` is v2."""
+
+    @property
+    def proxy_version(self) -> int | None:
+        """The version of that header, None for none."""
+        return {False: None, True: 2, "v1": 1, "v2": 2}[self.proxy_protocol]
 
 
 class VipSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

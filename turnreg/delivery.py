@@ -84,10 +84,7 @@ class Delivery:
         endpoints = self._rotated(where, port, service.spec.ports.get(str(port), []))
         if not endpoints:
             raise Undeliverable(Reason.NO_ENDPOINT, f"service {where!r} has no endpoint for port {port}")
-        header = b""
-        if service.spec.proxy_protocol:
-            header = ProxyHeader(source=preamble.client, destination=preamble.local).pack()
-        return await self._dial(preamble, endpoints, header)
+        return await self._dial(preamble, endpoints, _proxy_header(preamble, service.spec.proxy_version))
 
     def _rotated(self, name: str, port: int, texts: list[str]) -> list[tuple[Address, int]]:
         """The endpoints, beginning with the one whose turn it is."""
@@ -159,3 +156,11 @@ class Delivery:
         )
         refused = self._policy.refusal(flow)
         return None if refused is None else f"may not be reached: gateway.rules: {refused}"
+
+
+def _proxy_header(preamble: Preamble, version: int | None) -> bytes:
+    """Write the header that a service wants before its first byte."""
+    if version is None:
+        return b""
+    header = ProxyHeader(source=preamble.client, destination=preamble.local)
+    return header.pack_v1() if version == 1 else header.pack()

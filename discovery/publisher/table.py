@@ -1,7 +1,8 @@
 """From Kubernetes' Services and EndpointSlices to service records. Sans-IO.
 
 A Service is exported by the annotation crossnet.io/export: `true` for all its TCP ports, or a comma list of port names or
-numbers. crossnet.io/proxy-protocol: `true` says that it wants a PROXY protocol header. Only endpoints that are ready count.
+numbers. crossnet.io/proxy-protocol: `v1`, `v2` or `true`, which is v2, says which PROXY protocol header it wants. Only endpoints
+that are ready count.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 EXPORT = "crossnet.io/export"
 PROXY_PROTOCOL = "crossnet.io/proxy-protocol"
 SERVICE_NAME = "kubernetes.io/service-name"
+_HEADERS: Mapping[str, bool | Literal["v1", "v2"]] = {"true": True, "v1": "v1", "v2": "v2"}
 MAX_OBJECTS = 100_000  # of each kind; a cluster is tested with 10,000 services
 
 Name: TypeAlias = tuple[str, str]
@@ -82,7 +84,7 @@ class _Slice:
 @dataclass(frozen=True, slots=True)
 class _Service:
     ports: tuple[tuple[str, int], ...]
-    proxy_protocol: bool
+    proxy_protocol: bool | Literal["v1", "v2"]
 
 
 class ServiceTable:
@@ -103,7 +105,7 @@ class ServiceTable:
         if not ports or (name not in self._services and len(self._services) >= MAX_OBJECTS):
             self._services.pop(name, None)
             return name
-        wants_header = (found.metadata.annotations or {}).get(PROXY_PROTOCOL) == "true"
+        wants_header = _HEADERS.get((found.metadata.annotations or {}).get(PROXY_PROTOCOL, ""), False)
         self._services[name] = _Service(ports, wants_header)
         return name
 

@@ -1,4 +1,4 @@
-"""PROXY protocol: the header in front of a connection that says whose it is. We write version 2 and read version 1, too.
+"""PROXY protocol: the header in front of a connection that says whose it is, in both versions.
 
 Written and read as the specification by its inventor says (haproxy.org, doc/proxy-protocol.txt, section 2), for TCP over
 IPv4 and IPv6 only, and strictly: the lengths of the TLVs add up to the header exactly, and a checksum that is there is
@@ -81,6 +81,20 @@ class ProxyHeader:
         if PREFIX_SIZE + len(body) > min(max_size, PREFIX_SIZE + 0xFFFF):
             raise ProxyError(f"a header of {PREFIX_SIZE + len(body)} bytes is over {max_size}")
         return _PREFIX.pack(SIGNATURE, 0x20 | self.command, family, len(body)) + body
+
+    def pack_v1(self) -> bytes:
+        """Return the header as a line of version 1, which has neither commands nor TLVs.
+
+        Where only one of the addresses is IPv4 it is written as IPv4-mapped: a line has one family. Without addresses it is
+        UNKNOWN. Raises ProxyError if an address or port is none.
+        """
+        if self.source is None or self.destination is None:
+            return b"PROXY UNKNOWN\r\n"
+        family, packed = _pack_addresses(self.source, self.destination)
+        size = _ADDRESS_SIZE[family]
+        source, destination = (_spelled(packed[at : at + size]) for at in (0, size))
+        word = "TCP4" if family == _TCP4 else "TCP6"
+        return f"PROXY {word} {source} {destination} {self.source[1]} {self.destination[1]}\r\n".encode()
 
 
 def read_length(data: bytes | bytearray | memoryview, *, max_size: int = MAX_HEADER) -> int | None:
@@ -206,6 +220,13 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     if isinstance(address, ipaddress.IPv6Address):
         return address.ipv4_mapped or address
     return address
+
+
+def _spelled(packed: bytes) -> str:
+    """Spell an address in groups of digits only: a version 1 line knows no IPv6 address that ends like an IPv4 one."""
+    if packed[:12] == bytes(10) + b"\xff\xff":
+        return f"::ffff:{int.from_bytes(packed[12:14], 'big'):x}:{int.from_bytes(packed[14:], 'big'):x}"
+    return str(ipaddress.ip_address(packed))
 
 
 def _text(packed: bytes) -> str:

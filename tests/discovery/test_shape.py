@@ -1,5 +1,7 @@
 """Shapes: every fault of plain data, with its path."""
 
+from typing import Literal
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -18,6 +20,7 @@ class Outer(msgspec.Struct, forbid_unknown_fields=True):
     many: dict[str, list[Inner]] = {}
     maybe: str | None = None
     flag: bool = False
+    choice: bool | Literal["v1", "v2"] = False
 
 
 def faults(value: object) -> list[str]:
@@ -30,6 +33,7 @@ def test_every_fault_is_told() -> None:
         "many": {"a b": [{"port": True}, 3], 7: []},
         "flag": 1,
         "maybe": [],
+        "choice": "v3",
         3: 4,
     }
     assert faults(value) == [
@@ -42,7 +46,8 @@ def test_every_fault_is_told() -> None:
         "$.many[7]: expected a string as key, got 7",
         "$.flag: expected true or false, got 1",
         "$.maybe: expected a string, got a list",
-        "$[3]: expected one of one, many, maybe, flag, got an unknown key",
+        "$.choice: expected true or false or v1 or v2, got 'v3'",
+        "$[3]: expected one of one, many, maybe, flag, choice, got an unknown key",
     ]
     assert faults({"one": {}}) == ["$.one.port: expected a value, got nothing"]
     assert faults(None) == ["$: expected a mapping, got null"]
@@ -51,10 +56,12 @@ def test_every_fault_is_told() -> None:
 
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from(["one", "port", "x"]),
+    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from(["one", "port", "x", "v1"]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["one", "port", "names", "many", "maybe", "flag", "x"]), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["one", "port", "names", "many", "maybe", "flag", "choice", "x"]), inner, max_size=4
+        )
     ),
     max_leaves=8,
 )

@@ -12,6 +12,7 @@ from discovery.spec import (
     SPEC_TYPES,
     BadRecord,
     Kind,
+    ServiceSpec,
     Spec,
     check_key,
     check_spec,
@@ -52,6 +53,21 @@ def test_good_specs_come_back_as_they_went(kind: Kind) -> None:
     check_spec(kind, "b", good)
     assert decode_spec(kind, msgspec.json.encode(good)) == good
     assert msgspec.to_builtins(good) == GOOD[kind]
+
+
+@pytest.mark.parametrize(("asked", "version"), [(False, None), (True, 2), ("v1", 1), ("v2", 2)])
+def test_the_proxy_header_that_a_service_asks_for(asked: bool | str, version: int | None) -> None:
+    service = spec(Kind.SERVICE, proxy_protocol=asked)
+    assert isinstance(service, ServiceSpec)
+    assert service.proxy_version == version
+    assert msgspec.to_builtins(service)["proxy_protocol"] == asked
+
+
+@pytest.mark.parametrize("asked", ["v3", "", "true", 1, 2, None, ["v1"]])
+def test_no_other_proxy_header_can_be_asked_for(asked: object) -> None:
+    with pytest.raises(BadRecord) as caught:
+        spec(Kind.SERVICE, proxy_protocol=asked)
+    assert caught.value.path == "$.spec.proxy_protocol"
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,8 @@ def test_a_written_file_is_read_as_it_was(tmp_path: Path) -> None:
     first, second = tmp_path / "mesh.yaml", tmp_path / "again.yaml"
     first.write_text(
         "networks: [{id: a}, {id: b}]\n"
-        "services: [{network: b, name: o.s, ports: {8443: ['10.1.0.1:1', '[fd00::5]:2']}, proxy_protocol: true}]\n"
+        "services: [{network: b, name: o.s, ports: {8443: ['10.1.0.1:1', '[fd00::5]:2']}, proxy_protocol: true},\n"
+        "           {network: b, name: p.s, ports: {1: []}, proxy_protocol: v1}]\n"
         "gateways: [{network: b, id: gw, address: '10.9.0.1:7443'}]\n"
         "relays: [{network: a, id: r, addresses: [10.0.0.9], ports: [443], sources: {t: [10.0.0.9]}}]\n"
         "vips: [{network: a, id: v1, name: o.s, address: 10.200.0.1}]\n"

@@ -4,6 +4,9 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -15,6 +18,7 @@ from sniproxy.stream.policy import Policy, Rule
 from sniproxy.stream.preamble import Preamble
 from sniproxy.stream.reason import Reason
 from tests.e2e.mesh import FixedDiscovery, record
+from tests.e2e.webservers import WEBSERVERS, webserver
 from tests.turnreg.preambles import preamble
 from turnreg.delivery import MAX_ENDPOINT_TRIES, Delivery, Undeliverable
 
@@ -24,7 +28,7 @@ NAME = "orders.shop.example"
 LOOPBACK = TargetList.parse(["127.0.0.0/8", "[::1/128]"])
 
 
-def service(*endpoints: str, name: str = NAME, proxy_protocol: bool = False) -> AnyRecord:
+def service(*endpoints: str, name: str = NAME, proxy_protocol: bool | Literal["v1", "v2"] = False) -> AnyRecord:
     spec = ServiceSpec(name=name, ports={"8443": list(endpoints)}, proxy_protocol=proxy_protocol)
     return record(Kind.SERVICE, "b", name, spec)
 
@@ -132,7 +136,8 @@ async def test_a_dead_endpoint_says_more_than_a_denied_one() -> None:
         assert (await refused(delivering, f"{NAME}:8443")).reason is Reason.DIAL_FAILED
 
 
-async def test_a_service_that_asks_for_it_gets_a_proxy_header() -> None:
+@pytest.mark.parametrize("asked", [True, "v1", "v2"])
+async def test_a_service_that_asks_for_it_gets_a_proxy_header(asked: bool | Literal["v1", "v2"]) -> None:
     got: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     async def read(wire: Wire) -> None:
@@ -142,12 +147,40 @@ async def test_a_service_that_asks_for_it_gets_a_proxy_header() -> None:
     endpoint = f"127.0.0.1:{listener.address[1]}"
     async with asyncio.TaskGroup() as group:
         group.create_task(listener.serve(read))
-        delivered = await delivery(service(endpoint, proxy_protocol=True)).connect(preamble(f"{NAME}:8443"))
-        parsed = proxyproto.parse(await got)
+        delivered = await delivery(service(endpoint, proxy_protocol=asked)).connect(preamble(f"{NAME}:8443"))
+        header = await got
         delivered.wire.close()
         listener.close()
+    parsed = proxyproto.parse_any(header)
     assert parsed is not None
     assert (parsed[0].source, parsed[0].destination) == (("10.0.0.77", 40000), ("10.0.0.9", 443))
+    assert header.startswith(b"PROXY TCP4 " if asked == "v1" else proxyproto.SIGNATURE)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("kind", WEBSERVERS)
+async def test_real_servers_read_whose_connection_it_is(tmp_path: Path, kind: str) -> None:
+    """Of whichever family the client is, the service is reached by IPv4; where client and relay differ, by way of a load balancer
+    that spoke for the client, the line is of the one family that holds both."""
+    with webserver(kind, tmp_path / kind) as port:
+        for asked in ("v1", "v2"):
+            delivering = delivery(service(f"127.0.0.1:{port}", proxy_protocol=asked))  # type: ignore[arg-type]
+            for client, local, seen in (
+                (("198.51.100.7", 40000), ("10.0.0.9", 443), ("198.51.100.7", "10.0.0.9")),
+                (("2001:db8::7", 1), ("2001:db8::9", 443), ("2001:db8::7", "2001:db8::9")),
+                (("2001:db8::7", 65535), ("10.0.0.9", 443), ("2001:db8::7", "::ffff:10.0.0.9")),
+                (("198.51.100.7", 40000), ("2001:db8::9", 443), ("::ffff:198.51.100.7", "2001:db8::9")),
+            ):
+                delivered = await delivering.connect(preamble(f"{NAME}:8443", client=client, local=local))
+                await delivered.wire.send(b"GET / HTTP/1.0\r\n\r\n")
+                answer = b""
+                while data := await delivered.wire.recv():
+                    answer += data
+                delivered.wire.close()
+                # The servers spell IPv4-mapped addresses in their own ways.
+                host, client_port, destination = answer.decode().splitlines()[-1].split(" ")
+                assert (ip_address(host), ip_address(destination)) == tuple(map(ip_address, seen)), asked
+                assert int(client_port) == client[1]
 
 
 # --- what is not ----------------------------------------------------------------------------------------------------

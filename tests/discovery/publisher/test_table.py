@@ -97,6 +97,11 @@ def test_names_and_ids() -> None:
     table = ServiceTable("cluster.local")
     table.put_service(service("true", {"port": 1}, **{"crossnet.io/proxy-protocol": "true"}))
     assert table.spec(NAME) == ServiceSpec(name="orders.shop.svc.cluster.local", ports={"1": []}, proxy_protocol=True)
+    for annotation, version in (("v1", 1), ("v2", 2), ("true", 2), ("false", None), ("v3", None)):
+        table.put_service(service("true", {"port": 1}, **{"crossnet.io/proxy-protocol": annotation}))
+        published = table.spec(NAME)
+        assert published is not None
+        assert published.proxy_version == version
     ids = {
         record_id("k8s", (namespace, name)) for namespace in ("a", "a-b", "n" * 63) for name in ("b-c", "c", "x" * 63)
     }

@@ -1,4 +1,4 @@
-"""PROXY protocol: v2 written and read as specified, v1 read, strictly, in any pieces."""
+"""PROXY protocol: both versions written and read as specified, strictly, in any pieces."""
 
 import socket
 import subprocess
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sniproxy.stream.proxyproto import (
     MAX_HEADER,
+    MAX_V1,
     SIGNATURE,
     TLV_AUTHORITY,
     TLV_CRC32C,
@@ -304,6 +305,37 @@ def test_version_1_is_read_in_any_pieces(line: bytes, source: object, destinatio
         parsed = parse_any(line + behind)
         assert parsed is not None
         assert (parsed[0].source, parsed[0].destination, parsed[1]) == (source, destination, len(line))
+
+
+@given(endpoints, endpoints, st.binary(max_size=20))
+def test_what_is_written_as_version_1_is_what_is_read(
+    source: tuple[str, int], destination: tuple[str, int], behind: bytes
+) -> None:
+    header = ProxyHeader(source=source, destination=destination)
+    line = header.pack_v1()
+    assert len(line) <= MAX_V1
+    assert parse_v1(line + behind) == (header, len(line))
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "line"),
+    [
+        (("192.0.2.1", 56324), ("198.51.100.7", 443), V1),
+        (("::ffff:192.0.2.1", 56324), ("198.51.100.7", 443), V1),
+        (("2001:db8::1", 1), ("2001:db8::2", 65535), b"PROXY TCP6 2001:db8::1 2001:db8::2 1 65535\r\n"),
+        (("192.0.2.1", 1), ("2001:db8::2", 2), b"PROXY TCP6 ::ffff:c000:201 2001:db8::2 1 2\r\n"),
+        (("2001:db8::1", 1), ("192.0.2.1", 2), b"PROXY TCP6 2001:db8::1 ::ffff:c000:201 1 2\r\n"),
+        (None, None, b"PROXY UNKNOWN\r\n"),
+    ],
+)
+def test_version_1_lines(source: tuple[str, int] | None, destination: tuple[str, int] | None, line: bytes) -> None:
+    assert ProxyHeader(source=source, destination=destination).pack_v1() == line
+
+
+def test_a_version_1_line_of_what_is_no_address_cannot_be_written() -> None:
+    for source in (("relay.example", 1), ("192.0.2.1", 65536), ("192.0.2.1", -1)):
+        with pytest.raises(ProxyError, match="not addresses and ports"):
+            ProxyHeader(source=source, destination=("192.0.2.2", 1)).pack_v1()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,39 @@
+"""Services that want to know whose stream it is: through the whole path they read the client's own address from a PROXY header."""
+
+import asyncio
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from crossnet.lab.certificates import Authority
+from discovery.model import Kind, ServiceSpec
+from tests.crossnet.running import curl
+from tests.e2e.mesh import record
+from tests.e2e.path import DOMAIN, a_path
+from tests.e2e.webservers import WEBSERVERS, webserver
+
+pytestmark = [pytest.mark.anyio, pytest.mark.interop]
+
+CLIENT = "127.0.0.77"  # nobody else on the path has this address
+
+
+@pytest.mark.needs("turnserver", "curl")
+@pytest.mark.parametrize("kind", WEBSERVERS)
+async def test_a_real_client_is_seen_by_a_real_service(tmp_path: Path, kind: str) -> None:
+    authority = Authority(tmp_path)
+    certificate = authority.server("service", "the service", [f"*.shop.b.{DOMAIN}"])
+    asked: tuple[bool | Literal["v1", "v2"], ...] = ("v1", "v2", True)
+    with webserver(kind, tmp_path / kind, certificate) as port:
+        async with a_path("coturn") as path:
+            for number, header in enumerate(asked):
+                name = f"s{number}.shop"
+                spec = ServiceSpec(name=name, ports={"8443": [f"127.0.0.1:{port}"]}, proxy_protocol=header)
+                path.discovery.put(record(Kind.SERVICE, "b", name, spec))
+                host = f"p8443-{name}.b.{DOMAIN}"
+                relay = "{}:{}".format(*path.relay.addresses[0])
+                trust = ("--cacert", str(authority.path), "--interface", CLIENT, "--write-out", "%{local_port}")
+                done = await asyncio.to_thread(curl, host, relay, *trust)
+                assert done.returncode == 0, done.stderr
+                seen, client_port = done.stdout.split("\n")
+                assert seen == f"{CLIENT} {client_port} 127.0.0.1"
