@@ -40,6 +40,9 @@ class Process(Protocol):
     def waiting_for(self) -> list[str]:
         """Return what is not ready yet; empty when all is."""
 
+    def stale_s(self) -> float | None:
+        """Return for how many seconds no server has confirmed the view of discovery; None without one of servers."""
+
     def status(self) -> dict[str, object]:
         """Return how the process is, for people and `crossnet status`."""
 
@@ -118,7 +121,9 @@ class AdminServer:
     async def _readyz(self, request: web.Request) -> web.StreamResponse:
         del request
         waiting = self._process.waiting_for()
-        return _json({"ready": not waiting, "waiting_for": waiting}, 503 if waiting else 200)
+        # What goes on with an old view of discovery is ready: it says so, and how old that is.
+        told = {"ready": not waiting, "waiting_for": waiting, "stale_s": self._process.stale_s()}
+        return _json(told, 503 if waiting else 200)
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         del request

@@ -388,6 +388,11 @@ class App:
             waiting.append("a first allocation")
         return waiting
 
+    def stale_s(self) -> float | None:
+        """Return for how many seconds no server has confirmed the view of discovery; None without one of servers."""
+        age_s: float | None = getattr(self.discovery, "age_s", None)
+        return age_s
+
     def status(self) -> dict[str, object]:
         """Return how the process is, for people and `crossnet status`."""
         view = self.view()
@@ -405,7 +410,7 @@ class App:
                 "sources": [str(source) for source in self.config.discovery],
                 "synced": self.discovery is not None and self.discovery.synced,
                 "connected": getattr(self.discovery, "connected", None),
-                "age_s": getattr(self.discovery, "age_s", None),
+                "age_s": self.stale_s(),
                 "revision": view.revision,
                 "records": len(view),
                 "networks": sorted(view.networks),

@@ -30,7 +30,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def test_health_and_readiness(process: Running) -> None:
     assert process.ask("/healthz") == (200, "ok\n")
     status, body = process.ask("/readyz")
-    assert (status, json.loads(body)) == (200, {"ready": True, "waiting_for": []})
+    assert (status, json.loads(body)) == (200, {"ready": True, "waiting_for": [], "stale_s": None})
 
 
 def test_metrics_have_every_reason_before_it_happens(process: Running) -> None:
