@@ -14,11 +14,12 @@ import hmac
 import struct
 import zlib
 from collections.abc import Container
-from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Self
+
+import msgspec
 
 MAGIC_COOKIE = 0x2112A442
 HEADER_BYTES = 20
@@ -117,11 +118,12 @@ _TEXT_LIMITS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True):
     """One STUN message. The `with_…` methods return a copy with one attribute more, so that a request reads as a chain.
 
     Where an attribute is there more than once, the first counts (RFC 8489, section 14), except for `xor_addresses()`.
+
+    A Struct, for it is made in a fifth of the time that a frozen dataclass takes, and an answer is five of them.
     """
 
     method: int
@@ -130,11 +132,11 @@ class Message:
     """12 bytes; a client draws them from `secrets`."""
     attributes: tuple[tuple[int, bytes], ...] = ()
     """Type and value in the order of the wire, without MESSAGE-INTEGRITY and FINGERPRINT."""
-    has_fingerprint: bool = field(default=False, compare=False)
+    has_fingerprint: bool = False
     """The bytes that this was parsed from carried a (correct) FINGERPRINT: an answer should carry one too."""
-    _covered: bytes | None = field(default=None, compare=False, repr=False)
+    _covered: bytes | None = None
     """The bytes that MESSAGE-INTEGRITY covers, with the length that it was computed over."""
-    _integrity: bytes = field(default=b"", compare=False, repr=False)
+    _integrity: bytes = b""
 
     # -- reading
 
@@ -268,7 +270,6 @@ class Message:
 
     def with_bytes(self, attribute: int, value: bytes) -> Self:
         """Add an attribute whose value is `value`."""
-        # Spelt out, for `dataclasses.replace` takes four times as long and an answer has five attributes.
         return type(self)(
             self.method,
             self.message_class,

@@ -379,7 +379,7 @@ def test_what_is_packed_is_parsed(message: Message, key: bytes | None, fingerpri
     data = message.pack(integrity_key=key, fingerprint=fingerprint)
     assert len(data) % 4 == 0
     again = Message.parse(data)
-    assert again == message
+    assert Message(again.method, again.message_class, again.transaction_id, again.attributes) == message
     assert again.has_integrity is (key is not None)
     assert again.has_fingerprint is fingerprint
     if key is not None:

@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
+
+import msgspec
 
 from turnreg.server.pace import Pace
 from turnreg.stun import TRANSPORT_TCP
@@ -16,8 +19,7 @@ Endpoint = tuple[str, int]
 """IP address as text, in its canonical form, and port."""
 
 
-@dataclass(frozen=True, slots=True)
-class FiveTuple:
+class FiveTuple(NamedTuple):
     """A client's connection: its end, ours and the protocol, TLS counting as TCP (RFC 8656, section 2.2)."""
 
     client: Endpoint
@@ -219,8 +221,7 @@ class Allocation:
         return channel if channel is not None and self.channels[channel][1] > now else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A peer that has connected and waits for the ConnectionBind with this id."""
 
     connection_id: bytes

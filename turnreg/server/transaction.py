@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
+import msgspec
+
 from discovery.addresses import TargetList, refusal
 from turnreg.auth import Accepted, Authenticator, Refused
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, Endpoint, FiveTuple, Refusal
@@ -86,8 +88,7 @@ class Connecting:
     peer: Endpoint
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Datagram:
+class Datagram(msgspec.Struct, frozen=True, kw_only=True):
     """Send this from the relayed address."""
 
     allocation: Allocation
@@ -96,8 +97,7 @@ class Datagram:
     dont_fragment: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, kw_only=True):
     """What comes of a message. All empty: ignore it."""
 
     answer: bytes | None = None
