@@ -26,7 +26,7 @@ from crossnet.admin import AdminServer
 from crossnet.config import warnings
 from crossnet.handover import Inherited, Offer, Place
 from crossnet.publication import RelayPublication, publish_turn_servers
-from crossnet.reload import Reloader
+from crossnet.reload import Refused, Reloader
 from crossnet.schema import encode
 from crossnet.sections import Config, DnsSection, GatewaySection, PublisherSection, RelaySection
 from discovery.addresses import format_endpoint, parse_address
@@ -143,7 +143,12 @@ class App:
         log.info("ended", extra={"event": {"seconds": time.time() - self._started_at}})
 
     def _apply(self, config: Config) -> None:
-        """Go by this configuration from now on; it differs only in what needs no restart."""
+        """Go by this configuration from now on; it differs only in what needs no restart. Raises Refused, all being as before."""
+        if self._dns is not None and config.dns is not None:
+            try:
+                self._dns.reconfigure(roles.dns_config(config, config.dns))
+            except (OSError, ValueError) as error:
+                raise Refused(f"$.dns: {error}") from error
         self.config = config
         logs.set_up(style=config.log.format, level=config.log.level)
         keys = roles.keys(config)
@@ -154,10 +159,6 @@ class App:
         if self.gateway is not None and config.gateway is not None:
             guard = self.gateway.config.guard
             self.gateway.reconfigure(roles.gateway_config(config, config.gateway, guard), keys)
-        if self._dns is not None:
-            self._dns.reimport(roles.imports(config))
-            if self.discovery is not None and self.discovery.synced:
-                self._dns.apply(self.discovery.mesh)
         for warning in warnings(config):
             log.warning("%s", warning)
 

@@ -58,12 +58,37 @@ LIVE = {
         {
             "allow",
             "rules",
+            "activate",
+            "max_held",
             "max_hello",
             "max_streams",
             "hello_timeout_s",
             "dial_timeout_s",
             "idle_timeout_s",
             "half_close_timeout_s",
+        }
+    ),
+    "dns": frozenset(
+        {
+            "upstream",
+            "upstream_ca",
+            "forward",
+            "race_s",
+            "random_case",
+            "allow",
+            "rate_limit",
+            "max_udp_reply",
+            "search",
+            "ttl_s",
+            "vip",
+            "stale_relays_s",
+            "cache",
+            "max_ttl_s",
+            "max_negative_ttl_s",
+            "stale_answers_s",
+            "cookie_secret",
+            "loop_probe",
+            "max_in_flight",
         }
     ),
 }
@@ -120,6 +145,10 @@ def files(value: object) -> Iterator[Path]:
     elif isinstance(value, tuple):
         for item in value:
             yield from files(item)
+
+
+class Refused(Exception):
+    """A configuration without fault that cannot be gone by here; the text says where and why."""
 
 
 class Reloader:
@@ -184,28 +213,34 @@ class Reloader:
             # PyYAML takes a second for the largest file that we read; streams go on meanwhile.
             digest, new = await asyncio.to_thread(lambda: (self._digest(), load(self._path)))
         except ConfigError as error:
-            self._seen = stamps
-            self._retry_at = asyncio.get_running_loop().time() + RETRY_S
-            faults = [str(fault) for fault in error.faults]
-            if faults == self.status["faults"]:
-                return
-            self._reloads.labels("refused").inc()
-            self._good.set(0)
-            self.status["faults"] = faults
-            for fault in error.faults:
-                log.error("config_fault", extra={"event": {"file": str(self._path), "fault": str(fault)}})
-            event = {"file": str(self._path), "faults": len(error.faults), "detail": "what ran before goes on"}
-            log.error("config_refused", extra={"event": event})
+            self._refuse(stamps, [str(fault) for fault in error.faults])
             return
         made = change(self._config, new)
         if made.applied:
-            self._apply(made.config)
+            try:
+                self._apply(made.config)
+            except Refused as error:
+                self._refuse(stamps, [str(error)])
+                return
             self._config = made.config
         self._seen = stamps if set(files(new)) == set(files(self._config)) else self._stamps()
         self._reloads.labels("applied" if made.applied else "unchanged").inc()
         self._note(digest, made.restart)
         event = {"file": str(self._path), "sha256": digest, "applied": made.applied, "restart_needed": made.restart}
         log.log(logging.WARNING if made.restart else logging.INFO, "config_read", extra={"event": event})
+
+    def _refuse(self, stamps: Stamps, faults: list[str]) -> None:
+        self._seen = stamps
+        self._retry_at = asyncio.get_running_loop().time() + RETRY_S
+        if faults == self.status["faults"]:
+            return
+        self._reloads.labels("refused").inc()
+        self._good.set(0)
+        self.status["faults"] = faults
+        for fault in faults:
+            log.error("config_fault", extra={"event": {"file": str(self._path), "fault": fault}})
+        event = {"file": str(self._path), "faults": len(faults), "detail": "what ran before goes on"}
+        log.error("config_refused", extra={"event": event})
 
     def _note(self, digest: str, restart: tuple[str, ...] = ()) -> None:
         now = time.time()

@@ -8,9 +8,11 @@ upstream says. It does not recurse or validate.
     intercept  (S) one question → answer or pass     rdata      (S) dnslib, for what is made once
     message    (S) upstream's replies                cache      (S) what upstream said
     admission  (S) who may ask, and how much         recent     (S) a bounded memory
-    resolver   one packet → its reply                udp, tcp   the client's side
-    batch      many datagrams in one system call     destination (S) where an upstream is
-    foreign    cache or upstream, and when neither has it
+    pairs      (S) A and AAAA from one table         destination (S) where an upstream is
+    resolver   one packet → its reply                asked      what waits, and what failures are said to be
+    precedence whose an imported name is             moves      (S) names that change hands
+    udp, tcp   the client's side
+    batch      many datagrams in one system call     foreign    cache or upstream, and when neither has it
     forward    attempts, time-outs, coalescing       upstream, pipeline, https, exchange   the other side
 """
 

@@ -46,6 +46,7 @@ MIN_PREFETCH_USES = 2
 _SMALL_SHARE = 0.1  # of the bytes, for entries that were not asked for again yet
 _MAX_COUNTED_USES = 3
 _OVERHEAD = 800  # bytes of an entry besides its body: measured with tracemalloc on 64-bit CPython 3.11
+_OF_TARGET = 400  # bytes of a name that an alias leads to, and of finding the entry by it
 _MAX_TYPES = 64  # query types told apart when a name is flushed; those beyond are found by looking at every entry
 _ANY_TYPE = b"\0\0"
 
@@ -123,7 +124,7 @@ class Entry:
         """What comes behind the question, without and with EDNS, until `tails_until`."""
 
         self.tails_until = 0.0
-        self.size = _OVERHEAD + len(key) + 3 * len(self.body) + 80 * len(self._ttls)
+        self.size = _OVERHEAD + len(key) + 3 * len(self.body) + 80 * len(self._ttls) + _OF_TARGET * len(self.targets)
 
     def reply(self, ident: bytes, question: bytes, *, edns: bool, now: float) -> bytes:
         """The reply to its question, with what is left of each TTL."""
@@ -219,6 +220,8 @@ class Cache:
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
         """Keys that were let go without a second use, and get into the main queue if they come back."""
         self._small_size = 0
+        self._leading: dict[bytes, set[bytes]] = {}
+        """Keys of the entries whose aliases lead to a name."""
         self._types: set[bytes] = set()
         self.hot: dict[bytes, Entry] = {}
         """Entries that answer at once what is asked, until `cool`: somebody made sure that the names are upstream's."""
@@ -259,6 +262,8 @@ class Cache:
             self._small[key] = entry
             self._small_size += entry.size
         self.size += entry.size
+        for target in entry.targets:
+            self._leading.setdefault(target, set()).add(key)
         self._make_room()
         return entry
 
@@ -273,11 +278,38 @@ class Cache:
         """Let no entry answer at once."""
         self.hot = {}
 
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Keep so much from now on: what a lower cap would not have kept for so long is forgotten."""
+        before, self._config = self._config, config
+        lowered = [
+            cap
+            for cap, old in (
+                (config.max_ttl_s, before.max_ttl_s),
+                (config.max_negative_ttl_s, before.max_negative_ttl_s),
+            )
+            if cap < old
+        ]
+        if lowered:
+            longest = min(lowered)
+            for queue in (self._small, self._main):
+                for key in [key for key, entry in queue.items() if entry.expires - entry.stored > longest]:
+                    self._drop(key)
+        self._make_room()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for queue in (self._small, self._main):
+            for key in list(queue):
+                self._drop(key)
+
     def flush(self, names: Iterable[bytes]) -> None:
-        """Forget all about these names, in wire form and lower case."""
+        """Forget all about these names, in wire form and lower case, and whatever has aliases that lead to them."""
+        names = frozenset(names)
+        for name in names:
+            for key in tuple(self._leading.get(name, ())):
+                self._drop(key)
         if len(self._types) >= _MAX_TYPES:
-            gone = frozenset(names)
-            for key in [key for queue in (self._small, self._main) for key in queue if key[:-5] in gone]:
+            for key in [key for queue in (self._small, self._main) for key in queue if key[:-5] in names]:
                 self._drop(key)
             return
         for name in names:
@@ -321,6 +353,11 @@ class Cache:
         self.size -= entry.size
         for key in entry.hot:
             self.hot.pop(key, None)
+        for target in frozenset(entry.targets):  # a ring comes by one of them twice
+            leading = self._leading[target]
+            leading.discard(entry.key)
+            if not leading:
+                del self._leading[target]
 
     def _make_room(self) -> None:
         limit = self._config.max_bytes

@@ -58,6 +58,7 @@ class Foreign:
         self._waiting: dict[Host, int] = {}
         self._prefetching: set[bytes] = set()
         self._read: tuple[bytes, Message] | None = None
+        self._generation = 0
         self._loop: asyncio.AbstractEventLoop
         self._forwarder: Forwarder
         metrics.cache_entries = lambda: len(self.cache)
@@ -65,9 +66,20 @@ class Foreign:
         metrics.cache_evicted = lambda: self.cache.evicted
 
     def attach(self, loop: asyncio.AbstractEventLoop, forwarder: Forwarder) -> None:
-        """Take the loop to run on and the way to upstream."""
+        """Take the loop to run on and the way to upstream; another one later is asked from then on."""
         self._loop = loop
         self._forwarder = forwarder
+
+    def reconfigure(self, config: CacheConfig, *, max_in_flight: int) -> None:
+        """Keep so much from now on, and let so many wait."""
+        self.cache.reconfigure(config)
+        self._most = max(max_in_flight // CLIENT_SHARE, 1)
+
+    def forget(self) -> None:
+        """Forget all that was said, and keep nothing of what was asked before now: upstream is somebody else."""
+        self.cache.clear()
+        self._failed = Recent(MAX_FAILURES)
+        self._generation += 1
 
     def ask(
         self,
@@ -101,7 +113,7 @@ class Foreign:
             self._give_up(query, key, done, Failure.OVERLOADED)
             return
         self._waiting[host] = waiting + 1
-        self._forwarder.ask(message, query, partial(self._heard, query, key, host, done), tcp=tcp)
+        self._forwarder.ask(message, query, partial(self._heard, self._generation, query, key, host, done), tcp=tcp)
 
     def _recall(self, query: Query, key: bytes, now: float, max_age_s: float | None) -> Heard | Failure | None:
         entry = self.cache.get(key)
@@ -123,17 +135,21 @@ class Foreign:
             return
         self._prefetching.add(key)
         self._metrics.prefetched += 1
-        self._forwarder.ask(message, query, partial(self._prefetched, query, key), tcp=False)
+        self._forwarder.ask(message, query, partial(self._prefetched, self._generation, query, key), tcp=False)
 
-    def _prefetched(self, query: Query, key: bytes, result: bytes | Failure) -> None:
+    def _prefetched(self, generation: int, query: Query, key: bytes, result: bytes | Failure) -> None:
         self._prefetching.discard(key)
-        if isinstance(result, bytes):
+        if isinstance(result, bytes) and generation == self._generation:
             self._understood(query, key, result, self._loop.time())
 
-    def _heard(self, query: Query, key: bytes | None, host: Host, done: Done, result: bytes | Failure) -> None:
+    def _heard(
+        self, generation: int, query: Query, key: bytes | None, host: Host, done: Done, result: bytes | Failure
+    ) -> None:
         waiting = self._waiting.pop(host, 1) - 1
         if waiting:
             self._waiting[host] = waiting
+        if generation != self._generation:
+            key = None
         if isinstance(result, Failure):
             self._give_up(query, key, done, result)
             return

@@ -68,6 +68,7 @@ class Forwarder:
             for zone, found in (zones or {}).items()
         }
         self._exchanges: dict[bytes, Exchange] = {}
+        self._closed = False
         self.waiting = 0
         """Clients that wait for an answer."""
 
@@ -96,8 +97,8 @@ class Forwarder:
         if not upstreams:
             done(Failure.NO_UPSTREAM)
             return
-        if self.waiting >= self._max_in_flight:
-            done(Failure.OVERLOADED)
+        if self.waiting >= self._max_in_flight or self._closed:
+            done(Failure.CLOSED if self._closed else Failure.OVERLOADED)
             return
         now = self._loop.time()
         name_stop = HEADER_SIZE - 2 + len(query.name)
@@ -137,7 +138,8 @@ class Forwarder:
         return self._upstreams
 
     def close(self) -> None:
-        """Stop asking: whoever waits is told so."""
+        """Stop asking: whoever waits is told so, and so is whoever asks from now on."""
+        self._closed = True
         for upstream in self.upstreams:
             upstream.close()
         for exchange in list(self._exchanges.values()):

@@ -8,76 +8,37 @@ import asyncio
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from discovery.imports import Imports
 from discovery.model import Mesh
 from dnsgw import cookie
 from dnsgw.admission import Clients, Host
+from dnsgw.asked import FAILURES, FORMAT_ERROR, REFUSED, TOO_MANY, UNDECIDED, Asked, Send
 from dnsgw.cache import answer_cached, key_of
 from dnsgw.config import DnsConfig
 from dnsgw.exchange import Failure
 from dnsgw.foreign import Foreign, Heard
 from dnsgw.forward import Forwarder
 from dnsgw.intercept import NOT_READY, Disposition, Table
-from dnsgw.message import Malformed, Message, joined, retargeted, with_option
+from dnsgw.message import Malformed, Message, joined, retargeted
 from dnsgw.metrics import DnsMetrics, Outcome
-from dnsgw.recent import Recent
-from dnsgw.reply import Answer, Presence, presence, truncate
-from dnsgw.wire import (
-    HEADER_SIZE,
-    MAX_TCP_REPLY,
-    BadQuery,
-    ExtendedError,
-    Qtype,
-    Query,
-    Rcode,
-    extended_error,
-    forwardable,
-    option,
-    scan,
-)
+from dnsgw.moves import moved
+from dnsgw.pairs import Pairs
+from dnsgw.precedence import Owner, Precedence, Then
+from dnsgw.reply import Answer, truncate
+from dnsgw.wire import MAX_TCP_REPLY, BadQuery, Rcode, forwardable, option, scan, wire_name
 
 log = logging.getLogger(__name__)
 
 HOLD_S = 1.0  # before the first news of discovery; Java would remember a failure for 10 s
 MAX_HELD = 1024
 MAX_ALIASES = 4  # from upstream's aliases to a name of ours and on from there: more than one is odd already
-RECENT = 256  # questions looked through for halves of pairs
-PAIR_S = 0.05  # between two packets that were sent at once
-_HALVES = {b"\0\x01": b"\0\x1c", b"\0\x1c": b"\0\x01"}  # A and AAAA
 _WINDOW_S = 1.0
 _SLIP = 8  # of the questions that are too many one is answered by TC: whoever is real may come over TCP
-MAX_VERDICTS = 4096
 _LOG_EVERY_S = 1.0
-
-Send: TypeAlias = Callable[[bytes, Any], None]
-"""Called once for each packet handled: with the reply, or with nothing when nothing is to be said, and with `where`."""
-
-
-def _failure(rcode: Rcode, code: ExtendedError, why: str) -> Answer:
-    return Answer(rcode, authoritative=False, options=extended_error(code, why))
-
-
-_REFUSED = Answer(Rcode.REFUSED, authoritative=False)
-_FORMAT_ERROR = Answer(Rcode.FORMERR, authoritative=False)
-_TOO_MANY = _failure(Rcode.REFUSED, ExtendedError.OTHER, "too many questions in one second")
-_FAILURES = {
-    Failure.TIMEOUT: _failure(Rcode.SERVFAIL, ExtendedError.NO_REACHABLE_AUTHORITY, "no upstream answered in time"),
-    Failure.UNREACHABLE: _failure(Rcode.SERVFAIL, ExtendedError.NETWORK_ERROR, "no upstream can be reached"),
-    Failure.NO_UPSTREAM: _failure(Rcode.SERVFAIL, ExtendedError.NO_REACHABLE_AUTHORITY, "no upstream is configured"),
-    Failure.OVERLOADED: _failure(Rcode.REFUSED, ExtendedError.OTHER, "too many questions wait for an upstream"),
-    Failure.MALFORMED: _failure(Rcode.SERVFAIL, ExtendedError.NETWORK_ERROR, "upstream's answer is malformed"),
-    Failure.LOOP: _failure(Rcode.SERVFAIL, ExtendedError.OTHER, "what upstream is asked comes back here: a loop"),
-    Failure.CLOSED: _failure(Rcode.SERVFAIL, ExtendedError.NOT_READY, "shutting down"),
-}
-_UNDECIDED = _failure(
-    Rcode.SERVFAIL, ExtendedError.NO_REACHABLE_AUTHORITY, "upstream does not say whether it has this name"
-)
 
 _OUTCOMES: dict[int, Outcome] = {
     Rcode.NOERROR: Outcome.NODATA,
@@ -85,40 +46,6 @@ _OUTCOMES: dict[int, Outcome] = {
     Rcode.REFUSED: Outcome.REFUSED,
     Rcode.SERVFAIL: Outcome.SERVFAIL,
 }
-
-
-def _send_with(send: Send, added: bytes, reply: bytes, where: Any) -> None:
-    """Send a reply with one option more."""
-    try:
-        send(with_option(reply, added) if reply else reply, where)
-    except Malformed:
-        send(reply, where)
-
-
-class _Asked:
-    """A question that was not answered at once."""
-
-    __slots__ = ("depth", "extra", "held", "host", "message", "most", "query", "send", "tcp", "where")
-
-    def __init__(
-        self, query: Query, message: bytes, host: Host, send: Send, where: Any, *, tcp: bool, most: int, depth: int = 0
-    ) -> None:
-        self.query = query
-        self.message = message
-        self.host = host
-        self.send = send
-        self.where = where
-        self.tcp = tcp
-        self.most = most
-        self.depth = depth
-        self.extra = 0
-        """Bytes to leave for what is added to the reply."""
-
-        self.held: asyncio.TimerHandle | None = None
-
-    @property
-    def limit(self) -> int:
-        return MAX_TCP_REPLY if self.tcp else min(self.query.limit, self.most) - self.extra
 
 
 class Resolver:
@@ -129,14 +56,15 @@ class Resolver:
         self._config = config
         self._metrics = metrics
         self._counts = metrics.queries
-        self._secret = config.cookie_secret or os.urandom(cookie.SECRET_SIZE)
+        self._drawn = os.urandom(cookie.SECRET_SIZE)
+        self._secret = config.cookie_secret or self._drawn
         self._probes: dict[bytes, Callable[[], None]] = {}
-        self._recent: deque[tuple[Host, bytes]] = deque(maxlen=RECENT)
-        self._open_pairs: dict[tuple[Host, bytes], Table] = {}
-        self._pairs_end: asyncio.TimerHandle | None = None
+        self._pairs = Pairs()
+        self._note = self._pairs.recent.append
+        self._mesh: Mesh | None = None
         self._relayed: Mesh | None = None
-        """The last mesh in which a relay was alive, and when that was no longer so."""
-        self._relayed_until: float | None = None
+        """The last mesh in which a relay was alive, and since when that is not so."""
+        self._relayless_since: float | None = None
         self._stale_end: asyncio.TimerHandle | None = None
         self._table = self._make_table(None)
         self._foreign = Foreign(config.cache, metrics, max_in_flight=config.max_in_flight)
@@ -145,8 +73,8 @@ class Resolver:
         self._left = self._clients.left
         self._limited = 0
         self._most = config.max_udp_reply
-        self._verdicts: Recent[tuple[float, bool]] = Recent(MAX_VERDICTS)
-        self._held: dict[_Asked, None] = {}
+        self._precedence = Precedence(self._ask_anew, lambda: self._loop.time(), config.ttl_s)
+        self._held: dict[Asked, None] = {}
         self._next_log = 0.0
         self._window: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -156,17 +84,37 @@ class Resolver:
         self._loop = loop
         self._foreign.attach(loop, forwarder)
 
-    def reimport(self, imports: Imports) -> None:
-        """Take these imports into the tables to come."""
-        self._config = replace(self._config, imports=imports)
+    def reconfigure(self, config: DnsConfig, *, elsewhere: bool) -> None:
+        """Go by this from now on; `elsewhere`: other upstreams are asked, so that nothing counts that was said before."""
+        before, self._config = self._config, config
+        self._clients = Clients(config.allow, config.rate_limit)
+        self._left = self._clients.left
+        self._most = config.max_udp_reply
+        self._secret = config.cookie_secret or self._drawn
+        self._precedence.ttl_s = config.ttl_s
+        self._precedence.forget()
+        self._foreign.reconfigure(config.cache, max_in_flight=config.max_in_flight)
+        if elsewhere:
+            self._foreign.forget()
+        if self._mesh is None:
+            self._table = self._make_table(None)
+        else:
+            self._apply(self._mesh, before.imports)
 
     def apply(self, mesh: Mesh) -> None:
         """Answer from this state of discovery from now on."""
+        self._apply(mesh, self._config.imports)
+
+    def _apply(self, mesh: Mesh, imports_before: Imports) -> None:
         if self._stale_end is not None:
             self._stale_end.cancel()
             self._stale_end = None
+        if self._mesh is not None:
+            names = moved(self._mesh, imports_before, mesh, self._config.imports)
+            self._cache.flush(map(wire_name, names))
+        self._mesh = mesh
         before, self._table = self._table, self._make_table(mesh, self._stale_relays(mesh))
-        self._keep_pairs(before)
+        self._pairs.keep(before, time.monotonic())
         self._cache.cool()  # what was upstream's may be ours now
         held, self._held = self._held, {}
         for asked in held:
@@ -174,52 +122,9 @@ class Resolver:
                 asked.held.cancel()
             self._guarded(self._dispatch, asked)
 
-    # libc asks for the two addresses of a name in two packets at once. When discovery changes between them, the second is
-    # answered from what the first was: an IPv6-only relay that gives way to an IPv4-only one must not look like no address.
-
-    def _keep_pairs(self, before: Table) -> None:
-        """Remember who asked for one half of a pair lately and not for the other."""
-        pairs: dict[tuple[Host, bytes], set[bytes]] = {}
-        for host, data in self._recent:
-            stop = data.find(0, HEADER_SIZE) + 1
-            qtype = data[stop : stop + 2]
-            if qtype in _HALVES:
-                pairs.setdefault((host, data[HEADER_SIZE:stop].lower()), set()).add(qtype)
-        self._recent.clear()
-        for (host, name), seen in pairs.items():
-            if len(seen) == 1:
-                self._open_pairs[host, name + _HALVES[seen.pop()]] = before
-        if self._open_pairs and self._pairs_end is None:
-            self._pairs_end = self._loop.call_later(PAIR_S, self._forget_pairs)
-
-    def _forget_pairs(self) -> None:
-        self._open_pairs.clear()
-        self._pairs_end = None
-
-    def _complete_pair(self, data: bytes, host: Host, send: Send, where: Any) -> bool:
-        """Answer the other half of a pair as the first half was; False: it is none."""
-        stop = data.find(0, HEADER_SIZE) + 1
-        table = self._open_pairs.pop((host, data[HEADER_SIZE:stop].lower() + data[stop : stop + 2]), None)
-        reply = None
-        if table is not None:
-            reply = table.answer_at_once(data)
-            if reply is None:
-                try:
-                    query = scan(data)
-                except BadQuery:
-                    return False
-                answer = table.decide(query)
-                if isinstance(answer, Answer):
-                    reply = answer.reply(query, min(query.limit, self._most))
-        if reply is None:
-            return False
-        self._count(reply)
-        send(reply, where)
-        return True
-
     def close(self) -> None:
         """Answer what is held."""
-        for timer in (self._window, self._stale_end, self._pairs_end):
+        for timer in (self._window, self._stale_end):
             if timer is not None:
                 timer.cancel()
         for asked in list(self._held):
@@ -233,10 +138,12 @@ class Resolver:
                 left = self._admit(host)
             if left > 0:
                 self._left[host] = left - 1
-                self._recent.append((host, data))
-                if self._open_pairs and self._complete_pair(data, host, send, where):
-                    return
-                reply = self._table.answer_at_once(data)
+                self._note((host, data))
+                reply = None
+                if self._pairs.open:
+                    reply = self._pairs.reply(data, host, time.monotonic(), self._most)
+                if reply is None:
+                    reply = self._table.answer_at_once(data)
                 if reply is not None:
                     self._count(reply)
                     send(reply, where)
@@ -267,16 +174,17 @@ class Resolver:
     def _stale_relays(self, mesh: Mesh) -> Mesh | None:
         """The mesh whose relays are answered if this one has none, for a while."""
         if mesh.relays(self._config.network):
-            self._relayed, self._relayed_until = mesh, None
+            self._relayed, self._relayless_since = mesh, None
             return None
-        if self._relayed is None or not self._config.stale_relays_for_s:
+        if self._relayed is None:
             return None
-        now = self._loop.time()
-        if self._relayed_until is None:
-            self._relayed_until = now + self._config.stale_relays_for_s
-        if now >= self._relayed_until:
+        now = time.monotonic()
+        if self._relayless_since is None:
+            self._relayless_since = now
+        left_s = self._relayless_since + self._config.stale_relays_for_s - now
+        if left_s <= 0:
             return None
-        self._stale_end = self._loop.call_later(self._relayed_until - now, self.apply, mesh)
+        self._stale_end = self._loop.call_later(left_s, self.apply, mesh)
         return self._relayed
 
     def _admit(self, host: Host) -> int:
@@ -297,24 +205,22 @@ class Resolver:
             return
         if left < 0:
             self._counts[Outcome.DENIED] += 1
-            send(_REFUSED.reply(query, query.limit), where)
+            send(REFUSED.reply(query, query.limit), where)
         elif left == 0:
             self._counts[Outcome.LIMITED] += 1
             self._limited += 1
             if tcp:
-                send(_TOO_MANY.reply(query, MAX_TCP_REPLY), where)
+                send(TOO_MANY.reply(query, MAX_TCP_REPLY), where)
             else:
-                send(b"" if self._limited % _SLIP else truncate(_TOO_MANY.reply(query, query.limit), query), where)
+                send(b"" if self._limited % _SLIP else truncate(TOO_MANY.reply(query, query.limit), query), where)
         else:
-            self._probe_or_dispatch(
-                _Asked(query, forwardable(data, query), host, send, where, tcp=tcp, most=self._most)
-            )
+            self._probe_or_dispatch(Asked(query, forwardable(data, query), host, send, where, tcp=tcp, most=self._most))
 
-    def _probe_or_dispatch(self, asked: _Asked) -> None:
+    def _probe_or_dispatch(self, asked: Asked) -> None:
         query = asked.query
         if self._probes and query.name in self._probes:
             self._probes.pop(query.name)()
-            self._answer(asked, _FAILURES[Failure.LOOP])
+            self._answer(asked, FAILURES[Failure.LOOP])
             return
         value = (
             next((value for code, value in query.edns.options if code == cookie.OPTION), None) if query.edns else None
@@ -322,11 +228,9 @@ class Resolver:
         if value is not None:
             if not cookie.is_well_formed(value):
                 self._counts[Outcome.MALFORMED] += 1
-                asked.send(_FORMAT_ERROR.reply(query, asked.limit), asked.where)
+                asked.send(FORMAT_ERROR.reply(query, asked.limit), asked.where)
                 return
-            added = option(cookie.OPTION, cookie.answer(value, asked.host, self._secret, time.time()))
-            asked.extra = len(added)
-            asked.send = partial(_send_with, asked.send, added)
+            asked.add_option(option(cookie.OPTION, cookie.answer(value, asked.host, self._secret, time.time())))
         self._dispatch(asked)
 
     def expect_probe(self, name: bytes, seen: Callable[[], None]) -> Callable[[], None]:
@@ -334,18 +238,18 @@ class Resolver:
         self._probes[name] = seen
         return lambda: self._probes.pop(name, None) and None
 
-    def _dispatch(self, asked: _Asked) -> None:
+    def _dispatch(self, asked: Asked) -> None:
         decision = self._table.decide(asked.query)
         if isinstance(decision, Answer):
             self._answer(asked, decision)
         elif decision is Disposition.FORWARD:
             self._ask(asked, self._forwarded)
         elif decision is Disposition.LOCAL_FIRST:
-            self._local_first(asked)
+            self._precedence.settle(asked, self._settled)
         else:
             self._hold(asked)
 
-    def _answer(self, asked: _Asked, answer: Answer) -> None:
+    def _answer(self, asked: Asked, answer: Answer) -> None:
         reply = answer.reply(asked.query, asked.limit)
         self._count(reply)
         asked.send(reply, asked.where)
@@ -356,15 +260,13 @@ class Resolver:
 
     # Upstream's answers
 
-    def _ask(self, asked: _Asked, then: Callable[[_Asked, Heard | Failure], None], qtype: int | None = None) -> None:
+    def _ask(self, asked: Asked, then: Then, qtype: int | None = None) -> None:
         """Ask upstream the question itself, or the same about another type."""
         self._foreign.ask(
             asked.query, asked.message, asked.host, partial(self._guarded, then, asked), tcp=asked.tcp, qtype=qtype
         )
 
-    def _ask_anew(
-        self, asked: _Asked, then: Callable[[_Asked, Heard | Failure], None], qtype: int | None = None
-    ) -> None:
+    def _ask_anew(self, asked: Asked, then: Then, qtype: int | None = None) -> None:
         """As `_ask`, of a name that may be ours too: what upstream said before the last `ttl_s` does not count."""
         self._foreign.ask(
             asked.query,
@@ -376,10 +278,10 @@ class Resolver:
             max_age_s=self._config.ttl_s,
         )
 
-    def _forwarded(self, asked: _Asked, result: Heard | Failure) -> None:
+    def _forwarded(self, asked: Asked, result: Heard | Failure) -> None:
         if isinstance(result, Failure):
             self._counts[Outcome.OVERLOADED if result is Failure.OVERLOADED else Outcome.UPSTREAM_FAILED] += 1
-            asked.send(_FAILURES[result].reply(asked.query, asked.limit), asked.where)
+            asked.send(FAILURES[result].reply(asked.query, asked.limit), asked.where)
             return
         ours = self._ours(asked, result) if result.targets and asked.depth < MAX_ALIASES else 0
         if ours:
@@ -396,7 +298,7 @@ class Resolver:
     # A chain of aliases from upstream that leads to a name of ours is finished by us: upstream does not have the name, or
     # has another network's private address for it.
 
-    def _ours(self, asked: _Asked, heard: Heard) -> int:
+    def _ours(self, asked: Asked, heard: Heard) -> int:
         """How many aliases lead to the first name of ours; 0: none is."""
         for count, target in enumerate(heard.targets, 1):
             decision = self._table.decide(retargeted(asked.query, target))
@@ -408,75 +310,31 @@ class Resolver:
                 return count
         return 0
 
-    def _finish_chain(self, asked: _Asked, heard: Heard, count: int) -> None:
-        target = retargeted(asked.query, heard.targets[count - 1])
-        size = HEADER_SIZE - 2
-        message = asked.message[:size] + target.question + asked.message[size + len(asked.query.question) :]
-        send = partial(self._join, asked, heard, count)
-        self._dispatch(
-            _Asked(target, message, asked.host, send, None, tcp=True, most=asked.most, depth=asked.depth + 1)
-        )
+    def _finish_chain(self, asked: Asked, heard: Heard, count: int) -> None:
+        self._dispatch(asked.about(heard.targets[count - 1], partial(self._join, asked, heard, count)))
 
-    def _join(self, asked: _Asked, heard: Heard, count: int, reply: bytes, where: Any) -> None:  # noqa: ARG002
+    def _join(self, asked: Asked, heard: Heard, count: int, reply: bytes, where: Any) -> None:  # noqa: ARG002
         wire = b""
         if reply:
             try:
                 wire = joined(asked.query, Message(heard.wire), count, Message(reply))
             except Malformed:
-                wire = _FAILURES[Failure.MALFORMED].reply(asked.query, asked.limit)
+                wire = FAILURES[Failure.MALFORMED].reply(asked.query, asked.limit)
         asked.send(wire if len(wire) <= asked.limit else truncate(wire, asked.query), asked.where)
 
-    # Imported names of which upstream has the first word. Whether a name is upstream's is one verdict for all its types:
-    # a name with an A record there and no AAAA must not get our AAAA, nor the other way round.
+    # Imported names of which upstream has the first word.
 
-    def _local_first(self, asked: _Asked) -> None:
-        verdict = self._verdicts.get(asked.query.name)
-        if verdict is not None and verdict[0] <= self._loop.time():
-            verdict = None
-        if verdict is None and asked.query.qtype not in (Qtype.A, Qtype.AAAA):
-            self._ask_anew(asked, partial(self._probed, Qtype.A, None), Qtype.A)
-        elif verdict is None or not verdict[1]:
-            self._ask_anew(asked, partial(self._heard, verdict is not None))
-        else:
+    def _settled(self, asked: Asked, owner: Owner, heard: Heard | Failure | None) -> None:
+        if owner is Owner.OURS:
             self._answer_import(asked)
-
-    def _heard(self, known: bool, asked: _Asked, result: Heard | Failure) -> None:
-        """Upstream's answer to the question itself; `known`: the name was upstream's a moment ago."""
-        said = presence(result.wire) if isinstance(result, Heard) else Presence.FAILED
-        if said is Presence.NXDOMAIN:
-            self._decide(asked, ours=True)
-        elif said is Presence.NODATA and not known:
-            other = Qtype.AAAA if asked.query.qtype == Qtype.A else Qtype.A
-            self._ask_anew(asked, partial(self._probed, other, result), other)
+        elif owner is Owner.UNDECIDED:
+            self._answer(asked, UNDECIDED)
+        elif heard is None:
+            self._ask_anew(asked, self._forwarded)
         else:
-            if said is Presence.DATA:
-                self._remember(asked, ours=False)
-            self._forwarded(asked, result)
+            self._forwarded(asked, heard)
 
-    def _probed(self, qtype: Qtype, kept: Heard | Failure | None, asked: _Asked, result: Heard | Failure) -> None:
-        """Upstream's answer about an address type that was not asked for; `kept` is its answer to the question."""
-        said = presence(result.wire) if isinstance(result, Heard) else Presence.FAILED
-        if said is Presence.FAILED:
-            self._answer(asked, _UNDECIDED)
-        elif said is Presence.DATA:
-            self._remember(asked, ours=False)
-            if kept is None:
-                self._ask_anew(asked, self._forwarded)
-            else:
-                self._forwarded(asked, kept)
-        elif said is Presence.NODATA and kept is None and qtype is Qtype.A:
-            self._ask_anew(asked, partial(self._probed, Qtype.AAAA, None), Qtype.AAAA)
-        else:
-            self._decide(asked, ours=True)
-
-    def _decide(self, asked: _Asked, *, ours: bool) -> None:
-        self._remember(asked, ours=ours)
-        self._answer_import(asked)
-
-    def _remember(self, asked: _Asked, *, ours: bool) -> None:
-        self._verdicts[asked.query.name] = (self._loop.time() + self._config.ttl_s, ours)
-
-    def _answer_import(self, asked: _Asked) -> None:
+    def _answer_import(self, asked: Asked) -> None:
         answer = self._table.imported(asked.query)
         if isinstance(answer, Answer):
             self._answer(asked, answer)
@@ -487,19 +345,19 @@ class Resolver:
 
     # Questions from before the first news of discovery
 
-    def _hold(self, asked: _Asked) -> None:
+    def _hold(self, asked: Asked) -> None:
         if len(self._held) >= MAX_HELD:
             self._answer(asked, NOT_READY)
             return
         asked.held = self._loop.call_later(HOLD_S, self._release, asked)
         self._held[asked] = None
 
-    def _release(self, asked: _Asked) -> None:
+    def _release(self, asked: Asked) -> None:
         if asked in self._held:
             del self._held[asked]
             self._guarded(self._answer, asked, NOT_READY)
 
-    def _guarded(self, step: Callable[..., None], asked: _Asked, *arguments: object) -> None:
+    def _guarded(self, step: Callable[..., None], asked: Asked, *arguments: object) -> None:
         try:
             step(asked, *arguments)
         except Exception as error:  # noqa: BLE001 - as above

@@ -3,18 +3,18 @@
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from discovery.addresses import Address, format_endpoint
-from discovery.imports import Imports
 from discovery.model import Mesh, VipSpec
 from dnsgw.config import DnsConfig
 from dnsgw.destination import Destination, Way
-from dnsgw.forward import Forwarder
+from dnsgw.forward import TOTAL_S, Forwarder
 from dnsgw.metrics import DnsMetrics
 from dnsgw.resolver import Resolver
 from dnsgw.tcp import TcpListener
@@ -27,7 +27,12 @@ log = logging.getLogger(__name__)
 
 PROBE_S = 300.0  # a loop is made by somebody's change of configuration, which is rare
 PROBE_AGAIN_S = 10.0
+RESOLV_CONF_S = 5.0  # between two looks whether the host has other name servers now, which costs one stat
+RETIRED_S = TOTAL_S + 0.2  # what was asked of upstreams that are no longer asked has ended by then
 _PORT_TRIES = 16  # to find a port that is free for TCP and UDP alike
+
+
+_OF_FORWARDER = ("upstream_ca", "race_s", "random_case", "max_in_flight")
 
 
 class UpstreamLoop(ValueError):
@@ -55,48 +60,79 @@ class DnsServer:
 
         self.metrics = DnsMetrics()
         self._resolver = Resolver(config, self.metrics)
-        self._forwarder: Forwarder | None = None
+        self._forwarders: list[Forwarder] = []
+        """The last one is asked; those before it only wait for what they were asked."""
+
+        self._mesh: Mesh | None = None
+        self._loop: asyncio.AbstractEventLoop
         self._udp: list[UdpListener] = []
         self._tcp: list[TcpListener] = []
         self._closing = asyncio.Event()
-        self._closers: list[Callable[[], object]] = []
+        self._resolv_conf: tuple[int, int] | None = None
+        """Which resolv.conf was read."""
+
+        self._tasks: asyncio.TaskGroup | None = None
+        self._working: set[asyncio.Task[None]] = set()
+        self._probing: asyncio.Task[None] | None = None
         if registry is not None:
             registry.register(self.metrics)
 
-    def reimport(self, imports: Imports) -> None:
-        """Import these names from the next `apply` on."""
-        self._resolver.reimport(imports)
+    def reconfigure(self, config: DnsConfig) -> None:
+        """Go by this from now on; network, domain, addresses and connections are those that it was made with.
+
+        Raises, before anything is changed, UpstreamLoop for an upstream that is this server, OSError for certificates that
+        cannot be read.
+        """
+        upstreams = self._choose_upstreams(config)
+        elsewhere = upstreams != self.upstreams or config.forward != self.config.forward
+        forwarder = None
+        if elsewhere or any(getattr(config, name) != getattr(self.config, name) for name in _OF_FORWARDER):
+            forwarder = self._make_forwarder(config, upstreams)
+        self.config = config
+        if forwarder is not None:
+            self._ask_by(forwarder, upstreams)
+        self._probe_anew()
+        self._resolver.reconfigure(config, elsewhere=elsewhere)
+        if self._mesh is not None:
+            self._claim_addresses(self._mesh)
 
     def apply(self, mesh: Mesh) -> None:
         """Answer from this state of discovery from now on. Until the first one, questions of ours are held, 1 s at most."""
+        self._mesh = mesh
         self._resolver.apply(mesh)
-        if self._claim is not None and self.config.vip is not None:
-            self._claim_addresses(mesh, self.config.vip, self._claim)
+        self._claim_addresses(mesh)
 
-    def _claim_addresses(
-        self, mesh: Mesh, vips: IPv4Network | IPv6Network, create: Callable[[str, VipSpec], None]
-    ) -> None:
+    def _claim_addresses(self, mesh: Mesh) -> None:
         """See to it that every imported service has an address of its own, as far as the range goes."""
+        if self._claim is None or self.config.vip is None:
+            return
         for name in imported_names(mesh, self.config.imports):
-            found = claim(name, mesh, self.config.network, vips)
+            found = claim(name, mesh, self.config.network, self.config.vip)
             if found is not None:
-                create(*found)
+                self._claim(*found)
 
     async def open(self) -> None:
         """Bind every address. Raises OSError, or UpstreamLoop for a configured upstream that is this server."""
         with ExitStack() as undo:
             undo.callback(self._close_listeners)
             self.addresses = tuple(self._bind(endpoint) for endpoint in self.config.listen)
-            self.upstreams = self._choose_upstreams()
+            upstreams = self._choose_upstreams(self.config)
+            forwarder = self._make_forwarder(self.config, upstreams)
             undo.pop_all()
-        config = self.config
+        self._loop = asyncio.get_running_loop()
+        self._ask_by(forwarder, upstreams)
+        self.metrics.in_flight = lambda: sum(each.waiting for each in self._forwarders)
+        self.metrics.tcp_connections = lambda: sum(map(len, self._tcp))
+
+    def _make_forwarder(self, config: DnsConfig, upstreams: Sequence[Destination]) -> Forwarder:
+        """Raises OSError when the certificates of upstreams cannot be read."""
         secret = any(
             upstream.way in (Way.TLS, Way.HTTPS)
-            for group in (self.upstreams, *config.forward.values())
+            for group in (upstreams, *config.forward.values())
             for upstream in group
         )
-        forwarder = Forwarder(
-            self.upstreams,
+        return Forwarder(
+            upstreams,
             self.metrics,
             zones=config.forward,
             max_in_flight=config.max_in_flight,
@@ -104,10 +140,33 @@ class DnsServer:
             tls=ssl.create_default_context(cafile=config.upstream_ca) if secret else None,
             random_case=config.random_case,
         )
-        self._forwarder = forwarder
-        self.metrics.in_flight = lambda: forwarder.waiting
-        self.metrics.tcp_connections = lambda: sum(map(len, self._tcp))
-        self._resolver.attach(asyncio.get_running_loop(), forwarder)
+
+    def _ask_by(self, forwarder: Forwarder, upstreams: tuple[Destination, ...]) -> None:
+        """Ask these upstreams from now on; what was asked of others may still be answered."""
+        for former in self._forwarders:
+            self._spawn(self._retire(former))
+        self._forwarders.append(forwarder)
+        self.upstreams = upstreams
+        if self._tasks is not None:
+            forwarder.attach(self._tasks.create_task)
+        self._resolver.attach(self._loop, forwarder)
+
+    async def _retire(self, forwarder: Forwarder) -> None:
+        await asyncio.sleep(RETIRED_S)
+        if forwarder in self._forwarders:
+            self._forwarders.remove(forwarder)
+            forwarder.close()
+            await forwarder.ended()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """Run this for as long as the server runs, if it does."""
+        if self._tasks is None:
+            work.close()
+            return None
+        task = self._tasks.create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+        return task
 
     async def run(self) -> None:
         """Answer until cancelled or closed."""
@@ -127,30 +186,53 @@ class DnsServer:
                 }
             },
         )
-        forwarder = self._forwarder
         try:
-            async with asyncio.TaskGroup() as tasks:
-                if forwarder is not None:
-                    forwarder.attach(tasks.create_task)
-                    if self.config.loop_probe:
-                        probing = tasks.create_task(self._probe(forwarder))
-                        self._closers.append(probing.cancel)
+            async with asyncio.TaskGroup() as self._tasks:
+                for forwarder in self._forwarders:
+                    forwarder.attach(self._tasks.create_task)
+                self._probe_anew()
+                self._spawn(self._follow_resolv_conf())
                 await self._closing.wait()
-                while self._closers:
-                    self._closers.pop()()
+                for task in self._working:
+                    task.cancel()
         finally:
-            if forwarder is not None:
+            self._tasks = None
+            for forwarder in self._forwarders:
                 forwarder.attach(None)
             self._close_listeners()
 
     async def close(self) -> None:
         """Stop: what is held or in flight is answered SERVFAIL over the sockets that still are."""
         self._resolver.close()
-        if self._forwarder is not None:
-            self._forwarder.close()
-            await self._forwarder.ended()
+        while self._forwarders:
+            forwarder = self._forwarders.pop()
+            forwarder.close()
+            await forwarder.ended()
         self._close_listeners()
         self._closing.set()
+
+    def _probe_anew(self) -> None:
+        """Look for loops if so configured, beginning now."""
+        if self._probing is not None:
+            self._probing.cancel()
+            self._probing = None
+        if self.config.loop_probe and self._forwarders:
+            self._probing = self._spawn(self._probe(self._forwarders[-1]))
+
+    async def _follow_resolv_conf(self) -> None:
+        """Where upstream is whom the host asks, notice that these are others now."""
+        while True:
+            await asyncio.sleep(RESOLV_CONF_S)
+            if self.config.upstream or _stamp(self.config.resolv_conf) == self._resolv_conf:
+                continue
+            try:
+                upstreams = self._choose_upstreams(self.config)
+                if upstreams and upstreams != self.upstreams:  # a file that says nothing is being written
+                    self.reconfigure(self.config)
+            except (OSError, UpstreamLoop) as error:
+                log.error("dns_upstreams_refused", extra={"event": {"detail": str(error)}})
+            else:
+                log.info("dns_upstreams", extra={"event": {"upstreams": [str(each) for each in self.upstreams]}})
 
     async def _probe(self, forwarder: Forwarder) -> None:
         """Ask each upstream a name that nobody has, again and again: what comes back here goes round in a circle.
@@ -163,9 +245,11 @@ class DnsServer:
                 answered = asyncio.Event()
                 query, message = probe_question()
                 forget = self._resolver.expect_probe(query.name, seen.set)
-                forwarder.ask(message, query, lambda _, answered=answered: answered.set(), tcp=False, only=upstream)  # type: ignore[misc]
-                await answered.wait()
-                forget()
+                try:
+                    forwarder.ask(message, query, lambda _, answered=answered: answered.set(), tcp=False, only=upstream)  # type: ignore[misc]
+                    await answered.wait()
+                finally:
+                    forget()
                 if seen.is_set() and not upstream.looping:
                     log.error("dns_loop", extra={"event": {"upstream": str(upstream.destination)}})
                 upstream.looping = seen.is_set()
@@ -210,9 +294,8 @@ class DnsServer:
         self._udp.append(udp)
         return address, tcp.port
 
-    def _choose_upstreams(self) -> tuple[Destination, ...]:
+    def _choose_upstreams(self, config: DnsConfig) -> tuple[Destination, ...]:
         """Take the configured upstreams; or the host's, but for ourselves, whom the host may well ask."""
-        config = self.config
         chosen = tuple(_destination(upstream) for upstream in config.upstream)
         for upstream in (*chosen, *(upstream for group in config.forward.values() for upstream in group)):
             if leads_here(upstream.endpoint, self.addresses):
@@ -221,6 +304,7 @@ class DnsServer:
                 )
         if chosen:
             return chosen
+        self._resolv_conf = _stamp(config.resolv_conf)
         found = read_resolv_conf(config.resolv_conf)
         kept = tuple(Destination(*endpoint) for endpoint in found if not leads_here(endpoint, self.addresses))
         if not kept:
@@ -233,3 +317,12 @@ class DnsServer:
 
 def _destination(upstream: Destination | Endpoint) -> Destination:
     return upstream if isinstance(upstream, Destination) else Destination(*upstream)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells that a file is another; None: there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_ino

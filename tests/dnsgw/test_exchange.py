@@ -10,6 +10,6 @@ def test_an_exchange_begins_with_nothing_open() -> None:
 
 
 def test_every_failure_is_answered() -> None:
-    from dnsgw.resolver import _FAILURES
+    from dnsgw.asked import FAILURES
 
-    assert set(_FAILURES) == set(Failure)
+    assert set(FAILURES) == set(Failure)

@@ -501,7 +501,7 @@ async def test_both_halves_of_a_pair_are_answered_from_one_table(
     monkeypatch: pytest.MonkeyPatch, name: str, first: Qtype
 ) -> None:
     """Relays of one family give way to relays of the other between the two packets of one client."""
-    monkeypatch.setattr("dnsgw.resolver.PAIR_S", 30)  # however slow the machine is
+    monkeypatch.setattr("dnsgw.pairs.PAIR_S", 30)  # however slow the machine is
     second = Qtype.AAAA if first is Qtype.A else Qtype.A
     old, new = ("fd00::9", "10.0.0.9") if first is Qtype.A else ("10.0.0.9", "fd00::9")
     async with running(mesh(relay(old))) as server:

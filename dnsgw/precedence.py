@@ -1,0 +1,98 @@
+"""Imported names of which upstream has the first word (`prefer: local`): whose are they?
+
+That is one verdict for all types of a name: one with an A record upstream and no AAAA must not get our AAAA, nor the other
+way round. It holds for the time of our answers.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from typing import Protocol, TypeAlias
+
+from dnsgw.asked import Asked
+from dnsgw.exchange import Failure
+from dnsgw.foreign import Heard
+from dnsgw.recent import Recent
+from dnsgw.reply import Presence, presence
+from dnsgw.wire import Qtype
+
+MAX_VERDICTS = 4096
+
+Then: TypeAlias = Callable[[Asked, Heard | Failure], None]
+
+
+class Owner(Enum):
+    """Whose a name is."""
+
+    OURS = "ours"
+    UPSTREAM = "upstream"
+    UNDECIDED = "undecided"
+    """Upstream does not say."""
+
+
+Settled: TypeAlias = Callable[[Asked, Owner, Heard | Failure | None], None]
+"""Gets the verdict, and what upstream said to the question itself, if it was asked that."""
+
+
+class Ask(Protocol):
+    """Upstream, as far as it matters here."""
+
+    def __call__(self, asked: Asked, then: Then, qtype: int | None = None) -> None:
+        """Ask the question itself, or the same about another type; what is older than a verdict does not count."""
+
+
+class Precedence:
+    """The verdicts of one resolver."""
+
+    def __init__(self, ask: Ask, now: Callable[[], float], ttl_s: int) -> None:
+        """Ask upstream by `ask`; a verdict holds for `ttl_s`."""
+        self._ask = ask
+        self._now = now
+        self.ttl_s = ttl_s
+        self._verdicts: Recent[tuple[float, Owner]] = Recent(MAX_VERDICTS)
+
+    def forget(self) -> None:
+        """Begin without a verdict."""
+        self._verdicts = Recent(MAX_VERDICTS)
+
+    def settle(self, asked: Asked, then: Settled) -> None:
+        """Find out whose the name is that was asked for, now or later."""
+        until, owner = self._verdicts.get(asked.query.name) or (0.0, Owner.UNDECIDED)
+        known = self._now() < until
+        if known and owner is Owner.OURS:
+            then(asked, Owner.OURS, None)
+        elif known or asked.query.qtype in (Qtype.A, Qtype.AAAA):
+            self._ask(asked, partial(self._heard, then, known))
+        else:
+            self._ask(asked, partial(self._probed, then, Qtype.A, None), Qtype.A)
+
+    def _heard(self, then: Settled, known: bool, asked: Asked, result: Heard | Failure) -> None:
+        """Upstream's answer to the question itself; `known`: the name was upstream's a moment ago."""
+        said = presence(result.wire) if isinstance(result, Heard) else Presence.FAILED
+        if said is Presence.NXDOMAIN:
+            self._decide(then, asked, Owner.OURS)
+        elif said is Presence.NODATA and not known:
+            other = Qtype.AAAA if asked.query.qtype == Qtype.A else Qtype.A
+            self._ask(asked, partial(self._probed, then, other, result), other)
+        elif said is Presence.DATA:
+            self._decide(then, asked, Owner.UPSTREAM, result)
+        else:
+            then(asked, Owner.UPSTREAM, result)
+
+    def _probed(
+        self, then: Settled, qtype: Qtype, kept: Heard | Failure | None, asked: Asked, result: Heard | Failure
+    ) -> None:
+        """Upstream's answer about an address type that was not asked for; `kept` is its answer to the question."""
+        said = presence(result.wire) if isinstance(result, Heard) else Presence.FAILED
+        if said is Presence.FAILED:
+            then(asked, Owner.UNDECIDED, kept)
+        elif said is Presence.DATA:
+            self._decide(then, asked, Owner.UPSTREAM, kept)
+        elif said is Presence.NODATA and kept is None and qtype is Qtype.A:
+            self._ask(asked, partial(self._probed, then, Qtype.AAAA, None), Qtype.AAAA)
+        else:
+            self._decide(then, asked, Owner.OURS)
+
+    def _decide(self, then: Settled, asked: Asked, owner: Owner, heard: Heard | Failure | None = None) -> None:
+        self._verdicts[asked.query.name] = (self._now() + self.ttl_s, owner)
+        then(asked, owner, heard)

@@ -1,0 +1,223 @@
+"""A new configuration under a running server: what it says from then on, and what was on its way."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import dns.message
+import pytest
+
+from discovery.model import VipSpec
+from dnsgw import DnsServer, UpstreamLoop
+from dnsgw.cache import CacheConfig
+from dnsgw.destination import Destination, Way
+from tests.dnsgw.authority import Authority, serving
+from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.dnsgw.packets import opt, option, query
+from tests.dnsgw.servers import Client, address, connected, running
+
+pytestmark = pytest.mark.anyio
+
+ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
+WWW = "www.example.test"
+LOOPBACK = ip_address("127.0.0.1")
+VIEW = mesh(relay("10.0.0.9"))
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Authority]:
+    async with serving({(WWW, "A"): ["192.0.2.1"]}) as authority:
+        yield authority
+
+
+@pytest.fixture
+async def other() -> AsyncIterator[Authority]:
+    async with serving({(WWW, "A"): ["192.0.2.2"]}) as authority:
+        yield authority
+
+
+def change(server: DnsServer, **changes: Any) -> None:
+    server.reconfigure(replace(server.config, **changes))
+
+
+def addresses(reply: bytes) -> list[str]:
+    return [str(item) for rrset in dns.message.from_wire(reply).answer for item in rrset]
+
+
+async def asked(server: DnsServer, packet: bytes, source: str | None = None) -> dns.message.Message:
+    with Client(address(server), source) as client:
+        return dns.message.from_wire(await client.ask(packet))
+
+
+async def test_what_was_asked_of_the_former_upstream_is_answered_and_not_kept(
+    upstream: Authority, other: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dnsgw.server.RETIRED_S", 0.05)
+    late: list[tuple[bytes, tuple[str, int]]] = []
+    upstream.script = lambda question: late.append((question.answer, question.source)) or []  # type: ignore[func-returns-value]
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            client.send(query(WWW))
+            await upstream.heard(1)
+            change(server, upstream=((LOOPBACK, other.port),))
+            assert [str(each) for each in server.upstreams] == [f"127.0.0.1:{other.port}"]
+            assert server.metrics.in_flight() == 1
+            upstream.send(*late[0])
+            assert addresses(await client.receive()) == ["192.0.2.1"]
+            for _ in range(3):
+                assert addresses(await client.ask(query(WWW))) == ["192.0.2.2"]
+        assert (len(upstream.asked), len(other.asked)) == (1, 1)
+        async with asyncio.timeout(5):
+            while len(server._forwarders) > 1:
+                await asyncio.sleep(0.01)
+
+
+async def test_it_ends_with_former_upstreams_still_asked(upstream: Authority, other: Authority) -> None:
+    upstream.script = lambda question: []
+    async with running(VIEW, upstream.port, loop_probe=True) as server, connected(server) as connection:
+        connection.send(query(WWW))
+        await upstream.heard(2)  # the probe is one
+        for port in (other.port, upstream.port, other.port):
+            change(server, upstream=((LOOPBACK, port),))
+        await server.close()
+        assert (await connection.receive())[3] & 15 == 2
+        change(server, ttl_s=9)  # too late, and no harm
+
+
+async def test_an_upstream_that_cannot_be_changes_nothing(upstream: Authority, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("none")
+    secret = Destination(LOOPBACK, 853, Way.TLS)
+    async with running(VIEW, upstream.port) as server:
+        before = server.config
+        with pytest.raises(UpstreamLoop):
+            change(server, upstream=(server.addresses[0],), ttl_s=9)
+        with pytest.raises(OSError, match="X509"):
+            change(server, upstream=(secret,), upstream_ca=tmp_path / "ca.pem", ttl_s=9)
+        assert server.config is before
+        with Client(address(server)) as client:
+            assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
+            assert dns.message.from_wire(await client.ask(query(ADDRESS))).answer[0].ttl == 5
+
+
+async def test_the_cache_survives_what_does_not_concern_it(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for change_ in ({}, {"ttl_s": 9}, {"race_s": 0.1}, {"cache": CacheConfig(max_ttl_s=900)}):
+                change(server, **change_)
+                assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
+            assert len(upstream.asked) == 1
+            for cache in (CacheConfig(max_ttl_s=299), CacheConfig(max_bytes=0), CacheConfig(max_bytes=0)):
+                change(server, cache=cache)
+                assert server.metrics.cache_entries() == 0
+                assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
+            assert len(upstream.asked) == 4
+
+
+async def test_a_zone_of_its_own_counts_at_once(upstream: Authority, other: Authority) -> None:
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for _ in range(2):
+                assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
+            change(server, forward={"example.test": (Destination(LOOPBACK, other.port),)})
+            assert addresses(await client.ask(query(WWW))) == ["192.0.2.2"]
+            change(server, forward={})
+            assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
+
+
+async def test_who_may_ask_and_how_much(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server, connected(server) as connection:
+        assert addresses(await connection.ask(query(ADDRESS))) == ["10.0.0.9"]
+        change(server, allow=(ip_network("127.0.0.2/32"),))
+        assert (await connection.ask(query(ADDRESS)))[3] & 15 == 5
+        assert (await asked(server, query(ADDRESS))).rcode() == 5
+        assert (await asked(server, query(ADDRESS), "127.0.0.2")).answer
+        change(server, rate_limit=1, allow=(ip_network("127.0.0.0/8"),))
+        with Client(address(server)) as client:
+            for _ in range(10):
+                client.send(query(ADDRESS))
+            assert not (await client.receive())[2] & 2
+            assert (await client.receive())[2] & 2  # TC: it is too much now
+
+
+async def test_answers_of_ours() -> None:
+    claimed: list[tuple[str, VipSpec]] = []
+    async with running(mesh(), claim=lambda *record: claimed.append(record)) as server:
+        assert (await asked(server, query(ADDRESS))).rcode() == 2
+        server.apply(VIEW)
+        change(server, imports=imports(), ttl_s=7)
+        assert [rrset.ttl for rrset in (await asked(server, query(ORDERS))).answer] == [7]
+        change(server, vip=ip_network("240.0.0.0/16"))
+        assert ORDERS in {record.name for _, record in claimed}
+        server.apply(mesh())
+        assert (await asked(server, query(ADDRESS))).rcode() == 2
+        change(
+            server, stale_relays_for_s=60.0
+        )  # since when none is alive counts, and not since when this is configured
+        assert (await asked(server, query(ADDRESS))).answer
+        change(server, stale_relays_for_s=0.0)
+        assert (await asked(server, query(ADDRESS))).rcode() == 2
+
+
+async def test_the_secret_of_cookies() -> None:
+    async def cookie(server: DnsServer) -> bytes:
+        packet = query(ADDRESS, edns=opt(options=option(10, b"12345678")))
+        made: bytes = (await asked(server, packet)).options[0].to_wire()[8:12] + (await asked(server, packet)).options[
+            0
+        ].to_wire()[16:]
+        return made
+
+    async with running(VIEW) as server:
+        drawn = await cookie(server)
+        change(server, cookie_secret=bytes(16))
+        assert await cookie(server) != drawn
+        change(server, cookie_secret=None)
+        assert (await cookie(server))[:4] == drawn[:4]
+
+
+async def test_a_new_resolv_conf_is_noticed(
+    upstream: Authority,
+    other: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def write(text: str) -> None:
+        (tmp_path / "new").write_text(text)
+        os.replace(tmp_path / "new", tmp_path / "resolv.conf")
+
+    async def until(*hosts: str) -> None:
+        async with asyncio.timeout(5):
+            while [str(each.address) for each in server.upstreams] != list(hosts):
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr("dnsgw.server.RESOLV_CONF_S", 0.02)
+    write("nameserver 127.0.0.1\nnameserver 192.0.2.1\n")
+    with caplog.at_level(logging.INFO):
+        async with running(VIEW, resolv_conf=tmp_path / "resolv.conf") as server:
+            await until("127.0.0.1", "192.0.2.1")
+            write("nameserver 192.0.2.2\n")
+            await until("192.0.2.2")
+            for text in ("", "# being written", "nameserver nonsense"):
+                write(text)
+                await asyncio.sleep(0.06)  # several looks
+                assert [str(each) for each in server.upstreams] == ["192.0.2.2"]
+            (tmp_path / "resolv.conf").unlink()
+            await asyncio.sleep(0.06)
+            assert [str(each) for each in server.upstreams] == ["192.0.2.2"]
+            write("nameserver 192.0.2.3\n")
+            await until("192.0.2.3")
+            change(server, upstream=((LOOPBACK, other.port),))
+            write("nameserver 192.0.2.4\n")
+            await asyncio.sleep(0.06)
+            assert addresses(await asked_bytes(server, query(WWW))) == ["192.0.2.2"]
+    assert "dns_upstreams" in caplog.text
+
+
+async def asked_bytes(server: DnsServer, packet: bytes) -> bytes:
+    with Client(address(server)) as client:
+        return await client.ask(packet)
