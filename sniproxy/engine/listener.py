@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from sniproxy.engine.tls import TlsWire
-from sniproxy.engine.wire import Wire, plain_address
+from sniproxy.engine.wire import Wire, plain_address, tune
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Listener:
 
     def __init__(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         sock.setblocking(False)
+        tune(sock)  # once, not five calls for each connection
         self.tls = tls
         """For the connections accepted from now on; another context may be set at any time."""
         self._sock = sock

@@ -52,7 +52,7 @@ def _endpoint(name: object) -> tuple[str, int]:
 
 
 def tune(sock: socket.socket) -> None:
-    """Set what every stream socket has: no Nagle delay, keep-alive."""
+    """Set what every stream socket has: no Nagle delay, keep-alive. What a listening socket has, Linux gives to all it accepts."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -89,14 +89,13 @@ class Wire:
         """Own a connected socket.
 
         Args:
-            sock: not used by anybody else from now on.
+            sock: not used by anybody else from now on. `tune` is its maker's: what a listener accepts has it from there.
             peer: its address as accept(2) or connect(2) had it: getpeername(2) fails once the peer has reset.
 
         Raises:
-            OSError: the socket takes no options; it stays the caller's.
+            OSError: it is gone already; it stays the caller's.
         """
         sock.setblocking(False)
-        tune(sock)
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._unread: Buffer = b""
@@ -340,6 +339,7 @@ async def connect_socket(
     own = sock or socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     loop = asyncio.get_running_loop()
     try:
+        tune(own)
         if local_address is not None:
             own.bind((local_address, 0))
         code = own.connect_ex((address, port))

@@ -12,6 +12,7 @@ import pytest
 
 from sniproxy.engine import Listener, Wire, connect
 from sniproxy.engine.listener import CAPACITY_ERRNOS, TRANSIENT_ERRNOS
+from sniproxy.engine.wire import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES
 from tests.sniproxy.engine.pairs import read_all, until_reset
 
 pytestmark = pytest.mark.anyio
@@ -131,6 +132,32 @@ async def test_closed_before_it_serves() -> None:
     listener.close()
     async with asyncio.timeout(5):
         await listener.serve(echo)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_both_ends_find_a_peer_that_vanished_and_delay_nothing(address: str) -> None:
+    def options(sock: socket.socket) -> list[int]:
+        kinds = [socket.TCP_NODELAY, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT]
+        keepalive = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        return [keepalive, *(sock.getsockopt(socket.IPPROTO_TCP, kind) for kind in kinds)]
+
+    accepted: list[Wire] = []
+
+    async def note(wire: Wire) -> None:
+        accepted.append(wire)
+        assert options(wire._sock) == [1, 1, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]
+        await echo(wire)
+
+    listener = await Listener.open(address, 0)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(listener.serve(note))
+        wire = await connect(*listener.address, timeout_s=5)
+        assert options(wire._sock) == [1, 1, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]
+        await wire.send(b"ping")
+        assert await wire.recv() == b"ping", "else the options of the accepted one are wrong"
+        wire.close()
+        listener.close()
+    assert len(accepted) == 1
 
 
 async def test_cancelling_closes_every_connection() -> None:
