@@ -121,6 +121,8 @@ def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tupl
         domain=config.domain,
         allow=TargetList.parse(section.allow),
         policy=policy(section.rules),
+        activate=tuple(rule.as_rule() for rule in section.activate),
+        max_held=section.max_held,
         listen=endpoints(section.listen),
         guard=tuple(guard),
         max_hello_bytes=section.max_hello,

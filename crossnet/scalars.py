@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+from yarl import URL
+
 from crossnet.document import Plain
 from crossnet.schema import HIDDEN, Leaf, Mismatch
 from discovery.addresses import (
@@ -27,11 +29,12 @@ from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
 from discovery.shape import shown
 from discovery.spec import is_record_id
 from discovery.store.etcdapi import parse_endpoints
-from sniproxy.stream.policy import BadRule, Rule
+from sniproxy.stream.policy import BadRule, NamePattern, Rule
 
 MAX_SECRET_BYTES = 64 * 1024
 """Of a secret's file: keys and passwords have a hundred bytes, certificates a few thousand."""
 
+MAX_ARGUMENT = 4096
 MAX_DURATION_S = 7 * 24 * 3600.0
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -287,6 +290,33 @@ def _rule_item(key: str) -> Callable[[Plain, Path], object]:
     return parsed
 
 
+def _argument(value: Plain, folder: Path) -> object:
+    del folder
+    if not isinstance(value, str) or not value or "\0" in value or len(value) > MAX_ARGUMENT:
+        raise Mismatch
+    return value
+
+
+def _url(value: Plain, folder: Path) -> object:
+    del folder
+    if not isinstance(value, str) or not re.fullmatch(r"https?://[\x21-\x7e]{1,2000}", value):
+        raise Mismatch
+    try:
+        url = URL(value)
+    except ValueError as error:
+        raise Mismatch from error
+    if not url.host or url.user is not None or url.password is not None:
+        raise Mismatch
+    return value
+
+
+def _name_pattern(text: str) -> NamePattern:
+    try:
+        return NamePattern.parse(text)
+    except ValueError as error:
+        raise Mismatch(f"the name of a service or a pattern of such ({error})") from error
+
+
 def _store(value: Plain, folder: Path) -> object:
     if value == "memory":
         return value
@@ -361,5 +391,16 @@ SecretFile: TypeAlias = Annotated[Secret, Leaf("{file: PATH}", _secret)]
 RuleSource: TypeAlias = Annotated[str, Leaf("a CIDR of clients or a network id", _rule_item("sources"))]
 RuleDestination: TypeAlias = Annotated[str, Leaf("a network id, a name or a target", _rule_item("to"))]
 RulePort: TypeAlias = Annotated[str, Leaf("a port or a range such as 8000-8099", _rule_item("ports"))]
+ServicePattern: TypeAlias = Annotated[
+    NamePattern,
+    Leaf(
+        "the name of a service or a pattern of such",
+        _text(_name_pattern),
+        lambda pattern: ".".join(pattern.labels),
+    ),
+]
+Argument: TypeAlias = Annotated[str, Leaf("a program or an argument, as text", _argument)]
+Url: TypeAlias = Annotated[str, Leaf("https://HOST[:PORT]/PATH", _url)]
+Method: TypeAlias = Annotated[Literal["GET", "POST", "PUT"], _word("GET", "POST", "PUT")]
 RuleAction: TypeAlias = Annotated[Literal["allow", "deny"], _word("allow", "deny")]
 KeyFile: TypeAlias = Annotated[Secret, Leaf("a file with 64 hexadecimal digits", _hex_key)]

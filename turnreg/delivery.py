@@ -20,12 +20,16 @@ MAX_ENDPOINT_TRIES = 3
 
 
 class Undeliverable(Exception):
-    """No service was reached. `reason` says whether another gateway may be asked."""
+    """No service was reached. `reason` says whether another gateway may be asked.
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    `asleep` is the name of a service that has this port but nothing that answers there, and that this stream may go to.
+    """
+
+    def __init__(self, reason: Reason, detail: str, *, asleep: str = "") -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.asleep = asleep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +87,17 @@ class Delivery:
             raise Undeliverable(Reason.UNKNOWN_NAME, f"this network has no service {where!r}")
         endpoints = self._rotated(where, port, service.spec.ports.get(str(port), []))
         if not endpoints:
-            raise Undeliverable(Reason.NO_ENDPOINT, f"service {where!r} has no endpoint for port {port}")
-        return await self._dial(preamble, endpoints, _proxy_header(preamble, service.spec.proxy_version))
+            detail = f"service {where!r} has no endpoint for port {port}"
+            may_be_woken = str(port) in service.spec.ports and not self._policy.is_hopeless(
+                self._flow(preamble, None, port)
+            )
+            raise Undeliverable(Reason.NO_ENDPOINT, detail, asleep=where if may_be_woken else "")
+        try:
+            return await self._dial(preamble, endpoints, _proxy_header(preamble, service.spec.proxy_version))
+        except Undeliverable as error:
+            if error.reason is Reason.DIAL_FAILED:
+                error.asleep = where
+            raise
 
     def _rotated(self, name: str, port: int, texts: list[str]) -> list[tuple[Address, int]]:
         """The endpoints, beginning with the one whose turn it is."""
@@ -146,7 +159,11 @@ class Delivery:
             return f"is {why}"
         if self._guard.stops(address, port, self._discovery.mesh):
             return STOPPED
-        flow = Flow(
+        refused = self._policy.refusal(self._flow(preamble, address, port))
+        return None if refused is None else f"may not be reached: gateway.rules: {refused}"
+
+    def _flow(self, preamble: Preamble, address: Address | None, port: int) -> Flow:
+        return Flow(
             client=parse_address(preamble.client[0]),
             from_network=preamble.from_network,
             network=self._network,
@@ -154,8 +171,6 @@ class Delivery:
             address=address,
             port=port,
         )
-        refused = self._policy.refusal(flow)
-        return None if refused is None else f"may not be reached: gateway.rules: {refused}"
 
 
 def _proxy_header(preamble: Preamble, version: int | None) -> bytes:

@@ -36,6 +36,7 @@ from sniproxy.stream.preamble import (
     read_length,
 )
 from sniproxy.stream.reason import Reason
+from turnreg.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
 from turnreg.client import Bound
 from turnreg.continuation import Continuations
 from turnreg.delivery import Delivery, Undeliverable
@@ -77,6 +78,10 @@ class GatewayConfig:
     """What may be dialled, checked on the address that is dialled."""
     policy: Policy = field(default_factory=Policy)
     """Which streams may go where, by the network and client that they come from."""
+    activate: tuple[ActivationRule, ...] = ()
+    """How services that sleep are woken; the first rule that names one counts."""
+    max_held: int = DEFAULT_MAX_HELD
+    """Streams that wait for services to wake."""
     listen: tuple[tuple[str, int], ...] = ()
     """Where relays may come directly, without a TURN server."""
     guard: tuple[tuple[str, int], ...] = ()
@@ -133,6 +138,9 @@ class Gateway:
             guard=config.guard,
             dial_timeout_s=config.dial_timeout_s,
         )
+        self._activation = Activation(
+            self._delivery, discovery, config.network, config.activate, config.max_held, registry=registry
+        )
         self._continuations = Continuations()
         self.ledger = Ledger("gateway", registry)
         self._listeners: list[Listener] = []
@@ -146,6 +154,7 @@ class Gateway:
         self.config = config
         self._verifier.keys = keys
         self._delivery.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
+        self._activation.reconfigure(config.activate, config.max_held)
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
@@ -175,12 +184,12 @@ class Gateway:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
         try:
             async with asyncio.TaskGroup() as group:
-                self._group = group
+                self._group = self._activation.group = group
                 for listener in self._listeners:
                     group.create_task(listener.serve(self._serve_direct))
                 await self._closed.wait()
         finally:
-            self._group = None
+            self._group = self._activation.group = None
             self.close()
 
     def close(self) -> None:
@@ -270,7 +279,7 @@ class Gateway:
         account.mark("hello")
         account.state = "dialling"
         try:
-            delivered = await self._delivery.connect(preamble)
+            delivered = await self._activation.connect(preamble)
         except Undeliverable as error:
             raise _Refusal(error.reason, error.detail) from error
         account.mark("connect")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from crossnet.scalars import (
     Accepted,
+    Argument,
     Boolean,
     Cidr,
     Count,
@@ -14,21 +15,29 @@ from crossnet.scalars import (
     Endpoint,
     ExistingFile,
     ListenAddress,
+    Method,
     NetworkId,
     RecordId,
     Register,
     Replicas,
     SecretFile,
+    ServicePattern,
     Size,
     Target,
     Text,
+    Url,
 )
 from crossnet.schema import OneOrMore, rule
 from crossnet.sections.policy import RuleSection, faults_of_rules
 from discovery.shape import Fault
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
-from turnreg import gateway
+from turnreg import activation, gateway
+from turnreg.activation import ActivationRule
 from turnreg.settings import DEFAULT_REPLICAS
+from turnreg.trigger import Command, HttpCall
+
+MAX_ACTIVATION_RULES = 256
+MAX_ITEMS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +66,66 @@ class TurnAccessSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivateSection:
+    """How services that have no live endpoint are woken while streams wait: by a command or by an HTTP call."""
+
+    names: Annotated[tuple[ServicePattern, ...], OneOrMore()]
+    """Of services as their records have them; `*` is one label and a leading `**` one or more."""
+    command: tuple[Argument, ...] = ()
+    """A program and its arguments, without a shell; CROSSNET_SERVICE and CROSSNET_NETWORK say what to wake."""
+    url: Url | None = None
+    """Called with the headers Crossnet-Service and Crossnet-Network."""
+    method: Method = "POST"
+    ca: ExistingFile | None = None
+    """Verifies the URL's server; the system's authorities by default."""
+    token: SecretFile | None = None
+    timeout_s: Duration = activation.DEFAULT_TIMEOUT_S
+    """How long a stream waits; less than the 10 s that its relay does."""
+    run_timeout_s: Duration = activation.DEFAULT_RUN_TIMEOUT_S
+    """How long the command or call may take: then it is ended."""
+    cooldown_s: Duration = activation.DEFAULT_COOLDOWN_S
+    max_held: Count = activation.DEFAULT_MAX_HELD_PER_SERVICE
+    """Streams that wait for one service."""
+
+    def as_rule(self) -> ActivationRule:
+        """The rule as the gateway has it."""
+        token = None if self.token is None else self.token.text
+        return ActivationRule(
+            names=self.names,
+            trigger=Command(self.command)
+            if self.url is None
+            else HttpCall(url=self.url, method=self.method, ca=self.ca, token=token),
+            timeout_s=self.timeout_s,
+            run_timeout_s=self.run_timeout_s,
+            cooldown_s=self.cooldown_s,
+            max_held=self.max_held,
+        )
+
+    @rule("command", "url", "ca", "token")
+    def _one_way(self) -> Iterator[Fault]:
+        if bool(self.command) == (self.url is not None):
+            yield Fault("", "one of command and url", "both" if self.command else "none")
+        elif self.url is None:
+            for name, given in (("ca", self.ca), ("token", self.token)):
+                if given is not None:
+                    yield Fault(f".{name}", "nothing, since a command is run", "a value")
+
+    @rule("names", "command")
+    def _bounded(self) -> Iterator[Fault]:
+        for name, given in (("names", self.names), ("command", self.command)):
+            if len(given) > MAX_ITEMS:
+                yield Fault(f".{name}", f"at most {MAX_ITEMS} items", str(len(given)))
+        if not self.names:
+            yield Fault(".names", "one name or more", "none")
+
+    @rule("timeout_s")
+    def _in_time(self) -> Iterator[Fault]:
+        if self.timeout_s > activation.MAX_TIMEOUT_S:
+            expected = f"{activation.MAX_TIMEOUT_S:g}s or less, since relays wait no longer"
+            yield Fault(".timeout", expected, f"{self.timeout_s:g}s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySection:
     """The gateway to this network's services."""
 
@@ -65,6 +134,10 @@ class GatewaySection:
     """What it may dial."""
     rules: tuple[RuleSection, ...] = ()
     """Which streams may go where, by the network and client that they come from; without any all that `allow` lists."""
+    activate: tuple[ActivateSection, ...] = ()
+    """How services that sleep are woken; the first that names one counts."""
+    max_held: Count = activation.DEFAULT_MAX_HELD
+    """Streams that wait for services to wake."""
     accept: tuple[Accepted, ...] = ("framed",)
     turn: dict[NetworkId, TurnAccessSection] = dataclasses.field(default_factory=dict)
     register: Register = "all"
@@ -87,6 +160,11 @@ class GatewaySection:
     @rule("rules")
     def _rules(self) -> Iterator[Fault]:
         yield from faults_of_rules(self.rules)
+
+    @rule("activate")
+    def _activated(self) -> Iterator[Fault]:
+        if len(self.activate) > MAX_ACTIVATION_RULES:
+            yield Fault(".activate", f"at most {MAX_ACTIVATION_RULES} rules", str(len(self.activate)))
 
     @rule("advertise", "listen")
     def _advertised(self) -> Iterator[Fault]:

@@ -7,6 +7,8 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated
 
+from yarl import URL
+
 from crossnet.scalars import (
     Boolean,
     DiscoverySource,
@@ -168,6 +170,16 @@ class Config:
                     parse_server_url(source, insecure=self.insecure)
                 except ValueError:
                     yield Fault(f".discovery[{index}]", "https, or http to loopback, or insecure: true", repr(source))
+
+    @rule("gateway", "insecure")
+    def _woken_in_the_clear(self) -> Iterator[Fault]:
+        for index, section in enumerate(self.gateway.activate if self.gateway else ()):
+            if section.url is not None:
+                try:
+                    parse_server_url(str(URL(section.url).origin()), insecure=self.insecure)
+                except ValueError:
+                    expected = "https, or http to loopback, or insecure: true"
+                    yield Fault(f".gateway.activate[{index}].url", expected, repr(section.url))
 
 
 def _apart(domain: str, zones: Iterable[str], what: str) -> Iterator[Fault]:

@@ -12,7 +12,7 @@ Sans-IO. The one error is BadRule.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -127,6 +127,14 @@ class Rule:
         """Tell whether the rule speaks of this flow."""
         return self._has_source(flow) and self._has_destination(flow) and self._has_port(flow.port)
 
+    def judges(self, flow: Flow) -> bool | None:
+        """Tell what is certain of a flow whose address and port are to come: it matches, or it does not; None if that depends."""
+        if not self._has_source(flow):
+            return False
+        if not self._has_destination(flow):
+            return None if self.targets is not None else False
+        return None if self.ports else True
+
     def _has_source(self, flow: Flow) -> bool:
         if not self.clients and not self.from_networks:
             return True
@@ -159,6 +167,16 @@ class Policy:
             if rule.matches(flow):
                 return None if rule.action is Action.ALLOW else f"rule {index + 1} denies it"
         return "no rule allows it" if self.rules else None
+
+    def is_hopeless(self, flow: Flow) -> bool:
+        """Tell whether a flow is denied at whatever address and port it will come to; what stands there of them is not asked."""
+        for rule in self.rules:
+            judged = rule.judges(replace(flow, address=None))
+            if judged is not False and rule.action is Action.ALLOW:
+                return False
+            if judged:
+                return True
+        return bool(self.rules)
 
 
 def _bounded(path: str, items: Iterable[T]) -> list[T]:

@@ -9,6 +9,7 @@ from crossnet import roles
 from crossnet.config import ConfigError, effective, load
 from crossnet.sections import search_domains
 from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, Flow
+from turnreg.trigger import Command, HttpCall
 
 
 def test_the_last_search_line_counts_and_what_names_no_zone_is_left_out(tmp_path: Path) -> None:
@@ -83,3 +84,109 @@ def test_every_bad_item_of_a_rule_is_told(tmp_path: Path, rules: str, faults: li
     with pytest.raises(ConfigError) as refused:
         load(path)
     assert [str(fault) for fault in refused.value.faults] == faults
+
+
+ACTIVATE = """
+network: b
+discovery: http://127.0.0.1:1
+insecure: {insecure}
+gateway: {{id: g, allow: [10.0.0.0/8], activate: {rules}}}
+"""
+
+
+def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    path = tmp_path / "x.yaml"
+    rules = (
+        "[{names: ['*.shop.example', pay.example], command: [/bin/wake, --now], timeout: 3s},"
+        " {names: '**.example', url: 'https://scaler.example/wake', method: PUT, token: {file: token}, max_held: 7}]"
+    )
+    path.write_text(ACTIVATE.format(insecure="false", rules=rules))
+    read = load(path)
+    shown = effective(read)
+    assert "secret" not in shown
+    assert "*.shop.example" in shown
+    assert read.gateway is not None
+    command, call = roles.gateway_config(read, read.gateway, []).activate
+    assert [name.matches("orders.shop.example") for name in command.names] == [True, False]
+    assert command.trigger == Command(("/bin/wake", "--now"))
+    assert (command.timeout_s, command.cooldown_s, command.max_held) == (3.0, 30.0, 256)
+    assert call.trigger == HttpCall(url="https://scaler.example/wake", method="PUT", token="secret")
+    assert (call.timeout_s, call.max_held) == (8.0, 7)
+
+
+@pytest.mark.parametrize(
+    ("rules", "faults"),
+    [
+        ("[{names: [a.b]}]", ["$.gateway.activate[0]: expected one of command and url, got none"]),
+        (
+            "[{names: [a.b], command: [x], url: 'https://h/'}]",
+            ["$.gateway.activate[0]: expected one of command and url, got both"],
+        ),
+        (
+            "[{names: [], command: [x], token: {file: x.yaml}, ca: x.yaml, timeout: 9001ms}]",
+            [
+                (
+                    "$.gateway.activate[0].token.file: expected a file with one line of ASCII text, got 'x.yaml', "
+                    "which has something else"
+                ),
+                "$.gateway.activate[0].names: expected one name or more, got none",
+                "$.gateway.activate[0].timeout: expected 9s or less, since relays wait no longer, got 9.001s",
+            ],
+        ),
+        (
+            "[{names: a.b, command: [x], ca: x.yaml}]",
+            ["$.gateway.activate[0].ca: expected nothing, since a command is run, got a value"],
+        ),
+        (
+            "[{names: [orders, Big.name], command: ['', 7]}, {names: a.b, url: 'ftp://h/', method: DELETE}]",
+            [
+                (
+                    "$.gateway.activate[0].names[0]: expected the name of a service or a pattern of such (a pattern has two "
+                    "labels or more, 253 characters at most), got 'orders'"
+                ),
+                (
+                    "$.gateway.activate[0].names[1]: expected the name of a service or a pattern of such (a label is lower-case "
+                    "letters, digits and inner hyphens, or '*', or '**' in front), got 'Big.name'"
+                ),
+                "$.gateway.activate[0].command[0]: expected a program or an argument, as text, got ''",
+                "$.gateway.activate[0].command[1]: expected a program or an argument, as text, got 7",
+                "$.gateway.activate[1].url: expected https://HOST[:PORT]/PATH, got 'ftp://h/'",
+                "$.gateway.activate[1].method: expected GET or POST or PUT, got 'DELETE'",
+            ],
+        ),
+        (
+            "[{names: a.b, url: 'https://user:word@h/'}]",
+            ["$.gateway.activate[0].url: expected https://HOST[:PORT]/PATH, got 'https://user:word@h/'"],
+        ),
+        (
+            "[{names: a.b, url: 'http://127.0.0.1:1/'}, {names: a.b, url: 'http://scaler.example/'}]",
+            [
+                (
+                    "$.gateway.activate[1].url: expected https, or http to loopback, or insecure: true, "
+                    "got 'http://scaler.example/'"
+                )
+            ],
+        ),
+        (
+            "[{names: a.b, command: [" + ", ".join(["x"] * 257) + "]}]",
+            ["$.gateway.activate[0].command: expected at most 256 items, got 257"],
+        ),
+        (
+            "[" + ", ".join(["{names: a.b, command: [x]}"] * 257) + "]",
+            ["$.gateway.activate: expected at most 256 rules, got 257"],
+        ),
+    ],
+)
+def test_every_fault_of_how_services_are_woken_is_told(tmp_path: Path, rules: str, faults: list[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(ACTIVATE.format(insecure="false", rules=rules))
+    with pytest.raises(ConfigError) as refused:
+        load(path)
+    assert [str(fault) for fault in refused.value.faults] == faults
+
+
+def test_calls_in_the_clear_are_permitted_by_who_says_insecure(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(ACTIVATE.format(insecure="true", rules="[{names: a.b, url: 'http://scaler.example/'}]"))
+    assert load(path).gateway is not None

@@ -120,3 +120,30 @@ def test_a_pattern_matches_itself_with_labels_in_place_of_stars(labels: list[str
             NamePattern.parse(text)
         return
     assert NamePattern.parse(text).matches(text.replace("**", "x.y").replace("*", "z"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "hopeless"),
+    [
+        ([], False),
+        ([{"action": "allow"}], False),
+        ([{"action": "deny"}], True),
+        ([{"action": "allow", "sources": ["c"]}], True),
+        ([{"action": "allow", "to": ["10.9.0.0/16"]}], False),
+        ([{"action": "allow", "to": ["c", "*.other.example"]}], True),
+        ([{"action": "allow", "ports": [1]}], False),
+        ([{"action": "deny", "to": ["10.9.0.0/16"]}, {"action": "allow"}], False),
+        ([{"action": "deny", "ports": [8443]}, {"action": "allow"}], False),
+        ([{"action": "deny", "sources": ["a"]}, {"action": "allow"}], True),
+        ([{"action": "deny", "to": ["b"]}, {"action": "allow", "to": ["10.0.0.0/8"]}], True),
+        ([{"action": "deny", "to": ["c", "10.0.0.0/8"]}, {"action": "allow", "ports": [1]}], False),
+    ],
+)
+def test_what_is_denied_wherever_it_comes_to(rules: list[dict[str, Any]], hopeless: bool) -> None:
+    policy = Policy(tuple(Rule.parse(**rule) for rule in rules))
+    assert policy.is_hopeless(flow(address=None)) is hopeless
+    assert policy.is_hopeless(flow()) is hopeless, "an address that is known by chance changes nothing"
+    if hopeless:
+        for port in (1, 443, 8443):
+            for address in ("10.9.0.5", "10.0.0.1", "192.0.2.1", "fd00::5"):
+                assert policy.refusal(flow(address=ip_address(address), port=port)) is not None

@@ -1,0 +1,149 @@
+"""What wakes a sleeping service: a command that is run, or an HTTP call that is made; bounded in time and in what it may say."""
+
+import asyncio
+import os
+import signal
+import ssl
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import aiohttp
+
+MAX_SAID = 160
+"""Bytes of the end of what a command prints, or the beginning of what a server answers, that a failure repeats."""
+
+_READ_BYTES: Final = 64 * 1024
+_REAP_TIMEOUT_S: Final = 1.0
+"""For the kernel to end what was killed."""
+
+
+class TriggerError(Exception):
+    """The service was not woken. `timed_out` tells a call that was cut at its deadline from one that failed."""
+
+    def __init__(self, detail: str, *, timed_out: bool = False) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.timed_out = timed_out
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A program and its arguments, run without a shell. It has to end by itself: what it leaves running is no longer ours.
+
+    CROSSNET_SERVICE and CROSSNET_NETWORK in its environment say what to wake.
+    """
+
+    argv: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpCall:
+    """A request whose headers Crossnet-Service and Crossnet-Network say what to wake. Any 2xx answer is a success."""
+
+    url: str
+    method: str = "POST"
+    ca: Path | None = None
+    """Verifies the server; the system's authorities by default."""
+    token: str | None = field(default=None, repr=False)
+    """Sent as a bearer token."""
+
+
+Trigger: TypeAlias = Command | HttpCall
+
+
+async def fire(trigger: Trigger, service: str, network: str, *, timeout_s: float) -> None:
+    """Wake a service, or fail in that time. Cancelling ends the command.
+
+    Raises:
+        TriggerError: it could not be run or called, said no, or took too long.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            if isinstance(trigger, Command):
+                await _run(trigger, os.environ | {"CROSSNET_SERVICE": service, "CROSSNET_NETWORK": network})
+            else:
+                await _call(trigger, {"Crossnet-Service": service, "Crossnet-Network": network})
+    except TimeoutError:
+        raise TriggerError(f"not done in {timeout_s:g} s", timed_out=True) from None
+
+
+async def _run(command: Command, environment: Mapping[str, str]) -> None:
+    # A pipe of our own: what the command leaves running may hold it open, and the command has ended all the same.
+    reading, writing = os.pipe()
+    said = bytearray()
+
+    def read() -> bool:
+        """Take what there is; False when there is no more for now."""
+        try:
+            piece = os.read(reading, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if not piece:
+            loop.remove_reader(reading)
+        said[:] = (said + piece)[-MAX_SAID:]
+        return bool(piece)
+
+    loop = asyncio.get_running_loop()
+    os.set_blocking(reading, False)
+    try:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command.argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=writing,
+                stderr=writing,
+                env=environment,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            raise TriggerError(
+                f"{command.argv[0]} cannot be run: {getattr(error, 'strerror', None) or error}"
+            ) from error
+        finally:
+            os.close(writing)
+        loop.add_reader(reading, read)
+        code = await _ended(process)
+        if code != 0:
+            while read():
+                pass
+            ended = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
+            raise TriggerError(f"{ended}: {_shown(said)}" if said else ended)
+    finally:
+        loop.remove_reader(reading)
+        os.close(reading)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> int:
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:  # its deadline, or ours
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a session of its own: the program and all that it started
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_REAP_TIMEOUT_S):
+                await process.wait()
+        raise
+
+
+async def _call(call: HttpCall, headers: dict[str, str]) -> None:
+    if call.token is not None:
+        headers["Authorization"] = f"Bearer {call.token}"
+    try:
+        # Loading all of the system's authorities takes tens of milliseconds.
+        context = await asyncio.to_thread(ssl.create_default_context, cafile=call.ca)
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context), auto_decompress=False) as session,
+            session.request(call.method, call.url, headers=headers, allow_redirects=False) as answer,
+        ):
+            if not 200 <= answer.status < 300:
+                said = await answer.content.read(MAX_SAID)
+                raise TriggerError(f"status {answer.status}" + (f": {_shown(said)}" if said else ""))
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise TriggerError(f"{type(error).__name__}: {error}"[:MAX_SAID]) from error
+
+
+def _shown(said: bytes | bytearray) -> str:
+    return " ".join(said.decode(errors="replace").split())
