@@ -30,6 +30,7 @@ MAX_PORTS = 64  # of one relay or service
 MAX_TURN_SERVERS = 256  # that one relay publishes its sources for
 MAX_ENDPOINTS = 1000  # of one port; a Kubernetes EndpointSlice holds 100 by default and 1000 at most
 MAX_PROTO = 16
+MAX_WEIGHT = 1000  # a gateway of the smallest kind beside one on the largest machine
 MAX_ASKED = 1000  # networks that one relay imports from
 FRAMED = "framed/1"  # capsules behind a signed preamble, the one stream protocol that loses nothing
 
@@ -89,6 +90,8 @@ class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     port_min: int
     port_max: int
+    zone: str = ""
+    """Where it stands; relays of the same zone prefer its allocations."""
 
 
 class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,6 +106,8 @@ class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     port: int
     gateway: str
     proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
+    weight: int = 1
+    """How many times the streams of an allocation of weight 1 its gateway is for."""
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,6 +117,10 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """ip:port"""
 
     proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
+    weight: int = 1
+    """As an allocation's."""
+    zone: str = ""
+    """As a TURN server's."""
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -222,6 +231,7 @@ def spec_faults(
             yield from _port_faults(f"{path}.port_max", spec.port_max)
             if spec.port_max < spec.port_min:
                 yield Fault(f"{path}.port_max", f"a port from {spec.port_min} on", shown(spec.port_max))
+            yield from _zone_faults(f"{path}.zone", spec.zone)
         case AllocationSpec():
             if not is_ldh_label(spec.via):
                 yield Fault(f"{path}.via", "a network id", shown(spec.via))
@@ -231,9 +241,12 @@ def spec_faults(
             yield from _port_faults(f"{path}.port", spec.port)
             yield from _id_faults(f"{path}.gateway", spec.gateway)
             yield from _each(f"{path}.proto", spec.proto, MAX_PROTO, _proto_faults, least=1)
+            yield from _weight_faults(f"{path}.weight", spec.weight)
         case GatewaySpec():
             yield from endpoint(f"{path}.address", spec.address)
             yield from _each(f"{path}.proto", spec.proto, MAX_PROTO, _proto_faults, least=1)
+            yield from _weight_faults(f"{path}.weight", spec.weight)
+            yield from _zone_faults(f"{path}.zone", spec.zone)
         case ServiceSpec():
             yield from _name_faults(f"{path}.name", spec.name)
             yield from _count(f"{path}.ports", spec.ports, MAX_PORTS, least=1)
@@ -290,6 +303,16 @@ def _name_faults(path: str, text: str) -> Iterator[Fault]:
 def _port_faults(path: str, port: int) -> Iterator[Fault]:
     if not 1 <= port <= MAX_PORT:
         yield Fault(path, f"a port 1-{MAX_PORT}", shown(port))
+
+
+def _weight_faults(path: str, weight: int) -> Iterator[Fault]:
+    if not 1 <= weight <= MAX_WEIGHT:
+        yield Fault(path, f"a whole number 1-{MAX_WEIGHT}", shown(weight))
+
+
+def _zone_faults(path: str, text: str) -> Iterator[Fault]:
+    if text:
+        yield from _id_faults(path, text)
 
 
 def _network_faults(path: str, text: str) -> Iterator[Fault]:

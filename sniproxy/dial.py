@@ -5,7 +5,9 @@ delivered them (before READY, or after a refusal that says so), never after sile
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import itertools
+import os
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +16,10 @@ from sniproxy.engine import Wire, connect
 from sniproxy.hello import Hello
 from sniproxy.route import Candidate, RouteKind, SigningKeys
 from sniproxy.stream.capsule import HEADER_SIZE, CapsuleError
-from sniproxy.stream.control import Message, Opened, Ready, Refused
+from sniproxy.stream.control import TOKEN_SIZE, Message, Opened, Pong, Ready, Refused
 from sniproxy.stream.ends import LIMIT_OPENED_S, LIMIT_READY_S, Side
 from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import Preamble, PreambleError, sign
+from sniproxy.stream.preamble import STREAM_ID_SIZE, Preamble, PreambleError, WarmPreamble, sign
 from sniproxy.stream.reason import RETRYABLE, Reason
 
 MAX_CANDIDATES = 3
@@ -33,8 +35,11 @@ DEFAULT_DIAL_TIMEOUT_S = 3.0
 """For the TCP handshake: one lost SYN is sent again after 1 s, a second after 3 s."""
 
 
+RECORD_HEADER_SIZE = 5
+
 RESET = "reset"
-"""The result of an attempt that may be made again."""
+WARM_LOST = "warm_lost"
+"""The results of attempts that may be made again with the same candidate."""
 
 
 class DialError(Exception):
@@ -53,6 +58,18 @@ class _ResetBeforeReady(Exception):
     """The connection was cut before the gateway said READY."""
 
 
+class _Silent(Exception):
+    """No answer on a connection that was kept ready."""
+
+
+class WarmLost(Exception):
+    """A connection that was kept ready has died unnoticed. The stream may go by another one."""
+
+
+async def _none_is_warm(_candidate: Candidate) -> Framed | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """What a client brought: everything that each attempt carries."""
@@ -63,6 +80,16 @@ class Call:
     hello: Hello
     data: bytes
     """All bytes read from the client so far, to be delivered unchanged."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether `data` has something behind the ClientHello: early data, which must not run twice."""
+        at, left = 0, self.hello.size
+        while left > 0:
+            length = int.from_bytes(self.data[at + 3 : at + RECORD_HEADER_SIZE], "big")
+            at += RECORD_HEADER_SIZE + length
+            left -= length
+        return at < len(self.data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +102,8 @@ class Connected:
     """The service's own connection, on a local route; nothing has been sent yet."""
     framed: Framed | None = None
     """The connection to the gateway otherwise; all of `Call.data` has been sent."""
+    was_warm: bool = False
+    """Whether it had been kept ready."""
 
 
 class Dialer:
@@ -89,12 +118,14 @@ class Dialer:
         dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S,
         ready_timeout_s: float = LIMIT_READY_S,
         open_timeout_s: float = LIMIT_OPENED_S,
-        count: Callable[[RouteKind, str], None] = lambda _kind, _result: None,
+        warm: Callable[[Candidate], Awaitable[Framed | None]] = _none_is_warm,
+        count: Callable[[Candidate, str], None] = lambda _candidate, _result: None,
     ) -> None:
         """Dial for this network.
 
         Args:
-            count: told of each attempt and its result: "ok", "reset" before a gateway answered, or a reason.
+            warm: gives a connection to this allocation that is ready (`warm_up`), None if there is none.
+            count: told of each attempt and its result: "ok", "reset" before a gateway answered, "warm_lost", or a reason.
         """
         self._network = network
         self._keys = keys
@@ -102,6 +133,7 @@ class Dialer:
         self._dial_timeout_s = dial_timeout_s
         self._ready_timeout_s = ready_timeout_s
         self._open_timeout_s = open_timeout_s
+        self._warm = warm
         self._count = count
 
     async def open(self, call: Call, candidates: list[Candidate]) -> Connected:
@@ -110,32 +142,54 @@ class Dialer:
         Raises:
             DialError: with the last failure's reason, once none is left or none may be asked.
         """
-        attempts = 0
+        attempts = itertools.count(1)
         failure = DialError(Reason.NO_ROUTE, "no candidate")
         for candidate in _choice(candidates):
-            # Only a TURN server resets because a permission is still on its way to it.
-            pauses = RESET_RETRY_S if candidate.kind is RouteKind.TURN else ()
-            for pause in (*pauses, None):
-                attempts += 1
-                try:
-                    connected = await self._attempt(call, candidate, attempts)
-                except _ResetBeforeReady as error:
-                    self._count(candidate.kind, RESET)
-                    if pause is None:
-                        failure = _given_up(candidate, error)
-                    else:
-                        await asyncio.sleep(pause)
-                except DialError as error:
-                    self._count(candidate.kind, error.reason.value)
-                    failure = error
-                    break
-                else:
-                    self._count(candidate.kind, Reason.OK.value)
-                    return connected
-            failure.attempts = attempts
+            try:
+                return await self._reach(call, candidate, attempts)
+            except DialError as error:
+                failure = error
             if failure.final:
                 break
+        failure.attempts = next(attempts) - 1
         raise failure
+
+    async def _reach(self, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Connected:
+        """Reach a service by this candidate: on a connection that is warm, else on a new one."""
+        # Only a TURN server makes a stream wait for the gateway, or resets it because a permission is still on its way.
+        if candidate.kind is RouteKind.TURN:
+            framed = await self._warm(candidate)
+            if framed is not None:
+                attempt = next(attempts)
+                try:
+                    return await self._counted(candidate, self._open_warm(call, candidate, attempt, framed))
+                except WarmLost:
+                    pass
+            for pause in RESET_RETRY_S:
+                try:
+                    return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))
+                except _ResetBeforeReady:
+                    await asyncio.sleep(pause)
+        try:
+            return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))
+        except _ResetBeforeReady as error:
+            raise _given_up(candidate, error) from error
+
+    async def _counted(self, candidate: Candidate, attempt: Awaitable[Connected]) -> Connected:
+        """Make an attempt and tell how it went."""
+        try:
+            connected = await attempt
+        except _ResetBeforeReady:
+            self._count(candidate, RESET)
+            raise
+        except WarmLost:
+            self._count(candidate, WARM_LOST)
+            raise
+        except DialError as error:
+            self._count(candidate, error.reason.value)
+            raise
+        self._count(candidate, Reason.OK.value)
+        return connected
 
     async def _attempt(self, call: Call, candidate: Candidate, attempt: int) -> Connected:
         try:
@@ -163,10 +217,16 @@ class Dialer:
         first, rest = call.data[:room], call.data[room:]
         await self._greet(framed, preamble, first, candidate)
         # From here on the gateway may deliver what we send: neither silence nor a cut may bring it to another one.
+        await self._await_opened(framed, candidate, partial(framed.send_data, rest) if rest else None)
+        return framed
+
+    async def _await_opened(
+        self, framed: Framed, candidate: Candidate, send: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         await self._until(
             Opened,
             framed,
-            partial(framed.send_data, rest) if rest else None,
+            send,
             limit_s=self._open_timeout_s,
             late=DialError(
                 Reason.OPEN_TIMEOUT, f"{candidate}: the gateway did not open in {self._open_timeout_s} s", final=True
@@ -174,6 +234,65 @@ class Dialer:
             cut=DialError(Reason.TRUNCATED, f"{candidate}: cut while the gateway was opening", final=True),
             final=True,
         )
+
+    async def _open_warm(self, call: Call, candidate: Candidate, attempt: int, framed: Framed) -> Connected:
+        """Begin the stream on a connection that is ready.
+
+        Raises:
+            DialError: as for a new connection behind READY.
+            WarmLost: it was dead, and nothing was sent but a ClientHello: that one may arrive twice, nothing behind it may.
+        """
+        token = os.urandom(TOKEN_SIZE)
+        try:
+            await self._until(
+                Pong,
+                framed,
+                partial(framed.open, token, self._preamble(call, candidate, attempt), call.data),
+                limit_s=self._ready_timeout_s,
+                late=_Silent(),
+                cut=_Silent(),
+                final=True,
+            )
+            await self._await_opened(framed, candidate)
+        except _Silent:
+            framed.wire.reset()
+            if call.goes_on:
+                detail = f"{candidate}: the connection that was kept ready has died"
+                raise DialError(Reason.TRUNCATED, detail, final=True) from None
+            raise WarmLost from None
+        except BaseException:
+            framed.wire.reset()
+            raise
+        return Connected(candidate=candidate, attempts=attempt, framed=framed, was_warm=True)
+
+    async def warm_up(self, candidate: Candidate) -> Framed:
+        """Make a connection to a gateway that is ready for a stream.
+
+        Raises:
+            ConnectionError: the gateway was not reached.
+        """
+        key = self._keys.get(self._network, candidate.network)
+        if key is None:
+            raise ConnectionError(f"no key signs streams to {candidate.network!r}")
+        preamble = WarmPreamble(
+            nonce=os.urandom(STREAM_ID_SIZE),
+            from_network=self._network,
+            to_network=candidate.network,
+            addressee=candidate.addressee,
+            key_id=key.id,
+            time_ms=self._now_ms(),
+        )
+        try:
+            wire = await connect(candidate.address, candidate.port, timeout_s=self._dial_timeout_s)
+            framed = Framed(wire, Side.RELAY)
+            framed.ends.warm = True
+            try:
+                await self._greet(framed, sign(preamble, key.secret), b"", candidate)
+            except BaseException:
+                wire.reset()
+                raise
+        except (OSError, DialError, PreambleError, _ResetBeforeReady) as error:
+            raise ConnectionError(str(error)) from error
         return framed
 
     async def second(self, call: Call, connected: Connected) -> Framed:
@@ -222,7 +341,7 @@ class Dialer:
         send: Callable[[], Awaitable[None]] | None,
         *,
         limit_s: float,
-        late: DialError,
+        late: Exception,
         cut: Exception,
         final: bool,
     ) -> None:

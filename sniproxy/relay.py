@@ -18,7 +18,7 @@ from discovery.addresses import Address, Network, TargetList
 from discovery.contract import Discovery
 from discovery.imports import Imports
 from sniproxy.alert import AlertDescription, alert_record
-from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, RESET, Call, Connected, Dialer, DialError
+from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, RESET, WARM_LOST, Call, Connected, Dialer, DialError
 from sniproxy.engine import End, Listener, Splice, Wire
 from sniproxy.engine.host import is_own_address
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
@@ -146,7 +146,7 @@ class Relay:
             ["route", "result"],
             registry=registry,
         )
-        results = (*(reason.value for reason in Reason), RESET)
+        results = (*(reason.value for reason in Reason), RESET, WARM_LOST)
         self._dials = {(kind, result): dials.labels(kind.value, result) for kind in RouteKind for result in results}
         self._listeners: list[Listener] = []
         self._adapted: dict[tuple[str, int], Listener] = {}
@@ -178,7 +178,7 @@ class Relay:
             keys,
             now_ms=lambda: time.time_ns() // 1_000_000,
             dial_timeout_s=config.dial_timeout_s,
-            count=lambda kind, result: self._dials[kind, result].inc(),
+            count=lambda way, result: self._dials[way.kind, result].inc(),
         )
 
     @property

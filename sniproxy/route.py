@@ -7,8 +7,7 @@
 A new way of reaching a network is a new RouteKind here and a dialler for it in sniproxy.dial. Sans-IO; the one error is Unroutable.
 """
 
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -54,6 +53,10 @@ class Candidate:
     port: int
     addressee: str = ""
     """Id of the allocation or gateway record, so that a captured preamble is good nowhere else; empty for local."""
+    weight: int = 1
+    """What it is for beside the others."""
+    near: bool = False
+    """In the relay's own zone."""
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.addressee or format_endpoint(parse_address(self.address), self.port)}"
@@ -96,8 +99,10 @@ class Router:
     keys: SigningKeys
     guard: LoopGuard
     """What is no service of the own network, whatever `deliver` allows."""
-    shuffle: Callable[[list[Candidate]], None] = random.shuffle
-    """Orders the allocations of one network, so that gateways share the load."""
+    zone: str = ""
+    """Where the relay stands."""
+    order: Callable[[Sequence[Candidate]], list[Candidate]] = list
+    """Puts the ways to one network into the order in which they are tried."""
 
     def candidates(self, name: str, mesh: Mesh, local_port: int) -> list[Candidate]:
         """Say where a stream with this server name may go, best first; never nothing.
@@ -149,8 +154,7 @@ class Router:
             )
         if not allowed:
             raise Unroutable(Reason.DENIED, denied)
-        self.shuffle(allowed)
-        return allowed
+        return self.order(allowed)
 
     def _why_not(self, address: Address, port: int, mesh: Mesh) -> str | None:
         """Say why this address and port of the own network may not be dialled, None if it may."""
@@ -162,10 +166,7 @@ class Router:
         return STOPPED if self.guard.stops(address, port, mesh) else None
 
     def _remote(self, place: Place, mesh: Mesh) -> list[Candidate]:
-        ways = list(self._direct(place, mesh))
-        allocations = list(self._turn(place, mesh))
-        self.shuffle(allocations)
-        ways += allocations
+        ways = self.order([*self._direct(place, mesh), *self._turn(place, mesh)])
         if not ways:
             raise Unroutable(
                 Reason.NO_ROUTE,
@@ -182,20 +183,25 @@ class Router:
             if endpoint is None or FRAMED not in gateway.spec.proto:
                 continue
             if self.direct.allows(*endpoint) and refusal(endpoint[0], self.direct) is None:
-                yield self._framed(RouteKind.DIRECT, place, endpoint, gateway.id)
+                near = self._near(gateway.spec.zone)
+                yield self._framed(RouteKind.DIRECT, place, endpoint, gateway.id, gateway.spec.weight, near)
 
     def _turn(self, place: Place, mesh: Mesh) -> Iterator[Candidate]:
         for allocation in mesh.allocations(place.network):
             if allocation.spec.via != self.network or FRAMED not in allocation.spec.proto:
                 continue
-            address = self._relayed_address(allocation, mesh)
-            if address is not None:
-                yield self._framed(RouteKind.TURN, place, (address, allocation.spec.port), allocation.id)
+            turn: Record[TurnSpec] | None = mesh.record(Kind.TURN, self.network, allocation.spec.turn)
+            address = None if turn is None else self._relayed_address(allocation, turn)
+            if turn is not None and address is not None:
+                spec, near = allocation.spec, self._near(turn.spec.zone)
+                yield self._framed(RouteKind.TURN, place, (address, spec.port), allocation.id, spec.weight, near)
 
-    def _relayed_address(self, allocation: Record[AllocationSpec], mesh: Mesh) -> Address | None:
+    def _near(self, zone: str) -> bool:
+        return bool(zone) and zone == self.zone
+
+    def _relayed_address(self, allocation: Record[AllocationSpec], turn: Record[TurnSpec]) -> Address | None:
         """Of another network's record only the port counts, and only inside our own TURN server's range."""
-        turn: Record[TurnSpec] | None = mesh.record(Kind.TURN, self.network, allocation.spec.turn)
-        if turn is None or not turn.spec.port_min <= allocation.spec.port <= turn.spec.port_max:
+        if not turn.spec.port_min <= allocation.spec.port <= turn.spec.port_max:
             return None
         addresses = [address for text in turn.spec.relay_addresses if (address := _address(text)) is not None]
         # An Allocate without REQUESTED-ADDRESS-FAMILY gives IPv4 (RFC 8656 section 7.2), wherever the server has any.
@@ -203,7 +209,9 @@ class Router:
         return next((address for address in addresses if refusal(address, self.direct) is None), None)
 
     @staticmethod
-    def _framed(kind: RouteKind, place: Place, endpoint: tuple[Address, int], addressee: str) -> Candidate:
+    def _framed(
+        kind: RouteKind, place: Place, endpoint: tuple[Address, int], addressee: str, weight: int, near: bool
+    ) -> Candidate:
         target = place.target
         where = target.address if isinstance(target, AddressTarget) else target.service
         try:
@@ -217,6 +225,8 @@ class Router:
             address=str(endpoint[0]),
             port=endpoint[1],
             addressee=addressee,
+            weight=weight,
+            near=near,
         )
 
 

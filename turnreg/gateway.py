@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 
 from discovery.addresses import TargetList
 from discovery.contract import Discovery
@@ -29,17 +29,18 @@ from sniproxy.stream.preamble import (
     FirstBytes,
     Preamble,
     PreambleError,
-    PreambleVerifier,
     SigningKey,
-    check_hello,
+    WarmPreamble,
     classify_first_bytes,
     read_length,
 )
 from sniproxy.stream.reason import Reason
+from sniproxy.stream.verifier import PreambleVerifier, check_hello
 from turnreg.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
 from turnreg.client import Bound
 from turnreg.continuation import Continuations
 from turnreg.delivery import Delivery, Undeliverable
+from turnreg.warm import MAX_WARM, WarmStreams
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +110,13 @@ class _Arrival:
     """What is known of a stream while it is being opened."""
 
     framed: Framed
+    addressee: str
+    """Id of the allocation that it came by, or of our own record."""
+    came_by: dict[str, str]
+    """The TURN server, where it came through one, for the log."""
     account: Account
-    behind_turn: bool
+    is_stream: bool = True
+    """False for the second connection of a stream, and while it is only kept ready: those are in nobody's books."""
     preamble: Preamble | None = None
     evicted: bool = False
     """Closed by us to make room before it had proven anything."""
@@ -142,7 +148,10 @@ class Gateway:
             self._delivery, discovery, config.network, config.activate, config.max_held, registry=registry
         )
         self._continuations = Continuations()
+        self._warm = WarmStreams()
         self.ledger = Ledger("gateway", registry)
+        warm = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
+        warm.set_function(lambda: len(self._warm))
         self._listeners: list[Listener] = []
         self._unproven: dict[int, _Arrival] = {}  # by identity, the oldest first
         self._lingering = 0
@@ -195,6 +204,7 @@ class Gateway:
     def close(self) -> None:
         """Take no more streams; those that are open go on, and may still get their second connection."""
         self._closed.set()
+        self._warm.close()
         for listener in self._listeners:
             listener.close()
 
@@ -222,50 +232,61 @@ class Gateway:
         await self._serve(wire, self.config.id)
 
     async def _serve(self, wire: Wire, addressee: str, **came_by: str) -> None:
-        # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
-        account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
-        arrival = _Arrival(Framed(wire, Side.GATEWAY), account, behind_turn=bool(came_by))
+        arrival = _Arrival(Framed(wire, Side.GATEWAY), addressee, came_by, self._open_account(wire, came_by))
         reason: Reason | None = Reason.OTHER
         refused: _Refusal | None = None
-        task = asyncio.current_task()
-        assert task is not None
-        account.end = task.cancel
         try:
             try:
-                reason = await self._carry(arrival, addressee)
+                reason = await self._carry(arrival)
             except _Refusal as refusal:
-                refused, reason, account.detail = refusal, refusal.reason, refusal.detail
+                refused, reason, arrival.account.detail = refusal, refusal.reason, refusal.detail
             finally:
-                # A second connection is no stream of its own, nor is one that comes when its stream has ended.
-                if arrival.preamble is not None and arrival.preamble.continues:
-                    self.ledger.drop(account)
+                if arrival.is_stream:
+                    self.ledger.close(arrival.account, reason or Reason.OTHER)
                 else:
-                    self.ledger.close(account, reason or Reason.OTHER)
+                    self.ledger.drop(arrival.account)
             if refused is not None and refused.tell:  # no stream any more: it keeps nobody else out
                 await self._refuse(arrival.framed, refused)
         finally:
             if reason is not None:
                 wire.close()
 
-    async def _carry(self, arrival: _Arrival, addressee: str) -> Reason | None:
+    def _open_account(self, wire: Wire, came_by: dict[str, str]) -> Account:
+        # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
+        account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
+        task = asyncio.current_task()
+        assert task is not None
+        account.end = task.cancel
+        return account
+
+    async def _carry(self, arrival: _Arrival) -> Reason | None:
         """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""
-        account, framed = arrival.account, arrival.framed
+        framed = arrival.framed
         try:
-            async with asyncio.timeout(self.config.hello_timeout_s):
-                preamble = await self._proven(arrival, addressee)
-                if preamble.continues:
+            async with asyncio.timeout(self.config.hello_timeout_s) as deadline:
+                preamble = await self._proven(arrival)
+                if self._closed.is_set() and not (isinstance(preamble, Preamble) and preamble.continues):
+                    raise _Refusal(Reason.DRAINING, "this gateway takes no more streams")
+                if isinstance(preamble, WarmPreamble):
+                    deadline.reschedule(None)
+                    opening = await self._keep_warm(arrival)
+                    if opening is None:
+                        return Reason.OK
+                    deadline.reschedule(asyncio.get_running_loop().time() + self.config.hello_timeout_s)
+                    preamble = opening
+                elif preamble.continues:
+                    arrival.is_stream = False
                     await self._hand_over(arrival, preamble)
                     return None
-                if self._closed.is_set():
-                    raise _Refusal(Reason.DRAINING, "this gateway takes no more streams")
                 if len(self.ledger) - len(self._unproven) > self.config.max_streams:
                     raise _Refusal(
                         Reason.OVERLOADED, f"{self.config.max_streams} streams are open: gateway.max_streams"
                     )
-                await framed.send(Ready())
+                if not framed.ends.ready:
+                    await framed.send(Ready())
                 await self._read_hello(arrival, preamble)
         except TimeoutError:
-            said = "ClientHello" if account.fields.get("key_id") else "preamble"
+            said = "preamble" if arrival.preamble is None else "ClientHello"
             detail = f"no whole {said} in {self.config.hello_timeout_s} s"
             raise _Refusal(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
         except CapsuleError as error:
@@ -276,6 +297,7 @@ class Gateway:
                 raise _Refusal(Reason.OVERLOADED, detail, tell=False) from error
             detail = "cut before the ClientHello was whole"
             raise _Refusal(Reason.TRUNCATED, detail, tell=False) from error
+        account = arrival.account
         account.mark("hello")
         account.state = "dialling"
         try:
@@ -300,7 +322,7 @@ class Gateway:
                 idle_timeout_s=self.config.idle_timeout_s,
                 half_close_timeout_s=self.config.half_close_timeout_s,
                 first=bytes(arrival.data),
-                second=second if arrival.behind_turn else None,
+                second=second if arrival.came_by else None,
             )
             arrival.data.clear()  # for as long as the stream lives
             account.carry(up=carry.inbound, down=carry.outbound)
@@ -309,13 +331,30 @@ class Gateway:
     async def _hand_over(self, arrival: _Arrival, preamble: Preamble) -> None:
         """Give a second connection to its stream."""
         lost = _Refusal(Reason.PROTOCOL_ERROR, "it continues a stream that is not open here")
-        if not arrival.behind_turn or not self._continuations.awaits(preamble):
+        if not arrival.came_by or not self._continuations.awaits(preamble):
             raise lost  # before READY, so that its relay does not send the rest of an upload here
         await arrival.framed.send(Ready())
         if not self._continuations.bring(preamble, arrival.framed):
             raise lost
 
-    async def _proven(self, arrival: _Arrival, addressee: str) -> Preamble:
+    async def _keep_warm(self, arrival: _Arrival) -> Preamble | None:
+        """Keep a connection ready until its relay brings a stream, None if it ends without."""
+        if len(self._warm) >= MAX_WARM:
+            raise _Refusal(Reason.OVERLOADED, f"{MAX_WARM} connections are kept ready")
+        arrival.is_stream = False
+        self.ledger.drop(arrival.account)
+        header = await self._warm.wait(arrival.framed)
+        if header is None:
+            return None
+        arrival.account = self._open_account(arrival.framed.wire, arrival.came_by)
+        arrival.is_stream = True
+        arrival.account.fields["warm"] = True
+        opening = self._verified(arrival, header)
+        if isinstance(opening, WarmPreamble) or opening.continues:
+            raise _Refusal(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
+        return opening
+
+    async def _proven(self, arrival: _Arrival) -> Preamble | WarmPreamble:
         """Read the preamble, in competition with strangers that send none."""
         self._unproven[id(arrival)] = arrival
         try:
@@ -323,33 +362,40 @@ class Gateway:
                 oldest = self._unproven.pop(next(iter(self._unproven)))
                 oldest.evicted = True
                 oldest.framed.wire.close()  # wakes its task
-            return await self._read_preamble(arrival, addressee)
+            return await self._read_preamble(arrival)
         finally:
             self._unproven.pop(id(arrival), None)
 
-    async def _read_preamble(self, arrival: _Arrival, addressee: str) -> Preamble:
-        wire, account = arrival.framed.wire, arrival.account
+    async def _read_preamble(self, arrival: _Arrival) -> Preamble | WarmPreamble:
+        wire = arrival.framed.wire
         start = await wire.recv_exactly(_PREAMBLE_START)
         if classify_first_bytes(start) is not FirstBytes.PROXY:
             raise _Refusal(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)
         try:
             length = read_length(start)
-            assert length is not None
-            header = start + await wire.recv_exactly(length - len(start))
-            arrival.framed.received += length
-            preamble = self._verifier.verify(header, addressee=addressee, now_ms=time.time_ns() // 1_000_000)
         except PreambleError as error:
             raise _Refusal(error.reason, error.detail) from error
-        arrival.preamble = preamble
-        account.stream = preamble.stream_id
-        account.fields |= {
-            "client": preamble.client[0],
-            "sni": preamble.authority,
-            "from_network": preamble.from_network,
-            "key_id": preamble.key_id,
-            "target": preamble.target,
-            "attempt": preamble.attempt,
-        }
+        assert length is not None
+        header = start + await wire.recv_exactly(length - len(start))
+        arrival.framed.received += length
+        return self._verified(arrival, header)
+
+    def _verified(self, arrival: _Arrival, header: bytes) -> Preamble | WarmPreamble:
+        try:
+            preamble = self._verifier.verify(header, addressee=arrival.addressee, now_ms=time.time_ns() // 1_000_000)
+        except PreambleError as error:
+            raise _Refusal(error.reason, error.detail) from error
+        if isinstance(preamble, Preamble):
+            arrival.preamble = preamble
+            arrival.account.stream = preamble.stream_id
+            arrival.account.fields |= {
+                "client": preamble.client[0],
+                "sni": preamble.authority,
+                "from_network": preamble.from_network,
+                "key_id": preamble.key_id,
+                "target": preamble.target,
+                "attempt": preamble.attempt,
+            }
         return preamble
 
     async def _read_hello(self, arrival: _Arrival, preamble: Preamble) -> None:

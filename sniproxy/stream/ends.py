@@ -15,6 +15,13 @@ FIN is never a message: each end is said in band, and confirmed.
 
 A connection that ends before both have confirmed is a truncation.
 
+A warm connection is kept ready before there is a stream: READY answers its preamble, PING is answered by PONG, and OPEN brings the
+preamble of a stream, which goes on as above. A last PING goes with OPEN: the gateway answers it before it does anything else, so
+that a connection that has died unnoticed costs LIMIT_READY_S and not the stream.
+
+      OPEN, DATA (ClientHello) ─────────────▶  checks the preamble, dials the service
+      ◀──────────────────────── OPENED/REFUSED
+
 Through a TURN server one connection must not be full in both directions at once: coturn (4.6.1 to 4.17.1) stops reading a side
 while the other's buffer is full, and when that buffer has drained looks at the wrong one before it reads on. If both are full
 at that moment, one direction stands still for ever (measured: bulk both ways never ends). So the relay keeps its own direction
@@ -58,6 +65,7 @@ class Ends:
     """The state of one framed stream. `received` and `sent` are told every capsule header in order."""
 
     __slots__ = (
+        "_pings",
         "_side",
         "continued",
         "done",
@@ -68,6 +76,7 @@ class Ends:
         "opened",
         "ready",
         "refused",
+        "warm",
     )
 
     def __init__(self, side: Side) -> None:
@@ -76,6 +85,9 @@ class Ends:
         self.done = self.continued = False
         self.final_sent = self.final_received = False
         self.finished_sent = self.finished_received = False
+        self.warm = False
+        """Whether the connection is kept ready: no stream before OPEN."""
+        self._pings = 0  # that have not been answered
 
     @property
     def complete(self) -> bool:
@@ -130,6 +142,19 @@ class Ends:
                 return error
             case CapsuleType.RECEIVED if not from_relay:
                 return None if self.opened else "before OPENED"
+            case CapsuleType.PING | CapsuleType.OPEN if from_relay:
+                if not (self.warm and self.ready):
+                    return "on a connection that is not warm"
+                if kind is CapsuleType.OPEN:
+                    self.warm = False
+                else:
+                    self._pings += 1
+                return None
+            case CapsuleType.PONG if not from_relay:
+                if not self._pings:
+                    return "without PING"
+                self._pings -= 1
+                return None
             case CapsuleType.READY if not from_relay:
                 error, self.ready = "a second time" if self.ready else None, True
                 return error
@@ -140,12 +165,14 @@ class Ends:
                     self.refused = True
                     return None
                 self.opened = True
-                return None if self.ready else "before READY"
+                return "before READY" if not self.ready else "before OPEN" if self.warm else None
         return f"not said by a {'relay' if from_relay else 'gateway'} on this stream"
 
     def _note_data(self, *, final: bool, from_relay: bool, by_us: bool) -> str | None:
         if not from_relay and not self.opened:
             return "before OPENED"
+        if self.warm:
+            return "before OPEN"
         if self.final_sent if by_us else self.final_received:
             return "after FINAL_DATA"
         if from_relay and self.continued:

@@ -5,7 +5,7 @@ import asyncio
 from sniproxy.engine import Direction, Wire, drain
 from sniproxy.engine.wire import DEFAULT_READ_BYTES
 from sniproxy.stream.capsule import CapsuleError, CapsuleReader, CapsuleType, Control, Event, Payload, header
-from sniproxy.stream.control import Message, parse_control
+from sniproxy.stream.control import Message, Open, Ping, parse_control
 from sniproxy.stream.ends import LIMIT_REFUSED_S, Ends, Side
 
 
@@ -42,6 +42,15 @@ class Framed:
                 return
             self.ends.sent(CapsuleType.DATA)
             await self._write(preamble, header(CapsuleType.DATA, len(data)), data)
+
+    async def open(self, token: bytes, preamble: bytes, data: bytes) -> None:
+        """Send PING, OPEN and a first DATA capsule in one write: a stream begins on a warm connection."""
+        opening = Ping(token), Open(preamble)
+        async with self._writing:
+            for message in opening:
+                self.ends.sent(message.type)
+            self.ends.sent(CapsuleType.DATA)
+            await self._write(*(message.pack() for message in opening), header(CapsuleType.DATA, len(data)), data)
 
     async def send_data(self, data: bytes, *, final: bool = False) -> None:
         """Send one DATA or FINAL_DATA capsule."""

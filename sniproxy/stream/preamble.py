@@ -15,15 +15,16 @@ TLVs, beside the client's address as source and the relay's as destination:
 
 The HMAC is over the whole header from its first byte, with the 32 bytes of its own value zeroed. Each of these must be there
 once (0xE9 may be absent); other TLVs are ignored, but signed.
+
+A connection that is only to be kept ready, for a stream that OPEN will bring, begins with a LOCAL header, which has no client:
+0xE0, 0xE1, 0xE2, 0xE5, 0xE7, 0xE8, 0xE3 as above, and as UNIQUE_ID 16 bytes of its own, so that it is of no use again either.
 """
 
 import enum
 import hashlib
 import hmac
 import re
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from discovery.addresses import Address, BadAddress, format_endpoint, parse_endpoint, parse_port
@@ -36,14 +37,8 @@ FRAMING_VERSION: Final = 1
 STREAM_ID_SIZE: Final = 16
 DIGEST_SIZE: Final = 32
 KEY_SIZE: Final = 32
-TIME_WINDOW_MS: Final = 60_000
-"""How far the signer's clock may be from ours."""
-REPLAY_WINDOW_MS: Final = 2 * TIME_WINDOW_MS
-"""How long a stream id is remembered: a header from the furthest future that passes stays fresh for this long."""
-MAX_REPLAYS: Final = 1 << 18
-"""Streams remembered: 2,184 new ones a second for two minutes, some 50 MB if it ever gets there."""
 
-_SIGNATURE_SIZE: Final = hashlib.sha256().digest_size
+SIGNATURE_SIZE: Final = hashlib.sha256().digest_size
 
 
 class Tlv(enum.IntEnum):
@@ -158,6 +153,30 @@ class Preamble:
     continues: bool = False
     """Whether the connection takes over a direction of a stream that is open already, instead of opening one."""
 
+    @property
+    def once(self) -> bytes:
+        """What must not come a second time."""
+        return self.stream_id + bytes([self.attempt]) + self.addressee.encode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmPreamble:
+    """What a relay tells a gateway about a connection that it keeps ready (a warm stream)."""
+
+    nonce: bytes
+    """16 bytes, never the same again."""
+    from_network: str
+    to_network: str
+    addressee: str
+    """The id of the allocation or gateway record by which the gateway was reached."""
+    key_id: str
+    time_ms: int
+
+    @property
+    def once(self) -> bytes:
+        """What must not come a second time."""
+        return b"warm" + self.nonce + self.addressee.encode()
+
 
 def encode_target(where: Address | str, port: int) -> str:
     """Write a target: an address or a service name, and a port. Raises PreambleError (protocol_error) if it is none."""
@@ -186,125 +205,46 @@ def decode_target(text: str) -> tuple[Address | str, int]:
     return address, number
 
 
-def sign(preamble: Preamble, key: bytes) -> bytes:
+def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
     """Return the header, signed. Raises PreambleError (protocol_error) if a field cannot be written or all are too long."""
     _check(preamble)
-    tlvs = [
-        (Tlv.AUTHORITY, preamble.authority.encode()),
-        (Tlv.UNIQUE_ID, preamble.stream_id),
+    if isinstance(preamble, WarmPreamble):
+        header, unique, tlvs = ProxyHeader(command=Command.LOCAL), preamble.nonce, []
+    else:
+        header, unique = ProxyHeader(source=preamble.client, destination=preamble.local), preamble.stream_id
+        tlvs = [
+            (Tlv.AUTHORITY, preamble.authority.encode()),
+            (Tlv.TARGET, preamble.target.encode()),
+            (Tlv.ATTEMPT, bytes([preamble.attempt])),
+        ]
+        if preamble.hello_digest is not None:
+            tlvs.append((Tlv.HELLO_DIGEST, preamble.hello_digest))
+        if preamble.continues:
+            tlvs.append((Tlv.CONTINUES, b"\1"))
+    tlvs += [
+        (Tlv.UNIQUE_ID, unique),
         (Tlv.FROM_NETWORK, preamble.from_network.encode()),
         (Tlv.TO_NETWORK, preamble.to_network.encode()),
         (Tlv.ADDRESSEE, preamble.addressee.encode()),
         (Tlv.KEY_ID, preamble.key_id.encode()),
         (Tlv.TIME, preamble.time_ms.to_bytes(8, "big")),
-        (Tlv.TARGET, preamble.target.encode()),
         (Tlv.FRAMING, bytes([FRAMING_VERSION])),
-        (Tlv.ATTEMPT, bytes([preamble.attempt])),
-        (Tlv.SIGNATURE, bytes(_SIGNATURE_SIZE)),
+        (Tlv.SIGNATURE, bytes(SIGNATURE_SIZE)),
     ]
-    if preamble.continues:
-        tlvs.insert(-1, (Tlv.CONTINUES, b"\1"))
-    if preamble.hello_digest is not None:
-        tlvs.insert(-2, (Tlv.HELLO_DIGEST, preamble.hello_digest))
-    header = ProxyHeader(source=preamble.client, destination=preamble.local, tlvs=tuple(tlvs))
     try:
-        unsigned = header.pack()
+        unsigned = replace(header, tlvs=tuple(tlvs)).pack()
     except ProxyError as error:
         raise PreambleError(Reason.PROTOCOL_ERROR, str(error)) from error
-    return unsigned[:-_SIGNATURE_SIZE] + _signature(unsigned, key)
+    return unsigned[:-SIGNATURE_SIZE] + signature(unsigned, key)
 
 
-def check_hello(preamble: Preamble, server_name: str, digest: bytes) -> None:
-    """Check that this ClientHello is the one that the preamble was signed for.
-
-    Raises PreambleError (bad_signature).
-    """
-    if preamble.hello_digest is None or not hmac.compare_digest(preamble.hello_digest, digest):
-        raise PreambleError(Reason.BAD_SIGNATURE, "the ClientHello is not the one that was signed for")
-    if preamble.authority != server_name:
-        raise PreambleError(Reason.BAD_SIGNATURE, "the ClientHello has another name than was signed")
+def signature(header: bytes, key: bytes) -> bytes:
+    """Return what the signature of a header must be, whatever stands there."""
+    return hmac.digest(key, header[:-SIGNATURE_SIZE] + bytes(SIGNATURE_SIZE), "sha256")
 
 
-class ReplayCache:
-    """Remembers what was seen for two minutes, up to a fixed number.
-
-    When it is full it refuses what is new rather than forget what is old: only holders of a key can fill it, and forgetting
-    would let a captured header in again at the very moment of a flood.
-    """
-
-    __slots__ = ("_seen", "max_entries", "window_ms")
-
-    def __init__(self, max_entries: int = MAX_REPLAYS, window_ms: int = REPLAY_WINDOW_MS) -> None:
-        self.max_entries = max_entries
-        self.window_ms = window_ms
-        self._seen: OrderedDict[bytes, int] = OrderedDict()  # in order of arrival
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def add(self, seen: bytes, now_ms: int) -> None:
-        """Remember `seen`. Raises PreambleError: replay if it is remembered already, overloaded if the cache is full."""
-        while self._seen and next(iter(self._seen.values())) + self.window_ms < now_ms:
-            self._seen.popitem(last=False)
-        if seen in self._seen:
-            raise PreambleError(Reason.REPLAY, "this stream and attempt were here before")
-        if len(self._seen) >= self.max_entries:
-            raise PreambleError(Reason.OVERLOADED, f"{self.max_entries} streams within {self.window_ms} ms")
-        self._seen[seen] = now_ms
-
-
-class PreambleVerifier:
-    """Verifies the preambles that arrive at one gateway of `network`.
-
-    `keys` may be replaced at any time; `replays` may be shared by verifiers.
-    """
-
-    __slots__ = ("keys", "network", "replays")
-
-    def __init__(self, keys: Mapping[str, SigningKey], network: str, replays: ReplayCache | None = None) -> None:
-        self.keys = keys
-        self.network = network
-        self.replays = ReplayCache() if replays is None else replays
-
-    def verify(self, header: bytes, *, addressee: str, now_ms: int) -> Preamble:
-        """Return what a complete header says, once all of it is proven.
-
-        Args:
-            header: exactly the bytes of the header, `read_length` of them.
-            addressee: the id of the allocation or gateway record by which it came.
-            now_ms: unix time in milliseconds.
-
-        Raises:
-            PreambleError: with the reason of the first check that failed: layout, key, signature, time, network and
-                addressee, replay.
-        """
-        preamble = _parse(header)
-        direction = preamble.from_network, preamble.to_network
-        key = self.keys.get(preamble.key_id)
-        if key is None or (key.from_network, key.to_network) != direction:
-            # The same words for both: who has not proven anything learns nothing about our keys.
-            raise PreambleError(
-                Reason.NO_KEY, f"no key {preamble.key_id!r} here for streams from {direction[0]!r} to {direction[1]!r}"
-            )
-        if not hmac.compare_digest(_signature(header, key.secret), header[-_SIGNATURE_SIZE:]):
-            raise PreambleError(Reason.BAD_SIGNATURE, f"not signed with key {key.id!r}")
-        skew_ms = preamble.time_ms - now_ms
-        if abs(skew_ms) > TIME_WINDOW_MS:
-            raise PreambleError(Reason.CLOCK_SKEW, f"signed {skew_ms} ms from now")
-        if preamble.to_network != self.network:
-            raise PreambleError(Reason.REPLAY, f"meant for network {preamble.to_network!r}")
-        if preamble.addressee != addressee:
-            raise PreambleError(Reason.REPLAY, f"meant for {preamble.addressee!r}, came by {addressee!r}")
-        self.replays.add(preamble.stream_id + bytes([preamble.attempt]) + addressee.encode(), now_ms)
-        return preamble
-
-
-def _signature(header: bytes, key: bytes) -> bytes:
-    return hmac.digest(key, header[:-_SIGNATURE_SIZE] + bytes(_SIGNATURE_SIZE), "sha256")
-
-
-def _parse(header: bytes) -> Preamble:
-    """Return what a header says, unproven. Raises PreambleError (protocol_error)."""
+def parse(header: bytes) -> Preamble | WarmPreamble:
+    """Return what a whole header says, unproven. Raises PreambleError (protocol_error)."""
     try:
         parsed = proxyproto.parse(header)
     except ProxyError as error:
@@ -312,17 +252,56 @@ def _parse(header: bytes) -> Preamble:
     if parsed is None or parsed[1] != len(header):
         raise _broken("not exactly one header")
     proxy = parsed[0]
-    if proxy.command is not Command.PROXY or proxy.source is None or proxy.destination is None:
+    warm = proxy.command is Command.LOCAL
+    values = _values(proxy, required=_WARM if warm else _STREAM, known=_WARM if warm else _OURS)
+    preamble: Preamble | WarmPreamble
+    if warm:
+        preamble = WarmPreamble(
+            nonce=values[Tlv.UNIQUE_ID],
+            from_network=_text(values[Tlv.FROM_NETWORK]),
+            to_network=_text(values[Tlv.TO_NETWORK]),
+            addressee=_text(values[Tlv.ADDRESSEE]),
+            key_id=_text(values[Tlv.KEY_ID]),
+            time_ms=int.from_bytes(values[Tlv.TIME], "big"),
+        )
+    elif proxy.source is None or proxy.destination is None:
         raise _broken("no client address")
+    else:
+        preamble = Preamble(
+            client=proxy.source,
+            local=proxy.destination,
+            authority=_text(values[Tlv.AUTHORITY]),
+            stream_id=values[Tlv.UNIQUE_ID],
+            from_network=_text(values[Tlv.FROM_NETWORK]),
+            to_network=_text(values[Tlv.TO_NETWORK]),
+            addressee=_text(values[Tlv.ADDRESSEE]),
+            key_id=_text(values[Tlv.KEY_ID]),
+            time_ms=int.from_bytes(values[Tlv.TIME], "big"),
+            target=_text(values[Tlv.TARGET]),
+            hello_digest=values.get(Tlv.HELLO_DIGEST),
+            attempt=values[Tlv.ATTEMPT][0],
+            continues=Tlv.CONTINUES in values,
+        )
+    _check(preamble)
+    return preamble
+
+
+def _values(proxy: ProxyHeader, *, required: frozenset[Tlv], known: frozenset[Tlv]) -> dict[int, bytes]:
+    """Return the values of our TLVs.
+
+    PreambleError if one is missing, there twice, of a size that it cannot have, or of no meaning in this kind of header.
+    """
     values: dict[int, bytes] = {}
     for kind, value in proxy.tlvs:
         if kind in _OURS:
             if kind in values:
                 raise _broken(f"two TLVs {kind:#04x}")
             values[kind] = value
-    missing = _REQUIRED - values.keys()
+    missing = required - values.keys()
     if missing:
         raise _broken(f"no TLV {min(missing):#04x}")
+    if values.keys() - known:
+        raise _broken(f"TLV {min(values.keys() - known):#04x} in a header without a client")
     for kind, size in _SIZES.items():
         if kind in values and len(values[kind]) != size:
             raise _broken(f"TLV {kind:#04x} of {len(values[kind])} bytes")
@@ -332,31 +311,16 @@ def _parse(header: bytes) -> Preamble:
         raise _broken("TLV 0xeb is not 1")
     if values[Tlv.FRAMING] != bytes([FRAMING_VERSION]):
         raise _broken(f"framing version {values[Tlv.FRAMING].hex()}")
-    preamble = Preamble(
-        client=proxy.source,
-        local=proxy.destination,
-        authority=_text(values[Tlv.AUTHORITY]),
-        stream_id=values[Tlv.UNIQUE_ID],
-        from_network=_text(values[Tlv.FROM_NETWORK]),
-        to_network=_text(values[Tlv.TO_NETWORK]),
-        addressee=_text(values[Tlv.ADDRESSEE]),
-        key_id=_text(values[Tlv.KEY_ID]),
-        time_ms=int.from_bytes(values[Tlv.TIME], "big"),
-        target=_text(values[Tlv.TARGET]),
-        hello_digest=values.get(Tlv.HELLO_DIGEST),
-        attempt=values[Tlv.ATTEMPT][0],
-        continues=Tlv.CONTINUES in values,
-    )
-    _check(preamble)
-    return preamble
+    return values
 
 
 _OURS: Final = frozenset(Tlv)
-_REQUIRED: Final = _OURS - {Tlv.HELLO_DIGEST, Tlv.CONTINUES}
+_STREAM: Final = _OURS - {Tlv.HELLO_DIGEST, Tlv.CONTINUES}
+_WARM: Final = _STREAM - {Tlv.AUTHORITY, Tlv.TARGET, Tlv.ATTEMPT}
 _SIZES: Final = {
     Tlv.UNIQUE_ID: STREAM_ID_SIZE,
     Tlv.TIME: 8,
-    Tlv.SIGNATURE: _SIGNATURE_SIZE,
+    Tlv.SIGNATURE: SIGNATURE_SIZE,
     Tlv.FRAMING: 1,
     Tlv.HELLO_DIGEST: DIGEST_SIZE,
     Tlv.ATTEMPT: 1,
@@ -370,18 +334,27 @@ def _text(value: bytes) -> str:
     return value.decode("latin-1")
 
 
-def _check(preamble: Preamble) -> None:
+def _check(preamble: Preamble | WarmPreamble) -> None:
     """Check what both sides check. Raises PreambleError (protocol_error)."""
-    for name in ("authority", "from_network", "to_network", "addressee", "key_id"):
-        if not _WORD.fullmatch(getattr(preamble, name)):
-            raise _broken(f"{name} is not 1 to 255 visible ASCII characters")
+    for name in ("from_network", "to_network", "addressee", "key_id"):
+        _check_word(name, getattr(preamble, name))
+    if not 0 <= preamble.time_ms < 1 << 64:
+        raise _broken("a time is 8 bytes")
+    if isinstance(preamble, WarmPreamble):
+        if len(preamble.nonce) != STREAM_ID_SIZE:
+            raise _broken("a nonce is 16 bytes")
+        return
+    _check_word("authority", preamble.authority)
     decode_target(preamble.target)
     if len(preamble.stream_id) != STREAM_ID_SIZE or not 0 <= preamble.attempt <= 0xFF:
         raise _broken("a stream id is 16 bytes, an attempt one")
-    if not 0 <= preamble.time_ms < 1 << 64:
-        raise _broken("a time is 8 bytes")
     if preamble.hello_digest is not None and len(preamble.hello_digest) != DIGEST_SIZE:
         raise _broken("a digest is 32 bytes")
+
+
+def _check_word(name: str, word: str) -> None:
+    if not _WORD.fullmatch(word):
+        raise _broken(f"{name} is not 1 to 255 visible ASCII characters")
 
 
 def _broken(detail: str) -> PreambleError:

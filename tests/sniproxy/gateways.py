@@ -17,7 +17,8 @@ from sniproxy.stream.capsule import Payload
 from sniproxy.stream.control import Opened, Ready, Refused
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import Preamble, PreambleVerifier, SigningKey, read_length
+from sniproxy.stream.preamble import Preamble, SigningKey, read_length
+from sniproxy.stream.verifier import PreambleVerifier
 
 KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
 KEY_C = SigningKey(id="ac-1", secret=bytes(range(32, 64)), from_network="a", to_network="c")

@@ -1,8 +1,10 @@
 """From a name to candidates: every kind of route, and everything that must never become one. No socket is touched."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,7 +48,6 @@ def router(**changes: object) -> Router:
         direct=EVERYTHING,
         keys=SigningKeys({"ab": key("b"), "ac": key("c")}),
         guard=LoopGuard("a"),
-        shuffle=lambda candidates: None,
     )
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -147,13 +148,30 @@ def test_direct_gateways_come_before_allocations() -> None:
     assert str(found[0]) == "direct:gw-1"
 
 
-def test_allocations_are_shuffled_and_direct_gateways_are_not() -> None:
-    def backwards(candidates: list[Candidate]) -> None:
-        candidates.reverse()
+def test_the_ways_to_one_network_are_put_into_order_and_networks_are_not() -> None:
+    def backwards(candidates: Sequence[Candidate]) -> list[Candidate]:
+        return list(reversed(candidates))
 
-    mesh = Mesh.of([*BASE, *(allocation(port) for port in (50001, 50002, 50003)), gateway()])
-    found = router(shuffle=backwards).candidates(compact("10.1.0.5"), mesh, 443)
-    assert [candidate.port for candidate in found] == [7443, 50003, 50002, 50001]
+    ways = [*(allocation(port) for port in (50001, 50002, 50003)), gateway(), allocation(50004, to="c")]
+    mesh = Mesh.of([*BASE, *ways, service(), service(to="c"), network("c")])
+    found = router(order=backwards).candidates(NAME, mesh, 8443)
+    assert [(way.network, way.port) for way in found] == [
+        ("b", 50003),
+        ("b", 50002),
+        ("b", 50001),
+        ("b", 7443),
+        ("c", 50004),
+    ]
+
+
+def test_weight_and_zone_of_a_way() -> None:
+    near = record(Kind.TURN, "a", "turn-1", msgspec.structs.replace(turn().spec, zone="eu-1"))
+    heavy = record(Kind.ALLOCATION, "b", "heavy", msgspec.structs.replace(allocation().spec, weight=5))
+    mesh = Mesh.of([*BASE, near, heavy])
+    (way,) = router(zone="eu-1").candidates(compact("10.1.0.5"), mesh, 443)
+    assert (way.weight, way.near) == (5, True)
+    for zone in ("eu-2", ""):
+        assert not router(zone=zone).candidates(compact("10.1.0.5"), mesh, 443)[0].near
 
 
 def test_a_service_is_asked_for_by_its_whole_name() -> None:

@@ -169,3 +169,60 @@ def test_no_peer_makes_a_stream_complete_alone(side: Side, kinds: list[CapsuleTy
     assert not ends.complete
     assert not ends.finished_sent
     assert not ends.final_sent
+
+
+# --- connections that are kept ready ----------------------------------------------------------------------------------
+
+
+def warm() -> Pair:
+    pair = Pair()
+    for ends in pair.ends.values():
+        ends.warm = True
+    pair.say(G, T.READY)
+    return pair
+
+
+def test_a_stream_on_a_warm_connection() -> None:
+    pair = warm()
+    pair.say_all([(R, T.PING), (G, T.PONG), (R, T.PING), (R, T.OPEN), (R, T.DATA), (G, T.PONG), (G, T.OPENED)])
+    pair.say_all(WHOLE[len(OPENING) :])
+    assert pair.ends[G].done
+
+
+@pytest.mark.parametrize(
+    ("said", "step"),
+    [
+        ([], (R, T.DATA)),
+        ([], (R, T.FINAL_DATA)),
+        ([], (G, T.OPENED)),
+        ([], (G, T.PONG)),
+        ([], (G, T.READY)),
+        ([(R, T.PING), (G, T.PONG)], (G, T.PONG)),
+        ([(R, T.OPEN)], (R, T.OPEN)),
+        ([(R, T.OPEN)], (R, T.PING)),
+        ([(R, T.OPEN)], (G, T.READY)),
+        ([(R, T.OPEN)], (G, T.DATA)),
+        ([(G, T.REFUSED)], (R, T.OPEN)),
+        ([], (G, T.PING)),
+        ([], (G, T.OPEN)),
+    ],
+)
+def test_what_may_not_be_said_on_a_warm_connection(said: list[Step], step: Step) -> None:
+    pair = warm()
+    pair.say_all(said)
+    with pytest.raises(CapsuleError):
+        pair.say(*step)
+
+
+@pytest.mark.parametrize("kind", [T.PING, T.OPEN])
+def test_a_stream_that_is_not_warm_has_no(kind: CapsuleType) -> None:
+    pair = Pair()
+    pair.say(G, T.READY)
+    with pytest.raises(CapsuleError):
+        pair.say(R, kind)
+
+
+def test_a_warm_connection_may_be_refused() -> None:
+    pair = warm()
+    pair.say(G, T.REFUSED)
+    assert pair.ends[R].refused

@@ -10,21 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sniproxy.stream import preamble as module
 from sniproxy.stream.preamble import (
     Preamble,
     PreambleError,
-    PreambleVerifier,
-    ReplayCache,
     SigningKey,
     Tlv,
-    check_hello,
+    WarmPreamble,
     encode_target,
     read_length,
     sign,
 )
 from sniproxy.stream.proxyproto import SIGNATURE, Command, ProxyHeader, crc32c, parse
 from sniproxy.stream.reason import Reason
+from sniproxy.stream.verifier import REPLAY_WINDOW_MS, TIME_WINDOW_MS, PreambleVerifier, ReplayCache, check_hello
 
 NOW_MS = 1_800_000_000_000
 AB = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
@@ -112,16 +110,16 @@ def test_what_is_signed_is_what_is_read(preamble: Preamble) -> None:
 
 def test_layout() -> None:
     tlvs = tlvs_of(sign(GOOD, AB.secret))
-    assert tlvs[:-1] == [
+    assert sorted(tlvs[:-1]) == [
         (0x02, b"orders.shop.example"),
         (0x05, bytes(range(16))),
         (0xE0, b"a"),
-        (0xE7, b"b"),
-        (0xE8, b"gw-1.turn-1"),
         (0xE1, b"ab-1"),
         (0xE2, NOW_MS.to_bytes(8, "big")),
         (0xE4, b"orders.shop.example:8443"),
         (0xE5, b"\x01"),
+        (0xE7, b"b"),
+        (0xE8, b"gw-1.turn-1"),
         (0xE9, bytes(range(100, 132))),
         (0xEA, b"\x00"),
     ]
@@ -483,9 +481,56 @@ def test_nothing_passes_twice_within_the_window(arrivals: list[tuple[int, int]])
 
 
 def test_the_window_covers_every_fresh_header() -> None:
-    assert module.REPLAY_WINDOW_MS >= 2 * module.TIME_WINDOW_MS
+    assert REPLAY_WINDOW_MS >= 2 * TIME_WINDOW_MS
 
 
 def test_a_key_does_not_show_its_secret() -> None:
     assert AB.secret.hex() not in repr(AB)
     assert repr(AB.secret) not in repr(AB)
+
+
+# --- connections that are kept ready ----------------------------------------------------------------------------------
+
+WARM = WarmPreamble(
+    nonce=bytes(range(16)), from_network="a", to_network="b", addressee="gw-1.turn-1", key_id="ab-1", time_ms=NOW_MS
+)
+
+
+def test_a_warm_header_has_no_client() -> None:
+    header = sign(WARM, AB.secret)
+    assert header[12:14] == b"\x20\x00"  # version 2 LOCAL, AF_UNSPEC
+    assert [kind for kind, _ in tlvs_of(header)] == [0x05, 0xE0, 0xE7, 0xE8, 0xE1, 0xE2, 0xE5, 0xE3]
+    assert verifier().verify(header, addressee=WARM.addressee, now_ms=NOW_MS) == WARM
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"key_id": "ac-1"}, Reason.NO_KEY),
+        ({"to_network": "c"}, Reason.NO_KEY),
+        ({"time_ms": NOW_MS - 60_001}, Reason.CLOCK_SKEW),
+        ({"addressee": "gw-2.turn-1"}, Reason.REPLAY),
+    ],
+)
+def test_what_a_warm_header_is_refused_for(changes: dict[str, object], reason: Reason) -> None:
+    assert refusal(sign(dataclasses.replace(WARM, **changes), AB.secret)) is reason  # type: ignore[arg-type]
+
+
+def test_a_warm_header_is_good_once() -> None:
+    header = sign(WARM, AB.secret)
+    once = verifier()
+    once.verify(header, addressee=WARM.addressee, now_ms=NOW_MS)
+    assert refusal(header, by=once) is Reason.REPLAY
+
+
+@given(st.data())
+def test_no_bit_of_a_warm_header_can_be_changed(data: st.DataObject) -> None:
+    header = sign(WARM, AB.secret)
+    bit = data.draw(st.integers(0, 8 * len(header) - 1))
+    forged = bytearray(header)
+    forged[bit // 8] ^= 1 << bit % 8
+    assert refusal(bytes(forged)) in (Reason.BAD_SIGNATURE, Reason.PROTOCOL_ERROR, Reason.NO_KEY)
+
+
+def test_a_warm_header_with_a_target_is_neither() -> None:
+    assert refusal(signed(TLVS, command=Command.LOCAL)) is Reason.PROTOCOL_ERROR

@@ -1,0 +1,124 @@
+"""Which of several ways to a network a stream takes: those that work, the near ones, the least busy of two.
+
+Allocations and gateways of one network are interchangeable, so a relay spreads its streams over them by what it sees itself: of
+two picked at random it takes the one with fewer streams of its own for its weight ("the power of two choices", Mitzenmacher 2001:
+nearly as even as asking all, without everybody running to the same one). One that keeps failing is left out for a growing while,
+and tried last in the meantime, never not at all: where all fail the fault may be ours.
+
+Sans-IO: time comes in.
+"""
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from sniproxy.route import Candidate, RouteKind
+
+FAILURES: Final = 3
+"""Failures in a row before one is left out: a lost packet or a restart makes one or two."""
+FIRST_EJECTION_S: Final = 5.0
+MAX_EJECTION_S: Final = 300.0
+"""Doubled from the first with each failure that follows. By the longest one, discovery has long dropped what is really gone."""
+MAX_TRACKED: Final = 4096
+"""Ways that are remembered, those in use apart; the ones that were used longest ago are forgotten first."""
+
+
+@dataclass(slots=True)
+class _Way:
+    streams: int = 0
+    failures: int = 0
+    """In a row."""
+    out_until: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ejected:
+    """A way that has just been left out."""
+
+    failures: int
+    seconds: float
+
+
+class Balance:
+    """What one relay knows of its ways to other networks."""
+
+    def __init__(self, clock: Callable[[], float], *, rng: random.Random | None = None) -> None:
+        """`clock` gives seconds that never go back."""
+        self._clock = clock
+        self._random = rng or random.Random()
+        self._ways: OrderedDict[tuple[str, str, str, int], _Way] = OrderedDict()
+
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Put the ways to one network into the order in which a stream tries them.
+
+        Those that are left out come last; before that direct ones come before TURN servers, near ones before far ones.
+        """
+        now = self._clock()
+        # A heavier one is likelier to be in front: the exponential race for weighted sampling (Efraimidis and Spirakis 2006).
+        drawn = sorted(candidates, key=lambda way: self._random.expovariate(way.weight))
+        classes = {way: (self._out(way, now), way.kind is RouteKind.TURN, not way.near) for way in drawn}
+        drawn.sort(key=classes.__getitem__)
+        if len(drawn) > 1 and classes[drawn[0]] == classes[drawn[1]] and self._busy(drawn[1]) < self._busy(drawn[0]):
+            drawn[:2] = drawn[1], drawn[0]
+        return drawn
+
+    @contextmanager
+    def carrying(self, way: Candidate) -> Iterator[None]:
+        """Count a stream on this way while the block runs."""
+        known = self._know(way)
+        known.streams += 1
+        try:
+            yield
+        finally:
+            known.streams -= 1
+
+    def succeeded(self, way: Candidate) -> None:
+        """Note that a gateway answered on this way."""
+        known = self._ways.get(_key(way))
+        if known is not None:
+            known.failures, known.out_until = 0, 0.0
+
+    def failed(self, way: Candidate) -> Ejected | None:
+        """Note that it did not; say so where the way is left out for that."""
+        now = self._clock()
+        known = self._know(way)
+        if now < known.out_until:
+            return None  # a stream that had begun before, or that had no other way
+        known.failures += 1
+        if known.failures < FAILURES:
+            return None
+        seconds = min(FIRST_EJECTION_S * 2.0 ** min(known.failures - FAILURES, 16), MAX_EJECTION_S)
+        known.out_until = now + seconds
+        return Ejected(failures=known.failures, seconds=seconds)
+
+    @property
+    def left_out(self) -> int:
+        """How many ways are left out now."""
+        now = self._clock()
+        return sum(now < way.out_until for way in self._ways.values())
+
+    def _out(self, way: Candidate, now: float) -> bool:
+        known = self._ways.get(_key(way))
+        return known is not None and now < known.out_until
+
+    def _busy(self, way: Candidate) -> float:
+        known = self._ways.get(_key(way))
+        return 0.0 if known is None else known.streams / way.weight
+
+    def _know(self, way: Candidate) -> _Way:
+        key = _key(way)
+        known = self._ways.setdefault(key, _Way())
+        self._ways.move_to_end(key)
+        if len(self._ways) > MAX_TRACKED:
+            idle = next((key for key, way in self._ways.items() if not way.streams and way is not known), None)
+            if idle is not None:
+                del self._ways[idle]
+        return known
+
+
+def _key(way: Candidate) -> tuple[str, str, str, int]:
+    # The address, too: an allocation that was made anew has the id of the one that was lost.
+    return way.network, way.addressee, way.address, way.port
