@@ -11,7 +11,7 @@ upstream says. It does not recurse or validate.
     pairs      (S) A and AAAA from one table         destination (S) where an upstream is
     resolver   one packet → its reply                asked      what waits, and what failures are said to be
     precedence whose an imported name is             moves      (S) names that change hands
-    udp, tcp   the client's side
+    tables     a table for each state of discovery   udp, tcp   the client's side
     batch      many datagrams in one system call     foreign    cache or upstream, and when neither has it
     forward    attempts, time-outs, coalescing       upstream, pipeline, https, exchange   the other side
 """

@@ -76,6 +76,7 @@ class Entry:
     __slots__ = (
         "_opt",
         "_ttls",
+        "bindings",
         "body",
         "expires",
         "fresh_until",
@@ -97,6 +98,7 @@ class Entry:
         self.key = key
         self.rcode = message.flags & 0xF
         self.targets = message.targets
+        self.bindings = message.bindings
         self.body = message.data[message.body : message.records_stop]
         self.stored = now
         self.expires = now + ttl_s
@@ -124,7 +126,8 @@ class Entry:
         """What comes behind the question, without and with EDNS, until `tails_until`."""
 
         self.tails_until = 0.0
-        self.size = _OVERHEAD + len(key) + 3 * len(self.body) + 80 * len(self._ttls) + _OF_TARGET * len(self.targets)
+        self.size = _OVERHEAD + len(key) + 3 * len(self.body) + 80 * len(self._ttls)
+        self.size += _OF_TARGET * (len(self.targets) + len(self.bindings))
 
     def reply(self, ident: bytes, question: bytes, *, edns: bool, now: float) -> bytes:
         """The reply to its question, with what is left of each TTL."""

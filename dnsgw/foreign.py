@@ -33,14 +33,28 @@ _STALE = {
 class Heard:
     """What upstream said, as the reply to the question that was asked, of any length."""
 
-    __slots__ = ("entry", "outcome", "targets", "wire")
+    __slots__ = ("bindings", "entry", "glue", "outcome", "targets", "wire")
 
-    def __init__(self, wire: bytes, targets: tuple[bytes, ...], outcome: Outcome, entry: Entry | None = None) -> None:
-        """Note the reply, the names that its aliases lead to, and where it is from; `entry` if it can be used again."""
+    def __init__(
+        self,
+        wire: bytes,
+        outcome: Outcome,
+        entry: Entry | None = None,
+        *,
+        targets: tuple[bytes, ...] = (),
+        bindings: tuple[bytes, ...] = (),
+        glue: tuple[bytes, ...] = (),
+    ) -> None:
+        """Note the reply, where it is from, its entry if it can be used again, and the names that it leads to.
+
+        `targets`, `bindings` and `glue` are those of the Message.
+        """
         self.wire = wire
-        self.targets = targets
         self.outcome = outcome
         self.entry = entry
+        self.targets = targets
+        self.bindings = bindings
+        self.glue = glue
 
 
 Done: TypeAlias = Callable[[Heard | Failure], None]
@@ -122,7 +136,7 @@ class Foreign:
                 entry.uses += 1
                 ident = query.id.to_bytes(2, "big")
                 wire = entry.reply(ident, query.question, edns=query.edns is not None, now=now)
-                return Heard(wire, entry.targets, Outcome.CACHED, entry)
+                return Heard(wire, Outcome.CACHED, entry, targets=entry.targets, bindings=entry.bindings)
             if entry.expires <= now < entry.retry_at and self.cache.may_be_stale(entry, now):
                 return self._stale(query, entry)
         failed = self._failed.get(key)
@@ -168,10 +182,17 @@ class Foreign:
                 self._read = (result, Message(result))
             message = self._read[1]
             entry = self.cache.put(query, key, message, now) if key is not None else None
-            return Heard(message.as_reply(query), message.targets, Outcome.FORWARDED, entry)
+            return Heard(
+                message.as_reply(query),
+                Outcome.FORWARDED,
+                entry,
+                targets=message.targets,
+                bindings=message.bindings,
+                glue=message.glue(),
+            )
         except Malformed:
             if int.from_bytes(result[2:4], "big") & TC:  # it was cut somewhere, and what is left does not matter
-                return Heard(truncate(query.id.to_bytes(2, "big") + result[2:], query), (), Outcome.FORWARDED)
+                return Heard(truncate(query.id.to_bytes(2, "big") + result[2:], query), Outcome.FORWARDED)
             return Failure.MALFORMED
 
     def _give_up(self, query: Query, key: bytes | None, done: Done, failure: Failure) -> None:
@@ -203,4 +224,4 @@ class Foreign:
             do=edns is not None and edns.do,
             options=_STALE[Rcode(entry.rcode)],
         )
-        return Heard(wire, entry.targets, Outcome.STALE)
+        return Heard(wire, Outcome.STALE, targets=entry.targets, bindings=entry.bindings)

@@ -40,6 +40,7 @@ _ANY_HINFO = "RFC8482"  # RFC 8482 section 4.2
 _RESOLVER_ARPA = wire_name("resolver.arpa")
 _LOCALHOST = wire_name("localhost")
 _ABSENT_TOP_LEVEL = (wire_name("invalid"), wire_name("onion"))  # RFC 6761 section 6.4, RFC 7686 section 2
+_WITHHELD = extended_error(ExtendedError.FORGED_ANSWER, "withheld: it leads round the relay to another network")
 
 
 class Disposition(Enum):
@@ -87,6 +88,8 @@ class Table:
         self._nodata: dict[int, Answer] = {}
         self._any = Answer(tails=(record(OWNER, Qtype.HINFO, ttl_s, hinfo(_ANY_HINFO)),), answers=1)
         self._refused = Answer(Rcode.REFUSED, authoritative=False)
+        self.withheld = Answer(tails=(self._soa_record(0),), authorities=1, authoritative=False, options=_WITHHELD)
+        """NODATA for what of upstream's would lead round the relays."""
         addresses, self._port = _relays(stale or mesh, network)
         self._options = extended_error(ExtendedError.STALE_ANSWER, "no relay is alive") if stale else b""
         self._vips = vips

@@ -34,6 +34,7 @@ _SERVFAIL = 2
 
 _CNAME = 5
 _ONE_NAME = frozenset({2, 3, 4, _CNAME, 7, 8, 9, 12})  # types whose data is a name that may be compressed (RFC 1035)
+_LEADING = frozenset({Qtype.A, Qtype.AAAA, Qtype.SVCB, Qtype.HTTPS})
 _TTL_SIGN = 0x80000000
 _POINTER = 0xC0
 
@@ -73,6 +74,7 @@ class Message:
     __slots__ = (
         "answers",
         "authorities",
+        "bindings",
         "body",
         "data",
         "flags",
@@ -87,7 +89,7 @@ class Message:
     def __init__(self, data: bytes) -> None:
         """Find every record. A reply cut short (TC) must still hold the records that it counts."""
         self.data = data
-        aliased = False
+        aliased = bound = False
         try:
             _, self.flags, questions, self.answers, self.authorities, extras = HEADER.unpack_from(data)
             position = HEADER_SIZE
@@ -119,6 +121,8 @@ class Message:
                     self.places.append(Place(section, owner, rtype, rclass, fixed, ttl_s, start, position))
                     if rtype == _CNAME:
                         aliased = True
+                    elif 64 <= rtype <= 65:  # Qtype.SVCB, Qtype.HTTPS
+                        bound = True
                 if section == 1:
                     self.records_stop = position
                 section += 1
@@ -129,6 +133,8 @@ class Message:
         self.question = data[HEADER_SIZE : self.body]
         self.targets = self._targets() if aliased else ()
         """The names that aliases lead to from the name asked for, in order, lower-cased."""
+        self.bindings = self._bindings() if bound else ()
+        """The names that service bindings lead to with addresses or ways of their own (RFC 9460 ServiceMode), lower-cased."""
 
     @property
     def rcode(self) -> int:
@@ -165,6 +171,24 @@ class Message:
             name = aliases.pop(name)
             found.append(name)
         return tuple(found)
+
+    def _bindings(self) -> tuple[bytes, ...]:
+        found: dict[bytes, None] = {}
+        for place in self.places:
+            if place.section == Section.ANSWER and place.rtype in (Qtype.SVCB, Qtype.HTTPS):
+                target = name_at(self.data, place.start + 2, place.stop)
+                # Priority 0 is an alias: its parameters are ignored, and who follows it asks for the name.
+                if target != b"\0" and any(self.data[place.start : place.start + 2]):
+                    found[target.lower()] = None
+        return tuple(found)
+
+    def glue(self) -> tuple[bytes, ...]:
+        """The names, lower-cased, that the additional section says something of that leads to a host. Raises Malformed."""
+        if len(self.places) == self.answers + self.authorities:
+            return ()
+        extra = (place for place in self.places if place.section == Section.ADDITIONAL and place.rtype in _LEADING)
+        names = (name_at(self.data, place.owner).lower() for place in extra)
+        return tuple(dict.fromkeys(names))
 
     def as_reply(self, query: Query, options: bytes = b"") -> bytes:
         """Write it as the reply to this question: the client's id and spelling, and an OPT that is ours if it has one.
@@ -245,6 +269,13 @@ def joined(query: Query, chain: Message, count: int, end: Message) -> bytes:
     head = HEADER.pack(query.id, end.flags & ~(AA | AD), 1, len(records) + len(answers), len(authorities), edns)
     opt = opt_record(do=query.edns.do, rcode=end.rcode, options=end.extended_errors) if query.edns else b""
     return b"".join((head, query.question, *records, *answers, *authorities, opt))
+
+
+def bare(reply: bytes) -> bytes:
+    """The reply without its additional section, but for OPT. Raises Malformed."""
+    message = Message(reply)
+    opt = reply[message.opt.owner : message.opt.stop] if message.opt else b""
+    return reply[: HEADER_SIZE - 2] + bytes((0, bool(opt))) + reply[HEADER_SIZE : message.records_stop] + opt
 
 
 def retargeted(query: Query, name: bytes) -> Query:

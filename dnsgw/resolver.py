@@ -22,13 +22,14 @@ from dnsgw.config import DnsConfig
 from dnsgw.exchange import Failure
 from dnsgw.foreign import Foreign, Heard
 from dnsgw.forward import Forwarder
-from dnsgw.intercept import NOT_READY, Disposition, Table
-from dnsgw.message import Malformed, Message, joined, retargeted
+from dnsgw.intercept import NOT_READY, Disposition
+from dnsgw.message import Malformed, Message, bare, joined, retargeted
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.moves import moved
 from dnsgw.pairs import Pairs
 from dnsgw.precedence import Owner, Precedence, Then
 from dnsgw.reply import Answer, truncate
+from dnsgw.tables import Tables
 from dnsgw.wire import MAX_TCP_REPLY, BadQuery, Rcode, forwardable, option, scan, wire_name
 
 log = logging.getLogger(__name__)
@@ -62,11 +63,9 @@ class Resolver:
         self._pairs = Pairs()
         self._note = self._pairs.recent.append
         self._mesh: Mesh | None = None
-        self._relayed: Mesh | None = None
-        """The last mesh in which a relay was alive, and since when that is not so."""
-        self._relayless_since: float | None = None
         self._stale_end: asyncio.TimerHandle | None = None
-        self._table = self._make_table(None)
+        self._tables = Tables(config)
+        self._table = self._tables.make(None, 0.0)
         self._foreign = Foreign(config.cache, metrics, max_in_flight=config.max_in_flight)
         self._cache = self._foreign.cache
         self._clients = Clients(config.allow, config.rate_limit)
@@ -87,6 +86,7 @@ class Resolver:
     def reconfigure(self, config: DnsConfig, *, elsewhere: bool) -> None:
         """Go by this from now on; `elsewhere`: other upstreams are asked, so that nothing counts that was said before."""
         before, self._config = self._config, config
+        self._tables.config = config
         self._clients = Clients(config.allow, config.rate_limit)
         self._left = self._clients.left
         self._most = config.max_udp_reply
@@ -97,7 +97,7 @@ class Resolver:
         if elsewhere:
             self._foreign.forget()
         if self._mesh is None:
-            self._table = self._make_table(None)
+            self._table = self._tables.make(None, 0.0)
         else:
             self._apply(self._mesh, before.imports)
 
@@ -113,8 +113,11 @@ class Resolver:
             names = moved(self._mesh, imports_before, mesh, self._config.imports)
             self._cache.flush(map(wire_name, names))
         self._mesh = mesh
-        before, self._table = self._table, self._make_table(mesh, self._stale_relays(mesh))
-        self._pairs.keep(before, time.monotonic())
+        now = time.monotonic()
+        before, self._table = self._table, self._tables.make(mesh, now)
+        if self._tables.holds_s:
+            self._stale_end = self._loop.call_later(self._tables.holds_s, self.apply, mesh)
+        self._pairs.keep(before, now)
         self._cache.cool()  # what was upstream's may be ours now
         held, self._held = self._held, {}
         for asked in held:
@@ -158,34 +161,6 @@ class Resolver:
         except Exception as error:  # noqa: BLE001 - the last resort, or one packet would end the server
             self._log(error)
             send(b"", where)
-
-    def _make_table(self, mesh: Mesh | None, stale: Mesh | None = None) -> Table:
-        config = self._config
-        return Table(
-            mesh,
-            imports=config.imports,
-            network=config.network,
-            domain=config.domain,
-            ttl_s=config.ttl_s,
-            stale=stale,
-            vips=config.vip,
-        )
-
-    def _stale_relays(self, mesh: Mesh) -> Mesh | None:
-        """The mesh whose relays are answered if this one has none, for a while."""
-        if mesh.relays(self._config.network):
-            self._relayed, self._relayless_since = mesh, None
-            return None
-        if self._relayed is None:
-            return None
-        now = time.monotonic()
-        if self._relayless_since is None:
-            self._relayless_since = now
-        left_s = self._relayless_since + self._config.stale_relays_for_s - now
-        if left_s <= 0:
-            return None
-        self._stale_end = self._loop.call_later(left_s, self.apply, mesh)
-        return self._relayed
 
     def _admit(self, host: Host) -> int:
         if self._window is None and self._clients.limited:
@@ -287,13 +262,50 @@ class Resolver:
         if ours:
             self._finish_chain(asked, result, ours)
             return
+        if result.bindings:
+            self._bound(asked, result, result.bindings)
+        else:
+            self._pass_on(asked, result)
+
+    def _pass_on(self, asked: Asked, result: Heard) -> None:
+        """Answer what upstream said."""
         self._counts[result.outcome] += 1
-        if result.outcome is Outcome.CACHED and result.entry is not None and not asked.depth:
+        if result.outcome is Outcome.CACHED and result.entry is not None and not asked.depth and not result.bindings:
             key = key_of(asked.query)
             if key is not None and self._table.decide(asked.query) is Disposition.FORWARD:
                 self._cache.heat(key, result.entry)
         wire = result.wire
+        if result.glue and any(self._decide_on(asked, name) is not Disposition.FORWARD for name in result.glue):
+            wire = bare(wire)
         asked.send(wire if len(wire) <= asked.limit else truncate(wire, asked.query), asked.where)
+
+    def _decide_on(self, asked: Asked, name: bytes) -> Answer | Disposition:
+        return self._table.decide(retargeted(asked.query, name))
+
+    # Service bindings (RFC 9460) hand out addresses, ports and keys of the name that they lead to. Where that is a name of
+    # ours, they lead round the relay, or blind it; without them clients ask for addresses. A record set is whole or not at
+    # all, so all of it is withheld. Aliases among them hand out nothing: whoever follows one asks us for the name.
+
+    def _bound(self, asked: Asked, result: Heard, names: tuple[bytes, ...]) -> None:
+        """Answer what upstream said unless one of these names is ours."""
+        for count, name in enumerate(names, 1):
+            decision = self._decide_on(asked, name)
+            if decision is Disposition.LOCAL_FIRST:
+                then = partial(self._binding_settled, asked, result, names[count:])
+                self._precedence.settle(asked.about(name, asked.send), then)
+                return
+            if decision is not Disposition.FORWARD:
+                self._answer(asked, self._table.withheld)
+                return
+        self._pass_on(asked, result)
+
+    def _binding_settled(
+        self, asked: Asked, result: Heard, rest: tuple[bytes, ...], _: Asked, owner: Owner, __: Heard | Failure | None
+    ) -> None:
+        if owner is Owner.UPSTREAM:
+            self._guarded(self._bound, asked, result, rest)
+        else:
+            self._guarded(self._answer, asked, self._table.withheld if owner is Owner.OURS else UNDECIDED)
 
     # A chain of aliases from upstream that leads to a name of ours is finished by us: upstream does not have the name, or
     # has another network's private address for it.
@@ -301,7 +313,7 @@ class Resolver:
     def _ours(self, asked: Asked, heard: Heard) -> int:
         """How many aliases lead to the first name of ours; 0: none is."""
         for count, target in enumerate(heard.targets, 1):
-            decision = self._table.decide(retargeted(asked.query, target))
+            decision = self._decide_on(asked, target)
             if decision is Disposition.LOCAL_FIRST:
                 # Upstream goes first: it is ours only if upstream's answer ends there.
                 if count == len(heard.targets) and not Message(heard.wire).has_data(asked.query.qtype):

@@ -65,6 +65,7 @@ class Qtype(IntEnum):
     AAAA = 28
     SRV = 33
     OPT = 41
+    SVCB = 64
     HTTPS = 65
     IXFR = 251
     AXFR = 252
@@ -76,6 +77,7 @@ class ExtendedError(IntEnum):
 
     OTHER = 0
     STALE_ANSWER = 3
+    FORGED_ANSWER = 4
     NOT_READY = 14
     STALE_NXDOMAIN = 19
     NO_REACHABLE_AUTHORITY = 22

@@ -274,6 +274,39 @@ def test_nothing_is_kept_in_no_room() -> None:
     )
 
 
+def test_what_leads_to_a_name_is_forgotten_with_it() -> None:
+    cache = Cache(CacheConfig(max_bytes=100_000))
+    chain = ("a.test. 60 IN CNAME b.test.", "b.test. 60 IN CNAME c.test.")
+    ring = (*chain, "c.test. 60 IN CNAME b.test.")  # b twice
+    for name in (b"\1b\4test\0", b"\1c\4test\0"):
+        for records in (chain, ring):
+            kept(cache, asked("a.test"), answer(asked("a.test"), *records, authority=(SOA,), rcode=3))
+            kept(cache, asked("a.test"), answer(asked("a.test"), *records, authority=(SOA,), rcode=3))
+            fill(cache, "d.test")
+            cache.flush([b"\1d\4test\0\0", name])
+            assert found(cache, asked("a.test")) is None
+            assert found(cache, asked("d.test")) is not None
+    for n in range(500):
+        kept(
+            cache, asked(f"n{n}.test"), answer(asked(f"n{n}.test"), f"n{n}.test. 60 IN CNAME c.test.", authority=(SOA,))
+        )
+    assert sum(map(len, cache._leading.values())) == len(cache) > 10
+    cache.clear()
+    assert (len(cache), cache.size, cache._leading, cache._small_size) == (0, 0, {}, 0)
+
+
+def test_lower_caps_and_less_room_count_at_once() -> None:
+    cache = Cache(CacheConfig())
+    for n in range(50):
+        fill(cache, f"n{n}.test")
+    kept(cache, asked("gone.test"), answer(asked("gone.test"), authority=(SOA,), rcode=3))
+    cache.reconfigure(CacheConfig(max_ttl_s=60, max_negative_ttl_s=30))
+    assert len(cache) == 1  # a minute is longer than one of the caps
+    fill(cache, "n.test")
+    cache.reconfigure(CacheConfig(max_ttl_s=60, max_negative_ttl_s=30, max_bytes=0))
+    assert (len(cache), cache.size) == (0, 0)
+
+
 def test_names_are_forgotten_on_request() -> None:
     cache = Cache(CacheConfig())
     fill(cache, "a.test")

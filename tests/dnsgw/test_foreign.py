@@ -2,11 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import dns.message
 import dns.rcode
+import dns.rrset
 import pytest
 
+from discovery.imports import Imports
+from discovery.model import Deletion, Kind
 from dnsgw import Outcome
 from dnsgw.cache import CacheConfig
 from dnsgw.wire import Qtype
@@ -200,3 +204,137 @@ async def test_a_chain_that_leads_elsewhere_is_left_alone(upstream: Authority) -
                     f"{WWW}. 300 IN A 192.0.2.1",
                 ]
         assert len(upstream.asked) == 1
+
+
+# Names that change hands.
+
+
+def lives_long(asked: Asked) -> list[bytes]:
+    """Upstream says for five minutes that something is not there."""
+    return [asked.answer.replace(b"\0\0\0\x3c", b"\0\0\x01\x2c")]
+
+
+@pytest.mark.parametrize("prefer", ["local", "remote"])
+@pytest.mark.parametrize("by", ["discovery", "configuration"])
+@pytest.mark.parametrize("asked_before", [False, True], ids=["", "asked for while it was away"])
+async def test_a_service_that_moves_here_is_found_here_at_once(
+    upstream: Authority, prefer: str, by: str, asked_before: bool
+) -> None:
+    """Upstream once said that it is not there, for a long time: that was before."""
+    upstream.records["shop.example.test", "CNAME"] = [ORDERS]
+    upstream.script = lives_long
+    away = VIEW.apply([Deletion((Kind.SERVICE, "b", ORDERS), 9)])
+    rules = imports(prefer)
+    config = {"imports": Imports() if by == "configuration" else rules}
+
+    async def become(ours: bool) -> None:
+        if by == "discovery":
+            server.apply(VIEW if ours else away)
+        else:
+            server.reconfigure(replace(server.config, imports=rules if ours else Imports()))
+
+    async with running(away if by == "discovery" else VIEW, upstream.port, **config) as server:
+        with Client(address(server)) as client:
+            for name in (ORDERS, "shop.example.test"):
+                for _ in range(3):  # heard, kept, and answered at once
+                    assert read(await client.ask(query(name))).rcode() == dns.rcode.NXDOMAIN
+            await become(ours=True)
+            if asked_before:
+                for name in (ORDERS, "shop.example.test"):
+                    assert answers(await client.ask(query(name)))[-1].endswith(" 10.0.0.9")
+            upstream.records[ORDERS, "A"] = ["192.0.2.7"]
+            await become(ours=False)
+            for name in (ORDERS, "shop.example.test"):
+                assert answers(await client.ask(query(name)))[-1].endswith(" 192.0.2.7")
+
+
+async def test_what_changes_elsewhere_costs_no_answer_that_is_kept(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port, imports=imports()) as server:
+        with Client(address(server)) as client:
+            assert answers(await client.ask(query(WWW)))
+            server.apply(VIEW.apply([service("b", "new.shop.svc.cluster.local", 443), relay("10.0.0.8")]))
+            assert answers(await client.ask(query(WWW)))
+        assert len(upstream.asked) == 1
+
+
+# Service bindings (RFC 9460), and what comes with an answer.
+
+LEAK = "alpn=h3,h2 port=8443 ipv4hint=10.1.0.5 ipv6hint=fd00:b::5"
+
+
+@pytest.mark.parametrize("edns", [b"", opt(), opt(do=True)], ids=["plain", "EDNS", "DO"])
+@pytest.mark.parametrize("rdtype", ["HTTPS", "SVCB"])
+@pytest.mark.parametrize("target", [ADDRESS, ORDERS, f"nope.{DOMAIN}", ADDRESS.upper()])
+async def test_a_binding_to_a_name_of_ours_is_withheld(
+    upstream: Authority, target: str, rdtype: str, edns: bytes
+) -> None:
+    upstream.records[WWW, rdtype] = [f"1 cdn.example.test. {LEAK}", f"2 {target}. {LEAK}"]
+    async with running(VIEW, upstream.port, imports=imports()) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                reply = await client.ask(query(WWW, Qtype[rdtype], edns=edns))
+                assert bytes((10, 1, 0, 5)) not in reply
+                nodata = read(reply)
+                assert (nodata.rcode(), nodata.answer, len(nodata.authority)) == (dns.rcode.NOERROR, [], 1)
+                assert errors(reply) == ([4] if edns else [])
+            assert answers(await client.ask(query(WWW))) == [f"{WWW}. 300 IN A 192.0.2.1"]
+        assert len(upstream.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        f"0 {ADDRESS}.",  # an alias: whoever follows it asks us
+        f"1 . {LEAK}",
+        f"1 cdn.example.test. {LEAK}",
+        f"1 {ADDRESS}.example.test. {LEAK}",
+    ],
+)
+async def test_other_bindings_are_left_alone(upstream: Authority, record: str) -> None:
+    upstream.records[WWW, "HTTPS"] = [record]
+    async with running(VIEW, upstream.port, imports=imports()) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                reply = await client.ask(query(WWW, Qtype.HTTPS))
+                assert reply[12:] == upstream.asked[0].answer[12:]
+
+
+@pytest.mark.parametrize("where", ["nowhere", "upstream", "failing"])
+async def test_a_binding_to_an_import_that_upstream_has_first(upstream: Authority, where: str) -> None:
+    upstream.records[WWW, "HTTPS"] = [f"1 {ORDERS}. {LEAK}", f"2 bills.shop.svc.cluster.local. {LEAK}"]
+    if where == "upstream":
+        upstream.records[ORDERS, "A"] = ["192.0.2.7"]
+        upstream.records["bills.shop.svc.cluster.local", "AAAA"] = ["2001:db8::7"]
+    elif where == "failing":
+        upstream.script = lambda asked: [
+            asked.answer if asked.name == WWW else asked.answer[:3] + b"\x82" + asked.answer[4:]
+        ]
+    async with running(VIEW, upstream.port, imports=imports("local")) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                reply = await client.ask(query(WWW, Qtype.HTTPS, edns=opt()))
+                assert (bytes((10, 1, 0, 5)) in reply) == (where == "upstream")
+                assert errors(reply) == {"nowhere": [4], "upstream": [], "failing": [22]}[where]
+                assert read(reply).rcode() == (dns.rcode.SERVFAIL if where == "failing" else dns.rcode.NOERROR)
+
+
+@pytest.mark.parametrize("edns", [b"", opt()], ids=["plain", "EDNS"])
+@pytest.mark.parametrize(("target", "kept"), [(ADDRESS, False), (ORDERS, False), ("www.example.test", True)])
+async def test_addresses_of_names_of_ours_do_not_come_along(
+    upstream: Authority, target: str, kept: bool, edns: bytes
+) -> None:
+    """A server that is helpful adds the addresses of the target, which for a name of ours lead past the relay."""
+
+    def helpful(asked: Asked) -> list[bytes]:
+        reply = dns.message.from_wire(asked.answer)
+        reply.additional.append(dns.rrset.from_text(f"{target}.", 300, "IN", "A", "10.1.0.5"))
+        return [reply.to_wire()]
+
+    upstream.records["_api._tcp.example.test", "SRV"] = [f"0 0 8443 {target}."]
+    upstream.script = helpful
+    async with running(VIEW, upstream.port, imports=imports()) as server:
+        with Client(address(server)) as client:
+            reply = read(await client.ask(query("_api._tcp.example.test", Qtype.SRV, edns=edns)))
+            assert [str(item) for item in reply.answer[0]] == [f"0 0 8443 {target}."]
+            assert len(reply.additional) == kept
+            assert reply.edns == (0 if edns else -1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnsgw.message import Malformed, Message, joined, name_at, retargeted, with_option
+from dnsgw.message import Malformed, Message, bare, joined, name_at, retargeted, with_option
 from dnsgw.wire import ExtendedError, extended_error, scan
 from tests.dnsgw.packets import AD, RD, header, name, opt, option, query, question
 
@@ -118,6 +118,45 @@ def test_records_stand_alone_without_compression(rtype: str) -> None:
     assert str(whole.answer[0]) == f"x.test. 9 IN {rtype}"
 
 
+BINDINGS = """id 1
+flags QR RD RA
+;QUESTION
+www.example.test. IN HTTPS
+;ANSWER
+www.example.test. 60 IN HTTPS 1 A.svc.mesh.INTERNAL. ipv4hint=10.1.0.5
+www.example.test. 60 IN HTTPS 2 a.svc.mesh.internal. alpn=h3
+www.example.test. 60 IN SVCB 3 b.svc.mesh.internal. port=1
+www.example.test. 60 IN HTTPS 4 . ipv4hint=10.1.0.5
+;AUTHORITY
+example.test. 60 IN HTTPS 1 other.test.
+;ADDITIONAL
+A.svc.mesh.internal. 60 IN A 10.1.0.5
+a.svc.mesh.internal. 60 IN AAAA fd00::5
+b.svc.mesh.internal. 60 IN TXT x
+"""
+
+
+def test_where_bindings_lead_and_what_comes_along() -> None:
+    message = Message(wire(BINDINGS))
+    assert set(message.bindings) == {name("a.svc.mesh.internal"), name("b.svc.mesh.internal")}
+    assert message.glue() == (name("a.svc.mesh.internal"),)
+    aliases = BINDINGS.replace("SVCB 3 b.svc.mesh.internal. port=1", "SVCB 0 b.svc.mesh.internal.")
+    assert Message(wire(aliases)).bindings == (name("a.svc.mesh.internal"),)
+    assert Message(wire()).bindings == ()
+    for end in (b"", b"\0", b"\0\1", b"\0\1\3abc", b"\0\1\xc0"):
+        packet = header(1, 0x8180, (1, 1, 0, 0)) + question("www.example.test", 65)
+        with pytest.raises(Malformed):
+            Message(packet + b"\xc0\x0c\0\x41\0\1\0\0\0\1" + len(end).to_bytes(2, "big") + end)
+
+
+@pytest.mark.parametrize("edns", ["", "edns 0\npayload 1232\n"])
+def test_what_comes_along_can_be_left_out(edns: str) -> None:
+    text = BINDINGS.replace(";QUESTION", edns + ";QUESTION")
+    left = dns.message.from_wire(bare(wire(text)))
+    whole = dns.message.from_text(text[: text.index(";ADDITIONAL")])
+    assert sorted(left.to_text().splitlines()) == sorted(whole.to_text().splitlines())
+
+
 def test_a_question_about_another_name() -> None:
     other = retargeted(ASKED, name("b.svc.mesh.internal"))
     assert other.question == question("b.svc.mesh.internal")
@@ -156,13 +195,15 @@ def test_a_name_must_end_where_its_record_does() -> None:
         name_at(b"\0" * 12 + b"\1a\1b\0", 12, 15)
 
 
-@given(st.integers(0, len(wire())), st.binary(max_size=12), st.integers(0, 12))
-def test_a_spoilt_reply_is_read_or_malformed(at: int, spoilt: bytes, skip: int) -> None:
-    data = wire()
+@given(st.sampled_from([CHAIN, BINDINGS]), st.integers(0, 300), st.binary(max_size=12), st.integers(0, 12))
+def test_a_spoilt_reply_is_read_or_malformed(text: str, at: int, spoilt: bytes, skip: int) -> None:
+    data = wire(text)
     data = data[:at] + spoilt + data[at + skip :]
     try:
         message = Message(data)
         message.as_reply(ASKED)
+        message.glue()
+        bare(data)
         joined(ASKED, message, len(message.targets), message)
     except Malformed:
         pass
