@@ -87,14 +87,19 @@ class TestStrangers:
 
     def test_who_does_not_read_is_dismissed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(session, "SEND_TIMEOUT_S", 0.2)
-        with embedded() as server, Client(at(server), receive_buffer=4096) as client:
-            client.allocate()
-            requests = client.bare(Method.REFRESH).pack() * 100  # 20 bytes, a challenge of 150 is the answer to each
-            with pytest.raises((ConnectionResetError, BrokenPipeError)):
-                for _ in range(10_000):
-                    client.send(requests)
-            assert until_refused(client.relayed)
-            assert eventually(lambda: server.metric("crossnet_turn_allocations") == 0)
+        with embedded() as server:
+            # Of a kernel's usual size it takes tens of thousands of answers to fill: on a busy machine longer than the client waits.
+            server.server._listening.tcp[0]._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            with Client(at(server), receive_buffer=4096) as client:
+                client.allocate()
+                requests = (
+                    client.bare(Method.REFRESH).pack() * 100
+                )  # 20 bytes, a challenge of 150 is the answer to each
+                with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                    for _ in range(10_000):
+                        client.send(requests)
+                assert until_refused(client.relayed)
+                assert eventually(lambda: server.metric("crossnet_turn_allocations") == 0)
 
 
 class TestPeers:
