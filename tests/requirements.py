@@ -24,6 +24,7 @@ PACKAGES = {
     "dnsmasq": "dnsmasq-base",
     "systemd-analyze": "systemd",
     "etcd": "etcd-server",
+    "kubectl": "kubernetes-client",
     "unshare": "util-linux",
     "setpriv": "util-linux",
     "musl-gcc": "musl-tools",

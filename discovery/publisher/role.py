@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 15.0
+GIVEN_UP_AFTER = 5
+"""Failures to watch from one version: it may never be understood again, as after a cluster was replaced by another."""
 
 ObjectT = TypeVar("ObjectT", ServiceObject, SliceObject)
 
@@ -100,6 +102,7 @@ class Publisher:
         retain: Callable[[Iterable[Name]], set[Name]],
     ) -> None:
         """List and watch the objects of one path for ever."""
+        loop = asyncio.get_running_loop()
         version = ""
         names: set[Name] = set()
         failures = 0
@@ -119,9 +122,10 @@ class Publisher:
                     self._publish(touched if self._complete else touched | self._table.exported())
                     self._complete = not self._unlisted
                     self._reconcile(self._discovery.mesh)
+                began, told = loop.time(), False
                 async with aclosing(self._api.watch(path, version)) as changes:
                     async for kind, data in changes:
-                        failures = 0
+                        failures, told = 0, True
                         version = resource_version(data) or version
                         item = _decoded(data, shape) if kind != "BOOKMARK" else None
                         if item is None:
@@ -133,15 +137,19 @@ class Publisher:
                             names.add(_name(item))
                             name = put(item)
                         self._publish({name} if name is not None else ())
-                continue  # the server ends a watch when its time is over: resumed at once
+                if told or loop.time() - began > BACKOFF_FIRST_S:
+                    continue  # the server ends a watch when its time is over: resumed at once
+                raise KubeError(f"{path}: the watch ended as soon as it began")
             except Gone as error:
                 log.info("the cluster's history is gone: everything is listed anew: %s", error)
                 version = ""
             except (KubeError, OSError) as error:
                 self._metrics.errors.inc()
-                if failures in (0, 5):
+                if failures in (0, GIVEN_UP_AFTER):
                     log.warning("the Kubernetes API failed: %s", error)
                 failures += 1
+                if failures >= GIVEN_UP_AFTER:
+                    version = ""
             most = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(failures, 10))
             await asyncio.sleep(random.uniform(most / 2, most))
 

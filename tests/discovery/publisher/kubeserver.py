@@ -1,19 +1,23 @@
 """An API server of the tests' own: it keeps the rules of resourceVersions that a publisher must live with.
 
 Versions are opaque text that only this server compares. A list is told in pages, all of one version, and its continuation
-ends with compaction (410). A watch tells every change after its version once, in order; from a version that was compacted
-it fails with 410, as a status or as an ERROR in the stream, as real servers do. One token is known.
+ends with compaction (410). A watch tells every change after its version once, in order, until the time that was asked for is
+over; from a version that was compacted it fails with 410, as an ERROR in the stream, which is what a kube-apiserver does, or
+as a status, which is allowed too. One token is known. Its answers have the shape of a real server's (`test_recording.py`
+compares them), and enough is told of its resources that kubectl finds its way.
 """
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
 
-KINDS = {"services": "Service", "endpointslices": "EndpointSlice"}
+KINDS = {"services": ("v1", "Service"), "endpointslices": ("discovery.k8s.io/v1", "EndpointSlice")}
+PLACES = {"services": "/api/v1", "endpointslices": "/apis/discovery.k8s.io/v1"}
 
 
 class KubeServer:
@@ -23,15 +27,21 @@ class KubeServer:
         self.token = token
         self.url = ""
         self.asked: list[tuple[str, dict[str, str]]] = []
-        self.gone_in_stream = False
+        self.gone_in_stream = True
         self.page = 2
         self.watches = 0
+        self._letter = "v"
         self._version = 1000
         self._compacted = 1000
         self._objects: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._history: list[tuple[int, str, str, dict[str, Any]]] = []
         self._changed = asyncio.Event()
         self._end = asyncio.Event()
+
+    @property
+    def version(self) -> str:
+        """The version that the last change has."""
+        return f"{self._letter}{self._version}"
 
     def put(self, resource: str, namespace: str, name: str, **fields: Any) -> None:
         key = (resource, namespace, name)
@@ -52,6 +62,13 @@ class KubeServer:
         self._compacted = self._version
         self._history.clear()
 
+    def forget(self) -> None:
+        """Be another cluster from now on, with nothing in it and versions of another kind."""
+        self._objects.clear()
+        self.compact()
+        self._letter = "w"
+        self.end_watches()
+
     def end_watches(self) -> None:
         """End every watch, as a server does when their time is over."""
         self._end.set()
@@ -59,7 +76,7 @@ class KubeServer:
 
     def _record(self, kind: str, key: tuple[str, str, str], found: dict[str, Any]) -> None:
         self._version += 7  # never by one: nobody may count on that
-        found = {**found, "metadata": {**found["metadata"], "resourceVersion": f"v{self._version}"}}
+        found = {**found, "metadata": {**found["metadata"], "resourceVersion": self.version}}
         if kind == "DELETED":
             del self._objects[key]
         elif kind != "BOOKMARK":
@@ -68,75 +85,126 @@ class KubeServer:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    @web.middleware
+    async def _authenticate(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if request.headers.get("Authorization") != f"Bearer {self.token}":
-            return _status(401, "Unauthorized")
+            return web.json_response(_status(401, "Unauthorized", "Unauthorized"), status=401)
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    async def _tell_resources(self, request: web.Request) -> web.StreamResponse:
+        """What kubectl asks before anything else."""
+        group = {"groupVersion": "discovery.k8s.io/v1", "version": "v1"}
+        groups = [{"name": "discovery.k8s.io", "versions": [group], "preferredVersion": group}]
+        told: dict[str, dict[str, Any]] = {
+            "/api": {"kind": "APIVersions", "versions": ["v1"]},
+            "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups},
+        }
+        for resource, place in PLACES.items():
+            version, kind = KINDS[resource]
+            item = {"name": resource, "singularName": "", "namespaced": True, "kind": kind, "verbs": ["list", "watch"]}
+            told[place] = {"kind": "APIResourceList", "groupVersion": version, "resources": [item]}
+        return web.json_response(told[request.path])
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         query = dict(request.query)
         resource, namespace = request.path.rpartition("/")[2], request.match_info.get("namespace")
         self.asked.append((resource, query))
-        if query.get("watch") == "true":
-            return await self._watch(request, resource, namespace, query["resourceVersion"])
+        if query.get("watch") in ("true", "1"):
+            return await self._watch(request, resource, namespace, query)
         version, start = self._version, 0
         if "continue" in query:
             version, start = map(int, query["continue"].split("/"))
             if version < self._compacted:
-                return _status(410, "The provided continue parameter is too old")
+                gone = _status(410, "The provided continue parameter is too old", "Expired")
+                gone["metadata"] = {"continue": f"{self._version}/{start}"}
+                return web.json_response(gone, status=410)
         objects = [
             found
             for (kind, place, _), found in sorted(self._objects.items())
             if kind == resource and namespace in (None, place)
         ]
-        more = start + self.page < len(objects)
-        metadata = {"resourceVersion": f"v{version}"} | ({"continue": f"{version}/{start + self.page}"} if more else {})
-        return web.json_response({"metadata": metadata, "items": objects[start : start + self.page]})
+        page = min(self.page, int(query.get("limit", "0")) or len(objects))
+        left = len(objects) - start - page
+        metadata: dict[str, Any] = {"resourceVersion": f"{self._letter}{version}"}
+        if left > 0:
+            metadata |= {"continue": f"{version}/{start + page}", "remainingItemCount": left}
+        group, item = KINDS[resource]
+        told = {
+            "kind": f"{item}List",
+            "apiVersion": group,
+            "metadata": metadata,
+            "items": objects[start : start + page],
+        }
+        return web.json_response(told)
 
     async def _watch(
-        self, request: web.Request, resource: str, namespace: str | None, version: str
+        self, request: web.Request, resource: str, namespace: str | None, query: dict[str, str]
     ) -> web.StreamResponse:
-        if not version.startswith("v"):
-            return _status(400, "this server gave no such version")
+        version = query["resourceVersion"]
+        if not version.startswith(self._letter):
+            return web.json_response(_status(500, "this server gave no such version"), status=500)
         at = int(version[1:])
+        gone = _status(410, f"too old resource version: {at} ({self._compacted})", "Expired")
         if at < self._compacted and not self.gone_in_stream:
-            return _status(410, "too old resource version")
-        response = web.StreamResponse()
+            return web.json_response(gone, status=410)
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         if at < self._compacted:
-            error = {"kind": "Status", "code": 410, "message": "too old resource version"}
-            await response.write(json.dumps({"type": "ERROR", "object": error}).encode() + b"\n")
+            await response.write(_line("ERROR", gone))
             return response
+        group, item = KINDS[resource]
         end = self._end
         self.watches += 1
         try:
-            while not end.is_set():
-                changed = self._changed
-                for number, kind, of, found in list(self._history):
-                    place = found["metadata"].get("namespace")
-                    if number > at and (kind == "BOOKMARK" or (of == resource and namespace in (None, place))):
+            async with asyncio.timeout(int(query.get("timeoutSeconds", "1800"))):
+                while not end.is_set():
+                    changed = self._changed
+                    for number, kind, of, found in list(self._history):
+                        if number <= at:
+                            continue
+                        place = found["metadata"].get("namespace")
+                        if of == resource and namespace in (None, place):
+                            told = {"kind": item, "apiVersion": group, **found}
+                        elif kind == "BOOKMARK" and query.get("allowWatchBookmarks") == "true":
+                            metadata = {**found["metadata"], "creationTimestamp": None}
+                            told = {"kind": item, "apiVersion": group, "metadata": metadata}
+                        else:
+                            continue
                         at = number
-                        await response.write(json.dumps({"type": kind, "object": found}).encode() + b"\n")
-                while not changed.is_set() and not end.is_set():
-                    await asyncio.sleep(0.01)
+                        await response.write(_line(kind, told))
+                    while not changed.is_set() and not end.is_set():
+                        await asyncio.sleep(0.01)
+        except TimeoutError:
+            pass
         finally:
             self.watches -= 1
         return response
 
 
-def _status(code: int, message: str) -> web.Response:
-    return web.json_response({"kind": "Status", "code": code, "message": message}, status=code)
+def _line(kind: str, found: object) -> bytes:
+    return json.dumps({"type": kind, "object": found}).encode() + b"\n"
+
+
+def _status(code: int, message: str, reason: str | None = None) -> dict[str, Any]:
+    told = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message}
+    return told | ({"reason": reason} if reason is not None else {}) | {"code": code}
 
 
 @asynccontextmanager
-async def kube_server() -> AsyncIterator[KubeServer]:
+async def kube_server(tls: ssl.SSLContext | None = None) -> AsyncIterator[KubeServer]:
     """Serve on loopback."""
     server = KubeServer()
-    application = web.Application()
-    for base, resource in (("/api/v1", "services"), ("/apis/discovery.k8s.io/v1", "endpointslices")):
-        application.router.add_get(f"{base}/{resource}", server._answer)
-        application.router.add_get(f"{base}/namespaces/{{namespace}}/{resource}", server._answer)
+    application = web.Application(middlewares=[server._authenticate])
+    for path in ("/api", "/apis", *PLACES.values()):
+        application.router.add_get(path, server._tell_resources)
+    for resource, place in PLACES.items():
+        application.router.add_get(f"{place}/{resource}", server._answer)
+        application.router.add_get(f"{place}/namespaces/{{namespace}}/{resource}", server._answer)
     runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+    server.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{runner.addresses[0][1]}"
     try:
         yield server
     finally:

@@ -1,14 +1,12 @@
 """The publisher between an API server that keeps the rules and a real discovery server."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from discovery.client import DiscoveryClient
 from discovery.model import Kind, ServiceSpec
@@ -45,11 +43,13 @@ def put_slice(server: KubeServer, name: str, service: str, *addresses: str, name
 
 @asynccontextmanager
 async def publishing(
-    kube: KubeServer, at: Any, tmp_path: Path, namespaces: tuple[str, ...] = ()
+    kube: KubeServer, at: Any, tmp_path: Path, namespaces: tuple[str, ...] = (), ca_file: Path | None = None
 ) -> AsyncIterator[tuple[Publisher, DiscoveryClient]]:
     (tmp_path / "token").write_text("t0ken\n")
     client = DiscoveryClient([at.url], network="b")
-    config = PublisherConfig(network="b", api=kube.url, token_file=tmp_path / "token", namespaces=namespaces)
+    config = PublisherConfig(
+        network="b", api=kube.url, token_file=tmp_path / "token", namespaces=namespaces, ca_file=ca_file
+    )
     publisher = Publisher(config, client)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(client.run()), group.create_task(publisher.run())]
@@ -114,7 +114,7 @@ async def test_a_watch_is_resumed_where_it_was(serve: Any, tmp_path: Path) -> No
             put_slice(kube, "orders-1", "orders", "10.1.0.1")
             await until(at, {NAME: ["10.1.0.1:9443"]})
             kube.bookmark()
-            version = f"v{kube._version}"
+            version = kube.version
             await asyncio.sleep(0.05)
             del kube.asked[:]
             kube.end_watches()
@@ -182,48 +182,16 @@ async def test_namespaces_and_a_renewed_token(serve: Any, tmp_path: Path, caplog
             await until(at, {NAME: []})
 
 
-CONVERSATION = Path(__file__).with_name("conversation.json")
-
-
-async def test_a_conversation_is_replayed(serve: Any, tmp_path: Path) -> None:
-    """Objects with every field that a cluster sends, most of which mean nothing here."""
-    told = json.loads(CONVERSATION.read_text())
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        turn = told[request.path]
-        if request.query.get("watch") != "true":
-            assert request.query["limit"]
-            return web.json_response(turn["list"])
-        assert request.query["resourceVersion"] == turn["list"]["metadata"]["resourceVersion"]
-        response = web.StreamResponse()
-        await response.prepare(request)
-        for line in turn["watch"]:
-            data = json.dumps(line).encode() + b"\n"
-            await response.write(data[: len(data) // 2])
-            await asyncio.sleep(0)
-            await response.write(data[len(data) // 2 :])
-        await asyncio.sleep(3600)
-        return response
-
-    application = web.Application()
-    for path in told:
-        application.router.add_get(path, answer)
-    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    kube = KubeServer()
-    kube.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
-        async with serve() as at, publishing(kube, at, tmp_path):
-            await until(at, {"orders.shop.svc.cluster.local": ["10.244.1.18:9443", "10.244.2.31:9443"]})
-            (record,) = (await at.store.snapshot()).records
-            assert record.spec == ServiceSpec(
-                name="orders.shop.svc.cluster.local",
-                ports={"8443": ["10.244.1.18:9443", "10.244.2.31:9443"]},
-                proxy_protocol=True,
-            )
-    finally:
-        await runner.cleanup()
+async def test_a_version_that_always_fails_is_given_up(serve: Any, tmp_path: Path) -> None:
+    """As where another cluster answers at the same address: its versions are none of ours."""
+    async with kube_server() as kube, serve() as at:
+        put_service(kube, "orders")
+        async with publishing(kube, at, tmp_path):
+            await until(at, {NAME: []})
+            await reached(lambda: kube.watches == 2)
+            kube.forget()
+            put_service(kube, "cart")
+            await until(at, {"cart.shop.svc.cluster.local": []})
 
 
 def test_a_pod_knows_where_it_is() -> None:

@@ -1,0 +1,271 @@
+"""The publisher against what a real kube-apiserver said (`record.py`), and the tests' own server against the same, and kubectl.
+
+What it does not prove: a newer API server than the one that was recorded, which had EndpointSlices as v1beta1.
+"""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+import trustme
+import yaml
+from aiohttp import web
+
+from crossnet.config import load
+from discovery.model import Kind
+from discovery.publisher import kubernetes, role
+from tests.discovery.publisher.kubeserver import KubeServer, kube_server
+from tests.discovery.publisher.record import RECORDING
+from tests.discovery.publisher.test_role import publishing, put_service, put_slice, reached
+
+pytestmark = pytest.mark.anyio
+
+LIMIT_S = 20.0
+MANIFEST = Path(__file__).parents[3] / "deploy/kubernetes/publisher.yaml"
+
+
+@pytest.fixture(scope="module")
+def recording() -> Any:
+    return json.loads(RECORDING.read_text())
+
+
+@asynccontextmanager
+async def replaying(exchanges: list[dict[str, Any]]) -> AsyncIterator[tuple[KubeServer, list[str]]]:
+    """Answer each path's requests in their order, as they were answered then; gives where, and what was asked otherwise."""
+    left = {path: [one for one in exchanges if one["path"] == path] for path in {one["path"] for one in exchanges}}
+    unlike: list[str] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if not left[request.path]:
+            unlike.append(f"{request.path}: one more request, {dict(request.query)}")
+            await asyncio.Future()
+        told = left[request.path].pop(0)
+        if dict(request.query) != told["query"]:
+            unlike.append(f"{request.path}: {dict(request.query)} and not {told['query']}")
+        if "status" not in told:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        headers = {name: value for name, value in told["headers"].items() if name != "Transfer-Encoding"}
+        response = web.StreamResponse(status=told["status"], headers=headers)
+        await response.prepare(request)
+        for chunk in told["chunks"]:
+            await response.write(chunk.encode())
+        if told["end"] == "client":  # it was the publisher that ended it, or the end of all
+            await asyncio.Future()
+        if told["end"] == "cut":
+            assert request.transport is not None
+            request.transport.abort()
+        return response
+
+    application = web.Application()
+    for path in left:
+        application.router.add_get(path, answer)
+    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    kube = KubeServer()
+    kube.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        yield kube, unlike
+        assert not any(left.values()), "all that was told was asked for"
+    finally:
+        await runner.cleanup()
+
+
+async def test_what_a_real_api_server_said_is_followed(
+    serve: Any, tmp_path: Path, recording: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages, changes, bookmarks, watches that the server ends, and one that it cannot resume."""
+    monkeypatch.setattr(kubernetes, "PAGE", recording["page"])
+    monkeypatch.setattr(kubernetes, "WATCH_S", recording["watch_s"])
+    monkeypatch.setattr(role, "BACKOFF_MOST_S", 0.1)
+    said = "".join(chunk for one in recording["exchanges"] for chunk in one.get("chunks", ()))
+    for kind in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR"):
+        assert f'{{"type":"{kind}","object":' in said
+    async with replaying(recording["exchanges"]) as (kube, unlike), serve() as at, publishing(kube, at, tmp_path):
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                records = (await at.store.snapshot(Kind.SERVICE, "b")).records
+                specs = sorted((msgspec.to_builtins(record.spec) for record in records), key=lambda spec: spec["name"])
+                if specs == recording["published"]:
+                    break
+                await asyncio.sleep(0.02)
+    assert unlike == []
+
+
+def shape(value: Any) -> Any:
+    """What kind of value stands under which key; of a list, of its first item."""
+    match value:
+        case dict():
+            return {key: shape(item) for key, item in value.items()}
+        case list():
+            return [shape(value[0])] if value else []
+    return type(value).__name__
+
+
+def frame(told: dict[str, Any]) -> Any:
+    """The shape without the objects themselves, of which the tests' have but the fields that matter."""
+    told = json.loads(json.dumps(told))
+    if "items" in told:
+        told["items"] = [sorted(item.keys() & {"kind", "apiVersion", "metadata"}) for item in told["items"]]
+    elif "object" in told and told["type"] != "ERROR":
+        kept = ("kind", "apiVersion", "metadata")
+        told["object"] = {key: told["object"][key] for key in kept if key in told["object"]}
+        told["object"]["metadata"] = {
+            key: value
+            for key, value in told["object"]["metadata"].items()
+            if key == "resourceVersion" or (told["type"] == "BOOKMARK")
+        }
+    return shape(told)
+
+
+async def test_the_tests_own_server_answers_in_the_shape_of_a_real_one(recording: Any) -> None:
+    headers = {"Authorization": "Bearer t0ken"}
+    async with kube_server() as kube, aiohttp.ClientSession(headers=headers) as session:
+
+        async def ask(path: str, **more: Any) -> tuple[int, str, str]:
+            async with session.get(kube.url + path, **more) as answer:
+                return answer.status, answer.content_type, await answer.text()
+
+        for name in ("orders", "cart", "late"):
+            put_service(kube, name)
+        old = kube.version
+        first = json.loads((await ask("/api/v1/services?limit=1"))[2])
+        last = json.loads((await ask("/api/v1/services"))[2])
+        real = {
+            json.dumps(frame(json.loads("".join(one["chunks"]))))
+            for one in recording["exchanges"]
+            if one["path"] == "/api/v1/services" and "limit" in one["query"]
+        }
+        kube.page = 3
+        last = json.loads((await ask("/api/v1/services"))[2])
+        assert {json.dumps(frame(first)), json.dumps(frame(last))} <= real
+
+        real_lines = {}
+        for one in recording["exchanges"]:
+            if "watch" in one["query"]:
+                for line in "".join(one["chunks"]).splitlines():
+                    told = json.loads(line)
+                    real_lines[told["type"]] = frame(told)
+        put_service(kube, "orders")
+        put_service(kube, "new")
+        kube.delete("services", "shop", "new")
+        kube.bookmark()
+        query = f"?watch=true&allowWatchBookmarks=true&timeoutSeconds=1&resourceVersion={old}"
+        status, content_type, text = await ask(f"/api/v1/services{query}")
+        assert (status, content_type) == (200, "application/json")
+        lines = {line["type"]: frame(line) for line in map(json.loads, text.splitlines())}
+        kube.compact()
+        (gone,) = (await ask(f"/api/v1/services{query}"))[2].splitlines()
+        lines["ERROR"] = frame(json.loads(gone))
+        assert lines == real_lines
+
+        asked = recording["asked"]
+        for question, answer in (
+            (
+                "a continuation that is too old",
+                await ask(f"/api/v1/services?limit=1&continue={first['metadata']['continue']}"),
+            ),
+            ("a version that is none", await ask("/api/v1/services?watch=true&resourceVersion=never")),
+            ("a token that is unknown", await ask("/api/v1/services", headers={"Authorization": "Bearer no"})),
+        ):
+            real_answer = asked[question]
+            assert answer[:2] == (real_answer["status"], real_answer["type"])
+            mine, its = json.loads(answer[2]), json.loads(real_answer["body"])
+            assert shape(mine) == shape(its), question
+            for field in ("kind", "apiVersion", "status", "reason", "code"):
+                assert mine.get(field) == its.get(field), question
+
+
+@asynccontextmanager
+async def over_tls(folder: Path) -> AsyncIterator[tuple[KubeServer, Path]]:
+    """The tests' server over TLS; gives its authority's file, too."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    async with kube_server(context) as kube:
+        yield kube, folder / "ca.crt"
+
+
+@pytest.mark.interop
+@pytest.mark.needs("kubectl")
+async def test_kubectl_takes_the_tests_own_server_for_a_cluster(tmp_path: Path) -> None:
+    async with over_tls(tmp_path) as (kube, authority):
+        for name in ("orders", "cart", "late"):
+            put_service(kube, name)
+        put_slice(kube, "orders-1", "orders", "10.1.0.1")
+        command = ["kubectl", "--server", kube.url, "--certificate-authority", str(authority), "--token", kube.token]
+        command += ["--kubeconfig", "/dev/null", "--cache-dir", str(tmp_path / "cache"), "get", "--all-namespaces"]
+
+        listed = await asyncio.create_subprocess_exec(
+            *command, "services,endpointslices", "--chunk-size=1", "-o", "name", stdout=asyncio.subprocess.PIPE
+        )
+        names, _ = await listed.communicate()
+        assert listed.returncode == 0
+        assert sorted(names.decode().split()) == [
+            "endpointslice.discovery.k8s.io/orders-1",
+            *(f"service/{name}" for name in ("cart", "late", "orders")),
+        ]
+        assert sum("continue" in query for _, query in kube.asked) == 2
+
+        watching = await asyncio.create_subprocess_exec(
+            *command, "services", "--watch-only", "--output-watch-events", "-o", "json", stdout=asyncio.subprocess.PIPE
+        )
+        assert watching.stdout is not None
+        try:
+            await reached(lambda: kube.watches == 1)
+            put_service(kube, "orders")
+            put_service(kube, "new")
+            kube.delete("services", "shop", "cart")
+            decoder, text, told = json.JSONDecoder(), "", []
+            async with asyncio.timeout(LIMIT_S):
+                while len(told) < 3:
+                    text += (await watching.stdout.read(65536)).decode()
+                    while text.strip():
+                        try:
+                            event, end = decoder.raw_decode(text.lstrip())
+                        except ValueError:
+                            break
+                        text = text.lstrip()[end:]
+                        told.append((event["type"], event["object"]["metadata"]["name"]))
+            assert told == [("MODIFIED", "orders"), ("ADDED", "new"), ("DELETED", "cart")]
+        finally:
+            watching.kill()
+            await watching.wait()
+
+
+async def test_a_cluster_over_tls_is_verified(serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def settled(at: Any) -> Callable[[], bool]:
+        return lambda: len(at.store._records) == 1
+
+    async with over_tls(tmp_path) as (kube, authority), serve() as at:
+        put_service(kube, "orders")
+        async with publishing(kube, at, tmp_path):
+            await reached(lambda: "certificate verify failed" in caplog.text)
+        assert not kube.asked
+        async with publishing(kube, at, tmp_path, ca_file=authority):
+            await reached(settled(at))
+
+
+def test_the_manifest_runs_a_publisher_with_no_more_rights_than_it_needs(tmp_path: Path) -> None:
+    """The recorded publisher had those rights and no others."""
+    found = {item["kind"]: item for item in yaml.safe_load_all(MANIFEST.read_text())}
+    (tmp_path / "token").write_text("00" * 32 + "\n")
+    (tmp_path / "publisher.yaml").write_text(
+        found["ConfigMap"]["data"]["publisher.yaml"].replace("/secrets", str(tmp_path))
+    )
+    assert load(tmp_path / "publisher.yaml").roles == ("publisher",)
+    rights = [(rule["apiGroups"], rule["resources"], rule["verbs"]) for rule in found["ClusterRole"]["rules"]]
+    assert rights == [
+        ([""], ["services"], ["list", "watch"]),
+        (["discovery.k8s.io"], ["endpointslices"], ["list", "watch"]),
+    ]
