@@ -88,7 +88,7 @@ class TestStrangers:
     def test_who_does_not_read_is_dismissed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(session, "SEND_TIMEOUT_S", 0.2)
         with embedded() as server:
-            # Of a kernel's usual size it takes tens of thousands of answers to fill: on a busy machine longer than the client waits.
+            # One of the usual size takes tens of thousands of answers to fill: on a busy machine longer than the client waits.
             server.server._listening.tcp[0]._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             with Client(at(server), receive_buffer=4096) as client:
                 client.allocate()
