@@ -47,7 +47,8 @@ def parsed(data: bytes) -> None:
         _ = message.error, message.unknown_attributes
     if len(data) < 2000:
         again = Message.parse(message.pack(integrity_key=b"k", fingerprint=True))
-        assert again == message
+        assert again.transaction_id == message.transaction_id
+        assert again.attributes == message.attributes
         assert again.verify_integrity(b"k")
     step = SERVER.respond(CLIENT, message, now=1.0, unix_now=1.8e9)
     assert step.opening is None  # nobody guesses a password
