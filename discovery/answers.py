@@ -10,7 +10,10 @@ from aiohttp import hdrs, web
 
 from discovery.model import BadRecord, Key, Kind, check_key
 from discovery.shape import shown
+from discovery.store import Store
 
+EPOCH_HEADER = "Crossnet-Epoch"
+STALE_HEADER = "Crossnet-Stale"
 BODY_TIMEOUT_S = 10.0
 
 BodyT = TypeVar("BodyT")
@@ -83,6 +86,12 @@ async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
         return msgspec.json.decode(data, type=shape)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, "bad_request", f"the body: {str(error)[:200]}") from None
+
+
+def marks(store: Store) -> dict[str, str]:
+    """Give the headers of every answer: the store's epoch, and how stale it is when it is."""
+    stale_s = store.stale_s
+    return {EPOCH_HEADER: store.epoch} | ({STALE_HEADER: f"{stale_s:.0f}"} if stale_s else {})
 
 
 def json_answer(value: object, *, status: int = 200, etag: int | None = None) -> web.Response:

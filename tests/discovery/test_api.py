@@ -245,7 +245,7 @@ async def test_a_watcher_that_does_not_keep_up_is_reset(serve: Any, monkeypatch:
 
 
 async def test_a_quiet_watch_has_a_heartbeat(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("discovery.api.HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("discovery.api.watching.HEARTBEAT_S", 0.02)
     async with serve() as at, at.session.get(f"{at.url}/v1/watch") as response:
         lines = [await response.content.readline() for _ in range(5)]
         assert lines[2:] == [b"\n"] * 3
@@ -263,7 +263,7 @@ async def test_watches_end_when_the_server_does(serve: Any) -> None:
 async def test_a_watcher_that_takes_nothing_is_cut_off(
     serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("discovery.api.WRITE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("discovery.api.watching.WRITE_TIMEOUT_S", 0.1)
     caplog.set_level(logging.INFO)
     async with serve() as at:
         big = ServiceSpec(name="o.s", ports={"1": ["10.1.0.5:8443"] * 1000})
@@ -409,7 +409,7 @@ async def test_turn_credentials(serve: Any, tokens: Any) -> None:
     )
     assert "s3cret" not in repr(config)
     async with serve(store, tokens_file=tokens.path, turn_secrets={"d": "s3cret"}, turn_credential_ttl_s=600) as at:
-        at.server._wall_clock = lambda: 1_700_000_000.5
+        at.server._credentials._wall_clock = lambda: 1_700_000_000.5
         await at.ask("PUT", "/v1/records/turn/d/t", TURN, token=tokens["operator"])
         answer = await at.ask("POST", "/v1/turn-credentials", {"network": "d"}, token=tokens["gw-b"])
         username = "1700000600:b.gw-b"
@@ -469,7 +469,7 @@ async def test_a_browser_reads_with_basic_and_writes_nothing(serve: Any, tokens:
 async def test_a_changed_tokens_file_counts_at_once(
     serve: Any, tokens: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("discovery.api.RELOAD_S", 0.02)
+    monkeypatch.setattr("discovery.api.server.RELOAD_S", 0.02)
     async with serve(tokens_file=tokens.path) as at:
         whole = tokens.path.read_text()
         async with at.watch(token=tokens["c"]) as cut, at.watch(token=tokens["b"]) as kept:
@@ -498,7 +498,7 @@ async def test_a_changed_tokens_file_counts_at_once(
 async def test_certificates_in_place_of_tokens_and_both_renewed(
     tmp_path: Path, serve: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("discovery.api.RELOAD_S", 0.02)
+    monkeypatch.setattr("discovery.api.server.RELOAD_S", 0.02)
     authority, other = trustme.CA(), trustme.CA()
 
     def issue(name: str, *hosts: str, by: trustme.CA = authority) -> None:
@@ -578,7 +578,7 @@ async def test_a_store_that_fails_is_told_as_such(serve: Any, monkeypatch: pytes
 async def test_leases_that_cannot_be_ended_are_tried_again(
     serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("discovery.api.SWEEP_S", 0.01)
+    monkeypatch.setattr("discovery.api.server.SWEEP_S", 0.01)
     store = MemoryStore()
     expire, tried = store.expire, asyncio.Event()
 

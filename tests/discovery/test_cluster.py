@@ -39,7 +39,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(etcd_module, "STALE_AFTER_S", 1.0)
     monkeypatch.setattr(etcd_module, "PROBE_S", 0.1)
     monkeypatch.setattr("discovery.store.etcdapi.CALL_TIMEOUT_S", 1.0)
-    monkeypatch.setattr("discovery.api.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("discovery.api.watching.HEARTBEAT_S", 0.2)
 
 
 async def test_clients_outlive_a_server_the_leader_and_a_minority(

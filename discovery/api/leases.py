@@ -1,0 +1,64 @@
+"""What is asked of leases: to be granted, renewed and ended."""
+
+import logging
+
+import msgspec
+from aiohttp import web
+
+from discovery.answers import ApiError, json_answer, read_body
+from discovery.server_config import DiscoveryServerConfig
+from discovery.shape import shown
+from discovery.store import Lease, Store, UnknownLease
+from discovery.tokens import Principal
+
+log = logging.getLogger(__name__)
+
+MAX_LEASE_S = 3600
+
+
+class _LeaseBody(msgspec.Struct, forbid_unknown_fields=True):
+    ttl_s: int = 10
+
+
+class LeaseRoutes:
+    """Answers what is asked of leases."""
+
+    def __init__(self, store: Store, config: DiscoveryServerConfig) -> None:
+        self._store = store
+        self._config = config
+
+    async def grant(self, request: web.Request, principal: Principal) -> web.Response:
+        body = await read_body(request, _LeaseBody)
+        if not 1 <= body.ttl_s <= MAX_LEASE_S:
+            raise ApiError(400, "bad_request", f"$.ttl_s: expected 1 to {MAX_LEASE_S} seconds, got {shown(body.ttl_s)}")
+        if len(await self._store.leases(principal.owner)) >= self._config.max_leases_per_token:
+            raise ApiError(429, "too_many", f"the token has {self._config.max_leases_per_token} leases, the most")
+        lease = await self._store.grant(body.ttl_s, principal.owner)
+        return json_answer({"id": lease.id, "ttl_s": lease.ttl_s}, status=201)
+
+    async def renew(self, request: web.Request, principal: Principal) -> web.Response:
+        try:
+            lease = await lease_of(self._store, principal, request.match_info["id"])
+            await self._store.renew(lease.id)
+        except UnknownLease as error:
+            raise ApiError(410, "lease_gone", str(error)) from None
+        return json_answer({"id": lease.id, "ttl_s": lease.ttl_s})
+
+    async def revoke(self, request: web.Request, principal: Principal) -> web.Response:
+        try:
+            lease = await lease_of(self._store, principal, request.match_info["id"])
+            deletions = await self._store.revoke(lease.id)
+        except UnknownLease as error:
+            raise ApiError(410, "lease_gone", str(error)) from None
+        return json_answer({"withdrawn": len(deletions), "revision": self._store.revision})
+
+
+async def lease_of(store: Store, principal: Principal, lease_id: str) -> Lease:
+    """Find a lease that a token has made. Raises UnknownLease; ApiError for another token's."""
+    lease = await store.lease(lease_id[:64])
+    if lease is None:
+        raise UnknownLease(lease_id[:64])
+    if lease.owner != principal.owner:
+        log.warning("another token's lease was refused", extra={"event": {"token": principal.name}})
+        raise ApiError(403, "forbidden", "the lease is another token's")
+    return lease

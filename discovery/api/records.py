@@ -1,0 +1,132 @@
+"""What is asked of records: to list, read, write and delete them."""
+
+import logging
+
+import msgspec
+from aiohttp import web
+
+from discovery.answers import (
+    ApiError,
+    json_answer,
+    not_found,
+    parse_if_match,
+    parse_if_none_match,
+    parse_key,
+    parse_kind,
+    read_body,
+)
+from discovery.api.leases import lease_of
+from discovery.model import BadRecord, Key, Kind, check_spec, decode_spec
+from discovery.server_config import DiscoveryServerConfig
+from discovery.store import PreconditionFailed, Store, UnknownLease
+from discovery.tokens import Principal
+
+log = logging.getLogger(__name__)
+
+MAX_CONFLICTS = 5  # others that write the same record at once; the sixth is not by chance
+
+
+class _PutBody(msgspec.Struct, forbid_unknown_fields=True):
+    spec: msgspec.Raw
+    lease: str | None = None
+
+
+class RecordRoutes:
+    """Answers what is asked of records."""
+
+    def __init__(self, store: Store, config: DiscoveryServerConfig) -> None:
+        self._store = store
+        self._config = config
+
+    async def list(self, request: web.Request, principal: Principal) -> web.Response:
+        kind_text, network = request.query.get("kind"), request.query.get("network")
+        kind = parse_kind(kind_text) if kind_text else None
+        snapshot = await self._store.snapshot(kind, network or None)
+        records = [view for record in snapshot.records if (view := principal.view(record)) is not None]
+        records.sort(key=lambda record: record.key)
+        return json_answer({"epoch": self._store.epoch, "revision": snapshot.revision, "records": records})
+
+    async def get(self, request: web.Request, principal: Principal) -> web.Response:
+        key = parse_key(request)
+        record = await self._store.get(key)
+        view = principal.view(record) if record is not None else None
+        if view is None:
+            raise not_found(key)
+        return json_answer(view, etag=view.revision)
+
+    async def put(self, request: web.Request, principal: Principal) -> web.Response:
+        key = parse_key(request)
+        _check_may_write(principal, key)
+        body = await read_body(request, _PutBody)
+        try:
+            spec = decode_spec(key[0], body.spec)
+            check_spec(key[0], key[1], spec, self._config.allow_addresses)
+        except BadRecord as error:
+            raise ApiError(400, "bad_record", str(error)) from None
+        if body.lease is not None:
+            try:
+                await lease_of(self._store, principal, body.lease)
+            except UnknownLease as error:
+                raise ApiError(409, "no_lease", str(error)) from None
+        if_match, if_none_match = parse_if_match(request), parse_if_none_match(request)
+        for _ in range(MAX_CONFLICTS):
+            old = await self._store.get(key)
+            _check_may_write(principal, key, spec, *([old.spec] if old is not None else []))
+            if old is None and await self._store.count(key[1]) >= self._config.max_records_per_network:
+                limit = self._config.max_records_per_network
+                raise ApiError(429, "too_many", f"network {key[1]!r} has {limit} records, which is the most")
+            # What is replaced is what was looked at, so that nobody slips in what the writer may not replace.
+            pin = old.revision if old is not None and if_match is None and not if_none_match else if_match
+            try:
+                record = await self._store.put(
+                    key, spec, lease=body.lease, if_match=pin, if_none_match=if_none_match or pin is None
+                )
+            except PreconditionFailed as error:
+                if if_match is not None or if_none_match:
+                    raise ApiError(412, "precondition_failed", str(error)) from None
+                continue
+            except UnknownLease as error:
+                raise ApiError(409, "no_lease", str(error)) from None
+            _log_write("put", principal, key, record.revision)
+            return json_answer(record, status=201 if old is None else 200, etag=record.revision)
+        raise ApiError(503, "unavailable", "others write this record at the same time")
+
+    async def delete(self, request: web.Request, principal: Principal) -> web.Response:
+        key = parse_key(request)
+        _check_may_write(principal, key)
+        if_match = parse_if_match(request)
+        for _ in range(MAX_CONFLICTS):
+            old = await self._store.get(key)
+            if old is None and key[0] is Kind.SERVICE:
+                raise not_found(key)  # who may delete it depends on its name
+            pin = if_match
+            if old is not None:
+                _check_may_write(principal, key, old.spec)
+                pin = if_match if if_match is not None else old.revision
+            try:
+                deletion = await self._store.delete(key, if_match=pin)
+            except PreconditionFailed as error:
+                if if_match is not None:
+                    raise ApiError(412, "precondition_failed", str(error)) from None
+                continue
+            if deletion is None:
+                raise not_found(key)
+            _log_write("delete", principal, key, deletion.revision)
+            return json_answer({"revision": deletion.revision})
+        raise ApiError(503, "unavailable", "others write this record at the same time")
+
+
+def _check_may_write(principal: Principal, key: Key, *specs: object) -> None:
+    why = principal.refusal_to_write(key, specs)  # type: ignore[arg-type]
+    if why is not None:
+        kind, network, record_id = key
+        event = {"token": principal.name, "kind": kind, "network": network, "id": record_id, "why": why}
+        log.warning("a write was refused", extra={"event": event})
+        raise ApiError(403, "forbidden", why)
+
+
+def _log_write(what: str, principal: Principal, key: Key, revision: int) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        kind, network, record_id = key
+        event = {"token": principal.name, "kind": kind, "network": network, "id": record_id, "revision": revision}
+        log.debug("%s", what, extra={"event": event})

@@ -1,0 +1,319 @@
+"""The discovery server: its start and end, who may ask how often, and how faults are answered."""
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import hdrs, web
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from discovery import page
+from discovery.ages import Ages
+from discovery.answers import (
+    ApiError,
+    RateLimited,
+    certificate_names,
+    check_browser,
+    error_answer,
+    json_answer,
+    marks,
+    parse_token,
+)
+from discovery.api.credentials import CredentialsRoute
+from discovery.api.leases import LeaseRoutes
+from discovery.api.records import RecordRoutes
+from discovery.api.watching import WatchRoute
+from discovery.limits import RateLimit
+from discovery.model import Mesh
+from discovery.page import PageState, render_page
+from discovery.server_config import (
+    DiscoveryServerConfig,
+    ServerRefused,
+    make_store,
+    reload_tls,
+    start_refusals,
+    tls_context,
+)
+from discovery.shape import shown
+from discovery.stamp import Stamp
+from discovery.store import Store, StoreError
+from discovery.tokens import OPEN, Principal, Tokens
+from discovery.watch import WatchHub
+from discovery.yamlfile import BadFile
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 0.5  # a lease's records are gone at most this, and a write, after its end
+RELOAD_S = 2.0  # how soon a changed tokens file or certificate counts
+SHUTDOWN_TIMEOUT_S = 2.0
+KEEPALIVE_S = 60.0
+
+_CODES = (200, 201, 400, 401, 403, 404, 405, 409, 410, 412, 413, 429, 500, 503)
+
+
+Handler = Callable[[web.Request, Principal], Awaitable[web.StreamResponse]]
+
+
+class _Metrics:
+    """What a server counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        requests = Counter(
+            "crossnet_discovery_requests", "Requests answered, by HTTP status.", ["code"], registry=registry
+        )
+        self.requests = {code: requests.labels(str(code)) for code in _CODES}
+        self.revision = Gauge("crossnet_discovery_revision", "Revision of the store.", registry=registry)
+
+
+class DiscoveryServer:
+    """One discovery server over one store.
+
+        async with DiscoveryServer(config).serving() as addresses: …
+        await DiscoveryServer(config).run()
+
+    Both raise ServerRefused, StoreError, BadFile (tokens), ssl.SSLError or OSError when it cannot start.
+    """
+
+    def __init__(
+        self,
+        config: DiscoveryServerConfig,
+        *,
+        store: Store | None = None,
+        registry: CollectorRegistry | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Take a store, or make the one that the configuration names."""
+        self._config = config
+        self._store = store if store is not None else make_store(config)
+        registry = registry if registry is not None else CollectorRegistry()
+        self._metrics = _Metrics(registry)
+        self._tokens: Tokens | None = None
+        self._hub = WatchHub(self._store)
+        self._ages = Ages(time.monotonic)
+        self._store.subscribe(self._ages.take)
+        self._records = RecordRoutes(self._store, config)
+        self._leases = LeaseRoutes(self._store, config)
+        self._watch = WatchRoute(self._store, self._hub, config, registry)
+        self._credentials = CredentialsRoute(self._store, config, wall_clock)
+        self._requests = RateLimit(config.requests_per_s, config.request_burst)
+        self._warnings = RateLimit(0.1, 1)  # of too many: a flood of requests must not become one of lines
+
+    @property
+    def store(self) -> Store:
+        """The store that is served."""
+        return self._store
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        async with self.serving():
+            await asyncio.get_running_loop().create_future()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[tuple[tuple[str, int], ...]]:
+        """Serve as long as the context lasts; gives the addresses listened on, in the order of the configuration."""
+        config = self._config
+        reasons = start_refusals(config)
+        if reasons:
+            raise ServerRefused(reasons)
+        stamps = Stamp([config.tokens_file]), Stamp([config.tls_cert, config.tls_key, config.tls_client_ca])
+        self._tokens = Tokens.load(config.tokens_file) if config.tokens_file is not None else None
+        tls = tls_context(config)
+        await self._store.open()
+        self._ages.known([record.key for record in (await self._store.snapshot()).records])
+        runner = web.AppRunner(
+            self._application(),
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            keepalive_timeout=KEEPALIVE_S,
+        )
+        try:
+            await runner.setup()
+            for host, port in config.listen:
+                await web.TCPSite(runner, host, port, ssl_context=tls).start()
+            addresses = tuple((str(address[0]), int(address[1])) for address in runner.addresses)
+            self._log_start(addresses)
+            failure: BaseException | None = None
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._sweep()), group.create_task(self._store.run())]
+                tasks.append(group.create_task(self._keep_reloading(*stamps, tls)))
+                try:
+                    yield addresses
+                except BaseException as error:  # noqa: BLE001 - raised below, and not inside an exception group
+                    failure = error
+                finally:
+                    for task in tasks:
+                        task.cancel()
+            if failure is not None:
+                raise failure
+        finally:
+            self._hub.close()
+            await runner.cleanup()
+            await self._store.close()
+
+    def _log_start(self, addresses: tuple[tuple[str, int], ...]) -> None:
+        config = self._config
+        for host, port in addresses:
+            event = {"address": host, "port": port, "tls": config.tls_cert is not None, "epoch": self._store.epoch}
+            log.info("discovery server listens", extra={"event": event})
+        if self._tokens is None:
+            log.warning("discovery server has no tokens: whoever reaches it may write any record")
+        if config.insecure:
+            log.warning("discovery server is insecure by configuration")
+
+    def _application(self) -> web.Application:
+        application = web.Application(client_max_size=self._config.max_body_bytes, middlewares=[self._answer])
+        records, leases = self._records, self._leases
+        record = "/v1/records/{kind}/{network}/{id}"
+        application.add_routes(
+            [
+                web.get("/", self._authenticated(self._page), allow_head=False),
+                web.get("/page.css", self._style, allow_head=False),
+                web.get("/page.js", self._script, allow_head=False),
+                web.get("/healthz", self._healthz, allow_head=False),
+                web.get("/v1/records", self._authenticated(records.list), allow_head=False),
+                web.get(record, self._authenticated(records.get), allow_head=False),
+                web.put(record, self._authenticated(records.put)),
+                web.delete(record, self._authenticated(records.delete)),
+                web.get("/v1/watch", self._authenticated(self._watch.watch), allow_head=False),
+                web.post("/v1/leases", self._authenticated(leases.grant)),
+                web.put("/v1/leases/{id}", self._authenticated(leases.renew)),
+                web.delete("/v1/leases/{id}", self._authenticated(leases.revoke)),
+                web.post("/v1/turn-credentials", self._authenticated(self._credentials.issue)),
+            ]
+        )
+        return application
+
+    async def _sweep(self) -> None:
+        while True:
+            # At once for the first time: from then on the store knows how long it stood still.
+            try:
+                for deletion in await self._store.expire():
+                    kind, network, record_id = deletion.key
+                    event = {"kind": kind, "network": network, "id": record_id, "revision": deletion.revision}
+                    log.info("a lease ended, its record is withdrawn", extra={"event": event})
+            except StoreError as error:
+                log.error("leases cannot be ended: %s", error)
+            await asyncio.sleep(SWEEP_S)
+
+    async def _keep_reloading(self, tokens: Stamp, certificates: Stamp, tls: ssl.SSLContext | None) -> None:
+        while True:
+            await asyncio.sleep(RELOAD_S)
+            if self._config.tokens_file is not None and tokens.changed():
+                try:
+                    known = await asyncio.to_thread(Tokens.load, self._config.tokens_file)
+                except BadFile as error:
+                    log.error("the tokens file is not taken, what it said before stays: %s", error)
+                else:
+                    self._tokens = known
+                    ended = self._hub.keep(known.still)
+                    log.info("the tokens file is read anew", extra={"event": {"tokens": len(known), "ended": ended}})
+            if tls is not None and certificates.changed():
+                try:
+                    reload_tls(tls, self._config)
+                except OSError as error:  # ssl.SSLError is one
+                    log.error("the certificate is not taken, the one before stays: %s", error)
+                else:
+                    log.info("the certificate is read anew")
+
+    # Around every request.
+
+    @web.middleware
+    async def _answer(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        response: web.StreamResponse
+        try:
+            response = await handler(request)
+        except ApiError as error:
+            response = error_answer(error.status, error.code, error.detail)
+            if error.status == 401 and request.path == "/":
+                response.headers[hdrs.WWW_AUTHENTICATE] = 'Basic realm="crossnet: the token is the password"'
+            if isinstance(error, RateLimited):
+                response.headers[hdrs.RETRY_AFTER] = f"{error.wait_s + 1:.0f}"
+                self._log_rate(request, error)
+        except web.HTTPRequestEntityTooLarge:
+            limit = self._config.max_body_bytes
+            response = error_answer(413, "too_large", f"the body has more than {limit} bytes")
+        except web.HTTPMethodNotAllowed as error:
+            allowed = ", ".join(sorted(error.allowed_methods))
+            response = error_answer(405, "method_not_allowed", f"expected one of {allowed}")
+        except web.HTTPException as error:
+            code = "not_found" if error.status == 404 else "bad_request"
+            response = error_answer(404 if error.status == 404 else 400, code, "there is nothing under this path")
+        except StoreError as error:
+            log.warning("the store failed", extra={"event": {"path": request.path[:200], "why": str(error)[:300]}})
+            response = error_answer(
+                503, "unavailable", "the store cannot be reached or written; the server's log says why"
+            )
+        except Exception:
+            log.exception("a request failed")
+            response = error_answer(500, "internal", "this is a fault of the server; its log has more")
+        if not response.prepared:
+            response.headers.update(marks(self._store))
+        self._metrics.requests[response.status].inc()
+        self._metrics.revision.set(self._store.revision)
+        return response
+
+    def _log_rate(self, request: web.Request, error: RateLimited) -> None:
+        if not self._warnings.wait_s(error.detail, time.monotonic()):
+            event = {"path": request.path[:200], "remote": request.remote, "why": error.detail}
+            log.warning("a request was too many", extra={"event": event})
+
+    def _authenticated(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def authenticate(request: web.Request) -> web.StreamResponse:
+            principal = self._principal(request)
+            wait_s = self._requests.wait_s(principal.network, time.monotonic())
+            if wait_s:
+                raise RateLimited(f"network {principal.network!r} asks too often", wait_s)
+            return await handler(request, principal)
+
+        return authenticate
+
+    def _principal(self, request: web.Request) -> Principal:
+        """Find who asks, by token or else by client certificate. Raises ApiError."""
+        check_browser(request, named=self._tokens is not None or self._config.insecure)
+        if self._tokens is None:
+            return OPEN
+        if hdrs.AUTHORIZATION not in request.headers:
+            names = certificate_names(request)
+            principal = self._tokens.find_certificate(names)
+            if principal is None and names:
+                raise ApiError(401, "unauthorized", f"no entry names the certificate of {shown(names[0])}")
+        else:
+            token = parse_token(request)
+            principal = self._tokens.find(token) if token is not None else None
+            if principal is None and token is not None:
+                raise ApiError(401, "unauthorized", "the token is not known here")
+        if principal is None:
+            raise ApiError(401, "unauthorized", "expected the header Authorization: Bearer TOKEN")
+        return principal
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return json_answer({"ok": True})
+
+    # The page.
+
+    async def _page(self, request: web.Request, principal: Principal) -> web.Response:
+        snapshot = await self._store.snapshot()
+        mesh = Mesh.of(view for record in snapshot.records if (view := principal.view(record)) is not None)
+        state = PageState(
+            epoch=self._store.epoch,
+            revision=snapshot.revision,
+            stale_s=self._store.stale_s,
+            reader=principal.name,
+            ages=self._ages.now(),
+        )
+        network = request.query.get("network", "")[:63] or None
+        return web.Response(
+            text=render_page(mesh, state, network), content_type="text/html", headers=page.SECURITY_HEADERS
+        )
+
+    async def _style(self, _: web.Request) -> web.Response:
+        return web.Response(text=page.STYLE, content_type="text/css", headers=page.SECURITY_HEADERS)
+
+    async def _script(self, _: web.Request) -> web.Response:
+        return web.Response(text=page.SCRIPT, content_type="text/javascript", headers=page.SECURITY_HEADERS)
