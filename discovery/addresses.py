@@ -1,7 +1,8 @@
 """Addresses and ports: endpoints as text, lists of allowed targets, and what may never be dialled.
 
 Refused ranges are refused in every spelling: an IPv6 address that a NAT64 or 6to4 router would turn into a refused IPv4
-address is refused as that address is. Sans-IO. The one error is BadAddress.
+address is refused as that address is, and one of whose IPv4 address nobody can be sure is refused altogether. Sans-IO. The one
+error is BadAddress.
 """
 
 import re
@@ -194,7 +195,10 @@ def refusal(address: Address, allowed: TargetList | None = None) -> str | None:
 _REFUSED_IPV4 = (
     (IPv4Network("0.0.0.0/8"), "unspecified"),  # RFC 6890: "this network"; Linux dials 0.0.0.0 as loopback
     (IPv4Network("127.0.0.0/8"), "loopback"),
-    (IPv4Network("169.254.0.0/16"), "link-local"),  # cloud metadata services live here
+    (IPv4Network("169.254.0.0/16"), "link-local"),  # most cloud metadata services live here
+    (IPv4Network("100.100.100.200/32"), "cloud metadata"),  # Alibaba
+    (IPv4Network("168.63.129.16/32"), "cloud metadata"),  # Azure's WireServer
+    (IPv4Network("192.0.0.192/32"), "cloud metadata"),  # Oracle, formerly
     (IPv4Network("224.0.0.0/4"), "multicast"),
     (IPv4Network("240.0.0.0/4"), "reserved"),  # 255.255.255.255 among them
 )
@@ -203,6 +207,14 @@ _REFUSED_IPV6 = (
     (IPv6Network("::1/128"), "loopback"),
     (IPv6Network("::ffff:0:0/96"), "IPv4-mapped"),
     (IPv6Network("::/96"), "IPv4-compatible"),  # RFC 4291 section 2.5.5.1, deprecated
+    (IPv6Network("::ffff:0:0:0/96"), "IPv4-translated"),  # RFC 2765 section 2.1
+    (
+        IPv6Network("64:ff9b:1::/48"),
+        "behind a local NAT64",
+    ),  # RFC 8215: where the IPv4 address stands in it, each site decides
+    (IPv6Network("2001::/32"), "Teredo"),  # RFC 4380: a tunnel to any IPv4 address
+    (IPv6Network("fd00:ec2::254/128"), "cloud metadata"),  # AWS
+    (IPv6Network("fd20:ce::254/128"), "cloud metadata"),  # Google
     (IPv6Network("fe80::/10"), "link-local"),
     (IPv6Network("ff00::/8"), "multicast"),
 )
@@ -220,6 +232,15 @@ def _refused() -> Iterator[tuple[Network, str]]:
 
 
 _REFUSED: tuple[tuple[Network, str], ...] = tuple(_refused())
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+
+def spellings(address: Address) -> tuple[Address, ...]:
+    """Return the address, and the IPv4 address that a NAT64 or 6to4 router makes of it, if it is such a one."""
+    if isinstance(address, IPv4Address):
+        return (address,)
+    within = IPv4Address(int(address) & 0xFFFF_FFFF) if address in _NAT64 else address.ipv4_mapped or address.sixtofour
+    return (address,) if within is None else (address, within)
 
 
 def _inside(inner: Network, outer: Network) -> bool:

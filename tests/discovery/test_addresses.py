@@ -17,6 +17,7 @@ from discovery.addresses import (
     parse_port,
     parse_turn_url,
     refusal,
+    spellings,
 )
 
 
@@ -96,6 +97,16 @@ REFUSED = {
     "64:ff9b::255.255.255.255": "reserved",
     "2002:7f00:1::1": "loopback",
     "2002:a9fe:a9fe::": "link-local",
+    "::ffff:0:127.0.0.1": "IPv4-translated",
+    "64:ff9b:1::127.0.0.1": "local NAT64",
+    "64:ff9b:1:7f00:0:100::": "local NAT64",
+    "2001:0:4136:e378:8000:63bf:80ff:fffe": "Teredo",
+    "100.100.100.200": "cloud metadata",
+    "64:ff9b::100.100.100.200": "cloud metadata",
+    "168.63.129.16": "cloud metadata",
+    "192.0.0.192": "cloud metadata",
+    "fd00:ec2::254": "cloud metadata",
+    "fd20:ce::254": "cloud metadata",
 }
 
 
@@ -113,6 +124,20 @@ def test_refused_in_every_spelling(text: str, why: str) -> None:
 )
 def test_the_rest_may_be_dialled(text: str) -> None:
     assert refusal(ip_address(text)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        ("10.1.0.5", ["10.1.0.5"]),
+        ("fd00::5", ["fd00::5"]),
+        ("64:ff9b::10.1.0.5", ["64:ff9b::a01:5", "10.1.0.5"]),
+        ("2002:a01:5::1", ["2002:a01:5::1", "10.1.0.5"]),
+        ("::ffff:10.1.0.5", ["::ffff:a01:5", "10.1.0.5"]),
+    ],
+)
+def test_spellings(text: str, spelled: list[str]) -> None:
+    assert spellings(ip_address(text)) == tuple(map(ip_address, spelled))
 
 
 def test_a_cidr_inside_the_range_lifts_its_refusal() -> None:

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import msgspec
 
-from discovery.addresses import TargetList, refusal
+from discovery.addresses import TargetList, refusal, spellings
 from turnreg.auth import Accepted, Authenticator, Refused
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, Endpoint, FiveTuple, Refusal
 from turnreg.server.framing import MAX_CHANNEL, MIN_CHANNEL
@@ -365,7 +365,8 @@ class Transactions:
             return None  # we only let it come to us, and a relay may well run on this host
         if self._allowed_peers is not None and any(address in network for network in self._allowed_peers.networks):
             return None
-        return Refusal.FORBIDDEN_PEER if self._is_ours(str(address)) else None
+        ours = any(self._is_ours(str(spelling)) for spelling in spellings(address))
+        return Refusal.FORBIDDEN_PEER if ours else None
 
     def _channel_bind(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Step:
         """RFC 8656, section 12.2."""

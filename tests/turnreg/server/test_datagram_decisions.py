@@ -311,8 +311,14 @@ class TestForbiddenPeers:
         "64:ff9b::a9fe:a9fe",
         "2002:7f00:1::",
         "2002:a9fe:a9fe::",
+        "::ffff:0:7f00:1",
+        "64:ff9b:1::7f00:1",
+        "2001:0:4136:e378:8000:63bf:80ff:fffe",
+        "fd00:ec2::254",
         "fe80::1",
         "ff02::1",
+        f"64:ff9b::{OURS}",
+        "2002:a00:7::1",
     )
 
     @pytest.mark.parametrize("address", SPELLINGS)
@@ -322,6 +328,17 @@ class TestForbiddenPeers:
         request = on.allocate_request(transport).with_first_byte(Attribute.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV6)
         on.allocate(request)
         assert on.code(on.permission(address)) == 403
+        if transport == TRANSPORT_UDP:
+            assert on.code(channel_bind(on, peer=(address, 80))) == 403
+        else:
+            connect = on.request(Method.CONNECT).with_xor_address(Attribute.XOR_PEER_ADDRESS, (address, 80))
+            assert on.code(connect) == 403
+
+    def test_others_behind_nat64_are_as_good_as_any(self) -> None:
+        on = server()
+        request = on.allocate_request(TRANSPORT_UDP).with_first_byte(Attribute.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV6)
+        on.allocate(request)
+        assert on.code(on.permission("64:ff9b::10.0.0.9")) == 0
 
     def test_our_own_unless_they_are_allowed(self) -> None:
         on = server(allowed_peers=("10.0.0.0/24",))
