@@ -1,6 +1,7 @@
 """The resolver of a network as a server: its sockets, and the one place where its parts meet."""
 
 import asyncio
+import errno
 import logging
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
@@ -273,6 +274,8 @@ class DnsServer:
             except OSError as error:
                 if port or not tries_left:
                     what = f"cannot listen on {format_endpoint(address, port)}: {error.strerror}"
+                    if error.errno == errno.EACCES:
+                        what += " (a port that low takes root or CAP_NET_BIND_SERVICE)"
                     raise OSError(error.errno, what) from error
         raise AssertionError("the last try raises")
 

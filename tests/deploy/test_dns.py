@@ -31,24 +31,6 @@ COREDNS_PLUGINS = {
 }
 
 
-@pytest.mark.needs("systemd-analyze")
-@pytest.mark.parametrize("unit", ["crossnet-dns.service", "crossnet-dns@.service"])
-def test_systemd_takes_the_units(unit: str, tmp_path: Path) -> None:
-    text = (DEPLOY / "systemd" / unit).read_text()
-    (tmp_path / unit).write_text(text)
-    done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(tmp_path / unit)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-    mine = [line for line in done.stderr.splitlines() if unit.split(".")[0].rstrip("@") in line]
-    assert not mine, done.stderr
-    assert "AmbientCapabilities=CAP_NET_BIND_SERVICE" in text
-    assert "User=root" not in text
-
-
 @pytest.mark.anyio
 @pytest.mark.needs("dnsmasq")
 async def test_dnsmasq_asks_us_for_what_is_ours(tmp_path: Path) -> None:
