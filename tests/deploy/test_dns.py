@@ -1,13 +1,12 @@
 """Every snippet that points somebody at the resolver, loaded into the real program where this machine has it.
 
-There is no CoreDNS to be had from Debian, PyPI or npm: its files are only checked to be well-formed and to name plugins
-that it has.
+There is no CoreDNS to be had from Debian, PyPI or npm: its files are read by its grammar and by what its plugins take
+(corefile.py), and no more is proven of them.
 """
 
 import asyncio
 import contextlib
 import json
-import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import yaml
 
 from crossnet.config import load
+from tests.deploy import corefile
 from tests.dnsgw.authority import serving
 from tests.dnsgw.meshes import DOMAIN, mesh, relay
 from tests.dnsgw.packets import query
@@ -25,10 +25,6 @@ from tests.dnsgw.servers import Client, address, free_port, running
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
-COREDNS_PLUGINS = {
-    *("errors", "cache", "forward", "health", "ready", "kubernetes", "prometheus", "loop", "reload", "loadbalance"),
-    *("bind", "log", "hosts", "rewrite", "template"),
-}
 
 
 @pytest.mark.anyio
@@ -100,17 +96,40 @@ def test_the_resolver_and_the_relay_are_reached_by_those_who_should_only() -> No
         assert all("podSelector" in peer for peer in rule["from"])
 
 
-@pytest.mark.parametrize("name", ["stub-domain.Corefile", "nodelocaldns.Corefile"])
-def test_corefiles_are_well_formed(name: str) -> None:
-    text = re.sub(r"#.*", "", (DEPLOY / "coredns" / name).read_text())
-    assert text.count("{") == text.count("}")
-    assert DOMAIN + ":53" in text
-    depth = 0
-    for line in text.splitlines():
-        words = line.split()
-        if depth == 1 and words and words[0] != "}":
-            assert words[0] in COREDNS_PLUGINS
-        depth += line.count("{") - line.count("}")
+COREFILES = {
+    "stub-domain.Corefile": [f"{DOMAIN}:53", "orders.shop.svc.cluster.local:53", ".:53"],
+    "nodelocaldns.Corefile": [f"{DOMAIN}:53"],
+}
+
+
+@pytest.mark.parametrize(("name", "zones"), COREFILES.items())
+def test_corefiles_say_nothing_that_coredns_does_not_take(name: str, zones: list[str]) -> None:
+    assert corefile.check((DEPLOY / "coredns" / name).read_text()) == zones
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("force_tcp", "force_tcp yes"),
+        ("expire 20s", "expire 20"),
+        ("forward .", "forward"),
+        ("forward . 10.96.0.53", "forward . 10.96.0.533"),
+        ("10.96.0.53 {", "10.96.0.53\n{"),
+        ("success 9984 5 1", "success 9984 0"),
+        ("denial", "deny"),
+        ("errors", "error"),
+        ("reload", "reload\nreload"),
+        ("}", "} }"),
+        (":53 {", ":53{"),
+        ("prometheus :9253\n}", "prometheus :9253"),
+        (f"{DOMAIN}:53 {{", f"{DOMAIN}:53 {DOMAIN}:53 {{"),
+    ],
+)
+def test_the_reader_of_corefiles_finds_what_is_wrong(text: str, other: str) -> None:
+    good = (DEPLOY / "coredns" / "nodelocaldns.Corefile").read_text()
+    assert text in good
+    with pytest.raises(corefile.BadCorefile):
+        corefile.check(good.replace(text, other, 1))
 
 
 def test_the_stub_domain_of_kube_dns() -> None:
