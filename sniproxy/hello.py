@@ -94,7 +94,7 @@ class HelloReader:
     It holds at most six bytes for each byte of `max_hello_bytes` (records of one byte) and the last piece fed.
     """
 
-    __slots__ = ("_at", "_error", "_hello", "_max_hello_bytes", "_message", "_raw", "_record_left", "_size")
+    __slots__ = ("_at", "_hello", "_max_hello_bytes", "_message", "_raw", "_record_left", "_refused", "_size")
 
     def __init__(self, max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES) -> None:
         """`max_hello_bytes` bounds the length field of the handshake message."""
@@ -105,12 +105,24 @@ class HelloReader:
         self._message = bytearray()  # the handshake message, joined
         self._size = 0  # of the handshake message with its header; 0: not known yet
         self._hello: Hello | None = None
-        self._error: HelloError | None = None
+        self._refused: tuple[HelloReason, str] | None = None  # not the exception: its traceback holds this reader
 
     @property
     def raw(self) -> bytes:
         """Return everything fed so far, byte for byte."""
         return bytes(self._raw)
+
+    @property
+    def missing(self) -> int:
+        """Return how many bytes it takes at least to come nearer to a hello, 1 to MAX_RECORD; fewer are worth no look.
+
+        The very first byte is worth one (other protocols show it there), then headers are, then whole records.
+        """
+        if not self._record_left:
+            return _RECORD_HEADER - (len(self._raw) - self._at) if self._raw else 1
+        if not self._size:
+            return min(self._record_left, _MESSAGE_HEADER - len(self._message))
+        return self._record_left
 
     def feed(self, data: bytes | bytearray | memoryview) -> Hello | None:
         """Take more bytes; return the hello once it is complete, None before.
@@ -119,13 +131,13 @@ class HelloReader:
         Raises HelloError, and after that always.
         """
         self._raw += data
-        if self._error is not None:
-            raise self._error
+        if self._refused is not None:
+            raise HelloError(*self._refused)
         if self._hello is None:
             try:
                 self._read()
             except HelloError as error:
-                self._error = error
+                self._refused = error.reason, error.detail
                 raise
         return self._hello
 

@@ -19,7 +19,7 @@ from discovery.contract import Discovery
 from discovery.imports import Imports
 from sniproxy.alert import AlertDescription, alert_record
 from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, RESET, WARM_LOST, Call, Connected, Dialer, DialError
-from sniproxy.engine import End, Listener, Splice, Wire
+from sniproxy.engine import Deadlines, End, Listener, Splice, Wire
 from sniproxy.engine.host import is_own_address
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
 from sniproxy.limits import (
@@ -154,11 +154,14 @@ class Relay:
         self._lingering = 0
         self._admission = Admission(Limits())
         self._hellos = Budget(config.max_hello_held_bytes)
+        self._deadlines = Deadlines(config.hello_timeout_s)
         self.reconfigure(config, keys)
 
     def reconfigure(self, config: RelayConfig, keys: SigningKeys) -> None:
         """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
         self.config = config
+        if self._deadlines.limit_s != config.hello_timeout_s:
+            self._deadlines = Deadlines(config.hello_timeout_s)
         self._admission.limits = Limits(
             max_streams=config.max_streams_per_client, new_streams_per_s=config.new_streams_per_s
         )
@@ -253,31 +256,34 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         account.end = task.cancel
+        deadlines = self._deadlines  # a reload may bring others
+        deadlines.begin(client)
         try:
             try:
-                reason = await self._carry(client, account)
+                reason = await self._carry(client, account, deadlines)
             except _Refusal as refusal:
                 refused, reason, account.detail = True, refusal.reason, refusal.detail
             finally:
+                deadlines.end(client)
                 self.ledger.close(account, reason)
             if refused:  # no stream any more: clients that linger over their alert keep nobody else out
                 await self._refuse(client, reason)
         finally:
             client.close()
 
-    async def _carry(self, client: Wire, account: Account) -> Reason:
-        """Take one stream from accept to its end."""
+    async def _carry(self, client: Wire, account: Account, deadlines: Deadlines) -> Reason:
+        """Take one stream from accept to its end. What comes up to the end of the ClientHello has one time limit, from accept."""
         if len(self.ledger) > self.config.max_streams:
             raise _Refusal(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
-        deadline = asyncio.get_running_loop().time() + self.config.hello_timeout_s
-        peer, local = await self._endpoints(client, account, deadline)
+        peer, local = await self._endpoints(client, account)
         source = ip_address(peer[0])
         refused = self._admission.admit(source, time.monotonic())
         if refused is not None:
             raise _Refusal(Reason.OVERLOADED, refused)
         try:
             with self._hellos.share() as share:
-                hello, data = await self._read_hello(client, account, deadline, share)
+                hello, data = await self._read_hello(client, account, share)
+                deadlines.end(client)
                 call = Call(stream=account.stream, client=peer, local=local, hello=hello, data=data)
                 connected = await self._connect(account, call, source)
             return await self._move(client, account, call, connected)
@@ -337,7 +343,7 @@ class Relay:
             raise _Refusal(Reason.DENIED, why)
         return permitted
 
-    async def _endpoints(self, client: Wire, account: Account, deadline: float) -> tuple[Endpoint, Endpoint]:
+    async def _endpoints(self, client: Wire, account: Account) -> tuple[Endpoint, Endpoint]:
         """Say who the client is and where it connected to: by the PROXY header that a load balancer of ours sends first."""
         if not self.config.proxy_from:
             return client.peer, client.local
@@ -347,13 +353,12 @@ class Relay:
         data = b""
         found = None
         try:
-            async with asyncio.timeout_at(deadline):
-                while found is None:
-                    more = await client.recv(HELLO_READ_BYTES)
-                    if not more:
-                        raise _Refusal(Reason.CLIENT_RESET, "closed before its PROXY header was whole")
-                    data += more
-                    found = parse_any(data)
+            while found is None:
+                more = await client.recv(HELLO_READ_BYTES)
+                if not more:
+                    raise _Refusal(Reason.CLIENT_RESET, "closed before its PROXY header was whole")
+                data += more
+                found = parse_any(data)
         except ProxyError as error:
             raise _Refusal(Reason.NOT_TLS, f"relay.proxy_from has this address: {error}") from error
         except TimeoutError:
@@ -371,30 +376,29 @@ class Relay:
         }
         return header.source, header.destination
 
-    async def _read_hello(self, client: Wire, account: Account, deadline: float, share: Share) -> tuple[Hello, bytes]:
-        """Read up to the end of the ClientHello, under one absolute deadline, and what came along with it."""
+    async def _read_hello(self, client: Wire, account: Account, share: Share) -> tuple[Hello, bytes]:
+        """Read up to the end of the ClientHello, and what came along with it."""
         reader = HelloReader(self.config.max_hello_bytes)
         try:
-            async with asyncio.timeout_at(deadline):
-                while True:
-                    data = await client.recv(HELLO_READ_BYTES)
-                    if not data:
-                        if reader.raw:
-                            raise _Refusal(Reason.BAD_HELLO, "the client ended inside its ClientHello")
-                        raise _Refusal(Reason.CLIENT_RESET, "the client closed without a byte")
-                    if not share.take(len(data)):
-                        raise _Refusal(Reason.OVERLOADED, "too many unfinished ClientHellos: relay.max_hello_held")
-                    hello = reader.feed(data)
-                    if hello is not None:
-                        if hello.ech:
-                            account.fields["ech"] = True
-                        return hello, reader.raw
+            while True:
+                data = await client.recv(HELLO_READ_BYTES, low=reader.missing)
+                if not data:
+                    if reader.raw:
+                        raise _Refusal(Reason.BAD_HELLO, "the client ended inside its ClientHello")
+                    raise _Refusal(Reason.CLIENT_RESET, "the client closed without a byte")
+                if not share.take(len(data)):
+                    raise _Refusal(Reason.OVERLOADED, "too many unfinished ClientHellos: relay.max_hello_held")
+                hello = reader.feed(data)
+                if hello is not None:
+                    if hello.ech:
+                        account.fields["ech"] = True
+                    return hello, reader.raw
         except HelloError as error:
             raise _Refusal(Reason(error.reason.value), error.detail) from error
         except TimeoutError:
+            size = len(reader.raw) + len(client.try_recv())  # what is left unread would make the end a reset
             raise _Refusal(
-                Reason.HELLO_TIMEOUT,
-                f"no whole ClientHello in {self.config.hello_timeout_s} s, {len(reader.raw)} bytes came",
+                Reason.HELLO_TIMEOUT, f"no whole ClientHello in {self.config.hello_timeout_s} s, {size} bytes came"
             ) from None
         except OSError as error:
             raise _Refusal(Reason.CLIENT_RESET, "reset before its ClientHello was whole") from error
@@ -426,11 +430,12 @@ class Relay:
 
     async def _refuse(self, client: Wire, reason: Reason) -> None:
         """Tell the client in its own protocol why, and make sure that it arrives."""
-        if reason not in _SILENT:
-            try:
-                await client.send(alert_record(_ALERTS.get(reason, AlertDescription.INTERNAL_ERROR)))
-            except OSError:
-                return  # it is gone: nobody to tell
+        if reason in _SILENT:
+            return
+        try:
+            await client.send(alert_record(_ALERTS.get(reason, AlertDescription.INTERNAL_ERROR)))
+        except OSError:
+            return  # it is gone: nobody to tell
         if self._lingering < MAX_LINGERING:
             self._lingering += 1
             try:

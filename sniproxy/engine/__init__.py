@@ -4,6 +4,7 @@ Not here: names, routes, capsules. The engine knows sockets, byte counts, deadli
 the engine owns is never given to an asyncio transport: uvloop refuses to watch a transport's descriptor.
 """
 
+from sniproxy.engine.deadlines import Deadlines
 from sniproxy.engine.listener import Listener
 from sniproxy.engine.move import Activity, Direction, End, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.pipes import PipePool
@@ -12,6 +13,7 @@ from sniproxy.engine.wire import Wire, WireClosed, connect
 
 __all__ = [
     "Activity",
+    "Deadlines",
     "Direction",
     "End",
     "Listener",

@@ -82,13 +82,14 @@ class TlsWire(Wire):
 
     # Reading
 
-    async def recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
-        """Read what is there, as `Wire.recv`; b"" at the peer's close_notify.
+    async def recv(self, limit: int = DEFAULT_READ_BYTES, *, low: int = 1) -> bytes:
+        """Read what is there, as `Wire.recv`; b"" at the peer's close_notify. `low` changes nothing: TLS has records.
 
         Raises:
             OSError: reset, cut without close_notify, or bytes that are no TLS.
             WireClosed: our own side closed it meanwhile.
         """
+        del low
         if self._unread:
             data = self.take_unread()
             if len(data) > limit:

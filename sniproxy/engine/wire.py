@@ -72,7 +72,9 @@ class Wire:
     """What is on the descriptor is the stream itself: os.splice may move it."""
 
     __slots__ = (
+        "_expired",
         "_loop",
+        "_low",
         "_read_waiter",
         "_reading",
         "_sock",
@@ -99,6 +101,8 @@ class Wire:
         self._loop = asyncio.get_running_loop()
         self._sock = sock
         self._unread: Buffer = b""
+        self._low = 1
+        self._expired = False
         self._reading = self._writing = False
         self._read_waiter: asyncio.Future[None] | None = None
         self._write_waiter: asyncio.Future[None] | None = None
@@ -126,11 +130,16 @@ class Wire:
         data, self._unread = bytes(self._unread), b""
         return data
 
-    async def recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
+    async def recv(self, limit: int = DEFAULT_READ_BYTES, *, low: int = 1) -> bytes:
         """Read what is there, up to `limit` bytes, waiting for the first one; b"" at the end of the stream.
+
+        Args:
+            low: where nothing is there, wait for that many. A reader that can do nothing with fewer is not woken for each byte
+                of a peer that sends them one by one. What is there already is returned, however little.
 
         Raises:
             OSError: the peer reset the connection, or keep-alive found it gone.
+            TimeoutError: `expire` was called.
             WireClosed: our own side closed it meanwhile.
         """
         if self._unread:
@@ -145,7 +154,14 @@ class Wire:
                 return self._sock.recv(limit)
             except BlockingIOError:
                 pass
-            await self.readable()
+            await self.readable(low)
+
+    def try_recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
+        """Read what the socket has right now; b"" where that is nothing, or an end. Raises OSError as `recv`."""
+        try:
+            return self._sock.recv(limit)
+        except BlockingIOError:
+            return b""
 
     async def recv_exactly(self, count: int) -> bytes:
         """Read exactly `count` bytes and not one more.
@@ -162,10 +178,21 @@ class Wire:
             data = data + more if data else more
         return data
 
-    async def readable(self) -> None:
-        """Wait until a read would return something: bytes, the end, or an error."""
+    async def readable(self, low: int = 1) -> None:
+        """Wait until a read would return something: `low` bytes, the end, or an error.
+
+        Raises:
+            TimeoutError: `expire` was called.
+            WireClosed: our own side closed it.
+        """
         if self.closed:
             raise WireClosed(errno.EBADF, "closed on our side")
+        if self._expired:
+            raise TimeoutError
+        if low != self._low:
+            # The kernel wakes for less where its buffer cannot hold so much, and at the end and at errors always.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
+            self._low = low
         assert self._read_waiter is None or self._read_waiter.done(), (
             "one reader at a time: the first would sleep for ever"
         )
@@ -178,6 +205,13 @@ class Wire:
         finally:
             if self._read_waiter is waiter:  # not that of the next reader, where this one was cancelled
                 self._read_waiter = None
+            del waiter  # holds the exception that holds this frame: a cycle for each stream that is cut
+
+    def expire(self) -> None:
+        """Let whoever waits to read, and whoever would, get a TimeoutError: this wire's time is over."""
+        self._expired = True
+        if self._read_waiter is not None and not self._read_waiter.done():
+            self._read_waiter.set_exception(TimeoutError())
 
     def _on_readable(self) -> None:
         waiter = self._read_waiter
@@ -235,6 +269,7 @@ class Wire:
         finally:
             if self._write_waiter is waiter:
                 self._write_waiter = None
+            del waiter
 
     async def flushed(self, limit_s: float) -> bool:
         """Wait until the peer's kernel has acknowledged everything we wrote, or `limit_s` seconds; say whether it has."""

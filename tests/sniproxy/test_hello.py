@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sniproxy.alert import AlertDescription
-from sniproxy.hello import Hello, HelloError, HelloReader, HelloReason, parse_client_hello
+from sniproxy.hello import MAX_RECORD, Hello, HelloError, HelloReader, HelloReason, parse_client_hello
 from tests.sniproxy import hellos
 from tests.sniproxy.hellos import (
     BROKEN,
@@ -356,6 +356,36 @@ def test_any_split_gives_the_same(whole: bytes, in_records: list[int], in_segmen
     wire = records_cut(whole, [at % len(whole) for at in in_records])
     assert read(*cut(wire, in_segments)) == expected
     assert read(*singly(wire)) == expected
+
+
+@given(valid_messages(), cuts)
+def test_a_reader_that_waits_for_what_is_missing_sees_the_same(whole: bytes, in_records: list[int]) -> None:
+    wire = records_cut(whole, [at % len(whole) for at in in_records])
+    reader, at, hello = HelloReader(), 0, None
+    while hello is None:
+        size = reader.missing
+        assert 1 <= size <= MAX_RECORD
+        assert all(read(wire[:end]) is None for end in {at, at + size - 1}), "fewer would not have done"
+        hello = reader.feed(wire[at : at + size])
+        at += size
+    assert at == len(wire)
+    assert hello == parse_client_hello(whole)
+
+
+@pytest.mark.parametrize(
+    ("wire", "sizes"),
+    [
+        (records(PLAIN), [1, 4, 4, len(PLAIN) - 4]),
+        (records(PLAIN[:2]) + records(PLAIN[2:]), [1, 4, 2, 5, 2, len(PLAIN) - 4]),
+    ],
+)
+def test_how_often_a_hello_that_drips_is_looked_at(wire: bytes, sizes: list[int]) -> None:
+    reader, at = HelloReader(), 0
+    for size in sizes:
+        assert reader.missing == size
+        reader.feed(wire[at : at + size])
+        at += size
+    assert at == len(wire)
 
 
 def outcome(*pieces: bytes) -> Hello | tuple[HelloReason, str] | None:

@@ -1,6 +1,7 @@
 """A relay under those who mean it ill, and what is left of them afterwards: nothing."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import resource
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from sniproxy.engine import Wire
+from sniproxy.hello import HelloReader
+from sniproxy.stream.account import Account
 from tests.sniproxy.engine.pairs import read_all
 from tests.sniproxy.gateways import scripted, silent
 from tests.sniproxy.hellos import client_hello, padding
@@ -35,6 +38,12 @@ async def echo(wire: Wire) -> None:
     while data := await wire.recv():
         await wire.send(data)
     wire.shutdown_write()
+
+
+async def drop(wire: Wire) -> None:
+    """Read whatever comes, to whatever end."""
+    with contextlib.suppress(OSError):
+        await read_all(wire)
 
 
 async def ask(running: Running, name: str) -> None:
@@ -140,6 +149,48 @@ async def ask_once(running: Running, name: str) -> None:
     client.close()
     await running.ended(1)
     gc.collect()
+
+
+@pytest.mark.parametrize("kind", ["served", "reset", "silent", "unknown", "not TLS"])
+async def test_an_ended_stream_leaves_no_cycle_for_the_garbage_collector(kind: str) -> None:
+    """Its walk over thousands of streams stops everything for as long as it takes; with cycles it would be needed often."""
+    async with a_relay(hello_timeout_s=0.05) as running:
+        name = name_of(await running.serve(drop))
+
+        async def one() -> None:
+            client = await running.connect()
+            await client.send(
+                {"silent": b"\x16", "unknown": client_hello("stranger.example"), "not TLS": b"GET /"}.get(
+                    kind, client_hello(name)
+                )
+            )
+            if kind == "reset":
+                async with asyncio.timeout(10):
+                    while not any(account.up for account in running.relay.ledger._live):
+                        await asyncio.sleep(0.001)
+                client.reset()
+            else:
+                if kind == "served":
+                    client.shutdown_write()
+                await read_all(client)
+                client.close()
+
+        await one()
+        await settled(running, 0)
+        gc.collect()
+        gc.disable()
+        try:
+            await one()
+            await settled(running, 0)
+            await asyncio.sleep(0.02)  # tasks and transports of the test's own end
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [item for item in gc.garbage if isinstance(item, Wire | Account | HelloReader)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert left == []
 
 
 async def test_clients_that_go_while_their_stream_is_opened_leave_nothing() -> None:

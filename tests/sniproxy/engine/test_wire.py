@@ -134,6 +134,51 @@ async def test_bytes_that_nobody_waits_for_do_not_spin() -> None:
     other.close()
 
 
+async def test_a_reader_that_needs_more_is_not_woken_for_less() -> None:
+    """By what the kernel is asked: where it is short of memory for sockets, it wakes all the same."""
+
+    def low() -> int:
+        return one._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+
+    one, other = await pair()
+    for wanted in (4, 4, 9, 1, 2):
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(one.recv(low=wanted))
+            await asyncio.sleep(0)
+            assert low() == wanted
+            await other.send(bytes(wanted))
+        assert task.result() == bytes(wanted)
+    # The next reader is woken for a byte, without a word; so is whoever waits only.
+    one.try_recv()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(one.readable())
+        await asyncio.sleep(0)
+        assert (low(), waiting.done()) == (1, False)
+        await other.send(b"e")
+    assert await one.recv(low=100) == b"e", "what is there is not waited for"
+    one.close()
+    other.close()
+
+
+async def test_a_reader_that_needs_more_is_woken_where_more_cannot_come() -> None:
+    one, other = await pair()
+    asyncio.get_running_loop().call_soon(other.shutdown_write)
+    assert await one.recv(low=16_640) == b""
+    one.close()
+    other.close()
+    one, other = await pair()
+    asyncio.get_running_loop().call_soon(other.reset)
+    with pytest.raises(ConnectionResetError):
+        await one.recv(low=16_640)
+    one.close()
+    one, other = await pair()
+    one._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    asyncio.get_running_loop().call_soon(other.try_send, [bytes(1 << 20)])
+    assert await one.recv(low=1 << 20), "the kernel's buffer is smaller"
+    one.close()
+    other.close()
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,101 @@
+"""One time limit for many wires."""
+
+import asyncio
+
+import pytest
+
+from sniproxy.engine import Deadlines, Wire
+from sniproxy.engine.deadlines import EXPIRED_A_TURN
+from tests.sniproxy.engine.pairs import pair
+
+pytestmark = pytest.mark.anyio
+
+
+async def ends(wire: Wire) -> str:
+    """Read to the end, whichever comes."""
+    try:
+        while await wire.recv():
+            pass
+    except TimeoutError:
+        return "time"
+    return "end"
+
+
+async def test_a_wire_whose_time_is_over_is_read_no_more() -> None:
+    deadlines = Deadlines(0.05)
+    one, other = await pair()
+    deadlines.begin(one)
+    await other.send(b"late")
+    assert await ends(one) == "time"
+    with pytest.raises(TimeoutError):
+        await one.recv()
+    assert not one.closed
+    assert len(deadlines) == 0
+    one.close()
+    other.close()
+
+
+async def test_what_came_before_the_end_is_read_all_the_same() -> None:
+    one, other = await pair()
+    await other.send(b"in time")
+    await one.readable()
+    one.expire()
+    assert await one.recv() == b"in time"
+    assert one.try_recv() == b""
+    with pytest.raises(TimeoutError):
+        await one.recv()
+    await other.send(b"later")
+    while not (data := one.try_recv()):
+        await asyncio.sleep(0)
+    assert data == b"later"
+    one.close()
+    other.close()
+
+
+async def test_a_wire_that_was_in_time_is_left_alone() -> None:
+    deadlines = Deadlines(0.05)
+    late, last, fine = [await pair() for _ in range(3)]
+    for one, _ in (late, fine, last):
+        deadlines.begin(one)
+    deadlines.end(fine[0])
+    deadlines.end(fine[0])
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(ends(one)) for one, _ in (late, last, fine)]
+        await asyncio.wait(tasks[:2])
+        await fine[1].send(b"more")
+        fine[1].shutdown_write()
+    assert [task.result() for task in tasks] == ["time", "time", "end"]
+    for wire in (*late, *last, *fine):
+        wire.close()
+
+
+async def test_it_begins_again_after_it_had_nothing_to_watch() -> None:
+    deadlines = Deadlines(0.02)
+    for _ in range(2):
+        one, other = await pair()
+        deadlines.begin(one)
+        assert await ends(one) == "time"
+        one.close()
+        other.close()
+
+
+async def test_those_that_fall_due_together_are_ended_a_few_a_turn() -> None:
+    """Whoever comes meanwhile has a turn between."""
+    deadlines = Deadlines(0.01)
+    wires = [await pair() for _ in range(3 * EXPIRED_A_TURN)]
+    for one, _ in wires:
+        deadlines.begin(one)
+    left: list[int] = []
+    async with asyncio.TaskGroup() as group:
+        for one, _ in wires:
+            group.create_task(ends(one))
+        while len(deadlines):
+            await asyncio.sleep(0)
+            if not left or left[-1] != len(deadlines):
+                left.append(len(deadlines))
+    steps = [before - after for before, after in zip([len(wires), *left], left, strict=False) if before != after]
+    assert sum(steps) == len(wires)
+    assert max(steps) <= 2 * EXPIRED_A_TURN, "a turn of ours may see two of the loop's"
+    for one, other in wires:
+        one.close()
+        other.close()
