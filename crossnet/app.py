@@ -33,12 +33,12 @@ from discovery.addresses import format_endpoint, parse_address
 from discovery.api import DiscoveryServer, DiscoveryServerConfig, ServerRefused
 from discovery.client import DiscoveryClient
 from discovery.contract import Discovery
+from discovery.document import BadFile
 from discovery.merged import MergedDiscovery
 from discovery.model import Kind, Mesh, VipSpec
 from discovery.publisher import Publisher
 from discovery.static import StaticDiscovery
 from discovery.store import StoreError
-from discovery.yamlfile import BadFile
 from dnsgw.config import DEFAULT_TTL_S
 from dnsgw.server import DnsServer
 from sniproxy.relay import Relay

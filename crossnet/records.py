@@ -12,10 +12,10 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from crossnet.sections import Config
+from discovery.document import BadFile
 from discovery.model import Kind, decode_record
 from discovery.servers import Away, Refused, Servers
 from discovery.static import format_mesh, load_mesh
-from discovery.yamlfile import BadFile
 
 T = TypeVar("T")
 

@@ -12,7 +12,6 @@ from typing import Annotated, Literal, TypeAlias
 
 from yarl import URL
 
-from crossnet.document import Plain
 from crossnet.schema import HIDDEN, Leaf, Mismatch
 from discovery.addresses import (
     Address,
@@ -25,6 +24,7 @@ from discovery.addresses import (
     parse_endpoint,
     parse_turn_url,
 )
+from discovery.document import Plain
 from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
 from discovery.shape import shown
 from discovery.spec import is_record_id

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from crossnet.document import Plain
+from discovery.document import Plain
 from discovery.shape import Fault, child, shown
 
 MadeT = TypeVar("MadeT")

@@ -20,11 +20,11 @@ import msgspec
 
 from discovery.addresses import TargetList
 from discovery.contract import Discovery, DiscoveryError, IssuedCredentials, Subscribers
+from discovery.document import BadFile, read_records
 from discovery.model import SPEC_TYPES, AnyRecord, Deletion, Key, Kind, Mesh, Record, Spec, service_id
 from discovery.shape import Fault, child, shape_faults, shown
 from discovery.spec import key_faults, spec_faults
 from discovery.stamp import Stamp
-from discovery.yamlfile import BadFile, load_yaml
 
 __all__ = ["BadFile", "StaticDiscovery", "format_mesh", "load_mesh"]
 
@@ -46,7 +46,7 @@ def load_mesh(path: Path, allowed: TargetList | None = None) -> Mesh:
 
     A CIDR of `allowed` that lies wholly inside a refused range (loopback, say) lifts the refusal of its addresses.
     """
-    records, faults = _parse(load_yaml(path), allowed)
+    records, faults = _parse(read_records(path), allowed)
     if faults:
         raise BadFile(str(path), faults)
     return Mesh.of(records, 1)
@@ -217,10 +217,6 @@ def _record(
     network = record_id if kind is Kind.NETWORK else _take(fields, "network", path, faults)
     if network is not None and declared is not None and network not in declared:
         faults.append(Fault(f"{path}.network", "one of the networks listed under $.networks", shown(network)))
-    ports = fields.get("ports")
-    if kind is Kind.SERVICE and isinstance(ports, dict):
-        # YAML reads 8443: as a number; as JSON has it, and as the spec does, it is a string.
-        fields["ports"] = {_port_key(port): endpoints for port, endpoints in ports.items()}
     wrong = list(shape_faults(fields, SPEC_TYPES[kind], path))
     if wrong:
         return None, [*faults, *wrong]
@@ -246,7 +242,3 @@ def _take(fields: dict[Any, Any], name: str, path: str, faults: list[Fault], *, 
         faults.append(Fault(f"{path}.{name}", "a string", shown(value)))
         return None
     return value
-
-
-def _port_key(port: object) -> object:
-    return str(port) if isinstance(port, int) and not isinstance(port, bool) else port

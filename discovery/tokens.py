@@ -22,10 +22,10 @@ from pathlib import Path
 
 import msgspec
 
+from discovery.document import BadFile, read_records
 from discovery.model import AnyRecord, Key, Kind, ServiceSpec, Spec
 from discovery.names import is_ldh_label, is_service_name
 from discovery.shape import Fault, shape_faults, shown
-from discovery.yamlfile import BadFile, load_yaml
 
 MAX_TOKENS = 10_000
 TOKEN_PREFIX = "crossnet-"  # noqa: S105 - so that scanners for leaked secrets can know one when they see it
@@ -194,7 +194,7 @@ class Tokens:
     @classmethod
     def load(cls, path: Path) -> "Tokens":
         """Read a tokens file. Raises BadFile with every fault in it."""
-        data = load_yaml(path)
+        data = read_records(path)
         entries: list[TokenEntry] = []
         if data is None:
             data = []

@@ -17,10 +17,10 @@ from crossnet.scalars import (
     WholeSeconds,
 )
 from crossnet.schema import OneOrMore, rule
+from discovery.document import BadFile
 from discovery.shape import Fault
 from discovery.store.etcdapi import DEFAULT_PREFIX
 from discovery.tokens import Tokens
-from discovery.yamlfile import BadFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

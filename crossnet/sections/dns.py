@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-from crossnet.document import Plain
 from crossnet.scalars import (
     Boolean,
     Cidr,
@@ -22,6 +21,7 @@ from crossnet.scalars import (
     parse_size,
 )
 from crossnet.schema import Leaf, Mismatch, OneOrMore, rule
+from discovery.document import Plain
 from discovery.shape import Fault
 from dnsgw import config as dns
 from dnsgw.cache import CacheConfig

@@ -31,11 +31,11 @@ from crossnet.sections.publisher import CLUSTER_DOMAIN, PublisherSection
 from crossnet.sections.relay import RelaySection
 from crossnet.sections.turn import TurnSection, TurnServerSection
 from discovery.addresses import TargetList
+from discovery.document import BadFile
 from discovery.names import BadName, is_under, normalise_domain
 from discovery.servers import parse_server_url
 from discovery.shape import Fault
 from discovery.static import load_mesh
-from discovery.yamlfile import BadFile
 
 ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway", "publisher")
 """In the order in which they start: each finds ready what it asks at its start."""

@@ -26,6 +26,7 @@ from discovery.api.credentials import CredentialsRoute
 from discovery.api.leases import LeaseRoutes
 from discovery.api.records import RecordRoutes
 from discovery.api.watching import WatchRoute
+from discovery.document import BadFile
 from discovery.limits import RateLimit
 from discovery.model import Mesh
 from discovery.page import PageState, render_page
@@ -42,7 +43,6 @@ from discovery.stamp import Stamp
 from discovery.store import Store, StoreError
 from discovery.tokens import OPEN, Principal, Tokens
 from discovery.watch import WatchHub
-from discovery.yamlfile import BadFile
 
 log = logging.getLogger(__name__)
 

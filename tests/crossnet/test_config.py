@@ -146,7 +146,7 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
         ("[]", "$: expected a mapping, got a list"),
         ("{}", "$.network: expected a network id (a-z, 0-9, inner hyphens), got nothing"),
         ("network: a\nnetwork: b", "$.network: expected each key once, got it again in line 2, column 1"),
-        ("network: [", "$: expected YAML, got expected the node content, but found '<stream end>' in line 1, column 11"),
+        ("network: [", "$: expected YAML, got did not find expected node content in line 2, column 1"),
         ("network: a\ndomain: a..b", "$.domain: expected a name ('a..b' has an empty label), got 'a..b'"),
         (
             "network: a\ndomain: svc.cluster.local",

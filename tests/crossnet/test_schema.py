@@ -8,10 +8,10 @@ from typing import Annotated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossnet.document import Plain
 from crossnet.scalars import Count, Duration, Text
 from crossnet.schema import OneOrMore, decode, encode, key, rule
 from crossnet.sections import Config
+from discovery.document import Plain
 from discovery.shape import Fault
 
 

@@ -68,7 +68,7 @@ def test_every_fault_is_told_with_its_path(path: Path) -> None:
         f"{name}: $.services[0].ports.0443[0]: expected an address that may be dialled, got 127.0.0.1:1, which is loopback",
         f"{name}: $.services[1].network: expected a value, got nothing",
         f"{name}: $.services[1].proxi: expected one of name, ports, proxy_protocol, got an unknown key",
-        f"{name}: $.services[2].ports[true]: expected a string as key, got true",
+        f"{name}: $.services[2].ports.yes: expected a port 1-65535 without leading zeros as key, got 'yes'",
         f"{name}: $.services[3].id: expected an id: lower-case letters, digits, inner '-', '.', '_', 63 at most, got 'S'",
         f"{name}: $.services[4].network: expected a network id: lower-case letters, digits, inner hyphens, got 'B'",
         f"{name}: $.services[5]: expected a mapping, got 3",
@@ -91,7 +91,7 @@ def test_every_fault_is_told_with_its_path(path: Path) -> None:
             "$.relays[0].network: expected one of the networks listed under $.networks, got 'b'",
         ),
         ("networks: [{id: a, x: 1}]", "$.networks[0].x: expected one of no keys at all, got an unknown key"),
-        ("networks: [{id: a}]\nnetworks: []", "line 2, column 1: expected plain YAML, got 'networks' stands twice"),
+        ("networks: [{id: a}]\nnetworks: []", "$.networks: expected each key once, got it again in line 2, column 1"),
     ],
 )
 def test_faults(path: Path, text: str, told: str) -> None:

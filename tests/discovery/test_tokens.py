@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from discovery.document import BadFile
 from discovery.model import AnyRecord, Kind, NetworkSpec, Record, ServiceSpec, VipSpec
 from discovery.tokens import (
     OPEN,
@@ -17,7 +18,6 @@ from discovery.tokens import (
     matches,
     redacted,
 )
-from discovery.yamlfile import BadFile
 
 SERVICE: AnyRecord = Record(
     kind=Kind.SERVICE,
