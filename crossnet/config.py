@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
+from crossnet.document import DocumentError, read_document
 from crossnet.scalars import Secret
 from crossnet.schema import decode, encode
 from crossnet.sections import Config
-from discovery.document import BadFile, read_document
 from discovery.shape import Fault, child
 
 
@@ -30,8 +30,8 @@ def load(path: Path) -> Config:
     """
     try:
         document, faults = read_document(path)
-    except BadFile as error:
-        raise ConfigError(path, [*error.faults]) from error
+    except DocumentError as error:
+        raise ConfigError(path, [error.fault]) from error
     config, more = decode(Config, document, path.absolute().parent)
     if faults or more or config is None:
         raise ConfigError(path, [*faults, *more])
@@ -45,8 +45,6 @@ def warnings(config: Config) -> list[str]:
         for where, secret in _secrets(config, "$")
         if secret.readable_by_all
     ]
-    if config.relay is not None and config.relay.pool:
-        found.append("$.relay.pool: has no effect yet: each stream is opened when its client comes")
     ours = [section.source for section in config.keys.values()]
     if config.relay is not None and config.static_mesh is None and config.network not in ours:
         found.append(f"$.keys: none is from {config.network!r}: the relay can reach no other network")

@@ -74,6 +74,8 @@ def relay_config(config: Config, section: RelaySection, guard: Iterable[tuple[st
         deliver=TargetList.parse(section.deliver),
         direct=TargetList.parse(section.direct),
         guard=tuple(guard),
+        zone=section.zone or "",
+        pool=section.pool,
         proxy_from=section.proxy_from,
         max_hello_bytes=section.max_hello,
         max_hello_held_bytes=section.max_hello_held,

@@ -35,11 +35,13 @@ class _Way:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ejected:
-    """A way that has just been left out."""
+class Failed:
+    """What a failure has led to."""
 
     failures: int
+    """In a row."""
     seconds: float
+    """How long the way is left out; 0: not yet."""
 
 
 class Balance:
@@ -81,18 +83,18 @@ class Balance:
         if known is not None:
             known.failures, known.out_until = 0, 0.0
 
-    def failed(self, way: Candidate) -> Ejected | None:
-        """Note that it did not; say so where the way is left out for that."""
+    def failed(self, way: Candidate) -> Failed | None:
+        """Note that none did; None where the way is left out already."""
         now = self._clock()
         known = self._know(way)
         if now < known.out_until:
             return None  # a stream that had begun before, or that had no other way
         known.failures += 1
         if known.failures < FAILURES:
-            return None
+            return Failed(failures=known.failures, seconds=0)
         seconds = min(FIRST_EJECTION_S * 2.0 ** min(known.failures - FAILURES, 16), MAX_EJECTION_S)
         known.out_until = now + seconds
-        return Ejected(failures=known.failures, seconds=seconds)
+        return Failed(failures=known.failures, seconds=seconds)
 
     @property
     def left_out(self) -> int:

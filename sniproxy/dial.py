@@ -50,6 +50,8 @@ class DialError(Exception):
         self.reason = reason
         self.detail = detail
         self.final = final
+        self.answered = False
+        """Whether a gateway said so itself: the way to it works."""
         self.attempts = 0
         """How many times candidates were asked in all, the same one again included."""
 
@@ -119,13 +121,17 @@ class Dialer:
         ready_timeout_s: float = LIMIT_READY_S,
         open_timeout_s: float = LIMIT_OPENED_S,
         warm: Callable[[Candidate], Awaitable[Framed | None]] = _none_is_warm,
-        count: Callable[[Candidate, str], None] = lambda _candidate, _result: None,
+        count: Callable[[RouteKind, str], None] = lambda _kind, _result: None,
+        settled: Callable[[Candidate, DialError | None], None] = lambda _candidate, _failure: None,
+        distrust: Callable[[Candidate], None] = lambda _candidate: None,
     ) -> None:
         """Dial for this network.
 
         Args:
             warm: gives a connection to this allocation that is ready (`warm_up`), None if there is none.
+            distrust: told that such a connection turned out to be dead.
             count: told of each attempt and its result: "ok", "reset" before a gateway answered, "warm_lost", or a reason.
+            settled: told of each candidate, once it has been reached or given up.
         """
         self._network = network
         self._keys = keys
@@ -134,7 +140,9 @@ class Dialer:
         self._ready_timeout_s = ready_timeout_s
         self._open_timeout_s = open_timeout_s
         self._warm = warm
+        self._distrust = distrust
         self._count = count
+        self._settled = settled
 
     async def open(self, call: Call, candidates: list[Candidate]) -> Connected:
         """Try up to three candidates in their order.
@@ -146,11 +154,15 @@ class Dialer:
         failure = DialError(Reason.NO_ROUTE, "no candidate")
         for candidate in _choice(candidates):
             try:
-                return await self._reach(call, candidate, attempts)
+                connected = await self._reach(call, candidate, attempts)
             except DialError as error:
                 failure = error
-            if failure.final:
-                break
+                self._settled(candidate, error)
+                if error.final:
+                    break
+            else:
+                self._settled(candidate, None)
+                return connected
         failure.attempts = next(attempts) - 1
         raise failure
 
@@ -164,7 +176,7 @@ class Dialer:
                 try:
                     return await self._counted(candidate, self._open_warm(call, candidate, attempt, framed))
                 except WarmLost:
-                    pass
+                    self._distrust(candidate)
             for pause in RESET_RETRY_S:
                 try:
                     return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))
@@ -180,15 +192,15 @@ class Dialer:
         try:
             connected = await attempt
         except _ResetBeforeReady:
-            self._count(candidate, RESET)
+            self._count(candidate.kind, RESET)
             raise
         except WarmLost:
-            self._count(candidate, WARM_LOST)
+            self._count(candidate.kind, WARM_LOST)
             raise
         except DialError as error:
-            self._count(candidate, error.reason.value)
+            self._count(candidate.kind, error.reason.value)
             raise
-        self._count(candidate, Reason.OK.value)
+        self._count(candidate.kind, Reason.OK.value)
         return connected
 
     async def _attempt(self, call: Call, candidate: Candidate, attempt: int) -> Connected:
@@ -367,7 +379,9 @@ class Dialer:
         if isinstance(message, Refused):
             reason = Reason(message.reason) if message.reason in set(Reason) else Reason.OTHER
             detail = f"the gateway refused: {message.detail}"
-            raise DialError(reason, detail, final=final and reason not in RETRYABLE)
+            refused = DialError(reason, detail, final=final and reason not in RETRYABLE)
+            refused.answered = True
+            raise refused
         if not isinstance(message, wanted):
             said = f"{type(message).__name__} instead of {wanted.__name__}"
             raise DialError(Reason.PROTOCOL_ERROR, said, final=True)

@@ -5,6 +5,7 @@ TLS, and with one reason in the log and the metrics.
 """
 
 import asyncio
+import logging
 import os
 import socket
 import time
@@ -12,12 +13,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.addresses import Address, Network, TargetList
 from discovery.contract import Discovery
 from discovery.imports import Imports
 from sniproxy.alert import AlertDescription, alert_record
+from sniproxy.balance import Balance
 from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, RESET, WARM_LOST, Call, Connected, Dialer, DialError
 from sniproxy.engine import Deadlines, End, Listener, Splice, Wire
 from sniproxy.engine.host import is_own_address
@@ -41,6 +43,9 @@ from sniproxy.stream.policy import Flow, Policy
 from sniproxy.stream.preamble import decode_target
 from sniproxy.stream.proxyproto import Endpoint, ProxyError, parse_any
 from sniproxy.stream.reason import Reason
+from sniproxy.warm import Fate, WarmPool
+
+log = logging.getLogger(__name__)
 
 DEFAULT_HELLO_TIMEOUT_S = 5.0
 """From accept to the last byte of the ClientHello, however it drips: room for two round trips and a retransmission."""
@@ -50,6 +55,9 @@ DEFAULT_IDLE_TIMEOUT_S = 3600.0
 
 DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
 """Silence after one side has ended: the longest answer that anybody computes after its whole question came."""
+
+DEFAULT_POOL = 2
+"""Warm streams kept ready for each allocation in use: one for a client that comes, one while the next is being made."""
 
 DEFAULT_MAX_STREAMS = 16_384
 """Two descriptors a stream, and half of the usual hard limit of open files (65,536) left for bulk pipes and everything else."""
@@ -84,6 +92,9 @@ _ALERTS = {
 }
 """What a client that spoke TLS is told; every other reason is internal_error."""
 
+_BUSY = frozenset({Reason.OVERLOADED, Reason.DRAINING})
+"""A gateway that says so has to do without new streams for a while."""
+
 _SILENT = frozenset({Reason.NOT_TLS, Reason.HELLO_TIMEOUT, Reason.CLIENT_RESET})
 """No ClientHello was read: nobody there understands an alert."""
 
@@ -105,6 +116,10 @@ class RelayConfig:
     """What may be dialled in the relay's own network; default nothing."""
     direct: TargetList = field(default_factory=TargetList)
     """Where gateways of other networks may be dialled without a TURN server; default nowhere."""
+    zone: str = ""
+    """Where it stands: TURN servers and gateways of the same zone are preferred."""
+    pool: int = DEFAULT_POOL
+    """Connections kept ready for each allocation that clients use; 0: none, each stream is opened when its client comes."""
     guard: tuple[tuple[str, int], ...] = ()
     """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
     proxy_from: tuple[Network, ...] = ()
@@ -148,6 +163,23 @@ class Relay:
         )
         results = (*(reason.value for reason in Reason), RESET, WARM_LOST)
         self._dials = {(kind, result): dials.labels(kind.value, result) for kind in RouteKind for result in results}
+        self._balance = Balance(time.monotonic)
+        left_out = Gauge(
+            "crossnet_relay_ways_left_out", "Allocations and gateways that failed too often of late.", registry=registry
+        )
+        left_out.set_function(lambda: self._balance.left_out)
+        fates = Counter(
+            "crossnet_relay_warm_streams",
+            "Connections kept ready, by what became of them.",
+            ["fate"],
+            registry=registry,
+        )
+        self._fates = {fate: fates.labels(fate.value) for fate in Fate}
+        self._pool = WarmPool(
+            lambda way: self._dialer.warm_up(way), size=config.pool, count=lambda fate: self._fates[fate].inc()
+        )
+        ready = Gauge("crossnet_relay_warm_streams_ready", "Connections kept ready now.", registry=registry)
+        ready.set_function(lambda: self._pool.ready)
         self._listeners: list[Listener] = []
         self._adapted: dict[tuple[str, int], Listener] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -175,13 +207,19 @@ class Relay:
             direct=config.direct,
             keys=keys,
             guard=self._guard,
+            zone=config.zone,
+            order=self._balance.order,
         )
+        self._pool.size = config.pool
         self._dialer = Dialer(
             config.network,
             keys,
             now_ms=lambda: time.time_ns() // 1_000_000,
             dial_timeout_s=config.dial_timeout_s,
-            count=lambda way, result: self._dials[way.kind, result].inc(),
+            warm=self._pool.take,
+            distrust=self._pool.distrust,
+            count=lambda kind, result: self._dials[kind, result].inc(),
+            settled=self._settled,
         )
 
     @property
@@ -211,11 +249,14 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
+        unsubscribe = self._discovery.subscribe(self._pool.follow)
         try:
             async with asyncio.TaskGroup() as self._group:
+                self._group.create_task(self._pool.run())
                 for listener in self._listeners:
                     self._group.create_task(listener.serve(self._serve))
         finally:
+            unsubscribe()
             self.close()  # those that were cancelled before their first step
 
     async def adapt(self, ports: Collection[int]) -> dict[int, str]:
@@ -245,6 +286,7 @@ class Relay:
     def close(self) -> None:
         """Stop accepting; streams go on."""
         self._group = None
+        self._pool.close()
         for listener in (*self._listeners, *self._adapted.values()):
             listener.close()
 
@@ -286,7 +328,8 @@ class Relay:
                 deadlines.end(client)
                 call = Call(stream=account.stream, client=peer, local=local, hello=hello, data=data)
                 connected = await self._connect(account, call, source)
-            return await self._move(client, account, call, connected)
+            with self._balance.carrying(connected.candidate):
+                return await self._move(client, account, call, connected)
         finally:
             self._admission.leave(source)
 
@@ -320,7 +363,24 @@ class Relay:
             "candidate": str(candidate),
             "attempts": connected.attempts,
         }
+        if connected.was_warm:
+            account.fields["warm"] = True
         return connected
+
+    def _settled(self, way: Candidate, failure: DialError | None) -> None:
+        """Take in whether a way led to a service; one that often does not is left out for a while."""
+        if failure is None:
+            self._balance.succeeded(way)
+            if way.kind is RouteKind.TURN:
+                self._pool.used(way)
+        elif failure.answered and failure.reason not in _BUSY:
+            self._balance.succeeded(way)
+        else:
+            failed = self._balance.failed(way)
+            if failed is not None and (failed.failures == 1 or failed.seconds):
+                event: dict[str, object] = {"way": str(way), "network": way.network, "reason": failure.reason.value}
+                event |= {"detail": failure.detail, "failures": failed.failures, "left_out_s": failed.seconds}
+                log.warning("way_failed", extra={"event": event})
 
     def _permitted(self, candidates: list[Candidate], source: Address, name: str) -> list[Candidate]:
         """Leave out what the rules deny to this client."""

@@ -216,28 +216,30 @@ class WarmPool:
         pause, longest = RETRY_S
         try:
             while not shelf.gone and shelf.slots <= self.size and loop.time() < shelf.used_at + KEPT_FOR_S:
-                try:
-                    framed = await self._dial(shelf.candidate)
-                except ConnectionError:
-                    self._count(Fate.FAILED)
-                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                    pause = min(2 * pause, longest)
+                fate = await self._hold(shelf)
+                self._count(fate)
+                if fate not in (Fate.FAILED, Fate.LOST):
+                    pause, longest = RETRY_S
                     continue
-                pause, _ = RETRY_S
-                self._count(await self._hold(shelf, framed))
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, longest)
         finally:
             shelf.slots -= 1
             if not shelf.slots and self._shelves.get(_key(shelf.candidate)) is shelf:
                 del self._shelves[_key(shelf.candidate)]
 
-    async def _hold(self, shelf: _Shelf, framed: Framed) -> Fate:
+    async def _hold(self, shelf: _Shelf) -> Fate:
+        """Make one connection and keep it ready."""
+        try:
+            framed = await self._dial(shelf.candidate)
+        except ConnectionError:
+            return Fate.FAILED
         ready = _Ready(framed)
         fate = Fate.OVER
         try:
-            if shelf.gone:
-                return fate
-            shelf.ready.append(ready)
-            fate = await ready.wait()
+            if not shelf.gone:
+                shelf.ready.append(ready)
+                fate = await ready.wait()
             return fate
         finally:
             with suppress(ValueError):

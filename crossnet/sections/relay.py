@@ -50,8 +50,10 @@ class RelaySection:
     """For each TURN server the addresses that it sees this relay come from; asked of the server by default."""
     asks: tuple[NetworkId, ...] = ()
     """Networks that it asks for besides those it imports from: their gateways may register only where they are asked for."""
-    pool: Count = 0
-    """Connections kept ready to each allocation. There are none yet: see `config.warnings`."""
+    zone: RecordId | None = None
+    """Where it stands: TURN servers and gateways whose records name the same zone are preferred."""
+    pool: Count = relay.DEFAULT_POOL
+    """Connections kept ready for each allocation that clients use (warm streams); 0: none."""
     proxy_from: tuple[Cidr, ...] = ()
     """Load balancers that begin each connection with a PROXY header (v1 or v2); from anywhere else that is not TLS."""
     max_hello: Size = DEFAULT_MAX_HELLO_BYTES

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from discovery.contract import DiscoveryError, IssuedCredentials, Subscribers
-from discovery.model import AnyRecord, Kind, Mesh, Record, Spec
+from discovery.model import AnyRecord, Deletion, Kind, Mesh, Record, Spec
 
 
 def record(kind: Kind, network: str, id: str, spec: Spec) -> AnyRecord:  # noqa: A002 - the record's own word
@@ -22,6 +22,12 @@ class FixedDiscovery:
     def put(self, *records: AnyRecord) -> None:
         """Add or replace records and tell the subscribers."""
         self.mesh = self.mesh.apply(records, self.mesh.revision + 1)
+        self._subscribers.tell(self.mesh)
+
+    def remove(self, kind: Kind, network: str, id: str) -> None:  # noqa: A002 - the record's own word
+        """Remove a record and tell the subscribers."""
+        revision = self.mesh.revision + 1
+        self.mesh = self.mesh.apply([Deletion((kind, network, id), revision)], revision)
         self._subscribers.tell(self.mesh)
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from sniproxy.stream.capsule import Payload
 from sniproxy.stream.control import Opened, Ready, Refused
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import Preamble, SigningKey, read_length
+from sniproxy.stream.preamble import Preamble, SigningKey, WarmPreamble, read_length
 from sniproxy.stream.verifier import PreambleVerifier
 
 KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
@@ -31,7 +31,13 @@ class Visit:
     framed: Framed
     first: bytes
     """What the first read returned: the preamble and what came with it in one segment."""
-    preamble: Preamble
+    began_with: Preamble | WarmPreamble
+
+    @property
+    def preamble(self) -> Preamble:
+        """The preamble of a stream, which this must be."""
+        assert isinstance(self.began_with, Preamble)
+        return self.began_with
 
     @property
     def wire(self) -> Wire:

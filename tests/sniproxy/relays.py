@@ -56,10 +56,11 @@ class Running:
         self._closing.callback(task.cancel)
         return listener.address[1]
 
-    def add(self, gateway: ScriptedGateway, *, network: str = "b", name: str = "gw-1") -> None:
+    def add(self, gateway: ScriptedGateway, *, network: str = "b", name: str = "gw-1", zone: str = "") -> None:
         """Publish a scripted gateway as one that is dialled directly."""
         address, port = gateway.address
-        self.discovery.put(record(Kind.GATEWAY, network, name, GatewaySpec(address=f"{address}:{port}")))
+        spec = GatewaySpec(address=f"{address}:{port}", zone=zone)
+        self.discovery.put(record(Kind.GATEWAY, network, name, spec))
 
     async def connect(self) -> Wire:
         """Connect as a client does."""

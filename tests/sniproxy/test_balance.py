@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from sniproxy import balance
-from sniproxy.balance import FAILURES, FIRST_EJECTION_S, MAX_EJECTION_S, MAX_TRACKED, Balance
+from sniproxy.balance import FAILURES, FIRST_EJECTION_S, MAX_EJECTION_S, MAX_TRACKED, Balance, Failed
 from sniproxy.route import Candidate, RouteKind
 
 
@@ -95,7 +95,8 @@ def test_streams_are_spread_by_weight() -> None:
 def test_one_that_keeps_failing_comes_last_for_a_growing_while() -> None:
     clock = Clock()
     balance, bad, good = a_balance(clock), way("bad", kind=RouteKind.DIRECT), way("good")
-    assert [balance.failed(bad) for _ in range(FAILURES - 1)] == [None] * (FAILURES - 1)
+    for count in range(1, FAILURES):
+        assert balance.failed(bad) == Failed(failures=count, seconds=0)
     assert balance.order([bad, good])[0] is bad
     seconds = FIRST_EJECTION_S
     while True:
@@ -117,7 +118,7 @@ def test_one_success_makes_up_for_all_failures() -> None:
     eject(balance, bad)
     balance.succeeded(bad)
     assert balance.left_out == 0
-    assert balance.failed(bad) is None
+    assert balance.failed(bad) == Failed(failures=1, seconds=0)
 
 
 def test_where_all_fail_all_are_tried() -> None:

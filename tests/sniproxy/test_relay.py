@@ -473,9 +473,9 @@ async def test_the_next_gateway_gets_the_same_stream() -> None:
     async with (
         scripted(refuses("draining")) as first,
         scripted(opens, addressee="gw-2") as second,
-        a_relay() as running,
+        a_relay(zone="near") as running,
     ):
-        running.add(first)
+        running.add(first, zone="near")
         running.add(second, name="gw-2")
         client = await running.dial(f"p8443-10-1-0-5.b.{DOMAIN}")
         while not any(row["state"] == "open" for row in running.relay.ledger.rows()):
