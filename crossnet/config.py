@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from crossnet.document import DocumentError, read_document
 from crossnet.scalars import Secret
 from crossnet.schema import decode, encode
 from crossnet.sections import Config
+from discovery.document import BadFile, read_document
 from discovery.shape import Fault, child
 
 
@@ -30,8 +30,8 @@ def load(path: Path) -> Config:
     """
     try:
         document, faults = read_document(path)
-    except DocumentError as error:
-        raise ConfigError(path, [error.fault]) from error
+    except BadFile as error:
+        raise ConfigError(path, [*error.faults]) from error
     config, more = decode(Config, document, path.absolute().parent)
     if faults or more or config is None:
         raise ConfigError(path, [*faults, *more])
