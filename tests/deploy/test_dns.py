@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,22 +141,73 @@ def test_the_stub_domain_of_kube_dns() -> None:
 RESOLVED = Path("/lib/systemd/systemd-resolved")
 
 
+RESOLVED_CONFIG = """
+network: a
+discovery: mesh.yaml
+admin: 127.0.0.1:0
+drain: 0
+import: [{names: ["*.shop.svc.cluster.local"], from: [b], prefer: remote}]
+dns: {listen: "127.0.0.1:5300", upstream: 127.0.0.2, search: [], loop_probe: false}
+"""
+RESOLVED_MESH = """
+networks: [{id: a}, {id: b}]
+services: [{name: orders.shop.svc.cluster.local, network: b, ports: {8443: ["10.1.0.5:8443"]}}]
+relays: [{network: a, id: relay-1, addresses: ["10.0.0.9"], ports: [443]}]
+"""
+RESOLVED_SCRIPT = """
+set -e
+# It answers nothing while there is no way to anywhere but loopback.
+ip link set lo up
+ip link add near type veth peer name far
+ip link set far up
+ip address add 10.99.0.1/24 dev near
+ip link set near up
+ip route add default via 10.99.0.2
+mount -t tmpfs tmpfs /run
+mkdir -p /run/systemd/resolved.conf.d
+cp {snippet} /run/systemd/resolved.conf.d/
+{python} -m crossnet run -c {folder}/dns.yaml dns >/run/crossnet.log 2>&1 &
+answered() {{
+    tries=0
+    until dig +tries=1 +timeout=2 "$@" {address} | grep -q 'status: NOERROR'; do
+        tries=$((tries + 1))
+        [ $tries -lt 100 ] || return
+        sleep 0.1
+    done
+}}
+answered @127.0.0.1 -p 5300
+SYSTEMD_LOG_LEVEL=debug SYSTEMD_LOG_TARGET=console {resolved} >/run/resolved.log 2>&1 &
+answered @127.0.0.53
+for question in "{address} A" "{address} AAAA" "orders.shop.svc.cluster.local A" "elsewhere.test A"; do
+    dig +tries=1 +timeout=5 +noall +comments +answer @127.0.0.53 $question | tr '\n' ' '
+    echo
+done
+cat /run/resolved.log
+"""
+
+
 @pytest.mark.skipif(not RESOLVED.exists(), reason="systemd-resolved is not installed: it takes over /etc/resolv.conf")
-@pytest.mark.needs("netns")
-def test_resolved_takes_the_snippet(tmp_path: Path) -> None:
-    """In a mount namespace of its own; it says what it does not know, and goes on."""
-    conf = tmp_path / "resolved.conf"
-    conf.write_text((DEPLOY / "resolved" / "crossnet.conf").read_text())
-    script = f"""
-        ip link set lo up
-        mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/resolved.conf.d
-        cp {conf} /run/systemd/resolved.conf.d/crossnet.conf
-        SYSTEMD_LOG_LEVEL=debug SYSTEMD_LOG_TARGET=console timeout 2 {RESOLVED} 2>&1
-        cat /run/systemd/resolve/resolv.conf 2>/dev/null; true
-    """
-    done = subprocess.run(
-        ["unshare", "--net", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False, timeout=30
+@pytest.mark.needs("netns", "dig")
+@pytest.mark.netns
+def test_resolved_asks_us_for_what_is_ours_and_nobody_for_all_else(tmp_path: Path) -> None:
+    """In namespaces of its own; it says what it does not know in a file, and goes on."""
+    (tmp_path / "dns.yaml").write_text(RESOLVED_CONFIG)
+    (tmp_path / "mesh.yaml").write_text(RESOLVED_MESH)
+    script = RESOLVED_SCRIPT.format(
+        snippet=DEPLOY / "resolved" / "crossnet.conf",
+        python=sys.executable,
+        folder=tmp_path,
+        resolved=RESOLVED,
+        address=ADDRESS,
     )
-    assert "DNS server 127.0.0.1 with non-standard UDP port" in done.stdout, done.stdout
+    unshare = ["unshare", "--net", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child", "sh", "-c", script]
+    done = subprocess.run(unshare, capture_output=True, text=True, check=False, timeout=50)
+    ours, no_data, imported, elsewhere, *log = done.stdout.splitlines()
+    for reply in (ours, imported):
+        assert "status: NOERROR" in reply, done.stdout
+        assert reply.split()[-1] == "10.0.0.9", done.stdout
+    assert "status: NOERROR" in no_data
+    assert "ANSWER: 0" in no_data
+    assert "NOERROR" not in elsewhere  # nobody else is configured here, and we are not asked
     for complaint in ("Unknown key", "Failed to parse", "Failed to add", "Invalid"):
-        assert complaint not in done.stdout, done.stdout
+        assert not [line for line in log if complaint in line]
