@@ -11,10 +11,12 @@ import pytest
 import trustme
 
 from tests.turnreg.server.embedded import Embedded, embedded
+from turnreg.server import Limits
 
 pytestmark = pytest.mark.interop
 
 aioice_turn = pytest.importorskip("aioice.turn")
+aioice_stun = pytest.importorskip("aioice.stun")
 
 
 @pytest.fixture
@@ -64,6 +66,27 @@ class TestCoturnTools:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         assert "UDP reflexive addr: 127.0.0.1:" in done.stdout
 
+    @pytest.mark.needs("turnutils_uclient")
+    @pytest.mark.parametrize("over", ["udp", "tcp"])
+    @pytest.mark.parametrize(
+        ("password", "options", "reason"),
+        [
+            ("wrong", {}, "wrong_password"),
+            ("p", {"limits": Limits(max_allocations_per_account=1)}, "quota"),
+            ("p", {"allowed_peers": ()}, "forbidden_peer"),  # 127.0.0.1, which is where the tool's peers are
+        ],
+        ids=["wrong password", "quota", "denied peer"],
+    )
+    def test_uclient_is_refused(self, password: str, options: dict[str, Any], reason: str, over: str) -> None:
+        kind = ["-y"] if over == "udp" else ["-T"]
+        with embedded(listen_udp=(("127.0.0.1", 0),), udp_allocations=True, active_connect=True, **options) as refusing:
+            port = refusing.udp[1] if over == "udp" else refusing.port
+            command = ["turnutils_uclient", *kind, "-u", "u", "-w", password, "-p", str(port), "-n", "1", "-m", "1"]
+            done = subprocess.run([*command, "127.0.0.1"], capture_output=True, text=True, timeout=30, check=False)
+            assert done.returncode != 0
+            assert refusing.metric("crossnet_turn_refusals_total", reason=reason) > 0
+            assert refusing.metric("crossnet_turn_bytes_total", direction="to_client") == 0
+
 
 class Received(asyncio.DatagramProtocol):
     """Puts what arrives into a queue."""
@@ -102,6 +125,17 @@ async def test_aioice(server: Embedded, over: str) -> None:
         while server.metric("crossnet_turn_allocations"):
             await asyncio.sleep(0.01)
     peer_transport.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("over", ["udp", "tcp"])
+async def test_aioice_with_a_wrong_password(server: Embedded, over: str) -> None:
+    address, transport = (server.udp, "udp") if over == "udp" else ((server.address, server.port), "tcp")
+    with pytest.raises(aioice_stun.TransactionFailed, match="401"):
+        await aioice_turn.create_turn_endpoint(
+            Received, server_addr=address, username="u", password="wrong", transport=transport
+        )
+    assert server.metric("crossnet_turn_allocations") == 0
 
 
 @pytest.mark.anyio
