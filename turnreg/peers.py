@@ -6,15 +6,18 @@ nonce that was good a moment ago. Others answer with an error and keep the peer:
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
 from sniproxy.engine import Wire
+from sniproxy.stream.ends import LIMIT_READY_S
 from turnreg.control import Control, TurnError, TurnReason, counts, describe, read_message, request
 from turnreg.permissions import FATAL
 from turnreg.stun import Attribute, Message, MessageClass, Method, StunError
 from turnreg.timing import Timing
+from turnreg.window import Window
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,10 @@ log = logging.getLogger(__name__)
 LOG_PERIOD_S = 60.0
 LOGGED_PER_PERIOD = 20
 """Anybody whom the server lets through, and the server itself, can make binds fail; the metrics count those not logged."""
+
+
+MAX_QUEUED_S = LIMIT_READY_S - 0.5
+"""A peer that has waited for longer is not begun with: before it is bound its relay will have given it up."""
 
 
 class BindResult(StrEnum):
@@ -48,7 +55,7 @@ class BindFailed(Exception):
 
 
 class Peers:
-    """Bind every peer that `take()` is told of, each in a task of its own."""
+    """Bind every peer that `take()` is told of in its turn, each in a task of its own."""
 
     def __init__(
         self,
@@ -77,7 +84,9 @@ class Peers:
         self._on_bound, self._on_result = on_bound, on_result
         self._timing = timing
         self._binding: set[bytes] = set()
-        self._slots = asyncio.Semaphore(timing.max_binds)
+        self._queue: deque[tuple[float, bytes, tuple[str, int]]] = deque()  # announced when, which, who
+        self._under_way = 0
+        self._window = Window(timing.max_binds)
         self._proving: asyncio.Task[None] | None = None
         self._log_until, self._logged = 0.0, 0
 
@@ -100,6 +109,19 @@ class Peers:
             self._failed(BindResult.OVERLOADED, peer, f"{len(self._binding)} peers wait already")
         else:
             self._binding.add(connection_id)
+            self._queue.append((asyncio.get_running_loop().time(), connection_id, peer))
+            self._begin()
+
+    def _begin(self) -> None:
+        """Begin with those that wait, as far as there is room."""
+        now = asyncio.get_running_loop().time()
+        while self._queue and self._under_way < self._window.size:
+            announced, connection_id, peer = self._queue.popleft()
+            if now - announced > MAX_QUEUED_S:
+                self._binding.discard(connection_id)
+                self._failed(BindResult.OVERLOADED, peer, f"its turn did not come in {MAX_QUEUED_S:g} s")
+                continue
+            self._under_way += 1
             self._spawn(self._bind, connection_id, peer)
 
     def _failed(self, result: BindResult, peer: tuple[str, int], detail: str) -> None:
@@ -114,14 +136,21 @@ class Peers:
         log.warning("bind_failed", extra={"event": fields})
 
     async def _bind(self, connection_id: bytes, peer: tuple[str, int]) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         try:
-            async with asyncio.timeout(self._timing.bind_s), self._slots:
+            async with asyncio.timeout(self._timing.bind_s):
                 wire = await self._bound_wire(connection_id, peer)
+        except asyncio.CancelledError:
+            self._queue.clear()  # the allocation ends: nobody else's turn comes
+            raise
         except BindFailed as exc:
             self._failed(exc.result, peer, exc.detail)
         except TimeoutError:
+            self._window.took(self._timing.bind_s)
             self._failed(BindResult.TIMEOUT, peer, f"not bound in {self._timing.bind_s:g} s")
         else:
+            self._window.took(loop.time() - started)
             self._on_result(BindResult.OK)
             try:
                 self._on_bound(wire, peer)
@@ -130,6 +159,8 @@ class Peers:
                 wire.reset()
         finally:
             self._binding.discard(connection_id)
+            self._under_way -= 1
+            self._begin()
 
     async def _bound_wire(self, connection_id: bytes, peer: tuple[str, int]) -> Wire:
         """Open a data connection and bind it, once more where the server says that it was the nonce."""

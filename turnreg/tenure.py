@@ -12,14 +12,13 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
 from discovery.addresses import BadAddress, TurnUrl, parse_turn_url, refusal
 from discovery.client import Discovery, DiscoveryError
-from sniproxy.engine import connect, connect_tls
+from sniproxy.engine import Wire, connect, connect_tls
 from turnreg.auth import rest_credentials
 from turnreg.client import Allocation, Credentials, Dial, TurnError, TurnReason
 from turnreg.settings import RegistrarConfig, RestSecret, TurnCredentials
@@ -259,7 +258,37 @@ def dialler(url: TurnUrl, ca: Path | None) -> Dial:
         context = ssl.create_default_context(cafile=ca)
     except OSError as exc:
         raise TurnError(TurnReason.TLS_FAILED, f"{ca}: {exc.strerror or exc}") from exc
-    return partial(connect_tls, context=context, server_hostname=url.host)
+    return TlsDial(context, url.host)
+
+
+class TlsDial:
+    """Opens connections to one server over TLS, each of which resumes the session of the first.
+
+    Every stream has a connection of its own: up to TLS 1.2, which is all that Debian's coturn speaks, one that is resumed takes a
+    round trip less, and less than half the CPU of both. A server that has forgotten the session shakes hands in full.
+    """
+
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
+        self._context, self._host = context, host
+        self._session: ssl.SSLSession | None = None
+
+    async def __call__(self, address: str, port: int, *, timeout_s: float) -> Wire:
+        """Connect and shake hands, as `connect_tls`."""
+        try:
+            wire = await connect_tls(
+                address,
+                port,
+                context=self._context,
+                server_hostname=self._host,
+                timeout_s=timeout_s,
+                resume=self._session,
+            )
+        except ssl.SSLError:
+            self._session = None  # should it be to blame, then not twice
+            raise
+        if not wire.session.session_reused:
+            self._session = wire.session.session
+        return wire
 
 
 async def _in_time(work: Awaitable[T], timeout_s: float, reason: TurnReason) -> T:

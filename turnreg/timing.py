@@ -35,7 +35,7 @@ class Timing:
     close_s: float = 2.0
     """For giving the allocation back."""
     max_binds: int = 128
-    """Data connections being opened at once."""
+    """Data connections being opened at once, at most: how many it is depends on how quick they are (turnreg.window)."""
     max_waiting: int = 1024
     """Peers announced and not yet bound; more are left to the server, whose timer ends them."""
     tries: int = 2

@@ -37,16 +37,18 @@ class TlsWire(Wire):
         *,
         server_side: bool = False,
         server_hostname: str | None = None,
+        resume: ssl.SSLSession | None = None,
     ) -> None:
         """Take a connected socket; nothing is sent yet.
 
         Args:
             server_hostname: what the client side asks for, and verifies where the context says so: a name or an IP address.
+            resume: a session of an earlier connection to this server by the same context, whose certificate was verified then.
         """
         super().__init__(sock)
         self._from_net, self._to_net = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
-            self._from_net, self._to_net, server_side=server_side, server_hostname=server_hostname
+            self._from_net, self._to_net, server_side=server_side, server_hostname=server_hostname, session=resume
         )
         self._queue = b""  # ciphertext that the socket did not take yet
         self._established = self._said_end = self._fin_due = False
@@ -278,12 +280,14 @@ async def connect_tls(
     server_hostname: str,
     timeout_s: float,
     sock: socket.socket | None = None,
+    resume: ssl.SSLSession | None = None,
 ) -> TlsWire:
     """Connect to an IP literal and port, and shake hands; both within `timeout_s`.
 
     Args:
         server_hostname: asked for by SNI, and what the certificate must be for: a name or an IP address.
         sock: as for `connect`.
+        resume: as for `TlsWire`.
 
     Raises:
         ssl.SSLError: no agreement, or a certificate that does not verify.
@@ -294,7 +298,7 @@ async def connect_tls(
     async with asyncio.timeout(timeout_s):
         raw = await connect_socket(address, port, timeout_s=timeout_s, sock=sock)
         try:
-            wire = TlsWire(raw, context, server_hostname=server_hostname)
+            wire = TlsWire(raw, context, server_hostname=server_hostname, resume=resume)
         except BaseException:
             raw.close()
             raise

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from discovery.addresses import TargetList
 from discovery.model import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
-from sniproxy.engine import Listener, Wire, connect, connect_tls
+from sniproxy.engine import Listener, Wire, connect
 from sniproxy.relay import Relay, RelayConfig
 from sniproxy.route import SigningKeys
 from sniproxy.stream.preamble import SigningKey
@@ -32,6 +32,7 @@ from turnreg.client import Allocation, Credentials, Timing
 from turnreg.gateway import Gateway, GatewayConfig
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.server import TurnServer
+from turnreg.tenure import TlsDial
 
 DOMAIN = "svc.mesh.internal"
 LOOPBACK = TargetList.parse(["127.0.0.0/8"])
@@ -205,14 +206,12 @@ async def _join_turn(
         tasks.append(group.create_task(embedded.run()))
         address, port = (embedded.tls_addresses if tls else embedded.addresses)[0]
 
+    dial = TlsDial(client_context, address) if tls else connect
+
     async def late(address: str, port: int, *, timeout_s: float) -> Wire:
         if path.allocation is not None and path.allocation.relayed is not None:
             await asyncio.sleep(bind_delay_s)
-        if tls:
-            return await connect_tls(
-                address, port, context=client_context, server_hostname=address, timeout_s=timeout_s
-            )
-        return await connect(address, port, timeout_s=timeout_s)
+        return await dial(address, port, timeout_s=timeout_s)
 
     path.allocation = Allocation(
         address=address,

@@ -8,6 +8,7 @@ import pytest
 
 from tests.turnreg.scripted import KEY, Answer, Scripted, error, good, scripted, signed
 from tests.turnreg.turnservers import Holding, RunningServer, eventually, held
+from turnreg import peers
 from turnreg.client import BindResult, Timing
 from turnreg.peers import LOGGED_PER_PERIOD
 from turnreg.stun import Attribute, Message, MessageClass, Method
@@ -161,6 +162,30 @@ async def test_bounds() -> None:
         for _ in range(4):
             await holding.stream()
         assert holding.results == [BindResult.OVERLOADED] * 2 + [BindResult.OK] * 4
+
+
+async def test_who_has_waited_for_too_long_is_left_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its relay has given it up by then; those behind it are bound in its place."""
+    monkeypatch.setattr(peers, "MAX_QUEUED_S", 0.15)
+    timing = Timing(max_binds=1, bind_s=0.3, nonce_fresh_s=FRESH)
+    async with announcing(lambda _: b"", good, timing=timing) as (server, holding):
+        for number in range(3):
+            server.announce(number, ("127.0.0.1", 40_000 + number))
+        await results(holding, 3)
+        assert sorted(holding.results) == [BindResult.OVERLOADED] * 2 + [BindResult.TIMEOUT]
+        assert server.count(Method.CONNECTION_BIND) == 1
+        server.announce(1)  # nothing is left of the earlier one
+        await holding.stream()
+
+
+async def test_an_allocation_that_ends_with_peers_in_its_queue() -> None:
+    timing = Timing(max_binds=1, nonce_fresh_s=FRESH)
+    async with announcing(lambda _: b"", timing=timing) as (server, holding):
+        for number in range(20):
+            server.announce(number, ("127.0.0.1", 40_000 + number))
+        await eventually(lambda: server.count(Method.CONNECTION_BIND) == 1)
+    assert not holding.results
+    assert server.count(Method.CONNECTION_BIND) == 1
 
 
 async def test_a_data_connection_that_cannot_be_opened() -> None:

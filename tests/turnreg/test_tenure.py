@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import trustme
 
 from discovery.model import AnyRecord
-from sniproxy.engine import Wire
+from sniproxy.engine import TlsWire, Wire
 from tests.turnreg.coturn import Coturn
 from tests.turnreg.registered import ID, Registered, registrar, relay, turn
 from tests.turnreg.scripted import Answer, Scripted, error, good, scripted, signed
@@ -19,6 +20,7 @@ from tests.turnreg.server.embedded import embedded
 from tests.turnreg.turnservers import COTURN, RunningServer, eventually
 from turnreg.client import Timing, TurnReason
 from turnreg.stun import Attribute, Message, Method
+from turnreg.tenure import dialler, parsed
 
 pytestmark = pytest.mark.anyio
 
@@ -82,6 +84,51 @@ async def test_control_and_data_over_tls(tls_server: RunningServer, ca: Path) ->
             assert await reader.readexactly(len(payload)) == payload
         bound.wire.close()
         writer.close()
+
+
+@pytest.mark.needs("turnserver")
+@pytest.mark.interop
+async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, ca: Path, tmp_path: Path) -> None:
+    """A round trip less for each; a server that was started anew knows it no more, and all begins again."""
+    pem = tmp_path / "server.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
+    stock = Coturn(certificate=pem)
+    dial = dialler(parsed(f"turns:127.0.0.1:{stock.port}?transport=tcp"), ca)
+    try:
+        for _ in range(2):
+            await asyncio.to_thread(stock.start)
+            resumed = []
+            for _ in range(3):
+                wire = await dial(stock.address, stock.port, timeout_s=10)
+                assert isinstance(wire, TlsWire)
+                resumed.append(wire.session.session_reused)
+                wire.close()
+            assert resumed == [False, True, True]
+            stock.stop()
+    finally:
+        stock.close()
+
+
+async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: RunningServer, ca: Path) -> None:
+    dial = dialler(parsed(f"turns:127.0.0.1:{tls_server.port}?transport=tcp"), ca)
+    wires = [await dial("127.0.0.1", tls_server.port, timeout_s=10)]
+    with socket.create_server(("127.0.0.1", 0)) as rude:
+
+        def answer() -> None:
+            connection, _ = rude.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(answer))
+            with pytest.raises(ssl.SSLError):
+                await dial(*rude.getsockname(), timeout_s=10)
+    wires.append(await dial("127.0.0.1", tls_server.port, timeout_s=10))
+    for wire in wires:
+        assert isinstance(wire, TlsWire)
+        assert not wire.session.session_reused
+        wire.close()
 
 
 async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: RunningServer, ca: Path) -> None:
