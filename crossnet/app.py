@@ -1,15 +1,11 @@
-"""One process with the roles of one configuration: start in order, serve, drain on a signal, end.
+"""The roles of one configuration: started in order, each when what it asks at its start is there, served, drained, ended.
 
-Boot order: logging, limits, version and effective configuration into the log, then each role when what it asks at its
-start is there. The first SIGTERM or SIGINT drains: readiness goes, records are withdrawn, listeners close once clients
-have had time to look elsewhere, streams may end. A second one ends at once.
+Draining: readiness goes, records are withdrawn, listeners close once clients have had time to look elsewhere, streams may end.
 """
 
 import asyncio
 import contextlib
 import logging
-import resource
-import signal
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
@@ -17,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import uvloop
 from prometheus_client import CollectorRegistry, GCCollector, Info, PlatformCollector, ProcessCollector
 
 from crossnet import logs, roles
@@ -50,8 +45,6 @@ from turnreg.server.server import TurnServer
 T = TypeVar("T")
 
 log = logging.getLogger("crossnet")
-
-FAILED = 1
 
 FORGET_S = 2.0
 """On top of the TTL of our DNS answers, for resolvers on the client's side that round it up (design, section 9)."""
@@ -465,66 +458,6 @@ async def open_discovery(config: Config, registry: CollectorRegistry) -> Discove
         registry=registry,
     )
     return client if file is None else MergedDiscovery(client, file)
-
-
-def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
-    """Run these roles until a signal ends them; return the exit code. `path` is read anew when it changes and on SIGHUP."""
-    logs.set_up(style=config.log.format, level=config.log.level)
-    limit = raise_open_files()
-    log.info("crossnet", extra={"event": {"version": version("crossnet"), "roles": chosen, "open_files": limit}})
-    log.info("config", extra={"event": {"config": encode(Config, config)}})
-    for warning in warnings(config):
-        log.warning("%s", warning)
-    # The runner leaves SIGINT alone when a handler of ours is there; ours drains as SIGTERM does.
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(config, chosen, path))
-
-
-async def _run(config: Config, chosen: Sequence[str], path: Path | None) -> int:
-    app = App(config, chosen, path)
-    received: list[int] = []
-
-    def take(number: int) -> None:
-        received.append(number)
-        app.stop()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, take, number)
-    loop.add_signal_handler(signal.SIGHUP, app.reloader.ask if app.reloader is not None else lambda: None)
-    failed = False
-    try:
-        await app.serve()
-    except* StartError as group:
-        failed = True
-        for error in leaves(group):
-            log.error("cannot_start", extra={"event": {"detail": str(error)}})
-    except* Exception as group:
-        failed = True
-        for error in leaves(group):
-            log.error("died", exc_info=error)
-    if failed or not (received or app.handed_over):
-        return FAILED
-    return 128 + received[0] if received else 0
-
-
-def leaves(error: BaseException) -> Iterator[BaseException]:
-    """Yield the exceptions that a group holds, however deep."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from leaves(inner)
-    else:
-        yield error
-
-
-def raise_open_files() -> int:
-    """Let this process have as many descriptors as it may; a stream takes two. Return how many that is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            return hard
-    return soft
 
 
 def _unique(items: Iterable[T]) -> list[T]:

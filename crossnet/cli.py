@@ -58,7 +58,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from crossnet.app import run
+    from crossnet.process import run
 
     config = load(arguments.config)
     missing = [role for role in arguments.roles if role not in config.roles]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from crossnet.app import leaves
 from tests.crossnet.running import Running, curl, free_port, mutual_tls_service, running
 
 NAME = "orders.shop.example"
@@ -196,8 +195,3 @@ def test_two_networks_with_a_static_mesh_by_a_direct_gateway(
         assert streams["ok"]["stream"] in {event["stream"] for event in far.events("stream")}
         assert set(streams) == {"ok", "denied"}
         assert near.end() == far.end() == 143
-
-
-def test_leaves_of_a_group() -> None:
-    group = ExceptionGroup("x", [ValueError("1"), ExceptionGroup("y", [OSError("2")])])
-    assert [str(error) for error in leaves(group)] == ["1", "2"]
