@@ -26,6 +26,7 @@ def publish_turn_servers(config: Config, discovery: Discovery) -> None:
             relay_addresses=[str(address) for address in section.relay_addresses],
             port_min=section.port_min,
             port_max=section.port_max,
+            zone=section.zone or "",
         )
         discovery.publish(Kind.TURN, section.id, spec)
 

@@ -145,6 +145,7 @@ def registrar_config(config: Config, section: GatewaySection) -> RegistrarConfig
         ca={network: access.ca for network, access in section.turn.items() if access.ca is not None},
         register=Register(section.register),
         replicas=section.replicas,
+        weight=section.weight,
         allowed=_lifted(section.allow_turn_servers),
     )
 
@@ -225,14 +226,14 @@ def turn_spec(section: TurnSection, listening: tuple[str, int], *, tls: bool = F
         relay_addresses=[str(relay) for relay in relays],
         port_min=section.ports[0],
         port_max=section.ports[1],
+        zone=section.zone or "",
     )
 
 
 def gateway_spec(section: GatewaySection, listening: tuple[str, int]) -> GatewaySpec:
     """Return the record of a gateway that relays may dial, which listens there."""
-    if section.advertise is not None:
-        return GatewaySpec(address=str(section.advertise))
-    return GatewaySpec(address=format_endpoint(parse_address(listening[0]), listening[1]))
+    address = section.advertise or format_endpoint(parse_address(listening[0]), listening[1])
+    return GatewaySpec(address=str(address), weight=section.weight, zone=section.zone or "")
 
 
 def _credentials(access: TurnAccessSection) -> TurnCredentials:

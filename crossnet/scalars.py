@@ -27,7 +27,7 @@ from discovery.addresses import (
 from discovery.document import Plain
 from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
 from discovery.shape import shown
-from discovery.spec import is_record_id
+from discovery.spec import MAX_WEIGHT, is_record_id
 from discovery.store.etcdapi import parse_endpoints
 from sniproxy.stream.policy import BadRule, NamePattern, Rule
 
@@ -376,6 +376,7 @@ LogLevel: TypeAlias = Annotated[
     Literal["debug", "info", "warning", "error"], _word("debug", "info", "warning", "error")
 ]
 Register: TypeAlias = Annotated[Literal["all", "imported"], _word("all", "imported")]
+Weight: TypeAlias = Annotated[int, Leaf(f"a whole number 1-{MAX_WEIGHT}", _integer(1, MAX_WEIGHT), _same)]
 Replicas: TypeAlias = Annotated[int, Leaf("a whole number 1-16", _integer(1, 16), _same)]
 Accepted: TypeAlias = Annotated[Literal["framed"], _word("framed")]
 Store: TypeAlias = Annotated[str, Leaf("memory, sqlite:PATH or etcd:URL,URL", _store)]

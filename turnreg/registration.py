@@ -420,7 +420,12 @@ class Registration:
                 *(self.record, port, server.port_min, server.port_max),
             )
         spec = AllocationSpec(
-            via=self.via, turn=self.turn, port=port, gateway=self._config.gateway, proto=list(self._config.proto)
+            via=self.via,
+            turn=self.turn,
+            port=port,
+            gateway=self._config.gateway,
+            proto=list(self._config.proto),
+            weight=self._config.weight,
         )
         self._discovery.publish(Kind.ALLOCATION, self.record, spec)
         self._port = port

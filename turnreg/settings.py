@@ -76,6 +76,8 @@ class RegistrarConfig:
     replicas: int = DEFAULT_REPLICAS
     """Allocations of our network on each TURN server, by different gateways where there are several. A second one of
     the same gateway takes over while the first is had again, and may run on another thread of the server."""
+    weight: int = 1
+    """How many times the streams of a gateway of weight 1 ours is for."""
     overlap_s: float = 10.0
     """How long at least an allocation that was replaced or is no longer wanted goes on after its record: until relays
     have heard of it. Streams keep it for longer."""

@@ -26,6 +26,7 @@ from crossnet.scalars import (
     Target,
     Text,
     Url,
+    Weight,
 )
 from crossnet.schema import OneOrMore, rule
 from crossnet.sections.policy import RuleSection, faults_of_rules
@@ -150,6 +151,10 @@ class GatewaySection:
     """Where relays reach it without a TURN server; by default nowhere."""
     advertise: Endpoint | None = None
     """The address that relays dial for it; by default the one that it listens on."""
+    weight: Weight = 1
+    """How many times the streams of a gateway of weight 1 it is for."""
+    zone: RecordId | None = None
+    """Where it stands: relays of the same zone that may dial it prefer it."""
     max_hello: Size = DEFAULT_MAX_HELLO_BYTES
     max_streams: Count = gateway.DEFAULT_MAX_STREAMS
     hello_timeout_s: Duration = gateway.DEFAULT_HELLO_TIMEOUT_S

@@ -59,6 +59,8 @@ class TurnSection:
     """What clients are told the credentials are for; the mesh domain by default."""
     allow_peers: tuple[Cidr, ...] = ()
     """Peers in ranges that are refused otherwise, such as 127.0.0.0/8 for a try on one machine."""
+    zone: RecordId | None = None
+    """Where it stands: relays of the same zone prefer its allocations."""
     advertise: TurnServerUrl | None = None
     """How gateways of other networks reach it; by default by the address that it listens on or relays from."""
     udp_allocations: Boolean = False
@@ -99,6 +101,8 @@ class TurnServerSection:
     relay_addresses: tuple[IpAddress, ...]
     port_min: Port = 49152  # RFC 8656 section 5, coturn's default too
     port_max: Port = 65535
+    zone: RecordId | None = None
+    """As for `turn`."""
 
     @rule("port_min", "port_max")
     def _range(self) -> Iterator[Fault]:

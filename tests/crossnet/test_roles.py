@@ -15,15 +15,18 @@ network: b
 discovery: ["https://10.0.0.2:8600", "https://discovery.example", "http://[::1]"]
 keys: {ab-1: {file: key, from: a, to: b}}
 import: [{names: ["*.shop.example"], from: [a, c], prefer: remote}]
-relay: {id: r, listen: ["10.0.0.9:443", "[fd00::9]:443"], allow: [10.0.0.0/8], deliver: ["10.1.0.0/16:443"], max_hello: 32KiB}
+relay: {id: r, listen: ["10.0.0.9:443", "[fd00::9]:443"], allow: [10.0.0.0/8], deliver: ["10.1.0.0/16:443"],
+        max_hello: 32KiB, zone: eu-1}
 dns: {listen: "0.0.0.0:53", upstream: [10.0.0.10, "[fd00::53]:5353"], ttl: 7s}
 gateway:
   id: gw-1
   allow: ["10.0.0.0/16:443,8443"]
   listen: "0.0.0.0:7443"
   advertise: 192.0.2.1:7443
+  weight: 3
+  zone: eu-2
   turn: {a: {issue: true}, c: {secret: {file: secret}}, d: {username: u, password: {file: secret}}}
-turn: {id: t, listen: "0.0.0.0:3478", relay_address: 10.0.0.7, users: {u: {file: secret}}, allow_peers: [127.0.0.0/8]}
+turn: {id: t, zone: eu-1, listen: "0.0.0.0:3478", relay_address: 10.0.0.7, users: {u: {file: secret}}, allow_peers: [127.0.0.0/8]}
 """
 
 
@@ -43,6 +46,7 @@ def test_the_relay(tmp_path: Path) -> None:
     assert made.deliver.allows(ip_address("10.1.2.3"), 443)
     assert not made.deliver.allows(ip_address("10.1.2.3"), 444)
     assert made.max_hello_bytes == 32768
+    assert (made.zone, made.pool) == ("eu-1", 2)
     rule = made.imports.rule_for("orders.shop.example")
     assert rule is not None
     assert (rule.sources, rule.prefer) == (("a", "c"), "remote")
@@ -68,8 +72,9 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
         "d": Credentials(username="u", password="hush"),
     }
     assert registrar.allowed is None
-    assert (registrar.ca, registrar.register, registrar.replicas) == ({}, Register.ALL, 2)
-    assert roles.gateway_spec(read.gateway, ("0.0.0.0", 7443)) == GatewaySpec(address="192.0.2.1:7443")
+    assert (registrar.ca, registrar.register, registrar.replicas, registrar.weight) == ({}, Register.ALL, 2, 3)
+    expected = GatewaySpec(address="192.0.2.1:7443", weight=3, zone="eu-2")
+    assert roles.gateway_spec(read.gateway, ("0.0.0.0", 7443)) == expected
     assert roles.keys(read)["ab-1"].secret == b"\n" * 32
 
 
@@ -92,7 +97,11 @@ def test_the_turn_server(tmp_path: Path) -> None:
     assert (made.users, made.realm, made.secrets) == ({"u": "hush"}, "svc.mesh.internal", ())
     assert made.allowed_peers is not None
     expected = TurnSpec(
-        url="turn:10.0.0.7:3478?transport=tcp", relay_addresses=["10.0.0.7"], port_min=49152, port_max=65535
+        url="turn:10.0.0.7:3478?transport=tcp",
+        relay_addresses=["10.0.0.7"],
+        port_min=49152,
+        port_max=65535,
+        zone="eu-1",
     )
     assert roles.turn_spec(read.turn, ("0.0.0.0", 3478)) == expected
     assert roles.turn_spec(read.turn, ("10.0.0.8", 3478)).url == "turn:10.0.0.8:3478?transport=tcp"
