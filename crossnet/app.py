@@ -143,7 +143,7 @@ class App:
             except (OSError, ValueError) as error:
                 raise Refused(f"$.dns: {error}") from error
         self.config = config
-        logs.set_up(style=config.log.format, level=config.log.level)
+        logs.set_up(style=config.log.format, level=config.log.level, refused_per_s=config.log.refused_per_second)
         keys = roles.keys(config)
         if self.relay is not None and config.relay is not None:
             self.relay.reconfigure(roles.relay_config(config, config.relay, self.relay.config.guard), SigningKeys(keys))

@@ -4,6 +4,7 @@ A structured event is `log.info("stream", extra={"event": {...fields...}})`: its
 came from a peer can be in any field, so every text is cut and escaped, and no name can forge a line or a field.
 """
 
+import asyncio
 import json
 import logging
 import math
@@ -15,6 +16,8 @@ from functools import lru_cache
 from typing import Any, TextIO
 
 from aiohttp.http_exceptions import HttpProcessingError
+
+log = logging.getLogger("crossnet")
 
 MAX_TEXT_BYTES = 200
 """Of one text in an event: a DNS name has 253 at most, and nobody reads more."""
@@ -32,9 +35,15 @@ _ENCODE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+*-]+")
 
 
-def set_up(*, style: str, level: str, stream: TextIO | None = None) -> None:
-    """Send the process's log to stderr in this format, from this level on."""
+def set_up(*, style: str, level: str, refused_per_s: int = 0, stream: TextIO | None = None) -> None:
+    """Send the process's log to stderr in this format, from this level on.
+
+    Args:
+        refused_per_s: lines a second about refused streams; 0 is no limit.
+    """
     handler = logging.StreamHandler(stream or sys.stderr)
+    if refused_per_s:
+        handler.addFilter(RefusedLines(refused_per_s))
     handler.setFormatter(JsonFormatter() if style == "json" else LogfmtFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -59,6 +68,44 @@ def _is_fatal(record: logging.LogRecord) -> bool:
     """Tell an error from what uvloop takes for one: TLS bytes that come in just when we have closed the connection."""
     error = record.exc_info[1] if record.exc_info else None
     return not (isinstance(error, RuntimeError) and str(error).endswith("the handler is closed"))
+
+
+class RefusedLines(logging.Filter):
+    """Lets so many lines a second through about streams that never came to be, and says how many it left out.
+
+    Whatever was open has its line in any case.
+    """
+
+    def __init__(self, limit_per_s: int) -> None:
+        super().__init__()
+        self._limit = limit_per_s
+        self._second = 0
+        self._lines = 0
+        self._left_out = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether the line is to be written."""
+        event = getattr(record, "event", None)
+        if record.msg != "stream" or not isinstance(event, Mapping) or "ms_connect" in event:
+            return True
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._lines = second, 0
+        self._lines += 1
+        if self._lines <= self._limit:
+            return True
+        if not self._left_out:
+            asyncio.get_running_loop().call_later(1.0, self._tell)
+        self._left_out += 1
+        return False
+
+    def _tell(self) -> None:
+        lines, self._left_out = self._left_out, 0
+        limit = f"log.refused_per_second: {self._limit}"
+        log.warning(
+            "lines_left_out",
+            extra={"event": {"lines": lines, "of": "refused streams", "limit": limit, "hint": "metrics count all"}},
+        )
 
 
 class JsonFormatter(logging.Formatter):

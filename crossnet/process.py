@@ -32,7 +32,7 @@ FULL_COLLECTIONS_RARER = 100
 
 def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
     """Run these roles until a signal ends them; return the exit code. `path` is read anew when it changes and on SIGHUP."""
-    logs.set_up(style=config.log.format, level=config.log.level)
+    logs.set_up(style=config.log.format, level=config.log.level, refused_per_s=config.log.refused_per_second)
     limit = raise_open_files()
     spare_collections()
     log.info("crossnet", extra={"event": {"version": version("crossnet"), "roles": chosen, "open_files": limit}})

@@ -68,6 +68,7 @@ def relay_config(config: Config, section: RelaySection, guard: Iterable[tuple[st
         network=config.network,
         domain=config.domain,
         listen=endpoints(section.listen),
+        reuse_port=section.reuse_port,
         imports=imports(config),
         allow=section.allow,
         policy=policy(section.rules),

@@ -107,6 +107,8 @@ class RelayConfig:
     network: str
     domain: str
     listen: tuple[tuple[str, int], ...]
+    reuse_port: bool = False
+    """Let other processes of this machine listen there, too; the kernel shares the clients out among all."""
     imports: Imports = field(default_factory=Imports)
     allow: tuple[Network, ...] = PRIVATE_RANGES
     """Clients by source address."""
@@ -236,7 +238,10 @@ class Relay:
         try:
             for address, port in self.config.listen:
                 sock = inherited(address, port)
-                listener = await Listener.open(address, port) if sock is None else Listener(sock)
+                if sock is None:
+                    listener = await Listener.open(address, port, reuse_port=self.config.reuse_port)
+                else:
+                    listener = Listener(sock)
                 self._listeners.append(listener)
                 self._guard.add(*listener.address)
         except OSError:

@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from crossnet.scalars import ExistingFile, KeyFile, LogFormat, LogLevel, NetworkId
+from crossnet.scalars import Count, ExistingFile, KeyFile, LogFormat, LogLevel, NetworkId
 from crossnet.schema import key, rule
 from discovery.shape import Fault
+
+DEFAULT_REFUSED_PER_S = 100
+"""More than anybody reads, and a hundredth of what a flood of refused streams would write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +18,8 @@ class LogSection:
 
     format: LogFormat = "json"
     level: LogLevel = "info"
+    refused_per_second: Count = DEFAULT_REFUSED_PER_S
+    """Lines about refused streams; those beyond are counted in one line, and all of them in the metrics. 0 is no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from crossnet.scalars import (
+    Boolean,
     Cidr,
     Count,
     Duration,
@@ -32,6 +33,8 @@ class RelaySection:
 
     id: RecordId
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    reuse_port: Boolean = False
+    """Several relay processes listen on the same addresses, one for each core, say; the kernel shares the clients out."""
     advertise: Annotated[tuple[IpAddress, ...], OneOrMore()] = ()
     """Addresses that clients reach it under; by default those that it listens on."""
     ports: Ports = "listen"

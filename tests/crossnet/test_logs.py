@@ -1,5 +1,6 @@
 """Log lines: one a record, whatever a peer calls itself."""
 
+import asyncio
 import io
 import json
 import logging
@@ -140,3 +141,26 @@ def test_a_connection_that_is_closed_while_bytes_come_in_is_no_error(root: loggi
         logging.getLogger("asyncio").error("Fatal error on SSL protocol", exc_info=RuntimeError(said))
     (line,) = stream.getvalue().splitlines()
     assert "a defect" in json.loads(line)["error"]
+
+
+@pytest.mark.anyio
+async def test_a_flood_of_refused_streams_is_a_bounded_number_of_lines(root: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", refused_per_s=5, stream=stream)
+    logger = logging.getLogger("crossnet.relay")
+    for number in range(50):
+        logger.info("stream", extra={"event": {"reason": "not_tls", "n": number}})
+        logger.info("stream", extra={"event": {"reason": "ok", "ms_connect": 1.0, "n": number}})
+        logger.info("other", extra={"event": {"reason": "not_tls", "n": number}})
+        logger.info("stream")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    refused = [line for line in lines if line.get("event") == "stream" and line["reason"] == "not_tls"]
+    assert 5 <= len(refused) <= 10, "of one second, or of two"
+    assert len(lines) == 150 + len(refused)
+    while "lines_left_out" not in stream.getvalue():
+        await asyncio.sleep(0.01)
+    said = [json.loads(line) for line in stream.getvalue().splitlines() if "lines_left_out" in line]
+    assert sum(line["lines"] for line in said) == 50 - len(refused)
+    assert said[0]["level"] == "warning"
+    logger.info("stream", extra={"event": {"reason": "no_sni"}})
+    assert '"no_sni"' in stream.getvalue()

@@ -594,3 +594,19 @@ def test_reasons_and_alerts_are_complete() -> None:
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+async def test_relays_share_a_port_where_they_are_told_to() -> None:
+    async with a_relay(reuse_port=True) as one, a_relay(reuse_port=True, listen=one.relay.addresses) as other:
+        assert one.relay.addresses == other.relay.addresses
+        clients = []
+        while not (len(one.relay.ledger) and len(other.relay.ledger)):
+            clients.append(await one.connect())
+            await asyncio.sleep(0.001)
+        for client in clients:
+            client.close()
+    async with a_relay() as alone:
+        (await alone.connect()).close()
+        with pytest.raises(OSError, match="cannot listen"):
+            async with a_relay(reuse_port=True, listen=alone.relay.addresses):
+                pass
