@@ -127,15 +127,3 @@ def tls_context(config: DiscoveryServerConfig) -> ssl.SSLContext | None:
         context.load_verify_locations(config.tls_client_ca)
         context.verify_mode = ssl.CERT_OPTIONAL  # who shows none needs a token
     return context
-
-
-def reload_tls(context: ssl.SSLContext, config: DiscoveryServerConfig) -> None:
-    """Have later handshakes use the files as they are now. Raises OSError, ssl.SSLError, and then nothing has changed.
-
-    An authority that is no longer in the file stays trusted until the server starts anew.
-    """
-    tls_context(config)  # files that do not fit together must not take the place of those that did
-    assert config.tls_cert is not None
-    context.load_cert_chain(config.tls_cert, config.tls_key)
-    if config.tls_client_ca is not None:
-        context.load_verify_locations(config.tls_client_ca)

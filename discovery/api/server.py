@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -24,6 +23,7 @@ from discovery.answers import (
 )
 from discovery.api.credentials import CredentialsRoute
 from discovery.api.leases import LeaseRoutes
+from discovery.api.listening import Listening
 from discovery.api.records import RecordRoutes
 from discovery.api.watching import WatchRoute
 from discovery.document import BadFile
@@ -34,7 +34,6 @@ from discovery.server_config import (
     DiscoveryServerConfig,
     ServerRefused,
     make_store,
-    reload_tls,
     start_refusals,
     tls_context,
 )
@@ -118,7 +117,8 @@ class DiscoveryServer:
         reasons = start_refusals(config)
         if reasons:
             raise ServerRefused(reasons)
-        stamps = Stamp([config.tokens_file]), Stamp([config.tls_cert, config.tls_key, config.tls_client_ca])
+        tokens, certificates = Stamp([config.tokens_file]), Stamp([config.tls_cert, config.tls_key])
+        authorities = Stamp([config.tls_client_ca])
         self._tokens = Tokens.load(config.tokens_file) if config.tokens_file is not None else None
         tls = tls_context(config)
         await self._store.open()
@@ -130,18 +130,18 @@ class DiscoveryServer:
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
             keepalive_timeout=KEEPALIVE_S,
         )
+        await runner.setup()
+        listening = Listening(runner, config)
         try:
-            await runner.setup()
-            for host, port in config.listen:
-                await web.TCPSite(runner, host, port, ssl_context=tls).start()
-            addresses = tuple((str(address[0]), int(address[1])) for address in runner.addresses)
-            self._log_start(addresses)
+            await listening.open(tls)
+            self._log_start(listening.addresses)
             failure: BaseException | None = None
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._sweep()), group.create_task(self._store.run())]
-                tasks.append(group.create_task(self._keep_reloading(*stamps, tls)))
+                tasks.append(group.create_task(self._keep_tokens(tokens)))
+                tasks.append(group.create_task(self._keep_certificates(certificates, authorities, listening)))
                 try:
-                    yield addresses
+                    yield listening.addresses
                 except BaseException as error:  # noqa: BLE001 - raised below, and not inside an exception group
                     failure = error
                 finally:
@@ -151,6 +151,7 @@ class DiscoveryServer:
                 raise failure
         finally:
             self._hub.close()
+            listening.close()
             await runner.cleanup()
             await self._store.close()
 
@@ -199,25 +200,34 @@ class DiscoveryServer:
                 log.error("leases cannot be ended: %s", error)
             await asyncio.sleep(SWEEP_S)
 
-    async def _keep_reloading(self, tokens: Stamp, certificates: Stamp, tls: ssl.SSLContext | None) -> None:
-        while True:
+    async def _keep_tokens(self, stamp: Stamp) -> None:
+        path = self._config.tokens_file
+        while path is not None:
             await asyncio.sleep(RELOAD_S)
-            if self._config.tokens_file is not None and tokens.changed():
-                try:
-                    known = await asyncio.to_thread(Tokens.load, self._config.tokens_file)
-                except BadFile as error:
-                    log.error("the tokens file is not taken, what it said before stays: %s", error)
-                else:
-                    self._tokens = known
-                    ended = self._hub.keep(known.still)
-                    log.info("the tokens file is read anew", extra={"event": {"tokens": len(known), "ended": ended}})
-            if tls is not None and certificates.changed():
-                try:
-                    reload_tls(tls, self._config)
-                except OSError as error:  # ssl.SSLError is one
-                    log.error("the certificate is not taken, the one before stays: %s", error)
-                else:
-                    log.info("the certificate is read anew")
+            if not stamp.changed():
+                continue
+            try:
+                known = await asyncio.to_thread(Tokens.load, path)
+            except BadFile as error:
+                log.error("the tokens file is not taken, what it said before stays: %s", error)
+            else:
+                self._tokens = known
+                ended = self._hub.keep(known.still)
+                log.info("the tokens file is read anew", extra={"event": {"tokens": len(known), "ended": ended}})
+
+    async def _keep_certificates(self, certificates: Stamp, authorities: Stamp, listening: Listening) -> None:
+        while self._config.tls_cert is not None:
+            await asyncio.sleep(RELOAD_S)
+            ours, theirs = certificates.changed(), authorities.changed()
+            if not (ours or theirs):
+                continue
+            try:
+                await listening.renew(tls_context(self._config))
+            except OSError as error:  # ssl.SSLError is one
+                log.error("the certificate is not taken, the one before stays: %s", error)
+            else:
+                ended = listening.cut_certified() if theirs else 0
+                log.info("the certificate is read anew", extra={"event": {"ended": ended}})
 
     # Around every request.
 

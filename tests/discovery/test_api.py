@@ -496,7 +496,7 @@ async def test_a_changed_tokens_file_counts_at_once(
 
 
 async def test_certificates_in_place_of_tokens_and_both_renewed(
-    tmp_path: Path, serve: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("discovery.api.server.RELOAD_S", 0.02)
     authority, other = trustme.CA(), trustme.CA()
@@ -509,7 +509,8 @@ async def test_certificates_in_place_of_tokens_and_both_renewed(
     issue("server", "127.0.0.1")
     issue("gw", "gw-1.b.example")
     issue("stranger", "stranger.example")
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for file in ("ca.pem", "servers.pem"):
+        authority.cert_pem.write_to_path(tmp_path / file)
     entry = make_entry(None, certificate="gw-1.b.example", network="b", kinds=[Kind.GATEWAY])
     (tmp_path / "tokens.yaml").write_text(format_entry(entry))
     config = DiscoveryServerConfig(
@@ -523,7 +524,7 @@ async def test_certificates_in_place_of_tokens_and_both_renewed(
         url = f"https://127.0.0.1:{addresses[0][1]}"
 
         async def ask(name: str | None) -> tuple[int, str]:
-            context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+            context = ssl.create_default_context(cafile=str(tmp_path / "servers.pem"))
             if name is not None:
                 context.load_cert_chain(tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
             connector = aiohttp.TCPConnector(ssl=context, force_close=True)
@@ -539,7 +540,7 @@ async def test_certificates_in_place_of_tokens_and_both_renewed(
         assert status == 200
         assert (await ask("stranger"))[0] == 401
         assert (await ask(None))[0] == 401
-        files = {"ca_file": tmp_path / "ca.pem", "cert_file": tmp_path / "gw.pem", "key_file": tmp_path / "gw.key"}
+        files = {"ca_file": tmp_path / "servers.pem", "cert_file": tmp_path / "gw.pem", "key_file": tmp_path / "gw.key"}
         async with run(DiscoveryClient([url], network="b", **files)) as client:
             client.publish(Kind.GATEWAY, "gw-1", GatewaySpec(address="10.9.0.1:7443"))
             assert await client.settled(5)
@@ -551,9 +552,17 @@ async def test_certificates_in_place_of_tokens_and_both_renewed(
         async with asyncio.timeout(5):
             while (await ask("gw"))[1] == before:
                 await asyncio.sleep(0.02)
-        issue("gw", "gw-1.b.example", by=other)
+        # An authority that is taken out is trusted no more, nor is who came in by it and is still there.
+        async with run(DiscoveryClient([url], network="b", **files)) as client:
+            await until(client, lambda _: client.connected)
+            other.cert_pem.write_to_path(tmp_path / "ca.pem")
+            async with asyncio.timeout(5):
+                while client.connected:
+                    await asyncio.sleep(0.01)
         with pytest.raises((aiohttp.ClientError, OSError)):
             await ask("gw")
+        issue("gw", "gw-1.b.example", by=other)
+        assert (await ask("gw"))[0] == 200
 
 
 # The server itself.
@@ -616,7 +625,7 @@ async def test_run_serves_until_cancelled() -> None:
     async with DiscoveryServer(DiscoveryServerConfig(listen=(("127.0.0.1", 0), ("::1", 0)))).serving() as addresses:
         assert [host for host, _ in addresses] == ["127.0.0.1", "::1"]
         assert all(port for _, port in addresses)
-        with pytest.raises(OSError, match="address already in use"):
+        with pytest.raises(OSError, match="Address already in use"):
             async with DiscoveryServer(DiscoveryServerConfig(listen=addresses)).serving():
                 pass
     with pytest.raises(ValueError, match="the body's own"):
