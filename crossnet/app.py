@@ -152,6 +152,8 @@ class App:
         if self.gateway is not None and config.gateway is not None:
             guard = self.gateway.config.guard
             self.gateway.reconfigure(roles.gateway_config(config, config.gateway, guard), keys)
+        if self.turn is not None and config.turn is not None:
+            self.turn.reconfigure(roles.turn_config(config, config.turn))
         for warning in warnings(config):
             log.warning("%s", warning)
 

@@ -68,6 +68,7 @@ LIVE = {
             "half_close_timeout_s",
         }
     ),
+    "turn": frozenset({"secret", "users", "allow_peers", "max_allocations_per_user", "max_streams_per_user"}),
     "dns": frozenset(
         {
             "upstream",

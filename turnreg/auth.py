@@ -128,7 +128,11 @@ class Authenticator:
         self.realm = realm
         self._nonce_secret = nonce_secret
         self._nonce_lifetime_s = nonce_lifetime_s
-        self._keys = {name: long_term_key(name, realm, password) for name, password in (users or {}).items()}
+        self.know(users or {}, secrets)
+
+    def know(self, users: Mapping[str, str], secrets: Iterable[str]) -> None:
+        """Take these users and secrets from now on. Nonces stay good, so a client whose credentials still are notices nothing."""
+        self._keys = {name: long_term_key(name, self.realm, password) for name, password in users.items()}
         self._secrets = tuple(secrets)
 
     def nonce(self, client: str, now: float) -> str:

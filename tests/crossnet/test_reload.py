@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from crossnet.config import load
 from crossnet.reload import change, files
 from tests.crossnet.running import Running, running
 from tests.sniproxy.hellos import client_hello
+from tests.turnreg.server.wireclient import Client, code
+from turnreg.auth import rest_credentials
 
 FILE = """
 network: a
@@ -127,6 +130,24 @@ def test_a_key_is_read_anew_when_its_file_changes(folder: Path) -> None:
         assert relay.wait_for("config_read", 2)["applied"] == ["keys"]
         (folder / "ab.key").unlink()
         assert relay.wait_for("config_refused")["faults"] == 1
+
+
+def test_the_turn_server_takes_a_new_secret(folder: Path) -> None:
+    (folder / "old").write_text("old secret")
+    (folder / "new-secret").write_text("new secret")
+    turn = 'turn: {{id: turn-1, listen: "127.0.0.1:0", relay_address: 127.0.0.1, realm: lab, secret: [{secrets}]}}\n'
+    write(folder, FILE.format(more="") + turn.format(secrets="{file: old}"))
+    with running(folder, (folder / "crossnet.yaml").read_text()) as server:
+        address, _, port = server.started()["turn"][0].rpartition(":")
+        user, password = rest_credentials("new secret", "b", time.time() + 60)
+        with Client((address, int(port)), user=user, password=password) as client:
+            client.login()
+            assert code(client.ask(client.allocate_request())) == 401
+            write(folder, FILE.format(more="") + turn.format(secrets="{file: new-secret}, {file: old}"))
+            assert server.wait_for("config_read")["applied"] == ["turn.secret"]
+            client.allocate()
+        (folder / "old").write_text("another")
+        assert server.wait_for("config_read", 2)["applied"] == ["turn.secret"]
 
 
 def test_what_is_the_same_in_both_files_is_no_change(folder: Path) -> None:

@@ -72,14 +72,15 @@ class TurnServer:
             for address in config.relay_addresses
         ]
         by_family = {relay.family: relay for relay in relays}
+        self._authenticator = Authenticator(
+            realm=config.realm,
+            nonce_secret=secrets.token_bytes(32),
+            users=config.users,
+            secrets=config.secrets,
+            nonce_lifetime_s=config.nonce_lifetime_s,
+        )
         transactions = Transactions(
-            authenticator=Authenticator(
-                realm=config.realm,
-                nonce_secret=secrets.token_bytes(32),
-                users=config.users,
-                secrets=config.secrets,
-                nonce_lifetime_s=config.nonce_lifetime_s,
-            ),
+            authenticator=self._authenticator,
             table=table,
             families=by_family,
             allowed_peers=config.allowed_peers,
@@ -123,6 +124,17 @@ class TurnServer:
         if files < MIN_OPEN_FILES:
             log.warning("turn: %d open files are allowed, and a stream takes two: raise the limit (LimitNOFILE)", files)
         return cls(config, listening, certificates, registry or CollectorRegistry())
+
+    def reconfigure(self, config: TurnServerConfig) -> None:
+        """Go by these users, secrets, allowed peers and counts from now on.
+
+        Allocations, permissions and streams that are there stay. Whose credentials are no longer known can prolong nothing, so
+        that what they have ends with its lifetime.
+        """
+        self.config = config
+        self._authenticator.know(config.users, config.secrets)
+        self._meeting.table.limits = config.limits
+        self._meeting.transactions.allowed_peers = config.allowed_peers
 
     @property
     def addresses(self) -> tuple[Endpoint, ...]:

@@ -148,9 +148,8 @@ class Transactions:
         """
         self._authenticator = authenticator
         self._table = table
-        self._limits = table.limits
         self._families = frozenset(families)
-        self._allowed_peers = allowed_peers
+        self.allowed_peers = allowed_peers
         self._software = software
         self._draw = draw
         self._udp_allocations = udp_allocations
@@ -350,7 +349,7 @@ class Transactions:
             why = self._forbidden(address, allocation)
             if why is not None:
                 return self._refused(message, user, why)
-        limits = self._limits
+        limits = self._table.limits
         if not allocation.permit(map(str, addresses), limits.permission_lifetime_s, limits.max_permissions, now):
             return self._refused(message, user, Refusal.CAPACITY)
         return Step(answer=self._pack(message, message.success(), user))
@@ -359,11 +358,11 @@ class Transactions:
         """Say why an allocation may have nothing to do with that peer."""
         if (FAMILY_IPV4 if address.version == 4 else FAMILY_IPV6) != allocation.family:
             return Refusal.FAMILY_MISMATCH
-        if refusal(address, self._allowed_peers):
+        if refusal(address, self.allowed_peers):
             return Refusal.FORBIDDEN_PEER
         if allocation.transport == TRANSPORT_TCP and not self._active_connect:
             return None  # we only let it come to us, and a relay may well run on this host
-        if self._allowed_peers is not None and any(address in network for network in self._allowed_peers.networks):
+        if self.allowed_peers is not None and any(address in network for network in self.allowed_peers.networks):
             return None
         ours = any(self._is_ours(str(spelling)) for spelling in spellings(address))
         return Refusal.FORBIDDEN_PEER if ours else None
@@ -375,7 +374,7 @@ class Transactions:
         if value is None or peer is None or not MIN_CHANNEL <= value >> 16 <= MAX_CHANNEL:
             return self._refused(message, user, Refusal.BAD_REQUEST)
         why = self._forbidden(ip_address(peer[0]), allocation)
-        why = why or allocation.bind_channel(value >> 16, peer, self._limits, now)
+        why = why or allocation.bind_channel(value >> 16, peer, self._table.limits, now)
         if why is not None:
             return self._refused(message, user, why)
         return Step(answer=self._pack(message, message.success(), user))
@@ -433,7 +432,7 @@ class Transactions:
     def _lifetime_s(self, message: Message) -> float:
         """At least the default, at most the maximum (RFC 8656, section 7.2)."""
         asked_s = float(message.number(Attribute.LIFETIME) or 0)
-        return max(self._limits.default_lifetime_s, min(asked_s, self._limits.max_lifetime_s))
+        return max(self._table.limits.default_lifetime_s, min(asked_s, self._table.limits.max_lifetime_s))
 
     def _allocated(self, message: Message, user: Accepted, allocation: Allocation) -> bytes:
         answer = (

@@ -1,16 +1,19 @@
 """What is the embedded server's own: bounds, ports, families, metrics, logs, its end. With real sockets."""
 
 import asyncio
+import dataclasses
 import hashlib
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from discovery.addresses import TargetList
 from tests.turnreg.server.embedded import Embedded, embedded
 from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, until_refused
 from turnreg.auth import rest_credentials
@@ -253,6 +256,54 @@ class TestRest:
         ):
             client.login()
             assert code(client.ask(client.allocate_request())) == 401
+
+
+class TestReconfigure:
+    @staticmethod
+    def reconfigure(server: Embedded, **changes: Any) -> None:
+        done = threading.Event()
+
+        def change() -> None:
+            server.server.reconfigure(dataclasses.replace(server.server.config, **changes))
+            done.set()
+
+        server.loop.call_soon_threadsafe(change)
+        assert done.wait(5)
+
+    def test_a_secret_is_rotated_under_a_stream(self) -> None:
+        old, new = (rest_credentials(secret, "gw", time.time() + 60) for secret in ("old", "new"))
+        with (
+            embedded(users={}, secrets=("old",)) as server,
+            Client(at(server), user=old[0], password=old[1]) as client,
+        ):
+            client.allocate()
+            client.permit("127.0.0.1")
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as data:
+                self.reconfigure(server, secrets=("new", "old"))
+                assert code(client.refresh(600)) == 0
+                client.user, client.password = new
+                assert code(client.refresh(600)) == 0
+                self.reconfigure(server, secrets=("new",))
+                assert code(client.refresh(600)) == 0
+                client.user, client.password = old
+                assert code(client.refresh(600)) == 401
+                peer.sendall(b"still here")
+                assert data.sock.recv(20) == b"still here"
+
+    def test_counts_and_peers(self) -> None:
+        with embedded() as server, Client(at(server)) as first, Client(at(server)) as second:
+            first.allocate()
+            self.reconfigure(
+                server,
+                limits=Limits(max_allocations_per_account=1),
+                allowed_peers=TargetList.parse([]),
+                users={"u": "p"},
+            )
+            second.login()
+            assert code(second.ask(second.allocate_request())) == 486
+            assert code(first.permit("127.0.0.1")) == 403
+            second.user, second.password = "v", "q"
+            assert code(second.ask(second.allocate_request())) == 401
 
 
 class TestAccounts:
