@@ -313,6 +313,18 @@ def measure(server: str, count: int, seconds: float) -> dict[str, float]:
     return figures
 
 
+def print_table(samples: dict[str, list[dict[str, float]]]) -> None:
+    """Print medians over the rounds with lowest and highest; of two servers also the ratio, taken within each round."""
+    print(f"{'':24}" + "".join(f"{server:>34}" for server in samples) + f"{'ratio':>10}" * (len(samples) == 2))
+    for name in next(iter(samples.values()))[0]:
+        columns = [[sample[name] for sample in rounds] for rounds in samples.values()]
+        cells = [f"{statistics.median(values):12.3f} ({min(values):.3f} - {max(values):.3f})" for values in columns]
+        line = f"{name:24}" + "".join(f"{cell:>34}" for cell in cells)
+        if len(columns) == 2:
+            line += f"{statistics.median(one / other for one, other in zip(*columns, strict=True)):10.2f}"
+        print(line)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.turn", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -333,14 +345,7 @@ def main() -> int:
     for number in range(options.rounds):
         for server in servers if number % 2 == 0 else reversed(servers):
             samples[server].append(measure(server, options.streams, options.seconds))
-    names = list(next(iter(samples.values()))[0])
-    print(f"{'':24}" + "".join(f"{server:>34}" for server in servers))
-    for name in names:
-        cells = []
-        for server in servers:
-            values = [sample[name] for sample in samples[server]]
-            cells.append(f"{statistics.median(values):12.3f} ({min(values):.3f} - {max(values):.3f})")
-        print(f"{name:24}" + "".join(f"{cell:>34}" for cell in cells))
+    print_table(samples)
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, "samples": samples}, indent=1))
     return 0
