@@ -11,6 +11,7 @@ from dnsgw.wire import HEADER_SIZE
 
 MAX_QUERY = 4096  # as over UDP
 MAX_PIPELINED = 128  # questions of one connection that wait for their answers; then it is not read
+MAX_UNREAD = 256 * 1024  # bytes of answers that a client does not read, besides what the kernel keeps for it
 BACKLOG = 256
 
 
@@ -183,6 +184,8 @@ class _Connection(asyncio.Protocol):
             transport.write(len(reply).to_bytes(2, "big") + reply)
         else:
             transport.close()  # what needs no reply has no place on a connection either
+        if not self._writable and transport.get_write_buffer_size() > MAX_UNREAD:
+            transport.abort()  # what it asked for before goes on coming, and may be 64 KiB each time
         if not self._reading:
             self._pump()
         if self._ended and not self._waiting:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.meshes import DOMAIN, mesh, relay
-from tests.dnsgw.packets import query
+from tests.dnsgw.packets import header, query
 from tests.dnsgw.servers import Connection, address, connected, running
 
 pytestmark = pytest.mark.anyio
@@ -121,6 +121,29 @@ async def test_a_client_that_does_not_read_its_answers_is_cut_off() -> None:
                 while True:
                     connection.writer.write(frame * 500)
                     await connection.writer.drain()
+
+
+async def test_answers_that_nobody_reads_do_not_pile_up(upstream: Authority) -> None:
+    """Questions that were asked before the first answer came go on being answered, with 60 kB each."""
+
+    def huge(asked: Asked) -> list[bytes]:
+        record = b"\xc0\x0c" + struct.pack("!HHIH", 10, 1, 60, 60_000) + bytes(60_000)
+        return [asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.packet[12:] + record]
+
+    upstream.script = huge
+    names = [f"n{n}.big.example.test" for n in range(120)]
+    async with running(VIEW, upstream.port, tcp_idle_timeout_s=600) as server:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else the kernel takes it all
+            client.connect(address(server))
+            for ident, name in enumerate(names):
+                packet = query(name, 10, ident=ident)
+                client.sendall(len(packet).to_bytes(2, "big") + packet)
+            async with asyncio.timeout(5):
+                await upstream.heard(1)
+            async with asyncio.timeout(30):
+                while server.metrics.tcp_connections():
+                    await asyncio.sleep(0.01)
 
 
 async def test_more_connections_than_allowed_are_closed() -> None:
