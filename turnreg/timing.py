@@ -26,10 +26,10 @@ class Timing:
     """Permissions last 300 s (RFC 8656, section 9): a refresh may fail and come 40 s late, and still be in time."""
     refused_retry_s: float = 30.0
     """When an address that the server refused is tried again."""
-    nonce_fresh_s: float = 0.25
+    nonce_fresh_s: float = 0.05
     """How old the last proof of the nonce may be when a bind is signed with it. The new proof is in flight while the
-    data connection is opened, so it costs no time, and four requests a second are nothing to a server; binds between
-    the end of a nonce and the next proof are lost."""
+    data connection is opened, so it costs no time, and twenty requests a second are nothing to a server; binds between
+    the end of a nonce and the next proof are lost, and their relays try again 100 ms later."""
     bind_s: float = 8.0
     """From the announcement to the bound stream. coturn drops the peer after 30 s."""
     close_s: float = 2.0

@@ -1,17 +1,19 @@
 """What one allocation is made with: TLS and whom it trusts, where a server may send us, how errors are told."""
 
 import asyncio
+import os
+import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 
-from discovery.model import AnyRecord
+from discovery.model import AnyRecord, Kind, Record, TurnSpec
 from sniproxy.engine import TlsWire, Wire
 from tests.turnreg.coturn import Coturn
 from tests.turnreg.registered import ID, Registered, registrar, relay, turn
@@ -220,6 +222,79 @@ async def test_every_refusal_has_its_reason_in_the_metrics_and_ends_with_an_allo
         await ours.publishes(ID)
         assert ours.count("registrations_total", reason=reason) == 2
         assert ours.count("registrations_total", reason="ok") == 1
+
+
+@contextmanager
+def stock(*options: str, **fields: Any) -> Iterator[tuple[Coturn, RunningServer]]:
+    """Run Debian's coturn."""
+    server = Coturn(extra=options, **fields)
+    try:
+        server.start()
+        yield server, RunningServer(server.address, server.port)
+    finally:
+        server.close()
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_without_tcp_allocations() -> None:
+    with stock("--no-tcp-relay") as (_, at):
+        async with registrar(turn(at)) as ours:
+            await eventually(lambda: ours.count("registrations_total", reason="unsupported_transport") > 1)
+            assert "442 TCP Transport is not allowed" in ours.of()["last_error"]["detail"]
+            assert not ours.discovery.published
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_without_a_port_left() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with stock(relay_range=(port, port)) as (_, at):
+            async with registrar(turn(at)) as ours:
+                await eventually(lambda: ours.count("registrations_total", reason="capacity") > 1)
+                assert "508" in ours.of()["last_error"]["detail"]
+                taken.close()
+                assert (await ours.publishes(ID)).port == port
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_without_the_family_that_is_wanted() -> None:
+    with stock() as (_, at):
+        spec = TurnSpec(url=f"turn:{at.address}:{at.port}", relay_addresses=["fd00::7"], port_min=1024, port_max=65535)
+        async with registrar(Record(kind=Kind.TURN, network="a", id="turn-1", revision=1, spec=spec)) as ours:
+            await eventually(lambda: ours.count("registrations_total", reason="family") > 1)
+            assert "440" in ours.of()["last_error"]["detail"]
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_that_sends_us_to_another() -> None:
+    with stock() as (target, _), stock(f"--alternate-server=127.0.0.1:{target.port}") as (_, at):
+        async with registrar(turn(at), RELAYS) as ours:
+            spec = await ours.publishes(ID)
+            assert target.relay_range[0] <= spec.port <= target.relay_range[1]
+            bound, writer = await ours.stream(spec.port)
+            bound.wire.close()
+            writer.close()
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_that_stands_still() -> None:
+    """Its kernel goes on to acknowledge what we send; only what it says itself tells that it lives."""
+    timing = Timing(keepalive_s=0.1, transaction_s=0.3, connect_s=1, close_s=0.1)
+    with stock() as (server, at):
+        async with registrar(turn(at), timing=timing) as ours:
+            await ours.publishes(ID)
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                await eventually(lambda: ours.count("registrations_total", reason="timeout") > 1)
+                assert not ours.discovery.published
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            await ours.publishes(ID)
 
 
 NONSENSE: dict[str, tuple[Answer, str]] = {
