@@ -17,12 +17,13 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bench.worker import ROOT
 from crossnet.lab.program import Program
 from crossnet.sections import DEFAULT_DOMAIN
 from discovery.addresses import format_endpoint, parse_address, parse_endpoint
@@ -73,8 +74,18 @@ _RELAY = {"id": "relay-1", "listen": f"{HOST}:0", "max_streams_per_client": 0, "
 class Way:
     """One way. `start` starts its processes and says where to connect; `end` is good at any time."""
 
-    def __init__(self, name: str, folder: Path, service_port: int) -> None:
+    def __init__(
+        self, name: str, folder: Path, service_port: int, *, far_ms: float = 0.0, relay: Mapping[str, Any] | None = None
+    ) -> None:
+        """Make one of WAYS.
+
+        Args:
+            far_ms: how far the TURN server is from the gateway, one way.
+            relay: more keys of the relay's section.
+        """
         self.name = name
+        self._far_ms = far_ms
+        self._relay = {**_RELAY, **(relay or {})}
         self._folder = folder
         self._service_port = service_port
         self.address: tuple[str, int] = (HOST, service_port)
@@ -111,7 +122,7 @@ class Way:
 
     def _start_relay(self) -> None:
         mesh = self._write("mesh.yaml", {"networks": [{"id": "a"}]})
-        relay = {**_RELAY, "deliver": [f"{HOST}/32:{self._service_port}"]}
+        relay = {**self._relay, "deliver": [f"{HOST}/32:{self._service_port}"]}
         self.address = self._crossnet("relay", {"network": "a", "discovery": [mesh], "relay": relay})
         self.measured = ("relay",)
 
@@ -131,16 +142,17 @@ class Way:
         listening = self._crossnet("gateway", {"network": "b", "discovery": [mesh], "keys": keys, "gateway": gateway})
         known = {"network": "b", "id": "gw-1", "address": format_endpoint(parse_address(HOST), listening[1])}
         mesh = self._write("mesh-a.yaml", {"networks": [{"id": "a"}, {"id": "b"}], "gateways": [known]})
-        relay = {**_RELAY, "direct": LOOPBACK}
+        relay = {**self._relay, "direct": LOOPBACK}
         self.address = self._crossnet("relay", {"network": "a", "discovery": [mesh], "keys": keys, "relay": relay})
         self.asked = self._asked("b")
         self.measured = ("relay", "gateway")
 
     def _start_embedded(self) -> None:
-        first = _free_range()
+        first, port = _free_range(), _free_port()
         turn = {
             "id": "turn-1",
-            "listen": f"{HOST}:0",
+            "listen": f"{HOST}:{port}",
+            "advertise": self._turn_url(port),
             "relay_address": HOST,
             "ports": f"{first}-{first + RELAY_PORTS - 1}",
             "users": {"gw": self._password()},
@@ -165,7 +177,7 @@ class Way:
         discovery = self._discovery()
         server = {
             "id": "turn-1",
-            "url": f"turn:{HOST}:{port}?transport=tcp",
+            "url": self._turn_url(port),
             "relay_addresses": [HOST],
             "port_min": first,
             "port_max": last,
@@ -182,12 +194,20 @@ class Way:
             "allow_turn_servers": LOOPBACK,
         }
         self._crossnet("gateway", {"network": "b", "discovery": discovery, "keys": keys, "gateway": gateway})
-        relay = {**_RELAY, "direct": LOOPBACK}
+        relay = {**self._relay, "direct": LOOPBACK}
         self.address = self._crossnet(
             "relay", {"network": "a", "discovery": discovery, "keys": keys, "relay": relay, **more}
         )
         self.asked = self._asked("b")
         self.measured = ("relay", turn, "gateway")
+
+    def _turn_url(self, port: int) -> str:
+        """Where gateways find the TURN server: behind a long cable, if it is far away."""
+        if self._far_ms:
+            far = self._run("far", [sys.executable, str(ROOT / "bench" / "far.py"), str(port), str(self._far_ms)])
+            far.wait_until("its port", lambda: bool(far.lines()))
+            port = int(far.lines()[0])
+        return f"turn:{HOST}:{port}?transport=tcp"
 
     def _discovery(self) -> list[str]:
         server = {"listen": f"{HOST}:0", "allow_addresses": LOOPBACK}

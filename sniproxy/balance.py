@@ -47,9 +47,21 @@ class Failed:
 class Balance:
     """What one relay knows of its ways to other networks."""
 
-    def __init__(self, clock: Callable[[], float], *, rng: random.Random | None = None) -> None:
-        """`clock` gives seconds that never go back."""
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        is_ready: Callable[[Candidate], bool] = lambda _way: False,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Know nothing yet.
+
+        Args:
+            clock: gives seconds that never go back.
+            is_ready: whether a stream by this way would wait for nothing, which decides between two that are equally busy.
+        """
         self._clock = clock
+        self._is_ready = is_ready
         self._random = rng or random.Random()
         self._ways: OrderedDict[tuple[str, str, str, int], _Way] = OrderedDict()
 
@@ -106,9 +118,9 @@ class Balance:
         known = self._ways.get(_key(way))
         return known is not None and now < known.out_until
 
-    def _busy(self, way: Candidate) -> float:
+    def _busy(self, way: Candidate) -> tuple[float, bool]:
         known = self._ways.get(_key(way))
-        return 0.0 if known is None else known.streams / way.weight
+        return 0.0 if known is None else known.streams / way.weight, not self._is_ready(way)
 
     def _know(self, way: Candidate) -> _Way:
         key = _key(way)

@@ -165,7 +165,7 @@ class Relay:
         )
         results = (*(reason.value for reason in Reason), RESET, WARM_LOST)
         self._dials = {(kind, result): dials.labels(kind.value, result) for kind in RouteKind for result in results}
-        self._balance = Balance(time.monotonic)
+        self._balance = Balance(time.monotonic, is_ready=lambda way: self._pool.has(way))
         left_out = Gauge(
             "crossnet_relay_ways_left_out", "Allocations and gateways that failed too often of late.", registry=registry
         )

@@ -180,6 +180,11 @@ class WarmPool:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def has(self, candidate: Candidate) -> bool:
+        """Whether one waits at this allocation."""
+        shelf = self._shelves.get(_key(candidate))
+        return shelf is not None and bool(shelf.ready)
+
     async def take(self, candidate: Candidate) -> Framed | None:
         """Give a connection that waits at this allocation, None if there is none. It is the caller's from then on."""
         shelf = self._shelves.get(_key(candidate))

@@ -69,6 +69,14 @@ def test_of_two_the_less_busy_one() -> None:
     assert len(firsts(balance, [busy, idle])) == 2
 
 
+def test_of_two_that_are_equally_busy_the_one_that_is_ready() -> None:
+    ready, cold = way("ready"), way("cold")
+    balance = Balance(Clock(), is_ready=lambda found: found is ready)
+    assert firsts(balance, [ready, cold]) == {"ready": 2000}
+    with balance.carrying(ready):
+        assert firsts(balance, [ready, cold]) == {"cold": 2000}
+
+
 def test_of_many_the_busiest_never_comes_first() -> None:
     ways = [way(name) for name in "abcd"]
     balance = a_balance()

@@ -1,0 +1,119 @@
+"""What warm streams are worth: a new client's time to the first byte, with a TURN server that is far from the gateway.
+
+    python -m bench.warm                        embedded and coturn, 25 ms one way, with no, one and two warm streams
+    python -m bench.warm --far 50 --pools 0 2
+
+The whole path as in the other benchmarks, with a delay between gateway and TURN server (bench.far). Clients come one at a time, so
+far apart that what the last one took has been made anew ("single"), and sixteen at once ("burst"), of whom `pool` find something
+ready. All is asked of every way in every round, in turn; medians over the rounds. `rtt` is the round trip between gateway and TURN
+server: no stream can have its first byte in less than one.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import machine
+from bench.ways import Way
+from bench.worker import Worker, WorkerError
+from crossnet.lab.program import ProgramError
+
+TURNS = ("embedded", "coturn")
+FIRST = 8
+"""Clients before those that count: nothing is kept ready for an allocation that nobody has used yet, and there are two."""
+SINGLES = 20
+BURST = 16
+SETTLE_RTTS = 6
+"""Round trips between two clients: a warm stream takes three to make."""
+START_TIMEOUT_S = 20.0
+
+
+class Measured:
+    """First-byte times of one way, by what was asked."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, list[float]] = {"single_p50": [], "single_p99": [], "burst_p50": [], "burst_p99": []}
+
+
+def ask(load: Worker, way: Way, far_ms: float, measured: Measured) -> None:
+    """Let clients come, and note how long they took."""
+    pause = SETTLE_RTTS * 2 * far_ms / 1000 + 0.05
+    deadline = time.monotonic() + START_TIMEOUT_S
+    done = 0
+    while done < FIRST:
+        try:
+            load.ask("probe", limit_s=START_TIMEOUT_S, address=way.address, name=way.asked)
+            done += 1
+        except WorkerError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    took = []
+    for _ in range(SINGLES):
+        time.sleep(pause)
+        took.append(once(load, way, 1)["p50_us"] / 1000)
+    measured.ms["single_p50"].append(statistics.median(took))
+    measured.ms["single_p99"].append(max(took))
+    time.sleep(pause)
+    burst = once(load, way, BURST)
+    measured.ms["burst_p50"].append(burst["p50_us"] / 1000)
+    measured.ms["burst_p99"].append(burst["p99_us"] / 1000)
+
+
+def once(load: Worker, way: Way, streams: int) -> dict[str, float]:
+    """So many clients at the same moment, and no more."""
+    return load.ask("connections", limit_s=30, address=way.address, name=way.asked, streams=streams, seconds=0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print a table and JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.warm", description="First-byte time with and without warm streams."
+    )
+    parser.add_argument("--far", type=float, default=25.0, help="milliseconds one way (default: %(default)s)")
+    parser.add_argument("--pools", type=int, nargs="+", default=[0, 1, 2], help="sizes of relay.pool")
+    parser.add_argument("--turns", nargs="+", default=list(TURNS), choices=TURNS)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args(arguments)
+    measured = {(turn, pool): Measured() for turn in given.turns for pool in given.pools}
+    service, load = Worker("bench.service"), Worker("bench.load")
+    try:
+        port = service.ask("port", limit_s=10)["port"]
+        with tempfile.TemporaryDirectory(prefix="crossnet-warm-") as folder:
+            for number in range(given.rounds):
+                for turn, pool in measured:
+                    place = Path(folder) / f"{number}-{turn}-{pool}"
+                    way = Way(turn, place, port, far_ms=given.far, relay={"pool": pool})
+                    try:
+                        way.start()
+                        ask(load, way, given.far, measured[turn, pool])
+                    except (ProgramError, WorkerError) as error:
+                        print(f"{turn}, pool {pool}: {error}{way.complaints()}", file=sys.stderr)
+                        return 1
+                    finally:
+                        way.end()
+                    print(f"round {number + 1}/{given.rounds}: {turn}, pool {pool}", file=sys.stderr)
+    finally:
+        load.end()
+        service.end()
+    rtt = 2 * given.far
+    print(
+        f"{'TURN server':<12}{'pool':>5}" + "".join(f"{what:>14}" for what in Measured().ms) + f"   ms; rtt {rtt:g} ms"
+    )
+    rows = []
+    for (turn, pool), found in measured.items():
+        row = {what: round(statistics.median(values), 1) for what, values in found.ms.items()}
+        rows.append({"turn": turn, "pool": pool, **row})
+        shown = "".join(f"{value:>8.1f}{value / rtt:>5.1f}r" for value in row.values())
+        print(f"{turn:<12}{pool:>5}{shown}")
+    print(json.dumps({"machine": machine.describe(), "rtt_ms": rtt, "rounds": given.rounds, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
