@@ -187,6 +187,8 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
         etcd_ca=section.etcd.ca,
         etcd_cert=section.etcd.cert,
         etcd_key=section.etcd.key,
+        etcd_username=section.etcd.username,
+        etcd_password=section.etcd.password.text if section.etcd.password else None,
         tls_cert=section.tls.cert if section.tls else None,
         tls_key=section.tls.key if section.tls else None,
         tls_client_ca=section.tls.client_ca if section.tls else None,

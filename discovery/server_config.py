@@ -33,6 +33,10 @@ class DiscoveryServerConfig:
     etcd_key: Path | None = None
     """Authority that verifies the members of etcd, and the certificate that we show them."""
 
+    etcd_username: str | None = None
+    etcd_password: str | None = field(default=None, repr=False)
+    """Who we are to an etcd with authentication enabled."""
+
     tls_cert: Path | None = None
     tls_key: Path | None = None
     """Key of the certificate; None when both stand in one file."""
@@ -109,6 +113,8 @@ def make_store(config: DiscoveryServerConfig) -> Store:
                 ca=config.etcd_ca,
                 cert=config.etcd_cert,
                 key=config.etcd_key,
+                username=config.etcd_username,
+                password=config.etcd_password,
             )
             return EtcdStore(access)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError

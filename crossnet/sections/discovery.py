@@ -14,6 +14,7 @@ from crossnet.scalars import (
     NetworkId,
     SecretFile,
     Store,
+    Text,
     WholeSeconds,
 )
 from crossnet.schema import OneOrMore, rule
@@ -52,10 +53,20 @@ class EtcdSection:
     key: ExistingFile | None = None
     """What we show to a cluster that wants certificates of its clients."""
 
+    username: Text | None = None
+    password: SecretFile | None = None
+    """Who we are to a cluster with authentication enabled."""
+
     @rule("cert", "key")
     def _pair(self) -> Iterator[Fault]:
         if (self.cert is None) != (self.key is None):
             yield Fault(".cert" if self.cert is None else ".key", "cert and key, or neither", "one of them")
+
+    @rule("username", "password")
+    def _user(self) -> Iterator[Fault]:
+        if (self.username is None) != (self.password is None):
+            lacking = ".username" if self.username is None else ".password"
+            yield Fault(lacking, "username and password, or neither", "one of them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

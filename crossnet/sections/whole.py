@@ -36,6 +36,7 @@ from discovery.names import BadName, is_under, normalise_domain
 from discovery.servers import parse_server_url
 from discovery.shape import Fault
 from discovery.static import load_mesh
+from discovery.store.etcdapi import parse_endpoints
 
 ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway", "publisher")
 """In the order in which they start: each finds ready what it asks at its start."""
@@ -170,6 +171,18 @@ class Config:
                     parse_server_url(source, insecure=self.insecure)
                 except ValueError:
                     yield Fault(f".discovery[{index}]", "https, or http to loopback, or insecure: true", repr(source))
+
+    @rule("discovery_server", "insecure")
+    def _etcd_in_the_clear(self) -> Iterator[Fault]:
+        server = self.discovery_server
+        if server is None or server.etcd.password is None:
+            return
+        for url in parse_endpoints(server.store.partition(":")[2]) if server.store.startswith("etcd:") else ():
+            try:
+                parse_server_url(url, insecure=self.insecure)
+            except ValueError:
+                expected = "https where there is a password, or http to loopback, or insecure: true"
+                yield Fault(".discovery_server.store", expected, repr(url))
 
     @rule("gateway", "insecure")
     def _woken_in_the_clear(self) -> Iterator[Fault]:

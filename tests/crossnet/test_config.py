@@ -212,6 +212,8 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
         ("network: a\ndiscovery_server: {listen: '10.0.0.1:0', tls: {cert: c.pem, key: k.pem}}", "$.discovery_server.tokens: expected tokens, since it listens on 10.0.0.1:0, or insecure: true, got nothing"),
         ("network: a\ndiscovery_server: {listen: '10.0.0.1:0', tokens: {file: tokens.yaml}}", "$.discovery_server.tls: expected tls, since it listens on 10.0.0.1:0, or insecure: true, got nothing"),
         ("network: a\ndiscovery: bad-mesh.yaml", "$.discovery: expected a mesh file ($.services[0].ports.1[0]: expected an address that may be dialled), got 127.0.0.1:1, which is loopback"),
+        ("network: a\ndiscovery_server: {listen: '127.0.0.1:0', store: 'etcd:http://127.0.0.1:1', etcd: {username: u}}", "$.discovery_server.etcd.password: expected username and password, or neither, got one of them"),
+        ("network: a\ndiscovery_server: {listen: '127.0.0.1:0', store: 'etcd:http://10.0.0.1:1', etcd: {username: u, password: {file: token}}}", "$.discovery_server.store: expected https where there is a password, or http to loopback, or insecure: true, got 'http://10.0.0.1:1'"),
         ("network: a\ndiscovery_server: {listen: '127.0.0.1:0', store: postgres}", "$.discovery_server.store: expected memory, sqlite:PATH or etcd:URL,URL, got 'postgres'"),
     ],
 )  # fmt: skip

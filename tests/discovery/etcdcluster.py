@@ -74,9 +74,10 @@ class Member:
         assert self._process is not None
         self._process.send_signal(number)
 
-    def ask(self, path: str, message: object, timeout_s: float = 2.0) -> dict[str, object]:
+    def ask(self, path: str, message: object, timeout_s: float = 2.0, token: str | None = None) -> dict[str, object]:
         """Call its JSON gateway. Raises OSError."""
-        request = urllib.request.Request(f"{self.url}/v3/{path}", json.dumps(message).encode())
+        headers = {"Authorization": token} if token is not None else {}
+        request = urllib.request.Request(f"{self.url}/v3/{path}", json.dumps(message).encode(), headers)
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             found: dict[str, object] = json.load(answer)
         return found

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from discovery.model import Deletion, Kind, NetworkSpec, VipSpec
 from discovery.store import Change, EtcdAccess, EtcdStore, PreconditionFailed, StoreError, UnknownLease
 from discovery.store import etcd as etcd_module
+from discovery.store.etcdapi import range_end
 from tests.discovery.etcdcluster import Member, etcd_cluster, free_ports
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
@@ -222,3 +226,82 @@ async def test_etcd_over_mutual_tls(tmp_path: Path) -> None:
         )
         async with running(EtcdStore(access)) as (store,):
             assert (await store.put(KEY, SPEC)).spec == SPEC
+
+
+PASSWORD = "correct horse"
+
+
+def with_users(member: Member, prefix: str) -> None:
+    """Enable authentication: root, and a user who may do all below the prefix and nothing else."""
+    ask = member.ask
+    for name, password in (("root", "r00t"), ("crossnet", PASSWORD)):
+        ask("auth/user/add", {"name": name, "password": password})
+        ask("auth/role/add", {"name": name})
+        ask("auth/user/grant", {"user": name, "role": name})
+    permission = {"permType": "READWRITE", "key": b64(prefix), "range_end": range_end(prefix)}
+    ask("auth/role/grant", {"name": "crossnet", "perm": permission})
+    ask("auth/enable", {})
+
+
+def signed_tokens(folder: Path) -> list[str]:
+    """Make etcd give tokens that it need not remember; they hold which users and rights there were."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+    (folder / "private.pem").write_bytes(private)
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (folder / "public.pem").write_bytes(public)
+    return [f"--auth-token=jwt,pub-key={folder}/public.pem,priv-key={folder}/private.pem,sign-method=RS256,ttl=60s"]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+async def test_a_cluster_that_wants_a_password(
+    tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch, signed: bool
+) -> None:
+    monkeypatch.setattr(etcd_module, "OPEN_TIMEOUT_S", 1.0)
+    with etcd_cluster(tmp_path, extra=signed_tokens(tmp_path) if signed else ()) as (member,):
+        await asyncio.to_thread(with_users, member, prefix)
+        ours = EtcdAccess(endpoints=(member.url,), prefix=prefix, username="crossnet", password=PASSWORD)
+        assert PASSWORD not in repr(ours)
+        for bad, why in (
+            (dataclasses.replace(ours, username=None), "user name is empty"),
+            (dataclasses.replace(ours, password="wrong"), "invalid user ID or password"),
+            (dataclasses.replace(ours, prefix="/other/"), "permission denied"),
+        ):
+            with pytest.raises(StoreError, match=why):
+                await EtcdStore(bad).open()
+        async with running(EtcdStore(ours), EtcdStore(ours)) as (one, two):
+            lease = await one.grant(30, "somebody")
+            await one.put(KEY, SPEC, lease=lease.id)
+            await until(lambda: two._records)
+            # Tokens that are not signed are in etcd's memory alone.
+            member.kill()
+            member.start(f"{member.name}={member.peer_url}")
+            await written(one, "10.200.0.2")
+            await until(lambda: address_in(two) == "10.200.0.2")
+            # Whoever changes users makes every signed one too old for a write.
+            asked = {"name": "root", "password": "r00t"}
+            root = (await asyncio.to_thread(member.ask, "auth/authenticate", asked))["token"]
+            another = {"name": "another", "password": "x"}
+            await asyncio.to_thread(member.ask, "auth/user/add", another, 2.0, str(root))
+            await two.put(KEY, VipSpec(name="orders.shop", address="10.200.0.3"))
+            await until(lambda: address_in(one) == "10.200.0.3")
+            assert not one.stale_s
+            assert not two.stale_s
+
+
+def address_in(store: EtcdStore) -> str:
+    spec = store._records[KEY].spec
+    assert isinstance(spec, VipSpec)
+    return spec.address
+
+
+async def written(store: EtcdStore, address: str) -> None:
+    """Write as soon as etcd can be reached."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await store.put(KEY, VipSpec(name="orders.shop", address=address))
+            except StoreError:
+                await asyncio.sleep(0.05)
+            else:
+                return
