@@ -5,7 +5,6 @@ import base64
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -183,8 +182,7 @@ async def chromium(folder: Path) -> AsyncIterator[Browser]:
 
 
 @pytest.mark.interop
-# A browser is large: where it could not be had, also a CI goes without.
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: apt-get install chromium")
+@pytest.mark.needs("chromium")
 async def test_a_real_browser_shows_it_live_by_keyboard_and_without_a_script(serve: Any, tmp_path: Path) -> None:
     async with serve() as at:
         await fill(at.store)
