@@ -25,9 +25,10 @@ log = logging.getLogger("crossnet")
 
 FAILED = 1
 
-FULL_COLLECTIONS_RARER = 100
-"""How much rarer than by default Python walks over all objects in search of cycles. That walk stops everything, for 200 ms where
-5,000 streams are, and finds nothing: streams leave no cycles. Young objects are looked through as often as ever."""
+COLLECT_AT = 200_000
+"""Objects more than at the last time, before Python looks for cycles among them: what 5,000 new streams have. By default it is 700,
+and thousands of streams that come and go make it walk over all that are there several times a second, for up to 60 ms each time in
+which nothing else happens. It finds nothing: streams that end leave no cycles, so their number does not grow either."""
 
 
 def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
@@ -92,8 +93,7 @@ def raise_open_files() -> int:
 
 
 def spare_collections() -> None:
-    """Keep the garbage collector from what is there for good, and from looking through everything every second."""
+    """Have garbage looked for when there may be some, and never among what is there from the start."""
     gc.collect()
     gc.freeze()
-    young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, old * FULL_COLLECTIONS_RARER)
+    gc.set_threshold(COLLECT_AT, *gc.get_threshold()[1:])
