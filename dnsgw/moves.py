@@ -20,9 +20,10 @@ def moved(before: Mesh, imports_before: Imports, after: Mesh, imports_after: Imp
     Where the imports stay the same this costs nothing but for networks whose services changed.
     """
     names: set[str] = set()
+    same = imports_before is imports_after or imports_before.rules == imports_after.rules
     for network in _sources(imports_before) | _sources(imports_after):
         old, new = before.services(network), after.services(network)
-        if imports_before is not imports_after:
+        if not same:
             names.update(service.spec.name for service in (*old, *new))
         elif old is not new:  # a mesh keeps what did not change as it is
             names |= {service.spec.name for service in old} ^ {service.spec.name for service in new}

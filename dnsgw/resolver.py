@@ -30,7 +30,7 @@ from dnsgw.pairs import Pairs
 from dnsgw.precedence import Owner, Precedence, Then
 from dnsgw.reply import Answer, truncate
 from dnsgw.tables import Tables
-from dnsgw.wire import MAX_TCP_REPLY, BadQuery, Rcode, forwardable, option, scan, wire_name
+from dnsgw.wire import MAX_TCP_REPLY, BadQuery, Qtype, Rcode, forwardable, option, scan, wire_name
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ MAX_ALIASES = 4  # from upstream's aliases to a name of ours and on from there: 
 _WINDOW_S = 1.0
 _SLIP = 8  # of the questions that are too many one is answered by TC: whoever is real may come over TCP
 _LOG_EVERY_S = 1.0
+_UNFOLLOWED = (Qtype.CNAME, Qtype.ANY)  # they ask for the alias itself (RFC 1034 section 3.6.2)
 
 _OUTCOMES: dict[int, Outcome] = {
     Rcode.NOERROR: Outcome.NODATA,
@@ -258,7 +259,8 @@ class Resolver:
             self._counts[Outcome.OVERLOADED if result is Failure.OVERLOADED else Outcome.UPSTREAM_FAILED] += 1
             asked.send(FAILURES[result].reply(asked.query, asked.limit), asked.where)
             return
-        ours = self._ours(asked, result) if result.targets and asked.depth < MAX_ALIASES else 0
+        followed = result.targets and asked.query.qtype not in _UNFOLLOWED and asked.depth < MAX_ALIASES
+        ours = self._ours(asked, result) if followed else 0
         if ours:
             self._finish_chain(asked, result, ours)
             return

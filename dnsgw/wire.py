@@ -59,6 +59,7 @@ class Qtype(IntEnum):
     """The query types that are told apart here."""
 
     A = 1
+    CNAME = 5
     SOA = 6
     PTR = 12
     HINFO = 13

@@ -194,6 +194,24 @@ async def test_a_chain_to_an_import_asks_upstream_first_where_that_is_so(upstrea
             assert answers(await client.ask(query(ORDERS)))[0].endswith("IN A 192.0.2.7")
 
 
+@pytest.mark.parametrize("qtype", [Qtype.CNAME, Qtype.ANY])
+@pytest.mark.parametrize("target", [ADDRESS, f"p1-10-1-0-5.nope.{DOMAIN}"])
+async def test_who_asks_for_the_alias_itself_gets_no_more(upstream: Authority, qtype: Qtype, target: str) -> None:
+    alias = dns.rrset.from_text("shop.example.test.", 300, "IN", "CNAME", target + ".")
+
+    def answer(asked: Asked) -> list[bytes]:
+        reply = dns.message.make_response(asked.message)
+        reply.answer.append(alias)
+        return [reply.to_wire()]
+
+    upstream.script = answer
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                reply = read(await client.ask(query("shop.example.test", qtype)))
+                assert (reply.rcode(), reply.answer, reply.authority) == (dns.rcode.NOERROR, [alias], [])
+
+
 async def test_a_chain_that_leads_elsewhere_is_left_alone(upstream: Authority) -> None:
     upstream.records["shop.example.test", "CNAME"] = [WWW]
     async with running(VIEW, upstream.port) as server:
