@@ -130,6 +130,7 @@ def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tupl
         guard=tuple(guard),
         max_hello_bytes=section.max_hello,
         max_streams=section.max_streams,
+        max_streams_per_network=section.max_streams_per_network,
         hello_timeout_s=section.hello_timeout_s,
         dial_timeout_s=section.dial_timeout_s,
         idle_timeout_s=section.idle_timeout_s,

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import socket
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,26 +17,22 @@ from prometheus_client import CollectorRegistry, Gauge
 from discovery.addresses import TargetList
 from discovery.contract import Discovery
 from sniproxy.engine import Listener, Wire
-from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, HelloError, HelloReader
+from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.stream.account import Account, Ledger
-from sniproxy.stream.capsule import CapsuleError, Payload
+from sniproxy.stream.capsule import CapsuleError
 from sniproxy.stream.carry import Carry
 from sniproxy.stream.control import Opened, Ready, Refused
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.policy import Policy
 from sniproxy.stream.preamble import (
-    FirstBytes,
     Preamble,
-    PreambleError,
     SigningKey,
     WarmPreamble,
-    classify_first_bytes,
-    read_length,
 )
 from sniproxy.stream.reason import Reason
-from sniproxy.stream.verifier import PreambleVerifier, check_hello
 from turnreg.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
+from turnreg.arrival import Arrival, Arrivals, Refusal, read_hello
 from turnreg.client import Bound
 from turnreg.continuation import Continuations
 from turnreg.delivery import Delivery, Undeliverable
@@ -57,15 +53,8 @@ DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
 DEFAULT_MAX_STREAMS = 16_384
 """As at the relay: two descriptors a stream."""
 
-MAX_UNPROVEN = 1024
-"""Connections whose preamble has not come whole. A relay's is there within a round trip, a stranger's may never come: past this
-number the oldest has to go, and strangers keep no relay out."""
-
 MAX_LINGERING = 1024
 """Refused connections that are read from until REFUSED has arrived. In a flood of more it arrives as luck has it."""
-
-_PREAMBLE_START = 16
-"""A PROXY v2 header says its length in its first 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,38 +78,12 @@ class GatewayConfig:
     """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
     max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
     max_streams: int = DEFAULT_MAX_STREAMS
+    max_streams_per_network: int = 0
+    """From one network, so that none takes the others' share; 0 is no limit of its own."""
     hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
     half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
-
-
-class _Refusal(Exception):
-    """A stream that we end on purpose. `tell`: its relay has proven itself, or asks in our protocol, and hears why."""
-
-    def __init__(self, reason: Reason, detail: str, *, tell: bool = True) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-        self.tell = tell
-
-
-@dataclass(slots=True)
-class _Arrival:
-    """What is known of a stream while it is being opened."""
-
-    framed: Framed
-    addressee: str
-    """Id of the allocation that it came by, or of our own record."""
-    came_by: dict[str, str]
-    """The TURN server, where it came through one, for the log."""
-    account: Account
-    is_stream: bool = True
-    """False for the second connection of a stream, and while it is only kept ready: those are in nobody's books."""
-    preamble: Preamble | None = None
-    evicted: bool = False
-    """Closed by us to make room before it had proven anything."""
-    data: bytearray = field(default_factory=bytearray)
 
 
 class Gateway:
@@ -135,7 +98,7 @@ class Gateway:
         registry: CollectorRegistry,
     ) -> None:
         self.config = config
-        self._verifier = PreambleVerifier(keys, config.network)
+        self._arrivals = Arrivals(keys, config.network)
         self._delivery = Delivery(
             config.network,
             discovery,
@@ -153,7 +116,7 @@ class Gateway:
         warm = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
         warm.set_function(lambda: len(self._warm))
         self._listeners: list[Listener] = []
-        self._unproven: dict[int, _Arrival] = {}  # by identity, the oldest first
+        self._streams: Counter[str] = Counter()  # by the network that they come from: as many keys as have signed
         self._lingering = 0
         self._group: asyncio.TaskGroup | None = None
         self._closed = asyncio.Event()
@@ -161,7 +124,7 @@ class Gateway:
     def reconfigure(self, config: GatewayConfig, keys: Mapping[str, SigningKey]) -> None:
         """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
         self.config = config
-        self._verifier.keys = keys
+        self._arrivals.keys = keys
         self._delivery.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
         self._activation.reconfigure(config.activate, config.max_held)
 
@@ -232,15 +195,17 @@ class Gateway:
         await self._serve(wire, self.config.id)
 
     async def _serve(self, wire: Wire, addressee: str, **came_by: str) -> None:
-        arrival = _Arrival(Framed(wire, Side.GATEWAY), addressee, came_by, self._open_account(wire, came_by))
+        arrival = Arrival(Framed(wire, Side.GATEWAY), addressee, came_by, self._open_account(wire, came_by))
         reason: Reason | None = Reason.OTHER
-        refused: _Refusal | None = None
+        refused: Refusal | None = None
         try:
             try:
                 reason = await self._carry(arrival)
-            except _Refusal as refusal:
+            except Refusal as refusal:
                 refused, reason, arrival.account.detail = refusal, refusal.reason, refusal.detail
             finally:
+                if arrival.counted and arrival.preamble is not None:
+                    self._streams[arrival.preamble.from_network] -= 1
                 if arrival.is_stream:
                     self.ledger.close(arrival.account, reason or Reason.OTHER)
                 else:
@@ -259,14 +224,14 @@ class Gateway:
         account.end = task.cancel
         return account
 
-    async def _carry(self, arrival: _Arrival) -> Reason | None:
+    async def _carry(self, arrival: Arrival) -> Reason | None:
         """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""
         framed = arrival.framed
         try:
             async with asyncio.timeout(self.config.hello_timeout_s) as deadline:
-                preamble = await self._proven(arrival)
+                preamble = await self._arrivals.prove(arrival)
                 if self._closed.is_set() and not (isinstance(preamble, Preamble) and preamble.continues):
-                    raise _Refusal(Reason.DRAINING, "this gateway takes no more streams")
+                    raise Refusal(Reason.DRAINING, "this gateway takes no more streams")
                 if isinstance(preamble, WarmPreamble):
                     deadline.reschedule(None)
                     opening = await self._keep_warm(arrival)
@@ -278,39 +243,32 @@ class Gateway:
                     arrival.is_stream = False
                     await self._hand_over(arrival, preamble)
                     return None
-                if len(self.ledger) - len(self._unproven) > self.config.max_streams:
-                    raise _Refusal(
-                        Reason.OVERLOADED, f"{self.config.max_streams} streams are open: gateway.max_streams"
-                    )
+                self._admit(arrival, preamble.from_network)
                 if not framed.ends.ready:
                     await framed.send(Ready())
-                await self._read_hello(arrival, preamble)
+                await read_hello(arrival, preamble, self.config.max_hello_bytes)
         except TimeoutError:
             said = "preamble" if arrival.preamble is None else "ClientHello"
             detail = f"no whole {said} in {self.config.hello_timeout_s} s"
-            raise _Refusal(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
+            raise Refusal(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
         except CapsuleError as error:
-            raise _Refusal(Reason.PROTOCOL_ERROR, str(error)) from error
+            raise Refusal(Reason.PROTOCOL_ERROR, str(error)) from error
         except (OSError, EOFError) as error:
-            if arrival.evicted:
-                detail = f"{MAX_UNPROVEN} connections have not proven anything, and this was the oldest"
-                raise _Refusal(Reason.OVERLOADED, detail, tell=False) from error
-            detail = "cut before the ClientHello was whole"
-            raise _Refusal(Reason.TRUNCATED, detail, tell=False) from error
+            raise Refusal(Reason.TRUNCATED, "cut before the ClientHello was whole", tell=False) from error
         account = arrival.account
         account.mark("hello")
         account.state = "dialling"
         try:
             delivered = await self._activation.connect(preamble)
         except Undeliverable as error:
-            raise _Refusal(error.reason, error.detail) from error
+            raise Refusal(error.reason, error.detail) from error
         account.mark("connect")
         account.fields["endpoint"] = f"{delivered.endpoint}"
         try:
             await framed.send(Opened(delivered.address, delivered.port, delivered.ms))
         except OSError as error:
             delivered.wire.reset()
-            raise _Refusal(Reason.TRUNCATED, "cut while we were dialling", tell=False) from error
+            raise Refusal(Reason.TRUNCATED, "cut while we were dialling", tell=False) from error
         except BaseException:
             delivered.wire.reset()
             raise
@@ -328,19 +286,31 @@ class Gateway:
             account.carry(up=carry.inbound, down=carry.outbound)
             return await carry.run()
 
-    async def _hand_over(self, arrival: _Arrival, preamble: Preamble) -> None:
+    def _admit(self, arrival: Arrival, network: str) -> None:
+        """Count a stream whose relay has proven itself. Raises Refusal where there are too many."""
+        most, each = self.config.max_streams, self.config.max_streams_per_network
+        if len(self.ledger) - len(self._arrivals) > most:
+            raise Refusal(Reason.OVERLOADED, f"{most} streams are open: gateway.max_streams")
+        if each and self._streams[network] >= each:
+            raise Refusal(
+                Reason.OVERLOADED, f"{each} streams from {network!r} are open: gateway.max_streams_per_network"
+            )
+        self._streams[network] += 1
+        arrival.counted = True
+
+    async def _hand_over(self, arrival: Arrival, preamble: Preamble) -> None:
         """Give a second connection to its stream."""
-        lost = _Refusal(Reason.PROTOCOL_ERROR, "it continues a stream that is not open here")
+        lost = Refusal(Reason.PROTOCOL_ERROR, "it continues a stream that is not open here")
         if not arrival.came_by or not self._continuations.awaits(preamble):
             raise lost  # before READY, so that its relay does not send the rest of an upload here
         await arrival.framed.send(Ready())
         if not self._continuations.bring(preamble, arrival.framed):
             raise lost
 
-    async def _keep_warm(self, arrival: _Arrival) -> Preamble | None:
+    async def _keep_warm(self, arrival: Arrival) -> Preamble | None:
         """Keep a connection ready until its relay brings a stream, None if it ends without."""
         if len(self._warm) >= MAX_WARM:
-            raise _Refusal(Reason.OVERLOADED, f"{MAX_WARM} connections are kept ready")
+            raise Refusal(Reason.OVERLOADED, f"{MAX_WARM} connections are kept ready")
         arrival.is_stream = False
         self.ledger.drop(arrival.account)
         header = await self._warm.wait(arrival.framed)
@@ -349,79 +319,12 @@ class Gateway:
         arrival.account = self._open_account(arrival.framed.wire, arrival.came_by)
         arrival.is_stream = True
         arrival.account.fields["warm"] = True
-        opening = self._verified(arrival, header)
+        opening = self._arrivals.verify(arrival, header)
         if isinstance(opening, WarmPreamble) or opening.continues:
-            raise _Refusal(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
+            raise Refusal(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
         return opening
 
-    async def _proven(self, arrival: _Arrival) -> Preamble | WarmPreamble:
-        """Read the preamble, in competition with strangers that send none."""
-        self._unproven[id(arrival)] = arrival
-        try:
-            if len(self._unproven) > MAX_UNPROVEN:
-                oldest = self._unproven.pop(next(iter(self._unproven)))
-                oldest.evicted = True
-                oldest.framed.wire.close()  # wakes its task
-            return await self._read_preamble(arrival)
-        finally:
-            self._unproven.pop(id(arrival), None)
-
-    async def _read_preamble(self, arrival: _Arrival) -> Preamble | WarmPreamble:
-        wire = arrival.framed.wire
-        start = await wire.recv_exactly(_PREAMBLE_START)
-        if classify_first_bytes(start) is not FirstBytes.PROXY:
-            raise _Refusal(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)
-        try:
-            length = read_length(start)
-        except PreambleError as error:
-            raise _Refusal(error.reason, error.detail) from error
-        assert length is not None
-        header = start + await wire.recv_exactly(length - len(start))
-        arrival.framed.received += length
-        return self._verified(arrival, header)
-
-    def _verified(self, arrival: _Arrival, header: bytes) -> Preamble | WarmPreamble:
-        try:
-            preamble = self._verifier.verify(header, addressee=arrival.addressee, now_ms=time.time_ns() // 1_000_000)
-        except PreambleError as error:
-            raise _Refusal(error.reason, error.detail) from error
-        if isinstance(preamble, Preamble):
-            arrival.preamble = preamble
-            arrival.account.stream = preamble.stream_id
-            arrival.account.fields |= {
-                "client": preamble.client[0],
-                "sni": preamble.authority,
-                "from_network": preamble.from_network,
-                "key_id": preamble.key_id,
-                "target": preamble.target,
-                "attempt": preamble.attempt,
-            }
-        return preamble
-
-    async def _read_hello(self, arrival: _Arrival, preamble: Preamble) -> None:
-        """Read up to the end of the ClientHello, which must be the one that was signed for."""
-        framed = arrival.framed
-        reader = HelloReader(self.config.max_hello_bytes)
-        hello = None
-        try:
-            while hello is None:
-                events = await framed.read()
-                for index, event in enumerate(events):
-                    if isinstance(event, Payload):
-                        hello = reader.feed(event.data)
-                        if hello is not None:
-                            framed.put_back(events[index + 1 :])
-                            break
-                if hello is None and framed.exhausted:
-                    raise _Refusal(Reason.BAD_HELLO, "the stream ends inside its ClientHello")
-            check_hello(preamble, hello.server_name, hello.digest)
-        except HelloError as error:
-            raise _Refusal(Reason(error.reason.value), error.detail) from error
-        except PreambleError as error:
-            raise _Refusal(error.reason, error.detail) from error
-        arrival.data += reader.raw
-
-    async def _refuse(self, framed: Framed, refusal: _Refusal) -> None:
+    async def _refuse(self, framed: Framed, refusal: Refusal) -> None:
         """Say why, then give it time to arrive: a close right behind it would overtake it in a TURN server."""
         try:
             await framed.send(Refused(refusal.reason.value, refusal.detail))

@@ -157,6 +157,8 @@ class GatewaySection:
     """Where it stands: relays of the same zone that may dial it prefer it."""
     max_hello: Size = DEFAULT_MAX_HELLO_BYTES
     max_streams: Count = gateway.DEFAULT_MAX_STREAMS
+    max_streams_per_network: Count = 0
+    """From one network, so that none takes the others' share; 0 is no limit of its own."""
     hello_timeout_s: Duration = gateway.DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: Duration = gateway.DEFAULT_DIAL_TIMEOUT_S
     idle_timeout_s: Duration = gateway.DEFAULT_IDLE_TIMEOUT_S

@@ -275,7 +275,7 @@ async def test_overloaded() -> None:
 
 async def test_strangers_make_room_for_relays(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest that has proven nothing goes, not the one that comes."""
-    monkeypatch.setattr("turnreg.gateway.MAX_UNPROVEN", 3)
+    monkeypatch.setattr("turnreg.arrival.MAX_UNPROVEN", 3)
     async with a_gateway() as running:
         service = await running.service()
         strangers = []
@@ -408,7 +408,7 @@ async def test_a_defect_in_one_stream_ends_that_stream_alone(
             raise ZeroDivisionError("a defect of ours")
 
         with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-            patch.setattr(running.gateway._verifier.__class__, "verify", broken)
+            patch.setattr(running.gateway._arrivals._verifier.__class__, "verify", broken)
             hit = await running.visit(replace(asked, stream_id=bytes(16)), HELLO, behind_turn=behind_turn)
             with pytest.raises((ConnectionResetError, EOFError)):
                 await hit.answer()

@@ -1,0 +1,163 @@
+"""Streams that arrive at a gateway, up to the end of their ClientHello: each has to prove first who sends it, and what."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sniproxy.hello import HelloError, HelloReader
+from sniproxy.stream.account import Account
+from sniproxy.stream.capsule import Payload
+from sniproxy.stream.framed import Framed
+from sniproxy.stream.preamble import (
+    FirstBytes,
+    Preamble,
+    PreambleError,
+    SigningKey,
+    WarmPreamble,
+    classify_first_bytes,
+    read_length,
+)
+from sniproxy.stream.reason import Reason
+from sniproxy.stream.verifier import PreambleVerifier, check_hello
+
+MAX_UNPROVEN = 1024
+"""Connections whose preamble has not come whole. A relay's is there within a round trip, a stranger's may never come: past this
+number the oldest has to go, and strangers keep no relay out."""
+
+_PREAMBLE_START = 16
+"""A PROXY v2 header says its length in its first 16 bytes."""
+
+
+class Refusal(Exception):
+    """A stream that we end on purpose. `tell`: its relay has proven itself, or asks in our protocol, and hears why."""
+
+    def __init__(self, reason: Reason, detail: str, *, tell: bool = True) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+        self.tell = tell
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What is known of a stream while it is being opened."""
+
+    framed: Framed
+    addressee: str
+    """Id of the allocation that it came by, or of our own record."""
+    came_by: dict[str, str]
+    """The TURN server, where it came through one, for the log."""
+    account: Account
+    is_stream: bool = True
+    """False for the second connection of a stream, and while it is only kept ready: those are in nobody's books."""
+    preamble: Preamble | None = None
+    counted: bool = False
+    """Whether it is one of its network's streams."""
+    evicted: bool = False
+    """Closed by us to make room before it had proven anything."""
+    data: bytearray = field(default_factory=bytearray)
+
+
+class Arrivals:
+    """What arrives and has not proven anything yet, and how it does."""
+
+    def __init__(self, keys: Mapping[str, SigningKey], network: str) -> None:
+        self._verifier = PreambleVerifier(keys, network)
+        self._unproven: dict[int, Arrival] = {}  # by identity, the oldest first
+
+    def __len__(self) -> int:
+        return len(self._unproven)
+
+    @property
+    def keys(self) -> Mapping[str, SigningKey]:
+        """The keys of all directions, by their ids; they may be replaced at any time."""
+        return self._verifier.keys
+
+    @keys.setter
+    def keys(self, keys: Mapping[str, SigningKey]) -> None:
+        self._verifier.keys = keys
+
+    async def prove(self, arrival: Arrival) -> Preamble | WarmPreamble:
+        """Read the preamble, in competition with strangers that send none.
+
+        Raises:
+            Refusal: it is none, or not proven.
+            EOFError, OSError: the connection ended before.
+        """
+        self._unproven[id(arrival)] = arrival
+        try:
+            if len(self._unproven) > MAX_UNPROVEN:
+                oldest = self._unproven.pop(next(iter(self._unproven)))
+                oldest.evicted = True
+                oldest.framed.wire.close()  # wakes its task
+            return await self._read_preamble(arrival)
+        except OSError as error:
+            if not arrival.evicted:
+                raise
+            detail = f"{MAX_UNPROVEN} connections have not proven anything, and this was the oldest"
+            raise Refusal(Reason.OVERLOADED, detail, tell=False) from error
+        finally:
+            self._unproven.pop(id(arrival), None)
+
+    async def _read_preamble(self, arrival: Arrival) -> Preamble | WarmPreamble:
+        wire = arrival.framed.wire
+        start = await wire.recv_exactly(_PREAMBLE_START)
+        if classify_first_bytes(start) is not FirstBytes.PROXY:
+            raise Refusal(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)
+        try:
+            length = read_length(start)
+        except PreambleError as error:
+            raise Refusal(error.reason, error.detail) from error
+        assert length is not None
+        header = start + await wire.recv_exactly(length - len(start))
+        arrival.framed.received += length
+        return self.verify(arrival, header)
+
+    def verify(self, arrival: Arrival, header: bytes) -> Preamble | WarmPreamble:
+        """Return what a whole header says. Raises Refusal where it is not proven."""
+        try:
+            preamble = self._verifier.verify(header, addressee=arrival.addressee, now_ms=time.time_ns() // 1_000_000)
+        except PreambleError as error:
+            raise Refusal(error.reason, error.detail) from error
+        if isinstance(preamble, Preamble):
+            arrival.preamble = preamble
+            arrival.account.stream = preamble.stream_id
+            arrival.account.fields |= {
+                "client": preamble.client[0],
+                "sni": preamble.authority,
+                "from_network": preamble.from_network,
+                "key_id": preamble.key_id,
+                "target": preamble.target,
+                "attempt": preamble.attempt,
+            }
+        return preamble
+
+
+async def read_hello(arrival: Arrival, preamble: Preamble, max_hello_bytes: int) -> None:
+    """Read up to the end of the ClientHello, which must be the one that was signed for.
+
+    Raises:
+        Refusal: it is not, or none.
+        CapsuleError: the relay broke the protocol.
+        EOFError, OSError: the connection ended before.
+    """
+    framed = arrival.framed
+    reader = HelloReader(max_hello_bytes)
+    hello = None
+    try:
+        while hello is None:
+            events = await framed.read()
+            for index, event in enumerate(events):
+                if isinstance(event, Payload):
+                    hello = reader.feed(event.data)
+                    if hello is not None:
+                        framed.put_back(events[index + 1 :])
+                        break
+            if hello is None and framed.exhausted:
+                raise Refusal(Reason.BAD_HELLO, "the stream ends inside its ClientHello")
+        check_hello(preamble, hello.server_name, hello.digest)
+    except HelloError as error:
+        raise Refusal(Reason(error.reason.value), error.detail) from error
+    except PreambleError as error:
+        raise Refusal(error.reason, error.detail) from error
+    arrival.data += reader.raw
