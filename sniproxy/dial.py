@@ -20,6 +20,7 @@ from sniproxy.stream.control import TOKEN_SIZE, Message, Opened, Pong, Ready, Re
 from sniproxy.stream.ends import LIMIT_OPENED_S, LIMIT_READY_S, Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import STREAM_ID_SIZE, Preamble, PreambleError, WarmPreamble, sign
+from sniproxy.stream.proxyproto import ProxyError, ProxyHeader
 from sniproxy.stream.reason import RETRYABLE, Reason
 
 MAX_CANDIDATES = 3
@@ -101,7 +102,7 @@ class Connected:
     candidate: Candidate
     attempts: int
     wire: Wire | None = None
-    """The service's own connection, on a local route; nothing has been sent yet."""
+    """The service's own connection, on a local route; nothing has been sent yet but a PROXY header that it wants."""
     framed: Framed | None = None
     """The connection to the gateway otherwise; all of `Call.data` has been sent."""
     was_warm: bool = False
@@ -215,6 +216,8 @@ class Dialer:
         except OSError as error:
             raise DialError(Reason.DIAL_FAILED, f"{candidate}: {error.strerror}") from error
         if candidate.kind is RouteKind.LOCAL:
+            if candidate.proxy_version is not None:
+                await self._introduce(call, candidate, wire)
             return Connected(candidate=candidate, attempts=attempt, wire=wire)
         try:
             framed = await self._open_framed(call, candidate, attempt, Framed(wire, Side.RELAY))
@@ -222,6 +225,18 @@ class Dialer:
             wire.reset()
             raise
         return Connected(candidate=candidate, attempts=attempt, framed=framed)
+
+    async def _introduce(self, call: Call, candidate: Candidate, wire: Wire) -> None:
+        """Tell a service of our own network whose connection it is."""
+        try:
+            header = ProxyHeader(source=call.client, destination=call.local).packed(candidate.proxy_version)
+            await wire.send(header)
+        except (OSError, ProxyError) as error:
+            wire.reset()
+            raise DialError(Reason.DIAL_FAILED, f"{candidate}: {error}") from error
+        except BaseException:
+            wire.reset()
+            raise
 
     async def _open_framed(self, call: Call, candidate: Candidate, attempt: int, framed: Framed) -> Framed:
         preamble = self._preamble(call, candidate, attempt)

@@ -57,6 +57,8 @@ class Candidate:
     """What it is for beside the others."""
     near: bool = False
     """In the relay's own zone."""
+    proxy_version: int | None = None
+    """Of the PROXY header that the service wants first, on a local route; a gateway knows that by itself."""
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.addressee or format_endpoint(parse_address(self.address), self.port)}"
@@ -131,10 +133,12 @@ class Router:
 
     def _local(self, place: Place, mesh: Mesh) -> list[Candidate]:
         target = place.target
+        header = None
         if isinstance(target, AddressTarget):
             endpoints = [(target.address, target.port)]
         else:
             assert place.service is not None
+            header = place.service.spec.proxy_version
             texts = place.service.spec.ports.get(str(target.port), ())
             endpoints = [endpoint for text in texts if (endpoint := _endpoint(text)) is not None]
             if not endpoints:
@@ -150,7 +154,14 @@ class Router:
                 denied = denied or f"{shown} {why}"
                 continue
             allowed.append(
-                Candidate(kind=RouteKind.LOCAL, network=place.network, target=shown, address=str(address), port=port)
+                Candidate(
+                    kind=RouteKind.LOCAL,
+                    network=place.network,
+                    target=shown,
+                    address=str(address),
+                    port=port,
+                    proxy_version=header,
+                )
             )
         if not allowed:
             raise Unroutable(Reason.DENIED, denied)

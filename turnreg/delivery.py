@@ -92,8 +92,9 @@ class Delivery:
                 self._flow(preamble, None, port)
             )
             raise Undeliverable(Reason.NO_ENDPOINT, detail, asleep=where if may_be_woken else "")
+        header = ProxyHeader(source=preamble.client, destination=preamble.local).packed(service.spec.proxy_version)
         try:
-            return await self._dial(preamble, endpoints, _proxy_header(preamble, service.spec.proxy_version))
+            return await self._dial(preamble, endpoints, header)
         except Undeliverable as error:
             if error.reason is Reason.DIAL_FAILED:
                 error.asleep = where
@@ -171,11 +172,3 @@ class Delivery:
             address=address,
             port=port,
         )
-
-
-def _proxy_header(preamble: Preamble, version: int | None) -> bytes:
-    """Write the header that a service wants before its first byte."""
-    if version is None:
-        return b""
-    header = ProxyHeader(source=preamble.client, destination=preamble.local)
-    return header.pack_v1() if version == 1 else header.pack()

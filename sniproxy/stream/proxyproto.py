@@ -82,6 +82,12 @@ class ProxyHeader:
             raise ProxyError(f"a header of {PREFIX_SIZE + len(body)} bytes is over {max_size}")
         return _PREFIX.pack(SIGNATURE, 0x20 | self.command, family, len(body)) + body
 
+    def packed(self, version: int | None) -> bytes:
+        """Return the bytes of that version, none for None. Raises ProxyError as `pack`."""
+        if version is None:
+            return b""
+        return self.pack_v1() if version == 1 else self.pack()
+
     def pack_v1(self) -> bytes:
         """Return the header as a line of version 1, which has neither commands nor TLVs.
 
