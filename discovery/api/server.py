@@ -93,6 +93,7 @@ class DiscoveryServer:
         self._hub = WatchHub(self._store)
         self._ages = Ages(time.monotonic)
         self._store.subscribe(self._ages.take)
+        self._listening = Listening(config)
         self._records = RecordRoutes(self._store, config)
         self._leases = LeaseRoutes(self._store, config)
         self._watch = WatchRoute(self._store, self._hub, config, registry)
@@ -131,15 +132,16 @@ class DiscoveryServer:
             keepalive_timeout=KEEPALIVE_S,
         )
         await runner.setup()
-        listening = Listening(runner, config)
+        listening = self._listening
         try:
-            await listening.open(tls)
+            await listening.open(runner, tls)
             self._log_start(listening.addresses)
             failure: BaseException | None = None
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._sweep()), group.create_task(self._store.run())]
+                tasks.append(group.create_task(listening.run()))
                 tasks.append(group.create_task(self._keep_tokens(tokens)))
-                tasks.append(group.create_task(self._keep_certificates(certificates, authorities, listening)))
+                tasks.append(group.create_task(self._keep_certificates(certificates, authorities)))
                 try:
                     yield listening.addresses
                 except BaseException as error:  # noqa: BLE001 - raised below, and not inside an exception group
@@ -215,18 +217,18 @@ class DiscoveryServer:
                 ended = self._hub.keep(known.still)
                 log.info("the tokens file is read anew", extra={"event": {"tokens": len(known), "ended": ended}})
 
-    async def _keep_certificates(self, certificates: Stamp, authorities: Stamp, listening: Listening) -> None:
+    async def _keep_certificates(self, certificates: Stamp, authorities: Stamp) -> None:
         while self._config.tls_cert is not None:
             await asyncio.sleep(RELOAD_S)
             ours, theirs = certificates.changed(), authorities.changed()
             if not (ours or theirs):
                 continue
             try:
-                await listening.renew(tls_context(self._config))
+                await self._listening.renew(tls_context(self._config))
             except OSError as error:  # ssl.SSLError is one
                 log.error("the certificate is not taken, the one before stays: %s", error)
             else:
-                ended = listening.cut_certified() if theirs else 0
+                ended = self._listening.cut_certified() if theirs else 0
                 log.info("the certificate is read anew", extra={"event": {"ended": ended}})
 
     # Around every request.
@@ -236,6 +238,7 @@ class DiscoveryServer:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         response: web.StreamResponse
+        self._listening.asks(request)
         try:
             response = await handler(request)
         except ApiError as error:

@@ -615,6 +615,30 @@ async def test_metrics() -> None:
     assert "crossnet_discovery_watchers 0.0" in text
 
 
+async def test_who_asks_nothing_is_not_waited_for(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discovery.api.listening.FIRST_REQUEST_S", 0.1)
+    monkeypatch.setattr("discovery.api.listening.LOOK_S", 0.02)
+
+    async def say(at: Any, data: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
+        writer.write(data)
+        try:
+            async with asyncio.timeout(10):
+                return await reader.read()
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+
+    async with serve() as at, at.watch() as lines:
+        assert [(await anext(lines))["type"] for _ in range(2)] == ["reset", "sync"]
+        for data in (b"", b"GET /v1/records HTTP/1.1\r\nHost: 127.0.0.1\r\n"):
+            assert await say(at, data) == b""
+        # Who has asked stays, however long.
+        await at.ask("PUT", "/v1/records/relay/b/r", RELAY)
+        assert (await anext(lines))["type"] == "put"
+
+
 async def test_run_serves_until_cancelled() -> None:
     server = DiscoveryServer(DiscoveryServerConfig(listen=(("127.0.0.1", 0), ("::1", 0))))
     async with asyncio.TaskGroup() as group:
