@@ -78,6 +78,7 @@ class App:
         self.turn: TurnServer | None = None
         self.registrar: Registrar | None = None
         self._dns: DnsServer | None = None
+        self._publisher: Publisher | None = None
         self._publication: RelayPublication | None = None
         self._group = asyncio.TaskGroup()
         self._tasks: dict[str, asyncio.Task[Any]] = {}
@@ -208,7 +209,8 @@ class App:
         async def opened() -> Publisher:
             return Publisher(roles.publisher_config(self.config, section), discovery, registry=self.registry)
 
-        self._run("publisher", (await self._begin("publisher", opened())).run())
+        self._publisher = await self._begin("publisher", opened())
+        self._run("publisher", self._publisher.run())
 
     async def _start_dns(self, discovery: Discovery, section: DnsSection) -> None:
         def claim(id: str, spec: VipSpec) -> None:  # noqa: A002 - the word of the design
@@ -382,6 +384,8 @@ class App:
         registrations = {line["state"] for line in self.registrar.status()} if self.registrar is not None else {"ready"}
         if "ready" not in registrations and registrations != {"standby"}:
             waiting.append("a first allocation")
+        if self._publisher is not None and not self._publisher.listed:
+            waiting.append("a first list of the cluster")
         return waiting
 
     def stale_s(self) -> float | None:
