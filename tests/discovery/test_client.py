@@ -6,6 +6,7 @@ import ssl
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from discovery import client as client_module
 from discovery.client import DiscoveryClient, DiscoveryError
 from discovery.model import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, VipSpec
-from discovery.store import MemoryStore, SqliteStore
+from discovery.store import Lease, MemoryStore, SqliteStore
 
 pytestmark = pytest.mark.anyio
 
@@ -264,6 +265,30 @@ def start_server(path: Path, port: int) -> tuple[subprocess.Popen[str], int]:
 def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
+
+
+@pytest.mark.parametrize("years", [30, -30])
+async def test_a_wall_clock_that_jumps_ends_no_lease(
+    serve: Any, run: Any, until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int
+) -> None:
+    real = time.time
+    async with serve(SqliteStore(tmp_path / "discovery.db")) as at, run(client_of(at, lease_ttl_s=1)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        before = (await until(client, lambda mesh: mesh.relays("a"))).relays("a")
+        monkeypatch.setattr(time, "time", lambda: real() + years * 365 * 86_400)
+        renewed, renew = asyncio.Semaphore(0), at.store.renew
+
+        async def counted(lease_id: str) -> Lease:
+            renewed.release()
+            return await renew(lease_id)
+
+        monkeypatch.setattr(at.store, "renew", counted)
+        async with asyncio.timeout(20):
+            for _ in range(5):  # at a third each: longer than the lease is
+                await renewed.acquire()
+        assert client.connected
+        assert client.mesh.relays("a") == before
+        assert list((await at.store.snapshot()).records) == list(before)
 
 
 async def test_a_killed_server_comes_back_with_everything(run: Any, until: Any, tmp_path: Path, free_port: int) -> None:
