@@ -18,8 +18,8 @@ UNAUTHENTICATED_TIMEOUT_S = 30.0
 60 s, which is also what a client may rely on that opens connections in advance."""
 
 MAX_UNAUTHENTICATED = 4096
-"""Connections that have not shown credentials yet. When one too many comes, the oldest goes: who means it well is through
-in milliseconds, so a flood crowds out itself."""
+"""Connections that have not shown credentials yet. When one too many comes, an old one goes, of whoever has many: a flood from
+a few addresses crowds out itself."""
 
 STREAM_IDLE_TIMEOUT_S = 24 * 3600.0
 """A TURN server cannot know what silence means; keep-alive finds peers that are gone within half a minute."""

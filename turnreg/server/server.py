@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 
 from sniproxy.engine import Listener, TlsWire, Wire
-from turnreg.auth import Authenticator
+from turnreg.auth import Authenticator, client_key
 from turnreg.server.admission import Strangers
 from turnreg.server.allocation import AllocationTable, Endpoint, Refusal
 from turnreg.server.certificates import Certificates
@@ -226,7 +226,7 @@ class TurnServer:
         await session.run()
 
     def _admit(self, wire: Wire) -> None:
-        crowded_out = self._strangers.admit(wire)
+        crowded_out = self._strangers.admit(wire, client_key(wire.peer[0]))
         if crowded_out is not None:
             self._meeting.metrics.refused(Refusal.CROWDED_OUT)
             crowded_out.reset()
