@@ -49,7 +49,7 @@ def records(networks: int, relays: int, services: int) -> Iterator[tuple[str, Sp
         yield (
             f"{Kind.TURN}/{network}/turn-1",
             TurnSpec(
-                url=f"turn:192.0.{a}.{b}:3478?transport=tcp",
+                url=f"turn:203.0.{a}.{b}:3478?transport=tcp",
                 relay_addresses=[f"10.{a}.{b}.7"],
                 port_min=49152,
                 port_max=65535,
