@@ -2,41 +2,57 @@
 
     python -m bench.abuse --idle 10000 --slow 5000
 
-Answers two questions of one relay (`crossnet run`, default settings but for the limits of one client, since all clients here have
+Asks of relays as users run them (`crossnet run`, default settings but for the limits of one client, since all clients here have
 one address): how much resident memory an idle stream takes, and what a real client's connect (TCP, ClientHello, first byte of the
-answer) takes alone, beside the idle streams, and beside the slow clients too. Relay, service, idle, slow and real clients are
-processes of their own. Slow clients are cut by the ClientHello's deadline and come back at once, so their number stays.
+answer) takes alone, beside the idle streams, beside slow clients that came one after the other (as clients do), and beside slow
+clients that all came at the same moment, send at the same moment and are cut at the same moment. Slow clients that are cut come
+back at their next second, so their number stays. A process has two descriptors for a stream: more idle streams than its limit
+allows are shared out over several relays on one port.
 """
 
 import argparse
 import asyncio
+import contextlib
+import enum
 import json
 import os
 import resource
-import statistics
+import select
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import uvloop
 
 from bench import machine
 from bench.exchange import client_hello
+from bench.meter import total_cpu_s
+from bench.slow import Slow
 
-SPARE_FILES = 200
+SPARE_FILES = 500
 AT_ONCE = 64
 """Connects of a part under way at the same time."""
+
+PAUSE_S = 0.01
+"""Between two connects of the real client."""
+
+ROOM = 0.8
+"""The share of a relay's descriptors that is planned with: the kernel shares clients out by chance."""
+
+_given = argparse.Namespace(first=False)
+"""What the command line said; `first`: the benchmark's processes go before all others of the machine."""
 
 CONFIG = """
 network: a
 discovery: mesh.yaml
 admin: 127.0.0.1:0
 drain: 0
-relay: {{id: relay-1, listen: "127.0.0.1:0", deliver: ["127.0.0.1/32"], max_streams: {streams}, max_streams_per_client: 0,
-         new_streams_per_second: 0}}
+relay: {{id: relay-{number}, listen: "127.0.0.1:{port}", reuse_port: {shared}, deliver: ["127.0.0.1/32"], max_streams: {streams},
+         max_streams_per_client: 0, new_streams_per_second: 0}}
 """
 
 
@@ -67,13 +83,6 @@ async def _told_to_end() -> None:
     os._exit(0)  # thousands of connections: what they have to say at their end interests nobody
 
 
-async def _open(relay: int, hello: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", relay)
-    writer.write(hello)
-    await reader.readexactly(len(hello))
-    return reader, writer
-
-
 async def idle(relay: int, port: int, count: int) -> None:
     """Open streams and leave them; say how many there are; end with standard input."""
     hello = client_hello(_name(port))
@@ -82,7 +91,10 @@ async def idle(relay: int, port: int, count: int) -> None:
 
     async def one() -> None:
         async with gate:
-            held.append(await _open(relay, hello))
+            reader, writer = await asyncio.open_connection("127.0.0.1", relay)
+            writer.write(hello)
+            await reader.readexactly(len(hello))
+            held.append(writer)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(count):
@@ -91,55 +103,45 @@ async def idle(relay: int, port: int, count: int) -> None:
     await _told_to_end()
 
 
-async def slow(relay: int, port: int, count: int) -> None:
-    """Keep so many clients that send a byte of their ClientHello a second; say so; end with standard input."""
-    hello = client_hello(_name(port))
-    gate = asyncio.Semaphore(AT_ONCE)
-    begun = 0
-    ready = asyncio.Event()
-
-    async def one() -> None:
-        nonlocal begun
-        while True:
-            try:
-                async with gate:
-                    reader, writer = await asyncio.open_connection("127.0.0.1", relay)
-                begun += 1
-                if begun >= count:
-                    ready.set()
-                try:
-                    for byte in hello:
-                        if reader.at_eof() or writer.is_closing():
-                            break
-                        writer.write(bytes([byte]))
-                        await asyncio.sleep(1)
-                finally:
-                    writer.close()
-            except OSError:  # reset, or no port left for a moment
-                await asyncio.sleep(1)
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(count):
-            group.create_task(one())
-        await ready.wait()
-        print(begun, flush=True)
-        await _told_to_end()
+def slow(relay: int, port: int, count: int, *, lockstep: bool) -> None:
+    """Keep so many slow clients; say so when each has been cut once; say what was done when standard input ends."""
+    clients = Slow(relay, client_hello(_name(port)), count, lockstep=lockstep)
+    clients.run(until=lambda: clients.cut >= count)
+    print(count, flush=True)
+    clients.begin()
+    clients.run(until=lambda: bool(select.select([0], [], [], 0)[0]))
+    print(json.dumps(clients.done()), flush=True)
+    os._exit(0)
 
 
-async def real(relay: int, port: int, count: int) -> None:
+def real(relay: int, port: int, count: int) -> None:
     """Connect so many times, one after the other with a pause; print the milliseconds each took, as JSON."""
     hello = client_hello(_name(port))
     took = []
     for _ in range(count):
         began = time.perf_counter()
-        _, writer = await _open(relay, hello)
-        took.append((time.perf_counter() - began) * 1000)
-        writer.close()
-        await asyncio.sleep(0.01)
+        with socket.create_connection(("127.0.0.1", relay)) as client:
+            client.sendall(hello)
+            if not client.recv(1):
+                raise RuntimeError("a real client was refused")
+            took.append((time.perf_counter() - began) * 1000)
+        time.sleep(PAUSE_S)
     print(json.dumps(took), flush=True)
 
 
-PARTS = {"idle": idle, "slow": slow, "real": real}
+class Precedence(enum.IntEnum):
+    """Who goes first on a busy machine, by SCHED_FIFO: relays, then what measures them, then what abuses them."""
+
+    RELAY = 30
+    MEASURING = 20
+    ABUSE = 10
+
+    def give(self, pid: int) -> None:
+        """Let a process run before all others of the machine, the relays on a core that the benchmark leaves to them."""
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) > 1:
+            os.sched_setaffinity(pid, cores[-1:] if self is Precedence.RELAY else cores[:-1])
+        os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(self.value))
 
 
 class Part:
@@ -148,6 +150,9 @@ class Part:
     def __init__(self, *arguments: object) -> None:
         command = [sys.executable, "-m", "bench.abuse", "--part", *map(str, arguments)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if _given.first:
+            abuse = arguments[0] in ("spread", "lockstep", "idle")
+            (Precedence.ABUSE if abuse else Precedence.MEASURING).give(self.process.pid)
 
     def line(self) -> str:
         """The next line it says. RuntimeError if it ends instead."""
@@ -155,11 +160,16 @@ class Part:
         text = self.process.stdout.readline()
         if not text:
             raise RuntimeError("a part of the benchmark ended")
-        return text
+        return text.strip()
 
-    def end(self) -> None:
+    def told(self) -> None:
+        """Tell it to end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
+
+    def end(self) -> None:
+        """Tell it to end, and see that it does."""
+        self.told()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -167,58 +177,41 @@ class Part:
             self.process.wait()
 
 
-def _rss_kib(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    return 0
-
-
-def _connects(relay: int, port: int, count: int) -> dict[str, float]:
-    part = Part("real", relay, port, count)
-    took = sorted(json.loads(part.line()))
-    part.end()
-    return {
-        "p50_ms": round(statistics.median(took), 2),
-        "p99_ms": round(took[min(len(took) - 1, len(took) * 99 // 100)], 2),
-        "max_ms": round(took[-1], 2),
-    }
-
-
-def measure(idle_streams: int, slow_clients: int, connects: int, folder: Path) -> dict[str, object]:
-    """Run it all once."""
-    (folder / "mesh.yaml").write_text("networks: [{id: a}]\n")
-    (folder / "relay.yaml").write_text(CONFIG.format(streams=idle_streams + slow_clients + 1000))
-    log = folder / "relay.log"
-    parts: list[Part] = []
-    with log.open("wb") as output:
-        command = [sys.executable, "-m", "crossnet", "run", "-c", str(folder / "relay.yaml")]
-        relay = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+@contextlib.contextmanager
+def part(*arguments: object) -> Iterator[Part]:
+    """Run a part of the benchmark."""
+    running = Part(*arguments)
     try:
-        port = _part(parts, "service")
-        relay_port = _listening(log)
-        result: dict[str, object] = {"alone": _connects(relay_port, int(port), connects)}
-        before = _rss_kib(relay.pid)
-        began = time.perf_counter()
-        held = int(_part(parts, "idle", relay_port, port, idle_streams))
-        result["idle_streams"], result["opened_per_s"] = held, round(held / (time.perf_counter() - began))
-        result["rss_kib_per_idle_stream"] = round((_rss_kib(relay.pid) - before) / held, 2)
-        result["beside_idle"] = _connects(relay_port, int(port), connects)
-        result["slow_clients"] = slow_clients
-        _part(parts, "slow", relay_port, port, slow_clients)
-        result["beside_idle_and_slow"] = _connects(relay_port, int(port), connects)
-        result["rss_mib"] = round(_rss_kib(relay.pid) / 1024, 1)
-        return result
+        yield running
     finally:
-        for part in reversed(parts):
-            part.end()
-        relay.terminate()
-        relay.wait(30)
+        running.end()
 
 
-def _part(parts: list[Part], *arguments: object) -> str:
-    parts.append(Part(*arguments))
-    return parts[-1].line().strip()
+@contextlib.contextmanager
+def relays(folder: Path, count: int, streams: int) -> Iterator[tuple[list[int], int]]:
+    """Run relays on one port; gives their process ids and the port."""
+    (folder / "mesh.yaml").write_text("networks: [{id: a}]\n")
+    running: list[subprocess.Popen[bytes]] = []
+    port = 0
+    try:
+        for number in range(1, count + 1):
+            config, log = folder / f"relay-{number}.yaml", folder / f"relay-{number}.log"
+            shared = "true" if count > 1 else "false"
+            config.write_text(CONFIG.format(number=number, port=port, shared=shared, streams=streams))
+            with log.open("wb") as output:
+                command = [sys.executable, "-m", "crossnet", "run", "-c", str(config)]
+                running.append(
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+                )
+            if _given.first:
+                Precedence.RELAY.give(running[-1].pid)
+            port = _listening(log)
+        yield [process.pid for process in running], port
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait(60)
 
 
 def _listening(log: Path) -> int:
@@ -230,29 +223,126 @@ def _listening(log: Path) -> int:
     raise RuntimeError(log.read_text())
 
 
+def _rss_kib(pids: Sequence[int]) -> int:
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                total += int(line.split()[1])
+    return total
+
+
+class Measurement:
+    """One run, with what is known so far in `result`."""
+
+    def __init__(self, pids: Sequence[int], relay: int, connects: int) -> None:
+        self._pids = pids
+        self._relay = relay
+        self._connects = connects
+        self.result: dict[str, object] = {"relays": len(pids)}
+
+    def connect(self, what: str, port: int) -> None:
+        """Let a real client come, and note what its connects took beside `what`."""
+        cpu_s, began = total_cpu_s(self._pids), time.perf_counter()
+        with part("real", self._relay, port, self._connects) as client:
+            took = sorted(json.loads(client.line()))
+        seconds = time.perf_counter() - began
+        p99 = _share(took, 0.99)
+        alone = self.result.get("alone")
+        figures = {
+            "p50_ms": round(_share(took, 0.5), 2),
+            "p99_ms": round(p99, 2),
+            "p99_x_alone": round(p99 / alone["p99_ms"], 2) if isinstance(alone, dict) else 1.0,
+            "max_ms": round(took[-1], 2),
+            "relay_cores": round((total_cpu_s(self._pids) - cpu_s) / seconds, 3),
+        }
+        self.result[what] = figures
+
+    def hold(self, held: int, before_kib: int, seconds: float) -> None:
+        """Note what idle streams took."""
+        self.result |= {
+            "idle_streams": held,
+            "opened_per_s": round(held / seconds),
+            "rss_kib_per_idle_stream": round((_rss_kib(self._pids) - before_kib) / held, 2),
+        }
+
+
+def _share(values: Sequence[float], share: float) -> float:
+    return values[min(len(values) - 1, int(len(values) * share))]
+
+
+def measure(idle_streams: int, slow_clients: int, connects: int, count: int, folder: Path) -> dict[str, object]:
+    """Run it all once."""
+    with relays(folder, count, idle_streams + slow_clients + 1000) as (pids, relay), part("service") as echo:
+        port = int(echo.line())
+        made = Measurement(pids, relay, connects)
+        made.connect("alone", port)
+        before, began = _rss_kib(pids), time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            if idle_streams:
+                held = int(stack.enter_context(part("idle", relay, port, idle_streams)).line())
+                made.hold(held, before, time.perf_counter() - began)
+                made.connect("beside_idle", port)
+            for what in ("spread", "lockstep") if slow_clients else ():
+                with part(what, relay, port, slow_clients) as clients:
+                    clients.line()
+                    made.connect(f"beside_slow_{what}", port)
+                    clients.told()
+                    made.result[f"slow_{what}"] = json.loads(clients.line())
+            made.result["rss_mib"] = round(_rss_kib(pids) / 1024, 1)
+        return made.result
+
+
+def _relays_needed(idle_streams: int, slow_clients: int, limit: int) -> int:
+    """How many relays it takes to have descriptors for all."""
+    wanted = 2 * idle_streams + slow_clients
+    if wanted + SPARE_FILES <= limit:
+        return 1
+    return -(-wanted // int((limit - SPARE_FILES) * ROOM))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or be a part of it."""
     parser = argparse.ArgumentParser(prog="python -m bench.abuse", description="What abuse costs a relay.")
     parser.add_argument("--idle", type=int, default=10_000, help="idle streams")
     parser.add_argument("--slow", type=int, default=5000, help="clients that send a byte a second")
-    parser.add_argument("--connects", type=int, default=500, help="connects of a real client, each time")
+    parser.add_argument("--connects", type=int, default=1000, help="connects of a real client, each time")
+    parser.add_argument(
+        "--first", action="store_true", help="go before all other processes of a busy machine (root, SCHED_FIFO)"
+    )
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(arguments, _given)
     if given.part:
         name, *numbers = given.part
-        uvloop.run(service() if name == "service" else PARTS[name](*map(int, numbers)))
+        _be(name, [int(number) for number in numbers])
         return 0
-    wanted = 2 * given.idle + given.slow + SPARE_FILES
-    try:
-        hard = max(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):
-        print(f"needs {wanted} open files: raise the limit (ulimit -Hn), or ask for less", file=sys.stderr)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if max(given.idle, given.slow) + SPARE_FILES > limit:
+        print(f"a part has {limit} descriptors at most: raise the limit (ulimit -Hn), or ask for less", file=sys.stderr)
         return 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    count = _relays_needed(given.idle, given.slow, limit)
     with tempfile.TemporaryDirectory(prefix="crossnet-abuse-") as folder:
-        result = measure(given.idle, given.slow, given.connects, Path(folder))
-    print(json.dumps({"machine": machine.describe(), "result": result}, indent=1))
+        result = measure(given.idle, given.slow, given.connects, count, Path(folder))
+    print(
+        json.dumps(
+            {"machine": machine.describe(), "descriptors_a_process": limit, "first": given.first, "result": result},
+            indent=1,
+        )
+    )
     return 0
+
+
+def _be(name: str, numbers: list[int]) -> None:
+    match name:
+        case "service":
+            uvloop.run(service())
+        case "idle":
+            uvloop.run(idle(*numbers))
+        case "real":
+            real(*numbers)
+        case _:
+            slow(*numbers, lockstep=name == "lockstep")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 DEFAULT_BACKLOG = 4096
 """What net.core.somaxconn allows by default on Linux since 5.4; a burst of clients waits in the kernel, not in SYN retries."""
 
-ACCEPT_BATCH = 64
+ACCEPT_BATCH = 16
 """Connections taken at once before others get a turn."""
 
 CAPACITY_PAUSE_S = 0.1
