@@ -322,21 +322,22 @@ class Dialer:
             raise ConnectionError(str(error)) from error
         return framed
 
-    async def second(self, call: Call, connected: Connected) -> Framed:
+    async def second(self, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Framed:
         """Open the second connection of a stream through a TURN server, for its upload alone.
+
+        Args:
+            candidate: the one that the stream goes by.
+            attempts: numbers that no attempt of the stream has had.
 
         Raises:
             ConnectionError: the gateway that holds the stream was not reached on it.
         """
-        candidate = connected.candidate
-        attempt = connected.attempts
         for pause in (*RESET_RETRY_S, None):
-            attempt += 1
             try:
                 wire = await connect(candidate.address, candidate.port, timeout_s=self._dial_timeout_s)
                 framed = Framed(wire, Side.RELAY)
                 try:
-                    await self._greet(framed, self._preamble(call, candidate, attempt, continues=True), b"", candidate)
+                    await self._greet(framed, self._preamble(call, candidate, next(attempts), continues=True), b"", candidate)
                 except BaseException:
                     wire.reset()
                     raise

@@ -5,6 +5,7 @@ TLS, and with one reason in the log and the metrics.
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import socket
@@ -471,10 +472,11 @@ class Relay:
     async def _move(self, client: Wire, account: Account, call: Call, connected: Connected) -> Reason:
         idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
         if connected.framed is not None:
+            attempts = itertools.count(connected.attempts + 1)
 
             async def second() -> Framed:
                 account.fields["second"] = True
-                return await self._dialer.second(call, connected)
+                return await self._dialer.second(call, connected.candidate, attempts)
 
             carry = Carry(
                 client,

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 LINGER_S = 1.0
 """Before a cut, how long bytes that are on their way may take through a TURN server that drops them at a close."""
 
+SECOND_AGAIN_S = (2.0, 8.0, 30.0)
+"""Pauses after a second connection was not to be had, as on a link that is full; then the upload stays where it is."""
+
 MIN_ROOM = 16 * 1024
 """An upload waits for this much room rather than send in ever smaller pieces."""
 
@@ -202,11 +205,17 @@ class Carry:
     async def _fetch_second(self) -> None:
         """The relay's: dial. Without one the upload goes on as the gateway takes it."""
         assert self._get_second is not None
-        try:
-            self._second = await self._get_second()
-        except (OSError, EOFError, TimeoutError) as error:
-            log.warning("an upload stays on its first connection, and slow: %s", error)
-        self._news.set()
+        for pause in (*SECOND_AGAIN_S, None):
+            try:
+                self._second = await self._get_second()
+            except (OSError, EOFError) as error:  # TimeoutError is an OSError
+                if pause is None:
+                    log.warning("an upload stays on its first connection, and slow: %s", error)
+                    return
+                await asyncio.sleep(pause)
+            else:
+                self._news.set()
+                return
 
     async def _linger(self, out: Framed) -> None:
         """Before a cut, let what was sent get through a TURN server, which drops what it holds at a close."""

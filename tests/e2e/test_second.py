@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import os
 
 import pytest
@@ -78,7 +79,7 @@ async def test_a_stream_of_many_small_messages_keeps_one_connection(turn: str) -
 
 
 async def test_without_a_second_connection_an_upload_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def none(self: Dialer, call: Call, connected: Connected) -> Framed:
+    async def none(*_: object) -> Framed:
         raise ConnectionError("refused by the test")
 
     monkeypatch.setattr(Dialer, "second", none)
@@ -157,7 +158,7 @@ async def test_a_second_connection_for_no_stream_is_refused() -> None:
         await read_all(other)
         await path.ended(2)
         with pytest.raises(ConnectionError, match="not open here"):  # before READY: nothing of the upload goes there
-            await relay._dialer.second(call, first)
+            await relay._dialer.second(call, first.candidate, itertools.count(first.attempts + 1))
         assert [line["reason"] for line in path.gateway_log.events] == ["ok", "ok"], "it is no stream of its own"
         client.close()
         other.close()

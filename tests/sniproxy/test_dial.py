@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import os
 import secrets
 import socket
@@ -17,7 +18,6 @@ from sniproxy.stream.capsule import CapsuleType, header
 from sniproxy.stream.control import Finished, Ready, Refused
 from sniproxy.stream.preamble import SigningKey
 from sniproxy.stream.reason import Reason
-from tests.sniproxy.engine.pairs import pair
 from tests.sniproxy.gateways import (
     KEY,
     KEY_C,
@@ -423,17 +423,10 @@ async def test_cancelling_leaves_no_connection(script: object) -> None:
 # --- second connections ---------------------------------------------------------------------------------------------
 
 
-async def connected_to(gateway: ScriptedGateway) -> Connected:
-    one, other = await pair()
-    one.close()
-    other.close()
-    return Connected(candidate=candidate(gateway), attempts=2)
-
-
 async def test_a_second_connection_continues_the_stream() -> None:
     async with scripted(reset, opens) as gateway:
         calling = call()
-        framed = await dialer().second(calling, await connected_to(gateway))
+        framed = await dialer().second(calling, candidate(gateway), itertools.count(3))
         preambles = [visit.preamble for visit in gateway.visits]
         framed.wire.close()
     assert [preamble.continues for preamble in preambles] == [True, True]
@@ -446,4 +439,4 @@ async def test_a_second_connection_continues_the_stream() -> None:
 async def test_without_a_second_connection(script: object) -> None:
     async with scripted(script) as gateway:  # type: ignore[arg-type]
         with pytest.raises(ConnectionError):
-            await dialer(ready_timeout_s=0.05).second(call(), await connected_to(gateway))
+            await dialer(ready_timeout_s=0.05).second(call(), candidate(gateway), itertools.count(3))

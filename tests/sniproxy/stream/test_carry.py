@@ -388,12 +388,20 @@ async def test_bytes_that_were_read_with_the_preamble_go_first(half: Half) -> No
 
 
 @RELAY
-async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(half: Half) -> None:
+@pytest.mark.parametrize("failures", [0, 3])
+async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(
+    half: Half, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is not to be had at once, as on a link that is full, it is asked for again."""
+    monkeypatch.setattr("sniproxy.stream.carry.SECOND_AGAIN_S", (0.01, 0.02, 0.03))
     ours, theirs = await pair()
     second = Framed(theirs, Side.GATEWAY)
     payload = os.urandom(1 << 20)
+    failed = [ConnectionError("READY is late")] * failures
 
     async def dial() -> Framed:
+        if failed:
+            raise failed.pop()
         return Framed(ours, Side.RELAY)
 
     async with asyncio.TaskGroup() as group:
