@@ -4,11 +4,13 @@ import asyncio
 import hashlib
 import itertools
 import os
+from collections.abc import Iterator
 
 import pytest
 
 from sniproxy.dial import Call, Connected, Dialer
 from sniproxy.engine import Wire
+from sniproxy.route import Candidate
 from sniproxy.stream.framed import Framed
 from tests.e2e.path import a_path, name_of
 from tests.sniproxy.engine.pairs import read_all, until_reset
@@ -103,8 +105,8 @@ async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: p
     seconds: list[Framed] = []
     dial = Dialer.second
 
-    async def kept(self: Dialer, call: Call, connected: Connected) -> Framed:
-        seconds.append(await dial(self, call, connected))
+    async def kept(self: Dialer, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Framed:
+        seconds.append(await dial(self, call, candidate, attempts))
         return seconds[0]
 
     monkeypatch.setattr(Dialer, "second", kept)
