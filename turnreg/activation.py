@@ -136,8 +136,11 @@ class Activation:
         self._rules = rules
         self._max_held = max_held
 
-    async def connect(self, preamble: Preamble) -> Delivered:
+    async def connect(self, preamble: Preamble, on_held: Callable[[], None] = lambda: None) -> Delivered:
         """Connect to what a proven preamble asks for, and wake it if it sleeps.
+
+        Args:
+            on_held: told when the stream begins to wait.
 
         Raises:
             Undeliverable: as Delivery.connect, and overloaded; no_endpoint for a service that did not wake.
@@ -152,7 +155,7 @@ class Activation:
             failure = error
         until += rule.timeout_s
         try:
-            delivered = await self._hold(failure, rule, preamble, until)
+            delivered = await self._hold(failure, rule, preamble, until, on_held)
         except Undeliverable as error:
             self._streams["overloaded" if error.reason is Reason.OVERLOADED else "refused"].inc()
             raise
@@ -162,7 +165,14 @@ class Activation:
     def _rule_for(self, service: str) -> ActivationRule | None:
         return next((rule for rule in self._rules if any(name.matches(service) for name in rule.names)), None)
 
-    async def _hold(self, failure: Undeliverable, rule: ActivationRule, preamble: Preamble, until: float) -> Delivered:
+    async def _hold(
+        self,
+        failure: Undeliverable,
+        rule: ActivationRule,
+        preamble: Preamble,
+        until: float,
+        on_held: Callable[[], None],
+    ) -> Delivered:
         sleeper = self._sleeper(failure.asleep)
         now = asyncio.get_running_loop().time()
         if sleeper.failed and now < sleeper.rest_until:
@@ -175,6 +185,7 @@ class Activation:
             self._unsubscribe = self._discovery.subscribe(self._stir)
         self._held += 1
         sleeper.held += 1
+        on_held()
         try:
             async with asyncio.timeout_at(until):
                 return await self._awake(sleeper, failure, preamble)

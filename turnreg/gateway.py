@@ -11,6 +11,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Gauge
 
@@ -259,7 +260,7 @@ class Gateway:
         account.mark("hello")
         account.state = "dialling"
         try:
-            delivered = await self._activation.connect(preamble)
+            delivered = await self._activation.connect(preamble, partial(setattr, account, "state", "held"))
         except Undeliverable as error:
             raise Refusal(error.reason, error.detail) from error
         account.mark("connect")

@@ -288,6 +288,7 @@ async def test_a_gateway_that_drains_delivers_what_it_holds(tmp_path: Path) -> N
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path)),)) as running:
         waiting = await visit(running)
         await held(running, 1)
+        assert [row["state"] for row in running.gateway.ledger.rows()] == ["held"]
         service = await running.service()
         running.gateway.close()
         running.discovery.put(asleep(service.endpoint))
