@@ -79,9 +79,19 @@ class Running:
                 await asyncio.sleep(0.002)
         return self.log.events
 
+    async def opened(self) -> None:
+        """Wait until a stream is open."""
+        async with asyncio.timeout(20):
+            while not any(row["state"] == "open" for row in self.relay.ledger.rows()):
+                await asyncio.sleep(0.001)
+
+    def sample(self, name: str, **labels: str) -> float:
+        """A metric's value."""
+        return self.registry.get_sample_value(name, labels) or 0.0
+
     def counted(self, reason: str) -> float:
         """How many streams the metrics say ended so."""
-        return self.registry.get_sample_value("crossnet_relay_streams_total", {"reason": reason}) or 0.0
+        return self.sample("crossnet_relay_streams_total", reason=reason)
 
 
 @asynccontextmanager
