@@ -115,8 +115,10 @@ def etcd_hosts(directory: Path) -> Iterator[tuple[list[Member], Callable[[bool],
         subprocess.run(["ip", *words], check=check, capture_output=True, timeout=10)
 
     def cut(away: bool) -> None:
-        for address in addresses[:2]:
-            ip("-n", hosts[2], "route", "add" if away else "del", "blackhole", f"{address}/32")
+        # Both ways: what one side sends would arrive for as long as it needs no answer.
+        for host, address in zip(hosts[:2], addresses[:2], strict=True):
+            for at, other in ((hosts[2], address), (host, addresses[2])):
+                ip("-n", at, "route", "add" if away else "del", "blackhole", f"{other}/32")
 
     try:
         ip("link", "add", bridge, "type", "bridge")
