@@ -65,11 +65,37 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class TlsFiles:
+    """The authority that verifies the servers and the certificate that they are shown, as their files are now."""
+
+    def __init__(self, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> None:
+        """Read the files; without an authority the system's. Raises OSError, ssl.SSLError."""
+        self._files = ca, certificate, key
+        self._stamp = Stamp(self._files)
+        self._context = self._read()
+
+    def current(self) -> ssl.SSLContext:
+        """Give the context for the next connection; those that are open stay. Files with faults change nothing."""
+        if self._stamp.changed():
+            try:
+                self._context = self._read()
+            except OSError as error:  # ssl.SSLError is one
+                log.warning("the certificates for discovery are not taken, those before stay: %s", error)
+        return self._context
+
+    def _read(self) -> ssl.SSLContext:
+        ca, certificate, key = self._files
+        context = ssl.create_default_context(cafile=str(ca) if ca is not None else None)
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+        return context
+
+
 class Servers:
     """The servers, and requests to them."""
 
     def __init__(
-        self, urls: Sequence[URL], *, token: str | None, tls: ssl.SSLContext, on_epoch: Callable[[str], None]
+        self, urls: Sequence[URL], *, token: str | None, tls: "TlsFiles", on_epoch: Callable[[str], None]
     ) -> None:
         """Begin with the first URL; `on_epoch` is told the epoch of the store with every answer, before its meaning."""
         self._urls = urls
@@ -79,8 +105,6 @@ class Servers:
         self._on_epoch = on_epoch
         self._session: aiohttp.ClientSession | None = None
         self._users = 0
-        self._certificate: tuple[Path | None, Path | None] = (None, None)
-        self._stamp = Stamp(())
 
     @classmethod
     def at(
@@ -97,14 +121,8 @@ class Servers:
         """Take URLs as a configuration has them. Raises ValueError, OSError, ssl.SSLError."""
         if not urls:
             raise ValueError("expected the URL of a discovery server")
-        tls = ssl.create_default_context(cafile=str(ca_file) if ca_file is not None else None)
-        if cert_file is not None:
-            tls.load_cert_chain(cert_file, key_file)
         parsed = [parse_server_url(url, insecure=insecure) for url in urls]
-        servers = cls(parsed, token=token, tls=tls, on_epoch=on_epoch)
-        servers._certificate = (cert_file, key_file)
-        servers._stamp = Stamp(servers._certificate)
-        return servers
+        return cls(parsed, token=token, tls=TlsFiles(ca_file, cert_file, key_file), on_epoch=on_epoch)
 
     @property
     def current(self) -> URL:
@@ -125,7 +143,7 @@ class Servers:
     async def connected(self) -> AsyncIterator[None]:
         """Hold connections as long as the context lasts, or longer if another one does; requests need it."""
         if self._session is None:
-            connector = aiohttp.TCPConnector(ssl=self._tls, limit=8)
+            connector = aiohttp.TCPConnector(limit=8)
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
         self._users += 1
         try:
@@ -151,6 +169,7 @@ class Servers:
                 headers={**(headers or {}), **({"Content-Type": "application/json"} if data is not None else {})},
                 timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
                 allow_redirects=False,
+                ssl=self._tls.current(),
             ) as response:
                 await self._check(response, 201)
                 return msgspec.json.decode(await _read(response), type=dict[str, Any])
@@ -175,7 +194,7 @@ class Servers:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=WATCH_SILENCE_S)
         try:
             async with self._open().get(
-                url.join(URL(path)), params=query, timeout=timeout, allow_redirects=False
+                url.join(URL(path)), params=query, timeout=timeout, allow_redirects=False, ssl=self._tls.current()
             ) as response:
                 await self._check(response, 200)
                 while data := await response.content.readany():
@@ -186,12 +205,6 @@ class Servers:
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             raise RuntimeError("requests are made inside of connected()")
-        certificate, key = self._certificate
-        if certificate is not None and self._stamp.changed():
-            try:
-                self._tls.load_cert_chain(certificate, key)  # for the next connection; those that are open stay
-            except OSError as error:
-                log.warning("the certificate %s is not taken, the one before stays: %s", certificate, error)
         return self._session
 
     async def _check(self, response: aiohttp.ClientResponse, most: int) -> None:

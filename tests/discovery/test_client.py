@@ -505,6 +505,31 @@ async def test_over_tls_with_a_ca(serve: Any, run: Any, until: Any, tmp_path: Pa
         client_of(at, ca_file=tmp_path / "missing.pem")
 
 
+async def test_an_authority_that_is_replaced_counts_without_a_restart(
+    serve: Any, run: Any, until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("discovery.api.server.RELOAD_S", 0.02)
+    old, new = trustme.CA(), trustme.CA()
+
+    def certify(by: trustme.CA) -> None:
+        by.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+
+    old.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certify(old)
+    async with serve(tls_cert=tmp_path / "server.pem") as at, run(client_of(at, ca_file=tmp_path / "ca.pem")) as client:
+        client.publish(Kind.RELAY, "r1", RELAY)
+        assert await client.settled(5)
+        (tmp_path / "ca.pem").write_text("nonsense")
+        client.publish(Kind.RELAY, "r2", RELAY)
+        assert await client.settled(5)
+        assert "are not taken" in caplog.text
+        new.cert_pem.write_to_path(tmp_path / "ca.pem")
+        client.publish(Kind.RELAY, "r3", RELAY)
+        assert not await client.settled(0.3)  # the old one is trusted no more
+        certify(new)
+        assert await client.settled(10)
+
+
 async def test_a_subscriber_that_fails_hurts_no_other(
     serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

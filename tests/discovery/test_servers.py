@@ -1,11 +1,9 @@
 """Servers: which URLs may be used, and in what order."""
 
-import ssl
-
 import pytest
 from yarl import URL
 
-from discovery.servers import BACKOFF_MOST_S, Backoff, Servers, parse_server_url
+from discovery.servers import BACKOFF_MOST_S, Backoff, Servers, TlsFiles, parse_server_url
 
 pytestmark = pytest.mark.anyio
 
@@ -59,7 +57,7 @@ def test_insecure_is_said_to_be_so() -> None:
 
 def servers(count: int) -> Servers:
     urls = [URL(f"http://127.0.0.{number}") for number in range(1, count + 1)]
-    return Servers(urls, token=None, tls=ssl.create_default_context(), on_epoch=lambda _: None)
+    return Servers(urls, token=None, tls=TlsFiles(), on_epoch=lambda _: None)
 
 
 def test_the_next_one_when_one_fails() -> None:
