@@ -146,6 +146,8 @@ class App:
         self.config = config
         logs.set_up(style=config.log.format, level=config.log.level, refused_per_s=config.log.refused_per_second)
         keys = roles.keys(config)
+        if isinstance(self.discovery, DiscoveryClient | MergedDiscovery):
+            self.discovery.use_token(config.token.text if config.token else None)
         if self.relay is not None and config.relay is not None:
             self.relay.reconfigure(roles.relay_config(config, config.relay, self.relay.config.guard), SigningKeys(keys))
         if self._publication is not None:

@@ -35,7 +35,7 @@ RETRY_S = 10.0
 Stamps: TypeAlias = dict[Path, tuple[int, int, int] | None]
 
 LIVE = {
-    "": frozenset({"log", "drain_s", "keys", "imports"}),
+    "": frozenset({"log", "drain_s", "keys", "imports", "token"}),
     "relay": frozenset(
         {
             "allow",

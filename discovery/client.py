@@ -117,6 +117,10 @@ class DiscoveryClient(Discovery):
             return None
         return self._view.stale_s if self._connected else max(0.0, time.time() - self._known_at)
 
+    def use_token(self, token: str | None) -> None:
+        """Show this token from the next request on. What hangs on a lease of the one before is written anew."""
+        self._servers.use_token(token)
+
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
         """Have `callback` called with each new mesh."""
         return self._subscribers.add(callback)

@@ -45,6 +45,10 @@ class MergedDiscovery(Discovery):
         """For how long the servers' view has not been confirmed."""
         return self._client.age_s
 
+    def use_token(self, token: str | None) -> None:
+        """Show the servers this token from the next request on."""
+        self._client.use_token(token)
+
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
         """Have `callback` called with each new mesh."""
         return self._subscribers.add(callback)

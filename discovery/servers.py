@@ -100,7 +100,8 @@ class Servers:
         """Begin with the first URL; `on_epoch` is told the epoch of the store with every answer, before its meaning."""
         self._urls = urls
         self._index = 0
-        self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        self._headers: dict[str, str] = {}
+        self.use_token(token)
         self._tls = tls
         self._on_epoch = on_epoch
         self._session: aiohttp.ClientSession | None = None
@@ -134,6 +135,10 @@ class Servers:
         """How many there are."""
         return len(self._urls)
 
+    def use_token(self, token: str | None) -> None:
+        """Show this token from the next request on."""
+        self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+
     def failed(self, url: URL) -> None:
         """Move on from a server, unless that has been done already."""
         if self._urls[self._index] == url:
@@ -144,7 +149,7 @@ class Servers:
         """Hold connections as long as the context lasts, or longer if another one does; requests need it."""
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=8)
-            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers, trust_env=False)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
         self._users += 1
         try:
             yield
@@ -166,7 +171,11 @@ class Servers:
                 method,
                 url.join(URL(path)),
                 data=data,
-                headers={**(headers or {}), **({"Content-Type": "application/json"} if data is not None else {})},
+                headers={
+                    **self._headers,
+                    **(headers or {}),
+                    **({"Content-Type": "application/json"} if data is not None else {}),
+                },
                 timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
                 allow_redirects=False,
                 ssl=self._tls.current(),
@@ -194,7 +203,12 @@ class Servers:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=WATCH_SILENCE_S)
         try:
             async with self._open().get(
-                url.join(URL(path)), params=query, timeout=timeout, allow_redirects=False, ssl=self._tls.current()
+                url.join(URL(path)),
+                params=query,
+                headers=self._headers,
+                timeout=timeout,
+                allow_redirects=False,
+                ssl=self._tls.current(),
             ) as response:
                 await self._check(response, 200)
                 while data := await response.content.readany():

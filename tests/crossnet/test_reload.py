@@ -1,17 +1,20 @@
 """A new configuration under a running process: what changes at once, what waits, and what a bad file does."""
 
+import json
 import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from crossnet.config import load
 from crossnet.reload import change, files
-from tests.crossnet.running import Running, running
+from discovery.model import Kind
+from discovery.tokens import format_entry, make_entry, make_token
+from tests.crossnet.running import Running, free_port, running
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.server.wireclient import Client, code
 from turnreg.auth import rest_credentials
@@ -148,6 +151,42 @@ def test_the_turn_server_takes_a_new_secret(folder: Path) -> None:
             client.allocate()
         (folder / "old").write_text("another")
         assert server.wait_for("config_read", 2)["applied"] == ["turn.secret"]
+
+
+TOKENS = """
+network: a
+admin: 127.0.0.1:0
+discovery: ["http://127.0.0.1:{port}"]
+token: {{file: token}}
+discovery_server: {{listen: "127.0.0.1:{port}", tokens: {{file: tokens.yaml}}}}
+relay: {{id: relay-1, listen: "127.0.0.1:0", advertise: [10.0.0.9]}}
+"""
+
+
+def test_a_token_is_replaced_without_a_restart(folder: Path) -> None:
+    old, new = make_token(), make_token()
+    entries = [format_entry(make_entry(token, name="relay", network="a", kinds=[Kind.RELAY])) for token in (old, new)]
+    (folder / "tokens.yaml").write_text(entries[0])
+    (folder / "token").write_text(old)
+    with running(folder, TOKENS.format(port=free_port())) as process:
+
+        def knows_itself() -> bool:
+            return '"relay-1"' in process.ask("/mesh")[1] and json.loads(process.ask("/readyz")[1])["stale_s"] == 0
+
+        until(knows_itself)
+        (folder / "tokens.yaml").write_text(entries[1])
+        until(lambda: not json.loads(process.ask("/status")[1])["discovery"]["connected"])
+        (folder / "token").write_text(new)
+        assert process.wait_for("config_read")["applied"] == ["token"]
+        until(knows_itself)
+        assert not any(old in line or new in line for line in process.log.read_text().splitlines())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_is_the_same_in_both_files_is_no_change(folder: Path) -> None:
