@@ -1,9 +1,7 @@
 """The discovery servers that a client may use: one at a time, the next one when it fails."""
 
 import asyncio
-import logging
 import random
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
@@ -14,9 +12,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from discovery.stamp import Stamp
-
-log = logging.getLogger(__name__)
+from discovery.tlsfiles import TlsFiles
 
 EPOCH_HEADER = "Crossnet-Epoch"
 REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs one renewal
@@ -65,37 +61,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class TlsFiles:
-    """The authority that verifies the servers and the certificate that they are shown, as their files are now."""
-
-    def __init__(self, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> None:
-        """Read the files; without an authority the system's. Raises OSError, ssl.SSLError."""
-        self._files = ca, certificate, key
-        self._stamp = Stamp(self._files)
-        self._context = self._read()
-
-    def current(self) -> ssl.SSLContext:
-        """Give the context for the next connection; those that are open stay. Files with faults change nothing."""
-        if self._stamp.changed():
-            try:
-                self._context = self._read()
-            except OSError as error:  # ssl.SSLError is one
-                log.warning("the certificates for discovery are not taken, those before stay: %s", error)
-        return self._context
-
-    def _read(self) -> ssl.SSLContext:
-        ca, certificate, key = self._files
-        context = ssl.create_default_context(cafile=str(ca) if ca is not None else None)
-        if certificate is not None:
-            context.load_cert_chain(certificate, key)
-        return context
-
-
 class Servers:
     """The servers, and requests to them."""
 
     def __init__(
-        self, urls: Sequence[URL], *, token: str | None, tls: "TlsFiles", on_epoch: Callable[[str], None]
+        self, urls: Sequence[URL], *, token: str | None, tls: TlsFiles, on_epoch: Callable[[str], None]
     ) -> None:
         """Begin with the first URL; `on_epoch` is told the epoch of the store with every answer, before its meaning."""
         self._urls = urls

@@ -6,7 +6,6 @@ Checked against etcd 3.4, whose gateway is at /v3.
 
 import asyncio
 import base64
-import ssl
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import aiohttp
 import msgspec
 from yarl import URL
+
+from discovery.tlsfiles import TlsFiles
 
 DEFAULT_PREFIX = "/crossnet/"
 CALL_TIMEOUT_S = 2.0  # below a client's 3 s, so that it is told why rather than left
@@ -116,11 +117,8 @@ class Etcd:
         self._urls = [URL(endpoint) for endpoint in access.endpoints]
         self._index = 0
         self._session: aiohttp.ClientSession | None = None
-        self._tls: ssl.SSLContext | None = None
-        if any(url.scheme == "https" for url in self._urls):
-            self._tls = ssl.create_default_context(cafile=str(access.ca) if access.ca is not None else None)
-            if access.cert is not None:
-                self._tls.load_cert_chain(access.cert, access.key)
+        secure = any(url.scheme == "https" for url in self._urls)
+        self._tls = TlsFiles(access.ca, access.cert, access.key) if secure else None
 
     @property
     def current(self) -> URL:
@@ -134,7 +132,7 @@ class Etcd:
 
     def open(self) -> None:
         """Make ready to connect."""
-        connector = aiohttp.TCPConnector(ssl=self._tls if self._tls is not None else True, limit=64)
+        connector = aiohttp.TCPConnector(limit=64)
         self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
 
     async def close(self) -> None:
@@ -187,6 +185,7 @@ class Etcd:
                 data=msgspec.json.encode({"create_request": create}),
                 timeout=timeout,
                 headers=_headers(token),
+                ssl=self._tls.current() if self._tls is not None else True,
             ) as response:
                 while data := await response.content.readany():
                     *lines, rest = (rest + data).split(b"\n")
@@ -231,7 +230,11 @@ class Etcd:
         data = msgspec.json.encode(message)
         try:
             async with self._opened().post(
-                url.join(URL(f"/v3/{path}")), data=data, timeout=timeout, headers=_headers(token)
+                url.join(URL(f"/v3/{path}")),
+                data=data,
+                timeout=timeout,
+                headers=_headers(token),
+                ssl=self._tls.current() if self._tls is not None else True,
             ) as response:
                 body = bytearray()
                 while piece := await response.content.readany():

@@ -3,7 +3,8 @@
 import pytest
 from yarl import URL
 
-from discovery.servers import BACKOFF_MOST_S, Backoff, Servers, TlsFiles, parse_server_url
+from discovery.servers import BACKOFF_MOST_S, Backoff, Servers, parse_server_url
+from discovery.tlsfiles import TlsFiles
 
 pytestmark = pytest.mark.anyio
 

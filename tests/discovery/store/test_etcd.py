@@ -211,10 +211,14 @@ async def test_an_etcd_that_hangs_makes_reads_stale_and_refuses_writes(
 async def test_etcd_over_mutual_tls(tmp_path: Path) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    for name, host in (("server", "127.0.0.1"), ("client", "discovery.example")):
-        made = authority.issue_cert(host)
+
+    def certify(name: str, host: str, by: trustme.CA = authority) -> None:
+        made = by.issue_cert(host)
         made.private_key_pem.write_to_path(tmp_path / f"{name}.key")
         made.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+
+    certify("server", "127.0.0.1")
+    certify("client", "discovery.example")
     options = [f"--cert-file={tmp_path}/server.pem", f"--key-file={tmp_path}/server.key"]
     options += [f"--trusted-ca-file={tmp_path}/ca.pem"]
     with etcd_cluster(tmp_path, extra=options) as (member,):
@@ -226,6 +230,12 @@ async def test_etcd_over_mutual_tls(tmp_path: Path) -> None:
         )
         async with running(EtcdStore(access)) as (store,):
             assert (await store.put(KEY, SPEC)).spec == SPEC
+            # A certificate that is replaced counts without a restart, be it good or not.
+            certify("client", "discovery.example", trustme.CA())
+            with pytest.raises(StoreError):
+                await store.put(KEY, SPEC)
+            certify("client", "discovery.example")
+            await written(store, "10.200.0.2")
 
 
 PASSWORD = "correct horse"
