@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
 from tests.turnreg.server.wireclient import Client, code, connect, read_all, reset, until_refused
-from turnreg.stun import Attribute, Message, MessageClass, Method
+from turnreg.auth import rest_credentials
+from turnreg.stun import FAMILY_IPV6, Attribute, Message, MessageClass, Method
 
 # -- credentials
 
@@ -42,6 +43,28 @@ def stale_nonce(server: Server) -> object:
             time.sleep(0.1)
             codes.append(code(client.refresh(600)))
         return codes[-1], client.nonce != first, code(client.refresh(600))
+
+
+def rest_name_that_ends(server: Server) -> object:
+    """Refresh and CreatePermission after its end; then a Refresh with a new name of the same user."""
+    user, password = rest_credentials("north", "gw", time.time() + 2.9)
+    with Client(server, user=user, password=password) as client:
+        client.allocate()
+        while time.time() <= int(user.partition(":")[0]):
+            time.sleep(0.05)
+        late = code(client.refresh(600)), code(client.permit("127.0.0.1"))
+        client.user, client.password = rest_credentials("north", "gw", time.time() + 60)
+        return *late, code(client.refresh(600))
+
+
+def rest_secret(secret: str) -> Callable[[Server], object]:
+    def run(server: Server) -> object:
+        user, password = rest_credentials(secret, "gw", time.time() + 60)
+        with Client(server, user=user, password=password) as client:
+            client.login()
+            return code(client.ask(client.allocate_request()))
+
+    return run
 
 
 # -- allocations
@@ -173,6 +196,19 @@ def permissions(server: Server) -> object:
     with Client(server) as client:
         client.allocate()
         return code(client.permit("127.0.0.1", "127.0.0.2")), code(client.permit()), code(client.permit("::1"))
+
+
+def loopback_spelt(address: str) -> Callable[[Server], object]:
+    """Whether an IPv6 allocation may have that peer, where 127.0.0.0/8 is denied."""
+
+    def run(server: Server) -> object:
+        with Client(server) as client:
+            client.login()
+            request = client.allocate_request().with_first_byte(Attribute.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV6)
+            assert code(client.ask(request)) == 0
+            return code(client.permit(address))
+
+    return run
 
 
 def peer_without_permission(server: Server) -> object:

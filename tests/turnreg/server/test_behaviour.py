@@ -57,12 +57,26 @@ def over_udp(run: Callable[[Server], object], seen: object) -> Case:
 UDP = {"udp_allocations": True, "listen_udp": (("127.0.0.1", 0),)}
 SHORT_LIFE = {"limits": Limits(default_lifetime_s=1.0, max_lifetime_s=1.0)}
 GOOD = (0, b"hello")
+REST = ("--use-auth-secret", "--static-auth-secret=north", "--static-auth-secret=south")
+DENIED = {
+    "coturn_options": ("--relay-ip=127.0.0.1", "--relay-ip=::1", "--denied-peer-ip=127.0.0.0-127.255.255.255"),
+    "embedded_options": {"relay_addresses": ("127.0.0.1", "::1"), "allowed_peers": ()},
+}
 
 TABLE: dict[str, Case] = {
     "challenge": same(control_cases.challenge, (401, "lab", True, False)),
     "wrong password": same(control_cases.wrong_password, 401),
     "unknown user": same(control_cases.unknown_user, 401),
     "stale nonce": same(control_cases.stale_nonce, (438, True, 0), "--stale-nonce=1", nonce_lifetime_s=1.0),
+    "REST name that ends": Case(
+        run=control_cases.rest_name_that_ends,
+        coturn=(0, 0, 441),
+        embedded=(401, 0, 0),
+        coturn_options=REST,
+        embedded_options={"users": {}, "secrets": ("north",)},
+    ),
+    "second REST secret": same(control_cases.rest_secret("south"), 0, *REST, users={}, secrets=("north", "south")),
+    "wrong REST secret": same(control_cases.rest_secret("east"), 401, *REST, users={}, secrets=("north", "south")),
     "allocate": same(control_cases.allocate, (MessageClass.SUCCESS, "127.0.0.1", True, 600)),
     "lifetimes": same(control_cases.lifetimes, [600, 3600, 3600]),
     "second allocate": same(control_cases.second_allocate, 437),
@@ -84,6 +98,11 @@ TABLE: dict[str, Case] = {
     "control closed": same(control_cases.control_closed, (True, True, True)),
     "other user": same(control_cases.other_user, (441, 441), "--user=v:q"),
     "permissions": same(control_cases.permissions, (0, 400, 443)),
+    # CVE-2026-27624, mended in coturn 4.9
+    "loopback, IPv4-mapped": Case(
+        run=control_cases.loopback_spelt("::ffff:127.0.0.1"), coturn=0, embedded=403, **DENIED
+    ),
+    "loopback, NAT64": Case(run=control_cases.loopback_spelt("64:ff9b::7f00:1"), coturn=0, embedded=403, **DENIED),
     "peer without permission": same(control_cases.peer_without_permission, (True, True)),
     "expired permission": same(
         control_cases.expired_permission,
