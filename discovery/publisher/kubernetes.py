@@ -1,8 +1,8 @@
 """The Kubernetes API over aiohttp: list everything, then watch from there, and list again when the history is gone."""
 
 import logging
-import ssl
 from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ import msgspec
 from yarl import URL
 
 from discovery.publisher.table import resource_version
+from discovery.tlsfiles import TlsFiles
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,7 @@ PAGE = 500
 REQUEST_TIMEOUT_S = 30.0
 WATCH_S = 240  # asked of the server, so that a watch that hangs is noticed soon after
 MAX_ANSWER = 64 * 1024 * 1024
+MAX_TOKEN = 64 * 1024
 MAX_LINE = 4 * 1024 * 1024  # etcd holds objects of 1.5 MiB at most
 
 
@@ -38,12 +40,12 @@ class KubeApi:
         if self._url.scheme not in ("http", "https") or not self._url.host:
             raise ValueError(f"expected https://HOST:PORT of a Kubernetes API, got {url[:100]!r}")
         self._token_file = token_file
-        self._tls = ssl.create_default_context(cafile=str(ca_file) if ca_file is not None else None)
+        self._tls = TlsFiles(ca_file)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         """Make ready."""
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=self._tls, limit=8), trust_env=False)
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=8), trust_env=False)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -81,9 +83,7 @@ class KubeApi:
         timeout = aiohttp.ClientTimeout(total=WATCH_S + REQUEST_TIMEOUT_S, sock_connect=REQUEST_TIMEOUT_S)
         rest = b""
         try:
-            async with self._opened().get(
-                self._url.join(URL(path)), params=query, headers=self._headers(), timeout=timeout
-            ) as response:
+            async with self._ask(path, query, timeout) as response:
                 await _check(response, path)
                 while data := await response.content.readany():
                     *lines, rest = (rest + data).split(b"\n")
@@ -98,24 +98,36 @@ class KubeApi:
     async def _get(self, path: str, query: dict[str, str]) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
         try:
-            async with self._opened().get(
-                self._url.join(URL(path)), params=query, headers=self._headers(), timeout=timeout
-            ) as response:
+            async with self._ask(path, query, timeout) as response:
                 await _check(response, path)
                 return msgspec.json.decode(await _read(response), type=dict[str, Any])
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
             raise KubeError(f"{path}: {error or type(error).__name__}") from None
 
+    def _ask(
+        self, path: str, query: dict[str, str], timeout: aiohttp.ClientTimeout
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send a GET. Raises OSError, KubeError for a token that is none."""
+        if self._session is None:
+            raise RuntimeError("requests are made inside of `async with`")
+        return self._session.get(
+            self._url.join(URL(path)),
+            params=query,
+            headers=self._headers(),
+            timeout=timeout,
+            allow_redirects=False,
+            ssl=self._tls.current(),
+        )
+
     def _headers(self) -> dict[str, str]:
         if self._token_file is None:
             return {}
         # Read each time: the kubelet renews it, and the old one ends within the hour.
-        return {"Authorization": f"Bearer {self._token_file.read_text().strip()}"}
-
-    def _opened(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise RuntimeError("requests are made inside of `async with`")
-        return self._session
+        with self._token_file.open("rb") as file:
+            token = file.read(MAX_TOKEN).strip()
+        if not token.isascii() or not (text := token.decode()).isprintable():
+            raise KubeError(f"{self._token_file}: what is in it is no token")
+        return {"Authorization": f"Bearer {text}"}
 
 
 def _change(line: bytes, path: str) -> tuple[str, dict[str, Any]]:

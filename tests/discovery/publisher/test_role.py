@@ -182,6 +182,25 @@ async def test_namespaces_and_a_renewed_token(serve: Any, tmp_path: Path, caplog
             await until(at, {NAME: []})
 
 
+@pytest.mark.parametrize("bad", [b"two\r\nlines: 1", b"\xff\xfe", None])
+async def test_a_token_that_is_none_is_told_and_waited_for(
+    serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: bytes | None
+) -> None:
+    async with kube_server() as kube, serve() as at:
+        put_service(kube, "orders")
+        async with publishing(kube, at, tmp_path):
+            await until(at, {NAME: []})
+            if bad is None:
+                (tmp_path / "token").unlink()
+            else:
+                (tmp_path / "token").write_bytes(bad)
+            kube.end_watches()
+            await reached(lambda: "the Kubernetes API failed" in caplog.text)
+            put_service(kube, "cart")
+            (tmp_path / "token").write_text("t0ken")
+            await until(at, {NAME: [], "cart.shop.svc.cluster.local": []})
+
+
 async def test_a_version_that_always_fails_is_given_up(serve: Any, tmp_path: Path) -> None:
     """As where another cluster answers at the same address: its versions are none of ours."""
     async with kube_server() as kube, serve() as at:
