@@ -47,10 +47,12 @@ def serve_embedded(port: int) -> None:
     import uvloop
 
     from crossnet import logs
+    from crossnet.process import spare_collections
     from discovery.addresses import TargetList
     from turnreg.server import TurnServer, TurnServerConfig
 
     logs.set_up(style="json", level="info")
+    spare_collections()
     config = TurnServerConfig(
         listen=((HOST, port),),
         relay_addresses=(HOST,),
