@@ -37,6 +37,8 @@ class AdaptivePorts:
         unsubscribe = self._discovery.subscribe(self._notice)
         loop = asyncio.get_running_loop()
         told: list[int] = []
+        # What a process before us has opened is kept for as long as one of ours would be.
+        self._seen = {port: loop.time() for (_, port), _ in self._relay.adapted()}
         try:
             while True:
                 self._changed.clear()

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from crossnet import logs, roles
 from crossnet.adaptive import AdaptivePorts
 from crossnet.admin import AdminServer
 from crossnet.config import warnings
-from crossnet.handover import Inherited, Offer, Place
+from crossnet.handover import READY_LOOK_S, READY_TIMEOUT_S, Inherited, Offer, Place
 from crossnet.publication import RelayPublication, publish_turn_servers
 from crossnet.reload import Refused, Reloader
 from crossnet.schema import encode
@@ -47,13 +47,17 @@ T = TypeVar("T")
 log = logging.getLogger("crossnet")
 
 FORGET_S = 2.0
-"""On top of the TTL of our DNS answers, for resolvers on the client's side that round it up (design, section 9)."""
+"""On top of the TTL of our DNS answers, for resolvers on the client's side that round it up (design, section 9); and for relays to hear
+of a change in discovery."""
 
 CLOSE_TIMEOUT_S = 5.0
 """What giving allocations and records back may take together; leases end by themselves."""
 
 
 DRAIN_LOOK_S = 0.1
+
+ADAPTED = "relay's services"
+"""What sockets are called at a handover that a relay has opened for the ports of services."""
 
 
 class StartError(Exception):
@@ -119,6 +123,11 @@ class App:
                 try:
                     await self._start()
                     self._started = True
+                    if self._inherited:
+                        registrar = self.registrar
+                        await self._begin(
+                            "handover", self._until("allocations", lambda: not registrar or registrar.settled)
+                        )
                     self._inherited.started()
                     if self.config.handover is not None:
                         self._run("handover", self._hand_over(self.config.handover, admin))
@@ -174,6 +183,8 @@ class App:
             return
         discovery = self.discovery = await self._begin("discovery", open_discovery(config, self.registry))
         self._run("discovery", discovery.run())
+        if self._inherited:  # clients come from the first moment: none must be told that we know of no network
+            await self._begin("handover", self._until("a view of discovery", lambda: discovery.synced))
         if turn is not None and config.turn is not None:
             listening = (*turn.addresses, *turn.tls_addresses)
             spec = roles.turn_spec(config.turn, listening[0], tls=not turn.addresses)
@@ -231,6 +242,9 @@ class App:
         config = roles.relay_config(self.config, section, self._guard())
         relay = Relay(config, discovery, SigningKeys(roles.keys(self.config)), registry=self.registry)
         await self._begin("relay", relay.open(partial(self._inherited.take, "relay")))
+        if section.ports == "auto":
+            for sock in self._inherited.rest(ADAPTED):
+                relay.adopt(sock)
         self._note("relay", relay.addresses)
         self.relay = relay
         self._run("relay", relay.run())
@@ -266,6 +280,8 @@ class App:
             for role, server in (("relay", self.relay), ("gateway", self.gateway)):
                 for place, number in server.listening() if server is not None else ():
                     yield (role, *place), number
+            for place, number in self.relay.adapted() if self.relay is not None else ():
+                yield (ADAPTED, *place), number
 
         offer = Offer(path, sockets)
         try:
@@ -277,9 +293,8 @@ class App:
         finally:
             offer.close()
         self._handed_over = True
-        for server in (self.relay, self.gateway):
-            if server is not None:
-                server.close()
+        if self.relay is not None:
+            self.relay.close()
         self._stopping.set()
         await admin.close()
 
@@ -301,7 +316,10 @@ class App:
         if self._publication is not None and not self._handed_over:
             self._publication.withdraw()
         if self.registrar is not None:
-            self.registrar.drain()
+            if self._handed_over:
+                self.registrar.hand_over()
+            else:
+                self.registrar.drain()
         direct = self.gateway is not None and self.gateway.addresses and not self._handed_over
         if direct and self.config.gateway is not None:
             assert self.discovery is not None
@@ -318,6 +336,9 @@ class App:
             # Somebody's resolver has named us until now, and its answers live on for a while.
             ttl_s = self.config.dns.ttl_s if self.config.dns is not None else DEFAULT_TTL_S
             await self._hurried_after(min(ttl_s + FORGET_S, deadline - loop.time()))
+        elif self._handed_over and self.registrar is not None:
+            # Relays that have not heard of our successor's allocations yet come to ours.
+            await self._hurried_after(min(FORGET_S, deadline - loop.time()))
         waiting = []
         for role, server in (("relay", self.relay), ("gateway", self.gateway)):
             if server is not None:
@@ -348,6 +369,15 @@ class App:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause_s):
                 await self._hurry.wait()
+
+    async def _until(self, what: str, holds: Callable[[], bool]) -> None:
+        """Wait for what a successor must have before its predecessor may go. Raises TimeoutError."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                while not holds():
+                    await asyncio.sleep(READY_LOOK_S)
+        except TimeoutError:
+            raise TimeoutError(f"without {what} for {READY_TIMEOUT_S:g} s: the process before us goes on") from None
 
     async def _begin(self, role: str, opening: Awaitable[T]) -> T:
         try:

@@ -1,14 +1,17 @@
 """An upgrade that loses no connection: a new process takes the listening sockets of the one that runs, which then drains.
 
 The running process listens on a unix socket (`handover: PATH`). A successor connects there before it binds anything, is given the
-descriptors of all TCP listeners, starts, and says so; only then does the first one stop accepting. It is the same socket with the
-same queue in the kernel all along, so nobody who connects meanwhile is refused or reset. (SO_REUSEPORT would give each process a
-queue of its own, and what waits in the first one's is reset when that closes.) A successor that fails to start changes nothing.
+descriptors of all TCP listeners, waits for a view of discovery before it accepts, gets allocations of its own and writes them into
+the records in place of the first one's, and says so; only then does the first one stop accepting. Its allocations stay until their
+streams have ended. It is the same socket with the same queue in the kernel all along, so nobody who connects meanwhile is refused
+or reset. (SO_REUSEPORT would give each process a queue of its own, and what waits in the first one's is reset when that closes.) A
+successor that fails to start changes nothing.
 
 Messages: the offer is one JSON line `[["relay", "10.0.0.9", 443], …]` with a descriptor for each; the answer is `started`.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -23,11 +26,17 @@ log = logging.getLogger("crossnet")
 
 MAX_OFFER_BYTES = 64 * 1024
 MAX_SOCKETS = 250
-"""Linux passes 253 descriptors at once (SCM_MAX_FD)."""
+"""Linux passes 253 descriptors at once (SCM_MAX_FD). Ports that a relay opened for services come last; what is beyond, the
+successor opens beside us."""
 
 OFFER_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
-"""From the offer to a successor that has started: a first view of discovery and a first allocation come in seconds."""
+"""From the offer to a successor that has started: a view of discovery and allocations come in seconds."""
+
+READY_TIMEOUT_S = 45.0
+"""What a successor gives itself for that: one that is not ready then ends, and its predecessor goes on."""
+
+READY_LOOK_S = 0.05
 
 _STARTED = b"started\n"
 _CREDENTIALS = struct.Struct("iII")
@@ -83,6 +92,11 @@ class Inherited:
         """The listening socket for this place, if there is one; the caller's from now on."""
         return self._sockets.pop((role, address, port), None)
 
+    def rest(self, role: str) -> list[socket.socket]:
+        """What has not been taken of a role; the caller's from now on."""
+        places = [place for place in self._sockets if place[0] == role]
+        return [self._sockets.pop(place) for place in places]
+
     def started(self) -> None:
         """Let the predecessor drain. What was not taken is closed."""
         if self._connection is not None:
@@ -136,7 +150,7 @@ class Offer:
                 with connection:
                     try:
                         _check_peer(connection)
-                        offered = list(self._sockets())
+                        offered = list(itertools.islice(self._sockets(), MAX_SOCKETS))
                         line = json.dumps([place for place, _ in offered]).encode() + b"\n"
                         socket.send_fds(connection, [line], [number for _, number in offered])
                         log.info("handover_offered", extra={"event": {"sockets": [place for place, _ in offered]}})

@@ -337,7 +337,9 @@ class Dialer:
                 wire = await connect(candidate.address, candidate.port, timeout_s=self._dial_timeout_s)
                 framed = Framed(wire, Side.RELAY)
                 try:
-                    await self._greet(framed, self._preamble(call, candidate, next(attempts), continues=True), b"", candidate)
+                    await self._greet(
+                        framed, self._preamble(call, candidate, next(attempts), continues=True), b"", candidate
+                    )
                 except BaseException:
                     wire.reset()
                     raise

@@ -249,9 +249,19 @@ class Relay:
             self.close()
             raise
 
+    def adopt(self, sock: socket.socket) -> None:
+        """Listen, besides, on a socket that a process before us has opened by `adapt`. Before `run`."""
+        listener = Listener(sock)
+        self._adapted[listener.address] = listener
+        self._guard.add(*listener.address)
+
     def listening(self) -> list[tuple[tuple[str, int], int]]:
         """The listening sockets by their configured address and port, for a process that comes after us."""
         return [(place, listener.fileno()) for place, listener in zip(self.config.listen, self._listeners, strict=True)]
+
+    def adapted(self) -> list[tuple[tuple[str, int], int]]:
+        """Those that `adapt` has opened, likewise."""
+        return [(place, listener.fileno()) for place, listener in self._adapted.items()]
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
@@ -259,7 +269,7 @@ class Relay:
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self._pool.run())
-                for listener in self._listeners:
+                for listener in (*self._listeners, *self._adapted.values()):
                     self._group.create_task(listener.serve(self._serve))
         finally:
             unsubscribe()

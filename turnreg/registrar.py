@@ -101,6 +101,12 @@ class Registrar:
         for registration in self._registrations.values():
             registration.drain()
 
+    def hand_over(self) -> None:
+        """Leave all records to a successor, who has written the same ones by now. Else as `drain`."""
+        self._draining = True
+        for registration in self._registrations.values():
+            registration.hand_over()
+
     async def close(self) -> None:
         """Withdraw all records, then give all allocations back, which ends their streams. Bounded in time."""
         self.drain()
@@ -112,6 +118,12 @@ class Registrar:
                 await self._closed.wait()
         except TimeoutError:
             log.warning("registrar: not all allocations could be given back in time")
+
+    @property
+    def settled(self) -> bool:
+        """It runs, and every registration has published an allocation, or has failed to get one."""
+        registrations = self._registrations.values()
+        return self._group is not None and all(one.published or one.failing for one in registrations)
 
     def update_credentials(self, turn: Mapping[str, TurnCredentials]) -> None:
         """Use these credentials from now on; where they differ from the old ones, register anew."""

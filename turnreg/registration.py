@@ -139,6 +139,12 @@ class Registration:
         self._withdraw()
         self._changed.set()
 
+    def hand_over(self) -> None:
+        """Leave the record to a successor that has put its own in its place; what we hold stays, so that streams can end."""
+        self._draining = True
+        self._port = None
+        self._changed.set()
+
     def end(self) -> None:
         """Give everything back and make `run()` return."""
         self.drain()
@@ -153,6 +159,11 @@ class Registration:
     def published(self) -> bool:
         """Relays can know of it."""
         return self._port is not None
+
+    @property
+    def failing(self) -> bool:
+        """It is without an allocation, and the last attempt was in vain."""
+        return not self.ready and self._failures > 0
 
     @property
     def servers(self) -> frozenset[tuple[str, int]]:

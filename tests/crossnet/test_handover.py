@@ -188,3 +188,46 @@ def test_what_is_no_offer_is_refused(tmp_path: Path) -> None:
                 Inherited.receive(path)
             thread.join()
             assert len(os.listdir("/proc/self/fd")) <= before
+
+
+ADAPTIVE = """
+network: a
+discovery: mesh.yaml
+admin: 127.0.0.1:{admin}
+drain: 5s
+handover: over.sock
+import: [{{names: [orders.shop.example], from: [b]}}]
+relay: {{id: relay-1, listen: "127.0.0.1:{port}", ports: auto, port_range: {of_service}-{of_service}}}
+"""
+
+
+def listening_sockets(port: int) -> list[str]:
+    """The inodes of the sockets that listen on a port, as the kernel has them."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port]
+
+
+def test_ports_opened_for_services_are_handed_over_too(tmp_path: Path) -> None:
+    port, admin = free_ports()
+    of_service, _ = free_ports()
+    (tmp_path / "mesh.yaml").write_text(
+        "networks: [{id: a}, {id: b}]\n"
+        f"services: [{{name: orders.shop.example, network: b, ports: {{{of_service}: ['10.0.0.1:1']}}}}]\n"
+    )
+    config = ADAPTIVE.format(port=port, admin=admin, of_service=of_service)
+    with running(tmp_path, config) as first:
+        assert of_service in first.wait_for("ports")["ports"]
+        before = listening_sockets(of_service)
+        assert len(before) == 1
+        second = Running(tmp_path, config, name="second")
+        try:
+            first.wait_for("handed_over")
+            assert first.process.wait(20) == 0
+            assert of_service in second.wait_for("ports")["ports"]
+            assert listening_sockets(of_service) == before, "the same socket, with whoever waits in its queue"
+            with socket.create_connection(("127.0.0.1", of_service), 10) as client:
+                client.sendall(client_hello("orders.shop.example"))
+                assert client.recv(100)[:1] == b"\x15"
+            assert second.wait_for("stream")["local"] == f"127.0.0.1:{of_service}"
+        finally:
+            second.kill()

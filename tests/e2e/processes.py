@@ -222,8 +222,15 @@ class Mesh:
 
     def start(self, name: str) -> Part:
         """Start a part, or start it again; its log begins anew and the old one stays."""
+        assert not self._started.get(name) or not self[name].alive, f"{name} runs"
+        return self._another(name)
+
+    def upgrade(self, name: str) -> tuple[Part, Part]:
+        """Start a part once more beside itself; gives the old process and the new one, which the part's name means from now on."""
+        return self[name], self._another(name)
+
+    def _another(self, name: str) -> Part:
         started = self._started.setdefault(name, [])
-        assert not started or not started[-1].alive, f"{name} runs"
         part = Part(name if not started else f"{name}.{len(started)}", self._command(name), self.folder)
         started.append(part)
         with self.ground.on(name):

@@ -397,6 +397,32 @@ async def test_draining_withdraws_and_keeps_streams() -> None:
                 end.close()
 
 
+async def test_handing_over_leaves_the_record_to_the_successor_and_keeps_streams() -> None:
+    with turn_server("embedded") as server:
+        async with registrar(turn(server), relay({"turn-1": ["127.0.0.1"]})) as ours:
+            assert not ours.registrar.settled
+            port = (await ours.publishes(ID)).port
+            assert ours.registrar.settled
+            bound, writer = await ours.stream(port)
+            ours.registrar.hand_over()
+            late, other = await ours.stream(port)
+            writer.write(b"still there")
+            assert await bound.wire.recv_exactly(11) == b"still there"
+            assert ours.of()["state"] == "draining"
+            await ours.registrar.close()
+            assert ours.discovery.published.keys() == {ID}, "it may be the successor's by now"
+            for end in (bound.wire, writer, late.wire, other):
+                end.close()
+
+
+async def test_without_a_server_that_answers_it_is_settled_all_the_same() -> None:
+    with turn_server("embedded") as server:
+        record = turn(server)
+    async with registrar(record) as ours:
+        await eventually(lambda: ours.registrar.settled)
+        assert ours.discovery.published == {}
+
+
 async def test_an_unexpected_error_hurts_one_registration_only(caplog: pytest.LogCaptureFixture) -> None:
     with turn_server("embedded") as server:
         async with registrar(turn(server)) as ours:
