@@ -41,6 +41,9 @@ DEFAULT_MAX_HELD_PER_SERVICE = 256
 LOOK_EVERY_S = 0.1
 """How often a service is tried while it is awaited: a port that begins to accept tells nobody."""
 
+PAUSE_S = 0.01
+"""Between two tries at least: a mesh that changes all the time must not have us dial all the time."""
+
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
 
@@ -73,8 +76,8 @@ class _Sleeper:
     """How often one of them got through."""
     running: bool = False
     failures: int = 0
-    failed: str = ""
-    """Why the last run failed; nothing if it did not, or has not ended."""
+    failed: bool = False
+    """The last run did; not while there is another."""
     rest_until: float = 0.0
     """No run before that time of the loop."""
     stirred: asyncio.Event = field(default_factory=asyncio.Event)
@@ -176,7 +179,7 @@ class Activation:
         sleeper = self._sleeper(failure.asleep)
         now = asyncio.get_running_loop().time()
         if sleeper.failed and now < sleeper.rest_until:
-            raise _no_endpoint(failure, sleeper)
+            raise _no_endpoint(failure)
         if self._held >= self._max_held or sleeper.held >= rule.max_held:
             raise Undeliverable(Reason.OVERLOADED, f"{sleeper.held} streams wait for {failure.asleep} already")
         if not sleeper.running and now >= sleeper.rest_until:
@@ -233,12 +236,12 @@ class Activation:
                     if not error.asleep:
                         raise
             elif sleeper.failed:
-                raise _no_endpoint(failure, sleeper)
+                raise _no_endpoint(failure)
 
     async def _tried(self, sleeper: _Sleeper, failure: Undeliverable, preamble: Preamble) -> Delivered:
         """Try until the service answers."""
         while True:
-            # A mesh that changes all the time must not have us dial all the time.
+            await asyncio.sleep(PAUSE_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
                     await sleeper.stirred.wait()
@@ -249,7 +252,7 @@ class Activation:
                 if not error.asleep:
                     raise
             if sleeper.failed:
-                raise _no_endpoint(failure, sleeper)
+                raise _no_endpoint(failure)
 
     def _begin(self, service: str, rule: ActivationRule, sleeper: _Sleeper) -> None:
         if self.group is None:
@@ -261,7 +264,7 @@ class Activation:
             running.close()
             return
         sleeper.running = True
-        sleeper.failed = ""
+        sleeper.failed = False
 
     async def _run(self, service: str, rule: ActivationRule, sleeper: _Sleeper) -> None:
         loop = asyncio.get_running_loop()
@@ -282,7 +285,7 @@ class Activation:
             sleeper.failures, rest_s = 0, rule.cooldown_s
         else:
             sleeper.failures += 1
-            sleeper.failed = detail
+            sleeper.failed = True
             bound = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(sleeper.failures - 1, 16))
             rest_s = random.uniform(bound / 2, bound)
         sleeper.rest_until = now + rest_s
@@ -294,5 +297,6 @@ class Activation:
         log.log(logging.WARNING if detail else logging.INFO, "activation", extra={"event": event})
 
 
-def _no_endpoint(failure: Undeliverable, sleeper: _Sleeper) -> Undeliverable:
-    return Undeliverable(Reason.NO_ENDPOINT, f"{failure.detail}; waking it failed: {sleeper.failed}")
+def _no_endpoint(failure: Undeliverable) -> Undeliverable:
+    # What the trigger said is in our log; the other network, to which this goes, has no business with it.
+    return Undeliverable(Reason.NO_ENDPOINT, f"{failure.detail}; waking it failed")
