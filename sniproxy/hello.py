@@ -22,6 +22,9 @@ DEFAULT_MAX_HELLO_BYTES: Final = 65536
 MAX_RECORD: Final = 16384 + 256
 """Largest record length that TLS 1.3 has (section 5.2); a plaintext record is not above 16,384, but servers take it."""
 
+MAX_RECORD_HEADERS: Final = 65536
+"""Bytes of record headers in one ClientHello, of 13,107 records: far more than any client makes, and a bound on what is held."""
+
 _RECORD_HEADER: Final = 5
 _MESSAGE_HEADER: Final = 4
 _HANDSHAKE: Final = 22
@@ -91,7 +94,7 @@ class Hello:
 class HelloReader:
     """Reads the ClientHello at the start of a connection from bytes that arrive in any pieces.
 
-    It holds at most six bytes for each byte of `max_hello_bytes` (records of one byte) and the last piece fed.
+    It holds at most `max_hello_bytes` and MAX_RECORD_HEADERS bytes, a record, and the last piece fed.
     """
 
     __slots__ = ("_at", "_hello", "_max_hello_bytes", "_message", "_raw", "_record_left", "_refused", "_size")
@@ -151,6 +154,8 @@ class HelloReader:
                 if not left:
                     break
                 at += _RECORD_HEADER
+                if at - len(message) > MAX_RECORD_HEADERS:
+                    raise _bad(f"more than {MAX_RECORD_HEADERS} bytes of record headers")
                 continue
             piece = raw[at : at + left]
             message += piece

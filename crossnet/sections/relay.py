@@ -61,7 +61,7 @@ class RelaySection:
     """Load balancers that begin each connection with a PROXY header (v1 or v2); from anywhere else that is not TLS."""
     max_hello: Size = DEFAULT_MAX_HELLO_BYTES
     max_hello_held: Size = limits.DEFAULT_MAX_HELLO_HELD_BYTES
-    """Of all unfinished ClientHellos together."""
+    """Of all unfinished ClientHellos together, as they came: record headers, of which one hello may have 64 KiB, count."""
     max_streams: Count = relay.DEFAULT_MAX_STREAMS
     max_streams_per_client: Count = limits.DEFAULT_MAX_STREAMS_PER_CLIENT
     """By source address, an IPv6 client by its /64; 0 is no limit of its own."""

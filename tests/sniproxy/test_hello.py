@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sniproxy.alert import AlertDescription
-from sniproxy.hello import MAX_RECORD, Hello, HelloError, HelloReader, HelloReason, parse_client_hello
+from sniproxy.hello import (
+    MAX_RECORD,
+    MAX_RECORD_HEADERS,
+    Hello,
+    HelloError,
+    HelloReader,
+    HelloReason,
+    parse_client_hello,
+)
 from tests.sniproxy import hellos
 from tests.sniproxy.hellos import (
     BROKEN,
@@ -87,7 +95,7 @@ ROUTED = {
     "18 kB in two records": [records(grow(18_000, last=SNI), 9_000)],
     "23 kB, name past 14 kB": [records(message(padding(14_500), SNI, (99, bytes(8_000))))],
     "as large as may be": [records(grow(65_536 + 4, last=SNI))],
-    "as large as may be, records of one byte": [records(grow(65_536 + 4, last=SNI), 1)],
+    "13,107 records of one byte": [records(grow(13_107, last=SNI), 1)],
     **{f"record version {version:#06x}": [records(PLAIN, version=version)] for version in range(0x0300, 0x0305)},
     "client version 3.0": [records(message(SNI, version=0x0300))],
     "no session id": [records(message(SNI, session_id=b""))],
@@ -464,8 +472,17 @@ def test_work_is_linear_in_records_and_segments(fed_singly: bool) -> None:
 
 
 def test_bytes_held_are_bounded() -> None:
-    """The worst that may be held: 64 KiB in records of one byte, six for one."""
-    wire = records(grow(65_536 + 4, last=SNI), 1)
+    """The worst that is held: as many records as there may be, then the largest ones."""
+    most = MAX_RECORD_HEADERS // 5
+    whole = grow(65_536 + 4, last=SNI)
+    assert read(records(grow(most, last=SNI), 1)) is not None
+    wire = records_cut(whole, [*range(most - 4), *range(most - 4, len(whole), 16_384)])
+    assert read(wire) is not None
+    assert len(wire) < MAX_RECORD_HEADERS + len(whole)
+    wire = records(whole, 1)
     reader = HelloReader()
-    assert reader.feed(wire[:-1]) is None
-    assert len(reader.raw) < 6 * (65_536 + 4)
+    assert reader.feed(wire[: 6 * most + 4]) is None
+    with pytest.raises(HelloError, match="record headers") as refused:
+        reader.feed(wire[6 * most + 4 : 6 * most + 5])
+    assert refused.value.reason is BAD_HELLO
+    assert len(reader.raw) < MAX_RECORD_HEADERS + len(whole)
