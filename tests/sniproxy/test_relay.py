@@ -379,7 +379,7 @@ async def test_bulk_behind_the_hello_by_the_local_route() -> None:
     """Hello in records of one byte, and more behind it than a pipe holds: nothing overtakes what was read with the hello."""
     async with a_relay() as running:
         port = await running.serve(count)
-        data = records(message(server_name(name_of(port).encode()), padding(60_000)), 1) + os.urandom(3 << 20)
+        data = records(message(server_name(name_of(port).encode()), padding(12_500)), 1) + os.urandom(3 << 20)
         client = await running.connect()
         async with asyncio.TaskGroup() as group:
 
