@@ -41,6 +41,9 @@ DEFAULT_MAX_HELD_PER_SERVICE = 256
 LOOK_EVERY_S = 0.1
 """How often a service is tried while it is awaited: a port that begins to accept tells nobody."""
 
+MAX_RUNNING = 32
+"""Triggers at once: a crowd that wants all services of a network must not start a thousand processes. The others wait."""
+
 PAUSE_S = 0.01
 """Between two tries at least: a mesh that changes all the time must not have us dial all the time."""
 
@@ -114,6 +117,7 @@ class Activation:
         self.reconfigure(rules, max_held)
         self.group: asyncio.TaskGroup | None = None
         """Where triggers run: they outlive the streams that they are run for."""
+        self._slots = asyncio.Semaphore(MAX_RUNNING)
         self._sleepers: dict[str, _Sleeper] = {}
         self._held = 0
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -271,7 +275,9 @@ class Activation:
         started = loop.time()
         result, detail = "ok", ""
         try:
-            await fire(rule.trigger, service, self._network, timeout_s=rule.run_timeout_s)
+            async with self._slots:
+                started = loop.time()
+                await fire(rule.trigger, service, self._network, timeout_s=rule.run_timeout_s)
         except TriggerError as error:
             result, detail = "timeout" if error.timed_out else "failed", error.detail
         except Exception as error:  # one trigger's defect must not end the gateway

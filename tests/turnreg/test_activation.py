@@ -251,6 +251,26 @@ async def test_no_more_streams_are_held_than_there_is_room_for(tmp_path: Path, b
         await running.ended(3)
 
 
+async def test_no_more_triggers_run_at_once_than_are_good_for_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation, "MAX_RUNNING", 2)
+    names = [f"s{number}.shop.example" for number in range(6)]
+    wake = Command(("sh", "-c", f"echo begin >>{tmp_path}/runs; sleep 0.1; echo end >>{tmp_path}/runs"))
+    async with a_gateway(*(asleep(name=name) for name in names), activate=(rule(wake, timeout_s=2.0),)) as running:
+        visits = [await visit(running, f"{name}:8443") for name in names]
+        async with asyncio.timeout(20):
+            while runs(tmp_path).count("end") < len(names):
+                await asyncio.sleep(0.01)
+        for each in visits:
+            each.wire.close()
+    at_once = most = 0
+    for line in runs(tmp_path):
+        at_once += 1 if line == "begin" else -1
+        most = max(most, at_once)
+    assert most == 2
+
+
 @pytest.mark.parametrize("why", ["no rule", "address", "unknown service", "unknown port", "denied", "not allowed"])
 async def test_nothing_is_woken(tmp_path: Path, why: str) -> None:
     """For a service that nobody named, a place that is none, or a stream that may not go there anyway."""
