@@ -114,7 +114,6 @@ class Entry:
         self._ttls = [
             (place.fixed + 4 - message.body, min(place.ttl_s, ttl_s if place.rtype == Qtype.SOA else max_ttl_s))
             for place in message.places
-            if place.section != Section.ADDITIONAL
         ]
         bits = key[-1]
         flags = QR | RD | message.flags & (RA | 0xF) | bits << 4 & CD
@@ -328,7 +327,7 @@ class Cache:
         """How long an answer holds in whole seconds; 0: it is not to be kept."""
         if message.flags & TC or message.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
             return 0
-        held = [place.ttl_s for place in message.places if place.section != Section.ADDITIONAL]
+        held = [place.ttl_s for place in message.places]
         if not held:
             return 0
         if message.rcode == Rcode.NOERROR and message.has_data(qtype):

@@ -33,7 +33,7 @@ _STALE = {
 class Heard:
     """What upstream said, as the reply to the question that was asked, of any length."""
 
-    __slots__ = ("bindings", "entry", "glue", "outcome", "targets", "wire")
+    __slots__ = ("bindings", "entry", "outcome", "targets", "wire")
 
     def __init__(
         self,
@@ -43,18 +43,16 @@ class Heard:
         *,
         targets: tuple[bytes, ...] = (),
         bindings: tuple[bytes, ...] = (),
-        glue: tuple[bytes, ...] = (),
     ) -> None:
         """Note the reply, where it is from, its entry if it can be used again, and the names that it leads to.
 
-        `targets`, `bindings` and `glue` are those of the Message.
+        `targets` and `bindings` are those of the Message.
         """
         self.wire = wire
         self.outcome = outcome
         self.entry = entry
         self.targets = targets
         self.bindings = bindings
-        self.glue = glue
 
 
 Done: TypeAlias = Callable[[Heard | Failure], None]
@@ -188,7 +186,6 @@ class Foreign:
                 entry,
                 targets=message.targets,
                 bindings=message.bindings,
-                glue=message.glue(),
             )
         except Malformed:
             if int.from_bytes(result[2:4], "big") & TC:  # it was cut somewhere, and what is left does not matter

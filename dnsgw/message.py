@@ -3,6 +3,10 @@
 One walk over the records finds all that is needed; names are followed through compression only where a name must be known.
 Pointers are followed backwards only and names end at 255 bytes, so that no message makes this loop or grow.
 
+What does not belong to the question is left out, as if it had not been sent (RFC 2181 section 5.4.1, RFC 5452 section 6):
+answers to another name than the one asked for or those that its aliases lead to, or of another type; in the authority section
+whatever is no zone that one of these names is in, and no proof that something is not there; the additional section but for OPT.
+
 Sans-IO. The one error is Malformed.
 """
 
@@ -17,6 +21,7 @@ from dnsgw.wire import (
     HEADER,
     HEADER_SIZE,
     MAX_LABEL,
+    MAX_TCP_REPLY,
     MAX_WIRE_NAME,
     Qtype,
     Query,
@@ -26,6 +31,7 @@ from dnsgw.wire import (
 )
 
 MAX_CHAIN = 16  # aliases from one name to another that are followed; unbound takes 11, BIND 16
+MAX_OWNERS = 64  # names that records of one message may have, besides the one asked for: a chain, a zone, some proofs
 
 _FIXED = struct.Struct("!HHIH")  # type, class, TTL, RDLENGTH
 _OPTION = struct.Struct("!HH")
@@ -33,8 +39,14 @@ _EXTENDED_ERROR = 15
 _SERVFAIL = 2
 
 _CNAME = 5
-_ONE_NAME = frozenset({2, 3, 4, _CNAME, 7, 8, 9, 12})  # types whose data is a name that may be compressed (RFC 1035)
-_LEADING = frozenset({Qtype.A, Qtype.AAAA, Qtype.SVCB, Qtype.HTTPS})
+_DNAME = 39
+_RRSIG = 46
+_ZONES = frozenset({2, Qtype.SOA, 43})  # NS, SOA and DS, of a zone that the name is in, or of its parent
+_PROOFS = frozenset({_RRSIG, 47, 50})  # with NSEC and NSEC3; whoever looks at them checks what they are about
+_WITH_ALL = frozenset({_CNAME, _DNAME, _RRSIG})  # what may come with an answer of any type
+_DNAME_COVERED = b"\0\x27"
+_ONE_NAME = frozenset({2, 3, 4, _CNAME, 7, 8, 9, 12, _DNAME})  # types whose data is a name that may be compressed
+_NAME_BEHIND = {15: 2, 18: 2, 21: 2, 33: 6, 36: 2}  # or ends in one: MX, AFSDB, RT, SRV, KX (RFC 3597 section 4)
 _TTL_SIGN = 0x80000000
 _POINTER = 0xC0
 
@@ -72,6 +84,7 @@ class Message:
     """A reply, read once. Raises Malformed."""
 
     __slots__ = (
+        "_names",
         "answers",
         "authorities",
         "bindings",
@@ -80,16 +93,29 @@ class Message:
         "flags",
         "opt",
         "places",
+        "qtype",
         "question",
         "records_stop",
-        "stop",
         "targets",
     )
 
     def __init__(self, data: bytes) -> None:
         """Find every record. A reply cut short (TC) must still hold the records that it counts."""
+        odd, aliased, bound = self._walk(data)
+        self.targets = self._targets() if aliased else ()
+        """The names that aliases lead to from the name asked for, in order, lower-cased."""
+        if odd:
+            kept = self._belonging()
+            if len(kept) != len(self.places):
+                self._walk(self._with_only(kept))
+        self.bindings = self._bindings() if bound else ()
+        """The names that service bindings lead to with addresses or ways of their own (RFC 9460 ServiceMode), lower-cased."""
+
+    def _walk(self, data: bytes) -> tuple[bool, bool, bool]:
+        """Find every record of these bytes, and whether one may not belong here, is an alias, or a service binding."""
         self.data = data
-        aliased = bound = False
+        self._names: dict[int, bytes] = {}
+        odd = aliased = bound = False
         try:
             _, self.flags, questions, self.answers, self.authorities, extras = HEADER.unpack_from(data)
             position = HEADER_SIZE
@@ -97,6 +123,9 @@ class Message:
                 position = _skip_name(data, position) + 4
             self.body = position
             """Where the records begin."""
+            self.question = data[HEADER_SIZE:position]
+            self.qtype = int.from_bytes(self.question[-4:-2], "big")
+            qtype = self.qtype
             self.places: list[Place] = []
             self.opt: Place | None = None
             self.records_stop = position
@@ -107,34 +136,90 @@ class Message:
                 for _ in range(count):
                     owner = position
                     # Most owners are a pointer to the name asked for.
-                    fixed = position + 2 if data[position] >= _POINTER else _skip_name(data, position)
+                    if data[position] == _POINTER and data[position + 1] == HEADER_SIZE:
+                        fixed = position + 2
+                    else:
+                        fixed = _skip_name(data, position)
+                        odd = True
                     rtype, rclass, ttl_s, length = _FIXED.unpack_from(data, fixed)
                     start = fixed + 10
                     position = start + length
                     if position > size:
                         raise Malformed("a record goes on behind the end")
-                    if rtype == 41 and section == 2 and self.opt is None:  # Qtype.OPT, Section.ADDITIONAL
-                        self.opt = Place(section, owner, rtype, rclass, fixed, ttl_s, start, position)
+                    if section == 2:  # Section.ADDITIONAL
+                        if rtype == 41 and self.opt is None:  # Qtype.OPT
+                            self.opt = Place(section, owner, rtype, rclass, fixed, ttl_s, start, position)
                         continue
                     if ttl_s & _TTL_SIGN:
                         ttl_s = 0  # RFC 2181 section 8
                     self.places.append(Place(section, owner, rtype, rclass, fixed, ttl_s, start, position))
                     if rtype == _CNAME:
                         aliased = True
-                    elif 64 <= rtype <= 65:  # Qtype.SVCB, Qtype.HTTPS
+                    elif rtype != qtype or section or rclass != CLASS_IN:
+                        odd = True
+                    if 64 <= rtype <= 65:  # Qtype.SVCB, Qtype.HTTPS
                         bound = True
                 if section == 1:
                     self.records_stop = position
                 section += 1
-            self.stop = position
-            """Where the records end; what comes behind is nothing."""
         except (IndexError, struct.error) as error:
             raise Malformed("a record is cut short") from error
-        self.question = data[HEADER_SIZE : self.body]
-        self.targets = self._targets() if aliased else ()
-        """The names that aliases lead to from the name asked for, in order, lower-cased."""
-        self.bindings = self._bindings() if bound else ()
-        """The names that service bindings lead to with addresses or ways of their own (RFC 9460 ServiceMode), lower-cased."""
+        return odd, aliased, bound
+
+    def _owner(self, place: Place) -> bytes:
+        """Whose record it is, lower-cased. Raises Malformed, for so many names too that nobody has any use for them."""
+        position = place.owner
+        if self.data[position] >= _POINTER:
+            position = (self.data[position] & 0x3F) << 8 | self.data[position + 1]
+        name = self._names.get(position)
+        if name is None:
+            if len(self._names) >= MAX_OWNERS:
+                raise Malformed("records of too many names")
+            name = self._names[position] = name_at(self.data, place.owner).lower()
+        return name
+
+    def _belonging(self) -> list[Place]:
+        """The records that belong to the question. Raises Malformed when there are answers and none of them does."""
+        names = {self.question[:-4].lower(), *self.targets}
+        zones: set[bytes] = set()
+        if len(self.places) > self.answers or any(place.rtype == _DNAME for place in self.places):
+            for name in names:
+                zones.update(_enclosing(name))
+        kept = []
+        for place in self.places:
+            rtype = place.rtype
+            if place.rclass != CLASS_IN:
+                continue
+            if place.section == Section.AUTHORITY:
+                if rtype in _PROOFS or (rtype in _ZONES and self._owner(place) in zones):
+                    kept.append(place)
+            elif self._owner(place) in names:
+                if rtype == self.qtype or rtype in _WITH_ALL or self.qtype == Qtype.ANY:
+                    kept.append(place)
+            # The alias of a zone that the name is in, beside which stands the CNAME that is made of it (RFC 6672).
+            elif self._owner(place) in zones and (rtype == _DNAME or self._covers_dname(place)):
+                kept.append(place)
+        if self.answers and (not kept or kept[0].section != Section.ANSWER):
+            raise Malformed("no answer is one to the question")
+        return kept
+
+    def _covers_dname(self, place: Place) -> bool:
+        return place.rtype == _RRSIG and self.data[place.start : place.start + 2] == _DNAME_COVERED
+
+    def _with_only(self, kept: list[Place]) -> bytes:
+        """The message without its other records. Raises Malformed."""
+        parts = [self.question]
+        left = MAX_TCP_REPLY - HEADER_SIZE - len(self.question)
+        for place in kept:
+            parts.append(self.standalone(place))
+            left -= len(parts[-1])
+            if left < 0:
+                raise Malformed("it is too long without compression")
+        answers = sum(place.section == Section.ANSWER for place in kept)
+        if self.opt is not None:
+            parts.append(self.data[self.opt.owner : self.opt.stop])
+        head = HEADER.pack(0, self.flags, 1, answers, len(kept) - answers, self.opt is not None)
+        return head + b"".join(parts)
 
     @property
     def rcode(self) -> int:
@@ -160,15 +245,17 @@ class Message:
         return b"".join(kept)
 
     def _targets(self) -> tuple[bytes, ...]:
-        aliases = {
-            name_at(self.data, place.owner).lower(): name_at(self.data, place.start, place.stop).lower()
-            for place in self.places
-            if place.rtype == _CNAME and place.section == Section.ANSWER and place.rclass == CLASS_IN
-        }
+        aliases: dict[bytes, Place] = {}
+        for place in self.places:
+            if place.rtype == _CNAME and place.section == Section.ANSWER and place.rclass == CLASS_IN:
+                aliases.setdefault(self._owner(place), place)
         found: list[bytes] = []
         name = self.question[:-4].lower()
-        while name in aliases and len(found) < MAX_CHAIN:
-            name = aliases.pop(name)
+        while name in aliases:
+            if len(found) >= MAX_CHAIN:
+                raise Malformed("a chain of too many aliases")
+            place = aliases.pop(name)
+            name = name_at(self.data, place.start, place.stop).lower()
             found.append(name)
         return tuple(found)
 
@@ -181,14 +268,6 @@ class Message:
                 if target != b"\0" and any(self.data[place.start : place.start + 2]):
                     found[target.lower()] = None
         return tuple(found)
-
-    def glue(self) -> tuple[bytes, ...]:
-        """The names, lower-cased, that the additional section says something of that leads to a host. Raises Malformed."""
-        if len(self.places) == self.answers + self.authorities:
-            return ()
-        extra = (place for place in self.places if place.section == Section.ADDITIONAL and place.rtype in _LEADING)
-        names = (name_at(self.data, place.owner).lower() for place in extra)
-        return tuple(dict.fromkeys(names))
 
     def as_reply(self, query: Query, options: bytes = b"") -> bytes:
         """Write it as the reply to this question: the client's id and spelling, and an OPT that is ours if it has one.
@@ -203,15 +282,8 @@ class Message:
         rcode = self.rcode
         if rcode > 0xF and query.edns is None:
             flags = flags & ~0xF | _SERVFAIL
-        stop = self.stop
-        extras = len(self.places) - self.answers - self.authorities
-        if self.opt is not None:
-            if self.opt.stop == stop:
-                stop = self.opt.owner
-            else:
-                stop, extras = self.records_stop, 0  # what comes behind OPT may point before it: leave all of it out
-        head = HEADER.pack(query.id, flags, 1, self.answers, self.authorities, extras + (query.edns is not None))
-        whole = head + query.question + self.data[self.body : stop]
+        head = HEADER.pack(query.id, flags, 1, self.answers, self.authorities, query.edns is not None)
+        whole = head + query.question + self.data[self.body : self.records_stop]
         if query.edns is not None:
             whole += opt_record(do=query.edns.do, rcode=rcode, options=self.extended_errors + options)
         return whole
@@ -249,8 +321,9 @@ class Message:
                 second_at = _skip_name(data, place.start)
                 second = name_at(data, second_at, place.stop)
                 rdata = first + second + data[_skip_name(data, second_at) : place.stop]
-            case 15:  # MX
-                rdata = data[place.start : place.start + 2] + name_at(data, place.start + 2, place.stop)
+            case rtype if rtype in _NAME_BEHIND:
+                name_start = place.start + _NAME_BEHIND[rtype]
+                rdata = data[place.start : name_start] + name_at(data, name_start, place.stop)
             case _:
                 rdata = data[place.start : place.stop]  # RFC 3597 section 4: not compressed in newer types
         return record(owner, place.rtype, place.ttl_s, rdata)
@@ -271,13 +344,6 @@ def joined(query: Query, chain: Message, count: int, end: Message) -> bytes:
     return b"".join((head, query.question, *records, *answers, *authorities, opt))
 
 
-def bare(reply: bytes) -> bytes:
-    """The reply without its additional section, but for OPT. Raises Malformed."""
-    message = Message(reply)
-    opt = reply[message.opt.owner : message.opt.stop] if message.opt else b""
-    return reply[: HEADER_SIZE - 2] + bytes((0, bool(opt))) + reply[HEADER_SIZE : message.records_stop] + opt
-
-
 def retargeted(query: Query, name: bytes) -> Query:
     """The same question about another name in wire form. Raises Malformed."""
     labels = []
@@ -295,6 +361,15 @@ def retargeted(query: Query, name: bytes) -> Query:
         qtype=query.qtype,
         edns=query.edns,
     )
+
+
+def _enclosing(name: bytes) -> Iterator[bytes]:
+    """A name and all that it lies under, the root too."""
+    position = 0
+    while length := name[position]:
+        yield name[position:]
+        position += length + 1
+    yield b"\0"
 
 
 def name_at(data: bytes, position: int, stop: int | None = None) -> bytes:

@@ -23,7 +23,7 @@ from dnsgw.exchange import Failure
 from dnsgw.foreign import Foreign, Heard
 from dnsgw.forward import Forwarder
 from dnsgw.intercept import NOT_READY, Disposition
-from dnsgw.message import Malformed, Message, bare, joined, retargeted
+from dnsgw.message import Malformed, Message, joined, retargeted
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.moves import moved
 from dnsgw.pairs import Pairs
@@ -277,8 +277,6 @@ class Resolver:
             if key is not None and self._table.decide(asked.query) is Disposition.FORWARD:
                 self._cache.heat(key, result.entry)
         wire = result.wire
-        if result.glue and any(self._decide_on(asked, name) is not Disposition.FORWARD for name in result.glue):
-            wire = bare(wire)
         asked.send(wire if len(wire) <= asked.limit else truncate(wire, asked.query), asked.where)
 
     def _decide_on(self, asked: Asked, name: bytes) -> Answer | Disposition:

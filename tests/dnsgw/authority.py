@@ -103,7 +103,8 @@ class Authority:
             if not any(known == name or known.endswith("." + name) for known, _ in self.records):
                 reply.set_rcode(dns.rcode.NXDOMAIN)
             soa = "ns.test. admin.test. 1 2 3 4 60"
-            reply.authority.append(dns.rrset.from_text("test.", 60, "IN", "SOA", soa))
+            zone = name.rpartition(".")[2] + "."
+            reply.authority.append(dns.rrset.from_text(zone, 60, "IN", "SOA", soa))
         limit = 65535 if tcp else max(512, query.payload) if query.edns >= 0 else 512
         wire = reply.to_wire(max_size=65535)
         return wire if len(wire) <= limit else self._truncated(reply)

@@ -3,11 +3,13 @@
 import dns.flags
 import dns.message
 import dns.rcode
+import dns.rdatatype
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnsgw.message import Malformed, Message, bare, joined, name_at, retargeted, with_option
+from dnsgw.cache import Cache, CacheConfig, key_of
+from dnsgw.message import MAX_CHAIN, MAX_OWNERS, Malformed, Message, joined, name_at, retargeted, with_option
 from dnsgw.wire import ExtendedError, extended_error, scan
 from tests.dnsgw.packets import AD, RD, header, name, opt, option, query, question
 
@@ -48,7 +50,7 @@ def test_a_reply_is_the_clients_and_opt_is_ours() -> None:
     reply = Message(wire()).as_reply(ASKED, extended_error(ExtendedError.OTHER, "x"))
     message = dns.message.from_wire(reply)
     assert reply[12:30] == ASKED.question[:18]
-    assert [len(section) for section in (message.answer, message.authority, message.additional)] == [3, 1, 1]
+    assert [len(section) for section in (message.answer, message.authority, message.additional)] == [3, 1, 0]
     assert message.flags & dns.flags.AD
     assert message.ednsflags & dns.flags.DO
     plain = dns.message.from_wire(Message(wire()).as_reply(scan(query("www.example.test"))))
@@ -125,7 +127,7 @@ www.example.test. IN HTTPS
 ;ANSWER
 www.example.test. 60 IN HTTPS 1 A.svc.mesh.INTERNAL. ipv4hint=10.1.0.5
 www.example.test. 60 IN HTTPS 2 a.svc.mesh.internal. alpn=h3
-www.example.test. 60 IN SVCB 3 b.svc.mesh.internal. port=1
+www.example.test. 60 IN HTTPS 3 b.svc.mesh.internal. port=1
 www.example.test. 60 IN HTTPS 4 . ipv4hint=10.1.0.5
 ;AUTHORITY
 example.test. 60 IN HTTPS 1 other.test.
@@ -139,8 +141,7 @@ b.svc.mesh.internal. 60 IN TXT x
 def test_where_bindings_lead_and_what_comes_along() -> None:
     message = Message(wire(BINDINGS))
     assert set(message.bindings) == {name("a.svc.mesh.internal"), name("b.svc.mesh.internal")}
-    assert message.glue() == (name("a.svc.mesh.internal"),)
-    aliases = BINDINGS.replace("SVCB 3 b.svc.mesh.internal. port=1", "SVCB 0 b.svc.mesh.internal.")
+    aliases = BINDINGS.replace("HTTPS 3 b.svc.mesh.internal. port=1", "HTTPS 0 b.svc.mesh.internal.")
     assert Message(wire(aliases)).bindings == (name("a.svc.mesh.internal"),)
     assert Message(wire()).bindings == ()
     for end in (b"", b"\0", b"\0\1", b"\0\1\3abc", b"\0\1\xc0"):
@@ -149,12 +150,162 @@ def test_where_bindings_lead_and_what_comes_along() -> None:
             Message(packet + b"\xc0\x0c\0\x41\0\1\0\0\0\1" + len(end).to_bytes(2, "big") + end)
 
 
-@pytest.mark.parametrize("edns", ["", "edns 0\npayload 1232\n"])
-def test_what_comes_along_can_be_left_out(edns: str) -> None:
-    text = BINDINGS.replace(";QUESTION", edns + ";QUESTION")
-    left = dns.message.from_wire(bare(wire(text)))
-    whole = dns.message.from_text(text[: text.index(";ADDITIONAL")])
-    assert sorted(left.to_text().splitlines()) == sorted(whole.to_text().splitlines())
+# What does not belong to the question.
+
+LIES = """id 1
+flags QR RD RA
+edns 0
+;QUESTION
+www.example.test. IN A
+;ANSWER
+WWW.example.test. 300 IN CNAME a.example.test.
+bank.test. 300 IN A 192.0.2.66
+www.example.test. 300 IN TXT "x"
+a.example.test. 300 IN A 192.0.2.1
+a.example.test. 300 IN A 192.0.2.2
+a.example.test. 300 IN AAAA 2001:db8::66
+b.a.example.test. 300 IN A 192.0.2.66
+example.test. 300 IN A 192.0.2.66
+bank.test. 300 IN CNAME a.example.test.
+a.example.test. 300 IN RRSIG A 8 3 300 20300101000000 20200101000000 1 example.test. AAAA
+bank.test. 300 IN RRSIG A 8 3 300 20300101000000 20200101000000 1 bank.test. AAAA
+;AUTHORITY
+example.test. 60 IN NS ns.example.test.
+www.example.test. 60 IN NS ns.example.test.
+test. 60 IN NS ns.test.
+. 60 IN NS ns.test.
+le.test. 60 IN NS ns.bank.test.
+bank.test. 60 IN NS ns.bank.test.
+c.www.example.test. 60 IN NS ns.bank.test.
+www.example.test. 60 IN A 192.0.2.66
+example.test. 60 IN SOA ns.example.test. admin.example.test. 1 2 3 4 5
+bank.test. 60 IN SOA ns.bank.test. admin.bank.test. 1 2 3 4 5
+example.test. 60 IN DS 1 8 1 0000000000000000000000000000000000000000
+z.example.test. 60 IN NSEC zz.example.test. A
+;ADDITIONAL
+ns.example.test. 60 IN A 192.0.2.66
+bank.test. 60 IN A 192.0.2.66
+"""
+
+
+def test_what_does_not_belong_to_the_question_is_left_out() -> None:
+    reply = dns.message.from_wire(Message(wire(LIES)).as_reply(ASKED))
+    assert sorted(line.lower() for item in reply.answer for line in str(item).splitlines()) == [
+        "a.example.test. 300 in a 192.0.2.1",
+        "a.example.test. 300 in a 192.0.2.2",
+        "a.example.test. 300 in rrsig a 8 3 300 20300101000000 20200101000000 1 example.test. aaaa",
+        "www.example.test. 300 in cname a.example.test.",
+    ]
+    owners = sorted((item.name.to_text().lower(), dns.rdatatype.to_text(item.rdtype)) for item in reply.authority)
+    assert owners == [
+        (".", "NS"),
+        ("example.test.", "DS"),
+        ("example.test.", "NS"),
+        ("example.test.", "SOA"),
+        ("test.", "NS"),
+        ("www.example.test.", "NS"),
+        ("z.example.test.", "NSEC"),
+    ]
+    assert reply.additional == []
+    assert "192.0.2.66" not in str(reply)
+
+
+def test_it_is_not_kept_either() -> None:
+    asked = scan(query("www.example.test", edns=opt(do=True)))
+    key = key_of(asked)
+    assert key is not None
+    cache = Cache(CacheConfig())
+    entry = cache.put(asked, key, Message(wire(LIES)), 0.0)
+    assert entry is not None
+    kept = dns.message.from_wire(entry.reply(b"\0\1", asked.question, edns=True, now=1.0))
+    assert "192.0.2.66" not in str(kept)
+    assert "192.0.2.1" in str(kept)
+
+
+def test_what_belongs_is_left_as_it_came() -> None:
+    for text in (CHAIN, BINDINGS):
+        data = wire(text.split(";AUTHORITY")[0])
+        assert Message(data).data is data
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["bank.test. 1 IN A 192.0.2.66", "www.example.test. 1 IN AAAA 2001:db8::66"],
+)
+def test_an_answer_of_nothing_but_something_else_is_none(answer: str) -> None:
+    soa = ";AUTHORITY\nexample.test. 60 IN SOA ns.example.test. admin.example.test. 1 2 3 4 5\n"
+    for more in ("", soa):
+        with pytest.raises(Malformed):
+            Message(wire(f"id 1\nflags QR\n;QUESTION\nwww.example.test. IN A\n;ANSWER\n{answer}\n{more}"))
+
+
+def test_other_classes_are_not_asked_for() -> None:
+    good = b"\xc0\x0c" + bytes.fromhex("0001 0001 00000001 0004 c0000201")
+    for rclass in (0, 3, 4, 254, 255):
+        other = good[:4] + rclass.to_bytes(2, "big") + good[6:-1] + b"\x42"
+        packet = header(1, 0x8180, (1, 2, 0, 0)) + question("www.example.test") + other + good
+        reply = dns.message.from_wire(Message(packet).as_reply(ASKED))
+        assert [str(item) for item in reply.answer] == ["www.example.test. 1 IN A 192.0.2.1"]
+
+
+def test_any_is_any_type_of_the_name() -> None:
+    text = LIES.replace("www.example.test. IN A\n;ANSWER", "a.example.test. IN ANY\n;ANSWER")
+    reply = dns.message.from_wire(Message(wire(text)).as_reply(scan(query("a.example.test", 255))))
+    assert {str(item.name) for item in reply.answer} == {"a.example.test."}
+    assert {dns.rdatatype.to_text(item.rdtype) for item in reply.answer} == {"A", "AAAA", "RRSIG"}
+
+
+def test_the_alias_of_a_zone_stays_beside_what_is_made_of_it() -> None:
+    text = """id 1
+flags QR
+;QUESTION
+a.old.test. IN A
+;ANSWER
+old.test. 9 IN DNAME new.test.
+old.test. 9 IN RRSIG DNAME 8 3 300 20300101000000 20200101000000 1 old.test. AAAA
+a.old.test. 9 IN CNAME a.new.test.
+a.new.test. 9 IN A 192.0.2.1
+"""
+    asked = scan(query("a.old.test"))
+    assert len(dns.message.from_wire(Message(wire(text)).as_reply(asked)).answer) == 4
+    more = (
+        text
+        + "bank.test. 9 IN DNAME new.test.\nold.test. 9 IN RRSIG A 8 3 300 20300101000000 20200101000000 1 o. AAAA\n"
+    )
+    kept = dns.message.from_wire(Message(wire(more)).as_reply(asked)).answer
+    assert [str(item.name) for item in kept] == ["old.test.", "old.test.", "a.old.test.", "a.new.test."]
+
+
+def test_a_chain_without_an_end_is_none() -> None:
+    def chain(count: int) -> bytes:
+        links = "".join(f"n{n}.test. 1 IN CNAME n{n + 1}.test.\n" for n in range(count))
+        return wire(f"id 1\nflags QR\n;QUESTION\nn0.test. IN A\n;ANSWER\n{links}n{count}.test. 1 IN A 192.0.2.1\n")
+
+    message = Message(chain(MAX_CHAIN))
+    assert len(message.targets) == MAX_CHAIN
+    assert message.has_data(1)
+    with pytest.raises(Malformed):
+        Message(chain(MAX_CHAIN + 1))
+
+
+def test_a_message_full_of_long_names_takes_no_long_work() -> None:
+    """65,535 bytes whose every record has a name of 127 labels, of its own or not, are looked at in part only."""
+    asked = b"\1a" * 127 + b"\0"
+    head = question(asked)
+    for owner in (lambda n: b"\1b" + b"\xc0\x0e", lambda n: b"\xc0" + bytes((14 + 2 * (n % 100),))):
+        record = [owner(n) + bytes.fromhex("0005 0001 00000001 0002 c00c") for n in range(4000)]
+        packet = header(1, 0x8180, (1, len(record), 0, 0)) + head + b"".join(record)
+        names: list[int] = []
+
+        def counted(data: bytes, position: int, stop: int | None = None, *, names: list[int] = names) -> bytes:
+            names.append(position)
+            return name_at(data, position, stop)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dnsgw.message.name_at", counted)
+            with pytest.raises(Malformed):
+                Message(packet)
+        assert len(names) <= 2 * MAX_OWNERS
 
 
 def test_a_question_about_another_name() -> None:
@@ -195,15 +346,13 @@ def test_a_name_must_end_where_its_record_does() -> None:
         name_at(b"\0" * 12 + b"\1a\1b\0", 12, 15)
 
 
-@given(st.sampled_from([CHAIN, BINDINGS]), st.integers(0, 300), st.binary(max_size=12), st.integers(0, 12))
+@given(st.sampled_from([CHAIN, BINDINGS, LIES]), st.integers(0, 900), st.binary(max_size=12), st.integers(0, 12))
 def test_a_spoilt_reply_is_read_or_malformed(text: str, at: int, spoilt: bytes, skip: int) -> None:
     data = wire(text)
     data = data[:at] + spoilt + data[at + skip :]
     try:
         message = Message(data)
         message.as_reply(ASKED)
-        message.glue()
-        bare(data)
         joined(ASKED, message, len(message.targets), message)
     except Malformed:
         pass
