@@ -402,6 +402,7 @@ ServicePattern: TypeAlias = Annotated[
 ]
 Argument: TypeAlias = Annotated[str, Leaf("a program or an argument, as text", _argument)]
 Url: TypeAlias = Annotated[str, Leaf("https://HOST[:PORT]/PATH", _url)]
-Method: TypeAlias = Annotated[Literal["GET", "POST", "PUT"], _word("GET", "POST", "PUT")]
+Method: TypeAlias = Annotated[Literal["GET", "POST", "PUT", "PATCH"], _word("GET", "POST", "PUT", "PATCH")]
+ContentType: TypeAlias = Annotated[str, Leaf("a media type", _matching(r"[a-z0-9.+-]{1,80}/[a-z0-9.+-]{1,80}"))]
 RuleAction: TypeAlias = Annotated[Literal["allow", "deny"], _word("allow", "deny")]
 KeyFile: TypeAlias = Annotated[Secret, Leaf("a file with 64 hexadecimal digits", _hex_key)]

@@ -45,6 +45,9 @@ class HttpCall:
 
     url: str
     method: str = "POST"
+    body: str = ""
+    content_type: str = "application/json"
+    """Of the body, if there is one."""
     ca: Path | None = None
     """Verifies the server; the system's authorities by default."""
     token: str | None = field(default=None, repr=False)
@@ -129,6 +132,9 @@ async def _ended(process: asyncio.subprocess.Process) -> int:
 
 
 async def _call(call: HttpCall, headers: dict[str, str]) -> None:
+    body = call.body.encode() or None
+    if body is not None:
+        headers["Content-Type"] = call.content_type
     if call.token is not None:
         headers["Authorization"] = f"Bearer {call.token}"
     try:
@@ -136,7 +142,7 @@ async def _call(call: HttpCall, headers: dict[str, str]) -> None:
         context = await asyncio.to_thread(ssl.create_default_context, cafile=call.ca)
         async with (
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context), auto_decompress=False) as session,
-            session.request(call.method, call.url, headers=headers, allow_redirects=False) as answer,
+            session.request(call.method, call.url, headers=headers, data=body, allow_redirects=False) as answer,
         ):
             if not 200 <= answer.status < 300:
                 said = await answer.content.read(MAX_SAID)

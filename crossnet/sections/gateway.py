@@ -10,6 +10,7 @@ from crossnet.scalars import (
     Argument,
     Boolean,
     Cidr,
+    ContentType,
     Count,
     Duration,
     Endpoint,
@@ -35,7 +36,7 @@ from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
 from turnreg import activation, gateway
 from turnreg.activation import ActivationRule
 from turnreg.settings import DEFAULT_REPLICAS
-from turnreg.trigger import Command, HttpCall
+from turnreg.trigger import Command, HttpCall, Trigger
 
 MAX_ACTIVATION_RULES = 256
 MAX_ITEMS = 256
@@ -77,6 +78,8 @@ class ActivateSection:
     url: Url | None = None
     """Called with the headers Crossnet-Service and Crossnet-Network."""
     method: Method = "POST"
+    body: Argument | None = None
+    content_type: ContentType = "application/json"
     ca: ExistingFile | None = None
     """Verifies the URL's server; the system's authorities by default."""
     token: SecretFile | None = None
@@ -90,24 +93,33 @@ class ActivateSection:
 
     def as_rule(self) -> ActivationRule:
         """The rule as the gateway has it."""
-        token = None if self.token is None else self.token.text
         return ActivationRule(
             names=self.names,
-            trigger=Command(self.command)
-            if self.url is None
-            else HttpCall(url=self.url, method=self.method, ca=self.ca, token=token),
+            trigger=self._trigger(),
             timeout_s=self.timeout_s,
             run_timeout_s=self.run_timeout_s,
             cooldown_s=self.cooldown_s,
             max_held=self.max_held,
         )
 
-    @rule("command", "url", "ca", "token")
+    def _trigger(self) -> Trigger:
+        if self.url is None:
+            return Command(self.command)
+        return HttpCall(
+            url=self.url,
+            method=self.method,
+            body=self.body or "",
+            content_type=self.content_type,
+            ca=self.ca,
+            token=None if self.token is None else self.token.text,
+        )
+
+    @rule("command", "url", "body", "ca", "token")
     def _one_way(self) -> Iterator[Fault]:
         if bool(self.command) == (self.url is not None):
             yield Fault("", "one of command and url", "both" if self.command else "none")
         elif self.url is None:
-            for name, given in (("ca", self.ca), ("token", self.token)):
+            for name, given in (("body", self.body), ("ca", self.ca), ("token", self.token)):
                 if given is not None:
                     yield Fault(f".{name}", "nothing, since a command is run", "a value")
 

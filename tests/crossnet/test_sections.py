@@ -99,7 +99,7 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     rules = (
         "[{names: ['*.shop.example', pay.example], command: [/bin/wake, --now], timeout: 3s},"
-        " {names: '**.example', url: 'https://scaler.example/wake', method: PUT, token: {file: token}, max_held: 7}]"
+        " {names: '**.example', url: 'https://scaler.example/wake', method: PATCH, body: '{}', token: {file: token}, max_held: 7}]"
     )
     path.write_text(ACTIVATE.format(insecure="false", rules=rules))
     read = load(path)
@@ -111,7 +111,7 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
     assert [name.matches("orders.shop.example") for name in command.names] == [True, False]
     assert command.trigger == Command(("/bin/wake", "--now"))
     assert (command.timeout_s, command.cooldown_s, command.max_held) == (3.0, 30.0, 256)
-    assert call.trigger == HttpCall(url="https://scaler.example/wake", method="PUT", token="secret")
+    assert call.trigger == HttpCall(url="https://scaler.example/wake", method="PATCH", body="{}", token="secret")
     assert (call.timeout_s, call.max_held) == (8.0, 7)
 
 
@@ -135,8 +135,11 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
             ],
         ),
         (
-            "[{names: a.b, command: [x], ca: x.yaml}]",
-            ["$.gateway.activate[0].ca: expected nothing, since a command is run, got a value"],
+            "[{names: a.b, command: [x], ca: x.yaml, body: x}]",
+            [
+                "$.gateway.activate[0].body: expected nothing, since a command is run, got a value",
+                "$.gateway.activate[0].ca: expected nothing, since a command is run, got a value",
+            ],
         ),
         (
             "[{names: [orders, Big.name], command: ['', 7]}, {names: a.b, url: 'ftp://h/', method: DELETE}]",
@@ -152,7 +155,7 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
                 "$.gateway.activate[0].command[0]: expected a program or an argument, as text, got ''",
                 "$.gateway.activate[0].command[1]: expected a program or an argument, as text, got 7",
                 "$.gateway.activate[1].url: expected https://HOST[:PORT]/PATH, got 'ftp://h/'",
-                "$.gateway.activate[1].method: expected GET or POST or PUT, got 'DELETE'",
+                "$.gateway.activate[1].method: expected GET or POST or PUT or PATCH, got 'DELETE'",
             ],
         ),
         (

@@ -126,6 +126,7 @@ async def scaler(folder: Path) -> AsyncIterator[tuple[str, Path, list[web.Reques
 
     async def answer(request: web.Request) -> web.StreamResponse:
         asked.append(request)
+        await request.read()
         match request.path:
             case "/moved":
                 return web.Response(status=307, headers={"Location": "/ok"})
