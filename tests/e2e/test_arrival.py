@@ -127,6 +127,37 @@ async def test_the_address_in_the_header_is_the_one_that_must_be_allowed() -> No
         client.close()
 
 
+@pytest.mark.parametrize(
+    ("source", "served"),
+    [
+        ("10.1.2.3", True),
+        ("172.31.255.255", True),
+        ("192.168.0.1", True),
+        ("100.64.0.1", True),
+        ("fd00::1", True),
+        ("::1", True),
+        ("8.8.8.8", False),
+        ("172.32.0.0", False),
+        ("100.128.0.0", False),
+        ("169.254.169.254", False),
+        ("2001:db8::1", False),
+        ("fe80::1", False),
+    ],
+)
+async def test_by_default_only_private_addresses_may_use_a_relay(source: str, served: bool) -> None:
+    async with a_path("direct") as path:
+        reconfigure(path, proxy_from=LOOPBACK)
+        name = name_of(await path.serve(echo))
+        destination = "::2" if ":" in source else "10.0.0.1"
+        header = ProxyHeader(source=(source, 50000), destination=(destination, 443)).pack()
+        client = await path.connect()
+        await client.send(header + client_hello(name))
+        client.shutdown_write()
+        assert await read_all(client) == (client_hello(name) if served else ACCESS_DENIED)
+        client.close()
+        assert (await relay_line(path))["client"] == source
+
+
 async def test_a_client_at_its_limit_is_refused_and_its_streams_go_on() -> None:
     async with a_path("direct") as path:
         reconfigure(path, max_streams_per_client=2, proxy_from=LOOPBACK)

@@ -419,6 +419,45 @@ async def test_an_idle_stream_ends() -> None:
         client.close()
 
 
+async def test_a_stream_whose_client_has_ended_is_given_its_own_time() -> None:
+    async with a_relay(half_close_timeout_s=0.05) as running:
+
+        async def never_answer(wire: Wire) -> None:
+            await read_all(wire)
+            await asyncio.get_running_loop().create_future()
+
+        client = await running.dial(name_of(await running.serve(never_answer)))
+        client.shutdown_write()
+        await until_reset(client)
+        assert (await running.ended())[0]["reason"] == "idle_timeout"
+        client.close()
+
+
+async def test_a_name_of_two_networks_is_where_the_import_says_first_and_nobody_elses_counts() -> None:
+    published = [
+        record(Kind.SERVICE, network, name.partition(".")[0], ServiceSpec(name=name, ports={"443": []}))
+        for network, name in (("b", NAME), ("c", NAME), ("b", "pay.shop.example"))
+    ]
+    for sources in (("b", "c"), ("c", "b")):
+        imports = Imports([ImportRule(names=(NAME,), sources=sources, prefer="remote")])
+        async with (
+            scripted(opens) as of_b,
+            scripted(opens, network="c") as of_c,
+            a_relay(*published, imports=imports) as running,
+        ):
+            running.add(of_b)
+            running.add(of_c, network="c")
+            client = await running.dial(NAME)
+            async with asyncio.timeout(10):
+                while not any(account.up for account in running.relay.ledger._live):
+                    await asyncio.sleep(0.001)
+            assert (len(of_b.visits), len(of_c.visits)) == ((1, 0) if sources[0] == "b" else (0, 1))
+            client.close()
+            stranger = await running.dial("pay.shop.example")
+            assert await read_all(stranger) == ALERT["unrecognized_name"], "published, and imported by nobody here"
+            stranger.close()
+
+
 # --- through a gateway ----------------------------------------------------------------------------------------------
 
 
