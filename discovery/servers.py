@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from discovery.failure import explained
 from discovery.tlsfiles import TlsFiles
 
 EPOCH_HEADER = "Crossnet-Epoch"
@@ -153,7 +154,7 @@ class Servers:
                 await self._check(response, 201)
                 return msgspec.json.decode(await _read(response), type=dict[str, Any])
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
-            raise Away(f"{url}: {_explained(error)}") from None
+            raise Away(f"{url}: {explained(error)}") from None
 
     async def anywhere(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         """Ask the servers one after the other, each once, until one answers. Raises Away, Refused."""
@@ -184,7 +185,7 @@ class Servers:
                 while data := await response.content.readany():
                     yield data
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Away(f"{url}: {_explained(error)}") from None
+            raise Away(f"{url}: {explained(error)}") from None
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -237,7 +238,3 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
         if len(data) > MAX_ANSWER:
             raise aiohttp.ClientPayloadError(f"the answer has more than {MAX_ANSWER} bytes")
     return bytes(data)
-
-
-def _explained(error: BaseException) -> str:
-    return str(error)[:300] or type(error).__name__

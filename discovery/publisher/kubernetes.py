@@ -10,6 +10,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from discovery.failure import explained
 from discovery.publisher.table import resource_version
 from discovery.tlsfiles import TlsFiles
 
@@ -93,7 +94,7 @@ class KubeApi:
                         if line.strip():
                             yield _change(line, path)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise KubeError(f"{path}: {error or type(error).__name__}") from None
+            raise KubeError(f"{path}: {explained(error)}") from None
 
     async def _get(self, path: str, query: dict[str, str]) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
@@ -102,7 +103,7 @@ class KubeApi:
                 await _check(response, path)
                 return msgspec.json.decode(await _read(response), type=dict[str, Any])
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
-            raise KubeError(f"{path}: {error or type(error).__name__}") from None
+            raise KubeError(f"{path}: {explained(error)}") from None
 
     def _ask(
         self, path: str, query: dict[str, str], timeout: aiohttp.ClientTimeout

@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from discovery.failure import explained
 from discovery.tlsfiles import TlsFiles
 
 DEFAULT_PREFIX = "/crossnet/"
@@ -195,7 +196,7 @@ class Etcd:
                         if line:
                             yield _result(line, url)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EtcdError(f"{url}: {error or type(error).__name__}") from None
+            raise EtcdError(f"{url}: {explained(error)}") from None
         raise EtcdError(f"{url}: the watch ended")
 
     async def _call(self, url: URL, path: str, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,9 +244,9 @@ class Etcd:
                         raise EtcdError(f"{url}: an answer has more than {MAX_ANSWER} bytes")
                 answer = msgspec.json.decode(bytes(body), type=dict[str, Any])
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise EtcdError(f"{url}: {error or 'cannot be reached'}", unsent=True) from None
+            raise EtcdError(f"{url}: {explained(error)}", unsent=True) from None
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
-            raise EtcdError(f"{url}: {error or type(error).__name__}") from None
+            raise EtcdError(f"{url}: {explained(error)}") from None
         if response.status != 200:
             raise EtcdError(f"{url}: {str(answer.get('error'))[:200]}", number_of(answer, "code"))
         return answer
