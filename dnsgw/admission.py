@@ -1,5 +1,7 @@
 """Who may ask, and how much: an access list, and for each client a number of questions in a second.
 
+A client is an IPv4 address, or an IPv6 /64, as at the relay: that much one host has for itself. The access list is about addresses.
+
 What a client has left is one number in a dict, so that an ordinary question costs one look into it and one write. All of
 it is forgotten every second. Sans-IO: its user says when a second is over.
 """
@@ -12,6 +14,9 @@ from typing import TypeAlias
 Host: TypeAlias = bytes
 """A client's address, packed."""
 
+Client: TypeAlias = bytes
+"""Whose share something counts in: an IPv4 address or the first half of an IPv6 one."""
+
 MAX_KNOWN = 65536
 DENIED = -1
 _UNLIMITED = 1 << 60
@@ -23,8 +28,17 @@ def packed(text: str) -> Host:
     return ip_address(text).packed
 
 
+def client_of(host: Host) -> Client:
+    """Whose share the questions from this address count in."""
+    return host[:8] if len(host) == 16 else host
+
+
 class Clients:
-    """What each client has left. `left` is for the hot path: no entry, ask `admit`; 0, too many; below, not allowed."""
+    """What each client has left. `left` is for the hot path: no entry, ask `admit`; 0, too many; below, not allowed.
+
+    Its keys are addresses, but for IPv6 with a limit: then every question goes through `admit`, which knows both the address and
+    whose share it counts in.
+    """
 
     __slots__ = ("_allow", "_allowed", "_limit", "left")
 
@@ -33,15 +47,15 @@ class Clients:
         self._allow = tuple(allow)
         self._limit = limit_per_s or _UNLIMITED
         self._allowed: dict[Host, bool] = {}
-        self.left: dict[Host, int] = {}
+        self.left: dict[Host | Client, int] = {}
 
     @property
     def limited(self) -> bool:
         """Whether there is a limit at all, and `renew` is to be called."""
         return self._limit != _UNLIMITED
 
-    def admit(self, host: Host) -> int:
-        """Say how many questions a client has left that was not heard of in this second."""
+    def admit(self, host: Host) -> tuple[Host | Client, int]:
+        """Say for an address without an entry in `left` under which key it counts, and how many questions that has left."""
         allowed = self._allowed.get(host)
         if allowed is None:
             address = ip_address(host)
@@ -49,10 +63,13 @@ class Clients:
             if len(self._allowed) >= MAX_KNOWN:
                 self._allowed.clear()
             self._allowed[host] = allowed
-        if len(self.left) >= MAX_KNOWN:
-            self.left.clear()
-        left = self.left[host] = self._limit if allowed else DENIED
-        return left
+        key = client_of(host) if allowed and self.limited else host
+        left = self.left.get(key)
+        if left is None:
+            if len(self.left) >= MAX_KNOWN:
+                self.left.clear()
+            left = self.left[key] = self._limit if allowed else DENIED
+        return key, left
 
     def renew(self) -> None:
         """Begin another second."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
-from dnsgw.admission import Host
+from dnsgw.admission import Client, Host, client_of
 from dnsgw.cache import MIN_PREFETCH_USES, RETRY_STALE_S, Cache, CacheConfig, Entry, key_of
 from dnsgw.exchange import Failure
 from dnsgw.forward import Forwarder
@@ -67,7 +67,7 @@ class Foreign:
         self._metrics = metrics
         self._most = max(max_in_flight // CLIENT_SHARE, 1)
         self._failed: Recent[tuple[float, bytes | Failure]] = Recent(MAX_FAILURES)
-        self._waiting: dict[Host, int] = {}
+        self._waiting: dict[Client, int] = {}
         self._prefetching: set[bytes] = set()
         self._read: tuple[bytes, Message] | None = None
         self._generation = 0
@@ -120,12 +120,13 @@ class Foreign:
                     self._prefetch(query, message, key)
                 done(known)
                 return
-        waiting = self._waiting.get(host, 0)
+        client = client_of(host)
+        waiting = self._waiting.get(client, 0)
         if waiting >= self._most:
             self._give_up(query, key, done, Failure.OVERLOADED)
             return
-        self._waiting[host] = waiting + 1
-        self._forwarder.ask(message, query, partial(self._heard, self._generation, query, key, host, done), tcp=tcp)
+        self._waiting[client] = waiting + 1
+        self._forwarder.ask(message, query, partial(self._heard, self._generation, query, key, client, done), tcp=tcp)
 
     def _recall(self, query: Query, key: bytes, now: float, max_age_s: float | None) -> Heard | Failure | None:
         entry = self.cache.get(key)
@@ -155,11 +156,11 @@ class Foreign:
             self._understood(query, key, result, self._loop.time())
 
     def _heard(
-        self, generation: int, query: Query, key: bytes | None, host: Host, done: Done, result: bytes | Failure
+        self, generation: int, query: Query, key: bytes | None, client: Client, done: Done, result: bytes | Failure
     ) -> None:
-        waiting = self._waiting.pop(host, 1) - 1
+        waiting = self._waiting.pop(client, 1) - 1
         if waiting:
-            self._waiting[host] = waiting
+            self._waiting[client] = waiting
         if generation != self._generation:
             key = None
         if isinstance(result, Failure):

@@ -15,7 +15,7 @@ from typing import Any
 from discovery.imports import Imports
 from discovery.model import Mesh
 from dnsgw import cookie
-from dnsgw.admission import Clients, Host
+from dnsgw.admission import Client, Clients, Host
 from dnsgw.asked import FAILURES, FORMAT_ERROR, REFUSED, TOO_MANY, UNDECIDED, Asked, Send
 from dnsgw.cache import answer_cached, key_of
 from dnsgw.config import DnsConfig
@@ -137,11 +137,11 @@ class Resolver:
     def handle(self, data: bytes, host: Host, send: Send, where: Any, tcp: bool) -> None:
         """Answer a packet that came from `host`, now or later, by `send`. Never raises."""
         try:
-            left = self._left.get(host)
+            client, left = host, self._left.get(host)
             if left is None:
-                left = self._admit(host)
+                client, left = self._admit(host)
             if left > 0:
-                self._left[host] = left - 1
+                self._left[client] = left - 1
                 self._note((host, data))
                 reply = None
                 if self._pairs.open:
@@ -163,7 +163,7 @@ class Resolver:
             self._log(error)
             send(b"", where)
 
-    def _admit(self, host: Host) -> int:
+    def _admit(self, host: Host) -> tuple[Client, int]:
         if self._window is None and self._clients.limited:
             self._window = self._loop.call_later(_WINDOW_S, self._renew)
         return self._clients.admit(host)

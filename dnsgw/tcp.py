@@ -4,7 +4,7 @@ import asyncio
 import socket
 from typing import Any, cast
 
-from dnsgw.admission import Host, packed
+from dnsgw.admission import Client, Host, client_of, packed
 from dnsgw.resolver import Resolver
 from dnsgw.upstream import Endpoint
 from dnsgw.wire import HEADER_SIZE
@@ -34,8 +34,8 @@ class TcpListener:
         self.idle_timeout_s = idle_timeout_s
         self._max_connections = max_connections
         self._max_connections_per_client = max_connections_per_client
-        self._connections: dict[_Connection, Host] = {}
-        self._clients: dict[Host, int] = {}
+        self._connections: dict[_Connection, Client] = {}
+        self._clients: dict[Client, int] = {}
         self._server: asyncio.Server | None = None
         self._sock = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET, socket.SOCK_STREAM)
         try:
@@ -70,20 +70,21 @@ class TcpListener:
 
     def admit(self, connection: "_Connection", host: Host) -> bool:
         """Count a connection, or say that there are too many."""
-        mine = self._clients.get(host, 0)
+        client = client_of(host)
+        mine = self._clients.get(client, 0)
         if len(self._connections) >= self._max_connections or mine >= self._max_connections_per_client:
             return False
-        self._connections[connection] = host
-        self._clients[host] = mine + 1
+        self._connections[connection] = client
+        self._clients[client] = mine + 1
         return True
 
     def forget(self, connection: "_Connection") -> None:
         """Count a connection out."""
-        host = self._connections.pop(connection, None)
-        if host is not None:
-            self._clients[host] -= 1
-            if not self._clients[host]:
-                del self._clients[host]
+        client = self._connections.pop(connection, None)
+        if client is not None:
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
 
 
 class _Connection(asyncio.Protocol):

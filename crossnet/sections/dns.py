@@ -84,7 +84,7 @@ class DnsSection:
     allow: tuple[Cidr, ...] = dns.PRIVATE
     """Clients that are answered; an open resolver is a weapon for others."""
     rate_limit: Count = dns.DEFAULT_RATE_LIMIT
-    """Questions that one client may ask in a second; 0: any number."""
+    """Questions that one client, an IPv4 address or an IPv6 /64, may ask in a second; 0: any number."""
     max_udp_reply: UdpReply = MAX_UDP_REPLY
     search: Annotated[tuple[Domain, ...], OneOrMore()] | None = None
     """Search domains of the clients, which the mesh domain must not touch; by default this machine's."""

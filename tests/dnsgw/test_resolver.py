@@ -467,6 +467,27 @@ async def test_who_asks_too_much_is_dropped_and_told_to_come_over_tcp_now_and_th
             assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
 
 
+async def test_one_ipv6_network_is_one_client(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the rate and for what waits for upstream: one host has a /64 to choose its address from."""
+    monkeypatch.setattr("dnsgw.resolver._WINDOW_S", 60.0)
+    upstream.script = silent
+    async with running(VIEW, upstream.port, rate_limit=4, max_in_flight=8) as server:
+
+        def ask(host: str, packet: bytes) -> list[bytes]:
+            replies: list[bytes] = []
+            server._resolver.handle(packet, packed(host), lambda reply, _: replies.append(reply), None, True)
+            return replies
+
+        for n in range(2):
+            assert ask(f"fd00::{n + 1}", query(f"n{n}.example.test")) == []
+        assert read(ask("fd00::3", query("n3.example.test"))[0]).rcode() == dns.rcode.REFUSED  # two wait already
+        assert ask("fd00:0:0:1::3", query("n3.example.test")) == []
+        assert addresses(ask("fd00::4", query(ADDRESS))[0]) == ["10.0.0.9"]
+        assert read(ask("fd00::5", query(ADDRESS))[0]).rcode() == dns.rcode.REFUSED
+        assert addresses(ask("fd00:0:0:1::5", query(ADDRESS))[0]) == ["10.0.0.9"]
+        assert server.metrics.queries[Outcome.LIMITED] == 1
+
+
 async def test_no_reply_over_udp_is_longer_than_the_limit(upstream: Authority) -> None:
     upstream.records["six.example.test", "A"] = [f"192.0.2.{n}" for n in range(50)]
     async with running(VIEW, upstream.port, max_udp_reply=600) as server:

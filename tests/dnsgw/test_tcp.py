@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 import dns.message
 import pytest
 
+from dnsgw.admission import packed
+from dnsgw.tcp import _Connection
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.meshes import DOMAIN, mesh, relay
 from tests.dnsgw.packets import header, query
@@ -174,6 +176,19 @@ async def test_one_client_may_not_take_all_connections() -> None:
         assert addresses(await Connection(reader, writer).ask(query(ADDRESS))) == ["10.0.0.9"]
         writer.close()
         await writer.wait_closed()
+
+
+@pytest.mark.parametrize(("other", "admitted"), [("fd00::2", False), ("fd00:0:0:1::1", True), ("10.0.0.1", True)])
+async def test_the_connections_of_one_ipv6_network_are_counted_together(other: str, admitted: bool) -> None:
+    async with running(VIEW, max_tcp_connections_per_client=1) as server:
+        (listener,) = server._tcp
+        one, two = (_Connection(listener, asyncio.get_running_loop()) for _ in range(2))
+        assert listener.admit(one, packed("fd00::1"))
+        assert listener.admit(two, packed(other)) is admitted
+        for connection in (one, two):
+            listener.forget(connection)
+        assert not len(listener)
+        assert not listener._clients
 
 
 async def test_a_client_that_goes_away_leaves_nothing_behind(upstream: Authority) -> None:
