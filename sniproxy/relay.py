@@ -21,7 +21,7 @@ from discovery.contract import Discovery
 from discovery.imports import Imports
 from sniproxy.alert import AlertDescription, alert_record
 from sniproxy.balance import Balance
-from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S, RESET, WARM_LOST, Call, Connected, Dialer, DialError
+from sniproxy.dial import RESET, WARM_LOST, Connected, Dialer
 from sniproxy.engine import Deadlines, End, Listener, Splice, Wire
 from sniproxy.engine.host import is_own_address
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
@@ -34,6 +34,7 @@ from sniproxy.limits import (
     Limits,
     Share,
 )
+from sniproxy.opening import DEFAULT_DIAL_TIMEOUT_S, Call, DialError, Opener
 from sniproxy.route import Candidate, RouteKind, Router, SigningKeys, Unroutable
 from sniproxy.stream.account import Account, Ledger
 from sniproxy.stream.carry import Carry
@@ -179,7 +180,7 @@ class Relay:
         )
         self._fates = {fate: fates.labels(fate.value) for fate in Fate}
         self._pool = WarmPool(
-            lambda way: self._dialer.warm_up(way), size=config.pool, count=lambda fate: self._fates[fate].inc()
+            lambda way: self._opener.warm_up(way), size=config.pool, count=lambda fate: self._fates[fate].inc()
         )
         ready = Gauge("crossnet_relay_warm_streams_ready", "Connections kept ready now.", registry=registry)
         ready.set_function(lambda: self._pool.ready)
@@ -214,11 +215,14 @@ class Relay:
             order=self._balance.order,
         )
         self._pool.size = config.pool
-        self._dialer = Dialer(
+        self._opener = Opener(
             config.network,
             keys,
             now_ms=lambda: time.time_ns() // 1_000_000,
             dial_timeout_s=config.dial_timeout_s,
+        )
+        self._dialer = Dialer(
+            self._opener,
             warm=self._pool.take,
             distrust=self._pool.distrust,
             count=lambda kind, result: self._dials[kind, result].inc(),

@@ -4,7 +4,8 @@
     direct   a gateway with an address that `direct` allows
     turn     an allocation that the other network's gateway holds on one of our own TURN servers
 
-A new way of reaching a network is a new RouteKind here and a dialler for it in sniproxy.dial. Sans-IO; the one error is Unroutable.
+A new way of reaching a network is a new RouteKind here and a dialler for it in sniproxy.dial, with what it says to the other side
+beside sniproxy.opening. Sans-IO; the one error is Unroutable.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

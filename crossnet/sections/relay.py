@@ -23,8 +23,8 @@ from crossnet.schema import OneOrMore, rule
 from crossnet.sections.policy import RuleSection, faults_of_rules
 from discovery.shape import Fault
 from sniproxy import limits, relay
-from sniproxy.dial import DEFAULT_DIAL_TIMEOUT_S
 from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.opening import DEFAULT_DIAL_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

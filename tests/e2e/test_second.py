@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from sniproxy.dial import Call, Connected, Dialer
+from sniproxy.dial import Connected, Dialer
 from sniproxy.engine import Wire
+from sniproxy.opening import Call
 from sniproxy.route import Candidate
 from sniproxy.stream.framed import Framed
 from tests.e2e.path import a_path, name_of

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from sniproxy.dial import MAX_CANDIDATES, MAX_FIRST_WRITE, Call, Connected, Dialer, DialError
+from sniproxy.dial import MAX_CANDIDATES, Connected, Dialer
 from sniproxy.hello import HelloReader
+from sniproxy.opening import MAX_FIRST_WRITE, Call, DialError, Opener
 from sniproxy.route import Candidate, RouteKind, SigningKeys
 from sniproxy.stream.capsule import CapsuleType, header
 from sniproxy.stream.control import Finished, Ready, Refused
@@ -48,7 +49,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dialer(**limits: float) -> Dialer:
     keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
-    return Dialer("a", keys, now_ms=lambda: time.time_ns() // 1_000_000, **limits)
+    return Dialer(Opener("a", keys, now_ms=lambda: time.time_ns() // 1_000_000, **limits))
 
 
 def call(data: bytes = HELLO, behind: bytes = b"") -> Call:
@@ -381,7 +382,7 @@ async def test_a_local_candidate_gets_nothing_from_us() -> None:
 
 
 async def test_a_key_that_is_gone_meanwhile() -> None:
-    dialing = Dialer("a", SigningKeys({}), now_ms=lambda: 0)
+    dialing = Dialer(Opener("a", SigningKeys({}), now_ms=lambda: 0))
     async with scripted(opens) as gateway:
         error = await failed(dialing, [candidate(gateway)])
         assert gateway.visits == []
@@ -390,7 +391,7 @@ async def test_a_key_that_is_gone_meanwhile() -> None:
 
 async def test_a_preamble_that_does_not_fit_is_an_answer_and_no_crash() -> None:
     key = SigningKey(id="k" * 250, secret=bytes(32), from_network="a", to_network="b")
-    dialing = Dialer("a", SigningKeys({"k": key}), now_ms=lambda: 0)
+    dialing = Dialer(Opener("a", SigningKeys({"k": key}), now_ms=lambda: 0))
     name = ".".join(["a" * 60] * 4)
     long = call(client_hello(name))
     async with scripted(opens) as gateway:

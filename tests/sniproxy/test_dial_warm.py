@@ -9,8 +9,9 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from sniproxy.dial import WARM_LOST, Call, Connected, Dialer, DialError
+from sniproxy.dial import WARM_LOST, Connected, Dialer
 from sniproxy.hello import HelloReader
+from sniproxy.opening import Call, DialError, Opener
 from sniproxy.route import Candidate, RouteKind, SigningKeys
 from sniproxy.stream.capsule import CapsuleType
 from sniproxy.stream.control import Message, Open, Opened, Ping, Pong, Ready, Refused
@@ -57,6 +58,10 @@ class Attempt:
             await self.far.send(message)
 
 
+def opener(**limits: float) -> Opener:
+    return Opener("a", SigningKeys({KEY.id: KEY}), now_ms=lambda: time.time_ns() // 1_000_000, **limits)
+
+
 def call(behind: bytes = b"") -> Call:
     hello = HelloReader().feed(HELLO)
     assert hello is not None
@@ -88,11 +93,7 @@ async def attempt(answer: Answer, *cold: ScriptedGateway, calling: Call | None =
         return kept.pop() if kept else None
 
     dialer = Dialer(
-        "a",
-        SigningKeys({KEY.id: KEY}),
-        now_ms=lambda: time.time_ns() // 1_000_000,
-        ready_timeout_s=0.2,
-        open_timeout_s=0.2,
+        opener(ready_timeout_s=0.2, open_timeout_s=0.2),
         warm=take,
         distrust=lambda way: made.distrusted.append(way.addressee),
         count=lambda _kind, result: made.counted.append(result),
@@ -143,8 +144,7 @@ async def test_ready_means_a_header_without_a_client() -> None:
         await visit.framed.send(Ready())
 
     async with scripted(stand_by) as gateway:
-        dialer = Dialer("a", SigningKeys({KEY.id: KEY}), now_ms=lambda: time.time_ns() // 1_000_000)
-        framed = await dialer.warm_up(candidate(gateway.address))
+        framed = await opener().warm_up(candidate(gateway.address))
         assert framed.ends.warm
         assert framed.ends.ready
         framed.wire.close()
@@ -153,7 +153,7 @@ async def test_ready_means_a_header_without_a_client() -> None:
             Candidate(kind=RouteKind.TURN, network="z", target="", address="127.0.0.1", port=1),
         ):
             with pytest.raises(ConnectionError):
-                await dialer.warm_up(unknown)
+                await opener().warm_up(unknown)
 
 
 async def test_a_stream_on_a_connection_that_is_ready() -> None:

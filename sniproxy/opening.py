@@ -1,0 +1,290 @@
+"""What a relay says to a gateway until a service is there: on a new connection, or on one that was kept ready.
+
+No client's byte may arrive twice but a ClientHello's: each way in which it can fail says whether another gateway may be asked.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from sniproxy.engine import Wire, connect
+from sniproxy.hello import Hello
+from sniproxy.route import Candidate, SigningKeys
+from sniproxy.stream.capsule import HEADER_SIZE, CapsuleError
+from sniproxy.stream.control import TOKEN_SIZE, Message, Opened, Pong, Ready, Refused
+from sniproxy.stream.ends import LIMIT_OPENED_S, LIMIT_READY_S, Side
+from sniproxy.stream.framed import Framed
+from sniproxy.stream.preamble import STREAM_ID_SIZE, Preamble, PreambleError, SigningKey, WarmPreamble, sign
+from sniproxy.stream.reason import RETRYABLE, Reason
+
+MAX_FIRST_WRITE = 8 * 1024
+"""Bytes before READY, in one write: coturn keeps 16 reads before the bind, which hold this much at the smallest usual MSS."""
+
+DEFAULT_DIAL_TIMEOUT_S = 3.0
+"""For the TCP handshake: one lost SYN is sent again after 1 s, a second after 3 s."""
+
+_RECORD_HEADER = 5
+
+
+class DialError(Exception):
+    """No candidate took the stream. `final`: another one must not be asked with the same bytes."""
+
+    def __init__(self, reason: Reason, detail: str, *, final: bool = False) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.final = final
+        self.answered = False
+        """Whether a gateway said so itself: the way to it works."""
+        self.attempts = 0
+        """How many times candidates were asked in all, the same one again included."""
+
+
+class ResetBeforeReady(Exception):
+    """The connection was cut before the gateway said READY."""
+
+
+class _Silent(Exception):
+    """No answer on a connection that was kept ready."""
+
+
+class WarmLost(Exception):
+    """A connection that was kept ready has died unnoticed. The stream may go by another one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What a client brought: everything that each attempt carries."""
+
+    stream: bytes
+    client: tuple[str, int]
+    local: tuple[str, int]
+    hello: Hello
+    data: bytes
+    """All bytes read from the client so far, to be delivered unchanged."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether `data` has something behind the ClientHello: early data, which must not run twice."""
+        at, left = 0, self.hello.size
+        while left > 0:
+            length = int.from_bytes(self.data[at + 3 : at + _RECORD_HEADER], "big")
+            at += _RECORD_HEADER + length
+            left -= length
+        return at < len(self.data)
+
+
+class Opener:
+    """Opens streams at gateways, for one relay."""
+
+    def __init__(
+        self,
+        network: str,
+        keys: SigningKeys,
+        *,
+        now_ms: Callable[[], int],
+        dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S,
+        ready_timeout_s: float = LIMIT_READY_S,
+        open_timeout_s: float = LIMIT_OPENED_S,
+    ) -> None:
+        """Sign for relays of this network, with the time that `now_ms` gives (unix, milliseconds)."""
+        self._network = network
+        self._keys = keys
+        self._now_ms = now_ms
+        self.dial_timeout_s = dial_timeout_s
+        self._ready_timeout_s = ready_timeout_s
+        self._open_timeout_s = open_timeout_s
+
+    async def connect(self, candidate: Candidate) -> Wire:
+        """Connect to a candidate. OSError if that cannot be, TimeoutError if it takes too long."""
+        return await connect(candidate.address, candidate.port, timeout_s=self.dial_timeout_s)
+
+    async def open(self, call: Call, candidate: Candidate, attempt: int, wire: Wire) -> Framed:
+        """Open a stream on a new connection, which is reset where that fails; all of `call.data` has been sent then.
+
+        Raises:
+            ResetBeforeReady: it was cut before a gateway said anything.
+            DialError: otherwise.
+        """
+        framed = Framed(wire, Side.RELAY)
+        try:
+            preamble = self._preamble(call, candidate, attempt)
+            room = MAX_FIRST_WRITE - len(preamble) - HEADER_SIZE
+            first, rest = call.data[:room], call.data[room:]
+            await self._greet(framed, preamble, first, candidate)
+            # From here on the gateway may deliver what we send: neither silence nor a cut may bring it to another one.
+            await self._await_opened(framed, candidate, partial(framed.send_data, rest) if rest else None)
+        except BaseException:
+            wire.reset()
+            raise
+        return framed
+
+    async def open_warm(self, call: Call, candidate: Candidate, attempt: int, framed: Framed) -> None:
+        """Open a stream on a connection that was kept ready (`warm_up`), which is reset where that fails.
+
+        Raises:
+            DialError: as for a new connection behind READY.
+            WarmLost: it was dead, and nothing was sent but a ClientHello: that one may arrive twice, nothing behind it may.
+        """
+        token = os.urandom(TOKEN_SIZE)
+        try:
+            await self._until(
+                Pong,
+                framed,
+                partial(framed.open, token, self._preamble(call, candidate, attempt), call.data),
+                limit_s=self._ready_timeout_s,
+                late=_Silent(),
+                cut=_Silent(),
+                final=True,
+            )
+            await self._await_opened(framed, candidate)
+        except _Silent:
+            framed.wire.reset()
+            if call.goes_on:
+                detail = f"{candidate}: the connection that was kept ready has died"
+                raise DialError(Reason.TRUNCATED, detail, final=True) from None
+            raise WarmLost from None
+        except BaseException:
+            framed.wire.reset()
+            raise
+
+    async def warm_up(self, candidate: Candidate) -> Framed:
+        """Make a connection to a gateway that is ready for a stream.
+
+        Raises:
+            ConnectionError: the gateway was not reached.
+        """
+        try:
+            key = self._key(candidate)
+            preamble = WarmPreamble(
+                nonce=os.urandom(STREAM_ID_SIZE),
+                from_network=self._network,
+                to_network=candidate.network,
+                addressee=candidate.addressee,
+                key_id=key.id,
+                time_ms=self._now_ms(),
+            )
+            header = sign(preamble, key.secret)
+            framed = Framed(await self.connect(candidate), Side.RELAY)
+            framed.ends.warm = True
+            await self._greeted(framed, header, candidate)
+        except (OSError, DialError, PreambleError, ResetBeforeReady) as error:
+            raise ConnectionError(str(error)) from error
+        return framed
+
+    async def join(self, call: Call, candidate: Candidate, attempt: int) -> Framed:
+        """Make a second connection for the upload of a stream that is open at this candidate.
+
+        Raises:
+            ResetBeforeReady, OSError: it was cut before a gateway said anything, or never there.
+            DialError: otherwise.
+        """
+        header = self._preamble(call, candidate, attempt, continues=True)
+        framed = Framed(await self.connect(candidate), Side.RELAY)
+        await self._greeted(framed, header, candidate)
+        return framed
+
+    async def _greeted(self, framed: Framed, header: bytes, candidate: Candidate) -> None:
+        try:
+            await self._greet(framed, header, b"", candidate)
+        except BaseException:
+            framed.wire.reset()
+            raise
+
+    async def _greet(self, framed: Framed, preamble: bytes, first: bytes, candidate: Candidate) -> None:
+        """Send the preamble and what goes with it, and wait for READY."""
+        await self._until(
+            Ready,
+            framed,
+            partial(framed.begin, preamble, first),
+            limit_s=self._ready_timeout_s,
+            late=DialError(Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"),
+            cut=ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
+            final=False,
+        )
+
+    async def _until(
+        self,
+        wanted: type[Message],
+        framed: Framed,
+        send: Callable[[], Awaitable[None]] | None,
+        *,
+        limit_s: float,
+        late: Exception,
+        cut: Exception,
+        final: bool,
+    ) -> None:
+        """Send, then wait for `wanted`. A refusal, a broken protocol, silence and a cut each have their exception.
+
+        Args:
+            final: a refusal that does not say that nothing was delivered forbids to ask another gateway.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                if send is not None and not framed.ends.refused:  # which may have come along with READY
+                    # What the gateway said before it closed is still there to be read; if nothing is, reading says so.
+                    with suppress(OSError):
+                        await send()
+                message = await framed.next_message()
+        except TimeoutError:
+            raise late from None
+        except (OSError, EOFError) as error:
+            raise cut from error
+        except CapsuleError as error:
+            # READY may have come in the same read as what is wrong, or whoever speaks there takes our bytes for its own.
+            raise DialError(Reason.PROTOCOL_ERROR, str(error), final=True) from error
+        if isinstance(message, Refused):
+            reason = Reason(message.reason) if message.reason in set(Reason) else Reason.OTHER
+            detail = f"the gateway refused: {message.detail}"
+            refused = DialError(reason, detail, final=final and reason not in RETRYABLE)
+            refused.answered = True
+            raise refused
+        if not isinstance(message, wanted):
+            said = f"{type(message).__name__} instead of {wanted.__name__}"
+            raise DialError(Reason.PROTOCOL_ERROR, said, final=True)
+
+    async def _await_opened(
+        self, framed: Framed, candidate: Candidate, send: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        await self._until(
+            Opened,
+            framed,
+            send,
+            limit_s=self._open_timeout_s,
+            late=DialError(
+                Reason.OPEN_TIMEOUT, f"{candidate}: the gateway did not open in {self._open_timeout_s} s", final=True
+            ),
+            cut=DialError(Reason.TRUNCATED, f"{candidate}: cut while the gateway was opening", final=True),
+            final=True,
+        )
+
+    def _preamble(self, call: Call, candidate: Candidate, attempt: int, *, continues: bool = False) -> bytes:
+        key = self._key(candidate)
+        preamble = Preamble(
+            client=call.client,
+            local=call.local,
+            authority=call.hello.server_name,
+            stream_id=call.stream,
+            from_network=self._network,
+            to_network=candidate.network,
+            addressee=candidate.addressee,
+            key_id=key.id,
+            time_ms=self._now_ms(),
+            target=candidate.target,
+            hello_digest=call.hello.digest,
+            attempt=attempt,
+            continues=continues,
+        )
+        try:
+            return sign(preamble, key.secret)
+        except PreambleError as error:
+            raise DialError(Reason.OTHER, f"{candidate}: {error.detail}", final=True) from error
+
+    def _key(self, candidate: Candidate) -> SigningKey:
+        key = self._keys.get(self._network, candidate.network)
+        if key is None:
+            raise DialError(Reason.NO_KEY, f"no key signs streams to {candidate.network!r}", final=True)
+        return key
