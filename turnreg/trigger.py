@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import ssl
+import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -93,18 +94,7 @@ async def _run(command: Command, environment: Mapping[str, str]) -> None:
     os.set_blocking(reading, False)
     try:
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command.argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=writing,
-                stderr=writing,
-                env=environment,
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            raise TriggerError(
-                f"{command.argv[0]} cannot be run: {getattr(error, 'strerror', None) or error}"
-            ) from error
+            process = _started(command, environment, writing)
         finally:
             os.close(writing)
         loop.add_reader(reading, read)
@@ -119,16 +109,46 @@ async def _run(command: Command, environment: Mapping[str, str]) -> None:
         os.close(reading)
 
 
-async def _ended(process: asyncio.subprocess.Process) -> int:
+def _started(command: Command, environment: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:
+    """Start it with nothing of ours open: uvloop would hand on what it was handed itself, such as listening sockets."""
     try:
-        return await process.wait()
+        return subprocess.Popen(
+            command.argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        raise TriggerError(f"{command.argv[0]} cannot be run: {getattr(error, 'strerror', None) or error}") from error
+
+
+async def _ended(process: subprocess.Popen[bytes]) -> int:
+    loop = asyncio.get_running_loop()
+    exited = asyncio.Event()
+    try:
+        watched = os.pidfd_open(process.pid)
+    except OSError as error:  # a kernel before 5.3, no descriptor left, or a sandbox that forbids it
+        process.kill()
+        process.wait()
+        raise TriggerError(f"the command cannot be watched: {error.strerror}") from error
+    loop.add_reader(watched, exited.set)
+    try:
+        await exited.wait()
     except asyncio.CancelledError:  # its deadline, or ours
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # a session of its own: the program and all that it started
         with suppress(TimeoutError):
             async with asyncio.timeout(_REAP_TIMEOUT_S):
-                await process.wait()
+                await exited.wait()
         raise
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)
+        code = process.poll()
+    assert code is not None, "its descriptor is readable when it can be waited for"
+    return code
 
 
 async def _call(call: HttpCall, headers: dict[str, str]) -> None:

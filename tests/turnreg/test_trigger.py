@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -48,6 +49,17 @@ async def gone(pid: int) -> None:
 async def test_a_command_is_told_what_to_wake(tmp_path: Path) -> None:
     await run("sh", "-c", f'echo "$CROSSNET_SERVICE $CROSSNET_NETWORK $PATH" >{tmp_path}/said')
     assert (tmp_path / "said").read_text() == f"{SERVICE} b {os.environ['PATH']}\n"
+
+
+async def test_a_command_gets_nothing_of_ours(tmp_path: Path) -> None:
+    """A server that it starts would hold our listening sockets open, which we may have been handed, when we have gone."""
+    with socket.create_server(("127.0.0.1", 0)) as ours:
+        ours.set_inheritable(True)
+        await run("sh", "-c", f"ls -l /proc/$$/fd >{tmp_path}/said")
+    said = (tmp_path / "said").read_text()
+    assert " 0 -> /dev/null" in said
+    assert "socket:" not in said
+    assert said.count("pipe:") <= 2
 
 
 async def test_no_shell_reads_the_arguments(tmp_path: Path) -> None:
@@ -103,6 +115,18 @@ async def test_what_a_command_leaves_running_is_not_waited_for(tmp_path: Path) -
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, 0)
     os.kill(pid, 9)
+
+
+async def test_a_command_that_cannot_be_watched_is_not_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(pid: int) -> int:
+        (tmp_path / "pid").write_text(str(pid))
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "pidfd_open", forbidden)
+    assert (await failed("sleep", "1000")).detail == "the command cannot be watched: Operation not permitted"
+    assert is_over(int((tmp_path / "pid").read_text()))
 
 
 async def test_a_command_costs_no_descriptors() -> None:
