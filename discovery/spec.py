@@ -60,11 +60,15 @@ class BadRecord(ValueError):
         self.expected = expected
 
 
-class NetworkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+# A field that says what it says by default is not written: a version that does not know it refuses what has it. So no default
+# may ever change.
+
+
+class NetworkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A network exists. Its record's id is the network's."""
 
 
-class RelaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RelaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A relay of the network, as its clients reach it."""
 
     addresses: list[str]
@@ -79,7 +83,7 @@ class RelaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     are asked for; a relay may ask for others all the same."""
 
 
-class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A TURN server that stands in this network."""
 
     url: str
@@ -94,7 +98,7 @@ class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Where it stands; relays of the same zone prefer its allocations."""
 
 
-class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A way into the record's network: an allocation that its gateway holds on another network's TURN server."""
 
     via: str
@@ -110,7 +114,7 @@ class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How many times the streams of an allocation of weight 1 its gateway is for."""
 
 
-class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A gateway of the network that can be reached without a TURN server."""
 
     address: str
@@ -123,7 +127,7 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """As a TURN server's."""
 
 
-class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A service of the network. What other networks read has the ports, with empty lists of endpoints."""
 
     name: str
@@ -139,7 +143,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return {False: None, True: 2, "v1": 1, "v2": 2}[self.proxy_protocol]
 
 
-class VipSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class VipSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The one stable address under which clients of this network see a service."""
 
     name: str

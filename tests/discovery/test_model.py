@@ -152,7 +152,7 @@ def test_records_come_back_as_they_went() -> None:
     data = msgspec.json.encode(record)
     assert data == (
         b'{"kind":"service","network":"b","id":"o.s","revision":1,"lease":null,'
-        b'"spec":{"name":"o.s","ports":{"8443":[]},"proxy_protocol":false}}'
+        b'"spec":{"name":"o.s","ports":{"8443":[]}}}'
     )
     assert decode_record(data) == record
     assert decode_record(data[:-1] + b',"of":"a newer server"}') == record
