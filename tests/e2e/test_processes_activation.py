@@ -22,11 +22,11 @@ NAME = f"p8443-orders.shop.b.{DOMAIN}"
 
 @pytest.fixture
 def pids(tmp_path: Path) -> Iterator[Path]:
-    """Where the command writes the process id of the server that it starts; it is ended with the test."""
+    """Where the command writes the process id of the server that it starts; it ends with the test, or within a minute."""
     yield tmp_path / "pids"
     for pid in (tmp_path / "pids").read_text().split():
         with suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(int(pid), signal.SIGTERM)
 
 
 @pytest.mark.interop
@@ -36,7 +36,7 @@ async def test_a_service_that_wakes_late_is_reached_by_the_second_allocation(tmp
     ground = Loopback()
     with socket.create_server((ground.plan.service, 0)) as server:
         port = server.getsockname()[1]
-    listen = f"socat TCP-LISTEN:{port},fork,reuseaddr,bind={ground.plan.service} EXEC:cat"
+    listen = f"timeout 60 socat TCP-LISTEN:{port},fork,reuseaddr,bind={ground.plan.service} EXEC:cat"
     script = f"echo $CROSSNET_SERVICE >>{tmp_path}/woken\nsleep 1.5\n{listen} >/dev/null 2>&1 & echo $! >>{pids}"
 
     def activate(document: dict[str, Any]) -> None:

@@ -71,11 +71,11 @@ async def held(running: Running, count: int) -> None:
 
 @pytest.fixture
 def servers(tmp_path: Path) -> Iterator[Path]:
-    """A file to which commands write the process ids of servers that they start; these are ended with the test."""
+    """A file to which commands write the process ids of servers that they start; these end with the test, or within a minute."""
     yield tmp_path / "pids"
     for pid in (tmp_path / "pids").read_text().split():
         with suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(int(pid), signal.SIGTERM)
 
 
 # --- services that wake ---------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def servers(tmp_path: Path) -> Iterator[Path]:
 async def test_a_command_starts_a_server_once_for_all_streams(tmp_path: Path, servers: Path) -> None:
     """From nothing: its endpoint is known, and refuses connections until the command has run."""
     port = free_port()
-    start = f"socat TCP-LISTEN:{port},fork,reuseaddr,bind=127.0.0.1 EXEC:cat >/dev/null 2>&1 & echo $! >>{servers}"
+    start = f"timeout 60 socat TCP-LISTEN:{port},fork,reuseaddr,bind=127.0.0.1 EXEC:cat >/dev/null 2>&1 & echo $! >>{servers}"
     async with a_gateway(
         asleep(f"127.0.0.1:{port}"), activate=(rule(counted(tmp_path, "sleep 0.3", start), NAME),)
     ) as running:
