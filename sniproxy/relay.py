@@ -14,17 +14,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry
 
 from discovery.addresses import Address, Network, TargetList
 from discovery.contract import Discovery
 from discovery.imports import Imports
 from sniproxy.alert import AlertDescription, alert_record
-from sniproxy.balance import Balance
-from sniproxy.dial import RESET, WARM_LOST, Connected, Dialer
+from sniproxy.arrival import Refusal, read_endpoints, read_hello
+from sniproxy.dial import Connected
 from sniproxy.engine import Deadlines, End, Listener, Splice, Wire
 from sniproxy.engine.host import is_own_address
-from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES, Hello, HelloError, HelloReader
+from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.limits import (
     DEFAULT_MAX_HELLO_HELD_BYTES,
     DEFAULT_MAX_STREAMS_PER_CLIENT,
@@ -32,7 +32,6 @@ from sniproxy.limits import (
     Admission,
     Budget,
     Limits,
-    Share,
 )
 from sniproxy.opening import DEFAULT_DIAL_TIMEOUT_S, Call, DialError, Opener
 from sniproxy.route import Candidate, RouteKind, Router, SigningKeys, Unroutable
@@ -43,9 +42,8 @@ from sniproxy.stream.framed import Framed
 from sniproxy.stream.loopguard import LoopGuard
 from sniproxy.stream.policy import Flow, Policy
 from sniproxy.stream.preamble import decode_target
-from sniproxy.stream.proxyproto import Endpoint, ProxyError, parse_any
 from sniproxy.stream.reason import Reason
-from sniproxy.warm import Fate, WarmPool
+from sniproxy.ways import Ways
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +64,6 @@ DEFAULT_MAX_STREAMS = 16_384
 
 MAX_LINGERING = 1024
 """Refused clients that are read from until they have seen their alert. In a flood of more the others get theirs as luck has it."""
-
-HELLO_READ_BYTES = 16 * 1024
-"""One read up to the end of the ClientHello: what comes behind it stays in the kernel, which holds the client back, until the
-service is there."""
 
 PRIVATE_RANGES: tuple[Network, ...] = (
     IPv4Network("10.0.0.0/8"),
@@ -93,9 +87,6 @@ _ALERTS = {
     Reason.BAD_HELLO: AlertDescription.DECODE_ERROR,
 }
 """What a client that spoke TLS is told; every other reason is internal_error."""
-
-_BUSY = frozenset({Reason.OVERLOADED, Reason.DRAINING})
-"""A gateway that says so has to do without new streams for a while."""
 
 _SILENT = frozenset({Reason.NOT_TLS, Reason.HELLO_TIMEOUT, Reason.CLIENT_RESET})
 """No ClientHello was read: nobody there understands an alert."""
@@ -142,15 +133,6 @@ class RelayConfig:
     half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
 
 
-class _Refusal(Exception):
-    """A stream that we end on purpose."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
 class Relay:
     """One relay: listeners, routing, streams. `open` binds, `run` serves, `close` stops accepting, `drain` waits."""
 
@@ -159,31 +141,7 @@ class Relay:
     ) -> None:
         self._discovery = discovery
         self.ledger = Ledger("relay", registry)
-        dials = Counter(
-            "crossnet_relay_dials",
-            "Attempts to open a stream, by route and result.",
-            ["route", "result"],
-            registry=registry,
-        )
-        results = (*(reason.value for reason in Reason), RESET, WARM_LOST)
-        self._dials = {(kind, result): dials.labels(kind.value, result) for kind in RouteKind for result in results}
-        self._balance = Balance(time.monotonic, is_ready=lambda way: self._pool.has(way))
-        left_out = Gauge(
-            "crossnet_relay_ways_left_out", "Allocations and gateways that failed too often of late.", registry=registry
-        )
-        left_out.set_function(lambda: self._balance.left_out)
-        fates = Counter(
-            "crossnet_relay_warm_streams",
-            "Connections kept ready, by what became of them.",
-            ["fate"],
-            registry=registry,
-        )
-        self._fates = {fate: fates.labels(fate.value) for fate in Fate}
-        self._pool = WarmPool(
-            lambda way: self._opener.warm_up(way), size=config.pool, count=lambda fate: self._fates[fate].inc()
-        )
-        ready = Gauge("crossnet_relay_warm_streams_ready", "Connections kept ready now.", registry=registry)
-        ready.set_function(lambda: self._pool.ready)
+        self._ways = Ways(registry)
         self._listeners: list[Listener] = []
         self._adapted: dict[tuple[str, int], Listener] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -212,22 +170,15 @@ class Relay:
             keys=keys,
             guard=self._guard,
             zone=config.zone,
-            order=self._balance.order,
+            order=self._ways.order,
         )
-        self._pool.size = config.pool
-        self._opener = Opener(
+        opener = Opener(
             config.network,
             keys,
             now_ms=lambda: time.time_ns() // 1_000_000,
             dial_timeout_s=config.dial_timeout_s,
         )
-        self._dialer = Dialer(
-            self._opener,
-            warm=self._pool.take,
-            distrust=self._pool.distrust,
-            count=lambda kind, result: self._dials[kind, result].inc(),
-            settled=self._settled,
-        )
+        self._ways.reconfigure(opener, pool=config.pool)
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
@@ -269,10 +220,10 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
-        unsubscribe = self._discovery.subscribe(self._pool.follow)
+        unsubscribe = self._discovery.subscribe(self._ways.follow)
         try:
             async with asyncio.TaskGroup() as self._group:
-                self._group.create_task(self._pool.run())
+                self._group.create_task(self._ways.run())
                 for listener in (*self._listeners, *self._adapted.values()):
                     self._group.create_task(listener.serve(self._serve))
         finally:
@@ -306,7 +257,7 @@ class Relay:
     def close(self) -> None:
         """Stop accepting; streams go on."""
         self._group = None
-        self._pool.close()
+        self._ways.close()
         for listener in (*self._listeners, *self._adapted.values()):
             listener.close()
 
@@ -323,7 +274,7 @@ class Relay:
         try:
             try:
                 reason = await self._carry(client, account, deadlines)
-            except _Refusal as refusal:
+            except Refusal as refusal:
                 refused, reason, account.detail = True, refusal.reason, refusal.detail
             finally:
                 deadlines.end(client)
@@ -336,19 +287,19 @@ class Relay:
     async def _carry(self, client: Wire, account: Account, deadlines: Deadlines) -> Reason:
         """Take one stream from accept to its end. What comes up to the end of the ClientHello has one time limit, from accept."""
         if len(self.ledger) > self.config.max_streams:
-            raise _Refusal(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
-        peer, local = await self._endpoints(client, account)
+            raise Refusal(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
+        peer, local = await read_endpoints(client, account, self.config.proxy_from, deadlines.limit_s)
         source = ip_address(peer[0])
         refused = self._admission.admit(source, time.monotonic())
         if refused is not None:
-            raise _Refusal(Reason.OVERLOADED, refused)
+            raise Refusal(Reason.OVERLOADED, refused)
         try:
             with self._hellos.share() as share:
-                hello, data = await self._read_hello(client, account, share)
+                hello, data = await read_hello(client, account, share, self.config.max_hello_bytes, deadlines.limit_s)
                 deadlines.end(client)
                 call = Call(stream=account.stream, client=peer, local=local, hello=hello, data=data)
                 connected = await self._connect(account, call, source)
-            with self._balance.carrying(connected.candidate):
+            with self._ways.carrying(connected.candidate):
                 return await self._move(client, account, call, connected)
         finally:
             self._admission.leave(source)
@@ -359,21 +310,21 @@ class Relay:
         account.mark("hello")
         account.fields["sni"] = name
         if not any(source in network for network in self.config.allow):
-            raise _Refusal(Reason.DENIED, "relay.allow does not have this client's address")
+            raise Refusal(Reason.DENIED, "relay.allow does not have this client's address")
         try:
             candidates = self._router.candidates(name, self._discovery.mesh, call.local[1])
         except Unroutable as error:
-            raise _Refusal(error.reason, error.detail) from error
+            raise Refusal(error.reason, error.detail) from error
         candidates = self._permitted(candidates, source, name)
         account.mark("route")
         account.fields["network"] = candidates[0].network
         account.fields["target"] = candidates[0].target
         account.state = "dialling"
         try:
-            connected = await self._dialer.open(call, candidates)
+            connected = await self._ways.open(call, candidates)
         except DialError as error:
             account.fields["attempts"] = error.attempts
-            raise _Refusal(error.reason, error.detail) from error
+            raise Refusal(error.reason, error.detail) from error
         account.mark("connect")
         candidate = connected.candidate
         account.fields |= {
@@ -386,21 +337,6 @@ class Relay:
         if connected.was_warm:
             account.fields["warm"] = True
         return connected
-
-    def _settled(self, way: Candidate, failure: DialError | None) -> None:
-        """Take in whether a way led to a service; one that often does not is left out for a while."""
-        if failure is None:
-            self._balance.succeeded(way)
-            if way.kind is RouteKind.TURN:
-                self._pool.used(way)
-        elif failure.answered and failure.reason not in _BUSY:
-            self._balance.succeeded(way)
-        else:
-            failed = self._balance.failed(way)
-            if failed is not None and (failed.failures == 1 or failed.seconds):
-                event: dict[str, object] = {"way": str(way), "network": way.network, "reason": failure.reason.value}
-                event |= {"detail": failure.detail, "failures": failed.failures, "left_out_s": failed.seconds}
-                log.warning("way_failed", extra={"event": event})
 
     def _permitted(self, candidates: list[Candidate], source: Address, name: str) -> list[Candidate]:
         """Leave out what the rules deny to this client."""
@@ -420,68 +356,8 @@ class Relay:
                 permitted.append(candidate)
             why = why or f"relay.rules: {refused}, {candidate.target} in network {candidate.network!r}"
         if not permitted:
-            raise _Refusal(Reason.DENIED, why)
+            raise Refusal(Reason.DENIED, why)
         return permitted
-
-    async def _endpoints(self, client: Wire, account: Account) -> tuple[Endpoint, Endpoint]:
-        """Say who the client is and where it connected to: by the PROXY header that a load balancer of ours sends first."""
-        if not self.config.proxy_from:
-            return client.peer, client.local
-        sender = ip_address(client.peer[0])
-        if not any(sender in network for network in self.config.proxy_from):
-            return client.peer, client.local  # a header from there is not TLS
-        data = b""
-        found = None
-        try:
-            while found is None:
-                more = await client.recv(HELLO_READ_BYTES)
-                if not more:
-                    raise _Refusal(Reason.CLIENT_RESET, "closed before its PROXY header was whole")
-                data += more
-                found = parse_any(data)
-        except ProxyError as error:
-            raise _Refusal(Reason.NOT_TLS, f"relay.proxy_from has this address: {error}") from error
-        except TimeoutError:
-            raise _Refusal(Reason.HELLO_TIMEOUT, f"no PROXY header in {self.config.hello_timeout_s} s") from None
-        except OSError as error:
-            raise _Refusal(Reason.CLIENT_RESET, "reset before its PROXY header was whole") from error
-        header, length = found
-        client.unread(data[length:])
-        if header.source is None or header.destination is None:
-            return client.peer, client.local  # the load balancer itself, asking whether we live
-        account.fields |= {
-            "client": header.source[0],
-            "local": f"{header.destination[0]}:{header.destination[1]}",
-            "proxy": client.peer[0],
-        }
-        return header.source, header.destination
-
-    async def _read_hello(self, client: Wire, account: Account, share: Share) -> tuple[Hello, bytes]:
-        """Read up to the end of the ClientHello, and what came along with it."""
-        reader = HelloReader(self.config.max_hello_bytes)
-        try:
-            while True:
-                data = await client.recv(HELLO_READ_BYTES, low=reader.missing)
-                if not data:
-                    if reader.raw:
-                        raise _Refusal(Reason.BAD_HELLO, "the client ended inside its ClientHello")
-                    raise _Refusal(Reason.CLIENT_RESET, "the client closed without a byte")
-                if not share.take(len(data)):
-                    raise _Refusal(Reason.OVERLOADED, "too many unfinished ClientHellos: relay.max_hello_held")
-                hello = reader.feed(data)
-                if hello is not None:
-                    if hello.ech:
-                        account.fields["ech"] = True
-                    return hello, reader.raw
-        except HelloError as error:
-            raise _Refusal(Reason(error.reason.value), error.detail) from error
-        except TimeoutError:
-            size = len(reader.raw) + len(client.try_recv())  # what is left unread would make the end a reset
-            raise _Refusal(
-                Reason.HELLO_TIMEOUT, f"no whole ClientHello in {self.config.hello_timeout_s} s, {size} bytes came"
-            ) from None
-        except OSError as error:
-            raise _Refusal(Reason.CLIENT_RESET, "reset before its ClientHello was whole") from error
 
     async def _move(self, client: Wire, account: Account, call: Call, connected: Connected) -> Reason:
         idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
@@ -490,7 +366,7 @@ class Relay:
 
             async def second() -> Framed:
                 account.fields["second"] = True
-                return await self._dialer.second(call, connected.candidate, attempts)
+                return await self._ways.second(call, connected.candidate, attempts)
 
             carry = Carry(
                 client,

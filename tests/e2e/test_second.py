@@ -146,13 +146,13 @@ async def test_a_second_connection_for_no_stream_is_refused() -> None:
         assert await client.recv() == b"x"
         connected: list[tuple[Call, Connected]] = []
         relay = path.relay
-        opened = relay._dialer.open
+        opened = relay._ways.open
 
         async def kept(call: Call, candidates: list[object]) -> Connected:
             connected.append((call, await opened(call, candidates)))  # type: ignore[arg-type]
             return connected[0][1]
 
-        relay._dialer.open = kept  # type: ignore[assignment, method-assign]
+        relay._ways.open = kept  # type: ignore[assignment, method-assign]
         other = await path.dial(name_of(await path.serve(service)))
         assert await other.recv() == b"x"
         call, first = connected[0]
@@ -161,7 +161,7 @@ async def test_a_second_connection_for_no_stream_is_refused() -> None:
         await read_all(other)
         await path.ended(2)
         with pytest.raises(ConnectionError, match="not open here"):  # before READY: nothing of the upload goes there
-            await relay._dialer.second(call, first.candidate, itertools.count(first.attempts + 1))
+            await relay._ways.second(call, first.candidate, itertools.count(first.attempts + 1))
         assert [line["reason"] for line in path.gateway_log.events] == ["ok", "ok"], "it is no stream of its own"
         client.close()
         other.close()

@@ -27,7 +27,7 @@ async def stream(running: Running) -> dict[str, object]:
 
 
 async def test_a_way_that_fails_is_reported_and_left_out_for_a_while() -> None:
-    lines, logger = LogLines(), logging.getLogger("sniproxy.relay")
+    lines, logger = LogLines(), logging.getLogger("sniproxy.ways")
     logger.addHandler(lines)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         dead = closed.getsockname()[1]
