@@ -74,6 +74,7 @@ LIVE = {
             "upstream",
             "upstream_ca",
             "forward",
+            "absent",
             "race_s",
             "random_case",
             "allow",

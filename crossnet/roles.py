@@ -99,6 +99,7 @@ def dns_config(config: Config, section: DnsSection) -> DnsConfig:
         reuse_port=section.reuse_port,
         upstream=section.upstream,
         forward=section.forward,
+        absent=section.absent,
         upstream_ca=section.upstream_ca,
         race_s=section.race_s,
         random_case=section.random_case,

@@ -8,6 +8,7 @@ upstream says. It does not recurse or validate.
     intercept  (S) one question → answer or pass     rdata      (S) dnslib, for what is made once
     message    (S) upstream's replies                cache      (S) what upstream said
     admission  (S) who may ask, and how much         recent     (S) a bounded memory
+    absent     (S) what nobody is asked for
     pairs      (S) A and AAAA from one table         destination (S) where an upstream is
     resolver   one packet → its reply                asked      what waits, and what failures are said to be
     precedence whose an imported name is             moves      (S) names that change hands

@@ -55,6 +55,9 @@ class DnsConfig:
     forward: Mapping[str, tuple[Destination, ...]] = field(default_factory=dict)
     """Resolvers of their own for the names at and under these."""
 
+    absent: tuple[str | IPv4Network | IPv6Network, ...] = ()
+    """Names that do not exist, with all below them, and networks whose addresses have no names, besides those of `absent.py`."""
+
     upstream_ca: Path | None = None
     """Who signs the certificates of upstreams that are spoken to in secret; none: the system's authorities."""
 

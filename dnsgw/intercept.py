@@ -26,6 +26,7 @@ from discovery.names import (
     encode,
     normalise_domain,
 )
+from dnsgw.absent import Absent, reverse_zones
 from dnsgw.rdata import BadRdata, hinfo, soa, srv
 from dnsgw.recent import Recent
 from dnsgw.reply import Answer, answer_prepared
@@ -69,11 +70,12 @@ class Table:
         ttl_s: int,
         stale: Mesh | None = None,
         vips: IPv4Network | IPv6Network | None = None,
+        absent: Absent = Absent(),  # noqa: B008 - it never changes
     ) -> None:
         """Prepare what all answers share. `mesh` None: discovery was not heard from. Raises BadName for a bad domain.
 
         `stale` is an earlier mesh, whose relays are answered, since in this one there are none. From `vips` imported
-        services have addresses of their own.
+        services have addresses of their own. Nobody is asked for the names of `absent` that are not imported.
         """
         self._mesh = mesh
         self._imports = imports
@@ -92,7 +94,9 @@ class Table:
         """NODATA for what of upstream's would lead round the relays."""
         addresses, self._port = _relays(stale or mesh, network)
         self._options = extended_error(ExtendedError.STALE_ANSWER, "no relay is alive") if stale else b""
+        self._find_absent = absent.find
         self._vips = vips
+        self._vip_zones = tuple(map(wire_name, reverse_zones(vips))) if vips is not None else ()
         self._vip_names: dict[bytes, str] | None = None
         self._a = self._address_answer(Qtype.A, [a for a in addresses if isinstance(a, IPv4Address)])
         self._aaaa = self._address_answer(Qtype.AAAA, [a for a in addresses if isinstance(a, IPv6Address)])
@@ -139,12 +143,18 @@ class Table:
                 return self._under_domain(query, zone)
             if (special := self._special(query)) is not None:
                 return special
-        if query.qtype == Qtype.PTR:
-            if query.name in self._reverse:
-                return self._no_data(0)  # the name of a relay says nothing about the service behind it
-            if self._vips is not None and (pointer := self._pointer(query)) is not None:
-                return pointer
-        return self._plain(query)
+        if query.qtype == Qtype.PTR and query.name in self._reverse:
+            return self._no_data(0)  # the name of a relay says nothing about the service behind it
+        if self._vip_zones and query.name.endswith(self._vip_zones):
+            for name in self._vip_zones:
+                if (zone := _position(query, name)) is not None:
+                    return self._pointer(query, zone)
+        decision = self._plain(query)
+        if decision is Disposition.FORWARD and (found := self._find_absent(query)) is not None:
+            return (
+                self._no_data(found.zone) if found.empty else self._no_name(found.zone, "a name that is not asked for")
+            )
+        return decision
 
     def _special(self, query: Query) -> Answer | None:
         if _position(query, _LOCALHOST) is not None:  # RFC 6761 section 6.3
@@ -228,15 +238,18 @@ class Table:
         rdata = record(OWNER, qtype, self._ttl_s, address.packed)
         return Answer(tails=(rdata,), answers=1, options=self._options)
 
-    def _pointer(self, query: Query) -> Answer | None:
-        """The name of the service that has the address asked for in reverse."""
+    def _pointer(self, query: Query, zone: int) -> Answer:
+        """The name of the service that has the address asked for in reverse; the whole range is ours."""
         assert self._vips is not None
         if self._vip_names is None:
             records = self._mesh.vips(self._network) if self._mesh else ()
             self._vip_names = {wire_name(text): name for text, name in reverse(records).items()}
         name = self._vip_names.get(query.name)
         if name is None:
-            return None
+            whole = len(query.labels) >= len(self._vips[0].reverse_pointer.split("."))
+            return self._no_name(zone, "no service has this address") if whole else self._no_data(zone)
+        if query.qtype != Qtype.PTR:
+            return self._no_data(zone)
         return Answer(tails=(record(OWNER, Qtype.PTR, self._ttl_s, wire_name(name)),), answers=1)
 
     def _srv(self, target: AddressTarget | ServiceTarget | PlainName) -> Answer | None:

@@ -87,7 +87,7 @@ class Resolver:
     def reconfigure(self, config: DnsConfig, *, elsewhere: bool) -> None:
         """Go by this from now on; `elsewhere`: other upstreams are asked, so that nothing counts that was said before."""
         before, self._config = self._config, config
-        self._tables.config = config
+        self._tables.reconfigure(config)
         self._clients = Clients(config.allow, config.rate_limit)
         self._left = self._clients.left
         self._most = config.max_udp_reply

@@ -4,22 +4,29 @@ Sans-IO: time comes as an argument, in seconds of any one clock.
 """
 
 from discovery.model import Mesh
+from discovery.names import normalise_domain
+from dnsgw.absent import Absent
 from dnsgw.config import DnsConfig
 from dnsgw.intercept import Table
 
 
 class Tables:
-    """Makes the tables of one resolver, by the configuration that `config` is."""
+    """Makes the tables of one resolver, by the configuration that it was given last."""
 
     def __init__(self, config: DnsConfig) -> None:
-        """Begin without a relay ever seen."""
-        self.config = config
+        """Begin without a relay ever seen. Raises BadName for a bad domain."""
+        self.reconfigure(config)
         self.holds_s = 0.0
         """How long the last table holds before it is to be made anew; 0: until there is news."""
 
         self._relayed: Mesh | None = None
         """The last mesh in which a relay was alive, and since when that is not so."""
         self._relayless_since: float | None = None
+
+    def reconfigure(self, config: DnsConfig) -> None:
+        """Go by this from now on. Raises BadName for a bad domain."""
+        self.config = config
+        self._absent = Absent(config.absent, (*config.forward, normalise_domain(config.domain)))
 
     def make(self, mesh: Mesh | None, now: float) -> Table:
         """Make the table of a mesh; None: discovery was not heard from. Raises BadName for a bad domain."""
@@ -32,6 +39,7 @@ class Tables:
             ttl_s=config.ttl_s,
             stale=self._stale_relays(mesh, now) if mesh is not None else None,
             vips=config.vip,
+            absent=self._absent,
         )
 
     def _stale_relays(self, mesh: Mesh, now: float) -> Mesh | None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -21,7 +22,9 @@ from crossnet.scalars import (
     parse_size,
 )
 from crossnet.schema import Leaf, Mismatch, OneOrMore, rule
+from discovery.addresses import Network
 from discovery.document import Plain
+from discovery.names import normalise_domain
 from discovery.shape import Fault
 from dnsgw import config as dns
 from dnsgw.cache import CacheConfig
@@ -55,7 +58,18 @@ def _udp_reply(value: Plain, folder: Path) -> int:
     return value
 
 
+def _absent(value: Plain, folder: Path) -> str | Network:
+    del folder
+    if not isinstance(value, str):
+        raise Mismatch
+    try:
+        return ip_network(value) if "/" in value else normalise_domain(value)
+    except ValueError as error:
+        raise Mismatch from error
+
+
 Upstream: TypeAlias = Annotated[Destination, Leaf(EXPECTED, _destination)]
+AbsentName: TypeAlias = Annotated[str | Network, Leaf("a domain name or a CIDR", _absent)]
 SizeOrZero: TypeAlias = Annotated[int, Leaf("a size such as 32MiB, or 0", _size_or_zero, format_size)]
 UdpReply: TypeAlias = Annotated[
     int, Leaf(f"a whole number {MIN_UDP_REPLY}-{MAX_UDP_REPLY}", _udp_reply, lambda number: number)
@@ -77,6 +91,10 @@ class DnsSection:
     """Who signs the certificates of tls:// and https:// upstreams; by default the system's authorities."""
     forward: dict[Domain, Annotated[tuple[Upstream, ...], OneOrMore()]] = dataclasses.field(default_factory=dict)
     """Servers of their own for the names at and under these."""
+    absent: Annotated[tuple[AbsentName, ...], OneOrMore()] = ()
+    """Names that do not exist, with all below them, and networks whose addresses have no names: [10.0.0.0/8] where nobody serves
+    their reverse, [use-application-dns.net, mask.icloud.com, mask-h2.icloud.com] where browsers should not go past this resolver.
+    Always: local, but for cluster.local and what stands in `forward`, and the reverse of loopback and link-local addresses."""
     race_s: Duration = RACE_S
     """How long one upstream has before the next is asked as well."""
     random_case: Boolean = False

@@ -24,7 +24,7 @@ FULL = """
   upstream: [tls://10.0.0.10#dns.example, https://10.0.0.11/dns-query], upstream_ca: ca.pem, race: 100ms,
   forward: {corp.example: 10.1.0.53, lab.example: [tcp://10.2.0.53, 10.2.0.54]}, random_case: true, rate_limit: 500,
   max_udp_reply: 900, vip: 240.0.0.0/16, stale_relays: 5m, cache: 8MiB, max_ttl: 10m, max_negative_ttl: 1m, reuse_port: true,
-  stale_answers: 1h, cookie_secret: {file: secret}, loop_probe: false
+  stale_answers: 1h, absent: [mask.icloud.com, 10.0.0.0/8], cookie_secret: {file: secret}, loop_probe: false
 """
 
 
@@ -46,6 +46,8 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert (made.cache.max_bytes, made.cache.max_ttl_s) == (8 << 20, 600)
     assert (made.cache.max_negative_ttl_s, made.cache.stale_for_s) == (60, 3600)
     assert made.cookie_secret == bytes(16)
+    assert made.absent == ("mask.icloud.com", ip_network("10.0.0.0/8"))
+    assert "absent: [mask.icloud.com, 10.0.0.0/8]" in effective(config)
     assert "00000000" not in str(effective(config))
 
 
@@ -56,6 +58,8 @@ def test_all_of_it(tmp_path: Path) -> None:
         ("forward: {corp.example: [x]}", '$.dns.forward["corp.example"][0]'),
         ("forward: {mesh.internal: 10.0.0.1}", "$.domain"),
         ("upstream: 10.0.0.1, upstream_ca: ca.pem", "$.dns.upstream_ca"),
+        ("absent: [10.0.0.1/8]", "$.dns.absent[0]"),
+        ("absent: [a..b]", "$.dns.absent[0]"),
         ("vip: 240.0.0.0/30", "$.dns.vip"),
         ("max_udp_reply: 4096", "$.dns.max_udp_reply"),
         ("cookie_secret: {file: ca.pem}", "$.dns.cookie_secret"),

@@ -1,14 +1,16 @@
 """What the table makes of one question; dnspython reads the answers."""
 
 import dns.message
+import dns.name
 import dns.rcode
 import dns.rdatatype
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.imports import Imports
+from discovery.imports import ImportRule, Imports
 from discovery.model import Mesh
+from dnsgw.absent import Absent
 from dnsgw.intercept import MAX_ADDRESSES, Disposition, Table
 from dnsgw.reply import Answer
 from dnsgw.wire import BadQuery, Qtype, scan
@@ -175,7 +177,9 @@ def test_the_domain_inside_a_label_is_not_the_domain() -> None:
     assert V4.decide(scan(query("mesh.internal"))) is Disposition.FORWARD
 
 
-@pytest.mark.parametrize("name", ["www.example.test", "", "local", "10.in-addr.arpa", "orders.shop", "x." + ORDERS])
+@pytest.mark.parametrize(
+    "name", ["www.example.test", "", "svc.cluster.local", "10.in-addr.arpa", "orders.shop", "x." + ORDERS]
+)
 def test_other_names_are_upstreams(name: str) -> None:
     for qtype in (Qtype.A, Qtype.AAAA, Qtype.HTTPS, Qtype.ANY, Qtype.PTR):
         assert V4.decide(scan(query(name, qtype))) is Disposition.FORWARD
@@ -312,6 +316,34 @@ def test_names_that_never_exist_are_not_asked_for(name: str) -> None:
     message = ask(V4, name)
     assert message.rcode() == dns.rcode.NXDOMAIN
     assert str(message.authority[0].name).lower() == name.lower().rpartition(".")[2] + "."
+
+
+@pytest.mark.parametrize("name", ["printer.local", "4.3.2.127.in-addr.arpa"])
+@pytest.mark.parametrize("qtype", [Qtype.A, Qtype.PTR, Qtype.SRV])
+def test_names_that_upstream_knows_nothing_of_are_not_asked_for(name: str, qtype: int) -> None:
+    message = ask(V4, name, qtype)
+    assert message.rcode() == dns.rcode.NXDOMAIN
+    assert name.endswith(message.authority[0].name.to_text(omit_final_dot=True))
+    assert message.authority[0].name != dns.name.from_text(name)
+
+
+def test_above_names_that_are_asked_for_is_no_data() -> None:
+    assert is_nodata(ask(V4, "local"))
+    assert V4.decide(scan(query("nobody.svc.cluster.local"))) is Disposition.FORWARD
+
+
+def test_imports_come_before_what_is_not_asked_for() -> None:
+    rules = Imports([ImportRule(names=("*.shop.svc.cluster.local",), sources=("b",), prefer="remote")])
+    of = Table(
+        mesh(relay("10.0.0.9")),
+        imports=rules,
+        network="a",
+        domain=DOMAIN,
+        ttl_s=5,
+        absent=Absent(["shop.svc.cluster.local"]),
+    )
+    assert records(ask(of, ORDERS)) == [f"{ORDERS}. 5 IN A 10.0.0.9"]
+    assert ask(of, "x." + ORDERS).rcode() == dns.rcode.NXDOMAIN
 
 
 @pytest.mark.parametrize("name", ["_dns.resolver.arpa", "resolver.arpa"])

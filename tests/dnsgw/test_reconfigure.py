@@ -129,6 +129,17 @@ async def test_a_zone_of_its_own_counts_at_once(upstream: Authority, other: Auth
             assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
 
 
+async def test_what_nobody_is_asked_for(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
+            change(server, absent=("example.test",))
+            assert dns.message.from_wire(await client.ask(query(WWW))).rcode() == dns.rcode.NXDOMAIN
+            change(server, forward={"www.example.test": (Destination(LOOPBACK, upstream.port),)})
+            assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
+
+
 async def test_who_may_ask_and_how_much(upstream: Authority) -> None:
     async with running(VIEW, upstream.port) as server, connected(server) as connection:
         assert addresses(await connection.ask(query(ADDRESS))) == ["10.0.0.9"]

@@ -3,12 +3,14 @@
 from ipaddress import ip_address, ip_network
 
 import dns.message
+import dns.rcode
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from discovery.model import Kind, Mesh, Record, VipSpec
 from discovery.spec import BadRecord, check_spec, is_record_id
+from dnsgw.absent import reverse_zones
 from dnsgw.vip import MAX_DRAWS, address_of, claim, draws, imported_names, record_id
 from dnsgw.wire import Qtype
 from tests.dnsgw.meshes import ORDERS, imports, mesh, relay
@@ -111,7 +113,14 @@ async def test_answers_and_the_way_back(vips: str) -> None:
             (stable,) = await ask(ORDERS, half)
             assert ip_address(stable) in network
             assert await ask(ORDERS, other) == []
-            assert await ask(ip_address(stable).reverse_pointer, Qtype.PTR) == [ORDERS + "."]
+            back = ip_address(stable).reverse_pointer
+            assert await ask(back, Qtype.PTR) == [ORDERS + "."]
+            assert await ask(back, Qtype.A) == []
+            assert await ask(back.partition(".")[2], Qtype.PTR) == []  # names lie below
+            # The rest of the range is ours too, and nobody else is asked for it.
+            nobody = dns.message.from_wire(await late.ask(query(network[1].reverse_pointer, Qtype.PTR)))
+            assert nobody.rcode() == dns.rcode.NXDOMAIN
+            assert nobody.authority[0].name.to_text(omit_final_dot=True) == next(reverse_zones(network))
             # Names that say where they lead need none.
             assert await ask("p8443-10-1-0-5.b.svc.mesh.internal", Qtype.A) == ["10.0.0.9"]
 
