@@ -83,7 +83,7 @@ class AdminServer:
             ]
         )
         self._sock: socket.socket | None = None
-        self._runner = web.AppRunner(application, access_log=None, handle_signals=False)
+        self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
 
     async def open(self, address: str, port: int, inherited: socket.socket | None = None) -> None:
         """Listen, with a socket that does so already where there is one. Raises OSError."""
@@ -91,7 +91,7 @@ class AdminServer:
         try:
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             self._sock = inherited or socket.create_server((address, port), family=family)
-            await web.SockSite(self._runner, self._sock, shutdown_timeout=1.0).start()
+            await web.SockSite(self._runner, self._sock).start()
         except OSError:
             await self._runner.cleanup()
             raise

@@ -19,10 +19,11 @@ from crossnet import logs, roles
 from crossnet.adaptive import AdaptivePorts
 from crossnet.admin import AdminServer
 from crossnet.config import warnings
+from crossnet.discovery_client import open_discovery
 from crossnet.handover import READY_LOOK_S, READY_TIMEOUT_S, Inherited, Offer, Place
+from crossnet.inspection import Inspection
 from crossnet.publication import RelayPublication, publish_turn_servers
 from crossnet.reload import Refused, Reloader
-from crossnet.schema import encode
 from crossnet.sections import Config, DnsSection, GatewaySection, PublisherSection, RelaySection
 from discovery.addresses import format_endpoint, parse_address
 from discovery.api import DiscoveryServer, DiscoveryServerConfig, ServerRefused
@@ -30,9 +31,8 @@ from discovery.client import DiscoveryClient
 from discovery.contract import Discovery
 from discovery.document import BadFile
 from discovery.merged import MergedDiscovery
-from discovery.model import Kind, Mesh, VipSpec
+from discovery.model import Kind, VipSpec
 from discovery.publisher import Publisher
-from discovery.static import StaticDiscovery
 from discovery.store import StoreError
 from dnsgw.config import DEFAULT_TTL_S
 from dnsgw.server import DnsServer
@@ -47,8 +47,8 @@ T = TypeVar("T")
 log = logging.getLogger("crossnet")
 
 FORGET_S = 2.0
-"""On top of the TTL of our DNS answers, for resolvers on the client's side that round it up (design, section 9); and for relays to hear
-of a change in discovery."""
+"""On top of the TTL of our DNS answers, for resolvers on the client's side that round it up (design, section 9). Relays have heard
+of a change in discovery by then, too."""
 
 CLOSE_TIMEOUT_S = 5.0
 """What giving allocations and records back may take together; leases end by themselves."""
@@ -82,12 +82,12 @@ class App:
         self.turn: TurnServer | None = None
         self.registrar: Registrar | None = None
         self._dns: DnsServer | None = None
-        self._publisher: Publisher | None = None
+        self.publisher: Publisher | None = None
         self._publication: RelayPublication | None = None
         self._group = asyncio.TaskGroup()
         self._tasks: dict[str, asyncio.Task[Any]] = {}
-        self._started_at = time.time()
-        self._started = False
+        self.started_at = time.time()
+        self.started = False
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         self._inherited = Inherited()
@@ -98,6 +98,11 @@ class App:
     def handed_over(self) -> bool:
         """Whether another process has taken our place."""
         return self._handed_over
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it drains, or has ended."""
+        return self._stopping.is_set()
 
     def stop(self) -> None:
         """Drain and end; asked a second time, end at once."""
@@ -114,7 +119,7 @@ class App:
         """
         if self.config.handover is not None:
             self._inherited = await self._begin("handover", asyncio.to_thread(Inherited.receive, self.config.handover))
-        admin = AdminServer(self)
+        admin = AdminServer(Inspection(self))
         where = str(self.config.admin.address), self.config.admin.port
         try:
             await self._begin("admin", admin.open(*where, self._inherited.take("admin", *where)))
@@ -122,7 +127,7 @@ class App:
             async with self._group:
                 try:
                     await self._start()
-                    self._started = True
+                    self.started = True
                     if self._inherited:
                         registrar = self.registrar
                         await self._begin(
@@ -143,7 +148,7 @@ class App:
         finally:
             self._inherited.close()
             await admin.close()
-        log.info("ended", extra={"event": {"seconds": time.time() - self._started_at}})
+        log.info("ended", extra={"event": {"seconds": time.time() - self.started_at}})
 
     def _apply(self, config: Config) -> None:
         """Go by this configuration from now on; it differs only in what needs no restart. Raises Refused, all being as before."""
@@ -222,8 +227,8 @@ class App:
         async def opened() -> Publisher:
             return Publisher(roles.publisher_config(self.config, section), discovery, registry=self.registry)
 
-        self._publisher = await self._begin("publisher", opened())
-        self._run("publisher", self._publisher.run())
+        self.publisher = await self._begin("publisher", opened())
+        self._run("publisher", self.publisher.run())
 
     async def _start_dns(self, discovery: Discovery, section: DnsSection) -> None:
         def claim(id: str, spec: VipSpec) -> None:  # noqa: A002 - the word of the design
@@ -403,99 +408,6 @@ class App:
     def _streams_open(self) -> int:
         ours = sum(len(server.ledger) for server in (self.relay, self.gateway) if server is not None)
         return ours + (self.turn.streams if self.turn is not None else 0)
-
-    def waiting_for(self) -> list[str]:
-        """Return what is not ready yet; empty when all is."""
-        if self._stopping.is_set():
-            return ["the end: draining"]
-        if not self._started:
-            return ["the start of all roles"]
-        waiting = []
-        if self.discovery is not None and not self.discovery.synced:
-            waiting.append("a first view of discovery")
-        registrations = {line["state"] for line in self.registrar.status()} if self.registrar is not None else {"ready"}
-        if "ready" not in registrations and registrations != {"standby"}:
-            waiting.append("a first allocation")
-        if self._publisher is not None and not self._publisher.listed:
-            waiting.append("a first list of the cluster")
-        return waiting
-
-    def stale_s(self) -> float | None:
-        """Return for how many seconds no server has confirmed the view of discovery; None without one of servers."""
-        age_s: float | None = getattr(self.discovery, "age_s", None)
-        return age_s
-
-    def status(self) -> dict[str, object]:
-        """Return how the process is, for people and `crossnet status`."""
-        view = self.view()
-        return {
-            "version": version("crossnet"),
-            "network": self.config.network,
-            "domain": self.config.domain,
-            "roles": self.chosen,
-            "seconds": round(time.time() - self._started_at, 1),
-            "waiting_for": self.waiting_for(),
-            "listening": self.listening,
-            "config": self.reloader.status if self.reloader is not None else None,
-            "streams": {role: len(rows) for role, rows in self.streams().items()},
-            "discovery": {
-                "sources": [str(source) for source in self.config.discovery],
-                "synced": self.discovery is not None and self.discovery.synced,
-                "connected": getattr(self.discovery, "connected", None),
-                "age_s": self.stale_s(),
-                "revision": view.revision,
-                "records": len(view),
-                "networks": sorted(view.networks),
-            },
-            "registrations": self.registrar.status() if self.registrar is not None else [],
-        }
-
-    def streams(self) -> dict[str, list[dict[str, object]]]:
-        """Return the open streams by role."""
-        servers = {"relay": self.relay, "gateway": self.gateway}
-        return {role: server.ledger.rows() for role, server in servers.items() if server is not None}
-
-    def ended_streams(self) -> dict[str, list[dict[str, object]]]:
-        """Return the streams that ended last, by role."""
-        servers = {"relay": self.relay, "gateway": self.gateway}
-        return {role: server.ledger.ended() for role, server in servers.items() if server is not None}
-
-    def end_stream(self, stream: bytes) -> bool:
-        """End a stream of this process; False if none of that id is open."""
-        found = [server.ledger.find(stream) for server in (self.relay, self.gateway) if server is not None]
-        for account in found:
-            if account is not None:
-                account.stop("ended at the admin server")
-        return any(found)
-
-    def view(self) -> Mesh:
-        """Return the current mesh."""
-        return self.discovery.mesh if self.discovery is not None else Mesh.EMPTY
-
-    def effective_config(self) -> object:
-        """Return the configuration, secrets hidden."""
-        return encode(Config, self.config)
-
-
-async def open_discovery(config: Config, registry: CollectorRegistry) -> Discovery:
-    """Make the process's one client of discovery."""
-    file = None
-    if config.static_mesh is not None:
-        file = StaticDiscovery(config.static_mesh, network=config.network, allowed=config.dialled)
-        if not config.discovery_urls:
-            return file
-    client = DiscoveryClient(
-        config.discovery_urls,
-        network=config.network,
-        token=config.token.text if config.token else None,
-        ca_file=config.discovery_tls.ca if config.discovery_tls else None,
-        cert_file=config.discovery_tls.cert if config.discovery_tls else None,
-        key_file=config.discovery_tls.key if config.discovery_tls else None,
-        insecure=config.insecure,
-        snapshot_file=config.snapshot,
-        registry=registry,
-    )
-    return client if file is None else MergedDiscovery(client, file)
 
 
 def _unique(items: Iterable[T]) -> list[T]:
