@@ -97,7 +97,8 @@ def running(server: str) -> Iterator[tuple[int, int]]:
                     break
                 except ConnectionRefusedError:
                     if time.monotonic() > deadline or process.poll() is not None:
-                        raise RuntimeError(f"{server} did not start") from None
+                        said = (Path(name) / "output").read_text(errors="replace")[-500:]
+                        raise RuntimeError(f"{server} did not start: {said}") from None
                     time.sleep(0.02)
             yield port, process.pid
         finally:
