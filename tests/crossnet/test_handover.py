@@ -6,8 +6,13 @@ import threading
 from pathlib import Path
 
 import pytest
+import uvloop
 
+from crossnet.app import App
+from crossnet.config import load
 from crossnet.handover import Inherited
+from crossnet.process import leaves
+from discovery.tokens import make_token
 from tests.crossnet.running import Running, running
 from tests.sniproxy.hellos import client_hello
 
@@ -231,3 +236,41 @@ def test_ports_opened_for_services_are_handed_over_too(tmp_path: Path) -> None:
             assert second.wait_for("stream")["local"] == f"127.0.0.1:{of_service}"
         finally:
             second.kill()
+
+
+BLIND = """
+network: a
+discovery: http://127.0.0.1:{nobody}
+token: {{file: token}}
+admin: 127.0.0.1:{admin}
+handover: over.sock
+relay: {{id: relay-1, listen: "127.0.0.1:{port}", deliver: ["127.0.0.1/32"]}}
+"""
+
+
+def test_a_successor_without_a_view_of_discovery_does_not_take_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would tell clients that it knows of no network."""
+    port, admin = free_ports()
+    nobody, _ = free_ports()
+    service = Service()
+    (folder / "token").touch(0o600)
+    (folder / "token").write_text(make_token())
+    successor = folder / "blind.yaml"
+    monkeypatch.setattr("crossnet.app.READY_TIMEOUT_S", 0.2)
+    monkeypatch.chdir(folder)
+    with running(folder, FILE.format(port=port, admin=admin)) as first:
+        first.started()
+        successor.write_text(BLIND.format(port=port, admin=admin, nobody=nobody))
+
+        async def serve() -> None:
+            await App(load(successor), ["relay"]).serve()
+
+        with pytest.raises(ExceptionGroup) as failed:
+            uvloop.run(serve())
+        assert "without a view of discovery" in str(list(leaves(failed.value)))
+        first.wait_for("handover_failed")
+        service.through(("127.0.0.1", port)).close()
+        assert first.ask("/healthz")[0] == 200
+    service.listening.close()
