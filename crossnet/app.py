@@ -92,6 +92,9 @@ class App:
         self._hurry = asyncio.Event()
         self._inherited = Inherited()
         self._handed_over = False
+        self._longer_ttl_until = 0.0
+        """How long answers live on that were given with a longer TTL than those of now, in the loop's time."""
+
         self.reloader = Reloader(path, config, self._apply, self.registry) if path is not None else None
 
     @property
@@ -157,6 +160,9 @@ class App:
                 self._dns.reconfigure(roles.dns_config(config, config.dns))
             except (OSError, ValueError) as error:
                 raise Refused(f"$.dns: {error}") from error
+        if _ttl_s(config) < _ttl_s(self.config):
+            lives_until = asyncio.get_running_loop().time() + _ttl_s(self.config)
+            self._longer_ttl_until = max(self._longer_ttl_until, lives_until)
         self.config = config
         logs.set_up(style=config.log.format, level=config.log.level, refused_per_s=config.log.refused_per_second)
         keys = roles.keys(config)
@@ -308,6 +314,10 @@ class App:
         bound = [endpoint for endpoints in self._bound.values() for endpoint in endpoints]
         return bound + roles.discovery_endpoints(self.config)
 
+    def _remembered_until(self, now: float) -> float:
+        """Until when, in the loop's time, clients may come by what resolvers answered before `now`."""
+        return max(now + _ttl_s(self.config), self._longer_ttl_until) + FORGET_S
+
     async def _drain(self) -> None:
         """Withdraw, let clients look elsewhere, take nothing new, wait for the streams: `drain` in all."""
         event = {
@@ -339,8 +349,7 @@ class App:
             and (self.config.static_mesh is None or self._dns is not None)
         ):
             # Somebody's resolver has named us until now, and its answers live on for a while.
-            ttl_s = self.config.dns.ttl_s if self.config.dns is not None else DEFAULT_TTL_S
-            await self._hurried_after(min(ttl_s + FORGET_S, deadline - loop.time()))
+            await self._hurried_after(min(self._remembered_until(loop.time()), deadline) - loop.time())
         elif self._handed_over and self.registrar is not None:
             # Relays that have not heard of our successor's allocations yet come to ours.
             await self._hurried_after(min(FORGET_S, deadline - loop.time()))
@@ -412,3 +421,8 @@ class App:
 
 def _unique(items: Iterable[T]) -> list[T]:
     return list(dict.fromkeys(items))
+
+
+def _ttl_s(config: Config) -> int:
+    """How long an answer of this network's resolvers lives."""
+    return config.dns.ttl_s if config.dns is not None else DEFAULT_TTL_S

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
 from crossnet.config import ConfigError, load
-from crossnet.scalars import Secret
+from crossnet.scalars import Certificates, Secret
 from crossnet.sections import Config
 
 log = logging.getLogger("crossnet")
@@ -135,8 +135,8 @@ def _merged(old: Any, new: Any, section: str, applied: list[str], restart: list[
 
 
 def files(value: object) -> Iterator[Path]:
-    """Yield the files of the secrets that a configuration holds."""
-    if isinstance(value, Secret):
+    """Yield the files whose content a configuration holds: secrets and certificates."""
+    if isinstance(value, Secret | Certificates):
         yield value.path
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):

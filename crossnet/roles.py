@@ -100,7 +100,7 @@ def dns_config(config: Config, section: DnsSection) -> DnsConfig:
         upstream=section.upstream,
         forward=section.forward,
         absent=section.absent,
-        upstream_ca=section.upstream_ca,
+        upstream_ca=section.upstream_ca.pem if section.upstream_ca else None,
         race_s=section.race_s,
         random_case=section.random_case,
         imports=imports(config),

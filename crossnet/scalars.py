@@ -32,6 +32,7 @@ from discovery.store.etcdapi import parse_endpoints
 from sniproxy.stream.policy import BadRule, NamePattern, Rule
 
 MAX_SECRET_BYTES = 64 * 1024
+MAX_CERTIFICATES_BYTES = 4 * 1024 * 1024  # all authorities of a Debian system take a fourth of a MiB
 """Of a secret's file: keys and passwords have a hundred bytes, certificates a few thousand."""
 
 MAX_ARGUMENT = 4096
@@ -56,6 +57,17 @@ class Secret:
     def text(self) -> str:
         """The secret as text; its bytes were checked to be such."""
         return self.value.decode()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Certificates:
+    """A file of certificates as it was when it was read; what was renewed under the same path is not the same."""
+
+    path: Path
+    pem: str = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -230,6 +242,18 @@ def _existing(value: Plain, folder: Path) -> Path:
         raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})") from error
 
 
+def _certificates(value: Plain, folder: Path) -> Certificates:
+    path = _path(value, folder)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CERTIFICATES_BYTES + 1)
+    except OSError as error:
+        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})") from error
+    if len(data) > MAX_CERTIFICATES_BYTES:
+        raise Mismatch(f"a file of at most {MAX_CERTIFICATES_BYTES} bytes", shown(value))
+    return Certificates(path, data.decode("ascii", "ignore"))  # comments may be in anything
+
+
 def _secret(value: Plain, folder: Path) -> Secret:
     # What stands here in place of {file: PATH} is often the secret itself: it is never repeated in an error.
     if not isinstance(value, dict) or value.keys() != {"file"}:
@@ -384,6 +408,7 @@ Text: TypeAlias = Annotated[str, Leaf("a line of text", _matching(r"[\x20-\x7e]{
 KubernetesUrl: TypeAlias = Annotated[str, Leaf("https://HOST:PORT", _matching(r"https?://[A-Za-z0-9.:\[\]-]{1,255}/?"))]
 KeyPrefix: TypeAlias = Annotated[str, Leaf("a key prefix such as /crossnet/", _matching(r"/[\x21-\x7e]{0,100}/"))]
 NewFile: TypeAlias = Annotated[Path, Leaf("a path", _path)]
+CertificatesFile: TypeAlias = Annotated[Certificates, Leaf("a readable file", _certificates)]
 ExistingFile: TypeAlias = Annotated[Path, Leaf("a readable file", _existing)]
 DiscoverySource: TypeAlias = Annotated[
     str | Path, Leaf("https://HOST:PORT, or a path ending in .yaml", _discovery_source)

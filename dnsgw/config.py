@@ -58,8 +58,8 @@ class DnsConfig:
     absent: tuple[str | IPv4Network | IPv6Network, ...] = ()
     """Names that do not exist, with all below them, and networks whose addresses have no names, besides those of `absent.py`."""
 
-    upstream_ca: Path | None = None
-    """Who signs the certificates of upstreams that are spoken to in secret; none: the system's authorities."""
+    upstream_ca: str | None = None
+    """Who signs the certificates of upstreams that are spoken to in secret, as PEM; none: the system's authorities."""
 
     race_s: float = RACE_S
     """How long one upstream has before another is asked as well."""

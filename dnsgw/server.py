@@ -138,7 +138,7 @@ class DnsServer:
             zones=config.forward,
             max_in_flight=config.max_in_flight,
             race_s=config.race_s,
-            tls=ssl.create_default_context(cafile=config.upstream_ca) if secret else None,
+            tls=ssl.create_default_context(cadata=config.upstream_ca) if secret else None,
             random_case=config.random_case,
         )
 

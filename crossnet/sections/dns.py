@@ -9,12 +9,12 @@ from typing import Annotated, TypeAlias
 
 from crossnet.scalars import (
     Boolean,
+    CertificatesFile,
     Cidr,
     Count,
     Domain,
     Duration,
     DurationOrZero,
-    ExistingFile,
     ListenAddress,
     SecretFile,
     WholeSeconds,
@@ -87,7 +87,7 @@ class DnsSection:
     """Several processes listen on the same addresses, one for each core, say; the kernel shares the clients out."""
     upstream: Annotated[tuple[Upstream, ...], OneOrMore()] = ()
     """Servers that answer what is not ours; by default those of /etc/resolv.conf."""
-    upstream_ca: ExistingFile | None = None
+    upstream_ca: CertificatesFile | None = None
     """Who signs the certificates of tls:// and https:// upstreams; by default the system's authorities."""
     forward: dict[Domain, Annotated[tuple[Upstream, ...], OneOrMore()]] = dataclasses.field(default_factory=dict)
     """Servers of their own for the names at and under these."""

@@ -40,7 +40,8 @@ def test_all_of_it(tmp_path: Path) -> None:
         "corp.example": ["10.1.0.53"],
         "lab.example": ["tcp://10.2.0.53", "10.2.0.54"],
     }
-    assert (made.upstream_ca, made.race_s, made.random_case) == (tmp_path / "ca.pem", 0.1, True)
+    assert (made.upstream_ca, made.race_s, made.random_case) == ("pem\n", 0.1, True)
+    assert f"upstream_ca: {tmp_path}/ca.pem" in effective(config)
     assert (made.rate_limit, made.max_udp_reply, made.vip) == (500, 900, ip_network("240.0.0.0/16"))
     assert (made.stale_relays_for_s, made.reuse_port, made.loop_probe) == (300, True, False)
     assert (made.cache.max_bytes, made.cache.max_ttl_s) == (8 << 20, 600)

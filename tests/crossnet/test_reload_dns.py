@@ -1,5 +1,6 @@
 """A resolver under a new configuration: a real process, dig, and two real upstreams that differ in what they say."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from crossnet import roles
+from crossnet.app import FORGET_S, App
+from crossnet.config import ConfigError, load
+from crossnet.reload import change, files
+from crossnet.scalars import MAX_CERTIFICATES_BYTES
 from tests.crossnet.running import Running, running
 from tests.dnsgw.servers import free_port
 
@@ -116,7 +122,7 @@ def test_a_resolver_goes_by_a_new_file_at_once(tmp_path: Path) -> None:
             (tmp_path / "ca.pem").write_text("none\n")
             refused = {
                 f'upstream: "127.0.0.1:{port}"': "itself",
-                "upstream: tls://127.0.0.1, upstream_ca: ca.pem": "X509",
+                "upstream: tls://127.0.0.1, upstream_ca: ca.pem": "certificate",
             }
             for count, (section, why) in enumerate(refused.items(), 1):
                 write(tmp_path, section, more=imports)
@@ -139,3 +145,47 @@ def test_a_resolver_goes_by_a_new_file_at_once(tmp_path: Path) -> None:
             assert dig(resolver, "www.example.test").endswith(" 192.0.2.1")
             assert dig(resolver, OWN) == "5 10.0.0.9"
             assert resolver.end() == 143
+
+
+def test_another_content_of_a_file_of_certificates_is_a_change(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    (tmp_path / "ca.pem").write_bytes("# Süd\none\n".encode())
+    write(tmp_path, "upstream: tls://10.0.0.10, upstream_ca: ca.pem")
+    before = load(tmp_path / "crossnet.yaml")
+    assert change(before, load(tmp_path / "crossnet.yaml")).applied == ()
+    assert tmp_path / "ca.pem" in files(before)  # so that it is watched
+    (tmp_path / "ca.pem").write_text("two\n")
+    made = change(before, load(tmp_path / "crossnet.yaml"))
+    assert (made.applied, made.restart) == (("dns.upstream_ca",), ())
+    assert made.config.dns is not None
+    assert roles.dns_config(made.config, made.config.dns).upstream_ca == "two\n"
+
+
+def test_a_file_of_certificates_has_an_end(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    with (tmp_path / "ca.pem").open("wb") as file:
+        file.truncate(MAX_CERTIFICATES_BYTES + 1)
+    write(tmp_path, "upstream: tls://10.0.0.10, upstream_ca: ca.pem")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "crossnet.yaml")
+    assert [fault.path for fault in caught.value.faults] == ["$.dns.upstream_ca"]
+
+
+def test_a_draining_relay_waits_for_answers_with_the_ttl_of_before(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    loaded = {}
+    for ttl_s in (5, 60, 30):
+        write(tmp_path, f"upstream: 10.0.0.10, ttl: {ttl_s}s")
+        loaded[ttl_s] = load(tmp_path / "crossnet.yaml")
+
+    async def reload() -> None:
+        app = App(loaded[5], ["relay"])
+        begin = asyncio.get_running_loop().time()
+        for ttl_s, remembered_s in ((60, 60), (30, 60), (5, 60), (30, 60), (60, 60)):
+            app._apply(loaded[ttl_s])
+            end = asyncio.get_running_loop().time()
+            until = app._remembered_until(end)
+            assert begin + remembered_s + FORGET_S <= until <= end + remembered_s + FORGET_S
+            assert app._remembered_until(end + 100) == end + 100 + ttl_s + FORGET_S
+
+    asyncio.run(reload())

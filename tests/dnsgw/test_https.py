@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from pathlib import Path
 
 import dns.message
 import dns.rcode
@@ -45,9 +44,8 @@ def signer() -> trustme.CA:
 
 
 @pytest.fixture
-def ca(signer: trustme.CA, tmp_path: Path) -> Path:
-    signer.cert_pem.write_to_path(tmp_path / "ca.pem")
-    return tmp_path / "ca.pem"
+def ca(signer: trustme.CA) -> str:
+    return signer.cert_pem.bytes().decode()
 
 
 def context(signer: trustme.CA, *names: str) -> ssl.SSLContext:
@@ -111,7 +109,7 @@ def destination(way: Way, port: int, name: str = "dns.example") -> Destination:
 
 @pytest.mark.parametrize("name", ["dns.example", ""], ids=["by name", "by address"])
 @pytest.mark.parametrize("way", SERVING)
-async def test_questions_go_in_secret_and_padded(signer: trustme.CA, ca: Path, way: Way, name: str) -> None:
+async def test_questions_go_in_secret_and_padded(signer: trustme.CA, ca: str, way: Way, name: str) -> None:
     async with SERVING[way](context(signer, name or "127.0.0.1")) as secret:
         upstream = (destination(way, secret.port, name),)
         async with running(VIEW, upstream=upstream, upstream_ca=ca) as server:
@@ -126,7 +124,7 @@ async def test_questions_go_in_secret_and_padded(signer: trustme.CA, ca: Path, w
 
 
 @pytest.mark.parametrize("way", SERVING)
-async def test_many_at_once(signer: trustme.CA, ca: Path, way: Way) -> None:
+async def test_many_at_once(signer: trustme.CA, ca: str, way: Way) -> None:
     async with SERVING[way](context(signer, "dns.example")) as secret:
         async with running(VIEW, upstream=(destination(way, secret.port),), upstream_ca=ca) as server:
             with Client(address(server)) as client:
@@ -140,7 +138,7 @@ async def test_many_at_once(signer: trustme.CA, ca: Path, way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", SERVING)
-async def test_a_certificate_for_somebody_else_is_no_upstream(signer: trustme.CA, ca: Path, way: Way) -> None:
+async def test_a_certificate_for_somebody_else_is_no_upstream(signer: trustme.CA, ca: str, way: Way) -> None:
     async with SERVING[way](context(signer, "other.example")) as secret:
         async with running(VIEW, upstream=(destination(way, secret.port),), upstream_ca=ca) as server:
             with Client(address(server)) as client:
@@ -151,9 +149,24 @@ async def test_a_certificate_for_somebody_else_is_no_upstream(signer: trustme.CA
         assert not secret.authority.asked
 
 
-async def test_an_answer_that_is_no_answer_is_a_failure(signer: trustme.CA, ca: Path) -> None:
+async def test_an_answer_that_is_no_answer_is_a_failure(signer: trustme.CA, ca: str) -> None:
     async with serving_https(context(signer, "dns.example")) as secret:
         secret.status = 500
         async with running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server:
             with Client(address(server)) as client:
                 assert (await client.ask(query(WWW)))[3] & 15 == dns.rcode.SERVFAIL
+
+
+@pytest.mark.parametrize("way", [Way.TLS, Way.HTTPS])
+async def test_another_authority_counts_at_once(signer: trustme.CA, ca: str, way: Way) -> None:
+    """As when the file of certificates is renewed under the same path."""
+    other = trustme.CA().cert_pem.bytes().decode()
+    async with (
+        SERVING[way](context(signer, "dns.example")) as secret,
+        running(VIEW, upstream=(destination(way, secret.port),), upstream_ca=other) as server,
+    ):
+        with Client(address(server)) as client:
+            for n, authority in enumerate((other, other + ca, other, ca)):
+                server.reconfigure(replace(server.config, upstream_ca=authority))
+                reply = await client.ask(query(f"n{n}.{WWW}"))
+                assert reply[3] & 15 == (dns.rcode.NOERROR if ca in authority else dns.rcode.SERVFAIL)

@@ -89,15 +89,14 @@ async def test_it_ends_with_former_upstreams_still_asked(upstream: Authority, ot
         change(server, ttl_s=9)  # too late, and no harm
 
 
-async def test_an_upstream_that_cannot_be_changes_nothing(upstream: Authority, tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").write_text("none")
+async def test_an_upstream_that_cannot_be_changes_nothing(upstream: Authority) -> None:
     secret = Destination(LOOPBACK, 853, Way.TLS)
     async with running(VIEW, upstream.port) as server:
         before = server.config
         with pytest.raises(UpstreamLoop):
             change(server, upstream=(server.addresses[0],), ttl_s=9)
-        with pytest.raises(OSError, match="X509"):
-            change(server, upstream=(secret,), upstream_ca=tmp_path / "ca.pem", ttl_s=9)
+        with pytest.raises(OSError, match="certificate"):
+            change(server, upstream=(secret,), upstream_ca="none", ttl_s=9)
         assert server.config is before
         with Client(address(server)) as client:
             assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
