@@ -14,8 +14,8 @@ from sniproxy.engine import Wire, connect
 from sniproxy.hello import Hello
 from sniproxy.route import Candidate, SigningKeys
 from sniproxy.stream.capsule import HEADER_SIZE, CapsuleError
-from sniproxy.stream.control import TOKEN_SIZE, Message, Opened, Pong, Ready, Refused
-from sniproxy.stream.ends import LIMIT_OPENED_S, LIMIT_READY_S, Side
+from sniproxy.stream.control import TOKEN_SIZE, Message, Opened, Pong, Ready, Refused, Waiting
+from sniproxy.stream.ends import LIMIT_OPENED_S, LIMIT_READY_S, LIMIT_WAITING_S, Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import STREAM_ID_SIZE, Preamble, PreambleError, SigningKey, WarmPreamble, sign
 from sniproxy.stream.reason import RETRYABLE, Reason
@@ -222,13 +222,18 @@ class Opener:
         Args:
             final: a refusal that does not say that nothing was delivered forbids to ask another gateway.
         """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout_at(began + limit_s) as deadline:
                 if send is not None and not framed.ends.refused:  # which may have come along with READY
                     # What the gateway said before it closed is still there to be read; if nothing is, reading says so.
                     with suppress(OSError):
                         await send()
                 message = await framed.next_message()
+                while isinstance(message, Waiting):
+                    deadline.reschedule(min(loop.time() + message.seconds, began + LIMIT_WAITING_S) + limit_s)
+                    message = await framed.next_message()
         except TimeoutError:
             raise late from None
         except (OSError, EOFError) as error:

@@ -5,14 +5,14 @@
     each change of the mesh, and ten times a second ──▶ one of the held streams tries ──▶ it gets through: so do all others
 
 A trigger that succeeded is not run again for `cooldown_s`; after one that failed streams are refused at once, for a while that
-doubles with every failure in a row. What a relay waits for a service (LIMIT_OPENED_S) bounds how long a stream can be held;
-a trigger may take longer than that, and a later stream finds the service awake.
+doubles with every failure in a row. The relay is told how long it may take (WAITING), or it would give up after LIMIT_OPENED_S; it
+gives LIMIT_WAITING_S at most. A trigger may take longer than that, and a later stream finds the service awake.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.contract import Discovery
 from discovery.model import Mesh
-from sniproxy.stream.ends import LIMIT_OPENED_S
+from sniproxy.stream.ends import LIMIT_WAITING_S
 from sniproxy.stream.policy import NamePattern
 from sniproxy.stream.preamble import Preamble
 from sniproxy.stream.reason import Reason
@@ -29,10 +29,11 @@ from turnreg.trigger import Command, Trigger, TriggerError, fire
 
 log = logging.getLogger(__name__)
 
-MAX_TIMEOUT_S = LIMIT_OPENED_S - 1.0
-"""The relay counts from READY, with the way here and the ClientHello in between."""
+MAX_TIMEOUT_S = LIMIT_WAITING_S
+"""What a relay waits, on top of what it waits anyway."""
 
-DEFAULT_TIMEOUT_S = 8.0
+DEFAULT_TIMEOUT_S = 30.0
+"""A container on a machine that is there. Many clients give up by then."""
 DEFAULT_RUN_TIMEOUT_S = 30.0
 DEFAULT_COOLDOWN_S = 30.0
 DEFAULT_MAX_HELD = 1024
@@ -98,6 +99,10 @@ class _Sleeper:
         return not self.held and not self.running and now > self.rest_until + (MAX_BACKOFF_S if self.failures else 0)
 
 
+async def _nobody(_seconds: float) -> None:
+    pass
+
+
 class Activation:
     """A Delivery that wakes what sleeps. `spawn` is set while the gateway runs; without it nothing is woken."""
 
@@ -143,11 +148,11 @@ class Activation:
         self._rules = rules
         self._max_held = max_held
 
-    async def connect(self, preamble: Preamble, on_held: Callable[[], None] = lambda: None) -> Delivered:
+    async def connect(self, preamble: Preamble, on_held: Callable[[float], Awaitable[None]] = _nobody) -> Delivered:
         """Connect to what a proven preamble asks for, and wake it if it sleeps.
 
         Args:
-            on_held: told when the stream begins to wait.
+            on_held: told when the stream begins to wait, and for how many seconds at most.
 
         Raises:
             Undeliverable: as Delivery.connect, and overloaded; no_endpoint for a service that did not wake.
@@ -178,7 +183,7 @@ class Activation:
         rule: ActivationRule,
         preamble: Preamble,
         until: float,
-        on_held: Callable[[], None],
+        on_held: Callable[[float], Awaitable[None]],
     ) -> Delivered:
         sleeper = self._sleeper(failure.asleep)
         now = asyncio.get_running_loop().time()
@@ -192,9 +197,9 @@ class Activation:
             self._unsubscribe = self._discovery.subscribe(self._stir)
         self._held += 1
         sleeper.held += 1
-        on_held()
         try:
             async with asyncio.timeout_at(until):
+                await on_held(until - now)
                 return await self._awake(sleeper, failure, preamble)
         except TimeoutError:
             detail = f"{failure.detail}; nothing answered within {rule.timeout_s:g} s of waking it"

@@ -6,10 +6,12 @@ is about to be dialled passes `allow`, the refused ranges and the loop guard (sn
 
 import asyncio
 import logging
+import math
 import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,7 +24,7 @@ from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.stream.account import Account, Ledger
 from sniproxy.stream.capsule import CapsuleError
 from sniproxy.stream.carry import Carry
-from sniproxy.stream.control import Opened, Ready, Refused
+from sniproxy.stream.control import Opened, Ready, Refused, Waiting
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.policy import Policy
@@ -260,7 +262,7 @@ class Gateway:
         account.mark("hello")
         account.state = "dialling"
         try:
-            delivered = await self._activation.connect(preamble, partial(setattr, account, "state", "held"))
+            delivered = await self._activation.connect(preamble, partial(self._held, arrival))
         except Undeliverable as error:
             raise Refusal(error.reason, error.detail) from error
         account.mark("connect")
@@ -286,6 +288,12 @@ class Gateway:
             arrival.data.clear()  # for as long as the stream lives
             account.carry(up=carry.inbound, down=carry.outbound)
             return await carry.run()
+
+    async def _held(self, arrival: Arrival, seconds: float) -> None:
+        """Tell who waits that it takes longer."""
+        arrival.account.state = "held"
+        with suppress(OSError):  # a cut is found when there is something to say
+            await arrival.framed.send(Waiting(math.ceil(seconds)))
 
     def _admit(self, arrival: Arrival, network: str) -> None:
         """Count a stream whose relay has proven itself. Raises Refusal where there are too many."""

@@ -84,7 +84,7 @@ class ActivateSection:
     """Verifies the URL's server; the system's authorities by default."""
     token: SecretFile | None = None
     timeout_s: Duration = activation.DEFAULT_TIMEOUT_S
-    """How long a stream waits; less than the 10 s that its relay does."""
+    """How long a stream waits; two minutes at most."""
     run_timeout_s: Duration = activation.DEFAULT_RUN_TIMEOUT_S
     """How long the command or call may take: then it is ended."""
     cooldown_s: Duration = activation.DEFAULT_COOLDOWN_S

@@ -43,6 +43,7 @@ class CapsuleType(enum.IntEnum):
     DONE = 0x20637207
     RECEIVED = 0x20637208
     CONTINUED = 0x20637209
+    WAITING = 0x2063720A
 
 
 class CapsuleError(ValueError):

@@ -6,6 +6,7 @@ Values (integers big-endian; strictly so, anything else is a CapsuleError):
     OPENED                ms(4) port(2) address(4 or 16)       the address that was dialled, and how long that took
     REFUSED               n(1) reason(n) detail(0..200)        reason is [a-z_]+, detail is UTF-8
     PING PONG             token(8)                             a PONG repeats the token
+    WAITING               seconds(2)
     RECEIVED              bytes(8)                             of this connection, from its first one
     OPEN                  a complete signed preamble           at most 1,024 bytes
 """
@@ -96,6 +97,28 @@ class Received:
         if len(value) != _COUNT.size:
             raise CapsuleError(f"RECEIVED of {len(value)} bytes")
         return cls(*_COUNT.unpack(value))
+
+
+_SECONDS: Final = struct.Struct(">H")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Gateway: the service sleeps and is being woken; this may take so long, from now."""
+
+    type: ClassVar = CapsuleType.WAITING
+    seconds: int
+
+    def pack(self) -> bytes:
+        """Return the whole capsule; more than 16 bits of seconds are written as the most."""
+        return _control(CapsuleType.WAITING, _SECONDS.pack(min(max(self.seconds, 0), 0xFFFF)))
+
+    @classmethod
+    def parse(cls, value: bytes) -> Self:
+        """Return the message; CapsuleError if it has another length."""
+        if len(value) != _SECONDS.size:
+            raise CapsuleError(f"WAITING of {len(value)} bytes")
+        return cls(*_SECONDS.unpack(value))
 
 
 _OPENED: Final = struct.Struct(">IH")
@@ -219,7 +242,7 @@ class Open:
         return cls(value)
 
 
-Message = Ready | Opened | Refused | Finished | Ping | Pong | Open | Done | Received | Continued
+Message = Ready | Opened | Refused | Finished | Ping | Pong | Open | Done | Received | Continued | Waiting
 
 _PARSERS: Final[dict[CapsuleType, Callable[[bytes], Message]]] = {
     CapsuleType.READY: Ready.parse,
@@ -232,6 +255,7 @@ _PARSERS: Final[dict[CapsuleType, Callable[[bytes], Message]]] = {
     CapsuleType.DONE: Done.parse,
     CapsuleType.RECEIVED: Received.parse,
     CapsuleType.CONTINUED: Continued.parse,
+    CapsuleType.WAITING: Waiting.parse,
 }
 
 

@@ -39,6 +39,9 @@ LIMIT_READY_S = 3.0
 LIMIT_OPENED_S = 10.0
 """From READY to OPENED or REFUSED: the gateway may try several endpoints."""
 
+LIMIT_WAITING_S = 120.0
+"""How much longer at most, where the gateway says that a service is being woken (WAITING): a container on a new machine."""
+
 LIMIT_DONE_S = 10.0
 """From the last FINISHED to the close: after that nothing is left to lose."""
 
@@ -155,6 +158,8 @@ class Ends:
                     return "without PING"
                 self._pings -= 1
                 return None
+            case CapsuleType.WAITING if not from_relay:
+                return "before READY" if not self.ready or self.warm else "after OPENED" if self.opened else None
             case CapsuleType.READY if not from_relay:
                 error, self.ready = "a second time" if self.ready else None, True
                 return error

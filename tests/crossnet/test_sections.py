@@ -112,7 +112,7 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
     assert command.trigger == Command(("/bin/wake", "--now"))
     assert (command.timeout_s, command.cooldown_s, command.max_held) == (3.0, 30.0, 256)
     assert call.trigger == HttpCall(url="https://scaler.example/wake", method="PATCH", body="{}", token="secret")
-    assert (call.timeout_s, call.max_held) == (8.0, 7)
+    assert (call.timeout_s, call.max_held) == (30.0, 7)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
             ["$.gateway.activate[0]: expected one of command and url, got both"],
         ),
         (
-            "[{names: [], command: [x], token: {file: x.yaml}, ca: x.yaml, timeout: 9001ms}]",
+            "[{names: [], command: [x], token: {file: x.yaml}, ca: x.yaml, timeout: 121s}]",
             [
                 (
                     "$.gateway.activate[0].token.file: expected a file with one line of ASCII text, got 'x.yaml', "
                     "which has something else"
                 ),
                 "$.gateway.activate[0].names: expected one name or more, got none",
-                "$.gateway.activate[0].timeout: expected 9s or less, since relays wait no longer, got 9.001s",
+                "$.gateway.activate[0].timeout: expected 120s or less, since relays wait no longer, got 121s",
             ],
         ),
         (

@@ -31,17 +31,25 @@ def pids(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.interop
 @pytest.mark.needs("socat", "turnserver")
-async def test_a_service_that_wakes_late_is_reached_by_the_second_allocation(tmp_path: Path, pids: Path) -> None:
-    """The first attempt is held and refused in time, the second one is held in its turn: the command runs once for both."""
+@pytest.mark.parametrize(
+    ("wakes_s", "timeout", "attempts"),
+    [
+        pytest.param(1.5, "1s", 2, id="by the second attempt: the first was held and refused, the command runs once"),
+        pytest.param(10.5, "20s", 1, id="by the first: the relay is told to wait longer than it would"),
+    ],
+)
+async def test_a_service_that_wakes_late_is_reached(
+    tmp_path: Path, pids: Path, wakes_s: float, timeout: str, attempts: int
+) -> None:
     ground = Loopback()
     with socket.create_server((ground.plan.service, 0)) as server:
         port = server.getsockname()[1]
     listen = f"timeout 60 socat TCP-LISTEN:{port},fork,reuseaddr,bind={ground.plan.service} EXEC:cat"
-    script = f"echo $CROSSNET_SERVICE >>{tmp_path}/woken\nsleep 1.5\n{listen} >/dev/null 2>&1 & echo $! >>{pids}"
+    script = f"echo $CROSSNET_SERVICE >>{tmp_path}/woken\nsleep {wakes_s}\n{listen} >/dev/null 2>&1 & echo $! >>{pids}"
 
     def activate(document: dict[str, Any]) -> None:
         command = ["sh", "-c", script]
-        document["gateway"]["activate"] = [{"names": "**.cluster.local", "command": command, "timeout": "1s"}]
+        document["gateway"]["activate"] = [{"names": "**.cluster.local", "command": command, "timeout": timeout}]
 
     with standing(Mesh(tmp_path, ground, turn="coturn", changes={"gateway": activate})) as mesh:
         spec = {"name": SERVICE, "ports": {"8443": [f"{ground.plan.service}:{port}"]}}
@@ -56,9 +64,9 @@ async def test_a_service_that_wakes_late_is_reached_by_the_second_allocation(tmp
             pass
         client.close()
         await mesh.eventually(
-            "both have told of its end", lambda: mesh.events("relay") and len(mesh.events("gateway")) == 2
+            "both have told of its end", lambda: mesh.events("relay") and len(mesh.events("gateway")) == attempts
         )
-        assert streams_of(mesh.events("gateway")) == ["no_endpoint", "ok"]
+        assert streams_of(mesh.events("gateway")) == ["no_endpoint"] * (attempts - 1) + ["ok"]
         assert streams_of(mesh.events("relay")) == ["ok"]
-        assert mesh.events("relay")[0]["attempts"] == 2
+        assert mesh.events("relay")[0]["attempts"] == attempts
     assert (tmp_path / "woken").read_text().split() == [SERVICE]

@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
+from ipaddress import IPv4Address
 
 import pytest
 
@@ -16,12 +17,13 @@ from sniproxy.hello import HelloReader
 from sniproxy.opening import MAX_FIRST_WRITE, Call, DialError, Opener
 from sniproxy.route import Candidate, RouteKind, SigningKeys
 from sniproxy.stream.capsule import CapsuleType, header
-from sniproxy.stream.control import Finished, Ready, Refused
+from sniproxy.stream.control import Finished, Opened, Ready, Refused, Waiting
 from sniproxy.stream.preamble import SigningKey
 from sniproxy.stream.reason import Reason
 from tests.sniproxy.gateways import (
     KEY,
     KEY_C,
+    Script,
     ScriptedGateway,
     Visit,
     ends,
@@ -406,6 +408,34 @@ async def test_a_preamble_that_does_not_fit_is_an_answer_and_no_crash() -> None:
         with pytest.raises(DialError, match="over 1024") as error:
             await dialing.open(long, [asked])
     assert error.value.final
+
+
+def wakes(*seconds: int, answers: bool) -> Script:
+    """READY, then WAITING so often, then OPENED or nothing."""
+
+    async def script(visit: Visit) -> None:
+        await visit.framed.send(Ready())
+        for each in seconds:
+            await visit.framed.send(Waiting(each))
+            await asyncio.sleep(0.15)
+        if answers:
+            await visit.framed.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+        await asyncio.get_running_loop().create_future()
+
+    return script
+
+
+async def test_a_service_that_is_being_woken_is_waited_for() -> None:
+    async with scripted(wakes(1, 1, answers=True)) as gateway:
+        assert (await opened(dialer(open_timeout_s=0.1), [candidate(gateway)])).attempts == 1
+
+
+@pytest.mark.parametrize("seconds", [(0,), (60, 0), (60, 60, 60)])
+async def test_but_not_for_ever(seconds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sniproxy.opening.LIMIT_WAITING_S", 0.2)
+    async with scripted(wakes(*seconds, answers=False)) as first, scripted(opens) as second:
+        error = await failed(dialer(open_timeout_s=0.1), [candidate(first), candidate(second)])
+        assert (error.reason, error.final, second.connections) == (Reason.OPEN_TIMEOUT, True, 0)
 
 
 @pytest.mark.parametrize("script", [silent, silent_behind_ready])

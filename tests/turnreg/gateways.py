@@ -17,7 +17,7 @@ from discovery.addresses import TargetList
 from discovery.model import AnyRecord
 from sniproxy.engine import Listener, Wire, connect
 from sniproxy.stream.capsule import CapsuleType, header
-from sniproxy.stream.control import Message, Opened, Ready, Refused
+from sniproxy.stream.control import Message, Opened, Ready, Refused, Waiting
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import Preamble, SigningKey, sign
@@ -42,6 +42,8 @@ class Visit:
     """A relay's connection to the gateway."""
 
     framed: Framed
+    waiting_s: int | None = None
+    """How long the gateway said that it may take to wake the service."""
 
     @property
     def wire(self) -> Wire:
@@ -50,7 +52,11 @@ class Visit:
     async def answer(self) -> Message:
         """Wait for what the gateway says next."""
         async with asyncio.timeout(10):
-            return await self.framed.next_message()
+            while True:
+                message = await self.framed.next_message()
+                if not isinstance(message, Waiting):
+                    return message
+                self.waiting_s = message.seconds
 
     async def refused(self, *, after_ready: bool = False) -> Refused:
         """Wait for the refusal and go, as a relay does."""

@@ -20,6 +20,7 @@ from sniproxy.stream.control import (
     Ready,
     Received,
     Refused,
+    Waiting,
     parse_control,
 )
 from sniproxy.stream.reason import Reason
@@ -35,6 +36,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Pong, st.binary(min_size=8, max_size=8)),
     st.builds(Received, st.integers(0, (1 << 64) - 1)),
     st.builds(Open, st.binary(max_size=1024)),
+    st.builds(Waiting, st.integers(0, 0xFFFF)),
 )
 
 
@@ -60,6 +62,8 @@ def test_bytes() -> None:
     assert Received(258).pack().hex() == "a0637208800000080000000000000102"
     assert Continued().pack().hex() == "a063720980000000"
     assert Open(b"abc").pack().hex() == "a063720680000003616263"
+    assert Waiting(258).pack().hex() == "a063720a800000020102"
+    assert Waiting(1 << 20).pack()[8:] == b"\xff\xff"
 
 
 def test_a_long_dial_is_written_as_the_longest() -> None:
@@ -145,6 +149,7 @@ def test_every_control_capsule_has_a_reader() -> None:
         CapsuleType.PING: bytes(8),
         CapsuleType.PONG: bytes(8),
         CapsuleType.RECEIVED: bytes(8),
+        CapsuleType.WAITING: bytes(2),
     }
     for kind in controls:
         assert parse_control(Control(kind, values.get(kind, b""))).pack()

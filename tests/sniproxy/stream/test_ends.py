@@ -226,3 +226,21 @@ def test_a_warm_connection_may_be_refused() -> None:
     pair = warm()
     pair.say(G, T.REFUSED)
     assert pair.ends[R].refused
+
+
+# --- services that are being woken ------------------------------------------------------------------------------------
+
+
+def test_a_gateway_may_say_again_that_it_waits() -> None:
+    pair = Pair()
+    pair.say_all([(R, T.DATA), (G, T.READY), (G, T.WAITING), (G, T.WAITING), (G, T.OPENED)])
+
+
+@pytest.mark.parametrize(
+    ("said", "side"), [([], G), (OPENING, G), ([(G, T.READY), (G, T.REFUSED)], G), ([(G, T.READY)], R)]
+)
+def test_when_nobody_waits(said: list[Step], side: Side) -> None:
+    pair = Pair()
+    pair.say_all(said)
+    with pytest.raises(CapsuleError):
+        pair.say(side, T.WAITING)
