@@ -221,6 +221,7 @@ async def pump(source: Wire, sink: Wire, direction: Direction) -> None:
             try:
                 if direction.pipe is None:
                     await sink.send(data)
+                    data = b""  # an idle stream holds nothing of what it has moved
                 else:
                     await drain(direction.pipe, sink)
             except OSError as error:

@@ -158,6 +158,7 @@ class Carry:
                 try:
                     if direction.pipe is None:
                         await out.send_data(data)
+                        data = b""  # an idle stream holds nothing of what it has moved
                     else:
                         await out.send_spliced(direction)
                 except OSError as error:

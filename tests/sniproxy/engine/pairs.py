@@ -2,8 +2,12 @@
 
 import asyncio
 import functools
+import gc
 import socket
 import ssl
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import trustme
@@ -48,6 +52,20 @@ async def shake(*wires: TlsWire) -> None:
     async with asyncio.TaskGroup() as group:
         for wire in wires:
             group.create_task(wire.handshake(20))
+
+
+@contextmanager
+def nothing_large_kept() -> Iterator[None]:
+    """Hold that of what the block allocates no piece of 16 KiB or more is there at its end."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield
+        gc.collect()
+        kept = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(False, tracemalloc.__file__)])
+    finally:
+        tracemalloc.stop()
+    assert [str(trace) for trace in kept.traces if trace.size >= 16 * 1024] == []
 
 
 async def read_all(wire: Wire, limit_s: float = 20) -> bytes:

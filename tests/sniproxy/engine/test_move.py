@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from sniproxy.engine import End, Moved, PipePool, Splice, Wire, connect, move, splice
-from tests.sniproxy.engine.pairs import pair, read_all, until_reset
+from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
 
 pytestmark = pytest.mark.anyio
 
@@ -41,6 +41,19 @@ async def test_bytes_pass_both_ways_and_each_end_passes_alone(joined: tuple[Wire
         right.shutdown_write()
         assert await read_all(left) == b"an answer after the end of the question"
     assert moving.result() == Moved(a_to_b=8, b_to_a=39, end=End.OK)
+
+
+@PLAIN
+async def test_an_idle_stream_keeps_nothing_of_what_it_moved(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+    left, a, b, right = joined
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(splice(a, b, **LIMITS))
+        with nothing_large_kept():
+            for near, far in ((left, right), (right, left)):
+                await near.send(bytes(50_000))
+                assert len(await far.recv_exactly(50_000)) == 50_000
+                await asyncio.sleep(0.01)
+        moving.cancel()
 
 
 async def test_unread_bytes_go_first(joined: tuple[Wire, Wire, Wire, Wire]) -> None:

@@ -17,7 +17,7 @@ from sniproxy.stream.control import Continued, Finished, Opened, Ready, Received
 from sniproxy.stream.ends import LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.reason import Reason
-from tests.sniproxy.engine.pairs import pair, read_all, until_reset
+from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
 
 pytestmark = pytest.mark.anyio
 
@@ -63,6 +63,19 @@ async def path(request: pytest.FixtureRequest) -> AsyncIterator[Path]:
     )
     for wire in (client, service, relay_plain, gateway_plain, relay_wire, gateway_wire):
         wire.close()
+
+
+@pytest.mark.parametrize("path", ["plain"], indirect=True)
+async def test_an_idle_stream_keeps_nothing_of_what_it_moved(path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        with nothing_large_kept():
+            for near, far in ((path.client, path.service), (path.service, path.client)):
+                await near.send(bytes(50_000))
+                assert len(await far.recv_exactly(50_000)) == 50_000
+                await asyncio.sleep(0.01)
+        for end in ends:
+            end.cancel()
 
 
 async def test_question_and_answer(path: Path) -> None:
