@@ -91,7 +91,10 @@ class Dialer:
                 self._settled(candidate, None)
                 return connected
         failure.attempts = next(attempts) - 1
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame: a cycle for each stream that reaches nobody
 
     async def _reach(self, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Connected:
         """Reach a service by this candidate: on a connection that is warm, else on a new one."""

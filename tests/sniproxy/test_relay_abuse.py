@@ -151,19 +151,22 @@ async def ask_once(running: Running, name: str) -> None:
     gc.collect()
 
 
-@pytest.mark.parametrize("kind", ["served", "reset", "silent", "unknown", "not TLS"])
+@pytest.mark.parametrize("kind", ["served", "reset", "silent", "unknown", "not TLS", "nobody there"])
 async def test_an_ended_stream_leaves_no_cycle_for_the_garbage_collector(kind: str) -> None:
     """Its walk over thousands of streams stops everything for as long as it takes; with cycles it would be needed often."""
     async with a_relay(hello_timeout_s=0.05) as running:
         name = name_of(await running.serve(drop))
 
+        says = {
+            "silent": b"\x16",
+            "unknown": client_hello("stranger.example"),
+            "not TLS": b"GET /",
+            "nobody there": client_hello(name_of(1)),
+        }
+
         async def one() -> None:
             client = await running.connect()
-            await client.send(
-                {"silent": b"\x16", "unknown": client_hello("stranger.example"), "not TLS": b"GET /"}.get(
-                    kind, client_hello(name)
-                )
-            )
+            await client.send(says.get(kind, client_hello(name)))
             if kind == "reset":
                 async with asyncio.timeout(10):
                     while not any(account.up for account in running.relay.ledger._live):
