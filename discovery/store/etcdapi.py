@@ -197,6 +197,10 @@ class Etcd:
                             yield _result(line, url)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EtcdError(f"{url}: {explained(error)}") from None
+        finally:
+            # Why it ended may have been the token: etcd says that in several ways. Another one costs little.
+            if self._token == token:
+                self._token = None
         raise EtcdError(f"{url}: the watch ended")
 
     async def _call(self, url: URL, path: str, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +222,7 @@ class Etcd:
         if name is None:
             return None
         async with self._authenticating:
-            if self._token == worn:
+            if self._token is None or self._token == worn:
                 asked = {"name": name, "password": self._access.password or ""}
                 token = (await self._post(url, "auth/authenticate", asked, None)).get("token")
                 if not isinstance(token, str) or not token.isprintable():
