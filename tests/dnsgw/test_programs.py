@@ -9,6 +9,7 @@ from pathlib import Path
 import dns.dnssec
 import dns.message
 import dns.name
+import dns.rcode
 import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
@@ -88,9 +89,11 @@ async def test_other_askers(upstream: Authority, program: list[str], table: dict
 class Signed:
     """A zone with its signatures, as an upstream's script."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lying: bool) -> None:
+        self.lying = lying
         self.origin = dns.name.from_text("example.test.")
         text = "@ 60 IN SOA ns admin 1 2 3 4 60\n@ 60 IN NS ns\nns 60 IN A 192.0.2.53\nwww 60 IN A 192.0.2.1\n"
+        text += "alias 60 IN CNAME www\nold 60 IN DNAME example.test.\n"
         self.zone = dns.zone.from_text(text, self.origin, relativize=False)
         key = ec.generate_private_key(ec.SECP256R1())
         self.key = dns.dnssec.make_dnskey(key.public_key(), dns.dnssec.Algorithm.ECDSAP256SHA256, flags=257)
@@ -112,38 +115,63 @@ class Signed:
 
     def __call__(self, asked: Asked) -> list[bytes]:
         reply = dns.message.make_response(asked.message, recursion_available=True)
-        question = reply.question[0]
-        for rdtype, covers in ((question.rdtype, dns.rdatatype.NONE), (dns.rdatatype.RRSIG, question.rdtype)):
-            found = self.zone.get_rrset(question.name, rdtype, covers)
-            if found is not None:
-                reply.answer.append(found)
+        name, rdtype = reply.question[0].name, reply.question[0].rdtype
+        old = dns.name.from_text("old", self.origin)
+        if name.is_subdomain(old) and name != old:
+            reply.answer += self.signed(old, dns.rdatatype.DNAME)
+            target = name.relativize(old).concatenate(self.origin)
+            reply.answer.append(dns.rrset.from_text(name, 60, "IN", "CNAME", target.to_text()))
+            name = target
+        alias = self.zone.get_rrset(name, dns.rdatatype.CNAME)
+        if alias is not None and rdtype != dns.rdatatype.CNAME:
+            reply.answer += self.signed(name, dns.rdatatype.CNAME)
+            name = alias[0].target
+        found = self.signed(name, rdtype)
+        reply.answer += found
+        if not found:
+            reply.authority += self.signed(self.origin, dns.rdatatype.SOA)
+            for owner in sorted(self.zone.nodes):
+                reply.authority += self.signed(owner, dns.rdatatype.NSEC)
+            if name not in self.zone.nodes:
+                reply.set_rcode(dns.rcode.NXDOMAIN)
+        if self.lying:
+            lie = dns.rrset.from_text("bank.test.", 60, "IN", "A", "192.0.2.66")
+            for section in (reply.authority, reply.additional, *([reply.answer] if reply.answer else [])):
+                section.append(lie)
         return [reply.to_wire()]
+
+    def signed(self, name: dns.name.Name, rdtype: dns.rdatatype.RdataType) -> list[dns.rrset.RRset]:
+        """What there is of this type, and its signatures."""
+        pairs = ((rdtype, dns.rdatatype.NONE), (dns.rdatatype.RRSIG, rdtype))
+        found = [self.zone.get_rrset(name, kind, covers) for kind, covers in pairs]
+        return [rrset for rrset in found if rrset is not None]
+
+
+VALID = {
+    "www.example.test A": ["fully validated", "192.0.2.1"],
+    "alias.example.test A": ["fully validated", "192.0.2.1", "CNAME"],
+    "www.old.example.test A": ["fully validated", "192.0.2.1", "DNAME"],
+    "www.example.test AAAA": ["ncache nxrrset", "negative response, fully validated"],
+    "nope.example.test A": ["ncache nxdomain", "negative response, fully validated"],
+    "example.test SOA": ["fully validated"],
+}
 
 
 @pytest.mark.needs("delv")
-async def test_what_is_signed_can_be_validated_through_us(upstream: Authority, tmp_path: Path) -> None:
-    signed = Signed()
+@pytest.mark.parametrize("lying", [False, True], ids=["honest", "lying besides"])
+async def test_what_is_signed_can_be_validated_through_us(upstream: Authority, tmp_path: Path, lying: bool) -> None:
+    signed = Signed(lying=lying)
     upstream.script = signed
     anchors = tmp_path / "anchors"
     anchors.write_text(signed.anchor)
     async with running(VIEW, upstream.port) as server:
         host, port = address(server)
-        for _ in range(2):  # upstream's answer, and the kept one
-            text = await output(
-                *(
-                    "delv",
-                    f"@{host}",
-                    "-p",
-                    str(port),
-                    "-a",
-                    str(anchors),
-                    "+root=example.test",
-                    "www.example.test",
-                    "A",
-                )
-            )
-            assert "fully validated" in text, text
-            assert "192.0.2.1" in text
+        validating = ("delv", f"@{host}", "-p", str(port), "-a", str(anchors), "+root=example.test")
+        for asked, wanted in VALID.items():
+            for _ in range(2):  # upstream's answer, and the kept one
+                text = await output(*validating, *asked.split())
+                assert [want for want in wanted if want not in text] == [], f"{asked}: {text}"
+                assert "192.0.2.66" not in text
         text = await output("delv", f"@{host}", "-p", str(port), "-i", ADDRESS, "A")
         assert "10.0.0.9" in text  # ours is unsigned, and only for those who do not insist
 
