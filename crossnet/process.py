@@ -28,7 +28,8 @@ FAILED = 1
 COLLECT_AT = 200_000
 """Objects more than at the last time, before Python looks for cycles among them: what 5,000 new streams have. By default it is 700,
 and thousands of streams that come and go make it walk over all that are there several times a second, for up to 60 ms each time in
-which nothing else happens. It finds nothing: streams that end leave no cycles, so their number does not grow either."""
+which nothing else happens. It finds nothing of streams that were carried: they leave no cycles. Those that a gateway could not
+deliver leave a hundred objects each, so that it looks after two thousand of them."""
 
 
 def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
