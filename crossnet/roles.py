@@ -14,6 +14,7 @@ from crossnet.sections import (
     TurnAccessSection,
     TurnSection,
     policy,
+    search_domains,
 )
 from discovery.addresses import BadAddress, Network, TargetList, format_endpoint, parse_address
 from discovery.api import DiscoveryServerConfig
@@ -100,6 +101,7 @@ def dns_config(config: Config, section: DnsSection) -> DnsConfig:
         upstream=section.upstream,
         forward=section.forward,
         absent=section.absent,
+        search=search_domains() if section.search is None else section.search,
         upstream_ca=section.upstream_ca.pem if section.upstream_ca else None,
         race_s=section.race_s,
         random_case=section.random_case,

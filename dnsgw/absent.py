@@ -3,7 +3,7 @@
 `.local` is for multicast DNS (RFC 6762 section 22.1); the reverse of loopback, link-local and documentation addresses has no
 names anywhere (RFC 6303 section 4). The configuration adds others: reverse zones of private addresses that no resolver of the
 network serves, and names by which a network says no to encrypted DNS past its resolver. Kubernetes' `cluster.local` and
-whatever is forwarded somewhere by the configuration is asked for all the same.
+whatever clients search in or the configuration forwards somewhere is asked for all the same.
 
 Sans-IO.
 """
@@ -52,16 +52,22 @@ class Found(NamedTuple):
 class Absent:
     """What one configuration has nobody asked for."""
 
-    def __init__(self, more: Iterable[str | IPv4Network | IPv6Network] = (), served: Iterable[str] = ()) -> None:
-        """Add these names, and the reverse zones of these networks; but `served` and all below it are asked for."""
-        self._served: dict[bytes, bool] = {}
-        for item in (LOCAL, *NOWHERE, *more):
-            for zone in (item,) if isinstance(item, str) else reverse_zones(item):
-                self._served[wire_name(zone)] = False
+    def __init__(
+        self,
+        more: Iterable[str | IPv4Network | IPv6Network] = (),
+        served: Iterable[str] = (),
+        searched: Iterable[str] = (),
+    ) -> None:
+        """Add these names, and the reverse zones of these networks; but `served` and all below it are asked for.
+
+        So is what is `searched`, unless it is among `more`.
+        """
+        given = {wire_name(zone) for item in more for zone in _zones(item)}
+        self._served = {wire_name(zone): False for item in (LOCAL, *NOWHERE) for zone in _zones(item)}
+        self._served |= dict.fromkeys(given, False)
         self._suffixes = tuple(self._served)
         above: set[bytes] = set()
-        for name in (CLUSTER, *served):
-            wire = wire_name(name)
+        for wire in (*map(wire_name, (CLUSTER, *served)), *({wire_name(name) for name in searched} - given)):
             self._served[wire] = True
             position = 0
             while wire[position]:
@@ -82,6 +88,10 @@ class Absent:
                 )
                 return None if served else Found(position, empty)
         return None
+
+
+def _zones(item: str | IPv4Network | IPv6Network) -> Iterable[str]:
+    return (item,) if isinstance(item, str) else reverse_zones(item)
 
 
 def reverse_zones(network: IPv4Network | IPv6Network) -> Iterator[str]:

@@ -58,6 +58,9 @@ class DnsConfig:
     absent: tuple[str | IPv4Network | IPv6Network, ...] = ()
     """Names that do not exist, with all below them, and networks whose addresses have no names, besides those of `absent.py`."""
 
+    search: tuple[str, ...] = ()
+    """Domains that clients search names in: upstream is asked for what is in them, be it under `.local`."""
+
     upstream_ca: str | None = None
     """Who signs the certificates of upstreams that are spoken to in secret, as PEM; none: the system's authorities."""
 

@@ -26,7 +26,7 @@ class Tables:
     def reconfigure(self, config: DnsConfig) -> None:
         """Go by this from now on. Raises BadName for a bad domain."""
         self.config = config
-        self._absent = Absent(config.absent, (*config.forward, normalise_domain(config.domain)))
+        self._absent = Absent(config.absent, (*config.forward, normalise_domain(config.domain)), config.search)
 
     def make(self, mesh: Mesh | None, now: float) -> Table:
         """Make the table of a mesh; None: discovery was not heard from. Raises BadName for a bad domain."""

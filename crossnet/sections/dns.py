@@ -94,7 +94,8 @@ class DnsSection:
     absent: Annotated[tuple[AbsentName, ...], OneOrMore()] = ()
     """Names that do not exist, with all below them, and networks whose addresses have no names: [10.0.0.0/8] where nobody serves
     their reverse, [use-application-dns.net, mask.icloud.com, mask-h2.icloud.com] where browsers should not go past this resolver.
-    Always: local, but for cluster.local and what stands in `forward`, and the reverse of loopback and link-local addresses."""
+    Always: local, but for cluster.local and what stands in `forward` or `search`, and the reverse of loopback and link-local
+    addresses."""
     race_s: Duration = RACE_S
     """How long one upstream has before the next is asked as well."""
     random_case: Boolean = False

@@ -47,6 +47,7 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert (made.cache.max_bytes, made.cache.max_ttl_s) == (8 << 20, 600)
     assert (made.cache.max_negative_ttl_s, made.cache.stale_for_s) == (60, 3600)
     assert made.cookie_secret == bytes(16)
+    assert made.search == ()
     assert made.absent == ("mask.icloud.com", ip_network("10.0.0.0/8"))
     assert "absent: [mask.icloud.com, 10.0.0.0/8]" in effective(config)
     assert "00000000" not in str(effective(config))

@@ -72,6 +72,18 @@ def test_what_is_forwarded_somewhere_is_asked_for() -> None:
     assert find(absent, "x.corp.example") == (2, False)
 
 
+def test_what_clients_search_in_is_asked_for_unless_told_otherwise() -> None:
+    searched = ["shop.svc.k8s.local", "svc.k8s.local", "k8s.local", "corp.example", "office.example"]
+    absent = Absent(["corp.example"], ["lab.office.example"], searched)
+    assert find(absent, "orders.shop.svc.k8s.local") is None
+    assert find(absent, "x.k8s.local") is None
+    assert find(absent, "xk8s.local") == (5, False)
+    assert find(absent, "local") == (0, True)
+    assert find(absent, "x.corp.example") == (2, False)
+    assert find(absent, "x.office.example") is None
+    assert find(Absent((), (), ["local"]), "printer.local") is None
+
+
 @pytest.mark.parametrize(
     "text", [*map(str, NOWHERE), "172.16.0.0/12", "10.0.0.0/9", "0.0.0.0/0", "fc00::/7", "10.1.2.3/32"]
 )

@@ -36,7 +36,17 @@ FOUND = {
     "cart.shop": ["192.0.2.7"],  # upstream has it, and goes first
     "six.shop": ["2001:db8::7"],  # upstream has but the other half of the pair
 }
-MISSING = [f"p8443-10-1-0-5.nope.{DOMAIN}", f"p8443-orders.nope.b.{DOMAIN}.", "nope.example.test", "nope.shop", "nope"]
+MISSING = [
+    
+    f"p8443-10-1-0-5.nope.{DOMAIN}",
+    f"p8443-orders.nope.b.{DOMAIN}.",
+    "nope.example.test",
+    "nope.shop",
+    "nope",
+    "printer.local",
+,
+    "printer.local",
+]
 EMPTY = [f"b.{DOMAIN}.", DOMAIN + "."]
 
 MUSL_C = r"""

@@ -16,7 +16,7 @@ from dnsgw.cache import CacheConfig
 from dnsgw.wire import Qtype
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay, service
-from tests.dnsgw.packets import opt, query
+from tests.dnsgw.packets import opt, option, query
 from tests.dnsgw.servers import Client, address, connected, running
 
 pytestmark = pytest.mark.anyio
@@ -171,6 +171,43 @@ async def test_answers_to_other_names_are_neither_passed_on_nor_kept(upstream: A
                 assert errors(reply) == ([] if more else [23])
             upstream.script = None
             assert read(await client.ask(query("bank.test"))).rcode() == dns.rcode.NXDOMAIN
+
+
+async def test_types_that_nobody_knows_are_passed_on_as_they_are(upstream: Authority) -> None:
+    """RFC 3597: neither looked into nor compressed, from upstream and from the cache."""
+    content = b"\xc0\x0c\xff\x00\x01"
+
+    def unknown(asked: Asked) -> list[bytes]:
+        head = asked.packet[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + asked.packet[12:]
+        return [head + b"\xc0\x0c" + bytes.fromhex("ff00 0001 0000012c 0005") + content]
+
+    upstream.script = unknown
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for _ in range(2):
+                (rrset,) = read(await client.ask(query(WWW, 0xFF00))).answer
+                assert rrset[0].to_generic().data == content  # type: ignore[attr-defined]
+        assert len(upstream.asked) == 1
+
+
+async def test_an_address_of_a_relay_elsewhere_is_an_address(upstream: Authority) -> None:
+    upstream.records[WWW, "A"] = ["10.0.0.9"]
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            assert answers(await client.ask(query(WWW))) == [f"{WWW}. 300 IN A 10.0.0.9"]
+
+
+async def test_the_subnet_of_a_client_is_passed_on_and_its_answer_is_for_nobody_else(upstream: Authority) -> None:
+    """RFC 7871."""
+    subnet = option(8, bytes.fromhex("0001 18 00 c00002"))
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for count in range(1, 3):
+                assert answers(await client.ask(query(WWW, edns=opt(options=subnet))))
+                assert upstream.asked[-1].packet.endswith(subnet)
+                assert len(upstream.asked) == count
+            assert answers(await client.ask(query(WWW)))
+            assert len(upstream.asked) == 3
 
 
 # Aliases.
