@@ -37,14 +37,11 @@ FOUND = {
     "six.shop": ["2001:db8::7"],  # upstream has but the other half of the pair
 }
 MISSING = [
-    
     f"p8443-10-1-0-5.nope.{DOMAIN}",
     f"p8443-orders.nope.b.{DOMAIN}.",
     "nope.example.test",
     "nope.shop",
     "nope",
-    "printer.local",
-,
     "printer.local",
 ]
 EMPTY = [f"b.{DOMAIN}.", DOMAIN + "."]
