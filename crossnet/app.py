@@ -306,6 +306,8 @@ class App:
         self._handed_over = True
         if self.relay is not None:
             self.relay.close()
+        for name in self._tasks.keys() & {"publication", "ports"}:
+            self._tasks[name].cancel()  # or our record might come in place of our successor's
         self._stopping.set()
         await admin.close()
 
