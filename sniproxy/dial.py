@@ -79,9 +79,14 @@ class Dialer:
         """
         attempts = itertools.count(1)
         failure = DialError(Reason.NO_ROUTE, "no candidate")
-        for candidate in _choice(candidates):
+        queue = [(candidate, True) for candidate in _choice(candidates)]
+        for candidate, warm in queue:
             try:
-                connected = await self._reach(call, candidate, attempts)
+                connected = await self._reach(call, candidate, attempts, warm=warm)
+            except WarmLost as lost:
+                # Its gateway may be gone without a word: a new connection would wait as long, so the others come first.
+                queue.append((candidate, False))
+                self._settled(candidate, DialError(Reason.READY_TIMEOUT, str(lost)))
             except DialError as error:
                 failure = error
                 self._settled(candidate, error)
@@ -96,17 +101,24 @@ class Dialer:
         finally:
             del failure  # its traceback holds this frame: a cycle for each stream that reaches nobody
 
-    async def _reach(self, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Connected:
-        """Reach a service by this candidate: on a connection that is warm, else on a new one."""
+    async def _reach(self, call: Call, candidate: Candidate, attempts: Iterator[int], *, warm: bool) -> Connected:
+        """Reach a service by this candidate: on a connection that is ready, if there is one and `warm`, else on a new one.
+
+        Raises:
+            DialError: it was not reached.
+            WarmLost: the connection that was ready said nothing; a new one has not been tried.
+        """
         # Only a TURN server makes a stream wait for the gateway, or resets it because a permission is still on its way.
         if candidate.kind is RouteKind.TURN:
-            framed = await self._warm(candidate)
+            framed = await self._warm(candidate) if warm else None
             if framed is not None:
                 attempt = next(attempts)
                 try:
                     return await self._counted(candidate, self._attempt_warm(call, candidate, attempt, framed))
-                except WarmLost:
+                except WarmLost as lost:
                     self._distrust(candidate)
+                    if lost.silent:
+                        raise
             for pause in RESET_RETRY_S:
                 try:
                     return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))

@@ -47,12 +47,16 @@ class ResetBeforeReady(Exception):
     """The connection was cut before the gateway said READY."""
 
 
-class _Silent(Exception):
-    """No answer on a connection that was kept ready."""
-
-
 class WarmLost(Exception):
-    """A connection that was kept ready has died unnoticed. The stream may go by another one."""
+    """A connection that was kept ready is dead. Nothing but a ClientHello was sent, and the stream may go by another one.
+
+    `silent`: it said nothing for as long as a gateway has; else it was cut.
+    """
+
+    def __init__(self, candidate: Candidate, *, silent: bool) -> None:
+        how = "did not answer" if silent else "was cut"
+        super().__init__(f"{candidate}: the connection that was kept ready {how}")
+        self.silent = silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +71,14 @@ class Call:
     """All bytes read from the client so far, to be delivered unchanged."""
 
     @property
-    def goes_on(self) -> bool:
-        """Whether `data` has something behind the ClientHello: early data, which must not run twice."""
+    def hello_end(self) -> int:
+        """Where in `data` the ClientHello's last record ends: early data, which may come behind it, must not run twice."""
         at, left = 0, self.hello.size
         while left > 0:
             length = int.from_bytes(self.data[at + 3 : at + _RECORD_HEADER], "big")
             at += _RECORD_HEADER + length
             left -= length
-        return at < len(self.data)
+        return at
 
 
 class Opener:
@@ -127,26 +131,21 @@ class Opener:
 
         Raises:
             DialError: as for a new connection behind READY.
-            WarmLost: it was dead, and nothing was sent but a ClientHello: that one may arrive twice, nothing behind it may.
+            WarmLost: it was dead. A ClientHello may arrive twice; what is behind it is sent when the gateway has answered.
         """
-        token = os.urandom(TOKEN_SIZE)
+        token, end = os.urandom(TOKEN_SIZE), call.hello_end
+        hello, rest = call.data[:end], call.data[end:]
         try:
             await self._until(
                 Pong,
                 framed,
-                partial(framed.open, token, self._preamble(call, candidate, attempt), call.data),
+                partial(framed.open, token, self._preamble(call, candidate, attempt), hello),
                 limit_s=self._ready_timeout_s,
-                late=_Silent(),
-                cut=_Silent(),
+                late=WarmLost(candidate, silent=True),
+                cut=WarmLost(candidate, silent=False),
                 final=True,
             )
-            await self._await_opened(framed, candidate)
-        except _Silent:
-            framed.wire.reset()
-            if call.goes_on:
-                detail = f"{candidate}: the connection that was kept ready has died"
-                raise DialError(Reason.TRUNCATED, detail, final=True) from None
-            raise WarmLost from None
+            await self._await_opened(framed, candidate, partial(framed.send_data, rest) if rest else None)
         except BaseException:
             framed.wire.reset()
             raise

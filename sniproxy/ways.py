@@ -94,7 +94,13 @@ class Ways:
         self.pool.close()
 
     async def _warm_up(self, way: Candidate) -> Framed:
-        return await self._opener.warm_up(way)
+        try:
+            framed = await self._opener.warm_up(way)
+        except ConnectionError as error:
+            self._failed(way, DialError(Reason.READY_TIMEOUT, str(error)))
+            raise
+        self._balance.succeeded(way)
+        return framed
 
     def _settled(self, way: Candidate, failure: DialError | None) -> None:
         """Take in whether a way led to a service; one that often does not is left out for a while."""
@@ -105,8 +111,11 @@ class Ways:
         elif failure.answered and failure.reason not in _BUSY:
             self._balance.succeeded(way)
         else:
-            failed = self._balance.failed(way)
-            if failed is not None and (failed.failures == 1 or failed.seconds):
-                event: dict[str, object] = {"way": str(way), "network": way.network, "reason": failure.reason.value}
-                event |= {"detail": failure.detail, "failures": failed.failures, "left_out_s": failed.seconds}
-                log.warning("way_failed", extra={"event": event})
+            self._failed(way, failure)
+
+    def _failed(self, way: Candidate, failure: DialError) -> None:
+        failed = self._balance.failed(way)
+        if failed is not None and (failed.failures == 1 or failed.seconds):
+            event: dict[str, object] = {"way": str(way), "network": way.network, "reason": failure.reason.value}
+            event |= {"detail": failure.detail, "failures": failed.failures, "left_out_s": failed.seconds}
+            log.warning("way_failed", extra={"event": event})

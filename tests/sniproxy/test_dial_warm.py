@@ -13,7 +13,7 @@ from sniproxy.dial import WARM_LOST, Connected, Dialer
 from sniproxy.hello import HelloReader
 from sniproxy.opening import Call, DialError, Opener
 from sniproxy.route import Candidate, RouteKind, SigningKeys
-from sniproxy.stream.capsule import CapsuleType
+from sniproxy.stream.capsule import Payload
 from sniproxy.stream.control import Message, Open, Opened, Ping, Pong, Ready, Refused
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
@@ -165,34 +165,56 @@ async def test_a_stream_on_a_connection_that_is_ready() -> None:
     assert made.settled == [("gw-1", None)]
 
 
-async def test_the_whole_hello_goes_along() -> None:
+async def payload(far: Framed, size: int) -> bytes:
+    """Read this much payload."""
+    got = b""
+    while len(got) < size:
+        got += b"".join(bytes(event.data) for event in await far.read() if isinstance(event, Payload))
+    return got
+
+
+async def test_what_is_behind_the_hello_waits_for_an_answer() -> None:
     async def reads(made: Attempt) -> None:
-        await opening(made)
-        (header, payload) = (await made.far.read())[:2]
-        assert header.type is CapsuleType.DATA
-        assert bytes(payload.data) == HELLO + b"early"  # type: ignore[union-attr]
+        await made.arrived()
+        assert await payload(made.far, len(HELLO)) == HELLO
+        await made.say(Pong(made.token))
+        assert await payload(made.far, 5) == b"early"
+        await made.say(OPENED)
 
     await attempt(reads, calling=call(b"early"))
 
 
+@pytest.mark.parametrize("behind", [b"", b"early"])
 @pytest.mark.parametrize("answer", [nothing, cut])
-async def test_a_dead_one_costs_an_attempt_and_not_the_stream(answer: Answer) -> None:
+async def test_a_dead_one_costs_an_attempt_and_not_the_stream(answer: Answer, behind: bytes) -> None:
     async with scripted(opens) as gateway:
-        made, connected = await attempt(answer, gateway)
+        calling = call(behind)
+        made, connected = await attempt(answer, gateway, calling=calling)
         assert (connected.was_warm, connected.attempts) == (False, 2)
         assert made.counted == [WARM_LOST, "ok"]
         assert made.distrusted == ["gw-1"]
-        assert made.settled == [("gw-1", None)], "the allocation works"
+        assert made.settled[-1] == ("gw-1", None), "the allocation works"
+        assert [failure.reason for _, failure in made.settled[:-1] if failure] == [Reason.READY_TIMEOUT] * (
+            answer is nothing
+        )
         (visit,) = gateway.visits
         assert visit.preamble.attempt == 2
+        assert await visit.payload(len(calling.data)) == calling.data
 
 
-@pytest.mark.parametrize("answer", [nothing, cut])
-async def test_early_data_is_not_sent_twice(answer: Answer) -> None:
-    async with scripted(opens) as gateway:
-        error = await failed(answer, gateway, calling=call(b"early"))
-        assert (error.reason, error.final) == (Reason.TRUNCATED, True)
-        assert gateway.connections == 0
+async def test_behind_silence_the_next_comes_before_a_new_connection_to_the_same() -> None:
+    async with scripted(opens) as first, scripted(opens, addressee="gw-2") as second:
+        made, connected = await attempt(nothing, first, second)
+        assert (connected.candidate.addressee, connected.attempts) == ("gw-2", 2)
+        assert first.connections == 0
+        assert made.counted == [WARM_LOST, "ok"]
+
+
+async def test_behind_a_cut_a_new_connection_to_the_same_comes_first() -> None:
+    async with scripted(opens) as first, scripted(opens, addressee="gw-2") as second:
+        _, connected = await attempt(cut, first, second)
+        assert (connected.candidate.addressee, connected.attempts) == ("gw-1", 2)
+        assert second.connections == 0
 
 
 async def test_silence_of_a_gateway_that_lives_is_final() -> None:
