@@ -172,7 +172,11 @@ class Foreign:
                 done(stale)
                 return
             self._failed[key] = (self._loop.time() + FAILURE_TTL_S, result)
-        done(self._understood(query, key, result, self._loop.time()))
+        heard = self._understood(query, key, result, self._loop.time())
+        if isinstance(heard, Failure):
+            self._give_up(query, key, done, heard)
+        else:
+            done(heard)
 
     def _understood(self, query: Query, key: bytes | None, result: bytes, now: float) -> Heard | Failure:
         try:

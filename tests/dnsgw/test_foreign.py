@@ -92,6 +92,33 @@ async def test_the_last_good_answer_when_upstream_gives_none(upstream: Authority
         assert server.metrics.queries[Outcome.STALE] == 2
 
 
+@pytest.mark.parametrize("said", ["cut", "something else"])
+async def test_what_cannot_be_used_is_no_answer_either(
+    upstream: Authority, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """The last good answer is given in its place, or the failure remembered, as for silence."""
+    monkeypatch.setattr("dnsgw.foreign.FAILURE_TTL_S", 60.0)
+
+    def useless(asked: Asked) -> list[bytes]:
+        reply = dns.message.from_wire(asked.answer)
+        reply.answer = [dns.rrset.from_text("bank.test.", 300, "IN", "A", "192.0.2.66")]
+        return [asked.answer[:-1] if said == "cut" else reply.to_wire()]
+
+    upstream.script = with_ttl(1)
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            assert answers(await client.ask(query(WWW)))
+            upstream.script = useless
+            async with asyncio.timeout(10):
+                while not errors(reply := await client.ask(query(WWW, edns=opt()))):
+                    assert answers(reply)
+            assert (answers(reply), errors(reply)) == ([f"{WWW}. 30 IN A 192.0.2.1"], [3])
+            count = len(upstream.asked)
+            for _ in range(3):
+                assert errors(await client.ask(query("mail.example.test", edns=opt()))) == [23]
+            assert len(upstream.asked) == count + 1
+
+
 async def test_no_answer_past_its_end_if_told_so(upstream: Authority) -> None:
     upstream.script = with_ttl(1)
     async with running(VIEW, upstream.port, cache=CacheConfig(stale_for_s=0)) as server:
