@@ -364,9 +364,9 @@ def retargeted(query: Query, name: bytes) -> Query:
 
 
 def _enclosing(name: bytes) -> Iterator[bytes]:
-    """A name and all that it lies under, the root too."""
+    """A name and all that it lies under, the root too; a question that is none, or ends in a pointer, is not looked into."""
     position = 0
-    while length := name[position]:
+    while position < len(name) and (length := name[position]):
         yield name[position:]
         position += length + 1
     yield b"\0"

@@ -248,6 +248,14 @@ def test_other_classes_are_not_asked_for() -> None:
         assert [str(item) for item in reply.answer] == ["www.example.test. 1 IN A 192.0.2.1"]
 
 
+@pytest.mark.parametrize(("questions", "asked"), [(0, b""), (1, b"\xc0\x0c\0\1\0\1")])
+def test_answers_to_no_question_are_none(questions: int, asked: bytes) -> None:
+    answer = b"\0" + bytes.fromhex("0001 0001 00000001 0004 c0000201")
+    zone = b"\0" + bytes.fromhex("0002 0001 00000001 0001 00")
+    with pytest.raises(Malformed):
+        Message(header(1, 0x8180, (questions, 1, 1, 0)) + asked + answer + zone)
+
+
 def test_any_is_any_type_of_the_name() -> None:
     text = LIES.replace("www.example.test. IN A\n;ANSWER", "a.example.test. IN ANY\n;ANSWER")
     reply = dns.message.from_wire(Message(wire(text)).as_reply(scan(query("a.example.test", 255))))
