@@ -177,13 +177,14 @@ def scan(data: bytes) -> Query:
     labels: tuple[int, ...] = ()
     edns = None
     well_formed = asked = spoke_edns = False
-    # RFC 9619: exactly one question. Neither do queries have answers; what follows those is not read.
-    if questions <= 1 and not answers and not authorities:
+    # RFC 9619: exactly one question. Neither do queries have answers; what follows those is not read. An authority has the
+    # question for what of a zone has changed only: the SOA that the asker knows (RFC 1995 section 3).
+    if questions <= 1 and not answers and (not authorities or _is_transfer(data, questions, authorities)):
         if questions:
             labels, stop = _walk(data)
             asked = stop > HEADER_SIZE
         if asked or not questions:
-            edns, spoke_edns, well_formed = _additional(data, stop, extras)
+            edns, spoke_edns, well_formed = _additional(data, stop, authorities + extras)
     do = edns is not None and edns.do
 
     def refuse(fault: Fault, rcode: Rcode) -> BadQuery:
@@ -201,6 +202,11 @@ def scan(data: bytes) -> Query:
     question = data[HEADER_SIZE:stop]
     name = question[:-4].lower()
     return Query(id=ident, flags=flags, question=question, name=name, labels=labels, qtype=qtype, edns=edns)
+
+
+def _is_transfer(data: bytes, questions: int, authorities: int) -> bool:
+    _, stop = _walk(data)
+    return questions == authorities == 1 and data[stop - 4 : stop - 2] == Qtype.IXFR.to_bytes(2, "big")
 
 
 def _walk(data: bytes) -> tuple[tuple[int, ...], int]:

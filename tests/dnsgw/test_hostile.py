@@ -238,7 +238,14 @@ ODD = {
         + question("example.test", Qtype.IXFR)
         + name("example.test")
         + bytes.fromhex("0006 0001 00000000 0016 00 00 00000001 00000001 00000001 00000001 00000001"),
-        dns.rcode.FORMERR,  # no query that is answered here has records before the additional section
+        dns.rcode.REFUSED,
+    ),
+    "AXFR with a serial": (
+        header(counts=(1, 0, 1, 0))
+        + question("example.test", Qtype.AXFR)
+        + name("example.test")
+        + bytes.fromhex("0006 0001 00000000 0016 00 00 00000001 00000001 00000001 00000001 00000001"),
+        dns.rcode.FORMERR,
     ),
     "IXFR without a serial": (query("example.test", Qtype.IXFR), dns.rcode.REFUSED),
     "no question": (header(counts=(0, 0, 0, 0)), dns.rcode.FORMERR),
