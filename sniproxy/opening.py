@@ -32,12 +32,12 @@ _RECORD_HEADER = 5
 class DialError(Exception):
     """No candidate took the stream. `final`: another one must not be asked with the same bytes."""
 
-    def __init__(self, reason: Reason, detail: str, *, final: bool = False) -> None:
+    def __init__(self, reason: Reason, detail: str, *, final: bool = False, answered: bool = False) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
         self.final = final
-        self.answered = False
+        self.answered = answered
         """Whether a gateway said so itself: the way to it works."""
         self.attempts = 0
         """How many times candidates were asked in all, the same one again included."""
@@ -141,8 +141,8 @@ class Opener:
                 framed,
                 partial(framed.open, token, self._preamble(call, candidate, attempt), hello),
                 limit_s=self._ready_timeout_s,
-                late=WarmLost(candidate, silent=True),
-                cut=WarmLost(candidate, silent=False),
+                late=lambda: WarmLost(candidate, silent=True),
+                cut=lambda: WarmLost(candidate, silent=False),
                 final=True,
             )
             await self._await_opened(framed, candidate, partial(framed.send_data, rest) if rest else None)
@@ -200,8 +200,10 @@ class Opener:
             framed,
             partial(framed.begin, preamble, first),
             limit_s=self._ready_timeout_s,
-            late=DialError(Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"),
-            cut=ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
+            late=lambda: DialError(
+                Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"
+            ),
+            cut=lambda: ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
             final=False,
         )
 
@@ -212,8 +214,8 @@ class Opener:
         send: Callable[[], Awaitable[None]] | None,
         *,
         limit_s: float,
-        late: Exception,
-        cut: Exception,
+        late: Callable[[], Exception],
+        cut: Callable[[], Exception],
         final: bool,
     ) -> None:
         """Send, then wait for `wanted`. A refusal, a broken protocol, silence and a cut each have their exception.
@@ -234,18 +236,16 @@ class Opener:
                     deadline.reschedule(min(loop.time() + message.seconds, began + LIMIT_WAITING_S) + limit_s)
                     message = await framed.next_message()
         except TimeoutError:
-            raise late from None
+            raise late() from None
         except (OSError, EOFError) as error:
-            raise cut from error
+            raise cut() from error
         except CapsuleError as error:
             # READY may have come in the same read as what is wrong, or whoever speaks there takes our bytes for its own.
             raise DialError(Reason.PROTOCOL_ERROR, str(error), final=True) from error
         if isinstance(message, Refused):
             reason = Reason(message.reason) if message.reason in set(Reason) else Reason.OTHER
             detail = f"the gateway refused: {message.detail}"
-            refused = DialError(reason, detail, final=final and reason not in RETRYABLE)
-            refused.answered = True
-            raise refused
+            raise DialError(reason, detail, final=final and reason not in RETRYABLE, answered=True)
         if not isinstance(message, wanted):
             said = f"{type(message).__name__} instead of {wanted.__name__}"
             raise DialError(Reason.PROTOCOL_ERROR, said, final=True)
@@ -258,10 +258,10 @@ class Opener:
             framed,
             send,
             limit_s=self._open_timeout_s,
-            late=DialError(
+            late=lambda: DialError(
                 Reason.OPEN_TIMEOUT, f"{candidate}: the gateway did not open in {self._open_timeout_s} s", final=True
             ),
-            cut=DialError(Reason.TRUNCATED, f"{candidate}: cut while the gateway was opening", final=True),
+            cut=lambda: DialError(Reason.TRUNCATED, f"{candidate}: cut while the gateway was opening", final=True),
             final=True,
         )
 

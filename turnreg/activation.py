@@ -164,7 +164,7 @@ class Activation:
             rule = self._rule_for(error.asleep) if error.asleep else None
             if rule is None:
                 raise
-            failure = error
+            failure = error.with_traceback(None)  # which would hold this frame
         until += rule.timeout_s
         try:
             delivered = await self._hold(failure, rule, preamble, until, on_held)

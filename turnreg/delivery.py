@@ -149,7 +149,10 @@ class Delivery:
                     wire.reset()
                     raise
             return Delivered(wire=wire, address=address, port=port, ms=round((loop.time() - started) * 1000))
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback holds this frame
 
     def _why_not(self, preamble: Preamble, address: Address, port: int) -> str | None:
         """Say why this address and port may not be dialled, None if it may."""

@@ -200,12 +200,13 @@ class Gateway:
     async def _serve(self, wire: Wire, addressee: str, **came_by: str) -> None:
         arrival = Arrival(Framed(wire, Side.GATEWAY), addressee, came_by, self._open_account(wire, came_by))
         reason: Reason | None = Reason.OTHER
-        refused: Refusal | None = None
+        told: tuple[Reason, str] | None = None  # not the exception: its traceback holds this frame
         try:
             try:
                 reason = await self._carry(arrival)
             except Refusal as refusal:
-                refused, reason, arrival.account.detail = refusal, refusal.reason, refusal.detail
+                reason, arrival.account.detail = refusal.reason, refusal.detail
+                told = (refusal.reason, refusal.detail) if refusal.tell else None
             finally:
                 if arrival.counted and arrival.preamble is not None:
                     self._streams[arrival.preamble.from_network] -= 1
@@ -213,8 +214,8 @@ class Gateway:
                     self.ledger.close(arrival.account, reason or Reason.OTHER)
                 else:
                     self.ledger.drop(arrival.account)
-            if refused is not None and refused.tell:  # no stream any more: it keeps nobody else out
-                await self._refuse(arrival.framed, refused)
+            if told is not None:  # no stream any more: it keeps nobody else out
+                await self._refuse(arrival.framed, *told)
         finally:
             if reason is not None:
                 wire.close()
@@ -333,10 +334,10 @@ class Gateway:
             raise Refusal(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
         return opening
 
-    async def _refuse(self, framed: Framed, refusal: Refusal) -> None:
+    async def _refuse(self, framed: Framed, reason: Reason, detail: str) -> None:
         """Say why, then give it time to arrive: a close right behind it would overtake it in a TURN server."""
         try:
-            await framed.send(Refused(refusal.reason.value, refusal.detail))
+            await framed.send(Refused(reason.value, detail))
         except OSError:
             return
         if self._lingering < MAX_LINGERING:

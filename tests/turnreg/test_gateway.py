@@ -1,6 +1,7 @@
 """The gateway over real sockets: every check forged one at a time, and nothing dialled before all of them are passed."""
 
 import asyncio
+import gc
 import hashlib
 import logging
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from discovery.model import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
 from sniproxy.engine import Wire
+from sniproxy.stream.account import Account
 from sniproxy.stream.capsule import CapsuleType, Payload, header
 from sniproxy.stream.control import Continued, Done, Finished, Opened, Ready
 from sniproxy.stream.policy import Policy, Rule
@@ -23,6 +25,7 @@ from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello, message, padding, records, server_name
 from tests.turnreg.gateways import ALLOCATION, Running, Service, Visit, a_gateway, data
 from tests.turnreg.preambles import KEY, preamble
+from turnreg.arrival import Arrival, Refusal
 
 pytestmark = pytest.mark.anyio
 
@@ -510,3 +513,32 @@ async def test_a_second_connection_that_is_never_used_goes_with_its_stream(monke
         assert await second.wire.recv() == b""
         second.wire.close()
         visit.wire.close()
+
+
+@pytest.mark.parametrize("refused", ["denied", "dial_failed", "bad_signature"])
+async def test_a_refused_stream_leaves_no_cycle(refused: str) -> None:
+    """Python looks for them seldom (crossnet.process): what is in one would stay for as long."""
+    async with a_gateway() as running:
+        service = await running.service()
+        target = {"denied": "192.0.2.1:1", "dial_failed": "127.0.0.1:1"}.get(refused, service.endpoint)
+        hello = client_hello("other.example") if refused == "bad_signature" else HELLO
+
+        async def one(count: int) -> None:
+            visit = await running.visit(preamble(target, HELLO), hello)
+            assert (await visit.refused(after_ready=True)).reason == refused
+            await running.ended(count)
+
+        await one(1)
+        gc.collect()
+        gc.disable()
+        try:
+            await one(2)
+            await asyncio.sleep(0.02)  # the task of the stream ends
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [item for item in gc.garbage if isinstance(item, Account | Arrival | Refusal)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert left == []
