@@ -6,24 +6,18 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from bench import machine, report
-from bench.questions import QUESTIONS, Question, Sample, Settings, measure
+from bench.questions import QUESTIONS, Question, Sample, Settings, measure, probe
 from bench.ways import SBIN, WAYS, Way, missing
 from bench.worker import ROOT, Worker, WorkerError
 from crossnet.lab.program import ProgramError
 
 DEFAULT_ROUNDS = 5
-PROBE_TIMEOUT_S = 20.0
-"""Until an allocation is made, published and permitted: well under a second; a loaded machine takes longer."""
-PROBE_EVERY_S = 0.05
-WARM_UP_STREAMS = 8
-
 DEFAULT_WAYS = tuple(way for way in WAYS if way != "gateway")
 
 
@@ -63,7 +57,7 @@ class Bench:
                 stack.callback(way.end)
                 try:
                     way.start()
-                    _probe(load, way)
+                    probe(load, way)
                 except (ProgramError, WorkerError) as error:
                     self._failed(f"round {number}: {name} does not start: {error}{way.complaints()}")
                 else:
@@ -83,20 +77,6 @@ class Bench:
     def _failed(self, text: str) -> None:
         self.failures.append(text)
         say(f"FAILED {text}")
-
-
-def _probe(load: Worker, way: Way) -> None:
-    """Wait until streams go through, and let every process have done its first ones. Raises WorkerError."""
-    deadline = time.monotonic() + PROBE_TIMEOUT_S
-    done = 0
-    while done < WARM_UP_STREAMS:
-        try:
-            load.ask("probe", limit_s=PROBE_TIMEOUT_S, address=way.address, name=way.asked)
-            done += 1
-        except WorkerError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(PROBE_EVERY_S)
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import meter
 from bench.ways import Way
-from bench.worker import Worker
+from bench.worker import Worker, WorkerError
 
 SLACK_S = 60.0
 """On top of a measurement's own time: for its start, its end and time-outs of its own."""
@@ -17,6 +17,11 @@ SETTLE_S = 0.1
 """For processes to end what they have begun, such as the log line of the last stream, before their cost is read."""
 
 MESSAGE_BYTES = 64
+
+PROBE_TIMEOUT_S = 20.0
+"""Until an allocation is made, published and permitted: well under a second; a loaded machine takes longer."""
+PROBE_EVERY_S = 0.05
+WARM_UP_STREAMS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +116,20 @@ QUESTIONS = (
     *(_connections(streams) for streams in (1, 16)),
     *(_round_trips(streams) for streams in (1, 16)),
 )
+
+
+def probe(load: Worker, way: Way) -> None:
+    """Wait until streams go through, and let every process have done its first ones. Raises WorkerError."""
+    deadline = time.monotonic() + PROBE_TIMEOUT_S
+    done = 0
+    while done < WARM_UP_STREAMS:
+        try:
+            load.ask("probe", limit_s=PROBE_TIMEOUT_S, address=way.address, name=way.asked)
+            done += 1
+        except WorkerError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PROBE_EVERY_S)
 
 
 def measure(question: Question, load: Worker, way: Way, settings: Settings, round_: int) -> Sample:

@@ -11,16 +11,20 @@ server: no stream can have its first byte in less than one.
 
 import argparse
 import json
+import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench import machine
+from bench.abuse import part
+from bench.exchange import client_hello
+from bench.questions import PROBE_EVERY_S, PROBE_TIMEOUT_S
 from bench.ways import Way
-from bench.worker import Worker, WorkerError
 from crossnet.lab.program import ProgramError
 
 TURNS = ("embedded", "coturn")
@@ -30,7 +34,6 @@ SINGLES = 20
 BURST = 16
 SETTLE_RTTS = 6
 """Round trips between two clients: a warm stream takes three to make."""
-START_TIMEOUT_S = 20.0
 
 
 class Measured:
@@ -40,34 +43,41 @@ class Measured:
         self.ms: dict[str, list[float]] = {"single_p50": [], "single_p99": [], "burst_p50": [], "burst_p99": []}
 
 
-def ask(load: Worker, way: Way, far_ms: float, measured: Measured) -> None:
-    """Let clients come, and note how long they took."""
+def ask(way: Way, far_ms: float, measured: Measured) -> None:
+    """Let clients come, and note how long they took. OSError or EOFError where one was refused."""
     pause = SETTLE_RTTS * 2 * far_ms / 1000 + 0.05
-    deadline = time.monotonic() + START_TIMEOUT_S
+    hello = client_hello(way.asked)
+    deadline = time.monotonic() + PROBE_TIMEOUT_S
     done = 0
     while done < FIRST:
         try:
-            load.ask("probe", limit_s=START_TIMEOUT_S, address=way.address, name=way.asked)
+            first_byte_ms(way.address, hello)
             done += 1
-        except WorkerError:
+        except (OSError, EOFError):
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.1)
+            time.sleep(PROBE_EVERY_S)
     took = []
     for _ in range(SINGLES):
         time.sleep(pause)
-        took.append(once(load, way, 1)["p50_us"] / 1000)
+        took.append(first_byte_ms(way.address, hello))
     measured.ms["single_p50"].append(statistics.median(took))
     measured.ms["single_p99"].append(max(took))
     time.sleep(pause)
-    burst = once(load, way, BURST)
-    measured.ms["burst_p50"].append(burst["p50_us"] / 1000)
-    measured.ms["burst_p99"].append(burst["p99_us"] / 1000)
+    with ThreadPoolExecutor(BURST) as clients:
+        burst = sorted(clients.map(lambda _: first_byte_ms(way.address, hello), range(BURST)))
+    measured.ms["burst_p50"].append(statistics.median(burst))
+    measured.ms["burst_p99"].append(burst[-1])
 
 
-def once(load: Worker, way: Way, streams: int) -> dict[str, float]:
-    """So many clients at the same moment, and no more."""
-    return load.ask("connections", limit_s=30, address=way.address, name=way.asked, streams=streams, seconds=0)
+def first_byte_ms(address: tuple[str, int], hello: bytes) -> float:
+    """One client: connect, ClientHello and nothing behind it, as TLS clients do, and the first byte of the answer."""
+    began = time.monotonic()
+    with socket.create_connection(address, timeout=30) as client:
+        client.sendall(hello)
+        if client.recv(1) != hello[:1]:
+            raise EOFError("refused: no service at the far end")
+        return (time.monotonic() - began) * 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,26 +91,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args(arguments)
     measured = {(turn, pool): Measured() for turn in given.turns for pool in given.pools}
-    service, load = Worker("bench.service"), Worker("bench.load")
-    try:
-        port = service.ask("port", limit_s=10)["port"]
-        with tempfile.TemporaryDirectory(prefix="crossnet-warm-") as folder:
-            for number in range(given.rounds):
-                for turn, pool in measured:
-                    place = Path(folder) / f"{number}-{turn}-{pool}"
-                    way = Way(turn, place, port, far_ms=given.far, relay={"pool": pool})
-                    try:
-                        way.start()
-                        ask(load, way, given.far, measured[turn, pool])
-                    except (ProgramError, WorkerError) as error:
-                        print(f"{turn}, pool {pool}: {error}{way.complaints()}", file=sys.stderr)
-                        return 1
-                    finally:
-                        way.end()
-                    print(f"round {number + 1}/{given.rounds}: {turn}, pool {pool}", file=sys.stderr)
-    finally:
-        load.end()
-        service.end()
+    with part("service") as service, tempfile.TemporaryDirectory(prefix="crossnet-warm-") as folder:
+        port = int(service.line())
+        for number in range(given.rounds):
+            for turn, pool in measured:
+                way = Way(turn, Path(folder) / f"{number}-{turn}-{pool}", port, far_ms=given.far, relay={"pool": pool})
+                try:
+                    way.start()
+                    ask(way, given.far, measured[turn, pool])
+                except (ProgramError, OSError, EOFError) as error:
+                    print(f"{turn}, pool {pool}: {error}{way.complaints()}", file=sys.stderr)
+                    return 1
+                finally:
+                    way.end()
+                print(f"round {number + 1}/{given.rounds}: {turn}, pool {pool}", file=sys.stderr)
     rtt = 2 * given.far
     print(
         f"{'TURN server':<12}{'pool':>5}" + "".join(f"{what:>14}" for what in Measured().ms) + f"   ms; rtt {rtt:g} ms"
