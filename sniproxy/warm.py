@@ -194,7 +194,11 @@ class WarmPool:
                 break
             shelf.ready.remove(ready)
             ready.leave(wanted=True)
-            await ready.left()
+            try:
+                await ready.left()
+            except BaseException:  # the client has gone, say: nobody owns it now
+                ready.framed.wire.close()
+                raise
             if not ready.framed.wire.closed:
                 return ready.framed
         return None

@@ -283,3 +283,16 @@ async def test_many_take_at_once_and_none_is_given_twice() -> None:
         assert len(taken) == len(set(map(id, taken))) >= 8
         for wire in taken:
             wire.close()
+
+
+async def test_one_that_is_taken_by_who_goes_at_that_moment_is_closed() -> None:
+    async with a_pool(1) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 1)
+        assert running.group is not None
+        taking = running.group.create_task(running.pool.take(way()))
+        await asyncio.sleep(0)
+        taking.cancel()
+        await running.until(lambda: running.fates[Fate.TAKEN] == 1)
+        async with asyncio.timeout(10):
+            assert await running.fars[0].wire.recv() == b""
