@@ -34,6 +34,7 @@ MAX_CHAIN = 16  # aliases from one name to another that are followed; unbound ta
 MAX_OWNERS = 64  # names that records of one message may have, besides the one asked for: a chain, a zone, some proofs
 
 _FIXED = struct.Struct("!HHIH")  # type, class, TTL, RDLENGTH
+_TTL = struct.Struct("!I")
 _OPTION = struct.Struct("!HH")
 _EXTENDED_ERROR = 15
 _SERVFAIL = 2
@@ -101,21 +102,28 @@ class Message:
 
     def __init__(self, data: bytes) -> None:
         """Find every record. A reply cut short (TC) must still hold the records that it counts."""
-        odd, aliased, bound = self._walk(data)
+        odd, aliased, bound, uneven = self._walk(data)
         self.targets = self._targets() if aliased else ()
         """The names that aliases lead to from the name asked for, in order, lower-cased."""
         if odd:
             kept = self._belonging()
             if len(kept) != len(self.places):
-                self._walk(self._with_only(kept))
+                *_, uneven = self._walk(self._with_only(kept))
+        if uneven:
+            self._even_out()
         self.bindings = self._bindings() if bound else ()
         """The names that service bindings lead to with addresses or ways of their own (RFC 9460 ServiceMode), lower-cased."""
 
-    def _walk(self, data: bytes) -> tuple[bool, bool, bool]:
-        """Find every record of these bytes, and whether one may not belong here, is an alias, or a service binding."""
+    def _walk(self, data: bytes) -> tuple[bool, bool, bool, bool]:
+        """Find every record of these bytes.
+
+        Returns:
+            whether one may not belong here, is an alias, is a service binding, or an answer that lives shorter than another.
+        """
         self.data = data
         self._names: dict[int, bytes] = {}
-        odd = aliased = bound = False
+        odd = aliased = bound = uneven = False
+        lives_s = -1
         try:
             _, self.flags, questions, self.answers, self.authorities, extras = HEADER.unpack_from(data)
             position = HEADER_SIZE
@@ -153,6 +161,9 @@ class Message:
                     if ttl_s & _TTL_SIGN:
                         ttl_s = 0  # RFC 2181 section 8
                     self.places.append(Place(section, owner, rtype, rclass, fixed, ttl_s, start, position))
+                    if not section and ttl_s != lives_s:
+                        uneven = lives_s >= 0
+                        lives_s = ttl_s
                     if rtype == _CNAME:
                         aliased = True
                     elif rtype != qtype or section or rclass != CLASS_IN:
@@ -164,7 +175,24 @@ class Message:
                 section += 1
         except (IndexError, struct.error) as error:
             raise Malformed("a record is cut short") from error
-        return odd, aliased, bound
+        return odd, aliased, bound, uneven
+
+    def _even_out(self) -> None:
+        """Give the answers of one set the shortest of their lives (RFC 2181 section 5.2)."""
+        least: dict[tuple[bytes, int, bytes], int] = {}
+        sets = []
+        for place in self.places[: self.answers]:
+            covered = self.data[place.start : place.start + 2] if place.rtype == _RRSIG else b""
+            sets.append((self._owner(place), place.rtype, covered))
+            least[sets[-1]] = min(place.ttl_s, least.get(sets[-1], place.ttl_s))
+        longer = [index for index, records in enumerate(sets) if self.places[index].ttl_s > least[records]]
+        if not longer:
+            return  # sets of their own, such as an alias and what it leads to
+        data = bytearray(self.data)
+        for index in longer:
+            place = self.places[index] = self.places[index]._replace(ttl_s=least[sets[index]])
+            _TTL.pack_into(data, place.fixed + 4, place.ttl_s)
+        self.data = bytes(data)
 
     def _owner(self, place: Place) -> bytes:
         """Whose record it is, lower-cased. Raises Malformed, for so many names too that nobody has any use for them."""

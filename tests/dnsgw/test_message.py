@@ -1,5 +1,7 @@
 """Upstream's replies, read once: where records are, which names aliases lead to, and what they are as replies of ours."""
 
+import struct
+
 import dns.flags
 import dns.message
 import dns.rcode
@@ -261,6 +263,21 @@ def test_any_is_any_type_of_the_name() -> None:
     reply = dns.message.from_wire(Message(wire(text)).as_reply(scan(query("a.example.test", 255))))
     assert {str(item.name) for item in reply.answer} == {"a.example.test."}
     assert {dns.rdatatype.to_text(item.rdtype) for item in reply.answer} == {"A", "AAAA", "RRSIG"}
+
+
+def test_records_of_one_set_live_equally_long() -> None:
+    """RFC 2181 section 5.2: the shortest of their lives is all of theirs; another set's is its own."""
+
+    def answer(rtype: int, ttl_s: int, data: bytes) -> bytes:
+        return b"\xc0\x0c" + struct.pack("!HHIH", rtype, 1, ttl_s, len(data)) + data
+
+    records = [answer(1, ttl_s, bytes([10, 0, 0, ttl_s])) for ttl_s in (30, 5, 60)] + [
+        answer(46, 90, b"\0\1" + bytes(20))
+    ]
+    reply = Message(header(flags=0x8180, counts=(1, 4, 0, 0)) + question("www.example.test") + b"".join(records))
+    assert [place.ttl_s for place in reply.places] == [5, 5, 5, 90]
+    read = dns.message.from_wire(reply.as_reply(scan(query("www.example.test"))), ignore_trailing=True)
+    assert {rrset.ttl for rrset in read.answer if rrset.rdtype == dns.rdatatype.A} == {5}
 
 
 def test_the_alias_of_a_zone_stays_beside_what_is_made_of_it() -> None:
