@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -104,10 +105,12 @@ async def test_without_a_second_connection_an_upload_still_arrives(monkeypatch: 
 @pytest.mark.parametrize("turn", TURNS)
 async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds: list[Framed] = []
+    dialled = asyncio.Event()
     dial = Dialer.second
 
     async def kept(self: Dialer, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Framed:
         seconds.append(await dial(self, call, candidate, attempts))
+        dialled.set()
         return seconds[0]
 
     monkeypatch.setattr(Dialer, "second", kept)
@@ -116,18 +119,22 @@ async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: p
         done = asyncio.Event()
 
         async def service(wire: Wire) -> None:
+            await dialled.wait()  # until then all that lies between is full: the upload has to move on
             await wire.recv_exactly(400_000)
             arrived.set_result(wire)
             await done.wait()
 
+        async def upload(client: Wire) -> None:
+            with suppress(OSError):
+                await client.send(BULK)
+
         client = await path.dial(name_of(await path.serve(service)))
-        await client.send(bytes(500_000))
-        served = await arrived
-        assert seconds
-        seconds[0].wire.reset()
-        await until_reset(served)
-        await client.send(b"more")
-        await until_reset(client)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(upload(client))
+            served = await arrived
+            seconds[0].wire.reset()
+            await until_reset(served)
+            await until_reset(client)
         client.close()
         done.set()
         relay, gateway = await path.ended()
