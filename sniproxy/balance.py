@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from sniproxy.route import Candidate, RouteKind
+from sniproxy.route import Candidate, RouteKind, Way
 
 FAILURES: Final = 3
 """Failures in a row before one is left out: a lost packet or a restart makes one or two."""
@@ -63,19 +63,21 @@ class Balance:
         self._clock = clock
         self._is_ready = is_ready
         self._random = rng or random.Random()
-        self._ways: OrderedDict[tuple[str, str, str, int], _Way] = OrderedDict()
+        self._ways: OrderedDict[Way, _Way] = OrderedDict()
 
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Put the ways to one network into the order in which a stream tries them.
 
         Those that are left out come last; before that direct ones come before TURN servers, near ones before far ones.
         """
+        if len(candidates) < 2:
+            return list(candidates)
         now = self._clock()
         # A heavier one is likelier to be in front: the exponential race for weighted sampling (Efraimidis and Spirakis 2006).
         drawn = sorted(candidates, key=lambda way: self._random.expovariate(way.weight))
         classes = {way: (self._out(way, now), way.kind is RouteKind.TURN, not way.near) for way in drawn}
         drawn.sort(key=classes.__getitem__)
-        if len(drawn) > 1 and classes[drawn[0]] == classes[drawn[1]] and self._busy(drawn[1]) < self._busy(drawn[0]):
+        if classes[drawn[0]] == classes[drawn[1]] and self._busy(drawn[1]) < self._busy(drawn[0]):
             drawn[:2] = drawn[1], drawn[0]
         return drawn
 
@@ -91,7 +93,7 @@ class Balance:
 
     def succeeded(self, way: Candidate) -> None:
         """Note that a gateway answered on this way."""
-        known = self._ways.get(_key(way))
+        known = self._ways.get(way.way)
         if known is not None:
             known.failures, known.out_until = 0, 0.0
 
@@ -115,15 +117,15 @@ class Balance:
         return sum(now < way.out_until for way in self._ways.values())
 
     def _out(self, way: Candidate, now: float) -> bool:
-        known = self._ways.get(_key(way))
+        known = self._ways.get(way.way)
         return known is not None and now < known.out_until
 
     def _busy(self, way: Candidate) -> tuple[float, bool]:
-        known = self._ways.get(_key(way))
+        known = self._ways.get(way.way)
         return 0.0 if known is None else known.streams / way.weight, not self._is_ready(way)
 
     def _know(self, way: Candidate) -> _Way:
-        key = _key(way)
+        key = way.way
         known = self._ways.setdefault(key, _Way())
         self._ways.move_to_end(key)
         if len(self._ways) > MAX_TRACKED:
@@ -131,8 +133,3 @@ class Balance:
             if idle is not None:
                 del self._ways[idle]
         return known
-
-
-def _key(way: Candidate) -> tuple[str, str, str, int]:
-    # The address, too: an allocation that was made anew has the id of the one that was lost.
-    return way.network, way.addressee, way.address, way.port

@@ -42,6 +42,10 @@ class RouteKind(StrEnum):
     TURN = "turn"
 
 
+Way = tuple[str, str, str, int]
+"""What tells a way to a network from others: the network, the record's id, and the address and port that are dialled."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One address to dial for a stream."""
@@ -60,6 +64,11 @@ class Candidate:
     """In the relay's own zone."""
     proxy_version: int | None = None
     """Of the PROXY header that the service wants first, on a local route; a gateway knows that by itself."""
+
+    @property
+    def way(self) -> Way:
+        """The way, whatever is asked for at its end. An allocation made anew has the id of the lost one and another port."""
+        return self.network, self.addressee, self.address, self.port
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.addressee or format_endpoint(parse_address(self.address), self.port)}"

@@ -14,7 +14,7 @@ from contextlib import suppress
 from enum import StrEnum
 
 from discovery.model import Kind, Mesh
-from sniproxy.route import Candidate
+from sniproxy.route import Candidate, Way
 from sniproxy.stream.capsule import CapsuleError
 from sniproxy.stream.control import TOKEN_SIZE, Ping, Pong
 from sniproxy.stream.framed import Framed
@@ -141,7 +141,7 @@ class WarmPool:
         self.size = size
         self._dial = dial
         self._count = count
-        self._shelves: dict[tuple[str, str, str, int], _Shelf] = {}
+        self._shelves: dict[Way, _Shelf] = {}
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = asyncio.Event()
@@ -169,9 +169,9 @@ class WarmPool:
         """Note that a stream goes by this allocation: keep some ready for the next ones."""
         if self._group is None or self._closed.is_set() or not self.size:
             return
-        shelf = self._shelves.get(_key(candidate))
+        shelf = self._shelves.get(candidate.way)
         if shelf is None:
-            shelf = self._shelves[_key(candidate)] = _Shelf(candidate)
+            shelf = self._shelves[candidate.way] = _Shelf(candidate)
         shelf.used_at = asyncio.get_running_loop().time()
         slots = sum(shelf.slots for shelf in self._shelves.values())
         for _ in range(min(self.size - shelf.slots, MAX_WARM - slots)):
@@ -182,12 +182,12 @@ class WarmPool:
 
     def has(self, candidate: Candidate) -> bool:
         """Whether one waits at this allocation."""
-        shelf = self._shelves.get(_key(candidate))
+        shelf = self._shelves.get(candidate.way)
         return shelf is not None and bool(shelf.ready)
 
     async def take(self, candidate: Candidate) -> Framed | None:
         """Give a connection that waits at this allocation, None if there is none. It is the caller's from then on."""
-        shelf = self._shelves.get(_key(candidate))
+        shelf = self._shelves.get(candidate.way)
         while shelf is not None:
             ready = next((ready for ready in reversed(shelf.ready) if not ready.asked), None)  # the youngest
             if ready is None:
@@ -205,7 +205,7 @@ class WarmPool:
 
     def distrust(self, candidate: Candidate) -> None:
         """One of this allocation's turned out to be dead: the others may be, too."""
-        shelf = self._shelves.get(_key(candidate))
+        shelf = self._shelves.get(candidate.way)
         if shelf is not None:
             shelf.clear()
 
@@ -234,8 +234,8 @@ class WarmPool:
                 pause = min(2 * pause, longest)
         finally:
             shelf.slots -= 1
-            if not shelf.slots and self._shelves.get(_key(shelf.candidate)) is shelf:
-                del self._shelves[_key(shelf.candidate)]
+            if not shelf.slots and self._shelves.get(shelf.candidate.way) is shelf:
+                del self._shelves[shelf.candidate.way]
 
     async def _hold(self, shelf: _Shelf) -> Fate:
         """Make one connection and keep it ready."""
@@ -255,7 +255,3 @@ class WarmPool:
                 shelf.ready.remove(ready)
             if fate is not Fate.TAKEN:
                 framed.wire.close()
-
-
-def _key(way: Candidate) -> tuple[str, str, str, int]:
-    return way.network, way.addressee, way.address, way.port
