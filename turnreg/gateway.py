@@ -310,12 +310,13 @@ class Gateway:
 
     async def _hand_over(self, arrival: Arrival, preamble: Preamble) -> None:
         """Give a second connection to its stream."""
-        lost = Refusal(Reason.PROTOCOL_ERROR, "it continues a stream that is not open here")
+        lost = "it continues a stream that is not open here"
         if not arrival.came_by or not self._continuations.awaits(preamble):
-            raise lost  # before READY, so that its relay does not send the rest of an upload here
+            # Before READY, so that its relay does not send the rest of an upload here.
+            raise Refusal(Reason.PROTOCOL_ERROR, lost)
         await arrival.framed.send(Ready())
         if not self._continuations.bring(preamble, arrival.framed):
-            raise lost
+            raise Refusal(Reason.PROTOCOL_ERROR, lost)
 
     async def _keep_warm(self, arrival: Arrival) -> Preamble | None:
         """Keep a connection ready until its relay brings a stream, None if it ends without."""
