@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import itertools
 import os
-import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -13,16 +12,14 @@ from ipaddress import IPv4Address
 import pytest
 
 from sniproxy.dial import MAX_CANDIDATES, Connected, Dialer
-from sniproxy.hello import HelloReader
 from sniproxy.opening import MAX_FIRST_WRITE, Call, DialError, Opener
 from sniproxy.route import Candidate, RouteKind, SigningKeys
 from sniproxy.stream.capsule import CapsuleType, header
 from sniproxy.stream.control import Finished, Opened, Ready, Refused, Waiting
 from sniproxy.stream.preamble import SigningKey
 from sniproxy.stream.reason import Reason
+from tests.sniproxy.calls import HELLO, call, opener
 from tests.sniproxy.gateways import (
-    KEY,
-    KEY_C,
     Script,
     ScriptedGateway,
     Visit,
@@ -41,7 +38,6 @@ from tests.sniproxy.hellos import client_hello, padding
 pytestmark = pytest.mark.anyio
 
 PAUSES = (0.001, 0.002, 0.003)
-HELLO = client_hello("orders.shop.example")
 
 
 @pytest.fixture(autouse=True)
@@ -50,20 +46,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dialer(**limits: float) -> Dialer:
-    keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
-    return Dialer(Opener("a", keys, now_ms=lambda: time.time_ns() // 1_000_000, **limits))
-
-
-def call(data: bytes = HELLO, behind: bytes = b"") -> Call:
-    hello = HelloReader().feed(data)
-    assert hello is not None
-    return Call(
-        stream=secrets.token_bytes(16),
-        client=("10.0.0.77", 40000),
-        local=("10.0.0.9", 443),
-        hello=hello,
-        data=data + behind,
-    )
+    return Dialer(opener(**limits))
 
 
 def candidate(

@@ -1,7 +1,6 @@
 """Dialling on a connection that is kept ready: what is said, and what becomes of the stream where the connection is dead."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -10,9 +9,8 @@ from ipaddress import IPv4Address
 import pytest
 
 from sniproxy.dial import WARM_LOST, Connected, Dialer
-from sniproxy.hello import HelloReader
-from sniproxy.opening import Call, DialError, Opener
-from sniproxy.route import Candidate, RouteKind, SigningKeys
+from sniproxy.opening import Call, DialError
+from sniproxy.route import Candidate, RouteKind
 from sniproxy.stream.capsule import Payload
 from sniproxy.stream.control import Message, Open, Opened, Ping, Pong, Ready, Refused
 from sniproxy.stream.ends import Side
@@ -20,13 +18,12 @@ from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import Preamble, WarmPreamble
 from sniproxy.stream.reason import Reason
 from sniproxy.stream.verifier import PreambleVerifier
+from tests.sniproxy.calls import HELLO, call, opener
 from tests.sniproxy.engine.pairs import pair
 from tests.sniproxy.gateways import KEY, ScriptedGateway, Visit, opens, scripted, silent
-from tests.sniproxy.hellos import client_hello
 
 pytestmark = pytest.mark.anyio
 
-HELLO = client_hello("orders.shop.example")
 OPENED = Opened(IPv4Address("10.1.0.5"), 8443, 1)
 Answer = Callable[["Attempt"], Awaitable[object]]
 
@@ -56,22 +53,6 @@ class Attempt:
     async def say(self, *messages: Message) -> None:
         for message in messages:
             await self.far.send(message)
-
-
-def opener(**limits: float) -> Opener:
-    return Opener("a", SigningKeys({KEY.id: KEY}), now_ms=lambda: time.time_ns() // 1_000_000, **limits)
-
-
-def call(behind: bytes = b"") -> Call:
-    hello = HelloReader().feed(HELLO)
-    assert hello is not None
-    return Call(
-        stream=secrets.token_bytes(16),
-        client=("10.0.0.7", 4000),
-        local=("10.0.0.9", 443),
-        hello=hello,
-        data=HELLO + behind,
-    )
 
 
 def candidate(address: tuple[str, int] = ("127.0.0.1", 1), name: str = "gw-1") -> Candidate:
@@ -181,14 +162,14 @@ async def test_what_is_behind_the_hello_waits_for_an_answer() -> None:
         assert await payload(made.far, 5) == b"early"
         await made.say(OPENED)
 
-    await attempt(reads, calling=call(b"early"))
+    await attempt(reads, calling=call(behind=b"early"))
 
 
 @pytest.mark.parametrize("behind", [b"", b"early"])
 @pytest.mark.parametrize("answer", [nothing, cut])
 async def test_a_dead_one_costs_an_attempt_and_not_the_stream(answer: Answer, behind: bytes) -> None:
     async with scripted(opens) as gateway:
-        calling = call(behind)
+        calling = call(behind=behind)
         made, connected = await attempt(answer, gateway, calling=calling)
         assert (connected.was_warm, connected.attempts) == (False, 2)
         assert made.counted == [WARM_LOST, "ok"]

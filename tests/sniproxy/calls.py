@@ -1,0 +1,31 @@
+"""What a client brought, as the relay's dialler gets it."""
+
+import secrets
+import time
+
+from sniproxy.hello import HelloReader
+from sniproxy.opening import Call, Opener
+from sniproxy.route import SigningKeys
+from tests.sniproxy.gateways import KEY, KEY_C
+from tests.sniproxy.hellos import client_hello
+
+HELLO = client_hello("orders.shop.example")
+
+
+def call(data: bytes = HELLO, behind: bytes = b"") -> Call:
+    """A client that sent this ClientHello and something behind it."""
+    hello = HelloReader().feed(data)
+    assert hello is not None
+    return Call(
+        stream=secrets.token_bytes(16),
+        client=("10.0.0.77", 40000),
+        local=("10.0.0.9", 443),
+        hello=hello,
+        data=data + behind,
+    )
+
+
+def opener(**limits: float) -> Opener:
+    """Network a's relay, with keys for b and c."""
+    keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
+    return Opener("a", keys, now_ms=lambda: time.time_ns() // 1_000_000, **limits)
