@@ -241,7 +241,7 @@ class Opener:
             raise cut() from error
         except CapsuleError as error:
             # READY may have come in the same read as what is wrong, or whoever speaks there takes our bytes for its own.
-            raise DialError(Reason.PROTOCOL_ERROR, str(error), final=True) from error
+            raise DialError(error.reason, str(error), final=True) from error
         if isinstance(message, Refused):
             reason = Reason(message.reason) if message.reason in set(Reason) else Reason.OTHER
             detail = f"the gateway refused: {message.detail}"

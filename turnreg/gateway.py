@@ -256,7 +256,8 @@ class Gateway:
             detail = f"no whole {said} in {self.config.hello_timeout_s} s"
             raise Refusal(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
         except CapsuleError as error:
-            raise Refusal(Reason.PROTOCOL_ERROR, str(error)) from error
+            # A flood would go on over whatever we say.
+            raise Refusal(error.reason, str(error), tell=error.reason is not Reason.FLOOD) from error
         except (OSError, EOFError) as error:
             raise Refusal(Reason.TRUNCATED, "cut before the ClientHello was whole", tell=False) from error
         account = arrival.account

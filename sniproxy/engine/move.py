@@ -6,7 +6,7 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,9 +23,6 @@ SMALL_SPLICES = 16
 LIMIT_STALLED_S = 10.0
 """Once one side is gone: how long what it sent before may stand still on its way to the other."""
 
-TURN_BYTES = 4 * 1024 * 1024
-"""Bytes that one direction may move without waiting before others get a turn (about a millisecond)."""
-
 POOL = PipePool()
 """The process's pipes. The kernel's limit on them is per user, so one pool serves every stream."""
 
@@ -40,15 +37,25 @@ class Direction:
         "_pool",
         "_small_splices",
         "_spliceable",
-        "_turn",
         "activity",
         "first_at",
         "moved",
+        "pace",
         "pipe",
     )
 
-    def __init__(self, activity: "Activity", *wires: Wire, pool: PipePool = POOL) -> None:
-        """Begin with nothing moved, between these wires."""
+    def __init__(
+        self,
+        activity: "Activity",
+        *wires: Wire,
+        pool: PipePool = POOL,
+        pace: Callable[[int], float] | None = None,
+    ) -> None:
+        """Begin with nothing moved, between these wires.
+
+        Args:
+            pace: told how many bytes were moved; returns for how many seconds to move no more.
+        """
         self.moved = 0
         """Payload bytes read from the source. Written before it is delivered, final once the direction has ended."""
         self.first_at: float | None = None
@@ -58,7 +65,7 @@ class Direction:
         self._pool = pool
         self._full_reads = 0
         self._small_splices = 0
-        self._turn = 0
+        self.pace = pace
         self._spliceable = all(wire.spliceable for wire in wires)
 
     def joins(self, wire: Wire) -> None:
@@ -88,16 +95,9 @@ class Direction:
 
     def _count(self, size: int) -> None:
         self.moved += size
-        self._turn += size
         self.activity.touch()
         if self.first_at is None:
             self.first_at = time.monotonic()
-
-    async def give_turn(self) -> None:
-        """Let others run once this direction has moved a lot without waiting for the kernel."""
-        if self._turn >= TURN_BYTES:
-            self._turn = 0
-            await asyncio.sleep(0)
 
     def release(self) -> None:
         """Give the pipe back."""
@@ -181,12 +181,14 @@ async def fill(source: Wire, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
         source.unread(data[size:])
         pipe.held += size
         return size
+    await source.take_turn()
     while True:
         try:
             size = os.splice(source.fd, pipe.writer, limit, flags=_FLAGS)
         except BlockingIOError:
             await source.readable()
         else:
+            source.quantum.spend(size)
             pipe.held += size
             return size
 
@@ -230,7 +232,8 @@ async def pump(source: Wire, sink: Wire, direction: Direction) -> None:
                 direction.copied(size)
             else:
                 direction.spliced(size)
-            await direction.give_turn()
+            if direction.pace is not None and (pause_s := direction.pace(size)):
+                await asyncio.sleep(pause_s)
     finally:
         direction.release()
 

@@ -19,6 +19,16 @@ from sniproxy.engine.wire import DEFAULT_READ_BYTES, FLUSH_POLL_S, Buffer, Wire,
 HANDSHAKE_TIMEOUT_S = 5.0
 """For a listener: as long as a client gets for its ClientHello, and two round trips over any network."""
 
+MAX_RECORDS_AT_ONCE = 32
+"""Records that one read opens: two full reads' worth of full ones. A peer that sends a byte in each gets no more of our time."""
+
+_RECORDS_A_MESSAGE = 4
+"""Opening a small record costs about a quarter of what a message does."""
+
+MAX_WITHOUT_PAYLOAD = 64 * 1024
+"""Bytes in a row that bring no payload, such as new keys again and again: four of the largest records.
+No honest peer sends more."""
+
 MAX_ENCRYPTED_AT_ONCE = 64 * 1024
 """Plaintext that is encrypted before the socket has taken what was encrypted before: the bound of the queue."""
 
@@ -93,15 +103,16 @@ class TlsWire(Wire):
         """
         del low
         if self._unread:
-            data = self.take_unread()
-            if len(data) > limit:
-                data, self._unread = data[:limit], data[limit:]
-            return data
+            return await super().recv(limit)
+        await self.take_turn()
+        without_payload = 0
         while True:
             plain = self._decrypt(limit)
             if plain is not None:
                 return plain
-            await self._read_net()
+            if without_payload > MAX_WITHOUT_PAYLOAD:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "TLS records without payload, one after the other")
+            without_payload += await self._read_net()
 
     def _decrypt(self, limit: int) -> bytes | None:
         """Return what whole records hold, up to `limit` bytes; None where there is none, b"" after close_notify."""
@@ -109,7 +120,7 @@ class TlsWire(Wire):
             raise WireClosed(errno.EBADF, "closed on our side")
         parts: list[bytes] = []
         left = limit
-        while left:
+        while left and len(parts) < MAX_RECORDS_AT_ONCE:
             try:
                 part = self._tls.read(left)  # at most one record
             except ssl.SSLWantReadError:
@@ -120,24 +131,19 @@ class TlsWire(Wire):
                 return b"".join(parts)  # the end itself is seen again by the next read
             parts.append(part)
             left -= len(part)
+        self.quantum.spend(0, len(parts) // _RECORDS_A_MESSAGE)
         if self._to_net.pending:
             self._push_later()  # what reading made TLS answer, such as new keys
         return b"".join(parts) if parts else None
 
-    async def _read_net(self) -> None:
-        """Wait for bytes of the connection."""
-        while True:
-            if self.closed:
-                raise WireClosed(errno.EBADF, "closed on our side")
-            try:
-                data = self._sock.recv(DEFAULT_READ_BYTES)
-            except BlockingIOError:
-                await self.readable()
-                continue
-            if not data:
-                raise ConnectionResetError(errno.ECONNRESET, "the connection ended without close_notify")
-            self._from_net.write(data)
-            return
+    async def _read_net(self) -> int:
+        """Wait for bytes of the connection, and say how many came."""
+        self._check_readable()
+        data = await self._read_socket(DEFAULT_READ_BYTES)
+        if not data:
+            raise ConnectionResetError(errno.ECONNRESET, "the connection ended without close_notify")
+        self._from_net.write(data)
+        return len(data)
 
     # Writing
 

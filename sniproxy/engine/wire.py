@@ -15,6 +15,8 @@ import termios
 from collections.abc import Iterable
 from typing import ClassVar
 
+from sniproxy.engine.quantum import Quantum
+
 Buffer = bytes | bytearray | memoryview
 """What may be written."""
 
@@ -65,7 +67,8 @@ def tune(sock: socket.socket) -> None:
 class Wire:
     """A connected stream socket. One reader and one writer at a time; two tasks may use the two halves.
 
-    `peer` and `local` are (address, port); an IPv4-mapped address is written as IPv4.
+    `peer` and `local` are (address, port); an IPv4-mapped address is written as IPv4. Reading lets other connections run whenever
+    this one has used up its quantum, however fast the peer sends.
     """
 
     spliceable: ClassVar[bool] = True
@@ -85,6 +88,7 @@ class Wire:
         "fd",
         "local",
         "peer",
+        "quantum",
     )
 
     def __init__(self, sock: socket.socket, peer: object = None) -> None:
@@ -106,6 +110,8 @@ class Wire:
         self._reading = self._writing = False
         self._read_waiter: asyncio.Future[None] | None = None
         self._write_waiter: asyncio.Future[None] | None = None
+        self.quantum = Quantum()
+        """What may still be read before others run. Whoever parses messages out of what was read spends from it, too."""
         self.closed = False
         self.fd = sock.fileno()
         self.local = _endpoint(sock.getsockname())
@@ -143,18 +149,32 @@ class Wire:
             WireClosed: our own side closed it meanwhile.
         """
         if self._unread:
+            await self.take_turn()
             data = self.take_unread()
             if len(data) > limit:
                 data, self._unread = data[:limit], data[limit:]
+            self.quantum.spend(len(data))
             return data
+        return await self._read_socket(limit, low)
+
+    async def _read_socket(self, limit: int, low: int = 1) -> bytes:
+        await self.take_turn()
         while True:
             # Asked even after a short read: a reset behind those bytes has ended the watch already (uvloop gives up a descriptor
             # that reports an error), and only the socket itself still tells of it.
             try:
-                return self._sock.recv(limit)
+                data = self._sock.recv(limit)
             except BlockingIOError:
-                pass
-            await self.readable(low)
+                await self.readable(low)
+                continue
+            self.quantum.spend(len(data))
+            return data
+
+    async def take_turn(self) -> None:
+        """Let others run where this wire's quantum is used up. Errors as for `readable`."""
+        if self.quantum.used_up:
+            await self.quantum.renew()
+            self._check_readable()
 
     def try_recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
         """Read what the socket has right now; b"" where that is nothing, or an end. Raises OSError as `recv`."""
@@ -185,10 +205,7 @@ class Wire:
             TimeoutError: `expire` was called.
             WireClosed: our own side closed it.
         """
-        if self.closed:
-            raise WireClosed(errno.EBADF, "closed on our side")
-        if self._expired:
-            raise TimeoutError
+        self._check_readable()
         if low != self._low:
             # The kernel wakes for less where its buffer cannot hold so much, and at the end and at errors always.
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
@@ -206,6 +223,13 @@ class Wire:
             if self._read_waiter is waiter:  # not that of the next reader, where this one was cancelled
                 self._read_waiter = None
             del waiter  # holds the exception that holds this frame: a cycle for each stream that is cut
+        self.quantum.waited()
+
+    def _check_readable(self) -> None:
+        if self.closed:
+            raise WireClosed(errno.EBADF, "closed on our side")
+        if self._expired:
+            raise TimeoutError
 
     def expire(self) -> None:
         """Let whoever waits to read, and whoever would, get a TimeoutError: this wire's time is over."""

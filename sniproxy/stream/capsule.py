@@ -52,6 +52,12 @@ class CapsuleError(ValueError):
     reason: ClassVar = Reason.PROTOCOL_ERROR
 
 
+class CapsuleFlood(CapsuleError):
+    """Raised where a peer sends capsules that are allowed, but far more of them than any honest peer."""
+
+    reason: ClassVar = Reason.FLOOD
+
+
 class Header(NamedTuple):
     """The start of a DATA or FINAL_DATA capsule; `length` bytes of payload follow, in Payload events or past us."""
 
@@ -116,7 +122,7 @@ class CapsuleReader:
     `skip_payload`.
     """
 
-    __slots__ = ("_control", "_control_type", "_error", "_held", "_inside", "_left")
+    __slots__ = ("_control", "_control_type", "_error", "_held", "_inside", "_left", "unknown")
 
     def __init__(self) -> None:
         self._held = bytearray()  # the part of a header that has arrived, under 16 bytes
@@ -125,6 +131,8 @@ class CapsuleReader:
         self._inside = _Inside.PAYLOAD
         self._left = 0  # bytes of the current capsule still to come
         self._error: CapsuleError | None = None
+        self.unknown = 0
+        """Capsules of unknown types so far. They are skipped without an event."""
 
     @property
     def payload_left(self) -> int:
@@ -168,22 +176,29 @@ class CapsuleReader:
         self._left -= count
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """Return the events that `data` completes, in order.
+        """Return the events that `data` completes, in order. Errors as for `take`."""
+        return self.take(data, len(data))[0]
+
+    def take(self, data: bytes | bytearray | memoryview, most: int) -> tuple[list[Event], int]:
+        """Return the events of up to `most` capsules, in order, and how many bytes of `data` they took.
+
+        The rest is the caller's to bring again: a read that is full of tiny capsules is worked off in pieces.
 
         Raises CapsuleError, and after that always: nothing behind an error can be trusted.
         """
         if self._error is not None:
             raise self._error
         try:
-            return self._feed(data)
+            return self._take(data, most)
         except CapsuleError as error:
             self._error = error
             raise
 
-    def _feed(self, data: bytes | bytearray | memoryview) -> list[Event]:
+    def _take(self, data: bytes | bytearray | memoryview, most: int) -> tuple[list[Event], int]:
         events: list[Event] = []
         view = memoryview(data)
         at, end = 0, len(view)
+        begun = 0
         while at < end:
             if self._left:
                 piece = view[at : at + self._left]
@@ -197,6 +212,8 @@ class CapsuleReader:
                         events.append(Control(self._control_type, bytes(self._control)))
                         self._control.clear()
                 continue
+            if begun >= most:
+                break
             # Data in the form that we write ourselves: the one case that must be fast.
             if end - at >= HEADER_SIZE and not self._held:
                 first, second = _HEADER.unpack_from(view, at)
@@ -206,16 +223,19 @@ class CapsuleReader:
                     self._inside = _Inside.PAYLOAD
                     self._left = length = second & MAX_PAYLOAD
                     events.append(Header(kind, length))
+                    begun += 1
                     continue
             held = len(self._held)
             self._held += view[at : at + _MAX_HEADER - held]
             parsed = _parse_header(self._held, 0, len(self._held))
             if parsed is None:
-                break  # sixteen bytes always hold a header, so all of `data` is held now
+                at = end  # sixteen bytes always hold a header, so all of `data` is held now
+                break
             at += parsed[2] - held
             self._held.clear()
             self._begin(parsed[0], parsed[1], events)
-        return events
+            begun += 1
+        return events, at
 
     def _begin(self, number: int, length: int, events: list[Event]) -> None:
         """Enter the capsule whose header was just read."""
@@ -231,6 +251,7 @@ class CapsuleReader:
             if length > MAX_UNKNOWN:
                 raise CapsuleError(f"capsule of unknown type {number:#x} with {length} bytes")
             self._inside, self._left = _Inside.UNKNOWN, length
+            self.unknown += 1
             return
         if length > MAX_CONTROL:
             raise CapsuleError(f"{kind.name} of {length} bytes")

@@ -113,7 +113,7 @@ class Carry:
                 return
         except CapsuleError as error:
             log.debug("stream broken: %s", error)
-            self._cut = self._cut or Reason.PROTOCOL_ERROR
+            self._cut = self._cut or error.reason
         except EOFError:
             self._cut = self._cut or Reason.TRUNCATED
         if self._cut is not None:
@@ -167,7 +167,6 @@ class Carry:
                     direction.copied(size)
                 else:
                     direction.spliced(size)
-                await direction.give_turn()
         finally:
             direction.release()
         if self._cut is not None:
@@ -269,7 +268,6 @@ class Carry:
             await self._copy_in(source)
         if self._side is Side.GATEWAY and source is self._framed:
             self._report()
-        await self.inbound.give_turn()
 
     async def _copy_in(self, source: Framed) -> None:
         """Read once and deliver what came."""

@@ -33,6 +33,8 @@ class Reason(StrEnum):
     CLOCK_SKEW = "clock_skew"
     REPLAY = "replay"
     PROTOCOL_ERROR = "protocol_error"
+    FLOOD = "flood"
+    """The peer sent more control messages than any honest one does."""
     OVERLOADED = "overloaded"
     DRAINING = "draining"
     OTHER = "other"

@@ -6,12 +6,11 @@ import ipaddress
 import logging
 import socket
 
-from sniproxy.engine import Activity, Direction, Listener, Wire, connect
+from sniproxy.engine import Listener, Wire, connect
 from sniproxy.engine.move import Splice
 from turnreg.server.allocation import Allocation, Attempt, Endpoint, Refusal
 from turnreg.server.config import HALF_CLOSE_TIMEOUT_S, STREAM_IDLE_TIMEOUT_S
 from turnreg.server.holding import Meeting, Send, WaitingPeer, text_of
-from turnreg.server.pace import Pace
 from turnreg.server.transaction import Connecting
 
 log = logging.getLogger(__name__)
@@ -128,8 +127,7 @@ class RelayedAddress:
         stream = Splice(peer, data, idle_timeout_s=STREAM_IDLE_TIMEOUT_S, half_close_timeout_s=HALF_CLOSE_TIMEOUT_S)
         pace = self._allocation.pace
         if pace is not None:
-            stream.a_to_b = PacedDirection(stream.a_to_b.activity, peer, data, pace=pace)
-            stream.b_to_a = PacedDirection(stream.b_to_a.activity, peer, data, pace=pace)
+            stream.a_to_b.pace = stream.b_to_a.pace = lambda size: pace.spend(size, self._clock())
         metrics = self._meeting.metrics
         began = self._clock()
         reason = "cut"
@@ -167,25 +165,6 @@ class RelayedAddress:
         log.info("turn_peers_refused", extra={"event": event})
         self._refused = 0
         self._refused_logged = self._clock()
-
-
-class PacedDirection(Direction):
-    """A direction that keeps the pace of its account: it reads no more while more than that was moved."""
-
-    __slots__ = ("_pace", "_paced")
-
-    def __init__(self, activity: Activity, *wires: Wire, pace: Pace) -> None:
-        super().__init__(activity, *wires)
-        self._pace = pace
-        self._paced = 0
-
-    async def give_turn(self) -> None:
-        """Wait for as long as the bytes that were moved since the last turn take at that pace."""
-        size, self._paced = self.moved - self._paced, self.moved
-        wait_s = self._pace.spend(size, asyncio.get_running_loop().time())
-        if wait_s:
-            await asyncio.sleep(wait_s)
-        await super().give_turn()
 
 
 def _from_relayed(relayed: Endpoint) -> socket.socket:

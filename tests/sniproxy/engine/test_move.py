@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from sniproxy.engine import End, Moved, PipePool, Splice, Wire, connect, move, splice
+from sniproxy.engine import End, Moved, PipePool, Splice, Wire, connect, quantum, splice
 from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
 
 pytestmark = pytest.mark.anyio
@@ -246,8 +246,8 @@ async def test_cancelling_closes_both(joined: tuple[Wire, Wire, Wire, Wire]) -> 
 
 
 async def test_a_busy_stream_lets_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The turn is counted in bytes, whether or not the kernel ever makes the stream wait."""
-    monkeypatch.setattr(move, "TURN_BYTES", 1)
+    """The quantum is counted in bytes, whether or not the kernel ever makes the stream wait."""
+    monkeypatch.setattr(quantum, "QUANTUM_BYTES", 1)
     left, a = await pair()
     right, b = await pair()
     ran = 0

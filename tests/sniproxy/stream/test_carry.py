@@ -15,7 +15,7 @@ from sniproxy.stream.capsule import CapsuleType, Control, Payload, header
 from sniproxy.stream.carry import Carry
 from sniproxy.stream.control import Continued, Finished, Opened, Ready, Received, parse_control
 from sniproxy.stream.ends import LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
-from sniproxy.stream.framed import Framed
+from sniproxy.stream.framed import RECEIVED_BYTES, Framed
 from sniproxy.stream.reason import Reason
 from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
 
@@ -442,10 +442,10 @@ async def test_an_upload_that_is_taken_needs_no_second_connection(half: Half) ->
 
     async with asyncio.TaskGroup() as group:
         carrying = group.create_task(half.carry(Side.RELAY, second=dial).run())
-        for _ in range(40):
-            await half.plain.send(bytes(10_000))
+        for _ in range(20):
+            await half.plain.send(bytes(20_000))
             taken = 0
-            while taken < 10_000:
+            while taken < 20_000:
                 taken += sum(len(event.data) for event in await half.peer.read() if isinstance(event, Payload))
             await half.peer.send(Received(half.peer.received))
         half.plain.reset()
@@ -462,11 +462,25 @@ async def test_received_of_what_was_never_sent(half: Half) -> None:
 async def test_received_that_goes_back(half: Half) -> None:
     async with asyncio.TaskGroup() as group:
         carrying = group.create_task(half.carry(Side.RELAY).run())
-        await half.plain.send(b"question")
-        await half.peer.read()
+        await half.plain.send(bytes(RECEIVED_BYTES))
+        taken = 0
+        while taken < RECEIVED_BYTES:
+            taken += sum(len(event.data) for event in await half.peer.read() if isinstance(event, Payload))
         await half.peer.send(Received(5))
         await half.peer.send(Received(4))
         assert await carrying is Reason.PROTOCOL_ERROR
+
+
+@RELAY
+async def test_received_again_and_again(half: Half) -> None:
+    """One for each 16 KiB that were sent, and one more."""
+    async with asyncio.TaskGroup() as group:
+        carrying = group.create_task(half.carry(Side.RELAY).run())
+        await half.plain.send(b"question")
+        await half.peer.read()
+        await half.peer.send(Received(1))
+        await half.peer.send(Received(1))
+        assert await carrying is Reason.FLOOD
 
 
 @GATEWAY

@@ -8,10 +8,12 @@ from ipaddress import IPv4Address
 import pytest
 
 from sniproxy.engine import Activity, Direction, PipePool, Wire
-from sniproxy.stream.capsule import CapsuleError, CapsuleType, Control, Header, Payload, header
+from sniproxy.engine.quantum import QUANTUM_MESSAGES
+from sniproxy.stream.capsule import CapsuleError, CapsuleFlood, CapsuleType, Control, Header, Payload, header
 from sniproxy.stream.control import Finished, Opened, Ready, Received, Refused
 from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Framed
+from sniproxy.stream.framed import CONTROL_BURST, RECEIVED_BYTES, Framed
+from sniproxy.stream.reason import Reason
 from tests.sniproxy.engine.pairs import pair, read_all
 
 pytestmark = pytest.mark.anyio
@@ -117,6 +119,53 @@ async def test_unknown_capsules_are_skipped(both: tuple[Framed, Framed]) -> None
     assert await relay.next_message() == Ready()
 
 
+async def test_a_read_that_is_full_of_capsules_is_worked_off_in_pieces(both: tuple[Framed, Framed]) -> None:
+    """Others run between the pieces, and the payload behind them is whole."""
+    relay, gateway = both
+    await opened(relay, gateway)
+    one = header(CapsuleType.DATA, 1) + b"x"
+    await gateway.wire.send(one * 1000 + header(CapsuleType.FINAL_DATA, 3) + b"end")
+    got, passes, largest = b"", 0, 0
+
+    async def other() -> None:
+        nonlocal passes
+        while True:
+            passes += 1
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as group:
+        others = group.create_task(other())
+        while not relay.exhausted:
+            events = await relay.read()
+            assert not (relay.payload_left and relay.exhausted)
+            largest = max(largest, sum(isinstance(event, Header) for event in events))
+            got += b"".join(bytes(event.data) for event in events if isinstance(event, Payload))
+        others.cancel()
+    assert got == b"x" * 1000 + b"end"
+    assert largest <= QUANTUM_MESSAGES
+    assert passes >= 1000 / QUANTUM_MESSAGES
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [header(CapsuleType.DATA, 0), b"\x21\x00", header(0x1234, 5) + bytes(5)],
+    ids=["empty", "unknown-two-bytes", "unknown"],
+)
+async def test_capsules_without_payload_have_a_limit(both: tuple[Framed, Framed], flood: bytes) -> None:
+    relay, gateway = both
+    await opened(relay, gateway)
+    await gateway.wire.send(flood * (CONTROL_BURST - 2))  # READY and OPENED were two
+    await gateway.send_data(b"fine so far")
+    got = b""
+    while got != b"fine so far":
+        got += b"".join(bytes(event.data) for event in await relay.read() if isinstance(event, Payload))
+    await gateway.wire.send(flood * CONTROL_BURST)
+    with pytest.raises(CapsuleFlood) as raised:
+        while True:
+            await relay.read()
+    assert raised.value.reason is Reason.FLOOD
+
+
 @pytest.mark.parametrize("cut", [0, 3, 8])
 async def test_the_end_of_the_connection_is_no_end_of_the_stream(both: tuple[Framed, Framed], cut: int) -> None:
     relay, gateway = both
@@ -133,6 +182,7 @@ async def test_control_capsules_never_cut_into_a_payload(both: tuple[Framed, Fra
     relay, gateway = both
     await opened(relay, gateway)
     payload = os.urandom(8 << 20)
+    await relay.send_data(bytes(2 * RECEIVED_BYTES))  # what three RECEIVED may be about
     async with asyncio.TaskGroup() as group:
         group.create_task(gateway.send_data(payload))
         await asyncio.sleep(0)

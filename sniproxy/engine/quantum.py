@@ -1,0 +1,88 @@
+"""Fair turns on one event loop: how much a connection may do before the others run.
+
+A loop over input that is fed faster than it works never has to wait, so it would never let anybody else run: no timer, no accept,
+no signal, no other stream. So each connection has a quantum, counted in bytes and in messages. Once it is used up, the
+connection queues, and **one** connection of that queue goes on in each pass of the event loop (deficit round robin). However
+many connections flood us, everybody else waits for one quantum a pass, and not for all of theirs.
+
+`Wire` and the readers built on it spend from here, so a loop that reads from a wire is bounded without knowing of it.
+"""
+
+import asyncio
+from collections import deque
+from weakref import WeakKeyDictionary
+
+QUANTUM_BYTES = 1024 * 1024
+"""One full pipe: a fraction of a millisecond where bytes are spliced, about one where they are copied."""
+
+QUANTUM_MESSAGES = 8
+"""Messages, or reads that did not have to wait. The dearest one, a signed STUN request, costs some 100 µs."""
+
+
+class RoundRobin:
+    """The connections of one event loop whose quantum is used up, in order of arrival."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def wait(self) -> None:
+        """Wait for the next turn: at least one pass of the event loop, in which it polls and runs timers."""
+        turn = self._loop.create_future()
+        self._waiting.append(turn)
+        if len(self._waiting) == 1:
+            self._loop.call_soon(self._next)
+        await turn
+
+    def _next(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # else cancelled while it waited
+                turn.set_result(None)
+                break
+        if self._waiting:
+            self._loop.call_soon(self._next)
+
+
+_QUEUES: WeakKeyDictionary[asyncio.AbstractEventLoop, RoundRobin] = WeakKeyDictionary()
+
+
+def round_robin() -> RoundRobin:
+    """Return the queue of the running loop."""
+    loop = asyncio.get_running_loop()
+    queue = _QUEUES.get(loop)
+    if queue is None:
+        queue = _QUEUES[loop] = RoundRobin(loop)
+    return queue
+
+
+class Quantum:
+    """What one connection may still do in its turn."""
+
+    __slots__ = ("_bytes", "_messages", "_queue")
+
+    def __init__(self) -> None:
+        self._queue = round_robin()
+        self._bytes = self._messages = 0
+
+    @property
+    def used_up(self) -> bool:
+        """Whether others are to run first: `await renew()` before doing more."""
+        return self._messages >= QUANTUM_MESSAGES or self._bytes >= QUANTUM_BYTES
+
+    def spend(self, size: int, messages: int = 1) -> None:
+        """Count `size` bytes and so many messages that were handled."""
+        self._bytes += size
+        self._messages += messages
+
+    def waited(self) -> None:
+        """Note that the connection had to wait for input: others ran meanwhile, and the next message is free."""
+        self._messages -= self._messages > 0
+
+    async def renew(self) -> None:
+        """Let the others run, then begin a new quantum."""
+        await self._queue.wait()
+        self._bytes = self._messages = 0

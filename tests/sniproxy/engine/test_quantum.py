@@ -1,0 +1,193 @@
+"""A connection that is fed faster than it is read lets everybody else run: timers, other connections, our own close."""
+
+import asyncio
+import itertools
+import socket
+
+import pytest
+
+from sniproxy.engine import Wire
+from sniproxy.engine.move import fill
+from sniproxy.engine.pipes import Pipe, PipePool
+from sniproxy.engine.quantum import QUANTUM_BYTES, QUANTUM_MESSAGES, Quantum, RoundRobin, round_robin
+from tests.sniproxy.engine.pairs import pair
+
+pytestmark = pytest.mark.anyio
+
+FLOOD = 2000
+"""Messages of one byte that wait in the kernel, so that no read of theirs ever has to wait."""
+
+
+async def flooded(count: int = FLOOD) -> tuple[Wire, Wire]:
+    """Return a wire that bytes wait for, and its other end."""
+    peer, wire = await pair()
+    await peer.send(bytes(count))
+    return wire, peer
+
+
+async def read_one_by_one(wire: Wire, got: list[int], who: int) -> None:
+    for _ in range(FLOOD):
+        await wire.recv(1)
+        got.append(who)
+
+
+async def test_others_run_after_each_quantum_of_messages() -> None:
+    wire, peer = await flooded()
+    got: list[int] = []
+    at_each_pass = []
+    async with asyncio.TaskGroup() as group:
+        reading = group.create_task(read_one_by_one(wire, got, 0))
+        while not reading.done():
+            at_each_pass.append(len(got))
+            await asyncio.sleep(0)
+    steps = [after - before for before, after in itertools.pairwise(at_each_pass)]
+    assert max(steps) <= QUANTUM_MESSAGES
+    assert len(steps) >= FLOOD / QUANTUM_MESSAGES
+    wire.close()
+    peer.close()
+
+
+async def test_many_that_are_flooded_take_one_quantum_a_pass_together() -> None:
+    wires = [await flooded() for _ in range(16)]
+    got: list[int] = []
+    at_each_pass = []
+    async with asyncio.TaskGroup() as group:
+        reading = [group.create_task(read_one_by_one(wire, got, who)) for who, (wire, _) in enumerate(wires)]
+        while not all(task.done() for task in reading):
+            at_each_pass.append(len(got))
+            await asyncio.sleep(0)
+    steps = [after - before for before, after in itertools.pairwise(at_each_pass)]
+    # The first pass has everybody's first quantum; from then on they take turns.
+    assert max(steps[2:]) <= QUANTUM_MESSAGES
+    # Fair: when the first one has finished, the last one has come nearly as far.
+    first_done = max(index for index, who in enumerate(got) if who == 0)
+    assert got[: first_done + 1].count(15) >= FLOOD - 2 * QUANTUM_MESSAGES
+    for wire, peer in wires:
+        wire.close()
+        peer.close()
+
+
+async def test_timers_fire_beside_a_flood() -> None:
+    wire, peer = await flooded()
+    fired: list[int] = []
+    got: list[int] = []
+    asyncio.get_running_loop().call_later(0, lambda: fired.append(len(got)))
+    await read_one_by_one(wire, got, 0)
+    assert fired
+    assert fired[0] < FLOOD
+    wire.close()
+    peer.close()
+
+
+async def test_a_reader_that_never_waits_is_told_that_its_time_is_over() -> None:
+    wire, peer = await flooded()
+    asyncio.get_running_loop().call_soon(wire.expire)
+    with pytest.raises(TimeoutError):
+        await read_one_by_one(wire, [], 0)
+    wire.close()
+    peer.close()
+
+
+async def test_a_reader_that_never_waits_finds_out_that_we_closed() -> None:
+    wire, peer = await flooded()
+    asyncio.get_running_loop().call_soon(wire.close)
+    with pytest.raises(OSError, match="closed on our side"):
+        await read_one_by_one(wire, [], 0)
+    peer.close()
+
+
+async def test_bytes_that_were_given_back_count_too() -> None:
+    wire, peer = await pair()
+    ran = 0
+    async with asyncio.TaskGroup() as group:
+
+        async def other() -> None:
+            nonlocal ran
+            while True:
+                ran += 1
+                await asyncio.sleep(0)
+
+        others = group.create_task(other())
+        for _ in range(10 * QUANTUM_MESSAGES):
+            wire.unread(b"again")
+            await wire.recv()
+        others.cancel()
+    assert ran >= 9
+    wire.close()
+    peer.close()
+
+
+async def test_spliced_bytes_count() -> None:
+    """`fill` moves them past `recv`."""
+    wire, peer = await pair()
+    pool = PipePool()
+    pipe = pool.take()
+    assert isinstance(pipe, Pipe)
+    wire.quantum.spend(QUANTUM_BYTES)
+    await peer.send(b"some")
+    passed: list[bool] = []
+    asyncio.get_running_loop().call_soon(passed.append, True)
+    assert await fill(wire, pipe) == 4
+    assert passed
+    pool.give_back(pipe)
+    wire.close()
+    peer.close()
+
+
+async def test_whoever_has_to_wait_gets_a_message_for_it() -> None:
+    """An exchange of small messages, each of which waits for the other side, never queues."""
+    quantum = Quantum()
+    for _ in range(10 * QUANTUM_MESSAGES):
+        quantum.waited()
+        quantum.spend(100)
+        assert not quantum.used_up
+    for _ in range(QUANTUM_MESSAGES):
+        quantum.spend(100)
+    assert quantum.used_up
+    await quantum.renew()
+    assert not quantum.used_up
+
+
+async def test_one_that_is_cancelled_while_it_queues_keeps_nobody_up() -> None:
+    queue = RoundRobin(asyncio.get_running_loop())
+    order: list[int] = []
+
+    async def wait(number: int) -> None:
+        await queue.wait()
+        order.append(number)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(wait(number)) for number in range(4)]
+        await asyncio.sleep(0)
+        assert len(queue) == 4
+        tasks[0].cancel()
+        tasks[2].cancel()
+    assert order == [1, 3]
+    assert not len(queue)
+
+
+async def test_one_queue_for_each_loop() -> None:
+    assert round_robin() is round_robin()
+
+    async def of_another_loop() -> RoundRobin:
+        return round_robin()
+
+    other = await asyncio.to_thread(asyncio.run, of_another_loop())
+    assert other is not round_robin()
+
+
+async def test_a_wire_of_a_flood_leaves_no_descriptor_behind() -> None:
+    """A queued reader that is cancelled owns its wire to the end."""
+    ours, theirs = socket.socketpair()
+    wire = Wire(ours)
+    theirs.sendall(bytes(FLOOD))
+    async with asyncio.TaskGroup() as group:
+        reading = group.create_task(read_one_by_one(wire, [], 0))
+        await asyncio.sleep(0)
+        reading.cancel()
+    wire.close()
+    theirs.settimeout(5)
+    with pytest.raises(ConnectionResetError):  # unread bytes: the kernel tells the peer of a cut
+        while theirs.recv(1):
+            pass
+    theirs.close()
