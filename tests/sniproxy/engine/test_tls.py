@@ -1,15 +1,23 @@
 """TLS wires against each other, against the openssl of the system, and against peers that misbehave."""
 
 import asyncio
+import fcntl
 import os
 import socket
 import ssl
+import struct
+import subprocess
+import termios
+import threading
+import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
+import trustme
 
 from sniproxy.engine import Listener, TlsWire, Wire, WireClosed, connect_tls
-from sniproxy.engine.tls import MAX_ENCRYPTED_AT_ONCE
+from sniproxy.engine.tls import MAX_ENCRYPTED_AT_ONCE, MAX_RECORDS_AT_ONCE
 from tests.sniproxy.engine.pairs import TLS_NAME, pair, read_all, shake, sockets, tls_contexts, until_reset
 
 pytestmark = pytest.mark.anyio
@@ -245,3 +253,76 @@ async def test_openssl_speaks_with_us(server: Server) -> None:
     async with asyncio.timeout(20):
         output, _ = await program.communicate(b"from openssl\n")
     assert output == b"from openssl\n"
+
+
+async def test_a_read_opens_no_more_than_so_many_records(joined: tuple[Wire, Wire]) -> None:
+    """A byte in each record costs us a hundred times what it costs the peer's network."""
+    client, server = joined
+    records = 4 * MAX_RECORDS_AT_ONCE
+    for _ in range(records):
+        await client.send(b"x")
+    await asyncio.sleep(0.05)  # until all of them have arrived
+    sizes = []
+    while sum(sizes) < records:
+        sizes.append(len(await server.recv()))
+    assert max(sizes) <= MAX_RECORDS_AT_ONCE
+
+
+@pytest.mark.needs("openssl")
+@pytest.mark.interop
+async def test_new_keys_again_and_again_end_the_connection() -> None:
+    """A TLS 1.3 peer may ask for new keys as often as it likes, and never send a byte of payload."""
+    certificate = trustme.CA().issue_cert(TLS_NAME)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    listener = await Listener.open("127.0.0.1", 0, tls=context)
+    ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+
+    async def read(wire: Wire) -> None:
+        assert isinstance(wire, TlsWire)
+        await wire.handshake()
+        try:
+            while await wire.recv():
+                pass
+            ended.set_result(None)
+        except OSError as error:
+            ended.set_result(error)
+        finally:
+            wire.close()
+
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(listener.serve(read))
+        port = listener.address[1]
+        client = subprocess.Popen(  # noqa: ASYNC220 - it starts at once
+            ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-tls1_3"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        assert client.stdin is not None
+        try:
+            # Each line "k" is a KeyUpdate of 27 bytes.
+            writer = threading.Thread(target=_feed, args=(client, b"k\n", 5_000))
+            writer.start()
+            async with asyncio.timeout(30):
+                error = await ended
+            assert isinstance(error, ConnectionAbortedError), error
+        finally:
+            client.kill()
+            client.wait()
+            writer.join()
+            with suppress(BrokenPipeError):  # what it did not read
+                client.stdin.close()
+            serving.cancel()
+
+
+def _feed(program: subprocess.Popen[bytes], line: bytes, times: int) -> None:
+    """Write lines one by one, each when the one before was read: the program looks at the first byte of what it reads."""
+    pipe = program.stdin
+    assert pipe is not None
+    with suppress(OSError):  # it has gone
+        for _ in range(times):
+            pipe.write(line)
+            pipe.flush()
+            while program.poll() is None and struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]:
+                time.sleep(0)
