@@ -66,23 +66,25 @@ class Quantum:
 
     def __init__(self) -> None:
         self._queue = round_robin()
-        self._bytes = self._messages = 0
+        self._bytes = 0
+        self._messages = 0.0
 
     @property
     def used_up(self) -> bool:
         """Whether others are to run first: `await renew()` before doing more."""
         return self._messages >= QUANTUM_MESSAGES or self._bytes >= QUANTUM_BYTES
 
-    def spend(self, size: int, messages: int = 1) -> None:
-        """Count `size` bytes and so many messages that were handled."""
+    def spend(self, size: int, messages: float = 1) -> None:
+        """Count `size` bytes and so many messages that were handled; a part of one for what costs a part of one."""
         self._bytes += size
         self._messages += messages
 
     def waited(self) -> None:
         """Note that the connection had to wait for input: others ran meanwhile, and the next message is free."""
-        self._messages -= self._messages > 0
+        self._messages = max(0.0, self._messages - 1)
 
     async def renew(self) -> None:
         """Let the others run, then begin a new quantum."""
         await self._queue.wait()
-        self._bytes = self._messages = 0
+        self._bytes = 0
+        self._messages = 0.0

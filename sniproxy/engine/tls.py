@@ -22,8 +22,8 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_RECORDS_AT_ONCE = 32
 """Records that one read opens: two full reads' worth of full ones. A peer that sends a byte in each gets no more of our time."""
 
-_RECORDS_A_MESSAGE = 4
-"""Opening a small record costs about a quarter of what a message does."""
+_MESSAGES_A_RECORD = 0.25
+"""What opening a small record costs beside handling a message."""
 
 MAX_WITHOUT_PAYLOAD = 64 * 1024
 """Bytes in a row that bring no payload, such as new keys again and again: four of the largest records.
@@ -131,7 +131,7 @@ class TlsWire(Wire):
                 return b"".join(parts)  # the end itself is seen again by the next read
             parts.append(part)
             left -= len(part)
-        self.quantum.spend(0, len(parts) // _RECORDS_A_MESSAGE)
+        self.quantum.spend(0, len(parts) * _MESSAGES_A_RECORD)
         if self._to_net.pending:
             self._push_later()  # what reading made TLS answer, such as new keys
         return b"".join(parts) if parts else None

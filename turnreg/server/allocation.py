@@ -55,6 +55,7 @@ class Refusal(StrEnum):
     # Connections
     NOT_STUN = "not_stun"
     TOO_SLOW = "too_slow"
+    FLOOD = "flood"
     CROWDED_OUT = "crowded_out"
     PEER_NOT_PERMITTED = "peer_not_permitted"
     PEER_LIMIT = "peer_limit"

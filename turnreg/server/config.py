@@ -33,6 +33,14 @@ SEND_TIMEOUT_S = 10.0
 MAX_REFUSALS = 16
 """Refused requests after which a connection without an allocation is closed: a client needs one 401, and perhaps a 438."""
 
+STRANGER_REQUESTS = (4.0, 32)
+"""Messages a second, and at once, on a connection without an allocation. A client needs three or four in all, and asks whether the
+server lives every ten seconds."""
+
+CLIENT_REQUESTS = (200.0, 400)
+"""The same on one with an allocation, payload not counted. A gateway proves its nonce at most twenty times a second; the rest is
+room for permissions, and for clients that ask for a Connect for each stream."""
+
 MAX_REALM_CHARACTERS = 127
 """RFC 8489, section 14.9: fewer than 128 characters."""
 

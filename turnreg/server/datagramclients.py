@@ -11,7 +11,7 @@ from typing import Any
 
 from turnreg.auth import client_key
 from turnreg.server.allocation import Drop, FiveTuple, Refusal
-from turnreg.server.datagrams import BATCH, Ancillary, Arrived, DatagramSocket
+from turnreg.server.datagrams import PAYLOAD_MESSAGES, Ancillary, Arrived, DatagramSocket
 from turnreg.server.framing import parse_channel_data
 from turnreg.server.holding import Holding, Meeting, text_of
 from turnreg.server.pace import AnswerRate
@@ -43,10 +43,12 @@ class DatagramClients:
             async with asyncio.TaskGroup() as group:
                 while not self._sock.closed:
                     await self._sock.readable()
-                    for _ in range(BATCH):
+                    while not self._sock.quantum.used_up:
                         arrived = self._sock.receive()
                         if arrived is None:
                             break
+                        is_payload = arrived.data[:1] >= b"\x40"  # ChannelData: STUN begins with two zero bits
+                        self._sock.quantum.spend(len(arrived.data), PAYLOAD_MESSAGES if is_payload else 1)
                         try:
                             self._take(arrived, group)
                         except Exception:  # one datagram must not end what serves all the others

@@ -7,11 +7,12 @@ import socket
 import struct
 from typing import Any, NamedTuple
 
+from sniproxy.engine.quantum import Quantum
 from sniproxy.engine.wire import plain_address
 from turnreg.server.allocation import Drop, Endpoint
 
-BATCH = 64
-"""Datagrams that one socket handles before others get a turn (about a millisecond)."""
+PAYLOAD_MESSAGES = 0.125
+"""What relaying one datagram costs beside handling a STUN request: a socket relays 64 of them in one quantum."""
 
 _LARGEST = 65_536
 _DONT_FRAGMENT = {socket.AF_INET: (socket.IPPROTO_IP, 10), socket.AF_INET6: (socket.IPPROTO_IPV6, 23)}
@@ -34,7 +35,10 @@ class Arrived(NamedTuple):
 
 
 class DatagramSocket:
-    """A bound UDP socket on the running loop. IPv6 ones take IPv6 only."""
+    """A bound UDP socket on the running loop. IPv6 ones take IPv6 only.
+
+    Whoever takes datagrams from it spends from `quantum` for each, and stops to wait for `readable` when that is used up.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -45,6 +49,7 @@ class DatagramSocket:
         self._watched = False
         self._buffer = memoryview(bytearray(_LARGEST))
         self._fragments = True
+        self.quantum = Quantum()
         self.closed = False
         name = sock.getsockname()
         self.address: Endpoint = (plain_address(name[0]), name[1])
@@ -72,7 +77,9 @@ class DatagramSocket:
             raise OSError(error.errno, f"cannot use {address} UDP port {port}: {error.strerror}") from error
 
     async def readable(self) -> None:
-        """Wait until there may be a datagram. OSError if the socket is closed."""
+        """Wait until there may be a datagram, and it is our turn. OSError if the socket is closed."""
+        if self.quantum.used_up:
+            await self.quantum.renew()
         if self.closed:
             raise OSError(errno.EBADF, "closed on our side")
         self._waiter = waiter = self._loop.create_future()
@@ -83,6 +90,7 @@ class DatagramSocket:
             await waiter
         finally:
             self._waiter = None
+        self.quantum.waited()
 
     def _on_readable(self) -> None:
         if self._waiter is None:

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
 from turnreg.server.allocation import Allocation, Drop
-from turnreg.server.datagrams import BATCH, DatagramSocket
+from turnreg.server.datagrams import PAYLOAD_MESSAGES, DatagramSocket
 from turnreg.server.framing import pack_channel_data
 from turnreg.server.holding import Meeting
 from turnreg.server.transaction import Datagram
@@ -45,10 +45,11 @@ class RelayedDatagrams:
     def _take(self) -> list[bytes]:
         allocation, metrics, now = self._allocation, self._meeting.metrics, self._clock()
         frames = []
-        for _ in range(BATCH):
+        while not self._sock.quantum.used_up:
             arrived = self._sock.receive()
             if arrived is None:
                 break
+            self._sock.quantum.spend(len(arrived.data), PAYLOAD_MESSAGES)
             peer, data = arrived.source, arrived.data
             if not allocation.permits(peer[0], now):
                 metrics.dropped(Drop.NO_PERMISSION)

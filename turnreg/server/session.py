@@ -7,15 +7,17 @@ import time
 from collections.abc import Sequence
 
 from sniproxy.engine import Wire
+from sniproxy.engine.token_bucket import TokenBucket
 from turnreg.server.admission import Strangers
 from turnreg.server.allocation import Attempt, Drop, FiveTuple, Refusal
-from turnreg.server.config import MAX_REFUSALS, SEND_TIMEOUT_S, TurnServerConfig
+from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, SEND_TIMEOUT_S, STRANGER_REQUESTS, TurnServerConfig
+from turnreg.server.datagrams import PAYLOAD_MESSAGES
 from turnreg.server.framing import DATAGRAM_READ_BYTES, READ_BYTES, ChannelData, MessageReader
 from turnreg.server.holding import Holding, Meeting, text_of
 from turnreg.server.relayed import RelayedAddress
 from turnreg.server.relayeddatagrams import RelayedDatagrams
 from turnreg.server.transaction import Opening, Step
-from turnreg.stun import TRANSPORT_UDP, StunError
+from turnreg.stun import TRANSPORT_UDP, Method, StunError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class ClientSession:
         self._stranger_until = self._clock() + config.unauthenticated_timeout_s
         self._reader = MessageReader()
         self._sending = asyncio.Lock()
+        self._requests = TokenBucket(*STRANGER_REQUESTS, self._clock())
         self._refusals = 0
         self._holding: Holding | None = None
         self._relayed: RelayedAddress | None = None
@@ -106,9 +109,16 @@ class ClientSession:
         """Answer what has been read. Returns what ended the connection, None if it goes on."""
         try:
             while (message := self._reader.take()) is not None:
+                await self._wire.take_turn()
                 if isinstance(message, ChannelData):
+                    self._wire.quantum.spend(0, PAYLOAD_MESSAGES)
                     self._channel_data(message)
                     continue
+                self._wire.quantum.spend(0)
+                is_payload = self._datagrams is not None and message.method == Method.SEND
+                if not is_payload and not self._requests.take(1, self._clock()):
+                    self._refuse(Refusal.FLOOD)
+                    return "flood"
                 step = self._meeting.transactions.respond(
                     self._five_tuple, message, now=self._clock(), unix_now=time.time()
                 )
@@ -185,6 +195,7 @@ class ClientSession:
             self._relayed = RelayedAddress(self._holding.allocation, listener, meeting, self._send)
             self._serving = peers.create_task(self._relayed.serve())
         self._strangers.dismiss(self._wire)
+        self._requests = TokenBucket(*CLIENT_REQUESTS, self._clock())
         if self._timer is not None:
             self._timer.cancel()
         self._watch(self._holding.allocation.expires_at)

@@ -20,8 +20,8 @@ from tests.turnreg.server.wireclient import Client, code, connect, noise, read_a
 from turnreg.auth import rest_credentials
 from turnreg.server import Limits, TurnServer, TurnServerConfig, session
 from turnreg.server import server as server_module
-from turnreg.server.config import MAX_REFUSALS
-from turnreg.stun import FAMILY_IPV6, Attribute, Method
+from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, STRANGER_REQUESTS
+from turnreg.stun import FAMILY_IPV6, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
@@ -104,6 +104,96 @@ class TestStrangers:
                         client.send(requests)
                 assert until_refused(client.relayed)
                 assert eventually(lambda: server.metric("crossnet_turn_allocations") == 0)
+
+
+class TestFloods:
+    """Nobody is answered later because somebody else asks more, and whoever asks far too much is cut with a reason."""
+
+    BINDING = Message(Method.BINDING, MessageClass.REQUEST, bytes(12)).pack()
+
+    def test_a_stranger_that_pipelines_is_cut(self) -> None:
+        with embedded() as server, Client(at(server)) as flood, Client(at(server)) as other:
+            flood.send(self.BINDING * 10_000)
+            assert code(other.ask(other.bare(Method.BINDING), sign=False)) == 0
+            answers, end = read_all(flood.sock)
+            assert end == "reset"
+            assert 0 < len(answers) < 10_000
+            assert server.metric("crossnet_turn_refusals_total", reason="flood") == 1
+
+    def test_indications_without_an_answer_count(self) -> None:
+        indication = Message(Method.BINDING, MessageClass.INDICATION, bytes(12)).pack()
+        with embedded() as server, Client(at(server)) as flood:
+            flood.send(indication * 1000)
+            assert read_all(flood.sock)[1] in ("fin", "reset")
+            assert server.metric("crossnet_turn_refusals_total", reason="flood") == 1
+
+    def test_a_client_with_an_allocation_has_a_limit_of_its_own(self) -> None:
+        with embedded() as server, Client(at(server)) as client:
+            relayed = client.allocate()
+            refresh = client.bare(Method.BINDING)
+            for _ in range(int(STRANGER_REQUESTS[1]) * 2):
+                assert code(client.ask(refresh, sign=False)) == 0
+            client.send(self.BINDING * 5000)
+            assert read_all(client.sock)[1] == "reset"
+            assert until_refused(relayed)
+
+    def test_payload_is_not_counted(self) -> None:
+        """What a client sends to its peers has no limit but the pace of its account."""
+        with (
+            embedded(udp_allocations=True) as server,
+            Client(at(server)) as client,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer,
+        ):
+            peer.bind(("127.0.0.1", 0))
+            peer.settimeout(5)
+            client.allocate(client.allocate_request(TRANSPORT_UDP))
+            client.permit("127.0.0.1")
+            for number in range(int(CLIENT_REQUESTS[1]) * 2):
+                client.send_indication(peer.getsockname(), b"%d" % number)
+                assert peer.recv(100) == b"%d" % number
+            assert code(client.refresh(600)) == 0
+
+    def test_the_time_limit_holds_beside_a_flood(self) -> None:
+        """A connection that is fed all the time, at a rate that it may have, is still dismissed."""
+        with embedded(unauthenticated_timeout_s=0.5) as server, Client(at(server)) as client:
+            client.sock.settimeout(0.01)
+            ended = False
+            for _ in range(500):
+                try:
+                    client.send(self.BINDING[:10])
+                    time.sleep(0.01)
+                    client.send(self.BINDING[10:])
+                    ended = not client.sock.recv(1000)
+                except TimeoutError:
+                    continue
+                except OSError:
+                    ended = True
+                if ended:
+                    break
+            assert ended
+            assert server.metric("crossnet_turn_refusals_total", reason="too_slow") + server.metric(
+                "crossnet_turn_refusals_total", reason="flood"
+            )
+
+    def test_datagrams_of_a_flood_keep_no_connection_waiting(self) -> None:
+        with embedded(listen_udp=(("127.0.0.1", 0),)) as server, Client(at(server)) as client:
+            stop = threading.Event()
+
+            def flood() -> None:
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                    sock.connect(server.udp)
+                    while not stop.is_set():
+                        with contextlib.suppress(OSError):
+                            sock.send(self.BINDING)
+
+            flooding = threading.Thread(target=flood)
+            flooding.start()
+            try:
+                client.allocate()
+                assert code(client.refresh(600)) == 0
+            finally:
+                stop.set()
+                flooding.join()
 
 
 class TestPeers:
