@@ -14,6 +14,7 @@ import socket
 import ssl
 from collections.abc import Iterable
 
+from sniproxy.engine.quantum import QUANTUM_MESSAGES
 from sniproxy.engine.wire import DEFAULT_READ_BYTES, FLUSH_POLL_S, Buffer, Wire, WireClosed, connect_socket
 
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -21,6 +22,9 @@ HANDSHAKE_TIMEOUT_S = 5.0
 
 MAX_RECORDS_AT_ONCE = 32
 """Records that one read opens: two full reads' worth of full ones. A peer that sends a byte in each gets no more of our time."""
+
+_MESSAGES_A_HANDSHAKE = QUANTUM_MESSAGES
+"""A step of a handshake costs a millisecond or two, where it signs or verifies: as much as a whole quantum."""
 
 _MESSAGES_A_RECORD = 0.25
 """What opening a small record costs beside handling a message."""
@@ -79,6 +83,8 @@ class TlsWire(Wire):
         """
         async with asyncio.timeout(timeout_s):
             while not self._established:
+                await self.take_turn()
+                self.quantum.spend(0, _MESSAGES_A_HANDSHAKE)
                 try:
                     self._tls.do_handshake()
                     self._established = True

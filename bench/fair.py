@@ -1,0 +1,337 @@
+"""Fairness: what a real client waits for beside attackers that feed a process faster than it parses.
+
+    python -m bench.fair --attackers 1 64 --only stun relay
+
+Real `crossnet run` processes with default settings: one of network a (relay, embedded TURN server, discovery server) and one of
+network b (gateway). For each flood a real client of the same process does the same thing again and again: a stream by the local
+route, a STUN Binding on a new connection, a stream through the gateway. Told are its p50 and p99 alone and beside the attackers,
+and how long the flooded process takes to heed SIGTERM.
+
+The aim: p99 beside the attackers is at most five times p99 alone, or 25 ms, whichever is more; SIGTERM is heeded within `drain`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import trustme
+
+from bench import machine
+from bench.exchange import ECHO, READY, client_hello, request
+from bench.floods import call, candidate, key_of, name_of, opener
+from bench.worker import ROOT, Worker
+from sniproxy.opening import DialError, ResetBeforeReady
+from sniproxy.stream.framed import Framed
+from turnreg.stun import Message, MessageClass, Method
+
+HOST = "127.0.0.1"
+LOOPBACK = ["127.0.0.0/8"]
+DRAIN_S = 3
+PAUSE_S = 0.005
+"""Between two tries of the real client."""
+LIMIT_S = 5.0
+"""A try that takes longer counts as this long."""
+
+FIRST = -15
+"""How nice the flooded process and its real client are with --first; the attackers stay as they are."""
+
+FACTOR, FLOOR_MS = 5.0, 25.0
+
+FLOODS = {
+    "stun-bindings": ("local", "binding"),
+    "stun-indications": ("local", "binding"),
+    "tls-bindings": ("local", "binding"),
+    "udp-bindings": ("local", "binding"),
+    "relay-empty": ("local",),
+    "relay-one-byte": ("local",),
+    "relay-unknown": ("local",),
+    "relay-received": ("local",),
+    "gateway-empty": ("gateway",),
+    "gateway-one-byte": ("gateway",),
+    "gateway-unknown": ("gateway",),
+    "warm-ping": ("gateway",),
+}
+"""What floods, and which clients are asked how it is: those of the process that is flooded."""
+
+
+@dataclass
+class Mesh:
+    """Two networks' processes on loopback."""
+
+    folder: Path
+    service: int
+    near: subprocess.Popen[bytes] = field(init=False)
+    far: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ports = {
+            name: _free_port() for name in ("relay", "turn", "turns", "udp", "discovery", "gateway", "hostile")
+        }
+        self.keys = {pair: secrets.token_hex(32) for pair in ("ab", "ah", "cb")}
+        for pair, text in self.keys.items():
+            self._secret(f"{pair}.key", text)
+        self._secret("password", "secret")
+        certificate = trustme.CA().issue_cert("turn.example")
+        certificate.private_key_pem.write_to_path(self.folder / "turn.key")
+        certificate.cert_chain_pems[0].write_to_path(self.folder / "turn.pem")
+
+    def start(self) -> None:
+        """Start both."""
+        at = {name: f"{HOST}:{port}" for name, port in self.ports.items()}
+        mesh = {
+            "networks": [{"id": network} for network in "abch"],
+            "gateways": [
+                {"network": "b", "id": "gw-1", "address": at["gateway"]},
+                {"network": "h", "id": "gw-h", "address": at["hostile"]},
+            ],
+        }
+        (self.folder / "mesh.yaml").write_text(json.dumps(mesh))
+        self.near = self._run(
+            "near",
+            {
+                "network": "a",
+                "discovery": [f"http://{at['discovery']}", "mesh.yaml"],
+                "discovery_server": {"listen": at["discovery"], "allow_addresses": LOOPBACK},
+                "keys": self._key_section("ah"),
+                "relay": {
+                    "id": "relay-1",
+                    "listen": at["relay"],
+                    "deliver": [f"{HOST}/32"],
+                    "direct": LOOPBACK,
+                    "pool": 0,
+                },
+                "turn": {
+                    "id": "turn-1",
+                    "listen": at["turn"],
+                    "tls": {"listen": at["turns"], "cert": "turn.pem", "key": "turn.key"},
+                    "listen_udp": at["udp"],
+                    "relay_address": HOST,
+                    "users": {"u": {"file": "password"}},
+                    "allow_peers": LOOPBACK,
+                },
+            },
+        )
+        gateway = {"id": "gw-1", "listen": at["gateway"], "allow": [f"{HOST}/32"], "max_streams_per_network": 200}
+        self.far = self._run(
+            "far",
+            {"network": "b", "discovery": ["mesh.yaml"], "keys": self._key_section("ab", "cb"), "gateway": gateway},
+        )
+
+    def end(self) -> None:
+        """See that both are gone."""
+        for process in (self.near, self.far):
+            process.kill()
+            process.wait()
+
+    def where(self) -> dict[str, Any]:
+        """What the attackers are told."""
+        return {
+            "turn": [HOST, self.ports["turn"]],
+            "turns": [HOST, self.ports["turns"]],
+            "udp": [HOST, self.ports["udp"]],
+            "relay": [HOST, self.ports["relay"]],
+            "gateway": [HOST, self.ports["gateway"]],
+            "gateway_port": self.ports["hostile"],
+            "key": self.keys["ab"],
+            "service": self.service,
+        }
+
+    def _key_section(self, *pairs: str) -> dict[str, Any]:
+        return {f"{pair}-1": {"file": f"{pair}.key", "from": pair[0], "to": pair[1]} for pair in pairs}
+
+    def _secret(self, file: str, text: str) -> None:
+        path = self.folder / file
+        path.touch(0o600)
+        path.write_text(text)
+
+    def _run(self, name: str, document: dict[str, Any]) -> subprocess.Popen[bytes]:
+        config, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
+        # JSON is YAML, and knows no aliases.
+        config.write_text(json.dumps({**document, "admin": f"{HOST}:0", "drain": f"{DRAIN_S}s"}))
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "crossnet", "run", "-c", config.name],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+        for _ in range(400):
+            if '"event":"started"' in log.read_text():
+                return process
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise RuntimeError(log.read_text())
+
+
+class Client:
+    """The real client: one kind of exchange, again and again."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._relay = opener(key_of(mesh.keys["cb"], "c", "b"))
+        self._hello = client_hello(name_of("a", mesh.service))
+        self._asked = call(name_of("b", mesh.service))
+
+    def took_ms(self, what: str, seconds: float) -> list[float]:
+        """Try for so long; how many milliseconds each took, in order of size."""
+        act: Callable[[], None] = {"local": self._local, "binding": self._binding, "gateway": self._gateway}[what]
+        took = []
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            began = time.perf_counter()
+            try:
+                act()
+                took.append((time.perf_counter() - began) * 1000)
+            except (OSError, EOFError, DialError, ResetBeforeReady) as error:
+                print(f"    {what}: {error!r}", file=sys.stderr)
+                took.append(LIMIT_S * 1000)
+            time.sleep(PAUSE_S)
+        return sorted(took)
+
+    def _local(self) -> None:
+        with socket.create_connection((HOST, self._mesh.ports["relay"]), timeout=LIMIT_S) as sock:
+            sock.sendall(self._hello + request(ECHO))
+            if sock.recv(1) != READY:
+                raise EOFError
+
+    def _binding(self) -> None:
+        with socket.create_connection((HOST, self._mesh.ports["turn"]), timeout=LIMIT_S) as sock:
+            sock.sendall(Message(Method.BINDING, MessageClass.REQUEST, secrets.token_bytes(12)).pack())
+            if not sock.recv(1):
+                raise EOFError
+
+    def _gateway(self) -> None:
+        asyncio.run(self._stream())
+
+    async def _stream(self) -> None:
+        mesh = self._mesh
+        way = candidate("b", "gw-1", (HOST, mesh.ports["gateway"]), f"{HOST}:{mesh.service}")
+        asked = replace(self._asked, stream=secrets.token_bytes(16))
+        async with asyncio.timeout(LIMIT_S):
+            wire = await self._relay.connect(way)
+            try:
+                framed: Framed = await self._relay.open(asked, way, 0, wire)
+                await framed.send_data(request(ECHO))
+                while not await framed.read():
+                    pass
+            finally:
+                wire.close()
+
+
+def measure(what: str, attackers: int, seconds: float, folder: Path, service: int, *, first: bool) -> dict[str, Any]:
+    """Flood once, with processes of its own."""
+    mesh = Mesh(folder, service)
+    mesh.start()
+    flooded = mesh.far if FLOODS[what] == ("gateway",) else mesh.near
+    result: dict[str, Any] = {"flood": what, "attackers": attackers}
+    floods = Worker("bench.floods")
+    os.setpriority(os.PRIO_PROCESS, floods.pid, 0)
+    try:
+        if first:
+            os.setpriority(os.PRIO_PROCESS, flooded.pid, FIRST)
+        client = Client(mesh)
+        for victim in FLOODS[what]:
+            alone = client.took_ms(victim, seconds)
+            floods.ask("flood", what=what, attackers=attackers, limit_s=10, **mesh.where())
+            time.sleep(0.5)
+            beside = client.took_ms(victim, seconds)
+            result[victim] = _compared(alone, beside) | floods.ask("stop", limit_s=60)
+        floods.ask("flood", what=what, attackers=attackers, limit_s=10, **mesh.where())
+        time.sleep(0.5)
+        result["sigterm_s"] = _heeded(flooded)
+        result["ok"] = result["sigterm_s"] is not None and all(result[victim]["ok"] for victim in FLOODS[what])
+        floods.ask("stop", limit_s=60)
+    finally:
+        floods.end()
+        mesh.end()
+    return result
+
+
+def _compared(alone: Sequence[float], beside: Sequence[float]) -> dict[str, Any]:
+    before, after = _share(alone, 0.99), _share(beside, 0.99)
+    return {
+        "alone_p50_ms": round(_share(alone, 0.5), 2),
+        "alone_p99_ms": round(before, 2),
+        "p50_ms": round(_share(beside, 0.5), 2),
+        "p99_ms": round(after, 2),
+        "tries": len(beside),
+        "ok": after <= max(FACTOR * before, FLOOR_MS),
+    }
+
+
+def _share(values: Sequence[float], share: float) -> float:
+    return values[min(len(values) - 1, int(len(values) * share))]
+
+
+def _heeded(process: subprocess.Popen[bytes]) -> float | None:
+    """Say after how many seconds a SIGTERM was heeded, None if not within its drain and a second for the rest."""
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    try:
+        # A relay goes on accepting while resolvers may still name it: TTL and 2 s, before its drain.
+        process.wait(DRAIN_S + 10)
+    except subprocess.TimeoutExpired:
+        return None
+    return round(time.monotonic() - began, 2)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[int]:
+    """Run the service that streams lead to; gives its port."""
+    worker = Worker("bench.service")
+    try:
+        yield worker.ask("port", limit_s=10)["port"]
+    finally:
+        worker.end()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, tell as JSON; 1 where an aim is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fair", description="What a real client waits for beside floods."
+    )
+    parser.add_argument("--attackers", type=int, nargs="+", default=[1, 64], help="connections that flood (1 64)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (%(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], help=f"floods, or how they begin: {', '.join(FLOODS)}")
+    parser.add_argument("--first", action="store_true", help="go before all other processes of a busy machine (root)")
+    given = parser.parse_args(arguments)
+    if given.first:
+        os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+    chosen = [what for what in FLOODS if not given.only or any(what.startswith(only) for only in given.only)]
+    results = []
+    with serving() as service:
+        for what in chosen:
+            for attackers in given.attackers:
+                with tempfile.TemporaryDirectory(prefix="crossnet-fair-") as folder:
+                    results.append(measure(what, attackers, given.seconds, Path(folder), service, first=given.first))
+                print(json.dumps(results[-1]), flush=True)
+    missed = [f"{each['flood']} x {each['attackers']}" for each in results if not each["ok"]]
+    print(json.dumps({"machine": machine.describe(), "missed": missed}))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Nobody who floods a process stops it: real processes, real clients, as `python -m bench.fair` has them.
+
+No time is measured here. A client that waits for five seconds waits for ever, and so does a signal.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import fair
+from bench.fair import FLOODS, LIMIT_S, measure
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[int]:
+    with fair.serving() as port:
+        yield port
+
+
+@pytest.mark.parametrize(
+    ("flood", "attackers"),
+    [
+        ("stun-bindings", 1),
+        ("stun-indications", 8),
+        ("tls-bindings", 1),
+        ("udp-bindings", 2),
+        ("relay-empty", 1),
+        ("relay-one-byte", 8),
+        ("relay-received", 1),
+        ("gateway-empty", 1),
+        ("gateway-unknown", 8),
+        ("warm-ping", 1),
+    ],
+)
+def test_others_are_served_and_signals_heeded(flood: str, attackers: int, service: int, tmp_path: Path) -> None:
+    result = measure(flood, attackers, 0.5, tmp_path, service, first=False)
+    for victim in FLOODS[flood]:
+        assert result[victim]["tries"] > 1
+        assert result[victim]["p99_ms"] < LIMIT_S * 1000, result
+    assert result["sigterm_s"] is not None
