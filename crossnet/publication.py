@@ -18,8 +18,11 @@ ASK_AGAIN_FIRST_S = 1.0
 """After a TURN server's record came or changed: the server itself may be starting."""
 
 
-def publish_turn_servers(config: Config, discovery: Discovery) -> None:
-    """Say which TURN servers of ours somebody else runs."""
+def publish_turn_servers(config: Config, discovery: Discovery, instead_of: Config | None = None) -> None:
+    """Say which TURN servers of ours somebody else runs, and no longer what another configuration said."""
+    gone = {section.id for section in instead_of.turn_servers} if instead_of is not None else set()
+    for id_ in gone - {section.id for section in config.turn_servers}:
+        discovery.withdraw(Kind.TURN, id_)
     for section in config.turn_servers:
         spec = TurnSpec(
             url=section.url,

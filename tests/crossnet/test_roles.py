@@ -71,7 +71,7 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
         "c": RestSecret(secret="hush"),
         "d": Credentials(username="u", password="hush"),
     }
-    assert registrar.allowed is None
+    assert registrar.allow == {}
     assert (registrar.ca, registrar.register, registrar.replicas, registrar.weight) == ({}, Register.ALL, 2, 3)
     expected = GatewaySpec(address="192.0.2.1:7443", weight=3, zone="eu-2")
     assert roles.gateway_spec(read.gateway, ("0.0.0.0", 7443)) == expected
