@@ -166,10 +166,10 @@ class App:
                 try:
                     part()
                 except Exception:
-                    log.exception("reload_not_undone")
+                    log.exception("reload_not_undone", extra={"event": {"detail": "a part may go by the new file"}})
             if isinstance(error, Refused):
                 raise
-            log.exception("reload_failed")
+            log.exception("reload_failed", extra={"event": {"detail": "what ran before goes on"}})
             raise Refused(f"an unexpected error: {type(error).__name__}: {error}") from error
         if _ttl_s(config) < _ttl_s(old):
             lives_until = asyncio.get_running_loop().time() + _ttl_s(old)
