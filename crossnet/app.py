@@ -305,7 +305,7 @@ class App:
             address for address, _ in relay.addresses
         )
         ports = _unique(port for _, port in relay.addresses)
-        self._publication = RelayPublication(self.config, discovery, ports, addresses)
+        self._publication = RelayPublication(self.config, discovery, ports, addresses, self.registry)
         self._run("publication", self._publication.run())
         if section.ports == "auto":
             adaptive = AdaptivePorts(relay, discovery, section.port_range, self._publication.set_ports)
@@ -461,6 +461,11 @@ class App:
             for role, bound in self._bound.items()
             if bound
         }
+
+    @property
+    def relay_sources(self) -> list[dict[str, object]]:
+        """Which address each TURN server of this network sees our relay come from, and how we know."""
+        return self._publication.sources() if self._publication is not None else []
 
     def _streams_open(self) -> int:
         ours = sum(len(server.ledger) for server in (self.relay, self.gateway) if server is not None)

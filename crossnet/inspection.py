@@ -64,6 +64,7 @@ class Inspection:
                 "records": len(view),
                 "networks": sorted(view.networks),
             },
+            "relay_sources": self._app.relay_sources,
             "registrations": self._app.registrar.status() if self._app.registrar is not None else [],
         }
 
