@@ -56,7 +56,7 @@ class RelayPorts:
             except OSError as exc:
                 if exc.errno in _PORT_ERRNOS:
                     continue
-                log.error("turn: %s", exc)  # no such address, out of descriptors: the next port would fail alike
+                self._tell(exc)  # no such address, out of descriptors: the next port would fail alike
                 return None
             self.streams.take(port)
             return listener
@@ -93,7 +93,7 @@ class RelayPorts:
             except OSError as exc:
                 if exc.errno in _PORT_ERRNOS:
                     continue
-                log.error("turn: %s", exc)
+                self._tell(exc)
                 return None
             token = self._reserve(port + 1) if pair else b""
             if token is None:
@@ -102,6 +102,9 @@ class RelayPorts:
             self.datagrams.take(port)
             return sock, token
         return None
+
+    def _tell(self, why: OSError) -> None:
+        log.error("turn_no_port", extra={"event": {"address": self.address, "detail": str(why)}})
 
     def claim(self, token: bytes) -> DatagramSocket | None:
         """Return the port that was reserved with that token, once."""
