@@ -154,7 +154,7 @@ def registrar_config(config: Config, section: GatewaySection, guard: Iterable[tu
         network=config.network,
         gateway=section.id,
         turn={network: _credentials(access) for network, access in section.turn.items()},
-        ca={network: access.ca for network, access in section.turn.items() if access.ca is not None},
+        ca={network: access.ca.pem for network, access in section.turn.items() if access.ca is not None},
         register=Register(section.register),
         replicas=section.replicas,
         weight=section.weight,

@@ -78,8 +78,11 @@ class Destinations:
             for tried in known.values():
                 tried.tries = 0  # somebody has mended something: look at once
 
-    def refusal(self, via: str, address: str, port: int, mesh: Mesh, now: float) -> str | None:
-        """Say why a TURN server of network `via` is not to be looked for there; None: it may be. Raises BadAddress."""
+    def refusal(self, via: str, address: str, port: int, mesh: Mesh, now: float, *, known: bool = False) -> str | None:
+        """Say why a TURN server of network `via` is not to be looked for there; None: it may be. Raises BadAddress.
+
+        One that is `known` to be there is none too many.
+        """
         parsed = parse_address(address)
         where = format_endpoint(parsed, port)
         pin = self._allow.get(via)
@@ -94,8 +97,8 @@ class Destinations:
             return None if pin.allows(parsed, port) else f"{where} is not in gateway.turn.{via}.allow"
         if any(self._is_own(one) for one in spellings(parsed)):
             return f"{where} is an address of this host; gateway.turn.{via}.allow can allow it"
-        known = self._known(via, now)
-        if (parsed, port) not in known and len(known) >= MAX_ADDRESSES:
+        tried = self._known(via, now)
+        if not known and (parsed, port) not in tried and len(tried) >= MAX_ADDRESSES:
             return (
                 f"{where} would be one more than {MAX_ADDRESSES} addresses within an hour; "
                 f"gateway.turn.{via}.allow can name those of this network"

@@ -12,7 +12,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from discovery.addresses import BadAddress, TurnUrl
@@ -125,7 +124,7 @@ class Registration:
         current = self._current
         if current is not None and current.allocation is not None:
             where = current.allocation.address, current.allocation.port
-            if (why := self._refusal(*where)) is not None:
+            if (why := self._refusal(*where, known=True)) is not None:
                 self._withdraw()
                 self._retire(current, asyncio.get_running_loop().time())
                 self._current = None
@@ -133,11 +132,11 @@ class Registration:
                 self._retry_at = 0.0
         self._changed.set()
 
-    def _refusal(self, address: str, port: int) -> str | None:
-        """Say why this gateway is not to connect there for this network; None: it may."""
+    def _refusal(self, address: str, port: int, *, known: bool = False) -> str | None:
+        """Say why this gateway is not to connect there for this network; None: it may. `known`: we are connected there."""
         now = asyncio.get_running_loop().time()
         try:
-            return self._destinations.refusal(self.via, address, port, self._discovery.mesh, now)
+            return self._destinations.refusal(self.via, address, port, self._discovery.mesh, now, known=known)
         except BadAddress as exc:
             return str(exc)
 
@@ -339,7 +338,7 @@ class Registration:
         for one in self._retired:
             if not one.ready or one.outdated or not one.is_for(wanted) or one.allocation is None:
                 continue
-            if self._refusal(one.allocation.address, one.allocation.port) is None:
+            if self._refusal(one.allocation.address, one.allocation.port, known=True) is None:
                 self._retired.remove(one)
                 if self._current is not None:
                     self._retire(self._current, now)
@@ -407,28 +406,12 @@ class Registration:
         assert self._group is not None, "only while running"
         self._group.create_task(work)
 
-    def _begun(self, server: Server, credentials: TurnCredentials, ca: Path | None) -> Tenure:
+    def _begun(self, server: Server, credentials: TurnCredentials, ca: str | None) -> Tenure:
         async def show(credentials: TurnCredentials) -> Shown:
             return await tenure.shown(self._config, self._discovery, self.via, credentials)
 
         async def find(url: TurnUrl) -> tuple[str, int]:
-            own = await tenure.resolved(self._config.guard_names)
-
-            def refusal(address: str, port: int) -> str | None:
-                return "it is a discovery server" if (address, port) in own else self._refusal(address, port)
-
-            return await tenure.endpoint(url, self._failures, refusal)
-
-        async def admit(address: str, port: int) -> None:
-            loop = asyncio.get_running_loop()
-            own = await tenure.resolved(self._config.guard_names)
-            why = "it is a discovery server" if (address, port) in own else self._refusal(address, port)
-            while why is None and (wait_s := self._destinations.wait_s(self.via, address, port, loop.time())):
-                await asyncio.sleep(wait_s)
-                why = self._refusal(address, port)
-            if why is not None:
-                raise TurnError(TurnReason.REFUSED_ADDRESS, why)
-            self._destinations.began(self.via, address, port, loop.time())
+            return await tenure.endpoint(url, self._failures, await self._refusals())
 
         def make(address: str, port: int, credentials: Credentials, dial: Dial) -> Allocation:
             return Allocation(
@@ -452,13 +435,38 @@ class Registration:
             show=show,
             find=find,
             make=make,
-            admit=admit,
+            admit=self._may_dial,
             ca=ca,
             on_change=self._changed.set,
         )
         assert self._group is not None, "only while running"
         one.begin(self._group)
         return one
+
+    async def _refusals(self) -> Callable[[str, int], str | None]:
+        """Look up what discovery servers there are by name, and return what says why an address and port are not dialled."""
+        named = await tenure.resolved(self._config.guard_names)
+
+        def refusal(address: str, port: int) -> str | None:
+            return (
+                f"{address} port {port} is a discovery server"
+                if (address, port) in named
+                else self._refusal(address, port)
+            )
+
+        return refusal
+
+    async def _may_dial(self, address: str, port: int) -> None:
+        """Wait until an address may be tried, and count that it is. Raises TurnError where it never may be."""
+        loop = asyncio.get_running_loop()
+        refusal = await self._refusals()
+        while (why := refusal(address, port)) is None:
+            wait_s = self._destinations.wait_s(self.via, address, port, loop.time())
+            if not wait_s:
+                self._destinations.began(self.via, address, port, loop.time())
+                return
+            await asyncio.sleep(wait_s)
+        raise TurnError(TurnReason.REFUSED_ADDRESS, why)
 
     async def _renew(self, current: Tenure) -> None:
         """Give the current allocation new credentials before the old ones expire, or have it replaced."""

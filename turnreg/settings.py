@@ -4,7 +4,6 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 
 from discovery.addresses import TargetList
 from turnreg.control import Credentials, TurnReason
@@ -76,8 +75,8 @@ class RegistrarConfig:
     """Addresses and ports of our own that no record names (discovery servers, this process's listeners): never dialled."""
     guard_names: tuple[tuple[str, int], ...] = ()
     """The same by name: discovery servers whose URLs have one."""
-    ca: dict[str, Path] = field(default_factory=dict)
-    """For each other network the authority that signed its `turns:` servers' certificates; the system's by default."""
+    ca: dict[str, str] = field(default_factory=dict)
+    """For each other network the authorities, as PEM, that sign its `turns:` servers' certificates; the system's by default."""
     register: Register = Register.ALL
     replicas: int = DEFAULT_REPLICAS
     """Allocations of our network on each TURN server, by different gateways where there are several. A second one of

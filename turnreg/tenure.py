@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_address
-from pathlib import Path
 from typing import TypeVar
 
 from discovery.addresses import BadAddress, TurnUrl, parse_turn_url
@@ -51,8 +50,8 @@ class Server:
     port_max: int
 
 
-Wanted = tuple[Server, TurnCredentials, Path | None]
-"""Where to register, as whom, and by which authority a `turns:` server is verified."""
+Wanted = tuple[Server, TurnCredentials, str | None]
+"""Where to register, as whom, and by which authorities a `turns:` server is verified."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +85,7 @@ class Tenure:
         find: Callable[[TurnUrl], Awaitable[tuple[str, int]]],
         make: Callable[[str, int, Credentials, Dial], Allocation],
         admit: Callable[[str, int], Awaitable[None]],
-        ca: Path | None,
+        ca: str | None,
         on_change: Callable[[], None],
     ) -> None:
         """Begin without an allocation; `run()` makes it.
@@ -96,7 +95,7 @@ class Tenure:
             find: resolves a URL to an address and port that may be dialled.
             make: makes the allocation, as yet unconnected.
             admit: raises TurnError for an address and port that are not to be dialled, and waits until they may be.
-            ca: the authority of a `turns:` server; None: the system's.
+            ca: the authorities of a `turns:` server, as PEM; None: the system's.
             on_change: called when it gets ready and when it has ended.
         """
         self.server, self.credentials, self.ca = server, credentials, ca
@@ -249,17 +248,16 @@ def parsed(url: str) -> TurnUrl:
         raise TurnError(TurnReason.REFUSED_ADDRESS, str(exc)) from exc
 
 
-def dialler(url: TurnUrl, ca: Path | None) -> Dial:
-    """Return what opens connections to this server, control and data alike. Raises TurnError.
-
-    The authority is read anew for every allocation, so that a new one needs no restart.
-    """
+def dialler(url: TurnUrl, ca: str | None) -> Dial:
+    """Return what opens connections to this server, control and data alike; `ca` is PEM. Raises TurnError."""
     if not url.tls:
         return connect
+    if ca == "":  # which would be the system's authorities
+        raise TurnError(TurnReason.TLS_FAILED, "there is no certificate in the file of the authority")
     try:
-        context = ssl.create_default_context(cafile=ca)
+        context = ssl.create_default_context(cadata=ca)
     except OSError as exc:
-        raise TurnError(TurnReason.TLS_FAILED, f"{ca}: {exc.strerror or exc}") from exc
+        raise TurnError(TurnReason.TLS_FAILED, f"the file of the authority: {exc.strerror or exc}") from exc
     return TlsDial(context, url.host)
 
 

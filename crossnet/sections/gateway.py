@@ -9,6 +9,7 @@ from crossnet.scalars import (
     Accepted,
     Argument,
     Boolean,
+    CertificatesFile,
     Cidr,
     ContentType,
     Count,
@@ -51,7 +52,7 @@ class TurnAccessSection:
     secret: SecretFile | None = None
     issue: Boolean = False
     """Ask this network's discovery server for credentials that live shortly."""
-    ca: ExistingFile | None = None
+    ca: CertificatesFile | None = None
     """Verifies `turns:` servers; the system's authorities by default."""
     allow: tuple[Cidr, ...] = ()
     """Where alone that network's TURN servers may be. Without it at most four addresses an hour, none of them this host's own or in

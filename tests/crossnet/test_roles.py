@@ -79,7 +79,7 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
 
 
 def test_whom_the_registrar_trusts_and_where_it_registers(tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").touch()
+    (tmp_path / "ca.pem").write_text("its PEM")
     (tmp_path / "crossnet.yaml").write_text(
         "network: b\ndiscovery: http://127.0.0.1:1\n"
         "gateway: {id: gw-1, allow: [], register: imported, replicas: 3, turn: {a: {issue: true, ca: ca.pem}}}\n"
@@ -87,7 +87,7 @@ def test_whom_the_registrar_trusts_and_where_it_registers(tmp_path: Path) -> Non
     read = load(tmp_path / "crossnet.yaml")
     assert read.gateway is not None
     registrar = roles.registrar_config(read, read.gateway)
-    assert (registrar.ca, registrar.register, registrar.replicas) == ({"a": tmp_path / "ca.pem"}, Register.IMPORTED, 3)
+    assert (registrar.ca, registrar.register, registrar.replicas) == ({"a": "its PEM"}, Register.IMPORTED, 3)
 
 
 def test_the_turn_server(tmp_path: Path) -> None:

@@ -147,6 +147,27 @@ async def test_credentials_networks_and_authorities_change_and_streams_stay(tmp_
             await all_live()
 
 
+def test_a_first_network_comes_to_a_gateway_that_had_none(tmp_path: Path, redis: "Port") -> None:
+    with contextlib.ExitStack() as stack:
+        led = Led(tmp_path, stack, {}, PIN)
+        led.lead(f"turn:127.0.0.1:{redis.port}")
+        file = tmp_path / "gateway.yaml"
+        turn = yaml.safe_load(file.read_text())["gateway"]["turn"]
+        rewrite(file)
+        led.gateway.process.send_signal(signal.SIGHUP)
+        assert led.gateway.wait_for("config_read")["applied"] == ["gateway.turn"]
+        led.until("ready without a network", lambda: led.gateway.ask("/readyz")[0] == 200)
+        without = file.read_text()
+        second = stack.enter_context(running(tmp_path, without.replace("gw-1", "gw-2"), name="second"))
+        assert second.ask("/readyz")[0] == 200
+        rewrite(tmp_path / "second.yaml", **turn)
+        before = redis.connects
+        second.process.send_signal(signal.SIGHUP)
+        assert second.wait_for("config_read")["applied"] == ["gateway.turn"]
+        led.until("an attempt", lambda: second.events("registration_failed") and redis.connects > before)
+        assert second.ask("/readyz")[0] == 503
+
+
 class Port:
     """A port that speaks no TURN, and counts who comes."""
 
