@@ -156,21 +156,18 @@ class App:
         log.info("ended", extra={"event": {"seconds": time.time() - self.started_at}})
 
     def _apply(self, config: Config) -> None:
-        """Go by this configuration from now on; it differs only in what needs no restart. Raises Refused, all being as before."""
+        """Go by this configuration from now on; it differs only in what needs no restart. Whatever it raises, all is as before."""
         old = self.config
         try:
             for part in list(self._parts(old, config)):  # each is made before the first one changes anything
                 part()
-        except Exception as error:
+        except Exception:
             for part in self._parts(config, old):
                 try:
                     part()
                 except Exception:
                     log.exception("reload_not_undone", extra={"event": {"detail": "a part may go by the new file"}})
-            if isinstance(error, Refused):
-                raise
-            log.exception("reload_failed", extra={"event": {"detail": "what ran before goes on"}})
-            raise Refused(f"an unexpected error: {type(error).__name__}: {error}") from error
+            raise
         if _ttl_s(config) < _ttl_s(old):
             lives_until = asyncio.get_running_loop().time() + _ttl_s(old)
             self._longer_ttl_until = max(self._longer_ttl_until, lives_until)

@@ -194,7 +194,7 @@ class Reloader:
     ) -> None:
         """Take the file, what was read of it, and what makes the process go by another: `apply`.
 
-        That raises Refused, with all as before, for a configuration that it cannot go by.
+        That raises Refused for a configuration that it cannot go by, and leaves all as before whatever it raises.
         """
         self._path = path
         self._config = config
@@ -253,11 +253,12 @@ class Reloader:
             except Refused as error:
                 self._refuse(stamps, [str(error)], again=asked)
             except Exception as error:  # a defect of ours: what runs must not end for it
-                log.exception("reload_failed", extra={"event": {"file": str(self._path)}})
-                self._refuse(stamps, [f"an unexpected error: {type(error).__name__}: {error}"], again=asked)
+                faults = [f"an unexpected error: {type(error).__name__}: {error}"]
+                if self._refuse(stamps, faults, again=asked):
+                    log.error("reload_failed", exc_info=error, extra={"event": {"file": str(self._path)}})
 
     async def _reload(self, stamps: Stamps) -> None:
-        """Read and apply. Raises ConfigError or Refused, and then nothing has changed."""
+        """Read and apply. If it raises, nothing has changed."""
 
         def read() -> tuple[str, Config, Change]:
             digest, new = self._digest(), load(self._path)
@@ -274,12 +275,12 @@ class Reloader:
         event = {"file": str(self._path), "sha256": digest, "applied": made.applied, "restart_needed": made.restart}
         log.log(logging.WARNING if made.restart else logging.INFO, "config_read", extra={"event": event})
 
-    def _refuse(self, stamps: Stamps, faults: list[str], *, again: bool) -> None:
-        """Say that the file is not taken; once, unless somebody has asked `again`."""
+    def _refuse(self, stamps: Stamps, faults: list[str], *, again: bool) -> bool:
+        """Say that the file is not taken: once, unless somebody has asked `again`. Tell whether it was said."""
         self._seen = stamps
         self._retry_at = asyncio.get_running_loop().time() + RETRY_S
         if faults == self.status["faults"] and not again:
-            return
+            return False
         self._reloads.labels("refused").inc()
         self._good.set(0)
         self.status["faults"] = faults
@@ -287,6 +288,7 @@ class Reloader:
             log.error("config_fault", extra={"event": {"file": str(self._path), "fault": fault}})
         event = {"file": str(self._path), "faults": len(faults), "detail": "what ran before goes on"}
         log.error("config_refused", extra={"event": event})
+        return True
 
     def _note(self, digest: str, restart: tuple[str, ...] = ()) -> None:
         now = time.time()

@@ -183,6 +183,7 @@ async def test_a_redirect_is_followed_once() -> None:
     ("answer", "reason"),
     [
         (redirect(("169.254.169.254", 80)), TurnReason.REFUSED_ADDRESS),
+        (redirect(("192.0.2.7", 3478)), TurnReason.REFUSED_ADDRESS),  # it is not where the network is pinned to
         (error(300), TurnReason.REDIRECTED),
         (
             lambda request: signed(request.refused(300, "").with_bytes(Attribute.ALTERNATE_SERVER, b"\0\1\1")),

@@ -22,7 +22,7 @@ MAX_PORT_TRIES = 1000
 RESERVED_S = 30.0
 """How long a reserved port waits for its Allocate (RFC 8656, section 7.2, wants at least that)."""
 MAX_RESERVED = 256
-"""Reserved ports at once; what is asked beyond is refused for want of capacity."""
+"""Reserved ports at once, and no more than a fourth of the range; what is asked beyond is refused for want of capacity."""
 TOKEN_BYTES = 8
 
 _PORT_ERRNOS = frozenset({errno.EADDRINUSE, errno.EACCES})
@@ -47,6 +47,7 @@ class RelayPorts:
         self.datagrams = PortRange(first, last, randbelow)
         self.shared = shared
         self._reserved: dict[bytes, DatagramSocket] = {}
+        self._max_reserved = min(MAX_RESERVED, max(1, (last - first + 1) // 4))
 
     async def listen(self, now: float) -> Listener | None:
         """Listen on a random free port; None if there is none."""
@@ -85,7 +86,7 @@ class RelayPorts:
             even: only an even one will do.
             pair: reserve the port above it too; the token that claims it is returned with the socket.
         """
-        if pair and len(self._reserved) >= MAX_RESERVED:
+        if pair and len(self._reserved) >= self._max_reserved:
             return None
         for port in itertools.islice(self._wanted(now, even=even), MAX_PORT_TRIES):
             try:
