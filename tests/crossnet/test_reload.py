@@ -201,3 +201,21 @@ def test_what_is_the_same_in_both_files_is_no_change(folder: Path) -> None:
     assert (made.applied, made.restart) == (("drain",), ("insecure", "dns"))
     assert (made.config.drain_s, made.config.insecure, made.config.dns) == (5.0, False, None)
     assert set(files(old)) == {folder / "ab.key"}
+
+
+def test_what_contradicts_something_that_waits_waits_with_it(folder: Path) -> None:
+    text = (
+        'network: b\ndiscovery: ["https://10.0.0.1"]\n{more}'
+        "gateway: {{id: gw-1, allow: [], max_streams: {most}, activate: [{wake}]}}\n"
+    )
+    write(folder, text.format(more="", most=5, wake=""))
+    old = load(folder / "crossnet.yaml")
+    # Without `insecure`, which waits for a restart, nobody may be woken over plain HTTP.
+    write(folder, text.format(more="insecure: true\n", most=6, wake='{names: a.example, url: "http://10.0.0.9/"}'))
+    made = change(old, load(folder / "crossnet.yaml"))
+    assert made.config == old
+    assert (made.applied, made.restart) == ((), ("gateway.activate", "gateway.max_streams", "insecure"))
+    # What fits is applied, whatever waits besides.
+    write(folder, text.format(more="insecure: true\n", most=6, wake=""))
+    made = change(old, load(folder / "crossnet.yaml"))
+    assert (made.applied, made.restart) == (("gateway.max_streams",), ("insecure",))
