@@ -154,7 +154,9 @@ class RelayPublication:
         known = self._sources.get(turn.id)
         if source.asked:
             self._asked_of[turn.id] = turn.spec
-        if source.address is not None and (source.asked or not self._is_kept(turn.id, turn.spec)):
+        elif self._asked_of.get(turn.id) != turn.spec:
+            self._asked_of.pop(turn.id, None)  # what a server once said of us stands while its record is the same
+        if source.address is not None and (source.asked or turn.id not in self._asked_of):
             self._sources[turn.id] = [source.address]
         state = self._state(turn.id)
         event = {"turn": turn.id, "url": turn.spec.url, "source": next(iter(self._sources.get(turn.id, ())), None)}
@@ -165,15 +167,11 @@ class RelayPublication:
             # Said when it begins: a gateway's permission may be for the wrong address from now on.
             log.warning("relay_source_not_asked", extra={"event": event | {"state": state, "detail": source.detail}})
 
-    def _is_kept(self, turn: str, spec: TurnSpec) -> bool:
-        """Tell whether what a server once said of us stands, though it does not answer now: its record is the same."""
-        return self._asked_of.get(turn) == spec
-
     def _state(self, turn: str) -> SourceState:
         source = self._learned[turn]
         if source.asked:
             return SourceState.ASKED
-        if turn in self._asked_of and turn in self._sources:
+        if turn in self._asked_of:
             return SourceState.KEPT
         return SourceState.UNKNOWN if source.address is None else SourceState.ASSUMED
 

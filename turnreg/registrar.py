@@ -82,7 +82,7 @@ class Registrar:
         registry: CollectorRegistry,
     ) -> None:
         """Take what the process has. `on_stream` owns the wire of each stream and must not block."""
-        self.config, self._discovery, self._on_stream = config, discovery, on_stream
+        self._config, self._discovery, self._on_stream = config, discovery, on_stream
         self._registrations: dict[_Key, Registration] = {}
         self._metrics = _Metrics(
             registry,
@@ -130,7 +130,7 @@ class Registrar:
         if self._group is None:
             return
         try:
-            async with asyncio.timeout(self.config.timing.close_s + CLOSE_MARGIN_S):
+            async with asyncio.timeout(self._config.timing.close_s + CLOSE_MARGIN_S):
                 await self._closed.wait()
         except TimeoutError:
             log.warning("allocations_not_given_back", extra={"event": {"detail": "not all of them, in time"}})
@@ -141,15 +141,20 @@ class Registrar:
         registrations = self._registrations.values()
         return self._group is not None and all(one.published or one.failing for one in registrations)
 
+    @property
+    def config(self) -> RegistrarConfig:
+        """What it goes by."""
+        return self._config
+
     def reconfigure(self, config: RegistrarConfig) -> None:
         """Go by this from now on; network, gateway and weight are those that it was made with.
 
         Where credentials or an authority differ, another allocation is made first and then published in place of the one before,
         which goes on until its streams have ended. Those of a network that is left out go on likewise.
         """
-        if config == self.config:
+        if config == self._config:
             return
-        self.config = config
+        self._config = config
         self._destinations.reconfigure(config.allow, config.guard, free_tries=config.replicas)
         for registration in self._registrations.values():
             registration.reconfigure(config)
@@ -163,14 +168,14 @@ class Registrar:
     def status(self) -> list[dict[str, Any]]:
         """Say how each registration is, for people and the admin page; no secrets."""
         lines = [self._registrations[key].status() for key in sorted(self._registrations)]
-        without = sorted(self.config.turn.keys() - {line["via"] for line in lines})
+        without = sorted(self._config.turn.keys() - {line["via"] for line in lines})
         mesh = self._discovery.mesh
         return lines + [
             # Standby: nobody there asks for us, or other gateways of ours hold what is needed.
             {
                 "via": via,
                 "turn": None,
-                "state": "standby" if mesh.turns(via) and via != self.config.network else "no_turn_record",
+                "state": "standby" if mesh.turns(via) and via != self._config.network else "no_turn_record",
             }
             for via in without
         ]
@@ -182,8 +187,8 @@ class Registrar:
         seen = set()
         holders = self._holders(mesh)
         self._tell_of_crowds(mesh)
-        for via, credentials in self.config.turn.items():
-            if via == self.config.network:
+        for via, credentials in self._config.turn.items():
+            if via == self._config.network:
                 continue
             asked = self._is_asked_for(mesh, via)
             for record in mesh.turns(via)[:MAX_TURN_SERVERS]:
@@ -206,7 +211,7 @@ class Registrar:
 
     def _tell_of_crowds(self, mesh: Mesh) -> None:
         """Say once of a network that it has more TURN servers than we register on."""
-        crowded = frozenset(via for via in self.config.turn if len(mesh.turns(via)) > MAX_TURN_SERVERS)
+        crowded = frozenset(via for via in self._config.turn if len(mesh.turns(via)) > MAX_TURN_SERVERS)
         for via in sorted(crowded - self._crowded):
             event = {"via": via, "records": len(mesh.turns(via)), "used": MAX_TURN_SERVERS}
             log.warning("too_many_turn_servers", extra={"event": event})
@@ -214,13 +219,13 @@ class Registrar:
 
     def _is_asked_for(self, mesh: Mesh, via: str) -> bool:
         """Tell whether we register in that network at all."""
-        own = self.config.network
-        return self.config.register is Register.ALL or any(own in relay.spec.asks for relay in mesh.relays(via))
+        own = self._config.network
+        return self._config.register is Register.ALL or any(own in relay.spec.asks for relay in mesh.relays(via))
 
     def _holders(self, mesh: Mesh) -> dict[tuple[str, str], set[str]]:
         """Say which gateways of our network hold allocations on each TURN server, as far as their records say."""
         holders: dict[tuple[str, str], set[str]] = {}
-        for record in mesh.allocations(self.config.network):
+        for record in mesh.allocations(self._config.network):
             holders.setdefault((record.spec.via, record.spec.turn), set()).add(record.spec.gateway)
         return holders
 
@@ -231,13 +236,13 @@ class Registrar:
         does, and a hash orders them and us, the same order everywhere. So one more gateway takes its share, the others
         see its record and give theirs back; when one goes, its records lapse and the next takes its place.
         """
-        ours = self.config.gateway
+        ours = self._config.gateway
         ranked = sorted({*gateways, ours}, key=lambda gateway: _rank(gateway, via, turn))
-        return sum(ranked[replica % len(ranked)] == ours for replica in range(self.config.replicas))
+        return sum(ranked[replica % len(ranked)] == ours for replica in range(self._config.replicas))
 
     def _registration(self, key: _Key) -> Registration:
         registration = self._registrations[key] = Registration(
-            self.config,
+            self._config,
             self._discovery,
             *key,
             destinations=self._destinations,

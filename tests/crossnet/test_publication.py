@@ -149,4 +149,7 @@ async def test_a_turn_server_that_cannot_be_asked_is_told_of_and_asked_again(
         made = spec(discovery)
         assert made is not None
         assert made.sources == {"turn-1": ["127.0.0.1"]}
+        # Another record of it is another server: what the one before said counts no more.
+        discovery.publish(Kind.TURN, "turn-1", turn_spec(1))
+        await eventually("assumed")
         running.cancel()
