@@ -21,6 +21,7 @@ from discovery.api import DiscoveryServerConfig
 from discovery.imports import Imports
 from discovery.publisher import PublisherConfig
 from discovery.spec import GatewaySpec, TurnSpec
+from discovery.store.etcdapi import parse_endpoints
 from dnsgw.config import DnsConfig
 from sniproxy.relay import RelayConfig
 from sniproxy.stream.preamble import SigningKey
@@ -50,9 +51,11 @@ def keys(config: Config) -> dict[str, SigningKey]:
 
 
 def discovery_endpoints(config: Config) -> list[tuple[str, int]]:
-    """Return where the discovery servers are whose URLs say so by address."""
+    """Return where the discovery servers are whose URLs say so by address, and the members of etcd behind ours."""
+    store = config.discovery_server.store if config.discovery_server is not None else ""
+    members = parse_endpoints(store.removeprefix("etcd:")) if store.startswith("etcd:") else ()
     found = []
-    for source in config.discovery:
+    for source in (*config.discovery, *members):
         parts = urlsplit(str(source))
         try:
             address = parse_address(parts.hostname or "")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from discovery.addresses import BadAddress, TurnUrl
+from discovery.addresses import BadAddress, TurnUrl, parse_address, spellings
 from discovery.client import Discovery
 from discovery.model import AllocationSpec, Kind
 from discovery.spec import MAX_ID
@@ -448,11 +448,10 @@ class Registration:
         named = await tenure.resolved(self._config.guard_names)
 
         def refusal(address: str, port: int) -> str | None:
-            return (
-                f"{address} port {port} is a discovery server"
-                if (address, port) in named
-                else self._refusal(address, port)
-            )
+            why = self._refusal(address, port)
+            if why is None and any((str(one), port) in named for one in spellings(parse_address(address))):
+                return f"{address} port {port} is a discovery server"
+            return why
 
         return refusal
 

@@ -149,3 +149,14 @@ def test_all_of_the_turn_server(tmp_path: Path) -> None:
     spec = roles.turn_spec(read.turn, ("0.0.0.0", 5349), tls=True)
     assert spec.url == "turns:192.0.2.7:5349?transport=tcp"
     assert spec.relay_addresses == ["192.0.2.7", "2001:db8::7"]
+
+
+def test_what_discovery_is_made_of_is_no_service(tmp_path: Path) -> None:
+    (tmp_path / "crossnet.yaml").write_text(
+        'network: b\ninsecure: true\ndiscovery: ["https://10.0.0.1:8600", "https://disc.example:8601", "https://disc2.example"]\n'
+        'discovery_server: {listen: "127.0.0.1:0", store: "etcd:https://10.0.0.2:2379,https://10.0.0.3:2379"}\n'
+        "gateway: {id: gw-1, allow: [], turn: {a: {issue: true}}}\n"
+    )
+    read = load(tmp_path / "crossnet.yaml")
+    assert roles.discovery_endpoints(read) == [("10.0.0.1", 8600), ("10.0.0.2", 2379), ("10.0.0.3", 2379)]
+    assert roles.discovery_names(read) == [("disc.example", 8601), ("disc2.example", 443)]
