@@ -205,7 +205,14 @@ def redis() -> Iterator[Port]:
 class Led:
     """A gateway of network b, a discovery server, and network c's token to write records of TURN servers with."""
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack, services: dict[str, Any], access: Document) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stack: contextlib.ExitStack,
+        services: dict[str, Any],
+        access: Document,
+        discovery: str = "127.0.0.1",
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         tokens = {network: make_token() for network in ("b", "c")}
@@ -228,7 +235,7 @@ class Led:
         (folder / "secret").write_text("a secret")
         gateway = {
             "network": "b",
-            "discovery": f"http://127.0.0.1:{self.port}",
+            "discovery": f"http://{discovery}:{self.port}",
             "token": {"file": "b.token"},
             "admin": "127.0.0.1:0",
             "drain": 0,
@@ -302,6 +309,14 @@ def test_a_record_that_names_a_service_of_ours_brings_no_connect(tmp_path: Path,
 def _refusals(led: Led) -> float:
     metrics = led.gateway.ask("/metrics")[1]
     return float(metrics.partition('registrations_total{reason="refused_address"} ')[2].split()[0])
+
+
+def test_a_discovery_server_that_is_known_by_name_is_refused_by_address(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        led = Led(tmp_path, stack, {}, PIN, discovery="localhost")
+        led.lead(f"turn:127.0.0.1:{led.port}")
+        led.until("a refusal", lambda: led.lines("refused_address"))
+        assert "is a discovery server" in led.lines("refused_address")[0]["detail"]
 
 
 def test_our_own_addresses_need_the_setting(tmp_path: Path, redis: Port) -> None:
