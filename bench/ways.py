@@ -190,8 +190,7 @@ class Way:
         gateway = {
             "id": "gw-1",
             "allow": [f"{HOST}/32:{self._service_port}"],
-            "turn": {"a": {"username": "gw", "password": self._password()}},
-            "allow_turn_servers": LOOPBACK,
+            "turn": {"a": {"username": "gw", "password": self._password(), "allow": LOOPBACK}},
         }
         self._crossnet("gateway", {"network": "b", "discovery": discovery, "keys": keys, "gateway": gateway})
         relay = {**self._relay, "direct": LOOPBACK}

@@ -34,7 +34,7 @@ from discovery.merged import MergedDiscovery
 from discovery.model import Kind, VipSpec
 from discovery.publisher import Publisher
 from discovery.store import StoreError
-from dnsgw.config import DEFAULT_TTL_S
+from dnsgw.config import DEFAULT_TTL_S, DnsConfig
 from dnsgw.server import DnsServer
 from sniproxy.relay import Relay
 from sniproxy.route import SigningKeys
@@ -71,6 +71,7 @@ class App:
         """Take the configuration, and the file that it is read from anew when that changes."""
         self.config = config
         self.chosen = tuple(chosen)
+        self._speaks_for_turn_servers = "turn_servers" in chosen or set(chosen) == set(config.roles)
         self._bound: dict[str, list[tuple[str, int]]] = {}
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -80,6 +81,7 @@ class App:
         self.relay: Relay | None = None
         self.gateway: Gateway | None = None
         self.turn: TurnServer | None = None
+        self.discovery_server: DiscoveryServer | None = None
         self.registrar: Registrar | None = None
         self._dns: DnsServer | None = None
         self.publisher: Publisher | None = None
@@ -154,31 +156,67 @@ class App:
         log.info("ended", extra={"event": {"seconds": time.time() - self.started_at}})
 
     def _apply(self, config: Config) -> None:
-        """Go by this configuration from now on; it differs only in what needs no restart. Raises Refused, all being as before."""
-        if self._dns is not None and config.dns is not None:
-            try:
-                self._dns.reconfigure(roles.dns_config(config, config.dns))
-            except (OSError, ValueError) as error:
-                raise Refused(f"$.dns: {error}") from error
-        if _ttl_s(config) < _ttl_s(self.config):
-            lives_until = asyncio.get_running_loop().time() + _ttl_s(self.config)
+        """Go by this configuration from now on; it differs only in what needs no restart. Whatever it raises, all is as before."""
+        old = self.config
+        try:
+            for part in list(self._parts(old, config)):  # each is made before the first one changes anything
+                part()
+        except Exception:
+            for part in self._parts(config, old):
+                try:
+                    part()
+                except Exception:
+                    log.exception("reload_not_undone", extra={"event": {"detail": "a part may go by the new file"}})
+            raise
+        if _ttl_s(config) < _ttl_s(old):
+            lives_until = asyncio.get_running_loop().time() + _ttl_s(old)
             self._longer_ttl_until = max(self._longer_ttl_until, lives_until)
         self.config = config
-        logs.set_up(style=config.log.format, level=config.log.level, refused_per_s=config.log.refused_per_second)
-        keys = roles.keys(config)
-        if isinstance(self.discovery, DiscoveryClient | MergedDiscovery):
-            self.discovery.use_token(config.token.text if config.token else None)
-        if self.relay is not None and config.relay is not None:
-            self.relay.reconfigure(roles.relay_config(config, config.relay, self.relay.config.guard), SigningKeys(keys))
-        if self._publication is not None:
-            self._publication.reconfigure(config)
-        if self.gateway is not None and config.gateway is not None:
-            guard = self.gateway.config.guard
-            self.gateway.reconfigure(roles.gateway_config(config, config.gateway, guard), keys)
-        if self.turn is not None and config.turn is not None:
-            self.turn.reconfigure(roles.turn_config(config, config.turn))
         for warning in warnings(config):
             log.warning("%s", warning)
+
+    def _parts(self, old: Config, config: Config) -> Iterator[Callable[[], None]]:
+        """Yield what makes each part that runs go by `config`, where `old` was."""
+        keys = roles.keys(config)
+        if self._dns is not None and config.dns is not None:  # the first: it may refuse
+            yield partial(self._reconfigure_dns, self._dns, roles.dns_config(config, config.dns))
+        style, level, refused_per_s = config.log.format, config.log.level, config.log.refused_per_second
+        yield partial(logs.set_up, style=style, level=level, refused_per_s=refused_per_s)
+        if isinstance(self.discovery, DiscoveryClient | MergedDiscovery):
+            yield partial(self.discovery.use_token, config.token.text if config.token else None)
+        if self.discovery_server is not None and config.discovery_server is not None:
+            server = roles.discovery_server_config(config, config.discovery_server)
+            yield partial(self.discovery_server.reconfigure, server)
+        if self.turn is not None and config.turn is not None:
+            yield partial(self.turn.reconfigure, roles.turn_config(config, config.turn))
+        if old.turn_servers != config.turn_servers and self._speaks_for_turn_servers:
+            yield partial(self._publish_turn_servers, old, config)
+        if self.relay is not None and config.relay is not None:
+            relay = roles.relay_config(config, config.relay, self.relay.config.guard)
+            yield partial(self.relay.reconfigure, relay, SigningKeys(keys))
+        if self._publication is not None:
+            yield partial(self._publication.reconfigure, config)
+        if self.gateway is not None and config.gateway is not None:
+            gateway = roles.gateway_config(config, config.gateway, self.gateway.config.guard)
+            yield partial(self.gateway.reconfigure, gateway, keys)
+            if self.registrar is not None:
+                registrar = roles.registrar_config(config, config.gateway, self._guard())
+                yield partial(self.registrar.reconfigure, registrar)
+            elif config.gateway.turn:
+                yield partial(self._start_registrar, config, self.gateway, config.gateway)
+
+    def _reconfigure_dns(self, dns: DnsServer, config: DnsConfig) -> None:
+        try:
+            dns.reconfigure(config)
+        except (OSError, ValueError) as error:
+            raise Refused(f"$.dns: {error}") from error
+
+    def _publish_turn_servers(self, old: Config, config: Config) -> None:
+        if self.discovery is None:
+            raise Refused("$.turn_servers: expected a restart, since no role of this process speaks to discovery yet")
+        publish_turn_servers(config, self.discovery, instead_of=old)
+        others = [role for role in self.chosen if role != "turn_servers"]
+        self.chosen = (*others, *(["turn_servers"] if config.turn_servers else []))
 
     async def _start(self) -> None:
         config, chosen = self.config, self.chosen
@@ -219,6 +257,7 @@ class App:
             # The server's own tasks live in this context, which must be left by the task that entered it.
             try:
                 async with server.serving() as addresses:
+                    self.discovery_server = server
                     opened.set_result(addresses)
                     await asyncio.get_running_loop().create_future()
             except Exception as error:
@@ -263,7 +302,7 @@ class App:
             address for address, _ in relay.addresses
         )
         ports = _unique(port for _, port in relay.addresses)
-        self._publication = RelayPublication(self.config, discovery, ports, addresses)
+        self._publication = RelayPublication(self.config, discovery, ports, addresses, self.registry)
         self._run("publication", self._publication.run())
         if section.ports == "auto":
             adaptive = AdaptivePorts(relay, discovery, section.port_range, self._publication.set_ports)
@@ -279,9 +318,13 @@ class App:
         if gateway.addresses:
             discovery.publish(Kind.GATEWAY, section.id, roles.gateway_spec(section, gateway.addresses[0]))
         if section.turn:
-            config_of_registrar = roles.registrar_config(self.config, section)
-            self.registrar = Registrar(config_of_registrar, discovery, gateway.take, self.registry)
-            self._run("registrar", self.registrar.run())
+            self._start_registrar(self.config, gateway, section)
+
+    def _start_registrar(self, config: Config, gateway: Gateway, section: GatewaySection) -> None:
+        assert self.discovery is not None
+        registrar = roles.registrar_config(config, section, self._guard())
+        self.registrar = Registrar(registrar, self.discovery, gateway.take, self.registry)
+        self._run("registrar", self.registrar.run())
 
     async def _hand_over(self, path: Path, admin: AdminServer) -> None:
         """Wait for a successor, then drain; what it has published by then is its own."""
@@ -415,6 +458,11 @@ class App:
             for role, bound in self._bound.items()
             if bound
         }
+
+    @property
+    def relay_sources(self) -> list[dict[str, object]]:
+        """Which address each TURN server of this network sees our relay come from, and how we know."""
+        return self._publication.sources() if self._publication is not None else []
 
     def _streams_open(self) -> int:
         ours = sum(len(server.ledger) for server in (self.relay, self.gateway) if server is not None)

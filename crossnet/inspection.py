@@ -31,7 +31,7 @@ class Inspection:
         registrations = (
             {line["state"] for line in self._app.registrar.status()} if self._app.registrar is not None else {"ready"}
         )
-        if "ready" not in registrations and registrations != {"standby"}:
+        if registrations and "ready" not in registrations and registrations != {"standby"}:
             waiting.append("a first allocation")
         if self._app.publisher is not None and not self._app.publisher.listed:
             waiting.append("a first list of the cluster")
@@ -64,6 +64,7 @@ class Inspection:
                 "records": len(view),
                 "networks": sorted(view.networks),
             },
+            "relay_sources": self._app.relay_sources,
             "registrations": self._app.registrar.status() if self._app.registrar is not None else [],
         }
 

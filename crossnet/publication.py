@@ -2,9 +2,13 @@
 
 import asyncio
 import logging
+from enum import StrEnum
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Gauge
 
 from crossnet.sections import Config
-from crossnet.sources import learn_source
+from crossnet.sources import Source, learn_source
 from discovery.contract import Discovery
 from discovery.model import Kind, Mesh, Record
 from discovery.spec import RelaySpec, TurnSpec
@@ -18,8 +22,11 @@ ASK_AGAIN_FIRST_S = 1.0
 """After a TURN server's record came or changed: the server itself may be starting."""
 
 
-def publish_turn_servers(config: Config, discovery: Discovery) -> None:
-    """Say which TURN servers of ours somebody else runs."""
+def publish_turn_servers(config: Config, discovery: Discovery, instead_of: Config | None = None) -> None:
+    """Say which TURN servers of ours somebody else runs, and no longer what another configuration said."""
+    gone = {section.id for section in instead_of.turn_servers} if instead_of is not None else set()
+    for id_ in gone - {section.id for section in config.turn_servers}:
+        discovery.withdraw(Kind.TURN, id_)
     for section in config.turn_servers:
         spec = TurnSpec(
             url=section.url,
@@ -31,11 +38,43 @@ def publish_turn_servers(config: Config, discovery: Discovery) -> None:
         discovery.publish(Kind.TURN, section.id, spec)
 
 
+class SourceState(StrEnum):
+    """How we know the address that a TURN server sees us come from. Metric label."""
+
+    ASKED = "asked"
+    """The server says so."""
+    KEPT = "kept"
+    """It said so before, and does not answer now."""
+    ASSUMED = "assumed"
+    """It has never answered: it is the address that we would come from."""
+    UNKNOWN = "unknown"
+    """No way leads there."""
+    CONFIGURED = "configured"
+    """`relay.sources` says so."""
+
+
 class RelayPublication:
     """Keeps our relay's record true: where clients reach it, and which address each TURN server sees it come from."""
 
-    def __init__(self, config: Config, discovery: Discovery, ports: list[int], addresses: list[str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        discovery: Discovery,
+        ports: list[int],
+        addresses: list[str],
+        registry: CollectorRegistry | None = None,
+    ) -> None:
         assert config.relay is not None
+        self._learned: dict[str, Source] = {}
+        self._asked_of: dict[str, TurnSpec] = {}  # the record that a server's own answer was for
+        sources = Gauge(
+            "crossnet_relay_sources",
+            "TURN servers of this network, by how this relay knows the address that they see it come from.",
+            ["state"],
+            registry=registry or CollectorRegistry(),
+        )
+        for state in SourceState:
+            sources.labels(state.value).set_function(partial(self._count, state))
         self._network = config.network
         self._section = config.relay
         self._discovery = discovery
@@ -63,6 +102,9 @@ class RelayPublication:
                 }
                 for gone in self._sources.keys() - turns.keys() - self._section.sources.keys():
                     del self._sources[gone]
+                for known_as in (self._learned, self._asked_of):
+                    for gone in known_as.keys() - turns.keys():
+                        del known_as[gone]
                 news = [record for turn, record in turns.items() if known.get(turn) != record]
                 async with asyncio.TaskGroup() as group:
                     for record in turns.values() if due else news:
@@ -108,12 +150,48 @@ class RelayPublication:
 
     async def _ask(self, turn: Record[TurnSpec]) -> None:
         source = await learn_source(turn)
-        if source is None:
-            log.warning("relay_source_unknown", extra={"event": {"turn": turn.id, "url": turn.spec.url}})
-            return
-        if self._sources.get(turn.id) != [source]:
-            self._sources[turn.id] = [source]
-            log.info("relay_source", extra={"event": {"turn": turn.id, "source": source}})
+        before, self._learned[turn.id] = self._learned.get(turn.id), source
+        known = self._sources.get(turn.id)
+        if source.asked:
+            self._asked_of[turn.id] = turn.spec
+        elif self._asked_of.get(turn.id) != turn.spec:
+            self._asked_of.pop(turn.id, None)  # what a server once said of us stands while its record is the same
+        if source.address is not None and (source.asked or turn.id not in self._asked_of):
+            self._sources[turn.id] = [source.address]
+        state = self._state(turn.id)
+        event = {"turn": turn.id, "url": turn.spec.url, "source": next(iter(self._sources.get(turn.id, ())), None)}
+        if source.asked:
+            if self._sources[turn.id] != known or (before is not None and not before.asked):
+                log.info("relay_source", extra={"event": event})
+        elif before is None or before.asked or before.address != source.address:
+            # Said when it begins: a gateway's permission may be for the wrong address from now on.
+            log.warning("relay_source_not_asked", extra={"event": event | {"state": state, "detail": source.detail}})
+
+    def _state(self, turn: str) -> SourceState:
+        source = self._learned[turn]
+        if source.asked:
+            return SourceState.ASKED
+        if turn in self._asked_of:
+            return SourceState.KEPT
+        return SourceState.UNKNOWN if source.address is None else SourceState.ASSUMED
+
+    def _count(self, state: SourceState) -> int:
+        return sum(line["state"] is state for line in self.sources())
+
+    def sources(self) -> list[dict[str, object]]:
+        """Say for each TURN server what address it sees us come from and how we know, for people."""
+        lines: list[dict[str, object]] = []
+        for turn in sorted(self._sources.keys() | self._learned.keys()):
+            learned = self._learned.get(turn)
+            lines.append(
+                {
+                    "turn": turn,
+                    "addresses": self._sources.get(turn, []),
+                    "state": SourceState.CONFIGURED if learned is None else self._state(turn),
+                    "detail": "" if learned is None else learned.detail,
+                }
+            )
+        return lines
 
     def _publish(self) -> None:
         if not self._withdrawn:

@@ -1,8 +1,8 @@
 """A new configuration for a running process: read when the file or a secret in it changes, or on SIGHUP; taken whole or not at all.
 
-What decides about the streams to come changes at once: rules, allow-lists, imports, signing keys, limits, time-outs, log. What a
-role has bound, published or logged in with stays until a restart, and it is said that it does. A file with any fault changes
-nothing, and every fault is in the log.
+What decides about the streams to come changes at once: rules, allow-lists, imports, signing keys, credentials, limits, time-outs,
+log. What a role has bound or published stays until a restart, and it is said that it does. A file with any fault changes nothing,
+and every fault is in the log. So does an error of our own while it is applied: what ran before is put back as a whole.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
 from crossnet.config import ConfigError, load
 from crossnet.scalars import Certificates, Secret
+from crossnet.schema import faults_of
 from crossnet.sections import Config
 
 log = logging.getLogger("crossnet")
@@ -35,13 +36,16 @@ RETRY_S = 10.0
 Stamps: TypeAlias = dict[Path, tuple[int, int, int] | None]
 
 LIVE = {
-    "": frozenset({"log", "drain_s", "keys", "imports", "token"}),
+    "": frozenset({"log", "drain_s", "keys", "imports", "token", "turn_servers"}),
     "relay": frozenset(
         {
             "allow",
             "rules",
             "deliver",
             "direct",
+            "asks",
+            "zone",
+            "pool",
             "proxy_from",
             "max_hello",
             "max_hello_held",
@@ -60,15 +64,39 @@ LIVE = {
             "rules",
             "activate",
             "max_held",
+            "turn",
+            "register",
+            "replicas",
             "max_hello",
             "max_streams",
+            "max_streams_per_network",
             "hello_timeout_s",
             "dial_timeout_s",
             "idle_timeout_s",
             "half_close_timeout_s",
         }
     ),
-    "turn": frozenset({"secret", "users", "allow_peers", "max_allocations_per_user", "max_streams_per_user"}),
+    "turn": frozenset(
+        {
+            "secret",
+            "users",
+            "allow_peers",
+            "max_allocations_per_user",
+            "max_port_share_per_user",
+            "max_streams_per_user",
+            "max_bytes_per_second_per_user",
+        }
+    ),
+    "discovery_server": frozenset(
+        {
+            "turn_secrets",
+            "turn_credential_ttl_s",
+            "requests_per_second",
+            "max_records_per_network",
+            "max_watchers",
+            "allow_addresses",
+        }
+    ),
     "dns": frozenset(
         {
             "upstream",
@@ -94,7 +122,8 @@ LIVE = {
         }
     ),
 }
-"""What of the file changes without a restart, by section."""
+"""What of the file changes without a restart, by the section's place in the file. A field of such a section is one value here,
+however much stands below it: `gateway.turn` changes as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,24 +138,28 @@ class Change:
 
 
 def change(old: Config, new: Config) -> Change:
-    """Tell what of a new file can be applied to a running process."""
+    """Tell what of a new file can be applied to a running process.
+
+    What would contradict something that waits for a restart waits with it, and all that the file changes besides.
+    """
     applied: list[str] = []
     restart: list[str] = []
-    config = _merged(old, new, "", applied, restart)
+    config: Config = _merged(old, new, "", applied, restart)
+    if applied and restart and any(faults_of(config)):
+        return Change(old, (), (*applied, *restart))
     return Change(config, tuple(applied), tuple(restart))
 
 
 def _merged(old: Any, new: Any, section: str, applied: list[str], restart: list[str]) -> Any:
     changes = {}
-    live = LIVE[section]
     for field in dataclasses.fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
         path = f"{section}.{field.metadata.get('key', field.name.removesuffix('_s'))}".removeprefix(".")
         if before == after:
             continue
-        if field.name in LIVE and before is not None and after is not None:
-            changes[field.name] = _merged(before, after, field.name, applied, restart)
-        elif field.name in live:
+        if path in LIVE and type(before) is type(after) and dataclasses.is_dataclass(before):
+            changes[field.name] = _merged(before, after, path, applied, restart)
+        elif field.name in LIVE[section]:
             changes[field.name] = after
             applied.append(path)
         else:
@@ -159,6 +192,10 @@ class Reloader:
     def __init__(
         self, path: Path, config: Config, apply: Callable[[Config], None], registry: CollectorRegistry
     ) -> None:
+        """Take the file, what was read of it, and what makes the process go by another: `apply`.
+
+        That raises Refused for a configuration that it cannot go by, and leaves all as before whatever it raises.
+        """
         self._path = path
         self._config = config
         self._apply = apply
@@ -197,7 +234,8 @@ class Reloader:
                 async with asyncio.timeout(WATCH_INTERVAL_S):
                     await self._asked.wait()
             stamps = self._stamps()
-            if self._asked.is_set():
+            asked = self._asked.is_set()
+            if asked:
                 self._asked.clear()
             elif stamps == self._seen and not (self.status["faults"] and loop.time() >= self._retry_at):
                 pending = None
@@ -208,22 +246,28 @@ class Reloader:
                 pending = stamps
                 continue
             pending = None
-            await self._reload(stamps)
+            try:
+                await self._reload(stamps)
+            except ConfigError as error:
+                self._refuse(stamps, [str(fault) for fault in error.faults], again=asked)
+            except Refused as error:
+                self._refuse(stamps, [str(error)], again=asked)
+            except Exception as error:  # a defect of ours: what runs must not end for it
+                faults = [f"an unexpected error: {type(error).__name__}: {error}"]
+                if self._refuse(stamps, faults, again=asked):
+                    log.error("reload_failed", exc_info=error, extra={"event": {"file": str(self._path)}})
 
     async def _reload(self, stamps: Stamps) -> None:
-        try:
-            # PyYAML takes a second for the largest file that we read; streams go on meanwhile.
-            digest, new = await asyncio.to_thread(lambda: (self._digest(), load(self._path)))
-        except ConfigError as error:
-            self._refuse(stamps, [str(fault) for fault in error.faults])
-            return
-        made = change(self._config, new)
+        """Read and apply. If it raises, nothing has changed."""
+
+        def read() -> tuple[str, Config, Change]:
+            digest, new = self._digest(), load(self._path)
+            return digest, new, change(self._config, new)
+
+        # PyYAML takes a second for the largest file that we read; streams go on meanwhile.
+        digest, new, made = await asyncio.to_thread(read)
         if made.applied:
-            try:
-                self._apply(made.config)
-            except Refused as error:
-                self._refuse(stamps, [str(error)])
-                return
+            self._apply(made.config)
             self._config = made.config
         self._seen = stamps if set(files(new)) == set(files(self._config)) else self._stamps()
         self._reloads.labels("applied" if made.applied else "unchanged").inc()
@@ -231,11 +275,12 @@ class Reloader:
         event = {"file": str(self._path), "sha256": digest, "applied": made.applied, "restart_needed": made.restart}
         log.log(logging.WARNING if made.restart else logging.INFO, "config_read", extra={"event": event})
 
-    def _refuse(self, stamps: Stamps, faults: list[str]) -> None:
+    def _refuse(self, stamps: Stamps, faults: list[str], *, again: bool) -> bool:
+        """Say that the file is not taken: once, unless somebody has asked `again`. Tell whether it was said."""
         self._seen = stamps
         self._retry_at = asyncio.get_running_loop().time() + RETRY_S
-        if faults == self.status["faults"]:
-            return
+        if faults == self.status["faults"] and not again:
+            return False
         self._reloads.labels("refused").inc()
         self._good.set(0)
         self.status["faults"] = faults
@@ -243,6 +288,7 @@ class Reloader:
             log.error("config_fault", extra={"event": {"file": str(self._path), "fault": fault}})
         event = {"file": str(self._path), "faults": len(faults), "detail": "what ran before goes on"}
         log.error("config_refused", extra={"event": event})
+        return True
 
     def _note(self, digest: str, restart: tuple[str, ...] = ()) -> None:
         now = time.time()

@@ -21,6 +21,7 @@ from discovery.api import DiscoveryServerConfig
 from discovery.imports import Imports
 from discovery.publisher import PublisherConfig
 from discovery.spec import GatewaySpec, TurnSpec
+from discovery.store.etcdapi import parse_endpoints
 from dnsgw.config import DnsConfig
 from sniproxy.relay import RelayConfig
 from sniproxy.stream.preamble import SigningKey
@@ -50,9 +51,11 @@ def keys(config: Config) -> dict[str, SigningKey]:
 
 
 def discovery_endpoints(config: Config) -> list[tuple[str, int]]:
-    """Return where the discovery servers are whose URLs say so by address."""
+    """Return where the discovery servers are whose URLs say so by address, and the members of etcd behind ours."""
+    store = config.discovery_server.store if config.discovery_server is not None else ""
+    members = parse_endpoints(store.removeprefix("etcd:")) if store.startswith("etcd:") else ()
     found = []
-    for source in config.discovery:
+    for source in (*config.discovery, *members):
         parts = urlsplit(str(source))
         try:
             address = parse_address(parts.hostname or "")
@@ -141,17 +144,26 @@ def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tupl
     )
 
 
-def registrar_config(config: Config, section: GatewaySection) -> RegistrarConfig:
-    """Return what keeps the gateway registered on other networks' TURN servers."""
+def discovery_names(config: Config) -> list[tuple[str, int]]:
+    """Return where the discovery servers are whose URLs say so by name."""
+    places = [urlsplit(url) for url in config.discovery_urls]
+    found = [(parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)) for parts in places]
+    return [place for place in found if not _is_address(place[0])]
+
+
+def registrar_config(config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]] = ()) -> RegistrarConfig:
+    """Return what keeps the gateway registered on other networks' TURN servers; `guard` is what of our own is none of them."""
     return RegistrarConfig(
         network=config.network,
         gateway=section.id,
         turn={network: _credentials(access) for network, access in section.turn.items()},
-        ca={network: access.ca for network, access in section.turn.items() if access.ca is not None},
+        ca={network: access.ca.pem for network, access in section.turn.items() if access.ca is not None},
         register=Register(section.register),
         replicas=section.replicas,
         weight=section.weight,
-        allowed=_lifted(section.allow_turn_servers),
+        allow={network: allow for network, access in section.turn.items() if (allow := _lifted(access.allow))},
+        guard=tuple(guard),
+        guard_names=tuple(discovery_names(config)),
     )
 
 
@@ -176,6 +188,9 @@ def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
         active_connect=section.active_connect,
         limits=Limits(
             max_allocations_per_account=section.max_allocations_per_user,
+            max_ports_per_account=max(
+                1, (section.ports[1] - section.ports[0] + 1) * section.max_port_share_per_user // 100
+            ),
             max_connections_per_account=section.max_streams_per_user,
             max_bytes_per_second_per_account=section.max_bytes_per_second_per_user,
         ),
@@ -251,6 +266,14 @@ def _credentials(access: TurnAccessSection) -> TurnCredentials:
     assert access.username is not None
     assert access.password is not None
     return Credentials(username=access.username, password=access.password.text)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parse_address(text)
+    except BadAddress:
+        return False
+    return True
 
 
 def _lifted(cidrs: Iterable[Network]) -> TargetList | None:

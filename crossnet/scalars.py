@@ -178,6 +178,14 @@ def _whole_seconds(value: Plain, folder: Path) -> object:
     return int(seconds)
 
 
+def _percent(value: Plain, folder: Path) -> object:
+    del folder
+    match = re.fullmatch(r"([1-9][0-9]?|100)%", value) if isinstance(value, str) else None
+    if match is None:
+        raise Mismatch
+    return int(match[1])
+
+
 def _boolean(value: Plain, folder: Path) -> object:
     del folder
     if not isinstance(value, bool):
@@ -374,6 +382,9 @@ Duration: TypeAlias = Annotated[
 DurationOrZero: TypeAlias = Annotated[float, Leaf("a duration such as 5s, or 0", _duration_or_zero, format_duration)]
 WholeSeconds: TypeAlias = Annotated[int, Leaf("a duration such as 5s", _whole_seconds, format_duration)]
 Size: TypeAlias = Annotated[int, Leaf("a size such as 64KiB", _more_than_nothing(parse_size), format_size)]
+Percent: TypeAlias = Annotated[
+    int, Leaf("a share such as 50%, from 1% to 100%", _percent, lambda percent: f"{percent}%")
+]
 Boolean: TypeAlias = Annotated[bool, Leaf("true or false", _boolean, _same)]
 Port: TypeAlias = Annotated[int, Leaf(f"a port 1-{MAX_PORT}", _integer(1, MAX_PORT), _same)]
 Count: TypeAlias = Annotated[int, Leaf("a whole number 0-1000000", _integer(0, 1_000_000), _same)]

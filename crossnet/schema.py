@@ -10,6 +10,7 @@ import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -79,6 +80,33 @@ def decode(kind: type[MadeT], value: Plain, folder: Path) -> tuple[MadeT | None,
     return (None if reader.faults else made), reader.faults
 
 
+def faults_of(made: object, path: str = "$") -> Iterator[Fault]:
+    """Yield what the rules of a section, and of those in it, say of it as it is now.
+
+    `decode` asks them of what a file says; this is for a configuration that was put together from two.
+    """
+    if dataclasses.is_dataclass(made):
+        for fault in _asked(made, frozenset()):
+            yield Fault(path + fault.path, fault.expected, fault.got)
+        for field in dataclasses.fields(made):
+            name = field.metadata.get("key", field.name.removesuffix("_s"))
+            yield from faults_of(getattr(made, field.name), child(path, name))
+    elif isinstance(made, dict):
+        for name, item in made.items():
+            yield from faults_of(item, child(path, str(name)))
+    elif isinstance(made, tuple):
+        for index, item in enumerate(made):
+            yield from faults_of(item, f"{path}[{index}]")
+
+
+def _asked(made: object, wrong: AbstractSet[str]) -> Iterator[Fault]:
+    """Ask every rule of a section that reads none of the fields that are wrong."""
+    for method in vars(type(made)).values():
+        reads = getattr(method, _READS, None)
+        if reads is not None and reads.isdisjoint(wrong):
+            yield from method(made)
+
+
 def encode(kind: Any, value: object) -> Plain:
     """Make the document that would give this section, defaults written out and secrets hidden."""
     kind, marks = _unwrapped(kind)
@@ -142,8 +170,13 @@ class _Reader:
         if not isinstance(value, dict):
             return self.wrong(path, "a mapping", shown(value))
         fields = {key: (field, field_kind) for key, field, field_kind in _fields(kind)}
+        renamed = getattr(kind, "RENAMED", {})
         for name in value:
-            if name not in fields:
+            if name in renamed:
+                self.wrong(
+                    child(path, name), f"{renamed[name]}, which has taken its place", "a key of an earlier version"
+                )
+            elif name not in fields:
                 near = difflib.get_close_matches(name, fields, n=1)
                 self.wrong(
                     child(path, name), f"a known key such as {near[0]}" if near else _one_of(fields), "an unknown key"
@@ -159,10 +192,7 @@ class _Reader:
             if len(self.faults) > before:
                 wrong.add(field.name)
         made = kind(**arguments)
-        for method in vars(kind).values():
-            reads = getattr(method, _READS, None)
-            if reads is not None and reads.isdisjoint(wrong):
-                self.faults.extend(Fault(path + fault.path, fault.expected, fault.got) for fault in method(made))
+        self.faults.extend(Fault(path + fault.path, fault.expected, fault.got) for fault in _asked(made, wrong))
         return made
 
 

@@ -2,11 +2,16 @@
 
 import logging
 import socket
+import ssl
+from dataclasses import dataclass
+from functools import partial
 
-from discovery.addresses import BadAddress, parse_address, parse_turn_url
+from discovery.addresses import BadAddress, TurnUrl, parse_address, parse_turn_url
 from discovery.model import Record
 from discovery.spec import TurnSpec
+from sniproxy.engine import connect, connect_tls
 from turnreg.binding import mapped_address
+from turnreg.client import Dial
 from turnreg.control import TurnError
 
 log = logging.getLogger(__name__)
@@ -14,26 +19,53 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 3.0
 
 
-async def learn_source(turn: Record[TurnSpec]) -> str | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What we know of our address as one TURN server sees it."""
+
+    address: str | None
+    """None: no way leads there."""
+    asked: bool
+    """The server said so. Otherwise it is the address that we would come from, which a NAT in between makes wrong."""
+    detail: str = ""
+    """Why the server could not be asked."""
+
+
+async def learn_source(turn: Record[TurnSpec]) -> Source:
     """Ask a TURN server of our own network by STUN; where it does not answer, take the address that we reach it from.
 
     The relay dials relayed addresses, so these are asked first, and the one in the URL, which is for gateways of other
-    networks, only then. None: no way leads there at all.
+    networks, only then.
     """
     try:
         url = parse_turn_url(turn.spec.url)
-    except BadAddress:
-        return None
+    except BadAddress as error:
+        return Source(address=None, asked=False, detail=str(error))
     addresses = [*turn.spec.relay_addresses]
     if _is_address(url.host) and url.host not in addresses:
         addresses.append(url.host)
+    details = []
+    for address in addresses:
+        try:
+            return Source(address=await mapped_address(address, url.port, TIMEOUT_S, _dial(url)), asked=True)
+        except TurnError as error:
+            details.append(f"{address} port {url.port}: {error}")
+    assumed = next((source for address in addresses if (source := _own_address_towards(address)) is not None), None)
+    return Source(address=assumed, asked=False, detail="; ".join(details) or "its record has no address to ask")
+
+
+def _dial(url: TurnUrl) -> Dial:
+    """Return what connects to that server.
+
+    Over TLS its certificate is not verified: no setting names the authority of our own network's servers, and the same question
+    over plain TCP proves no more.
+    """
     if not url.tls:
-        for address in addresses:
-            try:
-                return await mapped_address(address, url.port, TIMEOUT_S)
-            except TurnError as error:
-                log.debug("no STUN answer from %s port %s: %s", address, url.port, error)
-    return next((source for address in addresses if (source := _own_address_towards(address)) is not None), None)
+        return connect
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return partial(connect_tls, context=context, server_hostname=url.host)
 
 
 def _is_address(text: str) -> bool:

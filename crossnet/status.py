@@ -116,6 +116,13 @@ def _tables(status: dict[str, Any], streams: dict[str, list[dict[str, Any]]]) ->
             for line in status["registrations"]
         ]
         yield "registrations", ["TURN server", "state", "relayed address", "permissions", "last error"], rows
+    if status.get("relay_sources"):
+        columns = ["TURN server", "sees the relay as", "how known", "why"]
+        rows = [
+            [str(line["turn"]), " ".join(line["addresses"]), str(line["state"]), _cell(line["detail"])]
+            for line in status["relay_sources"]
+        ]
+        yield "relay's addresses", columns, rows
     for role, open_streams in streams.items():
         used = [(field, name) for field, name in STREAM_COLUMNS if any(field in row for row in open_streams)]
         rows = [[_cell(row.get(field)) for field, _ in used] for row in open_streams[-MAX_STREAMS_SHOWN:]]

@@ -173,6 +173,21 @@ class WarmPool:
         if shelf is None:
             shelf = self._shelves[candidate.way] = _Shelf(candidate)
         shelf.used_at = asyncio.get_running_loop().time()
+        self._fill_up(shelf)
+
+    def resize(self, size: int) -> None:
+        """Keep so many from now on: those that are too many go, and those that lack are made where there are some."""
+        self.size = size
+        for shelf in self._shelves.values():
+            for ready in shelf.ready[: max(0, shelf.slots - size)]:
+                shelf.ready.remove(ready)
+                ready.leave(wanted=False)
+            if self._group is not None and not self._closed.is_set():
+                self._fill_up(shelf)
+
+    def _fill_up(self, shelf: _Shelf) -> None:
+        """Begin to keep as many of a shelf as there should be."""
+        assert self._group is not None, "only while running"
         slots = sum(shelf.slots for shelf in self._shelves.values())
         for _ in range(min(self.size - shelf.slots, MAX_WARM - slots)):
             shelf.slots += 1

@@ -56,7 +56,7 @@ class Ways:
     def reconfigure(self, opener: Opener, *, pool: int) -> None:
         """Open streams by this from now on, and keep so many ready for each allocation in use."""
         self._opener = opener
-        self.pool.size = pool
+        self.pool.resize(pool)
         self._dialer = Dialer(
             opener,
             warm=self.pool.take,

@@ -286,7 +286,7 @@ class Activation:
         except TriggerError as error:
             result, detail = "timeout" if error.timed_out else "failed", error.detail
         except Exception as error:  # one trigger's defect must not end the gateway
-            log.exception("unexpected error while waking %s", service)
+            log.exception("activation_error", extra={"event": {"service": service}})
             result, detail = "failed", str(error)
         finally:
             sleeper.running = False

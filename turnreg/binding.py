@@ -3,6 +3,7 @@
 import asyncio
 
 from sniproxy.engine import connect
+from turnreg.client import Dial
 from turnreg.control import TurnError, TurnReason, describe, read_message, request
 from turnreg.stun import Attribute, MessageClass, Method, StunError
 
@@ -10,17 +11,18 @@ MAX_OTHER_MESSAGES = 16
 """How many messages that are not our answer are read before we stop believing that it will come."""
 
 
-async def mapped_address(address: str, port: int, timeout_s: float = 5.0) -> str:
+async def mapped_address(address: str, port: int, timeout_s: float = 5.0, dial: Dial = connect) -> str:
     """Ask the STUN server at an IP address over a new TCP connection which IP address we come from.
 
-    Permissions on that server are for this address. Binding needs no credentials. The whole takes at most `timeout_s`.
+    Permissions on that server are for this address. Binding needs no credentials. The whole takes at most `timeout_s`; `dial` is
+    what connects, by TLS for instance.
 
     Raises:
         TurnError: no connection, no answer, or none that says it.
     """
     try:
         async with asyncio.timeout(timeout_s):
-            return await _ask(address, port, timeout_s)
+            return await _ask(address, port, timeout_s, dial)
     except TimeoutError:
         raise TurnError(TurnReason.TIMEOUT, f"no answer to BINDING within {timeout_s:g} s") from None
     except EOFError as exc:
@@ -31,9 +33,9 @@ async def mapped_address(address: str, port: int, timeout_s: float = 5.0) -> str
         raise TurnError(TurnReason.MALFORMED, str(exc)) from exc
 
 
-async def _ask(address: str, port: int, timeout_s: float) -> str:
+async def _ask(address: str, port: int, timeout_s: float, dial: Dial) -> str:
     try:
-        wire = await connect(address, port, timeout_s=timeout_s)
+        wire = await dial(address, port, timeout_s=timeout_s)
     except TimeoutError:
         raise
     except OSError as exc:

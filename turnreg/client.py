@@ -295,7 +295,7 @@ class Allocation:
             except TurnError as exc:
                 if exc.reason is not TurnReason.TIMEOUT:
                     raise
-                log.warning("allocation %s: %s", self.record, exc.detail)
+                log.warning("turn_no_answer", extra={"event": {"allocation": self.record, "detail": exc.detail}})
         return await self._ask(method, fill)
 
 

@@ -372,7 +372,8 @@ class Control:
         elif not counts(message, pending.key):
             level = logging.DEBUG if self._forged else logging.WARNING  # once: whoever forges can forge many
             self._forged += 1
-            log.log(level, "ignored an answer without a good MESSAGE-INTEGRITY from %s port %d", *self._wire.peer)
+            event = {"server": list(self._wire.peer), "detail": "an answer without a good MESSAGE-INTEGRITY is ignored"}
+            log.log(level, "turn_answer_forged", extra={"event": event})
         elif not pending.answer.done():
             pending.answer.set_result(message)
 

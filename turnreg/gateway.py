@@ -192,7 +192,7 @@ class Gateway:
         try:
             await self._serve(bound.wire, bound.allocation, via=bound.via, turn=bound.turn)
         except Exception:  # one stream's defect must not end the gateway
-            log.exception("unexpected error while serving a stream on %s", bound.allocation)
+            log.exception("stream_error", extra={"event": {"allocation": bound.allocation}})
 
     async def _serve_direct(self, wire: Wire) -> None:
         await self._serve(wire, self.config.id)

@@ -155,7 +155,7 @@ class Peers:
             try:
                 self._on_bound(wire, peer)
             except Exception:  # a fault with one stream must not end the allocation and with it all the others
-                log.exception("allocation %s: peer %s port %d: unexpected error", self._record, *peer)
+                log.exception("stream_error", extra={"event": {"allocation": self._record, "peer": list(peer)}})
                 wire.reset()
         finally:
             self._binding.discard(connection_id)
@@ -234,4 +234,4 @@ class Peers:
         except TurnError as exc:
             if exc.reason in FATAL and exc.reason is not TurnReason.TIMEOUT:
                 raise
-            log.warning("allocation %s: the nonce may be stale: %s", self._record, exc.detail)
+            log.warning("nonce_may_be_stale", extra={"event": {"allocation": self._record, "detail": exc.detail}})

@@ -69,15 +69,15 @@ class Permissions:
             try:
                 address = parse_address(text)
             except BadAddress as exc:
-                log.warning("allocation %s: no permission: %s", self._record, exc)
+                self._leave_out(text, str(exc))
                 continue
             if address.version == 6 and address.ipv4_mapped is not None:
                 # coturn before 4.9 takes it past its own list of denied peers (CVE-2026-27624).
-                log.warning("allocation %s: no permission for %s: IPv4-mapped", self._record, address)
+                self._leave_out(text, "it is IPv4-mapped")
                 continue
             wanted.add(str(address))
         if len(wanted) > MAX_PERMISSIONS:
-            log.warning("allocation %s: %d addresses, only %d admitted", self._record, len(wanted), MAX_PERMISSIONS)
+            self._leave_out("", f"{len(wanted)} addresses, of which {MAX_PERMISSIONS} are admitted")
             wanted = set(sorted(wanted)[:MAX_PERMISSIONS])
         self._wanted = frozenset(wanted)
         for gone in self._due.keys() - wanted:
@@ -85,6 +85,10 @@ class Permissions:
         for gone in self.refused.keys() - wanted:
             del self.refused[gone]
         self._changed.set()
+
+    def _leave_out(self, address: str, why: str) -> None:
+        event = {"allocation": self._record, "address": address, "detail": why}
+        log.warning("permission_left_out", extra={"event": event})
 
     async def keep(self) -> None:
         """Ask for what changes at once and for everything again in time. Raises TurnError when the server is lost."""

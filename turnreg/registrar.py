@@ -7,14 +7,16 @@ relays, and nobody else's, are what may connect. Each registration lives, fails 
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.client import Discovery
-from discovery.model import Mesh, Record, TurnSpec
+from discovery.model import Kind, Mesh, Record, TurnSpec
+from sniproxy.engine.host import is_own_address
 from turnreg.client import BindResult, Bound, Credentials, TurnReason
+from turnreg.destinations import Destinations
 from turnreg.registration import Registration, record_id
 from turnreg.settings import Backoff, Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
 from turnreg.stun import FAMILY_IPV4, FAMILY_IPV6
@@ -38,14 +40,22 @@ CLOSE_MARGIN_S = 1.0
 """Beyond what an allocation may take to be given back."""
 
 
+MAX_TURN_SERVERS = 64
+"""Of one network that we register on; its records could name thousands."""
+
 _Key = tuple[str, str, int]
 """Network, TURN server, and which of our allocations there."""
 
 
 class _Metrics:
-    def __init__(self, registry: CollectorRegistry, count: Callable[[], int]) -> None:
+    def __init__(self, registry: CollectorRegistry, count: Callable[[], int], refused: Callable[[], int]) -> None:
         allocations = Gauge("crossnet_registrar_allocations", "Allocations held now", registry=registry)
         allocations.set_function(count)
+        Gauge(
+            "crossnet_registrar_refused_addresses",
+            "Registrations that there are not, since a record leads where this gateway does not go.",
+            registry=registry,
+        ).set_function(refused)
         registrations = Counter(
             "crossnet_registrar_registrations",
             "Registrations that succeeded (ok), failed or were lost, by reason",
@@ -73,9 +83,15 @@ class Registrar:
     ) -> None:
         """Take what the process has. `on_stream` owns the wire of each stream and must not block."""
         self._config, self._discovery, self._on_stream = config, discovery, on_stream
-        self._credentials: Mapping[str, TurnCredentials] = config.turn
         self._registrations: dict[_Key, Registration] = {}
-        self._metrics = _Metrics(registry, lambda: sum(r.ready for r in self._registrations.values()))
+        self._metrics = _Metrics(
+            registry,
+            lambda: sum(r.ready for r in self._registrations.values()),
+            lambda: sum(r.refused for r in self._registrations.values()),
+        )
+        self._destinations = Destinations(config.network, is_own=is_own_address)
+        self._destinations.reconfigure(config.allow, config.guard, free_tries=config.replicas)
+        self._crowded: frozenset[str] = frozenset()
         self._group: asyncio.TaskGroup | None = None
         self._draining = False
         self._closing = asyncio.Event()
@@ -117,7 +133,7 @@ class Registrar:
             async with asyncio.timeout(self._config.timing.close_s + CLOSE_MARGIN_S):
                 await self._closed.wait()
         except TimeoutError:
-            log.warning("registrar: not all allocations could be given back in time")
+            log.warning("allocations_not_given_back", extra={"event": {"detail": "not all of them, in time"}})
 
     @property
     def settled(self) -> bool:
@@ -125,9 +141,23 @@ class Registrar:
         registrations = self._registrations.values()
         return self._group is not None and all(one.published or one.failing for one in registrations)
 
-    def update_credentials(self, turn: Mapping[str, TurnCredentials]) -> None:
-        """Use these credentials from now on; where they differ from the old ones, register anew."""
-        self._credentials = dict(turn)
+    @property
+    def config(self) -> RegistrarConfig:
+        """What it goes by."""
+        return self._config
+
+    def reconfigure(self, config: RegistrarConfig) -> None:
+        """Go by this from now on; network, gateway and weight are those that it was made with.
+
+        Where credentials or an authority differ, another allocation is made first and then published in place of the one before,
+        which goes on until its streams have ended. Those of a network that is left out go on likewise.
+        """
+        if config == self._config:
+            return
+        self._config = config
+        self._destinations.reconfigure(config.allow, config.guard, free_tries=config.replicas)
+        for registration in self._registrations.values():
+            registration.reconfigure(config)
         self._apply(self._discovery.mesh)
 
     @property
@@ -138,7 +168,7 @@ class Registrar:
     def status(self) -> list[dict[str, Any]]:
         """Say how each registration is, for people and the admin page; no secrets."""
         lines = [self._registrations[key].status() for key in sorted(self._registrations)]
-        without = sorted(self._credentials.keys() - {line["via"] for line in lines})
+        without = sorted(self._config.turn.keys() - {line["via"] for line in lines})
         mesh = self._discovery.mesh
         return lines + [
             # Standby: nobody there asks for us, or other gateways of ours hold what is needed.
@@ -154,14 +184,14 @@ class Registrar:
         """Bring registrations in line with the mesh."""
         if self._group is None or self._draining:
             return
-        there, seen = set(), set()
+        seen = set()
         holders = self._holders(mesh)
-        for via, credentials in self._credentials.items():
+        self._tell_of_crowds(mesh)
+        for via, credentials in self._config.turn.items():
             if via == self._config.network:
                 continue
             asked = self._is_asked_for(mesh, via)
-            for record in mesh.turns(via):
-                there.add((via, record.id))
+            for record in mesh.turns(via)[:MAX_TURN_SERVERS]:
                 gateways = holders.get((via, record.id), ())
                 for replica in range(self._share(gateways, via, record.id) if asked else 0):
                     key = (via, record.id, replica)
@@ -174,10 +204,18 @@ class Registrar:
         for key, registration in self._registrations.items():
             if key in seen:
                 continue
-            if key[:2] in there:
+            if mesh.record(Kind.TURN, *key[:2]) is not None:
                 registration.release()
             else:
                 registration.want(None, None, _sources(mesh, *key[:2]))
+
+    def _tell_of_crowds(self, mesh: Mesh) -> None:
+        """Say once of a network that it has more TURN servers than we register on."""
+        crowded = frozenset(via for via in self._config.turn if len(mesh.turns(via)) > MAX_TURN_SERVERS)
+        for via in sorted(crowded - self._crowded):
+            event = {"via": via, "records": len(mesh.turns(via)), "used": MAX_TURN_SERVERS}
+            log.warning("too_many_turn_servers", extra={"event": event})
+        self._crowded = crowded
 
     def _is_asked_for(self, mesh: Mesh, via: str) -> bool:
         """Tell whether we register in that network at all."""
@@ -207,6 +245,7 @@ class Registrar:
             self._config,
             self._discovery,
             *key,
+            destinations=self._destinations,
             on_stream=self._on_stream,
             on_bind=lambda result: self._metrics.binds[result].inc(),
             on_outcome=lambda reason: self._metrics.registrations[reason].inc(),

@@ -10,26 +10,28 @@ is retired: it goes on until its streams have ended. Relays never see a moment w
 import asyncio
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
-from discovery.addresses import TurnUrl
+from discovery.addresses import BadAddress, TurnUrl, parse_address, spellings
 from discovery.client import Discovery
 from discovery.model import AllocationSpec, Kind
 from discovery.spec import MAX_ID
 from turnreg import tenure
 from turnreg.client import Allocation, BindResult, Bound, Credentials, Dial, TurnError, TurnReason
+from turnreg.destinations import Destinations
 from turnreg.settings import RegistrarConfig, TurnCredentials
-from turnreg.tenure import Renewal, Server, Shown, Tenure
+from turnreg.tenure import Renewal, Server, Shown, Tenure, Wanted
 
 log = logging.getLogger(__name__)
 
 STEADY_S = 10.0
 """An allocation lost sooner than that counts as one more failure in a row: a server may accept and drop us for ever."""
 
-MAX_RETIRED = 4
-"""Allocations that go on for the sake of their streams. One more, and the oldest is closed: by then it has seen at least
-that many renewals, hours for credentials of one hour."""
+MAX_RETIRED = 8
+"""Allocations that go on for the sake of their streams. One more, and the oldest of those with the fewest streams is closed: by
+then it has seen at least that many renewals, hours for credentials of one hour."""
 
 LOOK_AGAIN_S = 5.0
 """How often a retired allocation is looked at: streams end without telling."""
@@ -65,6 +67,7 @@ class Registration:
         turn: str,
         replica: int = 0,
         *,
+        destinations: Destinations,
         on_stream: Callable[[Bound], None],
         on_bind: Callable[[BindResult], None],
         on_outcome: Callable[[str], None],
@@ -73,7 +76,7 @@ class Registration:
         """Describe it; `want()` and `run()` begin it. `on_outcome` is told "ok" or the TurnReason of every attempt."""
         self.via, self.turn = via, turn
         self.record = record_id(config.gateway, via, turn, replica)
-        self._config, self._discovery = config, discovery
+        self._config, self._discovery, self._destinations = config, discovery, destinations
         self._on_stream, self._on_bind = on_stream, on_bind
         self._on_outcome, self._on_renewal = on_outcome, on_renewal
         self._server: Server | None = None
@@ -113,6 +116,29 @@ class Registration:
             self._retry_at = 0.0
             self._changed.set()
         self._released = False
+
+    def reconfigure(self, config: RegistrarConfig) -> None:
+        """Go by this from now on, and try at once what has failed so far. Where its allocation may not be any more, none stays."""
+        self._config = config
+        self._retry_at = 0.0
+        current = self._current
+        if current is not None and current.allocation is not None:
+            where = current.allocation.address, current.allocation.port
+            if (why := self._refusal(*where, known=True)) is not None:
+                self._withdraw()
+                self._retire(current, asyncio.get_running_loop().time())
+                self._current = None
+                self._failed(TurnError(TurnReason.REFUSED_ADDRESS, why), event="allocation_refused")
+                self._retry_at = 0.0
+        self._changed.set()
+
+    def _refusal(self, address: str, port: int, *, known: bool = False) -> str | None:
+        """Say why this gateway is not to connect there for this network; None: it may. `known`: we are connected there."""
+        now = asyncio.get_running_loop().time()
+        try:
+            return self._destinations.refusal(self.via, address, port, self._discovery.mesh, now, known=known)
+        except BadAddress as exc:
+            return str(exc)
 
     def _admit(self) -> None:
         """Let connect whom we want now, and for a while whom we wanted: a relay that drains has withdrawn its record, and still
@@ -166,6 +192,11 @@ class Registration:
         return not self.ready and self._failures > 0
 
     @property
+    def refused(self) -> bool:
+        """It is without an allocation, since the record of the TURN server leads where we do not go."""
+        return self.failing and self._last is not None and self._last.reason is TurnReason.REFUSED_ADDRESS
+
+    @property
     def servers(self) -> frozenset[tuple[str, int]]:
         """Addresses and ports of the servers that we hold allocations on, or are about to."""
         held = (one.allocation for one in self._tenures())
@@ -174,7 +205,7 @@ class Registration:
     def status(self) -> dict[str, Any]:
         """Say how things are, for people; no secrets.
 
-        `state` is waiting, registering, ready, lingering (no record of the server any more), draining.
+        `state` is waiting, registering, ready, lingering (no record of the server any more), draining, refused_address.
         """
         current, last = self._current, self._last
         lines: dict[str, Any] = {
@@ -207,6 +238,8 @@ class Registration:
             if self._draining or self._released:
                 return "draining"
             return "ready" if self.published else "lingering"
+        if self.refused:
+            return "refused_address"
         return "waiting" if self._coming is None else "registering"
 
     def _tenures(self) -> list[Tenure]:
@@ -224,7 +257,7 @@ class Registration:
                         if self._step(asyncio.get_running_loop().time()):
                             break
                     except Exception as exc:  # one registration's fault must not end the others
-                        log.exception("registration on %s at %s: unexpected error", self.turn, self.via)
+                        log.exception("registration_error", extra={"event": {"via": self.via, "turn": self.turn}})
                         self._failed(TurnError(TurnReason.INTERNAL, type(exc).__name__))
                     await self._changes()
             finally:
@@ -232,10 +265,10 @@ class Registration:
             for one in self._tenures():
                 self._group.create_task(one.close())
 
-    def _wanted(self) -> tuple[Server, TurnCredentials] | None:
+    def _wanted(self) -> Wanted | None:
         if self._draining or self._server is None or self._credentials is None:
             return None
-        return self._server, self._credentials
+        return self._server, self._credentials, self._config.ca.get(self.via)
 
     async def _changes(self) -> None:
         """Wait until there may be something to do."""
@@ -278,6 +311,7 @@ class Registration:
             if self._current is not None:
                 self._retire(self._current, now)
             self._current, self._coming = self._coming, None
+            self._prove(self._current)
             self._on_outcome("ok")
             self._logged_at = -LOG_AGAIN_S
         current = self._current
@@ -287,6 +321,8 @@ class Registration:
             self._publish(current)
         if self._coming is None and now >= self._retry_at:
             if current is None or self._replaces(current, wanted):
+                if self._restored(wanted, now):
+                    return self._step(now)
                 self._coming = self._begun(*wanted)
             elif current.renew_at is not None and now >= current.renew_at and not self._renewing:
                 self._renewing = True
@@ -294,8 +330,27 @@ class Registration:
         return False
 
     @staticmethod
-    def _replaces(current: Tenure, wanted: tuple[Server, TurnCredentials]) -> bool:
+    def _replaces(current: Tenure, wanted: Wanted) -> bool:
         return current.outdated or not current.is_for(wanted)
+
+    def _restored(self, wanted: Wanted, now: float) -> bool:
+        """Take back a retired allocation that is just what is wanted again: a change that was undone costs no new one."""
+        for one in self._retired:
+            if not one.ready or one.outdated or not one.is_for(wanted) or one.allocation is None:
+                continue
+            if self._refusal(one.allocation.address, one.allocation.port, known=True) is None:
+                self._retired.remove(one)
+                if self._current is not None:
+                    self._retire(self._current, now)
+                self._current = one
+                return True
+        return False
+
+    def _prove(self, one: Tenure) -> None:
+        """Note that there is a TURN server at this address."""
+        if one.allocation is not None:
+            now = asyncio.get_running_loop().time()
+            self._destinations.succeeded(self.via, one.allocation.address, one.allocation.port, now)
 
     def _reap(self, now: float) -> None:
         """Note what has ended, and end what nobody uses."""
@@ -305,10 +360,13 @@ class Registration:
             was_ready = one is self._current
             if was_ready:
                 self._withdraw()
+                self._prove(one)
                 self._current = None
             else:
                 self._coming = None
             if one.error is not None:
+                if one.error.code is not None:
+                    self._prove(one)  # a TURN server has answered, if only to say no
                 steady = was_ready and now - one.steady_from >= STEADY_S
                 self._failed(one.error, steady=steady, event="allocation_lost" if was_ready else "registration_failed")
         self._retired = [one for one in self._retired if not one.over]
@@ -337,7 +395,9 @@ class Registration:
         one.retired_at = now
         self._retired.append(one)
         if len(self._retired) > MAX_RETIRED:
-            self._close(self._retired.pop(0))
+            least = min(self._retired[:-1], key=lambda retired: retired.streams)
+            self._retired.remove(least)
+            self._close(least)
 
     def _close(self, one: Tenure) -> None:
         self._spawn(one.close())
@@ -346,12 +406,12 @@ class Registration:
         assert self._group is not None, "only while running"
         self._group.create_task(work)
 
-    def _begun(self, server: Server, credentials: TurnCredentials) -> Tenure:
+    def _begun(self, server: Server, credentials: TurnCredentials, ca: str | None) -> Tenure:
         async def show(credentials: TurnCredentials) -> Shown:
             return await tenure.shown(self._config, self._discovery, self.via, credentials)
 
         async def find(url: TurnUrl) -> tuple[str, int]:
-            return await tenure.endpoint(self._config, url, self._failures)
+            return await tenure.endpoint(url, self._failures, await self._refusals())
 
         def make(address: str, port: int, credentials: Credentials, dial: Dial) -> Allocation:
             return Allocation(
@@ -375,13 +435,37 @@ class Registration:
             show=show,
             find=find,
             make=make,
-            admit=lambda address: tenure.admit(self._config, address),
-            ca=self._config.ca.get(self.via),
+            admit=self._may_dial,
+            ca=ca,
             on_change=self._changed.set,
         )
         assert self._group is not None, "only while running"
         one.begin(self._group)
         return one
+
+    async def _refusals(self) -> Callable[[str, int], str | None]:
+        """Look up what discovery servers there are by name, and return what says why an address and port are not dialled."""
+        named = await tenure.resolved(self._config.guard_names)
+
+        def refusal(address: str, port: int) -> str | None:
+            why = self._refusal(address, port)
+            if why is None and any((str(one), port) in named for one in spellings(parse_address(address))):
+                return f"{address} port {port} is a discovery server"
+            return why
+
+        return refusal
+
+    async def _may_dial(self, address: str, port: int) -> None:
+        """Wait until an address may be tried, and count that it is. Raises TurnError where it never may be."""
+        loop = asyncio.get_running_loop()
+        refusal = await self._refusals()
+        while (why := refusal(address, port)) is None:
+            wait_s = self._destinations.wait_s(self.via, address, port, loop.time())
+            if not wait_s:
+                self._destinations.began(self.via, address, port, loop.time())
+                return
+            await asyncio.sleep(wait_s)
+        raise TurnError(TurnReason.REFUSED_ADDRESS, why)
 
     async def _renew(self, current: Tenure) -> None:
         """Give the current allocation new credentials before the old ones expire, or have it replaced."""
@@ -406,9 +490,17 @@ class Registration:
         now = asyncio.get_running_loop().time()
         self._retry_at = now + delay_s
         known = self._last is not None and self._last.reason is error.reason
+        if (
+            error.reason is TurnReason.REFUSED_ADDRESS
+        ):  # a decision of ours, which stands until something changes: said once
+            again_s = (
+                math.inf if known and self._last is not None and self._last.detail == error.detail else LOG_AGAIN_S
+            )
+        else:
+            again_s = LOG_AGAIN_S
         self._last = error
         self._on_outcome(error.reason)
-        if known and now - self._logged_at < LOG_AGAIN_S:
+        if known and now - self._logged_at < again_s:
             self._unlogged += 1
             return
         self._log(event, error, delay_s)
@@ -426,10 +518,9 @@ class Registration:
             return
         port = allocation.relayed[1]
         if not server.port_min <= port <= server.port_max:
-            log.warning(
-                "allocation %s: port %d is outside %d-%d of the server's record: relays will refuse it",
-                *(self.record, port, server.port_min, server.port_max),
-            )
+            ports = f"{server.port_min}-{server.port_max}"
+            fields = {"allocation": self.record, "port": port, "ports": ports, "detail": "relays will refuse it"}
+            log.warning("relayed_port_outside", extra={"event": fields})
         spec = AllocationSpec(
             via=self.via,
             turn=self.turn,

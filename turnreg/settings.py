@@ -1,9 +1,9 @@
 """What a registrar is told: who we are, what other networks' TURN servers know us by, and how patient to be."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 
 from discovery.addresses import TargetList
 from turnreg.control import Credentials, TurnReason
@@ -68,10 +68,15 @@ class RegistrarConfig:
     turn: dict[str, TurnCredentials]
     """For each other network, by its id, what its TURN servers know us by. Networks without are left alone."""
     proto: tuple[str, ...] = ("framed/1",)
-    allowed: TargetList | None = None
-    """Lifts the refusal of addresses, such as 127.0.0.0/8 in tests and the lab, for TURN servers."""
-    ca: dict[str, Path] = field(default_factory=dict)
-    """For each other network the authority that signed its `turns:` servers' certificates; the system's by default."""
+    allow: Mapping[str, TargetList] = field(default_factory=dict)
+    """For each other network that is pinned, where alone its TURN servers are looked for. It lifts the refusal of this host's own
+    addresses, and of ranges such as 127.0.0.0/8 in tests and the lab."""
+    guard: tuple[tuple[str, int], ...] = ()
+    """Addresses and ports of our own that no record names (discovery servers, this process's listeners): never dialled."""
+    guard_names: tuple[tuple[str, int], ...] = ()
+    """The same by name: discovery servers whose URLs have one."""
+    ca: dict[str, str] = field(default_factory=dict)
+    """For each other network the authorities, as PEM, that sign its `turns:` servers' certificates; the system's by default."""
     register: Register = Register.ALL
     replicas: int = DEFAULT_REPLICAS
     """Allocations of our network on each TURN server, by different gateways where there are several. A second one of

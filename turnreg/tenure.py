@@ -4,19 +4,19 @@ Not here: when there is one and which is published (`turnreg.registration`).
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_address
-from pathlib import Path
 from typing import TypeVar
 
-from discovery.addresses import BadAddress, TurnUrl, parse_turn_url, refusal
+from discovery.addresses import BadAddress, TurnUrl, parse_turn_url
 from discovery.client import Discovery, DiscoveryError
 from sniproxy.engine import Wire, connect, connect_tls
 from turnreg.auth import rest_credentials
@@ -50,6 +50,10 @@ class Server:
     port_max: int
 
 
+Wanted = tuple[Server, TurnCredentials, str | None]
+"""Where to register, as whom, and by which authorities a `turns:` server is verified."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
     """Credentials to show, and for how many seconds they are good."""
@@ -80,21 +84,21 @@ class Tenure:
         show: Callable[[TurnCredentials], Awaitable[Shown]],
         find: Callable[[TurnUrl], Awaitable[tuple[str, int]]],
         make: Callable[[str, int, Credentials, Dial], Allocation],
-        admit: Callable[[str], None],
-        ca: Path | None,
+        admit: Callable[[str, int], Awaitable[None]],
+        ca: str | None,
         on_change: Callable[[], None],
     ) -> None:
         """Begin without an allocation; `run()` makes it.
 
         Args:
             show: makes the credentials that the server is shown.
-            find: resolves a URL to an address and port.
+            find: resolves a URL to an address and port that may be dialled.
             make: makes the allocation, as yet unconnected.
-            admit: raises TurnError for an address that is never to be dialled.
-            ca: the authority of a `turns:` server; None: the system's.
+            admit: raises TurnError for an address and port that are not to be dialled, and waits until they may be.
+            ca: the authorities of a `turns:` server, as PEM; None: the system's.
             on_change: called when it gets ready and when it has ended.
         """
-        self.server, self.credentials = server, credentials
+        self.server, self.credentials, self.ca = server, credentials, ca
         self.allocation: Allocation | None = None
         self.error: TurnError | None = None
         self.over = False
@@ -108,7 +112,7 @@ class Tenure:
         self.outdated = False
         """Its credentials will expire, and it cannot have others: another one is to take its place."""
         self._loop = asyncio.get_running_loop()
-        self._show, self._find, self._make, self._admit, self._ca = show, find, make, admit, ca
+        self._show, self._find, self._make, self._admit = show, find, make, admit
         self._on_change = on_change
         self._task: asyncio.Task[None] | None = None
 
@@ -122,9 +126,9 @@ class Tenure:
         """Open streams."""
         return 0 if self.allocation is None else self.allocation.streams
 
-    def is_for(self, wanted: tuple[Server, TurnCredentials]) -> bool:
+    def is_for(self, wanted: "Wanted") -> bool:
         """Tell whether it was made for this."""
-        return (self.server, self.credentials) == wanted
+        return (self.server, self.credentials, self.ca) == wanted
 
     def begin(self, group: asyncio.TaskGroup) -> None:
         """Live in a task of its own until the allocation is lost or closed; the error, if any, is kept."""
@@ -168,7 +172,7 @@ class Tenure:
         except TurnError as exc:
             self.error = exc
         except Exception as exc:  # one registration's fault must not end the others
-            log.exception("registration at %s: unexpected error", self.server.url)
+            log.exception("registration_error", extra={"event": {"url": self.server.url}})
             self.error = TurnError(TurnReason.INTERNAL, type(exc).__name__)
         finally:
             self.over = True
@@ -176,13 +180,10 @@ class Tenure:
 
     async def _live(self, alternate: tuple[str, int] | None) -> None:
         url = parsed(self.server.url)
-        dial = dialler(url, self._ca)
+        dial = dialler(url, self.ca)
         given = await self._show(self.credentials)
-        if alternate is None:
-            address, port = await self._find(url)
-        else:
-            self._admit(alternate[0])
-            address, port = alternate
+        address, port = alternate or await self._find(url)
+        await self._admit(address, port)
         self._note(given)
         self.allocation = self._make(address, port, given.credentials, dial)
         await self.allocation.run(self._ready)
@@ -214,29 +215,29 @@ async def _issued(discovery: Discovery, via: str) -> Shown:
     )
 
 
-async def endpoint(config: RegistrarConfig, url: TurnUrl, turn: int) -> tuple[str, int]:
-    """Return an IP address of the server, the next one with every `turn`, and its port. Raises TurnError."""
+async def endpoint(url: TurnUrl, turn: int, refusal: Callable[[str, int], str | None]) -> tuple[str, int]:
+    """Return an IP address of the server that is not refused, the next one with every `turn`, and its port. Raises TurnError."""
     try:
         addresses = [str(ip_address(url.host))]
     except ValueError:
-        addresses = await _in_time(_look_up(url), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
-    good, error = [], TurnError(TurnReason.UNRESOLVED, "the name has no address")
-    for address in addresses:
-        try:
-            admit(config, address)
-        except TurnError as exc:
-            error = exc
-        else:
-            good.append(address)
+        addresses = await _in_time(_look_up(url.host, url.port), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
+    if not addresses:
+        raise TurnError(TurnReason.UNRESOLVED, "the name has no address")
+    refused = {address: refusal(address, url.port) for address in addresses}
+    good = [address for address, why in refused.items() if why is None]
     if not good:
-        raise error
+        raise TurnError(TurnReason.REFUSED_ADDRESS, next(why for why in refused.values() if why is not None))
     return good[turn % len(good)], url.port
 
 
-def admit(config: RegistrarConfig, address: str) -> None:
-    """Raise TurnError for an address that another network must not lead us to: what only we can reach."""
-    if why := refusal(ip_address(address), config.allowed):
-        raise TurnError(TurnReason.REFUSED_ADDRESS, f"{address} is {why}")
+async def resolved(names: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the addresses and ports behind names of our own; of one that does not resolve in time, none."""
+    found = []
+    for host, port in names:
+        with contextlib.suppress(TurnError):
+            addresses = await _in_time(_look_up(host, port), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
+            found += [(address, port) for address in addresses]
+    return found
 
 
 def parsed(url: str) -> TurnUrl:
@@ -247,17 +248,16 @@ def parsed(url: str) -> TurnUrl:
         raise TurnError(TurnReason.REFUSED_ADDRESS, str(exc)) from exc
 
 
-def dialler(url: TurnUrl, ca: Path | None) -> Dial:
-    """Return what opens connections to this server, control and data alike. Raises TurnError.
-
-    The authority is read anew for every allocation, so that a new one needs no restart.
-    """
+def dialler(url: TurnUrl, ca: str | None) -> Dial:
+    """Return what opens connections to this server, control and data alike; `ca` is PEM. Raises TurnError."""
     if not url.tls:
         return connect
+    if ca == "":  # which would be the system's authorities
+        raise TurnError(TurnReason.TLS_FAILED, "there is no certificate in the file of the authority")
     try:
-        context = ssl.create_default_context(cafile=ca)
+        context = ssl.create_default_context(cadata=ca)
     except OSError as exc:
-        raise TurnError(TurnReason.TLS_FAILED, f"{ca}: {exc.strerror or exc}") from exc
+        raise TurnError(TurnReason.TLS_FAILED, f"the file of the authority: {exc.strerror or exc}") from exc
     return TlsDial(context, url.host)
 
 
@@ -300,10 +300,10 @@ async def _in_time(work: Awaitable[T], timeout_s: float, reason: TurnReason) -> 
         raise TurnError(reason, f"no answer within {timeout_s:g} s") from None
 
 
-async def _look_up(url: TurnUrl) -> list[str]:
+async def _look_up(host: str, port: int) -> list[str]:
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as exc:
-        raise TurnError(TurnReason.UNRESOLVED, f"{url.host}: {exc.strerror or exc}") from exc
+        raise TurnError(TurnReason.UNRESOLVED, f"{host}: {exc.strerror or exc}") from exc
     return list(dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found))

@@ -164,8 +164,7 @@ class Parts:
                 document["gateway"] = {
                     "id": "gw-1",
                     "allow": [f"{plan.service}/32:{plan.service_port}"],
-                    "turn": {"a": {"issue": True}},
-                    "allow_turn_servers": self._loopback,
+                    "turn": {"a": {"issue": True, "allow": self._loopback}},
                 }
         self.path(part).write_text(yaml.safe_dump(document, sort_keys=False))
 

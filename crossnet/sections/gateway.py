@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from crossnet.scalars import (
     Accepted,
     Argument,
     Boolean,
+    CertificatesFile,
     Cidr,
     ContentType,
     Count,
@@ -51,8 +52,11 @@ class TurnAccessSection:
     secret: SecretFile | None = None
     issue: Boolean = False
     """Ask this network's discovery server for credentials that live shortly."""
-    ca: ExistingFile | None = None
+    ca: CertificatesFile | None = None
     """Verifies `turns:` servers; the system's authorities by default."""
+    allow: tuple[Cidr, ...] = ()
+    """Where alone that network's TURN servers may be. Without it at most four addresses an hour, none of them this host's own or in
+    a range that is refused, such as 127.0.0.0/8."""
 
     @rule("username", "password", "secret", "issue")
     def _one_way(self) -> Iterator[Fault]:
@@ -142,6 +146,8 @@ class ActivateSection:
 class GatewaySection:
     """The gateway to this network's services."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"allow_turn_servers": "turn.NETWORK.allow, a list of CIDRs for each network"}
+
     id: RecordId
     allow: tuple[Target, ...]
     """What it may dial."""
@@ -157,8 +163,6 @@ class GatewaySection:
     """`imported`: only with networks in which a relay asks for ours."""
     replicas: Replicas = DEFAULT_REPLICAS
     """Allocations on each TURN server, by different gateways of this network where there are several."""
-    allow_turn_servers: tuple[Cidr, ...] = ()
-    """TURN servers in ranges that are refused otherwise, such as 127.0.0.0/8 for a try on one machine."""
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
     """Where relays reach it without a TURN server; by default nowhere."""
     advertise: Endpoint | None = None

@@ -12,6 +12,7 @@ from crossnet.scalars import (
     ExistingFile,
     IpAddress,
     ListenAddress,
+    Percent,
     Port,
     PortRange,
     RecordId,
@@ -26,6 +27,9 @@ from turnreg.server.allocation import Limits as TurnLimits
 from turnreg.server.config import DEFAULT_PORTS
 
 _TURN_LIMITS = TurnLimits()
+
+DEFAULT_PORT_SHARE = 50
+"""Two networks cannot keep each other out, and one alone can hold two allocations where only four ports are open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,8 @@ class TurnSection:
     active_connect: Boolean = False
     """Clients may have it connect to any address that is not refused. Gateways do not need that."""
     max_allocations_per_user: Count = _TURN_LIMITS.max_allocations_per_account
+    max_port_share_per_user: Percent = DEFAULT_PORT_SHARE
+    """Of `ports`, by allocations: one port each. The name of a REST username counts, without its time."""
     max_streams_per_user: Count = _TURN_LIMITS.max_connections_per_account
     max_bytes_per_second_per_user: Size | None = None
     """Both ways together; streams are slowed down to it, datagrams beyond it are dropped."""

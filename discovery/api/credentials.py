@@ -35,6 +35,10 @@ class CredentialsRoute:
         self._wall_clock = wall_clock
         self._limit = RateLimit(config.credentials_per_s, config.credentials_burst)
 
+    def reconfigure(self, config: DiscoveryServerConfig) -> None:
+        """Go by this from now on."""
+        self._config = config
+
     async def issue(self, request: web.Request, principal: Principal) -> web.Response:
         body = await read_body(request, _TurnBody)
         why = principal.refusal_of_credentials()

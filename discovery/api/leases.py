@@ -27,6 +27,10 @@ class LeaseRoutes:
         self._store = store
         self._config = config
 
+    def reconfigure(self, config: DiscoveryServerConfig) -> None:
+        """Go by this from now on."""
+        self._config = config
+
     async def grant(self, request: web.Request, principal: Principal) -> web.Response:
         body = await read_body(request, _LeaseBody)
         if not 1 <= body.ttl_s <= MAX_LEASE_S:

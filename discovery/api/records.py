@@ -38,6 +38,10 @@ class RecordRoutes:
         self._store = store
         self._config = config
 
+    def reconfigure(self, config: DiscoveryServerConfig) -> None:
+        """Go by this from now on."""
+        self._config = config
+
     async def list(self, request: web.Request, principal: Principal) -> web.Response:
         kind_text, network = request.query.get("kind"), request.query.get("network")
         kind = parse_kind(kind_text) if kind_text else None

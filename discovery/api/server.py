@@ -101,6 +101,18 @@ class DiscoveryServer:
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
         self._warnings = RateLimit(0.1, 1)  # of too many: a flood of requests must not become one of lines
 
+    def reconfigure(self, config: DiscoveryServerConfig) -> None:
+        """Go by this from now on; store, listeners and files are those that it was made with."""
+        self._config = config
+        self._requests.per_s, self._requests.burst = config.requests_per_s, config.request_burst
+        for route in (self._records, self._leases, self._watch, self._credentials):
+            route.reconfigure(config)
+
+    @property
+    def config(self) -> DiscoveryServerConfig:
+        """What it goes by."""
+        return self._config
+
     @property
     def store(self) -> Store:
         """The store that is served."""

@@ -29,6 +29,10 @@ class WatchRoute:
         self._config = config
         self._open = Gauge("crossnet_discovery_watchers", "Watches that are open.", registry=registry)
 
+    def reconfigure(self, config: DiscoveryServerConfig) -> None:
+        """Go by this from now on."""
+        self._config = config
+
     async def watch(self, request: web.Request, principal: Principal) -> web.StreamResponse:
         revision = parse_revision(request.query.get("from"))
         if len(self._hub) >= self._config.max_watchers:

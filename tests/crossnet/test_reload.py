@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -201,3 +203,74 @@ def test_what_is_the_same_in_both_files_is_no_change(folder: Path) -> None:
     assert (made.applied, made.restart) == (("drain",), ("insecure", "dns"))
     assert (made.config.drain_s, made.config.insecure, made.config.dns) == (5.0, False, None)
     assert set(files(old)) == {folder / "ab.key"}
+
+
+def test_what_contradicts_something_that_waits_waits_with_it(folder: Path) -> None:
+    text = (
+        'network: b\ndiscovery: ["https://10.0.0.1"]\n{more}'
+        "gateway: {{id: gw-1, allow: [], max_streams: {most}, activate: [{wake}]}}\n"
+    )
+    write(folder, text.format(more="", most=5, wake=""))
+    old = load(folder / "crossnet.yaml")
+    # Without `insecure`, which waits for a restart, nobody may be woken over plain HTTP.
+    write(folder, text.format(more="insecure: true\n", most=6, wake='{names: a.example, url: "http://10.0.0.9/"}'))
+    made = change(old, load(folder / "crossnet.yaml"))
+    assert made.config == old
+    assert (made.applied, made.restart) == ((), ("gateway.activate", "gateway.max_streams", "insecure"))
+    # What fits is applied, whatever waits besides.
+    write(folder, text.format(more="insecure: true\n", most=6, wake=""))
+    made = change(old, load(folder / "crossnet.yaml"))
+    assert (made.applied, made.restart) == (("gateway.max_streams",), ("insecure",))
+
+
+DATA = """
+network: a
+admin: 127.0.0.1:0
+discovery: ["http://127.0.0.1:{port}"]
+discovery_server: {{listen: "127.0.0.1:{port}"{secrets}}}
+relay: {{id: relay-1, listen: "127.0.0.1:0", advertise: [10.0.0.9]}}
+{turn_servers}
+"""
+
+
+def test_secrets_to_issue_from_and_turn_servers_are_data(folder: Path) -> None:
+    (folder / "secret").write_text("a secret")
+    port = free_port()
+
+    def text(secrets: str = "", turn_servers: str = "") -> str:
+        return DATA.format(port=port, secrets=secrets, turn_servers=turn_servers)
+
+    def issue() -> int:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/turn-credentials",
+            data=b'{"network": "a"}',
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    def turn_servers(process: Running) -> list[str]:
+        records = json.loads(process.ask("/mesh")[1])["records"]
+        return [record["spec"]["url"] for record in records if record["kind"] == "turn"]
+
+    with running(folder, text()) as process:
+        until(lambda: json.loads(process.ask("/readyz")[1])["ready"])
+        assert issue() == 404
+        one = "turn_servers: [{{id: turn-1, url: 'turn:10.0.0.{last}', relay_addresses: [10.0.0.8]}}]"
+        write(folder, text(", turn_secrets: {a: {file: secret}}", one.format(last=8)))
+        process.process.send_signal(signal.SIGHUP)
+        assert process.wait_for("config_read")["applied"] == ["turn_servers", "discovery_server.turn_secrets"]
+        assert issue() == 200
+        until(lambda: turn_servers(process) == ["turn:10.0.0.8"])
+        assert "turn_servers" in json.loads(process.ask("/status")[1])["roles"]
+        write(folder, text("", one.format(last=7)))
+        process.process.send_signal(signal.SIGHUP)
+        until(lambda: turn_servers(process) == ["turn:10.0.0.7"])
+        assert issue() == 404
+        write(folder, text())
+        process.process.send_signal(signal.SIGHUP)
+        until(lambda: turn_servers(process) == [])

@@ -71,7 +71,7 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
         "c": RestSecret(secret="hush"),
         "d": Credentials(username="u", password="hush"),
     }
-    assert registrar.allowed is None
+    assert registrar.allow == {}
     assert (registrar.ca, registrar.register, registrar.replicas, registrar.weight) == ({}, Register.ALL, 2, 3)
     expected = GatewaySpec(address="192.0.2.1:7443", weight=3, zone="eu-2")
     assert roles.gateway_spec(read.gateway, ("0.0.0.0", 7443)) == expected
@@ -79,7 +79,7 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
 
 
 def test_whom_the_registrar_trusts_and_where_it_registers(tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").touch()
+    (tmp_path / "ca.pem").write_text("its PEM")
     (tmp_path / "crossnet.yaml").write_text(
         "network: b\ndiscovery: http://127.0.0.1:1\n"
         "gateway: {id: gw-1, allow: [], register: imported, replicas: 3, turn: {a: {issue: true, ca: ca.pem}}}\n"
@@ -87,7 +87,7 @@ def test_whom_the_registrar_trusts_and_where_it_registers(tmp_path: Path) -> Non
     read = load(tmp_path / "crossnet.yaml")
     assert read.gateway is not None
     registrar = roles.registrar_config(read, read.gateway)
-    assert (registrar.ca, registrar.register, registrar.replicas) == ({"a": tmp_path / "ca.pem"}, Register.IMPORTED, 3)
+    assert (registrar.ca, registrar.register, registrar.replicas) == ({"a": "its PEM"}, Register.IMPORTED, 3)
 
 
 def test_the_turn_server(tmp_path: Path) -> None:
@@ -149,3 +149,14 @@ def test_all_of_the_turn_server(tmp_path: Path) -> None:
     spec = roles.turn_spec(read.turn, ("0.0.0.0", 5349), tls=True)
     assert spec.url == "turns:192.0.2.7:5349?transport=tcp"
     assert spec.relay_addresses == ["192.0.2.7", "2001:db8::7"]
+
+
+def test_what_discovery_is_made_of_is_no_service(tmp_path: Path) -> None:
+    (tmp_path / "crossnet.yaml").write_text(
+        'network: b\ninsecure: true\ndiscovery: ["https://10.0.0.1:8600", "https://disc.example:8601", "https://disc2.example"]\n'
+        'discovery_server: {listen: "127.0.0.1:0", store: "etcd:https://10.0.0.2:2379,https://10.0.0.3:2379"}\n'
+        "gateway: {id: gw-1, allow: [], turn: {a: {issue: true}}}\n"
+    )
+    read = load(tmp_path / "crossnet.yaml")
+    assert roles.discovery_endpoints(read) == [("10.0.0.1", 8600), ("10.0.0.2", 2379), ("10.0.0.3", 2379)]
+    assert roles.discovery_names(read) == [("disc.example", 8601), ("disc2.example", 443)]

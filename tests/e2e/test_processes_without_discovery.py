@@ -32,7 +32,8 @@ def a_mesh(folder: Path, turn: str, *, direct: bool = False) -> Mesh:
             document["snapshot"] = f"{part}.snapshot"
             if part == "gateway":
                 # Credentials that a server issues are not to be had from one that is away.
-                document["gateway"]["turn"] = {"a": {"secret": {"file": "turn.secret"}}}
+                del document["gateway"]["turn"]["a"]["issue"]
+                document["gateway"]["turn"]["a"]["secret"] = {"file": "turn.secret"}
                 if direct:
                     document["gateway"]["listen"] = [f"{ground.plan.gateway}:{free_port()}"]
 

@@ -266,6 +266,20 @@ async def test_a_smaller_pool_from_now_on() -> None:
         await running.until(lambda: running.pool.ready == 1 and running.dialled == 3)
 
 
+async def test_another_size_counts_at_once() -> None:
+    async with a_pool(size=3) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 3)
+        running.pool.resize(1)
+        await running.until(lambda: running.fates.get(Fate.OVER) == 2)
+        assert running.pool.ready == 1
+        running.pool.resize(4)
+        await running.until(lambda: running.pool.ready == 4)
+        running.pool.resize(0)
+        await running.until(lambda: running.fates.get(Fate.OVER) == 6)
+        assert running.pool.ready == 0
+
+
 async def test_many_take_at_once_and_none_is_given_twice() -> None:
     async with a_pool(8) as running:
         running.pool.used(way())

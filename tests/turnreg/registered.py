@@ -6,6 +6,7 @@ async with registrar(turn(server), relay({"turn-1": ["127.0.0.1"]})) as ours:
 """
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -133,6 +134,10 @@ class Registered:
         await eventually(lambda: self.discovery.published.keys() == set(ids))
         return self.discovery.published[ids[0]]
 
+    def reconfigure(self, **changes: Any) -> None:
+        """Have the registrar go by another configuration."""
+        self.registrar.reconfigure(dataclasses.replace(self.registrar.config, **changes))
+
     def retired(self) -> list[Any]:
         return [one for held in self.registrar._registrations.values() for one in held._retired]
 
@@ -166,7 +171,7 @@ async def registrar(
         network="b",
         gateway=gateway,
         turn={"a": LOGIN} if turn is None else turn,
-        allowed=TargetList.parse(allowed),
+        allow=dict.fromkeys(turn or {"a"}, TargetList.parse(allowed)) if allowed else {},
         linger_s=linger_s,
         overlap_s=overlap_s,
         backoff=QUICK,

@@ -76,7 +76,7 @@ async def test_gateways_come_and_go_and_the_server_has_as_many_allocations_as_wa
                     network="b",
                     gateway=gateway,
                     turn={"a": LOGIN},
-                    allowed=TargetList.parse(["127.0.0.0/8"]),
+                    allow={"a": TargetList.parse(["127.0.0.0/8"])},
                     overlap_s=0.0,
                     backoff=QUICK,
                 )

@@ -47,10 +47,8 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture
-def ca(authority: trustme.CA, tmp_path: Path) -> Path:
-    path = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(str(path))
-    return path
+def ca(authority: trustme.CA) -> str:
+    return authority.cert_pem.bytes().decode()
 
 
 @pytest.fixture(params=["embedded", COTURN])
@@ -70,7 +68,7 @@ def tls_server(request: pytest.FixtureRequest, authority: trustme.CA, tmp_path: 
         stock.close()
 
 
-async def test_control_and_data_over_tls(tls_server: RunningServer, ca: Path) -> None:
+async def test_control_and_data_over_tls(tls_server: RunningServer, ca: str) -> None:
     here = turn(tls_server, url=f"turns:127.0.0.1:{tls_server.port}?transport=tcp")
     async with registrar(here, RELAYS, ca={"a": ca}) as ours:
         spec = await ours.publishes(ID)
@@ -90,7 +88,7 @@ async def test_control_and_data_over_tls(tls_server: RunningServer, ca: Path) ->
 
 @pytest.mark.needs("turnserver")
 @pytest.mark.interop
-async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, ca: Path, tmp_path: Path) -> None:
+async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, ca: str, tmp_path: Path) -> None:
     """A round trip less for each; a server that was started anew knows it no more, and all begins again."""
     pem = tmp_path / "server.pem"
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
@@ -111,7 +109,7 @@ async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, 
         stock.close()
 
 
-async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: RunningServer, ca: Path) -> None:
+async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: RunningServer, ca: str) -> None:
     dial = dialler(parsed(f"turns:127.0.0.1:{tls_server.port}?transport=tcp"), ca)
     wires = [await dial("127.0.0.1", tls_server.port, timeout_s=10)]
     with socket.create_server(("127.0.0.1", 0)) as rude:
@@ -133,7 +131,7 @@ async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: Runni
         wire.close()
 
 
-async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: RunningServer, ca: Path) -> None:
+async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: RunningServer, ca: str) -> None:
     port = tls_server.port
     for url, trusted in (
         (f"turns:127.0.0.1:{port}?transport=tcp", None),  # by the system's authorities
@@ -145,10 +143,12 @@ async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: Runni
             assert ours.count("registrations_total", reason="ok") == 0
 
 
-async def test_an_authority_that_cannot_be_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pem", ["", "nothing of the kind"])
+async def test_an_authority_that_is_none(pem: str) -> None:
     here = turn(RunningServer("127.0.0.1", 1), url="turns:127.0.0.1:1?transport=tcp")
-    async with registrar(here, ca={"a": tmp_path / "nothing"}) as ours:
+    async with registrar(here, ca={"a": pem}) as ours:
         await eventually(lambda: ours.count("registrations_total", reason="tls_failed") > 0)
+        assert "the file of the authority" in ours.of()["last_error"]["detail"]
 
 
 def redirect(to: tuple[str, int]) -> Answer:
@@ -183,6 +183,7 @@ async def test_a_redirect_is_followed_once() -> None:
     ("answer", "reason"),
     [
         (redirect(("169.254.169.254", 80)), TurnReason.REFUSED_ADDRESS),
+        (redirect(("192.0.2.7", 3478)), TurnReason.REFUSED_ADDRESS),  # it is not where the network is pinned to
         (error(300), TurnReason.REDIRECTED),
         (
             lambda request: signed(request.refused(300, "").with_bytes(Attribute.ALTERNATE_SERVER, b"\0\1\1")),

@@ -50,6 +50,7 @@ class Refusal(StrEnum):
     CONNECTION_EXISTS = "connection_exists"
     CONNECT_FAILED = "connect_failed"
     QUOTA = "quota"
+    PORT_SHARE = "port_share"
     CAPACITY = "capacity"
     DRAINING = "draining"
     # Connections
@@ -83,6 +84,7 @@ CODES: dict[Refusal, tuple[int, str]] = {
     Refusal.CONNECTION_EXISTS: (446, "Connection Already Exists"),
     Refusal.CONNECT_FAILED: (447, "Connection Timeout or Failure"),
     Refusal.QUOTA: (486, "Allocation Quota Reached"),
+    Refusal.PORT_SHARE: (486, "Allocation Quota Reached"),
     Refusal.CAPACITY: (508, "Insufficient Capacity"),
     Refusal.DRAINING: (508, "Insufficient Capacity"),
 }
@@ -124,6 +126,8 @@ class Limits:
     """As many as the dynamic ports 49152-65535."""
     max_allocations_per_account: int = 256
     """A network's gateways may share one account: 16 gateways with 16 allocations each."""
+    max_ports_per_account: int | None = None
+    """The account's share of the ports that are relayed from, so that none takes the others' place. None: all of them."""
     max_permissions: int = 1024
     """Per allocation, as in coturn since 4.17; one is a relay's address, so a network has a few."""
     max_unbound_per_allocation: int = 1024
@@ -257,6 +261,11 @@ class AllocationTable:
         """Peers that wait for their bind."""
         return len(self._attempts)
 
+    @property
+    def largest_account(self) -> int:
+        """Allocations of the account that has the most."""
+        return max(self._per_account.values(), default=0)
+
     # -- allocations
 
     def find(self, five_tuple: FiveTuple, now: float) -> Allocation | None:
@@ -273,6 +282,9 @@ class AllocationTable:
             return Refusal.DRAINING
         if self._per_account.get(account, 0) >= self.limits.max_allocations_per_account:
             return Refusal.QUOTA
+        most = self.limits.max_ports_per_account
+        if most is not None and self._per_account.get(account, 0) >= most:
+            return Refusal.PORT_SHARE
         if self._places >= self.limits.max_allocations:
             return Refusal.CAPACITY
         self._per_account[account] += 1

@@ -52,7 +52,7 @@ class DatagramClients:
                         try:
                             self._take(arrived, group)
                         except Exception:  # one datagram must not end what serves all the others
-                            log.exception("unexpected error while serving %s", arrived.source)
+                            log.exception("turn_datagram_error", extra={"event": {"client": text_of(arrived.source)}})
         except* OSError:
             pass  # closed
         finally:

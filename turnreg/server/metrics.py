@@ -18,12 +18,18 @@ class TurnMetrics:
         registry: CollectorRegistry,
         *,
         allocations: Callable[[], int],
+        largest_account: Callable[[], int],
         unauthenticated: Callable[[], int],
         unbound: Callable[[], int],
     ) -> None:
         """Register the metrics; the functions tell the current numbers when somebody asks."""
         self._streams = _Streams()
         Gauge("crossnet_turn_allocations", "Allocations now.", registry=registry).set_function(allocations)
+        Gauge(
+            "crossnet_turn_largest_account_allocations",
+            "Allocations of the account that has the most, each a port.",
+            registry=registry,
+        ).set_function(largest_account)
         connections = Gauge(
             "crossnet_turn_connections",
             "Connections now: clients without credentials yet, peers that wait for a bind, streams.",

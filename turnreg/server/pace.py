@@ -23,26 +23,31 @@ class Pace:
     __slots__ = ("__weakref__", "_at", "_left", "rate")
 
     def __init__(self, rate: float, now: float) -> None:
-        self.rate = rate
+        self.rate: float | None = rate
+        """None: there is no limit any more."""
         self._left = rate * BURST_S
         self._at = now
 
     def spend(self, size: int, now: float) -> float:
         """Take `size` bytes that are moved already; returns for how many seconds to move no more."""
-        self._fill(now)
+        if self.rate is None:
+            return 0.0
+        self._fill(self.rate, now)
         self._left -= size
         return max(0.0, -self._left / self.rate)
 
     def admit(self, size: int, now: float) -> bool:
         """Take `size` bytes if there are any left: for datagrams, which are dropped rather than kept waiting."""
-        self._fill(now)
+        if self.rate is None:
+            return True
+        self._fill(self.rate, now)
         if self._left <= 0:
             return False
         self._left -= size
         return True
 
-    def _fill(self, now: float) -> None:
-        self._left = min(self.rate * BURST_S, self._left + (now - self._at) * self.rate)
+    def _fill(self, rate: float, now: float) -> None:
+        self._left = min(rate * BURST_S, self._left + (now - self._at) * rate)
         self._at = now
 
 
@@ -53,6 +58,12 @@ class Paces:
         """`rate` is bytes per second of an account, None for no limit."""
         self._rate = rate
         self._paces: WeakValueDictionary[str, Pace] = WeakValueDictionary()
+
+    def reconfigure(self, rate: float | None) -> None:
+        """Go by another rate, also where a pace is kept already."""
+        self._rate = rate
+        for pace in self._paces.values():
+            pace.rate = rate
 
     def of(self, account: str, now: float) -> Pace | None:
         """Return the pace that an allocation of that account has to keep, None if there is no limit."""

@@ -22,7 +22,7 @@ MAX_PORT_TRIES = 1000
 RESERVED_S = 30.0
 """How long a reserved port waits for its Allocate (RFC 8656, section 7.2, wants at least that)."""
 MAX_RESERVED = 256
-"""Reserved ports at once; what is asked beyond is refused for want of capacity."""
+"""Reserved ports at once, and no more than a fourth of the range; what is asked beyond is refused for want of capacity."""
 TOKEN_BYTES = 8
 
 _PORT_ERRNOS = frozenset({errno.EADDRINUSE, errno.EACCES})
@@ -47,6 +47,7 @@ class RelayPorts:
         self.datagrams = PortRange(first, last, randbelow)
         self.shared = shared
         self._reserved: dict[bytes, DatagramSocket] = {}
+        self._max_reserved = min(MAX_RESERVED, max(1, (last - first + 1) // 4))
 
     async def listen(self, now: float) -> Listener | None:
         """Listen on a random free port; None if there is none."""
@@ -56,7 +57,7 @@ class RelayPorts:
             except OSError as exc:
                 if exc.errno in _PORT_ERRNOS:
                     continue
-                log.error("turn: %s", exc)  # no such address, out of descriptors: the next port would fail alike
+                self._tell(exc)  # no such address, out of descriptors: the next port would fail alike
                 return None
             self.streams.take(port)
             return listener
@@ -85,7 +86,7 @@ class RelayPorts:
             even: only an even one will do.
             pair: reserve the port above it too; the token that claims it is returned with the socket.
         """
-        if pair and len(self._reserved) >= MAX_RESERVED:
+        if pair and len(self._reserved) >= self._max_reserved:
             return None
         for port in itertools.islice(self._wanted(now, even=even), MAX_PORT_TRIES):
             try:
@@ -93,7 +94,7 @@ class RelayPorts:
             except OSError as exc:
                 if exc.errno in _PORT_ERRNOS:
                     continue
-                log.error("turn: %s", exc)
+                self._tell(exc)
                 return None
             token = self._reserve(port + 1) if pair else b""
             if token is None:
@@ -102,6 +103,9 @@ class RelayPorts:
             self.datagrams.take(port)
             return sock, token
         return None
+
+    def _tell(self, why: OSError) -> None:
+        log.error("turn_no_port", extra={"event": {"address": self.address, "detail": str(why)}})
 
     def claim(self, token: bytes) -> DatagramSocket | None:
         """Return the port that was reserved with that token, once."""

@@ -94,6 +94,7 @@ class TurnServer:
         metrics = TurnMetrics(
             registry,
             allocations=lambda: len(table),
+            largest_account=lambda: table.largest_account,
             unauthenticated=lambda: len(self._strangers),
             unbound=lambda: table.waiting,
         )
@@ -126,7 +127,7 @@ class TurnServer:
         return cls(config, listening, certificates, registry or CollectorRegistry())
 
     def reconfigure(self, config: TurnServerConfig) -> None:
-        """Go by these users, secrets, allowed peers and counts from now on.
+        """Go by these users, secrets, allowed peers and limits from now on.
 
         Allocations, permissions and streams that are there stay. Whose credentials are no longer known can prolong nothing, so
         that what they have ends with its lifetime.
@@ -134,7 +135,7 @@ class TurnServer:
         self.config = config
         self._authenticator.know(config.users, config.secrets)
         self._meeting.table.limits = config.limits
-        self._meeting.transactions.allowed_peers = config.allowed_peers
+        self._meeting.transactions.reconfigure(config.allowed_peers, asyncio.get_running_loop().time())
 
     @property
     def addresses(self) -> tuple[Endpoint, ...]:

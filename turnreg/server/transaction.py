@@ -406,6 +406,16 @@ class Transactions:
         dont_fragment = message.get(Attribute.DONT_FRAGMENT) is not None
         return Step(datagram=Datagram(allocation=allocation, peer=peer, data=data, dont_fragment=dont_fragment))
 
+    def reconfigure(self, allowed_peers: TargetList | None, now: float) -> None:
+        """Go by these from now on, and by the table's limits as they are now.
+
+        Streams that began without a limit of bytes per second go on without.
+        """
+        self.allowed_peers = allowed_peers
+        self._paces.reconfigure(self._table.limits.max_bytes_per_second_per_account)
+        for allocation in self._table:
+            allocation.pace = self._paces.of(allocation.account, now)
+
     def channel_data(self, five_tuple: FiveTuple, channel: int, data: bytes, now: float) -> Datagram | Drop:
         """Say where ChannelData goes (RFC 8656, section 12.6)."""
         allocation = self._table.find(five_tuple, now)

@@ -101,6 +101,23 @@ class TestLife:
         assert list(places) == [allocation]
 
 
+class TestShares:
+    def test_no_account_takes_more_than_its_share_of_the_ports(self) -> None:
+        places = table(max_ports_per_account=2)
+        allocation = add(places, "b")
+        add(places, "b")
+        assert places.reserve("b") is Refusal.PORT_SHARE
+        add(places, "c")
+        assert places.largest_account == 2
+        places.remove(allocation)
+        assert places.reserve("b") is None
+        places.limits = Limits(max_ports_per_account=3)
+        assert places.reserve("b") is None
+        assert places.reserve("b") is Refusal.PORT_SHARE
+        places.limits = Limits()
+        assert places.reserve("b") is None
+
+
 class TestPeers:
     def test_without_permission(self) -> None:
         places = table()

@@ -38,6 +38,19 @@ def test_an_account_has_one_pace_for_all_its_allocations() -> None:
     assert Paces(None).of("u", 0.0) is None
 
 
+def test_another_rate_counts_where_a_pace_is_kept() -> None:
+    paces = Paces(1000.0)
+    pace = paces.of("u", 0.0)
+    assert pace is not None
+    paces.reconfigure(100.0)
+    assert pace.spend(200, 0.0) == 1.0
+    assert paces.of("u", 0.0) is pace
+    paces.reconfigure(None)
+    assert pace.spend(10_000, 0.0) == 0.0
+    assert pace.admit(10_000, 0.0)
+    assert paces.of("u", 0.0) is None
+
+
 def test_strangers_are_answered_up_to_a_rate() -> None:
     rate = AnswerRate(b"k" * 32, rate=10.0, burst=3.0)
     assert [rate.allow("192.0.2.1", 0.0, client_key) for _ in range(4)] == [True, True, True, False]

@@ -381,6 +381,30 @@ class TestReconfigure:
                 peer.sendall(b"still here")
                 assert data.sock.recv(20) == b"still here"
 
+    def test_bytes_per_second(self) -> None:
+        with embedded() as server, Client(at(server)) as client:
+            client.allocate()
+            client.permit("127.0.0.1")
+            assert self.paced(server) == [None]
+            self.reconfigure(server, limits=Limits(max_bytes_per_second_per_account=200_000))
+            assert self.paced(server) == [200_000]
+            with connect(client.relayed) as peer, client.bind(client.attempt()) as data:
+                sender = threading.Thread(target=peer.sendall, args=(bytes(600_000),))
+                began = time.monotonic()
+                sender.start()
+                left = 600_000
+                while left:
+                    left -= len(data.sock.recv(65536))
+                    if left < 300_000:  # the rest at once
+                        self.reconfigure(server, limits=Limits())
+                assert time.monotonic() - began > 0.2  # what is beyond a second's worth was waited for
+                sender.join()
+            assert self.paced(server) == [None]
+
+    @staticmethod
+    def paced(server: Embedded) -> list[float | None]:
+        return [None if one.pace is None else one.pace.rate for one in server.server._meeting.table]
+
     def test_counts_and_peers(self) -> None:
         with embedded() as server, Client(at(server)) as first, Client(at(server)) as second:
             first.allocate()

@@ -1,0 +1,352 @@
+"""`gateway.turn` under a running gateway, and where other networks' TURN records may lead it, with real processes."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from discovery.model import Kind
+from discovery.tokens import format_entry, make_entry, make_token
+from sniproxy.engine import Wire
+from tests.crossnet.running import Running, free_port, running
+from tests.e2e.processes import Loopback, Mesh, standing
+
+pytestmark = pytest.mark.anyio
+
+Document = dict[str, Any]
+
+
+def rewrite(path: Path, **turn: Any) -> None:
+    """Put another `gateway.turn` in a gateway's file, whole."""
+    document = yaml.safe_load(path.read_text())
+    document["gateway"]["turn"] = turn
+    (path.parent / "new").write_text(yaml.safe_dump(document))
+    os.replace(path.parent / "new", path)
+
+
+async def test_credentials_networks_and_authorities_change_and_streams_stay(tmp_path: Path) -> None:
+    async def echo(wire: Wire) -> None:
+        with contextlib.suppress(OSError):
+            while data := await wire.recv(65536):
+                await wire.send(data)
+
+    loopback = ["127.0.0.0/8"]
+    by_secret = {"secret": {"file": "gw.secret"}, "allow": loopback}
+
+    def begin(document: Document) -> None:
+        document["gateway"]["turn"] = {"a": by_secret}
+
+    def two_secrets(document: Document) -> None:
+        document["turn"]["secret"] = [document["turn"]["secret"], {"file": "second.secret"}]
+
+    (tmp_path / "second.secret").write_text("a second secret")
+    (tmp_path / "gw.secret").write_text("replaced below")
+    mesh = Mesh(tmp_path, Loopback(), changes={"gateway": begin, "turn": two_secrets})
+    (tmp_path / "gw.secret").write_text(mesh.turn_secret)
+    with standing(mesh):
+        gateway = mesh._parts.path("gateway")
+        reads = 0
+
+        async def take(what: str) -> dict[str, Any]:
+            """Wait for what the gateway says of its file."""
+            nonlocal reads
+            reads += 1
+            await mesh.eventually(what, lambda: len(mesh.events("gateway", "config_read")) >= reads)
+            read = mesh.events("gateway", "config_read")[-1]
+            assert (read["applied"], read["restart_needed"]) == (["gateway.turn"], []), what
+            return read
+
+        def ports() -> set[int]:
+            return {line["relayed"][1] for line in mesh.registrations()}
+
+        async with mesh.serving(echo) as port:
+            clients = [await mesh.dial(mesh.name(port))]
+            hello = await clients[0].recv(65536)
+            assert hello
+
+            async def all_live() -> None:
+                for client in clients:
+                    await client.send(b"still here")
+                    assert await client.recv(100) == b"still here"
+
+            async def one_more() -> None:
+                """A new stream goes through, too."""
+                client = await mesh.dial(mesh.name(port))
+                assert await client.recv(65536)
+                clients.append(client)
+                await all_live()
+
+            first = ports()
+            assert len(first) == 2
+            # A secret's file is replaced: another allocation first, the old one stays with its streams.
+            (tmp_path / "gw.secret.new").write_text("a second secret")
+            os.replace(tmp_path / "gw.secret.new", tmp_path / "gw.secret")
+            await take("a secret's file")
+            await mesh.eventually("new allocations", lambda: len(ports()) == 2 and not ports() & first)
+            await mesh.eventually("the relay knows", mesh.whole)
+            await one_more()
+            second = ports()
+            # A network comes and goes; the other's allocations stay as they are.
+            rewrite(gateway, a=by_secret, c={"issue": True})
+            mesh["gateway"].send_signal(signal.SIGHUP)
+            await take("a network more")
+            await mesh.eventually(
+                "network c in the status",
+                lambda: any(line["via"] == "c" for line in mesh.ask("gateway", "/status")["registrations"]),
+            )
+            rewrite(gateway, a=by_secret)
+            mesh["gateway"].send_signal(signal.SIGHUP)
+            await take("a network less")
+            assert ports() == second
+            await one_more()
+            # An authority changes: the allocations are made anew with it.
+            rewrite(gateway, a=by_secret | {"ca": "ca.pem"})
+            mesh["gateway"].send_signal(signal.SIGHUP)
+            await take("an authority")
+            await mesh.eventually("new allocations", lambda: len(ports()) == 2 and not ports() & second)
+            await mesh.eventually("the relay knows", mesh.whole)
+            await one_more()
+            third = ports()
+            # Credentials that the server refuses: what is there goes on.
+            (tmp_path / "bad.secret").write_text("none of theirs")
+            rewrite(gateway, a={"secret": {"file": "bad.secret"}, "allow": loopback})
+            mesh["gateway"].send_signal(signal.SIGHUP)
+            await take("a wrong secret")
+            await mesh.eventually("a refusal", lambda: mesh.events("gateway", "registration_failed"))
+            assert ports() == third
+            await one_more()
+            # A pin elsewhere: its records go, the streams stay. And back: the very same allocations are used again.
+            rewrite(gateway, a=by_secret | {"ca": "ca.pem", "allow": ["10.0.0.0/8"]})
+            mesh["gateway"].send_signal(signal.SIGHUP)
+            await take("a pin")
+            await mesh.eventually("no record", lambda: not mesh.registrations())
+            states = {line["state"] for line in mesh.ask("gateway", "/status")["registrations"]}
+            assert states <= {"refused_address", "waiting", "registering"}
+            await all_live()
+            rewrite(gateway, a=by_secret | {"ca": "ca.pem"})
+            mesh["gateway"].send_signal(signal.SIGHUP)
+            await take("no pin elsewhere")
+            await mesh.eventually("the same allocations", lambda: ports() == third)
+            await mesh.eventually("the relay knows", mesh.whole)
+            await one_more()
+            # The network that they all came by goes: they stay.
+            rewrite(gateway)
+            mesh["gateway"].send_signal(signal.SIGHUP)
+            await take("the last network")
+            await mesh.eventually("no record", lambda: not mesh.registrations())
+            await all_live()
+
+
+def test_a_first_network_comes_to_a_gateway_that_had_none(tmp_path: Path, redis: "Port") -> None:
+    with contextlib.ExitStack() as stack:
+        led = Led(tmp_path, stack, {}, PIN)
+        led.lead(f"turn:127.0.0.1:{redis.port}")
+        file = tmp_path / "gateway.yaml"
+        turn = yaml.safe_load(file.read_text())["gateway"]["turn"]
+        rewrite(file)
+        led.gateway.process.send_signal(signal.SIGHUP)
+        assert led.gateway.wait_for("config_read")["applied"] == ["gateway.turn"]
+        led.until("ready without a network", lambda: led.gateway.ask("/readyz")[0] == 200)
+        without = file.read_text()
+        second = stack.enter_context(running(tmp_path, without.replace("gw-1", "gw-2"), name="second"))
+        assert second.ask("/readyz")[0] == 200
+        rewrite(tmp_path / "second.yaml", **turn)
+        before = redis.connects
+        second.process.send_signal(signal.SIGHUP)
+        assert second.wait_for("config_read")["applied"] == ["gateway.turn"]
+        led.until("an attempt", lambda: second.events("registration_failed") and redis.connects > before)
+        assert second.ask("/readyz")[0] == 503
+
+
+class Port:
+    """A port that speaks no TURN, and counts who comes."""
+
+    def __init__(self) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self.listening.getsockname()[1])
+        self.connects = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._count)
+        self._thread.start()
+
+    def _count(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.listening, selectors.EVENT_READ)
+            while not self._ended.is_set():
+                if selector.select(0.1):
+                    connection, _ = self.listening.accept()
+                    self.connects += 1
+                    connection.sendall(b"-ERR unknown command\r\n")
+                    connection.close()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.listening.close()
+
+
+@pytest.fixture
+def redis() -> Iterator[Port]:
+    port = Port()
+    yield port
+    port.close()
+
+
+class Led:
+    """A gateway of network b, a discovery server, and network c's token to write records of TURN servers with."""
+
+    def __init__(
+        self,
+        folder: Path,
+        stack: contextlib.ExitStack,
+        services: dict[str, Any],
+        access: Document,
+        discovery: str = "127.0.0.1",
+    ) -> None:
+        self.folder = folder
+        self.port = free_port()
+        tokens = {network: make_token() for network in ("b", "c")}
+        entries = []
+        for network, token in tokens.items():
+            (folder / f"{network}.token").write_text(token)
+            entry = make_entry(token, name=network, network=network, kinds=list(Kind), names=["**"])
+            entries.append(format_entry(entry))
+        (folder / "tokens.yaml").write_text("\n".join(entries))
+        server = {
+            "network": "b",
+            "admin": "127.0.0.1:0",
+            "discovery_server": {
+                "listen": f"127.0.0.1:{self.port}",
+                "tokens": {"file": "tokens.yaml"},
+                "allow_addresses": ["127.0.0.0/8"],
+            },
+        }
+        stack.enter_context(running(folder, yaml.safe_dump(server), name="discovery")).started()
+        (folder / "secret").write_text("a secret")
+        gateway = {
+            "network": "b",
+            "discovery": f"http://{discovery}:{self.port}",
+            "token": {"file": "b.token"},
+            "admin": "127.0.0.1:0",
+            "drain": 0,
+            "gateway": {
+                "id": "gw-1",
+                "allow": ["127.0.0.0/8"],
+                "turn": {"c": {"secret": {"file": "secret"}} | access},
+            },
+        }
+        for name, spec in services.items():
+            self.put("b", Kind.SERVICE, name, spec)
+        self.gateway: Running = stack.enter_context(running(folder, yaml.safe_dump(gateway), name="gateway"))
+        self.gateway.started()
+
+    def put(self, network: str, kind: Kind, id_: str, spec: Document) -> None:
+        """Write a record as whoever has the network's token."""
+        token = (self.folder / f"{network}.token").read_text()
+        body = json.dumps({"spec": spec})
+        with socket.create_connection(("127.0.0.1", self.port), 10) as server:
+            request = (
+                f"PUT /v1/records/{kind.value}/{network}/{id_} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                f"Authorization: Bearer {token}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}"
+            )
+            server.sendall(request.encode())
+            answer = server.makefile("rb").read()
+        assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 201")), answer
+
+    def lead(self, url: str, id_: str = "turn-1") -> None:
+        """Have a record of network c name this TURN server."""
+        self.put("c", Kind.TURN, id_, {"url": url, "relay_addresses": ["127.0.0.1"], "port_min": 1, "port_max": 65535})
+
+    def lines(self, reason: str) -> list[Document]:
+        return [line for line in self.gateway.events("registration_failed") if line["reason"] == reason]
+
+    def until(self, what: str, holds: Any) -> None:
+        deadline = time.monotonic() + 20
+        while not holds():
+            assert time.monotonic() < deadline, f"{what}\n{self.gateway.log.read_text()[-3000:]}"
+            time.sleep(0.02)
+
+
+PIN = {"allow": ["127.0.0.0/8"]}
+
+
+def test_a_record_that_names_a_service_of_ours_brings_no_connect(tmp_path: Path, redis: Port) -> None:
+    with contextlib.ExitStack() as stack:
+        endpoint = {"name": "redis.shop.example", "ports": {"443": [f"127.0.0.1:{redis.port}"]}}
+        led = Led(tmp_path, stack, {"redis": endpoint}, PIN)
+        admin = led.gateway.started()["admin"][0]
+        led.lead(f"turn:127.0.0.1:{redis.port}", "turn-1")
+        led.lead(f"turn:127.0.0.1:{led.port}", "turn-2")
+        led.lead(f"turn:{admin}", "turn-3")
+        led.lead(f"turn:localhost:{redis.port}", "turn-4")
+        led.until("six refusals", lambda: len(led.lines("refused_address")) >= 8)
+        status = json.loads(led.gateway.ask("/status")[1])["registrations"]
+        assert {line["state"] for line in status} == {"refused_address"}
+        said = {line["turn"]: line["last_error"]["detail"] for line in status}
+        assert "a service, relay or gateway" in said["turn-1"]
+        assert "a discovery server or a listener" in said["turn-2"]
+        assert "a discovery server or a listener" in said["turn-3"]
+        assert "a service, relay or gateway" in said["turn-4"]
+        metrics = led.gateway.ask("/metrics")[1]
+        assert "crossnet_registrar_refused_addresses 8.0" in metrics
+        # Each is said once, however often it is looked at again.
+        led.until("more refusals", lambda: _refusals(led) > 16)
+        assert len(led.lines("refused_address")) == 8
+        assert redis.connects == 0
+
+
+def _refusals(led: Led) -> float:
+    metrics = led.gateway.ask("/metrics")[1]
+    return float(metrics.partition('registrations_total{reason="refused_address"} ')[2].split()[0])
+
+
+def test_a_discovery_server_that_is_known_by_name_is_refused_by_address(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        led = Led(tmp_path, stack, {}, PIN, discovery="localhost")
+        led.lead(f"turn:127.0.0.1:{led.port}")
+        led.until("a refusal", lambda: led.lines("refused_address"))
+        assert "is a discovery server" in led.lines("refused_address")[0]["detail"]
+
+
+def test_our_own_addresses_need_the_setting(tmp_path: Path, redis: Port) -> None:
+    with contextlib.ExitStack() as stack:
+        led = Led(tmp_path, stack, {}, {})
+        led.lead(f"turn:127.0.0.1:{redis.port}")
+        led.until("a refusal", lambda: led.lines("refused_address"))
+        assert "loopback" in led.lines("refused_address")[0]["detail"]
+        assert redis.connects == 0
+
+
+def test_records_that_flip_bring_few_connects(tmp_path: Path, redis: Port) -> None:
+    """Whatever a network writes, an address that speaks no TURN is tried at growing intervals."""
+    with contextlib.ExitStack() as stack:
+        led = Led(tmp_path, stack, {}, PIN)
+        for number in range(40):
+            led.lead(f"turn:127.0.0.1:{redis.port}" + ("?transport=tcp" if number % 2 else ""), f"turn-{number % 4}")
+            time.sleep(0.1)
+        # 2 at once, then after 1, 2 and 4 s.
+        assert 2 <= redis.connects <= 5
+        assert led.gateway.process.poll() is None
+
+
+def test_the_old_setting_says_what_took_its_place(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("a secret")
+    text = """
+network: b
+discovery: http://127.0.0.1:1
+gateway: {id: gw-1, allow: [], allow_turn_servers: [127.0.0.0/8], turn: {c: {secret: {file: secret}}}}
+"""
+    with running(tmp_path, text) as process:
+        assert process.process.wait(20) == 2
+        assert "gateway.allow_turn_servers: expected turn.NETWORK.allow" in process.log.read_text()
