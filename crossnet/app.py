@@ -138,7 +138,9 @@ class App:
                         await self._begin(
                             "handover", self._until("allocations", lambda: not registrar or registrar.settled)
                         )
-                    self._inherited.started()
+                    await self._inherited.started()
+                    if self.gateway is not None:
+                        self.gateway.accept()
                     if self.config.handover is not None:
                         self._run("handover", self._hand_over(self.config.handover, admin))
                     if self.reloader is not None:
@@ -200,7 +202,7 @@ class App:
             gateway = roles.gateway_config(config, config.gateway, self.gateway.config.guard)
             yield partial(self.gateway.reconfigure, gateway, keys)
             if self.registrar is not None:
-                registrar = roles.registrar_config(config, config.gateway, self._guard())
+                registrar = roles.registrar_config(config, config.gateway, self._guard(), epoch=self.gateway.epoch)
                 yield partial(self.registrar.reconfigure, registrar)
             elif config.gateway.turn:
                 yield partial(self._start_registrar, config, self.gateway, config.gateway)
@@ -311,18 +313,22 @@ class App:
     async def _start_gateway(self, discovery: Discovery, section: GatewaySection) -> None:
         config = roles.gateway_config(self.config, section, self._guard())
         gateway = Gateway(config, discovery, roles.keys(self.config), registry=self.registry)
+        if self._inherited:
+            gateway.hold()  # until our predecessor has stopped: its epoch is another one
         await self._begin("gateway", gateway.open(partial(self._inherited.take, "gateway")))
         self._note("gateway", gateway.addresses)
         self.gateway = gateway
         self._run("gateway", gateway.run())
         if gateway.addresses:
-            discovery.publish(Kind.GATEWAY, section.id, roles.gateway_spec(section, gateway.addresses[0]))
+            discovery.publish(
+                Kind.GATEWAY, section.id, roles.gateway_spec(section, gateway.addresses[0], gateway.epoch)
+            )
         if section.turn:
             self._start_registrar(self.config, gateway, section)
 
     def _start_registrar(self, config: Config, gateway: Gateway, section: GatewaySection) -> None:
         assert self.discovery is not None
-        registrar = roles.registrar_config(config, section, self._guard())
+        registrar = roles.registrar_config(config, section, self._guard(), epoch=gateway.epoch)
         self.registrar = Registrar(registrar, self.discovery, gateway.take, self.registry)
         self._run("registrar", self.registrar.run())
 
@@ -337,7 +343,13 @@ class App:
             for place, number in self.relay.adapted() if self.relay is not None else ():
                 yield (ADAPTED, *place), number
 
-        offer = Offer(path, sockets)
+        def stop_accepting() -> None:
+            if self.relay is not None:
+                self.relay.close()
+            if self.gateway is not None:
+                self.gateway.stop_listening()
+
+        offer = Offer(path, sockets, stop_accepting)
         try:
             offer.open()
             await offer.run()
@@ -347,8 +359,6 @@ class App:
         finally:
             offer.close()
         self._handed_over = True
-        if self.relay is not None:
-            self.relay.close()
         for name in self._tasks.keys() & {"publication", "ports"}:
             self._tasks[name].cancel()  # or our record might come in place of our successor's
         self._stopping.set()

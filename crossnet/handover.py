@@ -7,7 +7,11 @@ streams have ended. It is the same socket with the same queue in the kernel all 
 or reset. (SO_REUSEPORT would give each process a queue of its own, and what waits in the first one's is reset when that closes.) A
 successor that fails to start changes nothing.
 
-Messages: the offer is one JSON line `[["relay", "10.0.0.9", 443], …]` with a descriptor for each; the answer is `started`.
+A gateway's epoch is its process's own (sniproxy.stream.epoch), so the two gateways never accept at the same time: connections wait
+in the queue until the first one has stopped.
+
+Messages: the offer is one JSON line `[["relay", "10.0.0.9", 443], …]` with a descriptor for each; the answer is `started`. When the
+first one closes the connection, it has stopped accepting.
 """
 
 import asyncio
@@ -35,6 +39,9 @@ START_TIMEOUT_S = 60.0
 
 READY_TIMEOUT_S = 45.0
 """What a successor gives itself for that: one that is not ready then ends, and its predecessor goes on."""
+
+STOP_TIMEOUT_S = 5.0
+"""From a successor that has started to a predecessor that has stopped accepting, which says so by closing the connection."""
 
 READY_LOOK_S = 0.05
 
@@ -97,11 +104,14 @@ class Inherited:
         places = [place for place in self._sockets if place[0] == role]
         return [self._sockets.pop(place) for place in places]
 
-    def started(self) -> None:
-        """Let the predecessor drain. What was not taken is closed."""
+    async def started(self) -> None:
+        """Let the predecessor drain, and wait until it accepts nothing more. What was not taken is closed."""
         if self._connection is not None:
-            with suppress(OSError):
+            with suppress(OSError):  # TimeoutError is one
                 self._connection.sendall(_STARTED)
+                self._connection.setblocking(False)
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await asyncio.get_running_loop().sock_recv(self._connection, 1)
         self.close()
 
     def close(self) -> None:
@@ -117,9 +127,13 @@ class Inherited:
 class Offer:
     """What a running process hands over. `open` it, then `run` until somebody has taken it."""
 
-    def __init__(self, path: Path, sockets: Callable[[], Iterable[tuple[Place, int]]]) -> None:
+    def __init__(
+        self, path: Path, sockets: Callable[[], Iterable[tuple[Place, int]]], stop_accepting: Callable[[], None]
+    ) -> None:
+        """Offer these sockets; stop accepting on them when a successor has started, before it is let know."""
         self._path = path
         self._sockets = sockets
+        self._stop_accepting = stop_accepting
         self._listening: socket.socket | None = None
 
     def open(self) -> None:
@@ -158,6 +172,8 @@ class Offer:
                             answer = await loop.sock_recv(connection, len(_STARTED))
                     except (OSError, TimeoutError) as error:
                         answer = str(error).encode()
+                    if answer == _STARTED:
+                        self._stop_accepting()
                 if answer == _STARTED:
                     log.info("handed_over", extra={"event": {"detail": "another process accepts from now on"}})
                     return

@@ -70,6 +70,7 @@ LIVE = {
             "max_hello",
             "max_streams",
             "max_streams_per_network",
+            "require_epoch",
             "hello_timeout_s",
             "dial_timeout_s",
             "idle_timeout_s",

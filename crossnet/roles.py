@@ -20,10 +20,11 @@ from discovery.addresses import BadAddress, Network, TargetList, format_endpoint
 from discovery.api import DiscoveryServerConfig
 from discovery.imports import Imports
 from discovery.publisher import PublisherConfig
-from discovery.spec import GatewaySpec, TurnSpec
+from discovery.spec import FRAMED, GatewaySpec, TurnSpec
 from discovery.store.etcdapi import parse_endpoints
 from dnsgw.config import DnsConfig
 from sniproxy.relay import RelayConfig
+from sniproxy.stream.epoch import proto_of
 from sniproxy.stream.preamble import SigningKey
 from turnreg.control import Credentials
 from turnreg.gateway import GatewayConfig
@@ -137,6 +138,7 @@ def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tupl
         max_hello_bytes=section.max_hello,
         max_streams=section.max_streams,
         max_streams_per_network=section.max_streams_per_network,
+        require_epoch=section.require_epoch,
         hello_timeout_s=section.hello_timeout_s,
         dial_timeout_s=section.dial_timeout_s,
         idle_timeout_s=section.idle_timeout_s,
@@ -151,7 +153,9 @@ def discovery_names(config: Config) -> list[tuple[str, int]]:
     return [place for place in found if not _is_address(place[0])]
 
 
-def registrar_config(config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]] = ()) -> RegistrarConfig:
+def registrar_config(
+    config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]] = (), *, epoch: bytes
+) -> RegistrarConfig:
     """Return what keeps the gateway registered on other networks' TURN servers; `guard` is what of our own is none of them."""
     return RegistrarConfig(
         network=config.network,
@@ -161,6 +165,7 @@ def registrar_config(config: Config, section: GatewaySection, guard: Iterable[tu
         register=Register(section.register),
         replicas=section.replicas,
         weight=section.weight,
+        proto=(FRAMED, proto_of(epoch)),
         allow={network: allow for network, access in section.turn.items() if (allow := _lifted(access.allow))},
         guard=tuple(guard),
         guard_names=tuple(discovery_names(config)),
@@ -252,10 +257,11 @@ def turn_spec(section: TurnSection, listening: tuple[str, int], *, tls: bool = F
     )
 
 
-def gateway_spec(section: GatewaySection, listening: tuple[str, int]) -> GatewaySpec:
+def gateway_spec(section: GatewaySection, listening: tuple[str, int], epoch: bytes) -> GatewaySpec:
     """Return the record of a gateway that relays may dial, which listens there."""
     address = section.advertise or format_endpoint(parse_address(listening[0]), listening[1])
-    return GatewaySpec(address=str(address), weight=section.weight, zone=section.zone or "")
+    proto = [FRAMED, proto_of(epoch)]
+    return GatewaySpec(address=str(address), weight=section.weight, zone=section.zone or "", proto=proto)
 
 
 def _credentials(access: TurnAccessSection) -> TurnCredentials:

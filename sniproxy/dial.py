@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from sniproxy.engine import Wire
-from sniproxy.opening import Call, DialError, Opener, ResetBeforeReady, WarmLost
+from sniproxy.opening import Call, DialError, Opener, ResetBeforeReady, StaleEpoch, WarmLost
 from sniproxy.route import Candidate, RouteKind
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.proxyproto import ProxyError, ProxyHeader
@@ -119,15 +119,24 @@ class Dialer:
                     self._distrust(candidate)
                     if lost.silent:
                         raise
+                except StaleEpoch:
+                    self._distrust(candidate)
             for pause in RESET_RETRY_S:
                 try:
-                    return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))
+                    return await self._signed_anew(call, candidate, attempts)
                 except ResetBeforeReady:
                     await asyncio.sleep(pause)
         try:
-            return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))
+            return await self._signed_anew(call, candidate, attempts)
         except ResetBeforeReady as error:
             raise _given_up(candidate, error) from error
+
+    async def _signed_anew(self, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Connected:
+        """Make an attempt, and one more where the gateway's process has changed."""
+        try:
+            return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))
+        except StaleEpoch:
+            return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))
 
     async def _counted(self, candidate: Candidate, attempt: Awaitable[Connected]) -> Connected:
         """Make an attempt and tell how it went."""
@@ -184,6 +193,8 @@ class Dialer:
                     return await self._opener.join(call, candidate, next(attempts))
                 except (OSError, ResetBeforeReady):
                     await asyncio.sleep(pause)
+                except StaleEpoch:
+                    pass
             return await self._opener.join(call, candidate, next(attempts))
         except (OSError, ResetBeforeReady, DialError) as error:
             raise ConnectionError(str(error)) from error

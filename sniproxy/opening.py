@@ -5,6 +5,7 @@ No client's byte may arrive twice but a ClientHello's: each way in which it can 
 
 import asyncio
 import os
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from functools import partial
 
 from sniproxy.engine import Wire, connect
 from sniproxy.hello import Hello
-from sniproxy.route import Candidate, SigningKeys
+from sniproxy.route import Candidate, SigningKeys, Way
 from sniproxy.stream.capsule import HEADER_SIZE, CapsuleError
 from sniproxy.stream.control import TOKEN_SIZE, Message, Opened, Pong, Ready, Refused, Waiting
 from sniproxy.stream.ends import LIMIT_OPENED_S, LIMIT_READY_S, LIMIT_WAITING_S, Side
+from sniproxy.stream.epoch import told_epoch
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import STREAM_ID_SIZE, Preamble, PreambleError, SigningKey, WarmPreamble, sign
 from sniproxy.stream.reason import RETRYABLE, Reason
@@ -25,6 +27,9 @@ MAX_FIRST_WRITE = 8 * 1024
 
 DEFAULT_DIAL_TIMEOUT_S = 3.0
 """For the TCP handshake: one lost SYN is sent again after 1 s, a second after 3 s."""
+
+MAX_TOLD = 1024
+"""Ways whose epoch was told by a gateway and not by a record: a static file has few."""
 
 _RECORD_HEADER = 5
 
@@ -41,6 +46,12 @@ class DialError(Exception):
         """Whether a gateway said so itself: the way to it works."""
         self.attempts = 0
         """How many times candidates were asked in all, the same one again included."""
+        self.said = ""
+        """What the gateway said itself, if it did."""
+
+
+class StaleEpoch(DialError):
+    """The gateway's process has another epoch than was signed; the right one is known now. Nothing was delivered: sign anew."""
 
 
 class ResetBeforeReady(Exception):
@@ -99,6 +110,8 @@ class Opener:
         self._keys = keys
         self._now_ms = now_ms
         self.dial_timeout_s = dial_timeout_s
+        self._told: OrderedDict[Way, tuple[bytes, bytes]] = OrderedDict()
+        """By way the epoch that its record had when a gateway told us a newer one, and that one."""
         self._ready_timeout_s = ready_timeout_s
         self._open_timeout_s = open_timeout_s
 
@@ -115,10 +128,10 @@ class Opener:
         """
         framed = Framed(wire, Side.RELAY)
         try:
-            preamble = self._preamble(call, candidate, attempt)
-            room = MAX_FIRST_WRITE - len(preamble) - HEADER_SIZE
+            preamble, header = self._preamble(call, candidate, attempt)
+            room = MAX_FIRST_WRITE - len(header) - HEADER_SIZE
             first, rest = call.data[:room], call.data[room:]
-            await self._greet(framed, preamble, first, candidate)
+            await self._greet(framed, header, first, candidate, preamble)
             # From here on the gateway may deliver what we send: neither silence nor a cut may bring it to another one.
             await self._await_opened(framed, candidate, partial(framed.send_data, rest) if rest else None)
         except BaseException:
@@ -135,17 +148,22 @@ class Opener:
         """
         token, end = os.urandom(TOKEN_SIZE), call.hello_end
         hello, rest = call.data[:end], call.data[end:]
+        preamble, header = self._preamble(call, candidate, attempt)
         try:
             await self._until(
                 Pong,
                 framed,
-                partial(framed.open, token, self._preamble(call, candidate, attempt), hello),
+                partial(framed.open, token, header, hello),
                 limit_s=self._ready_timeout_s,
                 late=lambda: WarmLost(candidate, silent=True),
                 cut=lambda: WarmLost(candidate, silent=False),
                 final=True,
             )
             await self._await_opened(framed, candidate, partial(framed.send_data, rest) if rest else None)
+        except DialError as error:
+            framed.wire.reset()
+            self._learn(candidate, preamble, error)
+            raise
         except BaseException:
             framed.wire.reset()
             raise
@@ -154,8 +172,14 @@ class Opener:
         """Make a connection to a gateway that is ready for a stream.
 
         Raises:
-            ConnectionError: the gateway was not reached.
+            DialError: the gateway was not reached, or does not want it.
         """
+        try:
+            return await self._warmed_up(candidate)
+        except StaleEpoch:
+            return await self._warmed_up(candidate)
+
+    async def _warmed_up(self, candidate: Candidate) -> Framed:
         try:
             key = self._key(candidate)
             preamble = WarmPreamble(
@@ -165,13 +189,18 @@ class Opener:
                 addressee=candidate.addressee,
                 key_id=key.id,
                 time_ms=self._now_ms(),
+                epoch=self._epoch(candidate),
             )
             header = sign(preamble, key.secret)
             framed = Framed(await self.connect(candidate), Side.RELAY)
             framed.ends.warm = True
-            await self._greeted(framed, header, candidate)
-        except (OSError, DialError, PreambleError, ResetBeforeReady) as error:
-            raise ConnectionError(str(error)) from error
+            await self._greeted(framed, header, candidate, preamble)
+        except PreambleError as error:
+            raise DialError(Reason.OTHER, f"{candidate}: {error.detail}") from error
+        except ResetBeforeReady as error:
+            raise DialError(Reason.TRUNCATED, str(error)) from error
+        except OSError as error:
+            raise DialError(Reason.DIAL_FAILED, f"{candidate}: {error.strerror or 'no answer'}") from error
         return framed
 
     async def join(self, call: Call, candidate: Candidate, attempt: int) -> Framed:
@@ -181,31 +210,57 @@ class Opener:
             ResetBeforeReady, OSError: it was cut before a gateway said anything, or never there.
             DialError: otherwise.
         """
-        header = self._preamble(call, candidate, attempt, continues=True)
+        preamble, header = self._preamble(call, candidate, attempt, continues=True)
         framed = Framed(await self.connect(candidate), Side.RELAY)
-        await self._greeted(framed, header, candidate)
+        await self._greeted(framed, header, candidate, preamble)
         return framed
 
-    async def _greeted(self, framed: Framed, header: bytes, candidate: Candidate) -> None:
+    async def _greeted(
+        self, framed: Framed, header: bytes, candidate: Candidate, preamble: Preamble | WarmPreamble
+    ) -> None:
         try:
-            await self._greet(framed, header, b"", candidate)
+            await self._greet(framed, header, b"", candidate, preamble)
         except BaseException:
             framed.wire.reset()
             raise
 
-    async def _greet(self, framed: Framed, preamble: bytes, first: bytes, candidate: Candidate) -> None:
+    async def _greet(
+        self, framed: Framed, header: bytes, first: bytes, candidate: Candidate, preamble: Preamble | WarmPreamble
+    ) -> None:
         """Send the preamble and what goes with it, and wait for READY."""
-        await self._until(
-            Ready,
-            framed,
-            partial(framed.begin, preamble, first),
-            limit_s=self._ready_timeout_s,
-            late=lambda: DialError(
-                Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"
-            ),
-            cut=lambda: ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
-            final=False,
-        )
+        try:
+            await self._until(
+                Ready,
+                framed,
+                partial(framed.begin, header, first),
+                limit_s=self._ready_timeout_s,
+                late=lambda: DialError(
+                    Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"
+                ),
+                cut=lambda: ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
+                final=False,
+            )
+        except DialError as error:
+            self._learn(candidate, preamble, error)
+            raise
+
+    def _epoch(self, candidate: Candidate) -> bytes:
+        """Return the epoch to sign: what its record tells, unless a gateway has told a newer one since."""
+        before, told = self._told.get(candidate.way, (candidate.epoch, candidate.epoch))
+        return told if before == candidate.epoch else candidate.epoch
+
+    def _learn(self, candidate: Candidate, preamble: Preamble | WarmPreamble, error: DialError) -> None:
+        """Take the gateway's epoch from its refusal, if that is what it says and it proves to have our key. Raises StaleEpoch."""
+        if error.reason is not Reason.STALE_EPOCH:
+            return
+        epoch = told_epoch(error.said, self._key(candidate).secret, preamble.once)
+        if epoch is None or epoch == preamble.epoch:
+            return
+        self._told[candidate.way] = candidate.epoch, epoch
+        self._told.move_to_end(candidate.way)
+        if len(self._told) > MAX_TOLD:
+            self._told.popitem(last=False)
+        raise StaleEpoch(error.reason, f"{candidate}: another process of the gateway is there now", answered=True)
 
     async def _until(
         self,
@@ -245,7 +300,9 @@ class Opener:
         if isinstance(message, Refused):
             reason = Reason(message.reason) if message.reason in set(Reason) else Reason.OTHER
             detail = f"the gateway refused: {message.detail}"
-            raise DialError(reason, detail, final=final and reason not in RETRYABLE, answered=True)
+            refused = DialError(reason, detail, final=final and reason not in RETRYABLE, answered=True)
+            refused.said = message.detail
+            raise refused
         if not isinstance(message, wanted):
             said = f"{type(message).__name__} instead of {wanted.__name__}"
             raise DialError(Reason.PROTOCOL_ERROR, said, final=True)
@@ -265,7 +322,10 @@ class Opener:
             final=True,
         )
 
-    def _preamble(self, call: Call, candidate: Candidate, attempt: int, *, continues: bool = False) -> bytes:
+    def _preamble(
+        self, call: Call, candidate: Candidate, attempt: int, *, continues: bool = False
+    ) -> tuple[Preamble, bytes]:
+        """Return the preamble of an attempt and its signed header."""
         key = self._key(candidate)
         preamble = Preamble(
             client=call.client,
@@ -281,9 +341,10 @@ class Opener:
             hello_digest=call.hello.digest,
             attempt=attempt,
             continues=continues,
+            epoch=self._epoch(candidate),
         )
         try:
-            return sign(preamble, key.secret)
+            return preamble, sign(preamble, key.secret)
         except PreambleError as error:
             raise DialError(Reason.OTHER, f"{candidate}: {error.detail}", final=True) from error
 

@@ -24,8 +24,9 @@ from discovery.addresses import (
 from discovery.imports import Imports
 from discovery.lookup import Candidate as Place
 from discovery.lookup import Unresolved, resolve
-from discovery.model import AllocationSpec, Kind, Mesh, Record, TurnSpec
+from discovery.model import AllocationSpec, GatewaySpec, Kind, Mesh, Record, TurnSpec
 from discovery.names import AddressTarget
+from sniproxy.stream.epoch import UNKNOWN_EPOCH, epoch_in
 from sniproxy.stream.loopguard import STOPPED, LoopGuard
 from sniproxy.stream.preamble import PreambleError, SigningKey, encode_target
 from sniproxy.stream.reason import Reason
@@ -62,6 +63,8 @@ class Candidate:
     """What it is for beside the others."""
     near: bool = False
     """In the relay's own zone."""
+    epoch: bytes = UNKNOWN_EPOCH
+    """Of the gateway's process, as its record tells."""
     proxy_version: int | None = None
     """Of the PROXY header that the service wants first, on a local route; a gateway knows that by itself."""
 
@@ -205,7 +208,7 @@ class Router:
                 continue
             if self.direct.allows(*endpoint) and refusal(endpoint[0], self.direct) is None:
                 near = self._near(gateway.spec.zone)
-                yield self._framed(RouteKind.DIRECT, place, endpoint, gateway.id, gateway.spec.weight, near)
+                yield self._framed(RouteKind.DIRECT, place, endpoint, gateway, near)
 
     def _turn(self, place: Place, mesh: Mesh) -> Iterator[Candidate]:
         for allocation in mesh.allocations(place.network):
@@ -214,8 +217,8 @@ class Router:
             turn: Record[TurnSpec] | None = mesh.record(Kind.TURN, self.network, allocation.spec.turn)
             address = None if turn is None else self._relayed_address(allocation, turn)
             if turn is not None and address is not None:
-                spec, near = allocation.spec, self._near(turn.spec.zone)
-                yield self._framed(RouteKind.TURN, place, (address, spec.port), allocation.id, spec.weight, near)
+                near = self._near(turn.spec.zone)
+                yield self._framed(RouteKind.TURN, place, (address, allocation.spec.port), allocation, near)
 
     def _near(self, zone: str) -> bool:
         return bool(zone) and zone == self.zone
@@ -231,7 +234,11 @@ class Router:
 
     @staticmethod
     def _framed(
-        kind: RouteKind, place: Place, endpoint: tuple[Address, int], addressee: str, weight: int, near: bool
+        kind: RouteKind,
+        place: Place,
+        endpoint: tuple[Address, int],
+        record: Record[GatewaySpec] | Record[AllocationSpec],
+        near: bool,
     ) -> Candidate:
         target = place.target
         where = target.address if isinstance(target, AddressTarget) else target.service
@@ -245,9 +252,10 @@ class Router:
             target=text,
             address=str(endpoint[0]),
             port=endpoint[1],
-            addressee=addressee,
-            weight=weight,
+            addressee=record.id,
+            weight=record.spec.weight,
             near=near,
+            epoch=epoch_in(record.spec.proto),
         )
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from enum import StrEnum
 
 from discovery.model import Kind, Mesh
+from sniproxy.opening import DialError
 from sniproxy.route import Candidate, Way
 from sniproxy.stream.capsule import CapsuleError
 from sniproxy.stream.control import TOKEN_SIZE, Ping, Pong
@@ -135,7 +136,7 @@ class WarmPool:
         """Keep `size` connections to each allocation that is in use.
 
         Args:
-            dial: makes a connection up to READY; ConnectionError if it cannot.
+            dial: makes a connection up to READY; DialError if it cannot.
             count: told what became of each.
         """
         self.size = size
@@ -256,7 +257,7 @@ class WarmPool:
         """Make one connection and keep it ready."""
         try:
             framed = await self._dial(shelf.candidate)
-        except ConnectionError:
+        except DialError:
             return Fate.FAILED
         ready = _Ready(framed)
         fate = Fate.OVER

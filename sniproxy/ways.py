@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 _BUSY = frozenset({Reason.OVERLOADED, Reason.DRAINING})
 """A gateway that says so has to do without new streams for a while."""
 
+_DISTRUSTED = frozenset({Reason.NO_KEY, Reason.BAD_SIGNATURE, Reason.CLOCK_SKEW, Reason.REPLAY, Reason.STALE_EPOCH})
+"""A gateway that answers so takes no stream of ours: another one, with the right keys or clock, may."""
+
 
 class Ways:
     """The ways of one relay. `reconfigure` comes first; `run` keeps streams warm until `close`."""
@@ -96,8 +99,8 @@ class Ways:
     async def _warm_up(self, way: Candidate) -> Framed:
         try:
             framed = await self._opener.warm_up(way)
-        except ConnectionError as error:
-            self._failed(way, DialError(Reason.READY_TIMEOUT, str(error)))
+        except DialError as error:
+            self._failed(way, error)
             raise
         self._balance.succeeded(way)
         return framed
@@ -108,7 +111,7 @@ class Ways:
             self._balance.succeeded(way)
             if way.kind is RouteKind.TURN:
                 self.pool.used(way)
-        elif failure.answered and failure.reason not in _BUSY:
+        elif failure.answered and failure.reason not in _BUSY | _DISTRUSTED:
             self._balance.succeeded(way)
         else:
             self._failed(way, failure)

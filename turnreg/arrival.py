@@ -18,7 +18,7 @@ from sniproxy.stream.preamble import (
     read_length,
 )
 from sniproxy.stream.reason import Reason
-from sniproxy.stream.verifier import PreambleVerifier, check_hello
+from sniproxy.stream.verifier import PreambleVerifier, ReplayCache, check_hello
 
 MAX_UNPROVEN = 1024
 """Connections whose preamble has not come whole. A relay's is there within a round trip, a stranger's may never come: past this
@@ -29,13 +29,18 @@ _PREAMBLE_START = 16
 
 
 class Refusal(Exception):
-    """A stream that we end on purpose. `tell`: its relay has proven itself, or asks in our protocol, and hears why."""
+    """A stream that we end on purpose. `tell`: its relay has proven itself, or asks in our protocol, and hears why.
 
-    def __init__(self, reason: Reason, detail: str, *, tell: bool = True) -> None:
+    `told` is what it hears; None: nothing.
+    """
+
+    def __init__(
+        self, reason: Reason, detail: str, *, tell: bool = True, told: tuple[Reason, str] | None = None
+    ) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
-        self.tell = tell
+        self.told = (told or (reason, detail)) if tell else None
 
 
 @dataclass(slots=True)
@@ -61,8 +66,8 @@ class Arrival:
 class Arrivals:
     """What arrives and has not proven anything yet, and how it does."""
 
-    def __init__(self, keys: Mapping[str, SigningKey], network: str) -> None:
-        self._verifier = PreambleVerifier(keys, network)
+    def __init__(self, keys: Mapping[str, SigningKey], network: str, *, epoch: bytes, require_epoch: bool) -> None:
+        self._verifier = PreambleVerifier(keys, network, epoch=epoch, require_epoch=require_epoch)
         self._unproven: dict[int, Arrival] = {}  # by identity, the oldest first
 
     def __len__(self) -> int:
@@ -70,12 +75,22 @@ class Arrivals:
 
     @property
     def keys(self) -> Mapping[str, SigningKey]:
-        """The keys of all directions, by their ids; they may be replaced at any time."""
+        """The keys of all directions, by their ids."""
         return self._verifier.keys
 
-    @keys.setter
-    def keys(self, keys: Mapping[str, SigningKey]) -> None:
-        self._verifier.keys = keys
+    @property
+    def networks(self) -> int:
+        """How many networks may come in."""
+        return self._verifier.networks
+
+    @property
+    def remembered(self) -> ReplayCache:
+        """The preambles that must not come again."""
+        return self._verifier.replays
+
+    def reconfigure(self, keys: Mapping[str, SigningKey], *, require_epoch: bool) -> None:
+        """Go by these from now on."""
+        self._verifier.keys, self._verifier.require_epoch = keys, require_epoch
 
     async def prove(self, arrival: Arrival) -> Preamble | WarmPreamble:
         """Read the preamble, in competition with strangers that send none.
@@ -118,7 +133,7 @@ class Arrivals:
         try:
             preamble = self._verifier.verify(header, addressee=arrival.addressee, now_ms=time.time_ns() // 1_000_000)
         except PreambleError as error:
-            raise Refusal(error.reason, error.detail) from error
+            raise Refusal(error.reason, error.detail, told=error.told) from error
         if isinstance(preamble, Preamble):
             arrival.preamble = preamble
             arrival.account.stream = preamble.stream_id

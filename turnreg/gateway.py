@@ -26,6 +26,7 @@ from sniproxy.stream.capsule import CapsuleError
 from sniproxy.stream.carry import Carry
 from sniproxy.stream.control import Opened, Ready, Refused, Waiting
 from sniproxy.stream.ends import Side
+from sniproxy.stream.epoch import EPOCH_SIZE
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.policy import Policy
 from sniproxy.stream.preamble import (
@@ -39,7 +40,7 @@ from turnreg.arrival import Arrival, Arrivals, Refusal, read_hello
 from turnreg.client import Bound
 from turnreg.continuation import Continuations
 from turnreg.delivery import Delivery, Undeliverable
-from turnreg.warm import MAX_WARM, WarmStreams
+from turnreg.warm import WarmStreams
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ class GatewayConfig:
     dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
     half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
+    require_epoch: bool = False
+    """Refuse relays from before epochs (sniproxy.stream.epoch). Only their preambles could count again after a restart."""
 
 
 class Gateway:
@@ -101,7 +104,9 @@ class Gateway:
         registry: CollectorRegistry,
     ) -> None:
         self.config = config
-        self._arrivals = Arrivals(keys, config.network)
+        self.epoch = os.urandom(EPOCH_SIZE)
+        """What relays sign, and records tell: no preamble that was made for another process counts here."""
+        self._arrivals = Arrivals(keys, config.network, epoch=self.epoch, require_epoch=config.require_epoch)
         self._delivery = Delivery(
             config.network,
             discovery,
@@ -118,16 +123,23 @@ class Gateway:
         self.ledger = Ledger("gateway", registry)
         warm = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
         warm.set_function(lambda: len(self._warm))
+        remembered = Gauge(
+            "crossnet_gateway_remembered_preambles", "Preambles that must not come again.", ["of"], registry=registry
+        )
+        remembered.labels("all").set_function(lambda: len(self._arrivals.remembered))
+        remembered.labels("largest_network").set_function(lambda: self._arrivals.remembered.largest())
         self._listeners: list[Listener] = []
         self._streams: Counter[str] = Counter()  # by the network that they come from: as many keys as have signed
         self._lingering = 0
         self._group: asyncio.TaskGroup | None = None
         self._closed = asyncio.Event()
+        self._accepting = asyncio.Event()
+        self._accepting.set()
 
     def reconfigure(self, config: GatewayConfig, keys: Mapping[str, SigningKey]) -> None:
         """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
         self.config = config
-        self._arrivals.keys = keys
+        self._arrivals.reconfigure(keys, require_epoch=config.require_epoch)
         self._delivery.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
         self._activation.reconfigure(config.activate, config.max_held)
 
@@ -161,18 +173,35 @@ class Gateway:
             async with asyncio.TaskGroup() as group:
                 self._group = self._activation.group = group
                 for listener in self._listeners:
-                    group.create_task(listener.serve(self._serve_direct))
+                    group.create_task(self._accept_from(listener))
                 await self._closed.wait()
         finally:
             self._group = self._activation.group = None
             self.close()
 
+    async def _accept_from(self, listener: Listener) -> None:
+        await self._accepting.wait()
+        await listener.serve(self._serve_direct)
+
+    def hold(self) -> None:
+        """Let relays that come directly wait in the listeners' queues until `accept`. Before `run`."""
+        self._accepting.clear()
+
+    def accept(self) -> None:
+        """Let them in."""
+        self._accepting.set()
+
+    def stop_listening(self) -> None:
+        """Let no more relays come directly; what comes by allocations is still taken."""
+        for listener in self._listeners:
+            listener.close()
+
     def close(self) -> None:
         """Take no more streams; those that are open go on, and may still get their second connection."""
         self._closed.set()
+        self._accepting.set()
         self._warm.close()
-        for listener in self._listeners:
-            listener.close()
+        self.stop_listening()
 
     def take(self, bound: Bound) -> None:
         """Take a stream that was bound on an allocation of ours."""
@@ -206,7 +235,7 @@ class Gateway:
                 reason = await self._carry(arrival)
             except Refusal as refusal:
                 reason, arrival.account.detail = refusal.reason, refusal.detail
-                told = (refusal.reason, refusal.detail) if refusal.tell else None
+                told = refusal.told
             finally:
                 if arrival.counted and arrival.preamble is not None:
                     self._streams[arrival.preamble.from_network] -= 1
@@ -238,7 +267,7 @@ class Gateway:
                     raise Refusal(Reason.DRAINING, "this gateway takes no more streams")
                 if isinstance(preamble, WarmPreamble):
                     deadline.reschedule(None)
-                    opening = await self._keep_warm(arrival)
+                    opening = await self._keep_warm(arrival, preamble.from_network)
                     if opening is None:
                         return Reason.OK
                     deadline.reschedule(asyncio.get_running_loop().time() + self.config.hello_timeout_s)
@@ -319,13 +348,14 @@ class Gateway:
         if not self._continuations.bring(preamble, arrival.framed):
             raise Refusal(Reason.PROTOCOL_ERROR, lost)
 
-    async def _keep_warm(self, arrival: Arrival) -> Preamble | None:
+    async def _keep_warm(self, arrival: Arrival, network: str) -> Preamble | None:
         """Keep a connection ready until its relay brings a stream, None if it ends without."""
-        if len(self._warm) >= MAX_WARM:
-            raise Refusal(Reason.OVERLOADED, f"{MAX_WARM} connections are kept ready")
+        full = self._warm.refusal(network, self._arrivals.networks)
+        if full is not None:
+            raise Refusal(Reason.OVERLOADED, full)
         arrival.is_stream = False
         self.ledger.drop(arrival.account)
-        header = await self._warm.wait(arrival.framed)
+        header = await self._warm.wait(arrival.framed, network)
         if header is None:
             return None
         arrival.account = self._open_account(arrival.framed.wire, arrival.came_by)

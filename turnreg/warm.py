@@ -1,10 +1,12 @@
 """Warm streams at the gateway: connections that relays keep ready, until one brings a stream (sniproxy.warm is the other end)."""
 
 import asyncio
+from collections import Counter
 
 from sniproxy.stream.capsule import CapsuleError
 from sniproxy.stream.control import Open, Ping, Pong, Ready
 from sniproxy.stream.framed import Framed
+from sniproxy.stream.verifier import share_of
 
 LIMIT_SILENT_S = 60.0
 """A relay asks every 25 s whether we live: here two of its PINGs are missing."""
@@ -14,22 +16,31 @@ MAX_WARM = 4096
 
 
 class WarmStreams:
-    """The connections that wait for a stream."""
+    """The connections that wait for a stream, by the network that they come from."""
 
     def __init__(self) -> None:
-        self._waiting: set[Framed] = set()
+        self._waiting: dict[Framed, str] = {}
+        self._of: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def wait(self, framed: Framed) -> bytes | None:
+    def refusal(self, network: str, networks: int) -> str | None:
+        """Say why one more of this network, one of so many, is not kept ready; None if it is."""
+        if len(self._waiting) >= MAX_WARM:
+            return f"{MAX_WARM} connections are kept ready"
+        share = share_of(MAX_WARM, networks)
+        return f"{share} connections of network {network!r} are kept ready" if self._of[network] >= share else None
+
+    async def wait(self, framed: Framed, network: str) -> bytes | None:
         """Say READY, answer PINGs, and return the preamble that OPEN brings; None if the connection ended before.
 
         Raises:
             CapsuleError: the relay broke the protocol.
         """
         framed.ends.warm = True
-        self._waiting.add(framed)
+        self._waiting[framed] = network
+        self._of[network] += 1
         try:
             await framed.send(Ready())
             while True:
@@ -44,7 +55,8 @@ class WarmStreams:
         except (OSError, EOFError):  # TimeoutError is an OSError
             return None
         finally:
-            self._waiting.discard(framed)
+            del self._waiting[framed]
+            self._of[network] -= 1
 
     def close(self) -> None:
         """End them all: their relays go elsewhere."""

@@ -174,6 +174,8 @@ class GatewaySection:
     max_hello: Size = DEFAULT_MAX_HELLO_BYTES
     max_streams: Count = gateway.DEFAULT_MAX_STREAMS
     max_streams_per_network: Count = 0
+    require_epoch: Boolean = False
+    """Refuse relays of versions from before epochs, whose preambles alone could count again after a restart."""
     """From one network, so that none takes the others' share; 0 is no limit of its own."""
     hello_timeout_s: Duration = gateway.DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: Duration = gateway.DEFAULT_DIAL_TIMEOUT_S

@@ -12,12 +12,13 @@ TLVs, beside the client's address as source and the relay's as destination:
     0xE0 from-network    0xE7 to-network                            0xE9 SHA-256 of the ClientHello message; absent: no TLS
     0xE8 addressee: id of the allocation or gateway record          0xEA attempt, 1 byte, counted from 0
     0xE1 key id          0xE2 unix time in ms, 8 bytes              0xE3 HMAC-SHA256, 32 bytes, the last TLV
+    0xEC epoch of the gateway process, 16 bytes (sniproxy.stream.epoch); absent: the relay is from before epochs
 
 The HMAC is over the whole header from its first byte, with the 32 bytes of its own value zeroed. Each of these must be there
-once (0xE9 may be absent); other TLVs are ignored, but signed.
+once (0xE9 and 0xEC may be absent); other TLVs are ignored, but signed.
 
 A connection that is only to be kept ready, for a stream that OPEN will bring, begins with a LOCAL header, which has no client:
-0xE0, 0xE1, 0xE2, 0xE5, 0xE7, 0xE8, 0xE3 as above, and as UNIQUE_ID 16 bytes of its own, so that it is of no use again either.
+0xE0, 0xE1, 0xE2, 0xE5, 0xE7, 0xE8, 0xEC, 0xE3 as above, and as UNIQUE_ID 16 bytes of its own, so that it is of no use again either.
 """
 
 import enum
@@ -30,6 +31,7 @@ from typing import Final
 from discovery.addresses import Address, BadAddress, format_endpoint, parse_endpoint, parse_port
 from discovery.names import is_service_name
 from sniproxy.stream import proxyproto
+from sniproxy.stream.epoch import EPOCH_SIZE
 from sniproxy.stream.proxyproto import SIGNATURE, Command, Endpoint, ProxyError, ProxyHeader
 from sniproxy.stream.reason import Reason
 
@@ -57,6 +59,7 @@ class Tlv(enum.IntEnum):
     HELLO_DIGEST = 0xE9
     ATTEMPT = 0xEA
     CONTINUES = 0xEB
+    EPOCH = 0xEC
 
 
 class PreambleError(ValueError):
@@ -64,13 +67,16 @@ class PreambleError(ValueError):
 
     The reasons: protocol_error (not laid out as described above), no_key (key id not known here, or of another pair of
     networks), bad_signature (it or the ClientHello is not what was signed), clock_skew (its time is more than 60 s from
-    ours), replay (meant for another network or record, or here before), overloaded (more streams than we can remember).
+    ours), replay (meant for another network or record, or here before), stale_epoch (signed for another process), overloaded
+    (more streams than we can remember).
     """
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str, *, told: tuple[Reason, str] | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.told = told or (reason, detail)
+        """What the relay is told, where that is not what the log says."""
 
 
 class FirstBytes(enum.Enum):
@@ -152,6 +158,8 @@ class Preamble:
     attempt: int = 0
     continues: bool = False
     """Whether the connection takes over a direction of a stream that is open already, instead of opening one."""
+    epoch: bytes | None = None
+    """Of the gateway process that it is meant for; None: made by a relay from before epochs."""
 
     @property
     def once(self) -> bytes:
@@ -171,6 +179,8 @@ class WarmPreamble:
     """The id of the allocation or gateway record by which the gateway was reached."""
     key_id: str
     time_ms: int
+    epoch: bytes | None = None
+    """As for a stream."""
 
     @property
     def once(self) -> bytes:
@@ -221,6 +231,8 @@ def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
             tlvs.append((Tlv.HELLO_DIGEST, preamble.hello_digest))
         if preamble.continues:
             tlvs.append((Tlv.CONTINUES, b"\1"))
+    if preamble.epoch is not None:
+        tlvs.append((Tlv.EPOCH, preamble.epoch))
     tlvs += [
         (Tlv.UNIQUE_ID, unique),
         (Tlv.FROM_NETWORK, preamble.from_network.encode()),
@@ -253,7 +265,7 @@ def parse(header: bytes) -> Preamble | WarmPreamble:
         raise _broken("not exactly one header")
     proxy = parsed[0]
     warm = proxy.command is Command.LOCAL
-    values = _values(proxy, required=_WARM if warm else _STREAM, known=_WARM if warm else _OURS)
+    values = _values(proxy, required=_WARM if warm else _STREAM, known=_WARM | {Tlv.EPOCH} if warm else _OURS)
     preamble: Preamble | WarmPreamble
     if warm:
         preamble = WarmPreamble(
@@ -263,6 +275,7 @@ def parse(header: bytes) -> Preamble | WarmPreamble:
             addressee=_text(values[Tlv.ADDRESSEE]),
             key_id=_text(values[Tlv.KEY_ID]),
             time_ms=int.from_bytes(values[Tlv.TIME], "big"),
+            epoch=values.get(Tlv.EPOCH),
         )
     elif proxy.source is None or proxy.destination is None:
         raise _broken("no client address")
@@ -281,6 +294,7 @@ def parse(header: bytes) -> Preamble | WarmPreamble:
             hello_digest=values.get(Tlv.HELLO_DIGEST),
             attempt=values[Tlv.ATTEMPT][0],
             continues=Tlv.CONTINUES in values,
+            epoch=values.get(Tlv.EPOCH),
         )
     _check(preamble)
     return preamble
@@ -315,7 +329,7 @@ def _values(proxy: ProxyHeader, *, required: frozenset[Tlv], known: frozenset[Tl
 
 
 _OURS: Final = frozenset(Tlv)
-_STREAM: Final = _OURS - {Tlv.HELLO_DIGEST, Tlv.CONTINUES}
+_STREAM: Final = _OURS - {Tlv.HELLO_DIGEST, Tlv.CONTINUES, Tlv.EPOCH}
 _WARM: Final = _STREAM - {Tlv.AUTHORITY, Tlv.TARGET, Tlv.ATTEMPT}
 _SIZES: Final = {
     Tlv.UNIQUE_ID: STREAM_ID_SIZE,
@@ -325,6 +339,7 @@ _SIZES: Final = {
     Tlv.HELLO_DIGEST: DIGEST_SIZE,
     Tlv.ATTEMPT: 1,
     Tlv.CONTINUES: 1,
+    Tlv.EPOCH: EPOCH_SIZE,
 }
 _WORD: Final = re.compile(r"[!-~]{1,255}")
 """Ids and names: visible ASCII without spaces. What they name is compared, not interpreted."""
@@ -340,6 +355,8 @@ def _check(preamble: Preamble | WarmPreamble) -> None:
         _check_word(name, getattr(preamble, name))
     if not 0 <= preamble.time_ms < 1 << 64:
         raise _broken("a time is 8 bytes")
+    if preamble.epoch is not None and len(preamble.epoch) != EPOCH_SIZE:
+        raise _broken("an epoch is 16 bytes")
     if isinstance(preamble, WarmPreamble):
         if len(preamble.nonce) != STREAM_ID_SIZE:
             raise _broken("a nonce is 16 bytes")

@@ -32,6 +32,8 @@ class Reason(StrEnum):
     BAD_SIGNATURE = "bad_signature"
     CLOCK_SKEW = "clock_skew"
     REPLAY = "replay"
+    STALE_EPOCH = "stale_epoch"
+    """Signed for a gateway process that is gone, or for none."""
     PROTOCOL_ERROR = "protocol_error"
     FLOOD = "flood"
     """The peer sent more control messages than any honest one does."""

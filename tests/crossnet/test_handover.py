@@ -1,5 +1,6 @@
 """An upgrade: a second process takes the listening sockets while clients connect all the time, and nobody is lost."""
 
+import asyncio
 import os
 import socket
 import threading
@@ -165,7 +166,7 @@ def test_where_nobody_listens_nothing_is_inherited(tmp_path: Path) -> None:
     inherited = Inherited.receive(path)
     assert not inherited
     assert inherited.take("relay", "127.0.0.1", 443) is None
-    inherited.started()
+    asyncio.run(inherited.started())
 
 
 def test_what_is_no_offer_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from discovery.addresses import TargetList
 from discovery.model import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
 from sniproxy.engine import Listener, Wire, connect
 from sniproxy.relay import Relay, RelayConfig
-from sniproxy.route import SigningKeys
+from sniproxy.route import FRAMED, SigningKeys
+from sniproxy.stream.epoch import proto_of
 from sniproxy.stream.preamble import SigningKey
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.sniproxy.hellos import client_hello
@@ -104,6 +105,11 @@ def service_hello(name: str) -> bytes:
     return client_hello(name)
 
 
+def proto(gateway: Gateway) -> list[str]:
+    """What the records of a gateway say in `proto`."""
+    return [FRAMED, proto_of(gateway.epoch)]
+
+
 @asynccontextmanager
 async def a_path(
     turn: str, *, bind_delay_s: float = 0.0, coturn_options: tuple[str, ...] = (), timing: Timing | None = None
@@ -152,7 +158,9 @@ async def a_path(
             stack.callback(logger.removeHandler, lines)
         if turn == "direct":
             address, port = gateway.addresses[0]
-            discovery.put(record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"{address}:{port}")))
+            discovery.put(
+                record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"{address}:{port}", proto=proto(gateway)))
+            )
         else:
             tasks += await _join_turn(path, turn, group, stack, bind_delay_s, coturn_options, timing)
         try:
@@ -243,7 +251,13 @@ async def _join_turn(
             Kind.ALLOCATION,
             "b",
             ALLOCATION,
-            AllocationSpec(via="a", turn="turn-1", port=path.allocation.relayed[1], gateway="gw-1"),
+            AllocationSpec(
+                via="a",
+                turn="turn-1",
+                port=path.allocation.relayed[1],
+                gateway="gw-1",
+                proto=proto(path.gateway),
+            ),
         ),
     )
     return tasks

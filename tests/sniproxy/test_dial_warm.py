@@ -133,7 +133,7 @@ async def test_ready_means_a_header_without_a_client() -> None:
             candidate(),
             Candidate(kind=RouteKind.TURN, network="z", target="", address="127.0.0.1", port=1),
         ):
-            with pytest.raises(ConnectionError):
+            with pytest.raises(DialError):
                 await opener().warm_up(unknown)
 
 

@@ -10,11 +10,13 @@ import pytest
 from discovery.model import AllocationSpec, Kind, Mesh
 from sniproxy import warm
 from sniproxy.engine import Wire
+from sniproxy.opening import DialError
 from sniproxy.route import Candidate, RouteKind
 from sniproxy.stream.capsule import CapsuleError
 from sniproxy.stream.control import Ping, Pong, Ready, Refused
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
+from sniproxy.stream.reason import Reason
 from sniproxy.warm import Fate, WarmPool
 from tests.e2e.mesh import record
 from tests.sniproxy.engine.pairs import pair
@@ -53,7 +55,7 @@ class Running:
         self.dialled += 1
         self._changed.set()
         if self.refusing:
-            raise ConnectionRefusedError("said the test")
+            raise DialError(Reason.DIAL_FAILED, "said the test")
         near, far = await pair()
         gateway = Framed(far, Side.GATEWAY)
         self.fars.append(gateway)
@@ -65,7 +67,7 @@ class Running:
             assert await framed.next_message() == Ready()
         except CapsuleError as error:
             near.close()
-            raise ConnectionAbortedError from error
+            raise DialError(Reason.PROTOCOL_ERROR, "said the test") from error
         except BaseException:
             near.close()
             raise
@@ -82,7 +84,7 @@ class Running:
 
 async def kept(gateway: Framed) -> None:
     """As the real gateway."""
-    await WarmStreams().wait(gateway)
+    await WarmStreams().wait(gateway, "a")
 
 
 async def mute(gateway: Framed) -> None:

@@ -80,10 +80,11 @@ async def test_pings_are_answered_and_a_stream_comes_through() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"key_id": "zz-1"}, "no_key"),
-        ({"to_network": "c"}, "no_key"),
+        ({"key_id": "zz-1"}, "bad_signature"),
+        ({"to_network": "c"}, "bad_signature"),
         ({"addressee": "gw-2"}, "replay"),
         ({"time_ms": 1}, "clock_skew"),
+        ({"epoch": bytes(16)}, "stale_epoch"),
     ],
 )
 async def test_a_warm_preamble_that_is_not_right(changes: dict[str, object], reason: str) -> None:
@@ -166,7 +167,7 @@ async def test_a_relay_that_is_silent_is_let_go(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turnreg.gateway.MAX_WARM", 2)
+    monkeypatch.setattr("turnreg.warm.MAX_WARM", 2)
     async with a_gateway() as running:
         kept = [await warm(running) for _ in range(2)]
         third = await running.connect()
