@@ -1,0 +1,245 @@
+"""A captured stream is of no use to the process that comes after the gateway which it was for: restarts, crashes, upgrades.
+
+The gateway is a real process that relays reach directly, by a static mesh file, which tells no epoch; the relays are in this process,
+with clocks of their own.
+"""
+
+import asyncio
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from sniproxy.dial import Dialer
+from sniproxy.engine import Listener, Wire, connect
+from sniproxy.hello import HelloReader
+from sniproxy.opening import Call, Opener
+from sniproxy.route import Candidate, RouteKind, SigningKeys
+from sniproxy.stream.control import Opened, Refused
+from sniproxy.stream.ends import Side
+from sniproxy.stream.framed import Framed
+from sniproxy.stream.preamble import SigningKey
+from tests.crossnet.running import Running
+from tests.sniproxy.hellos import client_hello
+
+pytestmark = pytest.mark.anyio
+
+GATEWAY = """
+network: b
+discovery: mesh.yaml
+admin: 127.0.0.1:0
+drain: 10s
+handover: over.sock
+keys: {{ab-1: {{file: ab.key, from: a, to: b}}}}
+gateway: {{id: gw-1, listen: "127.0.0.1:{port}", allow: ["127.0.0.1/32"]}}
+"""
+
+SKEWS = [-50_000, 0, 50_000]
+
+
+@dataclass
+class Site:
+    """A gateway process, a service behind it, and what relays do to it."""
+
+    folder: Path
+    key: SigningKey
+    port: int
+    service: Listener
+    group: asyncio.TaskGroup
+    hellos: list[bytes] = field(default_factory=list)
+    """What the service was given first by each stream."""
+    processes: list[Running] = field(default_factory=list)
+
+    def start(self) -> Running:
+        process = Running(self.folder, GATEWAY.format(port=self.port), name=f"gateway-{len(self.processes)}")
+        self.processes.append(process)
+        return process
+
+    @property
+    def way(self) -> Candidate:
+        return self.reached_at(self.port)
+
+    def reached_at(self, port: int) -> Candidate:
+        target = f"127.0.0.1:{self.service.address[1]}"
+        return Candidate(
+            kind=RouteKind.DIRECT, network="b", target=target, address="127.0.0.1", port=port, addressee="gw-1"
+        )
+
+    def relay(self, skew_ms: int = 0) -> Dialer:
+        """A relay of network a whose clock is off by so much."""
+        return Dialer(
+            Opener("a", SigningKeys({"ab-1": self.key}), now_ms=lambda: time.time_ns() // 1_000_000 + skew_ms)
+        )
+
+    def call(self) -> Call:
+        data = client_hello(f"p{self.service.address[1]}-127-0-0-1.b.svc.mesh.internal")
+        hello = HelloReader().feed(data)
+        assert hello is not None
+        return Call(stream=os.urandom(16), client=("10.0.0.1", 1), local=("10.0.0.2", 2), hello=hello, data=data)
+
+    async def stream(self, relay: Dialer, port: int | None = None) -> int:
+        """Open a stream, see that the service has it, end it; gives the number of attempts that it took."""
+        connected = await relay.open(self.call(), [self.reached_at(port or self.port)])
+        assert connected.framed is not None
+        while not await connected.framed.read():
+            pass
+        connected.framed.wire.close()
+        return connected.attempts
+
+    async def captured(self, relay: Dialer) -> bytes:
+        """What a relay wrote on the connection that was taken: somebody in between has kept it."""
+        kept: list[bytearray] = []
+
+        async def between(wire: Wire) -> None:
+            seen = bytearray()
+            kept.append(seen)
+            onward = await connect("127.0.0.1", self.port, timeout_s=10)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_copy(wire, onward, seen))
+                group.create_task(_copy(onward, wire, bytearray()))
+
+        tap = await Listener.open("127.0.0.1", 0)
+        task = self.group.create_task(tap.serve(between))
+        await self.stream(relay, tap.address[1])
+        tap.close()
+        task.cancel()
+        return bytes(kept[-1])
+
+    async def play(self, data: bytes) -> str:
+        """Write what was captured to whoever is there now; gives its word for the end."""
+        wire = await connect("127.0.0.1", self.port, timeout_s=10)
+        try:
+            await wire.send(data)
+            framed = Framed(wire, Side.RELAY)
+            async with asyncio.timeout(10):
+                while True:
+                    message = await framed.next_message()
+                    if isinstance(message, Refused):
+                        return message.reason
+                    if isinstance(message, Opened):
+                        return "opened"
+        finally:
+            wire.close()
+
+
+async def _copy(source: Wire, sink: Wire, keep: bytearray) -> None:
+    try:
+        while data := await source.recv():
+            keep += data
+            await sink.send(data)
+    except OSError:
+        pass
+    finally:
+        sink.reset()
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with a_site(tmp_path) as site:
+        yield site
+
+
+@asynccontextmanager
+async def a_site(folder: Path) -> AsyncIterator[Site]:
+    secret = secrets.token_bytes(32)
+    (folder / "ab.key").touch(0o600)
+    (folder / "ab.key").write_text(secret.hex())
+    (folder / "mesh.yaml").write_text("networks: [{id: a}, {id: b}]")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    service = await Listener.open("127.0.0.1", 0)
+    key = SigningKey(id="ab-1", secret=secret, from_network="a", to_network="b")
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        site = Site(folder, key, port, service, group)
+
+        async def serve(wire: Wire) -> None:
+            try:
+                hello = await wire.recv()
+                site.hellos.append(hello)
+                await wire.send(hello)
+                while await wire.recv():
+                    pass
+            except OSError:
+                pass
+            finally:
+                wire.close()
+
+        serving = group.create_task(service.serve(serve))
+        stack.callback(lambda: [process.kill() for process in site.processes])
+        try:
+            yield site
+        finally:
+            serving.cancel()
+
+
+@pytest.mark.parametrize("skew_ms", SKEWS)
+@pytest.mark.parametrize("how", ["restart", "crash"])
+async def test_a_captured_stream_is_refused_by_the_next_process(site: Site, how: str, skew_ms: int) -> None:
+    first = site.start()
+    first.started()
+    relay = site.relay(skew_ms)
+    capture = await site.captured(relay)
+    assert await site.play(capture) == "replay", "the process that it was for has seen it"
+    if how == "restart":
+        await asyncio.to_thread(first.end)
+    else:
+        first.kill()
+    second = site.start()
+    second.started()
+    served = len(site.hellos)
+    assert await site.play(capture) == "stale_epoch"
+    assert len(site.hellos) == served, "nothing of it was delivered"
+    # The relay knows the first process's epoch, and is told the second's.
+    assert await site.stream(relay) == 2
+    assert await site.stream(relay) == 1
+    assert await site.stream(site.relay(skew_ms)) == 2, "one that knows nothing yet is told, too"
+
+
+@pytest.mark.parametrize("skew_ms", [-70_000, 70_000])
+async def test_a_clock_that_is_off_too_far_is_named_with_its_difference(site: Site, skew_ms: int) -> None:
+    site.start().started()
+    with pytest.raises(Exception, match=r"clock_skew: .*the relay in 'a' is (69|70)\.\d s (ahead of|behind)"):
+        await site.stream(site.relay(skew_ms))
+
+
+async def test_an_upgrade_takes_no_replay_and_loses_no_stream(site: Site) -> None:
+    first = site.start()
+    first.started()
+    relays = [site.relay(skew_ms) for skew_ms in SKEWS]
+    captures = [await site.captured(relay) for relay in relays]
+    over = asyncio.Event()
+    words: set[str] = set()
+    streams = 0
+
+    async def honest(number: int) -> None:
+        nonlocal streams
+        while not over.is_set():
+            await site.stream(relays[number])
+            streams += 1
+
+    async def replaying() -> None:
+        while not over.is_set():
+            for capture in captures:
+                words.add(await site.play(capture))
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(len(relays)):
+            group.create_task(honest(number))
+        group.create_task(replaying())
+        await asyncio.sleep(0.2)
+        second = site.start()
+        await asyncio.to_thread(second.started)
+        await asyncio.to_thread(first.wait_for, "handed_over")
+        before = streams
+        while streams < before + 20:
+            await asyncio.sleep(0.01)
+        over.set()
+    assert words == {"replay", "stale_epoch"}
+    assert first.process.wait(20) == 0
+    assert len(site.hellos) == streams + len(captures), "each stream was delivered once"
