@@ -177,7 +177,9 @@ async def captured(path: Path) -> Captured:
         onward.close()
 
     tap = await path.serve(between)
-    path.discovery.put(record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"127.0.0.1:{tap}", proto=proto(path.gateway))))
+    path.discovery.put(
+        record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"127.0.0.1:{tap}", proto=proto(path.gateway)))
+    )
     name = name_of(await path.serve(lambda wire: read_all(wire)))
     client = await path.dial(name)
     client.shutdown_write()

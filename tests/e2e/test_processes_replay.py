@@ -1,7 +1,7 @@
 """A captured stream is of no use to the process that comes after the gateway which it was for: restarts, crashes, upgrades.
 
-The gateway is a real process that relays reach directly, by a static mesh file, which tells no epoch; the relays are in this process,
-with clocks of their own.
+The gateway is a real process that relays reach directly, by a static mesh file, which tells no epoch; the relays are in this
+process, with clocks of their own.
 """
 
 import asyncio

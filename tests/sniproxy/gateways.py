@@ -16,8 +16,9 @@ from sniproxy.engine import Listener, Wire
 from sniproxy.stream.capsule import Payload
 from sniproxy.stream.control import Opened, Ready, Refused
 from sniproxy.stream.ends import Side
+from sniproxy.stream.epoch import UNKNOWN_EPOCH
 from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import Preamble, SigningKey, WarmPreamble, read_length
+from sniproxy.stream.preamble import Preamble, SigningKey, WarmPreamble, parse, read_length
 from sniproxy.stream.verifier import PreambleVerifier
 
 KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
@@ -133,6 +134,7 @@ async def scripted(*scripts: Script, network: str = "b", addressee: str = "gw-1"
         first = await wire.recv()
         length = read_length(first)
         assert length is not None
+        verifier.epoch = parse(first[:length]).epoch or UNKNOWN_EPOCH  # what a script makes of it is its own
         preamble = verifier.verify(first[:length], addressee=addressee, now_ms=time.time_ns() // 1_000_000)
         assert preamble.to_network == network
         wire.unread(first[length:])

@@ -9,7 +9,7 @@ from discovery.model import GatewaySpec, Kind
 from sniproxy.balance import FAILURES
 from tests.e2e.mesh import record
 from tests.e2e.path import LogLines
-from tests.sniproxy.gateways import opens, scripted
+from tests.sniproxy.gateways import opens, refuses, scripted
 from tests.sniproxy.relays import DOMAIN, Running, a_relay
 
 pytestmark = pytest.mark.anyio
@@ -61,3 +61,24 @@ async def test_where_all_ways_fail_all_are_tried_every_time() -> None:
             line = (await running.ended(count))[-1]
             assert (line["reason"], line["attempts"]) == ("dial_failed", 2)
             client.close()
+
+
+@pytest.mark.parametrize("reason", ["bad_signature", "clock_skew", "replay"])
+async def test_a_way_whose_gateway_does_not_trust_us_is_left_out_and_says_why(reason: str) -> None:
+    lines, logger = LogLines(), logging.getLogger("sniproxy.ways")
+    logger.addHandler(lines)
+    try:
+        async with (
+            scripted(refuses(reason)) as stern,
+            scripted(opens, addressee="gw-2") as good,
+            a_relay(zone="near") as running,
+        ):
+            running.add(stern, zone="near")
+            running.add(good, name="gw-2")
+            seen = [await stream(running) for _ in range(FAILURES + 1)]
+            assert running.sample("crossnet_relay_ways_left_out") == 1
+    finally:
+        logger.removeHandler(lines)
+    assert [line["attempts"] for line in seen] == [2] * FAILURES + [1]
+    assert {line["reason"] for line in lines.events} == {reason}
+    assert lines.events[0]["detail"] == "the gateway refused: said the test"
