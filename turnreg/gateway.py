@@ -5,17 +5,17 @@ is about to be dialled passes `allow`, the refused ranges and the loop guard (sn
 """
 
 import asyncio
+import collections
 import logging
 import math
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.addresses import TargetList
 from discovery.contract import Discovery
@@ -123,13 +123,21 @@ class Gateway:
         self.ledger = Ledger("gateway", registry)
         warm = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
         warm.set_function(lambda: len(self._warm))
+        self._refused = Counter(
+            "crossnet_gateway_connections_refused",
+            "Connections that are no streams, kept ready or a stream's second one, by why they were ended.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in Reason:
+            self._refused.labels(reason.value)
         remembered = Gauge(
             "crossnet_gateway_remembered_preambles", "Preambles that must not come again.", ["of"], registry=registry
         )
         remembered.labels("all").set_function(lambda: len(self._arrivals.remembered))
         remembered.labels("largest_network").set_function(lambda: self._arrivals.remembered.largest())
         self._listeners: list[Listener] = []
-        self._streams: Counter[str] = Counter()  # by the network that they come from: as many keys as have signed
+        self._streams: collections.Counter[str] = collections.Counter()  # by network, those that have signed
         self._lingering = 0
         self._group: asyncio.TaskGroup | None = None
         self._closed = asyncio.Event()
@@ -236,6 +244,8 @@ class Gateway:
             except Refusal as refusal:
                 reason, arrival.account.detail = refusal.reason, refusal.detail
                 told = refusal.told
+                if not arrival.is_stream:
+                    self._note_refused(wire, refusal)
             finally:
                 if arrival.counted and arrival.preamble is not None:
                     self._streams[arrival.preamble.from_network] -= 1
@@ -248,6 +258,12 @@ class Gateway:
         finally:
             if reason is not None:
                 wire.close()
+
+    def _note_refused(self, wire: Wire, refusal: Refusal) -> None:
+        """Say why a connection has ended that is no stream: a second one, or one that was kept ready."""
+        self._refused.labels(refusal.reason.value).inc()
+        event = {"peer": wire.peer[0], "reason": refusal.reason.value, "detail": refusal.detail}
+        log.info("connection_refused", extra={"event": event})
 
     def _open_account(self, wire: Wire, came_by: dict[str, str]) -> Account:
         # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.

@@ -3,13 +3,14 @@
 import asyncio
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
 from sniproxy.stream.capsule import CapsuleType, header
 from sniproxy.stream.control import Message, Open, Opened, Ping, Pong, Ready, Refused
-from sniproxy.stream.preamble import WarmPreamble, sign
+from sniproxy.stream.preamble import SigningKey, WarmPreamble, sign
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.gateways import KEY, Running, Visit, a_gateway, data
 from tests.turnreg.preambles import preamble
@@ -92,6 +93,33 @@ async def test_a_warm_preamble_that_is_not_right(changes: dict[str, object], rea
         visit = await running.connect()
         await visit.wire.send(sign(warm_preamble(**changes), KEY.secret))
         assert (await visit.refused()).reason == reason
+
+
+async def test_pings_without_end_are_cut_with_a_reason() -> None:
+    async with a_gateway() as running:
+        visit = await warm(running)
+        await visit.wire.send(Ping(TOKEN).pack() * 1000)
+        with suppress(ConnectionResetError):
+            while await visit.wire.recv():
+                pass
+        assert running.registry.get_sample_value("crossnet_gateway_connections_refused_total", {"reason": "flood"}) == 1
+        await waiting(running, 0)
+
+
+async def test_one_network_cannot_take_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turnreg.warm.MAX_WARM", 4)
+    other = SigningKey(id="cb-1", secret=bytes(range(128, 160)), from_network="c", to_network="b")
+    async with a_gateway(keys=(KEY, other)) as running:
+        kept = [await warm(running) for _ in range(2)]
+        third = await running.connect()
+        await third.wire.send(sign(warm_preamble(), KEY.secret))
+        refused = await third.refused()
+        assert (refused.reason, "network 'a'" in refused.detail) == ("overloaded", True)
+        fourth = await running.connect()
+        await fourth.wire.send(sign(warm_preamble(key_id="cb-1", from_network="c"), other.secret))
+        assert await fourth.answer() == Ready()
+        for visit in (*kept, fourth):
+            visit.wire.close()
 
 
 async def test_a_captured_warm_preamble_is_of_no_use() -> None:
