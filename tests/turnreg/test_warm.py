@@ -104,6 +104,7 @@ async def test_pings_without_end_are_cut_with_a_reason() -> None:
                 pass
         assert running.registry.get_sample_value("crossnet_gateway_connections_refused_total", {"reason": "flood"}) == 1
         await waiting(running, 0)
+        visit.wire.close()
 
 
 async def test_one_network_cannot_take_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
