@@ -17,6 +17,8 @@ Sans-IO: text in, values out. The one error is BadName.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -199,6 +201,13 @@ def encode(target: AddressTarget | ServiceTarget | PlainName, domain: str, form:
         head = f"_{target.port}.{target.service}" if form is Form.MANGLED else f"p{target.port}-{target.service}"
     network = f"_{target.network}" if form is Form.MANGLED else target.network
     return normalise(f"{head}.{network}.{domain}")
+
+
+def names_of(target: AddressTarget | ServiceTarget, domain: str) -> Iterator[str]:
+    """Yield the names that a target has under the mesh domain, one for each form in which it can be written."""
+    for form in Form:
+        with suppress(BadName):  # a long label fits one form only, and a long service name none
+            yield encode(target, domain, form)
 
 
 def _decode_mangled(labels: list[str], network: str, text: str) -> AddressTarget | ServiceTarget:

@@ -9,7 +9,7 @@ beside sniproxy.opening. Sans-IO; the one error is Unroutable.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from discovery.addresses import (
@@ -25,7 +25,7 @@ from discovery.imports import Imports
 from discovery.lookup import Candidate as Place
 from discovery.lookup import Unresolved, resolve
 from discovery.model import AllocationSpec, Kind, Mesh, Record, TurnSpec
-from discovery.names import AddressTarget
+from discovery.names import AddressTarget, ServiceTarget
 from sniproxy.stream.loopguard import STOPPED, LoopGuard
 from sniproxy.stream.preamble import PreambleError, SigningKey, encode_target
 from sniproxy.stream.reason import Reason
@@ -64,6 +64,8 @@ class Candidate:
     """In the relay's own zone."""
     proxy_version: int | None = None
     """Of the PROXY header that the service wants first, on a local route; a gateway knows that by itself."""
+    meant: AddressTarget | ServiceTarget | None = field(default=None, compare=False)
+    """What the name means, a service by its whole name: for rules. The router always says it."""
 
     @property
     def way(self) -> Way:
@@ -171,6 +173,7 @@ class Router:
                     address=str(address),
                     port=port,
                     proxy_version=header,
+                    meant=target,
                 )
             )
         if not allowed:
@@ -248,6 +251,7 @@ class Router:
             addressee=addressee,
             weight=weight,
             near=near,
+            meant=target,
         )
 
 

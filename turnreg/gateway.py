@@ -104,6 +104,7 @@ class Gateway:
         self._arrivals = Arrivals(keys, config.network)
         self._delivery = Delivery(
             config.network,
+            config.domain,
             discovery,
             config.allow,
             config.policy,
@@ -157,6 +158,7 @@ class Gateway:
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
+        unwatch = self._delivery.watch()
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = self._activation.group = group
@@ -165,6 +167,7 @@ class Gateway:
                 await self._closed.wait()
         finally:
             self._group = self._activation.group = None
+            unwatch()
             self.close()
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, BadRule, Flow, NamePattern, Policy, Rule
+from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, Alias, BadRule, Flow, NameKind, NamePattern, Policy, Rule
 
 
 def flow(**changes: Any) -> Flow:
@@ -15,11 +15,15 @@ def flow(**changes: Any) -> Flow:
         "client": ip_address("10.1.2.3"),
         "from_network": "a",
         "network": "b",
+        "kind": NameKind.SERVICE,
         "name": "orders.shop.svc.cluster.local",
         "address": ip_address("10.9.0.5"),
         "port": 8443,
     }
-    return Flow(**(made | changes))
+    made |= changes
+    called = frozenset([made.pop("name")])
+    port = made["port"]
+    return Flow(called=called, aliases=(Alias(called, frozenset([port])),), asked_port=port, **made)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +52,10 @@ def flow(**changes: Any) -> Flow:
         ({"to": ["10.9.0.5:8000-9000"]}, {}, True),
         ({"to": ["10.9.0.0/16"]}, {"address": None}, False),
         ({"to": ["[fd00::/8]:8443"]}, {"address": ip_address("fd00::5")}, True),
+        ({"names": ["service"]}, {}, True),
+        ({"names": ["address"]}, {}, False),
+        ({"names": ["address", "service"]}, {"kind": NameKind.ADDRESS}, True),
+        ({"to": ["b"], "names": ["service"]}, {"kind": NameKind.ADDRESS}, False),
         ({"ports": [8443]}, {}, True),
         ({"ports": ["8000-8442", "8444"]}, {}, False),
         ({"ports": ["8000-9000"]}, {}, True),
@@ -55,7 +63,9 @@ def flow(**changes: Any) -> Flow:
     ],
 )
 def test_what_a_rule_matches(rule: dict[str, Any], changes: dict[str, Any], expected: bool) -> None:
-    assert Rule.parse(action="allow", **rule).matches(flow(**changes)) is expected
+    for action in ("allow", "deny"):
+        decision = Policy((Rule.parse(action=action, **rule),)).decide(flow(**changes))
+        assert decision == (action == "allow" and expected, 0 if expected else None)
 
 
 def test_the_first_match_decides_and_the_rest_is_denied() -> None:
@@ -86,6 +96,7 @@ def test_without_rules_everything_may_go() -> None:
         ({"to": ["a.**.c"]}, "to[0]"),
         ({"to": [""]}, "to[0]"),
         ({"to": ["b", "Orders.shop"]}, "to[1]"),
+        ({"names": ["service", "target"]}, "names[1]"),
         ({"ports": [0]}, "ports[0]"),
         ({"ports": ["9-8"]}, "ports[0]"),
         ({"ports": ["443", "x"]}, "ports[1]"),
@@ -105,7 +116,7 @@ def test_rules_are_bounded() -> None:
 
 @given(st.text(max_size=300))
 def test_any_text_is_a_rule_or_a_bad_rule(text: str) -> None:
-    for key in ("sources", "to", "ports"):
+    for key in ("sources", "to", "names", "ports"):
         try:
             Rule.parse(action="allow", **{key: [text]})
         except BadRule:
@@ -137,6 +148,9 @@ def test_a_pattern_matches_itself_with_labels_in_place_of_stars(labels: list[str
         ([{"action": "deny", "sources": ["a"]}, {"action": "allow"}], True),
         ([{"action": "deny", "to": ["b"]}, {"action": "allow", "to": ["10.0.0.0/8"]}], True),
         ([{"action": "deny", "to": ["c", "10.0.0.0/8"]}, {"action": "allow", "ports": [1]}], False),
+        ([{"action": "deny", "to": ["orders.shop.svc.cluster.local"]}, {"action": "allow"}], True),
+        ([{"action": "allow", "names": ["address"]}], True),
+        ([{"action": "deny", "names": ["address"]}, {"action": "allow"}], False),
     ],
 )
 def test_what_is_denied_wherever_it_comes_to(rules: list[dict[str, Any]], hopeless: bool) -> None:

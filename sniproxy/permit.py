@@ -1,0 +1,76 @@
+"""What a relay lets its clients reach: `relay.rules`, and without rules its imports. Sans-IO."""
+
+from collections.abc import Sequence
+
+from discovery.addresses import Address
+from discovery.imports import Imports
+from sniproxy.route import Candidate
+from sniproxy.stream.policy import Flow, NameKind, Policy
+from sniproxy.stream.preamble import decode_target
+from sniproxy.stream.reach import Reach
+
+
+class Permit:
+    """The rules of one relay, asked about the view of discovery that `reach` follows."""
+
+    def __init__(self, network: str, imports: Imports, policy: Policy, reach: Reach) -> None:
+        self._network = network
+        self._imports = imports
+        self._policy = policy
+        self._reach = reach
+
+    def permitted(self, candidates: Sequence[Candidate], client: Address, name: str) -> tuple[list[Candidate], str]:
+        """Leave out what is denied to this client, and say why the first of it is."""
+        permitted, why = [], ""
+        for candidate in candidates:
+            refused = self.refusal(candidate, client, name)
+            if refused is None:
+                permitted.append(candidate)
+            else:
+                why = why or refused
+        return permitted, why
+
+    def refusal(self, candidate: Candidate, client: Address, name: str) -> str | None:
+        """Say why a client may not go this way, None if it may."""
+        flow = self.flow(candidate, client, name)
+        refused = self._policy.refusal(flow)
+        if refused is not None:
+            return f"relay.rules: {refused}, {candidate.target} in network {candidate.network!r}"
+        return None if self._policy.rules else self.not_imported(flow)
+
+    def flow(self, candidate: Candidate, client: Address, name: str) -> Flow:
+        """Say what the rules are asked about."""
+        meant = candidate.meant
+        assert meant is not None
+        address, port = decode_target(candidate.target)
+        return self._reach.flow(
+            meant,
+            name=name,
+            client=client,
+            from_network=self._network,
+            address=None if isinstance(address, str) else address,
+            port=port,
+        )
+
+    def not_imported(self, flow: Flow) -> str | None:
+        """Say why an address name needs a rule, None if it needs none. Asked only where there are no rules.
+
+        What is not imported must not be reached by its address instead. Of other networks a relay does not know which address is
+        which service's, so there anything that is imported from a network will do.
+        """
+        if flow.kind is not NameKind.ADDRESS or not self._imports:
+            return None
+        advice = f"add a rule to relay.rules, such as {{to: [{flow.network}], names: [address], action: allow}}, or an import"
+        if flow.network != self._network:
+            if flow.network in self._imports.sources:
+                return None
+            return f"an address name of network {flow.network!r}, from which nothing is imported: {advice}"
+        assert flow.address is not None
+        services = {owner.service for owner in self._reach.owners(flow.address, flow.port)}
+        if not services or any(self._takes(service) for service in services):
+            return None
+        return f"an address name of service {min(services)!r}, which is not imported from {self._network!r}: {advice}"
+
+    def _takes(self, service: str) -> bool:
+        rule = self._imports.rule_for(service)
+        return rule is not None and self._network in rule.sources
