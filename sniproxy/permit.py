@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from discovery.addresses import Address
 from discovery.imports import Imports
+from discovery.names import ServiceTarget
 from sniproxy.route import Candidate
 from sniproxy.stream.policy import Flow, NameKind, Policy
 from sniproxy.stream.preamble import decode_target
@@ -43,6 +44,7 @@ class Permit:
         meant = candidate.meant
         assert meant is not None
         address, port = decode_target(candidate.target)
+        rule = self._imports.rule_for(meant.service) if isinstance(meant, ServiceTarget) else None
         return self._reach.flow(
             meant,
             name=name,
@@ -50,6 +52,7 @@ class Permit:
             from_network=self._network,
             address=None if isinstance(address, str) else address,
             port=port,
+            is_plain=rule is None or candidate.network in rule.sources,
         )
 
     def not_imported(self, flow: Flow) -> str | None:
@@ -60,7 +63,10 @@ class Permit:
         """
         if flow.kind is not NameKind.ADDRESS or not self._imports:
             return None
-        advice = f"add a rule to relay.rules, such as {{to: [{flow.network}], names: [address], action: allow}}, or an import"
+        advice = (
+            f"import it, or have relay.rules that allow it ({{to: [{flow.network}], names: [address], action: allow}}) "
+            "and whatever else clients may reach"
+        )
         if flow.network != self._network:
             if flow.network in self._imports.sources:
                 return None

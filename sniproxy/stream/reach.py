@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from discovery.addresses import Address, BadAddress, parse_endpoint, spellings
 from discovery.model import Mesh, Record, ServiceSpec
-from discovery.names import AddressTarget, ServiceTarget, names_of
+from discovery.names import AddressTarget, ServiceTarget, is_under, names_of
 from sniproxy.stream.policy import Alias, Flow, NameKind
 
 RECENT_S = 600.0
@@ -109,6 +109,7 @@ class Reach:
         from_network: str | None,
         address: Address | None,
         port: int,
+        is_plain: bool = True,
     ) -> Flow:
         """Say what rules are asked about, by the view that was followed last.
 
@@ -116,12 +117,15 @@ class Reach:
             target: what the client asked for, a service by its whole name.
             name: how it did so.
             address: what will be dialled for it, as far as that is known, with `port`.
+            is_plain: whether a service's own name means this one here, and not one of another network.
         """
         called, aliases = frozenset([name]), []
         ports = frozenset([target.port, port])
         if isinstance(target, ServiceTarget):
             kind = NameKind.SERVICE
             called |= self._names_of_one(target)
+            if is_plain and not is_under(target.service, self._domain):
+                called |= {target.service}
             aliases.append(Alias(_service_names(target, self._domain) | called, ports))
         else:
             kind = NameKind.ADDRESS
@@ -156,7 +160,7 @@ class Reach:
             yield Alias(frozenset().union(*names), frozenset([owned, port]))
 
     def _names_of_one(self, target: ServiceTarget) -> frozenset[str]:
-        """The names that lead to this service and to no other."""
+        """The names under the mesh domain that lead to this service and to no other."""
         key = target.network, Owner(target.service, target.port)
         found = self._called.get(key)
         if found is None:
@@ -168,7 +172,7 @@ class Reach:
             ]
             if len(self._called) >= MAX_NAMED:
                 self._called.clear()
-            found = self._called[key] = frozenset([target.service, *clear])
+            found = self._called[key] = frozenset(clear)
         return found
 
     def _is_clear(self, short: ServiceTarget, target: ServiceTarget) -> bool:

@@ -55,7 +55,10 @@ def test_rules_are_read_and_shown_again(tmp_path: Path) -> None:
     ("rules", "faults"),
     [
         (
-            "[{from: [a, 10.0.0.1/8], to: [Big.name, b], names: [plain], ports: [0, 9-8, 1], action: maybe}, {to: [a.*b], acton: deny}]",
+            (
+                "[{from: [a, 10.0.0.1/8], to: [Big.name, b], names: [plain], ports: [0, 9-8, 1], action: maybe}, "
+                "{to: [a.*b], acton: deny}]"
+            ),
             [
                 "$.gateway.rules[0].from[1]: expected a CIDR of clients or a network id, got '10.0.0.1/8'",
                 (

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from discovery.addresses import BadAddress, parse_endpoint
-from discovery.names import AddressTarget, names_of
+from discovery.names import AddressTarget, encode
 from sniproxy.stream.preamble import Preamble, SigningKey
 
 KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
@@ -14,7 +14,7 @@ KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_networ
 
 def address_name(endpoint: str, network: str = "b") -> str:
     """The name by which a client asks for an address and port."""
-    return next(names_of(AddressTarget(network, *parse_endpoint(endpoint)), "svc.mesh.internal"))
+    return encode(AddressTarget(network, *parse_endpoint(endpoint)), "svc.mesh.internal")
 
 
 def name_for(target: str) -> str:
