@@ -132,7 +132,7 @@ def _at_relay(
             for line in _decisions(rules, section.rules, flow, source):
                 yield f"relay: {_shown(target, address, dialled)}: {line}"
             if not rules.rules:
-                why = permit.not_imported(flow)
+                why = permit.not_imported(candidate)
                 yield f"relay: {_shown(target, address, dialled)}: {'no rules: it may go' if why is None else why}"
             if is_local and address is not None and not TargetList.parse(section.deliver).allows(address, dialled):
                 yield f"relay: {format_endpoint(address, dialled)} is not in relay.deliver: it is never dialled"

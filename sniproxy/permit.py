@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from discovery.addresses import Address
 from discovery.imports import Imports
-from discovery.names import ServiceTarget
+from discovery.names import AddressTarget, ServiceTarget
 from sniproxy.route import Candidate
-from sniproxy.stream.policy import Flow, NameKind, Policy
+from sniproxy.stream.policy import Flow, Policy
 from sniproxy.stream.preamble import decode_target
 from sniproxy.stream.reach import Reach
 
@@ -33,11 +33,10 @@ class Permit:
 
     def refusal(self, candidate: Candidate, client: Address, name: str) -> str | None:
         """Say why a client may not go this way, None if it may."""
-        flow = self.flow(candidate, client, name)
-        refused = self._policy.refusal(flow)
-        if refused is not None:
-            return f"relay.rules: {refused}, {candidate.target} in network {candidate.network!r}"
-        return None if self._policy.rules else self.not_imported(flow)
+        if not self._policy.rules:
+            return self.not_imported(candidate)
+        refused = self._policy.refusal(self.flow(candidate, client, name))
+        return refused and f"relay.rules: {refused}, {candidate.target} in network {candidate.network!r}"
 
     def flow(self, candidate: Candidate, client: Address, name: str) -> Flow:
         """Say what the rules are asked about."""
@@ -55,24 +54,24 @@ class Permit:
             is_plain=rule is None or candidate.network in rule.sources,
         )
 
-    def not_imported(self, flow: Flow) -> str | None:
+    def not_imported(self, candidate: Candidate) -> str | None:
         """Say why an address name needs a rule, None if it needs none. Asked only where there are no rules.
 
         What is not imported must not be reached by its address instead. Of other networks a relay does not know which address is
         which service's, so there anything that is imported from a network will do.
         """
-        if flow.kind is not NameKind.ADDRESS or not self._imports:
+        target = candidate.meant
+        if not isinstance(target, AddressTarget) or not self._imports:
             return None
         advice = (
-            f"import it, or have relay.rules that allow it ({{to: [{flow.network}], names: [address], action: allow}}) "
+            f"import it, or have relay.rules that allow it ({{to: [{target.network}], names: [address], action: allow}}) "
             "and whatever else clients may reach"
         )
-        if flow.network != self._network:
-            if flow.network in self._imports.sources:
+        if target.network != self._network:
+            if target.network in self._imports.sources:
                 return None
-            return f"an address name of network {flow.network!r}, from which nothing is imported: {advice}"
-        assert flow.address is not None
-        services = {owner.service for owner in self._reach.owners(flow.address, flow.port)}
+            return f"an address name of network {target.network!r}, from which nothing is imported: {advice}"
+        services = {owner.service for owner in self._reach.owners(target.address, target.port)}
         if not services or any(self._takes(service) for service in services):
             return None
         return f"an address name of service {min(services)!r}, which is not imported from {self._network!r}: {advice}"

@@ -204,6 +204,8 @@ class Delivery:
             return f"is {why}"
         if self._guard.stops(address, port, self._discovery.mesh):
             return STOPPED
+        if not self._policy.rules:
+            return None
         refused = self._policy.refusal(self._flow(preamble, target, address, port))
         return None if refused is None else f"may not be reached: gateway.rules: {refused}"
 

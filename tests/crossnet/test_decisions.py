@@ -146,3 +146,13 @@ def test_without_any_view_names_are_taken_as_they_stand(capsys: pytest.CaptureFi
     lines = told(capsys, folder, "relay.yaml", "orders.shop.example", "stock.shop.example", "--from=10.1.0.1")
     assert "rule 1 allows it" in lines[1]
     assert "refused, unknown_name: no import rule" in lines[3]
+
+
+def test_a_name_in_a_rule_that_nobody_can_ask_for_is_warned_of(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = f"[_08443._10-1-0-5._b.{D}, p8443-10-1-0-5.b.{D}, shop.b.{D}, '*.shop.b.{D}', b, 10.0.0.0/8, orders.shop.example]"
+    (folder / "relay.yaml").write_text(RELAY + f"  rules: [{{to: {names}, action: deny}}]\n")
+    assert main(["check", "-c", str(folder / "relay.yaml")]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "matches nothing" in line]
+    assert [line.split(": ")[2] for line in warned] == ["$.relay.rules[0].to[0]", "$.relay.rules[0].to[2]"]

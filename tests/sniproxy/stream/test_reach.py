@@ -4,10 +4,13 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from discovery.addresses import parse_endpoint
+from discovery.addresses import parse_endpoint, spellings
+from discovery.lookup import Unresolved, reached
 from discovery.model import AnyRecord, Deletion, Kind, Mesh, ServiceSpec
-from discovery.names import AddressTarget, ServiceTarget
+from discovery.names import AddressTarget, ServiceTarget, names_of
 from sniproxy.stream import reach as module
 from sniproxy.stream.policy import Flow, NameKind, Policy, Rule
 from sniproxy.stream.reach import RECENT_S, Owner, Reach
@@ -315,3 +318,65 @@ def test_a_stream_asks_no_pattern_that_was_asked_for_its_target_before(monkeypat
     monkeypatch.setattr("sniproxy.stream.policy.NamePattern.matches", None)
     monkeypatch.setattr(Mesh, "services", None)
     assert not rules.decide(by_address(made, "10.1.0.7:443")).allowed
+
+
+SERVICES = ("orders.shop.example", "orders.shop.other", "db.shop.example", "shop.example")
+ENDPOINTS = ("10.1.0.5:443", "10.1.0.5:8443", "10.1.0.6:443", "[fd00::5]:443", "[64:ff9b::a01:5]:443")
+RECORDS = st.lists(
+    st.tuples(
+        st.sampled_from(SERVICES), st.sampled_from([443, 8443]), st.lists(st.sampled_from(ENDPOINTS), max_size=3)
+    ),
+    max_size=5,
+)
+
+
+def mesh_of(records: list[tuple[str, int, list[str]]]) -> Mesh:
+    return Mesh.of(service(name, *at, port=port, id=f"r{index}") for index, (name, port, at) in enumerate(records))
+
+
+def names_that_may_lead(records: list[tuple[str, int, list[str]]]) -> list[str]:
+    found = set()
+    for name, port, at in records:
+        labels = name.split(".")
+        found |= {f"{name}", f"_{port}.{name}._b.{D}", f"p{port}-{name}.b.{D}", f"p{port}-{'.'.join(labels[:2])}.b.{D}"}
+        for endpoint in at:
+            found.update(names_of(AddressTarget("b", *parse_endpoint(endpoint)), D))
+    return sorted(found)
+
+
+@given(st.lists(RECORDS, min_size=1, max_size=3), st.sampled_from(SERVICES), st.data())
+def test_whatever_the_records_were_and_whatever_is_asked(
+    history: list[list[tuple[str, int, list[str]]]], meant: str, data: st.DataObject
+) -> None:
+    """A deny rule is never passed on the way to an endpoint of its service; an allow rule leads nowhere else."""
+    made = Reach("b", D)
+    for moment, records in enumerate(history):
+        mesh = mesh_of(records)
+        made.follow(mesh, float(moment))
+    asked = [name for records in history for name in names_that_may_lead(records)]
+    if not asked:
+        return
+    name = data.draw(st.sampled_from(asked))
+    for claimed in [(owner, port) for owner in SERVICES for port in (443, 8443)] + [*map(parse_endpoint, ENDPOINTS)]:
+        try:
+            target = reached(name, *claimed, mesh, "b", D).target
+        except Unresolved:
+            continue
+        is_address = isinstance(target, AddressTarget)
+        dialled = [(target.address, target.port)] if is_address else made.endpoints(target.service, target.port)  # type: ignore[union-attr]
+        for address, port in dialled:
+            flow = made.flow(
+                target, name=name, client=ip_address("10.0.0.1"), from_network="a", address=address, port=port
+            )
+            were = {
+                (spelling, number)
+                for records in history
+                for owner, _, at in records
+                if owner == meant
+                for where, number in map(parse_endpoint, at)
+                for spelling in spellings(where)
+            }
+            belongs = any((spelling, port) in were for spelling in spellings(address))
+            is_meant = isinstance(target, ServiceTarget) and target.service == meant
+            assert denied(flow, meant) is (belongs or is_meant)
+            assert allowed(flow, meant) is is_meant
