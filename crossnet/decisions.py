@@ -226,9 +226,10 @@ def _shown(target: Target, address: Address | None, port: int) -> str:
 
 def _decisions(rules: Policy, sections: Sequence[RuleSection], flow: Flow, source: Source) -> Iterator[str]:
     """Yield the rules that may decide, in their order, up to the first that does."""
-    for index, rule in enumerate(rules.rules):
+    for index in rules.concerning(flow):
+        rule = rules.rules[index]
         is_of = source.is_of(rule, flow)
-        if is_of is False or not rules.concerns(index, flow):
+        if is_of is False:
             continue
         verb = "allows" if rule.action is Action.ALLOW else "denies"
         yield f"rule {index + 1} {verb} it{'' if is_of else ' to its `from`'}: {_text(sections[index])}"

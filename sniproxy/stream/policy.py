@@ -110,11 +110,6 @@ class NamePattern:
                 raise ValueError("a label is lower-case letters, digits and inner hyphens, or '*', or '**' in front")
         return cls(labels)
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether it means one name only."""
-        return "*" not in self.labels and "**" not in self.labels
-
     def matches(self, name: str) -> bool:
         """Tell whether a name, lower case and without trailing dot, is meant."""
         labels, given = self.labels, name.split(".")
@@ -205,13 +200,57 @@ class Decision(NamedTuple):
     """Which of them says so, counted from 0; None if no rule matches."""
 
 
+class _NameTree:
+    """Which rules have a name: their patterns, label by label from the last. So a name costs its labels, and not the patterns."""
+
+    __slots__ = ("_below", "_ending", "_longer")
+
+    def __init__(self) -> None:
+        self._below: dict[str, _NameTree] = {}
+        self._ending: set[int] = set()
+        self._longer: set[int] = set()
+        """Rules with a pattern that has `**` here."""
+
+    def add(self, pattern: NamePattern, rule: int) -> None:
+        """Add a pattern of a rule."""
+        node = self
+        for label in reversed(pattern.labels):
+            if label == "**":
+                node._longer.add(rule)
+                return
+            node = node._below.setdefault(label, _NameTree())
+        node._ending.add(rule)
+
+    def find(self, name: str) -> set[int]:
+        """Return the rules that have this name."""
+        found: set[int] = set()
+        nodes = [self]
+        for label in reversed(name.split(".")):
+            for node in nodes:
+                found |= node._longer
+            nodes = [below for node in nodes for key in (label, "*") if (below := node._below.get(key)) is not None]
+        for node in nodes:
+            found |= node._ending
+        return found
+
+
+class _Named(NamedTuple):
+    """The rules that have a flow's names."""
+
+    called: frozenset[int]
+    aliases: tuple[tuple[frozenset[int], frozenset[int]], ...]
+    """With the ports that count for each."""
+
+    def in_deny(self, index: int, rule: Rule) -> bool:
+        return any(index in rules and rule.has_port(ports) for rules, ports in self.aliases)
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """All rules of a relay or gateway, in order. Immutable: a reload makes a new one and swaps it."""
 
     rules: tuple[Rule, ...] = ()
-    _exact: dict[str, frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
-    _wild: list[tuple[NamePattern, int]] = field(init=False, repr=False, compare=False, default_factory=list)
+    _tree: _NameTree = field(init=False, repr=False, compare=False, default_factory=_NameTree)
     _known: dict[frozenset[str], frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -219,16 +258,13 @@ class Policy:
             raise BadRule("rules", f"at most {MAX_RULES} rules")
         for index, rule in enumerate(self.rules):
             for pattern in rule.names:
-                if pattern.is_exact:
-                    name = ".".join(pattern.labels)
-                    self._exact[name] = self._exact.get(name, frozenset()) | {index}
-                else:
-                    self._wild.append((pattern, index))
+                self._tree.add(pattern, index)
 
     def decide(self, flow: Flow) -> Decision:
         """Say whether this flow may go, and by which rule."""
+        named = self._named(flow)
         for index, rule in enumerate(self.rules):
-            if rule.is_from(flow) and self.concerns(index, flow):
+            if _concerns(index, rule, flow, named) and rule.is_from(flow):
                 return Decision(rule.action is Action.ALLOW, index)
         return Decision(not self.rules, None)
 
@@ -239,42 +275,29 @@ class Policy:
             return None
         return "no rule allows it" if decision.rule is None else f"rule {decision.rule + 1} denies it"
 
-    def concerns(self, index: int, flow: Flow) -> bool:
-        """Tell whether a rule speaks of where the flow goes, wherever it comes from."""
-        rule = self.rules[index]
-        if rule.kinds and flow.kind not in rule.kinds:
-            return False
-        if rule.action is Action.ALLOW:
-            return rule.has_port((flow.port,)) and self._has_destination(index, flow)
-        if rule.names and any(
-            index in self._naming(alias.names) and rule.has_port(alias.ports) for alias in flow.aliases
-        ):
-            return True
-        if not rule.has_port((flow.port, flow.asked_port)):
-            return False
-        return rule.is_for_all or flow.network in rule.networks or rule.has_target(flow)
+    def concerning(self, flow: Flow) -> list[int]:
+        """Return the rules that speak of where the flow goes, wherever it comes from."""
+        named = self._named(flow)
+        return [index for index, rule in enumerate(self.rules) if _concerns(index, rule, flow, named)]
 
     def is_hopeless(self, flow: Flow) -> bool:
         """Tell whether a flow is denied at whatever address and port it will come to; what stands there of them is not asked."""
+        named = self._named(flow)
         for index, rule in enumerate(self.rules):
             if not rule.is_from(flow) or (rule.kinds and flow.kind not in rule.kinds):
                 continue
+            is_general = rule.is_for_all or flow.network in rule.networks
             if rule.action is Action.ALLOW:
-                if rule.targets is not None or self._has_destination(index, flow):
+                if is_general or rule.targets is not None or index in named.called:
                     return False
-            elif not rule.ports and (
-                rule.is_for_all
-                or flow.network in rule.networks
-                or any(index in self._naming(alias.names) for alias in flow.aliases)
-            ):
+            elif not rule.ports and (is_general or named.in_deny(index, rule)):
                 return True
         return bool(self.rules)
 
-    def _has_destination(self, index: int, flow: Flow) -> bool:
-        rule = self.rules[index]
-        if rule.is_for_all or flow.network in rule.networks:
-            return True
-        return (bool(rule.names) and index in self._naming(flow.called)) or rule.has_target(flow)
+    def _named(self, flow: Flow) -> _Named:
+        return _Named(
+            self._naming(flow.called), tuple((self._naming(alias.names), alias.ports) for alias in flow.aliases)
+        )
 
     def _naming(self, names: frozenset[str]) -> frozenset[int]:
         """Return the rules that have one of these names. It is worked out once for a target, not for each stream."""
@@ -282,10 +305,19 @@ class Policy:
         if known is None:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
-            found = {index for name in names for index in self._exact.get(name, ())}
-            found.update(index for pattern, index in self._wild if any(map(pattern.matches, names)))
-            known = self._known[names] = frozenset(found)
+            known = self._known[names] = frozenset().union(*map(self._tree.find, names))
         return known
+
+
+def _concerns(index: int, rule: Rule, flow: Flow, named: _Named) -> bool:
+    if rule.kinds and flow.kind not in rule.kinds:
+        return False
+    is_general = rule.is_for_all or flow.network in rule.networks
+    if rule.action is Action.ALLOW:
+        return (is_general or index in named.called or rule.has_target(flow)) and rule.has_port((flow.port,))
+    if named.in_deny(index, rule):
+        return True
+    return (is_general or rule.has_target(flow)) and rule.has_port((flow.port, flow.asked_port))
 
 
 def _bounded(path: str, items: Iterable[T]) -> list[T]:

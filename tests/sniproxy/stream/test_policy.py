@@ -133,6 +133,20 @@ def test_a_pattern_matches_itself_with_labels_in_place_of_stars(labels: list[str
     assert NamePattern.parse(text).matches(text.replace("**", "x.y").replace("*", "z"))
 
 
+LABELS = st.sampled_from(["a", "b", "shop"])
+PATTERNS = st.lists(LABELS | st.just("*"), min_size=1, max_size=4).flatmap(
+    lambda labels: st.sampled_from([["**", *labels], ["x", *labels], ["*", *labels]])
+)
+
+
+@given(st.lists(PATTERNS, max_size=8), st.lists(LABELS | st.just("x"), min_size=2, max_size=5))
+def test_the_rules_of_a_name_are_those_whose_patterns_match_it(patterns: list[list[str]], labels: list[str]) -> None:
+    texts, name = [".".join(pattern) for pattern in patterns], ".".join(labels)
+    policy = Policy(tuple(Rule.parse(action="deny", to=[text]) for text in texts))
+    expected = [index for index, text in enumerate(texts) if NamePattern.parse(text).matches(name)]
+    assert policy.concerning(flow(name=name)) == expected
+
+
 @pytest.mark.parametrize(
     ("rules", "hopeless"),
     [
