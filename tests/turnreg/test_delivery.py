@@ -274,6 +274,14 @@ async def test_ports_that_are_not_allowed() -> None:
         assert (await refused(only_another, endpoint)).reason is Reason.DENIED
 
 
+@pytest.mark.parametrize("endpoint", ["[64:ff9b::a01:5]:7443", "[2002:a01:5::]:7443"])
+async def test_the_loop_guard_knows_translated_addresses(endpoint: str) -> None:
+    records = [record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address="10.1.0.5:7443"))]
+    error = await refused(delivery(*records, allow=TargetList.parse(["[::/0]"])), endpoint)
+    assert error.reason is Reason.DENIED
+    assert "would loop" in error.detail
+
+
 @pytest.mark.parametrize("part", ["relay", "gateway", "turn", "another network's turn", "configured", "anywhere"])
 async def test_the_loop_guard(part: str) -> None:
     """A stream to a part of crossnet would come round again; whatever listens there, it is not dialled."""

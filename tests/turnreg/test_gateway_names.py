@@ -6,15 +6,18 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from discovery.addresses import TargetList
 from discovery.model import AnyRecord, Kind, NetworkSpec, ServiceSpec
-from sniproxy.engine import Wire
+from sniproxy.engine import Listener, Wire
 from sniproxy.engine import connect as real_connect
-from sniproxy.stream.policy import Policy, Rule
+from sniproxy.stream.policy import NamePattern, Policy, Rule
 from tests.e2e.mesh import record
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.gateways import Running, Service, Visit, a_gateway
 from tests.turnreg.preambles import address_name, preamble
 from turnreg import delivery
+from turnreg.activation import ActivationRule
+from turnreg.trigger import Command
 
 pytestmark = pytest.mark.anyio
 
@@ -253,3 +256,48 @@ async def test_a_change_while_a_stream_is_dialled(monkeypatch: pytest.MonkeyPatc
         go_on.set()
         assert (await visit.refused(after_ready=True)).reason in {"denied", "no_endpoint"}
         assert [bytes(got) for got in orders.got] in ([], [b""]), "the service has heard nothing of it"
+
+
+async def test_a_held_stream_is_asked_about_again_when_its_service_wakes() -> None:
+    """Its record comes to have an address of another service's, which is denied."""
+    woken = ActivationRule(names=(NamePattern.parse("*.shop.example"),), trigger=Command(("true",)))
+    rules = (Rule.parse(action="deny", to=[DB]), Rule.parse(action="allow", to=[ORDERS]))
+    async with gateway_of_two(*rules, activate=(woken,)) as (running, _, db):
+        running.discovery.put(known(ORDERS))
+        visit = await asks(running, ORDERS, f"{ORDERS}:8443")
+        async with asyncio.timeout(10):
+            while running.registry.get_sample_value("crossnet_gateway_held_streams_live") != 1:
+                await asyncio.sleep(0.005)
+        running.discovery.put(known(ORDERS, db.endpoint))
+        assert (await visit.refused(after_ready=True)).reason == "denied"
+        assert not db.wires
+
+
+@pytest.mark.parametrize("written", ["[::1]", "[0:0:0:0:0:0:0:1]", "[0::0001]"])
+async def test_an_ipv6_endpoint_however_its_record_writes_it(written: str) -> None:
+    async def hold(wire: Wire) -> None:
+        while await wire.recv():
+            pass
+
+    listener = await Listener.open("::1", 0)
+    port = listener.address[1]
+    allow = TargetList.parse(["[::1/128]"])
+    names = [f"p{port}-x{1:032x}.b.{D}", f"_{port}._--1._b.{D}"]
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(listener.serve(hold))
+        record_of = known(ORDERS, f"{written}:{port}")
+        async with a_gateway(
+            record_of, allow=allow, policy=Policy((Rule.parse(action="allow", to=[ORDERS]),))
+        ) as running:
+            await served(running, ORDERS, f"{ORDERS}:8443")
+            for name in names:
+                assert (await refused(running, name, f"[::1]:{port}"))[0] == "denied"
+        deny = Policy((Rule.parse(action="deny", to=[ORDERS]), Rule.parse(action="allow")))
+        async with a_gateway(record_of, allow=allow, policy=deny) as running:
+            for name in names:
+                assert (await refused(running, name, f"[::1]:{port}"))[0] == "denied"
+        async with a_gateway(record_of, allow=allow) as running:
+            for name in names:
+                await served(running, name, f"[::1]:{port}")
+        listener.close()
+        task.cancel()
