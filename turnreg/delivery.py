@@ -81,7 +81,7 @@ class Delivery:
         self._dial_timeout_s = dial_timeout_s
 
     def watch(self) -> Callable[[], None]:
-        """Follow discovery, so that no endpoint is missed that comes and goes between two streams; what is returned ends it."""
+        """Follow discovery, so that no endpoint is missed that comes and goes between two streams. Call the result to stop."""
         self._follow(self._discovery.mesh)
         return self._discovery.subscribe(self._follow)
 
@@ -163,9 +163,10 @@ class Delivery:
             except OSError as error:
                 failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: {error.strerror}")
                 continue
-            # Dialling took its time, and records and rules may have changed: nothing has been said to the service yet.
+            # Records and rules may have changed while we dialled. Nothing has been sent to the service yet.
+            is_current = self._is_current(target, address, port)
             why = self._why_not(preamble, target, address, port)
-            if why is not None or not self._is_current(target, address, port):
+            if why is not None or not is_current:
                 wire.reset()
                 reason = Reason.NO_ENDPOINT if why is None else Reason.DENIED
                 failure = Undeliverable(reason, f"{shown} {why or 'is no endpoint any more'}")
@@ -187,7 +188,7 @@ class Delivery:
             del failure  # its traceback holds this frame
 
     def _is_current(self, target: AddressTarget | ServiceTarget, address: Address, port: int) -> bool:
-        """Tell whether a service still has this endpoint; streams may have waited for others in between."""
+        """Tell whether a service still has this endpoint, by the view of now: time passes between two dials."""
         self._follow(self._discovery.mesh)
         return isinstance(target, AddressTarget) or (address, port) in self._reach.endpoints(
             target.service, target.port

@@ -131,12 +131,13 @@ class Rule:
     clients: tuple[Network, ...] = ()
     from_networks: frozenset[str] = frozenset()
     networks: frozenset[str] = frozenset()
-    names: tuple[NamePattern, ...] = ()
+    patterns: tuple[NamePattern, ...] = ()
+    """Of names in `to`."""
     targets: TargetList | None = None
     ports: tuple[tuple[int, int], ...] = ()
     """Inclusive ranges; none: any port."""
     kinds: frozenset[NameKind] = frozenset()
-    """None: any."""
+    """By what the client asked (`names`); none: any."""
 
     @classmethod
     def parse(
@@ -158,7 +159,7 @@ class Rule:
             clients=clients,
             from_networks=from_networks,
             networks=networks,
-            names=patterns,
+            patterns=patterns,
             targets=targets,
             ports=tuple(_port_range(index, item) for index, item in enumerate(_bounded("ports", ports))),
             kinds=frozenset(_name_kind(index, item) for index, item in enumerate(_bounded("names", names))),
@@ -167,7 +168,7 @@ class Rule:
     @property
     def is_for_all(self) -> bool:
         """Whether it speaks of every destination."""
-        return not self.networks and not self.names and self.targets is None
+        return not self.networks and not self.patterns and self.targets is None
 
     @property
     def is_from_all(self) -> bool:
@@ -257,7 +258,7 @@ class Policy:
         if len(self.rules) > MAX_RULES:
             raise BadRule("rules", f"at most {MAX_RULES} rules")
         for index, rule in enumerate(self.rules):
-            for pattern in rule.names:
+            for pattern in rule.patterns:
                 self._tree.add(pattern, index)
 
     def decide(self, flow: Flow) -> Decision:
