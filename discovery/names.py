@@ -210,6 +210,24 @@ def names_of(target: AddressTarget | ServiceTarget, domain: str) -> Iterator[str
             yield encode(target, domain, form)
 
 
+def beginnings(target: ServiceTarget) -> Iterator[ServiceTarget]:
+    """Yield a service under each beginning of its name that a name may have, the whole one last."""
+    labels = target.service.split(".")
+    for count in range(2, len(labels) + 1):
+        yield ServiceTarget(target.network, ".".join(labels[:count]), target.port)
+
+
+def possible_names(target: AddressTarget | ServiceTarget, domain: str) -> Iterator[str]:
+    """Yield every name that may lead to a target. Names of services may lead to others as well, or be too long to be asked for."""
+    if isinstance(target, AddressTarget):
+        yield from names_of(target, domain)
+        return
+    yield target.service
+    for short in beginnings(target):  # written out, since it is done for every service that shares an endpoint
+        yield f"p{short.port}-{short.service}.{short.network}.{domain}"
+        yield f"_{short.port}.{short.service}._{short.network}.{domain}"
+
+
 def _decode_mangled(labels: list[str], network: str, text: str) -> AddressTarget | ServiceTarget:
     _check_ldh(network, "the network, after '_',")
     if not labels:

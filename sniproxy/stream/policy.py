@@ -20,10 +20,10 @@ Sans-IO. The one error is BadRule.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from discovery.addresses import Address, BadAddress, Network, TargetList, parse_cidrs, parse_port, spellings
-from discovery.names import is_ldh_label
+from discovery.names import AddressTarget, ServiceTarget, is_ldh_label, possible_names
 
 T = TypeVar("T")
 
@@ -33,8 +33,11 @@ MAX_RULES = 1024
 MAX_ITEMS = 1024
 MAX_PATTERN = 253
 
-MAX_KNOWN = 1024
-"""Sets of names of which a policy remembers the rules that have them. A set is one target's: what is in use stays in."""
+MAX_KNOWN_TARGETS = 65_536
+"""Targets of which a policy remembers the rules that may mean them."""
+
+MAX_KNOWN_SETS = 1024
+"""Sets of names or targets, likewise: each is one target's or one endpoint's, and what is in use comes back at once."""
 
 
 class BadRule(ValueError):
@@ -62,10 +65,13 @@ class NameKind(StrEnum):
     """A name under the mesh domain that holds an address and a port."""
 
 
-class Alias(NamedTuple):
-    """Names by which a deny rule may mean a flow, and the ports that count with them."""
+Target: TypeAlias = AddressTarget | ServiceTarget
 
-    names: frozenset[str]
+
+class Alias(NamedTuple):
+    """What a flow reaches under other names, and the ports that count with them: a deny rule may have any name of any of these."""
+
+    targets: frozenset[Target]
     ports: frozenset[int]
 
 
@@ -82,7 +88,9 @@ class Flow:
     called: frozenset[str]
     """The names of the target that the client asked for, for allow rules; none where what is dialled is not that target."""
     aliases: tuple[Alias, ...]
-    """The names of all that is reached, for deny rules."""
+    """All that is reached, for deny rules."""
+    domain: str
+    """The mesh domain, which names of targets end in."""
     address: Address | None
     """What will be dialled, where it is known: at a relay for its own network and for address names, at a gateway always."""
     port: int
@@ -252,7 +260,11 @@ class Policy:
 
     rules: tuple[Rule, ...] = ()
     _tree: _NameTree = field(init=False, repr=False, compare=False, default_factory=_NameTree)
-    _known: dict[frozenset[str], frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _by_names: dict[frozenset[str], frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _by_target: dict[Target, frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _by_targets: dict[frozenset[Target], frozenset[int]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if len(self.rules) > MAX_RULES:
@@ -296,17 +308,26 @@ class Policy:
         return bool(self.rules)
 
     def _named(self, flow: Flow) -> _Named:
-        return _Named(
-            self._naming(flow.called), tuple((self._naming(alias.names), alias.ports) for alias in flow.aliases)
-        )
+        called = self._by_names.get(flow.called)
+        if called is None:
+            if len(self._by_names) >= MAX_KNOWN_SETS:
+                self._by_names.clear()
+            called = self._by_names[flow.called] = frozenset().union(*map(self._tree.find, flow.called))
+        return _Named(called, tuple((self._naming(alias.targets, flow.domain), alias.ports) for alias in flow.aliases))
 
-    def _naming(self, names: frozenset[str]) -> frozenset[int]:
-        """Return the rules that have one of these names. It is worked out once for a target, not for each stream."""
-        known = self._known.get(names)
+    def _naming(self, targets: frozenset[Target], domain: str) -> frozenset[int]:
+        """Return the rules that may mean one of these. It is worked out once for an endpoint, not for each stream."""
+        known = self._by_targets.get(targets)
         if known is None:
-            if len(self._known) >= MAX_KNOWN:
-                self._known.clear()
-            known = self._known[names] = frozenset().union(*map(self._tree.find, names))
+            if len(self._by_targets) >= MAX_KNOWN_SETS:
+                self._by_targets.clear()
+            if len(self._by_target) >= MAX_KNOWN_TARGETS:
+                self._by_target.clear()
+            for target in targets - self._by_target.keys():
+                names = possible_names(target, domain)
+                self._by_target[target] = frozenset().union(*map(self._tree.find, names))
+            known = frozenset().union(*(self._by_target[target] for target in targets))
+            self._by_targets[targets] = known
         return known
 
 

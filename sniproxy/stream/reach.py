@@ -10,12 +10,11 @@ Sans-IO: views of discovery and the time come from outside.
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import lru_cache
 from typing import NamedTuple
 
 from discovery.addresses import Address, BadAddress, parse_endpoint, spellings
 from discovery.model import Mesh, Record, ServiceSpec
-from discovery.names import AddressTarget, ServiceTarget, is_under, names_of
+from discovery.names import AddressTarget, ServiceTarget, beginnings, is_under, names_of
 from sniproxy.stream.policy import Alias, Flow, NameKind
 
 RECENT_S = 600.0
@@ -51,6 +50,7 @@ class Reach:
         self._former: dict[Endpoint, set[Owner]] = {}
         self._endpoints: dict[Owner, tuple[Endpoint, ...]] = {}
         self._called: dict[tuple[str, Owner], frozenset[str]] = {}
+        self._aliases_of: dict[Endpoint, tuple[Alias, ...]] = {}
 
     def follow(self, mesh: Mesh, now: float) -> None:
         """Go by this view from now on. Cheap where it is the one before, and else costs what has changed.
@@ -69,6 +69,7 @@ class Reach:
             return
         self._services = services
         self._endpoints.clear()
+        self._aliases_of.clear()
         before, self._records = self._records, {record.id: record for record in services}
         for record_id in before.keys() | self._records.keys():
             old, new = before.get(record_id), self._records.get(record_id)
@@ -119,18 +120,16 @@ class Reach:
             address: what will be dialled for it, as far as that is known, with `port`.
             is_plain: whether a service's own name means this one here, and not one of another network.
         """
-        called, aliases = frozenset([name]), []
-        ports = frozenset([target.port, port])
+        called = frozenset([name])
+        aliases = [Alias(frozenset([target]), frozenset([target.port, port]))]
         if isinstance(target, ServiceTarget):
             kind = NameKind.SERVICE
             called |= self._names_of_one(target)
             if is_plain and not is_under(target.service, self._domain):
                 called |= {target.service}
-            aliases.append(Alias(_service_names(target, self._domain) | called, ports))
         else:
             kind = NameKind.ADDRESS
-            called |= _address_names(target, self._domain)
-            aliases.append(Alias(called, ports))
+            called |= frozenset(names_of(target, self._domain))
         if address is not None and target.network == self._network:
             aliases += self._aliases(address, port)
             if isinstance(target, ServiceTarget) and (address, port) not in self.endpoints(target.service, target.port):
@@ -142,22 +141,27 @@ class Reach:
             kind=kind,
             called=called,
             aliases=tuple(aliases),
+            domain=self._domain,
             address=address,
             port=port,
             asked_port=target.port,
         )
 
-    def _aliases(self, address: Address, port: int) -> Iterator[Alias]:
-        """Yield what else an address of the own network is called, one for each port of services that have it."""
-        for spelling in spellings(address):
-            target = AddressTarget(self._network, spelling, port)
-            yield Alias(_address_names(target, self._domain), frozenset([port]))
-        by_port: dict[int, list[frozenset[str]]] = {}
-        for owner in self.owners(address, port):
-            target_of = ServiceTarget(self._network, owner.service, owner.port)
-            by_port.setdefault(owner.port, []).append(_service_names(target_of, self._domain))
-        for owned, names in by_port.items():
-            yield Alias(frozenset().union(*names), frozenset([owned, port]))
+    def _aliases(self, address: Address, port: int) -> tuple[Alias, ...]:
+        """What else an address of the own network is, one alias for each port of the services that have it."""
+        found = self._aliases_of.get((address, port))
+        if found is None:
+            by_port: dict[int, set[AddressTarget | ServiceTarget]] = {}
+            for spelling in spellings(address):
+                by_port.setdefault(port, set()).add(AddressTarget(self._network, spelling, port))
+            for owner in self.owners(address, port):
+                target = ServiceTarget(self._network, owner.service, owner.port)
+                by_port.setdefault(owner.port, set()).add(target)
+            found = tuple(Alias(frozenset(targets), frozenset([owned, port])) for owned, targets in by_port.items())
+            if len(self._aliases_of) >= MAX_NAMED:
+                self._aliases_of.clear()
+            self._aliases_of[address, port] = found
+        return found
 
     def _names_of_one(self, target: ServiceTarget) -> frozenset[str]:
         """The names under the mesh domain that lead to this service and to no other."""
@@ -166,7 +170,7 @@ class Reach:
         if found is None:
             clear = [
                 name
-                for short in _shortened(target)
+                for short in beginnings(target)
                 if self._is_clear(short, target)
                 for name in names_of(short, self._domain)
             ]
@@ -200,6 +204,7 @@ class Reach:
                 self._forget_oldest()
 
     def _forget_oldest(self) -> None:
+        self._aliases_of.clear()
         (endpoint, owner), _ = self._recent.popitem(last=False)
         former = self._former[endpoint]
         former.discard(owner)
@@ -225,21 +230,3 @@ def _endpoint(text: str) -> Endpoint | None:
 def _spelt(text: str) -> list[Endpoint]:
     endpoint = _endpoint(text)
     return [] if endpoint is None else [(address, endpoint[1]) for address in spellings(endpoint[0])]
-
-
-def _shortened(target: ServiceTarget) -> Iterator[ServiceTarget]:
-    """Yield the target under every beginning of its name that a name may have."""
-    labels = target.service.split(".")
-    for count in range(2, len(labels) + 1):
-        yield ServiceTarget(target.network, ".".join(labels[:count]), target.port)
-
-
-@lru_cache(MAX_NAMED)
-def _service_names(target: ServiceTarget, domain: str) -> frozenset[str]:
-    """Every name that may lead to a service, also one that leads to others, too."""
-    return frozenset([target.service, *(name for short in _shortened(target) for name in names_of(short, domain))])
-
-
-@lru_cache(MAX_NAMED)
-def _address_names(target: AddressTarget, domain: str) -> frozenset[str]:
-    return frozenset(names_of(target, domain))

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from discovery.names import PlainName, ServiceTarget, decode
 from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, Alias, BadRule, Flow, NameKind, NamePattern, Policy, Rule
+
+D = "svc.mesh.internal"
 
 
 def flow(**changes: Any) -> Flow:
@@ -21,9 +24,11 @@ def flow(**changes: Any) -> Flow:
         "port": 8443,
     }
     made |= changes
-    called = frozenset([made.pop("name")])
-    port = made["port"]
-    return Flow(called=called, aliases=(Alias(called, frozenset([port])),), asked_port=port, **made)
+    name, port = made.pop("name"), made["port"]
+    asked = decode(name, D)
+    target = ServiceTarget("b", name, port) if isinstance(asked, PlainName) else asked
+    aliases = (Alias(frozenset([target]), frozenset([port])),)
+    return Flow(called=frozenset([name]), aliases=aliases, asked_port=port, domain=D, **made)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ PATTERNS = st.lists(LABELS | st.just("*"), min_size=1, max_size=4).flatmap(
 @given(st.lists(PATTERNS, max_size=8), st.lists(LABELS | st.just("x"), min_size=2, max_size=5))
 def test_the_rules_of_a_name_are_those_whose_patterns_match_it(patterns: list[list[str]], labels: list[str]) -> None:
     texts, name = [".".join(pattern) for pattern in patterns], ".".join(labels)
-    policy = Policy(tuple(Rule.parse(action="deny", to=[text]) for text in texts))
+    policy = Policy(tuple(Rule.parse(action="allow", to=[text]) for text in texts))
     expected = [index for index, text in enumerate(texts) if NamePattern.parse(text).matches(name)]
     assert policy.concerning(flow(name=name)) == expected
 

@@ -317,7 +317,28 @@ def test_a_stream_asks_no_pattern_that_was_asked_for_its_target_before(monkeypat
     assert not rules.decide(by_address(made, "10.1.0.7:443")).allowed
     monkeypatch.setattr("sniproxy.stream.policy._NameTree.find", None)
     monkeypatch.setattr(Mesh, "services", None)
+    monkeypatch.setattr(Reach, "owners", None)
     assert not rules.decide(by_address(made, "10.1.0.7:443")).allowed
+
+
+def test_what_a_policy_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sniproxy.stream.policy.MAX_KNOWN_SETS", 4)
+    monkeypatch.setattr("sniproxy.stream.policy.MAX_KNOWN_TARGETS", 8)
+    rules = Policy((Rule.parse(action="deny", to=[ORDERS]), Rule.parse(action="allow")))
+    made = reach(service(ORDERS, *(f"10.1.0.{number}:443" for number in range(100))))
+    for number in range(200):
+        assert rules.decide(by_address(made, f"10.1.0.{number}:443")).allowed is (number >= 100)
+        for known in (rules._by_names, rules._by_target, rules._by_targets):
+            assert len(known) <= 10
+
+
+def test_a_thousand_services_behind_one_endpoint() -> None:
+    shared = [service(f"s{number}.shop.example", "10.1.0.5:443") for number in range(1000)]
+    made = reach(*shared)
+    assert denied(by_address(made, "10.1.0.5:443"), "s999.shop.example")
+    assert denied(by_service(made, "10.1.0.5:443", "s0.shop.example"), f"_443.s999.shop._b.{D}")
+    assert not denied(by_address(made, "10.1.0.5:443"), "s1000.shop.example")
+    assert len(by_address(made, "10.1.0.5:443").aliases) == 2
 
 
 SERVICES = ("orders.shop.example", "orders.shop.other", "db.shop.example", "shop.example")
