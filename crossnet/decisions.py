@@ -133,7 +133,7 @@ def _at_relay(
                 yield f"relay: {_shown(target, address, dialled)}: {line}"
             if not rules.rules:
                 why = permit.not_imported(candidate)
-                yield f"relay: {_shown(target, address, dialled)}: {'no rules: it may go' if why is None else why}"
+                yield f"relay: {_shown(target, address, dialled)}: {why or _may_go(target, config, imports)}"
             if is_local and address is not None and not TargetList.parse(section.deliver).allows(address, dialled):
                 yield f"relay: {format_endpoint(address, dialled)} is not in relay.deliver: it is never dialled"
 
@@ -187,6 +187,12 @@ def _at_gateway(
                 yield f"gateway: {shown}: {line}"
             if not rules.rules:
                 yield f"gateway: {shown}: no rules: it may go"
+
+
+def _may_go(target: Target, config: Config, imports: Imports) -> str:
+    if imports and isinstance(target, AddressTarget) and target.network != config.network:
+        return "no rules: it may go, unless its gateway knows it as an address of a service that is not imported"
+    return "no rules: it may go"
 
 
 _NOBODY = IPv4Address(0)

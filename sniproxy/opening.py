@@ -281,6 +281,7 @@ class Opener:
             hello_digest=call.hello.digest,
             attempt=attempt,
             continues=continues,
+            imports=candidate.imports,
         )
         try:
             return sign(preamble, key.secret)

@@ -1,13 +1,14 @@
 """What a relay lets its clients reach: `relay.rules`, and without rules its imports. Sans-IO."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from discovery.addresses import Address
 from discovery.imports import Imports
 from discovery.names import AddressTarget, ServiceTarget
 from sniproxy.route import Candidate
 from sniproxy.stream.policy import Flow, Policy
-from sniproxy.stream.preamble import decode_target
+from sniproxy.stream.preamble import MAX_IMPORTS, decode_target
 from sniproxy.stream.reach import Reach
 
 
@@ -26,7 +27,7 @@ class Permit:
         for candidate in candidates:
             refused = self.refusal(candidate, client, name)
             if refused is None:
-                permitted.append(candidate)
+                permitted.append(self._limited(candidate))
             else:
                 why = why or refused
         return permitted, why
@@ -58,7 +59,7 @@ class Permit:
         """Say why an address name needs a rule, None if it needs none. Asked only where there are no rules.
 
         What is not imported must not be reached by its address instead. Of other networks a relay does not know which address is
-        which service's, so there anything that is imported from a network will do.
+        which service's: it tells the gateway what is imported (`Candidate.imports`).
         """
         target = candidate.meant
         if not isinstance(target, AddressTarget) or not self._imports:
@@ -69,12 +70,25 @@ class Permit:
         )
         if target.network != self._network:
             if target.network in self._imports.sources:
-                return None
+                if len(self._imported(target.network)) <= MAX_IMPORTS:
+                    return None
+                return f"an address name of network {target.network!r}, whose imports are too many to tell its gateway: {advice}"
             return f"an address name of network {target.network!r}, from which nothing is imported: {advice}"
         services = {owner.service for owner in self._reach.owners(target.address, target.port)}
         if not services or any(self._takes(service) for service in services):
             return None
         return f"an address name of service {min(services)!r}, which is not imported from {self._network!r}: {advice}"
+
+    def _limited(self, candidate: Candidate) -> Candidate:
+        """Have the gateway refuse addresses of services that are not imported, where no rule lets them be reached."""
+        is_remote_address = isinstance(candidate.meant, AddressTarget) and candidate.network != self._network
+        if self._policy.rules or not self._imports or not is_remote_address:
+            return candidate
+        return replace(candidate, imports=self._imported(candidate.network))
+
+    def _imported(self, network: str) -> str:
+        """The patterns of what is imported from a network."""
+        return " ".join(name for rule in self._imports.rules if network in rule.sources for name in rule.names)
 
     def _takes(self, service: str) -> bool:
         rule = self._imports.rule_for(service)

@@ -66,6 +66,8 @@ class Candidate:
     """Of the PROXY header that the service wants first, on a local route; a gateway knows that by itself."""
     meant: AddressTarget | ServiceTarget | None = field(default=None, compare=False)
     """What the name means, a service by its whole name: for rules. The router always says it."""
+    imports: str | None = field(default=None, compare=False)
+    """The services whose addresses may be reached by it, for the preamble; None: any."""
 
     @property
     def way(self) -> Way:

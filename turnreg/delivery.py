@@ -4,9 +4,11 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from discovery.addresses import Address, TargetList, format_endpoint, parse_address, refusal
 from discovery.contract import Discovery
+from discovery.imports import BadImport, ImportRule, Imports
 from discovery.lookup import Unresolved, reached
 from discovery.model import Mesh
 from discovery.names import AddressTarget, ServiceTarget
@@ -205,10 +207,22 @@ class Delivery:
             return f"is {why}"
         if self._guard.stops(address, port, self._discovery.mesh):
             return STOPPED
+        if preamble.imports is not None and isinstance(target, AddressTarget):
+            service = self._not_imported(preamble.imports, address, port)
+            if service is not None:
+                return f"belongs to service {service!r}, which network {preamble.from_network!r} does not import"
         if not self._policy.rules:
             return None
         refused = self._policy.refusal(self._flow(preamble, target, address, port))
         return None if refused is None else f"may not be reached: gateway.rules: {refused}"
+
+    def _not_imported(self, imports: str, address: Address, port: int) -> str | None:
+        """Return the service that an address belongs to, None if the relay's network imports it, or if it belongs to none."""
+        services = {owner.service for owner in self._reach.owners(address, port)}
+        if not services:
+            return None
+        known = _read_imports(imports, self._network)
+        return None if any(known.rule_for(service) for service in services) else min(services)
 
     def _flow(
         self, preamble: Preamble, target: AddressTarget | ServiceTarget, address: Address | None, port: int
@@ -221,3 +235,12 @@ class Delivery:
             address=address,
             port=port,
         )
+
+
+@lru_cache(64)
+def _read_imports(text: str, network: str) -> Imports:
+    """Read what a relay says that its network imports. What cannot be meant imports nothing."""
+    try:
+        return Imports([ImportRule(names=tuple(text.split()), sources=(network,))])
+    except BadImport:
+        return Imports()

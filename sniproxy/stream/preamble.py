@@ -16,6 +16,9 @@ TLVs, beside the client's address as source and the relay's as destination:
 The HMAC is over the whole header from its first byte, with the 32 bytes of its own value zeroed. Each of these must be there
 once (0xE9 may be absent); other TLVs are ignored, but signed.
 
+0xED, at most once, goes with an address name: the services that the relay's network imports from the gateway's, as patterns with
+spaces between them. The gateway knows whose address it is, and refuses one of another service. Older gateways ignore it.
+
 A connection that is only to be kept ready, for a stream that OPEN will bring, begins with a LOCAL header, which has no client:
 0xE0, 0xE1, 0xE2, 0xE5, 0xE7, 0xE8, 0xE3 as above, and as UNIQUE_ID 16 bytes of its own, so that it is of no use again either.
 """
@@ -57,6 +60,11 @@ class Tlv(enum.IntEnum):
     HELLO_DIGEST = 0xE9
     ATTEMPT = 0xEA
     CONTINUES = 0xEB
+
+
+TLV_IMPORTS: Final = 0xED
+MAX_IMPORTS: Final = 320
+"""Bytes: what the longest of all other fields leave of the 1,024 that a header may have."""
 
 
 class PreambleError(ValueError):
@@ -152,6 +160,8 @@ class Preamble:
     attempt: int = 0
     continues: bool = False
     """Whether the connection takes over a direction of a stream that is open already, instead of opening one."""
+    imports: str | None = None
+    """Patterns of the services whose addresses may be reached, with spaces between; None: of any."""
 
     @property
     def once(self) -> bytes:
@@ -208,8 +218,9 @@ def decode_target(text: str) -> tuple[Address | str, int]:
 def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
     """Return the header, signed. Raises PreambleError (protocol_error) if a field cannot be written or all are too long."""
     _check(preamble)
+    tlvs: list[tuple[int, bytes]] = []
     if isinstance(preamble, WarmPreamble):
-        header, unique, tlvs = ProxyHeader(command=Command.LOCAL), preamble.nonce, []
+        header, unique = ProxyHeader(command=Command.LOCAL), preamble.nonce
     else:
         header, unique = ProxyHeader(source=preamble.client, destination=preamble.local), preamble.stream_id
         tlvs = [
@@ -221,6 +232,8 @@ def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
             tlvs.append((Tlv.HELLO_DIGEST, preamble.hello_digest))
         if preamble.continues:
             tlvs.append((Tlv.CONTINUES, b"\1"))
+        if preamble.imports is not None:
+            tlvs.append((TLV_IMPORTS, preamble.imports.encode()))
     tlvs += [
         (Tlv.UNIQUE_ID, unique),
         (Tlv.FROM_NETWORK, preamble.from_network.encode()),
@@ -281,9 +294,17 @@ def parse(header: bytes) -> Preamble | WarmPreamble:
             hello_digest=values.get(Tlv.HELLO_DIGEST),
             attempt=values[Tlv.ATTEMPT][0],
             continues=Tlv.CONTINUES in values,
+            imports=_imports(proxy),
         )
     _check(preamble)
     return preamble
+
+
+def _imports(proxy: ProxyHeader) -> str | None:
+    found = [value for kind, value in proxy.tlvs if kind == TLV_IMPORTS]
+    if len(found) > 1:
+        raise _broken(f"two TLVs {TLV_IMPORTS:#04x}")
+    return _text(found[0]) if found else None
 
 
 def _values(proxy: ProxyHeader, *, required: frozenset[Tlv], known: frozenset[Tlv]) -> dict[int, bytes]:
@@ -326,6 +347,7 @@ _SIZES: Final = {
     Tlv.ATTEMPT: 1,
     Tlv.CONTINUES: 1,
 }
+_PATTERNS: Final = re.compile(rf"[a-z0-9*. -]{{0,{MAX_IMPORTS}}}")
 _WORD: Final = re.compile(r"[!-~]{1,255}")
 """Ids and names: visible ASCII without spaces. What they name is compared, not interpreted."""
 
@@ -348,6 +370,8 @@ def _check(preamble: Preamble | WarmPreamble) -> None:
     decode_target(preamble.target)
     if len(preamble.stream_id) != STREAM_ID_SIZE or not 0 <= preamble.attempt <= 0xFF:
         raise _broken("a stream id is 16 bytes, an attempt one")
+    if preamble.imports is not None and not _PATTERNS.fullmatch(preamble.imports):
+        raise _broken(f"imports are not up to {MAX_IMPORTS} characters of patterns")
     if preamble.hello_digest is not None and len(preamble.hello_digest) != DIGEST_SIZE:
         raise _broken("a digest is 32 bytes")
 

@@ -81,6 +81,12 @@ def told(capsys: pytest.CaptureFixture[str], folder: Path, file: str, *arguments
         ("open.yaml", "orders.shop.example", [], ["no rules: it may go"]),
         (
             "open.yaml",
+            f"p5432-10-90-0-6.b.{D}",
+            [],
+            ["no rules: it may go, unless its gateway knows it as an address of"],
+        ),
+        (
+            "open.yaml",
             f"p443-10-80-0-5.a.{D}",
             [],
             ["address name of service 'web.shop.example', which is not imported"],

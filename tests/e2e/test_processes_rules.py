@@ -103,3 +103,19 @@ async def test_rules_by_name(tmp_path: Path) -> None:
             await mesh.eventually("the gateway knows of no service", lambda: not mesh.records("gateway", "service"))
             assert not await is_served(mesh, mesh.name(port))
             assert await is_served(mesh, mesh.name(other))
+
+
+async def test_an_address_name_does_not_bypass_an_import(tmp_path: Path) -> None:
+    """Network a imports *.shop.svc.cluster.local from b, and nobody has rules."""
+    ground = Loopback()
+    with standing(Mesh(tmp_path, ground)) as mesh:
+        async with mesh.serving(echo) as port, mesh.serving(echo) as other:
+            for name, at in ((ORDERS, port), ("db.other.svc.cluster.local", other)):
+                spec = {"name": name, "ports": {"8443": [f"{ground.plan.service}:{at}"]}}
+                assert mesh.records_command("put", "service", name, json.dumps(spec)).returncode == 0
+            await mesh.eventually("the gateway knows both", lambda: len(mesh.records("gateway", "service")) == 2)
+            await mesh.eventually("the relay, too", lambda: len(mesh.records("relay", "service")) == 2)
+            assert await is_served(mesh, ORDERS)
+            assert await is_served(mesh, mesh.name(port))
+            assert not await is_served(mesh, mesh.name(other))
+            assert "which network 'a' does not import" in mesh.events("relay")[-1]["detail"]

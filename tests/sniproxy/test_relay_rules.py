@@ -187,6 +187,32 @@ async def test_address_names_need_an_import_from_their_network_or_a_rule() -> No
         assert not await is_carried(running, name_of(8443, network="b"))
 
 
+@pytest.mark.parametrize("behind_rules", [False, True])
+async def test_the_gateway_is_told_what_is_imported_unless_rules_let_addresses_be_reached(behind_rules: bool) -> None:
+    imports = Imports(
+        [
+            ImportRule(names=(ORDERS, "*.pay.example"), sources=("c", "b")),
+            ImportRule(names=(DB,), sources=("c",)),
+            ImportRule(names=("stock.shop.example",), sources=("b",)),
+        ]
+    )
+    rules = [Rule.parse(action="allow", to=["b"])] if behind_rules else []
+    async with scripted(opens) as gateway, a_relay(policy=Policy(tuple(rules)), imports=imports) as running:
+        running.add(gateway)
+        running.discovery.put(service(ORDERS, network="b"))
+        assert await is_carried(running, name_of(8443, network="b"))
+        assert await is_carried(running, f"p8443-orders.shop.b.{DOMAIN}")
+        told = [visit.preamble.imports for visit in gateway.visits]
+        assert told == [None if behind_rules else f"{ORDERS} *.pay.example stock.shop.example", None]
+
+
+async def test_more_imports_than_the_gateway_can_be_told() -> None:
+    many = Imports([ImportRule(names=tuple(f"s{number}.shop.example" for number in range(100)), sources=("b",))])
+    async with remote(imports=many) as running:
+        assert not await is_carried(running, name_of(8443, network="b"))
+        assert "too many to tell its gateway" in str(running.log.events[-1]["detail"])
+
+
 async def test_on_local_routes_an_address_of_a_service_needs_its_import_or_a_rule() -> None:
     only_orders = Imports([ImportRule(names=(ORDERS,), sources=("a",))])
     async with local(imports=only_orders) as (running, orders, db):

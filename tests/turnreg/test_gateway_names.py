@@ -216,6 +216,38 @@ async def test_an_endpoint_that_came_and_went_between_two_streams() -> None:
         assert not db.wires
 
 
+@pytest.mark.parametrize(
+    ("imports", "orders_served", "db_served"),
+    [
+        (None, True, True),
+        (ORDERS, True, False),
+        (f"other.example {DB}", False, True),
+        ("*.shop.example", True, True),
+        ("*.example shop.example **.example", False, False),
+        ("", False, False),
+        ("...", False, False),
+    ],
+)
+async def test_an_address_name_does_not_bypass_the_imports_of_the_relays_network(
+    imports: str | None, orders_served: bool, db_served: bool
+) -> None:
+    async with gateway_of_two() as (running, orders, db):
+        nobodys = await running.service("other.example", known=False)
+        for service, is_served in ((orders, orders_served), (db, db_served), (nobodys, True)):
+            name = address_name(service.endpoint)
+            hello = client_hello(name)
+            asked = preamble(service.endpoint, hello, authority=name, imports=imports)
+            visit = await running.visit(asked, hello)
+            if is_served:
+                await visit.opened()
+                visit.wire.reset()
+            else:
+                answer = await visit.refused(after_ready=True)
+                assert answer.reason == "denied"
+                assert "which network 'a' does not import" in answer.detail
+        await served(running, ORDERS, orders.target)
+
+
 # --- what changes while a stream is being dialled -------------------------------------------------------------------
 
 
