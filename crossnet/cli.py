@@ -53,7 +53,12 @@ def _check(arguments: argparse.Namespace) -> int:
             continue
         for warning in warnings(config):
             print(f"{path}: warning: {warning}", file=sys.stderr)
-        print(effective(config), end="")
+        if arguments.names:
+            from crossnet.decisions import check_names
+
+            status = max(status, check_names(config, arguments.names, arguments.source, arguments.port))
+        else:
+            print(effective(config), end="")
     return status
 
 
@@ -141,8 +146,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("roles", nargs="*", metavar="ROLE", type=_role, help=f"only these: {', '.join(ROLES)}")
     run.set_defaults(command=_run)
 
-    check = commands.add_parser("check", help="tell every error of a file, or print what it amounts to")
+    check = commands.add_parser(
+        "check", help="tell every error of a file, or print what it amounts to, or which rule would decide for a name"
+    )
     check.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", action="append")
+    check.add_argument("names", nargs="*", metavar="NAME", help="tell which rule of relay and gateway would decide")
+    check.add_argument(
+        "--from",
+        dest="source",
+        action="append",
+        default=[],
+        metavar="CLIENT|NETWORK",
+        help="who asks: a client's address, and at a gateway a network",
+    )
+    check.add_argument("--port", type=int, metavar="PORT", help="the relay's port that the client dials")
     check.set_defaults(command=_check)
 
     status = commands.add_parser("status", help="show what a running process does")

@@ -1,7 +1,7 @@
 """Loading and showing the configuration file: one YAML file, any set of roles. `load` tells every error of it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -9,7 +9,10 @@ import yaml
 from crossnet.scalars import Secret
 from crossnet.schema import decode, encode
 from crossnet.sections import Config
+from crossnet.sections.policy import RuleSection
 from discovery.document import BadFile, read_document
+from discovery.names import BadName, is_under
+from discovery.names import decode as decode_name
 from discovery.shape import Fault, child
 
 
@@ -50,9 +53,22 @@ def warnings(config: Config) -> list[str]:
         found.append(f"$.keys: none is from {config.network!r}: the relay can reach no other network")
     if config.gateway is not None and config.network not in [section.to for section in config.keys.values()]:
         found.append(f"$.keys: none is to {config.network!r}: the gateway can take no stream")
+    for role, section in (("relay", config.relay), ("gateway", config.gateway)):
+        found += _names_of_nothing(role, section.rules if section is not None else (), config.domain)
     if config.insecure:
         found.append("$.insecure: discovery may be spoken to without TLS; tokens and records travel in the clear")
     return found
+
+
+def _names_of_nothing(role: str, rules: Iterable[RuleSection], domain: str) -> Iterator[str]:
+    """Yield the names in rules that look like names of targets, and that nobody can ask for."""
+    for index, section in enumerate(rules):
+        for number, item in enumerate(section.to):
+            if "*" not in item and is_under(item, domain):
+                try:
+                    decode_name(item, domain)
+                except BadName as error:
+                    yield f"$.{role}.rules[{index}].to[{number}]: matches nothing: {error.detail}"
 
 
 def effective(config: Config) -> str:

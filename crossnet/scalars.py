@@ -29,7 +29,7 @@ from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
 from discovery.shape import shown
 from discovery.spec import MAX_WEIGHT, is_record_id
 from discovery.store.etcdapi import parse_endpoints
-from sniproxy.stream.policy import BadRule, NamePattern, Rule
+from sniproxy.stream.policy import BadRule, NameKind, NamePattern, Rule
 
 MAX_SECRET_BYTES = 64 * 1024
 MAX_CERTIFICATES_BYTES = 4 * 1024 * 1024  # all authorities of a Debian system take a fourth of a MiB
@@ -427,6 +427,7 @@ DiscoverySource: TypeAlias = Annotated[
 SecretFile: TypeAlias = Annotated[Secret, Leaf("{file: PATH}", _secret)]
 RuleSource: TypeAlias = Annotated[str, Leaf("a CIDR of clients or a network id", _rule_item("sources"))]
 RuleDestination: TypeAlias = Annotated[str, Leaf("a network id, a name or a target", _rule_item("to"))]
+RuleName: TypeAlias = Annotated[Literal["service", "address"], _word(*NameKind)]
 RulePort: TypeAlias = Annotated[str, Leaf("a port or a range such as 8000-8099", _rule_item("ports"))]
 ServicePattern: TypeAlias = Annotated[
     NamePattern,

@@ -76,10 +76,10 @@ def _replace(path: Path, unfinished: Path, data: bytes) -> None:
         raise
 
 
-def load(path: Path, network: str) -> DiskCopy | None:
+def load(path: Path, network: str, *, set_aside: bool = True) -> DiskCopy | None:
     """Read a copy of this network's view; None, and a line in the log, when there is none to be had.
 
-    A damaged file is renamed to end in `.bad`, so that the next save does not hide what happened.
+    A damaged file is renamed to end in `.bad`, so that the next save does not hide what happened; without `set_aside` it stays.
     """
     try:
         if path.stat().st_size > MAX_SNAPSHOT:
@@ -92,6 +92,9 @@ def load(path: Path, network: str) -> DiskCopy | None:
         log.warning("the snapshot %s cannot be read: %s", path, error.strerror or error)
         return None
     except _Damaged as error:
+        if not set_aside:
+            log.warning("the snapshot %s %s", path, error)
+            return None
         aside = path.with_name(path.name + ".bad")
         try:
             path.replace(aside)

@@ -64,13 +64,15 @@ class ImportRule:
 class Imports:
     """All rules of a network. The first rule that matches a name decides."""
 
-    __slots__ = ("_exact", "_wild", "rules")
+    __slots__ = ("_exact", "_wild", "rules", "sources")
 
     def __init__(self, rules: Iterable[ImportRule] = ()) -> None:
         """Index the rules. Raises BadImport for more than 4096 of them."""
         self.rules = tuple(rules)
         if len(self.rules) > MAX_RULES:
             raise BadImport("import", f"expected at most {MAX_RULES} rules, got {len(self.rules)}")
+        self.sources = frozenset(source for rule in self.rules for source in rule.sources)
+        """Every network that anything is imported from."""
         self._exact: dict[str, int] = {}
         self._wild: dict[int, list[tuple[tuple[str, ...], int]]] = {}  # by count of labels, in the order of rules
         for index, rule in enumerate(self.rules):

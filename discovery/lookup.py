@@ -7,6 +7,7 @@ decided elsewhere. Sans-IO. The one error is Unresolved.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from discovery.addresses import Address, format_endpoint
 from discovery.imports import ImportRule, Imports
 from discovery.model import Mesh, Record, ServiceSpec
 from discovery.names import AddressTarget, BadName, PlainName, ServiceTarget, decode
@@ -20,6 +21,7 @@ class UnresolvedReason(StrEnum):
     UNKNOWN_NAME = "unknown_name"
     AMBIGUOUS_NAME = "ambiguous_name"
     AMBIGUOUS_PORT = "ambiguous_port"
+    WRONG_TARGET = "wrong_target"
 
 
 class Unresolved(LookupError):
@@ -83,13 +85,53 @@ def resolve(
             return _plain(asked, mesh, imports, local_port)
 
 
+def reached(name: str, where: Address | str, port: int, mesh: Mesh, network: str, domain: str) -> Candidate:
+    """Check that a name leads to a target in `network`, by that network's own records. No import is needed for it.
+
+    A gateway asks this about the name that a stream has proven and the target that its relay asks for. A plain name says no port,
+    so any port will do; whether the service has that port is left to the caller.
+
+    Raises Unresolved: WRONG_TARGET where the name leads to another target, or to another network.
+    """
+    try:
+        asked = decode(name, domain)
+    except BadName as error:
+        raise Unresolved(UnresolvedReason.BAD_NAME, error.detail, error) from error
+    target: AddressTarget | ServiceTarget
+    if isinstance(where, str):
+        target, shown = ServiceTarget(network, where, port), f"{where}:{port}"
+    else:
+        target, shown = AddressTarget(network, where, port), format_endpoint(where, port)
+    if not isinstance(asked, PlainName) and asked.network != network:
+        detail = f"{name!r} is a name of network {asked.network!r}, and this is {network!r}"
+        raise Unresolved(UnresolvedReason.WRONG_TARGET, detail)
+    service = None
+    if isinstance(asked, AddressTarget):
+        meant: AddressTarget | ServiceTarget = asked
+    elif isinstance(target, AddressTarget):
+        detail = f"the relay asks for {shown}, but {name!r} is not an address name under {domain}"
+        raise Unresolved(UnresolvedReason.WRONG_TARGET, detail)
+    elif isinstance(asked, ServiceTarget):
+        service = _one_service(asked, mesh)
+        meant = ServiceTarget(network, service.spec.name, asked.port)
+    else:
+        service = mesh.service(network, asked.name)
+        if service is None:
+            raise Unresolved(UnresolvedReason.UNKNOWN_NAME, f"network {network!r} has no service {asked.name!r}")
+        meant = ServiceTarget(network, asked.name, port)
+    if meant != target:
+        told = meant.service if isinstance(meant, ServiceTarget) else str(meant.address)
+        detail = f"the relay asks for {shown}, but {name!r} leads to {told}, port {meant.port}"
+        raise Unresolved(UnresolvedReason.WRONG_TARGET, detail)
+    return Candidate(network=network, target=meant, service=service)
+
+
 def _check_network(network: str, mesh: Mesh) -> None:
     if network not in mesh.networks:
         raise Unresolved(UnresolvedReason.UNKNOWN_NETWORK, f"discovery knows no network {network!r}")
 
 
-def _service(asked: ServiceTarget, mesh: Mesh) -> Candidate:
-    _check_network(asked.network, mesh)
+def _one_service(asked: ServiceTarget, mesh: Mesh) -> Record[ServiceSpec]:
     found = mesh.services_beginning(asked.network, asked.service)
     if not found:
         raise Unresolved(
@@ -102,14 +144,20 @@ def _service(asked: ServiceTarget, mesh: Mesh) -> Candidate:
             f"{asked.service!r} is or begins {len(found)} services of network {asked.network!r}, "
             f"such as {found[0].spec.name!r} and {found[1].spec.name!r}: give more labels",
         )
-    spec = found[0].spec
+    return found[0]
+
+
+def _service(asked: ServiceTarget, mesh: Mesh) -> Candidate:
+    _check_network(asked.network, mesh)
+    service = _one_service(asked, mesh)
+    spec = service.spec
     if str(asked.port) not in spec.ports:
         raise Unresolved(
             UnresolvedReason.UNKNOWN_NAME,
             f"service {spec.name!r} of network {asked.network!r} has no port {asked.port}, only {_port_list(spec)}",
         )
     target = ServiceTarget(asked.network, spec.name, asked.port)
-    return Candidate(network=asked.network, target=target, service=found[0])
+    return Candidate(network=asked.network, target=target, service=service)
 
 
 def _plain(asked: PlainName, mesh: Mesh, imports: Imports, local_port: int | None) -> Resolution:

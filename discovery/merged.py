@@ -21,7 +21,7 @@ class MergedDiscovery(Discovery):
         self._client = client
         self._file = file
         self._subscribers = Subscribers()
-        self._mesh = _merged(client.mesh, file.mesh)
+        self._mesh = merged(client.mesh, file.mesh)
         client.subscribe(self._changed)
         file.subscribe(self._changed)
 
@@ -89,11 +89,12 @@ class MergedDiscovery(Discovery):
         return await self._client.turn_credentials(network)
 
     def _changed(self, _: Mesh) -> None:
-        self._mesh = _merged(self._client.mesh, self._file.mesh)
+        self._mesh = merged(self._client.mesh, self._file.mesh)
         self._subscribers.tell(self._mesh)
 
 
-def _merged(servers: Mesh, file: Mesh) -> Mesh:
+def merged(servers: Mesh, file: Mesh) -> Mesh:
+    """Lay the records of a file over the servers'."""
     hidden = [
         Deletion(other.key, 0)
         for record in file

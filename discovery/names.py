@@ -17,6 +17,8 @@ Sans-IO: text in, values out. The one error is BadName.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -199,6 +201,31 @@ def encode(target: AddressTarget | ServiceTarget | PlainName, domain: str, form:
         head = f"_{target.port}.{target.service}" if form is Form.MANGLED else f"p{target.port}-{target.service}"
     network = f"_{target.network}" if form is Form.MANGLED else target.network
     return normalise(f"{head}.{network}.{domain}")
+
+
+def names_of(target: AddressTarget | ServiceTarget, domain: str) -> Iterator[str]:
+    """Yield the names that a target has under the mesh domain, one for each form in which it can be written."""
+    for form in Form:
+        with suppress(BadName):  # a long label fits one form only, and a long service name none
+            yield encode(target, domain, form)
+
+
+def beginnings(target: ServiceTarget) -> Iterator[ServiceTarget]:
+    """Yield a service under each beginning of its name that a name may have, the whole one last."""
+    labels = target.service.split(".")
+    for count in range(2, len(labels) + 1):
+        yield ServiceTarget(target.network, ".".join(labels[:count]), target.port)
+
+
+def possible_names(target: AddressTarget | ServiceTarget, domain: str) -> Iterator[str]:
+    """Yield every name that may lead to a target. Names of services may lead to others as well, or be too long to be asked for."""
+    if isinstance(target, AddressTarget):
+        yield from names_of(target, domain)
+        return
+    yield target.service
+    for short in beginnings(target):  # written out, since it is done for every service that shares an endpoint
+        yield f"p{short.port}-{short.service}.{short.network}.{domain}"
+        yield f"_{short.port}.{short.service}._{short.network}.{domain}"
 
 
 def _decode_mangled(labels: list[str], network: str, text: str) -> AddressTarget | ServiceTarget:

@@ -342,6 +342,7 @@ class Opener:
             attempt=attempt,
             continues=continues,
             epoch=self._epoch(candidate),
+            imports=candidate.imports,
         )
         try:
             return preamble, sign(preamble, key.secret)

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from discovery.addresses import Address, Network, TargetList
 from discovery.contract import Discovery
 from discovery.imports import Imports
+from discovery.model import Mesh
 from sniproxy.alert import AlertDescription, alert_record
 from sniproxy.arrival import Refusal, read_endpoints, read_hello
 from sniproxy.dial import Connected
@@ -34,14 +35,15 @@ from sniproxy.limits import (
     Limits,
 )
 from sniproxy.opening import DEFAULT_DIAL_TIMEOUT_S, Call, DialError, Opener
-from sniproxy.route import Candidate, RouteKind, Router, SigningKeys, Unroutable
+from sniproxy.permit import Permit
+from sniproxy.route import RouteKind, Router, SigningKeys, Unroutable
 from sniproxy.stream.account import Account, Ledger
 from sniproxy.stream.carry import Carry
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.loopguard import LoopGuard
-from sniproxy.stream.policy import Flow, Policy
-from sniproxy.stream.preamble import decode_target
+from sniproxy.stream.policy import Policy
+from sniproxy.stream.reach import Reach
 from sniproxy.stream.reason import Reason
 from sniproxy.ways import Ways
 
@@ -142,6 +144,7 @@ class Relay:
         self._discovery = discovery
         self.ledger = Ledger("relay", registry)
         self._ways = Ways(registry)
+        self._reach = Reach(config.network, config.domain)
         self._listeners: list[Listener] = []
         self._adapted: dict[tuple[str, int], Listener] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -160,6 +163,7 @@ class Relay:
             max_streams=config.max_streams_per_client, new_streams_per_s=config.new_streams_per_s
         )
         self._hellos.limit = config.max_hello_held_bytes
+        self._permit = Permit(config.network, config.imports, config.policy, self._reach)
         self._guard = LoopGuard(config.network, [*config.guard, *self.addresses], is_own=is_own_address)
         self._router = Router(
             network=config.network,
@@ -220,7 +224,8 @@ class Relay:
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
-        unsubscribe = self._discovery.subscribe(self._ways.follow)
+        unsubscribe = self._discovery.subscribe(self._follow)
+        self._reach.follow(self._discovery.mesh, time.monotonic())
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self._ways.run())
@@ -229,6 +234,10 @@ class Relay:
         finally:
             unsubscribe()
             self.close()  # those that were cancelled before their first step
+
+    def _follow(self, mesh: Mesh) -> None:
+        self._reach.follow(mesh, time.monotonic())
+        self._ways.follow(mesh)
 
     async def adapt(self, ports: Collection[int]) -> dict[int, str]:
         """Listen on these ports besides the configured ones, on the same addresses, and no longer on others asked for before.
@@ -311,11 +320,20 @@ class Relay:
         account.fields["sni"] = name
         if not any(source in network for network in self.config.allow):
             raise Refusal(Reason.DENIED, "relay.allow does not have this client's address")
+        mesh = self._discovery.mesh
+        self._reach.follow(mesh, time.monotonic())
         try:
-            candidates = self._router.candidates(name, self._discovery.mesh, call.local[1])
+            candidates = self._router.candidates(name, mesh, call.local[1])
         except Unroutable as error:
+            if not self._discovery.synced:
+                raise Refusal(Reason.NO_VIEW, f"discovery has not been heard from: {error.detail}") from error
             raise Refusal(error.reason, error.detail) from error
-        candidates = self._permitted(candidates, source, name)
+        is_local = any(candidate.kind is RouteKind.LOCAL for candidate in candidates)
+        if is_local and self.config.policy.rules and not self._discovery.synced:
+            raise Refusal(Reason.NO_VIEW, "discovery has not been heard from: whose address that is is not known")
+        candidates, why = self._permit.permitted(candidates, source, name)
+        if not candidates:
+            raise Refusal(Reason.DENIED, why)
         account.mark("route")
         account.fields["network"] = candidates[0].network
         account.fields["target"] = candidates[0].target
@@ -327,6 +345,8 @@ class Relay:
             raise Refusal(error.reason, error.detail) from error
         account.mark("connect")
         candidate = connected.candidate
+        if candidate.kind is RouteKind.LOCAL:
+            self._check_again(connected, source, name)
         account.fields |= {
             "network": candidate.network,
             "target": candidate.target,
@@ -338,26 +358,14 @@ class Relay:
             account.fields["warm"] = True
         return connected
 
-    def _permitted(self, candidates: list[Candidate], source: Address, name: str) -> list[Candidate]:
-        """Leave out what the rules deny to this client."""
-        permitted, why = [], ""
-        for candidate in candidates:
-            where, port = decode_target(candidate.target)
-            flow = Flow(
-                client=source,
-                from_network=self.config.network,
-                network=candidate.network,
-                name=name,
-                address=None if isinstance(where, str) else where,
-                port=port,
-            )
-            refused = self.config.policy.refusal(flow)
-            if refused is None:
-                permitted.append(candidate)
-            why = why or f"relay.rules: {refused}, {candidate.target} in network {candidate.network!r}"
-        if not permitted:
+    def _check_again(self, connected: Connected, source: Address, name: str) -> None:
+        """Refuse a service of our own network whose records, or the rules, have changed while it was dialled."""
+        self._reach.follow(self._discovery.mesh, time.monotonic())
+        why = self._permit.refusal(connected.candidate, source, name)
+        if why is not None:
+            if connected.wire is not None:
+                connected.wire.reset()
             raise Refusal(Reason.DENIED, why)
-        return permitted
 
     async def _move(self, client: Wire, account: Account, call: Call, connected: Connected) -> Reason:
         idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s

@@ -9,7 +9,7 @@ beside sniproxy.opening. Sans-IO; the one error is Unroutable.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from discovery.addresses import (
@@ -25,7 +25,7 @@ from discovery.imports import Imports
 from discovery.lookup import Candidate as Place
 from discovery.lookup import Unresolved, resolve
 from discovery.model import AllocationSpec, GatewaySpec, Kind, Mesh, Record, TurnSpec
-from discovery.names import AddressTarget
+from discovery.names import AddressTarget, ServiceTarget
 from sniproxy.stream.epoch import UNKNOWN_EPOCH, epoch_in
 from sniproxy.stream.loopguard import STOPPED, LoopGuard
 from sniproxy.stream.preamble import PreambleError, SigningKey, encode_target
@@ -67,6 +67,10 @@ class Candidate:
     """Of the gateway's process, as its record tells."""
     proxy_version: int | None = None
     """Of the PROXY header that the service wants first, on a local route; a gateway knows that by itself."""
+    meant: AddressTarget | ServiceTarget | None = field(default=None, compare=False)
+    """What the name means, a service by its whole name: for rules. The router always says it."""
+    imports: str | None = field(default=None, compare=False)
+    """The services whose addresses may be reached by it, for the preamble; None: any."""
 
     @property
     def way(self) -> Way:
@@ -174,6 +178,7 @@ class Router:
                     address=str(address),
                     port=port,
                     proxy_version=header,
+                    meant=target,
                 )
             )
         if not allowed:
@@ -256,6 +261,7 @@ class Router:
             weight=record.spec.weight,
             near=near,
             epoch=epoch_in(record.spec.proto),
+            meant=target,
         )
 
 

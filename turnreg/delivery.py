@@ -1,18 +1,24 @@
 """From the target in a preamble to a connected service: which address, whether it may be dialled, and the next one on failure."""
 
 import asyncio
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from discovery.addresses import Address, BadAddress, TargetList, format_endpoint, parse_address, parse_endpoint, refusal
+from discovery.addresses import Address, TargetList, format_endpoint, parse_address, refusal
 from discovery.contract import Discovery
+from discovery.imports import BadImport, ImportRule, Imports
+from discovery.lookup import Unresolved, reached
+from discovery.model import Mesh
+from discovery.names import AddressTarget, ServiceTarget
 from sniproxy.engine import Wire, connect
 from sniproxy.engine.host import is_own_address
 from sniproxy.stream.loopguard import STOPPED, LoopGuard
 from sniproxy.stream.policy import Flow, Policy
 from sniproxy.stream.preamble import Preamble, decode_target
 from sniproxy.stream.proxyproto import ProxyHeader
+from sniproxy.stream.reach import Endpoint, Reach
 from sniproxy.stream.reason import Reason
 
 MAX_ENDPOINT_TRIES = 3
@@ -54,6 +60,7 @@ class Delivery:
     def __init__(
         self,
         network: str,
+        domain: str,
         discovery: Discovery,
         allow: TargetList,
         policy: Policy,
@@ -62,7 +69,9 @@ class Delivery:
         dial_timeout_s: float,
     ) -> None:
         self._network = network
+        self._domain = domain
         self._discovery = discovery
+        self._reach = Reach(network, domain)
         self._guard = LoopGuard(network, guard, is_own=is_own_address)
         self.reconfigure(allow, policy, dial_timeout_s=dial_timeout_s)
         self._turn: dict[str, int] = {}
@@ -73,55 +82,73 @@ class Delivery:
         self._policy = policy
         self._dial_timeout_s = dial_timeout_s
 
+    def watch(self) -> Callable[[], None]:
+        """Follow discovery, so that no endpoint is missed that comes and goes between two streams. Call the result to stop."""
+        self._follow(self._discovery.mesh)
+        return self._discovery.subscribe(self._follow)
+
     async def connect(self, preamble: Preamble) -> Delivered:
-        """Connect to what a proven preamble asks for.
+        """Connect to what a proven preamble asks for, which must be what its name leads to.
 
         Raises:
-            Undeliverable: denied, no_endpoint, unknown_name or dial_failed.
+            Undeliverable: denied, no_endpoint, dial_failed or no_view; wrong_target, unknown_name, ambiguous_name or bad_name
+                where the name does not lead to the target.
         """
         where, port = decode_target(preamble.target)
-        if not isinstance(where, str):
-            return await self._dial(preamble, [(where, port)], b"")
-        service = self._discovery.mesh.service(self._network, where)
-        if service is None:
-            raise Undeliverable(Reason.UNKNOWN_NAME, f"this network has no service {where!r}")
-        endpoints = self._rotated(where, port, service.spec.ports.get(str(port), []))
-        if not endpoints:
-            detail = f"service {where!r} has no endpoint for port {port}"
-            may_be_woken = str(port) in service.spec.ports and not self._policy.is_hopeless(
-                self._flow(preamble, None, port)
-            )
-            raise Undeliverable(Reason.NO_ENDPOINT, detail, asleep=where if may_be_woken else "")
-        header = ProxyHeader(source=preamble.client, destination=preamble.local).packed(service.spec.proxy_version)
+        mesh = self._discovery.mesh
+        self._follow(mesh)
+        if not self._discovery.synced and (self._policy.rules or not len(mesh)):
+            raise Undeliverable(Reason.NO_VIEW, "this gateway has not heard from discovery and has no snapshot")
         try:
-            return await self._dial(preamble, endpoints, header)
+            place = reached(preamble.authority, where, port, mesh, self._network, self._domain)
+        except Unresolved as error:
+            raise Undeliverable(Reason(error.reason.value), error.detail) from None
+        target = place.target
+        if isinstance(target, AddressTarget):
+            return await self._dial(preamble, target, [(target.address, port)], b"")
+        assert place.service is not None
+        spec, name = place.service.spec, target.service
+        endpoints = self._rotated(name, port)
+        if not endpoints:
+            detail = f"service {name!r} has no endpoint for port {port}"
+            may_be_woken = str(port) in spec.ports and not self._policy.is_hopeless(
+                self._flow(preamble, target, None, port)
+            )
+            raise Undeliverable(Reason.NO_ENDPOINT, detail, asleep=name if may_be_woken else "")
+        header = ProxyHeader(source=preamble.client, destination=preamble.local).packed(spec.proxy_version)
+        try:
+            return await self._dial(preamble, target, endpoints, header)
         except Undeliverable as error:
             if error.reason is Reason.DIAL_FAILED:
-                error.asleep = where
+                error.asleep = name
             raise
 
-    def _rotated(self, name: str, port: int, texts: list[str]) -> list[tuple[Address, int]]:
+    def _follow(self, mesh: Mesh) -> None:
+        self._reach.follow(mesh, time.monotonic())
+
+    def _rotated(self, name: str, port: int) -> tuple[Endpoint, ...]:
         """The endpoints, beginning with the one whose turn it is."""
-        if not texts:
-            return []
+        endpoints = self._reach.endpoints(name, port)
+        if not endpoints:
+            return ()
         key = f"{name}:{port}"
         if len(self._turn) > 2 * len(self._discovery.mesh) + 1024:
             self._turn.clear()  # names of services that came and went
-        turn = self._turn[key] = (self._turn.get(key, -1) + 1) % len(texts)
-        endpoints = []
-        for text in texts[turn:] + texts[:turn]:
-            with suppress(BadAddress):  # records are checked when written; one that slipped through is no endpoint
-                endpoints.append(parse_endpoint(text))
-        return endpoints
+        turn = self._turn[key] = (self._turn.get(key, -1) + 1) % len(endpoints)
+        return endpoints[turn:] + endpoints[:turn]
 
-    async def _dial(self, preamble: Preamble, endpoints: list[tuple[Address, int]], header: bytes) -> Delivered:
+    async def _dial(
+        self, preamble: Preamble, target: AddressTarget | ServiceTarget, endpoints: Iterable[Endpoint], header: bytes
+    ) -> Delivered:
         failure = Undeliverable(Reason.NO_ENDPOINT, "no endpoint")
         tries = 0
         for address, port in endpoints:
             if tries == MAX_ENDPOINT_TRIES:
                 break
             shown = format_endpoint(address, port)
-            why = self._why_not(preamble, address, port)
+            if not self._is_current(target, address, port):
+                continue
+            why = self._why_not(preamble, target, address, port)
             if why is not None:
                 # An endpoint that was tried in vain says more about the service than one that never may be.
                 if failure.reason is not Reason.DIAL_FAILED:
@@ -137,6 +164,14 @@ class Delivery:
                 continue
             except OSError as error:
                 failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: {error.strerror}")
+                continue
+            # Records and rules may have changed while we dialled. Nothing has been sent to the service yet.
+            is_current = self._is_current(target, address, port)
+            why = self._why_not(preamble, target, address, port)
+            if why is not None or not is_current:
+                wire.reset()
+                reason = Reason.NO_ENDPOINT if why is None else Reason.DENIED
+                failure = Undeliverable(reason, f"{shown} {why or 'is no endpoint any more'}")
                 continue
             if header:
                 try:
@@ -154,7 +189,16 @@ class Delivery:
         finally:
             del failure  # its traceback holds this frame
 
-    def _why_not(self, preamble: Preamble, address: Address, port: int) -> str | None:
+    def _is_current(self, target: AddressTarget | ServiceTarget, address: Address, port: int) -> bool:
+        """Tell whether a service still has this endpoint, by the view of now: time passes between two dials."""
+        self._follow(self._discovery.mesh)
+        return isinstance(target, AddressTarget) or (address, port) in self._reach.endpoints(
+            target.service, target.port
+        )
+
+    def _why_not(
+        self, preamble: Preamble, target: AddressTarget | ServiceTarget, address: Address, port: int
+    ) -> str | None:
         """Say why this address and port may not be dialled, None if it may."""
         if not self._allow.allows(address, port):
             return "is not in gateway.allow"
@@ -163,15 +207,40 @@ class Delivery:
             return f"is {why}"
         if self._guard.stops(address, port, self._discovery.mesh):
             return STOPPED
-        refused = self._policy.refusal(self._flow(preamble, address, port))
+        if preamble.imports is not None and isinstance(target, AddressTarget):
+            service = self._not_imported(preamble.imports, address, port)
+            if service is not None:
+                return f"belongs to service {service!r}, which network {preamble.from_network!r} does not import"
+        if not self._policy.rules:
+            return None
+        refused = self._policy.refusal(self._flow(preamble, target, address, port))
         return None if refused is None else f"may not be reached: gateway.rules: {refused}"
 
-    def _flow(self, preamble: Preamble, address: Address | None, port: int) -> Flow:
-        return Flow(
+    def _not_imported(self, imports: str, address: Address, port: int) -> str | None:
+        """Return the service that an address belongs to, None if the relay's network imports it, or if it belongs to none."""
+        services = {owner.service for owner in self._reach.owners(address, port)}
+        if not services:
+            return None
+        known = _read_imports(imports, self._network)
+        return None if any(known.rule_for(service) for service in services) else min(services)
+
+    def _flow(
+        self, preamble: Preamble, target: AddressTarget | ServiceTarget, address: Address | None, port: int
+    ) -> Flow:
+        return self._reach.flow(
+            target,
+            name=preamble.authority,
             client=parse_address(preamble.client[0]),
             from_network=preamble.from_network,
-            network=self._network,
-            name=preamble.authority,
             address=address,
             port=port,
         )
+
+
+@lru_cache(64)
+def _read_imports(text: str, network: str) -> Imports:
+    """Read what a relay says that its network imports. What cannot be meant imports nothing."""
+    try:
+        return Imports([ImportRule(names=tuple(text.split()), sources=(network,))])
+    except BadImport:
+        return Imports()

@@ -109,6 +109,7 @@ class Gateway:
         self._arrivals = Arrivals(keys, config.network, epoch=self.epoch, require_epoch=config.require_epoch)
         self._delivery = Delivery(
             config.network,
+            config.domain,
             discovery,
             config.allow,
             config.policy,
@@ -177,6 +178,7 @@ class Gateway:
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
+        unwatch = self._delivery.watch()
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = self._activation.group = group
@@ -185,6 +187,7 @@ class Gateway:
                 await self._closed.wait()
         finally:
             self._group = self._activation.group = None
+            unwatch()
             self.close()
 
     async def _accept_from(self, listener: Listener) -> None:

@@ -5,7 +5,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from crossnet.scalars import ImportName, NetworkId, Prefer, RuleAction, RuleDestination, RulePort, RuleSource
+from crossnet.scalars import (
+    ImportName,
+    NetworkId,
+    Prefer,
+    RuleAction,
+    RuleDestination,
+    RuleName,
+    RulePort,
+    RuleSource,
+)
 from crossnet.schema import OneOrMore, key, rule
 from discovery.imports import BadImport, ImportRule
 from discovery.shape import Fault
@@ -41,14 +50,16 @@ class RuleSection:
     """Clients, and at a gateway networks; by default all."""
     to: Annotated[tuple[RuleDestination, ...], OneOrMore()] = ()
     """Networks, names in which `*` is one label and a leading `**` one or more, targets; by default all."""
+    names: Annotated[tuple[RuleName, ...], OneOrMore()] = ()
+    """By what kind of name the client asked: `service`, `address`; by default any."""
     ports: Annotated[tuple[RulePort, ...], OneOrMore()] = ()
     action: RuleAction
 
     def as_rule(self) -> Rule:
         """The rule as relays and gateways have it. Raises BadRule."""
-        return Rule.parse(action=self.action, sources=self.sources, to=self.to, ports=self.ports)
+        return Rule.parse(action=self.action, sources=self.sources, to=self.to, names=self.names, ports=self.ports)
 
-    @rule("sources", "to", "ports", "action")
+    @rule("sources", "to", "names", "ports", "action")
     def _bounded(self) -> Iterator[Fault]:
         try:
             self.as_rule()

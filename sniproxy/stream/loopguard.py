@@ -6,7 +6,7 @@ Sans-IO; which addresses are this host's own is asked of whoever knows.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from discovery.addresses import Address, BadAddress, parse_address, parse_endpoint, parse_turn_url
+from discovery.addresses import Address, BadAddress, parse_address, parse_endpoint, parse_turn_url, spellings
 from discovery.model import Mesh
 
 STOPPED = "is a relay, TURN server, gateway or discovery server: a stream there would loop"
@@ -49,11 +49,15 @@ class LoopGuard:
             self._own.add((parsed, port))
 
     def stops(self, address: Address, port: int, mesh: Mesh) -> bool:
-        """Tell whether a stream must not go there."""
+        """Tell whether a stream must not go there, also by a NAT64 or 6to4 address."""
         if mesh is not self._mesh:
             self._mesh, self._infrastructure = mesh, frozenset(_infrastructure(mesh, self._network))
-        where = (address, port)
-        return where in self._own or where in self._infrastructure or (port in self._anywhere and self._is_own(address))
+        return any(
+            (spelling, port) in self._own
+            or (spelling, port) in self._infrastructure
+            or (port in self._anywhere and self._is_own(spelling))
+            for spelling in spellings(address)
+        )
 
 
 def _infrastructure(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:

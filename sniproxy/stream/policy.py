@@ -3,21 +3,27 @@
     rules:
       - {from: ["10.1.0.0/16"], to: ["b"], ports: ["8443"], action: allow}
       - {from: ["10.0.0.0/8"], to: ["*.shop.svc.cluster.local"], action: deny}
+      - {to: ["b"], names: [service], action: allow}
 
 The first rule that matches decides; once there is any rule, what none matches is denied. An item of `from` is a client CIDR, or
 (at a gateway) the network that the stream comes from. An item of `to` is a network, a name in which a label `*` stands for exactly
-one label and a leading `**` for one or more, or a target `CIDR[:PORTS]`. A list that is left out matches everything.
+one label and a leading `**` for one or more, or a target `CIDR[:PORTS]`. `names` says by what kind of name the client must have
+asked. A list that is left out matches everything.
+
+Deny is wide, allow is narrow. A name in a deny rule means every name of what is reached, and every service that the address that is
+dialled belongs to, or did lately. A name in an allow rule means the names of the one target that the client asked for by name.
+Which names those are is worked out in `reach`.
 
 Sans-IO. The one error is BadRule.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
-from discovery.addresses import Address, BadAddress, Network, TargetList, parse_cidrs, parse_port
-from discovery.names import is_ldh_label
+from discovery.addresses import Address, BadAddress, Network, TargetList, parse_cidrs, parse_port, spellings
+from discovery.names import AddressTarget, ServiceTarget, is_ldh_label, possible_names
 
 T = TypeVar("T")
 
@@ -26,6 +32,12 @@ MAX_RULES = 1024
 
 MAX_ITEMS = 1024
 MAX_PATTERN = 253
+
+MAX_KNOWN_TARGETS = 65_536
+"""Targets of which a policy remembers the rules that may mean them."""
+
+MAX_KNOWN_SETS = 1024
+"""Sets of names or targets, likewise: each is one target's or one endpoint's, and what is in use comes back at once."""
 
 
 class BadRule(ValueError):
@@ -44,19 +56,47 @@ class Action(StrEnum):
     DENY = "deny"
 
 
+class NameKind(StrEnum):
+    """By what kind of name a client asks."""
+
+    SERVICE = "service"
+    """A service's own name, or its compact or mangled name under the mesh domain."""
+    ADDRESS = "address"
+    """A name under the mesh domain that holds an address and a port."""
+
+
+Target: TypeAlias = AddressTarget | ServiceTarget
+
+
+class Alias(NamedTuple):
+    """What a flow reaches under other names, and the ports that count with them: a deny rule may have any name of any of these."""
+
+    targets: frozenset[Target]
+    ports: frozenset[int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """What is asked about: one stream on its way to one place."""
+    """What is asked about: one stream on its way to one place. `Reach.flow` makes it."""
 
     client: Address
     from_network: str | None
     """None at a gateway where nothing proves it: then no rule that names a network matches."""
     network: str
-    name: str
-    """The server name, lower case."""
+    kind: NameKind
+    """By what kind of name the client asked."""
+    called: frozenset[str]
+    """The names of the target that the client asked for, for allow rules; none where what is dialled is not that target."""
+    aliases: tuple[Alias, ...]
+    """All that is reached, for deny rules."""
+    domain: str
+    """The mesh domain, which names of targets end in."""
     address: Address | None
-    """What will be dialled, where it is known: at a relay for address names, at a gateway always."""
+    """What will be dialled, where it is known: at a relay for its own network and for address names, at a gateway always."""
     port: int
+    """What will be dialled; at a relay, for a service of another network, the port that was asked for."""
+    asked_port: int
+    """The port in the name, or of the service's record. Deny rules ask about it, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,56 +139,119 @@ class Rule:
     clients: tuple[Network, ...] = ()
     from_networks: frozenset[str] = frozenset()
     networks: frozenset[str] = frozenset()
-    names: tuple[NamePattern, ...] = ()
+    patterns: tuple[NamePattern, ...] = ()
+    """Of names in `to`."""
     targets: TargetList | None = None
     ports: tuple[tuple[int, int], ...] = ()
     """Inclusive ranges; none: any port."""
+    kinds: frozenset[NameKind] = frozenset()
+    """By what the client asked (`names`); none: any."""
 
     @classmethod
     def parse(
-        cls, *, action: str, sources: Iterable[str] = (), to: Iterable[str] = (), ports: Iterable[str | int] = ()
+        cls,
+        *,
+        action: str,
+        sources: Iterable[str] = (),
+        to: Iterable[str] = (),
+        names: Iterable[str] = (),
+        ports: Iterable[str | int] = (),
     ) -> "Rule":
         """Read a rule as the configuration file holds it. BadRule at the first item that is wrong."""
         if action not in set(Action):
             raise BadRule("action", "allow or deny")
         clients, from_networks = _sources(_bounded("from", sources))
-        networks, names, targets = _destinations(_bounded("to", to))
+        networks, patterns, targets = _destinations(_bounded("to", to))
         return cls(
             action=Action(action),
             clients=clients,
             from_networks=from_networks,
             networks=networks,
-            names=names,
+            patterns=patterns,
             targets=targets,
             ports=tuple(_port_range(index, item) for index, item in enumerate(_bounded("ports", ports))),
+            kinds=frozenset(_name_kind(index, item) for index, item in enumerate(_bounded("names", names))),
         )
 
-    def matches(self, flow: Flow) -> bool:
-        """Tell whether the rule speaks of this flow."""
-        return self._has_source(flow) and self._has_destination(flow) and self._has_port(flow.port)
+    @property
+    def is_for_all(self) -> bool:
+        """Whether it speaks of every destination."""
+        return not self.networks and not self.patterns and self.targets is None
 
-    def judges(self, flow: Flow) -> bool | None:
-        """Tell what is certain of a flow whose address and port are to come: it matches, or it does not; None if that depends."""
-        if not self._has_source(flow):
-            return False
-        if not self._has_destination(flow):
-            return None if self.targets is not None else False
-        return None if self.ports else True
+    @property
+    def is_from_all(self) -> bool:
+        """Whether it speaks of every source."""
+        return not self.clients and not self.from_networks
 
-    def _has_source(self, flow: Flow) -> bool:
-        if not self.clients and not self.from_networks:
+    def is_from(self, flow: Flow) -> bool:
+        """Tell whether it speaks of where the flow comes from."""
+        if self.is_from_all:
             return True
         return flow.from_network in self.from_networks or any(flow.client in network for network in self.clients)
 
-    def _has_destination(self, flow: Flow) -> bool:
-        if not self.networks and not self.names and self.targets is None:
-            return True
-        if flow.network in self.networks or any(pattern.matches(flow.name) for pattern in self.names):
-            return True
-        return self.targets is not None and flow.address is not None and self.targets.allows(flow.address, flow.port)
+    def has_port(self, ports: Iterable[int]) -> bool:
+        """Tell whether it speaks of one of these ports."""
+        return not self.ports or any(low <= port <= high for port in ports for low, high in self.ports)
 
-    def _has_port(self, port: int) -> bool:
-        return not self.ports or any(low <= port <= high for low, high in self.ports)
+    def has_target(self, flow: Flow) -> bool:
+        """Tell whether it lists what is dialled; for a deny rule also as NAT64 or 6to4 address."""
+        if self.targets is None or flow.address is None:
+            return False
+        addresses = (flow.address,) if self.action is Action.ALLOW else spellings(flow.address)
+        return any(self.targets.allows(address, flow.port) for address in addresses)
+
+
+class Decision(NamedTuple):
+    """What the rules say of a flow."""
+
+    allowed: bool
+    rule: int | None
+    """Which of them says so, counted from 0; None if no rule matches."""
+
+
+class _NameTree:
+    """Which rules have a name: their patterns, label by label from the last. So a name costs its labels, and not the patterns."""
+
+    __slots__ = ("_below", "_ending", "_longer")
+
+    def __init__(self) -> None:
+        self._below: dict[str, _NameTree] = {}
+        self._ending: set[int] = set()
+        self._longer: set[int] = set()
+        """Rules with a pattern that has `**` here."""
+
+    def add(self, pattern: NamePattern, rule: int) -> None:
+        """Add a pattern of a rule."""
+        node = self
+        for label in reversed(pattern.labels):
+            if label == "**":
+                node._longer.add(rule)
+                return
+            node = node._below.setdefault(label, _NameTree())
+        node._ending.add(rule)
+
+    def find(self, name: str) -> set[int]:
+        """Return the rules that have this name."""
+        found: set[int] = set()
+        nodes = [self]
+        for label in reversed(name.split(".")):
+            for node in nodes:
+                found |= node._longer
+            nodes = [below for node in nodes for key in (label, "*") if (below := node._below.get(key)) is not None]
+        for node in nodes:
+            found |= node._ending
+        return found
+
+
+class _Named(NamedTuple):
+    """The rules that have a flow's names."""
+
+    called: frozenset[int]
+    aliases: tuple[tuple[frozenset[int], frozenset[int]], ...]
+    """With the ports that count for each."""
+
+    def in_deny(self, index: int, rule: Rule) -> bool:
+        return any(index in rules and rule.has_port(ports) for rules, ports in self.aliases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,27 +259,87 @@ class Policy:
     """All rules of a relay or gateway, in order. Immutable: a reload makes a new one and swaps it."""
 
     rules: tuple[Rule, ...] = ()
+    _tree: _NameTree = field(init=False, repr=False, compare=False, default_factory=_NameTree)
+    _by_names: dict[frozenset[str], frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _by_target: dict[Target, frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _by_targets: dict[frozenset[Target], frozenset[int]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if len(self.rules) > MAX_RULES:
             raise BadRule("rules", f"at most {MAX_RULES} rules")
+        for index, rule in enumerate(self.rules):
+            for pattern in rule.patterns:
+                self._tree.add(pattern, index)
+
+    def decide(self, flow: Flow) -> Decision:
+        """Say whether this flow may go, and by which rule."""
+        named = self._named(flow)
+        for index, rule in enumerate(self.rules):
+            if _concerns(index, rule, flow, named) and rule.is_from(flow):
+                return Decision(rule.action is Action.ALLOW, index)
+        return Decision(not self.rules, None)
 
     def refusal(self, flow: Flow) -> str | None:
         """Say why this flow is denied, None if it may go."""
-        for index, rule in enumerate(self.rules):
-            if rule.matches(flow):
-                return None if rule.action is Action.ALLOW else f"rule {index + 1} denies it"
-        return "no rule allows it" if self.rules else None
+        decision = self.decide(flow)
+        if decision.allowed:
+            return None
+        return "no rule allows it" if decision.rule is None else f"rule {decision.rule + 1} denies it"
+
+    def concerning(self, flow: Flow) -> list[int]:
+        """Return the rules that speak of where the flow goes, wherever it comes from."""
+        named = self._named(flow)
+        return [index for index, rule in enumerate(self.rules) if _concerns(index, rule, flow, named)]
 
     def is_hopeless(self, flow: Flow) -> bool:
         """Tell whether a flow is denied at whatever address and port it will come to; what stands there of them is not asked."""
-        for rule in self.rules:
-            judged = rule.judges(replace(flow, address=None))
-            if judged is not False and rule.action is Action.ALLOW:
-                return False
-            if judged:
+        named = self._named(flow)
+        for index, rule in enumerate(self.rules):
+            if not rule.is_from(flow) or (rule.kinds and flow.kind not in rule.kinds):
+                continue
+            is_general = rule.is_for_all or flow.network in rule.networks
+            if rule.action is Action.ALLOW:
+                if is_general or rule.targets is not None or index in named.called:
+                    return False
+            elif not rule.ports and (is_general or named.in_deny(index, rule)):
                 return True
         return bool(self.rules)
+
+    def _named(self, flow: Flow) -> _Named:
+        called = self._by_names.get(flow.called)
+        if called is None:
+            if len(self._by_names) >= MAX_KNOWN_SETS:
+                self._by_names.clear()
+            called = self._by_names[flow.called] = frozenset().union(*map(self._tree.find, flow.called))
+        return _Named(called, tuple((self._naming(alias.targets, flow.domain), alias.ports) for alias in flow.aliases))
+
+    def _naming(self, targets: frozenset[Target], domain: str) -> frozenset[int]:
+        """Return the rules that may mean one of these. It is worked out once for an endpoint, not for each stream."""
+        known = self._by_targets.get(targets)
+        if known is None:
+            if len(self._by_targets) >= MAX_KNOWN_SETS:
+                self._by_targets.clear()
+            if len(self._by_target) >= MAX_KNOWN_TARGETS:
+                self._by_target.clear()
+            for target in targets - self._by_target.keys():
+                names = possible_names(target, domain)
+                self._by_target[target] = frozenset().union(*map(self._tree.find, names))
+            known = frozenset().union(*(self._by_target[target] for target in targets))
+            self._by_targets[targets] = known
+        return known
+
+
+def _concerns(index: int, rule: Rule, flow: Flow, named: _Named) -> bool:
+    if rule.kinds and flow.kind not in rule.kinds:
+        return False
+    is_general = rule.is_for_all or flow.network in rule.networks
+    if rule.action is Action.ALLOW:
+        return (is_general or index in named.called or rule.has_target(flow)) and rule.has_port((flow.port,))
+    if named.in_deny(index, rule):
+        return True
+    return (is_general or rule.has_target(flow)) and rule.has_port((flow.port, flow.asked_port))
 
 
 def _bounded(path: str, items: Iterable[T]) -> list[T]:
@@ -217,6 +380,12 @@ def _destinations(items: list[str]) -> tuple[frozenset[str], tuple[NamePattern, 
             except ValueError as error:
                 raise BadRule(f"to[{index}]", f"a network id, a name or a target ({error})") from None
     return frozenset(networks), tuple(names), TargetList.parse(targets) if targets else None
+
+
+def _name_kind(index: int, item: str) -> NameKind:
+    if item not in set(NameKind):
+        raise BadRule(f"names[{index}]", "service or address")
+    return NameKind(item)
 
 
 def _port_range(index: int, item: str | int) -> tuple[int, int]:

@@ -17,6 +17,9 @@ TLVs, beside the client's address as source and the relay's as destination:
 The HMAC is over the whole header from its first byte, with the 32 bytes of its own value zeroed. Each of these must be there
 once (0xE9 and 0xEC may be absent); other TLVs are ignored, but signed.
 
+0xED, at most once, goes with an address name: the services that the relay's network imports from the gateway's, as patterns with
+spaces between them. The gateway knows whose address it is, and refuses one of another service. Older gateways ignore it.
+
 A connection that is only to be kept ready, for a stream that OPEN will bring, begins with a LOCAL header, which has no client:
 0xE0, 0xE1, 0xE2, 0xE5, 0xE7, 0xE8, 0xEC, 0xE3 as above, and as UNIQUE_ID 16 bytes of its own, so that it is of no use again either.
 """
@@ -60,6 +63,11 @@ class Tlv(enum.IntEnum):
     ATTEMPT = 0xEA
     CONTINUES = 0xEB
     EPOCH = 0xEC
+
+
+TLV_IMPORTS: Final = 0xED
+MAX_IMPORTS: Final = 300
+"""Bytes: what the longest of all other fields leave of the 1,024 that a header may have."""
 
 
 class PreambleError(ValueError):
@@ -160,6 +168,8 @@ class Preamble:
     """Whether the connection takes over a direction of a stream that is open already, instead of opening one."""
     epoch: bytes | None = None
     """Of the gateway process that it is meant for; None: made by a relay from before epochs."""
+    imports: str | None = None
+    """Patterns of the services whose addresses may be reached, with spaces between; None: of any."""
 
     @property
     def once(self) -> bytes:
@@ -218,8 +228,9 @@ def decode_target(text: str) -> tuple[Address | str, int]:
 def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
     """Return the header, signed. Raises PreambleError (protocol_error) if a field cannot be written or all are too long."""
     _check(preamble)
+    tlvs: list[tuple[int, bytes]] = []
     if isinstance(preamble, WarmPreamble):
-        header, unique, tlvs = ProxyHeader(command=Command.LOCAL), preamble.nonce, []
+        header, unique = ProxyHeader(command=Command.LOCAL), preamble.nonce
     else:
         header, unique = ProxyHeader(source=preamble.client, destination=preamble.local), preamble.stream_id
         tlvs = [
@@ -231,6 +242,8 @@ def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
             tlvs.append((Tlv.HELLO_DIGEST, preamble.hello_digest))
         if preamble.continues:
             tlvs.append((Tlv.CONTINUES, b"\1"))
+        if preamble.imports is not None:
+            tlvs.append((TLV_IMPORTS, preamble.imports.encode()))
     if preamble.epoch is not None:
         tlvs.append((Tlv.EPOCH, preamble.epoch))
     tlvs += [
@@ -295,9 +308,17 @@ def parse(header: bytes) -> Preamble | WarmPreamble:
             attempt=values[Tlv.ATTEMPT][0],
             continues=Tlv.CONTINUES in values,
             epoch=values.get(Tlv.EPOCH),
+            imports=_imports(proxy),
         )
     _check(preamble)
     return preamble
+
+
+def _imports(proxy: ProxyHeader) -> str | None:
+    found = [value for kind, value in proxy.tlvs if kind == TLV_IMPORTS]
+    if len(found) > 1:
+        raise _broken(f"two TLVs {TLV_IMPORTS:#04x}")
+    return _text(found[0]) if found else None
 
 
 def _values(proxy: ProxyHeader, *, required: frozenset[Tlv], known: frozenset[Tlv]) -> dict[int, bytes]:
@@ -341,6 +362,7 @@ _SIZES: Final = {
     Tlv.CONTINUES: 1,
     Tlv.EPOCH: EPOCH_SIZE,
 }
+_PATTERNS: Final = re.compile(rf"[a-z0-9*. -]{{0,{MAX_IMPORTS}}}")
 _WORD: Final = re.compile(r"[!-~]{1,255}")
 """Ids and names: visible ASCII without spaces. What they name is compared, not interpreted."""
 
@@ -365,6 +387,8 @@ def _check(preamble: Preamble | WarmPreamble) -> None:
     decode_target(preamble.target)
     if len(preamble.stream_id) != STREAM_ID_SIZE or not 0 <= preamble.attempt <= 0xFF:
         raise _broken("a stream id is 16 bytes, an attempt one")
+    if preamble.imports is not None and not _PATTERNS.fullmatch(preamble.imports):
+        raise _broken(f"imports are not up to {MAX_IMPORTS} characters of patterns")
     if preamble.hello_digest is not None and len(preamble.hello_digest) != DIGEST_SIZE:
         raise _broken("a digest is 32 bytes")
 

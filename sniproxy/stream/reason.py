@@ -22,6 +22,10 @@ class Reason(StrEnum):
     AMBIGUOUS_NAME = "ambiguous_name"
     AMBIGUOUS_PORT = "ambiguous_port"
     DENIED = "denied"
+    WRONG_TARGET = "wrong_target"
+    """The relay asks the gateway for a target that the stream's name does not have."""
+    NO_VIEW = "no_view"
+    """Discovery has not been heard from, and there is no snapshot: what a name leads to is not known."""
     NO_KEY = "no_key"
     NO_ROUTE = "no_route"
     NO_PERMISSION = "no_permission"
@@ -42,5 +46,5 @@ class Reason(StrEnum):
     OTHER = "other"
 
 
-RETRYABLE = frozenset({Reason.DIAL_FAILED, Reason.OVERLOADED, Reason.DRAINING, Reason.NO_ENDPOINT})
+RETRYABLE = frozenset({Reason.DIAL_FAILED, Reason.OVERLOADED, Reason.DRAINING, Reason.NO_ENDPOINT, Reason.NO_VIEW})
 """Refusals after which another gateway may be asked: nothing has reached a service yet."""

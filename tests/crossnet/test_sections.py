@@ -1,5 +1,6 @@
 """What the sections read of the machine. Their rules are told in test_config.py, line by line."""
 
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 from crossnet import roles
 from crossnet.config import ConfigError, effective, load
 from crossnet.sections import search_domains
-from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, Flow
+from discovery.names import ServiceTarget
+from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, NameKind
+from sniproxy.stream.reach import Reach
 from turnreg.trigger import Command, HttpCall
 
 
@@ -28,34 +31,41 @@ GATEWAY = "network: b\ndiscovery: http://127.0.0.1:1\ngateway: {id: g, allow: [1
 def test_rules_are_read_and_shown_again(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(
-        GATEWAY % '[{from: [a, 10.1.0.0/16], to: "**.svc.cluster.local", ports: [443, 8000-8099], action: allow}]'
+        GATEWAY % '[{from: [a, 10.1.0.0/16], to: "**.svc.cluster.local", names: service, ports: [443, 8000-8099], '
+        "action: allow}]"
     )
     read = load(path)
+    assert "names: [service]" in effective(read)
     assert "from: [a, 10.1.0.0/16]" in effective(read)
     assert read.gateway is not None
     policy = roles.gateway_config(read, read.gateway, []).policy
-    flow = Flow(
+    flow = Reach("b", read.domain).flow(
+        ServiceTarget("b", "orders.shop.svc.cluster.local", 8000),
+        name="orders.shop.svc.cluster.local",
         client=ip_address("192.168.0.1"),
         from_network="a",
-        network="b",
-        name="orders.shop.svc.cluster.local",
-        address=ip_address("10.0.0.1"),
+        address=None,
         port=8000,
     )
     assert policy.refusal(flow) is None
+    assert policy.refusal(replace(flow, kind=NameKind.ADDRESS)) == "no rule allows it"
 
 
 @pytest.mark.parametrize(
     ("rules", "faults"),
     [
         (
-            "[{from: [a, 10.0.0.1/8], to: [Big.name, b], ports: [0, 9-8, 1], action: maybe}, {to: [a.*b], acton: deny}]",
+            (
+                "[{from: [a, 10.0.0.1/8], to: [Big.name, b], names: [plain], ports: [0, 9-8, 1], action: maybe}, "
+                "{to: [a.*b], acton: deny}]"
+            ),
             [
                 "$.gateway.rules[0].from[1]: expected a CIDR of clients or a network id, got '10.0.0.1/8'",
                 (
                     "$.gateway.rules[0].to[0]: expected a network id, a name or a target (a label is lower-case letters, digits "
                     "and inner hyphens, or '*', or '**' in front), got 'Big.name'"
                 ),
+                "$.gateway.rules[0].names[0]: expected service or address, got 'plain'",
                 "$.gateway.rules[0].ports[0]: expected a port or a range such as 8000-8099, got 0",
                 "$.gateway.rules[0].ports[1]: expected a port or a range such as 8000-8099, got '9-8'",
                 "$.gateway.rules[0].action: expected allow or deny, got 'maybe'",

@@ -4,8 +4,9 @@ from ipaddress import ip_address
 
 import pytest
 
+from discovery.addresses import BadAddress, parse_endpoint
 from discovery.imports import ImportRule, Imports
-from discovery.lookup import Unresolved, UnresolvedReason, resolve
+from discovery.lookup import Candidate, Unresolved, UnresolvedReason, reached, resolve
 from discovery.model import Kind, Mesh, NetworkSpec, Record, ServiceSpec
 from discovery.names import AddressTarget, NameReason, PlainName, ServiceTarget
 
@@ -102,3 +103,71 @@ def test_a_bad_name_tells_what_is_bad() -> None:
     assert caught.value.bad_name is not None
     assert caught.value.bad_name.reason is NameReason.INCOMPLETE
     assert why("a b.c") is UnresolvedReason.BAD_NAME
+
+
+# --- what a gateway is asked for ------------------------------------------------------------------------------------
+
+
+def asked_of(network: str, name: str, target: str) -> Candidate:
+    try:
+        where, port = parse_endpoint(target)
+    except BadAddress:
+        service, _, text = target.rpartition(":")
+        return reached(name, service, int(text), MESH, network, D)
+    return reached(name, where, port, MESH, network, D)
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "target"),
+    [
+        ("b", f"p8443-10-1-0-5.b.{D}", "10.1.0.5:8443"),
+        ("b", f"_8443._fd00--5._b.{D}", "[fd00::5]:8443"),
+        ("b", f"P8443-xFD000000000000000000000000000005.B.{D}.", "[fd00::5]:8443"),
+        ("b", "orders.shop.svc", "orders.shop.svc:8443"),
+        ("b", "Orders.Shop.svc.", "orders.shop.svc:8443"),
+        ("b", f"p8443-orders.shop.b.{D}", "orders.shop.svc:8443"),
+        ("b", f"_8443.orders.shop.svc._b.{D}", "orders.shop.svc:8443"),
+        ("b", "pay.shop.svc", "pay.shop.svc:443"),
+        ("b", "pay.shop.svc", "pay.shop.svc:8443"),
+        ("c", "orders.shop.svc", "orders.shop.svc:443"),
+    ],
+)
+def test_a_target_that_the_name_has(network: str, name: str, target: str) -> None:
+    place = asked_of(network, name, target)
+    assert place.network == network
+    assert (place.service is None) is isinstance(place.target, AddressTarget)
+    shown = place.target.address if isinstance(place.target, AddressTarget) else place.target.service
+    assert str(shown) in target
+    assert target.endswith(f":{place.target.port}")
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "target", "reason"),
+    [
+        ("b", f"p8443-10-1-0-5.b.{D}", "10.1.0.6:8443", "wrong_target"),
+        ("b", f"p8443-10-1-0-5.b.{D}", "10.1.0.5:22", "wrong_target"),
+        ("b", f"p8443-10-1-0-5.b.{D}", "orders.shop.svc:8443", "wrong_target"),
+        ("b", f"p8443-10-1-0-5.c.{D}", "10.1.0.5:8443", "wrong_target"),
+        ("b", f"p8443-xfd000000000000000000000000000005.b.{D}", "[fd00::6]:8443", "wrong_target"),
+        ("b", f"p8443-orders.shop.c.{D}", "orders.shop.svc:8443", "wrong_target"),
+        ("b", f"p8443-orders.shop.b.{D}", "orders.shop.svc:443", "wrong_target"),
+        ("b", f"p443-orders.shop.b.{D}", "pay.shop.svc:443", "wrong_target"),
+        ("b", f"p8443-orders.shop.b.{D}", "10.1.0.5:8443", "wrong_target"),
+        ("b", "orders.shop.svc", "pay.shop.svc:443", "wrong_target"),
+        ("b", "orders.shop.svc", "10.77.0.6:22", "wrong_target"),
+        ("b", "gone.shop.svc", "10.77.0.6:22", "wrong_target"),
+        ("b", "gone.shop.svc", "gone.shop.svc:443", "unknown_name"),
+        ("b", f"p443-pay.shop.b.{D}", "pay.shop.svc:443", "ambiguous_name"),
+        ("b", f"p443-pay.shop.b.{D}", "pay.shop.old:443", "ambiguous_name"),
+        ("c", f"p443-orders.shop.svc.c.{D}", "orders.shop.svc:443", "ambiguous_name"),
+        ("x", "orders.shop.svc", "orders.shop.svc:443", "unknown_name"),
+        ("b", f"shop.b.{D}", "orders.shop.svc:8443", "bad_name"),
+        ("b", "10.1.0.5", "10.1.0.5:443", "bad_name"),
+    ],
+)
+def test_a_target_that_the_name_does_not_have(network: str, name: str, target: str, reason: str) -> None:
+    with pytest.raises(Unresolved) as caught:
+        asked_of(network, name, target)
+    assert caught.value.reason == reason
+    if reason == "wrong_target" and network in name.removesuffix(D)[-4:]:
+        assert target in caught.value.detail

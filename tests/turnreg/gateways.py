@@ -1,7 +1,8 @@
 """A gateway of network b on loopback, and relays of network a as tests want them.
 
 async with a_gateway() as running:
-    visit = await running.visit(preamble(endpoint, HELLO), HELLO)       connect, preamble, ClientHello
+    service = await running.service()                                   which network b's records know
+    visit = await running.visit(preamble(service.target, HELLO), HELLO)      connect, preamble, ClientHello
     assert await visit.answer() == Ready()
 """
 
@@ -14,14 +15,14 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 
 from discovery.addresses import TargetList
-from discovery.model import AnyRecord
+from discovery.model import AnyRecord, Kind, ServiceSpec
 from sniproxy.engine import Listener, Wire, connect
 from sniproxy.stream.capsule import CapsuleType, header
 from sniproxy.stream.control import Message, Opened, Ready, Refused, Waiting
 from sniproxy.stream.ends import Side
 from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import Preamble, SigningKey, sign
-from tests.e2e.mesh import FixedDiscovery
+from tests.e2e.mesh import FixedDiscovery, record
 from tests.e2e.path import LogLines
 from tests.sniproxy.engine.pairs import pair
 from tests.turnreg.preambles import KEY
@@ -79,6 +80,8 @@ class Service:
     """A service on loopback that echoes; it counts who came."""
 
     endpoint: str
+    target: str
+    """What a preamble asks for."""
     wires: list[Wire] = field(default_factory=list)
     got: list[bytearray] = field(default_factory=list)
 
@@ -94,10 +97,13 @@ class Running:
     _group: asyncio.TaskGroup
     _closing: AsyncExitStack
 
-    async def service(self) -> Service:
-        """Run a service that gives back what it gets."""
+    async def service(self, name: str = "orders.shop.example", *, known: bool = True) -> Service:
+        """Run a service that gives back what it gets; `known`: discovery has its record."""
         listener = await Listener.open("127.0.0.1", 0)
-        made = Service(f"127.0.0.1:{listener.address[1]}")
+        made = Service(f"127.0.0.1:{listener.address[1]}", f"{name}:8443")
+        if known:
+            spec = ServiceSpec(name=name, ports={"8443": [made.endpoint]})
+            self.discovery.put(record(Kind.SERVICE, self.gateway.config.network, name, spec))
 
         async def echo(wire: Wire) -> None:
             made.wires.append(wire)

@@ -5,9 +5,24 @@ import secrets
 import time
 from dataclasses import replace
 
+from discovery.addresses import BadAddress, parse_endpoint
+from discovery.names import AddressTarget, encode
 from sniproxy.stream.preamble import Preamble, SigningKey
 
 KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
+
+
+def address_name(endpoint: str, network: str = "b") -> str:
+    """The name by which a client asks for an address and port."""
+    return encode(AddressTarget(network, *parse_endpoint(endpoint)), "svc.mesh.internal")
+
+
+def name_for(target: str) -> str:
+    """A name that has this target."""
+    try:
+        return address_name(target)
+    except BadAddress:
+        return target.rpartition(":")[0]
 
 
 def preamble(target: str, hello: bytes = b"", **changes: object) -> Preamble:

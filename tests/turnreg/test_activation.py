@@ -19,7 +19,7 @@ from sniproxy.stream.reason import Reason
 from tests.e2e.mesh import record
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.gateways import Running, Visit, a_gateway
-from tests.turnreg.preambles import KEY, preamble
+from tests.turnreg.preambles import KEY, name_for, preamble
 from turnreg import activation
 from turnreg.activation import ActivationRule
 from turnreg.trigger import Command, HttpCall, Trigger
@@ -60,7 +60,9 @@ def sample(running: Running, name: str, **labels: str) -> float | None:
 
 
 async def visit(running: Running, target: str = f"{NAME}:8443", **changes: object) -> Visit:
-    return await running.visit(preamble(target, HELLO, **changes), HELLO)
+    name = name_for(target)
+    hello = client_hello(name)
+    return await running.visit(preamble(target, hello, authority=name, **changes), hello)
 
 
 async def held(running: Running, count: int) -> None:
@@ -117,7 +119,7 @@ async def test_a_call_has_an_endpoint_published(tmp_path: Path) -> None:
         async def scale(request: web.Request) -> web.Response:
             asked.append(request.headers["Crossnet-Service"])
             await held(running, 5)
-            service = await running.service()
+            service = await running.service(known=False)
             running.discovery.put(asleep(service.endpoint))
             return web.Response(status=202)
 
@@ -160,7 +162,7 @@ async def test_a_stream_that_gives_up_leaves_its_turn_to_the_next(tmp_path: Path
         others = [await visit(running) for _ in range(3)]
         assert (await first.refused(after_ready=True)).reason == Reason.NO_ENDPOINT
         await held(running, 3)
-        service = await running.service()
+        service = await running.service(known=False)
         running.discovery.put(asleep(service.endpoint))
         for each in others:
             await each.opened()
@@ -246,7 +248,7 @@ async def test_no_more_streams_are_held_than_there_is_room_for(tmp_path: Path, b
         refused = await (await visit(running)).refused(after_ready=True)
         assert refused.reason == Reason.OVERLOADED
         assert sample(running, "held_streams_total", result="overloaded") == 1
-        service = await running.service()
+        service = await running.service(known=False)
         running.discovery.put(asleep(service.endpoint))
         for each in visits:
             await each.opened()
@@ -298,7 +300,7 @@ async def test_rules_by_target_are_asked_when_there_is_one(tmp_path: Path) -> No
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path)),), policy=policy) as running:
         waiting = await visit(running)
         await held(running, 1)
-        service = await running.service()
+        service = await running.service(known=False)
         running.discovery.put(asleep(service.endpoint))
         assert (await waiting.refused(after_ready=True)).reason == Reason.DENIED
         assert not service.wires
@@ -312,7 +314,7 @@ async def test_a_gateway_that_drains_delivers_what_it_holds(tmp_path: Path) -> N
         waiting = await visit(running)
         await held(running, 1)
         assert [row["state"] for row in running.gateway.ledger.rows()] == ["held"]
-        service = await running.service()
+        service = await running.service(known=False)
         running.gateway.close()
         running.discovery.put(asleep(service.endpoint))
         await waiting.opened()

@@ -19,12 +19,13 @@ from sniproxy.stream.preamble import Preamble
 from sniproxy.stream.reason import Reason
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.e2e.webservers import WEBSERVERS, webserver
-from tests.turnreg.preambles import preamble
+from tests.turnreg.preambles import name_for, preamble
 from turnreg.delivery import MAX_ENDPOINT_TRIES, Delivery, Undeliverable
 
 pytestmark = pytest.mark.anyio
 
 NAME = "orders.shop.example"
+DOMAIN = "svc.mesh.internal"
 LOOPBACK = TargetList.parse(["127.0.0.0/8", "[::1/128]"])
 
 
@@ -41,7 +42,7 @@ def delivery(
     dial_timeout_s: float = 5.0,
 ) -> Delivery:
     policy = Policy(tuple(rules))
-    return Delivery("b", FixedDiscovery(*records), allow, policy, guard=guard, dial_timeout_s=dial_timeout_s)
+    return Delivery("b", DOMAIN, FixedDiscovery(*records), allow, policy, guard=guard, dial_timeout_s=dial_timeout_s)
 
 
 @asynccontextmanager
@@ -70,8 +71,13 @@ def closed_port() -> int:
 
 async def refused(delivering: Delivery, target: str) -> Undeliverable:
     with pytest.raises(Undeliverable) as failed:
-        await delivering.connect(preamble(target))
+        await delivering.connect(asking(target))
     return failed.value
+
+
+def asking(target: str, **changes: object) -> Preamble:
+    """A preamble with a name that has this target."""
+    return preamble(target, authority=name_for(target), **changes)
 
 
 # --- what is reached ------------------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ async def refused(delivering: Delivery, target: str) -> Undeliverable:
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 async def test_an_address(address: str) -> None:
     async with services(address=address) as (endpoint,):
-        delivered = await delivery().connect(preamble(endpoint))
+        delivered = await delivery().connect(asking(endpoint))
         assert delivered.endpoint == endpoint
         assert delivered.ms >= 0
         delivered.wire.close()
@@ -111,12 +117,12 @@ async def test_no_more_endpoints_are_tried_than_the_relay_waits_for() -> None:
     tried = []
 
     class Counting(Delivery):
-        def _why_not(self, preamble: Preamble, address: object, port: int) -> str | None:
+        def _is_current(self, target: object, address: object, port: int) -> bool:
             tried.append(port)
-            return None
+            return True
 
     dead = [f"127.0.0.1:{closed_port()}" for _ in range(MAX_ENDPOINT_TRIES + 2)]
-    delivering = Counting("b", FixedDiscovery(service(*dead)), LOOPBACK, Policy(), guard=(), dial_timeout_s=5)
+    delivering = Counting("b", DOMAIN, FixedDiscovery(service(*dead)), LOOPBACK, Policy(), guard=(), dial_timeout_s=5)
     assert (await refused(delivering, f"{NAME}:8443")).reason is Reason.DIAL_FAILED
     assert len(tried) == MAX_ENDPOINT_TRIES
 
@@ -268,6 +274,14 @@ async def test_ports_that_are_not_allowed() -> None:
         assert (await refused(only_another, endpoint)).reason is Reason.DENIED
 
 
+@pytest.mark.parametrize("endpoint", ["[64:ff9b::a01:5]:7443", "[2002:a01:5::]:7443"])
+async def test_the_loop_guard_knows_translated_addresses(endpoint: str) -> None:
+    records = [record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address="10.1.0.5:7443"))]
+    error = await refused(delivery(*records, allow=TargetList.parse(["[::/0]"])), endpoint)
+    assert error.reason is Reason.DENIED
+    assert "would loop" in error.detail
+
+
 @pytest.mark.parametrize("part", ["relay", "gateway", "turn", "another network's turn", "configured", "anywhere"])
 async def test_the_loop_guard(part: str) -> None:
     """A stream to a part of crossnet would come round again; whatever listens there, it is not dialled."""
@@ -305,7 +319,7 @@ async def test_rules_decide_after_all_that_is_never_allowed() -> None:
             delivered.wire.close()
         assert "rule 1 denies" in (await refused(delivering, one)).detail
         with pytest.raises(Undeliverable, match="no rule allows"):
-            await delivering.connect(preamble(other, client=("10.9.0.1", 40000)))
+            await delivering.connect(asking(other, client=("10.9.0.1", 40000)))
 
 
 async def test_cancelled_while_dialling() -> None:
@@ -315,12 +329,12 @@ async def test_cancelled_while_dialling() -> None:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)), pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await delivery().connect(preamble(f"127.0.0.1:{port}"))
+                await delivery().connect(asking(f"127.0.0.1:{port}"))
 
 
 async def test_turns_of_services_that_are_gone_are_forgotten() -> None:
     discovery = FixedDiscovery()
-    delivering = Delivery("b", discovery, LOOPBACK, Policy(), guard=(), dial_timeout_s=5)
+    delivering = Delivery("b", DOMAIN, discovery, LOOPBACK, Policy(), guard=(), dial_timeout_s=5)
     for number in range(1100):
         discovery.mesh = FixedDiscovery(service("192.0.2.1:1", name=f"s{number}.shop.example")).mesh
         await refused(delivering, f"s{number}.shop.example:8443")

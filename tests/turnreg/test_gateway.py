@@ -24,7 +24,7 @@ from tests.e2e.mesh import record
 from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello, message, padding, records, server_name
 from tests.turnreg.gateways import ALLOCATION, Running, Service, Visit, a_gateway, data
-from tests.turnreg.preambles import KEY, preamble
+from tests.turnreg.preambles import KEY, name_for, preamble
 from turnreg.arrival import Arrival, Refusal
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +48,7 @@ def service_record(*endpoints: str, name: str = NAME, proxy_protocol: bool = Fal
 async def test_a_stream_from_its_preamble_to_its_end() -> None:
     async with a_gateway() as running:
         service = await running.service()
-        asked = preamble(service.endpoint, HELLO)
+        asked = preamble(service.target, HELLO)
         visit = await running.visit(asked, HELLO)
         assert await visit.answer() == Ready()
         opened = await visit.answer()
@@ -96,7 +96,7 @@ async def test_a_hello_in_any_pieces(pieces: str) -> None:
     async with a_gateway(keys=KEYS) as running:
         service = await running.service()
         digest = hashlib.sha256(b"".join(_payloads(hello))).digest()
-        visit = await running.visit(preamble(service.endpoint, hello_digest=digest), *capsules)
+        visit = await running.visit(preamble(service.target, hello_digest=digest), *capsules)
         if pieces == "end behind it":
             await visit.framed.send_data(b"", final=True)
         await visit.opened()
@@ -121,7 +121,7 @@ def _payloads(stream: bytes) -> list[bytes]:
 async def test_a_retry_is_the_same_stream_and_another_attempt() -> None:
     async with a_gateway() as running:
         service = await running.service()
-        asked = preamble(service.endpoint, HELLO)
+        asked = preamble(service.target, HELLO)
         for attempt in (1, 2, 3):
             visit = await running.visit(replace(asked, attempt=attempt), HELLO)
             await visit.opened()
@@ -151,7 +151,7 @@ async def test_a_retry_is_the_same_stream_and_another_attempt() -> None:
 async def test_what_may_not_come_in_place_of_a_hello(wrong: bytes, reason: str) -> None:
     async with a_gateway() as running:
         service = await running.service()
-        visit = await running.visit(preamble(service.endpoint, HELLO))
+        visit = await running.visit(preamble(service.target, HELLO))
         await visit.wire.send(wrong)
         assert (await visit.refused(after_ready=True)).reason == reason
         assert not service.wires
@@ -225,7 +225,9 @@ async def test_targets_that_are_refused() -> None:
             "empty.shop.example:8443": "no_endpoint",
             "127.0.0.1:1": "dial_failed",
         }.items():
-            visit = await running.visit(preamble(target, HELLO), HELLO)
+            name = name_for(target)
+            hello = client_hello(name)
+            visit = await running.visit(preamble(target, hello, authority=name), hello)
             assert (await visit.refused(after_ready=True)).reason == reason, target
         assert not service.wires
 
@@ -250,9 +252,9 @@ async def test_rules() -> None:
     rules = (Rule.parse(action="deny", sources=["10.0.0.0/8"], to=[NAME]), Rule.parse(action="allow", sources=["a"]))
     async with a_gateway(policy=Policy(rules)) as running:
         service = await running.service()
-        visit = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        visit = await running.visit(preamble(service.target, HELLO), HELLO)
         assert "rule 1 denies" in (await visit.refused(after_ready=True)).detail
-        visit = await running.visit(preamble(service.endpoint, HELLO, client=("192.0.2.9", 1)), HELLO)
+        visit = await running.visit(preamble(service.target, HELLO, client=("192.0.2.9", 1)), HELLO)
         await visit.opened()
         visit.wire.reset()
 
@@ -264,13 +266,13 @@ async def test_overloaded() -> None:
     async with a_gateway(max_streams=1) as running:
         service = await running.service()
         strangers = [await running.connect() for _ in range(5)]
-        first = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        first = await running.visit(preamble(service.target, HELLO), HELLO)
         await first.opened()
-        second = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        second = await running.visit(preamble(service.target, HELLO), HELLO)
         assert (await second.refused()).reason == "overloaded"
         first.wire.reset()
         await running.ended(2)
-        third = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        third = await running.visit(preamble(service.target, HELLO), HELLO)
         await third.opened()
         for visit in [*strangers, third]:
             visit.wire.close()
@@ -286,7 +288,7 @@ async def test_strangers_make_room_for_relays(monkeypatch: pytest.MonkeyPatch) -
             strangers.append(await running.connect())
             while len(running.gateway.ledger) + len(running.log.events) <= number:
                 await asyncio.sleep(0.001)
-        visit = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        visit = await running.visit(preamble(service.target, HELLO), HELLO)
         await visit.opened()
         lines = await running.ended(4)
         assert {line["reason"] for line in lines} == {"overloaded"}
@@ -306,7 +308,7 @@ async def test_refused_relays_that_linger_keep_nobody_out(monkeypatch: pytest.Mo
             lingering.append(await running.visit(preamble("192.0.2.1:1", HELLO), HELLO))
             await running.ended(len(lingering))
         assert running.gateway._lingering == 3
-        visit = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        visit = await running.visit(preamble(service.target, HELLO), HELLO)
         await visit.opened()
         for gone in [*lingering, visit]:
             gone.wire.close()
@@ -326,7 +328,7 @@ async def test_a_relay_that_goes_while_we_dial(monkeypatch: pytest.MonkeyPatch) 
             return delivered
 
         monkeypatch.setattr(delivery, "connect", slow)
-        visit = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        visit = await running.visit(preamble(service.target, HELLO), HELLO)
         assert await visit.answer() == Ready()
         while not service.wires:
             await asyncio.sleep(0.001)
@@ -349,10 +351,10 @@ async def until_closed(wire: Wire) -> None:
 async def test_a_gateway_that_drains_says_so_and_serves_what_is_open() -> None:
     async with a_gateway() as running:
         service = await running.service()
-        open_one = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        open_one = await running.visit(preamble(service.target, HELLO), HELLO)
         await open_one.opened()
         running.gateway.close()
-        late = await running.visit(preamble(service.endpoint, HELLO, addressee=ALLOCATION), HELLO, behind_turn=True)
+        late = await running.visit(preamble(service.target, HELLO, addressee=ALLOCATION), HELLO, behind_turn=True)
         assert (await late.refused()).reason == "draining"
         await open_one.framed.send_data(b"and more")
         while len(service.got[0]) < len(HELLO) + 8:
@@ -381,8 +383,8 @@ async def test_cancelling_closes_every_stream_in_every_state(steps: int) -> None
     async with a_gateway() as running:
         service = await running.service()
         visits = [await running.connect(), await running.bound()]
-        visits.append(await running.visit(preamble(service.endpoint, HELLO), HELLO[:-1]))
-        visits.append(await running.visit(preamble(service.endpoint, HELLO), HELLO))
+        visits.append(await running.visit(preamble(service.target, HELLO), HELLO[:-1]))
+        visits.append(await running.visit(preamble(service.target, HELLO), HELLO))
         await visits[-1].opened()
         visits.append(await running.bound())
         for _ in range(steps):
@@ -403,7 +405,7 @@ async def test_a_defect_in_one_stream_ends_that_stream_alone(
     async with a_gateway() as running:
         service = await running.service()
         addressee = ALLOCATION if behind_turn else "gw-1"
-        asked = preamble(service.endpoint, HELLO, addressee=addressee)
+        asked = preamble(service.target, HELLO, addressee=addressee)
         open_one = await running.visit(asked, HELLO, behind_turn=behind_turn)
         await open_one.opened()
 
@@ -434,7 +436,7 @@ async def test_every_reason_is_there_from_the_start() -> None:
 
 
 async def opened_behind_turn(running: Running, service: Service) -> tuple[Preamble, Visit]:
-    asked = preamble(service.endpoint, HELLO, addressee=ALLOCATION)
+    asked = preamble(service.target, HELLO, addressee=ALLOCATION)
     visit = await running.visit(asked, HELLO, behind_turn=True)
     await visit.opened()
     return asked, visit
@@ -520,11 +522,13 @@ async def test_a_refused_stream_leaves_no_cycle(refused: str) -> None:
     """Python looks for them seldom (crossnet.process): what is in one would stay for as long."""
     async with a_gateway() as running:
         service = await running.service()
-        target = {"denied": "192.0.2.1:1", "dial_failed": "127.0.0.1:1"}.get(refused, service.endpoint)
-        hello = client_hello("other.example") if refused == "bad_signature" else HELLO
+        target = {"denied": "192.0.2.1:1", "dial_failed": "127.0.0.1:1"}.get(refused, service.target)
+        name = name_for(target)
+        signed = client_hello(name)
+        hello = client_hello("other.example") if refused == "bad_signature" else signed
 
         async def one(count: int) -> None:
-            visit = await running.visit(preamble(target, HELLO), hello)
+            visit = await running.visit(preamble(target, signed, authority=name), hello)
             assert (await visit.refused(after_ready=True)).reason == refused
             await running.ended(count)
 

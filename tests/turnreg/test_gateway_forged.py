@@ -124,7 +124,7 @@ FORGED: dict[str, tuple[Callable[[Preamble], bytes], str]] = {
 async def test_a_forged_preamble(forge: Callable[[Preamble], bytes], reason: str) -> None:
     async with a_gateway(keys=KEYS) as running:
         service = await running.service()
-        visit = await running.visit(forge(preamble(service.endpoint, HELLO)), HELLO)
+        visit = await running.visit(forge(preamble(service.target, HELLO)), HELLO)
         # Who has not proven to have a key hears one word, whatever was wrong.
         assert (await visit.refused()).reason == ("bad_signature" if reason == "no_key" else reason)
         line = (await running.ended())[0]
@@ -140,7 +140,7 @@ async def test_each_field_is_signed(field: Tlv) -> None:
     """One bit of its value, in a header that is otherwise as it was signed."""
     async with a_gateway(keys=KEYS) as running:
         service = await running.service()
-        good = sign(preamble(service.endpoint, HELLO), KEY.secret)
+        good = sign(preamble(service.target, HELLO), KEY.secret)
         parsed = proxyproto.parse(good)
         assert parsed is not None
         changed = tuple(
@@ -156,7 +156,7 @@ async def test_each_field_is_signed(field: Tlv) -> None:
 async def test_clocks_may_differ_by_a_minute(skew_ms: int) -> None:
     async with a_gateway() as running:
         service = await running.service()
-        visit = await running.visit(preamble(service.endpoint, HELLO, time_ms=now_ms() + skew_ms), HELLO)
+        visit = await running.visit(preamble(service.target, HELLO, time_ms=now_ms() + skew_ms), HELLO)
         await visit.opened()
         visit.wire.reset()
 
@@ -168,7 +168,7 @@ async def test_a_captured_header_is_good_once_here_and_nowhere_else() -> None:
         a_gateway(keys=KEYS, network="c") as foreign,
     ):
         service = await running.service()
-        captured = sign(preamble(service.endpoint, HELLO), KEY.secret)
+        captured = sign(preamble(service.target, HELLO), KEY.secret)
         visit = await running.visit(captured, HELLO)
         await visit.opened()
         visit.wire.reset()
@@ -196,7 +196,7 @@ HELLOS: dict[str, tuple[bytes, str]] = {
 async def test_a_hello_that_was_not_signed_for(hello: bytes, reason: str) -> None:
     async with a_gateway() as running:
         service = await running.service()
-        visit = await running.visit(preamble(service.endpoint, HELLO), hello)
+        visit = await running.visit(preamble(service.target, HELLO), hello)
         assert (await visit.refused(after_ready=True)).reason == reason
         assert (await running.ended())[0]["reason"] == reason
         assert not service.wires
@@ -208,6 +208,6 @@ async def test_a_hello_that_was_not_signed_for(hello: bytes, reason: str) -> Non
 async def test_a_preamble_that_was_signed_for_another_hello(changes: dict[str, object]) -> None:
     async with a_gateway() as running:
         service = await running.service()
-        visit = await running.visit(preamble(service.endpoint, HELLO, **changes), HELLO)
+        visit = await running.visit(preamble(service.target, HELLO, **changes), HELLO)
         assert (await visit.refused(after_ready=True)).reason == "bad_signature"
         assert not service.wires

@@ -67,7 +67,7 @@ async def test_pings_are_answered_and_a_stream_comes_through() -> None:
         for number in range(3):
             await say(visit, Ping(bytes([number] * 8)))
             assert await visit.answer() == Pong(bytes([number] * 8))
-        await say(visit, Ping(TOKEN), opening(service.endpoint))
+        await say(visit, Ping(TOKEN), opening(service.target))
         await visit.wire.send(data(HELLO))
         assert await visit.answer() == Pong(TOKEN)
         assert isinstance(await visit.answer(), Opened)
@@ -75,7 +75,7 @@ async def test_pings_are_answered_and_a_stream_comes_through() -> None:
         await waiting(running, 0)
         visit.wire.reset()
         (line,) = await running.ended()
-        assert (line["warm"], line["target"]) == (True, service.endpoint)
+        assert (line["warm"], line["target"]) == (True, service.target)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ async def test_a_captured_warm_preamble_is_of_no_use() -> None:
         (lambda: sign(preamble("127.0.0.1:1", HELLO, continues=True), KEY.secret), "protocol_error"),
         (lambda: sign(preamble("127.0.0.1:1", HELLO, addressee="gw-2"), KEY.secret), "replay"),
         (lambda: sign(preamble("127.0.0.1:1", HELLO), bytes(32)), "bad_signature"),
-        (lambda: sign(preamble("192.0.2.1:1", HELLO), KEY.secret), "denied"),
+        (lambda: sign(preamble("192.0.2.1:1", HELLO), KEY.secret), "wrong_target"),
     ],
 )
 async def test_what_open_may_not_bring(brought: Callable[[], bytes], reason: str) -> None:
@@ -162,7 +162,7 @@ async def test_what_open_may_not_bring(brought: Callable[[], bytes], reason: str
 async def test_a_captured_open_is_of_no_use_on_another_connection() -> None:
     async with a_gateway() as running:
         service = await running.service()
-        captured = opening(service.endpoint)
+        captured = opening(service.target)
         first, second = await warm(running), await warm(running)
         await say(first, captured)
         await first.wire.send(data(HELLO))
@@ -221,10 +221,10 @@ async def test_the_limit_counts_streams_and_not_what_waits() -> None:
     async with a_gateway(max_streams=1) as running:
         service = await running.service()
         first, second = await warm(running), await warm(running)
-        await say(first, opening(service.endpoint))
+        await say(first, opening(service.target))
         await first.wire.send(data(HELLO))
         assert isinstance(await first.answer(), Opened)
-        await say(second, opening(service.endpoint))
+        await say(second, opening(service.target))
         answer = await second.answer()
         assert isinstance(answer, Refused)
         assert answer.reason == "overloaded"
@@ -235,12 +235,12 @@ async def test_the_limit_counts_streams_and_not_what_waits() -> None:
 async def test_no_network_takes_the_others_share() -> None:
     async with a_gateway(max_streams_per_network=1) as running:
         service = await running.service()
-        first = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        first = await running.visit(preamble(service.target, HELLO), HELLO)
         await first.opened()
-        second = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        second = await running.visit(preamble(service.target, HELLO), HELLO)
         assert (await second.refused()).reason == "overloaded"
         first.wire.reset()
         await running.ended(2)
-        third = await running.visit(preamble(service.endpoint, HELLO), HELLO)
+        third = await running.visit(preamble(service.target, HELLO), HELLO)
         await third.opened()
         third.wire.close()

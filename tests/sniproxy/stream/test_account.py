@@ -162,4 +162,4 @@ async def test_no_text_forges_a_line(ledger: Ledger, caplog: pytest.LogCaptureFi
 
 def test_what_may_be_tried_elsewhere() -> None:
     """The list of design section 7.5: nothing has reached a service after any of these."""
-    assert {"dial_failed", "overloaded", "draining", "no_endpoint"} == RETRYABLE
+    assert {"dial_failed", "overloaded", "draining", "no_endpoint", "no_view"} == RETRYABLE

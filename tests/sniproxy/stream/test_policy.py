@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, BadRule, Flow, NamePattern, Policy, Rule
+from discovery.names import PlainName, ServiceTarget, decode
+from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, Alias, BadRule, Flow, NameKind, NamePattern, Policy, Rule
+
+D = "svc.mesh.internal"
 
 
 def flow(**changes: Any) -> Flow:
@@ -15,11 +18,17 @@ def flow(**changes: Any) -> Flow:
         "client": ip_address("10.1.2.3"),
         "from_network": "a",
         "network": "b",
+        "kind": NameKind.SERVICE,
         "name": "orders.shop.svc.cluster.local",
         "address": ip_address("10.9.0.5"),
         "port": 8443,
     }
-    return Flow(**(made | changes))
+    made |= changes
+    name, port = made.pop("name"), made["port"]
+    asked = decode(name, D)
+    target = ServiceTarget("b", name, port) if isinstance(asked, PlainName) else asked
+    aliases = (Alias(frozenset([target]), frozenset([port])),)
+    return Flow(called=frozenset([name]), aliases=aliases, asked_port=port, domain=D, **made)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +57,10 @@ def flow(**changes: Any) -> Flow:
         ({"to": ["10.9.0.5:8000-9000"]}, {}, True),
         ({"to": ["10.9.0.0/16"]}, {"address": None}, False),
         ({"to": ["[fd00::/8]:8443"]}, {"address": ip_address("fd00::5")}, True),
+        ({"names": ["service"]}, {}, True),
+        ({"names": ["address"]}, {}, False),
+        ({"names": ["address", "service"]}, {"kind": NameKind.ADDRESS}, True),
+        ({"to": ["b"], "names": ["service"]}, {"kind": NameKind.ADDRESS}, False),
         ({"ports": [8443]}, {}, True),
         ({"ports": ["8000-8442", "8444"]}, {}, False),
         ({"ports": ["8000-9000"]}, {}, True),
@@ -55,7 +68,9 @@ def flow(**changes: Any) -> Flow:
     ],
 )
 def test_what_a_rule_matches(rule: dict[str, Any], changes: dict[str, Any], expected: bool) -> None:
-    assert Rule.parse(action="allow", **rule).matches(flow(**changes)) is expected
+    for action in ("allow", "deny"):
+        decision = Policy((Rule.parse(action=action, **rule),)).decide(flow(**changes))
+        assert decision == (action == "allow" and expected, 0 if expected else None)
 
 
 def test_the_first_match_decides_and_the_rest_is_denied() -> None:
@@ -86,6 +101,7 @@ def test_without_rules_everything_may_go() -> None:
         ({"to": ["a.**.c"]}, "to[0]"),
         ({"to": [""]}, "to[0]"),
         ({"to": ["b", "Orders.shop"]}, "to[1]"),
+        ({"names": ["service", "target"]}, "names[1]"),
         ({"ports": [0]}, "ports[0]"),
         ({"ports": ["9-8"]}, "ports[0]"),
         ({"ports": ["443", "x"]}, "ports[1]"),
@@ -105,7 +121,7 @@ def test_rules_are_bounded() -> None:
 
 @given(st.text(max_size=300))
 def test_any_text_is_a_rule_or_a_bad_rule(text: str) -> None:
-    for key in ("sources", "to", "ports"):
+    for key in ("sources", "to", "names", "ports"):
         try:
             Rule.parse(action="allow", **{key: [text]})
         except BadRule:
@@ -120,6 +136,20 @@ def test_a_pattern_matches_itself_with_labels_in_place_of_stars(labels: list[str
             NamePattern.parse(text)
         return
     assert NamePattern.parse(text).matches(text.replace("**", "x.y").replace("*", "z"))
+
+
+LABELS = st.sampled_from(["a", "b", "shop"])
+PATTERNS = st.lists(LABELS | st.just("*"), min_size=1, max_size=4).flatmap(
+    lambda labels: st.sampled_from([["**", *labels], ["x", *labels], ["*", *labels]])
+)
+
+
+@given(st.lists(PATTERNS, max_size=8), st.lists(LABELS | st.just("x"), min_size=2, max_size=5))
+def test_the_rules_of_a_name_are_those_whose_patterns_match_it(patterns: list[list[str]], labels: list[str]) -> None:
+    texts, name = [".".join(pattern) for pattern in patterns], ".".join(labels)
+    policy = Policy(tuple(Rule.parse(action="allow", to=[text]) for text in texts))
+    expected = [index for index, text in enumerate(texts) if NamePattern.parse(text).matches(name)]
+    assert policy.concerning(flow(name=name)) == expected
 
 
 @pytest.mark.parametrize(
@@ -137,6 +167,9 @@ def test_a_pattern_matches_itself_with_labels_in_place_of_stars(labels: list[str
         ([{"action": "deny", "sources": ["a"]}, {"action": "allow"}], True),
         ([{"action": "deny", "to": ["b"]}, {"action": "allow", "to": ["10.0.0.0/8"]}], True),
         ([{"action": "deny", "to": ["c", "10.0.0.0/8"]}, {"action": "allow", "ports": [1]}], False),
+        ([{"action": "deny", "to": ["orders.shop.svc.cluster.local"]}, {"action": "allow"}], True),
+        ([{"action": "allow", "names": ["address"]}], True),
+        ([{"action": "deny", "names": ["address"]}, {"action": "allow"}], False),
     ],
 )
 def test_what_is_denied_wherever_it_comes_to(rules: list[dict[str, Any]], hopeless: bool) -> None:

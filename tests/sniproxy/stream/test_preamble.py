@@ -97,6 +97,7 @@ preambles = st.builds(
     target=targets,
     hello_digest=st.none() | st.binary(min_size=32, max_size=32),
     attempt=st.integers(0, 255),
+    imports=st.none() | st.text("a-z.* 0", max_size=320),
 )
 
 
@@ -327,6 +328,14 @@ def test_unknown_fields_are_ignored_but_signed() -> None:
     header = signed([(0xEE, b"later"), (0xEE, b"twice"), (0x01, b"h2"), *TLVS])
     assert verifier().verify(header, addressee=GOOD.addressee, now_ms=NOW_MS) == GOOD
     assert refusal(header.replace(b"later", b"laten")) is Reason.BAD_SIGNATURE
+
+
+@pytest.mark.parametrize("imports", ["a" * 321, "Orders.shop", "a,b", "a\n"])
+def test_imports_that_are_none(imports: str) -> None:
+    with pytest.raises(PreambleError):
+        sign(dataclasses.replace(GOOD, imports=imports), AB.secret)
+    assert refusal(signed([(0xED, imports.encode()), *TLVS])) is Reason.PROTOCOL_ERROR
+    assert refusal(signed([(0xED, b"a.b"), (0xED, b"a.b"), *TLVS])) is Reason.PROTOCOL_ERROR
 
 
 def test_a_wrong_checksum_is_refused() -> None:
