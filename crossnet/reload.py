@@ -77,6 +77,7 @@ LIVE = {
             "absent",
             "race_s",
             "random_case",
+            "client_subnet",
             "allow",
             "rate_limit",
             "max_udp_reply",

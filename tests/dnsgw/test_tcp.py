@@ -130,7 +130,7 @@ async def test_answers_that_nobody_reads_do_not_pile_up(upstream: Authority) -> 
 
     def huge(asked: Asked) -> list[bytes]:
         record = b"\xc0\x0c" + struct.pack("!HHIH", 10, 1, 60, 60_000) + bytes(60_000)
-        return [asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.packet[12:] + record]
+        return [asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.question + record]
 
     upstream.script = huge
     names = [f"n{n}.big.example.test" for n in range(120)]
