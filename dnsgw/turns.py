@@ -2,7 +2,8 @@
 
 Whoever is fed faster than it works would else never give the loop back: timers, signals and everybody else would stand
 still. Work is cut into portions, which take turns; all of them together get `PASS_S` before the loop sees to its sockets
-and timers again, however many connections there are.
+and timers again, however many connections there are. Who just woke goes before those who never rest, but every
+`_OLD_EVERY`-th turn is theirs (as the new flows of FQ-CoDel, RFC 8290 section 4.2).
 """
 
 import asyncio
@@ -15,7 +16,8 @@ from typing import TypeAlias
 log = logging.getLogger(__name__)
 
 PORTION = 4  # messages that one connection handles in its turn
-PASS_S = 0.002  # of work between two looks at sockets and timers
+PASS_S = 0.001  # of work between two looks at sockets and timers
+_OLD_EVERY = 4
 
 Work: TypeAlias = Callable[[], bool]
 """Does one portion; says whether there is more to do now."""
@@ -24,35 +26,39 @@ Work: TypeAlias = Callable[[], bool]
 class Turns:
     """The queue of those who have something to do."""
 
-    __slots__ = ("_loop", "_waiting", "_woken")
+    __slots__ = ("_loop", "_new", "_old", "_turn", "_woken")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin with nothing to do."""
         self._loop = loop
-        self._waiting: deque[Work] = deque()
+        self._new: deque[Work] = deque()
+        self._old: deque[Work] = deque()
+        self._turn = 0
         self._woken = False
 
     def add(self, work: Work) -> None:
         """Give this work its turns until it has no more to do. It must not be waiting already."""
-        self._waiting.append(work)
+        self._new.append(work)
         if not self._woken:
             self._woken = True
             self._loop.call_soon(self._pass)
 
     def _pass(self) -> None:
-        waiting = self._waiting
+        new, old = self._new, self._old
         end = perf_counter() + PASS_S
-        while waiting:
-            work = waiting.popleft()
+        while new or old:
+            self._turn += 1
+            olds_turn = not new or (old and not self._turn % _OLD_EVERY)
+            work = old.popleft() if olds_turn else new.popleft()
             try:
                 more = work()
             except Exception:  # a fault of ours, which must not cost the others their turns
                 log.exception("dns_turn_failed")
                 more = False
             if more:
-                waiting.append(work)
+                old.append(work)
             if perf_counter() >= end:
                 break
-        self._woken = bool(waiting)
-        if waiting:
+        self._woken = bool(new or old)
+        if self._woken:
             self._loop.call_soon(self._pass)

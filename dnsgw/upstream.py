@@ -42,7 +42,7 @@ DOWN_AFTER = 2  # attempts in a row without an answer: one may have been lost on
 DOWN_MIN_S = 1.0
 DOWN_MAX_S = 30.0
 _MAX_DATAGRAM = 65535
-_MAX_DRAIN = 16  # packets read from one socket before others get their turn
+_MAX_DRAIN = 2  # packets read from one socket before others get their turn: there are many, and an answer is some work
 
 
 class _Port:
