@@ -416,6 +416,11 @@ class App:
             if bound
         }
 
+    @property
+    def upstreams(self) -> list[dict[str, object]]:
+        """What the resolver knows of those that it asks."""
+        return self._dns.status() if self._dns is not None else []
+
     def _streams_open(self) -> int:
         ours = sum(len(server.ledger) for server in (self.relay, self.gateway) if server is not None)
         return ours + (self.turn.streams if self.turn is not None else 0)

@@ -65,6 +65,7 @@ class Inspection:
                 "networks": sorted(view.networks),
             },
             "registrations": self._app.registrar.status() if self._app.registrar is not None else [],
+            "upstreams": self._app.upstreams,
         }
 
     def streams(self) -> dict[str, list[dict[str, object]]]:
