@@ -87,15 +87,15 @@ def flood(address: tuple[str, int], what: str, connections: int, seconds: float)
                     continue
                 again.append(now + AGAIN_S)
             for key, events in selector.select(0.05):
-                sock = key.fileobj
-                assert isinstance(sock, socket.socket)
+                flooding = key.fileobj
+                assert isinstance(flooding, socket.socket)
                 try:
-                    _pour(sock, key.data, events)
+                    _pour(flooding, key.data, events)
                 except BlockingIOError:
                     continue
                 except OSError:
-                    selector.unregister(sock)
-                    sock.close()
+                    selector.unregister(flooding)
+                    flooding.close()
                     again.append(now + AGAIN_S)
 
 

@@ -40,6 +40,24 @@ def addresses(reply: bytes) -> list[str]:
     return [str(item) for rrset in dns.message.from_wire(reply).answer for item in rrset]
 
 
+async def test_questions_with_one_answer_are_one_packet() -> None:
+    async with serving({("www.example.test", "A"): [TRUE]}) as upstream:
+        held: list[Asked] = []
+        upstream.script = lambda asked: held.append(asked) or []  # type: ignore[func-returns-value]
+        async with running(mesh(relay("10.0.0.9")), upstream.port) as server:
+            with Client(address(server)) as client:
+                for packet in varied("www.example.test"):
+                    client.send(packet)
+                await upstream.heard(1)
+                async with asyncio.timeout(5):
+                    while server.metrics.in_flight() < QUESTIONS:
+                        await asyncio.sleep(0)
+                upstream.send(held[0].answer, held[0].source)
+                replies = {(await client.receive())[:2] for _ in range(QUESTIONS)}
+            assert len(replies) == QUESTIONS
+            assert len(upstream.asked) == 1
+
+
 @pytest.mark.timeout(60)
 async def test_forged_answers_poison_nothing() -> None:
     names = [f"w{n}.shop.example.test" for n in range(TRIALS)]
