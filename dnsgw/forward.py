@@ -256,7 +256,8 @@ class Forwarder:
                 self._again(exchange, upstream)
                 return
             upstream.failed(now)
-            if not upstream.abilities.edns_seen:
+            edns = exchange.query.edns
+            if not upstream.abilities.edns_seen and not (edns is not None and edns.do):
                 exchange.plain = True  # some servers say nothing to what they do not understand
         all_asked = exchange.fallback is not None and exchange.attempts >= len(exchange.order)
         if all_asked or over:
@@ -287,7 +288,8 @@ class Forwarder:
         elif verdict is Verdict.NO_ANSWER:
             self._metrics.upstream[UpstreamOutcome.WRONG_QUESTION] += 1
             self._unwanted(pending)
-            self._suspect(exchange, upstream)
+            if not pending.stream:
+                self._suspect(exchange, upstream)
         else:
             self._metrics.upstream[_SUSPICIOUS.get(verdict, UpstreamOutcome.ASKED_AGAIN)] += 1
             self._reask(exchange, attempt, upstream, verdict, packet, opt)
@@ -336,10 +338,12 @@ class Forwarder:
 
     def _learn(self, upstream: Asked, attempt: Attempt, opt: Opt | None) -> None:
         """Remember what an answer tells about its server."""
+        said = opt.cookie if opt is not None else b""
         if opt is not None:
             upstream.abilities.edns_seen = True
-            if attempt.client_cookie:
-                upstream.abilities.learned_cookie(attempt.source, opt.cookie)
+        # A server that sends none over TCP may still have them, unless none over UDP is why it was asked over TCP.
+        if attempt.client_cookie and (said or attempt.exchange.doubted):
+            upstream.abilities.learned_cookie(attempt.source, said)
 
     def _answered(self, exchange: Exchange, attempt: Attempt, upstream: Asked, packet: bytes) -> None:
         if packet[3] & 0xF in _TRY_ANOTHER and exchange.attempts < len(exchange.order):

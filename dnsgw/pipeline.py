@@ -53,8 +53,6 @@ class Pipeline(Generic[PendingT]):
         self._received = received
         self._lost = lost
         self._turns = turns
-        self._handling = False
-        """What was read has its turns; until then nothing more is read."""
         self._sock: socket.socket | None = None
         self._connected = False
         self._writing = False
@@ -198,17 +196,14 @@ class Pipeline(Generic[PendingT]):
         if self._out and not self._writing:
             self._flush()
         if self._handle() and self._sock is not None:
-            self._handling = True
-            self._loop.remove_reader(self._sock)
+            self._loop.remove_reader(self._sock)  # until it is handled
             self._turns.add(self._turn)
 
     def _turn(self) -> bool:
         """Go on with what was read; then read on."""
         more = self._handle()
-        if not more:
-            self._handling = False
-            if self._sock is not None:
-                self._loop.add_reader(self._sock, self._readable)
+        if not more and self._sock is not None:
+            self._loop.add_reader(self._sock, self._readable)
         return more
 
     def _handle(self) -> bool:

@@ -20,7 +20,7 @@ from discovery.addresses import Address
 from dnsgw.abilities import Abilities
 from dnsgw.cookie import OPTION, SECRET_SIZE
 from dnsgw.destination import Destination, Way
-from dnsgw.exchange import Attempt, Exchange, Pending
+from dnsgw.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.https import HttpsClient
 from dnsgw.outgoing import encode, respelled, subnet_of
 from dnsgw.pipeline import Pipeline
@@ -223,7 +223,7 @@ class Upstream:
 
     def _ask_port(self, exchange: Exchange, now: float) -> None:
         draw = os.urandom(3)
-        port = self._port(draw[2] % POOL)
+        port = self._port(draw[2] % POOL, fresh=exchange.trust.get(self) is Trust.RENEWED)
         port.uses += 1
         ident = _free_id(port.pending, draw)
         query = exchange.query
@@ -239,9 +239,9 @@ class Upstream:
         port.pending[ident] = attempt
         exchange.open.append(attempt)
 
-    def _port(self, slot: int) -> _Port:
+    def _port(self, slot: int, *, fresh: bool) -> _Port:
         worn = self._ports[slot]
-        if worn is not None and (worn.uses < MAX_USES or len(self._retired) >= MAX_RETIRED):
+        if worn is not None and ((worn.uses < MAX_USES and not fresh) or len(self._retired) >= MAX_RETIRED):
             return worn
         sock = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:

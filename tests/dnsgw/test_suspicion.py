@@ -99,6 +99,7 @@ async def test_without_tcp_it_goes_on_by_udp_with_a_new_id_and_port(upstream: Au
         assert transports(upstream) == ("utu" if silent else "uu")
         first, last = upstream.asked[0], upstream.asked[-1]
         assert first.packet[:2] != last.packet[:2]
+        assert first.source != last.source
         # For a while TCP is not tried in vain.
         upstream.asked.clear()
         upstream.close_after = None
@@ -217,6 +218,13 @@ async def test_who_does_not_understand_edns_is_asked_without(upstream: Authority
     with asking(upstream.port, random_case=True, attempt_s=0.2, total_s=5) as asker:
         assert (await asker.ask(NAME).answer())[3] & 15 == 0
         assert upstream.asked[-1].message.edns < 0
+
+
+async def test_a_lost_packet_does_not_cost_dnssec(upstream: Authority) -> None:
+    upstream.script = lambda asked: [asked.answer] if len(upstream.asked) > 1 else []
+    with asking(upstream.port, attempt_s=0.05, total_s=5) as asker:
+        await asker.ask(NAME, edns=opt(do=True)).answer()
+        assert [asked.message.ednsflags for asked in upstream.asked] == [0x8000] * 2
 
 
 async def test_who_says_nothing_to_edns_is_asked_without(upstream: Authority) -> None:
