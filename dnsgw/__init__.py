@@ -16,7 +16,8 @@ upstream says. It does not recurse or validate.
     precedence whose an imported name is             moves      (S) names that change hands
     tables     a table for each state of discovery   udp, tcp   the client's side
     batch      many datagrams in one system call     foreign    cache or upstream, and when neither has it
-    forward    attempts, time-outs, coalescing       upstream, pipeline, https, exchange   the other side
+    forward    attempts, time-outs, coalescing       alike       questions about one name
+    upstream, pipeline, https, exchange   the other side
 """
 
 from dnsgw.config import DnsConfig

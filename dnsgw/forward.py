@@ -3,7 +3,7 @@
 Those that answered lately are asked in the order of the configuration, the others after them. When one takes long, the next
 is asked too, and the first answer counts; who was slower twice in a row comes last for a while.
 
-Questions with one answer are asked once, however many clients wait for it, and no more than `MAX_ALIKE` about one name and
+Questions with one answer are asked once, however many clients wait for it, and no more than `alike.MAX_ALIKE` about one name and
 type are out at a time, each at most twice at one upstream (RFC 5452 section 5: more in flight is more chances to guess an
 id). A packet that answers nothing that was asked is counted, and the wait goes on. Where somebody seems to forge answers to
 a question, it goes on over TCP; if that fails, over UDP with a new id and port. All of it runs in callbacks of the loop: a
@@ -13,10 +13,10 @@ question costs no task. Every exchange ends within `TOTAL_S`.
 import asyncio
 import logging
 import ssl
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from dnsgw.alike import Alike
 from dnsgw.destination import Destination
 from dnsgw.exchange import Asked, Attempt, Done, Exchange, Failure, Pending, Trust
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
@@ -32,7 +32,6 @@ TOTAL_S = 1.8  # below the 2 s after which CoreDNS and NodeLocal DNSCache give u
 ATTEMPT_S = 0.8  # so that a second upstream has time to answer
 RACE_S = 0.25  # after which another upstream is asked as well: most answers of a resolver with a cache take far less
 MAX_IN_FLIGHT = 4096  # clients that wait; some 2 kB each
-MAX_ALIKE = 4  # questions about one name and type that are out over UDP at a time; others wait for their end
 MAX_FORGED = 3  # answers with a wrong id that may be late ones; more mean that somebody guesses
 MAX_BAD_COOKIES = 1  # RFC 7873 section 5.3: once more with the new cookie, then over TCP
 MAX_UNWANTED = 100  # packets at one socket or connection that answer nothing: then it is closed
@@ -87,10 +86,7 @@ class Forwarder:
             for zone, found in (zones or {}).items()
         }
         self._exchanges: dict[bytes, Exchange] = {}
-        self._alike: dict[bytes, list[Exchange]] = {}
-        """What is out over UDP, by name and type."""
-        self._late: dict[bytes, deque[Exchange]] = {}
-        """What waits until fewer are out."""
+        self._alike = Alike(lambda exchange: self._loop.call_soon(self._let_out, exchange))
         self._closed = False
         self._next_log = 0.0
         self.waiting = 0
@@ -155,14 +151,10 @@ class Forwarder:
         exchange.waiting.append(done)
         self.waiting += 1
         self._exchanges[key] = exchange
-        if not tcp:
-            out = self._alike.setdefault(query.key, [])
-            if len(out) >= MAX_ALIKE:
-                self._late.setdefault(query.key, deque()).append(exchange)
-                exchange.timer = self._loop.call_later(self._total_s, self._finish, exchange, Failure.TIMEOUT)
-                return
-            out.append(exchange)
-        self._attempt(exchange)
+        if tcp or self._alike.admit(exchange):
+            self._attempt(exchange)
+        else:
+            exchange.timer = self._loop.call_later(self._total_s, self._finish, exchange, Failure.TIMEOUT)
 
     def _group(self, query: Query) -> list[Upstream]:
         """The upstreams for a name: those of the longest zone that it is in."""
@@ -200,6 +192,11 @@ class Forwarder:
             self._wait(exchange, self._total_s, now)
             return
         self._finish(exchange, exchange.fallback or Failure.UNREACHABLE)
+
+    def _let_out(self, exchange: Exchange) -> None:
+        """Begin with what had to wait, unless it has ended meanwhile."""
+        if self._exchanges.get(exchange.key) is exchange:
+            self._attempt(exchange)
 
     def _again(self, exchange: Exchange, upstream: Asked) -> None:
         """Ask the same upstream once more, in another way."""
@@ -367,10 +364,10 @@ class Forwarder:
     def _unmatched(self, packet: bytes, pending: Pending) -> None:
         """Take notice of a packet whose id nobody waits for at this socket: it is late, or somebody guesses."""
         upstream = pending.upstream
-        found = () if pending.stream else self._alike.get(question_of(packet), ())
+        found = () if pending.stream else self._alike.find(question_of(packet))
         if found:
             self._metrics.upstream[UpstreamOutcome.WRONG_ID] += 1
-            for exchange in tuple(found):
+            for exchange in found:
                 self._suspect(exchange, upstream)
         else:
             self._metrics.upstream[UpstreamOutcome.UNWANTED] += 1
@@ -476,25 +473,9 @@ class Forwarder:
         waiting, exchange.waiting = exchange.waiting, []
         self.waiting -= len(waiting)
         if not exchange.tcp:
-            self._make_room(exchange)
+            self._alike.ended(exchange, closed=self._closed)
         for done in waiting:
             try:
                 done(result)
             except Exception:
                 log.exception("dns_answer_failed")
-
-    def _make_room(self, ended: Exchange) -> None:
-        """Let the next question about this name and type out."""
-        key = ended.query.key
-        out, late = self._alike.get(key, []), self._late.get(key)
-        if ended in out:
-            out.remove(ended)
-        elif late is not None and ended in late:
-            late.remove(ended)
-        while late and len(out) < MAX_ALIKE and not self._closed:
-            out.append(late.popleft())
-            self._attempt(out[-1])
-        if not late:
-            self._late.pop(key, None)
-        if not out and not late:
-            self._alike.pop(key, None)

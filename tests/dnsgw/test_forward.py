@@ -239,7 +239,7 @@ async def test_a_late_answer_of_the_first_upstream_still_counts(upstream: Author
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_silence_ends_in_a_timeout(upstream: Authority, tcp: bool) -> None:
     upstream.script = silent
-    with asking(upstream.port, attempt_s=0.04, total_s=0.1) as asker:
+    with asking(upstream.port, attempt_s=0.1, total_s=0.5) as asker:
         assert await asker.ask(tcp=tcp).result() is Failure.TIMEOUT
         assert len(upstream.asked) >= 2
 

@@ -256,23 +256,27 @@ BAD = {
 async def test_other_ways_to_write_an_answer(
     signer: trustme.CA, ca: str, write: Callable[[bytes], Iterator[bytes]]
 ) -> None:
-    async with writing(context(signer, "dns.example"), write) as secret:
-        async with running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server:
-            with Client(address(server)) as client:
-                for n in range(3):
-                    assert dns.message.from_wire(await client.ask(query(f"n{n}.{WWW}"))).answer
+    async with (
+        writing(context(signer, "dns.example"), write) as secret,
+        running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server,
+    ):
+        with Client(address(server)) as client:
+            for n in range(3):
+                assert dns.message.from_wire(await client.ask(query(f"n{n}.{WWW}"))).answer
 
 
 @pytest.mark.parametrize("case", BAD)
 async def test_what_is_no_response_is_a_failure_and_holds_up_nobody(signer: trustme.CA, ca: str, case: str) -> None:
     own = f"p8443-10-1-0-5.b.{DOMAIN}"
-    async with writing(context(signer, "dns.example"), BAD[case]) as secret:
-        async with running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server:
-            with Client(address(server)) as one, Client(address(server)) as other:
-                for n in range(10):
-                    one.send(query(f"n{n}.{WWW}", ident=n))
-                for _ in range(10):
-                    assert dns.message.from_wire(await other.ask(query(own))).answer
-                for _ in range(10):
-                    assert (await one.receive())[3] & 15 == dns.rcode.SERVFAIL
-            assert server.metrics.queries[Outcome.ERROR] == 0
+    async with (
+        writing(context(signer, "dns.example"), BAD[case]) as secret,
+        running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server,
+    ):
+        with Client(address(server)) as one, Client(address(server)) as other:
+            for n in range(10):
+                one.send(query(f"n{n}.{WWW}", ident=n))
+            for _ in range(10):
+                assert dns.message.from_wire(await other.ask(query(own))).answer
+            for _ in range(10):
+                assert (await one.receive())[3] & 15 == dns.rcode.SERVFAIL
+        assert server.metrics.queries[Outcome.ERROR] == 0

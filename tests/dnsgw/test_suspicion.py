@@ -350,6 +350,26 @@ async def test_a_handful_is_out_about_one_name_and_type(upstream: Authority) -> 
         assert len(upstream.asked) == 51
 
 
+async def test_who_waits_for_room_is_told_when_nobody_can_be_asked(
+    upstream: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.script = lambda asked: []
+    with asking(upstream.port, client_subnet=True, attempt_s=20, total_s=40) as asker:
+        edns = [opt(options=option(8, bytes((0, 1, 24, 0, 10, n & 255, n >> 8)))) for n in range(1000)]
+        waiting = [asker.ask(NAME, edns=each) for each in edns]
+        await upstream.heard(4)
+
+        def unreachable(*_: object, **__: object) -> None:
+            raise OSError("unreachable")
+
+        (one,) = asker.forwarder.upstreams
+        monkeypatch.setattr(one, "ask", unreachable)
+        for exchange in list(asker.forwarder._exchanges.values())[:4]:
+            asker.forwarder._finish(exchange, Failure.TIMEOUT)
+        results = [await each.result() for each in waiting]
+        assert results == [Failure.TIMEOUT] * 4 + [Failure.UNREACHABLE] * 996
+
+
 async def test_descriptors_are_bounded_and_ports_change(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     """One question in so many stays without an answer, so that its socket must wait."""
     monkeypatch.setattr("dnsgw.upstream.POOL", 4)
