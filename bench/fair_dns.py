@@ -29,6 +29,8 @@ from typing import Any
 from bench.worker import ROOT
 
 HOST = "127.0.0.1"
+OTHER_HOST = "127.0.0.2"
+"""Where the real client asks from over UDP: what is fair is fair between hosts."""
 DRAIN_S = 3
 LIMIT_S = 5.0
 """A question that takes longer counts as this long."""
@@ -232,6 +234,7 @@ class Resolver:
 def _ask_udp(address: tuple[str, int]) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(LIMIT_S)
+        sock.bind((OTHER_HOST, 0))
         sock.connect(address)
         sock.send(QUESTIONS["own"])
         sock.recv(512)
@@ -279,9 +282,7 @@ def measure(
             result["sigterm_s"] = resolver.heeds_s()
     finally:
         resolver.end()
-    # Over UDP all clients share one buffer of the kernel's: a flood of packets crowds others out before they are read.
-    judged = ("tcp",) if what == "udp" else tuple(CLIENTS)
-    result["ok"] = result["sigterm_s"] is not None and all(result[client]["ok"] for client in judged)
+    result["ok"] = result["sigterm_s"] is not None and all(result[client]["ok"] for client in CLIENTS)
     return result
 
 

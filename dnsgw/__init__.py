@@ -11,6 +11,7 @@ upstream says. It does not recurse or validate.
     absent     (S) what nobody is asked for
     pairs      (S) A and AAAA from one table         destination (S) where an upstream is
     outgoing   (S) questions as upstream gets them   verify      (S) which packets are believed
+    crowd      (S) packets by client in a flood
     abilities  (S) what an upstream can do           turns       the loop, shared out among connections
     resolver   one packet → its reply                asked      what waits, and what failures are said to be
     precedence whose an imported name is             moves      (S) names that change hands

@@ -33,6 +33,9 @@ class Outcome(StrEnum):
     IGNORED = "ignored"
     """Answers and fragments of messages, to which nothing is said."""
 
+    CROWDED = "crowded"
+    """Dropped: it came by UDP from a client that had more than its share waiting here."""
+
     UNSENT = "unsent"
     """Counted besides: the reply could not be sent."""
 
