@@ -209,9 +209,10 @@ class Forwarder:
 
     def _ask(self, exchange: Exchange, upstream: Asked, now: float) -> bool:
         """Make one attempt; False: it is known at once to be in vain."""
-        earlier = [attempt for attempt in exchange.open if attempt.pending.upstream is upstream]
-        if len(earlier) > 1:
-            self._drop(exchange, earlier[0])
+        if len(exchange.open) > 1:
+            earlier = [attempt for attempt in exchange.open if attempt.pending.upstream is upstream]
+            if len(earlier) > 1:
+                self._drop(exchange, earlier[0])
         exchange.last = upstream
         if exchange.trust.get(upstream) is Trust.STREAM:
             try:
@@ -354,9 +355,10 @@ class Forwarder:
         upstream.answered()
         if exchange.doubted and attempt.pending.stream and attempt.spelled:
             self._report(exchange, upstream, now)  # over TCP it could do what the other answer lacked
-        for other in {each.pending.upstream for each in exchange.open}:
-            if other is not upstream:
-                other.failed(now)  # it was asked earlier, or is no faster than one that was asked earlier
+        if len(exchange.open) > 1:
+            for other in {each.pending.upstream for each in exchange.open}:
+                if other is not upstream:
+                    other.failed(now)  # it was asked earlier, or is no faster than one that was asked earlier
         if attempt.spelled:
             packet = restored(packet, attempt.question[:-4], exchange.query.name)
         self._finish(exchange, packet)
