@@ -474,6 +474,11 @@ class App:
         """Which address each TURN server of this network sees our relay come from, and how we know."""
         return self._publication.sources() if self._publication is not None else []
 
+    @property
+    def upstreams(self) -> list[dict[str, object]]:
+        """What the resolver knows of those that it asks."""
+        return self._dns.status() if self._dns is not None else []
+
     def _streams_open(self) -> int:
         ours = sum(len(server.ledger) for server in (self.relay, self.gateway) if server is not None)
         return ours + (self.turn.streams if self.turn is not None else 0)

@@ -66,6 +66,7 @@ class Inspection:
             },
             "relay_sources": self._app.relay_sources,
             "registrations": self._app.registrar.status() if self._app.registrar is not None else [],
+            "upstreams": self._app.upstreams,
         }
 
     def streams(self) -> dict[str, list[dict[str, object]]]:

@@ -106,6 +106,7 @@ LIVE = {
             "absent",
             "race_s",
             "random_case",
+            "client_subnet",
             "allow",
             "rate_limit",
             "max_udp_reply",

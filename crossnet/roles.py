@@ -109,6 +109,7 @@ def dns_config(config: Config, section: DnsSection) -> DnsConfig:
         upstream_ca=section.upstream_ca.pem if section.upstream_ca else None,
         race_s=section.race_s,
         random_case=section.random_case,
+        client_subnet=section.client_subnet,
         imports=imports(config),
         ttl_s=section.ttl_s,
         vip=section.vip,

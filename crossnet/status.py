@@ -123,6 +123,18 @@ def _tables(status: dict[str, Any], streams: dict[str, list[dict[str, Any]]]) ->
             for line in status["relay_sources"]
         ]
         yield "relay's addresses", columns, rows
+    if status.get("upstreams"):
+        columns = ["upstream", "random case", "cookies", "answers"]
+        rows = [
+            [
+                _cell(line["upstream"]),
+                _cell(line["random_case"]),
+                "yes" if line["cookies"] else "no",
+                "a loop" if line["loop"] else "yes" if line["answers"] else "no",
+            ]
+            for line in status["upstreams"]
+        ]
+        yield "dns", columns, rows
     for role, open_streams in streams.items():
         used = [(field, name) for field, name in STREAM_COLUMNS if any(field in row for row in open_streams)]
         rows = [[_cell(row.get(field)) for field, _ in used] for row in open_streams[-MAX_STREAMS_SHOWN:]]

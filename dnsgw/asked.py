@@ -9,7 +9,7 @@ from dnsgw.admission import Host
 from dnsgw.exchange import Failure
 from dnsgw.message import Malformed, retargeted, with_option
 from dnsgw.reply import Answer
-from dnsgw.wire import HEADER_SIZE, MAX_TCP_REPLY, ExtendedError, Query, Rcode, extended_error
+from dnsgw.wire import MAX_TCP_REPLY, ExtendedError, Query, Rcode, extended_error
 
 Send: TypeAlias = Callable[[bytes, Any], None]
 """Called once for each packet handled: with the reply, or with nothing when nothing is to be said, and with `where`."""
@@ -39,14 +39,13 @@ UNDECIDED = _failure(
 class Asked:
     """One question and the way of its reply."""
 
-    __slots__ = ("depth", "extra", "held", "host", "message", "most", "query", "send", "tcp", "where")
+    __slots__ = ("depth", "extra", "held", "host", "most", "query", "send", "tcp", "where")
 
     def __init__(
-        self, query: Query, message: bytes, host: Host, send: Send, where: Any, *, tcp: bool, most: int, depth: int = 0
+        self, query: Query, host: Host, send: Send, where: Any, *, tcp: bool, most: int, depth: int = 0
     ) -> None:
-        """Note what was asked, its message without an id, and by whom; `depth`: how many aliases led here."""
+        """Note what was asked and by whom; `depth`: how many aliases led here."""
         self.query = query
-        self.message = message
         self.host = host
         self.send = send
         self.where = where
@@ -71,9 +70,7 @@ class Asked:
     def about(self, name: bytes, send: Send) -> "Asked":
         """The same question about another name, whose reply of any length goes to `send`. Raises Malformed."""
         query = retargeted(self.query, name)
-        size = HEADER_SIZE - 2
-        message = self.message[:size] + query.question + self.message[size + len(self.query.question) :]
-        return Asked(query, message, self.host, send, None, tcp=True, most=self.most, depth=self.depth + 1)
+        return Asked(query, self.host, send, None, tcp=True, most=self.most, depth=self.depth + 1)
 
 
 def _send_with(send: Send, added: bytes, reply: bytes, where: Any) -> None:

@@ -101,8 +101,11 @@ class Batch:
         self.waiting = 0
         """Replies that `flush` would send."""
 
-    def receive(self, handle: Callable[[bytes, bytes, bytes], None]) -> None:
-        """Hand each packet that is there, up to 64, to `handle`, with its sender's packed address and where it came from."""
+    def receive(self, handle: Callable[[bytes, bytes, bytes], None]) -> int:
+        """Hand each packet that is there, up to 64, to `handle`, with its sender's packed address and where it came from.
+
+        Returns how many there were; below zero: none.
+        """
         slots = self._in
         control = self._control
         if control:
@@ -120,6 +123,7 @@ class Batch:
             begin += MAX_QUERY
             name_at += _NAME
             word += _WORDS
+        return int(count)
 
     def put(self, reply: bytes, where: bytes) -> int:
         """Take a reply for the next `flush`, which a full batch does at once; return how many could not be sent."""

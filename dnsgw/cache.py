@@ -21,7 +21,6 @@ from dnsgw.wire import (
     DO,
     HEADER,
     HEADER_SIZE,
-    HOP_BY_HOP,
     MAX_UDP_REPLY,
     MIN_UDP_REPLY,
     OPT_FIXED,
@@ -50,10 +49,9 @@ _OF_TARGET = 400  # bytes of a name that an alias leads to, and of finding the e
 _MAX_TYPES = 64  # query types told apart when a name is flushed; those beyond are found by looking at every entry
 _ANY_TYPE = b"\0\0"
 
-_ASKED_FLAGS = RD | CD | AD
-_AD_BIT, _DO_BIT = 2, 4  # of the last byte of a key; 1 is CD
+_DO_BIT = 2  # of the last byte of a key; 1 is CD
 _OPTS = (opt_record(do=False), opt_record(do=True))
-_SUFFIXES = [bytes((bits,)) for bits in range(8)]
+_SUFFIXES = [bytes((bits,)) for bits in range(4)]
 _UNKEPT = frozenset({Qtype.ANY, Qtype.AXFR, Qtype.IXFR})
 
 
@@ -117,9 +115,12 @@ class Entry:
         ]
         bits = key[-1]
         flags = QR | RD | message.flags & (RA | 0xF) | bits << 4 & CD
-        if bits & (_AD_BIT | _DO_BIT):
-            flags |= message.flags & AD  # for those who ask for it (RFC 6840 section 5.8)
-        self.heads = tuple(HEADER.pack(0, flags, 1, message.answers, message.authorities, edns)[2:] for edns in (0, 1))
+        self.heads = tuple(
+            HEADER.pack(0, flags | (message.flags & AD if ad else 0), 1, message.answers, message.authorities, edns)[2:]
+            for ad in (0, 1)
+            for edns in (0, 1)
+        )
+        """What a reply begins with behind its id: without and with EDNS, and both once more for those who want AD."""
         self._opt = _OPTS[bits >= _DO_BIT]
         self.tails = (b"", b"")
         """What comes behind the question, without and with EDNS, until `tails_until`."""
@@ -128,11 +129,16 @@ class Entry:
         self.size = _OVERHEAD + len(key) + 3 * len(self.body) + 80 * len(self._ttls)
         self.size += _OF_TARGET * (len(self.targets) + len(self.bindings))
 
-    def reply(self, ident: bytes, question: bytes, *, edns: bool, now: float) -> bytes:
+    def reply(self, query: Query, now: float) -> bytes:
         """The reply to its question, with what is left of each TTL."""
         if now >= self.tails_until:
             self.count_down(now)
-        return ident + self.heads[edns] + question + self.tails[edns]
+        return self._begin(query) + self.tails[query.edns is not None]
+
+    def _begin(self, query: Query) -> bytes:
+        edns = query.edns
+        wants_ad = query.flags & AD or (edns is not None and edns.do)  # RFC 6840 section 5.8
+        return query.id.to_bytes(2, "big") + self.heads[(edns is not None) + (2 if wants_ad else 0)] + query.question
 
     def count_down(self, now: float) -> None:
         """Write what comes behind the question anew; it holds for the rest of a second of the entry's life."""
@@ -141,10 +147,10 @@ class Entry:
         self.tails = (body, body + self._opt)
         self.tails_until = self.stored + age + 1
 
-    def stale_reply(self, ident: bytes, question: bytes, *, edns: bool, do: bool, options: bytes) -> bytes:
+    def stale_reply(self, query: Query, options: bytes) -> bytes:
         """The reply to its question after its end (RFC 8767 section 4)."""
-        opt = opt_record(do=do, options=options) if edns else b""
-        return ident + self.heads[edns] + question + self._with_ttls(lambda _: STALE_TTL_S) + opt
+        opt = opt_record(do=query.edns.do, options=options) if query.edns is not None else b""
+        return self._begin(query) + self._with_ttls(lambda _: STALE_TTL_S) + opt
 
     def _with_ttls(self, left: Callable[[int], int]) -> bytes:
         body = bytearray(self.body)
@@ -153,9 +159,9 @@ class Entry:
         return bytes(body)
 
 
-# What a header says after its id, for questions that a cache can answer: (bits of the key, whether there is an OPT).
+# What a header says after its id, for questions that a cache can answer: (bits of the key, whether there is an OPT, AD).
 _SHAPES = {
-    HEADER.pack(0, RD | bits, 1, 0, 0, edns)[2:]: (bits >> 4, edns)
+    HEADER.pack(0, RD | bits, 1, 0, 0, edns)[2:]: (bits >> 4 & 1, edns, bool(bits & AD))
     for bits in (0, AD, CD, AD | CD)
     for edns in (False, True)
 }
@@ -164,18 +170,14 @@ _SHAPES = {
 def key_of(query: Query, qtype: int | None = None) -> bytes | None:
     """What the answer to a question, or to the same about another type, is kept under; None: it is not to be kept.
 
-    What upstream may answer differently is part of it: DO, CD and AD. Options that we do not know may change the answer
-    (RFC 7871), and a question without RD asks for what the server itself has.
+    CD and DO change the answer and are part of it. A question without RD asks for what the server itself has, and one
+    with more than OPT is passed on as it is.
     """
-    if not query.flags & RD or query.flags & ~_ASKED_FLAGS or query.qtype in _UNKEPT:
+    if not query.flags & RD or query.qtype in _UNKEPT or query.verbatim:
         return None
-    do = False
-    if query.edns is not None:
-        do = query.edns.do
-        if any(code not in HOP_BY_HOP for code, _ in query.edns.options):
-            return None
+    do = query.edns is not None and query.edns.do
     asked = query.question[-4:] if qtype is None else qtype.to_bytes(2, "big") + query.question[-2:]
-    return query.name + asked + _SUFFIXES[query.flags >> 4 & 3 | (_DO_BIT if do else 0)]
+    return query.name + asked + _SUFFIXES[query.flags >> 4 & 1 | (_DO_BIT if do else 0)]
 
 
 def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most: int = MAX_UDP_REPLY) -> bytes | None:
@@ -186,7 +188,7 @@ def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most:
     shape = _SHAPES.get(data[2:HEADER_SIZE])
     if shape is None:
         return None
-    bits, edns = shape
+    bits, edns, wants_ad = shape
     end = data.find(0, HEADER_SIZE) + 1
     stop = end + 4
     limit = MIN_UDP_REPLY
@@ -198,6 +200,7 @@ def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most:
             return None
         if flags >= DO:
             bits |= _DO_BIT
+            wants_ad = True
         limit = min(max(size, MIN_UDP_REPLY), most)
     elif len(data) != stop:
         return None
@@ -207,7 +210,7 @@ def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most:
     entry.uses += 1
     if now >= entry.tails_until:
         entry.count_down(now)
-    whole = data[:2] + entry.heads[edns] + data[HEADER_SIZE:stop] + entry.tails[edns]
+    whole = data[:2] + entry.heads[edns + 2 * wants_ad] + data[HEADER_SIZE:stop] + entry.tails[edns]
     return whole if len(whole) <= limit else None
 
 

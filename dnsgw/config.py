@@ -67,8 +67,11 @@ class DnsConfig:
     race_s: float = RACE_S
     """How long one upstream has before another is asked as well."""
 
-    random_case: bool = False
-    """Ask upstream in random spelling and believe only answers that keep it (DNS 0x20)."""
+    random_case: bool = True
+    """Ask upstream in random case and believe only answers that keep it (DNS 0x20); off by itself where one loses it."""
+
+    client_subnet: bool = False
+    """Pass the clients' own subnet option on (RFC 7871); what is answered to it is not kept."""
 
     resolv_conf: Path = Path("/etc/resolv.conf")
     imports: Imports = field(default_factory=Imports)

@@ -16,9 +16,10 @@ from dnsgw.exchange import Failure
 from dnsgw.forward import Forwarder
 from dnsgw.message import Malformed, Message
 from dnsgw.metrics import DnsMetrics, Outcome
+from dnsgw.outgoing import subnet_of
 from dnsgw.recent import Recent
 from dnsgw.reply import truncate
-from dnsgw.wire import TC, ExtendedError, Query, Rcode, extended_error, retyped, with_qtype
+from dnsgw.wire import TC, ExtendedError, Query, Rcode, extended_error, retyped
 
 FAILURE_TTL_S = 1.0  # RFC 9520 section 3.2: at least one second
 MAX_FAILURES = 4096
@@ -61,11 +62,14 @@ Done: TypeAlias = Callable[[Heard | Failure], None]
 class Foreign:
     """All that is known and asked of upstream."""
 
-    def __init__(self, config: CacheConfig, metrics: DnsMetrics, *, max_in_flight: int) -> None:
+    def __init__(
+        self, config: CacheConfig, metrics: DnsMetrics, *, max_in_flight: int, client_subnet: bool = False
+    ) -> None:
         """Prepare; `attach` comes before the first question."""
         self.cache = Cache(config)
         self._metrics = metrics
         self._most = max(max_in_flight // CLIENT_SHARE, 1)
+        self._client_subnet = client_subnet
         self._failed: Recent[tuple[float, bytes | Failure]] = Recent(MAX_FAILURES)
         self._waiting: dict[Client, int] = {}
         self._prefetching: set[bytes] = set()
@@ -82,8 +86,9 @@ class Foreign:
         self._loop = loop
         self._forwarder = forwarder
 
-    def reconfigure(self, config: CacheConfig, *, max_in_flight: int) -> None:
+    def reconfigure(self, config: CacheConfig, *, max_in_flight: int, client_subnet: bool = False) -> None:
         """Keep so much from now on, and let so many wait."""
+        self._client_subnet = client_subnet
         self.cache.reconfigure(config)
         self._most = max(max_in_flight // CLIENT_SHARE, 1)
 
@@ -96,7 +101,6 @@ class Foreign:
     def ask(
         self,
         query: Query,
-        message: bytes,
         host: Host,
         done: Done,
         *,
@@ -104,20 +108,22 @@ class Foreign:
         qtype: int | None = None,
         max_age_s: float | None = None,
     ) -> None:
-        """Ask for `query`, whose `message` is without an id, or for the same about another type.
+        """Ask for `query`, or for the same about another type.
 
         `max_age_s`: what was said longer ago does not count, however long it holds.
         """
-        key = key_of(query, qtype)
         if qtype is not None:
-            query, message = retyped(query, qtype), with_qtype(message, query, qtype)
+            query = retyped(query, qtype)
+        key = key_of(query)
+        if self._client_subnet and subnet_of(query):
+            key = None  # the answer may be for that subnet alone
         if key is not None:
             now = self._loop.time()
             known = self._recall(query, key, now, max_age_s)
             if known is not None:
                 entry = known.entry if isinstance(known, Heard) else None
                 if entry is not None and now >= entry.fresh_until and entry.uses >= MIN_PREFETCH_USES:
-                    self._prefetch(query, message, key)
+                    self._prefetch(query, key)
                 done(known)
                 return
         client = client_of(host)
@@ -126,15 +132,14 @@ class Foreign:
             self._give_up(query, key, done, Failure.OVERLOADED)
             return
         self._waiting[client] = waiting + 1
-        self._forwarder.ask(message, query, partial(self._heard, self._generation, query, key, client, done), tcp=tcp)
+        self._forwarder.ask(query, partial(self._heard, self._generation, query, key, client, done), tcp=tcp)
 
     def _recall(self, query: Query, key: bytes, now: float, max_age_s: float | None) -> Heard | Failure | None:
         entry = self.cache.get(key)
         if entry is not None:
             if now < entry.expires and (max_age_s is None or now - entry.stored < max_age_s):
                 entry.uses += 1
-                ident = query.id.to_bytes(2, "big")
-                wire = entry.reply(ident, query.question, edns=query.edns is not None, now=now)
+                wire = entry.reply(query, now)
                 return Heard(wire, Outcome.CACHED, entry, targets=entry.targets, bindings=entry.bindings)
             if entry.expires <= now < entry.retry_at and self.cache.may_be_stale(entry, now):
                 return self._stale(query, entry)
@@ -143,12 +148,12 @@ class Foreign:
             return failed[1] if isinstance(failed[1], Failure) else self._understood(query, None, failed[1], now)
         return None
 
-    def _prefetch(self, query: Query, message: bytes, key: bytes) -> None:
+    def _prefetch(self, query: Query, key: bytes) -> None:
         if key in self._prefetching:
             return
         self._prefetching.add(key)
         self._metrics.prefetched += 1
-        self._forwarder.ask(message, query, partial(self._prefetched, self._generation, query, key), tcp=False)
+        self._forwarder.ask(query, partial(self._prefetched, self._generation, query, key), tcp=False)
 
     def _prefetched(self, generation: int, query: Query, key: bytes, result: bytes | Failure) -> None:
         self._prefetching.discard(key)
@@ -218,12 +223,5 @@ class Foreign:
 
     @staticmethod
     def _stale(query: Query, entry: Entry) -> Heard:
-        edns = query.edns
-        wire = entry.stale_reply(
-            query.id.to_bytes(2, "big"),
-            query.question,
-            edns=edns is not None,
-            do=edns is not None and edns.do,
-            options=_STALE[Rcode(entry.rcode)],
-        )
+        wire = entry.stale_reply(query, _STALE[Rcode(entry.rcode)])
         return Heard(wire, Outcome.STALE, targets=entry.targets, bindings=entry.bindings)

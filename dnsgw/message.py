@@ -23,6 +23,7 @@ from dnsgw.wire import (
     MAX_LABEL,
     MAX_TCP_REPLY,
     MAX_WIRE_NAME,
+    OWNER,
     Qtype,
     Query,
     opt_record,
@@ -107,7 +108,7 @@ class Message:
         """The names that aliases lead to from the name asked for, in order, lower-cased."""
         if odd:
             kept = self._belonging()
-            if len(kept) != len(self.places):
+            if len(kept) != len(self.places) or self._repeats_question():
                 *_, uneven = self._walk(self._with_only(kept))
         if uneven:
             self._even_out()
@@ -231,15 +232,24 @@ class Message:
             raise Malformed("no answer is one to the question")
         return kept
 
+    def _repeats_question(self) -> bool:
+        """Tell whether an owner is the name asked for, written out: in a spelling that is not the one of every asker."""
+        name = self.question[:-4].lower()
+        return len(name) > 1 and any(
+            self.data[place.owner] < _POINTER and self._owner(place) == name for place in self.places
+        )
+
     def _covers_dname(self, place: Place) -> bool:
         return place.rtype == _RRSIG and self.data[place.start : place.start + 2] == _DNAME_COVERED
 
     def _with_only(self, kept: list[Place]) -> bytes:
-        """The message without its other records. Raises Malformed."""
+        """The message without its other records, those of the name asked for by a pointer to it. Raises Malformed."""
         parts = [self.question]
         left = MAX_TCP_REPLY - HEADER_SIZE - len(self.question)
+        name = self.question[:-4].lower()
         for place in kept:
-            parts.append(self.standalone(place))
+            whole = self.standalone(place)
+            parts.append(OWNER + whole[len(name) :] if whole.lower().startswith(name) else whole)
             left -= len(parts[-1])
             if left < 0:
                 raise Malformed("it is too long without compression")

@@ -33,6 +33,9 @@ class Outcome(StrEnum):
     IGNORED = "ignored"
     """Answers and fragments of messages, to which nothing is said."""
 
+    CROWDED = "crowded"
+    """Dropped: it came by UDP from a client that had more than its share waiting here."""
+
     UNSENT = "unsent"
     """Counted besides: the reply could not be sent."""
 
@@ -51,7 +54,28 @@ class UpstreamOutcome(StrEnum):
     """It took long, so that another one was asked too."""
 
     MISSPELLED = "misspelled"
-    """An answer in another spelling than the question's random one: asked again over TCP."""
+    """An answer in another case than the question's random one: asked again over TCP."""
+
+    WRONG_ID = "wrong_id"
+    """An answer to a question that is out, with an id or at a port that it was not asked with: late, or forged."""
+
+    WRONG_QUESTION = "wrong_question"
+    """An answer with the right id to another question."""
+
+    WRONG_COOKIE = "wrong_cookie"
+    """An answer without the cookie that this upstream sends otherwise, or with a wrong one: asked again over TCP."""
+
+    UNPROVEN = "unproven"
+    """An error without the question in it: asked again over TCP."""
+
+    DISTRUSTED = "distrusted"
+    """Counted besides: asked again over TCP, since answers over UDP looked forged."""
+
+    FLOODED = "flooded"
+    """Counted besides: a socket closed that brought too much that nobody asked for."""
+
+    ASKED_AGAIN = "asked_again"
+    """It wants its cookie anew, or does not understand EDNS: asked again so."""
 
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
@@ -73,6 +97,7 @@ class DnsMetrics(Collector):
         self.cache_bytes: Callable[[], int] = int
         self.in_flight: Callable[[], int] = int
         self.tcp_connections: Callable[[], int] = int
+        self.upstreams: Callable[[], list[dict[str, object]]] = list
 
     def collect(self) -> Iterable[Metric]:
         """Give the counts as Prometheus wants them."""
@@ -103,3 +128,13 @@ class DnsMetrics(Collector):
         yield GaugeMetricFamily(
             "crossnet_dns_tcp_connections", "Clients connected over TCP.", value=self.tcp_connections()
         )
+        case = GaugeMetricFamily(
+            "crossnet_dns_upstream_random_case", "1: an upstream is asked in random case.", labels=["upstream"]
+        )
+        cookies = GaugeMetricFamily("crossnet_dns_upstream_cookies", "1: an upstream has cookies.", labels=["upstream"])
+        known = {str(each["upstream"]): each for each in self.upstreams()}
+        for name, each in known.items():
+            case.add_metric([name], each["random_case"] == "on")
+            cookies.add_metric([name], bool(each["cookies"]))
+        yield case
+        yield cookies

@@ -10,8 +10,10 @@ import logging
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from ipaddress import ip_address
+from typing import Any, Generic, TypeVar
 
+from dnsgw.turns import PORTION, Turns
 from dnsgw.wire import HEADER_SIZE
 
 log = logging.getLogger(__name__)
@@ -19,18 +21,20 @@ log = logging.getLogger(__name__)
 IDLE_S = 10.0  # RFC 7766 section 6.2.3 asks clients to close what they do not need; upstreams commonly wait as long
 _READ = 65536
 
-AskedT = TypeVar("AskedT")
+PendingT = TypeVar("PendingT", bound=dict[int, Any])
 
 
-class Pipeline(Generic[AskedT]):
+class Pipeline(Generic[PendingT]):
     """A connection that is opened at once and takes messages before it is there. `pending` is kept by its user."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        pending: PendingT,
         *,
-        received: Callable[[bytes, dict[int, AskedT]], None],
-        lost: Callable[["Pipeline[AskedT]"], None],
+        received: Callable[[bytes, PendingT], None],
+        lost: Callable[["Pipeline[PendingT]"], None],
+        turns: Turns,
         tls: ssl.SSLContext | None = None,
         server_name: str = "",
     ) -> None:
@@ -41,11 +45,14 @@ class Pipeline(Generic[AskedT]):
         self._secure = tls is None
         self._plain = bytearray()
         """What waits for the handshake."""
-        self.pending: dict[int, AskedT] = {}
+        self.pending = pending
         self.closed = False
+        self.source = b""
+        """The address that it is from."""
         self._loop = loop
         self._received = received
         self._lost = lost
+        self._turns = turns
         self._sock: socket.socket | None = None
         self._connected = False
         self._writing = False
@@ -63,6 +70,7 @@ class Pipeline(Generic[AskedT]):
             self.closed = True
             raise OSError(error, f"connect: {errno.errorcode.get(error, error)}")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.source = ip_address(sock.getsockname()[0].partition("%")[0]).packed
         self._sock = sock
         self._loop.add_reader(sock, self._readable)
         self._loop.add_writer(sock, self._writable)
@@ -94,6 +102,7 @@ class Pipeline(Generic[AskedT]):
             self._loop.remove_writer(sock)
             sock.close()
         self._out.clear()
+        self._in.clear()
         self._lost(self)
 
     def _idle(self) -> None:
@@ -186,16 +195,39 @@ class Pipeline(Generic[AskedT]):
             return
         if self._out and not self._writing:
             self._flush()
+        if self._handle() and self._sock is not None:
+            self._loop.remove_reader(self._sock)  # until it is handled
+            self._turns.add(self._turn)
+
+    def _turn(self) -> bool:
+        """Go on with what was read; then read on."""
+        more = self._handle()
+        if not more and self._sock is not None:
+            self._loop.add_reader(self._sock, self._readable)
+        return more
+
+    def _handle(self) -> bool:
+        """Hand on a few of the messages that were read; tell whether there are more."""
         begin = 0
-        while len(self._in) - begin >= 2:
+        for _ in range(PORTION):
+            if self.closed:
+                return False
+            if len(self._in) - begin < 2:
+                break
             end = begin + 2 + int.from_bytes(self._in[begin : begin + 2], "big")
             if end - begin - 2 < HEADER_SIZE:
                 self.close()
-                return
+                return False
             if len(self._in) < end:
                 break
             self._received(bytes(self._in[begin + 2 : end]), self.pending)
-            if self.closed:
-                return
             begin = end
         del self._in[:begin]
+        return not self.closed and self._is_whole()
+
+    def _is_whole(self) -> bool:
+        """Tell whether a message, or what is none, is there to be handled."""
+        if len(self._in) < 2:
+            return False
+        size = int.from_bytes(self._in[:2], "big")
+        return size < HEADER_SIZE or len(self._in) >= 2 + size

@@ -16,7 +16,6 @@ from dnsgw.wire import (
     HEADER,
     HEADER_SIZE,
     MIN_UDP_REPLY,
-    OPCODE,
     OPT_FIXED,
     QR,
     RA,
@@ -137,7 +136,7 @@ class Presence(Enum):
 
 
 def presence(reply: bytes) -> Presence:
-    """Tell what an upstream's reply, already checked by `is_answer`, says about the name asked for."""
+    """Tell what an upstream's reply, already checked by `verify.judge`, says about the name asked for."""
     _, flags, _, count, _, _ = HEADER.unpack_from(reply)
     rcode = flags & 0xF
     if count or (flags & TC and rcode == Rcode.NOERROR):
@@ -145,36 +144,6 @@ def presence(reply: bytes) -> Presence:
     if rcode == Rcode.NXDOMAIN:
         return Presence.NXDOMAIN
     return Presence.NODATA if rcode == Rcode.NOERROR else Presence.FAILED
-
-
-def is_answer(reply: bytes, question: bytes) -> bool:
-    """Tell whether a reply is one to this question, in any case of its letters (RFC 5452 section 9.1).
-
-    An error may come without the question, as some servers answer what they could not parse.
-    """
-    if len(reply) < HEADER_SIZE:
-        return False
-    _, flags, questions, _, _, _ = HEADER.unpack_from(reply)
-    if flags & (QR | OPCODE) != QR:
-        return False
-    if not questions:
-        return len(reply) == HEADER_SIZE and flags & 0xF in (Rcode.FORMERR, Rcode.SERVFAIL, Rcode.NOTIMP, Rcode.REFUSED)
-    stop = HEADER_SIZE + len(question)
-    return (
-        questions == 1
-        and reply[stop - 4 : stop] == question[-4:]
-        and reply[HEADER_SIZE : stop - 4].lower() == question[:-4].lower()
-    )
-
-
-def relayed(reply: bytes, query: Query, limit: int) -> bytes:
-    """Turn an upstream's reply into the client's: its id, its spelling, at most `limit` bytes."""
-    ident = query.id.to_bytes(2, "big")
-    stop = HEADER_SIZE + len(query.question)
-    if len(reply) < stop:
-        return ident + reply[2:]
-    whole = ident + reply[2:HEADER_SIZE] + query.question + reply[stop:]
-    return whole if len(whole) <= limit else truncate(whole, query)
 
 
 def join_orders(records: Iterable[bytes], most: int) -> list[bytes]:

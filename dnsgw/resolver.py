@@ -30,7 +30,7 @@ from dnsgw.pairs import Pairs
 from dnsgw.precedence import Owner, Precedence, Then
 from dnsgw.reply import Answer, truncate
 from dnsgw.tables import Tables
-from dnsgw.wire import MAX_TCP_REPLY, BadQuery, Qtype, Rcode, forwardable, option, scan, wire_name
+from dnsgw.wire import MAX_TCP_REPLY, BadQuery, Qtype, Rcode, option, scan, wire_name
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ class Resolver:
         self._stale_end: asyncio.TimerHandle | None = None
         self._tables = Tables(config)
         self._table = self._tables.make(None, 0.0)
-        self._foreign = Foreign(config.cache, metrics, max_in_flight=config.max_in_flight)
+        self._foreign = Foreign(
+            config.cache, metrics, max_in_flight=config.max_in_flight, client_subnet=config.client_subnet
+        )
         self._cache = self._foreign.cache
         self._clients = Clients(config.allow, config.rate_limit)
         self._left = self._clients.left
@@ -94,7 +96,7 @@ class Resolver:
         self._secret = config.cookie_secret or self._drawn
         self._precedence.ttl_s = config.ttl_s
         self._precedence.forget()
-        self._foreign.reconfigure(config.cache, max_in_flight=config.max_in_flight)
+        self._foreign.reconfigure(config.cache, max_in_flight=config.max_in_flight, client_subnet=config.client_subnet)
         if elsewhere:
             self._foreign.forget()
         if self._mesh is None:
@@ -190,7 +192,7 @@ class Resolver:
             else:
                 send(b"" if self._limited % _SLIP else truncate(TOO_MANY.reply(query, query.limit), query), where)
         else:
-            self._probe_or_dispatch(Asked(query, forwardable(data, query), host, send, where, tcp=tcp, most=self._most))
+            self._probe_or_dispatch(Asked(query, host, send, where, tcp=tcp, most=self._most))
 
     def _probe_or_dispatch(self, asked: Asked) -> None:
         query = asked.query
@@ -238,15 +240,12 @@ class Resolver:
 
     def _ask(self, asked: Asked, then: Then, qtype: int | None = None) -> None:
         """Ask upstream the question itself, or the same about another type."""
-        self._foreign.ask(
-            asked.query, asked.message, asked.host, partial(self._guarded, then, asked), tcp=asked.tcp, qtype=qtype
-        )
+        self._foreign.ask(asked.query, asked.host, partial(self._guarded, then, asked), tcp=asked.tcp, qtype=qtype)
 
     def _ask_anew(self, asked: Asked, then: Then, qtype: int | None = None) -> None:
         """As `_ask`, of a name that may be ours too: what upstream said before the last `ttl_s` does not count."""
         self._foreign.ask(
             asked.query,
-            asked.message,
             asked.host,
             partial(self._guarded, then, asked),
             tcp=asked.tcp,

@@ -19,6 +19,7 @@ from dnsgw.forward import TOTAL_S, Forwarder
 from dnsgw.metrics import DnsMetrics
 from dnsgw.resolver import Resolver
 from dnsgw.tcp import TcpListener
+from dnsgw.turns import Turns
 from dnsgw.udp import UdpListener
 from dnsgw.upstream import Endpoint, leads_here, read_resolv_conf
 from dnsgw.vip import claim, imported_names
@@ -33,7 +34,7 @@ RETIRED_S = TOTAL_S + 0.2  # what was asked of upstreams that are no longer aske
 _PORT_TRIES = 16  # to find a port that is free for TCP and UDP alike
 
 
-_OF_FORWARDER = ("upstream_ca", "race_s", "random_case", "max_in_flight")
+_OF_FORWARDER = ("upstream_ca", "race_s", "random_case", "client_subnet", "max_in_flight")
 
 
 class UpstreamLoop(ValueError):
@@ -66,6 +67,7 @@ class DnsServer:
 
         self._mesh: Mesh | None = None
         self._loop: asyncio.AbstractEventLoop
+        self._turns: Turns
         self._udp: list[UdpListener] = []
         self._tcp: list[TcpListener] = []
         self._closing = asyncio.Event()
@@ -114,16 +116,22 @@ class DnsServer:
 
     async def open(self) -> None:
         """Bind every address. Raises OSError, or UpstreamLoop for a configured upstream that is this server."""
+        self._loop = asyncio.get_running_loop()
+        self._turns = Turns(self._loop)
         with ExitStack() as undo:
             undo.callback(self._close_listeners)
             self.addresses = tuple(self._bind(endpoint) for endpoint in self.config.listen)
             upstreams = self._choose_upstreams(self.config)
             forwarder = self._make_forwarder(self.config, upstreams)
             undo.pop_all()
-        self._loop = asyncio.get_running_loop()
         self._ask_by(forwarder, upstreams)
         self.metrics.in_flight = lambda: sum(each.waiting for each in self._forwarders)
         self.metrics.tcp_connections = lambda: sum(map(len, self._tcp))
+        self.metrics.upstreams = self.status
+
+    def status(self) -> list[dict[str, object]]:
+        """What is known of each upstream, for people."""
+        return [upstream.status() for upstream in self._forwarders[-1].upstreams] if self._forwarders else []
 
     def _make_forwarder(self, config: DnsConfig, upstreams: Sequence[Destination]) -> Forwarder:
         """Raises OSError when the certificates of upstreams cannot be read."""
@@ -140,6 +148,8 @@ class DnsServer:
             race_s=config.race_s,
             tls=ssl.create_default_context(cadata=config.upstream_ca) if secret else None,
             random_case=config.random_case,
+            client_subnet=config.client_subnet,
+            turns=self._turns,
         )
 
     def _ask_by(self, forwarder: Forwarder, upstreams: tuple[Destination, ...]) -> None:
@@ -244,10 +254,10 @@ class DnsServer:
             for upstream in forwarder.upstreams:
                 seen = asyncio.Event()
                 answered = asyncio.Event()
-                query, message = probe_question()
+                query = probe_question()
                 forget = self._resolver.expect_probe(query.name, seen.set)
                 try:
-                    forwarder.ask(message, query, lambda _, answered=answered: answered.set(), tcp=False, only=upstream)  # type: ignore[misc]
+                    forwarder.ask(query, lambda _, answered=answered: answered.set(), tcp=False, only=upstream)  # type: ignore[misc]
                     await answered.wait()
                 finally:
                     forget()
@@ -283,6 +293,7 @@ class DnsServer:
         tcp = TcpListener(
             (address, port),
             self._resolver,
+            self._turns,
             max_connections=self.config.max_tcp_connections,
             max_connections_per_client=self.config.max_tcp_connections_per_client,
             idle_timeout_s=self.config.tcp_idle_timeout_s,

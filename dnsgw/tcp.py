@@ -1,4 +1,8 @@
-"""Questions over TCP (RFC 7766): many on one connection, answered in the order in which the answers come."""
+"""Questions over TCP (RFC 7766): many on one connection, answered in the order in which the answers come.
+
+A connection is read a little at a time, and its questions take turns with everybody else's (`turns.py`), whether they are
+answered at once or later: a client that asks faster than it is answered slows down nobody but itself.
+"""
 
 import asyncio
 import socket
@@ -6,11 +10,13 @@ from typing import Any, cast
 
 from dnsgw.admission import Client, Host, client_of, packed
 from dnsgw.resolver import Resolver
+from dnsgw.turns import PORTION, Turns
 from dnsgw.upstream import Endpoint
 from dnsgw.wire import HEADER_SIZE
 
 MAX_QUERY = 4096  # as over UDP
 MAX_PIPELINED = 128  # questions of one connection that wait for their answers; then it is not read
+READ_SIZE = 8192  # bytes read from one connection before what is there has been handled
 MAX_UNREAD = 256 * 1024  # bytes of answers that a client does not read, besides what the kernel keeps for it
 BACKLOG = 256
 
@@ -22,6 +28,7 @@ class TcpListener:
         self,
         endpoint: Endpoint,
         resolver: Resolver,
+        turns: Turns,
         *,
         max_connections: int,
         max_connections_per_client: int,
@@ -31,6 +38,9 @@ class TcpListener:
         """Bind and listen; connections are accepted from `start` on. Raises OSError."""
         address, port = endpoint
         self.resolver = resolver
+        self.turns = turns
+        self.space = memoryview(bytearray(READ_SIZE))
+        """Where every connection reads into: what came is taken out at once."""
         self.idle_timeout_s = idle_timeout_s
         self._max_connections = max_connections
         self._max_connections_per_client = max_connections_per_client
@@ -87,7 +97,7 @@ class TcpListener:
                 del self._clients[client]
 
 
-class _Connection(asyncio.Protocol):
+class _Connection(asyncio.BufferedProtocol):
     """One client's connection."""
 
     def __init__(self, listener: TcpListener, loop: asyncio.AbstractEventLoop) -> None:
@@ -97,7 +107,9 @@ class _Connection(asyncio.Protocol):
         self._host = b""
         self._buffer = bytearray()
         self._waiting = 0
-        self._pumping = False
+        """Questions whose answers are not there yet."""
+        self._in_turn = False
+        """What is in the buffer has its turns."""
         self._reading = True
         self._writable = True
         self._ended = False
@@ -128,31 +140,39 @@ class _Connection(asyncio.Protocol):
             else:
                 self._transport.abort()
 
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        self._pump()
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        return self._listener.space
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._buffer += self._listener.space[:nbytes]
+        self._take_turns()
+        self._read_or_not()
 
     def eof_received(self) -> bool:
         """The client asks no more. It may still wait for answers."""
         self._ended = True
-        return self._waiting > 0
+        return self._waiting > 0 or self._in_turn
 
     def pause_writing(self) -> None:
         self._writable = False
 
     def resume_writing(self) -> None:
         self._writable = True
-        self._pump()
+        self._take_turns()
 
-    def _pump(self) -> None:
-        """Handle the whole questions that are there, unless too many wait or the client does not read its answers."""
-        transport = self._transport
-        if self._pumping or transport is None:
-            return
-        self._pumping = True
-        buffer = self._buffer
+    def _take_turns(self) -> None:
+        """Have what is in the buffer handled, unless too much waits or the client does not read its answers."""
+        if not self._in_turn and self._open_for_more() and self._is_whole():
+            self._in_turn = True
+            self._listener.turns.add(self._turn)
+
+    def _turn(self) -> bool:
+        """Handle a few questions; tell whether there are more to handle now."""
+        transport, buffer = self._transport, self._buffer
         begin = 0
-        while self._open_for_more() and not transport.is_closing() and len(buffer) - begin >= 2:
+        for _ in range(PORTION):
+            if transport is None or transport.is_closing() or not self._open_for_more() or len(buffer) - begin < 2:
+                break
             size = int.from_bytes(buffer[begin : begin + 2], "big")
             if not HEADER_SIZE <= size <= MAX_QUERY:
                 transport.close()
@@ -165,13 +185,32 @@ class _Connection(asyncio.Protocol):
             self._listener.resolver.handle(bytes(buffer[begin + 2 : end]), self._host, self._send, None, True)
             begin = end
         del buffer[:begin]
-        self._pumping = False
-        if self._reading != self._open_for_more() and not transport.is_closing() and not self._ended:
-            self._reading = not self._reading
-            if self._reading:
-                transport.resume_reading()
-            else:
-                transport.pause_reading()
+        if transport is None or transport.is_closing():
+            buffer.clear()
+        self._in_turn = self._open_for_more() and self._is_whole()
+        self._read_or_not()
+        self._close_if_done()
+        return self._in_turn
+
+    def _is_whole(self) -> bool:
+        """Tell whether a question, or what is none, is there to be handled."""
+        if len(self._buffer) < 2:
+            return False
+        size = int.from_bytes(self._buffer[:2], "big")
+        return not HEADER_SIZE <= size <= MAX_QUERY or len(self._buffer) >= 2 + size
+
+    def _read_or_not(self) -> None:
+        """Read on when there is little left to handle."""
+        wanted = len(self._buffer) < READ_SIZE
+        transport = self._transport
+        if wanted is not self._reading and transport is not None and not transport.is_closing() and not self._ended:
+            self._reading = wanted
+            transport.resume_reading() if wanted else transport.pause_reading()
+
+    def _close_if_done(self) -> None:
+        """Close once the client asks no more and has all its answers."""
+        if self._ended and not self._waiting and not self._is_whole() and self._transport is not None:
+            self._transport.close()
 
     def _open_for_more(self) -> bool:
         return self._writable and self._waiting < MAX_PIPELINED
@@ -187,19 +226,18 @@ class _Connection(asyncio.Protocol):
             transport.close()  # what needs no reply has no place on a connection either
         if not self._writable and transport.get_write_buffer_size() > MAX_UNREAD:
             transport.abort()  # what it asked for before goes on coming, and may be 64 KiB each time
-        if not self._reading:
-            self._pump()
-        if self._ended and not self._waiting:
-            transport.close()
+        self._take_turns()
+        if not self._in_turn:
+            self._close_if_done()
 
     def _check_idle(self) -> None:
-        """Close what has been quiet for too long: no whole question came, and none is being answered."""
+        """Close what has been quiet for too long: no whole question came, and none is being answered or nobody reads it."""
         if self._transport is None:
             return
         left_s = self._last + self._listener.idle_timeout_s - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._check_idle)
-        elif self._waiting:
+        elif self._waiting and self._writable:
             self._timer = self._loop.call_later(self._listener.idle_timeout_s, self._check_idle)
         else:
             self._transport.abort() if self._transport.get_write_buffer_size() else self._transport.close()

@@ -10,13 +10,15 @@ import socket
 import struct
 from typing import Any
 
-from dnsgw.admission import packed
-from dnsgw.batch import MAX_QUERY, Batch, available
+from dnsgw.admission import client_of, packed
+from dnsgw.batch import MAX_QUERY, SLOTS, Batch, available
+from dnsgw.crowd import Crowd
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.resolver import Resolver
 from dnsgw.upstream import Endpoint
 
 MAX_DRAIN = 64  # packets before the loop sees to something else
+MAX_SORTED = 8  # batches that are taken out and sorted by client meanwhile
 _RECEIVE_BUFFER = 1 << 20  # asked for; the kernel gives what net.core.rmem_max allows
 
 _IP_PKTINFO = 8  # linux/in.h; the socket module has it from Python 3.12 on
@@ -55,6 +57,8 @@ class UdpListener:
             self._sock.close()
             raise
         self._batch = Batch(self._sock, v6=self._v6, wildcard=self._wildcard) if available(self._sock) else None
+        self._crowd = Crowd()
+        self._again: asyncio.Handle | None = None
         self._flush_at: asyncio.Handle | None = None
         self._reading = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -71,21 +75,55 @@ class UdpListener:
         """Close the socket; replies that come later are dropped."""
         if self._batch is not None and self._loop is not None:
             self._flush(self._batch)
-        if self._flush_at is not None:
-            self._flush_at.cancel()
+        for handle in (self._flush_at, self._again):
+            if handle is not None:
+                handle.cancel()
         if self._loop is not None:
             self._loop.remove_reader(self._sock)
             self._loop = None
         self._sock.close()
 
     def _drain_batch(self, batch: Batch) -> None:
+        if self._crowd:
+            self._sort(batch)
+            return
         self._reading = True
         try:
-            batch.receive(self._handle)
+            full = batch.receive(self._handle) == SLOTS
         finally:
             self._reading = False
             if batch.waiting:
                 self._flush(batch)
+        if full:
+            self._sort(batch)
+
+    def _sort(self, batch: Batch) -> None:
+        """Take out what comes faster than it is answered, and see to it that each client has its turn."""
+        for _ in range(MAX_SORTED):
+            if batch.receive(self._put_aside) < SLOTS:
+                break
+        if self._crowd and self._again is None and self._loop is not None:
+            self._again = self._loop.call_soon(self._go_on, batch)
+
+    def _go_on(self, batch: Batch) -> None:
+        """Handle some of what was put aside."""
+        self._again = None
+        self._reading = True
+        crowd = self._crowd
+        try:
+            for _ in range(min(len(crowd), MAX_DRAIN)):
+                self._handle(*crowd.take())
+        finally:
+            self._reading = False
+            if batch.waiting:
+                self._flush(batch)
+        if crowd and self._loop is not None:
+            self._again = self._loop.call_soon(self._go_on, batch)
+
+    def _put_aside(self, data: bytes, host: bytes, where: bytes) -> None:
+        before = self._crowd.dropped
+        self._crowd.put(client_of(host), (data, host, where))
+        self._metrics.queries[Outcome.CROWDED] += self._crowd.dropped - before
 
     def _handle(self, data: bytes, host: bytes, where: bytes) -> None:
         self._resolver.handle(data, host, self._put, where, False)

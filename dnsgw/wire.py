@@ -37,10 +37,8 @@ _PAIR = struct.Struct("!HH")
 DO = 0x8000  # RFC 3225
 
 # Options that speak of one hop and not of the question: cookie (RFC 7873), keepalive (RFC 7828), padding (RFC 7830).
-HOP_BY_HOP = frozenset({10, 11, 12})
-
-
-_PADDING = 12
+_HOP_BY_HOP = frozenset({10, 11, 12})
+CLIENT_SUBNET = 8  # RFC 7871
 
 
 class Rcode(IntEnum):
@@ -147,6 +145,8 @@ class Query:
 
     qtype: int
     edns: Edns | None
+    verbatim: bytes = b""
+    """The message as upstream gets it, without its id, if it has more than a question and OPT: a signature (TSIG), a SOA."""
 
     @property
     def key(self) -> bytes:
@@ -201,7 +201,11 @@ def scan(data: bytes) -> Query:
         raise refuse(Fault.CLASS, Rcode.REFUSED)
     question = data[HEADER_SIZE:stop]
     name = question[:-4].lower()
-    return Query(id=ident, flags=flags, question=question, name=name, labels=labels, qtype=qtype, edns=edns)
+    more = authorities + extras > (edns is not None)
+    verbatim = _without_hop_options(data, edns) if more else b""
+    return Query(
+        id=ident, flags=flags, question=question, name=name, labels=labels, qtype=qtype, edns=edns, verbatim=verbatim
+    )
 
 
 def _is_transfer(data: bytes, questions: int, authorities: int) -> bool:
@@ -316,40 +320,15 @@ def _error_reply(received: bytes, flags: int, rcode: Rcode, *, edns: bool, do: b
     return received[:2] + header[2:] + received[HEADER_SIZE:] + (opt_record(do=do, rcode=rcode) if edns else b"")
 
 
-def forwardable(data: bytes, query: Query) -> bytes:
-    """The query as upstream gets it, without the id: byte for byte, but for what concerns this hop only.
-
-    Hop-by-hop options are taken out, and a UDP size above 1232 becomes 1232, so that no answer comes in fragments.
-    """
-    edns = query.edns
+def _without_hop_options(data: bytes, edns: Edns | None) -> bytes:
+    """The message without its id and the options that concern this hop only; a UDP size above 1232 becomes 1232."""
     if edns is None:
         return data[2:]
-    kept = [(code, value) for code, value in edns.options if code not in HOP_BY_HOP]
+    kept = [(code, value) for code, value in edns.options if code not in _HOP_BY_HOP]
     if len(kept) == len(edns.options) and edns.size <= MAX_UDP_REPLY:
         return data[2:]
-    _, _, size, rcode, version, flags, _ = OPT_FIXED.unpack_from(data, edns.start)
     options = b"".join(option(code, value) for code, value in kept)
-    opt = OPT_FIXED.pack(0, Qtype.OPT, min(size, MAX_UDP_REPLY), rcode, version, flags, len(options)) + options
-    return data[2 : edns.start] + opt + data[edns.stop :]
-
-
-def padded(message: bytes, query_size: int) -> bytes:
-    """The message (without its id) with an OPT padded to a multiple of 128 bytes (RFC 7830, RFC 8467 section 4.1).
-
-    `query_size` is where its question ends. What is padded is for encrypted ways only.
-    """
-    begin = HEADER_SIZE - 2 + query_size
-    if message[begin:]:
-        root, rtype, size, rcode, version, flags, length = OPT_FIXED.unpack_from(message, begin)
-        options = message[begin + OPT_FIXED.size : begin + OPT_FIXED.size + length]
-        if root or rtype != Qtype.OPT or len(message) != begin + OPT_FIXED.size + length:
-            return message  # there is more than OPT: TSIG, which signs the message as it is
-    else:
-        size, rcode, version, flags, options = MAX_UDP_REPLY, 0, 0, 0, b""
-    bare = 2 + begin + OPT_FIXED.size + len(options) + _OPTION.size
-    options += option(_PADDING, bytes(-bare % 128))
-    opt = OPT_FIXED.pack(0, Qtype.OPT, size, rcode, version, flags, len(options)) + options
-    return message[: HEADER_SIZE - 4] + b"\0\1" + message[HEADER_SIZE - 2 : begin] + opt
+    return data[2 : edns.start] + opt_record(do=edns.do, options=options) + data[edns.stop :]
 
 
 def retyped(query: Query, qtype: int) -> Query:
@@ -366,15 +345,8 @@ def retyped(query: Query, qtype: int) -> Query:
     )
 
 
-def with_qtype(message: bytes, query: Query, qtype: int) -> bytes:
-    """The same message (without its id) asking for another type."""
-    position = HEADER_SIZE - 2 + len(query.name)
-    return message[:position] + qtype.to_bytes(2, "big") + message[position + 2 :]
-
-
-def probe_question() -> tuple[Query, bytes]:
-    """A question that nobody else asks, and its message without an id: two random labels, as CoreDNS's loop plugin has it."""
+def probe_question() -> Query:
+    """A question that nobody else asks: two random labels, as CoreDNS's loop plugin has it."""
     name = wire_name(f"{secrets.token_hex(8)}.{secrets.token_hex(8)}")
     question = name + _PAIR.pack(Qtype.HINFO, CLASS_IN)
-    query = Query(id=0, flags=RD, question=question, name=name, labels=(0, 17), qtype=Qtype.HINFO, edns=None)
-    return query, HEADER.pack(0, RD, 1, 0, 0, 0)[2:] + question
+    return Query(id=0, flags=RD, question=question, name=name, labels=(0, 17), qtype=Qtype.HINFO, edns=None)

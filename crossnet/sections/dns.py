@@ -98,8 +98,10 @@ class DnsSection:
     addresses."""
     race_s: Duration = RACE_S
     """How long one upstream has before the next is asked as well."""
-    random_case: Boolean = False
-    """Ask upstream in random spelling and believe only answers that keep it (DNS 0x20)."""
+    random_case: Boolean = True
+    """Ask upstream in random case and believe only answers that keep it (DNS 0x20); off by itself where an upstream loses it."""
+    client_subnet: Boolean = False
+    """Pass the subnet option of clients that send one on to upstream (RFC 7871); what is answered to it is not kept."""
     allow: tuple[Cidr, ...] = dns.PRIVATE
     """Clients that are answered; an open resolver is a weapon for others."""
     rate_limit: Count = dns.DEFAULT_RATE_LIMIT

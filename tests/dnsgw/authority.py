@@ -38,6 +38,11 @@ class Asked:
         return dns.message.from_wire(self.packet)
 
     @property
+    def question(self) -> bytes:
+        """The question section alone."""
+        return self.packet[12 : self.packet.index(0, 12) + 5]
+
+    @property
     def name(self) -> str:
         return self.message.question[0].name.to_text(omit_final_dot=True).lower()
 

@@ -1,12 +1,13 @@
 """The state of a question on its way."""
 
 from dnsgw.exchange import Exchange, Failure
+from dnsgw.wire import probe_question
 
 
 def test_an_exchange_begins_with_nothing_open() -> None:
-    exchange = Exchange(b"key", b"message", b"question", 1.8, tcp=False, order=())
+    exchange = Exchange(b"key", probe_question(), 1.8, tcp=False, order=())
     assert (exchange.attempts, exchange.refusals, exchange.open, exchange.waiting) == (0, 0, [], [])
-    assert (exchange.spelled, exchange.tcp, exchange.fallback, exchange.timer) == (False, False, None, None)
+    assert (exchange.trust, exchange.tcp, exchange.fallback, exchange.timer) == ({}, False, None, None)
 
 
 def test_every_failure_is_answered() -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
@@ -16,7 +17,7 @@ from aiohttp import web
 from dnsgw import Outcome
 from dnsgw.destination import Destination, Way
 from tests.dnsgw.authority import Authority
-from tests.dnsgw.meshes import mesh, relay
+from tests.dnsgw.meshes import DOMAIN, mesh, relay
 from tests.dnsgw.packets import opt, query
 from tests.dnsgw.servers import Client, address, running
 
@@ -170,3 +171,112 @@ async def test_another_authority_counts_at_once(signer: trustme.CA, ca: str, way
                 server.reconfigure(replace(server.config, upstream_ca=authority))
                 reply = await client.ask(query(f"n{n}.{WWW}"))
                 assert reply[3] & 15 == (dns.rcode.NOERROR if ca in authority else dns.rcode.SERVFAIL)
+
+
+# Servers that write HTTP in other ways, or lie.
+
+TYPE = b"Content-Type: application/dns-message\r\n"
+OK = b"HTTP/1.1 200 OK\r\n" + TYPE
+
+
+@contextlib.asynccontextmanager
+async def writing(tls: ssl.SSLContext, write: Callable[[bytes], Iterator[bytes]]) -> AsyncIterator[Secret]:
+    """A server that answers the first request of each connection with the bytes that `write` makes of the good answer."""
+    secret = Secret(Authority(records=dict(RECORDS)), 0)
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        secret.connections += 1
+        with contextlib.suppress(OSError, EOFError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            (length,) = re.findall(rb"Content-Length: (\d+)", head)
+            (answer,) = secret.authority.packets(await reader.readexactly(int(length)), ("", 0), tcp=True)
+            for part in write(answer):
+                writer.write(part)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(connection, "127.0.0.1", 0, ssl=tls)
+    secret.port = server.sockets[0].getsockname()[1]
+    try:
+        yield secret
+    finally:
+        server.close()
+
+
+def in_chunks(answer: bytes) -> Iterator[bytes]:
+    yield OK + b"Transfer-Encoding: chunked\r\n\r\n"
+    for n in range(0, len(answer), 7):
+        part = answer[n : n + 7]
+        yield b"%X;x=y\r\n%s\r\n" % (len(part), part)
+    yield b"0\r\n\r\n"
+
+
+def to_the_end(answer: bytes) -> Iterator[bytes]:
+    yield OK + b"\r\n" + answer
+
+
+def behind_hints(answer: bytes) -> Iterator[bytes]:
+    yield b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 2
+    yield OK + b"content-length:%d\r\n\r\n" % len(answer) + answer
+
+
+def answers(*heads: bytes, times: int = 1) -> Callable[[bytes], Iterator[bytes]]:
+    def write(answer: bytes) -> Iterator[bytes]:
+        for _ in range(times):
+            for head in heads:
+                yield head.replace(b"ANSWER", answer).replace(b"SIZE", b"%d" % len(answer))
+
+    return write
+
+
+GOOD = [in_chunks, to_the_end, behind_hints]
+ENDLESS = 1 << 20
+BAD = {
+    "interim for ever": answers(b"HTTP/1.1 100 Continue\r\n\r\n" * 2000, times=ENDLESS),
+    "chunks of one byte for ever": answers(
+        OK + b"Transfer-Encoding: chunked\r\n\r\n", *[b"1\r\nx\r\n" * 5000] * 500, times=1
+    ),
+    "a head without end": answers(b"HTTP/1.1 200 OK\r\n", *[b"X: " + b"y" * 5000 + b"\r\n"] * 200),
+    "a content without end": answers(OK + b"\r\n", *[bytes(50_000)] * 200),
+    "two lengths": answers(OK + b"Content-Length: SIZE\r\nTransfer-Encoding: chunked\r\n\r\nANSWER"),
+    "a wrong length": answers(OK + b"Content-Length: 5, 6\r\n\r\nANSWER"),
+    "too much": answers(OK + b"Content-Length: 70000\r\n\r\n" + bytes(70000)),
+    "too little": answers(OK + b"Content-Length: 500\r\n\r\nANSWER"),
+    "another type": answers(b"HTTP/1.1 200 OK\r\nContent-Length: SIZE\r\n\r\nANSWER"),
+    "compressed": answers(OK + b"Content-Encoding: gzip\r\nContent-Length: SIZE\r\n\r\nANSWER"),
+    "elsewhere": answers(b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"),
+    "not HTTP": answers(b"SSH-2.0-x\r\n\r\n"),
+    "a bad chunk": answers(OK + b"Transfer-Encoding: chunked\r\n\r\n-1\r\nANSWER\r\n0\r\n\r\n"),
+    "a bad field": answers(OK + b" folded\r\n\r\nANSWER"),
+    "nothing": answers(),
+}
+
+
+@pytest.mark.parametrize("write", GOOD)
+async def test_other_ways_to_write_an_answer(
+    signer: trustme.CA, ca: str, write: Callable[[bytes], Iterator[bytes]]
+) -> None:
+    async with (
+        writing(context(signer, "dns.example"), write) as secret,
+        running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server,
+    ):
+        with Client(address(server)) as client:
+            for n in range(3):
+                assert dns.message.from_wire(await client.ask(query(f"n{n}.{WWW}"))).answer
+
+
+@pytest.mark.parametrize("case", BAD)
+async def test_what_is_no_response_is_a_failure_and_holds_up_nobody(signer: trustme.CA, ca: str, case: str) -> None:
+    own = f"p8443-10-1-0-5.b.{DOMAIN}"
+    async with (
+        writing(context(signer, "dns.example"), BAD[case]) as secret,
+        running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server,
+    ):
+        with Client(address(server)) as one, Client(address(server)) as other:
+            for n in range(10):
+                one.send(query(f"n{n}.{WWW}", ident=n))
+            for _ in range(10):
+                assert dns.message.from_wire(await other.ask(query(own))).answer
+            for _ in range(10):
+                assert (await one.receive())[3] & 15 == dns.rcode.SERVFAIL
+        assert server.metrics.queries[Outcome.ERROR] == 0

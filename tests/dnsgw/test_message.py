@@ -219,9 +219,21 @@ def test_it_is_not_kept_either() -> None:
     cache = Cache(CacheConfig())
     entry = cache.put(asked, key, Message(wire(LIES)), 0.0)
     assert entry is not None
-    kept = dns.message.from_wire(entry.reply(b"\0\1", asked.question, edns=True, now=1.0))
+    kept = dns.message.from_wire(entry.reply(asked, 1.0))
     assert "192.0.2.66" not in str(kept)
     assert "192.0.2.1" in str(kept)
+
+
+def test_the_name_asked_for_has_the_askers_spelling_in_every_record() -> None:
+    records = "www.example.test. 60 IN A 192.0.2.1\nwww.example.test. 60 IN A 192.0.2.2\n"
+    data = wire(f"id 1\nflags QR RD RA\n;QUESTION\nwww.example.test. IN A\n;ANSWER\n{records}")
+    stop = data.index(b"\xc0\x0c")
+    spelled = data[12:stop][:-4].upper()
+    written_out = data[:stop] + data[stop:].replace(b"\xc0\x0c", spelled)
+    asked = scan(query("wWw.eXample.test"))
+    reply = Message(written_out).as_reply(asked)
+    assert {str(rrset.name) for rrset in dns.message.from_wire(reply).answer} == {"wWw.eXample.test."}
+    assert len(dns.message.from_wire(reply).answer[0]) == 2
 
 
 def test_what_belongs_is_left_as_it_came() -> None:
@@ -247,7 +259,7 @@ def test_other_classes_are_not_asked_for() -> None:
         other = good[:4] + rclass.to_bytes(2, "big") + good[6:-1] + b"\x42"
         packet = header(1, 0x8180, (1, 2, 0, 0)) + question("www.example.test") + other + good
         reply = dns.message.from_wire(Message(packet).as_reply(ASKED))
-        assert [str(item) for item in reply.answer] == ["www.example.test. 1 IN A 192.0.2.1"]
+        assert [str(item) for item in reply.answer] == ["WWW.example.test. 1 IN A 192.0.2.1"]
 
 
 @pytest.mark.parametrize(("questions", "asked"), [(0, b""), (1, b"\xc0\x0c\0\1\0\1")])

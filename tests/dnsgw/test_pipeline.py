@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator
 import pytest
 
 from dnsgw.pipeline import Pipeline
+from dnsgw.turns import Turns
 from tests.dnsgw.packets import query
 
 pytestmark = pytest.mark.anyio
 
+Waiting = dict[int, str]
 MESSAGE = query("www.example.test")
 FRAME = len(MESSAGE).to_bytes(2, "big") + MESSAGE
 
@@ -26,8 +28,10 @@ class Peer:
         self.lost = 0
         self.loop = asyncio.get_running_loop()
 
-    def pipeline(self) -> Pipeline[str]:
-        pipeline: Pipeline[str] = Pipeline(self.loop, received=self._on_received, lost=self._on_lost)
+    def pipeline(self) -> Pipeline[Waiting]:
+        pipeline: Pipeline[Waiting] = Pipeline(
+            self.loop, {}, received=self._on_received, lost=self._on_lost, turns=Turns(self.loop)
+        )
         pipeline.open(socket.AF_INET, self.listening.getsockname())
         return pipeline
 
@@ -35,7 +39,7 @@ class Peer:
         self.received.append(message)
         self.news.set()
 
-    def _on_lost(self, pipeline: Pipeline[str]) -> None:
+    def _on_lost(self, pipeline: Pipeline[Waiting]) -> None:
         self.lost += 1
         self.news.set()
 
@@ -103,7 +107,7 @@ async def test_what_is_no_message_ends_the_connection(peer: Peer, size: int) -> 
 
 async def test_nobody_there_is_told(peer: Peer) -> None:
     peer.listening.close()
-    pipeline = Pipeline[str](peer.loop, received=peer._on_received, lost=peer._on_lost)
+    pipeline = Pipeline[Waiting](peer.loop, {}, turns=Turns(peer.loop), received=peer._on_received, lost=peer._on_lost)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound, not listening: refused
         pipeline.open(socket.AF_INET, held.getsockname())
@@ -137,14 +141,14 @@ async def test_a_peer_that_does_not_read_holds_up_nobody(peer: Peer) -> None:
 
 
 async def test_closing_inside_a_callback_stops_the_reading(peer: Peer) -> None:
-    pipeline: Pipeline[str] | None = None
+    pipeline: Pipeline[Waiting] | None = None
 
     def close_at_once(message: bytes, pending: dict[int, str]) -> None:
         assert pipeline is not None
         peer._on_received(message, pending)
         pipeline.close()
 
-    pipeline = Pipeline(peer.loop, received=close_at_once, lost=peer._on_lost)
+    pipeline = Pipeline(peer.loop, {}, received=close_at_once, lost=peer._on_lost, turns=Turns(peer.loop))
     pipeline.open(socket.AF_INET, peer.listening.getsockname())
     with await peer.accept() as sock:
         await peer.loop.sock_sendall(sock, FRAME * 3)

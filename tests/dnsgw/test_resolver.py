@@ -64,9 +64,11 @@ async def test_a_foreign_name_is_upstreams_with_our_clients_id_and_spelling(upst
             asked = query("WwW.example.TEST", ident=0xBEEF, flags=RD | AD | CD, edns=opt(1232, do=True))
             reply = await client.ask(asked)
         (seen,) = upstream.asked
-        assert seen.packet[2:] == asked[2:]
-        # But for OPT, which is for one hop, it is upstream's answer byte for byte.
-        assert reply[: -len(opt())] == (asked[:2] + seen.answer[2:])[: -len(opt())]
+        assert seen.question.lower() == asked[12:34].lower()
+        # But for OPT, which is for one hop, and the spelling, it is upstream's answer byte for byte.
+        assert (
+            reply[: -len(opt())] == (asked[:2] + seen.answer[2:12] + asked[12:34] + seen.answer[34:])[: len(reply) - 11]
+        )
         assert reply.endswith(opt(1232, do=True))
         assert addresses(reply) == ["192.0.2.1"]
         assert server.metrics.queries[Outcome.FORWARDED] == 1
@@ -95,7 +97,7 @@ async def test_cookies_stay_here(upstream: Authority) -> None:
     async with running(VIEW, upstream.port) as server:
         with Client(address(server)) as client:
             reply = await client.ask(query("www.example.test", edns=opt(4096, options=option(10, b"12345678"))))
-        assert upstream.asked[0].packet[2:] == query("www.example.test", edns=opt(1232))[2:]
+        assert b"12345678" not in upstream.asked[0].packet
         assert read(reply).edns == 0
         assert read(reply).options[0].to_wire()[:8] == b"12345678"  # the client's, with our half, and not upstream's
 
@@ -118,7 +120,7 @@ async def test_a_big_answer_is_truncated_over_udp_and_whole_over_tcp(upstream: A
 def long_answer(asked: Asked) -> bytes:
     """More than was asked for, as an upstream might send that minds no size."""
     record = b"\xc0\x0c" + bytes.fromhex("0010 0001 00000000 0514") + b"\0" * 0x514
-    return asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.packet[12:34] + record
+    return asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.question + record
 
 
 async def test_silence_of_upstream_is_servfail_and_says_so(upstream: Authority) -> None:
@@ -313,7 +315,7 @@ async def test_an_alias_upstream_is_a_name_upstream(upstream: Authority) -> None
 
 @pytest.mark.parametrize("rcode", [2, 5])
 async def test_where_upstream_fails_nothing_is_made_up(upstream: Authority, rcode: int) -> None:
-    upstream.script = lambda asked: [asked.packet[:2] + header(flags=0x8180 | rcode)[2:] + asked.packet[12:]]
+    upstream.script = lambda asked: [asked.packet[:2] + header(flags=0x8180 | rcode)[2:] + asked.question]
     async with running(VIEW, upstream.port, **LOCAL) as server:
         with Client(address(server)) as client:
             assert (await client.ask(query(ORDERS)))[3] & 15 == rcode
@@ -324,7 +326,7 @@ async def test_where_upstream_knows_but_half_nothing_is_made_up(upstream: Author
     upstream.records["x." + ORDERS, "A"] = ["192.0.2.7"]  # so that the name itself is NODATA
 
     def fail_for_aaaa(asked: Asked) -> list[bytes]:
-        failed = asked.packet[:2] + header(flags=0x8182)[2:] + asked.packet[12:]
+        failed = asked.packet[:2] + header(flags=0x8182)[2:] + asked.question
         return [failed if asked.rdtype == "AAAA" else asked.answer]
 
     upstream.script = fail_for_aaaa

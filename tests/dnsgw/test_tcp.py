@@ -1,8 +1,10 @@
 """TCP connections: pipelined, out of order, byte by byte, too many, too slow, cut off."""
 
 import asyncio
+import contextlib
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator
 
 import dns.message
@@ -13,7 +15,7 @@ from dnsgw.tcp import _Connection
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.meshes import DOMAIN, mesh, relay
 from tests.dnsgw.packets import header, query
-from tests.dnsgw.servers import Connection, address, connected, running
+from tests.dnsgw.servers import Client, Connection, address, connected, running
 
 pytestmark = pytest.mark.anyio
 
@@ -113,6 +115,36 @@ async def test_an_idle_connection_ends() -> None:
         assert server.metrics.tcp_connections() == 0
 
 
+async def test_time_is_up_for_others_while_one_asks_without_end() -> None:
+    """Idle, and with half a question: their timers are heard beside a client that never rests."""
+    async with running(VIEW, tcp_idle_timeout_s=0.3) as server:
+        stopped = threading.Event()
+        packet = query(ADDRESS)
+        frames = (len(packet).to_bytes(2, "big") + packet) * 1000
+
+        def ask_without_end() -> None:
+            with socket.create_connection(address(server)) as sock:
+                sock.setblocking(False)
+                at = 0
+                while not stopped.is_set():
+                    with contextlib.suppress(BlockingIOError):
+                        sock.recv(1 << 16)
+                    with contextlib.suppress(BlockingIOError):
+                        at = (at + sock.send(frames[at:])) % len(frames)
+
+        thread = threading.Thread(target=ask_without_end)
+        thread.start()
+        try:
+            async with connected(server) as idle, connected(server) as half:
+                half.writer.write(b"\0\x20x")
+                assert await idle.ended() == await half.ended() == b""
+            with Client(address(server)) as client:
+                assert addresses(await client.ask(packet)) == ["10.0.0.9"]
+        finally:
+            stopped.set()
+            thread.join()
+
+
 async def test_a_client_that_does_not_read_its_answers_is_cut_off() -> None:
     async with running(VIEW, tcp_idle_timeout_s=0.1) as server, connected(server) as connection:
         connection.writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -130,7 +162,7 @@ async def test_answers_that_nobody_reads_do_not_pile_up(upstream: Authority) -> 
 
     def huge(asked: Asked) -> list[bytes]:
         record = b"\xc0\x0c" + struct.pack("!HHIH", 10, 1, 60, 60_000) + bytes(60_000)
-        return [asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.packet[12:] + record]
+        return [asked.packet[:2] + header(flags=0x8180, counts=(1, 1, 0, 0))[2:] + asked.question + record]
 
     upstream.script = huge
     names = [f"n{n}.big.example.test" for n in range(120)]

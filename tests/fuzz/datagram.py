@@ -33,7 +33,7 @@ else:
 from discovery.imports import ImportRule, Imports
 from discovery.model import Kind, Mesh, NetworkSpec, Record, RelaySpec, ServiceSpec
 from dnsgw.exchange import Failure
-from dnsgw.reply import is_answer
+from dnsgw.verify import Verdict, judge
 
 LOOPBACK = b"\x7f\0\0\1"
 
@@ -71,10 +71,18 @@ class _Upstream:
 
     answer = b""
 
-    def ask(self, message: bytes, query: Any, done: Any, *, tcp: bool) -> None:
-        del message, tcp
+    def ask(self, query: Any, done: Any, *, tcp: bool) -> None:
         answer = b"\0\0" + self.answer[:10].ljust(10, b"\0") + query.question + self.answer[10:]
-        done(answer if is_answer(answer, query.question) else Failure.TIMEOUT)
+        verdict, _ = judge(
+            answer,
+            query.question,
+            spelled=True,
+            edns=True,
+            client_cookie=b"12345678",
+            expects_cookie=False,
+            stream=tcp,
+        )
+        done(answer if verdict is Verdict.ANSWER else Failure.TIMEOUT)
 
 
 class Target:
