@@ -19,11 +19,15 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from discovery.listener import Connection, Listener, ListenerLimits
 from discovery.model import Mesh
 from sniproxy.stream.policy import NamePattern
 
 MAX_REQUEST_BYTES = 1024
 """Of a request's body: nothing here takes one."""
+
+LIMITS = ListenerLimits(connections=128, connections_per_address=128, request_bytes=64 * 1024, files_share=16)
+"""Prometheus, people, and a good many scripts. Descriptors are for streams: a sixteenth of them is ours at most."""
 
 GUARD_HEADER = "Crossnet-Admin"
 """Must be there, whatever it says, where something is changed."""
@@ -68,7 +72,7 @@ class AdminServer:
     def __init__(self, process: Process) -> None:
         self._process = process
         self.address: tuple[str, int] = ("", 0)
-        application = web.Application(middlewares=[_only_by_address], client_max_size=MAX_REQUEST_BYTES)
+        application = web.Application(middlewares=[self._in_turn, _only_by_address], client_max_size=MAX_REQUEST_BYTES)
         application.add_routes(
             [
                 web.get("/", self._index),
@@ -82,33 +86,45 @@ class AdminServer:
                 web.get("/config", self._config),
             ]
         )
-        self._sock: socket.socket | None = None
+        self._listener = Listener("admin", LIMITS, process.registry)
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
 
     async def open(self, address: str, port: int, inherited: socket.socket | None = None) -> None:
         """Listen, with a socket that does so already where there is one. Raises OSError."""
         await self._runner.setup()
         try:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            self._sock = inherited or socket.create_server((address, port), family=family)
-            await web.SockSite(self._runner, self._sock).start()
+            self._listener.open(self._runner, [(address, port)], inherited=inherited)
         except OSError:
             await self._runner.cleanup()
             raise
-        bound = self._runner.addresses[0]
-        self.address = (bound[0], bound[1])
+        (self.address,) = self._listener.addresses
+
+    async def run(self) -> None:
+        """Answer until closed or cancelled."""
+        await self._listener.run()
 
     def fileno(self) -> int:
         """The listening descriptor, for a process that comes after us."""
-        assert self._sock is not None
-        return self._sock.fileno()
+        (listening,) = self._listener.sockets
+        return listening.fileno()
 
     async def close(self) -> None:
         """Stop at once; once more does nothing."""
+        self._listener.close()
         await self._runner.cleanup()
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+
+    @web.middleware
+    async def _in_turn(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer who asks much when others have been answered."""
+        protocol = request.protocol
+        if isinstance(protocol, Connection):
+            protocol.busy = True
+        try:
+            await self._listener.gate.enter(id(protocol), crowd=self._listener.crowds(request))
+            return await handler(request)
+        finally:
+            if isinstance(protocol, Connection):
+                protocol.busy = False
 
     async def _index(self, request: web.Request) -> web.StreamResponse:
         paths = sorted({resource.canonical for resource in request.app.router.resources()} - {"/"})

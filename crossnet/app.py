@@ -129,6 +129,7 @@ class App:
             self._note("admin", [admin.address])
             async with self._group:
                 try:
+                    self._run("admin", admin.run())
                     await self._start()
                     self.started = True
                     if self._inherited:

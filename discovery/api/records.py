@@ -119,9 +119,6 @@ class RecordRoutes:
 def _check_may_write(principal: Principal, key: Key, *specs: object) -> None:
     why = principal.refusal_to_write(key, specs)  # type: ignore[arg-type]
     if why is not None:
-        kind, network, record_id = key
-        event = {"token": principal.name, "kind": kind, "network": network, "id": record_id, "why": why}
-        log.warning("a write was refused", extra={"event": event})
         raise ApiError(403, "forbidden", why)
 
 
