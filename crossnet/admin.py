@@ -8,9 +8,10 @@ The one thing that it does is to end a stream: only for who connects from loopba
 which a web page cannot send to another origin without a preflight, and that is never granted.
 """
 
+import asyncio
 import json
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
 from typing import Protocol, TypeAlias
 
@@ -28,6 +29,10 @@ MAX_REQUEST_BYTES = 1024
 
 LIMITS = ListenerLimits(connections=128, connections_per_address=128, request_bytes=64 * 1024, files_share=16)
 """Prometheus, people, and a good many scripts. Descriptors are for streams: a sixteenth of them is ours at most."""
+
+ANSWER_TIMEOUT_S = 60.0
+PIECE_ITEMS = 100
+"""Rows or records that are written at once, which takes a millisecond."""
 
 GUARD_HEADER = "Crossnet-Admin"
 """Must be there, whatever it says, where something is changed."""
@@ -156,7 +161,8 @@ class AdminServer:
             return _json({"error": "bad_filter", "detail": str(error)}, 400)
         # A stream has a reason when it has ended.
         rows = self._process.ended_streams() if "reason" in request.query else self._process.streams()
-        return _json({role: [row for row in of_role if wanted(row)] for role, of_role in rows.items()})
+        found = {role: [row for row in of_role if wanted(row)] for role, of_role in rows.items()}
+        return await self._in_pieces(request, _pieces(found))
 
     async def _end_stream(self, request: web.Request) -> web.StreamResponse:
         peer = request.transport.get_extra_info("peername") if request.transport is not None else None
@@ -173,9 +179,23 @@ class AdminServer:
         return _json({"ended": stream.hex()})
 
     async def _mesh(self, request: web.Request) -> web.StreamResponse:
-        del request
         mesh = self._process.view()
-        return _json({"revision": mesh.revision, "records": msgspec.to_builtins(list(mesh))})
+        return await self._in_pieces(request, _pieces({"revision": mesh.revision, "records": list(mesh)}))
+
+    async def _in_pieces(self, request: web.Request, pieces: Iterable[str]) -> web.StreamResponse:
+        """Answer with much: between its pieces streams and others get their turn."""
+        response = web.StreamResponse()
+        response.content_type = "application/json"
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await response.prepare(request)
+                for number, piece in enumerate(pieces):
+                    await self._listener.gate.enter(id(request), crowd=number > 0)
+                    await response.write(piece.encode())
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+        return response
 
     async def _config(self, request: web.Request) -> web.StreamResponse:
         del request
@@ -217,3 +237,21 @@ async def _only_by_address(request: web.Request, handler: Handler) -> web.Stream
 def _json(value: object, status: int = 200) -> web.Response:
     text = json.dumps(value, default=str, indent=1, ensure_ascii=True)
     return web.Response(text=text + "\n", status=status, content_type="application/json")
+
+
+def _pieces(value: Mapping[str, object]) -> Iterator[str]:
+    """Write JSON, its lists so many items at a time."""
+    before = "{"
+    for name, items in value.items():
+        yield f"{before}{json.dumps(name)}: "
+        before = ",\n"
+        if not isinstance(items, list):
+            yield json.dumps(items, default=str)
+            continue
+        yield "["
+        for start in range(0, len(items), PIECE_ITEMS):
+            part = msgspec.to_builtins(items[start : start + PIECE_ITEMS], enc_hook=str)
+            text = ",\n".join(json.dumps(item, default=str) for item in part)
+            yield text if start == 0 else f",\n{text}"
+        yield "]"
+    yield "}\n" if value else "{}\n"

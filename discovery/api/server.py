@@ -94,13 +94,13 @@ class DiscoveryServer:
         registry = registry if registry is not None else CollectorRegistry()
         self._metrics = _Metrics(registry)
         self._tokens: Tokens | None = None
-        self._hub = WatchHub(self._store)
+        self._hub = WatchHub(self._store, most=config.max_watchers, most_per_network=config.max_watchers_per_network)
         self._ages = Ages(time.monotonic)
         self._store.subscribe(self._ages.take)
         self._listening = Listener("discovery_server", listener_limits(config), registry)
-        self._records = RecordRoutes(self._store, config)
+        self._records = RecordRoutes(self._store, config, self._listening.gate)
         self._leases = LeaseRoutes(self._store, config)
-        self._watch = WatchRoute(self._store, self._hub, config, registry)
+        self._watch = WatchRoute(self._store, self._hub, registry)
         self._credentials = CredentialsRoute(self._store, config, wall_clock)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
         self._warnings = RateLimit(0.1, 1)  # of too many: a flood of requests must not become one of lines
