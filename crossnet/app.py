@@ -23,6 +23,7 @@ from crossnet.discovery_client import open_discovery
 from crossnet.handover import READY_LOOK_S, READY_TIMEOUT_S, Inherited, Offer, Place
 from crossnet.inspection import Inspection
 from crossnet.publication import RelayPublication, publish_turn_servers
+from crossnet.readiness import ReadinessMetric
 from crossnet.reload import Refused, Reloader
 from crossnet.sections import Config, DnsSection, GatewaySection, PublisherSection, RelaySection
 from discovery.addresses import format_endpoint, parse_address
@@ -123,6 +124,7 @@ class App:
         if self.config.handover is not None:
             self._inherited = await self._begin("handover", asyncio.to_thread(Inherited.receive, self.config.handover))
         admin = AdminServer(Inspection(self))
+        self.registry.register(ReadinessMetric(self))
         where = str(self.config.admin.address), self.config.admin.port
         try:
             await self._begin("admin", admin.open(*where, self._inherited.take("admin", *where)))
@@ -295,7 +297,12 @@ class App:
             for place, number in self.relay.adapted() if self.relay is not None else ():
                 yield (ADAPTED, *place), number
 
-        offer = Offer(path, sockets)
+        def offered(out: bool) -> None:
+            # A successor writes our records as its own: that is no stranger with our id.
+            if isinstance(self.discovery, DiscoveryClient | MergedDiscovery):
+                self.discovery.expect_successor(out)
+
+        offer = Offer(path, sockets, offered)
         try:
             offer.open()
             await offer.run()

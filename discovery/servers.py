@@ -1,9 +1,12 @@
 """The discovery servers that a client may use: one at a time, the next one when it fails."""
 
 import asyncio
+import logging
 import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,11 @@ from yarl import URL
 from discovery.failure import explained
 from discovery.tlsfiles import TlsFiles
 
+log = logging.getLogger(__name__)
+
 EPOCH_HEADER = "Crossnet-Epoch"
+CLOCK_PRECISION_S = 2.0
+CLOCKS_APART_S = 10.0  # well below what credentials and signatures allow
 REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs one renewal
 WATCH_SILENCE_S = 25.0  # the server sends an empty line every 10 s: two may be lost
 BACKOFF_FIRST_S = 0.1
@@ -77,6 +84,9 @@ class Servers:
         self._on_epoch = on_epoch
         self._session: aiohttp.ClientSession | None = None
         self._users = 0
+        self.clock_ahead_s: float | None = None
+        """By how much the clock of the server that answered last is ahead of ours, in whole seconds."""
+        self._clocks_apart = False
 
     @classmethod
     def at(
@@ -192,8 +202,24 @@ class Servers:
             raise RuntimeError("requests are made inside of connected()")
         return self._session
 
+    def _note_clock(self, response: aiohttp.ClientResponse) -> None:
+        """Compare the server's clock with ours: what lives for a time (credentials, certificates, signatures) goes by both."""
+        try:
+            ahead_s = parsedate_to_datetime(response.headers["Date"]).timestamp() - time.time()
+        except (KeyError, ValueError, TypeError, OverflowError):
+            return
+        # The header has whole seconds, and was written a moment ago.
+        self.clock_ahead_s = round(ahead_s) if abs(ahead_s) > CLOCK_PRECISION_S else 0
+        apart = abs(ahead_s) > CLOCKS_APART_S
+        if apart and not self._clocks_apart:
+            side = "ahead of" if ahead_s > 0 else "behind"
+            why = f"the clock of {response.url.origin()} is {abs(ahead_s):.0f} s {side} ours"
+            log.warning("clocks_apart", extra={"event": {"seconds": round(ahead_s), "why": why}})
+        self._clocks_apart = apart
+
     async def _check(self, response: aiohttp.ClientResponse, most: int) -> None:
         """Raise what an answer that is an error means: that the server is away, or that it says no."""
+        self._note_clock(response)
         epoch = response.headers.get(EPOCH_HEADER)
         if epoch:
             self._on_epoch(epoch[:64])
