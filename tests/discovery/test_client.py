@@ -1,7 +1,7 @@
 """The client against real servers: views, desired state, restarts, failover, snapshots."""
 
 import asyncio
-import datetime
+import datetime as dt
 import logging
 import ssl
 import subprocess
@@ -684,12 +684,14 @@ async def test_a_certificate_that_fails_for_a_clock_says_by_how_much(
     serve: Any, run: Any, tmp_path: Path, tokens: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     authority = trustme.CA()
-    ended = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+    ended = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
     certificate = authority.issue_cert("127.0.0.1", not_after=ended)
     certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    async with serve(tokens_file=tokens.path, tls_cert=tmp_path / "server.pem") as at:
-        async with run(client_of(at, network="b", token=tokens["b"], ca_file=tmp_path / "ca.pem")):
-            async with asyncio.timeout(10):
-                while "it ended 36" not in str([getattr(record, "event", None) for record in caplog.records]):
-                    await asyncio.sleep(0.02)
+    async with (
+        serve(tokens_file=tokens.path, tls_cert=tmp_path / "server.pem") as at,
+        run(client_of(at, network="b", token=tokens["b"], ca_file=tmp_path / "ca.pem")),
+        asyncio.timeout(10),
+    ):
+        while "it ended 36" not in str([getattr(record, "event", None) for record in caplog.records]):
+            await asyncio.sleep(0.02)
