@@ -27,7 +27,9 @@ from sniproxy.stream.policy import NamePattern
 MAX_REQUEST_BYTES = 1024
 """Of a request's body: nothing here takes one."""
 
-LIMITS = ListenerLimits(connections=128, connections_per_address=128, request_bytes=64 * 1024, files_share=16)
+PROBES = frozenset({"/healthz", "/readyz"})
+
+LIMITS = ListenerLimits(connections=256, connections_per_address=256, request_bytes=64 * 1024, files_share=16)
 """Prometheus, people, and a good many scripts. Descriptors are for streams: a sixteenth of them is ours at most."""
 
 ANSWER_TIMEOUT_S = 60.0
@@ -125,7 +127,9 @@ class AdminServer:
         if isinstance(protocol, Connection):
             protocol.busy = True
         try:
-            await self._listener.gate.enter(id(protocol), crowd=self._listener.crowds(request))
+            # All but the probes takes milliseconds: between two of those there is time for everything else.
+            crowd = self._listener.crowds(request) or request.path not in PROBES
+            await self._listener.gate.enter(id(protocol), crowd=crowd)
             return await handler(request)
         finally:
             if isinstance(protocol, Connection):

@@ -57,12 +57,12 @@ class ListenerLimits:
     files_share: int
     """At most this part of the process's descriptors: 4 is a quarter."""
 
-    connects_per_s: float = 20.0
-    connects_burst: int = 40
+    connects_per_s: float = 5.0
+    connects_burst: int = 20
     """Of one address before it has to wait in turn."""
 
-    requests_per_s: float = 20.0
-    requests_burst: int = 40
+    requests_per_s: float = 12.0
+    requests_burst: int = 24
     """Of one connection before it has to wait in turn."""
 
     def effective(self) -> tuple[int, int]:
@@ -70,6 +70,8 @@ class ListenerLimits:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         files = files if files != resource.RLIM_INFINITY else 1 << 20
         most = max(1, min(self.connections, files // self.files_share))
+        if self.connections_per_address >= self.connections:
+            return most, most
         return most, max(1, min(self.connections_per_address, (most + 1) // 2))
 
 

@@ -92,11 +92,11 @@ class ServerRefused(Exception):
 
 
 def listener_limits(config: DiscoveryServerConfig) -> ListenerLimits:
-    """Say how many connections there may be, and of how many bytes a request: more than is taken, so that 413 is read."""
+    """Say how many connections there may be, and of how many bytes a request: more than is taken, so that 413 can be read."""
     return ListenerLimits(
         connections=config.max_connections,
         connections_per_address=config.max_connections_per_address,
-        request_bytes=4 * config.max_body_bytes + 64 * 1024,
+        request_bytes=config.max_body_bytes + 256 * 1024,
         files_share=4,
     )
 

@@ -51,6 +51,8 @@ class RecordRoutes:
     async def list(self, request: web.Request, principal: Principal) -> web.StreamResponse:
         kind_text, network = request.query.get("kind"), request.query.get("network")
         kind = parse_kind(kind_text) if kind_text else None
+        # To find and to sort thousands of records takes milliseconds: who asks for lists waits for others who do.
+        await self._gate.enter(("list", principal.network), crowd=True)
         snapshot = await self._store.snapshot(kind, network or None)
         asked = (self._store.epoch, snapshot.revision, kind, network)
         if self._sorted[0] != asked:
@@ -73,7 +75,7 @@ class RecordRoutes:
                 await response.prepare(request)
                 between = msgspec.json.encode(begin)[:-1] + b',"records":['
                 for start in range(0, len(records), LIST_PIECE):
-                    await self._gate.enter(("list", id(request)), crowd=True)
+                    await self._gate.enter(("list", principal.network), crowd=True)
                     piece = records[start : start + LIST_PIECE]
                     found = [view for record in piece if (view := principal.view(record)) is not None]
                     if found:

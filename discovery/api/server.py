@@ -50,9 +50,13 @@ SWEEP_S = 0.5  # a lease's records are gone at most this, and a write, after its
 RELOAD_S = 2.0  # how soon a changed tokens file or certificate counts
 SHUTDOWN_TIMEOUT_S = 2.0
 
-STRANGER_REQUESTS_PER_S = 20.0
-STRANGER_BURST = 40
+STRANGER_REQUESTS_PER_S = 10.0
+STRANGER_BURST = 20
 """What an address may ask without a token that we know before it waits in turn."""
+
+STRANGERS_PER_S = 100.0
+STRANGERS_BURST = 100
+"""The same for all such addresses together."""
 
 _CODES = (200, 201, 400, 401, 403, 404, 405, 409, 410, 412, 413, 429, 500, 503)
 
@@ -107,6 +111,7 @@ class DiscoveryServer:
         # Who asks faster than this is not refused yet, but waits in turn with others who do.
         self._shares = RateLimit(config.requests_per_s, int(config.requests_per_s) or 1)
         self._strangers = RateLimit(STRANGER_REQUESTS_PER_S, STRANGER_BURST)
+        self._all_strangers = RateLimit(STRANGERS_PER_S, STRANGERS_BURST)
 
     @property
     def store(self) -> Store:
@@ -303,13 +308,16 @@ class DiscoveryServer:
 
     async def _turn(self, request: web.Request, who: Principal | ApiError) -> None:
         """Wait until it is this request's turn."""
+        now = time.monotonic()
+        # All are counted: many connections of one network are as much of a crowd as one that asks all the time.
+        crowd = self._listening.crowds(request)
         if isinstance(who, Principal):
-            asks, shares = f"network {who.network}", self._shares
+            asks = f"network {who.network}"
+            crowd |= self._shares.wait_s(asks, now) > 0
         else:
-            asks, shares = f"address {address_of(request)}", self._strangers
-        # Both are counted: many connections of one network are as much of a crowd as one that asks all the time.
-        alone = self._listening.crowds(request)
-        await self._listening.gate.enter(asks, crowd=shares.wait_s(asks, time.monotonic()) > 0 or alone)
+            asks = f"address {address_of(request)}"
+            crowd |= self._strangers.wait_s(asks, now) > 0 or self._all_strangers.wait_s("all", now) > 0
+        await self._listening.gate.enter(asks, crowd=crowd)
 
     def _authenticated(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def authenticate(request: web.Request) -> web.StreamResponse:
