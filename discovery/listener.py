@@ -321,8 +321,8 @@ class Listener:
         begun = False
         try:
             crowd = self._connects.wait_s(_network_of(peer.address), loop.time()) > 0
+            await self.gate.enter(_network_of(peer.address), crowd=crowd)
             async with asyncio.timeout(HANDSHAKE_S):
-                await self.gate.enter(_network_of(peer.address), crowd=crowd)
                 options: dict[str, Any] = {"ssl": self._tls} if self._tls is not None else {}
                 await loop.connect_accepted_socket(factory, connection, **options)
             peer.protocol = made[0]
