@@ -104,7 +104,7 @@ class DiscoveryServer:
         self._listening = Listener("discovery_server", listener_limits(config), registry)
         self._records = RecordRoutes(self._store, config, self._listening.gate)
         self._leases = LeaseRoutes(self._store, config)
-        self._watch = WatchRoute(self._store, self._hub, registry)
+        self._watch = WatchRoute(self._store, self._hub, self._listening.gate, registry)
         self._credentials = CredentialsRoute(self._store, config, wall_clock)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
         self._warnings = RateLimit(0.1, 1)  # of too many: a flood of requests must not become one of lines

@@ -8,6 +8,7 @@ from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.answers import ApiError, marks, parse_revision
+from discovery.fairness import Gate
 from discovery.store import Store
 from discovery.tokens import Principal
 from discovery.watch import NoRoom, WatchHub, mark, mark_stale
@@ -16,14 +17,18 @@ log = logging.getLogger(__name__)
 
 STALE_WATCH_S = 30.0  # at a server that is cut off: then the client is sent to look for a better one
 HEARTBEAT_S = 10.0
+BATCHES_AT_ONCE = 4
+"""Of a backlog, before other crowds have their turn: a quarter of a megabyte."""
+
 WRITE_TIMEOUT_S = 30.0  # a watcher that takes nothing for so long has gone
 
 
 class WatchRoute:
     """Answers watches."""
 
-    def __init__(self, store: Store, hub: WatchHub, registry: CollectorRegistry) -> None:
+    def __init__(self, store: Store, hub: WatchHub, gate: Gate, registry: CollectorRegistry) -> None:
         self._store = store
+        self._gate = gate
         self._hub = hub
         self._open = Gauge("crossnet_discovery_watchers", "Watches that are open.", registry=registry)
         displaced = Counter(
@@ -49,6 +54,8 @@ class WatchRoute:
         self._open.set(len(self._hub))
         try:
             # Changes are queued from here on; those that the backlog has already are skipped by their revision.
+            asks = ("watch", principal.network)
+            await self._gate.enter(asks, crowd=True)  # after a server's end all watchers come at once
             current, backlog = await self._hub.backlog(principal, revision, request.query.get("epoch"))
             async with asyncio.timeout(WRITE_TIMEOUT_S) as deadline:
 
@@ -57,9 +64,14 @@ class WatchRoute:
                     await response.write(data)
 
                 await response.prepare(request)
-                for batch in backlog:
+                for number, batch in enumerate(backlog, 1):
                     await write(batch)
-                    await asyncio.sleep(0)  # a large backlog is encoded piece by piece, others get their turn
+                    # A large backlog is encoded and written piece by piece; in between others get their turn.
+                    if number % BATCHES_AT_ONCE == 0:
+                        deadline.reschedule(None)
+                        await self._gate.enter(asks, crowd=True)
+                    else:
+                        await asyncio.sleep(0)
                 if ends_at:
                     await write(mark_stale(self._store.revision, self._store.stale_s))
                 while not watcher.overrun:
