@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 STALE_WATCH_S = 30.0  # at a server that is cut off: then the client is sent to look for a better one
 HEARTBEAT_S = 10.0
-BATCHES_AT_ONCE = 4
-"""Of a backlog, before other crowds have their turn: a quarter of a megabyte."""
+BATCHES_AT_ONCE = 16
+"""Of a backlog, before other crowds have their turn: a megabyte."""
 
 WRITE_TIMEOUT_S = 30.0  # a watcher that takes nothing for so long has gone
 
