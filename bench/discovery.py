@@ -73,7 +73,8 @@ class Server:
         config = folder / "server.yaml"
         config.write_text(
             "network: a\nadmin: 127.0.0.1:0\ndrain: 0\n"
-            f"discovery_server: {{listen: '127.0.0.1:0', store: '{store}', requests_per_second: 100000, max_watchers: 20000}}\n"
+            f"discovery_server: {{listen: '127.0.0.1:0', store: '{store}', requests_per_second: 100000, max_watchers: 20000,\n"
+            "  max_connections: 30000, max_connections_per_address: 30000}\n"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "crossnet", "run", "-c", str(config)], stderr=subprocess.PIPE, text=True

@@ -8,9 +8,10 @@ The one thing that it does is to end a stream: only for who connects from loopba
 which a web page cannot send to another origin without a preflight, and that is never granted.
 """
 
+import asyncio
 import json
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
 from typing import Protocol, TypeAlias
 
@@ -19,11 +20,21 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from discovery.listener import Connection, Listener, ListenerLimits
 from discovery.model import Mesh
 from sniproxy.stream.policy import NamePattern
 
 MAX_REQUEST_BYTES = 1024
 """Of a request's body: nothing here takes one."""
+
+PROBES = frozenset({"/healthz", "/readyz"})
+
+LIMITS = ListenerLimits(connections=256, connections_per_address=256, request_bytes=64 * 1024, files_share=16)
+"""Prometheus, people, and a good many scripts. Descriptors are for streams: a sixteenth of them is ours at most."""
+
+ANSWER_TIMEOUT_S = 60.0
+PIECE_ITEMS = 100
+"""Rows or records that are written at once, which takes a millisecond."""
 
 GUARD_HEADER = "Crossnet-Admin"
 """Must be there, whatever it says, where something is changed."""
@@ -68,7 +79,7 @@ class AdminServer:
     def __init__(self, process: Process) -> None:
         self._process = process
         self.address: tuple[str, int] = ("", 0)
-        application = web.Application(middlewares=[_only_by_address], client_max_size=MAX_REQUEST_BYTES)
+        application = web.Application(middlewares=[self._in_turn, _only_by_address], client_max_size=MAX_REQUEST_BYTES)
         application.add_routes(
             [
                 web.get("/", self._index),
@@ -82,33 +93,47 @@ class AdminServer:
                 web.get("/config", self._config),
             ]
         )
-        self._sock: socket.socket | None = None
+        self._listener = Listener("admin", LIMITS, process.registry)
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
 
     async def open(self, address: str, port: int, inherited: socket.socket | None = None) -> None:
         """Listen, with a socket that does so already where there is one. Raises OSError."""
         await self._runner.setup()
         try:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            self._sock = inherited or socket.create_server((address, port), family=family)
-            await web.SockSite(self._runner, self._sock).start()
+            self._listener.open(self._runner, [(address, port)], inherited=inherited)
         except OSError:
             await self._runner.cleanup()
             raise
-        bound = self._runner.addresses[0]
-        self.address = (bound[0], bound[1])
+        (self.address,) = self._listener.addresses
+
+    async def run(self) -> None:
+        """Answer until closed or cancelled."""
+        await self._listener.run()
 
     def fileno(self) -> int:
         """The listening descriptor, for a process that comes after us."""
-        assert self._sock is not None
-        return self._sock.fileno()
+        (listening,) = self._listener.sockets
+        return listening.fileno()
 
     async def close(self) -> None:
         """Stop at once; once more does nothing."""
+        self._listener.close()
         await self._runner.cleanup()
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+
+    @web.middleware
+    async def _in_turn(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer who asks much when others have been answered."""
+        protocol = request.protocol
+        if isinstance(protocol, Connection):
+            protocol.busy = True
+        try:
+            # All but the probes takes milliseconds: between two of those there is time for everything else.
+            crowd = self._listener.crowds(request) or request.path not in PROBES
+            await self._listener.gate.enter(id(protocol), crowd=crowd)
+            return await handler(request)
+        finally:
+            if isinstance(protocol, Connection):
+                protocol.busy = False
 
     async def _index(self, request: web.Request) -> web.StreamResponse:
         paths = sorted({resource.canonical for resource in request.app.router.resources()} - {"/"})
@@ -140,7 +165,8 @@ class AdminServer:
             return _json({"error": "bad_filter", "detail": str(error)}, 400)
         # A stream has a reason when it has ended.
         rows = self._process.ended_streams() if "reason" in request.query else self._process.streams()
-        return _json({role: [row for row in of_role if wanted(row)] for role, of_role in rows.items()})
+        found = {role: [row for row in of_role if wanted(row)] for role, of_role in rows.items()}
+        return await self._in_pieces(request, _pieces(found))
 
     async def _end_stream(self, request: web.Request) -> web.StreamResponse:
         peer = request.transport.get_extra_info("peername") if request.transport is not None else None
@@ -157,9 +183,23 @@ class AdminServer:
         return _json({"ended": stream.hex()})
 
     async def _mesh(self, request: web.Request) -> web.StreamResponse:
-        del request
         mesh = self._process.view()
-        return _json({"revision": mesh.revision, "records": msgspec.to_builtins(list(mesh))})
+        return await self._in_pieces(request, _pieces({"revision": mesh.revision, "records": list(mesh)}))
+
+    async def _in_pieces(self, request: web.Request, pieces: Iterable[str]) -> web.StreamResponse:
+        """Answer with much: between its pieces streams and others get their turn."""
+        response = web.StreamResponse()
+        response.content_type = "application/json"
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await response.prepare(request)
+                for number, piece in enumerate(pieces):
+                    await self._listener.gate.enter(id(request), crowd=number > 0)
+                    await response.write(piece.encode())
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+        return response
 
     async def _config(self, request: web.Request) -> web.StreamResponse:
         del request
@@ -201,3 +241,21 @@ async def _only_by_address(request: web.Request, handler: Handler) -> web.Stream
 def _json(value: object, status: int = 200) -> web.Response:
     text = json.dumps(value, default=str, indent=1, ensure_ascii=True)
     return web.Response(text=text + "\n", status=status, content_type="application/json")
+
+
+def _pieces(value: Mapping[str, object]) -> Iterator[str]:
+    """Write JSON, its lists so many items at a time."""
+    before = "{"
+    for name, items in value.items():
+        yield f"{before}{json.dumps(name)}: "
+        before = ",\n"
+        if not isinstance(items, list):
+            yield json.dumps(items, default=str)
+            continue
+        yield "["
+        for start in range(0, len(items), PIECE_ITEMS):
+            part = msgspec.to_builtins(items[start : start + PIECE_ITEMS], enc_hook=str)
+            text = ",\n".join(json.dumps(item, default=str) for item in part)
+            yield text if start == 0 else f",\n{text}"
+        yield "]"
+    yield "}\n" if value else "{}\n"

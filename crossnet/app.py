@@ -23,6 +23,7 @@ from crossnet.discovery_client import open_discovery
 from crossnet.handover import READY_LOOK_S, READY_TIMEOUT_S, Inherited, Offer, Place
 from crossnet.inspection import Inspection
 from crossnet.publication import RelayPublication, publish_turn_servers
+from crossnet.readiness import ReadinessMetric
 from crossnet.reload import Refused, Reloader
 from crossnet.sections import Config, DnsSection, GatewaySection, PublisherSection, RelaySection
 from discovery.addresses import format_endpoint, parse_address
@@ -125,12 +126,14 @@ class App:
         if self.config.handover is not None:
             self._inherited = await self._begin("handover", asyncio.to_thread(Inherited.receive, self.config.handover))
         admin = AdminServer(Inspection(self))
+        self.registry.register(ReadinessMetric(self))
         where = str(self.config.admin.address), self.config.admin.port
         try:
             await self._begin("admin", admin.open(*where, self._inherited.take("admin", *where)))
             self._note("admin", [admin.address])
             async with self._group:
                 try:
+                    self._run("admin", admin.run())
                     await self._start()
                     self.started = True
                     if self._inherited:
@@ -349,7 +352,12 @@ class App:
             if self.gateway is not None:
                 self.gateway.stop_listening()
 
-        offer = Offer(path, sockets, stop_accepting)
+        def offered(out: bool) -> None:
+            # A successor writes our records as its own: that is no stranger with our id.
+            if isinstance(self.discovery, DiscoveryClient | MergedDiscovery):
+                self.discovery.expect_successor(out)
+
+        offer = Offer(path, sockets, stop_accepting, offered)
         try:
             offer.open()
             await offer.run()

@@ -102,7 +102,7 @@ def _records(arguments: argparse.Namespace) -> int:
         if arguments.action == "export":
             return records.export_records(config, arguments.network, arguments.leased)
         if arguments.action == "import":
-            return records.import_records(config, arguments.file)
+            return records.import_records(config, arguments.file, arguments.leased)
         key = (config, arguments.kind, arguments.network, arguments.id)
         if arguments.action == "put":
             return records.put_record(*key, arguments.spec)
@@ -124,6 +124,7 @@ def _token(arguments: argparse.Namespace) -> int:
         names=arguments.names,
         admin=arguments.admin,
         certificate=arguments.certificate,
+        roles=arguments.roles,
     )
 
 
@@ -188,9 +189,14 @@ def _add_records(commands: Commands) -> None:
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
     exporting = actions.add_parser("export", help="print a mesh file of what stands at the server")
     exporting.add_argument("--network")
-    exporting.add_argument("--leased", action="store_true", help="also what goes with its writer")
+    exporting.add_argument("--leased", action="store_true", help="also what goes with its writer, of our own network")
     importing = actions.add_parser("import", help="write every record of a mesh file to the server")
     importing.add_argument("file", type=Path, metavar="FILE")
+    importing.add_argument(
+        "--leased",
+        action="store_true",
+        help="also records that running processes write; they stay until they are deleted",
+    )
     for action, words in (("get", "print"), ("put", "write"), ("delete", "delete")):
         one = actions.add_parser(action, help=f"{words} one record")
         one.add_argument("kind", choices=[*Kind], metavar="KIND", help=", ".join(Kind))
@@ -207,6 +213,14 @@ def _add_token(commands: Commands) -> None:
     new = actions.add_parser("new", help="print a new token, and on stderr its line for the tokens file")
     new.add_argument("--name", default="", help="for the server's log")
     new.add_argument("--network", help="whose records it may write")
+    new.add_argument(
+        "--for",
+        dest="roles",
+        action="append",
+        default=[],
+        choices=("relay", "gateway", "dns", "turn", "publisher", "operator"),
+        help="the role that shows it: it may write what that needs; repeatable",
+    )
     new.add_argument("--kind", action="append", default=[], choices=[*Kind], help="that it may write; repeatable")
     new.add_argument(
         "--names", action="append", default=[], metavar="GLOB", help="services that it may write; repeatable"

@@ -42,6 +42,9 @@ READY_TIMEOUT_S = 45.0
 
 STOP_TIMEOUT_S = 5.0
 """From a successor that has started to a predecessor that has stopped accepting, which says so by closing the connection."""
+MAX_SUCCESSORS = 4
+FAILED_PAUSE_S = 0.5
+"""After a successor that did not start: one that comes again at once must not keep us busy."""
 
 READY_LOOK_S = 0.05
 
@@ -128,12 +131,23 @@ class Offer:
     """What a running process hands over. `open` it, then `run` until somebody has taken it."""
 
     def __init__(
-        self, path: Path, sockets: Callable[[], Iterable[tuple[Place, int]]], stop_accepting: Callable[[], None]
+        self,
+        path: Path,
+        sockets: Callable[[], Iterable[tuple[Place, int]]],
+        stop_accepting: Callable[[], None],
+        offered: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        """Offer these sockets; stop accepting on them when a successor has started, before it is let know."""
+        """Offer these sockets.
+
+        Args:
+            stop_accepting: called when a successor has started, before it is let know: it accepts from then on.
+            offered: told that a successor has our sockets and starts, and that it has not started.
+        """
         self._path = path
         self._sockets = sockets
         self._stop_accepting = stop_accepting
+        self._offered = offered
+        self._talks: set[asyncio.Task[None]] = set()
         self._listening: socket.socket | None = None
 
     def open(self) -> None:
@@ -146,7 +160,7 @@ class Offer:
                 fresh.unlink()
             listening.bind(str(fresh))
             fresh.chmod(0o600)
-            listening.listen(1)
+            listening.listen(MAX_SUCCESSORS)
             fresh.replace(self._path)
         except OSError as error:
             listening.close()
@@ -155,29 +169,63 @@ class Offer:
 
     async def run(self) -> None:
         """Return when a successor has started with our sockets."""
+        taken = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            accepting = group.create_task(self._accept(group, taken))
+            await taken.wait()
+            accepting.cancel()
+            for task in self._talks:
+                task.cancel()
+
+    async def _accept(self, group: asyncio.TaskGroup, taken: asyncio.Event) -> None:
         assert self._listening is not None
         loop = asyncio.get_running_loop()
-        with self._listening:
-            while True:
+        while True:
+            try:
                 connection, _ = await loop.sock_accept(self._listening)
-                connection.setblocking(False)
-                with connection:
-                    try:
-                        _check_peer(connection)
-                        offered = list(itertools.islice(self._sockets(), MAX_SOCKETS))
-                        line = json.dumps([place for place, _ in offered]).encode() + b"\n"
-                        socket.send_fds(connection, [line], [number for _, number in offered])
-                        log.info("handover_offered", extra={"event": {"sockets": [place for place, _ in offered]}})
-                        async with asyncio.timeout(START_TIMEOUT_S):
-                            answer = await loop.sock_recv(connection, len(_STARTED))
-                    except (OSError, TimeoutError) as error:
-                        answer = str(error).encode()
-                    if answer == _STARTED:
-                        self._stop_accepting()
-                if answer == _STARTED:
-                    log.info("handed_over", extra={"event": {"detail": "another process accepts from now on"}})
-                    return
-                log.warning("handover_failed", extra={"event": {"detail": "the successor did not start: we go on"}})
+            except OSError as error:
+                log.error("handover_failed", extra={"event": {"detail": str(error)}})
+                await asyncio.sleep(FAILED_PAUSE_S)
+                continue
+            connection.setblocking(False)
+            if len(self._talks) >= MAX_SUCCESSORS:
+                log.warning(
+                    "handover_refused", extra={"event": {"detail": f"{MAX_SUCCESSORS} successors start already"}}
+                )
+                connection.close()
+                await asyncio.sleep(FAILED_PAUSE_S)
+                continue
+            # Beside one another: a process that connects and does nothing must not keep the true successor waiting.
+            task = group.create_task(self._talk(connection, taken))
+            self._talks.add(task)
+            task.add_done_callback(self._talks.discard)
+            await asyncio.sleep(0)  # a connection that waits already is taken without a turn of the loop
+
+    async def _talk(self, connection: socket.socket, taken: asyncio.Event) -> None:
+        loop = asyncio.get_running_loop()
+        answer = b""
+        self._offered(True)
+        try:
+            with connection:
+                _check_peer(connection)
+                offered = list(itertools.islice(self._sockets(), MAX_SOCKETS))
+                line = json.dumps([place for place, _ in offered]).encode() + b"\n"
+                socket.send_fds(connection, [line], [number for _, number in offered])
+                log.info("handover_offered", extra={"event": {"sockets": [place for place, _ in offered]}})
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    answer = await loop.sock_recv(connection, len(_STARTED))
+                if answer == _STARTED and not taken.is_set():
+                    self._stop_accepting()
+        except (OSError, TimeoutError) as error:
+            answer = str(error).encode()
+        if answer == _STARTED and not taken.is_set():
+            log.info("handed_over", extra={"event": {"detail": "another process accepts from now on"}})
+            taken.set()
+            return
+        log.warning("handover_failed", extra={"event": {"detail": "the successor did not start: we go on"}})
+        if len(self._talks) <= 1:
+            self._offered(False)
+        await asyncio.sleep(FAILED_PAUSE_S)
 
     def close(self) -> None:
         """Stop offering."""

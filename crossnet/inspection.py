@@ -4,6 +4,7 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from crossnet.readiness import conditions
 from crossnet.schema import encode
 from crossnet.sections import Config
 from discovery.model import Mesh
@@ -21,21 +22,7 @@ class Inspection:
 
     def waiting_for(self) -> list[str]:
         """Return what is not ready yet; empty when all is."""
-        if self._app.stopping:
-            return ["the end: draining"]
-        if not self._app.started:
-            return ["the start of all roles"]
-        waiting = []
-        if self._app.discovery is not None and not self._app.discovery.synced:
-            waiting.append("a first view of discovery")
-        registrations = (
-            {line["state"] for line in self._app.registrar.status()} if self._app.registrar is not None else {"ready"}
-        )
-        if registrations and "ready" not in registrations and registrations != {"standby"}:
-            waiting.append("a first allocation")
-        if self._app.publisher is not None and not self._app.publisher.listed:
-            waiting.append("a first list of the cluster")
-        return waiting
+        return [words for condition in conditions(self._app) for words in condition.lacks]
 
     def stale_s(self) -> float | None:
         """Return for how many seconds no server has confirmed the view of discovery; None without one of servers."""
@@ -52,6 +39,7 @@ class Inspection:
             "roles": self._app.chosen,
             "seconds": round(time.time() - self._app.started_at, 1),
             "waiting_for": self.waiting_for(),
+            "conditions": {condition.name: list(condition.lacks) or "ok" for condition in conditions(self._app)},
             "listening": self._app.listening,
             "config": self._app.reloader.status if self._app.reloader is not None else None,
             "streams": {role: len(rows) for role, rows in self.streams().items()},
@@ -63,6 +51,9 @@ class Inspection:
                 "revision": view.revision,
                 "records": len(view),
                 "networks": sorted(view.networks),
+                "troubles": [words for _, words in getattr(self._app.discovery, "troubles", ())],
+                "rivals": list(getattr(self._app.discovery, "rivals", ())),
+                "clock_ahead_s": getattr(self._app.discovery, "clock_ahead_s", None),
             },
             "relay_sources": self._app.relay_sources,
             "registrations": self._app.registrar.status() if self._app.registrar is not None else [],

@@ -10,8 +10,10 @@ import logging
 import math
 import re
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -22,6 +24,13 @@ log = logging.getLogger("crossnet")
 MAX_TEXT_BYTES = 200
 """Of one text in an event: a DNS name has 253 at most, and nobody reads more."""
 
+LEFT_OUT = "lines_left_out"
+OURS = frozenset({"crossnet", "discovery", "sniproxy", "turnreg", "dnsgw"})
+
+MAX_LIMITED_NAMES = 500
+"""Events that are told apart in one second; there are some 150."""
+
+MAX_NAMES_TOLD = 10
 MAX_MESSAGE_BYTES = 2000
 MAX_TRACEBACK_BYTES = 8000
 MAX_NAME = 64
@@ -39,11 +48,11 @@ def set_up(*, style: str, level: str, refused_per_s: int = 0, stream: TextIO | N
     """Send the process's log to stderr in this format, from this level on.
 
     Args:
-        refused_per_s: lines a second about refused streams; 0 is no limit.
+        refused_per_s: lines a second of each event (see `LineLimit`); 0 is no limit.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     if refused_per_s:
-        handler.addFilter(RefusedLines(refused_per_s))
+        handler.addFilter(LineLimit(refused_per_s))
     handler.setFormatter(JsonFormatter() if style == "json" else LogfmtFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -70,42 +79,90 @@ def _is_fatal(record: logging.LogRecord) -> bool:
     return not (isinstance(error, RuntimeError) and str(error).endswith("the handler is closed"))
 
 
-class RefusedLines(logging.Filter):
-    """Lets so many lines a second through about streams that never came to be, and says how many it left out.
+class LineLimit(logging.Filter):
+    """Lets so many lines a second through of each event, and says once a second what it left out.
 
-    Whatever was open has its line in any case.
+    It counts every line, whoever wrote it, so that no event that a stranger can cause is forgotten. What always has its line:
+    streams that were open (audits count them), the faults of a configuration, and `debug`, which an operator asked for.
     """
 
     def __init__(self, limit_per_s: int) -> None:
         super().__init__()
         self._limit = limit_per_s
         self._second = 0
-        self._lines = 0
-        self._left_out = 0
+        self._lines: Counter[Hashable] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._told_later = False
+        self._lock = threading.Lock()  # threads log, too
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether the line is to be written."""
-        event = getattr(record, "event", None)
-        if record.msg != "stream" or not isinstance(event, Mapping) or "ms_connect" in event:
+        if record.levelno < logging.INFO or _always_written(record):
             return True
-        second = int(record.created)
-        if second != self._second:
-            self._second, self._lines = second, 0
-        self._lines += 1
-        if self._lines <= self._limit:
-            return True
-        if not self._left_out:
-            asyncio.get_running_loop().call_later(1.0, self._tell)
-        self._left_out += 1
-        return False
+        due: Counter[str] | None = None
+        with self._lock:
+            second = int(record.created)
+            if second != self._second:
+                self._second = second
+                self._lines.clear()
+                due = self._take_left_out()
+            # An error is not left out because of a flood of lines of another level or name.
+            name = _line_name(record)
+            key: Hashable = (name, record.levelno)
+            if key not in self._lines and len(self._lines) >= MAX_LIMITED_NAMES:
+                name = key = "other"
+            self._lines[key] += 1
+            written = self._lines[key] <= self._limit
+            if not written:
+                self._left_out[name] += 1
+                self._tell_later()
+        if due:
+            self._tell(due)
+        return written
 
-    def _tell(self) -> None:
-        lines, self._left_out = self._left_out, 0
-        limit = f"log.refused_per_second: {self._limit}"
-        log.warning(
-            "lines_left_out",
-            extra={"event": {"lines": lines, "of": "refused streams", "limit": limit, "hint": "metrics count all"}},
-        )
+    def _tell_later(self) -> None:
+        """Have the summary written after a second, where a loop can; else the next line brings it."""
+        if self._told_later:
+            return
+        try:
+            asyncio.get_running_loop().call_later(1.0, self._tell_now)
+            self._told_later = True
+        except RuntimeError:
+            pass
+
+    def _tell_now(self) -> None:
+        with self._lock:
+            due = self._take_left_out()
+            self._told_later = False
+        if due:
+            self._tell(due)
+
+    def _take_left_out(self) -> Counter[str]:
+        left_out, self._left_out = self._left_out, Counter()
+        return left_out
+
+    def _tell(self, left_out: Counter[str]) -> None:
+        event = {
+            "lines": left_out.total(),
+            "of": dict(left_out.most_common(MAX_NAMES_TOLD)),
+            "limit": f"log.refused_per_second: {self._limit}",
+            "hint": "metrics count all",
+        }
+        log.warning(LEFT_OUT, extra={"event": event})
+
+
+def _always_written(record: logging.LogRecord) -> bool:
+    """Tell whether a line is bounded by something else than the log."""
+    if record.msg in (LEFT_OUT, "config_fault", "turn_stream"):
+        return True
+    event = getattr(record, "event", None)
+    return record.msg == "stream" and isinstance(event, Mapping) and "ms_connect" in event
+
+
+def _line_name(record: logging.LogRecord) -> str:
+    """Return what a line is counted under: its event or, in other people's modules, the module: their texts hold values."""
+    top = record.name.partition(".")[0]
+    return str(record.msg)[:MAX_NAME] if top in OURS else record.name[:MAX_NAME]
 
 
 class JsonFormatter(logging.Formatter):

@@ -19,6 +19,10 @@ from discovery.static import format_mesh, load_mesh
 
 T = TypeVar("T")
 
+LEASED_KINDS = frozenset({Kind.RELAY, Kind.GATEWAY, Kind.TURN, Kind.ALLOCATION})
+"""What running processes write, under leases."""
+
+MAX_NAMED = 5
 COLUMNS = ("kind", "network", "id", "revision", "lease")
 
 
@@ -116,6 +120,9 @@ def export_records(config: Config, network: str | None, leased: bool) -> int:
             left_out[f"{record.kind} records, which need a server"] += 1
         elif hidden:
             left_out["services whose endpoints this token may not see"] += 1
+        elif record.network != config.network and (record.kind in LEASED_KINDS or record.lease is not None):
+            # A token of one network does not see the leases of others: it is told by the kind.
+            left_out["records that processes of other networks write"] += 1
         elif record.lease is not None and not leased:
             left_out["records with a lease (--leased takes them)"] += 1
         else:
@@ -126,12 +133,24 @@ def export_records(config: Config, network: str | None, leased: bool) -> int:
     return 0
 
 
-def import_records(config: Config, path: Path) -> int:
-    """Write every record of a mesh file to the server, without a lease; tell of each that is new or changed."""
+def import_records(config: Config, path: Path, leased: bool = False) -> int:
+    """Write every record of a mesh file to the server, without a lease; tell of each that is new or changed.
+
+    Records of kinds that running processes write are taken only if `leased` says so, and nothing is written otherwise.
+    """
     try:
         mesh = load_mesh(path, config.dialled)
     except BadFile as error:
         raise RecordsError(str(error)) from error
+
+    theirs = [record for record in mesh if record.kind in LEASED_KINDS]
+    if theirs and not leased:
+        named = ", ".join(f"{record.kind}/{record.network}/{record.id}" for record in theirs[:MAX_NAMED])
+        more = f" and {len(theirs) - MAX_NAMED} more" if len(theirs) > MAX_NAMED else ""
+        raise RecordsError(
+            f"{path}: {named}{more}: running processes write such records, and these would stay when nobody runs; "
+            "nothing is imported (--leased imports them)"
+        )
 
     async def write(servers: Servers) -> int:
         there = {

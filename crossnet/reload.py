@@ -95,6 +95,7 @@ LIVE = {
             "requests_per_second",
             "max_records_per_network",
             "max_watchers",
+            "max_watchers_per_network",
             "allow_addresses",
         }
     ),

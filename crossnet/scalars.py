@@ -332,14 +332,30 @@ def _argument(value: Plain, folder: Path) -> object:
 def _url(value: Plain, folder: Path) -> object:
     del folder
     if not isinstance(value, str) or not re.fullmatch(r"https?://[\x21-\x7e]{1,2000}", value):
-        raise Mismatch
+        raise Mismatch(got=_shown_url(value))
     try:
         url = URL(value)
     except ValueError as error:
-        raise Mismatch from error
+        raise Mismatch(got=_shown_url(value)) from error
     if not url.host or url.user is not None or url.password is not None:
-        raise Mismatch
+        raise Mismatch(got=_shown_url(value))
     return value
+
+
+def _without_query(value: object) -> str:
+    """Show a URL without what may be a secret: keys of webhooks stand in the query."""
+    address, mark, _ = re.split(r"([?#])", f"{value}?", maxsplit=1)
+    return f"{address}{mark}{HIDDEN}" if len(address) < len(str(value)) else address
+
+
+def _shown_url(value: Plain) -> str:
+    """Say what stands in place of a URL, without what may be a secret in it."""
+    return "something else" if isinstance(value, str) and "@" in value else shown(_without_query(value))
+
+
+def _hidden(value: object) -> str:
+    del value
+    return HIDDEN
 
 
 def _name_pattern(text: str) -> NamePattern:
@@ -438,7 +454,8 @@ ServicePattern: TypeAlias = Annotated[
     ),
 ]
 Argument: TypeAlias = Annotated[str, Leaf("a program or an argument, as text", _argument)]
-Url: TypeAlias = Annotated[str, Leaf("https://HOST[:PORT]/PATH", _url)]
+Url: TypeAlias = Annotated[str, Leaf("https://HOST[:PORT]/PATH", _url, _without_query)]
+HiddenText: TypeAlias = Annotated[str, Leaf("text", _argument, _hidden)]
 Method: TypeAlias = Annotated[Literal["GET", "POST", "PUT", "PATCH"], _word("GET", "POST", "PUT", "PATCH")]
 ContentType: TypeAlias = Annotated[str, Leaf("a media type", _matching(r"[a-z0-9.+-]{1,80}/[a-z0-9.+-]{1,80}"))]
 RuleAction: TypeAlias = Annotated[Literal["allow", "deny"], _word("allow", "deny")]

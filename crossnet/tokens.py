@@ -7,6 +7,16 @@ from discovery.document import BadFile
 from discovery.model import Kind
 from discovery.tokens import format_entry, hash_token, make_entry, make_token
 
+ROLE_KINDS: dict[str, tuple[Kind, ...]] = {
+    "relay": (Kind.RELAY, Kind.TURN),
+    "gateway": (Kind.ALLOCATION, Kind.GATEWAY),
+    "dns": (Kind.VIP,),
+    "turn": (Kind.TURN,),
+    "publisher": (Kind.SERVICE,),
+    "operator": (Kind.NETWORK, Kind.SERVICE, Kind.VIP),
+}
+"""What each role writes. A relay's `turn_servers` says which TURN servers of its network somebody else runs."""
+
 
 def new_command(
     *,
@@ -16,11 +26,13 @@ def new_command(
     names: Sequence[str],
     admin: bool,
     certificate: str | None = None,
+    roles: Sequence[str] = (),
 ) -> int:
     """Print a new token on stdout, so that it can go into a file of its own, and its entry on stderr.
 
     With a certificate, named by a URI or DNS name in it, there is no token: its entry alone is printed.
     """
+    writes = list(dict.fromkeys([*map(Kind, kinds), *(kind for role in roles for kind in ROLE_KINDS[role])]))
     token = make_token() if certificate is None else None
     try:
         entry = make_entry(
@@ -28,13 +40,21 @@ def new_command(
             certificate=certificate,
             name=name,
             network=network,
-            kinds=[Kind(kind) for kind in kinds],
+            kinds=writes,
             names=names,
             admin=admin,
         )
     except BadFile as error:
         for fault in error.faults:
             print(f"crossnet token: {fault}", file=sys.stderr)
+        return 2
+    lacking = None
+    if not writes and not admin:
+        lacking = f"it could write nothing: name its role (--for {'|'.join(ROLE_KINDS)}), kinds of records (--kind), or --admin"
+    elif Kind.SERVICE in writes and not names and not admin:
+        lacking = 'it could write no service: say which names it may write (--names "*.shop.example", repeatable)'
+    if lacking is not None:
+        print(f"crossnet token: {lacking}", file=sys.stderr)
         return 2
     print(f"for the tokens file of the discovery server:\n{format_entry(entry)}", file=sys.stderr)
     if token is not None:

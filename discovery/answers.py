@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import hdrs, web
 
+from discovery.listener import waiting
 from discovery.model import BadRecord, Key, Kind, check_key
 from discovery.shape import shown
 from discovery.store import Store
@@ -78,8 +79,9 @@ def check_browser(request: web.Request, *, named: bool) -> None:
 async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
     """Read and decode the body. Raises ApiError, and what aiohttp raises for a body that is too large."""
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            data = await request.read()
+        with waiting(request):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                data = await request.read()
     except TimeoutError:
         raise ApiError(400, "bad_request", f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
     try:

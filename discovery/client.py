@@ -7,7 +7,7 @@ everything that is up goes on with it.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from yarl import URL
 
 from discovery import disk
 from discovery.contract import Discovery, DiscoveryError, IssuedCredentials, Subscribers
-from discovery.desired import Delete, DesiredState, Put
-from discovery.model import Kind, Mesh, Spec
+from discovery.desired import NOT_YET, Delete, DesiredState, Put
+from discovery.model import Key, Kind, Mesh, Spec
 from discovery.servers import BACKOFF_MOST_S, Away, Backoff, Refused, Servers, parse_server_url
 from discovery.view import GRACE_S, BadWatch, View
 
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 LEASE_TTL_S = 10  # design; renewed at a third, so two renewals may be lost
 SAVE_EVERY_S = 5.0
 CLOSE_TIMEOUT_S = 2.0
+LATE_S = 5.0  # for which a record of ours may be on its way before we say that it lacks
+RIVAL_LOG_S = 60.0
 
 
 class _Metrics:
@@ -94,6 +96,11 @@ class DiscoveryClient(Discovery):
         self._unsaved = asyncio.Event()
         self._grace_timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._refusals: dict[str, str] = {}  # by what was asked: the server's words
+        self._lacking_since: float | None = None
+        self._written_once = False
+        self._successor_expected = False
+        self._rival_logged_at: dict[Key, float] = {}
 
     @property
     def mesh(self) -> Mesh:
@@ -117,9 +124,44 @@ class DiscoveryClient(Discovery):
             return None
         return self._view.stale_s if self._connected else max(0.0, time.time() - self._known_at)
 
+    @property
+    def troubles(self) -> tuple[tuple[str, str], ...]:
+        """What keeps our records from standing as we wrote them: `discovery_access` or `discovery_records`, and the words for it.
+
+        Servers that are away are no trouble: what is up goes on.
+        """
+        found = [("discovery_access", words) for words in dict.fromkeys(self._refusals.values())]
+        for key, why in self._desired.lacking():
+            # New records are written within moments; only what does not get there is told.
+            if why != NOT_YET or (self._connected and not self._refusals and self._late()):
+                found.append(("discovery_records", f"the record {'/'.join(key)}: {why}"))
+        return tuple(found)
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Records of ours that another process has written too, lately."""
+        return tuple("/".join(key) for key in self._desired.rivals(asyncio.get_running_loop().time()))
+
+    @property
+    def clock_ahead_s(self) -> float | None:
+        """By how much the server's clock is ahead of ours; None before it has said."""
+        return self._servers.clock_ahead_s
+
+    def expect_successor(self, expected: bool) -> None:
+        """Have what is written in place of our records be as it should: by the process that takes our place."""
+        self._successor_expected = expected
+        if not expected:
+            self._look_for_rivals(self._desired.keys())
+
+    def _late(self) -> bool:
+        since = self._lacking_since
+        return not self._written_once or (since is not None and time.monotonic() - since > LATE_S)
+
     def use_token(self, token: str | None) -> None:
         """Show this token from the next request on. What hangs on a lease of the one before is written anew."""
         self._servers.use_token(token)
+        self._desired.retry()
+        self._work.set()
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
         """Have `callback` called with each new mesh."""
@@ -218,6 +260,8 @@ class DiscoveryClient(Discovery):
                 why = "the server ended the watch"
             except (Away, Refused, BadWatch) as error:
                 why = str(error)
+                if isinstance(error, Refused):
+                    self._refused("the watch", url, error)
             self._view.ended(loop.time())
             if self._connected and loop.time() - begun > BACKOFF_MOST_S:
                 backoff.succeeded()
@@ -250,14 +294,45 @@ class DiscoveryClient(Discovery):
         if view.live and not self._connected:
             log.info("discovery is there", extra={"event": {"url": str(url), "revision": view.revision}})
             self._set_connected(True)
+            self._refusals.pop("the watch", None)
+            self._desired.retry()
+            self._work.set()
         if view.revision != revision:
             self._unsaved.set()
         if [deletion for deletion in deletions if self._desired.deleted(deletion)]:
             log.warning("a record of ours was deleted: written again")
             self._wanted_changed()
         if view.mesh is not mesh or view.synced != synced:
+            self._look_for_rivals(self._desired.keys())
             self._tell()
             self._arm_grace()
+
+    def _look_for_rivals(self, keys: Iterable[Key]) -> None:
+        """Find records of ours that another process has written: most likely it has our id."""
+        if self._successor_expected or self._closed:
+            return
+        now = asyncio.get_running_loop().time()
+        for key in keys:
+            record = self._view.mesh.record(*key)
+            if record is None or not self._desired.seen(record, self._lease, now):
+                continue
+            self._wanted_changed()
+            if now - self._rival_logged_at.get(key, -RIVAL_LOG_S) >= RIVAL_LOG_S:
+                self._rival_logged_at[key] = now
+                kind, network, record_id = key
+                why = "another process writes this record of ours: give each process an id of its own"
+                event = {"kind": kind, "network": network, "id": record_id, "lease": record.lease, "why": why}
+                log.error("id_in_use", extra={"event": event})
+
+    def _refused(self, what: str, url: URL, error: Refused) -> None:
+        """Keep a refusal that lasts until somebody mends it, in the server's words, and say it once."""
+        if error.code == "rate_limited":
+            return
+        words = f"discovery at {url} refuses {what}: {error}"
+        if self._refusals.get(what) != words:
+            event = {"url": str(url), "asked": what, "status": error.status, "why": str(error)}
+            log.error("discovery_refused", extra={"event": event})
+        self._refusals[what] = words
 
     def _set_connected(self, connected: bool) -> None:
         if self._connected and not connected:
@@ -296,6 +371,10 @@ class DiscoveryClient(Discovery):
             self._settled.set()
         else:
             self._settled.clear()
+        if not self._desired.lacking():
+            self._lacking_since, self._written_once = None, True
+        elif self._lacking_since is None:
+            self._lacking_since = time.monotonic()
 
     async def _keep_publishing(self) -> None:
         backoff = Backoff(self._servers)
@@ -306,8 +385,13 @@ class DiscoveryClient(Discovery):
                 self._work.clear()
                 while await self._publish_one(url, loop.time()):
                     backoff.succeeded()
+                    self._refusals.pop("our lease and records", None)
+                if self._desired.settled:
+                    self._refusals.pop("our lease and records", None)
             except (Away, Refused) as error:
                 log.debug("discovery cannot be written: %s", error)
+                if isinstance(error, Refused):
+                    self._refused("our lease and records", url, error)
                 self._servers.failed(url)
                 await backoff.wait()
                 continue
@@ -351,9 +435,10 @@ class DiscoveryClient(Discovery):
             kind, network, record_id = work.key
             event = {"kind": kind, "network": network, "id": record_id, "why": str(error)}
             log.error("discovery refused a record of ours", extra={"event": event})
-            self._desired.refuse(work, now)
+            self._desired.refuse(work, now, str(error))
         else:
             self._desired.acknowledge(work, revision, ours=ours)
+            self._look_for_rivals([work.key])
             self._update_settled()
         return True
 

@@ -5,9 +5,20 @@ Sans-IO: the client carries out `next_work` and says how it went.
 
 from dataclasses import dataclass
 
-from discovery.model import Deletion, Key, Spec
+from discovery.model import AnyRecord, Deletion, Key, Kind, Spec
 
 RETRY_REFUSED_S = 30.0  # a refusal (a token, a limit) is an operator's to mend: not asked again at once
+
+REASSERT_AFTER_S = 3.0
+REASSERT_EVERY_S = 600.0
+"""A record of ours that another process has written is written again once, so that the other one notices us as well; then not
+for so long, or two processes with one id would take turns all day."""
+
+OWN_KINDS = frozenset({Kind.NETWORK, Kind.RELAY, Kind.TURN, Kind.ALLOCATION, Kind.GATEWAY})
+"""What a role cannot do without. Services and vips are data: one that is refused makes no role useless."""
+
+
+NOT_YET = "it is not written yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,17 @@ class _Wanted:
     revision: int = 0
     gone_at: int = 0  # the last deletion that the watch told of, which may come before the answer to a write
     retry_at: float = 0.0
+    refused: str | None = None
+    held_by: str | None = None
+    """What is known of another process that has written the record last."""
+
+    rival_at: float | None = None
+    reasserted_at: float | None = None
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether nobody else may write it: it is a process's own, not a claim that the first one has."""
+        return self.put.leased and not self.put.if_absent
 
 
 class DesiredState:
@@ -65,8 +87,11 @@ class DesiredState:
         wanted = self._wanted.pop(key, None)
         if wanted is None:
             return False
+        if wanted.held_by is not None:
+            return True  # what stands there is another process's
         if not wanted.put.if_absent:
-            self._unwanted[key] = (Delete(key), 0.0)
+            as_written = wanted.acknowledged and wanted.exclusive  # not what a successor has written in its place
+            self._unwanted[key] = (Delete(key, wanted.revision if as_written else None), 0.0)
         elif wanted.ours:
             self._unwanted[key] = (Delete(key, wanted.revision), 0.0)
         return True
@@ -108,10 +133,11 @@ class DesiredState:
         if wanted is not None and wanted.put == work:
             wanted.acknowledged = revision > wanted.gone_at
             wanted.ours = ours and wanted.acknowledged
+            wanted.refused = wanted.held_by = None
             wanted.revision = revision
             wanted.gone_at = 0  # counts once: a number of another epoch must not have us write for ever
 
-    def refuse(self, work: Put | Delete, now: float) -> None:
+    def refuse(self, work: Put | Delete, now: float, why: str = "") -> None:
         """Take note that the server will not do it; it is tried again later."""
         if isinstance(work, Delete):
             if work.key in self._unwanted:
@@ -120,11 +146,57 @@ class DesiredState:
         wanted = self._wanted.get(work.key)
         if wanted is not None:
             wanted.retry_at = now + RETRY_REFUSED_S
+            wanted.refused = why
+
+    def retry(self) -> None:
+        """Have what was refused tried at once: the server, or our token, is not what it was."""
+        for wanted in self._wanted.values():
+            if wanted.refused is not None:
+                wanted.retry_at = 0.0
+
+    def lacking(self) -> list[tuple[Key, str]]:
+        """Say which records that a role must have do not stand there as we wrote them, and why."""
+        found = []
+        for key, wanted in self._wanted.items():
+            if key[0] not in OWN_KINDS or not wanted.exclusive:
+                continue
+            if wanted.held_by is not None:
+                found.append((key, f"another process with this id has written it ({wanted.held_by})"))
+            elif not wanted.acknowledged:
+                found.append((key, wanted.refused or NOT_YET))
+        return found
+
+    def rivals(self, now: float) -> list[Key]:
+        """Say of which records another process has been seen that writes them."""
+        return [
+            key
+            for key, wanted in self._wanted.items()
+            if wanted.rival_at is not None and now - wanted.rival_at < REASSERT_EVERY_S
+        ]
+
+    def keys(self) -> list[Key]:
+        """Give the records that are a process's own."""
+        return [key for key, wanted in self._wanted.items() if wanted.exclusive]
+
+    def seen(self, record: AnyRecord, lease: str | None, now: float) -> bool:
+        """Take note of a record as it stands, and of our lease; tells whether another process has just written it."""
+        wanted = self._wanted.get(record.key)
+        if wanted is None or not wanted.exclusive or not wanted.acknowledged or wanted.held_by is not None:
+            return False
+        if record.revision <= wanted.revision or record.lease == lease:
+            return False
+        wanted.held_by = f"lease {record.lease}" if record.lease is not None else "without a lease"
+        wanted.rival_at = now
+        if wanted.reasserted_at is None or now - wanted.reasserted_at > REASSERT_EVERY_S:
+            wanted.reasserted_at = now
+            wanted.acknowledged = False
+            wanted.retry_at = now + REASSERT_AFTER_S
+        return True
 
     def lease_lost(self) -> None:
         """Take note that our lease has ended: everything that hung on it is to be written again."""
         for wanted in self._wanted.values():
-            if wanted.put.leased:
+            if wanted.put.leased and wanted.held_by is None:
                 wanted.acknowledged = False
 
     def epoch_changed(self) -> None:
@@ -134,6 +206,7 @@ class DesiredState:
             wanted.acknowledged = wanted.ours = False
             wanted.revision = wanted.gone_at = 0
             wanted.retry_at = 0.0
+            wanted.held_by = None
 
     def deleted(self, deletion: Deletion) -> bool:
         """Take note that the store says that a record is gone; tells whether it was wanted and is to be written again."""
@@ -141,6 +214,10 @@ class DesiredState:
         if wanted is None:
             return False
         wanted.gone_at = max(wanted.gone_at, deletion.revision)
+        if wanted.held_by is not None:
+            # Whoever had it has gone: it is ours again.
+            wanted.acknowledged, wanted.held_by, wanted.retry_at = False, None, 0.0
+            return True
         if not wanted.acknowledged or deletion.revision <= wanted.revision:
             return False
         wanted.acknowledged = wanted.ours = False

@@ -1,8 +1,15 @@
 """How a request over HTTP that failed is told: in words that mean the same each time, so that a reason is logged once."""
 
+import ssl
+from datetime import UTC, datetime
+
 import aiohttp
+from cryptography import x509
 
 MAX_TEXT = 300
+ASK_TIMEOUT_S = 3.0
+
+_OUT_OF_TIME = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 
 
 def explained(error: BaseException) -> str:
@@ -13,3 +20,31 @@ def explained(error: BaseException) -> str:
             why = error.certificate_error
         return f"cannot connect to {error.host}:{error.port}: {getattr(why, 'strerror', None) or why}"[:MAX_TEXT]
     return str(error)[:MAX_TEXT] or type(error).__name__
+
+
+def is_out_of_time(error: BaseException) -> bool:
+    """Tell whether a certificate is not valid yet, or no longer, by our clock."""
+    why = error.certificate_error if isinstance(error, aiohttp.ClientConnectorCertificateError) else error
+    return isinstance(why, ssl.SSLCertVerificationError) and why.verify_code in _OUT_OF_TIME
+
+
+def certificate_dates(host: str, port: int) -> str:
+    """Ask a server for its certificate once more, trusting nothing, and say by how much our clock misses its dates.
+
+    Blocks for a few seconds at most; gives an empty text where there is nothing to say.
+    """
+    try:
+        pem = ssl.get_server_certificate((host, port), timeout=ASK_TIMEOUT_S)
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+    except (OSError, ValueError):
+        return ""
+    now = datetime.now(UTC)
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    said = f"our clock says {now:%Y-%m-%dT%H:%M:%SZ}"
+    if now < begins:
+        return (
+            f"it is valid in {(begins - now).total_seconds():.0f} s only, from {begins:%Y-%m-%dT%H:%M:%SZ} on; {said}"
+        )
+    if now > ends:
+        return f"it ended {(now - ends).total_seconds():.0f} s ago, at {ends:%Y-%m-%dT%H:%M:%SZ}; {said}"
+    return ""

@@ -45,6 +45,25 @@ class MergedDiscovery(Discovery):
         """For how long the servers' view has not been confirmed."""
         return self._client.age_s
 
+    @property
+    def troubles(self) -> tuple[tuple[str, str], ...]:
+        """What the servers refuse us."""
+        return self._client.troubles
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Records of ours that another process has written."""
+        return self._client.rivals
+
+    @property
+    def clock_ahead_s(self) -> float | None:
+        """By how much the servers' clock is ahead of ours."""
+        return self._client.clock_ahead_s
+
+    def expect_successor(self, expected: bool) -> None:
+        """Have what is written in place of our records be as it should."""
+        self._client.expect_successor(expected)
+
     def use_token(self, token: str | None) -> None:
         """Show the servers this token from the next request on."""
         self._client.use_token(token)

@@ -7,6 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from discovery.addresses import TargetList
+from discovery.listener import ListenerLimits
 from discovery.shape import shown
 from discovery.store import EtcdAccess, EtcdStore, MemoryStore, SqliteStore, Store, StoreError
 from discovery.store.etcdapi import DEFAULT_PREFIX, parse_endpoints
@@ -64,6 +65,11 @@ class DiscoveryServerConfig:
     max_records_per_network: int = 20_000
     max_leases_per_token: int = 1000
     max_watchers: int = 2000
+    max_watchers_per_network: int = 1000
+    max_connections: int = 8192
+    max_connections_per_address: int = 2048
+    """A network behind one address has two connections for each process. Both are lowered to what the descriptors allow."""
+
     requests_per_s: float = 200.0
     """Of one network in the long run: six hundred clients that renew their leases."""
 
@@ -83,6 +89,16 @@ class ServerRefused(Exception):
         """Hold all reasons."""
         super().__init__("; ".join(reasons))
         self.reasons = tuple(reasons)
+
+
+def listener_limits(config: DiscoveryServerConfig) -> ListenerLimits:
+    """Say how many connections there may be, and of how many bytes a request: more than is taken, so that 413 can be read."""
+    return ListenerLimits(
+        connections=config.max_connections,
+        connections_per_address=config.max_connections_per_address,
+        request_bytes=config.max_body_bytes + 256 * 1024,
+        files_share=4,
+    )
 
 
 def start_refusals(config: DiscoveryServerConfig) -> list[str]:

@@ -1,9 +1,12 @@
 """The discovery servers that a client may use: one at a time, the next one when it fails."""
 
 import asyncio
+import logging
 import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,16 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from discovery.failure import explained
+from discovery.failure import certificate_dates, explained, is_out_of_time
 from discovery.tlsfiles import TlsFiles
 
+log = logging.getLogger(__name__)
+
+_wall_clock = time.time
 EPOCH_HEADER = "Crossnet-Epoch"
+CLOCK_PRECISION_S = 2.0
+DATES_AGAIN_S = 600.0
+CLOCKS_APART_S = 10.0  # well below what credentials and signatures allow
 REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs one renewal
 WATCH_SILENCE_S = 25.0  # the server sends an empty line every 10 s: two may be lost
 BACKOFF_FIRST_S = 0.1
@@ -77,6 +86,10 @@ class Servers:
         self._on_epoch = on_epoch
         self._session: aiohttp.ClientSession | None = None
         self._users = 0
+        self.clock_ahead_s: float | None = None
+        """By how much the clock of the server that answered last is ahead of ours, in whole seconds."""
+        self._clocks_apart = False
+        self._dates: tuple[float, str] | None = None
 
     @classmethod
     def at(
@@ -154,7 +167,7 @@ class Servers:
                 await self._check(response, 201)
                 return msgspec.json.decode(await _read(response), type=dict[str, Any])
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
-            raise Away(f"{url}: {explained(error)}") from None
+            raise Away(f"{url}: {await self._explained(url, error)}") from None
 
     async def anywhere(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         """Ask the servers one after the other, each once, until one answers. Raises Away, Refused."""
@@ -185,15 +198,41 @@ class Servers:
                 while data := await response.content.readany():
                     yield data
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Away(f"{url}: {explained(error)}") from None
+            raise Away(f"{url}: {await self._explained(url, error)}") from None
+
+    async def _explained(self, url: URL, error: BaseException) -> str:
+        """Say what happened; of a certificate that fails for a clock, by how much."""
+        if not is_out_of_time(error):
+            return explained(error)
+        now = asyncio.get_running_loop().time()
+        if self._dates is None or now - self._dates[0] > DATES_AGAIN_S:
+            dates = await asyncio.to_thread(certificate_dates, url.host or "", url.port or 443)
+            self._dates = (now, dates)
+        return f"{explained(error)}; {self._dates[1]}" if self._dates[1] else explained(error)
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             raise RuntimeError("requests are made inside of connected()")
         return self._session
 
+    def _note_clock(self, response: aiohttp.ClientResponse) -> None:
+        """Compare the server's clock with ours: what lives for a time (credentials, certificates, signatures) goes by both."""
+        try:
+            ahead_s = parsedate_to_datetime(response.headers["Date"]).timestamp() - _wall_clock()
+        except (KeyError, ValueError, TypeError, OverflowError):
+            return
+        # The header has whole seconds, and was written a moment ago.
+        self.clock_ahead_s = round(ahead_s) if abs(ahead_s) > CLOCK_PRECISION_S else 0
+        apart = abs(ahead_s) > CLOCKS_APART_S
+        if apart and not self._clocks_apart:
+            side = "ahead of" if ahead_s > 0 else "behind"
+            why = f"the clock of {response.url.origin()} is {abs(ahead_s):.0f} s {side} ours"
+            log.warning("clocks_apart", extra={"event": {"seconds": round(ahead_s), "why": why}})
+        self._clocks_apart = apart
+
     async def _check(self, response: aiohttp.ClientResponse, most: int) -> None:
         """Raise what an answer that is an error means: that the server is away, or that it says no."""
+        self._note_clock(response)
         epoch = response.headers.get(EPOCH_HEADER)
         if epoch:
             self._on_epoch(epoch[:64])

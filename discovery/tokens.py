@@ -13,7 +13,6 @@ among its subjectAltNames.
 """
 
 import hashlib
-import hmac
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -182,9 +181,9 @@ class Tokens:
     def __init__(self, entries: Iterable[TokenEntry] = ()) -> None:
         """Hold entries that are known to be good; `Tokens.load` reads and checks a file."""
         entries = list(entries)
-        self._known = [
-            (bytes.fromhex(entry.hash), _principal(entry, entry.hash)) for entry in entries if entry.hash is not None
-        ]
+        self._known = {
+            bytes.fromhex(entry.hash): _principal(entry, entry.hash) for entry in entries if entry.hash is not None
+        }
         self._certificates = {
             entry.certificate: _principal(entry, hash_token(f"certificate {entry.certificate}"))
             for entry in entries
@@ -207,13 +206,12 @@ class Tokens:
         return cls(entries)
 
     def find(self, token: str) -> Principal | None:
-        """Find who has a token. Takes the same time whichever it is, and when it is none."""
-        digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-        found: Principal | None = None
-        for known, principal in self._known:
-            if hmac.compare_digest(known, digest):
-                found = principal
-        return found
+        """Find who has a token.
+
+        A look-up by hash: nobody can choose the digests that it compares, so its time tells nothing, and 10,000 tokens
+        cost a stranger's flood no more than one.
+        """
+        return self._known.get(hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest())
 
     def find_certificate(self, names: Iterable[str]) -> Principal | None:
         """Find who a verified certificate stands for, by the URIs and DNS names in it: the longest that is listed."""
@@ -227,8 +225,7 @@ class Tokens:
 
     def still(self, principal: Principal) -> bool:
         """Tell whether somebody who was found before would be found the same now."""
-        known = [known for _, known in self._known]
-        return principal in known or principal in self._certificates.values()
+        return principal in self._known.values() or principal in self._certificates.values()
 
     def __len__(self) -> int:
         return len(self._known) + len(self._certificates)

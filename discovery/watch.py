@@ -5,7 +5,7 @@ the others nothing. A line is encoded once, whoever reads it.
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -13,11 +13,15 @@ import msgspec
 
 from discovery.model import AnyRecord, Deletion, Kind, Record
 from discovery.store import Change, Snapshot, Store
-from discovery.tokens import SEEN_BY_ALL, Principal, redacted
+from discovery.tokens import OPEN, SEEN_BY_ALL, Principal, redacted
 
 MAX_QUEUED_LINES = 10_000
 MAX_QUEUED_BYTES = 8 * 1024 * 1024
 BATCH_BYTES = 64 * 1024  # written at once; what one slow write holds up
+
+
+class NoRoom(Exception):
+    """As many watches are open as there may be."""
 
 
 class _Name(msgspec.Struct, frozen=True):
@@ -142,10 +146,13 @@ class Watcher:
 class WatchHub:
     """All watchers of a store."""
 
-    def __init__(self, store: Store) -> None:
-        """Listen to the store from now on."""
+    def __init__(self, store: Store, *, most: int = 2000, most_per_network: int = 1000) -> None:
+        """Listen to the store from now on, for so many readers."""
+        self.most, self.most_per_network = most, most_per_network
+        """They may be changed at any time; who is in stays."""
         self._store = store
-        self._watchers: set[Watcher] = set()
+        self._watchers: dict[Watcher, None] = {}  # in the order in which they came
+        self.on_displaced: Callable[[], None] = lambda: None
         # What everybody is told who begins anew, by network: after a server's end they all come at once.
         self._groups: dict[str, list[AnyRecord]] | None = None
         self._told: dict[tuple[str, bool], bytes] = {}
@@ -155,14 +162,39 @@ class WatchHub:
         return len(self._watchers)
 
     def add(self, principal: Principal) -> Watcher:
-        """Begin to queue changes for a reader."""
+        """Begin to queue changes for a reader. Raises NoRoom.
+
+        Where there is no room, a reader of a token (in its network) or a network (in all) that has fewer than the one that has
+        most takes the place of one of those, which ends: nobody shuts others out.
+        """
+        self._make_room(principal, [each for each in self._watchers if not each.closed])
         watcher = Watcher(principal)
-        self._watchers.add(watcher)
+        self._watchers[watcher] = None
         return watcher
+
+    def _make_room(self, principal: Principal, open_now: list[Watcher]) -> None:
+        of_network = [each for each in open_now if each.principal.network == principal.network]
+        most = self.most if principal is OPEN else self.most_per_network
+        if len(of_network) >= most:
+            what = f"{most} watches of network {principal.network!r}"
+            self._displace(of_network, principal.owner, lambda each: each.owner, what)
+        elif len(open_now) >= self.most:
+            self._displace(open_now, principal.network, lambda each: each.network, f"{self.most} watches")
+
+    def _displace(
+        self, among: list[Watcher], newcomer: str | None, group: Callable[[Principal], str | None], what: str
+    ) -> None:
+        counts = Counter(group(watcher.principal) for watcher in among)
+        largest, count = counts.most_common(1)[0]
+        if counts[newcomer] + 1 >= count:
+            raise NoRoom(f"{what} are open, which is the most")
+        latest = next(each for each in reversed(among) if group(each.principal) == largest)
+        latest.close()
+        self.on_displaced()
 
     def remove(self, watcher: Watcher) -> None:
         """Stop to."""
-        self._watchers.discard(watcher)
+        self._watchers.pop(watcher, None)
 
     def keep(self, wanted: Callable[[Principal], bool]) -> int:
         """Have all other readers end; gives how many."""

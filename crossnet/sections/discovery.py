@@ -85,6 +85,10 @@ class DiscoveryServerSection:
     """What each network may ask in the long run; far more at once."""
     max_records_per_network: Count = 20_000
     max_watchers: Count = 2000
+    max_watchers_per_network: Count = 1000
+    max_connections: Count = 8192
+    """In all; a quarter of the process's descriptors at most."""
+    max_connections_per_address: Count = 2048
     turn_credential_ttl_s: WholeSeconds = 3600
     """How long issued credentials live; gateways get new ones after two thirds of it."""
     allow_addresses: tuple[Cidr, ...] = ()

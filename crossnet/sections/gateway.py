@@ -16,6 +16,7 @@ from crossnet.scalars import (
     Duration,
     Endpoint,
     ExistingFile,
+    HiddenText,
     ListenAddress,
     Method,
     NetworkId,
@@ -82,7 +83,8 @@ class ActivateSection:
     url: Url | None = None
     """Called with the headers Crossnet-Service and Crossnet-Network."""
     method: Method = "POST"
-    body: Argument | None = None
+    body: HiddenText | None = None
+    """Neither this nor the URL's query is shown: there may be secrets in them."""
     content_type: ContentType = "application/json"
     ca: ExistingFile | None = None
     """Verifies the URL's server; the system's authorities by default."""

@@ -9,7 +9,7 @@ from crossnet.schema import key, rule
 from discovery.shape import Fault
 
 DEFAULT_REFUSED_PER_S = 100
-"""More than anybody reads, and a hundredth of what a flood of refused streams would write."""
+"""More than anybody reads, and a hundredth of what a flood of refused streams would write. It counts for each event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,8 @@ class LogSection:
     format: LogFormat = "json"
     level: LogLevel = "info"
     refused_per_second: Count = DEFAULT_REFUSED_PER_S
-    """Lines about refused streams; those beyond are counted in one line, and all of them in the metrics. 0 is no limit."""
+    """Lines of each event (refused streams, wrong passwords, …); those beyond are counted in one line, and in the metrics.
+    Streams that were open always have theirs. 0 is no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -192,7 +192,7 @@ class Config:
                     parse_server_url(str(URL(section.url).origin()), insecure=self.insecure)
                 except ValueError:
                     expected = "https, or http to loopback, or insecure: true"
-                    yield Fault(f".gateway.activate[{index}].url", expected, repr(section.url))
+                    yield Fault(f".gateway.activate[{index}].url", expected, repr(section.url.partition("?")[0]))
 
 
 def _apart(domain: str, zones: Iterable[str], what: str) -> Iterator[Fault]:

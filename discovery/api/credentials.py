@@ -43,7 +43,6 @@ class CredentialsRoute:
         body = await read_body(request, _TurnBody)
         why = principal.refusal_of_credentials()
         if why is not None:
-            log.warning("credentials were refused", extra={"event": {"token": principal.name, "why": why}})
             raise ApiError(403, "forbidden", why)
         if not is_ldh_label(body.network):
             raise ApiError(400, "bad_request", f"$.network: expected a network id, got {shown(body.network)}")

@@ -1,7 +1,5 @@
 """What is asked of leases: to be granted, renewed and ended."""
 
-import logging
-
 import msgspec
 from aiohttp import web
 
@@ -10,8 +8,6 @@ from discovery.server_config import DiscoveryServerConfig
 from discovery.shape import shown
 from discovery.store import Lease, Store, UnknownLease
 from discovery.tokens import Principal
-
-log = logging.getLogger(__name__)
 
 MAX_LEASE_S = 3600
 
@@ -63,6 +59,5 @@ async def lease_of(store: Store, principal: Principal, lease_id: str) -> Lease:
     if lease is None:
         raise UnknownLease(lease_id[:64])
     if lease.owner != principal.owner:
-        log.warning("another token's lease was refused", extra={"event": {"token": principal.name}})
         raise ApiError(403, "forbidden", "the lease is another token's")
     return lease

@@ -1,5 +1,6 @@
 """What is asked of records: to list, read, write and delete them."""
 
+import asyncio
 import logging
 
 import msgspec
@@ -8,6 +9,7 @@ from aiohttp import web
 from discovery.answers import (
     ApiError,
     json_answer,
+    marks,
     not_found,
     parse_if_match,
     parse_if_none_match,
@@ -16,12 +18,18 @@ from discovery.answers import (
     read_body,
 )
 from discovery.api.leases import lease_of
-from discovery.model import BadRecord, Key, Kind, check_spec, decode_spec
+from discovery.fairness import Gate
+from discovery.model import AnyRecord, BadRecord, Key, Kind, check_spec, decode_spec
 from discovery.server_config import DiscoveryServerConfig
 from discovery.store import PreconditionFailed, Store, UnknownLease
 from discovery.tokens import Principal
 
 log = logging.getLogger(__name__)
+
+LIST_PIECE = 200
+"""Records that are encoded at once, which takes less than a millisecond."""
+
+LIST_TIMEOUT_S = 300.0
 
 MAX_CONFLICTS = 5  # others that write the same record at once; the sixth is not by chance
 
@@ -34,21 +42,55 @@ class _PutBody(msgspec.Struct, forbid_unknown_fields=True):
 class RecordRoutes:
     """Answers what is asked of records."""
 
-    def __init__(self, store: Store, config: DiscoveryServerConfig) -> None:
+    def __init__(self, store: Store, config: DiscoveryServerConfig, gate: Gate) -> None:
         self._store = store
         self._config = config
+        self._gate = gate
+        self._sorted: tuple[object, tuple[AnyRecord, ...]] = (None, ())
 
     def reconfigure(self, config: DiscoveryServerConfig) -> None:
         """Go by this from now on."""
         self._config = config
 
-    async def list(self, request: web.Request, principal: Principal) -> web.Response:
+    async def list(self, request: web.Request, principal: Principal) -> web.StreamResponse:
         kind_text, network = request.query.get("kind"), request.query.get("network")
         kind = parse_kind(kind_text) if kind_text else None
+        # To find and to sort thousands of records takes milliseconds: who asks for lists waits for others who do.
+        await self._gate.enter(("list", principal.network), crowd=True)
         snapshot = await self._store.snapshot(kind, network or None)
-        records = [view for record in snapshot.records if (view := principal.view(record)) is not None]
-        records.sort(key=lambda record: record.key)
-        return json_answer({"epoch": self._store.epoch, "revision": snapshot.revision, "records": records})
+        asked = (self._store.epoch, snapshot.revision, kind, network)
+        if self._sorted[0] != asked:
+            self._sorted = (asked, tuple(sorted(snapshot.records, key=lambda record: record.key)))
+        records = self._sorted[1]
+        if len(records) <= LIST_PIECE:
+            found = [view for record in records if (view := principal.view(record)) is not None]
+            return json_answer({"epoch": self._store.epoch, "revision": snapshot.revision, "records": found})
+        return await self._list_in_pieces(request, principal, snapshot.revision, records)
+
+    async def _list_in_pieces(
+        self, request: web.Request, principal: Principal, revision: int, records: tuple[AnyRecord, ...]
+    ) -> web.StreamResponse:
+        """Answer with a long list: between its pieces others get their turn, and what nobody reads is not made."""
+        response = web.StreamResponse(headers=marks(self._store))
+        response.content_type = "application/json"
+        begin = {"epoch": self._store.epoch, "revision": revision}
+        try:
+            async with asyncio.timeout(LIST_TIMEOUT_S):
+                await response.prepare(request)
+                between = msgspec.json.encode(begin)[:-1] + b',"records":['
+                for start in range(0, len(records), LIST_PIECE):
+                    await self._gate.enter(("list", principal.network), crowd=True)
+                    piece = records[start : start + LIST_PIECE]
+                    found = [view for record in piece if (view := principal.view(record)) is not None]
+                    if found:
+                        await response.write(between + msgspec.json.encode(found)[1:-1])
+                        between = b","
+                await response.write(b"]}\n" if between == b"," else between + b"]}\n")
+        except TimeoutError:
+            log.info("a list that was not taken was cut off", extra={"event": {"token": principal.name}})
+            if request.transport is not None:
+                request.transport.abort()
+        return response
 
     async def get(self, request: web.Request, principal: Principal) -> web.Response:
         key = parse_key(request)
@@ -123,9 +165,6 @@ class RecordRoutes:
 def _check_may_write(principal: Principal, key: Key, *specs: object) -> None:
     why = principal.refusal_to_write(key, specs)  # type: ignore[arg-type]
     if why is not None:
-        kind, network, record_id = key
-        event = {"token": principal.name, "kind": kind, "network": network, "id": record_id, "why": why}
-        log.warning("a write was refused", extra={"event": event})
         raise ApiError(403, "forbidden", why)
 
 

@@ -23,16 +23,17 @@ from discovery.answers import (
 )
 from discovery.api.credentials import CredentialsRoute
 from discovery.api.leases import LeaseRoutes
-from discovery.api.listening import Listening
 from discovery.api.records import RecordRoutes
 from discovery.api.watching import WatchRoute
 from discovery.document import BadFile
 from discovery.limits import RateLimit
+from discovery.listener import Connection, Listener, address_of
 from discovery.model import Mesh
 from discovery.page import PageState, render_page
 from discovery.server_config import (
     DiscoveryServerConfig,
     ServerRefused,
+    listener_limits,
     make_store,
     start_refusals,
     tls_context,
@@ -40,7 +41,7 @@ from discovery.server_config import (
 from discovery.shape import shown
 from discovery.stamp import Stamp
 from discovery.store import Store, StoreError
-from discovery.tokens import OPEN, Principal, Tokens
+from discovery.tokens import OPEN, Principal, Tokens, hash_token
 from discovery.watch import WatchHub
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,14 @@ log = logging.getLogger(__name__)
 SWEEP_S = 0.5  # a lease's records are gone at most this, and a write, after its end
 RELOAD_S = 2.0  # how soon a changed tokens file or certificate counts
 SHUTDOWN_TIMEOUT_S = 2.0
-KEEPALIVE_S = 60.0
+
+STRANGER_REQUESTS_PER_S = 10.0
+STRANGER_BURST = 20
+"""What an address may ask without a token that we know before it waits in turn."""
+
+STRANGERS_PER_S = 100.0
+STRANGERS_BURST = 100
+"""The same for all such addresses together."""
 
 _CODES = (200, 201, 400, 401, 403, 404, 405, 409, 410, 412, 413, 429, 500, 503)
 
@@ -90,22 +98,28 @@ class DiscoveryServer:
         registry = registry if registry is not None else CollectorRegistry()
         self._metrics = _Metrics(registry)
         self._tokens: Tokens | None = None
-        self._hub = WatchHub(self._store)
+        self._hub = WatchHub(self._store, most=config.max_watchers, most_per_network=config.max_watchers_per_network)
         self._ages = Ages(time.monotonic)
         self._store.subscribe(self._ages.take)
-        self._listening = Listening(config)
-        self._records = RecordRoutes(self._store, config)
+        self._listening = Listener("discovery_server", listener_limits(config), registry)
+        self._records = RecordRoutes(self._store, config, self._listening.gate)
         self._leases = LeaseRoutes(self._store, config)
-        self._watch = WatchRoute(self._store, self._hub, config, registry)
+        self._watch = WatchRoute(self._store, self._hub, self._listening.gate, registry)
         self._credentials = CredentialsRoute(self._store, config, wall_clock)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
         self._warnings = RateLimit(0.1, 1)  # of too many: a flood of requests must not become one of lines
+        # Who asks faster than this is not refused yet, but waits in turn with others who do.
+        self._shares = RateLimit(config.requests_per_s, int(config.requests_per_s) or 1)
+        self._strangers = RateLimit(STRANGER_REQUESTS_PER_S, STRANGER_BURST)
+        self._all_strangers = RateLimit(STRANGERS_PER_S, STRANGERS_BURST)
 
     def reconfigure(self, config: DiscoveryServerConfig) -> None:
         """Go by this from now on; store, listeners and files are those that it was made with."""
         self._config = config
         self._requests.per_s, self._requests.burst = config.requests_per_s, config.request_burst
-        for route in (self._records, self._leases, self._watch, self._credentials):
+        self._shares.per_s, self._shares.burst = config.requests_per_s, int(config.requests_per_s) or 1
+        self._hub.most, self._hub.most_per_network = config.max_watchers, config.max_watchers_per_network
+        for route in (self._records, self._leases, self._credentials):
             route.reconfigure(config)
 
     @property
@@ -141,12 +155,11 @@ class DiscoveryServer:
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-            keepalive_timeout=KEEPALIVE_S,
         )
         await runner.setup()
         listening = self._listening
         try:
-            await listening.open(runner, tls)
+            listening.open(runner, config.listen, tls)
             self._log_start(listening.addresses)
             failure: BaseException | None = None
             async with asyncio.TaskGroup() as group:
@@ -236,7 +249,7 @@ class DiscoveryServer:
             if not (ours or theirs):
                 continue
             try:
-                await self._listening.renew(tls_context(self._config))
+                self._listening.renew(tls_context(self._config))
             except OSError as error:  # ssl.SSLError is one
                 log.error("the certificate is not taken, the one before stays: %s", error)
             else:
@@ -249,9 +262,26 @@ class DiscoveryServer:
     async def _answer(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        response: web.StreamResponse
-        self._listening.asks(request)
+        protocol = request.protocol
+        if isinstance(protocol, Connection):
+            protocol.busy = True
         try:
+            return await self._answered(request, handler)
+        finally:
+            if isinstance(protocol, Connection):
+                protocol.busy = False
+
+    async def _answered(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        response: web.StreamResponse
+        who: Principal | ApiError
+        try:
+            who = self._principal(request)
+        except ApiError as refusal:
+            who = refusal
+        try:
+            await self._turn(request, who)
             response = await handler(request)
         except ApiError as error:
             response = error_answer(error.status, error.code, error.detail)
@@ -260,6 +290,8 @@ class DiscoveryServer:
             if isinstance(error, RateLimited):
                 response.headers[hdrs.RETRY_AFTER] = f"{error.wait_s + 1:.0f}"
                 self._log_rate(request, error)
+            elif error.status in (401, 403):
+                _log_refusal(request, who, error)
         except web.HTTPRequestEntityTooLarge:
             limit = self._config.max_body_bytes
             response = error_answer(413, "too_large", f"the body has more than {limit} bytes")
@@ -288,13 +320,26 @@ class DiscoveryServer:
             event = {"path": request.path[:200], "remote": request.remote, "why": error.detail}
             log.warning("a request was too many", extra={"event": event})
 
+    async def _turn(self, request: web.Request, who: Principal | ApiError) -> None:
+        """Wait until it is this request's turn."""
+        now = time.monotonic()
+        # All are counted: many connections of one network are as much of a crowd as one that asks all the time.
+        crowd = self._listening.crowds(request)
+        if isinstance(who, Principal):
+            asks = f"network {who.network}"
+            crowd |= self._shares.wait_s(asks, now) > 0
+        else:
+            asks = f"address {address_of(request)}"
+            crowd |= self._strangers.wait_s(asks, now) > 0 or self._all_strangers.wait_s("all", now) > 0
+        await self._listening.gate.enter(asks, crowd=crowd)
+
     def _authenticated(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def authenticate(request: web.Request) -> web.StreamResponse:
-            principal = self._principal(request)
-            wait_s = self._requests.wait_s(principal.network, time.monotonic())
+            who = self._principal(request)
+            wait_s = self._requests.wait_s(who.network, time.monotonic())
             if wait_s:
-                raise RateLimited(f"network {principal.network!r} asks too often", wait_s)
-            return await handler(request, principal)
+                raise RateLimited(f"network {who.network!r} asks too often", wait_s)
+            return await handler(request, who)
 
         return authenticate
 
@@ -342,3 +387,14 @@ class DiscoveryServer:
 
     async def _script(self, _: web.Request) -> web.Response:
         return web.Response(text=page.SCRIPT, content_type="text/javascript", headers=page.SECURITY_HEADERS)
+
+
+def _log_refusal(request: web.Request, who: Principal | ApiError, error: ApiError) -> None:
+    """Say who was refused what, and why. The log bounds how often: any stranger can cause this."""
+    event: dict[str, object] = {"status": error.status, "remote": request.remote}
+    if isinstance(who, Principal):
+        event |= {"token": who.name, "of_network": who.network}
+    elif token := parse_token(request):
+        event["token_hash"] = hash_token(token)[:12]  # finds its line in a tokens file, and is no token
+    event |= {"method": request.method, "path": request.path[:200], "why": error.detail}
+    log.warning("request_refused", extra={"event": event})

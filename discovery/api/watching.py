@@ -5,45 +5,57 @@ import logging
 import time
 
 from aiohttp import hdrs, web
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.answers import ApiError, marks, parse_revision
-from discovery.server_config import DiscoveryServerConfig
+from discovery.fairness import Gate
 from discovery.store import Store
 from discovery.tokens import Principal
-from discovery.watch import WatchHub, mark, mark_stale
+from discovery.watch import NoRoom, WatchHub, mark, mark_stale
 
 log = logging.getLogger(__name__)
 
 STALE_WATCH_S = 30.0  # at a server that is cut off: then the client is sent to look for a better one
 HEARTBEAT_S = 10.0
+BATCHES_AT_ONCE = 16
+"""Of a backlog, before other crowds have their turn: a megabyte."""
+
 WRITE_TIMEOUT_S = 30.0  # a watcher that takes nothing for so long has gone
 
 
 class WatchRoute:
     """Answers watches."""
 
-    def __init__(self, store: Store, hub: WatchHub, config: DiscoveryServerConfig, registry: CollectorRegistry) -> None:
+    def __init__(self, store: Store, hub: WatchHub, gate: Gate, registry: CollectorRegistry) -> None:
         self._store = store
+        self._gate = gate
         self._hub = hub
-        self._config = config
         self._open = Gauge("crossnet_discovery_watchers", "Watches that are open.", registry=registry)
-
-    def reconfigure(self, config: DiscoveryServerConfig) -> None:
-        """Go by this from now on."""
-        self._config = config
+        displaced = Counter(
+            "crossnet_discovery_watchers_displaced",
+            "Watches that ended for those of a network or token that had fewer.",
+            registry=registry,
+        )
+        hub.on_displaced = displaced.inc
+        self._refused = Counter(
+            "crossnet_discovery_watchers_refused", "Watches for which there was no room.", registry=registry
+        )
 
     async def watch(self, request: web.Request, principal: Principal) -> web.StreamResponse:
         revision = parse_revision(request.query.get("from"))
-        if len(self._hub) >= self._config.max_watchers:
-            raise ApiError(429, "too_many", f"{self._config.max_watchers} watches are open, which is the most")
         response = web.StreamResponse(headers={**marks(self._store), hdrs.CACHE_CONTROL: "no-store"})
         ends_at = time.monotonic() + STALE_WATCH_S if self._store.stale_s else 0.0
         response.content_type = "application/x-ndjson"
-        watcher = self._hub.add(principal)
+        try:
+            watcher = self._hub.add(principal)
+        except NoRoom as error:
+            self._refused.inc()
+            raise ApiError(429, "too_many", str(error)) from None
         self._open.set(len(self._hub))
         try:
             # Changes are queued from here on; those that the backlog has already are skipped by their revision.
+            asks = ("watch", principal.network)
+            await self._gate.enter(asks, crowd=True)  # after a server's end all watchers come at once
             current, backlog = await self._hub.backlog(principal, revision, request.query.get("epoch"))
             async with asyncio.timeout(WRITE_TIMEOUT_S) as deadline:
 
@@ -52,9 +64,14 @@ class WatchRoute:
                     await response.write(data)
 
                 await response.prepare(request)
-                for batch in backlog:
+                for number, batch in enumerate(backlog, 1):
                     await write(batch)
-                    await asyncio.sleep(0)  # a large backlog is encoded piece by piece, others get their turn
+                    # A large backlog is encoded and written piece by piece; in between others get their turn.
+                    if number % BATCHES_AT_ONCE == 0:
+                        deadline.reschedule(None)
+                        await self._gate.enter(asks, crowd=True)
+                    else:
+                        await asyncio.sleep(0)
                 if ends_at:
                     await write(mark_stale(self._store.revision, self._store.stale_s))
                 while not watcher.overrun:

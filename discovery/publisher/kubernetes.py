@@ -17,6 +17,7 @@ from discovery.tlsfiles import TlsFiles
 log = logging.getLogger(__name__)
 
 PAGE = 500
+MAX_PAGES = 1000  # half a million objects; Kubernetes is tested with a tenth of that
 REQUEST_TIMEOUT_S = 30.0
 WATCH_S = 240  # asked of the server, so that a watch that hangs is noticed soon after
 MAX_ANSWER = 64 * 1024 * 1024
@@ -58,7 +59,7 @@ class KubeApi:
         """Give all objects under a path, and the resourceVersion to watch from. Raises KubeError, Gone."""
         items: list[dict[str, Any]] = []
         query = {"limit": str(PAGE)}
-        while True:
+        for _ in range(MAX_PAGES):
             page = await self._get(path, query)
             found = page.get("items") or []
             if not isinstance(found, list):
@@ -69,6 +70,7 @@ class KubeApi:
             if not token:
                 return items, resource_version(page)
             query["continue"] = str(token)
+        raise KubeError(f"{path}: the list has more than {MAX_PAGES} pages")
 
     async def watch(self, path: str, version: str) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
         """Give changes after a resourceVersion: ADDED, MODIFIED, DELETED or BOOKMARK, and the object.

@@ -1,6 +1,9 @@
 """The admin server of a running process: what it tells, and to whom it does not."""
 
+import contextlib
 import json
+import os
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -69,3 +72,18 @@ def test_the_index_lists_the_pages(process: Running) -> None:
 )
 def test_a_name_that_somebody_points_here_is_not_served(process: Running, host: str, status: int) -> None:
     assert process.ask("/streams", host=host)[0] == status
+
+
+def test_half_requests_take_the_admin_servers_share_of_descriptors_alone(process: Running) -> None:
+    def descriptors() -> int:
+        return len(os.listdir(f"/proc/{process.process.pid}/fd"))
+
+    before = descriptors()
+    where = process.started()["admin"][0].rpartition(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(1003):
+            client = stack.enter_context(socket.create_connection((where[0], int(where[2])), 10))
+            client.sendall(b"GET /readyz HTTP/1.1\r\nHost: ")
+        assert process.ask("/readyz")[0] == 200
+        assert descriptors() <= before + 256 + 2
+    assert 'crossnet_admin_connections_refused_total{reason="address_full"}' in process.ask("/metrics")[1]

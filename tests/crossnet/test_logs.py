@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
@@ -151,16 +152,83 @@ async def test_a_flood_of_refused_streams_is_a_bounded_number_of_lines(root: log
     for number in range(50):
         logger.info("stream", extra={"event": {"reason": "not_tls", "n": number}})
         logger.info("stream", extra={"event": {"reason": "ok", "ms_connect": 1.0, "n": number}})
-        logger.info("other", extra={"event": {"reason": "not_tls", "n": number}})
-        logger.info("stream")
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     refused = [line for line in lines if line.get("event") == "stream" and line["reason"] == "not_tls"]
     assert 5 <= len(refused) <= 10, "of one second, or of two"
-    assert len(lines) == 150 + len(refused)
-    while "lines_left_out" not in stream.getvalue():
-        await asyncio.sleep(0.01)
-    said = [json.loads(line) for line in stream.getvalue().splitlines() if "lines_left_out" in line]
-    assert sum(line["lines"] for line in said) == 50 - len(refused)
-    assert said[0]["level"] == "warning"
+    assert len([line for line in lines if line.get("reason") == "ok"]) == 50
+    assert await left_out(stream) == {"stream": 50 - len(refused)}
     logger.info("stream", extra={"event": {"reason": "no_sni"}})
     assert '"no_sni"' in stream.getvalue()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING, logging.ERROR])
+@pytest.mark.parametrize("name", ["crossnet.x", "turnreg.server.session", "aiohttp.server", "asyncio", "py.warnings"])
+async def test_no_event_is_beyond_the_limit_whoever_logs_it(root: logging.Logger, name: str, level: int) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", refused_per_s=5, stream=stream)
+    for number in range(100):
+        try:
+            raise ValueError(number)
+        except ValueError as error:
+            logging.getLogger(name).log(level, "a_new_event", exc_info=error, extra={"event": {"n": number}})
+    written = [line for line in stream.getvalue().splitlines() if "a_new_event" in line and logs.LEFT_OUT not in line]
+    assert 5 <= len(written) <= 10
+    assert sum((await left_out(stream)).values()) == 100 - len(written)
+
+
+@pytest.mark.anyio
+async def test_texts_that_differ_each_time_count_as_one_where_the_module_is_not_ours(root: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", refused_per_s=5, stream=stream)
+    for number in range(100):
+        logging.getLogger("asyncio").error(f"socket.accept() failed {number}")  # noqa: G004 - as asyncio does
+    assert len(stream.getvalue().splitlines()) <= 11
+
+
+def test_a_flood_hides_no_other_event_and_no_other_level(root: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", refused_per_s=5, stream=stream)
+    logger = logging.getLogger("crossnet.relay")
+    for _ in range(100):
+        logger.info("turn_refused")
+    logger.error("turn_refused")
+    logger.info("started")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line for line in lines if line["level"] == "error"]
+    assert [line for line in lines if line.get("message") == "started"]
+
+
+def test_without_a_loop_the_next_second_tells_what_was_left_out(root: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", refused_per_s=1, stream=stream)
+    limit = next(each for each in root.handlers[0].filters if isinstance(each, logs.LineLimit))
+    for second in (1.0, 1.5, 1.6, 2.0):
+        made = record("x")
+        made.created = second
+        limit.filter(made)
+    (said,) = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (said["event"], said["lines"], said["of"]) == ("lines_left_out", 2, {"x": 2})
+
+
+def test_every_fault_of_a_configuration_has_its_line(root: logging.Logger) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", refused_per_s=5, stream=stream)
+    for number in range(100):
+        logging.getLogger("crossnet").error("config_fault", extra={"event": {"n": number}})
+    assert len(stream.getvalue().splitlines()) == 100
+
+
+async def left_out(stream: io.StringIO) -> Counter[str]:
+    """Wait for what the log says that it left out."""
+    async with asyncio.timeout(5):
+        while "lines_left_out" not in stream.getvalue():
+            await asyncio.sleep(0.01)
+    found: Counter[str] = Counter()
+    for line in stream.getvalue().splitlines():
+        if "lines_left_out" in line:
+            said = json.loads(line)
+            assert said["level"] == "warning"
+            assert said["lines"] == sum(said["of"].values())
+            found.update(said["of"])
+    return found

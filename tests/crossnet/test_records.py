@@ -30,7 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert made.returncode == 0, made.stderr
     (folder / "token").write_text(made.stdout)
     entry = made.stderr.splitlines()[-1]
-    (folder / "tokens.yaml").write_text(entry + "\n")
+    admin = crossnet(folder, "token", "new", "--admin")
+    (folder / "admin").write_text(admin.stdout)
+    (folder / "tokens.yaml").write_text(f"{entry}\n{admin.stderr.splitlines()[-1]}\n")
     hashed = crossnet(folder, "token", "hash", given=made.stdout)
     assert hashed.stdout.strip() in entry
     server = "network: a\nadmin: 127.0.0.1:0\ndrain: 0\n"
@@ -38,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with running(folder, server, name="server") as process:
         address = process.started()["discovery_server"][0]
         (folder / "client.yaml").write_text(f"network: b\ndiscovery: 'http://{address}'\ntoken: {{file: token}}\n")
+        (folder / "admin.yaml").write_text(f"network: b\ndiscovery: 'http://{address}'\ntoken: {{file: admin}}\n")
         yield folder
 
 
@@ -93,6 +96,9 @@ def test_a_token_that_could_write_nothing_is_refused(tmp_path: Path) -> None:
     done = crossnet(tmp_path, "token", "new")
     assert (done.returncode, done.stdout) == (2, "")
     assert "$.network" in done.stderr
+    done = crossnet(tmp_path, "token", "new", "--network", "b")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--for relay|gateway|dns|turn|publisher|operator" in done.stderr
 
 
 def test_export_and_import_both_ways(folder: Path) -> None:
@@ -117,3 +123,22 @@ def test_export_and_import_both_ways(folder: Path) -> None:
     assert "service/c/exported: forbidden" in refused.stderr
     (folder / "bad.yaml").write_text("x: 1")
     assert crossnet(folder, "records", "-c", "client.yaml", "import", "bad.yaml").returncode == 1
+
+
+def test_records_that_processes_write_are_neither_taken_from_others_nor_imported_unasked(folder: Path) -> None:
+    spec = json.dumps({"addresses": ["10.0.0.9"], "ports": [443]})
+    for network in ("b", "c"):
+        put = crossnet(folder, "records", "-c", "admin.yaml", "put", "relay", "r", spec, "--network", network)
+        assert put.returncode == 0, put.stderr
+    exported = crossnet(folder, "records", "-c", "client.yaml", "export", "--leased")
+    assert '"network":"c"' not in exported.stdout.replace("networks", "")
+    assert "left out: 1 records that processes of other networks write" in exported.stderr
+    (folder / "with-relay.yaml").write_text(exported.stdout)
+    refused = crossnet(folder, "records", "-c", "client.yaml", "import", "with-relay.yaml")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "relay/b/r: running processes write such records" in refused.stderr
+    done = crossnet(folder, "records", "-c", "admin.yaml", "import", "with-relay.yaml", "--leased")
+    assert done.returncode == 0, done.stderr
+    for network in ("b", "c"):
+        deleted = crossnet(folder, "records", "-c", "admin.yaml", "delete", "relay", "r", "--network", network)
+        assert deleted.returncode == 0

@@ -170,7 +170,7 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
         ),
         (
             "[{names: a.b, url: 'https://user:word@h/'}]",
-            ["$.gateway.activate[0].url: expected https://HOST[:PORT]/PATH, got 'https://user:word@h/'"],
+            ["$.gateway.activate[0].url: expected https://HOST[:PORT]/PATH, got something else"],
         ),
         (
             "[{names: a.b, url: 'http://127.0.0.1:1/'}, {names: a.b, url: 'http://scaler.example/'}]",
@@ -203,3 +203,17 @@ def test_calls_in_the_clear_are_permitted_by_who_says_insecure(tmp_path: Path) -
     path = tmp_path / "x.yaml"
     path.write_text(ACTIVATE.format(insecure="true", rules="[{names: a.b, url: 'http://scaler.example/'}]"))
     assert load(path).gateway is not None
+
+
+def test_secrets_of_a_url_that_wakes_services_are_shown_nowhere(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    rule = "{names: a.b, url: 'https://h/scale?key=hush', body: 'hush too'}"
+    path.write_text(ACTIVATE.format(insecure="false", rules=f"[{rule}]"))
+    text = effective(load(path))
+    assert "hush" not in text
+    assert "https://h/scale?***" in text
+    for url in ("ftp://h/?hush", "https://me:hush@h/"):
+        path.write_text(ACTIVATE.format(insecure="false", rules=f"[{{names: a.b, url: '{url}'}}]"))
+        with pytest.raises(ConfigError) as refused:
+            load(path)
+        assert "hush" not in str(refused.value)

@@ -1,8 +1,10 @@
 """`crossnet token`: what it prints where. That a server takes such a token is in test_records.py."""
 
+import json
+
 import pytest
 
-from crossnet.tokens import new_command
+from crossnet.tokens import ROLE_KINDS, new_command
 from discovery.tokens import hash_token
 
 
@@ -26,3 +28,30 @@ def test_a_certificate_has_an_entry_and_no_token(capsys: pytest.CaptureFixture[s
     assert captured.out == ""
     assert f'"certificate":"{uri}"' in captured.err
     assert "hash" not in captured.err
+
+
+@pytest.mark.parametrize("role", ["relay", "gateway", "dns", "turn"])
+def test_a_role_has_the_kinds_that_it_writes(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert new_command(name="", network="b", kinds=[], names=[], admin=False, roles=[role]) == 0
+    entry = json.loads(capsys.readouterr().err.partition("\n- ")[2])
+    assert entry["kinds"] == [str(kind) for kind in ROLE_KINDS[role]]
+
+
+def test_several_roles_in_one_process_have_one_token(capsys: pytest.CaptureFixture[str]) -> None:
+    made = new_command(name="", network="b", kinds=["vip"], names=["*.b"], admin=False, roles=["relay", "publisher"])
+    assert made == 0
+    entry = json.loads(capsys.readouterr().err.partition("\n- ")[2])
+    assert entry["kinds"] == ["vip", "relay", "turn", "service"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({}, "it could write nothing"), ({"roles": ["publisher"]}, "no service"), ({"kinds": ["service"]}, "no service")],
+)
+def test_a_token_that_could_write_nothing_is_not_made(
+    given: dict[str, list[str]], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert new_command(**({"name": "", "network": "b", "kinds": [], "names": [], "admin": False} | given)) == 2  # type: ignore[arg-type]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err

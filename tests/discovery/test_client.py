@@ -1,6 +1,7 @@
 """The client against real servers: views, desired state, restarts, failover, snapshots."""
 
 import asyncio
+import datetime as dt
 import logging
 import ssl
 import subprocess
@@ -610,3 +611,87 @@ def test_a_client_needs_a_server() -> None:
         DiscoveryClient([], network="a")
     with pytest.raises(ValueError, match="insecure"):
         DiscoveryClient(["http://10.0.0.2:8600"], network="a")
+
+
+async def test_two_processes_with_one_id_notice_each_other(
+    serve: Any, run: Any, until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("discovery.desired.REASSERT_AFTER_S", 0.1)
+    other = RelaySpec(addresses=["10.0.0.8"], ports=[443])
+    async with serve() as at, run(client_of(at)) as first:
+        first.publish(Kind.RELAY, "r", RELAY)
+        assert await first.settled(5)
+        async with run(client_of(at)) as second:
+            second.publish(Kind.RELAY, "r", other)
+            async with asyncio.timeout(10):
+                while len([record for record in caplog.records if record.message == "id_in_use"]) < 2:
+                    await asyncio.sleep(0.01)
+            # The second writes again once, too, and then both leave it: it stands as the second one wrote it.
+            await until(first, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].spec == other)
+            async with asyncio.timeout(10):
+                while not first.troubles:
+                    await asyncio.sleep(0.01)
+            revision = at.store.revision
+            await asyncio.sleep(0.5)
+            assert at.store.revision == revision, "no war"
+            assert first.rivals == second.rivals == ("relay/a/r",)
+            ((condition, words),) = first.troubles
+            assert condition == "discovery_records"
+            assert "another process with this id" in words
+            assert second.troubles == ()
+        await until(first, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].spec == RELAY)
+        assert await first.settled(5)
+        assert first.troubles == ()
+
+
+async def test_a_successor_is_no_rival_and_keeps_its_record(
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = RelaySpec(addresses=["10.0.0.8"], ports=[443])
+    async with serve() as at, run(client_of(at)) as successor:
+        async with run(client_of(at)) as first:
+            first.publish(Kind.RELAY, "r", RELAY)
+            assert await first.settled(5)
+            first.expect_successor(True)
+            successor.publish(Kind.RELAY, "r", other)
+            assert await successor.settled(5)
+            await until(first, lambda mesh: mesh.relays("a")[0].spec == other)
+            assert first.rivals == first.troubles == ()
+            first.withdraw(Kind.RELAY, "r")
+            assert await first.settled(5)
+        assert (await at.store.get((Kind.RELAY, "a", "r"))).spec == other, "what it withdraws is its own only"
+    assert "id_in_use" not in caplog.text
+
+
+async def test_a_clock_that_is_apart_from_the_servers_is_told(
+    serve: Any, run: Any, until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as at:
+        async with run(client_of(at)) as client:
+            await until(client, lambda _: True)
+            assert client.clock_ahead_s == 0
+        monkeypatch.setattr("discovery.servers._wall_clock", lambda: time.time() - 100)
+        async with run(client_of(at)) as client:
+            await until(client, lambda _: True)
+            assert 98 <= client.clock_ahead_s <= 102
+    said = [record.event["why"] for record in caplog.records if record.message == "clocks_apart"]  # type: ignore[attr-defined]
+    assert len(said) == 1
+    assert at.url in said[0]
+    assert "s ahead of ours" in said[0]
+
+
+async def test_a_certificate_that_fails_for_a_clock_says_by_how_much(
+    serve: Any, run: Any, tmp_path: Path, tokens: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = trustme.CA()
+    ended = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
+    certificate = authority.issue_cert("127.0.0.1", not_after=ended)
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    async with (
+        serve(tokens_file=tokens.path, tls_cert=tmp_path / "server.pem") as at,
+        run(client_of(at, network="b", token=tokens["b"], ca_file=tmp_path / "ca.pem")),
+        asyncio.timeout(10),
+    ):
+        while "it ended 36" not in str([getattr(record, "event", None) for record in caplog.records]):
+            await asyncio.sleep(0.02)

@@ -32,7 +32,7 @@ def test_from_wanting_to_having_to_not_wanting() -> None:
     assert state.next_work(0) is None
     assert state.withdraw(A)
     assert not state.withdraw(A)
-    assert state.next_work(0) == Delete(A)
+    assert state.next_work(0) == Delete(A, 1), "only as we wrote it"
     assert not state.settled
     state.acknowledge(Delete(A))
     assert state.settled

@@ -10,7 +10,7 @@ from discovery import watch
 from discovery.model import Deletion, Kind, NetworkSpec, ServiceSpec
 from discovery.store import MemoryStore
 from discovery.tokens import OPEN, Principal
-from discovery.watch import WatchHub
+from discovery.watch import NoRoom, WatchHub
 
 pytestmark = pytest.mark.anyio
 
@@ -130,3 +130,27 @@ async def test_who_begins_anew_is_told_what_is_current_and_theirs_to_see() -> No
     assert sorted(await told(OTHER)) == [("c", ""), ("s", "{'1': []}")]
     await store.delete(KEY)
     assert await told(OPEN) == await told(OTHER) == [("c", "")]
+
+
+def who(network: str, owner: str) -> Principal:
+    return Principal(name=owner, network=network, kinds=frozenset(), owner=owner)
+
+
+async def test_a_network_with_all_watches_gives_some_up_for_others() -> None:
+    hub = WatchHub(MemoryStore(), most=10, most_per_network=8)
+    greedy = [hub.add(who("c", "c-1")) for _ in range(8)]
+    with pytest.raises(NoRoom, match="8 watches of network 'c'"):
+        hub.add(who("c", "c-1"))
+    for number in range(5):
+        hub.add(who("b", f"b-{number}"))
+    assert [watcher.closed for watcher in greedy] == [False] * 5 + [True] * 3, "the latest go first"
+    with pytest.raises(NoRoom, match="10 watches are open"):
+        hub.add(who("b", "b-5"))
+    hub.add(who("d", "d"))
+
+
+async def test_a_token_with_all_watches_of_its_network_gives_some_up_for_the_networks_other_tokens() -> None:
+    hub = WatchHub(MemoryStore(), most=10, most_per_network=4)
+    greedy = [hub.add(who("c", "c-1")) for _ in range(4)]
+    hub.add(who("c", "c-2"))
+    assert [watcher.closed for watcher in greedy] == [False, False, False, True]

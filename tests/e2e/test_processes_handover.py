@@ -26,7 +26,10 @@ def both_roles(document: dict[str, Any]) -> None:
 
 @pytest.fixture(params=TURNS)
 def mesh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mesh]:
-    with standing(Mesh(tmp_path, Loopback(), turn=request.param, changes={"gateway": both_roles})) as mesh:
+    made = Mesh(tmp_path, Loopback(), turn=request.param, changes={"gateway": both_roles})
+    tokens = tmp_path / "tokens.yaml"
+    tokens.write_text(tokens.read_text().replace('["allocation","gateway"]', '["allocation","gateway","relay"]'))
+    with standing(made) as mesh:
         yield mesh
 
 
