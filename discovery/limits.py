@@ -16,13 +16,15 @@ class RateLimit:
     """At most `burst` at once, and `per_s` a second in the long run, for each of whoever asks."""
 
     def __init__(self, per_s: float, burst: int) -> None:
-        """Begin with full buckets."""
+        """Begin with full buckets. A rate of 0 is no limit."""
         self.per_s = per_s
         self.burst = burst
         self._buckets: dict[Hashable, _Bucket] = {}
 
     def wait_s(self, who: Hashable, now: float) -> float:
         """Take one; gives 0, or after how many seconds there is one to be had."""
+        if not self.per_s:
+            return 0.0
         bucket = self._buckets.get(who)
         if bucket is None:
             if len(self._buckets) >= MAX_BUCKETS:

@@ -29,3 +29,8 @@ def test_the_number_of_buckets_is_bounded() -> None:
     for number in range(MAX_BUCKETS):
         limit.wait_s(-number, 1000)
     assert len(limit._buckets) <= limits.MAX_BUCKETS
+
+
+def test_a_rate_of_nothing_is_no_limit() -> None:
+    limit = RateLimit(0.0, 1)
+    assert [limit.wait_s("b", 0.0) for _ in range(3)] == [0.0, 0.0, 0.0]
