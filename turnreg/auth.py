@@ -12,6 +12,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -143,7 +144,8 @@ class Authenticator:
     def check(self, message: Message, client: str, now: float) -> Verdict:
         """Check the credentials of a request that came from the IP address `client` (RFC 8489, section 9.2.4).
 
-        An unknown user, a wrong password and an expired REST name all read 401 and take the same path through the code.
+        An unknown user, a wrong password and an expired REST name all read 401 and take the same path through the code. Only
+        who signed with the right secret hears that the name has expired, and by how much.
         Expiry counts for Allocate and for a Refresh that prolongs, so a name that ends keeps what it has until its
         allocation's lifetime is over; permissions and binds of a running allocation go on (coturn ignores expiry even
         at Refresh).
@@ -163,10 +165,13 @@ class Authenticator:
             return Refused(code=400, phrase="Bad Request", reason=AuthReason.BAD_REQUEST)
         key, reason = self._key_for(message, username)
         expiry = None if username in self._keys else rest_expiry(username)
+        phrase = "Unauthorized"
         if key is not None and prolongs and expiry is not None and expiry <= now:
             key, reason = None, AuthReason.EXPIRED
+            # It is signed with our secret: whose clock is wrong is for its holder to find out.
+            phrase = f"Expired {math.ceil(now - expiry)} s ago by this server's clock"
         if key is None:
-            return Refused(code=401, phrase="Unauthorized", reason=reason)
+            return Refused(code=401, phrase=phrase, reason=reason)
         if not self._nonce_is_good(nonce, client, now):
             # Only now: a 438 to whoever does not know the password would tell that the user exists.
             return Refused(code=438, phrase="Stale Nonce", reason=AuthReason.STALE_NONCE)

@@ -22,13 +22,14 @@ import logging
 import os
 import secrets
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import ip_address
 
 from sniproxy.engine import Wire
-from turnreg.auth import long_term_key
+from turnreg.auth import long_term_key, rest_expiry
 from turnreg.stun import (
     FAMILY_IPV4,
     FAMILY_IPV6,
@@ -132,6 +133,17 @@ class TurnError(Exception):
             except StunError as exc:
                 return cls(TurnReason.BAD_ANSWER, str(exc), code=code)
         return cls(reason, f"the server answered {code} {phrase}".rstrip(), code=code, alternate=alternate)
+
+
+def _lifetime_left(username: str) -> str:
+    """Say how long a REST name is good by our clock: where a server refuses it, the clocks may differ."""
+    expiry = rest_expiry(username)
+    if expiry is None:
+        return ""
+    left_s = round(expiry - time.time())
+    if left_s <= 0:
+        return f"; the credentials expired {-left_s} s ago by our clock"
+    return f"; the credentials are good for {left_s} s more by our clock: if they are right, compare it with the server's"
 
 
 def _plain_address(value: bytes | None) -> tuple[str, int] | None:
@@ -288,6 +300,8 @@ class Control:
                     raise TurnError(TurnReason.BAD_ANSWER, f"the answer needs attribute {unknown[0]:#06x} understood")
                 return answer
             error = TurnError.of_answer(answer)
+            if error.code == 401 and signed:
+                error.detail += _lifetime_left((as_whom or self._credentials).username)
             if error.code == 438 or (error.code == 401 and not signed):
                 self._challenge(answer)
                 continue

@@ -175,10 +175,16 @@ class TestCheck:
             server.check(request("u", "wrong", "stale"), CLIENT, NOW),
             server.check(request("nobody", "p", "stale"), CLIENT, NOW),
             server.check(request(f"{int(NOW) + 9}:gw", "p", nonce), CLIENT, NOW),
-            server.check(request(*expired, nonce), CLIENT, NOW),
+            server.check(request(expired[0], "wrong", nonce), CLIENT, NOW),
         ]
         assert {(v.code, v.phrase) for v in verdicts if isinstance(v, Refused)} == {(401, "Unauthorized")}
         assert len([v for v in verdicts if isinstance(v, Refused)]) == 6
+
+    def test_who_has_the_secret_hears_by_how_much_its_name_has_expired(self) -> None:
+        server = authenticator()
+        expired = rest_credentials("north", "gw", NOW - 90)
+        verdict = server.check(request(*expired, server.nonce(CLIENT, NOW)), CLIENT, NOW)
+        assert verdict == Refused(code=401, phrase="Expired 90 s ago by this server's clock", reason=AuthReason.EXPIRED)
 
     def test_another_realm_is_a_wrong_password(self) -> None:
         server = authenticator()

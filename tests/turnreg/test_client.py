@@ -258,3 +258,17 @@ async def test_a_fault_in_the_callback_ends_that_stream_alone(caplog: pytest.Log
             await holding.stream()
             writer.close()
             assert "RuntimeError: no" in caplog.text
+
+
+@pytest.mark.parametrize("kind", BOTH)
+async def test_credentials_that_a_clock_makes_bad_say_so(kind: str) -> None:
+    """A gateway whose clock is wrong makes names that have ended already by the server's."""
+    with turn_server(kind, secret="north") as server:
+        late, good = (rest_credentials("north", "gw", time.time() + left) for left in (-60, 600))
+        error = await failure(server, Credentials(username=late[0], password=late[1]))
+        assert error.reason is TurnReason.UNAUTHORIZED
+        assert "expired 60 s ago by our clock" in error.detail or "expired 61 s ago by our clock" in error.detail
+        if kind == "embedded":
+            assert "s ago by this server's clock" in error.detail
+        error = await failure(server, Credentials(username=good[0], password="another secret's"))
+        assert "s more by our clock" in error.detail

@@ -371,7 +371,7 @@ class TestRefresh:
         username, password = rest_credentials("north", "gw", UNIX)
         step = server.respond(server.sign(server.allocate_request(), username, password))
         assert step.refusal is Refusal.EXPIRED
-        assert Message.parse(step.answer or b"").error == (401, "Unauthorized")
+        assert Message.parse(step.answer or b"").error == (401, "Expired 0 s ago by this server's clock")
 
 
 class TestPermission:
