@@ -30,6 +30,7 @@ import uvloop
 
 from bench import machine
 from bench.exchange import client_hello
+from bench.fairness import share
 from bench.meter import total_cpu_s
 from bench.slow import Slow
 
@@ -247,10 +248,10 @@ class Measurement:
         with part("real", self._relay, port, self._connects) as client:
             took = sorted(json.loads(client.line()))
         seconds = time.perf_counter() - began
-        p99 = _share(took, 0.99)
+        p99 = share(took, 0.99)
         alone = self.result.get("alone")
         figures = {
-            "p50_ms": round(_share(took, 0.5), 2),
+            "p50_ms": round(share(took, 0.5), 2),
             "p99_ms": round(p99, 2),
             "p99_x_alone": round(p99 / alone["p99_ms"], 2) if isinstance(alone, dict) else 1.0,
             "max_ms": round(took[-1], 2),
@@ -265,10 +266,6 @@ class Measurement:
             "opened_per_s": round(held / seconds),
             "rss_kib_per_idle_stream": round((_rss_kib(self._pids) - before_kib) / held, 2),
         }
-
-
-def _share(values: Sequence[float], share: float) -> float:
-    return values[min(len(values) - 1, int(len(values) * share))]
 
 
 def measure(idle_streams: int, slow_clients: int, connects: int, count: int, folder: Path) -> dict[str, object]:

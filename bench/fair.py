@@ -29,8 +29,9 @@ from typing import Any
 
 import trustme
 
-from bench import machine
+from bench import fair_dns, fair_http, machine
 from bench.exchange import ECHO, READY, client_hello, request
+from bench.fairness import DRAIN_S, FIRST, LIMIT_S, PAUSE_S, compared, free_port
 from bench.floods import call, candidate, key_of, name_of, opener
 from bench.worker import ROOT, Worker
 from sniproxy.opening import DialError, ResetBeforeReady
@@ -39,16 +40,7 @@ from turnreg.stun import Message, MessageClass, Method
 
 HOST = "127.0.0.1"
 LOOPBACK = ["127.0.0.0/8"]
-DRAIN_S = 3
-PAUSE_S = 0.005
-"""Between two tries of the real client."""
-LIMIT_S = 5.0
-"""A try that takes longer counts as this long."""
 
-FIRST = -15
-"""How nice the flooded process and its real client are with --first; the attackers stay as they are."""
-
-FACTOR, FLOOR_MS = 5.0, 25.0
 
 FLOODS = {
     "stun-bindings": ("local", "binding"),
@@ -78,7 +70,7 @@ class Mesh:
 
     def __post_init__(self) -> None:
         self.ports = {
-            name: _free_port() for name in ("relay", "turn", "turns", "udp", "discovery", "gateway", "hostile")
+            name: free_port() for name in ("relay", "turn", "turns", "udp", "discovery", "gateway", "hostile")
         }
         self.keys = {pair: secrets.token_hex(32) for pair in ("ab", "ah", "cb")}
         for pair, text in self.keys.items():
@@ -251,7 +243,7 @@ def measure(what: str, attackers: int, seconds: float, folder: Path, service: in
             floods.ask("flood", what=what, attackers=attackers, limit_s=10, **mesh.where())
             time.sleep(0.5)
             beside = client.took_ms(victim, seconds)
-            result[victim] = _compared(alone, beside) | floods.ask("stop", limit_s=60)
+            result[victim] = compared(alone, beside) | floods.ask("stop", limit_s=60)
         floods.ask("flood", what=what, attackers=attackers, limit_s=10, **mesh.where())
         time.sleep(0.5)
         result["sigterm_s"] = _heeded(flooded)
@@ -261,22 +253,6 @@ def measure(what: str, attackers: int, seconds: float, folder: Path, service: in
         floods.end()
         mesh.end()
     return result
-
-
-def _compared(alone: Sequence[float], beside: Sequence[float]) -> dict[str, Any]:
-    before, after = _share(alone, 0.99), _share(beside, 0.99)
-    return {
-        "alone_p50_ms": round(_share(alone, 0.5), 2),
-        "alone_p99_ms": round(before, 2),
-        "p50_ms": round(_share(beside, 0.5), 2),
-        "p99_ms": round(after, 2),
-        "tries": len(beside),
-        "ok": after <= max(FACTOR * before, FLOOR_MS),
-    }
-
-
-def _share(values: Sequence[float], share: float) -> float:
-    return values[min(len(values) - 1, int(len(values) * share))]
 
 
 def _heeded(process: subprocess.Popen[bytes]) -> float | None:
@@ -291,13 +267,6 @@ def _heeded(process: subprocess.Popen[bytes]) -> float | None:
     return round(time.monotonic() - began, 2)
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def serving() -> Iterator[int]:
     """Run the service that streams lead to; gives its port."""
@@ -308,6 +277,16 @@ def serving() -> Iterator[int]:
         worker.end()
 
 
+def _others(part: str, given: argparse.Namespace) -> int:
+    """Run the bench of the resolver or of the HTTP servers likewise; 1 where an aim is missed."""
+    first = ["--first"] * given.first
+    if part == "dns":
+        numbers = ["--connections", *map(str, given.attackers)]
+        return fair_dns.main(["--seconds", str(given.seconds), *numbers, *first])
+    runs = [fair_http.main(["--seconds", str(given.seconds), "--attackers", str(each)]) for each in given.attackers]
+    return max(runs)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, tell as JSON; 1 where an aim is missed."""
     parser = argparse.ArgumentParser(
@@ -315,7 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--attackers", type=int, nargs="+", default=[1, 64], help="connections that flood (1 64)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (%(default)s)")
-    parser.add_argument("--only", nargs="+", default=[], help=f"floods, or how they begin: {', '.join(FLOODS)}")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help=f"floods, or how they begin: {', '.join(FLOODS)}, dns, http (all)"
+    )
     parser.add_argument("--first", action="store_true", help="go before all other processes of a busy machine (root)")
     given = parser.parse_args(arguments)
     if given.first:
@@ -328,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with tempfile.TemporaryDirectory(prefix="crossnet-fair-") as folder:
                     results.append(measure(what, attackers, given.seconds, Path(folder), service, first=given.first))
                 print(json.dumps(results[-1]), flush=True)
-    missed = [f"{each['flood']} x {each['attackers']}" for each in results if not each["ok"]]
+    failed = [part for part in ("dns", "http") if (not given.only or part in given.only) and _others(part, given)]
+    missed = [f"{each['flood']} x {each['attackers']}" for each in results if not each["ok"]] + failed
     print(json.dumps({"machine": machine.describe(), "missed": missed}))
     return 1 if missed else 0
 

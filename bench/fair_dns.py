@@ -26,20 +26,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.fairness import DRAIN_S, FIRST, LIMIT_S, PAUSE_S, compared, free_port
 from bench.worker import ROOT
 
 HOST = "127.0.0.1"
 OTHER_HOST = "127.0.0.2"
 """Where the real client asks from over UDP: what is fair is fair between hosts."""
-DRAIN_S = 3
-LIMIT_S = 5.0
-"""A question that takes longer counts as this long."""
-PAUSE_S = 0.005
-"""Between two questions of the real client."""
-FIRST = -15
-"""How nice the resolver and its real client are with --first; the attackers stay as they are."""
 
-FACTOR, FLOOR_MS = 5.0, 25.0
 CHUNK = 64 * 1024
 AGAIN_S = 0.5
 """Before an attacker that was cut comes back."""
@@ -169,7 +162,7 @@ class Resolver:
 
     def __init__(self, folder: Path, upstream: int) -> None:
         """Start it."""
-        self.address = (HOST, _free_port())
+        self.address = (HOST, free_port())
         (folder / "mesh.yaml").write_text(
             json.dumps(
                 {
@@ -277,36 +270,13 @@ def measure(
         alone = {client: took_ms(client, resolver.address, seconds) for client in CLIENTS}
         with flooding(resolver.address, what, connections, 10 * seconds + 60):
             for client in CLIENTS:
-                result[client] = _compared(alone[client], took_ms(client, resolver.address, seconds))
+                result[client] = compared(alone[client], took_ms(client, resolver.address, seconds))
             result["memory_kib"] = resolver.memory_kib
             result["sigterm_s"] = resolver.heeds_s()
     finally:
         resolver.end()
     result["ok"] = result["sigterm_s"] is not None and all(result[client]["ok"] for client in CLIENTS)
     return result
-
-
-def _compared(alone: Sequence[float], beside: Sequence[float]) -> dict[str, Any]:
-    before, after = _share(alone, 0.99), _share(beside, 0.99)
-    return {
-        "alone_p50_ms": round(_share(alone, 0.5), 2),
-        "alone_p99_ms": round(before, 2),
-        "p50_ms": round(_share(beside, 0.5), 2),
-        "p99_ms": round(after, 2),
-        "tries": len(beside),
-        "ok": after <= max(FACTOR * before, FLOOR_MS),
-    }
-
-
-def _share(values: Sequence[float], share: float) -> float:
-    return values[min(len(values) - 1, int(len(values) * share))]
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,10 +27,9 @@ from typing import Any
 
 import uvloop
 
+from bench.fairness import FACTOR, FLOOR_MS
 from discovery.tokens import format_entry, make_entry, make_token
 
-BOUND_MS = 25.0
-TIMES_ALONE = 5.0
 END_LIMIT_S = 8.0
 """For an end without streams: records, allocations and the lease may take 5 s to be given back."""
 
@@ -354,7 +353,7 @@ def measure(name: str, seconds: float, attackers: int) -> dict[str, Any]:
             "samples": len(beside),
             "end_s": round(end_s, 2),
         }
-        bound = max(TIMES_ALONE * percentile(alone, 0.99), BOUND_MS)
+        bound = max(FACTOR * percentile(alone, 0.99), FLOOR_MS)
         return found | {"holds": percentile(beside, 0.99) <= bound and end_s <= END_LIMIT_S}
 
 

@@ -143,7 +143,9 @@ def _lifetime_left(username: str) -> str:
     left_s = round(expiry - time.time())
     if left_s <= 0:
         return f"; the credentials expired {-left_s} s ago by our clock"
-    return f"; the credentials are good for {left_s} s more by our clock: if they are right, compare it with the server's"
+    return (
+        f"; the credentials are good for {left_s} s more by our clock: if they are right, compare it with the server's"
+    )
 
 
 def _plain_address(value: bytes | None) -> tuple[str, int] | None:

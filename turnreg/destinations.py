@@ -22,7 +22,7 @@ from discovery.addresses import (
     spellings,
 )
 from discovery.model import Mesh
-from sniproxy.stream.loopguard import LoopGuard
+from sniproxy.stream.loopguard import LoopGuard, relays_and_gateways
 
 MAX_ADDRESSES = 4
 """Addresses and ports that one network may send us to in `WINDOW_S`: two servers with an IPv4 and an IPv6 address each."""
@@ -150,11 +150,4 @@ def _named(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:
             for text in endpoints:
                 with suppress(BadAddress):  # records are checked when they are written
                     yield parse_endpoint(text)
-    for relay in mesh.relays(network):
-        for text in relay.spec.addresses:
-            for port in relay.spec.ports:
-                with suppress(BadAddress):
-                    yield parse_address(text), port
-    for gateway in mesh.gateways(network):
-        with suppress(BadAddress):
-            yield parse_endpoint(gateway.spec.address)
+    yield from relays_and_gateways(mesh, network)

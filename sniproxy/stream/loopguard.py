@@ -60,15 +60,20 @@ class LoopGuard:
         )
 
 
-def _infrastructure(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:
+def relays_and_gateways(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:
+    """Yield where a network's relays and gateways listen, as their records say."""
     for relay in mesh.relays(network):
         for text in relay.spec.addresses:
             for port in relay.spec.ports:
-                with suppress(BadAddress):
+                with suppress(BadAddress):  # records are checked when they are written
                     yield parse_address(text), port
     for gateway in mesh.gateways(network):
         with suppress(BadAddress):
             yield parse_endpoint(gateway.spec.address)
+
+
+def _infrastructure(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:
+    yield from relays_and_gateways(mesh, network)
     for turns in map(mesh.turns, mesh.networks):
         for turn in turns:
             with suppress(BadAddress):  # one with a name: no address that a stream names can be told from it here

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench import fair
-from bench.fair import FLOODS, LIMIT_S, measure
+from bench.fair import FLOODS, measure
+from bench.fairness import LIMIT_S
 
 pytestmark = pytest.mark.slow
 
