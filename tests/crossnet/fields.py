@@ -86,6 +86,8 @@ OTHERS: dict[str, Any] = {
     "ImportSection.prefer": "remote",
     "RuleSection.sources": ["127.0.0.0/8"],
     "RuleSection.to": ["b"],
+    "RuleSection.names": ["service", "address"],
+    "ActivateSection.body": "other text",
     "RuleSection.ports": ["1-65535"],
     "RuleSection.action": "deny",
     "RelaySection.listen": ["127.0.0.1:0", "127.0.0.2:0"],

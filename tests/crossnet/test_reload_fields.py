@@ -258,7 +258,9 @@ class Inside:
             assert app.gateway._delivery._policy == gateway.policy
             assert app.gateway._arrivals.keys == roles.keys(config)
             assert app.registrar is not None
-            assert app.registrar.config == roles.registrar_config(config, config.gateway, app._guard())
+            assert app.gateway is not None
+            guard, epoch = app._guard(), app.gateway.epoch
+            assert app.registrar.config == roles.registrar_config(config, config.gateway, guard, epoch=epoch)
             assert all(one._config is app.registrar.config for one in app.registrar._registrations.values())
         if app.turn is not None and config.turn is not None:
             turn = roles.turn_config(config, config.turn)
@@ -274,7 +276,11 @@ class Inside:
         if server is not None and config.discovery_server is not None:
             made = roles.discovery_server_config(config, config.discovery_server)
             assert [part._config for part in (server, server._records, server._leases)] == [made] * 3
-            assert [part._config for part in (server._watch, server._credentials)] == [made] * 2
+            assert server._credentials._config == made
+            assert (server._hub.most, server._hub.most_per_network) == (
+                made.max_watchers,
+                made.max_watchers_per_network,
+            )
             assert server._requests.per_s == made.requests_per_s
         assert logging.getLogger().level == getattr(logging, config.log.level.upper())
 

@@ -7,6 +7,7 @@ from crossnet import roles
 from crossnet.config import load
 from crossnet.sections import Config
 from discovery.spec import GatewaySpec, TurnSpec
+from sniproxy.stream.epoch import epoch_in
 from turnreg.control import Credentials
 from turnreg.settings import Issued, Register, RestSecret
 
@@ -28,6 +29,9 @@ gateway:
   turn: {a: {issue: true}, c: {secret: {file: secret}}, d: {username: u, password: {file: secret}}}
 turn: {id: t, zone: eu-1, listen: "0.0.0.0:3478", relay_address: 10.0.0.7, users: {u: {file: secret}}, allow_peers: [127.0.0.0/8]}
 """
+
+
+EPOCH = bytes(range(16))
 
 
 def config(folder: Path) -> Config:
@@ -65,7 +69,7 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
     assert read.gateway is not None
     made = roles.gateway_config(read, read.gateway, [("127.0.0.1", 8690)])
     assert (made.listen, made.guard) == ((("0.0.0.0", 7443),), (("127.0.0.1", 8690),))
-    registrar = roles.registrar_config(read, read.gateway)
+    registrar = roles.registrar_config(read, read.gateway, epoch=EPOCH)
     assert registrar.turn == {
         "a": Issued(),
         "c": RestSecret(secret="hush"),
@@ -73,8 +77,9 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
     }
     assert registrar.allow == {}
     assert (registrar.ca, registrar.register, registrar.replicas, registrar.weight) == ({}, Register.ALL, 2, 3)
-    expected = GatewaySpec(address="192.0.2.1:7443", weight=3, zone="eu-2")
-    assert roles.gateway_spec(read.gateway, ("0.0.0.0", 7443)) == expected
+    assert epoch_in(registrar.proto) == EPOCH
+    expected = GatewaySpec(address="192.0.2.1:7443", weight=3, zone="eu-2", proto=list(registrar.proto))
+    assert roles.gateway_spec(read.gateway, ("0.0.0.0", 7443), EPOCH) == expected
     assert roles.keys(read)["ab-1"].secret == b"\n" * 32
 
 
@@ -86,7 +91,7 @@ def test_whom_the_registrar_trusts_and_where_it_registers(tmp_path: Path) -> Non
     )
     read = load(tmp_path / "crossnet.yaml")
     assert read.gateway is not None
-    registrar = roles.registrar_config(read, read.gateway)
+    registrar = roles.registrar_config(read, read.gateway, epoch=EPOCH)
     assert (registrar.ca, registrar.register, registrar.replicas) == ({"a": "its PEM"}, Register.IMPORTED, 3)
 
 
