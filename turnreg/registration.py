@@ -39,6 +39,9 @@ LOOK_AGAIN_S = 5.0
 FORGET_MARGIN_S = 0.1
 """A timer may fire a little before its time."""
 
+LOOK_AGAIN_S = 1.0
+"""How often a registration that has to wait for its next try at an address looks whether it still has to."""
+
 LOG_AGAIN_S = 60.0
 """The same failure over and over is logged that often, with how often it was."""
 
@@ -464,7 +467,8 @@ class Registration:
             if not wait_s:
                 self._destinations.began(self.via, address, port, loop.time())
                 return
-            await asyncio.sleep(wait_s)
+            # Another registration may find meanwhile that a TURN server is there.
+            await asyncio.sleep(min(wait_s, LOOK_AGAIN_S))
         raise TurnError(TurnReason.REFUSED_ADDRESS, why)
 
     async def _renew(self, current: Tenure) -> None:

@@ -112,8 +112,15 @@ async def test_everything_starts_again_from_what_it_saved(tmp_path: Path) -> Non
             mesh.start("discovery")
             await mesh.eventually("all is known as it is now", mesh.whole)
             await mesh.eventually("the view is live", lambda: mesh.ask("relay", "/readyz")["stale_s"] == 0)
-            now = {record["spec"]["port"] for record in mesh.records("relay", "allocation")}
-            assert now == {line["relayed"][1] for line in mesh.registrations()} != before
+
+            def ports() -> set[int]:
+                return {line["relayed"][1] for line in mesh.registrations() if line["relayed"]}
+
+            # One replica may have found the new TURN server a little later than the other.
+            await mesh.eventually(
+                "the records are of the new allocations",
+                lambda: {record["spec"]["port"] for record in mesh.records("relay", "allocation")} == ports() != before,
+            )
             await talk.at_once(10)
 
 
