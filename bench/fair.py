@@ -32,10 +32,9 @@ import trustme
 from bench import fair_dns, fair_http, machine
 from bench.exchange import ECHO, READY, client_hello, request
 from bench.fairness import DRAIN_S, FIRST, LIMIT_S, PAUSE_S, compared, free_port
-from bench.floods import call, candidate, key_of, name_of, opener
+from bench.floods import call, candidate, key_of, name_of, opened, opener
 from bench.worker import ROOT, Worker
 from sniproxy.opening import DialError, ResetBeforeReady
-from sniproxy.stream.framed import Framed
 from turnreg.stun import Message, MessageClass, Method
 
 HOST = "127.0.0.1"
@@ -216,14 +215,13 @@ class Client:
         way = candidate("b", "gw-1", (HOST, mesh.ports["gateway"]), f"{HOST}:{mesh.service}")
         asked = replace(self._asked, stream=secrets.token_bytes(16))
         async with asyncio.timeout(LIMIT_S):
-            wire = await self._relay.connect(way)
+            framed = await opened(self._relay, asked, way)
             try:
-                framed: Framed = await self._relay.open(asked, way, 0, wire)
                 await framed.send_data(request(ECHO))
                 while not await framed.read():
                     pass
             finally:
-                wire.close()
+                framed.wire.close()
 
 
 def measure(what: str, attackers: int, seconds: float, folder: Path, service: int, *, first: bool) -> dict[str, Any]:

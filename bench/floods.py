@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import random
-import secrets
 import socket
 import ssl
 import threading
@@ -23,10 +22,11 @@ from bench.worker import allow_open_files, serve_commands
 from crossnet.sections import DEFAULT_DOMAIN
 from sniproxy.engine import Wire
 from sniproxy.hello import HelloReader
-from sniproxy.opening import Call, DialError, Opener, ResetBeforeReady
+from sniproxy.opening import Call, DialError, Opener, ResetBeforeReady, StaleEpoch
 from sniproxy.route import Candidate, RouteKind, SigningKeys
 from sniproxy.stream.capsule import CapsuleType, header
 from sniproxy.stream.control import Opened, Ping, Ready, Received
+from sniproxy.stream.framed import Framed
 from sniproxy.stream.preamble import SigningKey
 from turnreg.stun import Message, MessageClass, Method
 
@@ -94,6 +94,14 @@ def call(name: str) -> Call:
     hello = reader.feed(data)
     assert hello is not None
     return Call(stream=os.urandom(16), client=("127.0.0.1", 1), local=("127.0.0.1", 2), hello=hello, data=data)
+
+
+async def opened(relay: Opener, asked: Call, way: Candidate) -> Framed:
+    """Open a stream, again where the gateway tells its epoch first. Errors as for `Opener.open`, and of connecting."""
+    try:
+        return await relay.open(asked, way, 0, await relay.connect(way))
+    except StaleEpoch:
+        return await relay.open(asked, way, 1, await relay.connect(way))
 
 
 def candidate(network: str, gateway: str, address: tuple[str, int], target: str) -> Candidate:
@@ -224,12 +232,8 @@ class Floods:
     async def _framed(self, piece: bytes, gateway: list[Any], key: str, service: int, *, warm: bool) -> None:
         way = candidate("b", "gw-1", (gateway[0], gateway[1]), f"127.0.0.1:{service}")
         relay = opener(key_of(key, "a", "b"))
-        if warm:
-            wire = (await relay.warm_up(way)).wire
-        else:
-            wire = await relay.connect(way)
-            await relay.open(call(name_of("b", service)), way, secrets.randbelow(200), wire)
-        sock = _taken(wire)
+        framed = await relay.warm_up(way) if warm else await opened(relay, call(name_of("b", service)), way)
+        sock = _taken(framed.wire)
         with sock:
             await asyncio.to_thread(_pour, sock, _filled(piece), self._stop.is_set)
 
