@@ -64,6 +64,8 @@ class Mesh:
 
     folder: Path
     service: int
+    sink: int
+    """Where the attackers' streams lead: what they send must not flood the real client's service."""
     near: subprocess.Popen[bytes] = field(init=False)
     far: subprocess.Popen[bytes] = field(init=False)
 
@@ -137,7 +139,7 @@ class Mesh:
             "gateway": [HOST, self.ports["gateway"]],
             "gateway_port": self.ports["hostile"],
             "key": self.keys["ab"],
-            "service": self.service,
+            "service": self.sink,
         }
 
     def _key_section(self, *pairs: str) -> dict[str, Any]:
@@ -226,10 +228,20 @@ class Client:
 
 def measure(what: str, attackers: int, seconds: float, folder: Path, service: int, *, first: bool) -> dict[str, Any]:
     """Flood once, with processes of its own."""
-    mesh = Mesh(folder, service)
-    mesh.start()
-    flooded = mesh.far if FLOODS[what] == ("gateway",) else mesh.near
     result: dict[str, Any] = {"flood": what, "attackers": attackers}
+    with serving() as sink:
+        mesh = Mesh(folder, service, sink)
+        mesh.start()
+        try:
+            result |= _flooded(what, attackers, seconds, mesh, first=first)
+        finally:
+            mesh.end()
+    return result
+
+
+def _flooded(what: str, attackers: int, seconds: float, mesh: Mesh, *, first: bool) -> dict[str, Any]:
+    flooded = mesh.far if FLOODS[what] == ("gateway",) else mesh.near
+    result: dict[str, Any] = {}
     floods = Worker("bench.floods")
     os.setpriority(os.PRIO_PROCESS, floods.pid, 0)
     try:
@@ -249,7 +261,6 @@ def measure(what: str, attackers: int, seconds: float, folder: Path, service: in
         floods.ask("stop", limit_s=60)
     finally:
         floods.end()
-        mesh.end()
     return result
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from ipaddress import IPv4Address
 from typing import Any
 
-from bench.exchange import client_hello
+from bench.exchange import UPLOAD, client_hello, request
 from bench.worker import allow_open_files, serve_commands
 from crossnet.sections import DEFAULT_DOMAIN
 from sniproxy.engine import Wire
@@ -233,6 +233,8 @@ class Floods:
         way = candidate("b", "gw-1", (gateway[0], gateway[1]), f"127.0.0.1:{service}")
         relay = opener(key_of(key, "a", "b"))
         framed = await relay.warm_up(way) if warm else await opened(relay, call(name_of("b", service)), way)
+        if not warm:
+            await framed.send_data(request(UPLOAD))  # which the service reads as fast as it comes
         sock = _taken(framed.wire)
         with sock:
             await asyncio.to_thread(_pour, sock, _filled(piece), self._stop.is_set)
