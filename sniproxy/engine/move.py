@@ -181,7 +181,8 @@ async def fill(source: Wire, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
         source.unread(data[size:])
         pipe.held += size
         return size
-    await source.take_turn()
+    if source.quantum.used_up:
+        await source.take_turn()
     while True:
         try:
             size = os.splice(source.fd, pipe.writer, limit, flags=_FLAGS)

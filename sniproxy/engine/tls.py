@@ -145,9 +145,18 @@ class TlsWire(Wire):
     async def _read_net(self) -> int:
         """Wait for bytes of the connection, and say how many came."""
         self._check_readable()
-        data = await self._read_socket(DEFAULT_READ_BYTES)
+        await self.take_turn()
+        while True:
+            try:
+                data = self._sock.recv(DEFAULT_READ_BYTES)
+            except BlockingIOError:
+                pass
+            else:
+                break
+            await self.readable()
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "the connection ended without close_notify")
+        self.quantum.spend(len(data))
         self._from_net.write(data)
         return len(data)
 

@@ -155,20 +155,19 @@ class Wire:
                 data, self._unread = data[:limit], data[limit:]
             self.quantum.spend(len(data))
             return data
-        return await self._read_socket(limit, low)
-
-    async def _read_socket(self, limit: int, low: int = 1) -> bytes:
-        await self.take_turn()
+        if self.quantum.used_up:
+            await self.take_turn()
         while True:
             # Asked even after a short read: a reset behind those bytes has ended the watch already (uvloop gives up a descriptor
             # that reports an error), and only the socket itself still tells of it.
             try:
                 data = self._sock.recv(limit)
             except BlockingIOError:
-                await self.readable(low)
-                continue
-            self.quantum.spend(len(data))
-            return data
+                pass
+            else:
+                self.quantum.spend(len(data))
+                return data
+            await self.readable(low)
 
     async def take_turn(self) -> None:
         """Let others run where this wire's quantum is used up. Errors as for `readable`."""
