@@ -92,8 +92,11 @@ class Stage:
             program.end()
 
     def hold(self, network: Network) -> int:
-        """Start a process that does nothing in a network, to enter it by; return its pid."""
-        return self._start(f"holder-{network}", ["sleep", "infinity"], network).pid
+        """Start a process that does nothing in a network, to enter it by; return its pid once it is there."""
+        holder = self._start(f"holder-{network}", ["sh", "-c", "echo there; exec sleep infinity"], network)
+        # Until then it is on its way in: whoever entered by it would find the host's resolver, not the network's.
+        holder.wait_until("inside the network", lambda: holder.lines() == ["there"])
+        return holder.pid
 
     def ask(self, part: str, path: str) -> Any:
         """Ask a part's admin server; None while it does not answer."""

@@ -19,27 +19,37 @@ TIMEOUT_S = 50.0
 GONE_TIMEOUT_S = 15.0
 
 
+def environment_of(folder: Path, path: Path | None) -> dict[str, str]:
+    """Return the environment of a lab that keeps its files under `folder`, with programs in `path` before the real ones."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    return environment
+
+
 def lab(
     folder: Path, *arguments: str, prefix: Sequence[str] = (), path: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a lab to its end; everything of it is under `folder`."""
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    if path is not None:
-        environment["PATH"] = f"{path}:{environment['PATH']}"
     try:
         return subprocess.run(
-            [*prefix, *LAB, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            [*prefix, *LAB, *arguments],
+            env=environment_of(folder, path),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
         )
     finally:
         assert_gone(folder)
 
 
 @contextlib.contextmanager
-def lab_started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def lab_started(folder: Path, *arguments: str, path: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     """Run a lab while the block runs."""
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(
-            [*LAB, *arguments], env={**os.environ, "TMPDIR": str(folder)}, stdout=output, stderr=output, text=True
+            [*LAB, *arguments], env=environment_of(folder, path), stdout=output, stderr=output, text=True
         )
     try:
         yield process
@@ -179,7 +189,9 @@ def wait_for_account(folder: Path) -> str:
 @pytest.mark.netns
 @pytest.mark.needs("namespaces", "nft", "ip", "nsenter", "curl", "openssl")
 def test_staying_it_can_be_entered_and_ends_on_ctrl_c(tmp_path: Path) -> None:
-    with lab_started(tmp_path, "--stay", "--mode", "netns") as process:
+    # Slow as on a busy machine: the pid is told when it is inside the network, and not while it is on its way there.
+    slow = fake(tmp_path, "mount", f'sleep 0.2; exec {shutil.which("mount")} "$@"')
+    with lab_started(tmp_path, "--stay", "--mode", "netns", path=slow) as process:
         text = wait_for_account(tmp_path)
         (entrance,) = (line for line in text.splitlines() if "be a client in network a: " in line)
         enter = entrance.partition(": ")[2].removesuffix(" bash").split()
