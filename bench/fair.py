@@ -34,7 +34,7 @@ from bench.exchange import ECHO, READY, client_hello, request
 from bench.fairness import DRAIN_S, FIRST, LIMIT_S, PAUSE_S, compared, free_port
 from bench.floods import call, candidate, key_of, name_of, opened, opener
 from bench.worker import ROOT, Worker
-from sniproxy.opening import DialError, ResetBeforeReady
+from sniproxy.transport.errors import DialError, ResetBeforeReady
 from turnreg.stun import Message, MessageClass, Method
 
 HOST = "127.0.0.1"

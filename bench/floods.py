@@ -21,13 +21,15 @@ from bench.exchange import UPLOAD, client_hello, request
 from bench.worker import allow_open_files, serve_commands
 from crossnet.sections import DEFAULT_DOMAIN
 from sniproxy.engine import Wire
-from sniproxy.hello import HelloReader
-from sniproxy.opening import Call, DialError, Opener, ResetBeforeReady, StaleEpoch
-from sniproxy.route import Candidate, RouteKind, SigningKeys
-from sniproxy.stream.capsule import CapsuleType, header
-from sniproxy.stream.control import Opened, Ping, Ready, Received
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import SigningKey
+from sniproxy.formats.client_hello import HelloReader
+from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.errors import DialError, ResetBeforeReady, StaleEpoch
+from sniproxy.tunnel.capsules import CapsuleType, header
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.keys import SigningKeys
+from sniproxy.tunnel.messages import Opened, Ping, Ready, Received
+from sniproxy.tunnel.preamble import SigningKey
+from sniproxy.tunnel.relay_handshake import Call, Opener
 from turnreg.stun import Message, MessageClass, Method
 
 AGAIN_S = (0.5, 1.5)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from discovery.contract import Discovery
 from discovery.model import Mesh
-from sniproxy.ports import service_ports
-from sniproxy.relay import Relay
+from sniproxy.relay.relay import Relay
+from sniproxy.relay.service_ports import service_ports
 
 log = logging.getLogger("crossnet")
 

@@ -22,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from discovery.listener import Connection, Listener, ListenerLimits
 from discovery.model import Mesh
-from sniproxy.stream.policy import NamePattern
+from sniproxy.access.rules import NamePattern
 
 MAX_REQUEST_BYTES = 1024
 """Of a request's body: nothing here takes one."""

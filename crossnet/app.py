@@ -37,8 +37,8 @@ from discovery.publisher import Publisher
 from discovery.store import StoreError
 from dnsgw.config import DEFAULT_TTL_S, DnsConfig
 from dnsgw.server import DnsServer
-from sniproxy.relay import Relay
-from sniproxy.route import SigningKeys
+from sniproxy.relay.relay import Relay
+from sniproxy.tunnel.keys import SigningKeys
 from turnreg.gateway import Gateway
 from turnreg.registrar import Registrar
 from turnreg.server.server import TurnServer

@@ -23,11 +23,11 @@ from discovery.merged import merged
 from discovery.model import Mesh
 from discovery.names import AddressTarget, BadName, PlainName, ServiceTarget, decode, is_ldh_label, normalise
 from discovery.static import load_mesh
-from sniproxy.permit import Permit
-from sniproxy.route import Candidate, RouteKind
-from sniproxy.stream.policy import Action, Flow, Policy, Rule
-from sniproxy.stream.preamble import encode_target
-from sniproxy.stream.reach import Reach
+from sniproxy.access.reach import Reach
+from sniproxy.access.rules import Action, Flow, Policy, Rule
+from sniproxy.relay.permission import Permit
+from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.tunnel.preamble import encode_target
 
 DEFAULT_PORT = 443
 """What a client dials when nothing says another port."""

@@ -7,7 +7,7 @@ streams have ended. It is the same socket with the same queue in the kernel all 
 or reset. (SO_REUSEPORT would give each process a queue of its own, and what waits in the first one's is reset when that closes.) A
 successor that fails to start changes nothing.
 
-A gateway's epoch is its process's own (sniproxy.stream.epoch), so the two gateways never accept at the same time: connections wait
+A gateway's epoch is its process's own (sniproxy.tunnel.epoch), so the two gateways never accept at the same time: connections wait
 in the queue until the first one has stopped.
 
 Messages: the offer is one JSON line `[["relay", "10.0.0.9", 443], …]` with a descriptor for each; the answer is `started`. When the

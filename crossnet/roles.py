@@ -23,9 +23,9 @@ from discovery.publisher import PublisherConfig
 from discovery.spec import FRAMED, GatewaySpec, TurnSpec
 from discovery.store.etcdapi import parse_endpoints
 from dnsgw.config import DnsConfig
-from sniproxy.relay import RelayConfig
-from sniproxy.stream.epoch import proto_of
-from sniproxy.stream.preamble import SigningKey
+from sniproxy.relay.relay import RelayConfig
+from sniproxy.tunnel.epoch import proto_of
+from sniproxy.tunnel.preamble import SigningKey
 from turnreg.control import Credentials
 from turnreg.gateway import GatewayConfig
 from turnreg.server.allocation import Limits

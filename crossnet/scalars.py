@@ -29,7 +29,7 @@ from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
 from discovery.shape import shown
 from discovery.spec import MAX_WEIGHT, is_record_id
 from discovery.store.etcdapi import parse_endpoints
-from sniproxy.stream.policy import BadRule, NameKind, NamePattern, Rule
+from sniproxy.access.rules import BadRule, NameKind, NamePattern, Rule
 
 MAX_SECRET_BYTES = 64 * 1024
 MAX_CERTIFICATES_BYTES = 4 * 1024 * 1024  # all authorities of a Debian system take a fourth of a MiB

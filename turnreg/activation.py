@@ -20,10 +20,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.contract import Discovery
 from discovery.model import Mesh
-from sniproxy.stream.ends import LIMIT_WAITING_S
-from sniproxy.stream.policy import NamePattern
-from sniproxy.stream.preamble import Preamble
-from sniproxy.stream.reason import Reason
+from sniproxy.access.rules import NamePattern
+from sniproxy.streams.end_reason import Reason
+from sniproxy.tunnel.preamble import Preamble
+from sniproxy.tunnel.state import LIMIT_WAITING_S
 from turnreg.delivery import Delivered, Delivery, Undeliverable
 from turnreg.trigger import Command, Trigger, TriggerError, fire
 

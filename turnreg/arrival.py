@@ -4,11 +4,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sniproxy.hello import HelloError, HelloReader
-from sniproxy.stream.account import Account
-from sniproxy.stream.capsule import Payload
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import (
+from sniproxy.formats.client_hello import HelloError, HelloReader
+from sniproxy.streams.end_reason import Reason
+from sniproxy.streams.stream_log import Account
+from sniproxy.tunnel.capsules import Payload
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.preamble import (
     FirstBytes,
     Preamble,
     PreambleError,
@@ -17,8 +18,7 @@ from sniproxy.stream.preamble import (
     classify_first_bytes,
     read_length,
 )
-from sniproxy.stream.reason import Reason
-from sniproxy.stream.verifier import PreambleVerifier, ReplayCache, check_hello
+from sniproxy.tunnel.verify import PreambleVerifier, ReplayCache, check_hello
 
 MAX_UNPROVEN = 1024
 """Connections whose preamble has not come whole. A relay's is there within a round trip, a stranger's may never come: past this

@@ -1,11 +1,11 @@
-"""Second connections: how the upload of a stream that is open finds its way to that stream (sniproxy.stream.ends)."""
+"""Second connections: how the upload of a stream that is open finds its way to that stream (sniproxy.tunnel.state)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import Preamble
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.preamble import Preamble
 
 _Key = tuple[str, bytes]
 

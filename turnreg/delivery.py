@@ -12,14 +12,14 @@ from discovery.imports import BadImport, ImportRule, Imports
 from discovery.lookup import Unresolved, reached
 from discovery.model import Mesh
 from discovery.names import AddressTarget, ServiceTarget
+from sniproxy.access.loop_guard import STOPPED, LoopGuard
+from sniproxy.access.reach import Endpoint, Reach
+from sniproxy.access.rules import Flow, Policy
 from sniproxy.engine import Wire, connect
-from sniproxy.engine.host import is_own_address
-from sniproxy.stream.loopguard import STOPPED, LoopGuard
-from sniproxy.stream.policy import Flow, Policy
-from sniproxy.stream.preamble import Preamble, decode_target
-from sniproxy.stream.proxyproto import ProxyHeader
-from sniproxy.stream.reach import Endpoint, Reach
-from sniproxy.stream.reason import Reason
+from sniproxy.engine.host_addresses import is_own_address
+from sniproxy.formats.proxy_protocol import ProxyHeader
+from sniproxy.streams.end_reason import Reason
+from sniproxy.tunnel.preamble import Preamble, decode_target
 
 MAX_ENDPOINT_TRIES = 3
 """Endpoints of a service tried for one stream: with the dial time-out of 3 s still inside the relay's 10 s for OPENED."""

@@ -22,7 +22,7 @@ from discovery.addresses import (
     spellings,
 )
 from discovery.model import Mesh
-from sniproxy.stream.loopguard import LoopGuard, relays_and_gateways
+from sniproxy.access.loop_guard import LoopGuard, relays_and_gateways
 
 MAX_ADDRESSES = 4
 """Addresses and ports that one network may send us to in `WINDOW_S`: two servers with an IPv4 and an IPv6 address each."""

@@ -19,22 +19,22 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.addresses import TargetList
 from discovery.contract import Discovery
+from sniproxy.access.rules import Policy
 from sniproxy.engine import Listener, Wire
-from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
-from sniproxy.stream.account import Account, Ledger
-from sniproxy.stream.capsule import CapsuleError
-from sniproxy.stream.carry import Carry
-from sniproxy.stream.control import Opened, Ready, Refused, Waiting
-from sniproxy.stream.ends import Side
-from sniproxy.stream.epoch import EPOCH_SIZE
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.policy import Policy
-from sniproxy.stream.preamble import (
+from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.streams.end_reason import Reason
+from sniproxy.streams.stream_log import Account, Ledger
+from sniproxy.tunnel.bridge import Carry
+from sniproxy.tunnel.capsules import CapsuleError
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.epoch import EPOCH_SIZE
+from sniproxy.tunnel.messages import Opened, Ready, Refused, Waiting
+from sniproxy.tunnel.preamble import (
     Preamble,
     SigningKey,
     WarmPreamble,
 )
-from sniproxy.stream.reason import Reason
+from sniproxy.tunnel.state import Side
 from turnreg.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
 from turnreg.arrival import Arrival, Arrivals, Refusal, read_hello
 from turnreg.client import Bound
@@ -89,7 +89,7 @@ class GatewayConfig:
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
     half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
     require_epoch: bool = False
-    """Refuse relays from before epochs (sniproxy.stream.epoch). Only their preambles could count again after a restart."""
+    """Refuse relays from before epochs (sniproxy.tunnel.epoch). Only their preambles could count again after a restart."""
 
 
 class Gateway:

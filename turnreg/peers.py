@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from sniproxy.engine import Wire
-from sniproxy.stream.ends import LIMIT_READY_S
+from sniproxy.tunnel.state import LIMIT_READY_S
 from turnreg.control import Control, TurnError, TurnReason, counts, describe, read_message, request
 from turnreg.permissions import FATAL
 from turnreg.stun import Attribute, Message, MessageClass, Method, StunError

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.client import Discovery
 from discovery.model import Kind, Mesh, Record, TurnSpec
-from sniproxy.engine.host import is_own_address
+from sniproxy.engine.host_addresses import is_own_address
 from turnreg.client import BindResult, Bound, Credentials, TurnReason
 from turnreg.destinations import Destinations
 from turnreg.registration import Registration, record_id

@@ -1,12 +1,12 @@
-"""Warm streams at the gateway: connections that relays keep ready, until one brings a stream (sniproxy.warm is the other end)."""
+"""Warm streams at the gateway: kept ready by relays until one brings a stream. `sniproxy.relay.warm_pool` is the other end."""
 
 import asyncio
 from collections import Counter
 
-from sniproxy.stream.capsule import CapsuleError
-from sniproxy.stream.control import Open, Ping, Pong, Ready
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.verifier import share_of
+from sniproxy.tunnel.capsules import CapsuleError
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.messages import Open, Ping, Pong, Ready
+from sniproxy.tunnel.verify import share_of
 
 LIMIT_SILENT_S = 60.0
 """A relay asks every 25 s whether we live: here two of its PINGs are missing."""

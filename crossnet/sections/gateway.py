@@ -34,7 +34,7 @@ from crossnet.scalars import (
 from crossnet.schema import OneOrMore, rule
 from crossnet.sections.policy import RuleSection, faults_of_rules
 from discovery.shape import Fault
-from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from turnreg import activation, gateway
 from turnreg.activation import ActivationRule
 from turnreg.settings import DEFAULT_REPLICAS

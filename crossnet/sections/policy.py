@@ -18,7 +18,7 @@ from crossnet.scalars import (
 from crossnet.schema import OneOrMore, key, rule
 from discovery.imports import BadImport, ImportRule
 from discovery.shape import Fault
-from sniproxy.stream.policy import BadRule, Policy, Rule
+from sniproxy.access.rules import BadRule, Policy, Rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,9 +22,10 @@ from crossnet.scalars import (
 from crossnet.schema import OneOrMore, rule
 from crossnet.sections.policy import RuleSection, faults_of_rules
 from discovery.shape import Fault
-from sniproxy import limits, relay
-from sniproxy.hello import DEFAULT_MAX_HELLO_BYTES
-from sniproxy.opening import DEFAULT_DIAL_TIMEOUT_S
+from sniproxy.access import client_limits
+from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.relay import relay
+from sniproxy.tunnel.relay_handshake import DEFAULT_DIAL_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +61,12 @@ class RelaySection:
     proxy_from: tuple[Cidr, ...] = ()
     """Load balancers that begin each connection with a PROXY header (v1 or v2); from anywhere else that is not TLS."""
     max_hello: Size = DEFAULT_MAX_HELLO_BYTES
-    max_hello_held: Size = limits.DEFAULT_MAX_HELLO_HELD_BYTES
+    max_hello_held: Size = client_limits.DEFAULT_MAX_HELLO_HELD_BYTES
     """Of all unfinished ClientHellos together, as they came: record headers, of which one hello may have 64 KiB, count."""
     max_streams: Count = relay.DEFAULT_MAX_STREAMS
-    max_streams_per_client: Count = limits.DEFAULT_MAX_STREAMS_PER_CLIENT
+    max_streams_per_client: Count = client_limits.DEFAULT_MAX_STREAMS_PER_CLIENT
     """By source address, an IPv6 client by its /64; 0 is no limit of its own."""
-    new_streams_per_second: Count = limits.DEFAULT_NEW_STREAMS_PER_S
+    new_streams_per_second: Count = client_limits.DEFAULT_NEW_STREAMS_PER_S
     """Of one client; 0 is no limit."""
     hello_timeout_s: Duration = relay.DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: Duration = DEFAULT_DIAL_TIMEOUT_S

@@ -4,12 +4,12 @@ Not here: names, routes, capsules. The engine knows sockets, byte counts, deadli
 the engine owns is never given to an asyncio transport: uvloop refuses to watch a transport's descriptor.
 """
 
+from sniproxy.engine.copy import Activity, Direction, End, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.deadlines import Deadlines
 from sniproxy.engine.listener import Listener
-from sniproxy.engine.move import Activity, Direction, End, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.pipes import PipePool
-from sniproxy.engine.tls import TlsWire, connect_tls
-from sniproxy.engine.wire import Wire, WireClosed, connect
+from sniproxy.engine.socket_stream import Wire, WireClosed, connect
+from sniproxy.engine.tls_stream import TlsWire, connect_tls
 
 __all__ = [
     "Activity",

@@ -3,7 +3,7 @@
 import asyncio
 from collections import OrderedDict
 
-from sniproxy.engine.wire import Wire
+from sniproxy.engine.socket_stream import Wire
 
 EXPIRED_A_TURN = 4
 """Wires whose time is over that are ended in one turn of the loop. Thousands that fall due at the same moment are a burst of work,

@@ -9,8 +9,8 @@ import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from sniproxy.engine.tls import TlsWire
-from sniproxy.engine.wire import Wire, plain_address, tune
+from sniproxy.engine.socket_stream import Wire, plain_address, tune
+from sniproxy.engine.tls_stream import TlsWire
 
 log = logging.getLogger(__name__)
 

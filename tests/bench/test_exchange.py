@@ -1,7 +1,7 @@
 """The bytes that load generator and service exchange."""
 
 from bench.exchange import ECHO, UPLOAD, client_hello, parse_start, request
-from sniproxy.hello import HelloReader
+from sniproxy.formats.client_hello import HelloReader
 
 
 def test_the_hello_is_one_that_the_relay_reads() -> None:

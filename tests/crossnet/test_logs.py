@@ -22,7 +22,7 @@ class Reason(StrEnum):
 
 
 def record(message: str, event: object = None, **arguments: Any) -> logging.LogRecord:
-    made = logging.LogRecord("sniproxy.relay", logging.INFO, "", 0, message, None, None, **arguments)
+    made = logging.LogRecord("sniproxy.relay.relay", logging.INFO, "", 0, message, None, None, **arguments)
     if event is not None:
         made.event = event
     return made
@@ -63,7 +63,7 @@ def test_an_event_is_its_name_and_its_fields() -> None:
 
 def test_a_plain_message_names_its_logger() -> None:
     line = as_json("listening")
-    assert (line["logger"], line["message"]) == ("sniproxy.relay", "listening")
+    assert (line["logger"], line["message"]) == ("sniproxy.relay.relay", "listening")
 
 
 def test_a_field_cannot_stand_in_for_one_of_ours() -> None:

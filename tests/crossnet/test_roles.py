@@ -7,7 +7,7 @@ from crossnet import roles
 from crossnet.config import load
 from crossnet.sections import Config
 from discovery.spec import GatewaySpec, TurnSpec
-from sniproxy.stream.epoch import epoch_in
+from sniproxy.tunnel.epoch import epoch_in
 from turnreg.control import Credentials
 from turnreg.settings import Issued, Register, RestSecret
 

@@ -10,8 +10,8 @@ from crossnet import roles
 from crossnet.config import ConfigError, effective, load
 from crossnet.sections import search_domains
 from discovery.names import ServiceTarget
-from sniproxy.stream.policy import MAX_ITEMS, MAX_RULES, NameKind
-from sniproxy.stream.reach import Reach
+from sniproxy.access.reach import Reach
+from sniproxy.access.rules import MAX_ITEMS, MAX_RULES, NameKind
 from turnreg.trigger import Command, HttpCall
 
 

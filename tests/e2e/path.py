@@ -22,10 +22,11 @@ from prometheus_client import CollectorRegistry
 from discovery.addresses import TargetList
 from discovery.model import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
 from sniproxy.engine import Listener, Wire, connect
-from sniproxy.relay import Relay, RelayConfig
-from sniproxy.route import FRAMED, SigningKeys
-from sniproxy.stream.epoch import proto_of
-from sniproxy.stream.preamble import SigningKey
+from sniproxy.relay.relay import Relay, RelayConfig
+from sniproxy.transport.base import FRAMED
+from sniproxy.tunnel.epoch import proto_of
+from sniproxy.tunnel.keys import SigningKeys
+from sniproxy.tunnel.preamble import SigningKey
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.coturn import Coturn

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sniproxy.engine import Wire
-from sniproxy.stream.proxyproto import Command, ProxyHeader
+from sniproxy.formats.proxy_protocol import Command, ProxyHeader
 from tests.e2e.path import Path, a_path, name_of
 from tests.sniproxy.engine.pairs import read_all
 from tests.sniproxy.hellos import client_hello, padding

@@ -10,11 +10,11 @@ from prometheus_client import CollectorRegistry
 from discovery.addresses import TargetList
 from discovery.model import GatewaySpec, Kind
 from sniproxy.engine import Wire, connect
-from sniproxy.stream.control import Refused
-from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import SigningKey
-from sniproxy.stream.reason import Reason
+from sniproxy.streams.end_reason import Reason
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.messages import Refused
+from sniproxy.tunnel.preamble import SigningKey
+from sniproxy.tunnel.state import Side
 from tests.crossnet.running import running
 from tests.e2e.mesh import record
 from tests.e2e.path import DOMAIN, LOOPBACK, Path, a_path, name_of, proto

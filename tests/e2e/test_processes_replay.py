@@ -16,15 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from sniproxy.dial import Dialer
 from sniproxy.engine import Listener, Wire, connect
-from sniproxy.hello import HelloReader
-from sniproxy.opening import Call, Opener
-from sniproxy.route import Candidate, RouteKind, SigningKeys
-from sniproxy.stream.control import Opened, Refused
-from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import SigningKey
+from sniproxy.formats.client_hello import HelloReader
+from sniproxy.relay.failover import Dialer
+from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.keys import SigningKeys
+from sniproxy.tunnel.messages import Opened, Refused
+from sniproxy.tunnel.preamble import SigningKey
+from sniproxy.tunnel.relay_handshake import Call, Opener
+from sniproxy.tunnel.state import Side
 from tests.crossnet.running import Running
 from tests.sniproxy.hellos import client_hello
 

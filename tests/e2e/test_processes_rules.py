@@ -10,10 +10,10 @@ import yaml
 
 from discovery.addresses import parse_endpoint
 from sniproxy.engine import Wire, connect
-from sniproxy.stream.control import Opened, Ready, Refused
-from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import SigningKey, sign
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.messages import Opened, Ready, Refused
+from sniproxy.tunnel.preamble import SigningKey, sign
+from sniproxy.tunnel.state import Side
 from tests.e2e.processes import DOMAIN, Loopback, Mesh, standing
 from tests.sniproxy.engine.pairs import read_all
 from tests.sniproxy.hellos import client_hello

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Wire
-from sniproxy.relay import Relay
-from sniproxy.route import SigningKeys
-from sniproxy.stream.policy import Policy, Rule
-from sniproxy.stream.preamble import SigningKey
+from sniproxy.relay.relay import Relay
+from sniproxy.tunnel.keys import SigningKeys
+from sniproxy.tunnel.preamble import SigningKey
 from tests.e2e.path import DOMAIN, Path, a_path, name_of
 from tests.sniproxy.engine.pairs import read_all
 from tests.sniproxy.hellos import client_hello

@@ -9,11 +9,11 @@ from contextlib import suppress
 
 import pytest
 
-from sniproxy.dial import Connected, Dialer
 from sniproxy.engine import Wire
-from sniproxy.opening import Call
-from sniproxy.route import Candidate
-from sniproxy.stream.framed import Framed
+from sniproxy.relay.failover import Connected, Dialer
+from sniproxy.transport.base import Candidate
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.relay_handshake import Call
 from tests.e2e.path import a_path, name_of
 from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello

@@ -13,8 +13,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["sniproxy"]):
-    from sniproxy.hello import Hello, HelloError, HelloReader
-    from sniproxy.stream.proxyproto import ProxyError, parse_any
+    from sniproxy.formats.client_hello import Hello, HelloError, HelloReader
+    from sniproxy.formats.proxy_protocol import ProxyError, parse_any
 
 CORPUS = Path(__file__).parent / "hello"
 NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")

@@ -3,9 +3,9 @@
 import secrets
 import time
 
-from sniproxy.hello import HelloReader
-from sniproxy.opening import Call, Opener
-from sniproxy.route import SigningKeys
+from sniproxy.formats.client_hello import HelloReader
+from sniproxy.tunnel.keys import SigningKeys
+from sniproxy.tunnel.relay_handshake import Call, Opener
 from tests.sniproxy.gateways import KEY, KEY_C
 from tests.sniproxy.hellos import client_hello
 

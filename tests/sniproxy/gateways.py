@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
 from sniproxy.engine import Listener, Wire
-from sniproxy.stream.capsule import Payload
-from sniproxy.stream.control import Opened, Ready, Refused
-from sniproxy.stream.ends import Side
-from sniproxy.stream.epoch import UNKNOWN_EPOCH
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import Preamble, SigningKey, WarmPreamble, parse, read_length
-from sniproxy.stream.verifier import PreambleVerifier
+from sniproxy.tunnel.capsules import Payload
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.epoch import UNKNOWN_EPOCH
+from sniproxy.tunnel.messages import Opened, Ready, Refused
+from sniproxy.tunnel.preamble import Preamble, SigningKey, WarmPreamble, parse, read_length
+from sniproxy.tunnel.state import Side
+from sniproxy.tunnel.verify import PreambleVerifier
 
 KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
 KEY_C = SigningKey(id="ac-1", secret=bytes(range(32, 64)), from_network="a", to_network="c")

@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 from discovery.addresses import TargetList
 from discovery.model import AnyRecord, GatewaySpec, Kind, NetworkSpec
 from sniproxy.engine import Listener, Wire, connect
-from sniproxy.relay import Relay, RelayConfig
-from sniproxy.route import SigningKeys
+from sniproxy.relay.relay import Relay, RelayConfig
+from sniproxy.tunnel.keys import SigningKeys
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.e2e.path import LogLines
 from tests.sniproxy.gateways import KEY, KEY_C, ScriptedGateway

@@ -17,11 +17,11 @@ from prometheus_client import CollectorRegistry
 from discovery.addresses import TargetList
 from discovery.model import AnyRecord, Kind, ServiceSpec
 from sniproxy.engine import Listener, Wire, connect
-from sniproxy.stream.capsule import CapsuleType, header
-from sniproxy.stream.control import Message, Opened, Ready, Refused, Waiting
-from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Framed
-from sniproxy.stream.preamble import Preamble, SigningKey, sign
+from sniproxy.tunnel.capsules import CapsuleType, header
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.messages import Message, Opened, Ready, Refused, Waiting
+from sniproxy.tunnel.preamble import Preamble, SigningKey, sign
+from sniproxy.tunnel.state import Side
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.e2e.path import LogLines
 from tests.sniproxy.engine.pairs import pair

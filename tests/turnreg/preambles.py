@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from discovery.addresses import BadAddress, parse_endpoint
 from discovery.names import AddressTarget, encode
-from sniproxy.stream.preamble import Preamble, SigningKey
+from sniproxy.tunnel.preamble import Preamble, SigningKey
 
 KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
 

@@ -13,9 +13,9 @@ import pytest
 from aiohttp import web
 
 from discovery.model import AnyRecord, Kind, ServiceSpec
-from sniproxy.stream.capsule import Payload
-from sniproxy.stream.policy import NamePattern, Policy, Rule
-from sniproxy.stream.reason import Reason
+from sniproxy.access.rules import NamePattern, Policy, Rule
+from sniproxy.streams.end_reason import Reason
+from sniproxy.tunnel.capsules import Payload
 from tests.e2e.mesh import record
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.gateways import Running, Visit, a_gateway

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from sniproxy.engine import Wire
-from sniproxy.stream.ends import Side
-from sniproxy.stream.framed import Framed
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.state import Side
 from tests.sniproxy.engine.pairs import pair
 from tests.turnreg.preambles import preamble
 from turnreg.continuation import Continuations

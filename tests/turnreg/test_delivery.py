@@ -12,11 +12,11 @@ import pytest
 
 from discovery.addresses import TargetList
 from discovery.model import AnyRecord, GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
+from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Listener, Wire
-from sniproxy.stream import proxyproto
-from sniproxy.stream.policy import Policy, Rule
-from sniproxy.stream.preamble import Preamble
-from sniproxy.stream.reason import Reason
+from sniproxy.formats import proxy_protocol
+from sniproxy.streams.end_reason import Reason
+from sniproxy.tunnel.preamble import Preamble
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.e2e.webservers import WEBSERVERS, webserver
 from tests.turnreg.preambles import name_for, preamble
@@ -157,10 +157,10 @@ async def test_a_service_that_asks_for_it_gets_a_proxy_header(asked: bool | Lite
         header = await got
         delivered.wire.close()
         listener.close()
-    parsed = proxyproto.parse_any(header)
+    parsed = proxy_protocol.parse_any(header)
     assert parsed is not None
     assert (parsed[0].source, parsed[0].destination) == (("10.0.0.77", 40000), ("10.0.0.9", 443))
-    assert header.startswith(b"PROXY TCP4 " if asked == "v1" else proxyproto.SIGNATURE)
+    assert header.startswith(b"PROXY TCP4 " if asked == "v1" else proxy_protocol.SIGNATURE)
 
 
 @pytest.mark.interop

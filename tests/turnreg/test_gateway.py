@@ -12,14 +12,14 @@ from dataclasses import replace
 import pytest
 
 from discovery.model import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
+from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Wire
-from sniproxy.stream.account import Account
-from sniproxy.stream.capsule import CapsuleType, Payload, header
-from sniproxy.stream.control import Continued, Done, Finished, Opened, Ready
-from sniproxy.stream.policy import Policy, Rule
-from sniproxy.stream.preamble import Preamble, SigningKey, sign
-from sniproxy.stream.proxyproto import ProxyHeader
-from sniproxy.stream.reason import Reason
+from sniproxy.formats.proxy_protocol import ProxyHeader
+from sniproxy.streams.end_reason import Reason
+from sniproxy.streams.stream_log import Account
+from sniproxy.tunnel.capsules import CapsuleType, Payload, header
+from sniproxy.tunnel.messages import Continued, Done, Finished, Opened, Ready
+from sniproxy.tunnel.preamble import Preamble, SigningKey, sign
 from tests.e2e.mesh import record
 from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello, message, padding, records, server_name
@@ -504,7 +504,7 @@ async def test_second_connections_are_served_at_the_limit_and_while_draining() -
 
 
 async def test_a_second_connection_that_is_never_used_goes_with_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sniproxy.stream.carry.LINGER_S", 0.02)
+    monkeypatch.setattr("sniproxy.tunnel.bridge.LINGER_S", 0.02)
     async with a_gateway() as running:
         service = await running.service()
         asked, visit = await opened_behind_turn(running, service)

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from sniproxy.stream import proxyproto
-from sniproxy.stream.preamble import Preamble, SigningKey, Tlv, sign
-from sniproxy.stream.proxyproto import Command, ProxyHeader
+from sniproxy.formats import proxy_protocol
+from sniproxy.formats.proxy_protocol import Command, ProxyHeader
+from sniproxy.tunnel.preamble import Preamble, SigningKey, Tlv, sign
 from tests.sniproxy.hellos import client_hello, message, padding, records, server_name
 from tests.turnreg.gateways import ALLOCATION, a_gateway
 from tests.turnreg.preambles import KEY, preamble
@@ -29,7 +29,7 @@ def tlvs_changed(change: Callable[[list[tuple[int, bytes]]], list[tuple[int, byt
     """Rewrite the TLVs before they are signed: what is wrong then is not the signature."""
 
     def forge(asked: Preamble) -> bytes:
-        parsed = proxyproto.parse(sign(asked, KEY.secret))
+        parsed = proxy_protocol.parse(sign(asked, KEY.secret))
         assert parsed is not None
         made = replace(parsed[0], tlvs=tuple(change(list(parsed[0].tlvs))))
         return resigned(made.pack())
@@ -141,7 +141,7 @@ async def test_each_field_is_signed(field: Tlv) -> None:
     async with a_gateway(keys=KEYS) as running:
         service = await running.service()
         good = sign(preamble(service.target, HELLO), KEY.secret)
-        parsed = proxyproto.parse(good)
+        parsed = proxy_protocol.parse(good)
         assert parsed is not None
         changed = tuple(
             (kind, bytes([value[0] ^ (2 if field != Tlv.TARGET else 3)]) + value[1:] if kind == field else value)

@@ -8,9 +8,9 @@ import pytest
 
 from discovery.addresses import TargetList
 from discovery.model import AnyRecord, Kind, NetworkSpec, ServiceSpec
+from sniproxy.access.rules import NamePattern, Policy, Rule
 from sniproxy.engine import Listener, Wire
 from sniproxy.engine import connect as real_connect
-from sniproxy.stream.policy import NamePattern, Policy, Rule
 from tests.e2e.mesh import record
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.gateways import Running, Service, Visit, a_gateway

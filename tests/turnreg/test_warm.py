@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from sniproxy.stream.capsule import CapsuleType, header
-from sniproxy.stream.control import Message, Open, Opened, Ping, Pong, Ready, Refused
-from sniproxy.stream.preamble import SigningKey, WarmPreamble, sign
+from sniproxy.tunnel.capsules import CapsuleType, header
+from sniproxy.tunnel.messages import Message, Open, Opened, Ping, Pong, Ready, Refused
+from sniproxy.tunnel.preamble import SigningKey, WarmPreamble, sign
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.gateways import KEY, Running, Visit, a_gateway, data
 from tests.turnreg.preambles import preamble

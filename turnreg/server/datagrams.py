@@ -8,7 +8,7 @@ import struct
 from typing import Any, NamedTuple
 
 from sniproxy.engine.quantum import Quantum
-from sniproxy.engine.wire import plain_address
+from sniproxy.engine.socket_stream import plain_address
 from turnreg.server.allocation import Drop, Endpoint
 
 PAYLOAD_MESSAGES = 0.125

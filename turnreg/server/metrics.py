@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from sniproxy.engine.move import Splice
+from sniproxy.engine.copy import Splice
 from turnreg.server.allocation import Drop, Refusal
 
 

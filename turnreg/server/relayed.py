@@ -7,7 +7,7 @@ import logging
 import socket
 
 from sniproxy.engine import Listener, Wire, connect
-from sniproxy.engine.move import Splice
+from sniproxy.engine.copy import Splice
 from turnreg.server.allocation import Allocation, Attempt, Endpoint, Refusal
 from turnreg.server.config import HALF_CLOSE_TIMEOUT_S, STREAM_IDLE_TIMEOUT_S
 from turnreg.server.holding import Meeting, Send, WaitingPeer, text_of

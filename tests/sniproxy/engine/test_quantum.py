@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from sniproxy.engine import Wire
-from sniproxy.engine.move import fill
+from sniproxy.engine.copy import fill
 from sniproxy.engine.pipes import Pipe, PipePool
 from sniproxy.engine.quantum import QUANTUM_BYTES, QUANTUM_MESSAGES, Quantum, RoundRobin, round_robin
 from tests.sniproxy.engine.pairs import pair

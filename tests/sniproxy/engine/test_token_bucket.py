@@ -1,7 +1,7 @@
 """So many at once, so many a second."""
 
 from sniproxy.engine.token_bucket import TokenBucket
-from sniproxy.stream.framed import CONTROL_BURST, CONTROL_PER_S
+from sniproxy.tunnel.connection import CONTROL_BURST, CONTROL_PER_S
 
 
 def test_a_burst_then_the_rate() -> None:
@@ -25,6 +25,6 @@ def test_it_never_holds_more_than_the_burst() -> None:
 
 
 def test_a_relay_that_asks_every_25_seconds_never_meets_the_limit() -> None:
-    """The rate that capsules without payload have: see sniproxy.stream.framed."""
+    """The rate that capsules without payload have: see sniproxy.tunnel.connection."""
     bucket = TokenBucket(CONTROL_PER_S, CONTROL_BURST, 0.0)
     assert all(bucket.take(2, 25.0 * ping) for ping in range(1, 1000))

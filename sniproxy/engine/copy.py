@@ -1,0 +1,321 @@
+"""Move bytes: one direction of a stream, copied while it is small, spliced through a pipe while it is bulk.
+
+`splice` joins two raw wires both ways; the framed streams of sniproxy.tunnel use the same pieces one direction at a time.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sniproxy.engine.pipes import PIPE_BYTES, Pipe, PipePool
+from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES, Wire
+
+BULK_READS = 4
+"""Full reads in a row that make a direction bulk: 256 KiB, past any handshake or ordinary answer."""
+
+SMALL_SPLICES = 16
+"""Splices under a read's size in a row after which a direction gives its pipe back."""
+
+LIMIT_STALLED_S = 10.0
+"""Once one side is gone: how long what it sent before may stand still on its way to the other."""
+
+POOL = PipePool()
+"""The process's pipes. The kernel's limit on them is per user, so one pool serves every stream."""
+
+_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+
+class Direction:
+    """What one direction of a stream has moved, and whether it has been worth a pipe of late."""
+
+    __slots__ = (
+        "_full_reads",
+        "_pool",
+        "_small_splices",
+        "_spliceable",
+        "activity",
+        "first_at",
+        "moved",
+        "pace",
+        "pipe",
+    )
+
+    def __init__(
+        self,
+        activity: "Activity",
+        *wires: Wire,
+        pool: PipePool = POOL,
+        pace: Callable[[int], float] | None = None,
+    ) -> None:
+        """Begin with nothing moved, between these wires.
+
+        Args:
+            pace: told how many bytes were moved; returns for how many seconds to move no more.
+        """
+        self.moved = 0
+        """Payload bytes read from the source. Written before it is delivered, final once the direction has ended."""
+        self.first_at: float | None = None
+        """When the first byte was moved, as time.monotonic() says it."""
+        self.activity = activity
+        self.pipe: Pipe | None = None
+        self._pool = pool
+        self._full_reads = 0
+        self._small_splices = 0
+        self.pace = pace
+        self._spliceable = all(wire.spliceable for wire in wires)
+
+    def joins(self, wire: Wire) -> None:
+        """Note that this wire, too, is at one end from now on. Call it while no move is under way."""
+        if not wire.spliceable:
+            self._spliceable = False
+            self.release()
+
+    def copied(self, size: int) -> None:
+        """Count bytes that were read into memory; take a pipe when they keep filling whole reads."""
+        self._count(size)
+        if size < DEFAULT_READ_BYTES or not self._spliceable:
+            self._full_reads = 0
+            return
+        self._full_reads += 1
+        if self._full_reads >= BULK_READS:
+            self.pipe = self._pool.take()
+            self._full_reads = 0 if self.pipe is None else BULK_READS
+            self._small_splices = 0
+
+    def spliced(self, size: int) -> None:
+        """Count bytes that went through the pipe; give it back when they come in small pieces."""
+        self._count(size)
+        self._small_splices = self._small_splices + 1 if size < DEFAULT_READ_BYTES else 0
+        if self._small_splices >= SMALL_SPLICES:
+            self.release()
+
+    def _count(self, size: int) -> None:
+        self.moved += size
+        self.activity.touch()
+        if self.first_at is None:
+            self.first_at = time.monotonic()
+
+    def release(self) -> None:
+        """Give the pipe back."""
+        if self.pipe is not None:
+            self._pool.give_back(self.pipe)
+            self.pipe = None
+            self._full_reads = 0
+
+
+class Activity:
+    """When a stream last moved a byte, on the loop's clock, and the timer that ends it when that is too long ago."""
+
+    __slots__ = ("_limit_s", "_loop", "_scope", "_timer", "last")
+
+    def __init__(self, limit_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limit_s = limit_s
+        self._scope = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+        self.last = self._loop.time()
+
+    def touch(self) -> None:
+        """Note that a byte moved."""
+        self.last = self._loop.time()
+
+    def quiet_s(self) -> float:
+        """Say for how many seconds nothing has moved."""
+        return self._loop.time() - self.last
+
+    def limit(self, limit_s: float) -> None:
+        """Change the seconds of silence in both directions after which `watched` ends; they count from now."""
+        self._limit_s = limit_s
+        self.touch()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._loop.call_later(limit_s, self._look)
+
+    def hasten(self, limit_s: float) -> None:
+        """Lower the limit to this, if it is not lower already."""
+        if limit_s < self._limit_s:
+            self.limit(limit_s)
+
+    def _look(self) -> None:
+        # One timer a stream, moved only when it fires: a byte costs a clock reading and no timer work.
+        left = self.last + self._limit_s - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+        else:
+            self._scope.reschedule(self._loop.time())
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Run the block, once, under the limit.
+
+        Raises:
+            TimeoutError: nothing moved for that long.
+        """
+        self.touch()
+        async with self._scope:
+            self._timer = self._loop.call_later(self._limit_s, self._look)
+            try:
+                yield
+            finally:
+                self._timer.cancel()
+
+
+class Lost(Exception):
+    """A wire was reset or timed out. `writing`: found by writing, so that bytes it sent before may be left to read."""
+
+    def __init__(self, wire: Wire, *, writing: bool) -> None:
+        super().__init__(f"{wire!r} lost while {'writing' if writing else 'reading'}")
+        self.wire = wire
+        self.writing = writing
+
+
+async def fill(source: Wire, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
+    """Splice what is there from `source` into the empty pipe, up to `limit`, waiting for the first byte; 0 at the end."""
+    if source.holds_unread:
+        data = source.take_unread()
+        size = os.write(pipe.writer, data[:limit])
+        source.unread(data[size:])
+        pipe.held += size
+        return size
+    if source.quantum.used_up:
+        await source.take_turn()
+    while True:
+        try:
+            size = os.splice(source.fd, pipe.writer, limit, flags=_FLAGS)
+        except BlockingIOError:
+            await source.readable()
+        else:
+            source.quantum.spend(size)
+            pipe.held += size
+            return size
+
+
+async def drain(pipe: Pipe, sink: Wire) -> None:
+    """Splice all that the pipe holds into `sink`."""
+    while pipe.held:
+        try:
+            pipe.held -= os.splice(pipe.reader, sink.fd, pipe.held, flags=_FLAGS)
+        except BlockingIOError:
+            await sink.writable()
+
+
+async def pump(source: Wire, sink: Wire, direction: Direction) -> None:
+    """Move everything from `source` to `sink` up to the end of the stream. The end itself is the caller's to pass on.
+
+    Raises:
+        Lost: which side was reset.
+    """
+    try:
+        while True:
+            try:
+                if direction.pipe is None:
+                    data = await source.recv()
+                    size = len(data)
+                else:
+                    size = await fill(source, direction.pipe)
+            except OSError as error:
+                raise Lost(source, writing=False) from error
+            if not size:
+                return
+            try:
+                if direction.pipe is None:
+                    await sink.send(data)
+                    data = b""  # an idle stream holds nothing of what it has moved
+                else:
+                    await drain(direction.pipe, sink)
+            except OSError as error:
+                raise Lost(sink, writing=True) from error
+            if direction.pipe is None:
+                direction.copied(size)
+            else:
+                direction.spliced(size)
+            if direction.pace is not None and (pause_s := direction.pace(size)):
+                await asyncio.sleep(pause_s)
+    finally:
+        direction.release()
+
+
+class End(StrEnum):
+    """How two wires that were joined came apart."""
+
+    OK = "ok"
+    A_RESET = "a_reset"
+    B_RESET = "b_reset"
+    IDLE_TIMEOUT = "idle_timeout"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What `splice` did: payload bytes each way and how it ended."""
+
+    a_to_b: int
+    b_to_a: int
+    end: End
+
+
+async def splice(a: Wire, b: Wire, *, idle_timeout_s: float, half_close_timeout_s: float) -> Moved:
+    """Join two raw wires both ways until both have ended, and close them.
+
+    A FIN is passed on while the other direction goes on. A reset is passed on as a reset, after what the wire had sent before it
+    was delivered. Bytes given back with `unread` go first.
+
+    Args:
+        idle_timeout_s: seconds without a byte in either direction.
+        half_close_timeout_s: the same, once one direction has ended.
+    """
+    return await Splice(a, b, idle_timeout_s=idle_timeout_s, half_close_timeout_s=half_close_timeout_s).run()
+
+
+class Splice:
+    """Two raw wires joined both ways; counts may be read while it runs."""
+
+    def __init__(self, a: Wire, b: Wire, *, idle_timeout_s: float, half_close_timeout_s: float) -> None:
+        self.a, self.b = a, b
+        self._activity = Activity(idle_timeout_s)
+        self._half_close_timeout_s = half_close_timeout_s
+        self.a_to_b = Direction(self._activity, a, b)
+        self.b_to_a = Direction(self._activity, a, b)
+        self._lost: Wire | None = None
+
+    async def run(self) -> Moved:
+        """Move bytes until both directions have ended; closes both wires in any case."""
+        end = End.IDLE_TIMEOUT
+        try:
+            async with self._activity.watched(), asyncio.TaskGroup() as group:
+                group.create_task(self._one_way(self.a, self.b, self.a_to_b))
+                await self._one_way(self.b, self.a, self.b_to_a)
+            if self._lost is None:
+                end = End.OK
+        except TimeoutError:
+            pass
+        finally:
+            if self._lost is not None:
+                end = End.A_RESET if self._lost is self.a else End.B_RESET
+            if end is End.OK:
+                self.a.close()
+                self.b.close()
+            else:
+                self.a.reset()
+                self.b.reset()
+        return Moved(a_to_b=self.a_to_b.moved, b_to_a=self.b_to_a.moved, end=end)
+
+    async def _one_way(self, source: Wire, sink: Wire, direction: Direction) -> None:
+        try:
+            await pump(source, sink, direction)
+        except Lost as lost:
+            self._lost = self._lost or lost.wire
+            if lost.writing:
+                # What the lost side sent before is still on its way through the other direction, if that moves at all.
+                self._activity.hasten(LIMIT_STALLED_S)
+                return
+        if self._lost is None:
+            sink.shutdown_write()
+            self._activity.limit(self._half_close_timeout_s)
+        else:
+            # The end of a wire that was lost is a cut, even where the kernel reports a clean end after the error was fetched once.
+            source.reset()
+            sink.reset()

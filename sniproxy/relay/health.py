@@ -1,0 +1,135 @@
+"""Which of several ways to a network a stream takes: those that work, the near ones, the least busy of two.
+
+Allocations and gateways of one network are interchangeable, so a relay spreads its streams over them by what it sees itself: of
+two picked at random it takes the one with fewer streams of its own for its weight ("the power of two choices", Mitzenmacher 2001:
+nearly as even as asking all, without everybody running to the same one). One that keeps failing is left out for a growing while,
+and tried last in the meantime, never not at all: where all fail the fault may be ours.
+
+Sans-IO: time comes in.
+"""
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from sniproxy.transport.base import Candidate, RouteKind, Way
+
+FAILURES: Final = 3
+"""Failures in a row before one is left out: a lost packet or a restart makes one or two."""
+FIRST_EJECTION_S: Final = 5.0
+MAX_EJECTION_S: Final = 300.0
+"""Doubled from the first with each failure that follows. By the longest one, discovery has long dropped what is really gone."""
+MAX_TRACKED: Final = 4096
+"""Ways that are remembered, those in use apart; the ones that were used longest ago are forgotten first."""
+
+
+@dataclass(slots=True)
+class _Way:
+    streams: int = 0
+    failures: int = 0
+    """In a row."""
+    out_until: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """What a failure has led to."""
+
+    failures: int
+    """In a row."""
+    seconds: float
+    """How long the way is left out; 0: not yet."""
+
+
+class Balance:
+    """What one relay knows of its ways to other networks."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        is_ready: Callable[[Candidate], bool] = lambda _way: False,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Know nothing yet.
+
+        Args:
+            clock: gives seconds that never go back.
+            is_ready: whether a stream by this way would wait for nothing, which decides between two that are equally busy.
+        """
+        self._clock = clock
+        self._is_ready = is_ready
+        self._random = rng or random.Random()
+        self._ways: OrderedDict[Way, _Way] = OrderedDict()
+
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Put the ways to one network into the order in which a stream tries them.
+
+        Those that are left out come last; before that direct ones come before TURN servers, near ones before far ones.
+        """
+        if len(candidates) < 2:
+            return list(candidates)
+        now = self._clock()
+        # A heavier one is likelier to be in front: the exponential race for weighted sampling (Efraimidis and Spirakis 2006).
+        drawn = sorted(candidates, key=lambda way: self._random.expovariate(way.weight))
+        classes = {way: (self._out(way, now), way.kind is RouteKind.TURN, not way.near) for way in drawn}
+        drawn.sort(key=classes.__getitem__)
+        if classes[drawn[0]] == classes[drawn[1]] and self._busy(drawn[1]) < self._busy(drawn[0]):
+            drawn[:2] = drawn[1], drawn[0]
+        return drawn
+
+    @contextmanager
+    def carrying(self, way: Candidate) -> Iterator[None]:
+        """Count a stream on this way while the block runs."""
+        known = self._know(way)
+        known.streams += 1
+        try:
+            yield
+        finally:
+            known.streams -= 1
+
+    def succeeded(self, way: Candidate) -> None:
+        """Note that a gateway answered on this way."""
+        known = self._ways.get(way.way)
+        if known is not None:
+            known.failures, known.out_until = 0, 0.0
+
+    def failed(self, way: Candidate) -> Failed | None:
+        """Note that none did; None where the way is left out already."""
+        now = self._clock()
+        known = self._know(way)
+        if now < known.out_until:
+            return None  # a stream that had begun before, or that had no other way
+        known.failures += 1
+        if known.failures < FAILURES:
+            return Failed(failures=known.failures, seconds=0)
+        seconds = min(FIRST_EJECTION_S * 2.0 ** min(known.failures - FAILURES, 16), MAX_EJECTION_S)
+        known.out_until = now + seconds
+        return Failed(failures=known.failures, seconds=seconds)
+
+    @property
+    def left_out(self) -> int:
+        """How many ways are left out now."""
+        now = self._clock()
+        return sum(now < way.out_until for way in self._ways.values())
+
+    def _out(self, way: Candidate, now: float) -> bool:
+        known = self._ways.get(way.way)
+        return known is not None and now < known.out_until
+
+    def _busy(self, way: Candidate) -> tuple[float, bool]:
+        known = self._ways.get(way.way)
+        return 0.0 if known is None else known.streams / way.weight, not self._is_ready(way)
+
+    def _know(self, way: Candidate) -> _Way:
+        key = way.way
+        known = self._ways.setdefault(key, _Way())
+        self._ways.move_to_end(key)
+        if len(self._ways) > MAX_TRACKED:
+            idle = next((key for key, way in self._ways.items() if not way.streams and way is not known), None)
+            if idle is not None:
+                del self._ways[idle]
+        return known

@@ -1,0 +1,95 @@
+"""What a relay lets its clients reach: `relay.rules`, and without rules its imports. Sans-IO."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from discovery.addresses import Address
+from discovery.imports import Imports
+from discovery.names import AddressTarget, ServiceTarget
+from sniproxy.access.reach import Reach
+from sniproxy.access.rules import Flow, Policy
+from sniproxy.transport.base import Candidate
+from sniproxy.tunnel.preamble import MAX_IMPORTS, decode_target
+
+
+class Permit:
+    """The rules of one relay, asked about the view of discovery that `reach` follows."""
+
+    def __init__(self, network: str, imports: Imports, policy: Policy, reach: Reach) -> None:
+        self._network = network
+        self._imports = imports
+        self._policy = policy
+        self._reach = reach
+
+    def permitted(self, candidates: Sequence[Candidate], client: Address, name: str) -> tuple[list[Candidate], str]:
+        """Leave out what is denied to this client, and say why the first of it is."""
+        permitted, why = [], ""
+        for candidate in candidates:
+            refused = self.refusal(candidate, client, name)
+            if refused is None:
+                permitted.append(self._limited(candidate))
+            else:
+                why = why or refused
+        return permitted, why
+
+    def refusal(self, candidate: Candidate, client: Address, name: str) -> str | None:
+        """Say why a client may not go this way, None if it may."""
+        if not self._policy.rules:
+            return self.not_imported(candidate)
+        refused = self._policy.refusal(self.flow(candidate, client, name))
+        return refused and f"relay.rules: {refused}, {candidate.target} in network {candidate.network!r}"
+
+    def flow(self, candidate: Candidate, client: Address, name: str) -> Flow:
+        """Say what the rules are asked about."""
+        meant = candidate.meant
+        assert meant is not None
+        address, port = decode_target(candidate.target)
+        rule = self._imports.rule_for(meant.service) if isinstance(meant, ServiceTarget) else None
+        return self._reach.flow(
+            meant,
+            name=name,
+            client=client,
+            from_network=self._network,
+            address=None if isinstance(address, str) else address,
+            port=port,
+            is_plain=rule is None or candidate.network in rule.sources,
+        )
+
+    def not_imported(self, candidate: Candidate) -> str | None:
+        """Say why an address name needs a rule, None if it needs none. Asked only where there are no rules.
+
+        What is not imported must not be reached by its address instead. Of other networks a relay does not know which address is
+        which service's: it tells the gateway what is imported (`Candidate.imports`).
+        """
+        target = candidate.meant
+        if not isinstance(target, AddressTarget) or not self._imports:
+            return None
+        advice = (
+            f"import it, or have relay.rules that allow it ({{to: [{target.network}], names: [address], action: allow}}) "
+            "and whatever else clients may reach"
+        )
+        if target.network != self._network:
+            if target.network in self._imports.sources:
+                if len(self._imported(target.network)) <= MAX_IMPORTS:
+                    return None
+                return f"an address name of network {target.network!r}, whose imports are too many to tell its gateway: {advice}"
+            return f"an address name of network {target.network!r}, from which nothing is imported: {advice}"
+        services = {owner.service for owner in self._reach.owners(target.address, target.port)}
+        if not services or any(self._takes(service) for service in services):
+            return None
+        return f"an address name of service {min(services)!r}, which is not imported from {self._network!r}: {advice}"
+
+    def _limited(self, candidate: Candidate) -> Candidate:
+        """Have the gateway refuse addresses of services that are not imported, where no rule lets them be reached."""
+        is_remote_address = isinstance(candidate.meant, AddressTarget) and candidate.network != self._network
+        if self._policy.rules or not self._imports or not is_remote_address:
+            return candidate
+        return replace(candidate, imports=self._imported(candidate.network))
+
+    def _imported(self, network: str) -> str:
+        """The patterns of what is imported from a network."""
+        return " ".join(name for rule in self._imports.rules if network in rule.sources for name in rule.names)
+
+    def _takes(self, service: str) -> bool:
+        rule = self._imports.rule_for(service)
+        return rule is not None and self._network in rule.sources

@@ -1,0 +1,420 @@
+"""The relay: accepts a network's clients, reads the name in the ClientHello and carries each stream where a route leads.
+
+It never has a default: what it cannot read, does not know or may not reach is refused, with a TLS alert where the client spoke
+TLS, and with one reason in the log and the metrics.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_address
+
+from prometheus_client import CollectorRegistry
+
+from discovery.addresses import Address, Network, TargetList
+from discovery.contract import Discovery
+from discovery.imports import Imports
+from discovery.model import Mesh
+from sniproxy.access.client_limits import (
+    DEFAULT_MAX_HELLO_HELD_BYTES,
+    DEFAULT_MAX_STREAMS_PER_CLIENT,
+    DEFAULT_NEW_STREAMS_PER_S,
+    Admission,
+    Budget,
+    Limits,
+)
+from sniproxy.access.loop_guard import LoopGuard
+from sniproxy.access.reach import Reach
+from sniproxy.access.rules import Policy
+from sniproxy.engine import Deadlines, End, Listener, Splice, Wire
+from sniproxy.engine.host_addresses import is_own_address
+from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.formats.tls_alert import AlertDescription, alert_record
+from sniproxy.relay.accept import Refusal, read_endpoints, read_hello
+from sniproxy.relay.failover import Connected
+from sniproxy.relay.permission import Permit
+from sniproxy.relay.router import Router, Unroutable
+from sniproxy.relay.upstreams import Ways
+from sniproxy.streams.end_reason import Reason
+from sniproxy.streams.stream_log import Account, Ledger
+from sniproxy.transport.base import RouteKind
+from sniproxy.transport.errors import DialError
+from sniproxy.tunnel.bridge import Carry
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.keys import SigningKeys
+from sniproxy.tunnel.relay_handshake import DEFAULT_DIAL_TIMEOUT_S, Call, Opener
+from sniproxy.tunnel.state import Side
+
+log = logging.getLogger(__name__)
+
+DEFAULT_HELLO_TIMEOUT_S = 5.0
+"""From accept to the last byte of the ClientHello, however it drips: room for two round trips and a retransmission."""
+
+DEFAULT_IDLE_TIMEOUT_S = 3600.0
+"""Silence in both directions. Above the two hours' half that databases and message brokers leave connections unused."""
+
+DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
+"""Silence after one side has ended: the longest answer that anybody computes after its whole question came."""
+
+DEFAULT_POOL = 2
+"""Warm streams kept ready for each allocation in use: one for a client that comes, one while the next is being made."""
+
+DEFAULT_MAX_STREAMS = 16_384
+"""Two descriptors a stream, and half of the usual hard limit of open files (65,536) left for bulk pipes and everything else."""
+
+MAX_LINGERING = 1024
+"""Refused clients that are read from until they have seen their alert. In a flood of more the others get theirs as luck has it."""
+
+PRIVATE_RANGES: tuple[Network, ...] = (
+    IPv4Network("10.0.0.0/8"),
+    IPv4Network("172.16.0.0/12"),
+    IPv4Network("192.168.0.0/16"),
+    IPv4Network("100.64.0.0/10"),
+    IPv4Network("127.0.0.0/8"),
+    IPv6Network("fc00::/7"),
+    IPv6Network("::1/128"),
+)
+"""Who may use a relay unless told otherwise: RFC 1918, RFC 6598, RFC 4193 and this host."""
+
+_ALERTS = {
+    Reason.DENIED: AlertDescription.ACCESS_DENIED,
+    Reason.NO_SNI: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.BAD_NAME: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.UNKNOWN_NETWORK: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.UNKNOWN_NAME: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.AMBIGUOUS_NAME: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.AMBIGUOUS_PORT: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.BAD_HELLO: AlertDescription.DECODE_ERROR,
+}
+"""What a client that spoke TLS is told; every other reason is internal_error."""
+
+_SILENT = frozenset({Reason.NOT_TLS, Reason.HELLO_TIMEOUT, Reason.CLIENT_RESET})
+"""No ClientHello was read: nobody there understands an alert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayConfig:
+    """What an operator decides about a relay."""
+
+    id: str
+    network: str
+    domain: str
+    listen: tuple[tuple[str, int], ...]
+    reuse_port: bool = False
+    """Let other processes of this machine listen there, too; the kernel shares the clients out among all."""
+    imports: Imports = field(default_factory=Imports)
+    allow: tuple[Network, ...] = PRIVATE_RANGES
+    """Clients by source address."""
+    policy: Policy = field(default_factory=Policy)
+    """Which of them may go where."""
+    deliver: TargetList = field(default_factory=TargetList)
+    """What may be dialled in the relay's own network; default nothing."""
+    direct: TargetList = field(default_factory=TargetList)
+    """Where gateways of other networks may be dialled without a TURN server; default nowhere."""
+    zone: str = ""
+    """Where it stands: TURN servers and gateways of the same zone are preferred."""
+    pool: int = DEFAULT_POOL
+    """Connections kept ready for each allocation that clients use; 0: none, each stream is opened when its client comes."""
+    guard: tuple[tuple[str, int], ...] = ()
+    """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
+    proxy_from: tuple[Network, ...] = ()
+    """Load balancers that begin each connection with a PROXY header, which says who the client is and where it connected to."""
+    max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
+    max_hello_held_bytes: int = DEFAULT_MAX_HELLO_HELD_BYTES
+    """Of all ClientHellos together that have not reached a service yet."""
+    max_streams: int = DEFAULT_MAX_STREAMS
+    max_streams_per_client: int = DEFAULT_MAX_STREAMS_PER_CLIENT
+    """By source address, an IPv6 client by its /64; 0 is no limit of its own."""
+    new_streams_per_s: int = DEFAULT_NEW_STREAMS_PER_S
+    """Of one client; 0 is no limit."""
+    hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
+    dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
+    idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
+    half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
+
+
+class Relay:
+    """One relay: listeners, routing, streams. `open` binds, `run` serves, `close` stops accepting, `drain` waits."""
+
+    def __init__(
+        self, config: RelayConfig, discovery: Discovery, keys: SigningKeys, *, registry: CollectorRegistry
+    ) -> None:
+        self._discovery = discovery
+        self.ledger = Ledger("relay", registry)
+        self._ways = Ways(registry)
+        self._reach = Reach(config.network, config.domain)
+        self._listeners: list[Listener] = []
+        self._adapted: dict[tuple[str, int], Listener] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._lingering = 0
+        self._admission = Admission(Limits())
+        self._hellos = Budget(config.max_hello_held_bytes)
+        self._deadlines = Deadlines(config.hello_timeout_s)
+        self.reconfigure(config, keys)
+
+    def reconfigure(self, config: RelayConfig, keys: SigningKeys) -> None:
+        """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
+        self.config = config
+        if self._deadlines.limit_s != config.hello_timeout_s:
+            self._deadlines = Deadlines(config.hello_timeout_s)
+        self._admission.limits = Limits(
+            max_streams=config.max_streams_per_client, new_streams_per_s=config.new_streams_per_s
+        )
+        self._hellos.limit = config.max_hello_held_bytes
+        self._permit = Permit(config.network, config.imports, config.policy, self._reach)
+        self._guard = LoopGuard(config.network, [*config.guard, *self.addresses], is_own=is_own_address)
+        self._router = Router(
+            network=config.network,
+            domain=config.domain,
+            imports=config.imports,
+            deliver=config.deliver,
+            direct=config.direct,
+            keys=keys,
+            guard=self._guard,
+            zone=config.zone,
+            order=self._ways.order,
+        )
+        opener = Opener(
+            config.network,
+            keys,
+            now_ms=lambda: time.time_ns() // 1_000_000,
+            dial_timeout_s=config.dial_timeout_s,
+        )
+        self._ways.reconfigure(opener, pool=config.pool)
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Where it listens, with the ports that were chosen where 0 was asked."""
+        return tuple(listener.address for listener in (*self._listeners, *self._adapted.values()))
+
+    async def open(self, inherited: Callable[[str, int], socket.socket | None] = lambda _address, _port: None) -> None:
+        """Bind every listening address. OSError names the one that failed; none stays open then.
+
+        Args:
+            inherited: gives a socket that listens there already, of the process that we come after.
+        """
+        try:
+            for address, port in self.config.listen:
+                sock = inherited(address, port)
+                if sock is None:
+                    listener = await Listener.open(address, port, reuse_port=self.config.reuse_port)
+                else:
+                    listener = Listener(sock)
+                self._listeners.append(listener)
+                self._guard.add(*listener.address)
+        except OSError:
+            self.close()
+            raise
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Listen, besides, on a socket that a process before us has opened by `adapt`. Before `run`."""
+        listener = Listener(sock)
+        self._adapted[listener.address] = listener
+        self._guard.add(*listener.address)
+
+    def listening(self) -> list[tuple[tuple[str, int], int]]:
+        """The listening sockets by their configured address and port, for a process that comes after us."""
+        return [(place, listener.fileno()) for place, listener in zip(self.config.listen, self._listeners, strict=True)]
+
+    def adapted(self) -> list[tuple[tuple[str, int], int]]:
+        """Those that `adapt` has opened, likewise."""
+        return [(place, listener.fileno()) for place, listener in self._adapted.items()]
+
+    async def run(self) -> None:
+        """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
+        unsubscribe = self._discovery.subscribe(self._follow)
+        self._reach.follow(self._discovery.mesh, time.monotonic())
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                self._group.create_task(self._ways.run())
+                for listener in (*self._listeners, *self._adapted.values()):
+                    self._group.create_task(listener.serve(self._serve))
+        finally:
+            unsubscribe()
+            self.close()  # those that were cancelled before their first step
+
+    def _follow(self, mesh: Mesh) -> None:
+        self._reach.follow(mesh, time.monotonic())
+        self._ways.follow(mesh)
+
+    async def adapt(self, ports: Collection[int]) -> dict[int, str]:
+        """Listen on these ports besides the configured ones, on the same addresses, and no longer on others asked for before.
+
+        Returns:
+            the ports that could not be opened, with the reason; asking again tries again.
+        """
+        if self._group is None:
+            return {}
+        fixed = {listener.address for listener in self._listeners}
+        wanted = {(address, port) for address, _ in fixed for port in ports} - fixed
+        failed = {}
+        for place in self._adapted.keys() - wanted:
+            self._adapted.pop(place).close()
+        for place in sorted(wanted - self._adapted.keys()):
+            try:
+                listener = await Listener.open(*place, reuse_port=True)
+            except OSError as error:
+                failed[place[1]] = str(error)
+                continue
+            self._adapted[place] = listener
+            self._guard.add(*place)
+            self._group.create_task(listener.serve(self._serve))
+        return failed
+
+    def close(self) -> None:
+        """Stop accepting; streams go on."""
+        self._group = None
+        self._ways.close()
+        for listener in (*self._listeners, *self._adapted.values()):
+            listener.close()
+
+    async def _serve(self, client: Wire) -> None:
+        stream = os.urandom(16)
+        account = self.ledger.open(stream, client=client.peer[0], local=f"{client.local[0]}:{client.local[1]}")
+        reason = Reason.OTHER
+        refused = False
+        task = asyncio.current_task()
+        assert task is not None
+        account.end = task.cancel
+        deadlines = self._deadlines  # a reload may bring others
+        deadlines.begin(client)
+        try:
+            try:
+                reason = await self._carry(client, account, deadlines)
+            except Refusal as refusal:
+                refused, reason, account.detail = True, refusal.reason, refusal.detail
+            finally:
+                deadlines.end(client)
+                self.ledger.close(account, reason)
+            if refused:  # no stream any more: clients that linger over their alert keep nobody else out
+                await self._refuse(client, reason)
+        finally:
+            client.close()
+
+    async def _carry(self, client: Wire, account: Account, deadlines: Deadlines) -> Reason:
+        """Take one stream from accept to its end. What comes up to the end of the ClientHello has one time limit, from accept."""
+        if len(self.ledger) > self.config.max_streams:
+            raise Refusal(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
+        peer, local = await read_endpoints(client, account, self.config.proxy_from, deadlines.limit_s)
+        source = ip_address(peer[0])
+        refused = self._admission.admit(source, time.monotonic())
+        if refused is not None:
+            raise Refusal(Reason.OVERLOADED, refused)
+        try:
+            with self._hellos.share() as share:
+                hello, data = await read_hello(client, account, share, self.config.max_hello_bytes, deadlines.limit_s)
+                deadlines.end(client)
+                call = Call(stream=account.stream, client=peer, local=local, hello=hello, data=data)
+                connected = await self._connect(account, call, source)
+            with self._ways.carrying(connected.candidate):
+                return await self._move(client, account, call, connected)
+        finally:
+            self._admission.leave(source)
+
+    async def _connect(self, account: Account, call: Call, source: Address) -> Connected:
+        """From a client's ClientHello to a service, or a gateway that has reached one."""
+        name = call.hello.server_name
+        account.mark("hello")
+        account.fields["sni"] = name
+        if not any(source in network for network in self.config.allow):
+            raise Refusal(Reason.DENIED, "relay.allow does not have this client's address")
+        mesh = self._discovery.mesh
+        self._reach.follow(mesh, time.monotonic())
+        try:
+            candidates = self._router.candidates(name, mesh, call.local[1])
+        except Unroutable as error:
+            if not self._discovery.synced:
+                raise Refusal(Reason.NO_VIEW, f"discovery has not been heard from: {error.detail}") from error
+            raise Refusal(error.reason, error.detail) from error
+        is_local = any(candidate.kind is RouteKind.LOCAL for candidate in candidates)
+        if is_local and self.config.policy.rules and not self._discovery.synced:
+            raise Refusal(Reason.NO_VIEW, "discovery has not been heard from: whose address that is is not known")
+        candidates, why = self._permit.permitted(candidates, source, name)
+        if not candidates:
+            raise Refusal(Reason.DENIED, why)
+        account.mark("route")
+        account.fields["network"] = candidates[0].network
+        account.fields["target"] = candidates[0].target
+        account.state = "dialling"
+        try:
+            connected = await self._ways.open(call, candidates)
+        except DialError as error:
+            account.fields["attempts"] = error.attempts
+            raise Refusal(error.reason, error.detail) from error
+        account.mark("connect")
+        candidate = connected.candidate
+        if candidate.kind is RouteKind.LOCAL:
+            self._check_again(connected, source, name)
+        account.fields |= {
+            "network": candidate.network,
+            "target": candidate.target,
+            "route": candidate.kind.value,
+            "candidate": str(candidate),
+            "attempts": connected.attempts,
+        }
+        if connected.was_warm:
+            account.fields["warm"] = True
+        return connected
+
+    def _check_again(self, connected: Connected, source: Address, name: str) -> None:
+        """Refuse a service of our own network whose records, or the rules, have changed while it was dialled."""
+        self._reach.follow(self._discovery.mesh, time.monotonic())
+        why = self._permit.refusal(connected.candidate, source, name)
+        if why is not None:
+            if connected.wire is not None:
+                connected.wire.reset()
+            raise Refusal(Reason.DENIED, why)
+
+    async def _move(self, client: Wire, account: Account, call: Call, connected: Connected) -> Reason:
+        idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
+        if connected.framed is not None:
+            attempts = itertools.count(connected.attempts + 1)
+
+            async def second() -> Framed:
+                account.fields["second"] = True
+                return await self._ways.second(call, connected.candidate, attempts)
+
+            carry = Carry(
+                client,
+                connected.framed,
+                Side.RELAY,
+                idle_timeout_s=idle,
+                half_close_timeout_s=half_close,
+                second=second if connected.candidate.kind is RouteKind.TURN else None,
+            )
+            carry.outbound.moved = len(call.data)
+            account.carry(up=carry.outbound, down=carry.inbound)
+            return await carry.run()
+        assert connected.wire is not None
+        client.unread(call.data)
+        splice = Splice(client, connected.wire, idle_timeout_s=idle, half_close_timeout_s=half_close)
+        account.carry(up=splice.a_to_b, down=splice.b_to_a)
+        return _ENDS[(await splice.run()).end]
+
+    async def _refuse(self, client: Wire, reason: Reason) -> None:
+        """Tell the client in its own protocol why, and make sure that it arrives."""
+        if reason in _SILENT:
+            return
+        try:
+            await client.send(alert_record(_ALERTS.get(reason, AlertDescription.INTERNAL_ERROR)))
+        except OSError:
+            return  # it is gone: nobody to tell
+        if self._lingering < MAX_LINGERING:
+            self._lingering += 1
+            try:
+                await client.drain_and_close()
+            finally:
+                self._lingering -= 1
+
+
+_ENDS = {
+    End.OK: Reason.OK,
+    End.A_RESET: Reason.CLIENT_RESET,
+    End.B_RESET: Reason.SERVER_RESET,
+    End.IDLE_TIMEOUT: Reason.IDLE_TIMEOUT,
+}

@@ -1,0 +1,273 @@
+"""Warm streams: connections to gateways that are kept ready, so that a new client pays no round trips to a TURN server.
+
+A TURN server makes the gateway come for each stream: announcement, a connection, a bind. Where clients use an allocation, a relay
+has that done beforehand: `size` connections whose preamble is proven and READY is said, waiting for OPEN. Each serves one client;
+the next one is made at once. They are kept for as long as clients use the allocation, renewed now and then, and asked by PING
+whether they still live, which keeps the mappings of NATs, too.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from enum import StrEnum
+
+from discovery.model import Kind, Mesh
+from sniproxy.transport.base import Candidate, Way
+from sniproxy.transport.errors import DialError
+from sniproxy.tunnel.capsules import CapsuleError
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.messages import TOKEN_SIZE, Ping, Pong
+
+PING_INTERVAL_S = 25.0
+"""NATs and firewalls that forget idle connections early do so after 30 s or more."""
+
+PONG_TIMEOUT_S = 5.0
+"""Two retransmissions on the way."""
+
+MAX_AGE_S = 600.0
+"""Renewed after this: what is not used for ten minutes need not find out first that something on the way has changed."""
+
+KEPT_FOR_S = 600.0
+"""How long after its last stream an allocation is kept warm."""
+
+RETRY_S = (1.0, 60.0)
+"""Between attempts that fail: the first pause and the longest."""
+
+MAX_WARM = 512
+"""Of one relay: a descriptor each here, at the gateway two, and a few kilobytes at the TURN server."""
+
+
+class Fate(StrEnum):
+    """What became of a warm stream."""
+
+    TAKEN = "taken"
+    """A client's stream took it."""
+    FAILED = "failed"
+    """It could not be made."""
+    LOST = "lost"
+    """It was cut, refused or no longer answered while it waited."""
+    OVER = "over"
+    """It was old, or nobody has used its allocation for long."""
+
+
+class _Ready:
+    """One connection that waits for a stream."""
+
+    def __init__(self, framed: Framed) -> None:
+        self.framed = framed
+        self.wanted: bool | None = None
+        """True: a stream takes it. False: it is to go."""
+        self.asked: bytes | None = None
+        """The token of a PING that waits for its PONG."""
+        self._scope: asyncio.Timeout | None = None
+        self._left = asyncio.Event()
+
+    def leave(self, *, wanted: bool) -> None:
+        """Have `wait` return soon."""
+        self.wanted = wanted
+        if self._scope is not None and not self._scope.expired():
+            self._scope.reschedule(0)
+
+    async def left(self) -> None:
+        """Wait until nobody reads there any more."""
+        await self._left.wait()
+
+    async def wait(self) -> Fate:
+        """Keep it alive until somebody wants it, it is old, or it is of no use."""
+        loop = asyncio.get_running_loop()
+        old = loop.time() + MAX_AGE_S * random.uniform(0.8, 1.0)
+        try:
+            while True:
+                due = loop.time() + (PONG_TIMEOUT_S if self.asked else PING_INTERVAL_S)
+                try:
+                    async with asyncio.timeout_at(min(due, old)) as self._scope:
+                        message = await self.framed.next_message()
+                    if message != Pong(self.asked or b""):
+                        return Fate.LOST  # REFUSED, as when the gateway drains
+                    self.asked = None
+                except TimeoutError:
+                    if self.wanted is not None:
+                        return Fate.TAKEN if self.wanted else Fate.OVER
+                    if loop.time() >= old:
+                        return Fate.OVER
+                    if self.asked:
+                        return Fate.LOST
+                    self.asked = os.urandom(TOKEN_SIZE)
+                    async with asyncio.timeout(PONG_TIMEOUT_S):
+                        await self.framed.send(Ping(self.asked))
+                finally:
+                    self._scope = None
+                if self.wanted is not None:
+                    return Fate.TAKEN if self.wanted else Fate.OVER
+        except (OSError, EOFError, CapsuleError):  # TimeoutError is an OSError
+            return Fate.LOST
+        finally:
+            self._left.set()
+
+
+class _Shelf:
+    """What is kept for one allocation."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.used_at = 0.0
+        self.gone = False
+        self.slots = 0
+        self.ready: list[_Ready] = []
+
+    def clear(self) -> None:
+        """Let everything go that waits here."""
+        while self.ready:
+            self.ready.pop().leave(wanted=False)
+
+
+class WarmPool:
+    """The warm streams of one relay."""
+
+    def __init__(
+        self,
+        dial: Callable[[Candidate], Awaitable[Framed]],
+        *,
+        size: int,
+        count: Callable[[Fate], None] = lambda _fate: None,
+    ) -> None:
+        """Keep `size` connections to each allocation that is in use.
+
+        Args:
+            dial: makes a connection up to READY; DialError if it cannot.
+            count: told what became of each.
+        """
+        self.size = size
+        self._dial = dial
+        self._count = count
+        self._shelves: dict[Way, _Shelf] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = asyncio.Event()
+
+    @property
+    def ready(self) -> int:
+        """How many wait for a stream."""
+        return sum(len(shelf.ready) for shelf in self._shelves.values())
+
+    async def run(self) -> None:
+        """Keep them, until `close`."""
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                await self._closed.wait()
+                for task in self._tasks:
+                    task.cancel()
+        finally:
+            self._group = None
+
+    def close(self) -> None:
+        """Let all of them go, and make no more."""
+        self._closed.set()
+
+    def used(self, candidate: Candidate) -> None:
+        """Note that a stream goes by this allocation: keep some ready for the next ones."""
+        if self._group is None or self._closed.is_set() or not self.size:
+            return
+        shelf = self._shelves.get(candidate.way)
+        if shelf is None:
+            shelf = self._shelves[candidate.way] = _Shelf(candidate)
+        shelf.used_at = asyncio.get_running_loop().time()
+        self._fill_up(shelf)
+
+    def resize(self, size: int) -> None:
+        """Keep so many from now on: those that are too many go, and those that lack are made where there are some."""
+        self.size = size
+        for shelf in self._shelves.values():
+            for ready in shelf.ready[: max(0, shelf.slots - size)]:
+                shelf.ready.remove(ready)
+                ready.leave(wanted=False)
+            if self._group is not None and not self._closed.is_set():
+                self._fill_up(shelf)
+
+    def _fill_up(self, shelf: _Shelf) -> None:
+        """Begin to keep as many of a shelf as there should be."""
+        assert self._group is not None, "only while running"
+        slots = sum(shelf.slots for shelf in self._shelves.values())
+        for _ in range(min(self.size - shelf.slots, MAX_WARM - slots)):
+            shelf.slots += 1
+            task = self._group.create_task(self._fill(shelf))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def has(self, candidate: Candidate) -> bool:
+        """Whether one waits at this allocation."""
+        shelf = self._shelves.get(candidate.way)
+        return shelf is not None and bool(shelf.ready)
+
+    async def take(self, candidate: Candidate) -> Framed | None:
+        """Give a connection that waits at this allocation, None if there is none. It is the caller's from then on."""
+        shelf = self._shelves.get(candidate.way)
+        while shelf is not None:
+            ready = next((ready for ready in reversed(shelf.ready) if not ready.asked), None)  # the youngest
+            if ready is None:
+                break
+            shelf.ready.remove(ready)
+            ready.leave(wanted=True)
+            try:
+                await ready.left()
+            except BaseException:  # the client has gone, say: nobody owns it now
+                ready.framed.wire.close()
+                raise
+            if not ready.framed.wire.closed:
+                return ready.framed
+        return None
+
+    def distrust(self, candidate: Candidate) -> None:
+        """One of this allocation's turned out to be dead: the others may be, too."""
+        shelf = self._shelves.get(candidate.way)
+        if shelf is not None:
+            shelf.clear()
+
+    def follow(self, mesh: Mesh) -> None:
+        """Let those go whose allocation is no longer what it was."""
+        for key, shelf in list(self._shelves.items()):
+            way = shelf.candidate
+            record = mesh.record(Kind.ALLOCATION, way.network, way.addressee)
+            if record is None or record.spec.port != way.port:
+                del self._shelves[key]
+                shelf.gone = True
+                shelf.clear()
+
+    async def _fill(self, shelf: _Shelf) -> None:
+        """Keep one place of a shelf filled for as long as its allocation is in use."""
+        loop = asyncio.get_running_loop()
+        pause, longest = RETRY_S
+        try:
+            while not shelf.gone and shelf.slots <= self.size and loop.time() < shelf.used_at + KEPT_FOR_S:
+                fate = await self._hold(shelf)
+                self._count(fate)
+                if fate not in (Fate.FAILED, Fate.LOST):
+                    pause, longest = RETRY_S
+                    continue
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, longest)
+        finally:
+            shelf.slots -= 1
+            if not shelf.slots and self._shelves.get(shelf.candidate.way) is shelf:
+                del self._shelves[shelf.candidate.way]
+
+    async def _hold(self, shelf: _Shelf) -> Fate:
+        """Make one connection and keep it ready."""
+        try:
+            framed = await self._dial(shelf.candidate)
+        except DialError:
+            return Fate.FAILED
+        ready = _Ready(framed)
+        fate = Fate.OVER
+        try:
+            if not shelf.gone:
+                shelf.ready.append(ready)
+                fate = await ready.wait()
+            return fate
+        finally:
+            with suppress(ValueError):
+                shelf.ready.remove(ready)
+            if fate is not Fate.TAKEN:
+                framed.wire.close()

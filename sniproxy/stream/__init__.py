@@ -1,1 +1,0 @@
-"""The stream protocol between relay and gateway: preamble, capsules, end rules. Shared with turnreg."""

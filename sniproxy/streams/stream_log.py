@@ -1,0 +1,185 @@
+"""The account of each stream: one log line and one metric sample at its end, and a row while it lives.
+
+Relay and gateway keep the same books, under their own metric prefix and with the same stream id.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from sniproxy.engine import Direction
+from sniproxy.streams.end_reason import Reason
+
+MAX_ENDED = 256
+"""Ended streams that are kept to be looked at: enough to see what just went wrong, a few hundred kilobytes."""
+
+MAX_NETWORKS = 256
+"""Networks with samples of their own, as many as a large mesh has; later ones are counted together as `_other`."""
+
+STEPS = {
+    "hello": "From accept to the end of the ClientHello.",
+    "route": "From the ClientHello to the candidates.",
+    "connect": "From there to a service that is connected.",
+    "first_byte": "From accept to the first byte for the client.",
+}
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Half a millisecond is a hop on one machine, 3, 5 and 10 s are the deadlines of a dial, a ClientHello and a gateway's answer."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Account:
+    """One stream's account. `fields` are its log fields, in order; the times are milliseconds since it was opened."""
+
+    stream: bytes
+    fields: dict[str, object]
+    _clock: Callable[[], float]
+    _started: float
+    state: str = "hello"
+    up: Direction | None = None
+    down: Direction | None = None
+    detail: str = ""
+    end: Callable[[], object] | None = None
+    """Ends the stream from outside; set by whoever runs it."""
+    _times: dict[str, float] = field(default_factory=dict)
+
+    def mark(self, step: str) -> None:
+        """Note when a step was done, as `ms_STEP`; the last time counts."""
+        self._times[f"ms_{step}"] = self._ms(self._clock())
+
+    def carry(self, *, up: Direction, down: Direction) -> None:
+        """Take the byte counts from these from now on: `up` from the client, `down` to it."""
+        self.up, self.down, self.state = up, down, "open"
+
+    def stop(self, detail: str) -> None:
+        """End the stream from outside: both of its peers see a reset, and the log says why."""
+        if self.end is not None:
+            self.detail = self.detail or detail
+            self.end()
+
+    def seconds(self) -> dict[str, float]:
+        """How long each step took that was reached, by the names of STEPS."""
+        took = {}
+        before = 0.0
+        for step in ("hello", "route", "connect"):
+            at = self._times.get(f"ms_{step}")
+            if at is not None:
+                took[step] = max(0.0, at - before) / 1000
+                before = at
+        if self.down is not None and self.down.first_at is not None:
+            took["first_byte"] = max(0.0, self.down.first_at - self._started)
+        return took
+
+    def _ms(self, at: float) -> float:
+        return round((at - self._started) * 1000, 1)
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes from the client and to it."""
+        return (self.up.moved if self.up else 0, self.down.moved if self.down else 0)
+
+    def row(self) -> dict[str, object]:
+        """What is known of the stream now, as the log will say it."""
+        row: dict[str, object] = {"stream": self.stream.hex(), **self.fields}
+        row["bytes_up"], row["bytes_down"] = self.moved
+        row |= self._times
+        if self.down is not None and self.down.first_at is not None:
+            row["ms_first_byte"] = self._ms(self.down.first_at)
+        row["ms_total"] = self._ms(self._clock())
+        return row
+
+
+class Ledger:
+    """All streams of one role: those that live, and the metrics of those that ended."""
+
+    def __init__(self, role: str, registry: CollectorRegistry) -> None:
+        self._log = logging.getLogger(f"crossnet.{role}")
+        # Not the loop's clock: uvloop's has whole milliseconds, and is the time at which its turn began.
+        self._clock = time.monotonic
+        self._live: set[Account] = set()
+        ended = Counter(f"crossnet_{role}_streams", "Streams that ended, by reason.", ["reason"], registry=registry)
+        self._ended = {reason: ended.labels(reason.value) for reason in Reason}
+        moved = Counter(
+            f"crossnet_{role}_bytes",
+            "Payload bytes of ended streams; up is from the client.",
+            ["direction"],
+            registry=registry,
+        )
+        self._moved = (moved.labels("up"), moved.labels("down"))
+        self._steps = {
+            step: Histogram(f"crossnet_{role}_{step}_seconds", text, buckets=BUCKETS, registry=registry)
+            for step, text in STEPS.items()
+        }
+        # The names of networks come from records, never from what a peer says, so their number is the mesh's.
+        self._by_network = Counter(
+            f"crossnet_{role}_network_streams",
+            "Streams that ended, by the network at the other end and whether they ended well.",
+            ["network", "outcome"],
+            registry=registry,
+        )
+        self._network_bytes = Counter(
+            f"crossnet_{role}_network_bytes",
+            "Payload bytes of ended streams, by the network at the other end.",
+            ["network", "direction"],
+            registry=registry,
+        )
+        self._networks: set[str] = set()
+        self._over: deque[dict[str, object]] = deque(maxlen=MAX_ENDED)
+        # Not "_streams": the counter above already takes that name without its "_total" suffix.
+        live = Gauge(f"crossnet_{role}_streams_live", "Streams open now.", registry=registry)
+        live.set_function(lambda: len(self._live))
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def open(self, stream: bytes, **fields: object) -> Account:
+        """Begin an account."""
+        account = Account(stream=stream, fields=fields, _clock=self._clock, _started=self._clock())
+        self._live.add(account)
+        return account
+
+    def close(self, account: Account, reason: Reason) -> None:
+        """End an account: count it and write its log line."""
+        self._live.discard(account)
+        self._ended[reason].inc()
+        for counter, moved in zip(self._moved, account.moved, strict=True):
+            counter.inc(moved)
+        for step, seconds in account.seconds().items():
+            self._steps[step].observe(seconds)
+        network = account.fields.get("from_network") or account.fields.get("network")
+        if network is not None:
+            self._count_network(str(network), reason, account.moved)
+        row = {**account.row(), "reason": reason.value}
+        if account.detail:
+            row["detail"] = account.detail
+        self._over.append(row)
+        self._log.info("stream", extra={"event": row})
+
+    def drop(self, account: Account) -> None:
+        """Forget an account that turned out to be part of another stream's."""
+        self._live.discard(account)
+
+    def _count_network(self, network: str, reason: Reason, moved: tuple[int, int]) -> None:
+        if network not in self._networks:
+            if len(self._networks) >= MAX_NETWORKS:
+                network = "_other"
+            self._networks.add(network)
+        self._by_network.labels(network, "ok" if reason is Reason.OK else "failed").inc()
+        for direction, size in zip(("up", "down"), moved, strict=True):
+            self._network_bytes.labels(network, direction).inc(size)
+
+    def find(self, stream: bytes) -> Account | None:
+        """The account of a stream that lives, by its id."""
+        return next((account for account in self._live if account.stream == stream), None)
+
+    def ended(self) -> list[dict[str, object]]:
+        """The last streams that ended, the latest last."""
+        return list(self._over)
+
+    def rows(self) -> list[dict[str, object]]:
+        """The streams that live, the oldest first."""
+        live = sorted(self._live, key=lambda account: account._started)
+        return [{**account.row(), "state": account.state} for account in live]

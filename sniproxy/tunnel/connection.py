@@ -1,0 +1,211 @@
+"""A wire that speaks capsules, in the order that the end rules allow (sniproxy.tunnel.state), and not too many of them."""
+
+import asyncio
+
+from sniproxy.engine import Direction, Wire, drain
+from sniproxy.engine.quantum import QUANTUM_MESSAGES
+from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES
+from sniproxy.engine.token_bucket import TokenBucket
+from sniproxy.tunnel.capsules import (
+    CapsuleError,
+    CapsuleFlood,
+    CapsuleReader,
+    CapsuleType,
+    Control,
+    Event,
+    Header,
+    Payload,
+    header,
+)
+from sniproxy.tunnel.messages import Message, Open, Ping, parse_control
+from sniproxy.tunnel.state import LIMIT_REFUSED_S, Ends, Side
+
+CONTROL_PER_S = 4.0
+CONTROL_BURST = 64
+"""Capsules without payload that a peer may send: control capsules, empty DATA, and types that we do not know. A stream has eight
+in its whole life, a warm connection a PING every 25 s; the rest is room for later versions."""
+
+RECEIVED_BYTES = 16 * 1024
+"""RECEIVED has a bound of its own: one for so many bytes that were sent. Gateways say it every 32 KiB (RECEIVED_INTERVAL)."""
+
+
+class Framed:
+    """Capsules over a wire, in the order that the end rules allow."""
+
+    __slots__ = (
+        "_control",
+        "_pending",
+        "_reader",
+        "_receipts",
+        "_rest",
+        "_writing",
+        "ends",
+        "received",
+        "sent",
+        "wire",
+    )
+
+    def __init__(self, wire: Wire, side: Side) -> None:
+        self.wire = wire
+        self.ends = Ends(side)
+        self._reader = CapsuleReader()
+        self._pending: list[Event] = []
+        self._rest = memoryview(b"")  # bytes of the last read that have not been parsed yet
+        self._control: TokenBucket | None = None  # made for the first control capsule
+        self._receipts = 0
+        self._writing = asyncio.Lock()
+        self.sent = 0
+        """Bytes written to the wire since its first one, preamble and headers included."""
+        self.received = 0
+        """Bytes read from it, likewise."""
+
+    async def send(self, message: Message) -> None:
+        """Send a control capsule, never inside another capsule. OSError where the wire is gone."""
+        async with self._writing:
+            self.ends.sent(message.type)
+            await self._write(message.pack())
+
+    async def begin(self, preamble: bytes, data: bytes) -> None:
+        """Send the preamble and a first DATA capsule in one write, so that a TURN server keeps both before the bind.
+
+        Without data the preamble goes alone.
+        """
+        async with self._writing:
+            if not data:
+                await self._write(preamble)
+                return
+            self.ends.sent(CapsuleType.DATA)
+            await self._write(preamble, header(CapsuleType.DATA, len(data)), data)
+
+    async def open(self, token: bytes, preamble: bytes, data: bytes) -> None:
+        """Send PING, OPEN and a first DATA capsule in one write: a stream begins on a warm connection."""
+        opening = Ping(token), Open(preamble)
+        async with self._writing:
+            for message in opening:
+                self.ends.sent(message.type)
+            self.ends.sent(CapsuleType.DATA)
+            await self._write(*(message.pack() for message in opening), header(CapsuleType.DATA, len(data)), data)
+
+    async def send_data(self, data: bytes, *, final: bool = False) -> None:
+        """Send one DATA or FINAL_DATA capsule."""
+        kind = CapsuleType.FINAL_DATA if final else CapsuleType.DATA
+        async with self._writing:
+            self.ends.sent(kind)
+            await self._write(header(kind, len(data)), data)
+
+    async def send_spliced(self, direction: Direction) -> None:
+        """Send what the direction's pipe holds as one DATA capsule."""
+        pipe = direction.pipe
+        assert pipe is not None
+        async with self._writing:
+            self.ends.sent(CapsuleType.DATA)
+            self.sent += pipe.held
+            await self._write(header(CapsuleType.DATA, pipe.held), more=True)
+            await drain(pipe, self.wire)
+
+    async def _write(self, *buffers: bytes, more: bool = False) -> None:
+        self.sent += sum(map(len, buffers))
+        await self.wire.send(*buffers, more=more)
+
+    async def read(self, *, exact: bool = False) -> list[Event]:
+        """Wait for bytes and return the events they complete, perhaps none; checked against the end rules.
+
+        Args:
+            exact: read no payload along with a header, so that it can be spliced.
+
+        Raises:
+            EOFError: the connection ended.
+            OSError: it was reset.
+            CapsuleError: the peer broke the protocol.
+        """
+        if self._pending:
+            events, self._pending = self._pending, []
+            return events
+        wire = self.wire
+        if self._rest:
+            await wire.take_turn()
+            wire.quantum.spend(0)
+        else:
+            data = await wire.recv((exact and self._reader.header_bytes_wanted) or DEFAULT_READ_BYTES)
+            if not data:
+                raise EOFError
+            self.received += len(data)
+            self._rest = memoryview(data)
+        unknown = self._reader.unknown
+        events, used = self._reader.take(self._rest, QUANTUM_MESSAGES)
+        # A view of nothing would keep the bytes of an idle stream.
+        self._rest = self._rest[used:] if used < len(self._rest) else memoryview(b"")
+        capsules = control = self._reader.unknown - unknown
+        for event in events:
+            if isinstance(event, Payload):
+                continue
+            capsules += 1
+            self.ends.received(event.type)
+            if event.type is CapsuleType.RECEIVED:
+                self._count_receipt()
+            elif not (isinstance(event, Header) and event.length):
+                control += 1
+        if capsules > 1:
+            wire.quantum.spend(0, capsules - 1)
+        if control:
+            self._count_control(control)
+        return events
+
+    def _count_control(self, count: int) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._control is None:
+            self._control = TokenBucket(CONTROL_PER_S, CONTROL_BURST, now)
+        if not self._control.take(count, now):
+            raise CapsuleFlood(
+                f"over {CONTROL_BURST} capsules without payload at once and {CONTROL_PER_S:g} a second after that"
+            )
+
+    def _count_receipt(self) -> None:
+        self._receipts += 1
+        if self._receipts > 1 + self.sent // RECEIVED_BYTES:
+            raise CapsuleFlood(f"{self._receipts} times RECEIVED for {self.sent} bytes")
+
+    def put_back(self, events: list[Event]) -> None:
+        """Give events back in front of what the next `read` returns."""
+        self._pending = events + self._pending
+
+    async def next_message(self) -> Message:
+        """Wait for the next capsule, which must be a control capsule. Errors as for `read`."""
+        while True:
+            events = await self.read()
+            if events:
+                self.put_back(events[1:])
+                if not isinstance(events[0], Control):
+                    raise CapsuleError("DATA where a control capsule is due")
+                return parse_control(events[0])
+
+    @property
+    def exhausted(self) -> bool:
+        """Everything up to the end of FINAL_DATA has been handed out."""
+        return self.ends.final_received and not self._holds_input and not self._reader.payload_left
+
+    @property
+    def payload_left(self) -> int:
+        """Bytes of the current capsule that are still in the wire and may be moved past `read`."""
+        return 0 if self._holds_input else self._reader.payload_left
+
+    @property
+    def _holds_input(self) -> bool:
+        """Whether something that was read from the wire has not been handed out."""
+        return bool(self._pending or self._rest)
+
+    def skip_payload(self, count: int) -> None:
+        """Note that `count` bytes of payload were spliced past `read`."""
+        self.received += count
+        self._reader.skip_payload(count)
+
+    async def discard(self, limit_s: float = LIMIT_REFUSED_S) -> None:
+        """Read and discard for a bounded while, then close: what we said last arrives."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while await self.wire.recv():
+                    pass
+        except (OSError, TimeoutError):
+            pass
+        finally:
+            self.wire.close()

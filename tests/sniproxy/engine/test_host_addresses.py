@@ -1,0 +1,36 @@
+"""Which addresses are this host's own, asked of the real kernel."""
+
+import errno
+import ipaddress
+import socket
+
+import pytest
+
+from sniproxy.engine import host_addresses
+from sniproxy.engine.host_addresses import is_own_address
+
+OWN = ["127.0.0.1", "127.8.9.10", "::1"]
+NOT_OWN = ["192.0.2.1", "198.51.100.255", "2001:db8::1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "ff02::1"]
+
+
+@pytest.mark.parametrize("address", OWN)
+def test_own(address: str) -> None:
+    assert is_own_address(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", NOT_OWN)
+def test_not_own(address: str) -> None:
+    assert not is_own_address(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize(("address", "own"), [(a, True) for a in OWN] + [(a, False) for a in NOT_OWN])
+def test_a_sandbox_without_netlink(address: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = socket.socket
+
+    def without_netlink(family: int, *arguments: object) -> socket.socket:
+        if family == socket.AF_NETLINK:
+            raise PermissionError(errno.EPERM, "not in this sandbox")
+        return make(family, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(host_addresses.socket, "socket", without_netlink)
+    assert is_own_address(ipaddress.ip_address(address)) is own

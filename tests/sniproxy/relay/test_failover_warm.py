@@ -1,0 +1,238 @@
+"""Dialling on a connection that is kept ready: what is said, and what becomes of the stream where the connection is dead."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+
+import pytest
+
+from sniproxy.relay.failover import WARM_LOST, Connected, Dialer
+from sniproxy.streams.end_reason import Reason
+from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.errors import DialError
+from sniproxy.tunnel.capsules import Payload
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.messages import Message, Open, Opened, Ping, Pong, Ready, Refused
+from sniproxy.tunnel.preamble import Preamble, WarmPreamble
+from sniproxy.tunnel.relay_handshake import Call
+from sniproxy.tunnel.state import Side
+from sniproxy.tunnel.verify import PreambleVerifier
+from tests.sniproxy.calls import HELLO, call, opener
+from tests.sniproxy.engine.pairs import pair
+from tests.sniproxy.gateways import KEY, ScriptedGateway, Visit, opens, scripted, silent
+
+pytestmark = pytest.mark.anyio
+
+OPENED = Opened(IPv4Address("10.1.0.5"), 8443, 1)
+Answer = Callable[["Attempt"], Awaitable[object]]
+
+
+@dataclass
+class Attempt:
+    """The gateway's end of the warm connection, and what the relay's dialler told."""
+
+    near: Framed
+    far: Framed
+    counted: list[str] = field(default_factory=list)
+    settled: list[tuple[str, DialError | None]] = field(default_factory=list)
+    distrusted: list[str] = field(default_factory=list)
+    opening: Preamble | None = None
+
+    async def arrived(self) -> None:
+        """Read PING and OPEN."""
+        ping, opening = await self.far.next_message(), await self.far.next_message()
+        assert isinstance(ping, Ping)
+        assert isinstance(opening, Open)
+        verifier = PreambleVerifier({KEY.id: KEY}, "b")
+        preamble = verifier.verify(opening.preamble, addressee="gw-1", now_ms=time.time_ns() // 1_000_000)
+        assert isinstance(preamble, Preamble)
+        self.opening = preamble
+        self.token = ping.token
+
+    async def say(self, *messages: Message) -> None:
+        for message in messages:
+            await self.far.send(message)
+
+
+def candidate(address: tuple[str, int] = ("127.0.0.1", 1), name: str = "gw-1") -> Candidate:
+    return Candidate(
+        kind=RouteKind.TURN, network="b", target="10.1.0.5:8443", address=address[0], port=address[1], addressee=name
+    )
+
+
+async def attempt(answer: Answer, *cold: ScriptedGateway, calling: Call | None = None) -> tuple[Attempt, Connected]:
+    """Dial with one connection ready at the first candidate; the others' gateways are `cold`, the first one's included."""
+    near, far = (Framed(wire, side) for wire, side in zip(await pair(), Side, strict=True))
+    near.ends.warm = far.ends.warm = True
+    await far.send(Ready())
+    assert await near.next_message() == Ready()
+    made = Attempt(near, far)
+    kept = [near]
+
+    async def take(_way: Candidate) -> Framed | None:
+        return kept.pop() if kept else None
+
+    dialer = Dialer(
+        opener(ready_timeout_s=0.2, open_timeout_s=0.2),
+        warm=take,
+        distrust=lambda way: made.distrusted.append(way.addressee),
+        count=lambda _kind, result: made.counted.append(result),
+        settled=lambda way, failure: made.settled.append((way.addressee, failure)),
+    )
+    ways = [candidate(gateway.address, f"gw-{number}") for number, gateway in enumerate(cold, 1)] or [candidate()]
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_answer(made, answer))
+            connected = await dialer.open(calling or call(), ways)
+            if connected.framed is not None:
+                connected.framed.wire.close()
+            return made, connected
+    finally:
+        made.near.wire.close()
+        made.far.wire.close()
+
+
+async def _answer(made: Attempt, answer: Answer) -> None:
+    await answer(made)
+
+
+async def failed(answer: Answer, *cold: ScriptedGateway, calling: Call | None = None) -> DialError:
+    with pytest.raises(ExceptionGroup) as caught:
+        await attempt(answer, *cold, calling=calling)
+    (error,) = caught.value.exceptions
+    assert isinstance(error, DialError)
+    return error
+
+
+async def opening(made: Attempt) -> None:
+    await made.arrived()
+    await made.say(Pong(made.token), OPENED)
+
+
+async def nothing(made: Attempt) -> None:
+    await made.arrived()
+
+
+async def cut(made: Attempt) -> None:
+    made.far.wire.reset()
+
+
+async def test_ready_means_a_header_without_a_client() -> None:
+    async def stand_by(visit: Visit) -> None:
+        assert isinstance(visit.began_with, WarmPreamble)
+        visit.framed.ends.warm = True
+        await visit.framed.send(Ready())
+
+    async with scripted(stand_by) as gateway:
+        framed = await opener().warm_up(candidate(gateway.address))
+        assert framed.ends.warm
+        assert framed.ends.ready
+        framed.wire.close()
+        for unknown in (
+            candidate(),
+            Candidate(kind=RouteKind.TURN, network="z", target="", address="127.0.0.1", port=1),
+        ):
+            with pytest.raises(DialError):
+                await opener().warm_up(unknown)
+
+
+async def test_a_stream_on_a_connection_that_is_ready() -> None:
+    made, connected = await attempt(opening)
+    assert (connected.was_warm, connected.attempts, connected.framed) == (True, 1, made.near)
+    assert made.opening is not None
+    assert (made.opening.target, made.opening.attempt) == ("10.1.0.5:8443", 1)
+    assert made.counted == ["ok"]
+    assert made.settled == [("gw-1", None)]
+
+
+async def payload(far: Framed, size: int) -> bytes:
+    """Read this much payload."""
+    got = b""
+    while len(got) < size:
+        got += b"".join(bytes(event.data) for event in await far.read() if isinstance(event, Payload))
+    return got
+
+
+async def test_what_is_behind_the_hello_waits_for_an_answer() -> None:
+    async def reads(made: Attempt) -> None:
+        await made.arrived()
+        assert await payload(made.far, len(HELLO)) == HELLO
+        await made.say(Pong(made.token))
+        assert await payload(made.far, 5) == b"early"
+        await made.say(OPENED)
+
+    await attempt(reads, calling=call(behind=b"early"))
+
+
+@pytest.mark.parametrize("behind", [b"", b"early"])
+@pytest.mark.parametrize("answer", [nothing, cut])
+async def test_a_dead_one_costs_an_attempt_and_not_the_stream(answer: Answer, behind: bytes) -> None:
+    async with scripted(opens) as gateway:
+        calling = call(behind=behind)
+        made, connected = await attempt(answer, gateway, calling=calling)
+        assert (connected.was_warm, connected.attempts) == (False, 2)
+        assert made.counted == [WARM_LOST, "ok"]
+        assert made.distrusted == ["gw-1"]
+        assert made.settled[-1] == ("gw-1", None), "the allocation works"
+        assert [failure.reason for _, failure in made.settled[:-1] if failure] == [Reason.READY_TIMEOUT] * (
+            answer is nothing
+        )
+        (visit,) = gateway.visits
+        assert visit.preamble.attempt == 2
+        assert await visit.payload(len(calling.data)) == calling.data
+
+
+async def test_behind_silence_the_next_comes_before_a_new_connection_to_the_same() -> None:
+    async with scripted(opens) as first, scripted(opens, addressee="gw-2") as second:
+        made, connected = await attempt(nothing, first, second)
+        assert (connected.candidate.addressee, connected.attempts) == ("gw-2", 2)
+        assert first.connections == 0
+        assert made.counted == [WARM_LOST, "ok"]
+
+
+async def test_behind_a_cut_a_new_connection_to_the_same_comes_first() -> None:
+    async with scripted(opens) as first, scripted(opens, addressee="gw-2") as second:
+        _, connected = await attempt(cut, first, second)
+        assert (connected.candidate.addressee, connected.attempts) == ("gw-1", 2)
+        assert second.connections == 0
+
+
+async def test_silence_of_a_gateway_that_lives_is_final() -> None:
+    async def dials_for_ever(made: Attempt) -> None:
+        await made.arrived()
+        await made.say(Pong(made.token))
+
+    async with scripted(opens) as gateway:
+        error = await failed(dials_for_ever, gateway)
+        assert (error.reason, error.final) == (Reason.OPEN_TIMEOUT, True)
+        assert gateway.connections == 0
+
+
+@pytest.mark.parametrize(("reason", "asked_next"), [("draining", 1), ("overloaded", 1), ("denied", 0)])
+async def test_a_refusal_goes_on_to_the_next_where_that_may_be(reason: str, asked_next: int) -> None:
+    async def refuses(made: Attempt) -> None:
+        await made.arrived()
+        await made.say(Pong(made.token), Refused(reason))
+
+    async with scripted(silent) as first, scripted(opens, addressee="gw-2") as second:
+        if asked_next:
+            made, connected = await attempt(refuses, first, second)
+            assert connected.candidate.addressee == "gw-2"
+            (name, failure), other = made.settled
+            assert failure is not None
+            assert (name, failure.answered, other) == ("gw-1", True, ("gw-2", None))
+        else:
+            error = await failed(refuses, first, second)
+            assert (error.reason, error.answered) == (Reason.DENIED, True)
+        assert (first.connections, second.connections) == (0, asked_next)
+
+
+async def test_who_answers_something_else_breaks_the_protocol() -> None:
+    async def opens_without_pong(made: Attempt) -> None:
+        await made.arrived()
+        await made.say(OPENED)
+
+    error = await failed(opens_without_pong)
+    assert (error.reason, error.final) == (Reason.PROTOCOL_ERROR, True)

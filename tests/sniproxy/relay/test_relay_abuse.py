@@ -1,0 +1,245 @@
+"""A relay under those who mean it ill, and what is left of them afterwards: nothing."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import resource
+from collections.abc import Iterator
+
+import pytest
+
+from sniproxy.engine import Wire
+from sniproxy.formats.client_hello import HelloReader
+from sniproxy.streams.stream_log import Account
+from tests.sniproxy.engine.pairs import read_all
+from tests.sniproxy.gateways import scripted, silent
+from tests.sniproxy.hellos import client_hello, padding
+from tests.sniproxy.relays import DOMAIN, Running, a_relay, name_of
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def many_files() -> Iterator[int]:
+    """Allow as many open files as the system lets us have; gives how many the test may open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 1 << 16
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    yield wanted - descriptors() - 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def echo(wire: Wire) -> None:
+    while data := await wire.recv():
+        await wire.send(data)
+    wire.shutdown_write()
+
+
+async def drop(wire: Wire) -> None:
+    """Read whatever comes, to whatever end."""
+    with contextlib.suppress(OSError):
+        await read_all(wire)
+
+
+async def ask(running: Running, name: str) -> None:
+    """Be a real client."""
+    client = await running.dial(name, behind=b"question")
+    client.shutdown_write()
+    assert await read_all(client) == client_hello(name) + b"question"
+    client.close()
+
+
+async def settled(running: Running, streams: int) -> None:
+    """Wait until the relay has only so many streams left."""
+    async with asyncio.timeout(20):
+        while len(running.relay.ledger) > streams:
+            await asyncio.sleep(0.002)
+
+
+async def test_slow_hellos_keep_no_real_client_out() -> None:
+    """500 clients that send a byte now and then, for ever if they were let: each is ended by its deadline."""
+    hello = client_hello("orders.shop.example", padding(5000))
+    async with a_relay(hello_timeout_s=1.5) as running:
+        name = name_of(await running.serve(echo))
+        slow = [await running.connect() for _ in range(500)]
+        served = 0
+        async with asyncio.TaskGroup() as group:
+
+            async def drip(client: Wire, number: int) -> None:
+                for byte in hello:
+                    try:
+                        await client.send(bytes([byte]))
+                    except OSError:
+                        return
+                    await asyncio.sleep(0.2 + number / 5000)
+
+            dripping = [group.create_task(drip(client, number)) for number, client in enumerate(slow)]
+            while len(running.relay.ledger) > 1:
+                await ask(running, name)
+                served += 1
+                await asyncio.sleep(0)
+            for task in dripping:
+                task.cancel()
+        assert served > 20, "while they dripped"
+        for client in slow:
+            assert await read_all(client) == b""
+            client.close()
+        assert running.counted("hello_timeout") == 500
+        assert running.counted("ok") == served
+
+
+@pytest.mark.parametrize("ended_by", ["client's end", "client's reset", "service's end"])
+async def test_idle_streams_leave_nothing_behind(ended_by: str, many_files: int) -> None:
+    """Opened, idle, ended, in all the thousands: as many descriptors and tasks as before."""
+    total = min(2000 if ended_by == "client's end" else 300, many_files // 4)
+    served: list[Wire] = []
+
+    async def hold(wire: Wire) -> None:
+        served.append(wire)
+        await read_all(wire)
+
+    async def drop(wire: Wire) -> None:
+        served.append(wire)
+        try:
+            await read_all(wire)
+        except OSError:
+            pass
+
+    async with a_relay() as running:
+        name = name_of(await running.serve(hold if ended_by == "client's end" else drop))
+        await ask_once(running, name)
+        before = descriptors(), len(asyncio.all_tasks())
+        served.clear()
+        clients = [await running.dial(name) for _ in range(total)]
+        async with asyncio.timeout(20):
+            while len(served) < total:
+                await asyncio.sleep(0.005)
+        assert len(running.relay.ledger) == total
+        assert descriptors() == before[0] + 4 * total
+        for client, service in zip(clients, served, strict=True):
+            match ended_by:
+                case "client's end":
+                    client.shutdown_write()
+                case "client's reset":
+                    client.reset()
+                case _:
+                    service.shutdown_write()
+                    client.shutdown_write()
+        await settled(running, 0)
+        for client in clients:
+            client.close()
+        async with asyncio.timeout(20):
+            while (descriptors(), len(asyncio.all_tasks())) != before:
+                await asyncio.sleep(0.005)
+        assert {line["reason"] for line in running.log.events[1:]} == {
+            "client_reset" if ended_by == "client's reset" else "ok"
+        }
+
+
+async def ask_once(running: Running, name: str) -> None:
+    """Open and end one stream, so that whatever is made once has been made."""
+    client = await running.dial(name)
+    client.shutdown_write()
+    await read_all(client)
+    client.close()
+    await running.ended(1)
+    gc.collect()
+
+
+@pytest.mark.parametrize("kind", ["served", "reset", "silent", "unknown", "not TLS", "nobody there"])
+async def test_an_ended_stream_leaves_no_cycle_for_the_garbage_collector(kind: str) -> None:
+    """Its walk over thousands of streams stops everything for as long as it takes; with cycles it would be needed often."""
+    async with a_relay(hello_timeout_s=0.05) as running:
+        name = name_of(await running.serve(drop))
+
+        says = {
+            "silent": b"\x16",
+            "unknown": client_hello("stranger.example"),
+            "not TLS": b"GET /",
+            "nobody there": client_hello(name_of(1)),
+        }
+
+        async def one() -> None:
+            client = await running.connect()
+            await client.send(says.get(kind, client_hello(name)))
+            if kind == "reset":
+                async with asyncio.timeout(10):
+                    while not any(account.up for account in running.relay.ledger._live):
+                        await asyncio.sleep(0.001)
+                client.reset()
+            else:
+                if kind == "served":
+                    client.shutdown_write()
+                await read_all(client)
+                client.close()
+
+        await one()
+        await settled(running, 0)
+        gc.collect()
+        gc.disable()
+        try:
+            await one()
+            await settled(running, 0)
+            await asyncio.sleep(0.02)  # tasks and transports of the test's own end
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [item for item in gc.garbage if isinstance(item, Wire | Account | HelloReader)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert left == []
+
+
+async def test_clients_that_go_while_their_stream_is_opened_leave_nothing() -> None:
+    async with scripted(silent) as gateway, a_relay() as running:
+        running.add(gateway)
+        name = f"p8443-10-1-0-5.b.{DOMAIN}"
+        before = descriptors()
+        clients = [await running.dial(name) for _ in range(100)]
+        while gateway.connections < 100:
+            await asyncio.sleep(0.002)
+        for client in clients:
+            client.reset()
+        for account in tuple(running.relay.ledger._live):
+            assert account.end is not None
+            account.end()
+        await settled(running, 0)
+        for visit in gateway.visits:
+            visit.wire.close()
+        async with asyncio.timeout(10):
+            while descriptors() > before:
+                await asyncio.sleep(0.002)
+
+
+async def test_floods_of_what_is_no_hello() -> None:
+    """Connections that are refused at once, as fast as they can be made; the relay serves on and remembers none."""
+    kinds = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01\xff\xff",
+        client_hello("stranger.example"),
+        b"\x80",
+        os.urandom(50),
+    ]
+    async with a_relay() as running:
+        name = name_of(await running.serve(echo))
+        await ask(running, name)
+        before = descriptors()
+        for number in range(500):
+            client = await running.connect()
+            await client.send(kinds[number % len(kinds)])
+            client.close()
+            if number % 100 == 50:
+                await ask(running, name)
+        await settled(running, 0)
+        await ask(running, name)
+        async with asyncio.timeout(10):
+            while descriptors() > before:
+                await asyncio.sleep(0.002)
+        counted = {line["reason"] for line in running.log.events}
+    assert counted <= {"ok", "not_tls", "bad_hello", "unknown_name", "client_reset"}

@@ -1,0 +1,34 @@
+"""Ports of imported services: whose count, in which range, and how many at most."""
+
+from discovery.imports import ImportRule, Imports
+from discovery.model import Kind, Mesh
+from discovery.spec import NetworkSpec, ServiceSpec
+from sniproxy.relay.service_ports import MAX_PORTS, service_ports
+from tests.e2e.mesh import record
+
+IMPORTS = Imports([ImportRule(names=("*.shop.example",), sources=("b",))])
+
+
+def mesh(*services: tuple[str, str, list[int]]) -> Mesh:
+    records = [record(Kind.NETWORK, network, network, NetworkSpec()) for network in ("a", "b", "c")]
+    for network, name, ports in services:
+        spec = ServiceSpec(name=name, ports={str(port): ["10.0.0.1:1"] for port in ports})
+        records.append(record(Kind.SERVICE, network, name, spec))
+    return Mesh.of(records)
+
+
+def test_only_services_that_are_imported_from_that_network_count() -> None:
+    found = mesh(
+        ("b", "one.shop.example", [8443, 9000]),
+        ("b", "other.example", [1111]),
+        ("c", "one.shop.example", [2222]),
+        ("a", "two.shop.example", [3333]),
+    )
+    assert service_ports(found, "a", IMPORTS, 1, 65535) == [8443, 9000]
+    assert service_ports(found, "a", IMPORTS, 8444, 9000) == [9000]
+    assert service_ports(found, "a", Imports([]), 1, 65535) == []
+
+
+def test_there_are_so_many_at_most() -> None:
+    found = mesh(("b", "one.shop.example", list(range(2000, 2000 + MAX_PORTS + 50))))
+    assert service_ports(found, "a", IMPORTS, 1, 65535) == list(range(2000, 2000 + MAX_PORTS))

@@ -1,0 +1,314 @@
+"""The pool of warm streams: filled by use, emptied by use, age, silence and loss, never beyond its bounds."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from discovery.model import AllocationSpec, Kind, Mesh
+from sniproxy.engine import Wire
+from sniproxy.relay import warm_pool
+from sniproxy.relay.warm_pool import Fate, WarmPool
+from sniproxy.streams.end_reason import Reason
+from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.errors import DialError
+from sniproxy.tunnel.capsules import CapsuleError
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.messages import Ping, Pong, Ready, Refused
+from sniproxy.tunnel.state import Side
+from tests.e2e.mesh import record
+from tests.sniproxy.engine.pairs import pair
+from turnreg.warm import WarmStreams
+
+pytestmark = pytest.mark.anyio
+
+Far = Callable[[Framed], Awaitable[object]]
+"""What the gateway's end of a connection does."""
+
+
+def way(name: str = "gw-1", port: int = 50000) -> Candidate:
+    return Candidate(
+        kind=RouteKind.TURN, network="b", target="10.1.0.5:8443", address="10.0.0.7", port=port, addressee=name
+    )
+
+
+class Running:
+    """A pool over connections to the test's own gateways."""
+
+    def __init__(self, size: int, far: Far) -> None:
+        self.pool = WarmPool(self._dial, size=size, count=self._count)
+        self.fates: Counter[Fate] = Counter()
+        self.dialled = 0
+        self.refusing = False
+        self.fars: list[Framed] = []
+        self.group: asyncio.TaskGroup | None = None
+        self._far = far
+        self._changed = asyncio.Event()
+
+    def _count(self, fate: Fate) -> None:
+        self.fates[fate] += 1
+        self._changed.set()
+
+    async def _dial(self, _candidate: Candidate) -> Framed:
+        self.dialled += 1
+        self._changed.set()
+        if self.refusing:
+            raise DialError(Reason.DIAL_FAILED, "said the test")
+        near, far = await pair()
+        gateway = Framed(far, Side.GATEWAY)
+        self.fars.append(gateway)
+        assert self.group is not None
+        self.group.create_task(self._run_far(gateway))
+        framed = Framed(near, Side.RELAY)
+        framed.ends.warm = True
+        try:
+            assert await framed.next_message() == Ready()
+        except CapsuleError as error:
+            near.close()
+            raise DialError(Reason.PROTOCOL_ERROR, "said the test") from error
+        except BaseException:
+            near.close()
+            raise
+        return framed
+
+    async def _run_far(self, gateway: Framed) -> None:
+        await self._far(gateway)
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not true():
+                await asyncio.sleep(0.001)
+
+
+async def kept(gateway: Framed) -> None:
+    """As the real gateway."""
+    await WarmStreams().wait(gateway, "a")
+
+
+async def mute(gateway: Framed) -> None:
+    """READY, and never a PONG."""
+    gateway.ends.warm = True
+    await gateway.send(Ready())
+    await gateway.wire.flushed(5)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_pool, "RETRY_S", (0.001, 0.002))
+
+
+@asynccontextmanager
+async def a_pool(size: int = 2, far: Far = kept) -> AsyncIterator[Running]:
+    running = Running(size, far)
+    async with asyncio.TaskGroup() as running.group:
+        task = running.group.create_task(running.pool.run())
+        await asyncio.sleep(0)
+        yield running
+        running.pool.close()
+        await task
+        assert running.pool.ready == 0
+        for gateway in running.fars:
+            gateway.wire.close()
+
+
+async def test_nothing_is_kept_before_the_first_use() -> None:
+    async with a_pool() as running:
+        assert await running.pool.take(way()) is None
+        assert running.dialled == 0
+
+
+async def test_what_is_taken_is_made_anew() -> None:
+    async with a_pool() as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 2)
+        framed = await running.pool.take(way())
+        assert framed is not None
+        await running.until(lambda: running.pool.ready == 2)
+        assert running.dialled == 3
+        assert running.fates == {Fate.TAKEN: 1}
+        assert await running.pool.take(way("gw-2")) is None, "another allocation's"
+        await framed.send(Ping(b"12345678"))
+        assert await framed.next_message() == Pong(b"12345678"), "nobody else reads there any more"
+        framed.wire.close()
+
+
+async def test_a_pool_of_none() -> None:
+    async with a_pool(0) as running:
+        running.pool.used(way())
+        await asyncio.sleep(0)
+        assert running.dialled == 0
+
+
+async def test_use_does_not_make_more_than_its_size() -> None:
+    async with a_pool() as running:
+        for _ in range(50):
+            running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 2)
+        assert running.dialled == 2
+
+
+async def test_the_number_in_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_pool, "MAX_WARM", 3)
+    async with a_pool() as running:
+        for number in range(10):
+            running.pool.used(way(f"gw-{number}"))
+        await running.until(lambda: running.pool.ready == 3)
+        assert running.dialled == 3
+
+
+async def test_signs_of_life_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_pool, "PING_INTERVAL_S", 0.01)
+    async with a_pool(1) as running:
+        running.pool.used(way())
+        await running.until(lambda: bool(running.fars) and running.fars[0].sent > 20 * 16)
+        assert running.fates == {}
+        assert running.dialled == 1
+
+
+async def test_one_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_pool, "PING_INTERVAL_S", 0.01)
+    monkeypatch.setattr(warm_pool, "PONG_TIMEOUT_S", 0.01)
+    async with a_pool(1, mute) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.fates[Fate.LOST] >= 2)
+        assert running.dialled >= 2
+
+
+async def test_one_that_waits_for_an_answer_is_not_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_pool, "PING_INTERVAL_S", 0.01)
+    async with a_pool(1, mute) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 1)
+        await running.until(lambda: running.fars[0].wire.holds_unread or _asked(running))
+        assert await running.pool.take(way()) is None
+
+
+def _asked(running: Running) -> bool:
+    return any(ready.asked for shelf in running.pool._shelves.values() for ready in shelf.ready)
+
+
+@pytest.mark.parametrize("says", [Refused("draining"), Pong(b"12345678")])
+async def test_one_that_says_something_else_is_replaced(says: Refused | Pong) -> None:
+    async def wrong(gateway: Framed) -> None:
+        await mute(gateway)
+        await gateway.wire.send(says.pack())
+
+    async with a_pool(1, wrong) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.fates[Fate.LOST] + running.fates[Fate.FAILED] >= 3)
+
+
+async def test_one_that_is_cut_is_replaced() -> None:
+    async with a_pool(1) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 1)
+        running.fars[0].wire.reset()
+        await running.until(lambda: running.dialled == 2 and running.pool.ready == 1)
+        assert running.fates == {Fate.LOST: 1}
+
+
+async def test_old_ones_are_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_pool, "MAX_AGE_S", 0.01)
+    async with a_pool(1) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.fates[Fate.OVER] >= 3)
+
+
+async def test_an_allocation_that_nobody_uses_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_pool, "MAX_AGE_S", 0.01)
+    monkeypatch.setattr(warm_pool, "KEPT_FOR_S", 0.0)
+    async with a_pool() as running:
+        running.pool.used(way())
+        await running.until(lambda: not running.pool._shelves)
+        assert running.pool.ready == 0
+
+
+async def test_where_none_can_be_made_it_is_tried_again_and_again() -> None:
+    async with a_pool(1) as running:
+        running.refusing = True
+        running.pool.used(way())
+        await running.until(lambda: running.fates[Fate.FAILED] >= 3)
+        running.refusing = False
+        await running.until(lambda: running.pool.ready == 1)
+
+
+async def test_a_record_that_goes_takes_its_connections_along() -> None:
+    async with a_pool() as running:
+        allocation = record(
+            Kind.ALLOCATION, "b", "gw-1", AllocationSpec(via="a", turn="turn-1", port=50000, gateway="gw-1")
+        )
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 2)
+        running.pool.follow(Mesh.of([allocation]))
+        assert running.pool.ready == 2
+        running.pool.follow(Mesh.EMPTY)
+        await running.until(lambda: running.fates == {Fate.OVER: 2})
+        assert await running.pool.take(way()) is None
+        assert running.dialled == 2
+
+
+async def test_the_others_of_one_that_was_dead_are_not_trusted() -> None:
+    async with a_pool() as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 2)
+        running.pool.distrust(way())
+        assert running.pool.ready == 0
+        await running.until(lambda: running.pool.ready == 2)
+        assert running.fates == {Fate.OVER: 2}
+
+
+async def test_a_smaller_pool_from_now_on() -> None:
+    async with a_pool() as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 2)
+        running.pool.size = 1
+        running.pool.distrust(way())
+        await running.until(lambda: running.pool.ready == 1 and running.dialled == 3)
+
+
+async def test_another_size_counts_at_once() -> None:
+    async with a_pool(size=3) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 3)
+        running.pool.resize(1)
+        await running.until(lambda: running.fates.get(Fate.OVER) == 2)
+        assert running.pool.ready == 1
+        running.pool.resize(4)
+        await running.until(lambda: running.pool.ready == 4)
+        running.pool.resize(0)
+        await running.until(lambda: running.fates.get(Fate.OVER) == 6)
+        assert running.pool.ready == 0
+
+
+async def test_many_take_at_once_and_none_is_given_twice() -> None:
+    async with a_pool(8) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 8)
+        taken: list[Wire] = []
+
+        async def take() -> None:
+            framed = await running.pool.take(way())
+            if framed is not None:
+                taken.append(framed.wire)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(20):
+                group.create_task(take())
+        assert len(taken) == len(set(map(id, taken))) >= 8
+        for wire in taken:
+            wire.close()
+
+
+async def test_one_that_is_taken_by_who_goes_at_that_moment_is_closed() -> None:
+    async with a_pool(1) as running:
+        running.pool.used(way())
+        await running.until(lambda: running.pool.ready == 1)
+        assert running.group is not None
+        taking = running.group.create_task(running.pool.take(way()))
+        await asyncio.sleep(0)
+        taking.cancel()
+        await running.until(lambda: running.fates[Fate.TAKEN] == 1)
+        async with asyncio.timeout(10):
+            assert await running.fars[0].wire.recv() == b""

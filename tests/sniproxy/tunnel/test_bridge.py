@@ -1,0 +1,548 @@
+"""Two mirror images of Carry over a real connection: what a client and a service see of each other."""
+
+import asyncio
+import hashlib
+import os
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+
+import pytest
+
+from sniproxy.engine import Wire
+from sniproxy.streams.end_reason import Reason
+from sniproxy.tunnel.bridge import Carry
+from sniproxy.tunnel.capsules import CapsuleType, Control, Payload, header
+from sniproxy.tunnel.connection import RECEIVED_BYTES, Framed
+from sniproxy.tunnel.messages import Continued, Finished, Opened, Ready, Received, parse_control
+from sniproxy.tunnel.state import LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
+from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
+
+pytestmark = pytest.mark.anyio
+
+LIMITS = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
+
+
+@pytest.fixture(autouse=True)
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TURN server is between the two here that would drop what it holds at a cut."""
+    monkeypatch.setattr("sniproxy.tunnel.bridge.LINGER_S", 0.02)
+
+
+@dataclass
+class Path:
+    """client ⇄ relay's carry ⇄ gateway's carry ⇄ service."""
+
+    client: Wire
+    service: Wire
+    relay: Carry
+    gateway: Carry
+    between: tuple[Wire, Wire]
+
+    async def run(self, group: asyncio.TaskGroup) -> tuple[asyncio.Task[Reason], asyncio.Task[Reason]]:
+        return group.create_task(self.relay.run()), group.create_task(self.gateway.run())
+
+
+@pytest.fixture(params=["plain", "tls"])
+async def path(request: pytest.FixtureRequest) -> AsyncIterator[Path]:
+    client, relay_plain = await pair()
+    service, gateway_plain = await pair()
+    relay_wire, gateway_wire = await pair(request.param)
+    relay, gateway = Framed(relay_wire, Side.RELAY), Framed(gateway_wire, Side.GATEWAY)
+    await gateway.send(Ready())
+    await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+    assert await relay.next_message() == Ready()
+    assert isinstance(await relay.next_message(), Opened)
+    yield Path(
+        client=client,
+        service=service,
+        relay=Carry(relay_plain, relay, Side.RELAY, **LIMITS),
+        gateway=Carry(gateway_plain, gateway, Side.GATEWAY, **LIMITS),
+        between=(relay_wire, gateway_wire),
+    )
+    for wire in (client, service, relay_plain, gateway_plain, relay_wire, gateway_wire):
+        wire.close()
+
+
+@pytest.mark.parametrize("path", ["plain"], indirect=True)
+async def test_an_idle_stream_keeps_nothing_of_what_it_moved(path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        with nothing_large_kept():
+            for near, far in ((path.client, path.service), (path.service, path.client)):
+                await near.send(bytes(50_000))
+                assert len(await far.recv_exactly(50_000)) == 50_000
+                await asyncio.sleep(0.01)
+        for end in ends:
+            end.cancel()
+
+
+async def test_question_and_answer(path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        await path.client.send(b"question")
+        path.client.shutdown_write()
+        assert await read_all(path.service) == b"question"
+        await path.service.send(b"an answer after the client's end")
+        path.service.shutdown_write()
+        assert await read_all(path.client) == b"an answer after the client's end"
+    assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
+    assert path.relay.outbound.moved == path.gateway.inbound.moved == 8
+    assert path.relay.inbound.moved == path.gateway.outbound.moved == 32
+
+
+async def test_a_service_that_sends_and_closes_at_once_loses_nothing(path: Path) -> None:
+    payload = os.urandom(100_000)
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        await path.service.send(payload)
+        path.service.close()
+        assert await read_all(path.client) == payload
+        path.client.close()
+    assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
+
+
+async def test_bulk_both_ways_is_spliced_and_intact(path: Path) -> None:
+    payload = os.urandom(1 << 20) * 40 + b"tail"
+    expected = hashlib.sha256(payload).hexdigest()
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        for wire in (path.client, path.service):
+            group.create_task(_send_and_end(wire, payload))
+        digests = [group.create_task(_digest(wire)) for wire in (path.client, path.service)]
+    assert [digest.result() for digest in digests] == [expected, expected]
+    assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_any_pace_of_both_sides(path: Path, seed: int) -> None:
+    """Random sizes, pauses and half-closes: both sides get exactly what the other sent, then its end."""
+    dice = random.Random(seed)
+    payloads = [dice.randbytes(dice.choice((0, 1, 7, 70_000, 3_000_000))) for _ in range(2)]
+
+    async def send(wire: Wire, payload: bytes, dice: random.Random) -> None:
+        at = 0
+        while at < len(payload):
+            size = dice.choice((1, 100, 65536, 400_000))
+            await wire.send(payload[at : at + size])
+            at += size
+            if dice.random() < 0.2:
+                await asyncio.sleep(dice.random() / 100)
+        wire.shutdown_write()
+
+    async def receive(wire: Wire, dice: random.Random) -> bytes:
+        got = bytearray()
+        while data := await wire.recv(dice.choice((1000, 65536, 1 << 20))):
+            got += data
+            if dice.random() < 0.2:
+                await asyncio.sleep(dice.random() / 100)
+        return bytes(got)
+
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        for wire, payload in zip((path.client, path.service), payloads, strict=True):
+            group.create_task(send(wire, payload, random.Random(dice.random())))
+        got = [group.create_task(receive(wire, random.Random(dice.random()))) for wire in (path.client, path.service)]
+    assert [task.result() for task in got] == payloads[::-1]
+    assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
+
+
+async def test_a_client_reset_reaches_the_service_as_a_reset(path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        await path.client.send(b"half a req")
+        await path.service.recv_exactly(10)
+        path.client.reset()
+        await until_reset(path.service)
+    assert [end.result() for end in ends] == [Reason.CLIENT_RESET, Reason.TRUNCATED]
+
+
+async def test_a_service_reset_reaches_the_client_as_a_reset(path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        await path.service.send(b"half an ans")
+        await path.client.recv_exactly(11)
+        path.service.reset()
+        await until_reset(path.client)
+    assert [end.result() for end in ends] == [Reason.TRUNCATED, Reason.SERVER_RESET]
+
+
+@pytest.mark.parametrize("how", ["reset", "close"])
+async def test_a_cut_in_the_middle_is_a_reset_on_both_sides(path: Path, how: str) -> None:
+    """A FIN between relay and gateway is never an end: neither peer may take it for one."""
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        await path.service.send(b"half an ans")
+        await path.client.send(b"half a req")
+        await path.client.recv_exactly(11)
+        await path.service.recv_exactly(10)
+        getattr(path.between[0], how)()
+        await until_reset(path.client)
+        await until_reset(path.service)
+    assert [end.result() for end in ends] == [Reason.TRUNCATED, Reason.TRUNCATED]
+
+
+async def test_a_cut_after_one_end_is_still_a_reset(path: Path) -> None:
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        path.client.shutdown_write()
+        assert await path.service.recv() == b""
+        path.between[0].reset()
+        await until_reset(path.client)
+        with pytest.raises(OSError, match=r"."):
+            while True:
+                await path.service.send(b"x")
+                await asyncio.sleep(0.001)
+    assert [end.result() for end in ends] == [Reason.TRUNCATED, Reason.TRUNCATED]
+
+
+async def test_an_answer_and_close_during_an_upload_arrives(path: Path) -> None:
+    answer = os.urandom(200_000)
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+
+        async def upload() -> None:
+            with pytest.raises(OSError, match=r"."):
+                while True:
+                    await path.client.send(bytes(65536))
+
+        uploading = group.create_task(upload())
+        await path.service.recv_exactly(100_000)
+        await path.service.send(answer)
+        assert await path.service.flushed(10)
+        path.service.close()  # with unread bytes: the kernel makes it a reset
+        assert await path.client.recv_exactly(len(answer)) == answer
+        await uploading
+    assert ends[1].result() is Reason.SERVER_RESET
+
+
+async def test_idle(path: Path) -> None:
+    path.relay._activity.limit(0.05)
+    async with asyncio.TaskGroup() as group:
+        ends = await path.run(group)
+        await until_reset(path.client)
+        await until_reset(path.service)
+    assert [end.result() for end in ends] == [Reason.IDLE_TIMEOUT, Reason.TRUNCATED]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        header(CapsuleType.FINISHED, 0),
+        header(CapsuleType.READY, 0),
+        header(CapsuleType.DONE, 0),
+        header(CapsuleType.PING, 8) + bytes(8),
+        header(CapsuleType.FINAL_DATA, 1) + b"x" + header(CapsuleType.DATA, 1) + b"y",
+        header(CapsuleType.FINAL_DATA, 0) + header(CapsuleType.FINAL_DATA, 0),
+        header(CapsuleType.REFUSED, 6) + b"\x05other",
+        b"\xff" * 16,
+    ],
+)
+async def test_a_broken_protocol_ends_the_stream(wrong: bytes) -> None:
+    client, plain = await pair()
+    relay_wire, peer = await pair()
+    relay, gateway = Framed(relay_wire, Side.RELAY), Framed(peer, Side.GATEWAY)
+    await gateway.send(Ready())
+    await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+    await relay.next_message()
+    await relay.next_message()
+    await peer.send(wrong)
+    reason = await Carry(plain, relay, Side.RELAY, **LIMITS).run()
+    assert reason is Reason.PROTOCOL_ERROR
+    await until_reset(client)
+    client.close()
+    peer.close()
+
+
+async def test_a_small_message_costs_one_write_each_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Header and payload leave in one send: counted, not timed."""
+    writes = 0
+    try_send = Wire.try_send
+
+    def counting(self: Wire, *arguments: object, **options: object) -> int:
+        nonlocal writes
+        writes += 1
+        return try_send(self, *arguments, **options)  # type: ignore[arg-type]
+
+    async with asyncio.TaskGroup() as group:
+        await path.run(group)
+        monkeypatch.setattr(Wire, "try_send", counting)
+        for _ in range(10):
+            await path.client.send(b"ping")
+            await path.service.recv_exactly(4)
+            await path.service.send(b"pong")
+            await path.client.recv_exactly(4)
+        assert writes == 10 * 6
+        path.client.close()
+        path.service.close()
+
+
+# --- one side against a scripted other ------------------------------------------------------------------------------
+
+
+@dataclass
+class Half:
+    """One side's carry; the test speaks for its plain peer and for the other side."""
+
+    plain: Wire
+    peer: Framed
+    ours: Framed
+    our_plain: Wire
+
+    def carry(self, side: Side, **options: object) -> Carry:
+        return Carry(self.our_plain, self.ours, side, **{**LIMITS, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=[Side.RELAY, Side.GATEWAY], ids=["relay", "gateway"])
+async def half(request: pytest.FixtureRequest) -> AsyncIterator[Half]:
+    """An opened stream with the carry of this side to be made by the test."""
+    plain, our_plain = await pair()
+    relay_wire, gateway_wire = await pair()
+    relay, gateway = Framed(relay_wire, Side.RELAY), Framed(gateway_wire, Side.GATEWAY)
+    await gateway.send(Ready())
+    await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+    await relay.next_message()
+    await relay.next_message()
+    ours, peer = (relay, gateway) if request.param is Side.RELAY else (gateway, relay)
+    yield Half(plain, peer, ours, our_plain)
+    for wire in (plain, our_plain, relay_wire, gateway_wire):
+        wire.close()
+
+
+RELAY = pytest.mark.parametrize("half", [Side.RELAY], indirect=True, ids=["relay"])
+GATEWAY = pytest.mark.parametrize("half", [Side.GATEWAY], indirect=True, ids=["gateway"])
+
+
+async def payload_of(framed: Framed, *, until: type[object] | None = None) -> bytes:
+    """Read payload up to the end, or up to a control capsule of this type."""
+    got = bytearray()
+    while not framed.exhausted:
+        for event in await framed.read():
+            if isinstance(event, Payload):
+                got += event.data
+            elif isinstance(event, Control) and until is not None and isinstance(parse_control(event), until):
+                return bytes(got)
+    return bytes(got)
+
+
+@RELAY
+async def test_a_lost_client_does_not_keep_an_upload_that_stands_still(
+    half: Half, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reset is found by writing to it, while what it sent before waits for a gateway that takes nothing."""
+    monkeypatch.setattr("sniproxy.tunnel.bridge.LIMIT_STALLED_S", 0.05)
+    async with asyncio.TaskGroup() as group:
+        carrying = group.create_task(half.carry(Side.RELAY).run())
+        try:
+            async with asyncio.timeout(0.3):
+                while True:
+                    await half.plain.send(bytes(1 << 20))
+        except TimeoutError:
+            pass  # all buffers up to the gateway are full
+        half.plain.reset()
+        async with asyncio.timeout(10):
+            while not carrying.done():
+                try:
+                    await half.peer.send_data(b"x")
+                except OSError:
+                    break
+                await asyncio.sleep(0.01)
+            assert await carrying is Reason.CLIENT_RESET
+
+
+async def test_where_the_confirmation_fails_the_stream_is_cut(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads on there, so nobody else would notice."""
+    send = Framed.send
+
+    async def failing(self: Framed, message: object) -> None:
+        if isinstance(message, Finished):
+            raise ConnectionResetError("the connection is gone")
+        await send(self, message)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Framed, "send", failing)
+    await half.peer.send_data(b"all", final=True)
+    side = half.ours.ends._side
+    async with asyncio.timeout(5):
+        assert await half.carry(side).run() is Reason.TRUNCATED
+
+
+async def test_cancelled_before_the_first_step(half: Half) -> None:
+    """The directions' coroutines are never made, or run: none is left that was never awaited."""
+    async with asyncio.TaskGroup() as group:
+        carrying = group.create_task(half.carry(half.ours.ends._side).run())
+        await asyncio.sleep(0)
+        carrying.cancel()
+    assert half.our_plain.closed
+    assert half.ours.wire.closed
+    await until_reset(half.plain)
+
+
+async def test_cancelled_in_the_middle_both_see_a_reset(half: Half) -> None:
+    async with asyncio.TaskGroup() as group:
+        carrying = group.create_task(half.carry(half.ours.ends._side).run())
+        await half.peer.send_data(b"half")
+        assert await half.plain.recv_exactly(4) == b"half"
+        carrying.cancel()
+    await until_reset(half.plain)
+    await until_reset(half.peer.wire)
+
+
+@GATEWAY
+async def test_bytes_that_were_read_with_the_preamble_go_first(half: Half) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(half.carry(Side.GATEWAY, first=b"ClientHello ").run())
+        await half.peer.send_data(b"and more")
+        assert await half.plain.recv_exactly(20) == b"ClientHello and more"
+        half.plain.reset()
+
+
+# --- second connections ---------------------------------------------------------------------------------------------
+
+
+@RELAY
+@pytest.mark.parametrize("failures", [0, 3])
+async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(
+    half: Half, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is not to be had at once, as on a link that is full, it is asked for again."""
+    monkeypatch.setattr("sniproxy.tunnel.bridge.SECOND_AGAIN_S", (0.01, 0.02, 0.03))
+    ours, theirs = await pair()
+    second = Framed(theirs, Side.GATEWAY)
+    payload = os.urandom(1 << 20)
+    failed = [ConnectionError("READY is late")] * failures
+
+    async def dial() -> Framed:
+        if failed:
+            raise failed.pop()
+        return Framed(ours, Side.RELAY)
+
+    async with asyncio.TaskGroup() as group:
+        carrying = group.create_task(half.carry(Side.RELAY, second=dial).run())
+        group.create_task(_send_and_end(half.plain, payload))
+        before = await payload_of(half.peer, until=Continued)
+        assert 0 < half.peer.received <= LIMIT_UNRECEIVED + 8, "what a TURN server may hold"
+        assert before + await payload_of(second) == payload
+        half.peer.ends.end_elsewhere(by_us=False)
+        await half.peer.send(Finished())
+        await half.peer.send_data(b"thanks", final=True)
+        assert await read_all(half.plain) == b"thanks"
+        while not half.peer.ends.done:
+            await half.peer.read()
+        half.peer.wire.close()
+    assert carrying.result() is Reason.OK
+    assert ours.closed
+    theirs.close()
+
+
+@RELAY
+async def test_an_upload_that_is_taken_needs_no_second_connection(half: Half) -> None:
+    async def dial() -> Framed:
+        pytest.fail("a second connection was asked for")
+
+    async with asyncio.TaskGroup() as group:
+        carrying = group.create_task(half.carry(Side.RELAY, second=dial).run())
+        for _ in range(20):
+            await half.plain.send(bytes(20_000))
+            taken = 0
+            while taken < 20_000:
+                taken += sum(len(event.data) for event in await half.peer.read() if isinstance(event, Payload))
+            await half.peer.send(Received(half.peer.received))
+        half.plain.reset()
+        assert await carrying is Reason.CLIENT_RESET
+
+
+@RELAY
+async def test_received_of_what_was_never_sent(half: Half) -> None:
+    await half.peer.send(Received(1 << 40))
+    assert await half.carry(Side.RELAY).run() is Reason.PROTOCOL_ERROR
+
+
+@RELAY
+async def test_received_that_goes_back(half: Half) -> None:
+    async with asyncio.TaskGroup() as group:
+        carrying = group.create_task(half.carry(Side.RELAY).run())
+        await half.plain.send(bytes(RECEIVED_BYTES))
+        taken = 0
+        while taken < RECEIVED_BYTES:
+            taken += sum(len(event.data) for event in await half.peer.read() if isinstance(event, Payload))
+        await half.peer.send(Received(5))
+        await half.peer.send(Received(4))
+        assert await carrying is Reason.PROTOCOL_ERROR
+
+
+@RELAY
+async def test_received_again_and_again(half: Half) -> None:
+    """One for each 16 KiB that were sent, and one more."""
+    async with asyncio.TaskGroup() as group:
+        carrying = group.create_task(half.carry(Side.RELAY).run())
+        await half.plain.send(b"question")
+        await half.peer.read()
+        await half.peer.send(Received(1))
+        await half.peer.send(Received(1))
+        assert await carrying is Reason.FLOOD
+
+
+@GATEWAY
+async def test_continued_where_nothing_is_between_us(half: Half) -> None:
+    await half.peer.send(Continued())
+    assert await half.carry(Side.GATEWAY).run() is Reason.PROTOCOL_ERROR
+
+
+@GATEWAY
+async def test_continued_on_the_second_connection(half: Half) -> None:
+    """There is no third one: two tasks would read the second."""
+    theirs, ours = await pair()
+
+    async def arrived() -> Framed:
+        return Framed(ours, Side.GATEWAY)
+
+    await half.peer.send(Continued())
+    await theirs.send(Continued().pack())
+    async with asyncio.timeout(5):
+        assert await half.carry(Side.GATEWAY, second=arrived).run() is Reason.PROTOCOL_ERROR
+    theirs.close()
+
+
+@GATEWAY
+async def test_continued_and_then_nothing(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sniproxy.tunnel.bridge.LIMIT_DONE_S", 0.05)
+    await half.peer.send(Continued())
+
+    async def never() -> Framed:
+        return await asyncio.get_running_loop().create_future()
+
+    async with asyncio.timeout(5):
+        assert await half.carry(Side.GATEWAY, second=never).run() is Reason.TRUNCATED
+
+
+@GATEWAY
+async def test_a_gateway_tells_what_it_has_received(half: Half) -> None:
+    async def never() -> Framed:
+        return await asyncio.get_running_loop().create_future()
+
+    counts = []
+    async with asyncio.TaskGroup() as group:
+        group.create_task(half.carry(Side.GATEWAY, second=never).run())
+        for _ in range(10):
+            await half.peer.send_data(bytes(10_000))
+            await half.plain.recv_exactly(10_000)
+        while not counts or counts[-1] < 2 * RECEIVED_INTERVAL:
+            message = await half.peer.next_message()
+            assert isinstance(message, Received)
+            counts.append(message.count)
+        half.plain.reset()
+    assert counts == sorted(counts)
+    assert counts[-1] <= half.peer.sent
+
+
+async def _send_and_end(wire: Wire, payload: bytes) -> None:
+    await wire.send(payload)
+    wire.shutdown_write()
+
+
+async def _digest(wire: Wire) -> str:
+    digest = hashlib.sha256()
+    while data := await wire.recv(1 << 18):
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""A relay and a gateway's epoch: told the right one it signs anew, once, and believes only who has the key."""
+
+import os
+
+import pytest
+
+from sniproxy.relay.failover import Dialer
+from sniproxy.streams.end_reason import Reason
+from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.errors import DialError, StaleEpoch
+from sniproxy.tunnel.epoch import EPOCH_SIZE, UNKNOWN_EPOCH, stale_detail
+from sniproxy.tunnel.messages import Refused
+from tests.sniproxy.calls import call, opener
+from tests.sniproxy.gateways import KEY, Script, ScriptedGateway, Visit, opens, refuses, scripted
+
+pytestmark = pytest.mark.anyio
+
+EPOCH, NEXT = os.urandom(EPOCH_SIZE), os.urandom(EPOCH_SIZE)
+
+
+def way(gateway: ScriptedGateway, *, epoch: bytes = UNKNOWN_EPOCH, kind: RouteKind = RouteKind.DIRECT) -> Candidate:
+    address, port = gateway.address
+    return Candidate(
+        kind=kind, network="b", target="10.1.0.5:8443", address=address, port=port, addressee="gw-1", epoch=epoch
+    )
+
+
+def tells(epoch: bytes, key: bytes = KEY.secret, about: bytes = b"") -> Script:
+    """Refuse as a gateway of this epoch does."""
+
+    async def script(visit: Visit) -> None:
+        detail = stale_detail(epoch, key, about or visit.began_with.once)
+        await visit.framed.send(Refused(Reason.STALE_EPOCH, detail))
+        await visit.framed.discard()
+
+    return script
+
+
+def signed(gateway: ScriptedGateway) -> list[bytes | None]:
+    return [visit.began_with.epoch for visit in gateway.visits]
+
+
+async def test_what_a_gateway_tells_is_signed_at_once_and_from_then_on() -> None:
+    async with scripted(tells(EPOCH), opens) as gateway:
+        relay = Dialer(opener())
+        for attempts in (2, 1):
+            connected = await relay.open(call(), [way(gateway)])
+            assert connected.attempts == attempts
+            assert connected.framed is not None
+            connected.framed.wire.close()
+        assert signed(gateway) == [UNKNOWN_EPOCH, EPOCH, EPOCH]
+
+
+async def test_a_record_that_is_newer_than_what_was_told_counts() -> None:
+    async with scripted(tells(EPOCH), opens) as gateway:
+        relay = Dialer(opener())
+        for record in (UNKNOWN_EPOCH, UNKNOWN_EPOCH, NEXT):
+            connected = await relay.open(call(), [way(gateway, epoch=record)])
+            assert connected.framed is not None
+            connected.framed.wire.close()
+        assert signed(gateway) == [UNKNOWN_EPOCH, EPOCH, EPOCH, NEXT]
+
+
+async def test_it_signs_anew_once_and_no_more() -> None:
+    async with scripted(tells(EPOCH), tells(NEXT), opens) as gateway:
+        with pytest.raises(DialError) as failed:
+            await Dialer(opener()).open(call(), [way(gateway)])
+        assert (failed.value.reason, failed.value.attempts) == (Reason.STALE_EPOCH, 2)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        tells(EPOCH, key=bytes(32)),
+        tells(EPOCH, about=b"another stream"),
+        tells(UNKNOWN_EPOCH),
+        refuses("stale_epoch"),
+        refuses("stale_epoch", detail=""),
+    ],
+    ids=["another key", "another stream", "the one that was signed", "no epoch", "nothing"],
+)
+async def test_somebody_in_between_cannot_have_a_stream_sent_twice(script: Script) -> None:
+    async with scripted(script, opens) as gateway:
+        with pytest.raises(DialError) as failed:
+            await Dialer(opener()).open(call(), [way(gateway)])
+        assert failed.value.reason is Reason.STALE_EPOCH
+        assert not isinstance(failed.value, StaleEpoch)
+        assert len(gateway.visits) == 1
+
+
+async def test_a_connection_that_is_kept_ready_is_signed_anew_too() -> None:
+    async with scripted(tells(EPOCH), tells(EPOCH)) as gateway:
+        with pytest.raises(DialError):
+            await opener().warm_up(way(gateway, kind=RouteKind.TURN))
+        assert signed(gateway) == [UNKNOWN_EPOCH, EPOCH]
+
+
+@pytest.mark.parametrize("reason", ["bad_signature", "clock_skew", "replay", "overloaded", "draining"])
+async def test_a_connection_that_is_not_kept_ready_says_why(reason: str) -> None:
+    async with scripted(refuses(reason)) as gateway:
+        with pytest.raises(DialError) as failed:
+            await opener().warm_up(way(gateway, kind=RouteKind.TURN))
+        assert failed.value.reason == reason

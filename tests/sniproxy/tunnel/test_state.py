@@ -1,0 +1,246 @@
+"""Which capsule may come when: every order that is right, every one that is wrong, and both sides always of one opinion."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sniproxy.tunnel.capsules import CapsuleError, CapsuleType
+from sniproxy.tunnel.state import Ends, Side
+
+T = CapsuleType
+R, G = Side.RELAY, Side.GATEWAY
+Step = tuple[Side, CapsuleType]
+
+OPENING: list[Step] = [(R, T.DATA), (G, T.READY), (G, T.OPENED)]
+WHOLE: list[Step] = [
+    *OPENING,
+    (R, T.DATA),
+    (G, T.DATA),
+    (G, T.RECEIVED),
+    (R, T.FINAL_DATA),
+    (G, T.FINISHED),
+    (G, T.FINAL_DATA),
+    (R, T.FINISHED),
+    (R, T.DONE),
+]
+
+
+def other(side: Side) -> Side:
+    return G if side is R else R
+
+
+class Pair:
+    """Both sides' state of one stream."""
+
+    def __init__(self) -> None:
+        self.ends = {R: Ends(R), G: Ends(G)}
+
+    def say(self, side: Side, kind: CapsuleType) -> None:
+        """One side says it, the other hears it; CapsuleError where it may not."""
+        self.ends[other(side)].received(kind)
+        self.ends[side].sent(kind)
+
+    def say_all(self, steps: list[Step]) -> None:
+        for side, kind in steps:
+            self.say(side, kind)
+
+
+def test_a_whole_stream() -> None:
+    pair = Pair()
+    pair.say_all(WHOLE[:-1])
+    assert pair.ends[R].complete
+    assert pair.ends[G].complete
+    assert not pair.ends[G].done
+    pair.say(*WHOLE[-1])
+    assert pair.ends[G].done
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        [(G, T.FINAL_DATA), (R, T.FINISHED), (R, T.FINAL_DATA), (G, T.FINISHED)],
+        [(R, T.FINAL_DATA), (G, T.FINAL_DATA), (R, T.FINISHED), (G, T.FINISHED)],
+        [(G, T.FINAL_DATA), (R, T.FINAL_DATA), (G, T.FINISHED), (R, T.FINISHED)],
+        [(G, T.FINAL_DATA), (R, T.DATA), (R, T.FINISHED), (R, T.FINAL_DATA), (G, T.FINISHED)],
+    ],
+)
+def test_directions_end_in_any_order(order: list[Step]) -> None:
+    pair = Pair()
+    pair.say_all([*OPENING, *order, (R, T.DONE)])
+    assert all(ends.complete and ends.done for ends in pair.ends.values())
+
+
+def test_a_refusal_ends_it() -> None:
+    for before in ([], [(G, T.READY)], [(R, T.DATA), (G, T.READY)]):
+        pair = Pair()
+        pair.say_all([*before, (G, T.REFUSED)])
+        for step in [(R, T.DATA), (G, T.DATA), (G, T.READY), (G, T.OPENED), (G, T.REFUSED), (R, T.DONE)]:
+            with pytest.raises(CapsuleError, match="after REFUSED"):
+                pair.say(*step)
+
+
+def test_a_second_connection_takes_over_the_upload() -> None:
+    pair = Pair()
+    pair.say_all([*OPENING, (R, T.CONTINUED)])
+    with pytest.raises(CapsuleError, match="after CONTINUED"):
+        pair.say(R, T.DATA)
+    with pytest.raises(CapsuleError, match="after CONTINUED"):
+        pair.say(R, T.FINAL_DATA)
+    with pytest.raises(CapsuleError, match="without FINAL_DATA"):
+        pair.say(G, T.FINISHED)
+    pair.ends[R].end_elsewhere(by_us=True)
+    pair.ends[G].end_elsewhere(by_us=False)
+    pair.say_all([(G, T.FINISHED), (G, T.FINAL_DATA), (R, T.FINISHED), (R, T.DONE)])
+
+
+FINAL_UP, FINAL_DOWN = (R, T.FINAL_DATA), (G, T.FINAL_DATA)
+
+WRONG = [
+    ("READY twice", [(G, T.READY)], (G, T.READY)),
+    ("OPENED before READY", [], (G, T.OPENED)),
+    ("OPENED twice", OPENING, (G, T.OPENED)),
+    ("REFUSED after OPENED", OPENING, (G, T.REFUSED)),
+    ("an answer before OPENED", [(G, T.READY)], (G, T.DATA)),
+    ("an end before OPENED", [(G, T.READY)], FINAL_DOWN),
+    ("DATA after the end, up", [*OPENING, FINAL_UP], (R, T.DATA)),
+    ("DATA after the end, down", [*OPENING, FINAL_DOWN], (G, T.DATA)),
+    ("two ends, up", [*OPENING, FINAL_UP], FINAL_UP),
+    ("two ends, down", [*OPENING, FINAL_DOWN], FINAL_DOWN),
+    ("FINISHED without an end, up", OPENING, (R, T.FINISHED)),
+    ("FINISHED without an end, down", OPENING, (G, T.FINISHED)),
+    ("FINISHED of the own end", [*OPENING, FINAL_UP], (R, T.FINISHED)),
+    ("FINISHED twice", [*OPENING, FINAL_UP, (G, T.FINISHED)], (G, T.FINISHED)),
+    ("DONE at the start", [], (R, T.DONE)),
+    ("DONE with one half", [*OPENING, FINAL_UP, (G, T.FINISHED)], (R, T.DONE)),
+    ("DONE by the gateway", WHOLE[:-1], (G, T.DONE)),
+    ("CONTINUED before OPENED", [(R, T.DATA), (G, T.READY)], (R, T.CONTINUED)),
+    ("CONTINUED twice", [*OPENING, (R, T.CONTINUED)], (R, T.CONTINUED)),
+    ("CONTINUED after the end", [*OPENING, FINAL_UP], (R, T.CONTINUED)),
+    ("CONTINUED by the gateway", OPENING, (G, T.CONTINUED)),
+    ("RECEIVED before OPENED", [(G, T.READY)], (G, T.RECEIVED)),
+    ("RECEIVED by the relay", OPENING, (R, T.RECEIVED)),
+    ("READY by the relay", [], (R, T.READY)),
+    ("OPENED by the relay", [(G, T.READY)], (R, T.OPENED)),
+    ("REFUSED by the relay", [], (R, T.REFUSED)),
+    *[
+        (f"{kind.name} on a client's stream", OPENING, (side, kind))
+        for kind in (T.PING, T.PONG, T.OPEN)
+        for side in Side
+    ],
+]
+
+
+@pytest.mark.parametrize(("before", "wrong"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
+def test_wrong_orders(before: list[Step], wrong: Step) -> None:
+    """A peer's is an error of the peer; our own is a defect."""
+    pair = Pair()
+    pair.say_all(before)
+    side, kind = wrong
+    with pytest.raises(CapsuleError, match=kind.name):
+        pair.ends[other(side)].received(kind)
+    with pytest.raises(AssertionError, match=f"{side.value} sends {kind.name}"):
+        pair.ends[side].sent(kind)
+
+
+@given(st.lists(st.tuples(st.sampled_from(Side), st.sampled_from(CapsuleType)), max_size=40))
+def test_what_one_side_may_say_the_other_takes(steps: list[Step]) -> None:
+    """The two sides never disagree: whatever sender's rules let pass is no error at the receiver, and the reverse."""
+    pair = Pair()
+    for side, kind in steps:
+        try:
+            pair.ends[side].sent(kind)
+        except AssertionError:
+            with pytest.raises(CapsuleError):
+                pair.ends[other(side)].received(kind)
+            return
+        pair.ends[other(side)].received(kind)
+        assert pair.ends[R].complete == pair.ends[G].complete
+        assert pair.ends[R].refused == pair.ends[G].refused
+
+
+@given(st.sampled_from(Side), st.lists(st.sampled_from(CapsuleType), max_size=40))
+def test_no_peer_makes_a_stream_complete_alone(side: Side, kinds: list[CapsuleType]) -> None:
+    ends = Ends(side)
+    for kind in kinds:
+        try:
+            ends.received(kind)
+        except CapsuleError:
+            break
+    assert not ends.complete
+    assert not ends.finished_sent
+    assert not ends.final_sent
+
+
+# --- connections that are kept ready ----------------------------------------------------------------------------------
+
+
+def warm() -> Pair:
+    pair = Pair()
+    for ends in pair.ends.values():
+        ends.warm = True
+    pair.say(G, T.READY)
+    return pair
+
+
+def test_a_stream_on_a_warm_connection() -> None:
+    pair = warm()
+    pair.say_all([(R, T.PING), (G, T.PONG), (R, T.PING), (R, T.OPEN), (R, T.DATA), (G, T.PONG), (G, T.OPENED)])
+    pair.say_all(WHOLE[len(OPENING) :])
+    assert pair.ends[G].done
+
+
+@pytest.mark.parametrize(
+    ("said", "step"),
+    [
+        ([], (R, T.DATA)),
+        ([], (R, T.FINAL_DATA)),
+        ([], (G, T.OPENED)),
+        ([], (G, T.PONG)),
+        ([], (G, T.READY)),
+        ([(R, T.PING), (G, T.PONG)], (G, T.PONG)),
+        ([(R, T.OPEN)], (R, T.OPEN)),
+        ([(R, T.OPEN)], (R, T.PING)),
+        ([(R, T.OPEN)], (G, T.READY)),
+        ([(R, T.OPEN)], (G, T.DATA)),
+        ([(G, T.REFUSED)], (R, T.OPEN)),
+        ([], (G, T.PING)),
+        ([], (G, T.OPEN)),
+    ],
+)
+def test_what_may_not_be_said_on_a_warm_connection(said: list[Step], step: Step) -> None:
+    pair = warm()
+    pair.say_all(said)
+    with pytest.raises(CapsuleError):
+        pair.say(*step)
+
+
+@pytest.mark.parametrize("kind", [T.PING, T.OPEN])
+def test_a_stream_that_is_not_warm_has_no(kind: CapsuleType) -> None:
+    pair = Pair()
+    pair.say(G, T.READY)
+    with pytest.raises(CapsuleError):
+        pair.say(R, kind)
+
+
+def test_a_warm_connection_may_be_refused() -> None:
+    pair = warm()
+    pair.say(G, T.REFUSED)
+    assert pair.ends[R].refused
+
+
+# --- services that are being woken ------------------------------------------------------------------------------------
+
+
+def test_a_gateway_may_say_again_that_it_waits() -> None:
+    pair = Pair()
+    pair.say_all([(R, T.DATA), (G, T.READY), (G, T.WAITING), (G, T.WAITING), (G, T.OPENED)])
+
+
+@pytest.mark.parametrize(
+    ("said", "side"), [([], G), (OPENING, G), ([(G, T.READY), (G, T.REFUSED)], G), ([(G, T.READY)], R)]
+)
+def test_when_nobody_waits(said: list[Step], side: Side) -> None:
+    pair = Pair()
+    pair.say_all(said)
+    with pytest.raises(CapsuleError):
+        pair.say(side, T.WAITING)

@@ -1,0 +1,121 @@
+"""Whose preambles count: those for this very process, up to their network's share; and what the relay is told where they do not."""
+
+import dataclasses
+import os
+
+import pytest
+
+from sniproxy.streams.end_reason import Reason
+from sniproxy.tunnel.epoch import told_epoch
+from sniproxy.tunnel.preamble import Preamble, PreambleError, SigningKey, sign
+from sniproxy.tunnel.verify import MIN_SHARE, PreambleVerifier, ReplayCache, share_of
+
+NOW_MS = 1_800_000_000_000
+AB = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
+CB = SigningKey(id="cb-1", secret=bytes(range(1, 33)), from_network="c", to_network="b")
+KEYS = {key.id: key for key in (AB, CB)}
+EPOCH = bytes(range(100, 116))
+
+GOOD = Preamble(
+    client=("10.9.8.7", 54321),
+    local=("10.0.0.9", 443),
+    authority="orders.shop.example",
+    stream_id=bytes(16),
+    from_network="a",
+    to_network="b",
+    addressee="gw-1",
+    key_id="ab-1",
+    time_ms=NOW_MS,
+    target="10.1.0.5:8443",
+    hello_digest=bytes(32),
+    epoch=EPOCH,
+)
+
+
+def verify(by: PreambleVerifier, key: SigningKey = AB, now_ms: int = NOW_MS, **changes: object) -> Preamble:
+    preamble = dataclasses.replace(GOOD, stream_id=os.urandom(16), **changes)  # type: ignore[arg-type]
+    verified = by.verify(sign(preamble, key.secret), addressee="gw-1", now_ms=now_ms)
+    assert isinstance(verified, Preamble)
+    return verified
+
+
+def refused(by: PreambleVerifier, key: SigningKey = AB, now_ms: int = NOW_MS, **changes: object) -> PreambleError:
+    with pytest.raises(PreambleError) as raised:
+        verify(by, key, now_ms, **changes)
+    return raised.value
+
+
+def test_the_epoch_must_be_this_process_s() -> None:
+    verifier = PreambleVerifier(KEYS, "b", epoch=EPOCH)
+    assert verify(verifier).epoch == EPOCH
+    for other in (bytes(16), bytes(range(16))):
+        preamble = dataclasses.replace(GOOD, epoch=other)
+        with pytest.raises(PreambleError) as raised:
+            verifier.verify(sign(preamble, AB.secret), addressee="gw-1", now_ms=NOW_MS)
+        error = raised.value
+        assert error.reason is error.told[0] is Reason.STALE_EPOCH
+        assert told_epoch(error.told[1], AB.secret, preamble.once) == EPOCH
+    assert len(verifier.replays) == 1, "what is refused is not remembered"
+
+
+def test_relays_from_before_epochs_come_in_unless_told_otherwise() -> None:
+    verifier = PreambleVerifier(KEYS, "b", epoch=EPOCH)
+    assert verify(verifier, epoch=None).epoch is None
+    verifier.require_epoch = True
+    assert refused(verifier, epoch=None).reason is Reason.STALE_EPOCH
+    assert verify(verifier).epoch == EPOCH
+
+
+def test_an_unknown_key_and_a_bad_signature_are_told_in_the_same_words() -> None:
+    verifier = PreambleVerifier(KEYS, "b", epoch=EPOCH)
+    errors = [refused(verifier, key_id="zz-1"), refused(verifier, key=CB), refused(verifier, from_network="c")]
+    assert [error.reason for error in errors] == [Reason.NO_KEY, Reason.BAD_SIGNATURE, Reason.NO_KEY]
+    assert len({error.told for error in errors}) == 1
+    assert errors[0].told[0] is Reason.BAD_SIGNATURE
+    assert len({error.detail for error in errors}) == 3, "our own log tells them apart"
+
+
+def test_a_clock_is_told_to_holders_of_a_key_only() -> None:
+    verifier = PreambleVerifier(KEYS, "b", epoch=EPOCH)
+    late = refused(verifier, now_ms=NOW_MS + 90_500)
+    assert late.reason is late.told[0] is Reason.CLOCK_SKEW
+    assert "90.5 s behind" in late.told[1]
+    assert "ahead of" in refused(verifier, now_ms=NOW_MS - 90_500).detail
+    stranger = refused(verifier, key=CB, now_ms=NOW_MS + 90_500)
+    assert stranger.told[0] is Reason.BAD_SIGNATURE
+    assert "90.5" not in stranger.told[1]
+
+
+def test_one_network_cannot_fill_the_memory_of_all() -> None:
+    verifier = PreambleVerifier(KEYS, "b", ReplayCache(max_entries=10), epoch=EPOCH)
+    for _ in range(5):
+        verify(verifier)
+    full = refused(verifier)
+    assert full.reason is Reason.OVERLOADED
+    assert "network 'a'" in full.detail
+    for _ in range(5):
+        verify(verifier, key=CB, key_id="cb-1", from_network="c")
+    assert refused(verifier, key=CB, key_id="cb-1", from_network="c").reason is Reason.OVERLOADED
+    assert (len(verifier.replays), verifier.replays.largest()) == (10, 5)
+    # Two minutes later all of it has been forgotten, and each has its share again.
+    later = NOW_MS + verifier.replays.window_ms + 1
+    verify(verifier, now_ms=later, time_ms=later)
+    assert (len(verifier.replays), verifier.replays.largest()) == (1, 1)
+
+
+def test_shares() -> None:
+    assert share_of(100, 0) == share_of(100, 1) == 100
+    assert share_of(100, 2) == 50
+    assert share_of(1600, 1000) == 1600 // MIN_SHARE
+    assert share_of(1, 1000) == 1
+
+
+def test_keys_that_come_and_go_change_the_shares() -> None:
+    verifier = PreambleVerifier({"ab-1": AB}, "b")
+    assert verifier.networks == 1
+    verifier.keys = {
+        **KEYS,
+        "ab-2": dataclasses.replace(AB, id="ab-2"),
+        "bc": dataclasses.replace(AB, from_network="b", to_network="c"),
+    }
+    assert verifier.networks == 2
