@@ -35,7 +35,7 @@ from bench.fairness import DRAIN_S, FIRST, LIMIT_S, PAUSE_S, compared, free_port
 from bench.floods import call, candidate, key_of, name_of, opened, opener
 from bench.worker import ROOT, Worker
 from sniproxy.transport.errors import DialError, ResetBeforeReady
-from turnreg.stun import Message, MessageClass, Method
+from turnreg.stun.message import Message, MessageClass, Method
 
 HOST = "127.0.0.1"
 LOOPBACK = ["127.0.0.0/8"]

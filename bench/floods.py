@@ -30,7 +30,7 @@ from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import Opened, Ping, Ready, Received
 from sniproxy.tunnel.preamble import SigningKey
 from sniproxy.tunnel.relay_handshake import Call, Opener
-from turnreg.stun import Message, MessageClass, Method
+from turnreg.stun.message import Message, MessageClass, Method
 
 AGAIN_S = (0.5, 1.5)
 """Before an attacker that was cut comes back. By chance in between: new connections in lockstep are another question, see

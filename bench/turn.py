@@ -29,8 +29,8 @@ from typing import Any
 
 from bench.machine import describe
 from bench.meter import cost
-from turnreg.auth import long_term_key
-from turnreg.stun import TRANSPORT_TCP, Attribute, Message, MessageClass, Method, frame_length
+from turnreg.stun.auth import long_term_key
+from turnreg.stun.message import TRANSPORT_TCP, Attribute, Message, MessageClass, Method, frame_length
 
 HOST = "127.0.0.1"
 USER, PASSWORD, REALM = "u", "p", "bench"

@@ -39,8 +39,8 @@ from dnsgw.config import DEFAULT_TTL_S, DnsConfig
 from dnsgw.server import DnsServer
 from sniproxy.relay.relay import Relay
 from sniproxy.tunnel.keys import SigningKeys
-from turnreg.gateway import Gateway
-from turnreg.registrar import Registrar
+from turnreg.gateway.gateway import Gateway
+from turnreg.registrar.registrar import Registrar
 from turnreg.server.server import TurnServer
 
 T = TypeVar("T")

@@ -26,11 +26,11 @@ from dnsgw.config import DnsConfig
 from sniproxy.relay.relay import RelayConfig
 from sniproxy.tunnel.epoch import proto_of
 from sniproxy.tunnel.preamble import SigningKey
-from turnreg.control import Credentials
-from turnreg.gateway import GatewayConfig
+from turnreg.client.control_connection import Credentials
+from turnreg.gateway.gateway import GatewayConfig
+from turnreg.registrar.config import Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
 from turnreg.server.allocation import Limits
 from turnreg.server.config import TurnServerConfig
-from turnreg.settings import Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
 
 
 def endpoints(listens: Iterable[Listen]) -> tuple[tuple[str, int], ...]:

@@ -10,9 +10,9 @@ from discovery.addresses import BadAddress, TurnUrl, parse_address, parse_turn_u
 from discovery.model import Record
 from discovery.spec import TurnSpec
 from sniproxy.engine import connect, connect_tls
-from turnreg.binding import mapped_address
-from turnreg.client import Dial
-from turnreg.control import TurnError
+from turnreg.client.allocation import Dial
+from turnreg.client.control_connection import TurnError
+from turnreg.client.reflexive_address import mapped_address
 
 log = logging.getLogger(__name__)
 

@@ -35,10 +35,10 @@ from crossnet.schema import OneOrMore, rule
 from crossnet.sections.policy import RuleSection, faults_of_rules
 from discovery.shape import Fault
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
-from turnreg import activation, gateway
-from turnreg.activation import ActivationRule
-from turnreg.settings import DEFAULT_REPLICAS
-from turnreg.trigger import Command, HttpCall, Trigger
+from turnreg.gateway import activation, gateway
+from turnreg.gateway.activation import ActivationRule
+from turnreg.gateway.activation_trigger import Command, HttpCall, Trigger
+from turnreg.registrar.config import DEFAULT_REPLICAS
 
 MAX_ACTIVATION_RULES = 256
 MAX_ITEMS = 256

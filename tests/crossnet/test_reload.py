@@ -19,7 +19,7 @@ from discovery.tokens import format_entry, make_entry, make_token
 from tests.crossnet.running import Running, free_port, running
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.server.wireclient import Client, code
-from turnreg.auth import rest_credentials
+from turnreg.stun.auth import rest_credentials
 
 FILE = """
 network: a

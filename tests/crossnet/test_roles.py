@@ -8,8 +8,8 @@ from crossnet.config import load
 from crossnet.sections import Config
 from discovery.spec import GatewaySpec, TurnSpec
 from sniproxy.tunnel.epoch import epoch_in
-from turnreg.control import Credentials
-from turnreg.settings import Issued, Register, RestSecret
+from turnreg.client.control_connection import Credentials
+from turnreg.registrar.config import Issued, Register, RestSecret
 
 FILE = """
 network: b

@@ -12,7 +12,7 @@ from crossnet.sections import search_domains
 from discovery.names import ServiceTarget
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import MAX_ITEMS, MAX_RULES, NameKind
-from turnreg.trigger import Command, HttpCall
+from turnreg.gateway.activation_trigger import Command, HttpCall
 
 
 def test_the_last_search_line_counts_and_what_names_no_zone_is_left_out(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.crossnet.running import free_port, running
 from tests.turnreg.server.wireclient import Client, code, connect
-from turnreg.auth import rest_credentials
+from turnreg.stun.auth import rest_credentials
 
 CONFIG = """
 network: a

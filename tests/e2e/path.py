@@ -30,11 +30,11 @@ from sniproxy.tunnel.preamble import SigningKey
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.coturn import Coturn
-from turnreg.client import Allocation, Credentials, Timing
-from turnreg.gateway import Gateway, GatewayConfig
+from turnreg.client.allocation import Allocation, Credentials, Timing
+from turnreg.gateway.gateway import Gateway, GatewayConfig
+from turnreg.registrar.allocation_lifecycle import TlsDial
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.server import TurnServer
-from turnreg.tenure import TlsDial
 
 DOMAIN = "svc.mesh.internal"
 LOOPBACK = TargetList.parse(["127.0.0.0/8"])

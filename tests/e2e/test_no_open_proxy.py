@@ -20,7 +20,7 @@ from tests.e2e.mesh import record
 from tests.e2e.path import DOMAIN, LOOPBACK, Path, a_path, name_of, proto
 from tests.sniproxy.engine.pairs import read_all
 from tests.sniproxy.hellos import client_hello
-from turnreg.gateway import Gateway, GatewayConfig
+from turnreg.gateway.gateway import Gateway, GatewayConfig
 
 pytestmark = pytest.mark.anyio
 

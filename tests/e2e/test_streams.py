@@ -11,7 +11,7 @@ from sniproxy.engine import Wire
 from tests.e2e.path import a_path, name_of
 from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello, padding
-from turnreg.client import Timing
+from turnreg.client.allocation import Timing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 

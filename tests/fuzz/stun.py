@@ -13,11 +13,11 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["turnreg"]):
-    from turnreg.auth import Authenticator
     from turnreg.server.allocation import AllocationTable, FiveTuple, Limits
     from turnreg.server.framing import MessageReader, parse_channel_data
     from turnreg.server.transaction import Transactions
-    from turnreg.stun import MAX_INDICATION_BYTES, TRANSPORT_UDP, Attribute, Message, MessageClass, StunError
+    from turnreg.stun.auth import Authenticator
+    from turnreg.stun.message import MAX_INDICATION_BYTES, TRANSPORT_UDP, Attribute, Message, MessageClass, StunError
 
 NUMBERS = itertools.count()
 TABLE = AllocationTable(Limits(), lambda size: next(NUMBERS).to_bytes(size, "big"))

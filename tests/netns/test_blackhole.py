@@ -14,7 +14,7 @@ from tests.netns.hosts import Namespace
 from tests.turnreg.registered import ID, registrar, relay, turn
 from tests.turnreg.server.embedded import embedded
 from tests.turnreg.turnservers import RunningServer, eventually
-from turnreg.client import Timing
+from turnreg.client.allocation import Timing
 
 HERE, THERE = "198.18.7.1", "198.18.7.2"
 BENCHMARKING = ("198.18.0.0/15",)

@@ -20,8 +20,8 @@ from tests.e2e.traffic import BULK_TIMEOUT_S, receive, send
 from tests.netns.conftest import LATE_S
 from tests.sniproxy.engine.pairs import read_all
 from tests.sniproxy.hellos import client_hello, padding
-from turnreg.auth import rest_credentials
-from turnreg.client import Allocation, Bound, Credentials
+from turnreg.client.allocation import Allocation, Bound, Credentials
+from turnreg.stun.auth import rest_credentials
 
 pytestmark = [pytest.mark.anyio, pytest.mark.netns, pytest.mark.needs("netns", "ip", "nft", "tc")]
 

@@ -26,8 +26,8 @@ from tests.e2e.mesh import FixedDiscovery, record
 from tests.e2e.path import LogLines
 from tests.sniproxy.engine.pairs import pair
 from tests.turnreg.preambles import KEY
-from turnreg.client import Bound
-from turnreg.gateway import Gateway, GatewayConfig
+from turnreg.client.allocation import Bound
+from turnreg.gateway.gateway import Gateway, GatewayConfig
 
 LOOPBACK = TargetList.parse(["127.0.0.0/8"])
 ALLOCATION = "gw-1-a-turn-1"

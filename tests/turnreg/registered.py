@@ -19,10 +19,10 @@ from discovery.addresses import TargetList
 from discovery.client import DiscoveryError, IssuedCredentials
 from discovery.model import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
 from tests.turnreg.turnservers import LOGIN, RunningServer, eventually
-from turnreg import registrar as registrar_module
-from turnreg.auth import rest_credentials
-from turnreg.client import Bound, Timing
-from turnreg.registrar import Backoff, Registrar, RegistrarConfig, TurnCredentials
+from turnreg.client.allocation import Bound, Timing
+from turnreg.registrar import registrar as registrar_module
+from turnreg.registrar.registrar import Backoff, Registrar, RegistrarConfig, TurnCredentials
+from turnreg.stun.auth import rest_credentials
 
 QUICK = Backoff(first_s=0.05, unreachable_cap_s=0.2, cap_s=0.2)
 ID = "gw-1.a.turn-1"

@@ -5,8 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
-from turnreg.auth import long_term_key
-from turnreg.stun import HEADER_BYTES, Attribute, Message, MessageClass, Method, frame_length
+from turnreg.stun.auth import long_term_key
+from turnreg.stun.message import HEADER_BYTES, Attribute, Message, MessageClass, Method, frame_length
 
 KEY = long_term_key("u", "lab", "p")
 RELAYED = ("127.0.0.1", 49_152)

@@ -11,8 +11,8 @@ from discovery.addresses import TargetList
 from discovery.model import AllocationSpec, AnyRecord, Kind, Mesh, Record, Spec
 from tests.turnreg.registered import QUICK, HandDiscovery, relay, turn
 from tests.turnreg.turnservers import LOGIN, eventually, turn_server
-from turnreg.client import Bound
-from turnreg.registrar import Registrar, RegistrarConfig
+from turnreg.client.allocation import Bound
+from turnreg.registrar.registrar import Registrar, RegistrarConfig
 
 pytestmark = pytest.mark.anyio
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.turnreg.coturn import coturn
 from tests.turnreg.server.embedded import embedded
-from turnreg.client import Allocation, BindResult, Bound, Credentials, Timing, TurnError
+from turnreg.client.allocation import Allocation, BindResult, Bound, Credentials, Timing, TurnError
 from turnreg.server import Limits
 
 COTURN = pytest.param("coturn", marks=[pytest.mark.interop, pytest.mark.needs("turnserver")])

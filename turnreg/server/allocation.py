@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from turnreg.server.pace import Pace
-from turnreg.stun import TRANSPORT_TCP
+from turnreg.stun.message import TRANSPORT_TCP
 
 Endpoint = tuple[str, int]
 """IP address as text, in its canonical form, and port."""

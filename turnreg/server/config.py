@@ -6,8 +6,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from discovery.addresses import TargetList
-from turnreg.auth import NONCE_LIFETIME_S
 from turnreg.server.allocation import Endpoint, Limits
+from turnreg.stun.auth import NONCE_LIFETIME_S
 
 DEFAULT_PORTS = (49_152, 65_535)
 """The dynamic ports (RFC 6335), which RFC 8656, section 7.2, asks for. Linux's own ephemeral ports end at 60999 and overlap:

@@ -6,7 +6,7 @@ when its four bytes are there, before anything of it is waited for.
 
 from typing import NamedTuple
 
-from turnreg.stun import (
+from turnreg.stun.message import (
     MAX_DATAGRAM_BYTES,
     MAX_INDICATION_BYTES,
     MAX_MESSAGE_BYTES,

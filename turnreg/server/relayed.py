@@ -10,7 +10,7 @@ from sniproxy.engine import Listener, Wire, connect
 from sniproxy.engine.copy import Splice
 from turnreg.server.allocation import Allocation, Attempt, Endpoint, Refusal
 from turnreg.server.config import HALF_CLOSE_TIMEOUT_S, STREAM_IDLE_TIMEOUT_S
-from turnreg.server.holding import Meeting, Send, WaitingPeer, text_of
+from turnreg.server.live_allocation import Meeting, Send, WaitingPeer, text_of
 from turnreg.server.transaction import Connecting
 
 log = logging.getLogger(__name__)

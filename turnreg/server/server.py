@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 
 from sniproxy.engine import Listener, TlsWire, Wire
-from turnreg.auth import Authenticator, client_key
-from turnreg.server.admission import Strangers
 from turnreg.server.allocation import AllocationTable, Endpoint, Refusal
 from turnreg.server.certificates import Certificates
 from turnreg.server.config import TurnServerConfig
-from turnreg.server.datagramclients import DatagramClients
+from turnreg.server.datagram_clients import DatagramClients
 from turnreg.server.datagrams import DatagramSocket
-from turnreg.server.holding import Meeting
+from turnreg.server.live_allocation import Meeting
 from turnreg.server.metrics import TurnMetrics
 from turnreg.server.ownaddresses import is_own_address
 from turnreg.server.pace import AnswerRate
-from turnreg.server.relayports import RelayPorts
+from turnreg.server.relay_ports import RelayPorts
 from turnreg.server.session import ClientSession
 from turnreg.server.transaction import Transactions
+from turnreg.server.unauthenticated import Strangers
+from turnreg.stun.auth import Authenticator, client_key
 
 log = logging.getLogger(__name__)
 

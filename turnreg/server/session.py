@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 from sniproxy.engine import Wire
 from sniproxy.engine.token_bucket import TokenBucket
-from turnreg.server.admission import Strangers
 from turnreg.server.allocation import Attempt, Drop, FiveTuple, Refusal
 from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, SEND_TIMEOUT_S, STRANGER_REQUESTS, TurnServerConfig
 from turnreg.server.datagrams import PAYLOAD_MESSAGES
 from turnreg.server.framing import DATAGRAM_READ_BYTES, READ_BYTES, ChannelData, MessageReader
-from turnreg.server.holding import Holding, Meeting, text_of
+from turnreg.server.live_allocation import Holding, Meeting, text_of
 from turnreg.server.relayed import RelayedAddress
-from turnreg.server.relayeddatagrams import RelayedDatagrams
+from turnreg.server.relayed_datagrams import RelayedDatagrams
 from turnreg.server.transaction import Opening, Step
-from turnreg.stun import TRANSPORT_UDP, Method, StunError
+from turnreg.server.unauthenticated import Strangers
+from turnreg.stun.message import TRANSPORT_UDP, Method, StunError
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 import msgspec
 
 from discovery.addresses import TargetList, refusal, spellings
-from turnreg.auth import Accepted, Authenticator, Refused
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, Endpoint, FiveTuple, Refusal
 from turnreg.server.framing import MAX_CHANNEL, MIN_CHANNEL
 from turnreg.server.pace import Paces
-from turnreg.stun import (
+from turnreg.stun.auth import Accepted, Authenticator, Refused
+from turnreg.stun.message import (
     FAMILY_IPV4,
     FAMILY_IPV6,
     TRANSACTION_ID_BYTES,

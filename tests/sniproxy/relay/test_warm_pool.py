@@ -20,7 +20,7 @@ from sniproxy.tunnel.messages import Ping, Pong, Ready, Refused
 from sniproxy.tunnel.state import Side
 from tests.e2e.mesh import record
 from tests.sniproxy.engine.pairs import pair
-from turnreg.warm import WarmStreams
+from turnreg.gateway.warm import WarmStreams
 
 pytestmark = pytest.mark.anyio
 

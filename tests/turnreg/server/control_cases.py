@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
 from tests.turnreg.server.wireclient import Client, code, connect, read_all, reset, until_refused
-from turnreg.auth import rest_credentials
-from turnreg.stun import FAMILY_IPV6, Attribute, Message, MessageClass, Method
+from turnreg.stun.auth import rest_credentials
+from turnreg.stun.message import FAMILY_IPV6, Attribute, Message, MessageClass, Method
 
 # -- credentials
 

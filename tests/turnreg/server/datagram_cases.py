@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tests.turnreg.server.situations import Server
 from tests.turnreg.server.wireclient import Client, DatagramClient, code, connect
-from turnreg.stun import TRANSPORT_TCP, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
+from turnreg.stun.message import TRANSPORT_TCP, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
 from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, reset
-from turnreg.stun import Attribute, Message, Method
+from turnreg.stun.message import Attribute, Message, Method
 
 # -- streams
 

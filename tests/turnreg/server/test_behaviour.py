@@ -15,7 +15,7 @@ from tests.turnreg.server import control_cases, datagram_cases, stream_cases
 from tests.turnreg.server.embedded import embedded
 from tests.turnreg.server.situations import Server
 from turnreg.server import Limits
-from turnreg.stun import FAMILY_IPV6, TRANSPORT_UDP, Attribute, MessageClass
+from turnreg.stun.message import FAMILY_IPV6, TRANSPORT_UDP, Attribute, MessageClass
 
 
 @dataclass(frozen=True, kw_only=True)

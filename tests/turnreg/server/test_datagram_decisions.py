@@ -8,7 +8,7 @@ from discovery.addresses import TargetList
 from tests.turnreg.server.test_transaction import NOW, RELAYED, UNIX, Server
 from turnreg.server.allocation import Allocation, Drop, FiveTuple, Refusal
 from turnreg.server.transaction import Datagram, Step, Transactions
-from turnreg.stun import (
+from turnreg.stun.message import (
     FAMILY_IPV4,
     FAMILY_IPV6,
     TRANSPORT_TCP,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turnreg.server.framing import ChannelData, MessageReader, pack_channel_data, parse_channel_data
-from turnreg.stun import MAX_MESSAGE_BYTES, Attribute, Message, MessageClass, Method, StunError
+from turnreg.stun.message import MAX_MESSAGE_BYTES, Attribute, Message, MessageClass, Method, StunError
 
 MESSAGES = [
     Message(Method.BINDING, MessageClass.REQUEST, bytes(12)),

@@ -2,8 +2,8 @@
 
 import gc
 
-from turnreg.auth import client_key
 from turnreg.server.pace import ANSWER_BUCKETS, AnswerRate, Pace, Paces
+from turnreg.stun.auth import client_key
 
 
 def test_a_second_at_once_then_what_is_spent_is_waited_for() -> None:

@@ -14,7 +14,7 @@ from tests.turnreg.server.embedded import Embedded, embedded
 from tests.turnreg.server.test_server import at, eventually
 from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all
 from turnreg.server import Limits, certificates, relayed
-from turnreg.stun import Attribute, MessageClass, Method
+from turnreg.stun.message import Attribute, MessageClass, Method
 
 CA = trustme.CA()
 

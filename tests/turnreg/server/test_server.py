@@ -17,11 +17,11 @@ from prometheus_client import CollectorRegistry
 from discovery.addresses import TargetList
 from tests.turnreg.server.embedded import Embedded, embedded
 from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, until_refused
-from turnreg.auth import rest_credentials
 from turnreg.server import Limits, TurnServer, TurnServerConfig, session
 from turnreg.server import server as server_module
 from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, STRANGER_REQUESTS
-from turnreg.stun import FAMILY_IPV6, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
+from turnreg.stun.auth import rest_credentials
+from turnreg.stun.message import FAMILY_IPV6, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:

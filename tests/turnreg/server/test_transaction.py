@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discovery.addresses import TargetList
-from turnreg.auth import Authenticator, long_term_key, rest_credentials
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, FiveTuple, Limits, Refusal
 from turnreg.server.transaction import Step, Transactions
-from turnreg.stun import (
+from turnreg.stun.auth import Authenticator, long_term_key, rest_credentials
+from turnreg.stun.message import (
     FAMILY_IPV4,
     FAMILY_IPV6,
     TRANSPORT_TCP,

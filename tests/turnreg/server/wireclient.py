@@ -8,8 +8,16 @@ import struct
 import time
 from typing import Self
 
-from turnreg.auth import long_term_key
-from turnreg.stun import MAX_INDICATION_BYTES, TRANSPORT_TCP, Attribute, Message, MessageClass, Method, frame_length
+from turnreg.stun.auth import long_term_key
+from turnreg.stun.message import (
+    MAX_INDICATION_BYTES,
+    TRANSPORT_TCP,
+    Attribute,
+    Message,
+    MessageClass,
+    Method,
+    frame_length,
+)
 
 TIMEOUT_S = 10.0
 

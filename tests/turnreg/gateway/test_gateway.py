@@ -1,0 +1,548 @@
+"""The gateway over real sockets: every check forged one at a time, and nothing dialled before all of them are passed."""
+
+import asyncio
+import gc
+import hashlib
+import logging
+import os
+import secrets
+import socket
+from dataclasses import replace
+
+import pytest
+
+from discovery.model import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
+from sniproxy.access.rules import Policy, Rule
+from sniproxy.engine import Wire
+from sniproxy.formats.proxy_protocol import ProxyHeader
+from sniproxy.streams.end_reason import Reason
+from sniproxy.streams.stream_log import Account
+from sniproxy.tunnel.capsules import CapsuleType, Payload, header
+from sniproxy.tunnel.messages import Continued, Done, Finished, Opened, Ready
+from sniproxy.tunnel.preamble import Preamble, SigningKey, sign
+from tests.e2e.mesh import record
+from tests.sniproxy.engine.pairs import read_all, until_reset
+from tests.sniproxy.hellos import client_hello, message, padding, records, server_name
+from tests.turnreg.gateways import ALLOCATION, Running, Service, Visit, a_gateway, data
+from tests.turnreg.preambles import KEY, name_for, preamble
+from turnreg.gateway.handshake import Arrival, Refusal
+
+pytestmark = pytest.mark.anyio
+
+NAME = "orders.shop.example"
+HELLO = client_hello(NAME)
+KEY_AC = SigningKey(id="ac-1", secret=bytes(range(64, 96)), from_network="a", to_network="c")
+KEY_BA = SigningKey(id="ba-1", secret=bytes(range(96, 128)), from_network="b", to_network="a")
+KEY_CB = SigningKey(id="cb-1", secret=bytes(range(128, 160)), from_network="c", to_network="b")
+KEYS = (KEY, KEY_AC, KEY_BA, KEY_CB)
+
+
+def service_record(*endpoints: str, name: str = NAME, proxy_protocol: bool = False) -> object:
+    spec = ServiceSpec(name=name, ports={"8443": list(endpoints)}, proxy_protocol=proxy_protocol)
+    return record(Kind.SERVICE, "b", name, spec)
+
+
+# --- a good stream --------------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_from_its_preamble_to_its_end() -> None:
+    async with a_gateway() as running:
+        service = await running.service()
+        asked = preamble(service.target, HELLO)
+        visit = await running.visit(asked, HELLO)
+        assert await visit.answer() == Ready()
+        opened = await visit.answer()
+        assert isinstance(opened, Opened)
+        assert (str(opened.address), opened.port) == ("127.0.0.1", int(service.endpoint.rpartition(":")[2]))
+        await visit.framed.send_data(b"question", final=True)
+        got = bytearray()
+        while not (visit.framed.exhausted and visit.framed.ends.finished_received):
+            for event in await visit.framed.read():
+                if isinstance(event, Payload):
+                    got += event.data
+        assert got == HELLO + b"question"
+        assert service.got[0] == got
+        await visit.framed.send(Finished())
+        await visit.framed.send(Done())
+        assert await visit.wire.recv() == b"", "the gateway closes"
+        visit.wire.close()
+        line = (await running.ended())[0]
+    words = (
+        "stream peer client sni from_network key_id target attempt endpoint bytes_up bytes_down "
+        "ms_hello ms_connect ms_first_byte ms_total reason"
+    )
+    assert " ".join(line) == words
+    assert line["stream"] == asked.stream_id.hex()
+    assert (line["client"], line["sni"], line["from_network"], line["key_id"]) == ("10.0.0.77", NAME, "a", KEY.id)
+    assert line["bytes_up"] == line["bytes_down"] == len(got)
+    assert line["reason"] == "ok"
+
+
+@pytest.mark.parametrize("pieces", ["bytes", "records of one byte", "60 kB", "with more behind it", "end behind it"])
+async def test_a_hello_in_any_pieces(pieces: str) -> None:
+    hello, capsules = HELLO, [HELLO]
+    match pieces:
+        case "bytes":
+            capsules = [bytes([byte]) for byte in HELLO]
+        case "records of one byte":
+            hello = records(message(server_name(NAME.encode())), 1)
+            capsules = [hello[at : at + 7] for at in range(0, len(hello), 7)]
+        case "60 kB":
+            hello = client_hello(NAME, padding(60_000))
+            capsules = [hello[at : at + 9000] for at in range(0, len(hello), 9000)]
+        case "with more behind it":
+            capsules = [HELLO[:50], HELLO[50:] + b"early ", b"data"]
+    joined = b"".join(capsules)
+    async with a_gateway(keys=KEYS) as running:
+        service = await running.service()
+        digest = hashlib.sha256(b"".join(_payloads(hello))).digest()
+        visit = await running.visit(preamble(service.target, hello_digest=digest), *capsules)
+        if pieces == "end behind it":
+            await visit.framed.send_data(b"", final=True)
+        await visit.opened()
+        got = bytearray()
+        while len(got) < len(joined):
+            got += b"".join(bytes(event.data) for event in await visit.framed.read() if isinstance(event, Payload))
+        assert got == joined == service.got[0]
+        visit.wire.reset()
+        await running.ended()
+
+
+def _payloads(stream: bytes) -> list[bytes]:
+    """What the records of a stream carry."""
+    payloads, at = [], 0
+    while at < len(stream):
+        size = int.from_bytes(stream[at + 3 : at + 5], "big")
+        payloads.append(stream[at + 5 : at + 5 + size])
+        at += 5 + size
+    return payloads
+
+
+async def test_a_retry_is_the_same_stream_and_another_attempt() -> None:
+    async with a_gateway() as running:
+        service = await running.service()
+        asked = preamble(service.target, HELLO)
+        for attempt in (1, 2, 3):
+            visit = await running.visit(replace(asked, attempt=attempt), HELLO)
+            await visit.opened()
+            visit.wire.reset()
+        lines = await running.ended(3)
+    assert len({line["stream"] for line in lines}) == 1
+    assert [line["attempt"] for line in lines] == [1, 2, 3]
+
+
+# --- capsules and silence -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (b"\xff" * 16, "protocol_error"),
+        (header(CapsuleType.READY, 0), "protocol_error"),
+        (header(CapsuleType.DONE, 0), "protocol_error"),
+        (header(CapsuleType.CONTINUED, 0), "protocol_error"),
+        (header(CapsuleType.OPEN, 10) + bytes(10), "protocol_error"),
+        (header(0x1234, 1 << 20), "protocol_error"),
+        (data(HELLO[:50], final=True) + data(HELLO[50:]), "protocol_error"),
+        (data(HELLO[:50], final=True), "bad_hello"),
+        (data(b"", final=True), "bad_hello"),
+    ],
+)
+async def test_what_may_not_come_in_place_of_a_hello(wrong: bytes, reason: str) -> None:
+    async with a_gateway() as running:
+        service = await running.service()
+        visit = await running.visit(preamble(service.target, HELLO))
+        await visit.wire.send(wrong)
+        assert (await visit.refused(after_ready=True)).reason == reason
+        assert not service.wires
+
+
+@pytest.mark.parametrize("stranger", [b"GET / HTTP/1.1\r\n\r\n", HELLO, b"\r\n\r\n\0\r\nQUIX\n" + bytes(20)])
+async def test_strangers_are_told_nothing(stranger: bytes) -> None:
+    async with a_gateway() as running:
+        visit = await running.connect()
+        await visit.wire.send(stranger)
+        with pytest.raises((ConnectionResetError, EOFError)):
+            assert not await visit.wire.recv()
+            raise EOFError
+        assert (await running.ended())[0]["reason"] == "protocol_error"
+        visit.wire.close()
+
+
+@pytest.mark.parametrize("sent", [0, 15, 16, 100])
+async def test_silence_before_the_preamble_is_whole(sent: int) -> None:
+    async with a_gateway(hello_timeout_s=0.05) as running:
+        visit = await running.connect()
+        await visit.wire.send(sign(preamble("127.0.0.1:1", HELLO), KEY.secret)[:sent])
+        assert await visit.wire.recv() == b""
+        visit.wire.close()
+        assert (await running.ended())[0]["reason"] == "hello_timeout"
+
+
+async def test_silence_before_the_hello_is_whole() -> None:
+    async with a_gateway(hello_timeout_s=0.05) as running:
+        visit = await running.visit(preamble("127.0.0.1:1", HELLO), HELLO[:-1])
+        assert (await visit.refused(after_ready=True)).reason == "hello_timeout"
+
+
+async def test_a_relay_that_goes_before_its_hello_is_whole() -> None:
+    async with a_gateway() as running:
+        for cut in ("close", "reset"):
+            visit = await running.visit(preamble("127.0.0.1:1", HELLO), HELLO[:-1])
+            assert await visit.answer() == Ready()
+            getattr(visit.wire, cut)()
+        assert {line["reason"] for line in await running.ended(2)} == {"truncated"}
+
+
+# --- where to -------------------------------------------------------------------------------------------------------
+
+
+async def test_targets_that_are_refused() -> None:
+    async with a_gateway() as running:
+        service = await running.service()
+        own = f"127.0.0.1:{running.gateway.addresses[0][1]}"
+        port = int(service.endpoint.rpartition(":")[2])
+        running.discovery.put(
+            record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=own)),
+            record(Kind.RELAY, "b", "relay-1", RelaySpec(addresses=["127.0.0.2"], ports=[port])),
+            record(
+                Kind.TURN,
+                "c",
+                "turn-1",
+                TurnSpec(url=f"turn:127.0.0.3:{port}", relay_addresses=["127.0.0.3"], port_min=1, port_max=9),
+            ),
+            service_record(name="empty.shop.example"),  # type: ignore[arg-type]
+        )
+        for target, reason in {
+            "192.0.2.1:8443": "denied",
+            "169.254.169.254:80": "denied",
+            "0.0.0.0:80": "denied",
+            "[::1]:80": "denied",
+            own: "denied",
+            f"127.0.0.2:{port}": "denied",
+            f"127.0.0.3:{port}": "denied",
+            "unknown.shop.example:8443": "unknown_name",
+            "empty.shop.example:8443": "no_endpoint",
+            "127.0.0.1:1": "dial_failed",
+        }.items():
+            name = name_for(target)
+            hello = client_hello(name)
+            visit = await running.visit(preamble(target, hello, authority=name), hello)
+            assert (await visit.refused(after_ready=True)).reason == reason, target
+        assert not service.wires
+
+
+async def test_a_service_with_a_proxy_header_and_a_dead_endpoint() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dead = f"127.0.0.1:{server.getsockname()[1]}"
+    async with a_gateway() as running:
+        service = await running.service()
+        running.discovery.put(service_record(dead, service.endpoint, proxy_protocol=True))  # type: ignore[arg-type]
+        visit = await running.visit(preamble(f"{NAME}:8443", HELLO), HELLO)
+        await visit.opened()
+        wanted = ProxyHeader(source=("10.0.0.77", 40000), destination=("10.0.0.9", 443)).pack() + HELLO
+        while len(service.got[0]) < len(wanted):
+            await asyncio.sleep(0.001)
+        assert service.got[0] == wanted
+        visit.wire.reset()
+        assert (await running.ended())[0]["endpoint"] == service.endpoint
+
+
+async def test_rules() -> None:
+    rules = (Rule.parse(action="deny", sources=["10.0.0.0/8"], to=[NAME]), Rule.parse(action="allow", sources=["a"]))
+    async with a_gateway(policy=Policy(rules)) as running:
+        service = await running.service()
+        visit = await running.visit(preamble(service.target, HELLO), HELLO)
+        assert "rule 1 denies" in (await visit.refused(after_ready=True)).detail
+        visit = await running.visit(preamble(service.target, HELLO, client=("192.0.2.9", 1)), HELLO)
+        await visit.opened()
+        visit.wire.reset()
+
+
+# --- limits and ends ------------------------------------------------------------------------------------------------
+
+
+async def test_overloaded() -> None:
+    async with a_gateway(max_streams=1) as running:
+        service = await running.service()
+        strangers = [await running.connect() for _ in range(5)]
+        first = await running.visit(preamble(service.target, HELLO), HELLO)
+        await first.opened()
+        second = await running.visit(preamble(service.target, HELLO), HELLO)
+        assert (await second.refused()).reason == "overloaded"
+        first.wire.reset()
+        await running.ended(2)
+        third = await running.visit(preamble(service.target, HELLO), HELLO)
+        await third.opened()
+        for visit in [*strangers, third]:
+            visit.wire.close()
+
+
+async def test_strangers_make_room_for_relays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest that has proven nothing goes, not the one that comes."""
+    monkeypatch.setattr("turnreg.gateway.handshake.MAX_UNPROVEN", 3)
+    async with a_gateway() as running:
+        service = await running.service()
+        strangers = []
+        for number in range(6):
+            strangers.append(await running.connect())
+            while len(running.gateway.ledger) + len(running.log.events) <= number:
+                await asyncio.sleep(0.001)
+        visit = await running.visit(preamble(service.target, HELLO), HELLO)
+        await visit.opened()
+        lines = await running.ended(4)
+        assert {line["reason"] for line in lines} == {"overloaded"}
+        for stranger in strangers[:4]:
+            assert await stranger.wire.recv() == b""
+        for gone in [*strangers, visit]:
+            gone.wire.close()
+
+
+async def test_refused_relays_that_linger_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turnreg.gateway.gateway.MAX_LINGERING", 3)
+    async with a_gateway(max_streams=1) as running:
+        service = await running.service()
+        lingering = [await running.visit(preamble("192.0.2.1:1", HELLO), HELLO) for _ in range(1)]
+        await running.ended(1)
+        for _ in range(9):
+            lingering.append(await running.visit(preamble("192.0.2.1:1", HELLO), HELLO))
+            await running.ended(len(lingering))
+        assert running.gateway._lingering == 3
+        visit = await running.visit(preamble(service.target, HELLO), HELLO)
+        await visit.opened()
+        for gone in [*lingering, visit]:
+            gone.wire.close()
+
+
+async def test_a_relay_that_goes_while_we_dial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service that is reached too late sees a reset: nothing of the stream got through."""
+    async with a_gateway() as running:
+        service = await running.service()
+        delivery = running.gateway._delivery
+        connect = delivery.connect
+        gone = asyncio.Event()
+
+        async def slow(asked: Preamble) -> object:
+            delivered = await connect(asked)
+            await gone.wait()
+            return delivered
+
+        monkeypatch.setattr(delivery, "connect", slow)
+        visit = await running.visit(preamble(service.target, HELLO), HELLO)
+        assert await visit.answer() == Ready()
+        while not service.wires:
+            await asyncio.sleep(0.001)
+        visit.wire.reset()
+        await asyncio.sleep(0.01)
+        gone.set()
+        assert (await running.ended())[0]["reason"] == "truncated"
+        with pytest.raises(OSError, match=r"."):
+            await until_closed(service.wires[0])
+        assert service.got[0] in (b"", HELLO)
+
+
+async def until_closed(wire: Wire) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            await wire.send(b"x")
+            await asyncio.sleep(0.001)
+
+
+async def test_a_gateway_that_drains_says_so_and_serves_what_is_open() -> None:
+    async with a_gateway() as running:
+        service = await running.service()
+        open_one = await running.visit(preamble(service.target, HELLO), HELLO)
+        await open_one.opened()
+        running.gateway.close()
+        late = await running.visit(preamble(service.target, HELLO, addressee=ALLOCATION), HELLO, behind_turn=True)
+        assert (await late.refused()).reason == "draining"
+        await open_one.framed.send_data(b"and more")
+        while len(service.got[0]) < len(HELLO) + 8:
+            await asyncio.sleep(0.001)
+        open_one.wire.reset()
+        await running.ended(2)
+
+
+async def test_streams_are_taken_only_while_it_runs() -> None:
+    async with a_gateway() as running:
+        gateway = running.gateway
+        gateway.close()
+        await asyncio.sleep(0.01)
+        late = await running.bound()
+        assert await late.wire.recv() == b"", "the last stream has ended, nobody is there to say anything"
+        late.wire.close()
+    after = await running.bound()
+    assert await after.wire.recv() == b""
+    after.wire.close()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+async def test_cancelling_closes_every_stream_in_every_state(steps: int) -> None:
+    """Also one whose task has not made its first step."""
+    before = len(os.listdir("/proc/self/fd"))
+    async with a_gateway() as running:
+        service = await running.service()
+        visits = [await running.connect(), await running.bound()]
+        visits.append(await running.visit(preamble(service.target, HELLO), HELLO[:-1]))
+        visits.append(await running.visit(preamble(service.target, HELLO), HELLO))
+        await visits[-1].opened()
+        visits.append(await running.bound())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+    for visit in visits:
+        try:
+            await read_all(visit.wire)
+        except ConnectionResetError:
+            pass
+        visit.wire.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("behind_turn", [False, True])
+async def test_a_defect_in_one_stream_ends_that_stream_alone(
+    behind_turn: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_gateway() as running:
+        service = await running.service()
+        addressee = ALLOCATION if behind_turn else "gw-1"
+        asked = preamble(service.target, HELLO, addressee=addressee)
+        open_one = await running.visit(asked, HELLO, behind_turn=behind_turn)
+        await open_one.opened()
+
+        def broken(*arguments: object, **options: object) -> None:
+            raise ZeroDivisionError("a defect of ours")
+
+        with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+            patch.setattr(running.gateway._arrivals._verifier.__class__, "verify", broken)
+            hit = await running.visit(replace(asked, stream_id=bytes(16)), HELLO, behind_turn=behind_turn)
+            with pytest.raises((ConnectionResetError, EOFError)):
+                await hit.answer()
+            hit.wire.close()
+        assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
+        await open_one.framed.send_data(b"still there?")
+        while len(service.got[0]) < len(HELLO) + 12:
+            await asyncio.sleep(0.001)
+        open_one.wire.reset()
+        assert [line["reason"] for line in await running.ended(2)] == ["other", "truncated"]
+
+
+async def test_every_reason_is_there_from_the_start() -> None:
+    async with a_gateway() as running:
+        for reason in Reason:
+            assert running.registry.get_sample_value("crossnet_gateway_streams_total", {"reason": reason.value}) == 0
+
+
+# --- second connections ---------------------------------------------------------------------------------------------
+
+
+async def opened_behind_turn(running: Running, service: Service) -> tuple[Preamble, Visit]:
+    asked = preamble(service.target, HELLO, addressee=ALLOCATION)
+    visit = await running.visit(asked, HELLO, behind_turn=True)
+    await visit.opened()
+    return asked, visit
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+async def test_an_upload_goes_on_over_a_second_connection(tries: int) -> None:
+    """Also where the first second one was lost before its relay heard of it."""
+    async with a_gateway() as running:
+        service = await running.service()
+        asked, visit = await opened_behind_turn(running, service)
+        seconds: list[Visit] = []
+        for number in range(tries):
+            again = replace(asked, attempt=2 + number, continues=True)
+            seconds.append(second := await running.visit(again, behind_turn=True))
+            assert await second.answer() == Ready()
+        await visit.framed.send(Continued())
+        await second.framed.send_data(b"the rest", final=True)
+        while len(service.got[0]) < len(HELLO) + 8:
+            await asyncio.sleep(0.001)
+        visit.framed.ends.end_elsewhere(by_us=True)
+        while not (visit.framed.exhausted and visit.framed.ends.finished_received):
+            await visit.framed.read()
+        await visit.framed.send(Finished())
+        await visit.framed.send(Done())
+        assert [line["reason"] for line in await running.ended()] == ["ok"]
+        assert len(running.log.events) == 1, "one stream, one line"
+        for connection in [*seconds, visit]:
+            connection.wire.close()
+
+
+@pytest.mark.parametrize("who", ["nobody", "another network", "directly", "too late"])
+async def test_a_second_connection_that_no_stream_awaits_is_refused_before_ready(who: str) -> None:
+    """What was told READY may be sent the rest of an upload."""
+    async with a_gateway(keys=KEYS) as running:
+        service = await running.service()
+        asked, visit = await opened_behind_turn(running, service)
+        again, key = replace(asked, attempt=2, continues=True), KEY
+        match who:
+            case "nobody":
+                again = replace(again, stream_id=secrets.token_bytes(16))
+            case "another network":
+                again, key = replace(again, from_network="c", key_id=KEY_CB.id), KEY_CB
+            case "directly":
+                again = replace(again, addressee="gw-1")
+            case "too late":
+                visit.wire.reset()
+                await running.ended()
+        second = await running.visit(again, key=key, behind_turn=who != "directly")
+        answer = await second.refused()
+        assert (answer.reason, "not open here" in answer.detail) == ("protocol_error", True)
+        visit.wire.close()
+
+
+async def test_second_connections_are_served_at_the_limit_and_while_draining() -> None:
+    async with a_gateway(max_streams=1) as running:
+        service = await running.service()
+        asked, visit = await opened_behind_turn(running, service)
+        running.gateway.close()
+        second = await running.visit(replace(asked, attempt=2, continues=True), behind_turn=True)
+        assert await second.answer() == Ready()
+        visit.wire.reset()
+        second.wire.close()
+        await running.ended()
+
+
+async def test_a_second_connection_that_is_never_used_goes_with_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sniproxy.tunnel.bridge.LINGER_S", 0.02)
+    async with a_gateway() as running:
+        service = await running.service()
+        asked, visit = await opened_behind_turn(running, service)
+        second = await running.visit(replace(asked, attempt=2, continues=True), behind_turn=True)
+        assert await second.answer() == Ready()
+        service.wires[0].reset()
+        await until_reset(visit.wire)
+        assert await second.wire.recv() == b""
+        second.wire.close()
+        visit.wire.close()
+
+
+@pytest.mark.parametrize("refused", ["denied", "dial_failed", "bad_signature"])
+async def test_a_refused_stream_leaves_no_cycle(refused: str) -> None:
+    """Python looks for them seldom (crossnet.process): what is in one would stay for as long."""
+    async with a_gateway() as running:
+        service = await running.service()
+        target = {"denied": "192.0.2.1:1", "dial_failed": "127.0.0.1:1"}.get(refused, service.target)
+        name = name_for(target)
+        signed = client_hello(name)
+        hello = client_hello("other.example") if refused == "bad_signature" else signed
+
+        async def one(count: int) -> None:
+            visit = await running.visit(preamble(target, signed, authority=name), hello)
+            assert (await visit.refused(after_ready=True)).reason == refused
+            await running.ended(count)
+
+        await one(1)
+        gc.collect()
+        gc.disable()
+        try:
+            await one(2)
+            await asyncio.sleep(0.02)  # the task of the stream ends
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            left = [item for item in gc.garbage if isinstance(item, Account | Arrival | Refusal)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert left == []

@@ -1,0 +1,246 @@
+"""Warm streams at the gateway: each OPEN is proven as a preamble at the start is, and what waits is bounded."""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+
+from sniproxy.tunnel.capsules import CapsuleType, header
+from sniproxy.tunnel.messages import Message, Open, Opened, Ping, Pong, Ready, Refused
+from sniproxy.tunnel.preamble import SigningKey, WarmPreamble, sign
+from tests.sniproxy.hellos import client_hello
+from tests.turnreg.gateways import KEY, Running, Visit, a_gateway, data
+from tests.turnreg.preambles import preamble
+
+pytestmark = pytest.mark.anyio
+
+HELLO = client_hello("orders.shop.example")
+TOKEN = b"12345678"
+
+
+def warm_preamble(**changes: object) -> WarmPreamble:
+    like = preamble("127.0.0.1:1", HELLO)
+    made = WarmPreamble(
+        nonce=secrets.token_bytes(16),
+        from_network=like.from_network,
+        to_network=like.to_network,
+        addressee=like.addressee,
+        key_id=like.key_id,
+        time_ms=like.time_ms,
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+async def warm(running: Running, **changes: object) -> Visit:
+    """A connection that waits for a stream."""
+    visit = await running.connect()
+    visit.framed.ends.warm = True
+    await visit.wire.send(sign(warm_preamble(**changes), KEY.secret))
+    assert await visit.answer() == Ready()
+    return visit
+
+
+async def say(visit: Visit, *messages: Message) -> None:
+    for message in messages:
+        await visit.framed.send(message)
+
+
+def opening(target: str) -> Open:
+    return Open(sign(preamble(target, HELLO), KEY.secret))
+
+
+async def waiting(running: Running, count: int) -> None:
+    async with asyncio.timeout(10):
+        while len(running.gateway._warm) != count:
+            await asyncio.sleep(0.001)
+
+
+async def test_pings_are_answered_and_a_stream_comes_through() -> None:
+    async with a_gateway() as running:
+        service = await running.service()
+        visit = await warm(running)
+        await waiting(running, 1)
+        assert len(running.gateway.ledger) == 0
+        for number in range(3):
+            await say(visit, Ping(bytes([number] * 8)))
+            assert await visit.answer() == Pong(bytes([number] * 8))
+        await say(visit, Ping(TOKEN), opening(service.target))
+        await visit.wire.send(data(HELLO))
+        assert await visit.answer() == Pong(TOKEN)
+        assert isinstance(await visit.answer(), Opened)
+        assert len(running.gateway.ledger) == 1
+        await waiting(running, 0)
+        visit.wire.reset()
+        (line,) = await running.ended()
+        assert (line["warm"], line["target"]) == (True, service.target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"key_id": "zz-1"}, "bad_signature"),
+        ({"to_network": "c"}, "bad_signature"),
+        ({"addressee": "gw-2"}, "replay"),
+        ({"time_ms": 1}, "clock_skew"),
+        ({"epoch": bytes(16)}, "stale_epoch"),
+    ],
+)
+async def test_a_warm_preamble_that_is_not_right(changes: dict[str, object], reason: str) -> None:
+    async with a_gateway() as running:
+        visit = await running.connect()
+        await visit.wire.send(sign(warm_preamble(**changes), KEY.secret))
+        assert (await visit.refused()).reason == reason
+
+
+async def test_pings_without_end_are_cut_with_a_reason() -> None:
+    async with a_gateway() as running:
+        visit = await warm(running)
+        await visit.wire.send(Ping(TOKEN).pack() * 1000)
+        with suppress(ConnectionResetError):
+            while await visit.wire.recv():
+                pass
+        assert running.registry.get_sample_value("crossnet_gateway_connections_refused_total", {"reason": "flood"}) == 1
+        await waiting(running, 0)
+        visit.wire.close()
+
+
+async def test_one_network_cannot_take_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turnreg.gateway.warm.MAX_WARM", 4)
+    other = SigningKey(id="cb-1", secret=bytes(range(128, 160)), from_network="c", to_network="b")
+    async with a_gateway(keys=(KEY, other)) as running:
+        kept = [await warm(running) for _ in range(2)]
+        third = await running.connect()
+        await third.wire.send(sign(warm_preamble(), KEY.secret))
+        refused = await third.refused()
+        assert (refused.reason, "network 'a'" in refused.detail) == ("overloaded", True)
+        fourth = await running.connect()
+        await fourth.wire.send(sign(warm_preamble(key_id="cb-1", from_network="c"), other.secret))
+        assert await fourth.answer() == Ready()
+        for visit in (*kept, fourth):
+            visit.wire.close()
+
+
+async def test_a_captured_warm_preamble_is_of_no_use() -> None:
+    async with a_gateway() as running:
+        captured = sign(warm_preamble(), KEY.secret)
+        first = await running.connect()
+        await first.wire.send(captured)
+        assert await first.answer() == Ready()
+        second = await running.connect()
+        await second.wire.send(captured)
+        assert (await second.refused()).reason == "replay"
+        first.wire.close()
+
+
+@pytest.mark.parametrize(
+    ("brought", "reason"),
+    [
+        (lambda: b"garbage", "protocol_error"),
+        (lambda: sign(warm_preamble(), KEY.secret), "protocol_error"),
+        (lambda: sign(preamble("127.0.0.1:1", HELLO, continues=True), KEY.secret), "protocol_error"),
+        (lambda: sign(preamble("127.0.0.1:1", HELLO, addressee="gw-2"), KEY.secret), "replay"),
+        (lambda: sign(preamble("127.0.0.1:1", HELLO), bytes(32)), "bad_signature"),
+        (lambda: sign(preamble("192.0.2.1:1", HELLO), KEY.secret), "wrong_target"),
+    ],
+)
+async def test_what_open_may_not_bring(brought: Callable[[], bytes], reason: str) -> None:
+    async with a_gateway() as running:
+        visit = await warm(running)
+        await say(visit, Open(brought()))
+        await visit.wire.send(data(HELLO))
+        answer = await visit.answer()
+        assert isinstance(answer, Refused)
+        assert answer.reason == reason
+        (line,) = await running.ended()
+        assert line["reason"] == reason
+        visit.wire.close()
+
+
+async def test_a_captured_open_is_of_no_use_on_another_connection() -> None:
+    async with a_gateway() as running:
+        service = await running.service()
+        captured = opening(service.target)
+        first, second = await warm(running), await warm(running)
+        await say(first, captured)
+        await first.wire.send(data(HELLO))
+        assert isinstance(await first.answer(), Opened)
+        await say(second, captured)
+        answer = await second.answer()
+        assert isinstance(answer, Refused)
+        assert answer.reason == "replay"
+        for visit in (first, second):
+            visit.wire.close()
+
+
+async def test_data_before_open_ends_it() -> None:
+    async with a_gateway() as running:
+        visit = await warm(running)
+        await visit.wire.send(header(CapsuleType.DATA, 5) + b"hello")
+        answer = await visit.answer()
+        assert isinstance(answer, Refused)
+        assert answer.reason == "protocol_error"
+        await waiting(running, 0)
+        visit.wire.close()
+
+
+async def test_a_relay_that_is_silent_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turnreg.gateway.warm.LIMIT_SILENT_S", 0.05)
+    async with a_gateway() as running:
+        visit = await warm(running)
+        assert await visit.wire.recv() == b""
+        assert running.log.events == [], "no stream, no line"
+        visit.wire.close()
+
+
+async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turnreg.gateway.warm.MAX_WARM", 2)
+    async with a_gateway() as running:
+        kept = [await warm(running) for _ in range(2)]
+        third = await running.connect()
+        await third.wire.send(sign(warm_preamble(), KEY.secret))
+        assert (await third.refused()).reason == "overloaded"
+        for visit in kept:
+            visit.wire.close()
+
+
+async def test_draining_ends_what_waits_and_takes_no_more() -> None:
+    async with a_gateway() as running:
+        visit = await warm(running)
+        late = await running.connect()
+        running.gateway.close()
+        assert await visit.wire.recv() == b""
+        await waiting(running, 0)
+        for gone in (visit, late):
+            gone.wire.close()
+
+
+async def test_the_limit_counts_streams_and_not_what_waits() -> None:
+    async with a_gateway(max_streams=1) as running:
+        service = await running.service()
+        first, second = await warm(running), await warm(running)
+        await say(first, opening(service.target))
+        await first.wire.send(data(HELLO))
+        assert isinstance(await first.answer(), Opened)
+        await say(second, opening(service.target))
+        answer = await second.answer()
+        assert isinstance(answer, Refused)
+        assert answer.reason == "overloaded"
+        for visit in (first, second):
+            visit.wire.close()
+
+
+async def test_no_network_takes_the_others_share() -> None:
+    async with a_gateway(max_streams_per_network=1) as running:
+        service = await running.service()
+        first = await running.visit(preamble(service.target, HELLO), HELLO)
+        await first.opened()
+        second = await running.visit(preamble(service.target, HELLO), HELLO)
+        assert (await second.refused()).reason == "overloaded"
+        first.wire.reset()
+        await running.ended(2)
+        third = await running.visit(preamble(service.target, HELLO), HELLO)
+        await third.opened()
+        third.wire.close()

@@ -1,0 +1,374 @@
+"""What one allocation is made with: TLS and whom it trusts, where a server may send us, how errors are told."""
+
+import asyncio
+import os
+import signal
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from discovery.model import AnyRecord, Kind, Record, TurnSpec
+from sniproxy.engine import TlsWire, Wire
+from tests.turnreg.coturn import Coturn
+from tests.turnreg.registered import ID, Registered, registrar, relay, turn
+from tests.turnreg.scripted import Answer, Scripted, error, good, scripted, signed
+from tests.turnreg.server.embedded import embedded
+from tests.turnreg.turnservers import COTURN, RunningServer, eventually
+from turnreg.client.allocation import Timing, TurnReason
+from turnreg.registrar.allocation_lifecycle import dialler, parsed
+from turnreg.stun.message import Attribute, Message, Method
+
+pytestmark = pytest.mark.anyio
+
+RELAYS = relay({"turn-1": ["127.0.0.1"]})
+
+
+@asynccontextmanager
+async def registered(
+    script: dict[Method, list[Answer]] | None = None, *records: AnyRecord, **options: Any
+) -> AsyncIterator[tuple[Scripted, Registered]]:
+    """Run a registrar against a server that answers as it is told."""
+    async with (
+        scripted(script) as server,
+        registrar(turn(RunningServer(server.address, server.port)), *records, **options) as ours,
+    ):
+        yield server, ours
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def ca(authority: trustme.CA) -> str:
+    return authority.cert_pem.bytes().decode()
+
+
+@pytest.fixture(params=["embedded", COTURN])
+def tls_server(request: pytest.FixtureRequest, authority: trustme.CA, tmp_path: Path) -> Iterator[RunningServer]:
+    """A server whose certificate is for 127.0.0.1 and turn.example."""
+    pem = tmp_path / "server.pem"
+    authority.issue_cert("127.0.0.1", "turn.example").private_key_and_cert_chain_pem.write_to_path(str(pem))
+    if request.param == "embedded":
+        with embedded(listen_tls=(("127.0.0.1", 0),), tls_cert=pem, tls_key=pem) as ours:
+            yield RunningServer(*ours.tls)
+        return
+    stock = Coturn(certificate=pem)
+    try:
+        stock.start()
+        yield RunningServer(stock.address, stock.port)
+    finally:
+        stock.close()
+
+
+async def test_control_and_data_over_tls(tls_server: RunningServer, ca: str) -> None:
+    here = turn(tls_server, url=f"turns:127.0.0.1:{tls_server.port}?transport=tcp")
+    async with registrar(here, RELAYS, ca={"a": ca}) as ours:
+        spec = await ours.publishes(ID)
+        payload = bytes(range(256)) * 2000
+        reader, writer = await asyncio.open_connection("127.0.0.1", spec.port)
+        writer.write(payload[:1000])
+        async with asyncio.timeout(10):
+            bound = await ours.streams.get()
+            writer.write(payload[1000:])  # not before: coturn drops what outgrows its buffers before the bind
+            assert not bound.wire.spliceable
+            assert await bound.wire.recv_exactly(len(payload)) == payload
+            await bound.wire.send(payload)
+            assert await reader.readexactly(len(payload)) == payload
+        bound.wire.close()
+        writer.close()
+
+
+@pytest.mark.needs("turnserver")
+@pytest.mark.interop
+async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, ca: str, tmp_path: Path) -> None:
+    """A round trip less for each; a server that was started anew knows it no more, and all begins again."""
+    pem = tmp_path / "server.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
+    stock = Coturn(certificate=pem)
+    dial = dialler(parsed(f"turns:127.0.0.1:{stock.port}?transport=tcp"), ca)
+    try:
+        for _ in range(2):
+            await asyncio.to_thread(stock.start)
+            resumed = []
+            for _ in range(3):
+                wire = await dial(stock.address, stock.port, timeout_s=10)
+                assert isinstance(wire, TlsWire)
+                resumed.append(wire.session.session_reused)
+                wire.close()
+            assert resumed == [False, True, True]
+            stock.stop()
+    finally:
+        stock.close()
+
+
+async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: RunningServer, ca: str) -> None:
+    dial = dialler(parsed(f"turns:127.0.0.1:{tls_server.port}?transport=tcp"), ca)
+    wires = [await dial("127.0.0.1", tls_server.port, timeout_s=10)]
+    with socket.create_server(("127.0.0.1", 0)) as rude:
+
+        def answer() -> None:
+            connection, _ = rude.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(answer))
+            with pytest.raises(ssl.SSLError):
+                await dial(*rude.getsockname(), timeout_s=10)
+    wires.append(await dial("127.0.0.1", tls_server.port, timeout_s=10))
+    for wire in wires:
+        assert isinstance(wire, TlsWire)
+        assert not wire.session.session_reused
+        wire.close()
+
+
+async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: RunningServer, ca: str) -> None:
+    port = tls_server.port
+    for url, trusted in (
+        (f"turns:127.0.0.1:{port}?transport=tcp", None),  # by the system's authorities
+        (f"turns:localhost:{port}?transport=tcp", ca),  # it is not for that name
+    ):
+        async with registrar(turn(tls_server, url=url), ca={"a": trusted} if trusted else {}) as ours:
+            await eventually(lambda ours=ours: ours.count("registrations_total", reason="tls_failed") > 0)
+            assert "CERTIFICATE_VERIFY_FAILED" in ours.of()["last_error"]["detail"]
+            assert ours.count("registrations_total", reason="ok") == 0
+
+
+@pytest.mark.parametrize("pem", ["", "nothing of the kind"])
+async def test_an_authority_that_is_none(pem: str) -> None:
+    here = turn(RunningServer("127.0.0.1", 1), url="turns:127.0.0.1:1?transport=tcp")
+    async with registrar(here, ca={"a": pem}) as ours:
+        await eventually(lambda: ours.count("registrations_total", reason="tls_failed") > 0)
+        assert "the file of the authority" in ours.of()["last_error"]["detail"]
+
+
+def redirect(to: tuple[str, int]) -> Answer:
+    def answer(request: Message) -> bytes:
+        packed = bytes([0, 1]) + to[1].to_bytes(2, "big") + bytes(map(int, to[0].split(".")))
+        return signed(request.refused(300, "as told").with_bytes(Attribute.ALTERNATE_SERVER, packed))
+
+    return answer
+
+
+async def test_a_redirect_is_followed_with_the_same_credentials() -> None:
+    with embedded() as there:
+        script = {Method.ALLOCATE: [redirect((there.address, there.port))]}
+        async with registered(script, RELAYS) as (_, ours):
+            spec = await ours.publishes(ID)
+            assert ours.registrar.servers == {(there.address, there.port)}
+            bound, writer = await ours.stream(spec.port)  # its data connection goes there, too
+            bound.wire.close()
+            writer.close()
+
+
+async def test_a_redirect_is_followed_once() -> None:
+    async with scripted() as first, scripted() as second:
+        first.script = {Method.ALLOCATE: [redirect((second.address, second.port))]}
+        second.script = {Method.ALLOCATE: [redirect((first.address, first.port))]}
+        async with registrar(turn(RunningServer(first.address, first.port))) as ours:
+            await eventually(lambda: ours.count("registrations_total", reason="redirected") > 0)
+            assert second.requests
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (redirect(("169.254.169.254", 80)), TurnReason.REFUSED_ADDRESS),
+        (redirect(("192.0.2.7", 3478)), TurnReason.REFUSED_ADDRESS),  # it is not where the network is pinned to
+        (error(300), TurnReason.REDIRECTED),
+        (
+            lambda request: signed(request.refused(300, "").with_bytes(Attribute.ALTERNATE_SERVER, b"\0\1\1")),
+            TurnReason.BAD_ANSWER,
+        ),
+    ],
+)
+async def test_a_redirect_that_leads_nowhere(answer: Answer, reason: TurnReason) -> None:
+    async with registered({Method.ALLOCATE: [answer]}) as (_, ours):
+        await eventually(lambda: ours.count("registrations_total", reason=reason) > 0)
+
+
+CODES = {
+    400: "bad_request",
+    401: "unauthorized",
+    403: "forbidden",
+    437: "mismatch",
+    438: "stale_nonce",
+    440: "family",
+    441: "wrong_credentials",
+    442: "unsupported_transport",
+    443: "family",
+    446: "peer_taken",
+    447: "peer_unreachable",
+    486: "quota",
+    500: "rejected",
+    508: "capacity",
+}
+
+
+@pytest.mark.parametrize(("code", "reason"), CODES.items())
+async def test_every_refusal_has_its_reason_in_the_metrics_and_ends_with_an_allocation(code: int, reason: str) -> None:
+    """Twice refused, then not: the registration comes back by itself."""
+    challenge = "n1" if code == 438 else None
+    refusals = [error(code, nonce=challenge)] * (8 if code == 438 else 2)
+    async with registered({Method.ALLOCATE: [*refusals, good]}) as (_, ours):
+        await ours.publishes(ID)
+        assert ours.count("registrations_total", reason=reason) == 2
+        assert ours.count("registrations_total", reason="ok") == 1
+
+
+@contextmanager
+def stock(*options: str, **fields: Any) -> Iterator[tuple[Coturn, RunningServer]]:
+    """Run Debian's coturn."""
+    server = Coturn(extra=options, **fields)
+    try:
+        server.start()
+        yield server, RunningServer(server.address, server.port)
+    finally:
+        server.close()
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_without_tcp_allocations() -> None:
+    with stock("--no-tcp-relay") as (_, at):
+        async with registrar(turn(at)) as ours:
+            await eventually(lambda: ours.count("registrations_total", reason="unsupported_transport") > 1)
+            assert "442 TCP Transport is not allowed" in ours.of()["last_error"]["detail"]
+            assert not ours.discovery.published
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_without_a_port_left() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with stock(relay_range=(port, port)) as (_, at):
+            async with registrar(turn(at)) as ours:
+                await eventually(lambda: ours.count("registrations_total", reason="capacity") > 1)
+                assert "508" in ours.of()["last_error"]["detail"]
+                taken.close()
+                assert (await ours.publishes(ID)).port == port
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_without_the_family_that_is_wanted() -> None:
+    with stock() as (_, at):
+        spec = TurnSpec(url=f"turn:{at.address}:{at.port}", relay_addresses=["fd00::7"], port_min=1024, port_max=65535)
+        async with registrar(Record(kind=Kind.TURN, network="a", id="turn-1", revision=1, spec=spec)) as ours:
+            await eventually(lambda: ours.count("registrations_total", reason="family") > 1)
+            assert "440" in ours.of()["last_error"]["detail"]
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_that_sends_us_to_another() -> None:
+    with stock() as (target, _), stock(f"--alternate-server=127.0.0.1:{target.port}") as (_, at):
+        async with registrar(turn(at), RELAYS) as ours:
+            spec = await ours.publishes(ID)
+            assert target.relay_range[0] <= spec.port <= target.relay_range[1]
+            bound, writer = await ours.stream(spec.port)
+            bound.wire.close()
+            writer.close()
+
+
+@pytest.mark.interop
+@pytest.mark.needs("turnserver")
+async def test_a_stock_server_that_stands_still() -> None:
+    """Its kernel goes on to acknowledge what we send; only what it says itself tells that it lives."""
+    timing = Timing(keepalive_s=0.1, transaction_s=0.3, connect_s=1, close_s=0.1)
+    with stock() as (server, at):
+        async with registrar(turn(at), timing=timing) as ours:
+            await ours.publishes(ID)
+            os.kill(server.pid, signal.SIGSTOP)
+            try:
+                await eventually(lambda: ours.count("registrations_total", reason="timeout") > 1)
+                assert not ours.discovery.published
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            await ours.publishes(ID)
+
+
+NONSENSE: dict[str, tuple[Answer, str]] = {
+    "malformed": (lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n", "malformed"),
+    "bad integrity": (lambda request: signed(request.success(), b"x" * 16), "timeout"),
+    "unsigned success": (lambda request: request.success().pack(), "timeout"),
+    "silence": (lambda _: b"", "timeout"),
+    "no relayed address": (lambda request: signed(request.success()), "bad_answer"),
+}
+
+
+@pytest.mark.parametrize(("answer", "reason"), NONSENSE.values(), ids=NONSENSE.keys())
+async def test_nonsense_has_its_reason_too(answer: Answer, reason: str) -> None:
+    timing = Timing(transaction_s=0.2, close_s=0.2)
+    async with registered({Method.ALLOCATE: [answer, good]}, timing=timing) as (_, ours):
+        await ours.publishes(ID)
+        assert ours.count("registrations_total", reason=reason) == 1
+
+
+async def test_a_reset_ends_the_allocation_and_another_one_is_had() -> None:
+    async with registered() as (server, ours):
+        await ours.publishes(ID)
+        assert server.control is not None
+        server.control.transport.abort()
+        await eventually(lambda: ours.count("registrations_total", reason="connection_lost") == 1)
+        await eventually(lambda: ours.count("registrations_total", reason="ok") == 2)
+
+
+async def test_the_same_failure_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    async with registered({Method.ALLOCATE: [error(486)]}) as (server, ours):
+        await eventually(lambda: ours.count("registrations_total", reason="quota") > 4)
+        assert caplog.text.count("registration_failed") == 1
+        server.script = {Method.ALLOCATE: [error(508)]}
+        await eventually(lambda: ours.count("registrations_total", reason="capacity") > 2)
+        assert caplog.text.count("registration_failed") == 2
+
+
+async def test_tls_to_a_server_that_speaks_none() -> None:
+    with embedded() as server:
+        here = turn(RunningServer("127.0.0.1", server.port), url=f"turns:127.0.0.1:{server.port}?transport=tcp")
+        async with registrar(here, timing=Timing(connect_s=1)) as ours:
+            reasons = ("tls_failed", "connect_failed")
+            await eventually(lambda: sum(ours.count("registrations_total", reason=reason) for reason in reasons))
+            assert not ours.discovery.published
+
+
+async def test_silence_behind_a_good_beginning_is_found_by_keep_alive() -> None:
+    timing = Timing(keepalive_s=0.1, transaction_s=0.1, close_s=0.1)
+    async with registered(timing=timing) as (server, ours):
+        await ours.publishes(ID)
+        await eventually(lambda: server.count(Method.BINDING) > 1)
+        assert not any(one.has_integrity for one in server.requests if one.method == Method.BINDING)
+        assert server.count(Method.REFRESH) == 0
+        server.script = {Method.BINDING: [lambda _: b""]}  # as a server does that was told to answer none
+        await eventually(lambda: server.count(Method.REFRESH) > 2)
+        assert ours.count("registrations_total", reason="ok") == 1
+        server.script |= {Method.REFRESH: [lambda _: b""]}
+        await eventually(lambda: ours.count("registrations_total", reason="timeout") > 0)
+
+
+async def test_the_kernel_gives_a_control_connection_up_and_no_stream() -> None:
+    def user_timeout_ms(wire: Wire) -> int:
+        return wire._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+    with embedded() as server:
+        async with registrar(turn(RunningServer(server.address, server.port)), RELAYS) as ours:
+            spec = await ours.publishes(ID)
+            bound, writer = await ours.stream(spec.port)
+            [held] = ours.registrar._registrations.values()
+            assert held._current is not None
+            assert held._current.allocation is not None
+            assert held._current.allocation._control is not None
+            assert user_timeout_ms(held._current.allocation._control._wire) == 20_000
+            assert user_timeout_ms(bound.wire) == 0
+            bound.wire.close()
+            writer.close()

@@ -1,0 +1,399 @@
+"""The gateway: takes streams that arrive from other networks' relays and delivers them to services of its own network.
+
+A stream reaches a service only after its preamble is proven, its ClientHello is the one that was signed for, and the address that
+is about to be dialled passes `allow`, the refused ranges and the loop guard (sniproxy's capsules carry everything after that).
+"""
+
+import asyncio
+import collections
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from discovery.addresses import TargetList
+from discovery.contract import Discovery
+from sniproxy.access.rules import Policy
+from sniproxy.engine import Listener, Wire
+from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.streams.end_reason import Reason
+from sniproxy.streams.stream_log import Account, Ledger
+from sniproxy.tunnel.bridge import Carry
+from sniproxy.tunnel.capsules import CapsuleError
+from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.epoch import EPOCH_SIZE
+from sniproxy.tunnel.messages import Opened, Ready, Refused, Waiting
+from sniproxy.tunnel.preamble import (
+    Preamble,
+    SigningKey,
+    WarmPreamble,
+)
+from sniproxy.tunnel.state import Side
+from turnreg.client.allocation import Bound
+from turnreg.gateway.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
+from turnreg.gateway.handshake import Arrival, Arrivals, Refusal, read_hello
+from turnreg.gateway.second_connection import Continuations
+from turnreg.gateway.service_dialer import Delivery, Undeliverable
+from turnreg.gateway.warm import WarmStreams
+
+log = logging.getLogger(__name__)
+
+DEFAULT_HELLO_TIMEOUT_S = 5.0
+"""From the bind to the last byte of the ClientHello. The relay had it whole before it dialled: this covers the way here."""
+
+DEFAULT_DIAL_TIMEOUT_S = 3.0
+"""For the TCP handshake with a service in our own network: one lost SYN is sent again after 1 s."""
+
+DEFAULT_IDLE_TIMEOUT_S = 3600.0
+DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
+"""As at the relay: whichever is lower ends the stream."""
+
+DEFAULT_MAX_STREAMS = 16_384
+"""As at the relay: two descriptors a stream."""
+
+MAX_LINGERING = 1024
+"""Refused connections that are read from until REFUSED has arrived. In a flood of more it arrives as luck has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """What an operator decides about a gateway."""
+
+    id: str
+    network: str
+    domain: str
+    allow: TargetList
+    """What may be dialled, checked on the address that is dialled."""
+    policy: Policy = field(default_factory=Policy)
+    """Which streams may go where, by the network and client that they come from."""
+    activate: tuple[ActivationRule, ...] = ()
+    """How services that sleep are woken; the first rule that names one counts."""
+    max_held: int = DEFAULT_MAX_HELD
+    """Streams that wait for services to wake."""
+    listen: tuple[tuple[str, int], ...] = ()
+    """Where relays may come directly, without a TURN server."""
+    guard: tuple[tuple[str, int], ...] = ()
+    """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
+    max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
+    max_streams: int = DEFAULT_MAX_STREAMS
+    max_streams_per_network: int = 0
+    """From one network, so that none takes the others' share; 0 is no limit of its own."""
+    hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
+    dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
+    idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
+    half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
+    require_epoch: bool = False
+    """Refuse relays from before epochs (sniproxy.tunnel.epoch). Only their preambles could count again after a restart."""
+
+
+class Gateway:
+    """One gateway. Streams come by `take` (the registrar's callback) and by its own listeners."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        discovery: Discovery,
+        keys: Mapping[str, SigningKey],
+        *,
+        registry: CollectorRegistry,
+    ) -> None:
+        self.config = config
+        self.epoch = os.urandom(EPOCH_SIZE)
+        """What relays sign, and records tell: no preamble that was made for another process counts here."""
+        self._arrivals = Arrivals(keys, config.network, epoch=self.epoch, require_epoch=config.require_epoch)
+        self._delivery = Delivery(
+            config.network,
+            config.domain,
+            discovery,
+            config.allow,
+            config.policy,
+            guard=config.guard,
+            dial_timeout_s=config.dial_timeout_s,
+        )
+        self._activation = Activation(
+            self._delivery, discovery, config.network, config.activate, config.max_held, registry=registry
+        )
+        self._continuations = Continuations()
+        self._warm = WarmStreams()
+        self.ledger = Ledger("gateway", registry)
+        warm = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
+        warm.set_function(lambda: len(self._warm))
+        self._refused = Counter(
+            "crossnet_gateway_connections_refused",
+            "Connections that are no streams, kept ready or a stream's second one, by why they were ended.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in Reason:
+            self._refused.labels(reason.value)
+        remembered = Gauge(
+            "crossnet_gateway_remembered_preambles", "Preambles that must not come again.", ["of"], registry=registry
+        )
+        remembered.labels("all").set_function(lambda: len(self._arrivals.remembered))
+        remembered.labels("largest_network").set_function(lambda: self._arrivals.remembered.largest())
+        self._listeners: list[Listener] = []
+        self._streams: collections.Counter[str] = collections.Counter()  # by network, those that have signed
+        self._lingering = 0
+        self._group: asyncio.TaskGroup | None = None
+        self._closed = asyncio.Event()
+        self._accepting = asyncio.Event()
+        self._accepting.set()
+
+    def reconfigure(self, config: GatewayConfig, keys: Mapping[str, SigningKey]) -> None:
+        """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
+        self.config = config
+        self._arrivals.reconfigure(keys, require_epoch=config.require_epoch)
+        self._delivery.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
+        self._activation.reconfigure(config.activate, config.max_held)
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Where it listens for relays that come directly."""
+        return tuple(listener.address for listener in self._listeners)
+
+    async def open(self, inherited: Callable[[str, int], socket.socket | None] = lambda _address, _port: None) -> None:
+        """Bind every listening address. OSError names the one that failed; none stays open then.
+
+        Args:
+            inherited: gives a socket that listens there already, of the process that we come after.
+        """
+        try:
+            for address, port in self.config.listen:
+                sock = inherited(address, port)
+                listener = await Listener.open(address, port) if sock is None else Listener(sock)
+                self._listeners.append(listener)
+        except OSError:
+            self.close()
+            raise
+
+    def listening(self) -> list[tuple[tuple[str, int], int]]:
+        """The listening sockets by their configured address and port, for a process that comes after us."""
+        return [(place, listener.fileno()) for place, listener in zip(self.config.listen, self._listeners, strict=True)]
+
+    async def run(self) -> None:
+        """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
+        unwatch = self._delivery.watch()
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = self._activation.group = group
+                for listener in self._listeners:
+                    group.create_task(self._accept_from(listener))
+                await self._closed.wait()
+        finally:
+            self._group = self._activation.group = None
+            unwatch()
+            self.close()
+
+    async def _accept_from(self, listener: Listener) -> None:
+        await self._accepting.wait()
+        await listener.serve(self._serve_direct)
+
+    def hold(self) -> None:
+        """Let relays that come directly wait in the listeners' queues until `accept`. Before `run`."""
+        self._accepting.clear()
+
+    def accept(self) -> None:
+        """Let them in."""
+        self._accepting.set()
+
+    def stop_listening(self) -> None:
+        """Let no more relays come directly; what comes by allocations is still taken."""
+        for listener in self._listeners:
+            listener.close()
+
+    def close(self) -> None:
+        """Take no more streams; those that are open go on, and may still get their second connection."""
+        self._closed.set()
+        self._accepting.set()
+        self._warm.close()
+        self.stop_listening()
+
+    def take(self, bound: Bound) -> None:
+        """Take a stream that was bound on an allocation of ours."""
+        serving = self._serve_bound(bound)
+        try:
+            if self._group is None:
+                raise RuntimeError("not running")
+            task = self._group.create_task(serving)
+        except RuntimeError:  # not running, or the last stream has just ended
+            serving.close()
+            bound.wire.close()
+            return
+        # A task that is cancelled before its first step never reaches its own finally.
+        task.add_done_callback(lambda task: bound.wire.close() if task.cancelled() else None)
+
+    async def _serve_bound(self, bound: Bound) -> None:
+        try:
+            await self._serve(bound.wire, bound.allocation, via=bound.via, turn=bound.turn)
+        except Exception:  # one stream's defect must not end the gateway
+            log.exception("stream_error", extra={"event": {"allocation": bound.allocation}})
+
+    async def _serve_direct(self, wire: Wire) -> None:
+        await self._serve(wire, self.config.id)
+
+    async def _serve(self, wire: Wire, addressee: str, **came_by: str) -> None:
+        arrival = Arrival(Framed(wire, Side.GATEWAY), addressee, came_by, self._open_account(wire, came_by))
+        reason: Reason | None = Reason.OTHER
+        told: tuple[Reason, str] | None = None  # not the exception: its traceback holds this frame
+        try:
+            try:
+                reason = await self._carry(arrival)
+            except Refusal as refusal:
+                reason, arrival.account.detail = refusal.reason, refusal.detail
+                told = refusal.told
+                if not arrival.is_stream:
+                    self._note_refused(wire, refusal)
+            finally:
+                if arrival.counted and arrival.preamble is not None:
+                    self._streams[arrival.preamble.from_network] -= 1
+                if arrival.is_stream:
+                    self.ledger.close(arrival.account, reason or Reason.OTHER)
+                else:
+                    self.ledger.drop(arrival.account)
+            if told is not None:  # no stream any more: it keeps nobody else out
+                await self._refuse(arrival.framed, *told)
+        finally:
+            if reason is not None:
+                wire.close()
+
+    def _note_refused(self, wire: Wire, refusal: Refusal) -> None:
+        """Say why a connection has ended that is no stream: a second one, or one that was kept ready."""
+        self._refused.labels(refusal.reason.value).inc()
+        event = {"peer": wire.peer[0], "reason": refusal.reason.value, "detail": refusal.detail}
+        log.info("connection_refused", extra={"event": event})
+
+    def _open_account(self, wire: Wire, came_by: dict[str, str]) -> Account:
+        # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
+        account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
+        task = asyncio.current_task()
+        assert task is not None
+        account.end = task.cancel
+        return account
+
+    async def _carry(self, arrival: Arrival) -> Reason | None:
+        """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""
+        framed = arrival.framed
+        try:
+            async with asyncio.timeout(self.config.hello_timeout_s) as deadline:
+                preamble = await self._arrivals.prove(arrival)
+                if self._closed.is_set() and not (isinstance(preamble, Preamble) and preamble.continues):
+                    raise Refusal(Reason.DRAINING, "this gateway takes no more streams")
+                if isinstance(preamble, WarmPreamble):
+                    deadline.reschedule(None)
+                    opening = await self._keep_warm(arrival, preamble.from_network)
+                    if opening is None:
+                        return Reason.OK
+                    deadline.reschedule(asyncio.get_running_loop().time() + self.config.hello_timeout_s)
+                    preamble = opening
+                elif preamble.continues:
+                    arrival.is_stream = False
+                    await self._hand_over(arrival, preamble)
+                    return None
+                self._admit(arrival, preamble.from_network)
+                if not framed.ends.ready:
+                    await framed.send(Ready())
+                await read_hello(arrival, preamble, self.config.max_hello_bytes)
+        except TimeoutError:
+            said = "preamble" if arrival.preamble is None else "ClientHello"
+            detail = f"no whole {said} in {self.config.hello_timeout_s} s"
+            raise Refusal(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
+        except CapsuleError as error:
+            # A flood would go on over whatever we say.
+            raise Refusal(error.reason, str(error), tell=error.reason is not Reason.FLOOD) from error
+        except (OSError, EOFError) as error:
+            raise Refusal(Reason.TRUNCATED, "cut before the ClientHello was whole", tell=False) from error
+        account = arrival.account
+        account.mark("hello")
+        account.state = "dialling"
+        try:
+            delivered = await self._activation.connect(preamble, partial(self._held, arrival))
+        except Undeliverable as error:
+            raise Refusal(error.reason, error.detail) from error
+        account.mark("connect")
+        account.fields["endpoint"] = f"{delivered.endpoint}"
+        try:
+            await framed.send(Opened(delivered.address, delivered.port, delivered.ms))
+        except OSError as error:
+            delivered.wire.reset()
+            raise Refusal(Reason.TRUNCATED, "cut while we were dialling", tell=False) from error
+        except BaseException:
+            delivered.wire.reset()
+            raise
+        with self._continuations.expected(preamble) as second:
+            carry = Carry(
+                delivered.wire,
+                framed,
+                Side.GATEWAY,
+                idle_timeout_s=self.config.idle_timeout_s,
+                half_close_timeout_s=self.config.half_close_timeout_s,
+                first=bytes(arrival.data),
+                second=second if arrival.came_by else None,
+            )
+            arrival.data.clear()  # for as long as the stream lives
+            account.carry(up=carry.inbound, down=carry.outbound)
+            return await carry.run()
+
+    async def _held(self, arrival: Arrival, seconds: float) -> None:
+        """Tell who waits that it takes longer."""
+        arrival.account.state = "held"
+        with suppress(OSError):  # a cut is found when there is something to say
+            await arrival.framed.send(Waiting(math.ceil(seconds)))
+
+    def _admit(self, arrival: Arrival, network: str) -> None:
+        """Count a stream whose relay has proven itself. Raises Refusal where there are too many."""
+        most, each = self.config.max_streams, self.config.max_streams_per_network
+        if len(self.ledger) - len(self._arrivals) > most:
+            raise Refusal(Reason.OVERLOADED, f"{most} streams are open: gateway.max_streams")
+        if each and self._streams[network] >= each:
+            raise Refusal(
+                Reason.OVERLOADED, f"{each} streams from {network!r} are open: gateway.max_streams_per_network"
+            )
+        self._streams[network] += 1
+        arrival.counted = True
+
+    async def _hand_over(self, arrival: Arrival, preamble: Preamble) -> None:
+        """Give a second connection to its stream."""
+        lost = "it continues a stream that is not open here"
+        if not arrival.came_by or not self._continuations.awaits(preamble):
+            # Before READY, so that its relay does not send the rest of an upload here.
+            raise Refusal(Reason.PROTOCOL_ERROR, lost)
+        await arrival.framed.send(Ready())
+        if not self._continuations.bring(preamble, arrival.framed):
+            raise Refusal(Reason.PROTOCOL_ERROR, lost)
+
+    async def _keep_warm(self, arrival: Arrival, network: str) -> Preamble | None:
+        """Keep a connection ready until its relay brings a stream, None if it ends without."""
+        full = self._warm.refusal(network, self._arrivals.networks)
+        if full is not None:
+            raise Refusal(Reason.OVERLOADED, full)
+        arrival.is_stream = False
+        self.ledger.drop(arrival.account)
+        header = await self._warm.wait(arrival.framed, network)
+        if header is None:
+            return None
+        arrival.account = self._open_account(arrival.framed.wire, arrival.came_by)
+        arrival.is_stream = True
+        arrival.account.fields["warm"] = True
+        opening = self._arrivals.verify(arrival, header)
+        if isinstance(opening, WarmPreamble) or opening.continues:
+            raise Refusal(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
+        return opening
+
+    async def _refuse(self, framed: Framed, reason: Reason, detail: str) -> None:
+        """Say why, then give it time to arrive: a close right behind it would overtake it in a TURN server."""
+        try:
+            await framed.send(Refused(reason.value, detail))
+        except OSError:
+            return
+        if self._lingering < MAX_LINGERING:
+            self._lingering += 1
+            try:
+                await framed.discard()
+            finally:
+                self._lingering -= 1

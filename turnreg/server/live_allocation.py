@@ -1,0 +1,138 @@
+"""An allocation and what is open for it: made for streams and datagrams alike, logged at both ends of its life."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from sniproxy.engine import Listener, Wire
+from turnreg.server.allocation import Allocation, AllocationTable, Endpoint
+from turnreg.server.datagrams import DatagramSocket
+from turnreg.server.metrics import TurnMetrics
+from turnreg.server.relay_ports import RelayPorts
+from turnreg.server.transaction import Opening, Step, Transactions
+from turnreg.stun.message import TRANSPORT_TCP, TRANSPORT_UDP
+
+log = logging.getLogger(__name__)
+
+Send = Callable[[bytes], Awaitable[None]]
+"""Sends a message on the control connection. Raises OSError if that is lost."""
+
+TRANSPORT_NAMES = {TRANSPORT_TCP: "tcp", TRANSPORT_UDP: "udp"}
+
+
+def text_of(endpoint: Endpoint) -> str:
+    """Write an endpoint for a log."""
+    host, port = endpoint
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class WaitingPeer:
+    """Where a peer's task meets the task of the data connection that is bound to it."""
+
+    __slots__ = ("_arrived", "data", "done")
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Future[None] = loop.create_future()
+        self.data: Wire | None = None
+        self.done: asyncio.Future[None] = loop.create_future()
+        """Done when the stream is over and the data connection may go."""
+
+    def join(self, data: Wire | None) -> None:
+        """Hand over the data connection; None if it was lost while the bind was being answered, or must not come."""
+        self.data = data
+        if not self._arrived.done():
+            self._arrived.set_result(None)
+
+    async def joined(self) -> Wire | None:
+        """Wait for what `join` hands over."""
+        await self._arrived
+        return self.data
+
+    def over(self) -> None:
+        """Let the data connection go."""
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+class Meeting:
+    """What all sessions share: decisions, counts, relay addresses, and the waiting peers by their connection id."""
+
+    def __init__(
+        self,
+        table: AllocationTable,
+        transactions: Transactions,
+        metrics: TurnMetrics,
+        relays: dict[int, RelayPorts],
+    ) -> None:
+        self.table = table
+        self.transactions = transactions
+        self.metrics = metrics
+        self.relays = relays
+        self.peers: dict[bytes, WaitingPeer] = {}
+
+    async def open_streams(self, opening: Opening) -> "tuple[Holding, Listener, bytes] | Step":
+        """Listen for the peers of an Allocate that was granted. Returns the answer too; a refusal if there is no port."""
+        clock = asyncio.get_running_loop().time
+        listener = await self.relays[opening.family].listen(clock())
+        if listener is None:
+            return self.transactions.not_opened(opening)
+        allocation, answer = self.transactions.opened(opening, listener.address, clock())
+        return Holding(self, allocation, listener), listener, answer
+
+    def open_datagrams(self, opening: Opening) -> "tuple[Holding, DatagramSocket, bytes] | Step":
+        """Do the same for a UDP allocation."""
+        now = asyncio.get_running_loop().time()
+        relays = self.relays[opening.family]
+        sock: DatagramSocket | None = None
+        reservation = b""
+        if opening.token:
+            claims = (relay.claim(opening.token) for relay in self.relays.values())
+            sock = next((claimed for claimed in claims if claimed is not None), None)
+        else:
+            bound = relays.bind(now, even=opening.even, pair=opening.pair)
+            if bound is not None:
+                sock, reservation = bound
+        if sock is None:
+            return self.transactions.not_opened(opening)
+        allocation, answer = self.transactions.opened(opening, sock.address, now, reservation=reservation)
+        return Holding(self, allocation, sock), sock, answer
+
+
+class Holding:
+    """One allocation with its open port, from the answer to its Allocate until `end`."""
+
+    def __init__(self, meeting: Meeting, allocation: Allocation, port: Listener | DatagramSocket) -> None:
+        self._meeting = meeting
+        self._port = port
+        self._clock = asyncio.get_running_loop().time
+        self._began = self._clock()
+        self.allocation = allocation
+        meeting.metrics.allocated()
+        log.info("turn_allocation", extra={"event": self._event(lifetime_s=int(allocation.lifetime_s))})
+
+    def end(self, reason: str) -> None:
+        """Close the port, forget the allocation, say so in the log."""
+        allocation = self.allocation
+        self._port.close()  # its task does that too, unless it was cancelled before it began
+        self._meeting.table.remove(allocation)
+        family = next(relay for relay in self._meeting.relays.values() if relay.address == allocation.relayed[0])
+        ports = family.streams if allocation.transport == TRANSPORT_TCP else family.datagrams
+        ports.give_back(allocation.relayed[1], self._clock())
+        event = self._event(
+            bytes_to_client=allocation.to_client,
+            bytes_to_peer=allocation.to_peer,
+            ms_total=round((self._clock() - self._began) * 1000),
+            reason=reason,
+        )
+        log.info("turn_allocation_ended", extra={"event": event})
+
+    def _event(self, **more: object) -> dict[str, object]:
+        allocation = self.allocation
+        return {
+            "client": text_of(allocation.five_tuple.client),
+            "account": allocation.account,
+            "relayed": text_of(allocation.relayed),
+            "transport": TRANSPORT_NAMES[allocation.transport],
+            **more,
+        }
