@@ -6,11 +6,11 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from discovery.imports import Imports
-from dnsgw.cache import CacheConfig
-from dnsgw.destination import Destination
-from dnsgw.forward import MAX_IN_FLIGHT, RACE_S
-from dnsgw.upstream import Endpoint
-from dnsgw.wire import MAX_UDP_REPLY
+from dnsgw.message.question import MAX_UDP_REPLY
+from dnsgw.upstream.address import Destination
+from dnsgw.upstream.cache import CacheConfig
+from dnsgw.upstream.forwarder import MAX_IN_FLIGHT, RACE_S
+from dnsgw.upstream.server import Endpoint
 
 DEFAULT_DOMAIN = "svc.mesh.internal"
 DEFAULT_RATE_LIMIT = (

@@ -9,12 +9,12 @@ from enum import Enum
 from functools import partial
 from typing import Protocol, TypeAlias
 
-from dnsgw.asked import Asked
-from dnsgw.exchange import Failure
-from dnsgw.foreign import Heard
-from dnsgw.recent import Recent
-from dnsgw.reply import Presence, presence
-from dnsgw.wire import Qtype
+from dnsgw.message.question import Qtype
+from dnsgw.message.reply import Presence, presence
+from dnsgw.pending_query import Asked
+from dnsgw.two_generation_cache import Recent
+from dnsgw.upstream.exchange import Failure
+from dnsgw.upstream.resolver import Heard
 
 MAX_VERDICTS = 4096
 

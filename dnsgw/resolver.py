@@ -14,23 +14,23 @@ from typing import Any
 
 from discovery.imports import Imports
 from discovery.model import Mesh
-from dnsgw import cookie
-from dnsgw.admission import Client, Clients, Host
-from dnsgw.asked import FAILURES, FORMAT_ERROR, REFUSED, TOO_MANY, UNDECIDED, Asked, Send
-from dnsgw.cache import answer_cached, key_of
+from dnsgw.client_limits import Client, Clients, Host
 from dnsgw.config import DnsConfig
-from dnsgw.exchange import Failure
-from dnsgw.foreign import Foreign, Heard
-from dnsgw.forward import Forwarder
-from dnsgw.intercept import NOT_READY, Disposition
-from dnsgw.message import Malformed, Message, joined, retargeted
+from dnsgw.mesh_zone.current import Tables
+from dnsgw.mesh_zone.dual_stack import Pairs
+from dnsgw.mesh_zone.ownership_changes import moved
+from dnsgw.mesh_zone.zone import NOT_READY, Disposition
+from dnsgw.message import cookie
+from dnsgw.message.question import MAX_TCP_REPLY, BadQuery, Qtype, Rcode, option, scan, wire_name
+from dnsgw.message.reply import Answer, truncate
+from dnsgw.message.upstream_reply import Malformed, Message, joined, retargeted
 from dnsgw.metrics import DnsMetrics, Outcome
-from dnsgw.moves import moved
-from dnsgw.pairs import Pairs
+from dnsgw.pending_query import FAILURES, FORMAT_ERROR, REFUSED, TOO_MANY, UNDECIDED, Asked, Send
 from dnsgw.precedence import Owner, Precedence, Then
-from dnsgw.reply import Answer, truncate
-from dnsgw.tables import Tables
-from dnsgw.wire import MAX_TCP_REPLY, BadQuery, Qtype, Rcode, option, scan, wire_name
+from dnsgw.upstream.cache import answer_cached, key_of
+from dnsgw.upstream.exchange import Failure
+from dnsgw.upstream.forwarder import Forwarder
+from dnsgw.upstream.resolver import Foreign, Heard
 
 log = logging.getLogger(__name__)
 

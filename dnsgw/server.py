@@ -14,16 +14,16 @@ from prometheus_client import CollectorRegistry
 from discovery.addresses import Address, format_endpoint
 from discovery.model import Mesh, VipSpec
 from dnsgw.config import DnsConfig
-from dnsgw.destination import Destination, Way
-from dnsgw.forward import TOTAL_S, Forwarder
+from dnsgw.listen.tcp import TcpListener
+from dnsgw.listen.udp import UdpListener
+from dnsgw.mesh_zone.vip import claim, imported_names
+from dnsgw.message.question import probe_question
 from dnsgw.metrics import DnsMetrics
 from dnsgw.resolver import Resolver
-from dnsgw.tcp import TcpListener
 from dnsgw.turns import Turns
-from dnsgw.udp import UdpListener
-from dnsgw.upstream import Endpoint, leads_here, read_resolv_conf
-from dnsgw.vip import claim, imported_names
-from dnsgw.wire import probe_question
+from dnsgw.upstream.address import Destination, Way
+from dnsgw.upstream.forwarder import TOTAL_S, Forwarder
+from dnsgw.upstream.server import Endpoint, leads_here, read_resolv_conf
 
 log = logging.getLogger(__name__)
 

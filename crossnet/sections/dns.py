@@ -27,11 +27,11 @@ from discovery.document import Plain
 from discovery.names import normalise_domain
 from discovery.shape import Fault
 from dnsgw import config as dns
-from dnsgw.cache import CacheConfig
-from dnsgw.cookie import SECRET_SIZE
-from dnsgw.destination import EXPECTED, BadDestination, Destination, Way, parse_destination
-from dnsgw.forward import MAX_IN_FLIGHT, RACE_S
-from dnsgw.wire import MAX_UDP_REPLY, MIN_UDP_REPLY
+from dnsgw.message.cookie import SECRET_SIZE
+from dnsgw.message.question import MAX_UDP_REPLY, MIN_UDP_REPLY
+from dnsgw.upstream.address import EXPECTED, BadDestination, Destination, Way, parse_destination
+from dnsgw.upstream.cache import CacheConfig
+from dnsgw.upstream.forwarder import MAX_IN_FLIGHT, RACE_S
 
 MIN_VIP_ADDRESSES = 16  # a range with fewer has room for hardly a service
 

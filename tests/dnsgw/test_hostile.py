@@ -12,8 +12,8 @@ import dns.rrset
 import pytest
 
 from dnsgw import Outcome
+from dnsgw.message.question import Qtype
 from dnsgw.metrics import UpstreamOutcome
-from dnsgw.wire import Qtype
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.meshes import DOMAIN, imports, mesh, relay
 from tests.dnsgw.packets import header, name, opt, query, question

@@ -14,8 +14,8 @@ import pytest
 
 from discovery.model import VipSpec
 from dnsgw import DnsServer, UpstreamLoop
-from dnsgw.cache import CacheConfig
-from dnsgw.destination import Destination, Way
+from dnsgw.upstream.address import Destination, Way
+from dnsgw.upstream.cache import CacheConfig
 from tests.dnsgw.authority import Authority, serving
 from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
 from tests.dnsgw.packets import opt, option, query

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from discovery.model import Mesh
 from dnsgw import DnsConfig, DnsMetrics, Outcome
-from dnsgw.admission import packed
+from dnsgw.client_limits import packed
+from dnsgw.message.question import Qtype
 from dnsgw.resolver import Resolver
-from dnsgw.wire import Qtype
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
 from tests.dnsgw.packets import AD, CD, RD, header, opt, option, query, question
@@ -419,7 +419,7 @@ async def test_no_more_than_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_a_fault_of_ours_ends_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     async with running(VIEW) as server:
         with Client(address(server)) as client, monkeypatch.context() as broken:
-            broken.setattr("dnsgw.intercept.Table.decide", lambda *_: 1 // 0)
+            broken.setattr("dnsgw.mesh_zone.zone.Table.decide", lambda *_: 1 // 0)
             for n in range(3):
                 client.send(query(ADDRESS, ident=n))
             async with connected(server) as connection:
@@ -524,7 +524,7 @@ async def test_both_halves_of_a_pair_are_answered_from_one_table(
     monkeypatch: pytest.MonkeyPatch, name: str, first: Qtype
 ) -> None:
     """Relays of one family give way to relays of the other between the two packets of one client."""
-    monkeypatch.setattr("dnsgw.pairs.PAIR_S", 30)  # however slow the machine is
+    monkeypatch.setattr("dnsgw.mesh_zone.dual_stack.PAIR_S", 30)  # however slow the machine is
     second = Qtype.AAAA if first is Qtype.A else Qtype.A
     old, new = ("fd00::9", "10.0.0.9") if first is Qtype.A else ("10.0.0.9", "fd00::9")
     async with running(mesh(relay(old))) as server:

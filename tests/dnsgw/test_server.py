@@ -125,7 +125,7 @@ async def test_the_hosts_own_resolvers_but_for_ourselves(
     conf = tmp_path / "resolv.conf"
     conf.write_text("nameserver 127.0.0.1\nnameserver 192.0.2.1\n")
     port = free_port()
-    monkeypatch.setattr("dnsgw.upstream.DNS_PORT", port)
+    monkeypatch.setattr("dnsgw.upstream.server.DNS_PORT", port)
     async with running(VIEW, listen=("127.0.0.1",), resolv_conf=conf) as server:
         assert [up.endpoint for up in server.upstreams] == [(LOOPBACK, port), (ip_address("192.0.2.1"), port)]
     server = DnsServer(DnsConfig(network="a", listen=((LOOPBACK, port),), resolv_conf=conf))

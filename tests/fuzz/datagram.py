@@ -32,8 +32,8 @@ else:
 
 from discovery.imports import ImportRule, Imports
 from discovery.model import Kind, Mesh, NetworkSpec, Record, RelaySpec, ServiceSpec
-from dnsgw.exchange import Failure
-from dnsgw.verify import Verdict, judge
+from dnsgw.upstream.exchange import Failure
+from dnsgw.upstream.verify import Verdict, judge
 
 LOOPBACK = b"\x7f\0\0\1"
 

@@ -1,0 +1,1 @@
+"""Where clients' questions come in: UDP, TCP, and whose turn it is."""

@@ -1,0 +1,66 @@
+"""Both halves of a pair from one state of discovery.
+
+libc asks for the two addresses of a name in two packets at once. When discovery changes between them, the second is answered
+from what the first was: an IPv6-only relay that gives way to an IPv4-only one must not look like no address.
+
+Sans-IO: time comes as an argument, in seconds of any one clock.
+"""
+
+from collections import deque
+
+from dnsgw.client_limits import Host
+from dnsgw.mesh_zone.zone import Table
+from dnsgw.message.question import HEADER_SIZE, BadQuery, scan
+from dnsgw.message.reply import Answer
+
+RECENT = 256  # questions looked through for halves of pairs
+PAIR_S = 0.05  # between two packets that were sent at once
+_HALVES = {b"\0\x01": b"\0\x1c", b"\0\x1c": b"\0\x01"}  # A and AAAA
+
+
+class Pairs:
+    """Who asked for one half lately. Its user notes every question in `recent` and asks `reply` while `open` is not empty."""
+
+    __slots__ = ("_until", "open", "recent")
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.recent: deque[tuple[Host, bytes]] = deque(maxlen=RECENT)
+        self.open: dict[tuple[Host, bytes], Table] = {}
+        self._until = 0.0
+
+    def keep(self, before: Table, now: float) -> None:
+        """Take notice that this table was followed by another: halves of pairs that it answered are still its own."""
+        pairs: dict[tuple[Host, bytes], set[bytes]] = {}
+        for host, data in self.recent:
+            stop = data.find(0, HEADER_SIZE) + 1
+            qtype = data[stop : stop + 2]
+            if qtype in _HALVES:
+                pairs.setdefault((host, data[HEADER_SIZE:stop].lower()), set()).add(qtype)
+        self.recent.clear()
+        if not self.open or now >= self._until:
+            self.open.clear()
+            self._until = now + PAIR_S
+        for (host, name), seen in pairs.items():
+            if len(seen) == 1:
+                self.open[host, name + _HALVES[seen.pop()]] = before
+
+    def reply(self, data: bytes, host: Host, now: float, most: int) -> bytes | None:
+        """Answer the other half of a pair as the first half was, in `most` bytes; None: it is none."""
+        if now >= self._until:
+            self.open.clear()
+            return None
+        stop = data.find(0, HEADER_SIZE) + 1
+        table = self.open.pop((host, data[HEADER_SIZE:stop].lower() + data[stop : stop + 2]), None)
+        if table is None:
+            return None
+        reply = table.answer_at_once(data)
+        if reply is None:
+            try:
+                query = scan(data)
+            except BadQuery:
+                return None
+            answer = table.decide(query)
+            if isinstance(answer, Answer):
+                reply = answer.reply(query, min(query.limit, most))
+        return reply

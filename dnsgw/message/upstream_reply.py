@@ -1,0 +1,460 @@
+"""Upstream's replies as messages: where their records are, which of them lead to another name, and how to write them anew.
+
+One walk over the records finds all that is needed; names are followed through compression only where a name must be known.
+Pointers are followed backwards only and names end at 255 bytes, so that no message makes this loop or grow.
+
+What does not belong to the question is left out, as if it had not been sent (RFC 2181 section 5.4.1, RFC 5452 section 6):
+answers to another name than the one asked for or those that its aliases lead to, or of another type; in the authority section
+whatever is no zone that one of these names is in, and no proof that something is not there; the additional section but for OPT.
+
+Sans-IO. The one error is Malformed.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from dnsgw.message.question import (
+    AA,
+    AD,
+    CLASS_IN,
+    HEADER,
+    HEADER_SIZE,
+    MAX_LABEL,
+    MAX_TCP_REPLY,
+    MAX_WIRE_NAME,
+    OWNER,
+    Qtype,
+    Query,
+    opt_record,
+    option,
+    record,
+)
+
+MAX_CHAIN = 16  # aliases from one name to another that are followed; unbound takes 11, BIND 16
+MAX_OWNERS = 64  # names that records of one message may have, besides the one asked for: a chain, a zone, some proofs
+
+_FIXED = struct.Struct("!HHIH")  # type, class, TTL, RDLENGTH
+_TTL = struct.Struct("!I")
+_OPTION = struct.Struct("!HH")
+_EXTENDED_ERROR = 15
+_SERVFAIL = 2
+
+_CNAME = 5
+_DNAME = 39
+_RRSIG = 46
+_ZONES = frozenset({2, Qtype.SOA, 43})  # NS, SOA and DS, of a zone that the name is in, or of its parent
+_PROOFS = frozenset({_RRSIG, 47, 50})  # with NSEC and NSEC3; whoever looks at them checks what they are about
+_WITH_ALL = frozenset({_CNAME, _DNAME, _RRSIG})  # what may come with an answer of any type
+_DNAME_COVERED = b"\0\x27"
+_ONE_NAME = frozenset({2, 3, 4, _CNAME, 7, 8, 9, 12, _DNAME})  # types whose data is a name that may be compressed
+_NAME_BEHIND = {15: 2, 18: 2, 21: 2, 33: 6, 36: 2}  # or ends in one: MX, AFSDB, RT, SRV, KX (RFC 3597 section 4)
+_TTL_SIGN = 0x80000000
+_POINTER = 0xC0
+
+
+class Malformed(ValueError):
+    """What came is not a well-formed message."""
+
+
+class Section:
+    """Where in a message a record stands. Plain numbers: an enumeration costs more than the rest of the walk."""
+
+    ANSWER: Final = 0
+    AUTHORITY: Final = 1
+    ADDITIONAL: Final = 2
+
+
+class Place(NamedTuple):
+    """Where one record is in its message."""
+
+    section: int
+    owner: int
+    rtype: int
+    rclass: int
+    fixed: int
+    """Where its type begins, behind the owner; the TTL is 4 bytes further."""
+
+    ttl_s: int
+    start: int
+    """Where its data begins and ends."""
+
+    stop: int
+
+
+class Message:
+    """A reply, read once. Raises Malformed."""
+
+    __slots__ = (
+        "_names",
+        "answers",
+        "authorities",
+        "bindings",
+        "body",
+        "data",
+        "flags",
+        "opt",
+        "places",
+        "qtype",
+        "question",
+        "records_stop",
+        "targets",
+    )
+
+    def __init__(self, data: bytes) -> None:
+        """Find every record. A reply cut short (TC) must still hold the records that it counts."""
+        odd, aliased, bound, uneven = self._walk(data)
+        self.targets = self._targets() if aliased else ()
+        """The names that aliases lead to from the name asked for, in order, lower-cased."""
+        if odd:
+            kept = self._belonging()
+            if len(kept) != len(self.places) or self._repeats_question():
+                *_, uneven = self._walk(self._with_only(kept))
+        if uneven:
+            self._even_out()
+        self.bindings = self._bindings() if bound else ()
+        """The names that service bindings lead to with addresses or ways of their own (RFC 9460 ServiceMode), lower-cased."""
+
+    def _walk(self, data: bytes) -> tuple[bool, bool, bool, bool]:
+        """Find every record of these bytes.
+
+        Returns:
+            whether one may not belong here, is an alias, is a service binding, or an answer that lives shorter than another.
+        """
+        self.data = data
+        self._names: dict[int, bytes] = {}
+        odd = aliased = bound = uneven = False
+        lives_s = -1
+        try:
+            _, self.flags, questions, self.answers, self.authorities, extras = HEADER.unpack_from(data)
+            position = HEADER_SIZE
+            if questions:
+                position = _skip_name(data, position) + 4
+            self.body = position
+            """Where the records begin."""
+            self.question = data[HEADER_SIZE:position]
+            self.qtype = int.from_bytes(self.question[-4:-2], "big")
+            qtype = self.qtype
+            self.places: list[Place] = []
+            self.opt: Place | None = None
+            self.records_stop = position
+            """Where the answer and authority sections end."""
+            size = len(data)
+            section = 0
+            for count in (self.answers, self.authorities, extras):
+                for _ in range(count):
+                    owner = position
+                    # Most owners are a pointer to the name asked for.
+                    if data[position] == _POINTER and data[position + 1] == HEADER_SIZE:
+                        fixed = position + 2
+                    else:
+                        fixed = _skip_name(data, position)
+                        odd = True
+                    rtype, rclass, ttl_s, length = _FIXED.unpack_from(data, fixed)
+                    start = fixed + 10
+                    position = start + length
+                    if position > size:
+                        raise Malformed("a record goes on behind the end")
+                    if section == 2:  # Section.ADDITIONAL
+                        if rtype == 41 and self.opt is None:  # Qtype.OPT
+                            self.opt = Place(section, owner, rtype, rclass, fixed, ttl_s, start, position)
+                        continue
+                    if ttl_s & _TTL_SIGN:
+                        ttl_s = 0  # RFC 2181 section 8
+                    self.places.append(Place(section, owner, rtype, rclass, fixed, ttl_s, start, position))
+                    if not section and ttl_s != lives_s:
+                        uneven = lives_s >= 0
+                        lives_s = ttl_s
+                    if rtype == _CNAME:
+                        aliased = True
+                    elif rtype != qtype or section or rclass != CLASS_IN:
+                        odd = True
+                    if 64 <= rtype <= 65:  # Qtype.SVCB, Qtype.HTTPS
+                        bound = True
+                if section == 1:
+                    self.records_stop = position
+                section += 1
+        except (IndexError, struct.error) as error:
+            raise Malformed("a record is cut short") from error
+        return odd, aliased, bound, uneven
+
+    def _even_out(self) -> None:
+        """Give the answers of one set the shortest of their lives (RFC 2181 section 5.2)."""
+        least: dict[tuple[bytes, int, bytes], int] = {}
+        sets = []
+        for place in self.places[: self.answers]:
+            covered = self.data[place.start : place.start + 2] if place.rtype == _RRSIG else b""
+            sets.append((self._owner(place), place.rtype, covered))
+            least[sets[-1]] = min(place.ttl_s, least.get(sets[-1], place.ttl_s))
+        longer = [index for index, records in enumerate(sets) if self.places[index].ttl_s > least[records]]
+        if not longer:
+            return  # sets of their own, such as an alias and what it leads to
+        data = bytearray(self.data)
+        for index in longer:
+            place = self.places[index] = self.places[index]._replace(ttl_s=least[sets[index]])
+            _TTL.pack_into(data, place.fixed + 4, place.ttl_s)
+        self.data = bytes(data)
+
+    def _owner(self, place: Place) -> bytes:
+        """Whose record it is, lower-cased. Raises Malformed, for so many names too that nobody has any use for them."""
+        position = place.owner
+        if self.data[position] >= _POINTER:
+            position = (self.data[position] & 0x3F) << 8 | self.data[position + 1]
+        name = self._names.get(position)
+        if name is None:
+            if len(self._names) >= MAX_OWNERS:
+                raise Malformed("records of too many names")
+            name = self._names[position] = name_at(self.data, place.owner).lower()
+        return name
+
+    def _belonging(self) -> list[Place]:
+        """The records that belong to the question. Raises Malformed when there are answers and none of them does."""
+        names = {self.question[:-4].lower(), *self.targets}
+        zones: set[bytes] = set()
+        if len(self.places) > self.answers or any(place.rtype == _DNAME for place in self.places):
+            for name in names:
+                zones.update(_enclosing(name))
+        kept = []
+        for place in self.places:
+            rtype = place.rtype
+            if place.rclass != CLASS_IN:
+                continue
+            if place.section == Section.AUTHORITY:
+                if rtype in _PROOFS or (rtype in _ZONES and self._owner(place) in zones):
+                    kept.append(place)
+            elif self._owner(place) in names:
+                if rtype == self.qtype or rtype in _WITH_ALL or self.qtype == Qtype.ANY:
+                    kept.append(place)
+            # The alias of a zone that the name is in, beside which stands the CNAME that is made of it (RFC 6672).
+            elif self._owner(place) in zones and (rtype == _DNAME or self._covers_dname(place)):
+                kept.append(place)
+        if self.answers and (not kept or kept[0].section != Section.ANSWER):
+            raise Malformed("no answer is one to the question")
+        return kept
+
+    def _repeats_question(self) -> bool:
+        """Tell whether an owner is the name asked for, written out: in a spelling that is not the one of every asker."""
+        name = self.question[:-4].lower()
+        return len(name) > 1 and any(
+            self.data[place.owner] < _POINTER and self._owner(place) == name for place in self.places
+        )
+
+    def _covers_dname(self, place: Place) -> bool:
+        return place.rtype == _RRSIG and self.data[place.start : place.start + 2] == _DNAME_COVERED
+
+    def _with_only(self, kept: list[Place]) -> bytes:
+        """The message without its other records, those of the name asked for by a pointer to it. Raises Malformed."""
+        parts = [self.question]
+        left = MAX_TCP_REPLY - HEADER_SIZE - len(self.question)
+        name = self.question[:-4].lower()
+        for place in kept:
+            whole = self.standalone(place)
+            parts.append(OWNER + whole[len(name) :] if whole.lower().startswith(name) else whole)
+            left -= len(parts[-1])
+            if left < 0:
+                raise Malformed("it is too long without compression")
+        answers = sum(place.section == Section.ANSWER for place in kept)
+        if self.opt is not None:
+            parts.append(self.data[self.opt.owner : self.opt.stop])
+        head = HEADER.pack(0, self.flags, 1, answers, len(kept) - answers, self.opt is not None)
+        return head + b"".join(parts)
+
+    @property
+    def rcode(self) -> int:
+        """The whole response code, with its upper bits from OPT."""
+        upper = self.opt.ttl_s >> 24 if self.opt else 0
+        return upper << 4 | int(self.flags & 0xF)
+
+    @property
+    def extended_errors(self) -> bytes:
+        """The extended errors of its OPT, as options that can go into another one. Raises Malformed."""
+        if self.opt is None or self.opt.start == self.opt.stop:
+            return b""
+        kept = []
+        position = self.opt.start
+        try:
+            while position < self.opt.stop:
+                code, size = _OPTION.unpack_from(self.data, position)
+                position += _OPTION.size + size
+                if code == _EXTENDED_ERROR and position <= self.opt.stop:
+                    kept.append(option(code, self.data[position - size : position]))
+        except struct.error as error:
+            raise Malformed("an option is cut short") from error
+        return b"".join(kept)
+
+    def _targets(self) -> tuple[bytes, ...]:
+        aliases: dict[bytes, Place] = {}
+        for place in self.places:
+            if place.rtype == _CNAME and place.section == Section.ANSWER and place.rclass == CLASS_IN:
+                aliases.setdefault(self._owner(place), place)
+        found: list[bytes] = []
+        name = self.question[:-4].lower()
+        while name in aliases:
+            if len(found) >= MAX_CHAIN:
+                raise Malformed("a chain of too many aliases")
+            place = aliases.pop(name)
+            name = name_at(self.data, place.start, place.stop).lower()
+            found.append(name)
+        return tuple(found)
+
+    def _bindings(self) -> tuple[bytes, ...]:
+        found: dict[bytes, None] = {}
+        for place in self.places:
+            if place.section == Section.ANSWER and place.rtype in (Qtype.SVCB, Qtype.HTTPS):
+                target = name_at(self.data, place.start + 2, place.stop)
+                # Priority 0 is an alias: its parameters are ignored, and who follows it asks for the name.
+                if target != b"\0" and any(self.data[place.start : place.start + 2]):
+                    found[target.lower()] = None
+        return tuple(found)
+
+    def as_reply(self, query: Query, options: bytes = b"") -> bytes:
+        """Write it as the reply to this question: the client's id and spelling, and an OPT that is ours if it has one.
+
+        What OPT says is for one hop (RFC 6891 section 6.1.1); only extended errors are handed on. AD is for those who
+        ask for it (RFC 6840 section 5.8). Raises Malformed.
+        """
+        flags = self.flags
+        wants_ad = query.flags & AD or (query.edns is not None and query.edns.do)
+        if not wants_ad:
+            flags &= ~AD
+        rcode = self.rcode
+        if rcode > 0xF and query.edns is None:
+            flags = flags & ~0xF | _SERVFAIL
+        head = HEADER.pack(query.id, flags, 1, self.answers, self.authorities, query.edns is not None)
+        whole = head + query.question + self.data[self.body : self.records_stop]
+        if query.edns is not None:
+            whole += opt_record(do=query.edns.do, rcode=rcode, options=self.extended_errors + options)
+        return whole
+
+    def has_data(self, qtype: int) -> bool:
+        """Tell whether the answer section has a record of this type, or any but aliases for ANY."""
+        return any(
+            place.section == Section.ANSWER and (place.rtype == qtype or (qtype == Qtype.ANY and place.rtype != _CNAME))
+            for place in self.places
+        )
+
+    def aliases(self, count: int) -> Iterator[bytes]:
+        """The first `count` aliases of the chain as records that can stand anywhere. Raises Malformed."""
+        wanted = {self.question[:-4].lower(), *self.targets[: count - 1]}
+        chain = [self.question[:-4].lower(), *self.targets]
+        found = {}
+        for place in self.places:
+            if place.rtype == _CNAME and place.section == Section.ANSWER:
+                owner = name_at(self.data, place.owner).lower()
+                if owner in wanted:
+                    found[owner] = self.standalone(place)
+        for name in chain[:count]:
+            if name in found:
+                yield found[name]
+
+    def standalone(self, place: Place) -> bytes:
+        """One record without compression. Raises Malformed."""
+        data = self.data
+        owner = name_at(data, place.owner)
+        match place.rtype:
+            case rtype if rtype in _ONE_NAME:
+                rdata = name_at(data, place.start, place.stop)
+            case Qtype.SOA:
+                first = name_at(data, place.start, place.stop)
+                second_at = _skip_name(data, place.start)
+                second = name_at(data, second_at, place.stop)
+                rdata = first + second + data[_skip_name(data, second_at) : place.stop]
+            case rtype if rtype in _NAME_BEHIND:
+                name_start = place.start + _NAME_BEHIND[rtype]
+                rdata = data[place.start : name_start] + name_at(data, name_start, place.stop)
+            case _:
+                rdata = data[place.start : place.stop]  # RFC 3597 section 4: not compressed in newer types
+        return record(owner, place.rtype, place.ttl_s, rdata)
+
+
+def joined(query: Query, chain: Message, count: int, end: Message) -> bytes:
+    """Write the reply to `query` whose first `count` aliases are of `chain` and whose rest answers the name they lead to.
+
+    The response code is that of the last name (RFC 6604 section 3). What we put together is neither authoritative nor
+    validated. Raises Malformed.
+    """
+    records = list(chain.aliases(count))
+    answers = [end.standalone(place) for place in end.places if place.section == Section.ANSWER]
+    authorities = [end.standalone(place) for place in end.places if place.section == Section.AUTHORITY]
+    edns = query.edns is not None
+    head = HEADER.pack(query.id, end.flags & ~(AA | AD), 1, len(records) + len(answers), len(authorities), edns)
+    opt = opt_record(do=query.edns.do, rcode=end.rcode, options=end.extended_errors) if query.edns else b""
+    return b"".join((head, query.question, *records, *answers, *authorities, opt))
+
+
+def retargeted(query: Query, name: bytes) -> Query:
+    """The same question about another name in wire form. Raises Malformed."""
+    labels = []
+    position = 0
+    while length := name[position]:
+        labels.append(position)
+        position += length + 1
+    question = name + query.question[-4:]
+    return Query(
+        id=query.id,
+        flags=query.flags,
+        question=question,
+        name=name.lower(),
+        labels=tuple(labels),
+        qtype=query.qtype,
+        edns=query.edns,
+    )
+
+
+def _enclosing(name: bytes) -> Iterator[bytes]:
+    """A name and all that it lies under, the root too; a question that is none, or ends in a pointer, is not looked into."""
+    position = 0
+    while position < len(name) and (length := name[position]):
+        yield name[position:]
+        position += length + 1
+    yield b"\0"
+
+
+def name_at(data: bytes, position: int, stop: int | None = None) -> bytes:
+    """The name that begins here, without compression; if `stop` is given, it must end there at the latest.
+
+    Raises Malformed.
+    """
+    parts = []
+    size = 1
+    limit = len(data) if stop is None else stop
+    try:
+        while length := data[position]:
+            if length >= 0xC0:
+                target = (length & 0x3F) << 8 | data[position + 1]
+                if position + 2 > limit or target >= position or target < HEADER_SIZE:
+                    raise Malformed("a pointer leads nowhere")
+                position, limit = target, position
+                continue
+            end = position + 1 + length
+            size += length + 1
+            if length > MAX_LABEL or size > MAX_WIRE_NAME or end >= limit:
+                raise Malformed("a name is too long")
+            parts.append(data[position:end])
+            position = end
+    except IndexError as error:
+        raise Malformed("a name is cut short") from error
+    return b"".join(parts) + b"\0"
+
+
+def _skip_name(data: bytes, position: int) -> int:
+    begin = position
+    while length := data[position]:
+        if length >= 0xC0:
+            return position + 2
+        position += length + 1
+        if length > MAX_LABEL or position - begin >= MAX_WIRE_NAME:
+            raise Malformed("a label is of no known type")
+    return position + 1
+
+
+def with_option(reply: bytes, extra: bytes) -> bytes:
+    """Add an encoded option to the OPT of a reply of ours, whose last record it is."""
+    # Found from the front: a reply of ours is short, and its OPT is where the records end.
+    message = Message(reply)
+    opt = message.opt
+    if opt is None or opt.stop != len(reply):
+        return reply
+    size = opt.stop - opt.start + len(extra)
+    at = opt.start - 2
+    return reply[:at] + size.to_bytes(2, "big") + reply[opt.start :] + extra

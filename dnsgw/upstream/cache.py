@@ -1,0 +1,395 @@
+"""What upstream said, for as long as it said that it holds.
+
+An entry is the wire form of the answer and authority sections with the places of their TTLs, which are counted down once a
+second at most, however often it is asked for. What is kept is bounded by bytes. New entries are let in by a small queue and
+get into the main one only when they are asked for again, so that a flood of names that nobody asks for twice pushes out
+nothing but itself (the S3-FIFO scheme: Yang et al., SOSP 2023). Entries stay after their end, for as long as the
+configuration says, as answers for when upstream gives none (RFC 8767).
+
+Sans-IO: time comes as an argument, in seconds of any one clock.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from dnsgw.message.question import (
+    AD,
+    CD,
+    CLASS_IN,
+    DO,
+    HEADER,
+    HEADER_SIZE,
+    MAX_UDP_REPLY,
+    MIN_UDP_REPLY,
+    OPT_FIXED,
+    QR,
+    RA,
+    RD,
+    TC,
+    Qtype,
+    Query,
+    Rcode,
+    opt_record,
+)
+from dnsgw.message.upstream_reply import Malformed, Message, Section, name_at
+
+MAX_TTL_S = 3600  # as CoreDNS; what changes without notice is seen within the hour
+MAX_NEGATIVE_TTL_S = 900  # RFC 2308 section 5 suggests 1 to 3 hours; a name that was just made should not wait so long
+STALE_TTL_S = 30  # RFC 8767 section 4
+RETRY_STALE_S = 30.0  # RFC 8767 section 5: upstream is not asked again at once for what it did not answer
+PREFETCH_SHARE = 0.1  # of its life is left when an entry in use is asked for anew, as unbound does
+MIN_PREFETCH_S = 10  # of life, below which that is not worth it
+MIN_PREFETCH_USES = 2
+
+_SMALL_SHARE = 0.1  # of the bytes, for entries that were not asked for again yet
+_MAX_COUNTED_USES = 3
+_OVERHEAD = 800  # bytes of an entry besides its body: measured with tracemalloc on 64-bit CPython 3.11
+_OF_TARGET = 400  # bytes of a name that an alias leads to, and of finding the entry by it
+_MAX_TYPES = 64  # query types told apart when a name is flushed; those beyond are found by looking at every entry
+_ANY_TYPE = b"\0\0"
+
+_DO_BIT = 2  # of the last byte of a key; 1 is CD
+_OPTS = (opt_record(do=False), opt_record(do=True))
+_SUFFIXES = [bytes((bits,)) for bits in range(4)]
+_UNKEPT = frozenset({Qtype.ANY, Qtype.AXFR, Qtype.IXFR})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """How much is kept, and for how long."""
+
+    max_bytes: int = 32 << 20
+    """Some 33,000 answers; 0: nothing is kept."""
+
+    max_ttl_s: int = MAX_TTL_S
+    max_negative_ttl_s: int = MAX_NEGATIVE_TTL_S
+    stale_for_s: float = 86400.0
+    """How long after its end an answer may be given when upstream gives none (RFC 8767 suggests 1 to 3 days); 0: never."""
+
+
+class Entry:
+    """One answer of upstream's."""
+
+    __slots__ = (
+        "_opt",
+        "_ttls",
+        "bindings",
+        "body",
+        "expires",
+        "fresh_until",
+        "heads",
+        "hot",
+        "key",
+        "rcode",
+        "retry_at",
+        "size",
+        "stored",
+        "tails",
+        "tails_until",
+        "targets",
+        "uses",
+    )
+
+    def __init__(self, key: bytes, message: Message, ttl_s: int, now: float, max_ttl_s: int) -> None:
+        """Keep what this message says for `ttl_s`; no record is said to hold longer than `max_ttl_s`."""
+        self.key = key
+        self.rcode = message.flags & 0xF
+        self.targets = message.targets
+        self.bindings = message.bindings
+        self.body = message.data[message.body : message.records_stop]
+        self.stored = now
+        self.expires = now + ttl_s
+        self.fresh_until = self.expires
+        """From here on it is answered with more care: it ends soon, or has ended."""
+        if ttl_s >= MIN_PREFETCH_S:
+            self.fresh_until -= ttl_s * PREFETCH_SHARE
+        self.retry_at = 0.0
+        """Until here upstream need not be asked again, as it just gave no answer."""
+        self.uses = 0
+        self.hot: list[bytes] = []
+        """Where it stands in `Cache.hot`."""
+        self._ttls = [
+            (place.fixed + 4 - message.body, min(place.ttl_s, ttl_s if place.rtype == Qtype.SOA else max_ttl_s))
+            for place in message.places
+        ]
+        bits = key[-1]
+        flags = QR | RD | message.flags & (RA | 0xF) | bits << 4 & CD
+        self.heads = tuple(
+            HEADER.pack(0, flags | (message.flags & AD if ad else 0), 1, message.answers, message.authorities, edns)[2:]
+            for ad in (0, 1)
+            for edns in (0, 1)
+        )
+        """What a reply begins with behind its id: without and with EDNS, and both once more for those who want AD."""
+        self._opt = _OPTS[bits >= _DO_BIT]
+        self.tails = (b"", b"")
+        """What comes behind the question, without and with EDNS, until `tails_until`."""
+
+        self.tails_until = 0.0
+        self.size = _OVERHEAD + len(key) + 3 * len(self.body) + 80 * len(self._ttls)
+        self.size += _OF_TARGET * (len(self.targets) + len(self.bindings))
+
+    def reply(self, query: Query, now: float) -> bytes:
+        """The reply to its question, with what is left of each TTL."""
+        if now >= self.tails_until:
+            self.count_down(now)
+        return self._begin(query) + self.tails[query.edns is not None]
+
+    def _begin(self, query: Query) -> bytes:
+        edns = query.edns
+        wants_ad = query.flags & AD or (edns is not None and edns.do)  # RFC 6840 section 5.8
+        return query.id.to_bytes(2, "big") + self.heads[(edns is not None) + (2 if wants_ad else 0)] + query.question
+
+    def count_down(self, now: float) -> None:
+        """Write what comes behind the question anew; it holds for the rest of a second of the entry's life."""
+        age = int(now - self.stored)
+        body = self._with_ttls(lambda ttl_s: max(ttl_s - age, 0))
+        self.tails = (body, body + self._opt)
+        self.tails_until = self.stored + age + 1
+
+    def stale_reply(self, query: Query, options: bytes) -> bytes:
+        """The reply to its question after its end (RFC 8767 section 4)."""
+        opt = opt_record(do=query.edns.do, options=options) if query.edns is not None else b""
+        return self._begin(query) + self._with_ttls(lambda _: STALE_TTL_S) + opt
+
+    def _with_ttls(self, left: Callable[[int], int]) -> bytes:
+        body = bytearray(self.body)
+        for position, ttl_s in self._ttls:
+            body[position : position + 4] = left(ttl_s).to_bytes(4, "big")
+        return bytes(body)
+
+
+# What a header says after its id, for questions that a cache can answer: (bits of the key, whether there is an OPT, AD).
+_SHAPES = {
+    HEADER.pack(0, RD | bits, 1, 0, 0, edns)[2:]: (bits >> 4 & 1, edns, bool(bits & AD))
+    for bits in (0, AD, CD, AD | CD)
+    for edns in (False, True)
+}
+
+
+def key_of(query: Query, qtype: int | None = None) -> bytes | None:
+    """What the answer to a question, or to the same about another type, is kept under; None: it is not to be kept.
+
+    CD and DO change the answer and are part of it. A question without RD asks for what the server itself has, and one
+    with more than OPT is passed on as it is.
+    """
+    if not query.flags & RD or query.qtype in _UNKEPT or query.verbatim:
+        return None
+    do = query.edns is not None and query.edns.do
+    asked = query.question[-4:] if qtype is None else qtype.to_bytes(2, "big") + query.question[-2:]
+    return query.name + asked + _SUFFIXES[query.flags >> 4 & 1 | (_DO_BIT if do else 0)]
+
+
+def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most: int = MAX_UDP_REPLY) -> bytes | None:
+    """Answer an ordinary question at once, in `most` bytes, from one of these entries; None: look closer.
+
+    As `reply.answer_prepared`: a name that is not well-formed is none of those in `entries`.
+    """
+    shape = _SHAPES.get(data[2:HEADER_SIZE])
+    if shape is None:
+        return None
+    bits, edns, wants_ad = shape
+    end = data.find(0, HEADER_SIZE) + 1
+    stop = end + 4
+    limit = MIN_UDP_REPLY
+    if edns:
+        if len(data) != stop + OPT_FIXED.size:
+            return None
+        root, rtype, size, _, version, flags, rdlength = OPT_FIXED.unpack_from(data, stop)
+        if root or rtype != Qtype.OPT or version or rdlength:
+            return None
+        if flags >= DO:
+            bits |= _DO_BIT
+            wants_ad = True
+        limit = min(max(size, MIN_UDP_REPLY), most)
+    elif len(data) != stop:
+        return None
+    entry = entries.get(data[HEADER_SIZE:end].lower() + data[end:stop] + _SUFFIXES[bits])
+    if entry is None or now >= entry.fresh_until:
+        return None
+    entry.uses += 1
+    if now >= entry.tails_until:
+        entry.count_down(now)
+    whole = data[:2] + entry.heads[edns + 2 * wants_ad] + data[HEADER_SIZE:stop] + entry.tails[edns]
+    return whole if len(whole) <= limit else None
+
+
+class Cache:
+    """Entries by what was asked, within a number of bytes."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        """Begin with nothing."""
+        self._config = config
+        self._small: OrderedDict[bytes, Entry] = OrderedDict()
+        self._main: OrderedDict[bytes, Entry] = OrderedDict()
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        """Keys that were let go without a second use, and get into the main queue if they come back."""
+        self._small_size = 0
+        self._leading: dict[bytes, set[bytes]] = {}
+        """Keys of the entries whose aliases lead to a name."""
+        self._types: set[bytes] = set()
+        self.hot: dict[bytes, Entry] = {}
+        """Entries that answer at once what is asked, until `cool`: somebody made sure that the names are upstream's."""
+        self.size = 0
+        """Bytes that the entries take, by estimate."""
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._small) + len(self._main)
+
+    def get(self, key: bytes) -> Entry | None:
+        """The entry for this, or for the name not being there at all; it may be past its end."""
+        entry = self._main.get(key) or self._small.get(key)
+        if entry is None:
+            absent = key[:-5] + _ANY_TYPE + key[-3:]
+            entry = self._main.get(absent) or self._small.get(absent)
+        return entry
+
+    def put(self, query: Query, key: bytes, message: Message, now: float) -> Entry | None:
+        """Keep what upstream said; None: it is not to be kept. Raises Malformed."""
+        ttl_s = self._lifetime_s(message, int.from_bytes(key[-5:-3], "big"))
+        if not ttl_s or not self._config.max_bytes:
+            return None
+        if message.flags & 0xF == Rcode.NXDOMAIN and not message.targets:
+            key = query.name + _ANY_TYPE + key[-3:]  # RFC 2308 section 5: it holds for all types
+        entry = Entry(key, message, ttl_s, now, self._config.max_ttl_s)
+        if entry.size > self._config.max_bytes * _SMALL_SHARE:
+            return None
+        known = self._main.get(key)
+        self._drop(key)
+        if len(self._types) < _MAX_TYPES:
+            self._types.add(key[-5:-3])
+        if known is not None or key in self._ghosts:
+            self._ghosts.pop(key, None)
+            entry.uses = known.uses if known is not None else 0
+            self._main[key] = entry
+        else:
+            self._small[key] = entry
+            self._small_size += entry.size
+        self.size += entry.size
+        for target in entry.targets:
+            self._leading.setdefault(target, set()).add(key)
+        self._make_room()
+        return entry
+
+    def heat(self, key: bytes, entry: Entry) -> None:
+        """Let this entry answer at once what has this key."""
+        if len(entry.hot) < _MAX_TYPES:
+            self.hot[key] = entry
+            if key not in entry.hot:
+                entry.hot.append(key)
+
+    def cool(self) -> None:
+        """Let no entry answer at once."""
+        self.hot = {}
+
+    def reconfigure(self, config: CacheConfig) -> None:
+        """Keep so much from now on: what a lower cap would not have kept for so long is forgotten."""
+        before, self._config = self._config, config
+        lowered = [
+            cap
+            for cap, old in (
+                (config.max_ttl_s, before.max_ttl_s),
+                (config.max_negative_ttl_s, before.max_negative_ttl_s),
+            )
+            if cap < old
+        ]
+        if lowered:
+            longest = min(lowered)
+            for queue in (self._small, self._main):
+                for key in [key for key, entry in queue.items() if entry.expires - entry.stored > longest]:
+                    self._drop(key)
+        self._make_room()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for queue in (self._small, self._main):
+            for key in list(queue):
+                self._drop(key)
+
+    def flush(self, names: Iterable[bytes]) -> None:
+        """Forget all about these names, in wire form and lower case, and whatever has aliases that lead to them."""
+        names = frozenset(names)
+        for name in names:
+            for key in tuple(self._leading.get(name, ())):
+                self._drop(key)
+        if len(self._types) >= _MAX_TYPES:
+            for key in [key for queue in (self._small, self._main) for key in queue if key[:-5] in names]:
+                self._drop(key)
+            return
+        for name in names:
+            for asked in self._types:
+                for bits in range(len(_SUFFIXES)):
+                    self._drop(name + asked + b"\0\1" + _SUFFIXES[bits])
+
+    def may_be_stale(self, entry: Entry, now: float) -> bool:
+        """Tell whether an entry may be given past its end."""
+        return now < entry.expires + self._config.stale_for_s
+
+    def _lifetime_s(self, message: Message, qtype: int) -> int:
+        """How long an answer holds in whole seconds; 0: it is not to be kept."""
+        if message.flags & TC or message.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
+            return 0
+        held = [place.ttl_s for place in message.places]
+        if not held:
+            return 0
+        if message.rcode == Rcode.NOERROR and message.has_data(qtype):
+            return min(*held, self._config.max_ttl_s)
+        for place in message.places:
+            if place.rtype == Qtype.SOA and place.section == Section.AUTHORITY and place.rclass == CLASS_IN:
+                # RFC 2308 section 5: the lower of its TTL and its last field, behind two names and four numbers.
+                name_at(message.data, place.start, place.stop)
+                if place.stop - place.start < 22:
+                    raise Malformed("a SOA is cut short")
+                minimum_s = int.from_bytes(message.data[place.stop - 4 : place.stop], "big")
+                return min(*held, minimum_s, self._config.max_negative_ttl_s)
+        return 0  # without a SOA nobody said for how long the name is not there
+
+    def _drop(self, key: bytes) -> None:
+        entry = self._small.pop(key, None)
+        if entry is not None:
+            self._small_size -= entry.size
+        else:
+            entry = self._main.pop(key, None)
+        if entry is not None:
+            self._gone(entry)
+
+    def _gone(self, entry: Entry) -> None:
+        self.size -= entry.size
+        for key in entry.hot:
+            self.hot.pop(key, None)
+        for target in frozenset(entry.targets):  # a ring comes by one of them twice
+            leading = self._leading[target]
+            leading.discard(entry.key)
+            if not leading:
+                del self._leading[target]
+
+    def _make_room(self) -> None:
+        limit = self._config.max_bytes
+        while self.size > limit:
+            if self._small and (self._small_size > limit * _SMALL_SHARE or not self._main):
+                self._let_go_small()
+            else:
+                self._let_go_main()
+
+    def _let_go_small(self) -> None:
+        key, entry = self._small.popitem(last=False)
+        self._small_size -= entry.size
+        if entry.uses > 0:
+            entry.uses = 0
+            self._main[key] = entry
+            return
+        self._gone(entry)
+        self.evicted += 1
+        self._ghosts[key] = None
+        while len(self._ghosts) > len(self._main) + len(self._small):
+            self._ghosts.popitem(last=False)
+
+    def _let_go_main(self) -> None:
+        key, entry = self._main.popitem(last=False)
+        if entry.uses > 0:
+            entry.uses = min(entry.uses, _MAX_COUNTED_USES) - 1
+            self._main[key] = entry
+            return
+        self._gone(entry)
+        self.evicted += 1

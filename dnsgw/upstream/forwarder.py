@@ -1,0 +1,483 @@
+"""Forward questions: ask one upstream after the other until one answers or time is up.
+
+Those that answered lately are asked in the order of the configuration, the others after them. When one takes long, the next
+is asked too, and the first answer counts; who was slower twice in a row comes last for a while.
+
+Questions with one answer are asked once, however many clients wait for it, and no more than `alike.MAX_ALIKE` about one name and
+type are out at a time, each at most twice at one upstream (RFC 5452 section 5: more in flight is more chances to guess an
+id). A packet that answers nothing that was asked is counted, and the wait goes on. Where somebody seems to forge answers to
+a question, it goes on over TCP; if that fails, over UDP with a new id and port. All of it runs in callbacks of the loop: a
+question costs no task. Every exchange ends within `TOTAL_S`.
+"""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from dnsgw.message.question import Query, Rcode, wire_name
+from dnsgw.message.upstream_query import question_key, restored, subnet_of
+from dnsgw.metrics import DnsMetrics, UpstreamOutcome
+from dnsgw.turns import Turns
+from dnsgw.upstream.address import Destination
+from dnsgw.upstream.exchange import Asked, Attempt, Done, Exchange, Failure, Pending, Trust
+from dnsgw.upstream.outstanding import Alike
+from dnsgw.upstream.server import Endpoint, Upstream
+from dnsgw.upstream.verify import Opt, Verdict, judge, question_of
+
+log = logging.getLogger(__name__)
+
+TOTAL_S = 1.8  # below the 2 s after which CoreDNS and NodeLocal DNSCache give up, and glibc's 5 s
+ATTEMPT_S = 0.8  # so that a second upstream has time to answer
+RACE_S = 0.25  # after which another upstream is asked as well: most answers of a resolver with a cache take far less
+MAX_IN_FLIGHT = 4096  # clients that wait; some 2 kB each
+MAX_FORGED = 3  # answers with a wrong id that may be late ones; more mean that somebody guesses
+MAX_BAD_COOKIES = 1  # RFC 7873 section 5.3: once more with the new cookie, then over TCP
+MAX_UNWANTED = 100  # packets at one socket or connection that answer nothing: then it is closed
+_LOG_EVERY_S = 60.0
+_TICK_S = 0.002  # timers of the loop are in whole milliseconds and may fire one early
+
+# Answers about the server more than about the name, which another server may not share. libc goes on likewise.
+_TRY_ANOTHER = frozenset({Rcode.SERVFAIL, Rcode.REFUSED})
+_SUSPICIOUS = {
+    Verdict.MISSPELLED: UpstreamOutcome.MISSPELLED,
+    Verdict.NO_COOKIE: UpstreamOutcome.WRONG_COOKIE,
+    Verdict.BARE: UpstreamOutcome.UNPROVEN,
+}
+
+
+class Forwarder:
+    """All upstreams of a server, and what was asked of them."""
+
+    def __init__(
+        self,
+        destinations: Sequence[Destination | Endpoint],
+        metrics: DnsMetrics,
+        *,
+        zones: Mapping[str, Sequence[Destination]] | None = None,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        attempt_s: float = ATTEMPT_S,
+        total_s: float = TOTAL_S,
+        race_s: float | None = None,
+        tls: ssl.SSLContext | None = None,
+        random_case: bool = True,
+        client_subnet: bool = False,
+        turns: Turns | None = None,
+    ) -> None:
+        """Prepare, on the running loop; sockets are opened when they are needed.
+
+        `zones`: upstreams of their own for the names at and under these. `tls` is for those that are spoken to in secret.
+        `client_subnet`: pass the clients' own option on (RFC 7871).
+        """
+        self._loop = asyncio.get_running_loop()
+        self._tls = tls
+        self._metrics = metrics
+        self._max_in_flight = max_in_flight
+        self._attempt_s = attempt_s
+        self._total_s = total_s
+        self._race_s = attempt_s if race_s is None else min(race_s, attempt_s)
+        self._random_case = random_case
+        self._client_subnet = client_subnet
+        self._turns = turns or Turns(self._loop)
+        self._upstreams = [self._upstream(destination) for destination in destinations]
+        self._zones = {
+            wire_name(zone): [self._upstream(destination) for destination in found]
+            for zone, found in (zones or {}).items()
+        }
+        self._exchanges: dict[bytes, Exchange] = {}
+        self._alike = Alike(lambda exchange: self._loop.call_soon(self._let_out, exchange))
+        self._closed = False
+        self._next_log = 0.0
+        self.waiting = 0
+        """Clients that wait for an answer."""
+
+    def _upstream(self, destination: Destination | Endpoint) -> Upstream:
+        if not isinstance(destination, Destination):
+            destination = Destination(*destination)
+        return Upstream(
+            destination,
+            self._loop,
+            received=self._on_packet,
+            lost=self._on_lost,
+            tls=self._tls,
+            turns=self._turns,
+            random_case=self._random_case,
+            client_subnet=self._client_subnet,
+        )
+
+    @property
+    def upstreams(self) -> list[Upstream]:
+        """Every upstream, of whatever zone."""
+        return [upstream for group in (self._upstreams, *self._zones.values()) for upstream in group]
+
+    def attach(self, spawn: Callable[[Coroutine[Any, Any, None]], object] | None) -> None:
+        """Take what runs a coroutine in a task, which DNS over HTTPS needs."""
+        for upstream in self.upstreams:
+            upstream.spawn = spawn
+
+    def ask(self, query: Query, done: Done, *, tcp: bool, only: Upstream | None = None) -> None:
+        """Ask for `query` and hand the answer or a Failure to `done` once.
+
+        The answer has an id and a spelling that are not the client's. `done` may be called before this returns.
+        `only`: ask nobody else.
+        """
+        upstreams = [only] if only is not None else self._group(query)
+        if not upstreams:
+            done(Failure.NO_UPSTREAM)
+            return
+        if self.waiting >= self._max_in_flight or self._closed:
+            done(Failure.CLOSED if self._closed else Failure.OVERLOADED)
+            return
+        tcp = tcp or bool(query.verbatim)
+        subnet = subnet_of(query) if self._client_subnet else b""
+        key = b"%d" % tcp + question_key(query, subnet=subnet)
+        exchange = self._exchanges.get(key)
+        if exchange is not None:
+            self.waiting += 1
+            self._metrics.coalesced += 1
+            exchange.waiting.append(done)
+            return
+        now = self._loop.time()
+        order = upstreams
+        if only is None:
+            order = [upstream for upstream in upstreams if not upstream.looping]
+            if not order:
+                done(Failure.LOOP)
+                return
+            if len(order) > 1:
+                order.sort(key=lambda upstream: upstream.is_down(now))
+        exchange = Exchange(key, query, now + self._total_s, tcp=tcp, order=order)
+        exchange.waiting.append(done)
+        self.waiting += 1
+        self._exchanges[key] = exchange
+        if tcp or self._alike.admit(exchange):
+            self._attempt(exchange)
+        else:
+            exchange.timer = self._loop.call_later(self._total_s, self._finish, exchange, Failure.TIMEOUT)
+
+    def _group(self, query: Query) -> list[Upstream]:
+        """The upstreams for a name: those of the longest zone that it is in."""
+        if self._zones:
+            for start in (*query.labels, len(query.name) - 1):
+                group = self._zones.get(query.name[start:])
+                if group is not None:
+                    return group
+        return self._upstreams
+
+    def close(self) -> None:
+        """Stop asking: whoever waits is told so, and so is whoever asks from now on."""
+        self._closed = True
+        for upstream in self.upstreams:
+            upstream.close()
+        for exchange in list(self._exchanges.values()):
+            self._finish(exchange, Failure.CLOSED)
+
+    async def ended(self) -> None:
+        """Wait for the end of what cannot be closed at once; after `close`."""
+        for upstream in self.upstreams:
+            await upstream.ended()
+
+    def _attempt(self, exchange: Exchange) -> None:
+        """Ask the next upstream; one that is known at once not to be there is passed over."""
+        now = self._loop.time()
+        while exchange.refusals < max(len(exchange.order), 2):  # each upstream once; twice if there is but one
+            exchange.attempts += 1
+            upstream = exchange.order[(exchange.attempts - 1) % len(exchange.order)]
+            if self._ask(exchange, upstream, now):
+                exchange.racing = self._race_s < self._attempt_s and exchange.attempts < len(exchange.order)
+                self._wait(exchange, self._race_s if exchange.racing else self._attempt_s, now)
+                return
+        if exchange.open:  # an earlier attempt may still be answered
+            self._wait(exchange, self._total_s, now)
+            return
+        self._finish(exchange, exchange.fallback or Failure.UNREACHABLE)
+
+    def _let_out(self, exchange: Exchange) -> None:
+        """Begin with what had to wait, unless it has ended meanwhile."""
+        if self._exchanges.get(exchange.key) is exchange:
+            self._attempt(exchange)
+
+    def _again(self, exchange: Exchange, upstream: Asked) -> None:
+        """Ask the same upstream once more, in another way."""
+        now = self._loop.time()
+        if self._ask(exchange, upstream, now):
+            exchange.racing = False
+            self._wait(exchange, self._attempt_s, now)
+        else:
+            self._attempt(exchange)
+
+    def _ask(self, exchange: Exchange, upstream: Asked, now: float) -> bool:
+        """Make one attempt; False: it is known at once to be in vain."""
+        if len(exchange.open) > 1:
+            earlier = [attempt for attempt in exchange.open if attempt.pending.upstream is upstream]
+            if len(earlier) > 1:
+                self._drop(exchange, earlier[0])
+        exchange.last = upstream
+        if exchange.trust.get(upstream) is Trust.STREAM:
+            try:
+                upstream.ask(exchange, now, stream=True)
+            except OSError:
+                self._stream_failed(exchange, upstream, now)
+            else:
+                return True
+        try:
+            upstream.ask(exchange, now, stream=exchange.tcp)
+        except OSError:
+            self._refused(exchange, upstream, now)
+            return False
+        return True
+
+    def _wait(self, exchange: Exchange, wait_s: float, now: float) -> None:
+        if exchange.timer is not None:
+            exchange.timer.cancel()
+        wait_s = max(min(wait_s, exchange.deadline - now), 0)
+        exchange.timer = self._loop.call_later(wait_s, self._elapsed, exchange)
+
+    def _refused(self, exchange: Exchange, upstream: Asked, now: float) -> None:
+        self._metrics.upstream[UpstreamOutcome.UNREACHABLE] += 1
+        exchange.refusals += 1
+        upstream.failed(now)
+
+    def _elapsed(self, exchange: Exchange) -> None:
+        now = self._loop.time()
+        over = now >= exchange.deadline - _TICK_S
+        if exchange.racing and not over:
+            self._metrics.upstream[UpstreamOutcome.RACED] += 1
+            self._attempt(exchange)
+            return
+        self._metrics.upstream[UpstreamOutcome.TIMEOUT] += 1
+        upstream = exchange.last
+        if upstream is not None:
+            if exchange.trust.get(upstream) is Trust.STREAM and not over:
+                self._stream_failed(exchange, upstream, now)
+                self._again(exchange, upstream)
+                return
+            upstream.failed(now)
+            edns = exchange.query.edns
+            if not upstream.abilities.edns_seen and not (edns is not None and edns.do):
+                exchange.plain = True  # some servers say nothing to what they do not understand
+        all_asked = exchange.fallback is not None and exchange.attempts >= len(exchange.order)
+        if all_asked or over:
+            self._finish(exchange, exchange.fallback or Failure.TIMEOUT)
+        else:
+            self._attempt(exchange)
+
+    # What comes in
+
+    def _on_packet(self, packet: bytes, pending: Pending) -> None:
+        attempt = pending.get(int.from_bytes(packet[:2], "big"))
+        if attempt is None:
+            self._unmatched(packet, pending)
+            return
+        exchange, upstream = attempt.exchange, pending.upstream
+        verdict, opt = judge(
+            packet,
+            attempt.question,
+            spelled=attempt.spelled,
+            edns=attempt.edns,
+            client_cookie=attempt.client_cookie,
+            expects_cookie=upstream.abilities.has_cookies and not pending.stream,
+            stream=pending.stream,
+        )
+        if verdict is Verdict.ANSWER:
+            self._learn(upstream, attempt, opt)
+            self._answered(exchange, attempt, upstream, packet)
+        elif verdict is Verdict.NO_ANSWER:
+            self._metrics.upstream[UpstreamOutcome.WRONG_QUESTION] += 1
+            self._unwanted(pending)
+            if not pending.stream:
+                self._suspect(exchange, upstream)
+        else:
+            self._metrics.upstream[_SUSPICIOUS.get(verdict, UpstreamOutcome.ASKED_AGAIN)] += 1
+            self._reask(exchange, attempt, upstream, verdict, packet, opt)
+
+    def _reask(
+        self,
+        exchange: Exchange,
+        attempt: Attempt,
+        upstream: Asked,
+        verdict: Verdict,
+        packet: bytes,
+        opt: Opt | None,
+    ) -> None:
+        """Ask the same upstream again, in a way that it can answer or that proves more."""
+        abilities, stream = upstream.abilities, attempt.pending.stream
+        if verdict is Verdict.NO_EDNS:
+            abilities.refused_edns(self._loop.time())
+            exchange.plain = True
+        elif verdict is Verdict.BAD_COOKIE and opt is not None:
+            abilities.learned_cookie(attempt.source, opt.cookie)
+            exchange.bad_cookies += 1
+            exchange.no_cookie = stream
+            if exchange.bad_cookies > MAX_BAD_COOKIES and not stream:
+                self._over_tcp(exchange, upstream)
+                return
+        elif stream:  # nobody forges that: it can do no better
+            if verdict is Verdict.MISSPELLED:
+                upstream.lost_case(self._loop.time())
+            else:
+                abilities.lost_cookies()
+                exchange.no_cookie = True
+        else:
+            exchange.doubted = True
+            if verdict is Verdict.BARE:
+                exchange.fallback = exchange.fallback or packet
+            if upstream not in exchange.trust:
+                self._over_tcp(exchange, upstream)
+                return
+            # TCP failed. An answer in the wrong case is never believed; but a server may have lost its cookies.
+            if verdict is Verdict.MISSPELLED or (exchange.plain and exchange.no_cookie):
+                return
+            exchange.no_cookie = True
+            exchange.plain = verdict is Verdict.BARE
+        self._drop(exchange, attempt)
+        self._again(exchange, upstream)
+
+    def _learn(self, upstream: Asked, attempt: Attempt, opt: Opt | None) -> None:
+        """Remember what an answer tells about its server."""
+        said = opt.cookie if opt is not None else b""
+        if opt is not None:
+            upstream.abilities.edns_seen = True
+        # A server that sends none over TCP may still have them, unless none over UDP is why it was asked over TCP.
+        if attempt.client_cookie and (said or attempt.exchange.doubted):
+            upstream.abilities.learned_cookie(attempt.source, said)
+
+    def _answered(self, exchange: Exchange, attempt: Attempt, upstream: Asked, packet: bytes) -> None:
+        if packet[3] & 0xF in _TRY_ANOTHER and exchange.attempts < len(exchange.order):
+            self._metrics.upstream[UpstreamOutcome.FAILED_OVER] += 1
+            exchange.fallback = packet
+            self._forget(exchange, attempt.pending)
+            self._attempt(exchange)
+            return
+        self._metrics.upstream[UpstreamOutcome.ANSWERED] += 1
+        now = self._loop.time()
+        upstream.answered()
+        if exchange.doubted and attempt.pending.stream and attempt.spelled:
+            self._report(exchange, upstream, now)  # over TCP it could do what the other answer lacked
+        if len(exchange.open) > 1:
+            for other in {each.pending.upstream for each in exchange.open}:
+                if other is not upstream:
+                    other.failed(now)  # it was asked earlier, or is no faster than one that was asked earlier
+        if attempt.spelled:
+            packet = restored(packet, attempt.question[:-4], exchange.query.name)
+        self._finish(exchange, packet)
+
+    def _unmatched(self, packet: bytes, pending: Pending) -> None:
+        """Take notice of a packet whose id nobody waits for at this socket: it is late, or somebody guesses."""
+        upstream = pending.upstream
+        found = () if pending.stream else self._alike.find(question_of(packet))
+        if found:
+            self._metrics.upstream[UpstreamOutcome.WRONG_ID] += 1
+            for exchange in found:
+                self._suspect(exchange, upstream)
+        else:
+            self._metrics.upstream[UpstreamOutcome.UNWANTED] += 1
+        self._unwanted(pending)
+
+    def _unwanted(self, pending: Pending) -> None:
+        """Count it, and close what only brings such packets."""
+        upstream = pending.upstream
+        pending.unwanted += 1
+        if pending.unwanted != MAX_UNWANTED:
+            return
+        self._metrics.upstream[UpstreamOutcome.FLOODED] += 1
+        attempts = list(pending.values())
+        upstream.shed(pending)
+        for attempt in attempts if not pending.stream else ():
+            exchange = attempt.exchange
+            if attempt not in exchange.open:
+                continue
+            if upstream in exchange.trust:
+                self._drop(exchange, attempt)
+                self._again(exchange, upstream)
+            else:
+                self._report(exchange, upstream, self._loop.time())
+                self._over_tcp(exchange, upstream)
+
+    # Where somebody seems to forge
+
+    def _suspect(self, exchange: Exchange, upstream: Asked) -> None:
+        """Count an answer that nobody should have sent; after a few the question goes on over TCP."""
+        exchange.forged += 1
+        if exchange.forged > MAX_FORGED and upstream not in exchange.trust:
+            self._report(exchange, upstream, self._loop.time())
+            self._over_tcp(exchange, upstream)
+
+    def _over_tcp(self, exchange: Exchange, upstream: Asked) -> None:
+        """Wait for no answer of this upstream over UDP any more, but ask it over TCP."""
+        at_stake = [each for each in exchange.open if each.pending.upstream is upstream and not each.pending.stream]
+        if upstream in exchange.trust or not at_stake:
+            return
+        now = self._loop.time()
+        self._metrics.upstream[UpstreamOutcome.DISTRUSTED] += 1
+        for attempt in at_stake:
+            self._drop(exchange, attempt)
+        exchange.trust[upstream] = Trust.STREAM if upstream.abilities.takes_streams(now) else Trust.RENEWED
+        self._again(exchange, upstream)
+
+    def _stream_failed(self, exchange: Exchange, upstream: Asked, now: float) -> None:
+        exchange.trust[upstream] = Trust.RENEWED
+        upstream.abilities.refused_stream(now)
+
+    def _report(self, exchange: Exchange, upstream: Asked, now: float) -> None:
+        """Log that somebody seems to forge, once a minute at most: whoever does it can do more."""
+        if now < self._next_log:
+            return
+        self._next_log = now + _LOG_EVERY_S
+        counts = self._metrics.upstream
+        log.warning(
+            "dns_forging_suspected",
+            extra={
+                "event": {
+                    "upstream": str(upstream.destination),
+                    "name": ascii(exchange.query.text() or "")[1:-1],
+                    "wrong_id": counts[UpstreamOutcome.WRONG_ID],
+                    "wrong_question": counts[UpstreamOutcome.WRONG_QUESTION],
+                    "misspelled": counts[UpstreamOutcome.MISSPELLED],
+                    "wrong_cookie": counts[UpstreamOutcome.WRONG_COOKIE],
+                    "detail": "it is asked over TCP",
+                }
+            },
+        )
+
+    def _on_lost(self, pending: Pending) -> None:
+        now = self._loop.time()
+        upstream = pending.upstream
+        for exchange in dict.fromkeys(attempt.exchange for attempt in list(pending.values())):
+            self._forget(exchange, pending)
+            if pending.stream and not exchange.tcp and exchange.trust.get(upstream) is Trust.STREAM:
+                self._stream_failed(exchange, upstream, now)
+                self._again(exchange, upstream)
+            else:
+                self._refused(exchange, upstream, now)
+                self._attempt(exchange)
+
+    def _forget(self, exchange: Exchange, pending: Pending) -> None:
+        """Stop waiting for the attempts of this exchange at one socket."""
+        for attempt in [attempt for attempt in exchange.open if attempt.pending is pending]:
+            self._drop(exchange, attempt)
+
+    @staticmethod
+    def _drop(exchange: Exchange, attempt: Attempt) -> None:
+        """Stop waiting for one attempt."""
+        exchange.open.remove(attempt)
+        attempt.pending.pop(attempt.ident, None)
+
+    def _finish(self, exchange: Exchange, result: bytes | Failure) -> None:
+        if exchange.timer is not None:
+            exchange.timer.cancel()
+        if self._exchanges.pop(exchange.key, None) is None:
+            return
+        for attempt in exchange.open:
+            attempt.pending.pop(attempt.ident, None)
+        exchange.open.clear()
+        waiting, exchange.waiting = exchange.waiting, []
+        self.waiting -= len(waiting)
+        if not exchange.tcp:
+            self._alike.ended(exchange, closed=self._closed)
+        for done in waiting:
+            try:
+                done(result)
+            except Exception:
+                log.exception("dns_answer_failed")

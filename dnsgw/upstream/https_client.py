@@ -1,0 +1,192 @@
+"""DNS over HTTPS to one upstream (RFC 8484): a POST for each question, over connections that are kept.
+
+HTTP/1.1 by our own few lines. A general client takes what the server sends for as long as it sends (interim responses,
+chunks of one byte), without giving the loop back; here all that one response may have is counted.
+"""
+
+import asyncio
+import logging
+import re
+import ssl
+from collections.abc import Callable
+from typing import TypeAlias
+
+from dnsgw.message.question import HEADER_SIZE
+from dnsgw.upstream.address import Destination
+from dnsgw.upstream.exchange import Pending
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 64  # HTTP/1.1: each carries one question at a time
+TIMEOUT_S = 1.8  # an exchange's whole time
+IDLE_S = 10.0  # that a connection is kept without a question
+MAX_HEAD = 8192  # bytes of a response before its content
+MAX_INTERIM = 4  # responses before the final one (RFC 9110 section 15.2)
+MAX_CHUNKS = 256
+_MAX_ANSWER = 65535
+_TYPE = "application/dns-message"
+_STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
+_LENGTH = re.compile(rb"[0-9]{1,5}")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,4})[ \t]*(?:;[^\r\n]*)?\r\n")
+
+_Connection: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class _BadResponse(ValueError):
+    """The server says what is no answer."""
+
+
+class HttpsClient:
+    """One upstream and its connections, made when first asked."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        tls: ssl.SSLContext,
+        *,
+        received: Callable[[bytes, Pending], None],
+        lost: Callable[[Pending], None],
+    ) -> None:
+        """Prepare, on the running loop; `received` gets each answer with its id, `lost` what will have none."""
+        self._host = str(destination.address)
+        self._port = destination.port
+        self._server_name = destination.name or self._host
+        self._tls = tls
+        host = destination.name or (f"[{self._host}]" if destination.address.version == 6 else self._host)
+        port = "" if destination.name or destination.port == 443 else f":{destination.port}"
+        self._head = (
+            f"POST {destination.path} HTTP/1.1\r\nHost: {host}{port}\r\nContent-Type: {_TYPE}\r\nAccept: {_TYPE}\r\n"
+        ).encode("ascii")
+        self._received = received
+        self._lost = lost
+        self._loop = asyncio.get_running_loop()
+        self._free = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._idle: dict[_Connection, asyncio.TimerHandle] = {}
+        self._busy: set[asyncio.StreamWriter] = set()
+
+    async def post(self, pending: Pending, ident: int, message: bytes) -> None:
+        """Ask what waits alone in `pending`, and hand on the answer.
+
+        The id on the wire is 0, as caches like it (RFC 8484 section 4.1).
+        """
+        answer = b""
+        try:
+            async with asyncio.timeout(TIMEOUT_S), self._free:
+                answer = await self._exchange(b"\0\0" + message)
+        except (OSError, EOFError, TimeoutError, ValueError, asyncio.LimitOverrunError) as error:
+            log.debug("dns_upstream_refused", extra={"event": {"error": str(error)[:200]}})
+        if len(answer) >= HEADER_SIZE:
+            self._received(ident.to_bytes(2, "big") + answer[2:], pending)
+        elif pending:
+            self._lost(pending)
+
+    async def close(self) -> None:
+        """Drop the connections."""
+        for connection in list(self._idle):
+            self._drop(connection)
+        for writer in self._busy:
+            writer.transport.abort()
+
+    async def _exchange(self, message: bytes) -> bytes:
+        """One request and its response. Raises OSError, EOFError, ValueError, LimitOverrunError."""
+        connection = self._take() or await asyncio.open_connection(
+            self._host, self._port, ssl=self._tls, server_hostname=self._server_name, limit=MAX_HEAD
+        )
+        reader, writer = connection
+        self._busy.add(writer)
+        keep = False
+        try:
+            writer.write(self._head + b"Content-Length: %d\r\n\r\n" % len(message) + message)
+            answer, keep = await _response(reader)
+        finally:
+            self._busy.discard(writer)
+            if keep:
+                self._idle[connection] = self._loop.call_later(IDLE_S, self._drop, connection)
+            else:
+                writer.transport.abort()
+        return answer
+
+    def _take(self) -> _Connection | None:
+        """A kept connection, the last one used first."""
+        while self._idle:
+            connection, timer = self._idle.popitem()
+            timer.cancel()
+            reader, writer = connection
+            if not reader.at_eof() and not writer.is_closing():
+                return connection
+            writer.transport.abort()
+        return None
+
+    def _drop(self, connection: _Connection) -> None:
+        timer = self._idle.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
+        connection[1].transport.abort()
+
+
+async def _response(reader: asyncio.StreamReader) -> tuple[bytes, bool]:
+    """Read one response: its content, and whether the connection can be used on.
+
+    Raises EOFError, LimitOverrunError, ValueError.
+    """
+    for _ in range(MAX_INTERIM + 1):
+        status, minor, fields = _head(await reader.readuntil(b"\r\n\r\n"))
+        if not 102 <= status < 200 and status != 100:
+            break
+    if status != 200:
+        raise _BadResponse(f"status {status}")
+    if fields.get(b"content-type", b"").partition(b";")[0].strip().lower() != _TYPE.encode():
+        raise _BadResponse("not a DNS message")
+    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise _BadResponse("an encoding that was not asked for")
+    keep = minor == 1 and b"close" not in fields.get(b"connection", b"").lower()
+    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    if coding is not None:
+        if coding.lower() != b"chunked" or length is not None:
+            raise _BadResponse("a length that can be read in two ways")
+        return await _chunked(reader), keep
+    if length is None:
+        content = b""
+        while len(content) <= _MAX_ANSWER and (part := await reader.read(_MAX_ANSWER)):
+            content += part
+        if len(content) > _MAX_ANSWER:
+            raise _BadResponse("too long")
+        return content, False
+    if not _LENGTH.fullmatch(length) or int(length) > _MAX_ANSWER:
+        raise _BadResponse("no length, or too long")
+    return await reader.readexactly(int(length)), keep
+
+
+def _head(data: bytes) -> tuple[int, int, dict[bytes, bytes]]:
+    """The status, the minor version and the fields by name in lower case. Raises ValueError."""
+    first, *lines = data[:-4].split(b"\r\n")
+    found = _STATUS.fullmatch(first)
+    if found is None:
+        raise _BadResponse("not HTTP/1.1")
+    fields: dict[bytes, bytes] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        name = name.lower()
+        if not colon or not name or name != name.strip():
+            raise _BadResponse("a bad field")
+        fields[name] = fields[name] + b", " + value.strip() if name in fields else value.strip()
+    return int(found[2]), int(found[1]), fields
+
+
+async def _chunked(reader: asyncio.StreamReader) -> bytes:
+    """Read content in chunks (RFC 9112 section 7.1). Raises EOFError, LimitOverrunError, ValueError."""
+    content = b""
+    for _ in range(MAX_CHUNKS):
+        found = _CHUNK.fullmatch(await reader.readuntil(b"\r\n"))
+        if found is None:
+            raise _BadResponse("a bad chunk")
+        size = int(found[1], 16)
+        if not size:
+            if await reader.readuntil(b"\r\n") != b"\r\n":
+                raise _BadResponse("a trailer")
+            return content
+        part = await reader.readexactly(size + 2)
+        content += part[:-2]
+        if not part.endswith(b"\r\n") or len(content) > _MAX_ANSWER:
+            raise _BadResponse("a bad chunk, or too long")
+    raise _BadResponse("too many chunks")

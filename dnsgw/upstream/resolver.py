@@ -1,0 +1,227 @@
+"""Names that are not ours: what upstream says about them, from the cache or asked anew.
+
+Every question gets exactly one answer, through a callback that may be called before `ask` returns. When upstream gives
+none, the last one it gave is answered while it may be (RFC 8767); upstream's own time limit is below the 1.8 s after which
+such an answer is due. A question that failed is not asked again within a second (RFC 9520).
+"""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+from dnsgw.client_limits import Client, Host, client_of
+from dnsgw.message.question import TC, ExtendedError, Query, Rcode, extended_error, retyped
+from dnsgw.message.reply import truncate
+from dnsgw.message.upstream_query import subnet_of
+from dnsgw.message.upstream_reply import Malformed, Message
+from dnsgw.metrics import DnsMetrics, Outcome
+from dnsgw.two_generation_cache import Recent
+from dnsgw.upstream.cache import MIN_PREFETCH_USES, RETRY_STALE_S, Cache, CacheConfig, Entry, key_of
+from dnsgw.upstream.exchange import Failure
+from dnsgw.upstream.forwarder import Forwarder
+
+FAILURE_TTL_S = 1.0  # RFC 9520 section 3.2: at least one second
+MAX_FAILURES = 4096
+CLIENT_SHARE = 4  # one client may hold a fourth of the questions that wait for an upstream
+
+_STALE = {
+    Rcode.NOERROR: extended_error(ExtendedError.STALE_ANSWER, "upstream gives no answer"),
+    Rcode.NXDOMAIN: extended_error(ExtendedError.STALE_NXDOMAIN, "upstream gives no answer"),
+}
+
+
+class Heard:
+    """What upstream said, as the reply to the question that was asked, of any length."""
+
+    __slots__ = ("bindings", "entry", "outcome", "targets", "wire")
+
+    def __init__(
+        self,
+        wire: bytes,
+        outcome: Outcome,
+        entry: Entry | None = None,
+        *,
+        targets: tuple[bytes, ...] = (),
+        bindings: tuple[bytes, ...] = (),
+    ) -> None:
+        """Note the reply, where it is from, its entry if it can be used again, and the names that it leads to.
+
+        `targets` and `bindings` are those of the Message.
+        """
+        self.wire = wire
+        self.outcome = outcome
+        self.entry = entry
+        self.targets = targets
+        self.bindings = bindings
+
+
+Done: TypeAlias = Callable[[Heard | Failure], None]
+
+
+class Foreign:
+    """All that is known and asked of upstream."""
+
+    def __init__(
+        self, config: CacheConfig, metrics: DnsMetrics, *, max_in_flight: int, client_subnet: bool = False
+    ) -> None:
+        """Prepare; `attach` comes before the first question."""
+        self.cache = Cache(config)
+        self._metrics = metrics
+        self._most = max(max_in_flight // CLIENT_SHARE, 1)
+        self._client_subnet = client_subnet
+        self._failed: Recent[tuple[float, bytes | Failure]] = Recent(MAX_FAILURES)
+        self._waiting: dict[Client, int] = {}
+        self._prefetching: set[bytes] = set()
+        self._read: tuple[bytes, Message] | None = None
+        self._generation = 0
+        self._loop: asyncio.AbstractEventLoop
+        self._forwarder: Forwarder
+        metrics.cache_entries = lambda: len(self.cache)
+        metrics.cache_bytes = lambda: self.cache.size
+        metrics.cache_evicted = lambda: self.cache.evicted
+
+    def attach(self, loop: asyncio.AbstractEventLoop, forwarder: Forwarder) -> None:
+        """Take the loop to run on and the way to upstream; another one later is asked from then on."""
+        self._loop = loop
+        self._forwarder = forwarder
+
+    def reconfigure(self, config: CacheConfig, *, max_in_flight: int, client_subnet: bool = False) -> None:
+        """Keep so much from now on, and let so many wait."""
+        self._client_subnet = client_subnet
+        self.cache.reconfigure(config)
+        self._most = max(max_in_flight // CLIENT_SHARE, 1)
+
+    def forget(self) -> None:
+        """Forget all that was said, and keep nothing of what was asked before now: upstream is somebody else."""
+        self.cache.clear()
+        self._failed = Recent(MAX_FAILURES)
+        self._generation += 1
+
+    def ask(
+        self,
+        query: Query,
+        host: Host,
+        done: Done,
+        *,
+        tcp: bool,
+        qtype: int | None = None,
+        max_age_s: float | None = None,
+    ) -> None:
+        """Ask for `query`, or for the same about another type.
+
+        `max_age_s`: what was said longer ago does not count, however long it holds.
+        """
+        if qtype is not None:
+            query = retyped(query, qtype)
+        key = key_of(query)
+        if self._client_subnet and subnet_of(query):
+            key = None  # the answer may be for that subnet alone
+        if key is not None:
+            now = self._loop.time()
+            known = self._recall(query, key, now, max_age_s)
+            if known is not None:
+                entry = known.entry if isinstance(known, Heard) else None
+                if entry is not None and now >= entry.fresh_until and entry.uses >= MIN_PREFETCH_USES:
+                    self._prefetch(query, key)
+                done(known)
+                return
+        client = client_of(host)
+        waiting = self._waiting.get(client, 0)
+        if waiting >= self._most:
+            self._give_up(query, key, done, Failure.OVERLOADED)
+            return
+        self._waiting[client] = waiting + 1
+        self._forwarder.ask(query, partial(self._heard, self._generation, query, key, client, done), tcp=tcp)
+
+    def _recall(self, query: Query, key: bytes, now: float, max_age_s: float | None) -> Heard | Failure | None:
+        entry = self.cache.get(key)
+        if entry is not None:
+            if now < entry.expires and (max_age_s is None or now - entry.stored < max_age_s):
+                entry.uses += 1
+                wire = entry.reply(query, now)
+                return Heard(wire, Outcome.CACHED, entry, targets=entry.targets, bindings=entry.bindings)
+            if entry.expires <= now < entry.retry_at and self.cache.may_be_stale(entry, now):
+                return self._stale(query, entry)
+        failed = self._failed.get(key)
+        if failed is not None and now < failed[0]:
+            return failed[1] if isinstance(failed[1], Failure) else self._understood(query, None, failed[1], now)
+        return None
+
+    def _prefetch(self, query: Query, key: bytes) -> None:
+        if key in self._prefetching:
+            return
+        self._prefetching.add(key)
+        self._metrics.prefetched += 1
+        self._forwarder.ask(query, partial(self._prefetched, self._generation, query, key), tcp=False)
+
+    def _prefetched(self, generation: int, query: Query, key: bytes, result: bytes | Failure) -> None:
+        self._prefetching.discard(key)
+        if isinstance(result, bytes) and generation == self._generation:
+            self._understood(query, key, result, self._loop.time())
+
+    def _heard(
+        self, generation: int, query: Query, key: bytes | None, client: Client, done: Done, result: bytes | Failure
+    ) -> None:
+        waiting = self._waiting.pop(client, 1) - 1
+        if waiting:
+            self._waiting[client] = waiting
+        if generation != self._generation:
+            key = None
+        if isinstance(result, Failure):
+            self._give_up(query, key, done, result)
+            return
+        if result[3] & 0xF == Rcode.SERVFAIL and key is not None:
+            stale = self._last_good(query, key)
+            if stale is not None:
+                done(stale)
+                return
+            self._failed[key] = (self._loop.time() + FAILURE_TTL_S, result)
+        heard = self._understood(query, key, result, self._loop.time())
+        if isinstance(heard, Failure):
+            self._give_up(query, key, done, heard)
+        else:
+            done(heard)
+
+    def _understood(self, query: Query, key: bytes | None, result: bytes, now: float) -> Heard | Failure:
+        try:
+            # All who waited for one answer get the same object: it is read once.
+            if self._read is None or self._read[0] is not result:
+                self._read = (result, Message(result))
+            message = self._read[1]
+            entry = self.cache.put(query, key, message, now) if key is not None else None
+            return Heard(
+                message.as_reply(query),
+                Outcome.FORWARDED,
+                entry,
+                targets=message.targets,
+                bindings=message.bindings,
+            )
+        except Malformed:
+            if int.from_bytes(result[2:4], "big") & TC:  # it was cut somewhere, and what is left does not matter
+                return Heard(truncate(query.id.to_bytes(2, "big") + result[2:], query), Outcome.FORWARDED)
+            return Failure.MALFORMED
+
+    def _give_up(self, query: Query, key: bytes | None, done: Done, failure: Failure) -> None:
+        if key is not None:
+            stale = self._last_good(query, key)
+            if stale is not None:
+                done(stale)
+                return
+            if failure is not Failure.OVERLOADED and failure is not Failure.CLOSED:
+                self._failed[key] = (self._loop.time() + FAILURE_TTL_S, failure)
+        done(failure)
+
+    def _last_good(self, query: Query, key: bytes) -> Heard | None:
+        """The last good answer if it may be given past its end."""
+        entry = self.cache.get(key)
+        now = self._loop.time()
+        if entry is None or not self.cache.may_be_stale(entry, now):
+            return None
+        entry.retry_at = now + RETRY_STALE_S
+        return self._stale(query, entry)
+
+    @staticmethod
+    def _stale(query: Query, entry: Entry) -> Heard:
+        wire = entry.stale_reply(query, _STALE[Rcode(entry.rcode)])
+        return Heard(wire, Outcome.STALE, targets=entry.targets, bindings=entry.bindings)

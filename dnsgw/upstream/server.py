@@ -1,0 +1,389 @@
+"""The resolvers that are asked: where they are, and the sockets to them.
+
+An upstream has a pool of connected UDP sockets, so that the kernel drops what comes from elsewhere. Each asks from a port
+that the kernel drew from its whole range (net.ipv4.ip_local_port_range, evenly, from its own random numbers), for
+`MAX_USES` questions or `MAX_AGE_S` at most; which one asks is drawn at random, as the id is (RFC 5452 section 9). Over TCP
+and TLS there is one connection that many questions share. Every upstream remembers how it did and what it can do.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+from collections.abc import Callable, Coroutine, Iterable
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from discovery.addresses import Address
+from dnsgw.message.cookie import OPTION, SECRET_SIZE
+from dnsgw.message.question import option
+from dnsgw.message.upstream_query import encode, respelled, subnet_of
+from dnsgw.turns import Turns
+from dnsgw.upstream.address import Destination, Way
+from dnsgw.upstream.capabilities import Abilities
+from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
+from dnsgw.upstream.https_client import HttpsClient
+from dnsgw.upstream.stream_client import Pipeline
+
+log = logging.getLogger(__name__)
+
+Endpoint: TypeAlias = tuple[Address, int]
+
+DNS_PORT = 53
+MAX_RESOLV_CONF = 3  # MAXNS of glibc and musl
+POOL = 64  # sockets, opened when first picked
+MAX_USES = 32  # questions from one socket, and so from one port
+MAX_AGE_S = 10.0
+MAX_RETIRED = 256  # replaced sockets that still wait; with so many, those in use are used on
+RETIRED_S = 2.0  # how long a replaced socket still waits for answers: longer than any exchange
+DOWN_AFTER = 2  # attempts in a row without an answer: one may have been lost on the way
+DOWN_MIN_S = 1.0
+DOWN_MAX_S = 30.0
+_MAX_DATAGRAM = 65535
+_MAX_DRAIN = 2  # packets read from one socket before others get their turn: there are many, and an answer is some work
+
+
+class _Port:
+    """One connected UDP socket: one source port for a while."""
+
+    __slots__ = ("pending", "sock", "source", "timer", "uses")
+
+    def __init__(self, sock: socket.socket, pending: Pending) -> None:
+        self.sock = sock
+        self.uses = 0
+        self.pending = pending
+        self.source = packed_source(sock)
+        self.timer: asyncio.TimerHandle | None = None
+
+
+def packed_source(sock: socket.socket) -> bytes:
+    """The address that a connected socket sends from."""
+    return ip_address(sock.getsockname()[0].partition("%")[0]).packed
+
+
+class Upstream:
+    """One resolver to ask."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        received: Callable[[bytes, Pending], None],
+        lost: Callable[[Pending], None],
+        turns: Turns,
+        tls: ssl.SSLContext | None = None,
+        random_case: bool = True,
+        client_subnet: bool = False,
+    ) -> None:
+        """Prepare. `received` gets every packet, `lost` is called when nothing can come for what is pending."""
+        self.destination = destination
+        self.looping = False
+        """What it is asked comes back to us."""
+
+        self.spawn: Callable[[Coroutine[Any, Any, None]], object] | None = None
+        """Runs a coroutine in a task; only DNS over HTTPS needs it."""
+
+        self.abilities = Abilities(destination.address.packed, os.urandom(SECRET_SIZE))
+        self._family = socket.AF_INET if destination.address.version == 4 else socket.AF_INET6
+        self._destination = (str(destination.address), destination.port)
+        self._loop = loop
+        self._received = received
+        self._lost = lost
+        self._turns = turns
+        self._tls = tls
+        self._random_case = random_case and destination.way is Way.UDP
+        self._client_subnet = client_subnet
+        self._ports: list[_Port | None] = [None] * POOL
+        self._retired: set[_Port] = set()
+        self._pipeline: Pipeline[Pending] | None = None
+        self._pipelines: set[Pipeline[Pending]] = set()
+        self._https: HttpsClient | None = None
+        self._failures = 0
+        self._down_until = 0.0
+
+    def ask(self, exchange: Exchange, now: float, *, stream: bool) -> None:
+        """Make one attempt, over a connection if `stream`. Raises OSError when it is known at once to be in vain."""
+        way = self.destination.way
+        if way is Way.HTTPS:
+            self._ask_https(exchange, now)
+        elif stream or way is not Way.UDP:
+            self._ask_pipeline(exchange, now)
+        else:
+            self._ask_port(exchange, now)
+
+    def answered(self) -> None:
+        """Note that it answered."""
+        self._failures = 0
+        self._down_until = 0.0
+
+    def failed(self, now: float) -> None:
+        """Note that it did not answer in time, or at all: after two such in a row it comes last for a while."""
+        self._failures += 1
+        if self._failures >= DOWN_AFTER:
+            self._down_until = now + min(DOWN_MIN_S * 2 ** min(self._failures - DOWN_AFTER, 10), DOWN_MAX_S)
+
+    def is_down(self, now: float) -> bool:
+        """Tell whether others should be asked first. Once the while is over one question tries it, and no more at once."""
+        if self._failures < DOWN_AFTER:
+            return False
+        if now < self._down_until:
+            return True
+        self._down_until = now + DOWN_MIN_S
+        return False
+
+    def lost_case(self, now: float) -> None:
+        """Ask in one case for a while: even over TCP it does not keep the case that it is asked in."""
+        if self.abilities.keeps_case(now):
+            log.warning(
+                "dns_case_lost",
+                extra={
+                    "event": {
+                        "upstream": str(self.destination),
+                        "detail": "its answers change the case of names: no random case for an hour",
+                    }
+                },
+            )
+        self.abilities.lost_case(now)
+
+    def status(self) -> dict[str, object]:
+        """What is known of it, for people."""
+        now = self._loop.time()
+        if not self._random_case:
+            case = "off"
+        else:
+            case = "on" if self.abilities.keeps_case(now) else "lost by upstream, tried again within the hour"
+        return {
+            "upstream": str(self.destination),
+            "random_case": case,
+            "cookies": self.abilities.has_cookies,
+            "edns": self.abilities.takes_edns(now),
+            "answers": self._failures < DOWN_AFTER,
+            "loop": self.looping,
+        }
+
+    @property
+    def in_random_case(self) -> bool:
+        """Whether it is asked in random case now."""
+        return self._random_case and self.abilities.keeps_case(self._loop.time())
+
+    def close(self) -> None:
+        """Close every socket. Nothing more is received or lost."""
+        ports, self._ports = self._ports, [None] * POOL
+        for port in (*self._retired, *(port for port in ports if port is not None)):
+            self._close_port(port)
+        self._retired.clear()
+        for pipeline in list(self._pipelines):
+            pipeline.pending.clear()
+            pipeline.close()
+
+    async def ended(self) -> None:
+        """Wait for the end of what cannot be closed at once; after `close`."""
+        https, self._https, self.spawn = self._https, None, None
+        if https is not None:
+            await https.close()
+
+    def shed(self, pending: Pending) -> None:
+        """Close the socket of this: it brings what nobody asked for. Only of a connection it is told what is lost."""
+        for port in (*self._retired, *self._ports):
+            if port is not None and port.pending is pending:
+                self._remove(port)
+                return
+        for pipeline in list(self._pipelines):
+            if pipeline.pending is pending:
+                log.warning(
+                    "dns_upstream_refused",
+                    extra={
+                        "event": {"upstream": str(self.destination), "error": "it sends answers that nobody asked for"}
+                    },
+                )
+                pipeline.close()
+
+    def _message(self, attempt: Attempt, now: float, *, cookies: bool, pad: bool = False) -> bytes:
+        """What to send, without the id; `attempt` learns what its answer must have."""
+        exchange, abilities = attempt.exchange, self.abilities
+        query = exchange.query
+        options = b""
+        if query.verbatim:
+            return query.verbatim
+        if self._random_case and abilities.keeps_case(now):
+            attempt.spelled = True
+            name = respelled(query.name, os.urandom(len(query.name)))
+            attempt.question = name + query.question[-4:]
+        attempt.edns = not exchange.plain and abilities.takes_edns(now)
+        if attempt.edns:
+            if cookies and not exchange.no_cookie:
+                attempt.client_cookie, server_cookie = abilities.cookie(attempt.source, now)
+                options = option(OPTION, attempt.client_cookie + server_cookie)
+            if self._client_subnet:
+                options += subnet_of(query)
+        return encode(query, attempt.question, edns=attempt.edns, options=options, pad=pad)
+
+    def _ask_port(self, exchange: Exchange, now: float) -> None:
+        draw = os.urandom(3)
+        port = self._port(draw[2] % POOL, fresh=exchange.trust.get(self) is Trust.RENEWED)
+        port.uses += 1
+        ident = _free_id(port.pending, draw)
+        query = exchange.query
+        attempt = Attempt(exchange, port.pending, ident, query.name + query.question[-4:])
+        attempt.source = port.source
+        packet = ident.to_bytes(2, "big") + self._message(attempt, now, cookies=True)
+        try:
+            port.sock.send(packet)
+        except ConnectionRefusedError:
+            port.sock.send(packet)  # the error was the echo of an earlier packet, and this one was not sent
+        except BlockingIOError:
+            pass  # a full buffer loses packets as the network does
+        port.pending[ident] = attempt
+        exchange.open.append(attempt)
+
+    def _port(self, slot: int, *, fresh: bool) -> _Port:
+        worn = self._ports[slot]
+        if worn is not None and ((worn.uses < MAX_USES and not fresh) or len(self._retired) >= MAX_RETIRED):
+            return worn
+        sock = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(self._destination)
+            port = _Port(sock, Pending(self, stream=False))
+        except OSError:
+            sock.close()
+            raise
+        if worn is not None:
+            self._replace(worn)
+        self._ports[slot] = port
+        port.timer = self._loop.call_later(MAX_AGE_S, self._replace, port)
+        self._loop.add_reader(sock, self._readable, port)
+        return port
+
+    def _replace(self, port: _Port) -> None:
+        """Ask from this port no more; close it once nothing can come."""
+        self._ports = [None if kept is port else kept for kept in self._ports]
+        if not port.pending:
+            self._close_port(port)
+            return
+        if port.timer is not None:
+            port.timer.cancel()
+        self._retired.add(port)
+        port.timer = self._loop.call_later(RETIRED_S, self._remove, port)
+
+    def _remove(self, port: _Port) -> None:
+        self._retired.discard(port)
+        self._ports = [None if kept is port else kept for kept in self._ports]
+        self._close_port(port)
+
+    def _close_port(self, port: _Port) -> None:
+        if port.timer is not None:
+            port.timer.cancel()
+        if port.sock.fileno() >= 0:
+            self._loop.remove_reader(port.sock)
+            port.sock.close()
+
+    def _readable(self, port: _Port) -> None:
+        for _ in range(_MAX_DRAIN):
+            try:
+                packet = port.sock.recv(_MAX_DATAGRAM)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:  # an ICMP error: nobody listens there, and what was asked from this port is lost
+                # uvloop would not watch it any more (libuv stops at the first POLLERR).
+                self._remove(port)
+                self._lost(port.pending)
+                return
+            self._received(packet, port.pending)
+            if port.sock.fileno() < 0:
+                return
+        if not port.pending and port in self._retired:
+            self._remove(port)
+
+    def _ask_pipeline(self, exchange: Exchange, now: float) -> None:
+        pipeline = self._pipeline
+        secret = self.destination.way is Way.TLS
+        # A second attempt does not trust the connection that the first one still waits on.
+        if pipeline is None or pipeline.closed or any(attempt.pending is pipeline.pending for attempt in exchange.open):
+            pipeline = Pipeline(
+                self._loop,
+                Pending(self, stream=True),
+                received=self._received,
+                lost=self._pipeline_lost,
+                turns=self._turns,
+                tls=self._tls if secret else None,
+                server_name=self.destination.name or str(self.destination.address),
+            )
+            pipeline.open(self._family, self._destination)
+            self._pipeline = pipeline
+            self._pipelines.add(pipeline)
+        ident = _free_id(pipeline.pending, os.urandom(2))
+        query = exchange.query
+        attempt = Attempt(exchange, pipeline.pending, ident, query.name + query.question[-4:])
+        attempt.source = pipeline.source
+        message = self._message(attempt, now, cookies=self.destination.way is Way.UDP, pad=secret)
+        pipeline.pending[ident] = attempt
+        exchange.open.append(attempt)
+        pipeline.send(ident.to_bytes(2, "big") + message)
+
+    def _ask_https(self, exchange: Exchange, now: float) -> None:
+        if self.spawn is None or self._tls is None:
+            raise OSError("not running yet")
+        if self._https is None:
+            self._https = HttpsClient(self.destination, self._tls, received=self._received, lost=self._lost)
+        pending = Pending(self, stream=True)
+        query = exchange.query
+        attempt = pending[0] = Attempt(exchange, pending, 0, query.name + query.question[-4:])
+        exchange.open.append(attempt)
+        self.spawn(self._https.post(pending, 0, self._message(attempt, now, cookies=False, pad=True)))
+
+    def _pipeline_lost(self, pipeline: Pipeline[Pending]) -> None:
+        self._pipelines.discard(pipeline)
+        if pipeline.pending:
+            self._lost(pipeline.pending)
+
+
+def _free_id(pending: Pending, draw: bytes) -> int:
+    ident = int.from_bytes(draw[:2], "big")
+    while ident in pending:  # far fewer are in flight than there are ids
+        ident = int.from_bytes(os.urandom(2), "big")
+    return ident
+
+
+def read_resolv_conf(path: Path) -> tuple[Endpoint, ...]:
+    """Read the name servers of a resolv.conf, three at most as libc does. A file that is not there has none."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    found = []
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0] == "nameserver":
+            try:
+                found.append((ip_address(words[1]), DNS_PORT))
+            except ValueError:
+                continue
+    return tuple(found[:MAX_RESOLV_CONF])
+
+
+def leads_here(upstream: Endpoint, listening: Iterable[Endpoint]) -> bool:
+    """Tell whether asking this upstream would be asking ourselves."""
+    address, port = upstream
+    for own, own_port in listening:
+        if port == own_port and address.version == own.version:
+            if address == own or address.is_unspecified:
+                return True
+            if own.is_unspecified and _is_local(address):
+                return True
+    return False
+
+
+def _is_local(address: Address) -> bool:
+    """Tell whether an address is this host's: packets to such a one have it as their source too."""
+    if address.is_loopback:
+        return True
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((str(address), DNS_PORT))  # sends nothing
+        except OSError:
+            return False
+        return bool(ip_address(probe.getsockname()[0]) == address)

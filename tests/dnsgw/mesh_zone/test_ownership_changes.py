@@ -1,0 +1,41 @@
+"""Names that change hands between two states of discovery or two sets of imports."""
+
+import pytest
+
+from discovery.imports import ImportRule, Imports
+from discovery.model import Deletion, Kind
+from dnsgw.mesh_zone.ownership_changes import moved
+from tests.dnsgw.meshes import ORDERS, imports, mesh, relay, service
+
+NEW = "new.shop.svc.cluster.local"
+VIEW = mesh(relay("10.0.0.9"))
+GONE = Deletion((Kind.SERVICE, "b", ORDERS), 9)
+RULES = imports()
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ([], set()),
+        ([relay("10.0.0.8")], set()),
+        ([service("b", NEW, 443)], {NEW}),
+        ([service("b", "elsewhere.example", 443)], set()),  # nobody imports it
+        ([service("d", NEW, 443)], set()),  # nor from there
+        ([GONE], {ORDERS}),
+        ([GONE, service("b", NEW, 443)], {ORDERS, NEW}),
+        ([GONE, service("c", ORDERS, 443)], set()),  # it is ours still, from another network
+        ([service("b", ORDERS, 9443)], set()),
+    ],
+)
+def test_what_a_change_of_discovery_moves(changes: list, names: set[str]) -> None:  # type: ignore[type-arg]
+    after = VIEW.apply(changes)
+    assert moved(VIEW, RULES, after, RULES) == names
+    assert moved(after, RULES, VIEW, RULES) == names
+    assert moved(VIEW, RULES, after, imports()) == names  # other rules that mean the same
+
+
+def test_what_a_change_of_imports_moves() -> None:
+    none, orders = Imports(), Imports([ImportRule(names=(ORDERS,), sources=("b",))])
+    assert moved(VIEW, none, VIEW, orders) == {ORDERS}
+    assert ORDERS not in moved(VIEW, orders, VIEW, RULES)
+    assert moved(VIEW, orders, VIEW, RULES) == moved(VIEW, RULES, VIEW, orders) != set()

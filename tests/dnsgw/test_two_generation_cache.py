@@ -1,0 +1,14 @@
+"""A bounded memory of what was used last."""
+
+from dnsgw.two_generation_cache import Recent
+
+
+def test_it_keeps_what_was_used_last_and_never_twice_its_limit() -> None:
+    recent: Recent[int] = Recent(4)
+    recent[b"used"] = 0
+    for n in range(100):
+        recent[b"%d" % n] = n
+        assert recent.get(b"used") == 0
+        assert recent.get(b"%d" % n) == n
+        assert len(recent) <= 8
+    assert recent.get(b"0") is None

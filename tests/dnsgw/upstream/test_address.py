@@ -1,0 +1,50 @@
+"""Where an upstream is, as text."""
+
+from ipaddress import ip_address
+
+import pytest
+
+from dnsgw.upstream.address import BadDestination, Destination, Way, parse_destination
+
+GOOD = {
+    "10.0.0.10": Destination(ip_address("10.0.0.10"), 53),
+    "10.0.0.10:5353": Destination(ip_address("10.0.0.10"), 5353),
+    "fd00::1": Destination(ip_address("fd00::1"), 53),
+    "[fd00::1]:5353": Destination(ip_address("fd00::1"), 5353),
+    "tcp://10.0.0.10": Destination(ip_address("10.0.0.10"), 53, Way.TCP),
+    "tls://10.0.0.10": Destination(ip_address("10.0.0.10"), 853, Way.TLS),
+    "tls://[fd00::1]:8853#dns.example": Destination(ip_address("fd00::1"), 8853, Way.TLS, "dns.example"),
+    "https://10.0.0.10/dns-query#dns.example": Destination(
+        ip_address("10.0.0.10"), 443, Way.HTTPS, "dns.example", "/dns-query"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_it_reads_and_shows_the_same(text: str) -> None:
+    assert parse_destination(text) == GOOD[text]
+    assert str(GOOD[text]) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "dns.example",
+        "10.0.0.256",
+        "10.0.0.10:0",
+        "10.0.0.10:65536",
+        "10.0.0.10#name",
+        "10.0.0.10/path",
+        "https://10.0.0.10",
+        "https://dns.example/dns-query",
+        "tls://10.0.0.10/x",
+        "quic://10.0.0.10",
+        "tcp://10.0.0.10#name",
+        "10.0.0.10 ",
+        "[fd00::1",
+    ],
+)
+def test_what_is_none(text: str) -> None:
+    with pytest.raises(BadDestination):
+        parse_destination(text)
