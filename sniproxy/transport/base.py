@@ -5,7 +5,6 @@ from enum import StrEnum
 
 from discovery.addresses import format_endpoint, parse_address
 from discovery.names import AddressTarget, ServiceTarget
-from sniproxy.tunnel.epoch import UNKNOWN_EPOCH
 
 FRAMED = "framed/1"
 """What a gateway's record says in `proto` when it takes our stream protocol."""
@@ -39,8 +38,8 @@ class Candidate:
     """What it is for beside the others."""
     near: bool = False
     """In the relay's own zone."""
-    epoch: bytes = UNKNOWN_EPOCH
-    """Of the gateway's process, as its record tells."""
+    epoch: bytes | None = None
+    """Of the gateway's process, as its record tells; None: nobody has told it."""
     proxy_version: int | None = None
     """Of the PROXY header that the service wants first, on a local route; a gateway knows that by itself."""
     meant: AddressTarget | ServiceTarget | None = field(default=None, compare=False)

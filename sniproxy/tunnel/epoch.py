@@ -31,14 +31,14 @@ def proto_of(epoch: bytes) -> str:
     return f"{_PREFIX}{_text(epoch)}{_SUFFIX}"
 
 
-def epoch_in(proto: Iterable[str]) -> bytes:
-    """Return the epoch that a record tells, UNKNOWN_EPOCH where it tells none."""
+def epoch_in(proto: Iterable[str]) -> bytes | None:
+    """Return the epoch that a record tells, None where it tells none."""
     for entry in proto:
         if entry.startswith(_PREFIX) and entry.endswith(_SUFFIX):
             epoch = _parse(entry[len(_PREFIX) : -len(_SUFFIX)])
             if epoch is not None:
                 return epoch
-    return UNKNOWN_EPOCH
+    return None
 
 
 def stale_detail(epoch: bytes, key: bytes, once: bytes) -> str:

@@ -18,7 +18,7 @@ from sniproxy.transport.base import Candidate, Way
 from sniproxy.transport.errors import DialError, ResetBeforeReady, StaleEpoch, WarmLost
 from sniproxy.tunnel.capsules import HEADER_SIZE, CapsuleError
 from sniproxy.tunnel.connection import Framed
-from sniproxy.tunnel.epoch import told_epoch
+from sniproxy.tunnel.epoch import UNKNOWN_EPOCH, told_epoch
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import TOKEN_SIZE, Message, Opened, Pong, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import STREAM_ID_SIZE, Preamble, PreambleError, SigningKey, WarmPreamble, sign
@@ -76,7 +76,7 @@ class Opener:
         self._keys = keys
         self._now_ms = now_ms
         self.dial_timeout_s = dial_timeout_s
-        self._told: OrderedDict[Way, tuple[bytes, bytes]] = OrderedDict()
+        self._told: OrderedDict[Way, tuple[bytes | None, bytes]] = OrderedDict()
         """By way the epoch that its record had when a gateway told us a newer one, and that one."""
         self._ready_timeout_s = ready_timeout_s
         self._open_timeout_s = open_timeout_s
@@ -213,7 +213,7 @@ class Opener:
     def _epoch(self, candidate: Candidate) -> bytes:
         """Return the epoch to sign: what its record tells, unless a gateway has told a newer one since."""
         before, told = self._told.get(candidate.way, (candidate.epoch, candidate.epoch))
-        return told if before == candidate.epoch else candidate.epoch
+        return (told if before == candidate.epoch else candidate.epoch) or UNKNOWN_EPOCH
 
     def _learn(self, candidate: Candidate, preamble: Preamble | WarmPreamble, error: DialError) -> None:
         """Take the gateway's epoch from its refusal, if that is what it says and it proves to have our key. Raises StaleEpoch."""
