@@ -32,9 +32,9 @@ import msgspec
 import uvloop
 
 from bench import machine
-from discovery import disk
-from discovery.client import DiscoveryClient
-from discovery.model import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, Spec, TurnSpec
+from discovery.client import snapshot_file
+from discovery.client.client import DiscoveryClient
+from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, Spec, TurnSpec
 
 START_TIMEOUT_S = 20.0
 LIMIT_S = 300.0
@@ -193,9 +193,11 @@ async def first_snapshot(url: str, folder: Path) -> dict[str, Any]:
             task.cancel()
     path = folder / "snapshot"
     began = time.perf_counter()
-    await asyncio.to_thread(disk.save, path, "net-0", "e", tuple(client.mesh), client.mesh.revision, time.time())
+    await asyncio.to_thread(
+        snapshot_file.save, path, "net-0", "e", tuple(client.mesh), client.mesh.revision, time.time()
+    )
     saved, began = time.perf_counter() - began, time.perf_counter()
-    await asyncio.to_thread(disk.load, path, "net-0")
+    await asyncio.to_thread(snapshot_file.load, path, "net-0")
     return {
         "client_first_mesh_ms": round(statistics.median(times) * 1e3),
         "disk_copy_mb": round(path.stat().st_size / 1e6, 2),

@@ -149,7 +149,7 @@ async def _serve(port: int, upstream: int) -> None:
     """Be the dnsgw that is measured: the access list, the rate limit and the metrics of an ordinary one."""
     from prometheus_client import CollectorRegistry
 
-    from discovery.model import Kind, Mesh, NetworkSpec, Record, RelaySpec
+    from discovery.model.mesh import Kind, Mesh, NetworkSpec, Record, RelaySpec
     from dnsgw import DnsConfig, DnsServer
 
     loopback = ip_address("127.0.0.1")

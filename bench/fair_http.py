@@ -28,7 +28,7 @@ from typing import Any
 import uvloop
 
 from bench.fairness import FACTOR, FLOOR_MS
-from discovery.tokens import format_entry, make_entry, make_token
+from discovery.api.tokens import format_entry, make_entry, make_token
 
 END_LIMIT_S = 8.0
 """For an end without streams: records, allocations and the lease may take 5 s to be given back."""

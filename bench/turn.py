@@ -48,7 +48,7 @@ def serve_embedded(port: int) -> None:
 
     from crossnet import logs
     from crossnet.process import spare_collections
-    from discovery.addresses import TargetList
+    from discovery.model.addresses import TargetList
     from turnreg.server import TurnServer, TurnServerConfig
 
     logs.set_up(style="json", level="info")

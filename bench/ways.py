@@ -26,8 +26,8 @@ import yaml
 from bench.worker import ROOT
 from crossnet.lab.program import Program
 from crossnet.sections import DEFAULT_DOMAIN
-from discovery.addresses import format_endpoint, parse_address, parse_endpoint
-from discovery.names import AddressTarget, encode
+from discovery.model.addresses import format_endpoint, parse_address, parse_endpoint
+from discovery.model.names import AddressTarget, encode
 from sniproxy.engine.pipes import PIPE_BYTES
 
 HOST = "127.0.0.1"

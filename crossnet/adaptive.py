@@ -4,8 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from discovery.contract import Discovery
-from discovery.model import Mesh
+from discovery.client.contract import Discovery
+from discovery.model.mesh import Mesh
 from sniproxy.relay.relay import Relay
 from sniproxy.relay.service_ports import service_ports
 

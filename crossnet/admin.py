@@ -20,8 +20,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from discovery.listener import Connection, Listener, ListenerLimits
-from discovery.model import Mesh
+from discovery.http.listener import Connection, Listener, ListenerLimits
+from discovery.model.mesh import Mesh
 from sniproxy.access.rules import NamePattern
 
 MAX_REQUEST_BYTES = 1024

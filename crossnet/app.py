@@ -26,13 +26,13 @@ from crossnet.publication import RelayPublication, publish_turn_servers
 from crossnet.readiness import ReadinessMetric
 from crossnet.reload import Refused, Reloader
 from crossnet.sections import Config, DnsSection, GatewaySection, PublisherSection, RelaySection
-from discovery.addresses import format_endpoint, parse_address
 from discovery.api import DiscoveryServer, DiscoveryServerConfig, ServerRefused
-from discovery.client import DiscoveryClient
-from discovery.contract import Discovery
-from discovery.document import BadFile
-from discovery.merged import MergedDiscovery
-from discovery.model import Kind, VipSpec
+from discovery.client.client import DiscoveryClient
+from discovery.client.contract import Discovery
+from discovery.client.merged import MergedDiscovery
+from discovery.files.yaml_file import BadFile
+from discovery.model.addresses import format_endpoint, parse_address
+from discovery.model.mesh import Kind, VipSpec
 from discovery.publisher import Publisher
 from discovery.store import StoreError
 from dnsgw.config import DEFAULT_TTL_S, DnsConfig

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from crossnet.config import ConfigError, effective, load, warnings
 from crossnet.sections import DEFAULT_ADMIN, DEFAULT_DOMAIN, ROLES
-from discovery.spec import Kind
+from discovery.model.spec import Kind
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

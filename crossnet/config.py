@@ -10,10 +10,10 @@ from crossnet.scalars import Secret
 from crossnet.schema import decode, encode
 from crossnet.sections import Config
 from crossnet.sections.policy import RuleSection
-from discovery.document import BadFile, read_document
-from discovery.names import BadName, is_under
-from discovery.names import decode as decode_name
-from discovery.shape import Fault, child
+from discovery.files.yaml_file import BadFile, read_document
+from discovery.model.names import BadName, is_under
+from discovery.model.names import decode as decode_name
+from discovery.model.validation import Fault, child
 
 
 class ConfigError(Exception):

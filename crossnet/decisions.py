@@ -15,14 +15,14 @@ from crossnet import roles
 from crossnet.schema import encode
 from crossnet.sections import Config
 from crossnet.sections.policy import RuleSection, policy
-from discovery import disk
-from discovery.addresses import Address, BadAddress, TargetList, format_endpoint, parse_address, parse_port
-from discovery.imports import Imports
-from discovery.lookup import Unresolved, resolve
-from discovery.merged import merged
-from discovery.model import Mesh
-from discovery.names import AddressTarget, BadName, PlainName, ServiceTarget, decode, is_ldh_label, normalise
-from discovery.static import load_mesh
+from discovery.client import snapshot_file
+from discovery.client.merged import merged
+from discovery.client.mesh_file import load_mesh
+from discovery.model.addresses import Address, BadAddress, TargetList, format_endpoint, parse_address, parse_port
+from discovery.model.imports import Imports
+from discovery.model.lookup import Unresolved, resolve
+from discovery.model.mesh import Mesh
+from discovery.model.names import AddressTarget, BadName, PlainName, ServiceTarget, decode, is_ldh_label, normalise
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Action, Flow, Policy, Rule
 from sniproxy.relay.permission import Permit
@@ -89,7 +89,7 @@ def check_names(config: Config, names: Sequence[str], sources: Sequence[str], po
 
 def view(config: Config) -> Mesh:
     """Return what is known of discovery without asking a server: the snapshot, with the mesh file over it."""
-    copy = None if config.snapshot is None else disk.load(config.snapshot, config.network, set_aside=False)
+    copy = None if config.snapshot is None else snapshot_file.load(config.snapshot, config.network, set_aside=False)
     mesh = Mesh.EMPTY if copy is None else copy.mesh()
     return mesh if config.static_mesh is None else merged(mesh, load_mesh(config.static_mesh, config.dialled))
 

@@ -3,10 +3,10 @@
 from prometheus_client import CollectorRegistry
 
 from crossnet.sections import Config
-from discovery.client import DiscoveryClient
-from discovery.contract import Discovery
-from discovery.merged import MergedDiscovery
-from discovery.static import StaticDiscovery
+from discovery.client.client import DiscoveryClient
+from discovery.client.contract import Discovery
+from discovery.client.merged import MergedDiscovery
+from discovery.client.mesh_file import StaticDiscovery
 
 
 async def open_discovery(config: Config, registry: CollectorRegistry) -> Discovery:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from crossnet.readiness import conditions
 from crossnet.schema import encode
 from crossnet.sections import Config
-from discovery.model import Mesh
+from discovery.model.mesh import Mesh
 
 if TYPE_CHECKING:
     from crossnet.app import App

@@ -4,8 +4,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from discovery.addresses import BadAddress, format_endpoint, parse_endpoint, parse_port
-from discovery.names import (
+from discovery.model.addresses import BadAddress, format_endpoint, parse_endpoint, parse_port
+from discovery.model.names import (
     AddressTarget,
     BadName,
     Form,

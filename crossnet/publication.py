@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from crossnet.sections import Config
 from crossnet.sources import Source, learn_source
-from discovery.contract import Discovery
-from discovery.model import Kind, Mesh, Record
-from discovery.spec import RelaySpec, TurnSpec
+from discovery.client.contract import Discovery
+from discovery.model.mesh import Kind, Mesh, Record
+from discovery.model.spec import RelaySpec, TurnSpec
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from crossnet.sections import Config
-from discovery.document import BadFile
-from discovery.model import Kind, decode_record
-from discovery.servers import Away, Refused, Servers
-from discovery.static import format_mesh, load_mesh
+from discovery.client.mesh_file import format_mesh, load_mesh
+from discovery.client.servers import Away, Refused, Servers
+from discovery.files.yaml_file import BadFile
+from discovery.model.mesh import Kind, decode_record
 
 T = TypeVar("T")
 

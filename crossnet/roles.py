@@ -16,11 +16,11 @@ from crossnet.sections import (
     policy,
     search_domains,
 )
-from discovery.addresses import BadAddress, Network, TargetList, format_endpoint, parse_address
 from discovery.api import DiscoveryServerConfig
-from discovery.imports import Imports
+from discovery.model.addresses import BadAddress, Network, TargetList, format_endpoint, parse_address
+from discovery.model.imports import Imports
+from discovery.model.spec import FRAMED, GatewaySpec, TurnSpec
 from discovery.publisher import PublisherConfig
-from discovery.spec import FRAMED, GatewaySpec, TurnSpec
 from discovery.store.etcdapi import parse_endpoints
 from dnsgw.config import DnsConfig
 from sniproxy.relay.relay import RelayConfig

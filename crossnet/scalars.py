@@ -13,7 +13,8 @@ from typing import Annotated, Literal, TypeAlias
 from yarl import URL
 
 from crossnet.schema import HIDDEN, Leaf, Mismatch
-from discovery.addresses import (
+from discovery.files.yaml_file import Plain
+from discovery.model.addresses import (
     Address,
     BadAddress,
     Network,
@@ -24,10 +25,9 @@ from discovery.addresses import (
     parse_endpoint,
     parse_turn_url,
 )
-from discovery.document import Plain
-from discovery.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
-from discovery.shape import shown
-from discovery.spec import MAX_WEIGHT, is_record_id
+from discovery.model.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
+from discovery.model.spec import MAX_WEIGHT, is_record_id
+from discovery.model.validation import shown
 from discovery.store.etcdapi import parse_endpoints
 from sniproxy.access.rules import BadRule, NameKind, NamePattern, Rule
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from discovery.document import Plain
-from discovery.shape import Fault, child, shown
+from discovery.files.yaml_file import Plain
+from discovery.model.validation import Fault, child, shown
 
 MadeT = TypeVar("MadeT")
 

@@ -6,9 +6,9 @@ import ssl
 from dataclasses import dataclass
 from functools import partial
 
-from discovery.addresses import BadAddress, TurnUrl, parse_address, parse_turn_url
-from discovery.model import Record
-from discovery.spec import TurnSpec
+from discovery.model.addresses import BadAddress, TurnUrl, parse_address, parse_turn_url
+from discovery.model.mesh import Record
+from discovery.model.spec import TurnSpec
 from sniproxy.engine import connect, connect_tls
 from turnreg.client.allocation import Dial
 from turnreg.client.control_connection import TurnError

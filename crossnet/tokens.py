@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from discovery.document import BadFile
-from discovery.model import Kind
-from discovery.tokens import format_entry, hash_token, make_entry, make_token
+from discovery.api.tokens import format_entry, hash_token, make_entry, make_token
+from discovery.files.yaml_file import BadFile
+from discovery.model.mesh import Kind
 
 ROLE_KINDS: dict[str, tuple[Kind, ...]] = {
     "relay": (Kind.RELAY, Kind.TURN),

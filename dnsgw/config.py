@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
-from discovery.imports import Imports
+from discovery.model.imports import Imports
 from dnsgw.message.question import MAX_UDP_REPLY
 from dnsgw.upstream.address import Destination
 from dnsgw.upstream.cache import CacheConfig

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from discovery.imports import Imports
-from discovery.model import Mesh
+from discovery.model.imports import Imports
+from discovery.model.mesh import Mesh
 from dnsgw.client_limits import Client, Clients, Host
 from dnsgw.config import DnsConfig
 from dnsgw.mesh_zone.current import Tables

@@ -11,8 +11,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import Address, format_endpoint
-from discovery.model import Mesh, VipSpec
+from discovery.model.addresses import Address, format_endpoint
+from discovery.model.mesh import Mesh, VipSpec
 from dnsgw.config import DnsConfig
 from dnsgw.listen.tcp import TcpListener
 from dnsgw.listen.udp import UdpListener

@@ -10,9 +10,9 @@ import yaml
 from crossnet.lab.certificates import Authority
 from crossnet.lab.topology import Plan
 from crossnet.sections import DEFAULT_DOMAIN
-from discovery.addresses import format_endpoint, parse_address
-from discovery.model import Kind
-from discovery.tokens import format_entry, make_entry, make_token
+from discovery.api.tokens import format_entry, make_entry, make_token
+from discovery.model.addresses import format_endpoint, parse_address
+from discovery.model.mesh import Kind
 
 ORDERS = "orders.shop.svc.cluster.local"
 """The service that network a imports by its own name."""

@@ -14,8 +14,8 @@ from crossnet.lab.parts import ORDERS, Parts
 from crossnet.lab.program import Program, ProgramError
 from crossnet.lab.topology import Network, Topology
 from crossnet.sections import DEFAULT_DOMAIN
-from discovery.addresses import parse_address
-from discovery.names import AddressTarget, Form, encode
+from discovery.model.addresses import parse_address
+from discovery.model.names import AddressTarget, Form, encode
 
 ASK_TIMEOUT_S = 2.0
 PUT_TIMEOUT_S = 20.0

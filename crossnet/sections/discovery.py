@@ -18,10 +18,10 @@ from crossnet.scalars import (
     WholeSeconds,
 )
 from crossnet.schema import OneOrMore, rule
-from discovery.document import BadFile
-from discovery.shape import Fault
+from discovery.api.tokens import Tokens
+from discovery.files.yaml_file import BadFile
+from discovery.model.validation import Fault
 from discovery.store.etcdapi import DEFAULT_PREFIX
-from discovery.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

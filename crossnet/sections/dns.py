@@ -22,10 +22,10 @@ from crossnet.scalars import (
     parse_size,
 )
 from crossnet.schema import Leaf, Mismatch, OneOrMore, rule
-from discovery.addresses import Network
-from discovery.document import Plain
-from discovery.names import normalise_domain
-from discovery.shape import Fault
+from discovery.files.yaml_file import Plain
+from discovery.model.addresses import Network
+from discovery.model.names import normalise_domain
+from discovery.model.validation import Fault
 from dnsgw import config as dns
 from dnsgw.message.cookie import SECRET_SIZE
 from dnsgw.message.question import MAX_UDP_REPLY, MIN_UDP_REPLY

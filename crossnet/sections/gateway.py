@@ -33,7 +33,7 @@ from crossnet.scalars import (
 )
 from crossnet.schema import OneOrMore, rule
 from crossnet.sections.policy import RuleSection, faults_of_rules
-from discovery.shape import Fault
+from discovery.model.validation import Fault
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from turnreg.gateway import activation, gateway
 from turnreg.gateway.activation import ActivationRule

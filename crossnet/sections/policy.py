@@ -16,8 +16,8 @@ from crossnet.scalars import (
     RuleSource,
 )
 from crossnet.schema import OneOrMore, key, rule
-from discovery.imports import BadImport, ImportRule
-from discovery.shape import Fault
+from discovery.model.imports import BadImport, ImportRule
+from discovery.model.validation import Fault
 from sniproxy.access.rules import BadRule, Policy, Rule
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from crossnet.scalars import Count, ExistingFile, KeyFile, LogFormat, LogLevel, NetworkId
 from crossnet.schema import key, rule
-from discovery.shape import Fault
+from discovery.model.validation import Fault
 
 DEFAULT_REFUSED_PER_S = 100
 """More than anybody reads, and a hundredth of what a flood of refused streams would write. It counts for each event."""

@@ -21,7 +21,7 @@ from crossnet.scalars import (
 )
 from crossnet.schema import OneOrMore, rule
 from crossnet.sections.policy import RuleSection, faults_of_rules
-from discovery.shape import Fault
+from discovery.model.validation import Fault
 from sniproxy.access import client_limits
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.relay import relay

@@ -22,7 +22,7 @@ from crossnet.scalars import (
     TurnServerUrl,
 )
 from crossnet.schema import OneOrMore, rule
-from discovery.shape import Fault
+from discovery.model.validation import Fault
 from turnreg.server.allocation import Limits as TurnLimits
 from turnreg.server.config import DEFAULT_PORTS
 

@@ -30,12 +30,12 @@ from crossnet.sections.process import DiscoveryTlsSection, KeySection, LogSectio
 from crossnet.sections.publisher import CLUSTER_DOMAIN, PublisherSection
 from crossnet.sections.relay import RelaySection
 from crossnet.sections.turn import TurnSection, TurnServerSection
-from discovery.addresses import TargetList
-from discovery.document import BadFile
-from discovery.names import BadName, is_under, normalise_domain
-from discovery.servers import parse_server_url
-from discovery.shape import Fault
-from discovery.static import load_mesh
+from discovery.client.mesh_file import load_mesh
+from discovery.client.servers import parse_server_url
+from discovery.files.yaml_file import BadFile
+from discovery.model.addresses import TargetList
+from discovery.model.names import BadName, is_under, normalise_domain
+from discovery.model.validation import Fault
 from discovery.store.etcdapi import parse_endpoints
 
 ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway", "publisher")

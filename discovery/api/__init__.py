@@ -16,8 +16,8 @@ Every answer has the store's epoch in the header Crossnet-Epoch; where the store
 some time, Crossnet-Stale says for how many seconds. Errors are {"error": CODE, "detail": sentence}.
 """
 
-from discovery.answers import EPOCH_HEADER
+from discovery.api.config import DiscoveryServerConfig, ServerRefused, start_refusals
+from discovery.api.messages import EPOCH_HEADER
 from discovery.api.server import DiscoveryServer
-from discovery.server_config import DiscoveryServerConfig, ServerRefused, start_refusals
 
 __all__ = ["EPOCH_HEADER", "DiscoveryServer", "DiscoveryServerConfig", "ServerRefused", "start_refusals"]

@@ -10,14 +10,14 @@ from collections.abc import Callable
 import msgspec
 from aiohttp import web
 
-from discovery.answers import ApiError, RateLimited, json_answer, read_body
-from discovery.limits import RateLimit
-from discovery.model import Kind, Mesh
-from discovery.names import is_ldh_label
-from discovery.server_config import DiscoveryServerConfig
-from discovery.shape import shown
+from discovery.api.config import DiscoveryServerConfig
+from discovery.api.messages import ApiError, RateLimited, json_answer, read_body
+from discovery.api.tokens import Principal
+from discovery.http.rate_limit import RateLimit
+from discovery.model.mesh import Kind, Mesh
+from discovery.model.names import is_ldh_label
+from discovery.model.validation import shown
 from discovery.store import Store
-from discovery.tokens import Principal
 
 log = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 import msgspec
 from aiohttp import web
 
-from discovery.answers import ApiError, json_answer, read_body
-from discovery.server_config import DiscoveryServerConfig
-from discovery.shape import shown
+from discovery.api.config import DiscoveryServerConfig
+from discovery.api.messages import ApiError, json_answer, read_body
+from discovery.api.tokens import Principal
+from discovery.model.validation import shown
 from discovery.store import Lease, Store, UnknownLease
-from discovery.tokens import Principal
 
 MAX_LEASE_S = 3600
 

@@ -6,7 +6,9 @@ import logging
 import msgspec
 from aiohttp import web
 
-from discovery.answers import (
+from discovery.api.config import DiscoveryServerConfig
+from discovery.api.leases import lease_of
+from discovery.api.messages import (
     ApiError,
     json_answer,
     marks,
@@ -17,12 +19,10 @@ from discovery.answers import (
     parse_kind,
     read_body,
 )
-from discovery.api.leases import lease_of
-from discovery.fairness import Gate
-from discovery.model import AnyRecord, BadRecord, Key, Kind, check_spec, decode_spec
-from discovery.server_config import DiscoveryServerConfig
+from discovery.api.tokens import Principal
+from discovery.http.fairness import Gate
+from discovery.model.mesh import AnyRecord, BadRecord, Key, Kind, check_spec, decode_spec
 from discovery.store import PreconditionFailed, Store, UnknownLease
-from discovery.tokens import Principal
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,18 @@ from contextlib import asynccontextmanager
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery import page
-from discovery.ages import Ages
-from discovery.answers import (
+from discovery.api import page
+from discovery.api.config import (
+    DiscoveryServerConfig,
+    ServerRefused,
+    listener_limits,
+    make_store,
+    start_refusals,
+    tls_context,
+)
+from discovery.api.credentials import CredentialsRoute
+from discovery.api.leases import LeaseRoutes
+from discovery.api.messages import (
     ApiError,
     RateLimited,
     certificate_names,
@@ -21,28 +30,19 @@ from discovery.answers import (
     marks,
     parse_token,
 )
-from discovery.api.credentials import CredentialsRoute
-from discovery.api.leases import LeaseRoutes
+from discovery.api.page import PageState, render_page
+from discovery.api.record_ages import Ages
 from discovery.api.records import RecordRoutes
+from discovery.api.tokens import OPEN, Principal, Tokens, hash_token
+from discovery.api.watchers import WatchHub
 from discovery.api.watching import WatchRoute
-from discovery.document import BadFile
-from discovery.limits import RateLimit
-from discovery.listener import Connection, Listener, address_of
-from discovery.model import Mesh
-from discovery.page import PageState, render_page
-from discovery.server_config import (
-    DiscoveryServerConfig,
-    ServerRefused,
-    listener_limits,
-    make_store,
-    start_refusals,
-    tls_context,
-)
-from discovery.shape import shown
-from discovery.stamp import Stamp
+from discovery.files.fingerprint import Stamp
+from discovery.files.yaml_file import BadFile
+from discovery.http.listener import Connection, Listener, address_of
+from discovery.http.rate_limit import RateLimit
+from discovery.model.mesh import Mesh
+from discovery.model.validation import shown
 from discovery.store import Store, StoreError
-from discovery.tokens import OPEN, Principal, Tokens, hash_token
-from discovery.watch import WatchHub
 
 log = logging.getLogger(__name__)
 

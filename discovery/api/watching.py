@@ -7,11 +7,11 @@ import time
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.answers import ApiError, marks, parse_revision
-from discovery.fairness import Gate
+from discovery.api.messages import ApiError, marks, parse_revision
+from discovery.api.tokens import Principal
+from discovery.api.watchers import NoRoom, WatchHub, mark, mark_stale
+from discovery.http.fairness import Gate
 from discovery.store import Store
-from discovery.tokens import Principal
-from discovery.watch import NoRoom, WatchHub, mark, mark_stale
 
 log = logging.getLogger(__name__)
 

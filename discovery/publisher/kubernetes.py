@@ -10,9 +10,9 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from discovery.failure import explained
+from discovery.files.tls_files import TlsFiles
+from discovery.http.errors import explained
 from discovery.publisher.table import resource_version
-from discovery.tlsfiles import TlsFiles
 
 log = logging.getLogger(__name__)
 

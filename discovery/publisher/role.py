@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.contract import Discovery
-from discovery.model import Kind, Mesh
+from discovery.client.contract import Discovery
+from discovery.model.mesh import Kind, Mesh
 from discovery.publisher.config import PublisherConfig
 from discovery.publisher.kubernetes import Gone, KubeApi, KubeError
 from discovery.publisher.table import (

@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from discovery.addresses import BadAddress, format_endpoint, parse_address, refusal
-from discovery.names import is_service_name
-from discovery.spec import MAX_ENDPOINTS, MAX_ID, MAX_PORTS, ServiceSpec
+from discovery.model.addresses import BadAddress, format_endpoint, parse_address, refusal
+from discovery.model.names import is_service_name
+from discovery.model.spec import MAX_ENDPOINTS, MAX_ID, MAX_PORTS, ServiceSpec
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from discovery.model import AnyRecord, Deletion, Key, Kind, Spec
+from discovery.model.mesh import AnyRecord, Deletion, Key, Kind, Spec
 
 Change: TypeAlias = AnyRecord | Deletion
 Listener: TypeAlias = Callable[[Sequence[Change]], None]

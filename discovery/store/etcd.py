@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 from yarl import URL
 
-from discovery.model import AnyRecord, BadRecord, Deletion, Key, Kind, Record, Spec, check_key, decode_spec
+from discovery.model.mesh import AnyRecord, BadRecord, Deletion, Key, Kind, Record, Spec, check_key, decode_spec
 from discovery.store.base import Change, Lease, PreconditionFailed, StoreError, UnknownLease
 from discovery.store.etcdapi import (
     COMPACTED,

@@ -15,8 +15,8 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from discovery.failure import explained
-from discovery.tlsfiles import TlsFiles
+from discovery.files.tls_files import TlsFiles
+from discovery.http.errors import explained
 
 DEFAULT_PREFIX = "/crossnet/"
 CALL_TIMEOUT_S = 2.0  # below a client's 3 s, so that it is told why rather than left

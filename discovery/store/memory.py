@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from discovery.model import AnyRecord, Deletion, Key, Kind, Record, Spec
+from discovery.model.mesh import AnyRecord, Deletion, Key, Kind, Record, Spec
 from discovery.store.base import (
     Change,
     Lease,

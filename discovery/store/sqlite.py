@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from discovery.model import AnyRecord, BadRecord, Kind, Record, decode_spec
+from discovery.model.mesh import AnyRecord, BadRecord, Kind, Record, decode_spec
 from discovery.store.base import Lease, StoreError
 from discovery.store.memory import MAX_TOMBSTONES, Batch, MemoryStore
 

@@ -3,8 +3,8 @@
 Sans-IO: time comes as an argument, in seconds of any one clock.
 """
 
-from discovery.model import Mesh
-from discovery.names import normalise_domain
+from discovery.model.mesh import Mesh
+from discovery.model.names import normalise_domain
 from dnsgw.config import DnsConfig
 from dnsgw.mesh_zone.local_zones import Absent
 from dnsgw.mesh_zone.zone import Table

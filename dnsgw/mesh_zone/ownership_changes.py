@@ -4,8 +4,8 @@ What upstream said of such a name is then of another time: a service that moved 
 as long as upstream once said that it is. Sans-IO.
 """
 
-from discovery.imports import Imports
-from discovery.model import Mesh
+from discovery.model.imports import Imports
+from discovery.model.mesh import Mesh
 
 
 def is_imported(name: str, mesh: Mesh, imports: Imports) -> bool:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
-from discovery.addresses import Address
-from discovery.imports import Imports
-from discovery.model import Kind, Mesh, Record, VipSpec
+from discovery.model.addresses import Address
+from discovery.model.imports import Imports
+from discovery.model.mesh import Kind, Mesh, Record, VipSpec
 
 MAX_DRAWS = 32  # from a range that is half full the chance that all are taken is one in four thousand million
 

@@ -11,11 +11,11 @@ from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from random import randrange
 
-from discovery.addresses import Address
-from discovery.imports import Imports
-from discovery.lookup import Unresolved, UnresolvedReason, resolve
-from discovery.model import Mesh
-from discovery.names import (
+from discovery.model.addresses import Address
+from discovery.model.imports import Imports
+from discovery.model.lookup import Unresolved, UnresolvedReason, resolve
+from discovery.model.mesh import Mesh
+from discovery.model.names import (
     AddressTarget,
     BadName,
     Form,

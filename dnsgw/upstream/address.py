@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_address
 
-from discovery.addresses import Address, format_endpoint
+from discovery.model.addresses import Address, format_endpoint
 
 
 class BadDestination(ValueError):

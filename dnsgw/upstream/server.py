@@ -16,7 +16,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from discovery.addresses import Address
+from discovery.model.addresses import Address
 from dnsgw.message.cookie import OPTION, SECRET_SIZE
 from dnsgw.message.question import option
 from dnsgw.message.upstream_query import encode, respelled, subnet_of

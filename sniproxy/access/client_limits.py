@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from discovery.addresses import Address
+from discovery.model.addresses import Address
 
 DEFAULT_MAX_STREAMS_PER_CLIENT = 8192
 """Half of all streams: one address never has everything."""

@@ -6,8 +6,8 @@ Sans-IO; which addresses are this host's own is asked of whoever knows.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from discovery.addresses import Address, BadAddress, parse_address, parse_endpoint, parse_turn_url, spellings
-from discovery.model import Mesh
+from discovery.model.addresses import Address, BadAddress, parse_address, parse_endpoint, parse_turn_url, spellings
+from discovery.model.mesh import Mesh
 
 STOPPED = "is a relay, TURN server, gateway or discovery server: a stream there would loop"
 """Why an address and port that `stops` is refused, to stand behind them in a sentence."""

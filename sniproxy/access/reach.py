@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from discovery.addresses import Address, BadAddress, parse_endpoint, spellings
-from discovery.model import Mesh, Record, ServiceSpec
-from discovery.names import AddressTarget, ServiceTarget, beginnings, is_under, names_of
+from discovery.model.addresses import Address, BadAddress, parse_endpoint, spellings
+from discovery.model.mesh import Mesh, Record, ServiceSpec
+from discovery.model.names import AddressTarget, ServiceTarget, beginnings, is_under, names_of
 from sniproxy.access.rules import Alias, Flow, NameKind
 
 RECENT_S = 600.0

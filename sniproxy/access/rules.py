@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from discovery.addresses import Address, BadAddress, Network, TargetList, parse_cidrs, parse_port, spellings
-from discovery.names import AddressTarget, ServiceTarget, is_ldh_label, possible_names
+from discovery.model.addresses import Address, BadAddress, Network, TargetList, parse_cidrs, parse_port, spellings
+from discovery.model.names import AddressTarget, ServiceTarget, is_ldh_label, possible_names
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from discovery.names import BadName, normalise
+from discovery.model.names import BadName, normalise
 from sniproxy.formats.tls_alert import AlertDescription
 
 DEFAULT_MAX_HELLO_BYTES: Final = 65536

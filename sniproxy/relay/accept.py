@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from ipaddress import ip_address
 
-from discovery.addresses import Network
+from discovery.model.addresses import Network
 from sniproxy.access.client_limits import Share
 from sniproxy.engine import Wire
 from sniproxy.formats.client_hello import Hello, HelloError, HelloReader

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from discovery.addresses import Address
-from discovery.imports import Imports
-from discovery.names import AddressTarget, ServiceTarget
+from discovery.model.addresses import Address
+from discovery.model.imports import Imports
+from discovery.model.names import AddressTarget, ServiceTarget
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Flow, Policy
 from sniproxy.transport.base import Candidate

@@ -16,10 +16,10 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import Address, Network, TargetList
-from discovery.contract import Discovery
-from discovery.imports import Imports
-from discovery.model import Mesh
+from discovery.client.contract import Discovery
+from discovery.model.addresses import Address, Network, TargetList
+from discovery.model.imports import Imports
+from discovery.model.mesh import Mesh
 from sniproxy.access.client_limits import (
     DEFAULT_MAX_HELLO_HELD_BYTES,
     DEFAULT_MAX_STREAMS_PER_CLIENT,

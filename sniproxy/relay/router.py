@@ -10,7 +10,7 @@ Sans-IO; the one error is Unroutable.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from discovery.addresses import (
+from discovery.model.addresses import (
     Address,
     BadAddress,
     TargetList,
@@ -19,11 +19,11 @@ from discovery.addresses import (
     parse_endpoint,
     refusal,
 )
-from discovery.imports import Imports
-from discovery.lookup import Candidate as Place
-from discovery.lookup import Unresolved, resolve
-from discovery.model import AllocationSpec, GatewaySpec, Kind, Mesh, Record, TurnSpec
-from discovery.names import AddressTarget
+from discovery.model.imports import Imports
+from discovery.model.lookup import Candidate as Place
+from discovery.model.lookup import Unresolved, resolve
+from discovery.model.mesh import AllocationSpec, GatewaySpec, Kind, Mesh, Record, TurnSpec
+from discovery.model.names import AddressTarget
 from sniproxy.access.loop_guard import STOPPED, LoopGuard
 from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import FRAMED, Candidate, RouteKind

@@ -4,8 +4,8 @@ A plain service name says no port, so the local port chooses among a service's p
 the relay on 8443. Only services count that this network imports, so another network cannot make us listen.
 """
 
-from discovery.imports import Imports
-from discovery.model import Mesh
+from discovery.model.imports import Imports
+from discovery.model.mesh import Mesh
 
 MAX_PORTS = 256
 """Listeners cost a descriptor each for every address; a mesh with more ports than this has a range that is too wide."""

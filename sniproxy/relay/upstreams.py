@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.model import Mesh
+from discovery.model.mesh import Mesh
 from sniproxy.relay.failover import RESET, WARM_LOST, Connected, Dialer
 from sniproxy.relay.health import Balance
 from sniproxy.relay.warm_pool import Fate, WarmPool

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import StrEnum
 
-from discovery.model import Kind, Mesh
+from discovery.model.mesh import Kind, Mesh
 from sniproxy.transport.base import Candidate, Way
 from sniproxy.transport.errors import DialError
 from sniproxy.tunnel.capsules import CapsuleError

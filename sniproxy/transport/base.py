@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from discovery.addresses import format_endpoint, parse_address
-from discovery.names import AddressTarget, ServiceTarget
+from discovery.model.addresses import format_endpoint, parse_address
+from discovery.model.names import AddressTarget, ServiceTarget
 
 FRAMED = "framed/1"
 """What a gateway's record says in `proto` when it takes our stream protocol."""

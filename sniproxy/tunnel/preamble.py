@@ -31,8 +31,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from discovery.addresses import Address, BadAddress, format_endpoint, parse_endpoint, parse_port
-from discovery.names import is_service_name
+from discovery.model.addresses import Address, BadAddress, format_endpoint, parse_endpoint, parse_port
+from discovery.model.names import is_service_name
 from sniproxy.formats import proxy_protocol
 from sniproxy.formats.proxy_protocol import SIGNATURE, Command, Endpoint, ProxyError, ProxyHeader
 from sniproxy.streams.end_reason import Reason

@@ -20,9 +20,9 @@ import yaml
 from crossnet.lab.certificates import Authority
 from crossnet.schema import Leaf, _fields, _unwrapped
 from crossnet.sections import Config
-from discovery.model import Kind
-from discovery.shape import child
-from discovery.tokens import format_entry, make_entry, make_token
+from discovery.api.tokens import format_entry, make_entry, make_token
+from discovery.model.mesh import Kind
+from discovery.model.validation import child
 from tests.crossnet.running import free_port
 
 Document = dict[str, Any]

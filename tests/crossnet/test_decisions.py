@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from crossnet.cli import main
-from discovery import disk
-from discovery.static import load_mesh
+from discovery.client import snapshot_file
+from discovery.client.mesh_file import load_mesh
 
 D = "svc.mesh.internal"
 MESH = """
@@ -131,7 +131,7 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str], folder: Path, option:
 
 def test_a_snapshot_is_as_good_as_a_file(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     mesh = load_mesh(folder / "mesh.yaml")
-    disk.save(folder / "snapshot", "b", "e", mesh, mesh.revision, 0.0)
+    snapshot_file.save(folder / "snapshot", "b", "e", mesh, mesh.revision, 0.0)
     server = GATEWAY.replace("discovery: mesh.yaml", "discovery: http://127.0.0.1:1\nsnapshot: snapshot")
     (folder / "gateway.yaml").write_text(server)
     lines = told(capsys, folder, "gateway.yaml", f"p8443-10-90-0-5.b.{D}", "db.shop.example", "--from=a")

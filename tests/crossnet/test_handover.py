@@ -13,7 +13,7 @@ from crossnet.app import App
 from crossnet.config import load
 from crossnet.handover import Inherited
 from crossnet.process import leaves
-from discovery.tokens import make_token
+from discovery.api.tokens import make_token
 from tests.crossnet.running import Running, running
 from tests.sniproxy.hellos import client_hello
 

@@ -8,7 +8,7 @@ import uvloop
 from crossnet.app import App
 from crossnet.config import load
 from crossnet.inspection import Inspection
-from discovery.model import Mesh
+from discovery.model.mesh import Mesh
 from tests.crossnet.running import free_port
 
 FILE = """

@@ -10,10 +10,10 @@ from prometheus_client import CollectorRegistry
 from crossnet import publication as module
 from crossnet.config import load
 from crossnet.publication import RelayPublication, publish_turn_servers
-from discovery.contract import Discovery
-from discovery.model import Kind
-from discovery.spec import RelaySpec, TurnSpec
-from discovery.static import StaticDiscovery
+from discovery.client.contract import Discovery
+from discovery.client.mesh_file import StaticDiscovery
+from discovery.model.mesh import Kind
+from discovery.model.spec import RelaySpec, TurnSpec
 from tests.crossnet.running import free_port
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.server import TurnServer

@@ -14,8 +14,8 @@ import pytest
 
 from crossnet.config import load
 from crossnet.reload import change, files
-from discovery.model import Kind
-from discovery.tokens import format_entry, make_entry, make_token
+from discovery.api.tokens import format_entry, make_entry, make_token
+from discovery.model.mesh import Kind
 from tests.crossnet.running import Running, free_port, running
 from tests.sniproxy.hellos import client_hello
 from tests.turnreg.server.wireclient import Client, code

@@ -24,7 +24,7 @@ from crossnet.config import load
 from crossnet.reload import LIVE
 from crossnet.schema import Leaf, _fields, _unwrapped, encode
 from crossnet.sections import Config
-from discovery.model import Kind
+from discovery.model.mesh import Kind
 from tests.crossnet.fields import Document, Field, Files, NoOtherValue, all_fields, value_at
 from tests.crossnet.running import Running
 from tests.sniproxy.hellos import client_hello

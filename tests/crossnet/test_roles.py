@@ -6,7 +6,7 @@ from pathlib import Path
 from crossnet import roles
 from crossnet.config import load
 from crossnet.sections import Config
-from discovery.spec import GatewaySpec, TurnSpec
+from discovery.model.spec import GatewaySpec, TurnSpec
 from sniproxy.tunnel.epoch import epoch_in
 from turnreg.client.control_connection import Credentials
 from turnreg.registrar.config import Issued, Register, RestSecret

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from crossnet.scalars import Count, Duration, Text
 from crossnet.schema import OneOrMore, decode, encode, key, rule
 from crossnet.sections import Config
-from discovery.document import Plain
-from discovery.shape import Fault
+from discovery.files.yaml_file import Plain
+from discovery.model.validation import Fault
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 from crossnet import roles
 from crossnet.config import ConfigError, effective, load
 from crossnet.sections import search_domains
-from discovery.names import ServiceTarget
+from discovery.model.names import ServiceTarget
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import MAX_ITEMS, MAX_RULES, NameKind
 from turnreg.gateway.activation_trigger import Command, HttpCall

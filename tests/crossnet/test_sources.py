@@ -6,8 +6,8 @@ import pytest
 
 from crossnet.lab.certificates import Authority
 from crossnet.sources import learn_source
-from discovery.model import Kind, Record
-from discovery.spec import TurnSpec
+from discovery.model.mesh import Kind, Record
+from discovery.model.spec import TurnSpec
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.server import TurnServer
 

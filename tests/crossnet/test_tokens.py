@@ -5,7 +5,7 @@ import json
 import pytest
 
 from crossnet.tokens import ROLE_KINDS, new_command
-from discovery.tokens import hash_token
+from discovery.api.tokens import hash_token
 
 
 def test_the_token_alone_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,10 +16,10 @@ import pytest
 from multidict import CIMultiDict
 
 from discovery.api import DiscoveryServer, DiscoveryServerConfig
-from discovery.client import DiscoveryClient
-from discovery.model import Kind, Mesh
+from discovery.api.tokens import format_entry, make_entry, make_token
+from discovery.client.client import DiscoveryClient
+from discovery.model.mesh import Kind, Mesh
 from discovery.store import MemoryStore, Store
-from discovery.tokens import format_entry, make_entry, make_token
 
 DEADLINE_S = 10.0
 

@@ -15,12 +15,12 @@ import pytest
 import trustme
 from prometheus_client import CollectorRegistry, generate_latest
 
-from discovery.addresses import TargetList
 from discovery.api import DiscoveryServer, DiscoveryServerConfig
-from discovery.client import DiscoveryClient
-from discovery.model import GatewaySpec, Kind, RelaySpec, ServiceSpec
+from discovery.api.tokens import format_entry, make_entry
+from discovery.client.client import DiscoveryClient
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec
 from discovery.store import MemoryStore, StoreError
-from discovery.tokens import format_entry, make_entry
 
 pytestmark = pytest.mark.anyio
 
@@ -228,7 +228,7 @@ async def test_a_watch_resumes_from_a_revision(serve: Any) -> None:
 
 
 async def test_a_watcher_that_does_not_keep_up_is_reset(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("discovery.watch.MAX_QUEUED_BYTES", 200_000)
+    monkeypatch.setattr("discovery.api.watchers.MAX_QUEUED_BYTES", 200_000)
     async with serve() as at:
         async with at.watch() as lines:
             assert (await anext(lines))["type"] == "reset"
@@ -618,8 +618,8 @@ async def test_metrics() -> None:
 
 
 async def test_who_asks_nothing_is_not_waited_for(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("discovery.listener.HEADER_S", 0.1)
-    monkeypatch.setattr("discovery.listener.LOOK_S", 0.02)
+    monkeypatch.setattr("discovery.http.listener.HEADER_S", 0.1)
+    monkeypatch.setattr("discovery.http.listener.LOOK_S", 0.02)
 
     async def say(at: Any, data: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port)

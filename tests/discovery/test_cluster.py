@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from discovery.client import DiscoveryClient
-from discovery.model import Kind, RelaySpec
+from discovery.client.client import DiscoveryClient
+from discovery.model.mesh import Kind, RelaySpec
 from discovery.store import EtcdAccess, EtcdStore
 from discovery.store import etcd as etcd_module
 from tests.discovery.etcdcluster import Member, etcd_cluster, etcd_hosts

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from discovery.imports import ImportRule, Imports
-from discovery.model import Kind, Mesh, NetworkSpec, Record, RelaySpec, ServiceSpec
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import Kind, Mesh, NetworkSpec, Record, RelaySpec, ServiceSpec
 
 DOMAIN = "svc.mesh.internal"
 ORDERS = "orders.shop.svc.cluster.local"

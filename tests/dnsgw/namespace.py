@@ -16,8 +16,8 @@ from typing import Any, Self
 
 import uvloop
 
-from discovery.imports import ImportRule, Imports
-from discovery.model import Mesh
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import Mesh
 from dnsgw import DnsConfig, DnsServer
 from tests.dnsgw.authority import Authority, serving
 from tests.dnsgw.meshes import DOMAIN, mesh, relay, service

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
 
-from discovery.model import Mesh
+from discovery.model.mesh import Mesh
 from dnsgw import DnsConfig, DnsServer
 from tests.dnsgw.meshes import DOMAIN
 

@@ -12,7 +12,7 @@ from typing import Any
 import dns.message
 import pytest
 
-from discovery.model import VipSpec
+from discovery.model.mesh import VipSpec
 from dnsgw import DnsServer, UpstreamLoop
 from dnsgw.upstream.address import Destination, Way
 from dnsgw.upstream.cache import CacheConfig

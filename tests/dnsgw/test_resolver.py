@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.model import Mesh
+from discovery.model.mesh import Mesh
 from dnsgw import DnsConfig, DnsMetrics, Outcome
 from dnsgw.client_limits import packed
 from dnsgw.message.question import Qtype

@@ -12,7 +12,7 @@ import dns.message
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from discovery.names import BadName
+from discovery.model.names import BadName
 from dnsgw import DnsConfig, DnsServer, UpstreamLoop
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay

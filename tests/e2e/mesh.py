@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from discovery.contract import DiscoveryError, IssuedCredentials, Subscribers
-from discovery.model import AnyRecord, Deletion, Kind, Mesh, Record, Spec
+from discovery.client.contract import DiscoveryError, IssuedCredentials, Subscribers
+from discovery.model.mesh import AnyRecord, Deletion, Kind, Mesh, Record, Spec
 
 
 def record(kind: Kind, network: str, id: str, spec: Spec) -> AnyRecord:  # noqa: A002 - the record's own word
@@ -12,7 +12,7 @@ def record(kind: Kind, network: str, id: str, spec: Spec) -> AnyRecord:  # noqa:
 
 
 class FixedDiscovery:
-    """Fulfils discovery.contract.Discovery with the mesh that the test gives it."""
+    """Fulfils discovery.client.contract.Discovery with the mesh that the test gives it."""
 
     def __init__(self, *records: AnyRecord) -> None:
         self.mesh = Mesh.of(records)

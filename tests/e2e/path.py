@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 import trustme
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
-from discovery.model import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
 from sniproxy.engine import Listener, Wire, connect
 from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.transport.base import FRAMED

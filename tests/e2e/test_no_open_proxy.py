@@ -7,8 +7,8 @@ from pathlib import Path as File
 import pytest
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
-from discovery.model import GatewaySpec, Kind
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import GatewaySpec, Kind
 from sniproxy.engine import Wire, connect
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.connection import Framed

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from discovery.addresses import parse_endpoint
+from discovery.model.addresses import parse_endpoint
 from sniproxy.engine import Wire, connect
 from tests.e2e.processes import LIMIT_S, Loopback, Mesh, standing
 from tests.e2e.talk import talking

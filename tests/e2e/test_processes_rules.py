@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from discovery.addresses import parse_endpoint
+from discovery.model.addresses import parse_endpoint
 from sniproxy.engine import Wire, connect
 from sniproxy.tunnel.connection import Framed
 from sniproxy.tunnel.messages import Opened, Ready, Refused

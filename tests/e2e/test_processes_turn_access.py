@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from discovery.model import Kind
-from discovery.tokens import format_entry, make_entry, make_token
+from discovery.api.tokens import format_entry, make_entry, make_token
+from discovery.model.mesh import Kind
 from sniproxy.engine import Wire
 from tests.crossnet.running import Running, free_port, running
 from tests.e2e.processes import Loopback, Mesh, standing

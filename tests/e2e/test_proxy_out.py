@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from crossnet.lab.certificates import Authority
-from discovery.model import Kind, ServiceSpec
+from discovery.model.mesh import Kind, ServiceSpec
 from tests.crossnet.running import curl, running
 from tests.e2e.mesh import record
 from tests.e2e.path import DOMAIN, a_path

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from discovery.model import Kind
+from discovery.model.mesh import Kind
 from sniproxy.engine import Wire
 from tests.e2e.path import ALLOCATION, Path, a_path, name_of
 from tests.sniproxy.engine.pairs import read_all

@@ -23,15 +23,15 @@ if __name__ == "__main__":  # the tests run many packets, and instrumented code 
         import atheris
 
 if atheris is not None:
-    with atheris.instrument_imports(include=["dnsgw", "discovery.names"]):
+    with atheris.instrument_imports(include=["dnsgw", "discovery.model.names"]):
         from dnsgw import DnsConfig, DnsMetrics, Outcome
         from dnsgw.resolver import Resolver
 else:
     from dnsgw import DnsConfig, DnsMetrics, Outcome
     from dnsgw.resolver import Resolver
 
-from discovery.imports import ImportRule, Imports
-from discovery.model import Kind, Mesh, NetworkSpec, Record, RelaySpec, ServiceSpec
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import Kind, Mesh, NetworkSpec, Record, RelaySpec, ServiceSpec
 from dnsgw.upstream.exchange import Failure
 from dnsgw.upstream.verify import Verdict, judge
 

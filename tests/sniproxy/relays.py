@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
-from discovery.model import AnyRecord, GatewaySpec, Kind, NetworkSpec
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
 from sniproxy.engine import Listener, Wire, connect
 from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.tunnel.keys import SigningKeys

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
-from discovery.model import AnyRecord, Kind, ServiceSpec
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from sniproxy.engine import Listener, Wire, connect
 from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.connection import Framed

@@ -5,8 +5,8 @@ import secrets
 import time
 from dataclasses import replace
 
-from discovery.addresses import BadAddress, parse_endpoint
-from discovery.names import AddressTarget, encode
+from discovery.model.addresses import BadAddress, parse_endpoint
+from discovery.model.names import AddressTarget, encode
 from sniproxy.tunnel.preamble import Preamble, SigningKey
 
 KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")

@@ -15,9 +15,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
-from discovery.client import DiscoveryError, IssuedCredentials
-from discovery.model import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
+from discovery.client.client import DiscoveryError, IssuedCredentials
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
 from tests.turnreg.turnservers import LOGIN, RunningServer, eventually
 from turnreg.client.allocation import Bound, Timing
 from turnreg.registrar import registrar as registrar_module

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
-from discovery.model import AllocationSpec, AnyRecord, Kind, Mesh, Record, Spec
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, Spec
 from tests.turnreg.registered import QUICK, HandDiscovery, relay, turn
 from tests.turnreg.turnservers import LOGIN, eventually, turn_server
 from turnreg.client.allocation import Bound

@@ -6,7 +6,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from discovery.addresses import BadAddress, parse_address
+from discovery.model.addresses import BadAddress, parse_address
 from turnreg.client.control_connection import TurnError, TurnReason
 from turnreg.stun.message import FAMILY_IPV4, FAMILY_IPV6, Attribute, Message, Method
 

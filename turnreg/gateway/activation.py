@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.contract import Discovery
-from discovery.model import Mesh
+from discovery.client.contract import Discovery
+from discovery.model.mesh import Mesh
 from sniproxy.access.rules import NamePattern
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import Preamble

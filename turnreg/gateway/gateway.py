@@ -17,8 +17,8 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.addresses import TargetList
-from discovery.contract import Discovery
+from discovery.client.contract import Discovery
+from discovery.model.addresses import TargetList
 from sniproxy.access.rules import Policy
 from sniproxy.engine import Listener, Wire
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES

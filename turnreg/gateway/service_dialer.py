@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from discovery.addresses import Address, TargetList, format_endpoint, parse_address, refusal
-from discovery.contract import Discovery
-from discovery.imports import BadImport, ImportRule, Imports
-from discovery.lookup import Unresolved, reached
-from discovery.model import Mesh
-from discovery.names import AddressTarget, ServiceTarget
+from discovery.client.contract import Discovery
+from discovery.model.addresses import Address, TargetList, format_endpoint, parse_address, refusal
+from discovery.model.imports import BadImport, ImportRule, Imports
+from discovery.model.lookup import Unresolved, reached
+from discovery.model.mesh import Mesh
+from discovery.model.names import AddressTarget, ServiceTarget
 from sniproxy.access.loop_guard import STOPPED, LoopGuard
 from sniproxy.access.reach import Endpoint, Reach
 from sniproxy.access.rules import Flow, Policy

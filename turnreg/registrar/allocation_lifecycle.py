@@ -16,8 +16,8 @@ from enum import StrEnum
 from ipaddress import ip_address
 from typing import TypeVar
 
-from discovery.addresses import BadAddress, TurnUrl, parse_turn_url
-from discovery.client import Discovery, DiscoveryError
+from discovery.client.client import Discovery, DiscoveryError
+from discovery.model.addresses import BadAddress, TurnUrl, parse_turn_url
 from sniproxy.engine import Wire, connect, connect_tls
 from turnreg.client.allocation import Allocation, Credentials, Dial, TurnError, TurnReason
 from turnreg.registrar.config import RegistrarConfig, RestSecret, TurnCredentials

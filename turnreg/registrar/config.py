@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from discovery.addresses import TargetList
+from discovery.model.addresses import TargetList
 from turnreg.client.control_connection import Credentials, TurnReason
 from turnreg.client.timing import Timing
 

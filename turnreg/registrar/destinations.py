@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from discovery.addresses import (
+from discovery.model.addresses import (
     Address,
     BadAddress,
     TargetList,
@@ -21,7 +21,7 @@ from discovery.addresses import (
     refusal,
     spellings,
 )
-from discovery.model import Mesh
+from discovery.model.mesh import Mesh
 from sniproxy.access.loop_guard import LoopGuard, relays_and_gateways
 
 MAX_ADDRESSES = 4

@@ -12,8 +12,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.client import Discovery
-from discovery.model import Kind, Mesh, Record, TurnSpec
+from discovery.client.client import Discovery
+from discovery.model.mesh import Kind, Mesh, Record, TurnSpec
 from sniproxy.engine.host_addresses import is_own_address
 from turnreg.client.allocation import BindResult, Bound, Credentials, TurnReason
 from turnreg.registrar.allocation_lifecycle import Renewal, Server

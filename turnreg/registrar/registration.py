@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from discovery.addresses import BadAddress, TurnUrl, parse_address, spellings
-from discovery.client import Discovery
-from discovery.model import AllocationSpec, Kind
-from discovery.spec import MAX_ID
+from discovery.client.client import Discovery
+from discovery.model.addresses import BadAddress, TurnUrl, parse_address, spellings
+from discovery.model.mesh import AllocationSpec, Kind
+from discovery.model.spec import MAX_ID
 from turnreg.client.allocation import Allocation, BindResult, Bound, Credentials, Dial, TurnError, TurnReason
 from turnreg.registrar import allocation_lifecycle
 from turnreg.registrar.allocation_lifecycle import Renewal, Server, Shown, Tenure, Wanted

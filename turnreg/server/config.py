@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
-from discovery.addresses import TargetList
+from discovery.model.addresses import TargetList
 from turnreg.server.allocation import Endpoint, Limits
 from turnreg.stun.auth import NONCE_LIFETIME_S
 

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import msgspec
 
-from discovery.addresses import TargetList, refusal, spellings
+from discovery.model.addresses import TargetList, refusal, spellings
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, Endpoint, FiveTuple, Refusal
 from turnreg.server.framing import MAX_CHANNEL, MIN_CHANNEL
 from turnreg.server.pace import Paces

@@ -24,8 +24,8 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
+from discovery.client.mesh_file import StaticDiscovery
 from discovery.publisher import Publisher, PublisherConfig, kubernetes, role
-from discovery.static import StaticDiscovery
 
 RECORDING = Path(__file__).with_name("recording.json")
 PAGE = 2

@@ -19,7 +19,7 @@ import yaml
 from aiohttp import web
 
 from crossnet.config import load
-from discovery.model import Kind
+from discovery.model.mesh import Kind
 from discovery.publisher import kubernetes, role
 from tests.discovery.publisher.kubeserver import KubeServer, kube_server
 from tests.discovery.publisher.record import RECORDING

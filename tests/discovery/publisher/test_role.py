@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from discovery.client import DiscoveryClient
-from discovery.model import Kind, ServiceSpec
+from discovery.client.client import DiscoveryClient
+from discovery.model.mesh import Kind, ServiceSpec
 from discovery.publisher import Publisher, PublisherConfig, role
 from discovery.publisher.table import record_id
 from tests.discovery.publisher.kubeserver import KubeServer, kube_server

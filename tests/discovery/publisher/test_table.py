@@ -4,10 +4,10 @@ from typing import Any
 
 import msgspec
 
-from discovery.model import ServiceSpec, check_spec
+from discovery.model.mesh import ServiceSpec, check_spec
+from discovery.model.spec import MAX_ENDPOINTS, Kind, is_record_id
 from discovery.publisher import table as table_module
 from discovery.publisher.table import ServiceObject, ServiceTable, SliceObject, record_id
-from discovery.spec import MAX_ENDPOINTS, Kind, is_record_id
 
 NAME = ("shop", "orders")
 

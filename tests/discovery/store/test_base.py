@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from discovery.model import AnyRecord, Deletion, Kind, NetworkSpec, VipSpec
+from discovery.model.mesh import AnyRecord, Deletion, Kind, NetworkSpec, VipSpec
 from discovery.store import (
     Change,
     EtcdAccess,

@@ -15,7 +15,7 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-from discovery.model import Deletion, Kind, NetworkSpec, VipSpec
+from discovery.model.mesh import Deletion, Kind, NetworkSpec, VipSpec
 from discovery.store import Change, EtcdAccess, EtcdStore, PreconditionFailed, StoreError, UnknownLease
 from discovery.store import etcd as etcd_module
 from discovery.store.etcdapi import range_end

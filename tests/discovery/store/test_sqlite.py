@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from discovery.model import Deletion, Kind, NetworkSpec, ServiceSpec, VipSpec
+from discovery.model.mesh import Deletion, Kind, NetworkSpec, ServiceSpec, VipSpec
 from discovery.store import SqliteStore, StoreError
 
 pytestmark = pytest.mark.anyio
@@ -65,7 +65,7 @@ def write_until_killed(path: Path) -> int:
         """
         import asyncio, sys
         from pathlib import Path
-        from discovery.model import Kind, NetworkSpec
+        from discovery.model.mesh import Kind, NetworkSpec
         from discovery.store import SqliteStore
 
         async def main():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from discovery.imports import ImportRule, Imports
-from discovery.model import Deletion, Kind
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import Deletion, Kind
 from dnsgw.mesh_zone.ownership_changes import moved
 from tests.dnsgw.meshes import ORDERS, imports, mesh, relay, service
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.model import Kind, Mesh, Record, VipSpec
-from discovery.spec import BadRecord, check_spec, is_record_id
+from discovery.model.mesh import Kind, Mesh, Record, VipSpec
+from discovery.model.spec import BadRecord, check_spec, is_record_id
 from dnsgw.mesh_zone.local_zones import reverse_zones
 from dnsgw.mesh_zone.vip import MAX_DRAWS, address_of, claim, draws, imported_names, record_id
 from dnsgw.message.question import Qtype

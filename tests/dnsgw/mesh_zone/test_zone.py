@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.imports import ImportRule, Imports
-from discovery.model import Mesh
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import Mesh
 from dnsgw.mesh_zone.local_zones import Absent
 from dnsgw.mesh_zone.zone import MAX_ADDRESSES, Disposition, Table
 from dnsgw.message.question import BadQuery, Qtype, scan

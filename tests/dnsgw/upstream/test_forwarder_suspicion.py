@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from tests.dnsgw.upstream.test_forwarder import RECORDS, Asker, asking
 
 from dnsgw.metrics import UpstreamOutcome
 from dnsgw.upstream.exchange import Failure
 from dnsgw.upstream.server import MAX_USES
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.packets import opt, option
+from tests.dnsgw.upstream.test_forwarder import RECORDS, Asker, asking
 
 pytestmark = pytest.mark.anyio
 

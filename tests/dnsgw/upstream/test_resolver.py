@@ -9,8 +9,8 @@ import dns.rcode
 import dns.rrset
 import pytest
 
-from discovery.imports import Imports
-from discovery.model import Deletion, Kind
+from discovery.model.imports import Imports
+from discovery.model.mesh import Deletion, Kind
 from dnsgw import Outcome
 from dnsgw.message.question import Qtype
 from dnsgw.upstream.cache import CacheConfig

@@ -4,8 +4,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from discovery.addresses import Address, BadAddress
-from discovery.model import AnyRecord, GatewaySpec, Kind, Mesh, RelaySpec, TurnSpec
+from discovery.model.addresses import Address, BadAddress
+from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, Mesh, RelaySpec, TurnSpec
 from sniproxy.access.loop_guard import LoopGuard
 from tests.e2e.mesh import record
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.addresses import parse_endpoint, spellings
-from discovery.lookup import Unresolved, reached
-from discovery.model import AnyRecord, Deletion, Kind, Mesh, ServiceSpec
-from discovery.names import AddressTarget, ServiceTarget, names_of
+from discovery.model.addresses import parse_endpoint, spellings
+from discovery.model.lookup import Unresolved, reached
+from discovery.model.mesh import AnyRecord, Deletion, Kind, Mesh, ServiceSpec
+from discovery.model.names import AddressTarget, ServiceTarget, names_of
 from sniproxy.access import reach as module
 from sniproxy.access.reach import RECENT_S, Owner, Reach
 from sniproxy.access.rules import Flow, NameKind, Policy, Rule

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.names import PlainName, ServiceTarget, decode
+from discovery.model.names import PlainName, ServiceTarget, decode
 from sniproxy.access.rules import MAX_ITEMS, MAX_RULES, Alias, BadRule, Flow, NameKind, NamePattern, Policy, Rule
 
 D = "svc.mesh.internal"

@@ -10,9 +10,9 @@ from ipaddress import IPv4Address
 import pytest
 
 from crossnet.logs import JsonFormatter, LogfmtFormatter
-from discovery.addresses import parse_cidrs
-from discovery.imports import ImportRule, Imports
-from discovery.model import Kind, ServiceSpec
+from discovery.model.addresses import parse_cidrs
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import Kind, ServiceSpec
 from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Wire, connect
 from sniproxy.formats.client_hello import HelloReason

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from discovery.imports import ImportRule, Imports
-from discovery.model import Kind, ServiceSpec
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import Kind, ServiceSpec
 from sniproxy.engine import Wire
 from tests.e2e.mesh import record
 from tests.sniproxy.corner_cases import (

@@ -6,8 +6,8 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from discovery.imports import ImportRule, Imports
-from discovery.model import AnyRecord, Kind, ServiceSpec
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Wire
 from sniproxy.tunnel.messages import Opened, Ready

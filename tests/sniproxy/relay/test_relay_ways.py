@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from discovery.model import GatewaySpec, Kind
+from discovery.model.mesh import GatewaySpec, Kind
 from sniproxy.relay.health import FAILURES
 from tests.e2e.mesh import record
 from tests.e2e.path import LogLines

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.addresses import Address, TargetList, refusal
-from discovery.imports import ImportRule, Imports
-from discovery.model import (
+from discovery.model.addresses import Address, TargetList, refusal
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import (
     AllocationSpec,
     AnyRecord,
     GatewaySpec,

@@ -1,8 +1,8 @@
 """Ports of imported services: whose count, in which range, and how many at most."""
 
-from discovery.imports import ImportRule, Imports
-from discovery.model import Kind, Mesh
-from discovery.spec import NetworkSpec, ServiceSpec
+from discovery.model.imports import ImportRule, Imports
+from discovery.model.mesh import Kind, Mesh
+from discovery.model.spec import NetworkSpec, ServiceSpec
 from sniproxy.relay.service_ports import MAX_PORTS, service_ports
 from tests.e2e.mesh import record
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from discovery.model import AllocationSpec, Kind, Mesh
+from discovery.model.mesh import AllocationSpec, Kind, Mesh
 from sniproxy.engine import Wire
 from sniproxy.relay import warm_pool
 from sniproxy.relay.warm_pool import Fate, WarmPool

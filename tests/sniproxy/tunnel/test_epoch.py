@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.spec import FRAMED, GatewaySpec, Kind, spec_faults
+from discovery.model.spec import FRAMED, GatewaySpec, Kind, spec_faults
 from sniproxy.tunnel.epoch import EPOCH_SIZE, UNKNOWN_EPOCH, epoch_in, proto_of, stale_detail, told_epoch
 from sniproxy.tunnel.messages import MAX_DETAIL
 

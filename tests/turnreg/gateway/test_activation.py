@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from discovery.model import AnyRecord, Kind, ServiceSpec
+from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from sniproxy.access.rules import NamePattern, Policy, Rule
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import Payload

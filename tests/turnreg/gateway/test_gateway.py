@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from discovery.model import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
+from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
 from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Wire
 from sniproxy.formats.proxy_protocol import ProxyHeader

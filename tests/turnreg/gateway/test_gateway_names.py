@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from discovery.addresses import TargetList
-from discovery.model import AnyRecord, Kind, NetworkSpec, ServiceSpec
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import AnyRecord, Kind, NetworkSpec, ServiceSpec
 from sniproxy.access.rules import NamePattern, Policy, Rule
 from sniproxy.engine import Listener, Wire
 from sniproxy.engine import connect as real_connect

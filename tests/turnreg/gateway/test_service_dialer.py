@@ -10,8 +10,8 @@ from typing import Literal
 
 import pytest
 
-from discovery.addresses import TargetList
-from discovery.model import AnyRecord, GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
 from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Listener, Wire
 from sniproxy.formats import proxy_protocol

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trustme
 
-from discovery.model import AnyRecord, Kind, Record, TurnSpec
+from discovery.model.mesh import AnyRecord, Kind, Record, TurnSpec
 from sniproxy.engine import TlsWire, Wire
 from tests.turnreg.coturn import Coturn
 from tests.turnreg.registered import ID, Registered, registrar, relay, turn

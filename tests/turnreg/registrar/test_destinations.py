@@ -2,9 +2,9 @@
 
 import pytest
 
-from discovery.addresses import Address, TargetList
-from discovery.model import AnyRecord, Kind, Mesh, Record
-from discovery.spec import GatewaySpec, RelaySpec, ServiceSpec, Spec, TurnSpec
+from discovery.model.addresses import Address, TargetList
+from discovery.model.mesh import AnyRecord, Kind, Mesh, Record
+from discovery.model.spec import GatewaySpec, RelaySpec, ServiceSpec, Spec, TurnSpec
 from turnreg.registrar.destinations import (
     FIRST_PAUSE_S,
     FREE_TRIES,

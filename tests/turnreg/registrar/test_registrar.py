@@ -7,10 +7,10 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
-from discovery.client import IssuedCredentials
-from discovery.model import Kind, Record, TurnSpec
-from discovery.spec import is_record_id
+from discovery.client.client import IssuedCredentials
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import Kind, Record, TurnSpec
+from discovery.model.spec import is_record_id
 from tests.turnreg.coturn import Coturn
 from tests.turnreg.registered import ID, HandDiscovery, allocation, rank, registrar, relay, turn
 from tests.turnreg.scripted import scripted

@@ -10,7 +10,7 @@ from typing import Any
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
+from discovery.model.addresses import TargetList
 from turnreg.server import Limits, TurnServer, TurnServerConfig
 
 

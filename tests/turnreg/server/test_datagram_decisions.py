@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from discovery.addresses import TargetList
+from discovery.model.addresses import TargetList
 from tests.turnreg.server.test_transaction import NOW, RELAYED, UNIX, Server
 from turnreg.server.allocation import Allocation, Drop, FiveTuple, Refusal
 from turnreg.server.transaction import Datagram, Step, Transactions

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from discovery.addresses import TargetList
+from discovery.model.addresses import TargetList
 from tests.turnreg.server.embedded import Embedded, embedded
 from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, until_refused
 from turnreg.server import Limits, TurnServer, TurnServerConfig, session

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.addresses import TargetList
+from discovery.model.addresses import TargetList
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, FiveTuple, Limits, Refusal
 from turnreg.server.transaction import Step, Transactions
 from turnreg.stun.auth import Authenticator, long_term_key, rest_credentials

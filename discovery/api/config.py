@@ -1,0 +1,151 @@
+"""What a discovery server is made from, and what it refuses to be."""
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+
+from discovery.http.listener import ListenerLimits
+from discovery.model.addresses import TargetList
+from discovery.model.validation import shown
+from discovery.store import EtcdAccess, EtcdStore, MemoryStore, SqliteStore, Store, StoreError
+from discovery.store.etcdapi import DEFAULT_PREFIX, parse_endpoints
+
+DEFAULT_PORT = 8600
+MAX_BODY = 1024 * 1024  # a service with its most endpoints has some 25 kB a port
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscoveryServerConfig:
+    """What a discovery server needs to know."""
+
+    listen: tuple[tuple[str, int], ...]
+    """IP addresses and ports; port 0 means any."""
+
+    store: str = "memory"
+    """`memory`, `sqlite:` and a path, or `etcd:` and a comma list of URLs."""
+
+    etcd_prefix: str = DEFAULT_PREFIX
+    """What keys in etcd begin with; several meshes can share a cluster."""
+
+    etcd_ca: Path | None = None
+    etcd_cert: Path | None = None
+    etcd_key: Path | None = None
+    """Authority that verifies the members of etcd, and the certificate that we show them."""
+
+    etcd_username: str | None = None
+    etcd_password: str | None = field(default=None, repr=False)
+    """Who we are to an etcd with authentication enabled."""
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    """Key of the certificate; None when both stand in one file."""
+
+    tls_client_ca: Path | None = None
+    """Verifies client certificates, which then can stand in for tokens."""
+
+    tokens_file: Path | None = None
+    """Without one everybody may do everything, which only loopback or `insecure` allows."""
+
+    turn_secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """REST secret of the TURN servers of each network, to issue credentials from."""
+
+    turn_credential_ttl_s: int = 3600
+    """How long issued credentials live. Gateways get new ones after two thirds of it: the embedded server lets an allocation go
+    on with them; coturn, which looks at the expiry at Allocate only, does not (441), and they make another one first."""
+
+    allow_addresses: TargetList | None = None
+    """Lifts the refusal of ranges such as loopback in records; for tests and the lab."""
+
+    insecure: bool = False
+    """Serve other hosts without TLS or without tokens."""
+
+    max_body_bytes: int = MAX_BODY
+    max_records_per_network: int = 20_000
+    max_leases_per_token: int = 1000
+    max_watchers: int = 2000
+    max_watchers_per_network: int = 1000
+    max_connections: int = 8192
+    max_connections_per_address: int = 2048
+    """A network behind one address has two connections for each process. Both are lowered to what the descriptors allow."""
+
+    requests_per_s: float = 200.0
+    """Of one network in the long run: six hundred clients that renew their leases."""
+
+    request_burst: int = 5000
+    """A gateway that registers in a thousand networks writes as many records at its start."""
+
+    credentials_per_s: float = 5.0
+    """TURN credentials of one network: each is a secret made, and worth a line in the log."""
+
+    credentials_burst: int = 1000
+
+
+class ServerRefused(Exception):
+    """The configuration would serve the world without TLS or tokens; `reasons` has a sentence for each."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        """Hold all reasons."""
+        super().__init__("; ".join(reasons))
+        self.reasons = tuple(reasons)
+
+
+def listener_limits(config: DiscoveryServerConfig) -> ListenerLimits:
+    """Say how many connections there may be, and of how many bytes a request: more than is taken, so that 413 can be read."""
+    return ListenerLimits(
+        connections=config.max_connections,
+        connections_per_address=config.max_connections_per_address,
+        request_bytes=config.max_body_bytes + 256 * 1024,
+        files_share=4,
+    )
+
+
+def start_refusals(config: DiscoveryServerConfig) -> list[str]:
+    """Say why a server must not start like this; `crossnet check` asks too."""
+    public = [f"{host}:{port}" for host, port in config.listen if not ip_address(host).is_loopback]
+    if config.insecure or not public:
+        return []
+    reasons = []
+    if config.tokens_file is None:
+        reasons.append(f"no tokens, but listens on {', '.join(public)}: anybody there could write any record")
+    if config.tls_cert is None:
+        reasons.append(f"no tls, but listens on {', '.join(public)}: tokens would be readable on the way")
+    return [f"{reason}; listen on loopback only, or set insecure: true" for reason in reasons]
+
+
+def make_store(config: DiscoveryServerConfig) -> Store:
+    """Make the store that a configuration names. Raises StoreError."""
+    scheme, colon, place = config.store.partition(":")
+    if config.store == "memory":
+        return MemoryStore()
+    if scheme == "sqlite" and colon and place:
+        return SqliteStore(Path(place))
+    if scheme == "etcd" and colon:
+        try:
+            access = EtcdAccess(
+                endpoints=parse_endpoints(place),
+                prefix=config.etcd_prefix,
+                ca=config.etcd_ca,
+                cert=config.etcd_cert,
+                key=config.etcd_key,
+                username=config.etcd_username,
+                password=config.etcd_password,
+            )
+            return EtcdStore(access)
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise StoreError(f"etcd: {error}") from error
+    raise StoreError(f"expected memory, sqlite:PATH or etcd:URL,…, got {shown(config.store)}")
+
+
+def tls_context(config: DiscoveryServerConfig) -> ssl.SSLContext | None:
+    """Make the TLS context of a server; None without a certificate. Raises OSError, ssl.SSLError."""
+    if config.tls_cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(config.tls_cert, config.tls_key)
+    if config.tls_client_ca is not None:
+        context.load_verify_locations(config.tls_client_ca)
+        context.verify_mode = ssl.CERT_OPTIONAL  # who shows none needs a token
+    return context

@@ -1,0 +1,159 @@
+"""Questions and answers of the HTTP API: what is read from a request, and how everything is answered."""
+
+import asyncio
+import base64
+from ipaddress import ip_address
+from typing import TypeVar
+
+import msgspec
+from aiohttp import hdrs, web
+
+from discovery.http.listener import waiting
+from discovery.model.mesh import BadRecord, Key, Kind, check_key
+from discovery.model.validation import shown
+from discovery.store import Store
+
+EPOCH_HEADER = "Crossnet-Epoch"
+STALE_HEADER = "Crossnet-Stale"
+BODY_TIMEOUT_S = 10.0
+
+BodyT = TypeVar("BodyT")
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        """Hold what the answer says."""
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+        self.detail = detail
+
+
+class RateLimited(ApiError):
+    """Too many requests in too little time."""
+
+    def __init__(self, detail: str, wait_s: float) -> None:
+        """Hold when the next one will be taken."""
+        super().__init__(429, "rate_limited", detail)
+        self.wait_s = wait_s
+
+
+def parse_token(request: web.Request) -> str | None:
+    """Read the token: Bearer, or, for what only reads, the password of Basic, which is what a browser can send."""
+    scheme, _, rest = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip()
+    if scheme.lower() == "basic" and request.method == hdrs.METH_GET:
+        try:
+            return base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
+        except ValueError:
+            return None
+    return None
+
+
+def certificate_names(request: web.Request) -> list[str]:
+    """Give the URIs and DNS names of the verified certificate that a client showed; none without one."""
+    certificate = request.get_extra_info("peercert") or {}
+    return [str(value) for kind, value in certificate.get("subjectAltName", ()) if kind in ("URI", "DNS")]
+
+
+def check_browser(request: web.Request, *, named: bool) -> None:
+    """Refuse what another site's page has a browser ask here with the rights of whoever looks at it. Raises ApiError.
+
+    Without tokens (not `named`) rights come from the address alone, so a name that somebody points here is refused, too.
+    """
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise ApiError(403, "forbidden", "another site's page asks")
+    if not named:
+        host = ""
+        try:
+            host = request.url.host or ""  # ValueError: the Host header can be anything
+            ip_address(host)
+        except ValueError:
+            if host != "localhost":
+                raise ApiError(403, "forbidden", "without tokens, ask by address or as localhost") from None
+
+
+async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
+    """Read and decode the body. Raises ApiError, and what aiohttp raises for a body that is too large."""
+    try:
+        with waiting(request):
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                data = await request.read()
+    except TimeoutError:
+        raise ApiError(400, "bad_request", f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
+    try:
+        return msgspec.json.decode(data, type=shape)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, "bad_request", f"the body: {str(error)[:200]}") from None
+
+
+def marks(store: Store) -> dict[str, str]:
+    """Give the headers of every answer: the store's epoch, and how stale it is when it is."""
+    stale_s = store.stale_s
+    return {EPOCH_HEADER: store.epoch} | ({STALE_HEADER: f"{stale_s:.0f}"} if stale_s else {})
+
+
+def json_answer(value: object, *, status: int = 200, etag: int | None = None) -> web.Response:
+    """Answer with JSON, and with a revision as ETag where there is one."""
+    headers = {hdrs.ETAG: f'"{etag}"'} if etag is not None else None
+    return web.Response(
+        body=msgspec.json.encode(value) + b"\n", status=status, headers=headers, content_type="application/json"
+    )
+
+
+def error_answer(status: int, code: str, detail: str) -> web.Response:
+    """Answer that something is wrong."""
+    response = json_answer({"error": code, "detail": detail}, status=status)
+    if status == 401:
+        response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+    return response
+
+
+def not_found(key: Key) -> ApiError:
+    """Make the error for a record that is not there, or not to be seen."""
+    return ApiError(404, "not_found", f"there is no record {'/'.join(key)}")
+
+
+def parse_kind(text: str) -> Kind:
+    """Read a kind. Raises ApiError."""
+    try:
+        return Kind(text)
+    except ValueError:
+        raise ApiError(400, "bad_request", f"expected a kind of {', '.join(Kind)}, got {shown(text)}") from None
+
+
+def parse_key(request: web.Request) -> Key:
+    """Read the key in a path. Raises ApiError."""
+    kind = parse_kind(request.match_info["kind"])
+    network, record_id = request.match_info["network"], request.match_info["id"]
+    try:
+        check_key(kind, network, record_id)
+    except BadRecord as error:
+        raise ApiError(400, "bad_record", str(error)) from None
+    return (kind, network, record_id)
+
+
+def parse_revision(text: str | None) -> int | None:
+    """Read a revision; None when there is none. Raises ApiError."""
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ApiError(400, "bad_request", f"expected a revision, got {shown(text)}")
+    return int(text)
+
+
+def parse_if_match(request: web.Request) -> int | None:
+    """Read the header If-Match, with quotes or without. Raises ApiError."""
+    text = request.headers.get(hdrs.IF_MATCH)
+    return parse_revision(text.strip().removeprefix('"').removesuffix('"')) if text else None
+
+
+def parse_if_none_match(request: web.Request) -> bool:
+    """Read the header If-None-Match, of which only `*` makes sense here. Raises ApiError."""
+    text = request.headers.get(hdrs.IF_NONE_MATCH)
+    if text not in (None, "*"):
+        raise ApiError(400, "bad_request", "expected If-None-Match: *")
+    return text is not None

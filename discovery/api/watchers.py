@@ -1,0 +1,270 @@
+"""Watchers: every change of the store, as each reader may see it, to any number of readers of any speed.
+
+A watcher's queue is bounded. One that does not keep up gets `reset` and is cut off: it reads everything anew, and costs
+the others nothing. A line is encoded once, whoever reads it.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+
+import msgspec
+
+from discovery.api.tokens import OPEN, SEEN_BY_ALL, Principal, redacted
+from discovery.model.mesh import AnyRecord, Deletion, Kind, Record
+from discovery.store import Change, Snapshot, Store
+
+MAX_QUEUED_LINES = 10_000
+MAX_QUEUED_BYTES = 8 * 1024 * 1024
+BATCH_BYTES = 64 * 1024  # written at once; what one slow write holds up
+
+
+class NoRoom(Exception):
+    """As many watches are open as there may be."""
+
+
+class _Name(msgspec.Struct, frozen=True):
+    kind: Kind
+    network: str
+    id: str
+
+
+class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
+    revision: int
+    type: Literal["put", "delete", "sync", "reset", "stale"]
+    record: AnyRecord | _Name | None = None
+    epoch: str | None = None
+    more: bool = False
+    """More of the same revision comes: who resumes from here would miss it."""
+
+    age_s: float | None = None
+
+
+def mark_stale(revision: int, age_s: float) -> bytes:
+    """Write the line that takes the empty one's place while nothing confirms that what was told is all there is."""
+    return msgspec.json.encode(_Line(revision=revision, type="stale", age_s=round(age_s, 1))) + b"\n"
+
+
+def mark(kind: Literal["sync", "reset"], revision: int, epoch: str) -> bytes:
+    """Write the line that says that all is told (`sync`), or that all is told anew from here (`reset`)."""
+    return msgspec.json.encode(_Line(revision=revision, type=kind, epoch=epoch)) + b"\n"
+
+
+class _Lines:
+    """The lines of one change: one for those who see all of its network, one for the rest."""
+
+    __slots__ = ("_change", "_full", "_more", "_other", "network", "revision")
+
+    def __init__(self, change: Change, more: bool) -> None:
+        self._change = change
+        self._more = more
+        self._full: bytes | None = None
+        self._other: bytes | None = None
+        self.network = change.key[1]
+        self.revision = change.revision
+
+    def for_principal(self, principal: Principal) -> bytes:
+        """Give the line as a reader may see it; empty if they may not."""
+        if principal.sees_all_of(self.network):
+            if self._full is None:
+                self._full = _encode(self._change, self._more)
+            return self._full
+        if self._other is None:
+            visible: Change | None = self._change
+            if isinstance(visible, Record):
+                visible = redacted(visible)
+            elif self._change.key[0] not in SEEN_BY_ALL:
+                visible = None
+            self._other = _encode(visible, self._more) if visible is not None else b""
+        return self._other
+
+
+def _encode(change: Change, more: bool) -> bytes:
+    if isinstance(change, Deletion):
+        line = _Line(revision=change.revision, type="delete", record=_Name(*change.key), more=more)
+    else:
+        line = _Line(revision=change.revision, type="put", record=change, more=more)
+    return msgspec.json.encode(line) + b"\n"
+
+
+def _lines(changes: Sequence[Change]) -> Iterator[_Lines]:
+    for index, change in enumerate(changes):
+        more = index + 1 < len(changes) and changes[index + 1].revision == change.revision
+        yield _Lines(change, more)
+
+
+class Watcher:
+    """One reader's queue."""
+
+    __slots__ = ("_bytes", "_lines", "_wake", "closed", "overrun", "principal")
+
+    def __init__(self, principal: Principal) -> None:
+        """Begin with nothing queued."""
+        self.principal = principal
+        self.overrun = False
+        self.closed = False
+        self._lines: deque[tuple[int, bytes]] = deque()
+        self._bytes = 0
+        self._wake = asyncio.Event()
+
+    def offer(self, revision: int, line: bytes) -> None:
+        """Queue a line, or find that the reader is too slow and forget what it has not read."""
+        if self.overrun:
+            return
+        self._lines.append((revision, line))
+        self._bytes += len(line)
+        if len(self._lines) > MAX_QUEUED_LINES or self._bytes > MAX_QUEUED_BYTES:
+            self.overrun = True
+            self._lines.clear()
+        self._wake.set()
+
+    def close(self) -> None:
+        """Have the reader end after what is queued."""
+        self.closed = True
+        self._wake.set()
+
+    def take(self, after: int) -> bytes:
+        """Take what is queued, as much as is written at once, without what the reader has by revision `after`."""
+        taken: list[bytes] = []
+        size = 0
+        while self._lines and size < BATCH_BYTES:
+            revision, line = self._lines.popleft()
+            self._bytes -= len(line)
+            if revision > after:
+                taken.append(line)
+                size += len(line)
+        if not self._lines and not (self.closed or self.overrun):
+            self._wake.clear()
+        return b"".join(taken)
+
+    async def wait(self) -> None:
+        """Wait until there is something to take, or an end."""
+        await self._wake.wait()
+
+
+class WatchHub:
+    """All watchers of a store."""
+
+    def __init__(self, store: Store, *, most: int = 2000, most_per_network: int = 1000) -> None:
+        """Listen to the store from now on, for so many readers."""
+        self.most, self.most_per_network = most, most_per_network
+        """They may be changed at any time; who is in stays."""
+        self._store = store
+        self._watchers: dict[Watcher, None] = {}  # in the order in which they came
+        self.on_displaced: Callable[[], None] = lambda: None
+        # What everybody is told who begins anew, by network: after a server's end they all come at once.
+        self._groups: dict[str, list[AnyRecord]] | None = None
+        self._told: dict[tuple[str, bool], bytes] = {}
+        self._stop = store.subscribe(self._tell)
+
+    def __len__(self) -> int:
+        return len(self._watchers)
+
+    def add(self, principal: Principal) -> Watcher:
+        """Begin to queue changes for a reader. Raises NoRoom.
+
+        Where there is no room, a reader of a token (in its network) or a network (in all) that has fewer than the one that has
+        most takes the place of one of those, which ends: nobody shuts others out.
+        """
+        self._make_room(principal, [each for each in self._watchers if not each.closed])
+        watcher = Watcher(principal)
+        self._watchers[watcher] = None
+        return watcher
+
+    def _make_room(self, principal: Principal, open_now: list[Watcher]) -> None:
+        of_network = [each for each in open_now if each.principal.network == principal.network]
+        most = self.most if principal is OPEN else self.most_per_network
+        if len(of_network) >= most:
+            what = f"{most} watches of network {principal.network!r}"
+            self._displace(of_network, principal.owner, lambda each: each.owner, what)
+        elif len(open_now) >= self.most:
+            self._displace(open_now, principal.network, lambda each: each.network, f"{self.most} watches")
+
+    def _displace(
+        self, among: list[Watcher], newcomer: str | None, group: Callable[[Principal], str | None], what: str
+    ) -> None:
+        counts = Counter(group(watcher.principal) for watcher in among)
+        largest, count = counts.most_common(1)[0]
+        if counts[newcomer] + 1 >= count:
+            raise NoRoom(f"{what} are open, which is the most")
+        latest = next(each for each in reversed(among) if group(each.principal) == largest)
+        latest.close()
+        self.on_displaced()
+
+    def remove(self, watcher: Watcher) -> None:
+        """Stop to."""
+        self._watchers.pop(watcher, None)
+
+    def keep(self, wanted: Callable[[Principal], bool]) -> int:
+        """Have all other readers end; gives how many."""
+        ended = [watcher for watcher in self._watchers if not wanted(watcher.principal)]
+        for watcher in ended:
+            watcher.close()
+        return len(ended)
+
+    def close(self) -> None:
+        """Stop listening, and have all readers end."""
+        self._stop()
+        for watcher in self._watchers:
+            watcher.close()
+
+    async def backlog(
+        self, principal: Principal, revision: int | None, epoch: str | None
+    ) -> tuple[int, Iterator[bytes]]:
+        """Give what a reader has missed, in batches that end with `sync`, and the revision that brings it to.
+
+        A reader without a revision, of another epoch, or of a revision that the store has no history from, is told
+        everything after a `reset`.
+        """
+        changes: Sequence[Change] | None = None
+        if revision is not None and epoch in (None, self._store.epoch):
+            changes = await self._store.since(revision)
+        if changes is not None:
+            current = max([revision or 0, *(change.revision for change in changes)])
+            return current, self._batches((lines.for_principal(principal) for lines in _lines(changes)), current)
+        snapshot = await self._store.snapshot()
+        pieces = self._everything(principal, snapshot)
+        return snapshot.revision, self._batches(
+            [mark("reset", snapshot.revision, self._store.epoch), *pieces], snapshot.revision
+        )
+
+    def _everything(self, principal: Principal, snapshot: Snapshot) -> list[bytes]:
+        """Give all lines, one piece a network. Whole before anything else runs: a piece that is kept must be current."""
+        if self._groups is None:
+            self._groups = {}
+            for record in snapshot.records:
+                self._groups.setdefault(record.network, []).append(record)
+        pieces = []
+        for network, records in self._groups.items():
+            place = (network, principal.sees_all_of(network))
+            told = self._told.get(place)
+            if told is None:
+                told = self._told[place] = b"".join(
+                    _Lines(record, False).for_principal(principal) for record in records
+                )
+            pieces.append(told)
+        return pieces
+
+    def _batches(self, pieces: Iterable[bytes], revision: int) -> Iterator[bytes]:
+        batch: list[bytes] = []
+        size = 0
+        for piece in pieces:
+            batch.append(piece)
+            size += len(piece)
+            if size >= BATCH_BYTES:
+                yield b"".join(batch)
+                batch.clear()
+                size = 0
+        yield b"".join(batch) + mark("sync", revision, self._store.epoch)
+
+    def _tell(self, changes: Sequence[Change]) -> None:
+        self._groups = None
+        for change in changes:
+            for whole in (True, False):
+                self._told.pop((change.key[1], whole), None)
+        for lines in _lines(changes):
+            for watcher in self._watchers:
+                line = lines.for_principal(watcher.principal)
+                if line:
+                    watcher.offer(lines.revision, line)

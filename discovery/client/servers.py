@@ -1,0 +1,279 @@
+"""The discovery servers that a client may use: one at a time, the next one when it fails."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from discovery.files.tls_files import TlsFiles
+from discovery.http.errors import certificate_dates, explained, is_out_of_time
+
+log = logging.getLogger(__name__)
+
+_wall_clock = time.time
+EPOCH_HEADER = "Crossnet-Epoch"
+CLOCK_PRECISION_S = 2.0
+DATES_AGAIN_S = 600.0
+CLOCKS_APART_S = 10.0  # well below what credentials and signatures allow
+REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs one renewal
+WATCH_SILENCE_S = 25.0  # the server sends an empty line every 10 s: two may be lost
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MOST_S = 3.0  # a restarted server rearms leases for 10 s; by then we must have been heard
+MAX_BODY = 1024 * 1024  # what servers take
+MAX_ANSWER = 64 * 1024 * 1024  # a list of all records; one of a hundred thousand has some 20 MB
+
+
+class Away(Exception):
+    """A server cannot be used now: another one can, or the same later."""
+
+
+class Refused(Exception):
+    """A server understood and says no."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        """Hold what it said."""
+        super().__init__(f"{code}: {detail}")
+        self.status = status
+        self.code = code
+        self.detail = detail
+
+
+def parse_server_url(text: str, *, insecure: bool = False) -> URL:
+    """Read the URL of a discovery server. Raises ValueError; `http` to other hosts than loopback needs `insecure`."""
+    expected = "expected https://HOST:PORT, or http:// to loopback"
+    try:
+        url = URL(text)
+        host, port = url.host, url.port
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {text[:200]!r}: {error}") from None
+    bare = url.raw_path in ("", "/") and not url.raw_query_string and not url.raw_fragment and url.user is None
+    if url.scheme not in ("http", "https") or not host or not port or not bare or url.password is not None:
+        raise ValueError(f"{expected}, got {text[:200]!r}")
+    if url.scheme == "http" and not insecure and not _is_loopback(host):
+        raise ValueError(f"{expected}; {text[:200]!r} would show the token on the way (insecure: true permits it)")
+    return url.origin()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Servers:
+    """The servers, and requests to them."""
+
+    def __init__(
+        self, urls: Sequence[URL], *, token: str | None, tls: TlsFiles, on_epoch: Callable[[str], None]
+    ) -> None:
+        """Begin with the first URL; `on_epoch` is told the epoch of the store with every answer, before its meaning."""
+        self._urls = urls
+        self._index = 0
+        self._headers: dict[str, str] = {}
+        self.use_token(token)
+        self._tls = tls
+        self._on_epoch = on_epoch
+        self._session: aiohttp.ClientSession | None = None
+        self._users = 0
+        self.clock_ahead_s: float | None = None
+        """By how much the clock of the server that answered last is ahead of ours, in whole seconds."""
+        self._clocks_apart = False
+        self._dates: tuple[float, str] | None = None
+
+    @classmethod
+    def at(
+        cls,
+        urls: Sequence[str],
+        *,
+        token: str | None = None,
+        ca_file: Path | None = None,
+        cert_file: Path | None = None,
+        key_file: Path | None = None,
+        insecure: bool = False,
+        on_epoch: Callable[[str], None] = lambda _: None,
+    ) -> "Servers":
+        """Take URLs as a configuration has them. Raises ValueError, OSError, ssl.SSLError."""
+        if not urls:
+            raise ValueError("expected the URL of a discovery server")
+        parsed = [parse_server_url(url, insecure=insecure) for url in urls]
+        return cls(parsed, token=token, tls=TlsFiles(ca_file, cert_file, key_file), on_epoch=on_epoch)
+
+    @property
+    def current(self) -> URL:
+        """The server in use."""
+        return self._urls[self._index]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._urls)
+
+    def use_token(self, token: str | None) -> None:
+        """Show this token from the next request on."""
+        self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+
+    def failed(self, url: URL) -> None:
+        """Move on from a server, unless that has been done already."""
+        if self._urls[self._index] == url:
+            self._index = (self._index + 1) % len(self._urls)
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator[None]:
+        """Hold connections as long as the context lasts, or longer if another one does; requests need it."""
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=8)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                session, self._session = self._session, None
+                await session.close()
+
+    async def request(
+        self, method: str, url: URL, path: str, body: object = None, *, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Ask one server. Raises Away, Refused."""
+        data = msgspec.json.encode(body) if body is not None else None
+        if data is not None and len(data) > MAX_BODY:
+            raise Refused(413, "too_large", f"the record has {len(data)} bytes, {MAX_BODY} is the most")
+        try:
+            async with self._open().request(
+                method,
+                url.join(URL(path)),
+                data=data,
+                headers={
+                    **self._headers,
+                    **(headers or {}),
+                    **({"Content-Type": "application/json"} if data is not None else {}),
+                },
+                timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
+                allow_redirects=False,
+                ssl=self._tls.current(),
+            ) as response:
+                await self._check(response, 201)
+                return msgspec.json.decode(await _read(response), type=dict[str, Any])
+        except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
+            raise Away(f"{url}: {await self._explained(url, error)}") from None
+
+    async def anywhere(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """Ask the servers one after the other, each once, until one answers. Raises Away, Refused."""
+        away: Away | None = None
+        for _ in range(self.count):
+            url = self.current
+            try:
+                return await self.request(method, url, path, body)
+            except Away as error:
+                away = error
+                self.failed(url)
+        assert away is not None
+        raise away
+
+    async def lines(self, url: URL, path: str, query: dict[str, str]) -> AsyncGenerator[bytes, None]:
+        """Give what a server streams, piece by piece, until it ends. Raises Away, Refused."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=WATCH_SILENCE_S)
+        try:
+            async with self._open().get(
+                url.join(URL(path)),
+                params=query,
+                headers=self._headers,
+                timeout=timeout,
+                allow_redirects=False,
+                ssl=self._tls.current(),
+            ) as response:
+                await self._check(response, 200)
+                while data := await response.content.readany():
+                    yield data
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Away(f"{url}: {await self._explained(url, error)}") from None
+
+    async def _explained(self, url: URL, error: BaseException) -> str:
+        """Say what happened; of a certificate that fails for a clock, by how much."""
+        if not is_out_of_time(error):
+            return explained(error)
+        now = asyncio.get_running_loop().time()
+        if self._dates is None or now - self._dates[0] > DATES_AGAIN_S:
+            dates = await asyncio.to_thread(certificate_dates, url.host or "", url.port or 443)
+            self._dates = (now, dates)
+        return f"{explained(error)}; {self._dates[1]}" if self._dates[1] else explained(error)
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("requests are made inside of connected()")
+        return self._session
+
+    def _note_clock(self, response: aiohttp.ClientResponse) -> None:
+        """Compare the server's clock with ours: what lives for a time (credentials, certificates, signatures) goes by both."""
+        try:
+            ahead_s = parsedate_to_datetime(response.headers["Date"]).timestamp() - _wall_clock()
+        except (KeyError, ValueError, TypeError, OverflowError):
+            return
+        # The header has whole seconds, and was written a moment ago.
+        self.clock_ahead_s = round(ahead_s) if abs(ahead_s) > CLOCK_PRECISION_S else 0
+        apart = abs(ahead_s) > CLOCKS_APART_S
+        if apart and not self._clocks_apart:
+            side = "ahead of" if ahead_s > 0 else "behind"
+            why = f"the clock of {response.url.origin()} is {abs(ahead_s):.0f} s {side} ours"
+            log.warning("clocks_apart", extra={"event": {"seconds": round(ahead_s), "why": why}})
+        self._clocks_apart = apart
+
+    async def _check(self, response: aiohttp.ClientResponse, most: int) -> None:
+        """Raise what an answer that is an error means: that the server is away, or that it says no."""
+        self._note_clock(response)
+        epoch = response.headers.get(EPOCH_HEADER)
+        if epoch:
+            self._on_epoch(epoch[:64])
+        if 200 <= response.status <= most:
+            return
+        try:
+            answer = msgspec.json.decode(await _read(response), type=dict[str, Any])
+            code, detail = str(answer["error"])[:63], str(answer["detail"])[:300]
+        except (msgspec.MsgspecError, KeyError):
+            code, detail = "unknown", f"status {response.status}"
+        if response.status >= 500:
+            raise Away(f"{code}: {detail}")
+        raise Refused(response.status, code, detail)
+
+
+class Backoff:
+    """Waits that grow and are never the same for two clients; none while there are servers yet to be tried."""
+
+    def __init__(self, servers: Servers) -> None:
+        """Begin without a failure."""
+        self._servers = servers
+        self._failures = 0
+
+    def succeeded(self) -> None:
+        """Begin anew."""
+        self._failures = 0
+
+    async def wait(self) -> None:
+        """Wait after a failure."""
+        self._failures += 1
+        rounds, more = divmod(self._failures, self._servers.count)
+        if more and rounds == 0:
+            return
+        most = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(rounds, 10))
+        await asyncio.sleep(random.uniform(most / 2, most))
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    data = bytearray()
+    while chunk := await response.content.readany():
+        data += chunk
+        if len(data) > MAX_ANSWER:
+            raise aiohttp.ClientPayloadError(f"the answer has more than {MAX_ANSWER} bytes")
+    return bytes(data)

@@ -1,0 +1,137 @@
+"""The copy of the mesh on disk, from which a client goes on when discovery is away at its start.
+
+The first line is the SHA-256 of the rest: a header in JSON, then one record a line. A file that was cut short or changed
+is set aside, never half believed.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from discovery.model.mesh import AnyRecord, BadRecord, Mesh, decode_record
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MAX_SNAPSHOT = 256 * 1024 * 1024
+
+
+class _Header(msgspec.Struct, kw_only=True):
+    format: int
+    network: str
+    epoch: str
+    revision: int
+    saved_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskCopy:
+    """A mesh as it was saved."""
+
+    network: str
+    """Whose view it is: what a network sees of the others is not what they see of it."""
+
+    epoch: str
+    revision: int
+    saved_at: float
+    """Unix time in seconds."""
+
+    records: tuple[AnyRecord, ...]
+
+    def mesh(self) -> Mesh:
+        """Make the mesh that was saved."""
+        return Mesh.of(self.records)
+
+
+def save(path: Path, network: str, epoch: str, mesh: Iterable[AnyRecord], revision: int, now: float) -> None:
+    """Write a copy in place of an older one, whole or not at all. Raises OSError. Takes a while: run it in a thread."""
+    encode = msgspec.json.Encoder().encode
+    header = _Header(format=FORMAT, network=network, epoch=epoch, revision=revision, saved_at=now)
+    body = b"".join([encode(header), b"\n", *(encode(record) + b"\n" for record in mesh)])
+    unfinished = path.with_name(f"{path.name}.new")
+    with _saving:
+        _replace(path, unfinished, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+# A save that was given up on may still run in its thread when the last one begins.
+_saving = threading.Lock()
+
+
+def _replace(path: Path, unfinished: Path, data: bytes) -> None:
+    try:
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path, network: str, *, set_aside: bool = True) -> DiskCopy | None:
+    """Read a copy of this network's view; None, and a line in the log, when there is none to be had.
+
+    A damaged file is renamed to end in `.bad`, so that the next save does not hide what happened; without `set_aside` it stays.
+    """
+    try:
+        if path.stat().st_size > MAX_SNAPSHOT:
+            raise _Damaged("is larger than any that was saved here")
+        data = path.read_bytes()
+        copy = _parse(data)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("the snapshot %s cannot be read: %s", path, error.strerror or error)
+        return None
+    except _Damaged as error:
+        if not set_aside:
+            log.warning("the snapshot %s %s", path, error)
+            return None
+        aside = path.with_name(path.name + ".bad")
+        try:
+            path.replace(aside)
+        except OSError as failure:
+            log.warning("the snapshot %s %s, and cannot be set aside: %s", path, error, failure)
+        else:
+            log.warning("the snapshot %s %s: set aside as %s", path, error, aside)
+        return None
+    if copy.network != network:
+        log.warning("the snapshot %s is of network %s, not of %s: not used", path, copy.network, network)
+        return None
+    return copy
+
+
+class _Damaged(Exception):
+    """A file that no save has written so."""
+
+
+def _parse(data: bytes) -> DiskCopy:
+    digest, _, body = data.partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise _Damaged("is damaged: its checksum is wrong")
+    first, _, lines = body.partition(b"\n")
+    try:
+        header = msgspec.json.decode(first, type=_Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise _Damaged("has no header") from None
+    if header.format != FORMAT:
+        raise _Damaged(f"has format {header.format}, this version reads {FORMAT}")
+    try:
+        records = tuple(decode_record(line) for line in lines.splitlines())
+    except BadRecord as error:
+        raise _Damaged(f"holds what this version cannot read: {error}") from None
+    return DiskCopy(
+        network=header.network,
+        epoch=header.epoch,
+        revision=header.revision,
+        saved_at=header.saved_at,
+        records=records,
+    )

@@ -1,0 +1,38 @@
+"""A client's side of TLS by files that are replaced while it runs."""
+
+import logging
+import ssl
+from pathlib import Path
+
+from discovery.files.fingerprint import Stamp
+
+log = logging.getLogger(__name__)
+
+
+class TlsFiles:
+    """An authority that verifies servers, and the certificate that they are shown, as their files are now."""
+
+    def __init__(self, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> None:
+        """Read the files; without an authority the system's. Raises OSError, ssl.SSLError."""
+        self._files = ca, certificate, key
+        self._stamp = Stamp(self._files)
+        self._context = self._read()
+
+    def current(self) -> ssl.SSLContext:
+        """Give the context for the next connection; those that are open stay. Files with faults change nothing."""
+        if self._stamp.changed():
+            try:
+                self._context = self._read()
+            except OSError as error:  # ssl.SSLError is one
+                log.warning("the certificates %s are not taken, those before stay: %s", self._names(), error)
+        return self._context
+
+    def _names(self) -> str:
+        return ", ".join(str(path) for path in self._files if path is not None)
+
+    def _read(self) -> ssl.SSLContext:
+        ca, certificate, key = self._files
+        context = ssl.create_default_context(cafile=str(ca) if ca is not None else None)
+        if certificate is not None:
+            context.load_cert_chain(certificate, key)
+        return context

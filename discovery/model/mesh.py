@@ -1,0 +1,269 @@
+"""Records, and the mesh that they make together.
+
+A Mesh is an immutable view of all records. Applying changes gives a new one that shares everything untouched with the
+old, so readers never lock and never see half a change. Sans-IO.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
+
+import msgspec
+
+from discovery.model.spec import (
+    SPEC_TYPES,
+    AllocationSpec,
+    BadRecord,
+    GatewaySpec,
+    Kind,
+    NetworkSpec,
+    RelaySpec,
+    ServiceSpec,
+    Spec,
+    TurnSpec,
+    VipSpec,
+    check_key,
+    check_spec,
+    decode_spec,
+    service_id,
+)
+
+__all__ = [
+    "SPEC_TYPES",
+    "AllocationSpec",
+    "AnyRecord",
+    "BadRecord",
+    "Deletion",
+    "GatewaySpec",
+    "Key",
+    "Kind",
+    "Mesh",
+    "NetworkSpec",
+    "Record",
+    "RelaySpec",
+    "ServiceSpec",
+    "Spec",
+    "TurnSpec",
+    "VipSpec",
+    "check_key",
+    "check_spec",
+    "decode_record",
+    "decode_spec",
+    "service_id",
+]
+
+Key: TypeAlias = tuple[Kind, str, str]
+"""Kind, network and id: what a record is found by."""
+
+SpecT = TypeVar("SpecT")
+SpecT_co = TypeVar("SpecT_co", covariant=True)
+
+
+class Record(msgspec.Struct, Generic[SpecT_co], frozen=True, kw_only=True):
+    """One record. The revision is the store's when it was written; without a lease it stays until deleted."""
+
+    kind: Kind
+    network: str
+    id: str
+    revision: int
+    lease: str | None = None
+    spec: SpecT_co
+
+    @property
+    def key(self) -> Key:
+        """What the record is found by."""
+        return (self.kind, self.network, self.id)
+
+
+AnyRecord: TypeAlias = Record[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """A record that is gone, as a change."""
+
+    key: Key
+    revision: int
+
+
+class _Undecoded(msgspec.Struct, frozen=True):
+    kind: Kind
+    network: str
+    id: str
+    revision: int
+    spec: msgspec.Raw
+    lease: str | None = None
+
+
+def decode_record(data: bytes | msgspec.Raw) -> AnyRecord:
+    """Decode a record from JSON, with the spec type of its kind. Raises BadRecord.
+
+    Unknown fields beside the known ones of the record itself are skipped, so that a newer server can add some. Keys are
+    checked, the meaning of specs is not: the server did that with addresses that it was told to allow.
+    """
+    try:
+        raw = msgspec.json.decode(data, type=_Undecoded)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRecord("$", f"expected a record: {str(error)[:200]}") from None
+    check_key(raw.kind, raw.network, raw.id)
+    return Record(
+        kind=raw.kind,
+        network=raw.network,
+        id=raw.id,
+        revision=raw.revision,
+        lease=raw.lease,
+        spec=decode_spec(raw.kind, raw.spec),
+    )
+
+
+class _Bucket:
+    """The records of one kind and network, with indexes that are made when first asked for."""
+
+    def __init__(self, records: dict[str, AnyRecord]) -> None:
+        self.records = records
+
+    @cached_property
+    def ordered(self) -> tuple[AnyRecord, ...]:
+        return tuple(self.records[record_id] for record_id in sorted(self.records))
+
+    @cached_property
+    def by_name(self) -> dict[str, Record[ServiceSpec]]:
+        names: dict[str, Record[ServiceSpec]] = {}
+        for record in self.ordered:  # of two records with one name, the first by id counts, everywhere alike
+            names.setdefault(record.spec.name, record)
+        return names
+
+    @cached_property
+    def names(self) -> list[str]:
+        return sorted(self.by_name)
+
+
+_NONE = _Bucket({})
+
+
+class Mesh:
+    """All records at one revision, indexed. Immutable: `apply` makes the next one."""
+
+    EMPTY: ClassVar["Mesh"]
+
+    __slots__ = ("_buckets", "_networks", "revision")
+
+    def __init__(self, buckets: dict[tuple[Kind, str], _Bucket], revision: int) -> None:
+        """Hold indexed records; use `Mesh.of` or `apply`."""
+        self._buckets = buckets
+        self._networks: frozenset[str] | None = None
+        self.revision = revision
+
+    @classmethod
+    def of(cls, records: Iterable[AnyRecord], revision: int = 0) -> "Mesh":
+        """Make a mesh of these records; its revision is the highest of theirs and `revision`."""
+        return cls.EMPTY.apply(records, revision)
+
+    def apply(self, changes: Iterable[AnyRecord | Deletion], revision: int = 0) -> "Mesh":
+        """Make the mesh after these changes. Costs what the kinds and networks touched cost, not what the whole does."""
+        touched: dict[tuple[Kind, str], dict[str, AnyRecord]] = {}
+        highest = max(self.revision, revision)
+        for change in changes:
+            kind, network, record_id = change.key
+            place = (kind, network)
+            records = touched.get(place)
+            if records is None:
+                records = touched[place] = dict(self._buckets.get(place, _NONE).records)
+            if isinstance(change, Deletion):
+                records.pop(record_id, None)
+            else:
+                records[record_id] = change
+            highest = max(highest, change.revision)
+        if not touched and highest == self.revision:
+            return self
+        buckets = dict(self._buckets)
+        for place, records in touched.items():
+            if records:
+                buckets[place] = _Bucket(records)
+            else:
+                buckets.pop(place, None)
+        return Mesh(buckets, highest)
+
+    def at(self, revision: int) -> "Mesh":
+        """Give the same records at another revision, which after a change of epoch may be a lower one."""
+        return self if revision == self.revision else Mesh(self._buckets, revision)
+
+    @property
+    def networks(self) -> frozenset[str]:
+        """All networks that any record declares, belongs to or leads through."""
+        if self._networks is None:
+            found = {network for _, network in self._buckets}
+            for (kind, _), bucket in self._buckets.items():
+                if kind is Kind.ALLOCATION:
+                    found.update(record.spec.via for record in bucket.records.values())
+            self._networks = frozenset(found)
+        return self._networks
+
+    def relays(self, network: str) -> tuple[Record[RelaySpec], ...]:
+        """The relays of a network, by id; likewise the methods below."""
+        return self._all(Kind.RELAY, network)
+
+    def turns(self, network: str) -> tuple[Record[TurnSpec], ...]:
+        """The TURN servers that stand in a network."""
+        return self._all(Kind.TURN, network)
+
+    def allocations(self, network: str) -> tuple[Record[AllocationSpec], ...]:
+        """The allocations that lead into a network."""
+        return self._all(Kind.ALLOCATION, network)
+
+    def gateways(self, network: str) -> tuple[Record[GatewaySpec], ...]:
+        """The gateways of a network that can be reached directly."""
+        return self._all(Kind.GATEWAY, network)
+
+    def vips(self, network: str) -> tuple[Record[VipSpec], ...]:
+        """The stable addresses that a network gave to services."""
+        return self._all(Kind.VIP, network)
+
+    def services(self, network: str) -> tuple[Record[ServiceSpec], ...]:
+        """The services of a network."""
+        return self._all(Kind.SERVICE, network)
+
+    def record(self, kind: Kind, network: str, id: str) -> AnyRecord | None:  # noqa: A002 - the word of the design
+        """Find one record by its key."""
+        return self._buckets.get((kind, network), _NONE).records.get(id)
+
+    def service(self, network: str, name: str) -> Record[ServiceSpec] | None:
+        """Find the service of a network with exactly this name."""
+        return self._buckets.get((Kind.SERVICE, network), _NONE).by_name.get(name)
+
+    def services_beginning(self, network: str, prefix: str) -> tuple[Record[ServiceSpec], ...]:
+        """Find the services of a network whose name is `prefix` or begins with it and a dot, by name."""
+        bucket = self._buckets.get((Kind.SERVICE, network), _NONE)
+        names = bucket.names
+        exact = bucket.by_name.get(prefix)
+        # All names that begin with "prefix." lie together, up to "prefix/": '/' follows '.' in ASCII.
+        begin, end = bisect_left(names, prefix + "."), bisect_left(names, prefix + "/")
+        beginning = tuple(bucket.by_name[name] for name in names[begin:end])
+        return beginning if exact is None else (exact, *beginning)
+
+    def offers(self, name: str) -> tuple[Record[ServiceSpec], ...]:
+        """Find every network's service of exactly this name, by network."""
+        found = [
+            bucket.by_name[name]
+            for (kind, _), bucket in self._buckets.items()
+            if kind is Kind.SERVICE and name in bucket.by_name
+        ]
+        return tuple(sorted(found, key=lambda record: record.network))
+
+    def __iter__(self) -> Iterator[AnyRecord]:
+        for place in sorted(self._buckets):
+            yield from self._buckets[place].ordered
+
+    def __len__(self) -> int:
+        return sum(len(bucket.records) for bucket in self._buckets.values())
+
+    def __repr__(self) -> str:
+        return f"<Mesh revision {self.revision}, {len(self)} records>"
+
+    def _all(self, kind: Kind, network: str) -> tuple[Record[SpecT], ...]:
+        return cast("tuple[Record[SpecT], ...]", self._buckets.get((kind, network), _NONE).ordered)
+
+
+Mesh.EMPTY = Mesh({}, 0)

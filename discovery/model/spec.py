@@ -1,0 +1,364 @@
+"""The specs of records: seven kinds, and what makes each of them good.
+
+Decoding proves the shape, `spec_faults` proves the meaning: addresses that may be dialled, ports, ids, bounded lengths
+and counts. Sans-IO. The one error is BadRecord.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import StrEnum
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+from discovery.model.addresses import (
+    BadAddress,
+    TargetList,
+    parse_address,
+    parse_endpoint,
+    parse_port,
+    parse_turn_url,
+    refusal,
+)
+from discovery.model.names import MAX_PORT, is_ldh_label, is_service_name
+from discovery.model.validation import Fault, child, shown
+
+MAX_ID = 63
+MAX_ADDRESSES = 64  # of one relay or TURN server; hosts have a handful
+MAX_PORTS = 64  # of one relay or service
+MAX_TURN_SERVERS = 256  # that one relay publishes its sources for
+MAX_ENDPOINTS = 1000  # of one port; a Kubernetes EndpointSlice holds 100 by default and 1000 at most
+MAX_PROTO = 16
+MAX_WEIGHT = 1000  # a gateway of the smallest kind beside one on the largest machine
+MAX_ASKED = 1000  # networks that one relay imports from
+FRAMED = "framed/1"  # capsules behind a signed preamble, the one stream protocol that loses nothing
+
+_ID = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+_PROTO = re.compile(r"[a-z0-9-]{1,32}/[0-9]{1,3}")
+
+
+class Kind(StrEnum):
+    """What a record is about."""
+
+    NETWORK = "network"
+    RELAY = "relay"
+    TURN = "turn"
+    ALLOCATION = "allocation"
+    GATEWAY = "gateway"
+    SERVICE = "service"
+    VIP = "vip"
+
+
+class BadRecord(ValueError):
+    """A record that is refused: `path` says where in it, `expected` what should stand there."""
+
+    def __init__(self, path: str, expected: str) -> None:
+        """Say where, and what was expected."""
+        super().__init__(f"{path}: {expected}")
+        self.path = path
+        self.expected = expected
+
+
+# A field that says what it says by default is not written: a version that does not know it refuses what has it. So no default
+# may ever change.
+
+
+class NetworkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A network exists. Its record's id is the network's."""
+
+
+class RelaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A relay of the network, as its clients reach it."""
+
+    addresses: list[str]
+    """IP addresses that DNS answers with."""
+
+    ports: list[int]
+    sources: dict[str, list[str]] = {}
+    """For each TURN server of this network (by id) the addresses that it sees this relay come from."""
+
+    asks: list[str] = []
+    """Networks that this relay asks for: those that it imports names from. A hint for gateways that register only where they
+    are asked for; a relay may ask for others all the same."""
+
+
+class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A TURN server that stands in this network."""
+
+    url: str
+    """As gateways of other networks reach it: turn:HOST:PORT?transport=tcp, or turns:."""
+
+    relay_addresses: list[str]
+    """The addresses that allocations are made on, as this network's relays reach them."""
+
+    port_min: int
+    port_max: int
+    zone: str = ""
+    """Where it stands; relays of the same zone prefer its allocations."""
+
+
+class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A way into the record's network: an allocation that its gateway holds on another network's TURN server."""
+
+    via: str
+    """The network whose TURN server it is, and whose relays may use it."""
+
+    turn: str
+    """Id of that TURN server's record."""
+
+    port: int
+    gateway: str
+    proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
+    weight: int = 1
+    """How many times the streams of an allocation of weight 1 its gateway is for."""
+
+
+class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A gateway of the network that can be reached without a TURN server."""
+
+    address: str
+    """ip:port"""
+
+    proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
+    weight: int = 1
+    """As an allocation's."""
+    zone: str = ""
+    """As a TURN server's."""
+
+
+class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A service of the network. What other networks read has the ports, with empty lists of endpoints."""
+
+    name: str
+    ports: dict[str, list[str]]
+    """Port as a decimal string, and the endpoints (ip:port) behind it."""
+
+    proxy_protocol: bool | Literal["v1", "v2"] = False
+    """Which PROXY protocol header the service wants first; `true` is v2."""
+
+    @property
+    def proxy_version(self) -> int | None:
+        """The version of that header, None for none."""
+        return {False: None, True: 2, "v1": 1, "v2": 2}[self.proxy_protocol]
+
+
+class VipSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The one stable address under which clients of this network see a service."""
+
+    name: str
+    address: str
+
+
+Spec: TypeAlias = NetworkSpec | RelaySpec | TurnSpec | AllocationSpec | GatewaySpec | ServiceSpec | VipSpec
+
+SPEC_TYPES: Mapping[Kind, type[Spec]] = {
+    Kind.NETWORK: NetworkSpec,
+    Kind.RELAY: RelaySpec,
+    Kind.TURN: TurnSpec,
+    Kind.ALLOCATION: AllocationSpec,
+    Kind.GATEWAY: GatewaySpec,
+    Kind.SERVICE: ServiceSpec,
+    Kind.VIP: VipSpec,
+}
+
+
+def is_record_id(text: str) -> bool:
+    """Tell whether this can be a record's id: lower-case letters, digits, inner `-`, `.` and `_`, 63 at most."""
+    return _ID.fullmatch(text) is not None
+
+
+def service_id(name: str) -> str:
+    """Make the id that a service's record has when nobody chose one: its name, shortened with a hash if too long."""
+    if len(name) <= MAX_ID:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{name[: MAX_ID - 17].rstrip('.-')}-{digest}"
+
+
+def check_spec(kind: Kind, network: str, spec: Spec, allowed: TargetList | None = None) -> None:
+    """Raise BadRecord at the first fault of a spec that is to stand in a record of this network.
+
+    A CIDR of `allowed` that lies wholly inside a refused range lifts the refusal of its addresses.
+    """
+    for fault in spec_faults(kind, network, spec, allowed):
+        raise BadRecord(fault.path, f"expected {fault.expected}, got {fault.got}")
+
+
+def check_key(kind: Kind, network: str, record_id: str) -> None:
+    """Raise BadRecord when the network or the id of a record is no such thing."""
+    for fault in key_faults(kind, network, record_id):
+        raise BadRecord(fault.path, f"expected {fault.expected}, got {fault.got}")
+
+
+def key_faults(kind: Kind, network: str, record_id: str, path: str = "$") -> Iterator[Fault]:
+    """Yield every fault of a record's network and id."""
+    if not is_ldh_label(network):
+        yield Fault(f"{path}.network", "a network id: lower-case letters, digits, inner hyphens", shown(network))
+    if not is_record_id(record_id):
+        yield Fault(
+            f"{path}.id", "an id: lower-case letters, digits, inner '-', '.', '_', 63 at most", shown(record_id)
+        )
+    elif kind is Kind.NETWORK and record_id != network:
+        yield Fault(f"{path}.id", f"{network!r}, the network itself", shown(record_id))
+
+
+def spec_faults(
+    kind: Kind, network: str, spec: Spec, allowed: TargetList | None = None, path: str = "$.spec"
+) -> Iterator[Fault]:
+    """Yield every fault of meaning in a spec whose shape is good."""
+    if not isinstance(spec, SPEC_TYPES[kind]):
+        yield Fault(path, f"the spec of a {kind}", type(spec).__name__)
+        return
+
+    def address(where: str, text: str) -> Iterator[Fault]:
+        return _address_faults(where, text, allowed)
+
+    def endpoint(where: str, text: str) -> Iterator[Fault]:
+        return _endpoint_faults(where, text, allowed)
+
+    match spec:
+        case NetworkSpec():
+            return
+        case RelaySpec():
+            yield from _each(f"{path}.addresses", spec.addresses, MAX_ADDRESSES, address, least=1)
+            yield from _each(f"{path}.ports", spec.ports, MAX_PORTS, _port_faults, least=1)
+            yield from _count(f"{path}.sources", spec.sources, MAX_TURN_SERVERS)
+            for turn, sources in spec.sources.items():
+                yield from _id_faults(child(f"{path}.sources", turn), turn)
+                yield from _each(child(f"{path}.sources", turn), sources, MAX_ADDRESSES, address)
+            yield from _each(f"{path}.asks", spec.asks, MAX_ASKED, _network_faults)
+        case TurnSpec():
+            yield from _turn_url_faults(f"{path}.url", spec.url, allowed)
+            yield from _each(f"{path}.relay_addresses", spec.relay_addresses, MAX_ADDRESSES, address, least=1)
+            yield from _port_faults(f"{path}.port_min", spec.port_min)
+            yield from _port_faults(f"{path}.port_max", spec.port_max)
+            if spec.port_max < spec.port_min:
+                yield Fault(f"{path}.port_max", f"a port from {spec.port_min} on", shown(spec.port_max))
+            yield from _zone_faults(f"{path}.zone", spec.zone)
+        case AllocationSpec():
+            if not is_ldh_label(spec.via):
+                yield Fault(f"{path}.via", "a network id", shown(spec.via))
+            elif spec.via == network:
+                yield Fault(f"{path}.via", f"a network other than {network!r}, the one served", shown(spec.via))
+            yield from _id_faults(f"{path}.turn", spec.turn)
+            yield from _port_faults(f"{path}.port", spec.port)
+            yield from _id_faults(f"{path}.gateway", spec.gateway)
+            yield from _each(f"{path}.proto", spec.proto, MAX_PROTO, _proto_faults, least=1)
+            yield from _weight_faults(f"{path}.weight", spec.weight)
+        case GatewaySpec():
+            yield from endpoint(f"{path}.address", spec.address)
+            yield from _each(f"{path}.proto", spec.proto, MAX_PROTO, _proto_faults, least=1)
+            yield from _weight_faults(f"{path}.weight", spec.weight)
+            yield from _zone_faults(f"{path}.zone", spec.zone)
+        case ServiceSpec():
+            yield from _name_faults(f"{path}.name", spec.name)
+            yield from _count(f"{path}.ports", spec.ports, MAX_PORTS, least=1)
+            for port, endpoints in spec.ports.items():
+                where = child(f"{path}.ports", port)
+                try:
+                    parse_port(port)
+                except BadAddress:
+                    yield Fault(where, f"a port 1-{MAX_PORT} without leading zeros as key", shown(port))
+                yield from _each(where, endpoints, MAX_ENDPOINTS, endpoint)
+        case VipSpec():
+            yield from _name_faults(f"{path}.name", spec.name)
+            # Nobody dials it: what goes there is led to a relay. So it may lie where no host is.
+            if any(_address_faults(f"{path}.address", spec.address, _NO_HOSTS)):
+                yield from address(f"{path}.address", spec.address)
+
+
+def decode_spec(kind: Kind, data: bytes | msgspec.Raw) -> Spec:
+    """Decode a spec from JSON. Raises BadRecord; meaning is checked by `check_spec`."""
+    try:
+        return msgspec.json.decode(data, type=SPEC_TYPES[kind])
+    except msgspec.ValidationError as error:
+        # msgspec's sentence ends in " - at `$.port`", unless the fault is the whole.
+        sentence, _, path = str(error).partition(" - at `$")
+        raise BadRecord(f"$.spec{path.removesuffix('`')}", sentence[:1].lower() + sentence[1:]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRecord("$.spec", f"expected JSON: {str(error)[:200]}") from None
+
+
+def _count(path: str, items: Any, most: int, least: int = 0) -> Iterator[Fault]:
+    if not least <= len(items) <= most:
+        yield Fault(path, f"{least} to {most} items", str(len(items)))
+
+
+def _each(
+    path: str, items: Iterable[Any], most: int, faults: Callable[[str, Any], Iterator[Fault]], least: int = 0
+) -> Iterator[Fault]:
+    items = list(items)
+    yield from _count(path, items, most, least)
+    for index, item in enumerate(items[:most]):
+        yield from faults(f"{path}[{index}]", item)
+
+
+def _id_faults(path: str, text: str) -> Iterator[Fault]:
+    if not is_record_id(text):
+        yield Fault(path, "an id: lower-case letters, digits, inner '-', '.', '_', 63 at most", shown(text))
+
+
+def _name_faults(path: str, text: str) -> Iterator[Fault]:
+    if not is_service_name(text):
+        yield Fault(path, "a lower-case service name of two labels or more", shown(text))
+
+
+def _port_faults(path: str, port: int) -> Iterator[Fault]:
+    if not 1 <= port <= MAX_PORT:
+        yield Fault(path, f"a port 1-{MAX_PORT}", shown(port))
+
+
+def _weight_faults(path: str, weight: int) -> Iterator[Fault]:
+    if not 1 <= weight <= MAX_WEIGHT:
+        yield Fault(path, f"a whole number 1-{MAX_WEIGHT}", shown(weight))
+
+
+def _zone_faults(path: str, text: str) -> Iterator[Fault]:
+    if text:
+        yield from _id_faults(path, text)
+
+
+def _network_faults(path: str, text: str) -> Iterator[Fault]:
+    if not is_ldh_label(text):
+        yield Fault(path, "a network id", shown(text))
+
+
+def _proto_faults(path: str, text: str) -> Iterator[Fault]:
+    if not _PROTO.fullmatch(text):
+        yield Fault(path, "a protocol and version such as framed/1", shown(text))
+
+
+_NO_HOSTS = TargetList.parse(["240.0.0.0/5", "248.0.0.0/6", "252.0.0.0/7", "254.0.0.0/8"])  # not broadcast
+
+
+def _address_faults(path: str, text: str, allowed: TargetList | None) -> Iterator[Fault]:
+    try:
+        address = parse_address(text)
+    except BadAddress:
+        yield Fault(path, "an IP address", shown(text))
+        return
+    why = refusal(address, allowed)
+    if why is not None:
+        yield Fault(path, "an address that may be dialled", f"{text}, which is {why}")
+
+
+def _endpoint_faults(path: str, text: str, allowed: TargetList | None) -> Iterator[Fault]:
+    try:
+        address, _ = parse_endpoint(text)
+    except BadAddress:
+        yield Fault(path, "ip:port or [ipv6]:port", shown(text))
+        return
+    why = refusal(address, allowed)
+    if why is not None:
+        yield Fault(path, "an address that may be dialled", f"{text}, which is {why}")
+
+
+def _turn_url_faults(path: str, text: str, allowed: TargetList | None) -> Iterator[Fault]:
+    try:
+        url = parse_turn_url(text)
+    except BadAddress:
+        yield Fault(path, "turn:HOST:PORT?transport=tcp or turns:HOST:PORT?transport=tcp", shown(text))
+        return
+    if ":" in url.host or url.host.rpartition(".")[2].isdigit():
+        yield from _address_faults(path, url.host, allowed)

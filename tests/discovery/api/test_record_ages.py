@@ -1,0 +1,21 @@
+"""For how long records have been there."""
+
+from discovery.api.record_ages import Ages
+from discovery.model.mesh import Deletion, Kind, NetworkSpec, Record
+
+A = Record(kind=Kind.NETWORK, network="a", id="a", revision=1, spec=NetworkSpec())
+B = Record(kind=Kind.NETWORK, network="b", id="b", revision=2, spec=NetworkSpec())
+
+
+def test_the_age_of_what_was_seen_to_come() -> None:
+    now = 100.0
+    ages = Ages(lambda: now)
+    ages.known([A.key])
+    ages.take([A, B])
+    now = 105.0
+    ages.take([B])
+    assert ages.now() == {B.key: 5}
+    ages.take([Deletion(A.key, 3), Deletion(B.key, 4)])
+    ages.take([A])
+    now = 106.0
+    assert ages.now() == {A.key: 1}

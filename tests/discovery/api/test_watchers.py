@@ -1,0 +1,156 @@
+"""The hub of watchers: one encoding for all, bounded queues, and a backlog that ends in sync."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from discovery.api import watchers
+from discovery.api.tokens import OPEN, Principal
+from discovery.api.watchers import NoRoom, WatchHub
+from discovery.model.mesh import Deletion, Kind, NetworkSpec, ServiceSpec
+from discovery.store import MemoryStore
+
+pytestmark = pytest.mark.anyio
+
+OTHER = Principal(name="c", network="c", kinds=frozenset(Kind), owner="c")
+KEY = (Kind.SERVICE, "b", "s")
+SERVICE = ServiceSpec(name="o.s", ports={"8443": ["10.1.0.5:8443"]})
+
+
+def lines(data: bytes) -> list[Any]:
+    return [json.loads(line) for line in data.splitlines()]
+
+
+async def test_a_line_is_encoded_once_for_all_who_see_the_same() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    first, second, third = hub.add(OPEN), hub.add(OPEN), hub.add(OTHER)
+    await store.put(KEY, SERVICE)
+    one, two, three = first._lines[0][1], second._lines[0][1], third._lines[0][1]
+    assert one is two
+    assert b"10.1.0.5" in one
+    assert b"10.1.0.5" not in three
+    hub.remove(second)
+    await store.delete(KEY)
+    assert len(first._lines) == 2
+    assert len(second._lines) == 1
+    assert len(hub) == 2
+
+
+async def test_taking_skips_what_the_backlog_had() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    watcher = hub.add(OPEN)
+    await store.put(KEY, SERVICE)
+    current, batches = await hub.backlog(OPEN, None, None)
+    assert current == 1
+    assert [line["type"] for line in lines(b"".join(batches))] == ["reset", "put", "sync"]
+    await store.put(KEY, SERVICE)
+    assert [line["revision"] for line in lines(watcher.take(current))] == [2]
+    assert watcher.take(current) == b""
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(watcher.wait())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await store.delete(KEY)
+    assert [line["type"] for line in lines(watcher.take(current))] == ["delete"]
+
+
+async def test_a_backlog_is_cut_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchers, "BATCH_BYTES", 500)
+    store = MemoryStore()
+    hub = WatchHub(store)
+    for number in range(50):
+        await store.put((Kind.NETWORK, f"n{number}", f"n{number}"), NetworkSpec())
+    for revision in (0, None):
+        _, batches = await hub.backlog(OPEN, revision, store.epoch)
+        pieces = list(batches)
+        assert len(pieces) > 5
+        told = lines(b"".join(pieces))
+        assert [line["type"] for line in told].count("put") == 50
+        assert told[-1] == {"revision": 50, "type": "sync", "epoch": store.epoch}
+
+
+@pytest.mark.parametrize("limit", ["MAX_QUEUED_LINES", "MAX_QUEUED_BYTES"])
+async def test_a_queue_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(watchers, limit, 3)
+    store = MemoryStore()
+    hub = WatchHub(store)
+    watcher = hub.add(OPEN)
+    for _ in range(10):
+        await store.put(KEY, SERVICE)
+    assert watcher.overrun
+    assert len(watcher._lines) == 0
+    await watcher.wait()
+
+
+async def test_closing_wakes_everybody() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    watcher = hub.add(OPEN)
+    hub.close()
+    await watcher.wait()
+    assert watcher.closed
+    await store.put(KEY, SERVICE)
+    assert watcher.take(0) == b""
+
+
+async def test_changes_of_one_revision_say_that_more_comes() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    watcher = hub.add(OPEN)
+    records = [await store.put((Kind.NETWORK, name, name), NetworkSpec()) for name in "bcd"]
+    watcher.take(store.revision)
+    hub._tell([Deletion(records[0].key, 4), Deletion(records[1].key, 4), Deletion(records[2].key, 5)])
+    told = lines(watcher.take(0))
+    assert [(line["revision"], line.get("more", False)) for line in told] == [(4, True), (4, False), (5, False)]
+
+
+async def test_who_begins_anew_is_told_what_is_current_and_theirs_to_see() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    await store.put(KEY, SERVICE)
+
+    async def told(principal: Principal) -> list[tuple[str, str]]:
+        _, batches = await hub.backlog(principal, None, None)
+        return [
+            (line["record"]["id"], str(line["record"]["spec"].get("ports", "")))
+            for line in lines(b"".join(batches))
+            if line["type"] == "put"
+        ]
+
+    for _ in range(2):
+        assert await told(OPEN) == [("s", "{'8443': ['10.1.0.5:8443']}")]
+        assert await told(OTHER) == [("s", "{'8443': []}")]
+    await store.put((Kind.NETWORK, "c", "c"), NetworkSpec())
+    await store.put(KEY, ServiceSpec(name="o.s", ports={"1": ["10.1.0.6:1"]}))
+    assert sorted(await told(OPEN)) == [("c", ""), ("s", "{'1': ['10.1.0.6:1']}")]
+    assert sorted(await told(OTHER)) == [("c", ""), ("s", "{'1': []}")]
+    await store.delete(KEY)
+    assert await told(OPEN) == await told(OTHER) == [("c", "")]
+
+
+def who(network: str, owner: str) -> Principal:
+    return Principal(name=owner, network=network, kinds=frozenset(), owner=owner)
+
+
+async def test_a_network_with_all_watches_gives_some_up_for_others() -> None:
+    hub = WatchHub(MemoryStore(), most=10, most_per_network=8)
+    greedy = [hub.add(who("c", "c-1")) for _ in range(8)]
+    with pytest.raises(NoRoom, match="8 watches of network 'c'"):
+        hub.add(who("c", "c-1"))
+    for number in range(5):
+        hub.add(who("b", f"b-{number}"))
+    assert [watcher.closed for watcher in greedy] == [False] * 5 + [True] * 3, "the latest go first"
+    with pytest.raises(NoRoom, match="10 watches are open"):
+        hub.add(who("b", "b-5"))
+    hub.add(who("d", "d"))
+
+
+async def test_a_token_with_all_watches_of_its_network_gives_some_up_for_the_networks_other_tokens() -> None:
+    hub = WatchHub(MemoryStore(), most=10, most_per_network=4)
+    greedy = [hub.add(who("c", "c-1")) for _ in range(4)]
+    hub.add(who("c", "c-2"))
+    assert [watcher.closed for watcher in greedy] == [False, False, False, True]

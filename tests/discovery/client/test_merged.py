@@ -1,0 +1,52 @@
+"""A file beside servers: what it says wins, and both go on being true."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from discovery.client.client import DiscoveryClient
+from discovery.client.merged import MergedDiscovery
+from discovery.client.mesh_file import StaticDiscovery
+from discovery.model.mesh import Kind, RelaySpec, ServiceSpec
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_the_file_wins_and_both_are_followed(
+    tmp_path: Path, serve: Any, run: Any, until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("discovery.client.mesh_file.RELOAD_S", 0.02)
+    path = tmp_path / "mesh.yaml"
+    path.write_text(
+        "networks: [{id: b}]\n"
+        "relays: [{network: b, id: r, addresses: [10.0.0.1], ports: [443]}]\n"
+        "services: [{network: b, name: o.s, ports: {8443: ['10.1.0.1:1']}}]\n"
+    )
+    async with serve() as at:
+        await at.store.put((Kind.RELAY, "b", "r"), RelaySpec(addresses=["10.0.0.2"], ports=[443]))
+        await at.store.put((Kind.RELAY, "b", "r2"), RelaySpec(addresses=["10.0.0.3"], ports=[443]))
+        # The same service under an id that would come first.
+        await at.store.put((Kind.SERVICE, "b", "a"), ServiceSpec(name="o.s", ports={"8443": ["10.1.0.2:1"]}))
+        both = MergedDiscovery(DiscoveryClient([at.url], network="b"), StaticDiscovery(path, network="b"))
+        assert both.mesh.relays("b")[0].spec.addresses == ["10.0.0.1"]
+        assert (both.synced, both.connected, both.age_s) == (False, False, None)
+        async with run(both):
+            mesh = await until(both, lambda mesh: len(mesh.relays("b")) == 2)
+            assert [relay.spec.addresses for relay in mesh.relays("b")] == [["10.0.0.1"], ["10.0.0.3"]]
+            assert [service.spec.ports for service in mesh.services("b")] == [{"8443": ["10.1.0.1:1"]}]
+            both.publish(Kind.RELAY, "r3", RelaySpec(addresses=["10.0.0.4"], ports=[443]))
+            assert await both.settled(5)
+            await until(both, lambda mesh: len(mesh.relays("b")) == 3)
+            both.withdraw(Kind.RELAY, "r3")
+            path.write_text("nonsense")
+            async with asyncio.timeout(5):
+                while "not taken" not in caplog.text:
+                    await asyncio.sleep(0.01)
+            assert both.mesh.relays("b")[0].spec.addresses == ["10.0.0.1"]
+            path.write_text("networks: [{id: b}]\n")
+            mesh = await until(both, lambda mesh: mesh.relays("b")[0].spec.addresses == ["10.0.0.2"])
+            assert mesh.service("b", "o.s").spec.ports == {"8443": ["10.1.0.2:1"]}
+            assert both.connected
+            assert both.age_s == 0

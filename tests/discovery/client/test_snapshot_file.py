@@ -1,0 +1,103 @@
+"""The copy on disk: whole, or set aside."""
+
+import hashlib
+import stat
+from pathlib import Path
+
+import pytest
+
+from discovery.client.snapshot_file import load, save
+from discovery.model.mesh import Kind, Mesh, NetworkSpec, Record, ServiceSpec
+
+MESH = Mesh.of(
+    [
+        Record(kind=Kind.NETWORK, network="b", id="b", revision=1, spec=NetworkSpec()),
+        Record(
+            kind=Kind.SERVICE,
+            network="b",
+            id="s",
+            revision=2,
+            lease="l",
+            spec=ServiceSpec(name="o.s", ports={"8443": ["10.1.0.5:8443"]}),
+        ),
+    ]
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "mesh.snapshot"
+    save(path, "b", "epoch", MESH, 7, 1234.5)
+    return path
+
+
+def test_what_was_saved_is_loaded(path: Path) -> None:
+    copy = load(path, "b")
+    assert copy is not None
+    assert list(copy.mesh()) == list(MESH)
+    assert (copy.network, copy.epoch, copy.revision, copy.saved_at) == ("b", "epoch", 7, 1234.5)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_save_replaces_the_one_before(path: Path) -> None:
+    save(path, "b", "other", (), 8, 1.0)
+    copy = load(path, "b")
+    assert copy is not None
+    assert copy.records == ()
+
+
+def test_a_view_of_another_network_is_not_ours(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(path, "c") is None
+    assert "not of c" in caplog.text
+    assert path.exists()
+
+
+def test_nothing_is_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(tmp_path / "missing", "b") is None
+    assert not caplog.text
+    assert load(tmp_path, "b") is None
+    assert "cannot be read" in caplog.text
+
+
+def test_any_damage_is_found(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = path.read_bytes()
+    flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(0, len(good), 7)]
+    cut = [good[:at] for at in range(0, len(good), 11)]
+    longer = [good + b"\n", good + good]
+    for bad in [*flipped, *cut, *longer, b"", b"\xff" * 100, b"[" * 100_000]:
+        path.write_bytes(bad)
+        assert load(path, "b") is None
+    assert path.with_name("mesh.snapshot.bad").exists()
+    assert "set aside" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", "no header"),
+        (b"{}\n", "no header"),
+        (b'{"format":2,"network":"b","epoch":"e","revision":1,"saved_at":1}\n', "format 2"),
+        (b'{"format":1,"network":"b","epoch":"e","revision":1,"saved_at":1}\n{}\n', "cannot read"),
+    ],
+)
+def test_another_version_s_file_is_set_aside(
+    path: Path, body: bytes, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    assert load(path, "b") is None
+    assert why in caplog.text
+    assert not path.exists()
+
+
+def test_a_failed_save_leaves_the_old_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save(path, "b", "other", (), 8, 1.0)
+    copy = load(path, "b")
+    assert copy is not None
+    assert copy.epoch == "epoch"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]

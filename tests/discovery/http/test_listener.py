@@ -1,0 +1,159 @@
+"""Connections of an HTTP server: how many, for how long, and who has to go for whom. Real sockets on loopback."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trustme
+
+pytestmark = pytest.mark.anyio
+
+HALF = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+WHOLE = HALF + b"\r\n"
+LIMIT_S = 10.0
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+_open: list[asyncio.StreamWriter] = []
+
+
+@pytest.fixture(autouse=True)
+async def closing() -> AsyncIterator[None]:
+    """Leave no connection open."""
+    yield
+    while _open:
+        _open.pop().close()
+    await asyncio.sleep(0.01)
+
+
+async def connect(at: Any, data: bytes = b"", address: str = "127.0.0.1") -> Streams:
+    streams = await asyncio.open_connection("127.0.0.1", at.port, local_addr=(address, 0))
+    _open.append(streams[1])
+    streams[1].write(data)
+    return streams
+
+
+async def ended(streams: Streams) -> bytes:
+    """Give what came before the end, which must come."""
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            return await streams[0].read()
+    except ConnectionError:
+        return b""
+    finally:
+        streams[1].close()
+
+
+async def answered(streams: Streams) -> bool:
+    async with asyncio.timeout(LIMIT_S):
+        head = await streams[0].readuntil(b"\r\n\r\n")
+        await streams[0].readuntil(b"\n")
+    return head.startswith(b"HTTP/1.1 200")
+
+
+def limits(at: Any, reason: str) -> float:
+    return float(at.server._listening._ended.labels(reason)._value.get())
+
+
+async def test_half_requests_of_one_address_crowd_out_themselves(serve: Any) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    async with serve(max_connections=20, max_connections_per_address=8) as at:
+        kept = await connect(at, WHOLE, "127.0.0.9")
+        assert await answered(kept)
+        halves = [await connect(at, HALF, "127.0.0.2") for _ in range(100)]
+        assert await answered(await connect(at, WHOLE, "127.0.0.3"))
+        async with asyncio.timeout(LIMIT_S):
+            while limits(at, "address_full") < 92:
+                await asyncio.sleep(0.01)
+        assert at.server._listening._count <= 8 + 2
+        kept[1].write(WHOLE)
+        assert await answered(kept), "who has asked properly stays"
+        for streams in halves:
+            streams[1].close()
+    async with asyncio.timeout(LIMIT_S):
+        while len(os.listdir("/proc/self/fd")) > before + 4:
+            await asyncio.sleep(0.01)
+
+
+async def test_many_addresses_take_no_more_than_all_may(serve: Any) -> None:
+    async with serve(max_connections=20, max_connections_per_address=8) as at:
+        halves = [await connect(at, HALF, f"127.0.0.{2 + number % 50}") for number in range(100)]
+        assert await answered(await connect(at, WHOLE))
+        assert at.server._listening._count <= 20
+        assert limits(at, "full") > 0
+        for streams in halves:
+            streams[1].close()
+
+
+async def test_watches_are_not_ended_for_connections_that_only_come(serve: Any) -> None:
+    async with serve(max_connections=4, max_connections_per_address=4) as at, at.watch() as lines:
+        assert (await anext(lines))["type"] == "reset"
+        for _ in range(20):
+            (await connect(at, HALF))[1].write(b"x")
+        assert (await anext(lines))["type"] == "sync"
+        assert await answered(await connect(at, WHOLE))
+
+
+async def test_a_later_request_has_a_deadline_from_its_first_byte(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discovery.http.listener.HEADER_S", 0.3)
+    monkeypatch.setattr("discovery.http.listener.LOOK_S", 0.02)
+    async with serve() as at:
+        streams = await connect(at, WHOLE)
+        assert await answered(streams)
+        await asyncio.sleep(0.6)  # idle is allowed
+        streams[1].write(WHOLE)
+        assert await answered(streams)
+        streams[1].write(b"G")
+        await asyncio.sleep(0.1)
+        streams[1].write(b"E")
+        assert await ended(streams) == b""
+        assert limits(at, "header_timeout") == 1
+
+
+async def test_an_answer_that_nobody_takes_ends(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discovery.http.listener.WRITE_S", 0.2)
+    monkeypatch.setattr("discovery.http.listener.LOOK_S", 0.02)
+    async with serve() as at:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, ("127.0.0.1", at.port))
+            async with asyncio.timeout(LIMIT_S):
+                while not limits(at, "write_timeout"):
+                    try:
+                        client.send(b"GET /page.css HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 50)
+                    except BlockingIOError:
+                        pass
+                    except ConnectionError:
+                        break
+                    await asyncio.sleep(0.01)
+        assert limits(at, "write_timeout") == 1
+
+
+async def test_a_request_without_end_ends(serve: Any) -> None:
+    async with serve(max_body_bytes=1000) as at:
+        head = b"PUT /v1/records/relay/b/r HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+        reader, writer = await connect(at, head)
+        with pytest.raises(ConnectionError):
+            async with asyncio.timeout(LIMIT_S):
+                while True:
+                    writer.write(b"2000\r\n" + bytes(0x2000) + b"\r\n")
+                    await writer.drain()
+        del reader
+
+
+async def test_handshakes_count_and_have_a_deadline(serve: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discovery.http.listener.HANDSHAKE_S", 0.2)
+    trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+    async with serve(tls_cert=tmp_path / "server.pem", max_connections=10, max_connections_per_address=10) as at:
+        silent = [await connect(at, b"\x16\x03\x01") for _ in range(40)]
+        async with asyncio.timeout(LIMIT_S):
+            while at.server._listening._count or not limits(at, "handshake"):
+                await asyncio.sleep(0.01)
+        for streams in silent:
+            assert await ended(streams) == b""
