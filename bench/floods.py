@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.exchange import UPLOAD, client_hello, request
 from bench.worker import allow_open_files, serve_commands
-from crossnet.sections import DEFAULT_DOMAIN
+from crossnet.config.sections import DEFAULT_DOMAIN
 from sniproxy.engine import Wire
 from sniproxy.formats.client_hello import HelloReader
 from sniproxy.transport.base import Candidate, RouteKind

@@ -24,8 +24,8 @@ from typing import Any
 import yaml
 
 from bench.worker import ROOT
+from crossnet.config.sections import DEFAULT_DOMAIN
 from crossnet.lab.program import Program
-from crossnet.sections import DEFAULT_DOMAIN
 from discovery.model.addresses import format_endpoint, parse_address, parse_endpoint
 from discovery.model.names import AddressTarget, encode
 from sniproxy.engine.pipes import PIPE_BYTES

@@ -2,7 +2,7 @@
 
 import sys
 
-from crossnet.cli import main
+from crossnet.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,10 +16,10 @@ from pathlib import Path
 import uvloop
 
 from crossnet import logs
-from crossnet.app import App, StartError
-from crossnet.config import warnings
-from crossnet.schema import encode
-from crossnet.sections import Config
+from crossnet.app.app import App, StartError
+from crossnet.config.file import warnings
+from crossnet.config.schema import encode
+from crossnet.config.sections import Config
 
 log = logging.getLogger("crossnet")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from crossnet.config.sections import DEFAULT_DOMAIN
 from crossnet.lab.certificates import Authority
 from crossnet.lab.topology import Plan
-from crossnet.sections import DEFAULT_DOMAIN
 from discovery.api.tokens import format_entry, make_entry, make_token
 from discovery.model.addresses import format_endpoint, parse_address
 from discovery.model.mesh import Kind

@@ -3,11 +3,11 @@
 import time
 from typing import Any
 
+from crossnet.config.sections import DEFAULT_DOMAIN
 from crossnet.lab.account import Account, Check, Hop
 from crossnet.lab.clients import Attempt, Clients, DnsAnswer
 from crossnet.lab.parts import ORDERS
 from crossnet.lab.stage import Stage
-from crossnet.sections import DEFAULT_DOMAIN
 
 FAST_MS = 2000.0
 """A refusal must not come by a timeout, the shortest of which has 3 s; this includes the start of the client's process."""

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from crossnet.config.sections import DEFAULT_DOMAIN
 from crossnet.lab import service
 from crossnet.lab.certificates import Authority
 from crossnet.lab.parts import ORDERS, Parts
 from crossnet.lab.program import Program, ProgramError
 from crossnet.lab.topology import Network, Topology
-from crossnet.sections import DEFAULT_DOMAIN
 from discovery.model.addresses import parse_address
 from discovery.model.names import AddressTarget, Form, encode
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
+from crossnet.config.schema import Leaf, _fields, _unwrapped
+from crossnet.config.sections import Config
 from crossnet.lab.certificates import Authority
-from crossnet.schema import Leaf, _fields, _unwrapped
-from crossnet.sections import Config
 from discovery.api.tokens import format_entry, make_entry, make_token
 from discovery.model.mesh import Kind
 from discovery.model.validation import child

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from crossnet.app import App
-from crossnet.config import load
+from crossnet.app.app import App
+from crossnet.config.file import load
 from crossnet.handover import Inherited
 from crossnet.process import leaves
 from discovery.api.tokens import make_token
@@ -259,7 +259,7 @@ def test_a_successor_without_a_view_of_discovery_does_not_take_over(
     (folder / "token").touch(0o600)
     (folder / "token").write_text(make_token())
     successor = folder / "blind.yaml"
-    monkeypatch.setattr("crossnet.app.READY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("crossnet.app.app.READY_TIMEOUT_S", 0.2)
     monkeypatch.chdir(folder)
     with running(folder, FILE.format(port=port, admin=admin)) as first:
         first.started()

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from crossnet.cli import main
-from crossnet.config import load
+from crossnet.cli.main import main
+from crossnet.config.file import load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -17,7 +17,7 @@ import dns.message
 import pytest
 import yaml
 
-from crossnet.config import load
+from crossnet.config.file import load
 from tests.deploy import corefile
 from tests.dnsgw.authority import serving
 from tests.dnsgw.meshes import DOMAIN, mesh, relay

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from crossnet.config import load
+from crossnet.config.file import load
 from crossnet.lab.account import Account, Check, Hop
 from crossnet.lab.certificates import Authority
 from crossnet.lab.parts import Parts

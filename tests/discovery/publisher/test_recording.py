@@ -18,7 +18,7 @@ import trustme
 import yaml
 from aiohttp import web
 
-from crossnet.config import load
+from crossnet.config.file import load
 from discovery.model.mesh import Kind
 from discovery.publisher import kubernetes, role
 from tests.discovery.publisher.kubeserver import KubeServer, kube_server

@@ -1,0 +1,1 @@
+"""The admin server, and what a running process shows of itself there."""

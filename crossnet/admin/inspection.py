@@ -1,0 +1,87 @@
+"""What a running process shows of itself: to the admin server, and through that to people, Prometheus and `crossnet status`."""
+
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from crossnet.app.readiness import conditions
+from crossnet.config.schema import encode
+from crossnet.config.sections import Config
+from discovery.model.mesh import Mesh
+
+if TYPE_CHECKING:
+    from crossnet.app.app import App
+
+
+class Inspection:
+    """Looks at one application; the one thing that it does is to end a stream."""
+
+    def __init__(self, app: "App") -> None:
+        self._app = app
+        self.registry = app.registry
+
+    def waiting_for(self) -> list[str]:
+        """Return what is not ready yet; empty when all is."""
+        return [words for condition in conditions(self._app) for words in condition.lacks]
+
+    def stale_s(self) -> float | None:
+        """Return for how many seconds no server has confirmed the view of discovery; None without one of servers."""
+        age_s: float | None = getattr(self._app.discovery, "age_s", None)
+        return age_s
+
+    def status(self) -> dict[str, object]:
+        """Return how the process is, for people and `crossnet status`."""
+        view = self.view()
+        return {
+            "version": version("crossnet"),
+            "network": self._app.config.network,
+            "domain": self._app.config.domain,
+            "roles": self._app.chosen,
+            "seconds": round(time.time() - self._app.started_at, 1),
+            "waiting_for": self.waiting_for(),
+            "conditions": {condition.name: list(condition.lacks) or "ok" for condition in conditions(self._app)},
+            "listening": self._app.listening,
+            "config": self._app.reloader.status if self._app.reloader is not None else None,
+            "streams": {role: len(rows) for role, rows in self.streams().items()},
+            "discovery": {
+                "sources": [str(source) for source in self._app.config.discovery],
+                "synced": self._app.discovery is not None and self._app.discovery.synced,
+                "connected": getattr(self._app.discovery, "connected", None),
+                "age_s": self.stale_s(),
+                "revision": view.revision,
+                "records": len(view),
+                "networks": sorted(view.networks),
+                "troubles": [words for _, words in getattr(self._app.discovery, "troubles", ())],
+                "rivals": list(getattr(self._app.discovery, "rivals", ())),
+                "clock_ahead_s": getattr(self._app.discovery, "clock_ahead_s", None),
+            },
+            "relay_sources": self._app.relay_sources,
+            "registrations": self._app.registrar.status() if self._app.registrar is not None else [],
+            "upstreams": self._app.upstreams,
+        }
+
+    def streams(self) -> dict[str, list[dict[str, object]]]:
+        """Return the open streams by role."""
+        servers = {"relay": self._app.relay, "gateway": self._app.gateway}
+        return {role: server.ledger.rows() for role, server in servers.items() if server is not None}
+
+    def ended_streams(self) -> dict[str, list[dict[str, object]]]:
+        """Return the streams that ended last, by role."""
+        servers = {"relay": self._app.relay, "gateway": self._app.gateway}
+        return {role: server.ledger.ended() for role, server in servers.items() if server is not None}
+
+    def end_stream(self, stream: bytes) -> bool:
+        """End a stream of this process; False if none of that id is open."""
+        found = [server.ledger.find(stream) for server in (self._app.relay, self._app.gateway) if server is not None]
+        for account in found:
+            if account is not None:
+                account.stop("ended at the admin server")
+        return any(found)
+
+    def view(self) -> Mesh:
+        """Return the current mesh."""
+        return self._app.discovery.mesh if self._app.discovery is not None else Mesh.EMPTY
+
+    def effective_config(self) -> object:
+        """Return the configuration, secrets hidden."""
+        return encode(Config, self._app.config)

@@ -1,0 +1,199 @@
+"""What a process says of itself in discovery: its network, relay, TURN servers and directly reachable gateway."""
+
+import asyncio
+import logging
+from enum import StrEnum
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Gauge
+
+from crossnet.app.reflexive_address import Source, learn_source
+from crossnet.config.sections import Config
+from discovery.client.contract import Discovery
+from discovery.model.mesh import Kind, Mesh, Record
+from discovery.model.spec import RelaySpec, TurnSpec
+
+log = logging.getLogger(__name__)
+
+ASK_AGAIN_S = 30.0
+"""A relay's address as a TURN server sees it changes when somebody changes the network, not by the minute."""
+
+ASK_AGAIN_FIRST_S = 1.0
+"""After a TURN server's record came or changed: the server itself may be starting."""
+
+
+def publish_turn_servers(config: Config, discovery: Discovery, instead_of: Config | None = None) -> None:
+    """Say which TURN servers of ours somebody else runs, and no longer what another configuration said."""
+    gone = {section.id for section in instead_of.turn_servers} if instead_of is not None else set()
+    for id_ in gone - {section.id for section in config.turn_servers}:
+        discovery.withdraw(Kind.TURN, id_)
+    for section in config.turn_servers:
+        spec = TurnSpec(
+            url=section.url,
+            relay_addresses=[str(address) for address in section.relay_addresses],
+            port_min=section.port_min,
+            port_max=section.port_max,
+            zone=section.zone or "",
+        )
+        discovery.publish(Kind.TURN, section.id, spec)
+
+
+class SourceState(StrEnum):
+    """How we know the address that a TURN server sees us come from. Metric label."""
+
+    ASKED = "asked"
+    """The server says so."""
+    KEPT = "kept"
+    """It said so before, and does not answer now."""
+    ASSUMED = "assumed"
+    """It has never answered: it is the address that we would come from."""
+    UNKNOWN = "unknown"
+    """No way leads there."""
+    CONFIGURED = "configured"
+    """`relay.sources` says so."""
+
+
+class RelayPublication:
+    """Keeps our relay's record true: where clients reach it, and which address each TURN server sees it come from."""
+
+    def __init__(
+        self,
+        config: Config,
+        discovery: Discovery,
+        ports: list[int],
+        addresses: list[str],
+        registry: CollectorRegistry | None = None,
+    ) -> None:
+        assert config.relay is not None
+        self._learned: dict[str, Source] = {}
+        self._asked_of: dict[str, TurnSpec] = {}  # the record that a server's own answer was for
+        sources = Gauge(
+            "crossnet_relay_sources",
+            "TURN servers of this network, by how this relay knows the address that they see it come from.",
+            ["state"],
+            registry=registry or CollectorRegistry(),
+        )
+        for state in SourceState:
+            sources.labels(state.value).set_function(partial(self._count, state))
+        self._network = config.network
+        self._section = config.relay
+        self._discovery = discovery
+        self._addresses, self._ports = addresses, ports
+        self._sources: dict[str, list[str]] = {
+            turn: [str(address) for address in given] for turn, given in config.relay.sources.items()
+        }
+        self._changed = asyncio.Event()
+        self._withdrawn = False
+        self.reconfigure(config)
+
+    async def run(self) -> None:
+        """Publish, and publish again when a TURN server of our network comes, goes or sees us otherwise."""
+        unsubscribe = self._discovery.subscribe(self._notice)
+        known: dict[str, Record[TurnSpec]] = {}
+        pause, due = ASK_AGAIN_FIRST_S, False
+        self._publish()
+        try:
+            while True:
+                self._changed.clear()
+                turns = {
+                    record.id: record
+                    for record in self._discovery.mesh.turns(self._network)
+                    if record.id not in self._section.sources
+                }
+                for gone in self._sources.keys() - turns.keys() - self._section.sources.keys():
+                    del self._sources[gone]
+                for known_as in (self._learned, self._asked_of):
+                    for gone in known_as.keys() - turns.keys():
+                        del known_as[gone]
+                news = [record for turn, record in turns.items() if known.get(turn) != record]
+                async with asyncio.TaskGroup() as group:
+                    for record in turns.values() if due else news:
+                        group.create_task(self._ask(record))
+                known = turns
+                self._publish()
+                if news:
+                    pause = ASK_AGAIN_FIRST_S
+                due = not await self._changes_within(pause)
+                if due:
+                    pause = min(pause * 2, ASK_AGAIN_S)
+        finally:
+            unsubscribe()
+
+    def set_ports(self, ports: list[int]) -> None:
+        """Say that clients reach us on these ports."""
+        self._ports = ports
+        self._changed.set()
+
+    def reconfigure(self, config: Config) -> None:
+        """Ask for the networks that this configuration imports from."""
+        assert config.relay is not None
+        imported = {network for section in config.imports for network in section.sources}
+        self._asks = sorted((imported | set(config.relay.asks)) - {config.network})
+        self._changed.set()
+
+    def withdraw(self) -> None:
+        """Send no more clients here."""
+        self._withdrawn = True
+        self._discovery.withdraw(Kind.RELAY, self._section.id)
+
+    async def _changes_within(self, pause_s: float) -> bool:
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _notice(self, mesh: Mesh) -> None:
+        del mesh
+        self._changed.set()
+
+    async def _ask(self, turn: Record[TurnSpec]) -> None:
+        source = await learn_source(turn)
+        before, self._learned[turn.id] = self._learned.get(turn.id), source
+        known = self._sources.get(turn.id)
+        if source.asked:
+            self._asked_of[turn.id] = turn.spec
+        elif self._asked_of.get(turn.id) != turn.spec:
+            self._asked_of.pop(turn.id, None)  # what a server once said of us stands while its record is the same
+        if source.address is not None and (source.asked or turn.id not in self._asked_of):
+            self._sources[turn.id] = [source.address]
+        state = self._state(turn.id)
+        event = {"turn": turn.id, "url": turn.spec.url, "source": next(iter(self._sources.get(turn.id, ())), None)}
+        if source.asked:
+            if self._sources[turn.id] != known or (before is not None and not before.asked):
+                log.info("relay_source", extra={"event": event})
+        elif before is None or before.asked or before.address != source.address:
+            # Said when it begins: a gateway's permission may be for the wrong address from now on.
+            log.warning("relay_source_not_asked", extra={"event": event | {"state": state, "detail": source.detail}})
+
+    def _state(self, turn: str) -> SourceState:
+        source = self._learned[turn]
+        if source.asked:
+            return SourceState.ASKED
+        if turn in self._asked_of:
+            return SourceState.KEPT
+        return SourceState.UNKNOWN if source.address is None else SourceState.ASSUMED
+
+    def _count(self, state: SourceState) -> int:
+        return sum(line["state"] is state for line in self.sources())
+
+    def sources(self) -> list[dict[str, object]]:
+        """Say for each TURN server what address it sees us come from and how we know, for people."""
+        lines: list[dict[str, object]] = []
+        for turn in sorted(self._sources.keys() | self._learned.keys()):
+            learned = self._learned.get(turn)
+            lines.append(
+                {
+                    "turn": turn,
+                    "addresses": self._sources.get(turn, []),
+                    "state": SourceState.CONFIGURED if learned is None else self._state(turn),
+                    "detail": "" if learned is None else learned.detail,
+                }
+            )
+        return lines
+
+    def _publish(self) -> None:
+        if not self._withdrawn:
+            spec = RelaySpec(addresses=self._addresses, ports=self._ports, sources=dict(self._sources), asks=self._asks)
+            self._discovery.publish(Kind.RELAY, self._section.id, spec)

@@ -1,0 +1,291 @@
+"""From the sections of the configuration file to the configurations that the roles take."""
+
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from crossnet.config.sections import (
+    Config,
+    DiscoveryServerSection,
+    DnsSection,
+    GatewaySection,
+    PublisherSection,
+    RelaySection,
+    TurnAccessSection,
+    TurnSection,
+    policy,
+    search_domains,
+)
+from crossnet.config.types import Listen
+from discovery.api import DiscoveryServerConfig
+from discovery.model.addresses import BadAddress, Network, TargetList, format_endpoint, parse_address
+from discovery.model.imports import Imports
+from discovery.model.spec import FRAMED, GatewaySpec, TurnSpec
+from discovery.publisher import PublisherConfig
+from discovery.store.etcdapi import parse_endpoints
+from dnsgw.config import DnsConfig
+from sniproxy.relay.relay import RelayConfig
+from sniproxy.tunnel.epoch import proto_of
+from sniproxy.tunnel.preamble import SigningKey
+from turnreg.client.control_connection import Credentials
+from turnreg.gateway.gateway import GatewayConfig
+from turnreg.registrar.config import Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
+from turnreg.server.allocation import Limits
+from turnreg.server.config import TurnServerConfig
+
+
+def endpoints(listens: Iterable[Listen]) -> tuple[tuple[str, int], ...]:
+    """Return addresses and ports as the engine takes them."""
+    return tuple((str(listen.address), listen.port) for listen in listens)
+
+
+def imports(config: Config) -> Imports:
+    """Return what this network takes from others."""
+    return Imports([section.as_rule() for section in config.imports])
+
+
+def keys(config: Config) -> dict[str, SigningKey]:
+    """Return the keys of all directions, in the order of the file."""
+    return {
+        key_id: SigningKey(id=key_id, secret=section.secret, from_network=section.source, to_network=section.to)
+        for key_id, section in config.keys.items()
+    }
+
+
+def discovery_endpoints(config: Config) -> list[tuple[str, int]]:
+    """Return where the discovery servers are whose URLs say so by address, and the members of etcd behind ours."""
+    store = config.discovery_server.store if config.discovery_server is not None else ""
+    members = parse_endpoints(store.removeprefix("etcd:")) if store.startswith("etcd:") else ()
+    found = []
+    for source in (*config.discovery, *members):
+        parts = urlsplit(str(source))
+        try:
+            address = parse_address(parts.hostname or "")
+        except BadAddress:
+            continue
+        found.append((str(address), parts.port or {"http": 80}.get(parts.scheme, 443)))
+    return found
+
+
+def relay_config(config: Config, section: RelaySection, guard: Iterable[tuple[str, int]]) -> RelayConfig:
+    """Return what the relay takes; `guard` is what of our own is no service."""
+    return RelayConfig(
+        id=section.id,
+        network=config.network,
+        domain=config.domain,
+        listen=endpoints(section.listen),
+        reuse_port=section.reuse_port,
+        imports=imports(config),
+        allow=section.allow,
+        policy=policy(section.rules),
+        deliver=TargetList.parse(section.deliver),
+        direct=TargetList.parse(section.direct),
+        guard=tuple(guard),
+        zone=section.zone or "",
+        pool=section.pool,
+        proxy_from=section.proxy_from,
+        max_hello_bytes=section.max_hello,
+        max_hello_held_bytes=section.max_hello_held,
+        max_streams=section.max_streams,
+        max_streams_per_client=section.max_streams_per_client,
+        new_streams_per_s=section.new_streams_per_second,
+        hello_timeout_s=section.hello_timeout_s,
+        dial_timeout_s=section.dial_timeout_s,
+        idle_timeout_s=section.idle_timeout_s,
+        half_close_timeout_s=section.half_close_timeout_s,
+    )
+
+
+def dns_config(config: Config, section: DnsSection) -> DnsConfig:
+    """Return what the resolver takes."""
+    return DnsConfig(
+        network=config.network,
+        domain=config.domain,
+        listen=tuple((listen.address, listen.port) for listen in section.listen),
+        reuse_port=section.reuse_port,
+        upstream=section.upstream,
+        forward=section.forward,
+        absent=section.absent,
+        search=search_domains() if section.search is None else section.search,
+        upstream_ca=section.upstream_ca.pem if section.upstream_ca else None,
+        race_s=section.race_s,
+        random_case=section.random_case,
+        client_subnet=section.client_subnet,
+        imports=imports(config),
+        ttl_s=section.ttl_s,
+        vip=section.vip,
+        stale_relays_for_s=section.stale_relays_s,
+        cache=section.cache_config,
+        cookie_secret=section.cookie_bytes,
+        loop_probe=section.loop_probe,
+        allow=section.allow,
+        rate_limit=section.rate_limit,
+        max_udp_reply=section.max_udp_reply,
+        max_in_flight=section.max_in_flight,
+    )
+
+
+def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]]) -> GatewayConfig:
+    """Return what the gateway takes; `guard` is what of our own is no service."""
+    return GatewayConfig(
+        id=section.id,
+        network=config.network,
+        domain=config.domain,
+        allow=TargetList.parse(section.allow),
+        policy=policy(section.rules),
+        activate=tuple(rule.as_rule() for rule in section.activate),
+        max_held=section.max_held,
+        listen=endpoints(section.listen),
+        guard=tuple(guard),
+        max_hello_bytes=section.max_hello,
+        max_streams=section.max_streams,
+        max_streams_per_network=section.max_streams_per_network,
+        require_epoch=section.require_epoch,
+        hello_timeout_s=section.hello_timeout_s,
+        dial_timeout_s=section.dial_timeout_s,
+        idle_timeout_s=section.idle_timeout_s,
+        half_close_timeout_s=section.half_close_timeout_s,
+    )
+
+
+def discovery_names(config: Config) -> list[tuple[str, int]]:
+    """Return where the discovery servers are whose URLs say so by name."""
+    places = [urlsplit(url) for url in config.discovery_urls]
+    found = [(parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)) for parts in places]
+    return [place for place in found if not _is_address(place[0])]
+
+
+def registrar_config(
+    config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]] = (), *, epoch: bytes
+) -> RegistrarConfig:
+    """Return what keeps the gateway registered on other networks' TURN servers; `guard` is what of our own is none of them."""
+    return RegistrarConfig(
+        network=config.network,
+        gateway=section.id,
+        turn={network: _credentials(access) for network, access in section.turn.items()},
+        ca={network: access.ca.pem for network, access in section.turn.items() if access.ca is not None},
+        register=Register(section.register),
+        replicas=section.replicas,
+        weight=section.weight,
+        proto=(FRAMED, proto_of(epoch)),
+        allow={network: allow for network, access in section.turn.items() if (allow := _lifted(access.allow))},
+        guard=tuple(guard),
+        guard_names=tuple(discovery_names(config)),
+    )
+
+
+def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
+    """Return what the embedded TURN server takes."""
+    relays = [str(address) for address in section.relay_address]
+    return TurnServerConfig(
+        listen=endpoints(section.listen),
+        listen_tls=endpoints(section.tls.listen) if section.tls else (),
+        listen_udp=endpoints(section.listen_udp),
+        tls_cert=section.tls.cert if section.tls else None,
+        tls_key=section.tls.key if section.tls else None,
+        relay_addresses=tuple(relays),
+        advertised=dict(zip(relays, map(str, section.advertise_relay_address), strict=False)),
+        realm=section.realm or config.domain,
+        port_min=section.ports[0],
+        port_max=section.ports[1],
+        users={name: secret.text for name, secret in section.users.items()},
+        secrets=tuple(secret.text for secret in section.secret),
+        allowed_peers=_lifted(section.allow_peers),
+        udp_allocations=section.udp_allocations,
+        active_connect=section.active_connect,
+        limits=Limits(
+            max_allocations_per_account=section.max_allocations_per_user,
+            max_ports_per_account=max(
+                1, (section.ports[1] - section.ports[0] + 1) * section.max_port_share_per_user // 100
+            ),
+            max_connections_per_account=section.max_streams_per_user,
+            max_bytes_per_second_per_account=section.max_bytes_per_second_per_user,
+        ),
+    )
+
+
+def discovery_server_config(config: Config, section: DiscoveryServerSection) -> DiscoveryServerConfig:
+    """Return what the discovery server takes."""
+    return DiscoveryServerConfig(
+        listen=endpoints(section.listen),
+        store=section.store,
+        etcd_prefix=section.etcd.prefix,
+        etcd_ca=section.etcd.ca,
+        etcd_cert=section.etcd.cert,
+        etcd_key=section.etcd.key,
+        etcd_username=section.etcd.username,
+        etcd_password=section.etcd.password.text if section.etcd.password else None,
+        tls_cert=section.tls.cert if section.tls else None,
+        tls_key=section.tls.key if section.tls else None,
+        tls_client_ca=section.tls.client_ca if section.tls else None,
+        tokens_file=section.tokens.file if section.tokens else None,
+        requests_per_s=section.requests_per_second,
+        max_records_per_network=section.max_records_per_network,
+        max_watchers=section.max_watchers,
+        max_watchers_per_network=section.max_watchers_per_network,
+        max_connections=section.max_connections,
+        max_connections_per_address=section.max_connections_per_address,
+        turn_secrets={network: secret.text for network, secret in section.turn_secrets.items()},
+        turn_credential_ttl_s=section.turn_credential_ttl_s,
+        allow_addresses=_lifted(section.allow_addresses),
+        insecure=config.insecure,
+    )
+
+
+def publisher_config(config: Config, section: PublisherSection) -> PublisherConfig:
+    """Return what the publisher takes."""
+    return PublisherConfig(
+        network=config.network,
+        id=section.id,
+        api=section.api,
+        token_file=section.token,
+        ca_file=section.ca,
+        namespaces=section.namespaces,
+        cluster_domain=section.cluster_domain,
+    )
+
+
+def turn_spec(section: TurnSection, listening: tuple[str, int], *, tls: bool = False) -> TurnSpec:
+    """Return the record of the embedded TURN server, which listens there."""
+    address = parse_address(listening[0])
+    relays = section.advertise_relay_address or section.relay_address
+    reached = next((relay for relay in relays if relay.version == address.version), relays[0])
+    if not address.is_unspecified:
+        reached = address
+    scheme = "turns" if tls else "turn"
+    return TurnSpec(
+        url=section.advertise or f"{scheme}:{format_endpoint(reached, listening[1])}?transport=tcp",
+        relay_addresses=[str(relay) for relay in relays],
+        port_min=section.ports[0],
+        port_max=section.ports[1],
+        zone=section.zone or "",
+    )
+
+
+def gateway_spec(section: GatewaySection, listening: tuple[str, int], epoch: bytes) -> GatewaySpec:
+    """Return the record of a gateway that relays may dial, which listens there."""
+    address = section.advertise or format_endpoint(parse_address(listening[0]), listening[1])
+    proto = [FRAMED, proto_of(epoch)]
+    return GatewaySpec(address=str(address), weight=section.weight, zone=section.zone or "", proto=proto)
+
+
+def _credentials(access: TurnAccessSection) -> TurnCredentials:
+    if access.issue:
+        return Issued()
+    if access.secret is not None:
+        return RestSecret(secret=access.secret.text)
+    assert access.username is not None
+    assert access.password is not None
+    return Credentials(username=access.username, password=access.password.text)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parse_address(text)
+    except BadAddress:
+        return False
+    return True
+
+
+def _lifted(cidrs: Iterable[Network]) -> TargetList | None:
+    """Return the ranges whose refusal is lifted."""
+    return TargetList.parse(map(str, cidrs)) or None

@@ -1,0 +1,80 @@
+"""Who may go where, and what of other networks' services is taken."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from crossnet.config.schema import OneOrMore, key, rule
+from crossnet.config.types import (
+    ImportName,
+    NetworkId,
+    Prefer,
+    RuleAction,
+    RuleDestination,
+    RuleName,
+    RulePort,
+    RuleSource,
+)
+from discovery.model.imports import BadImport, ImportRule
+from discovery.model.validation import Fault
+from sniproxy.access.rules import BadRule, Policy, Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportSection:
+    """Plain service names that this network takes from others."""
+
+    names: tuple[ImportName, ...]
+    sources: tuple[NetworkId, ...] = dataclasses.field(metadata=key("from"))
+    prefer: Prefer = "local"
+
+    def as_rule(self) -> ImportRule:
+        """The rule as discovery has it. Raises BadImport."""
+        return ImportRule(names=self.names, sources=self.sources, prefer=self.prefer)
+
+    @rule("names", "sources", "prefer")
+    def _meant(self) -> Iterator[Fault]:
+        try:
+            self.as_rule()
+        except BadImport as error:
+            expected, _, got = error.expected.removeprefix("expected ").rpartition(", got ")
+            yield Fault(f".{error.path}", expected or got, got if expected else "something else")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleSection:
+    """Who may go where, one rule: the first that matches decides, and what none matches is denied."""
+
+    sources: Annotated[tuple[RuleSource, ...], OneOrMore()] = dataclasses.field(default=(), metadata=key("from"))
+    """Clients, and at a gateway networks; by default all."""
+    to: Annotated[tuple[RuleDestination, ...], OneOrMore()] = ()
+    """Networks, names in which `*` is one label and a leading `**` one or more, targets; by default all."""
+    names: Annotated[tuple[RuleName, ...], OneOrMore()] = ()
+    """By what kind of name the client asked: `service`, `address`; by default any."""
+    ports: Annotated[tuple[RulePort, ...], OneOrMore()] = ()
+    action: RuleAction
+
+    def as_rule(self) -> Rule:
+        """The rule as relays and gateways have it. Raises BadRule."""
+        return Rule.parse(action=self.action, sources=self.sources, to=self.to, names=self.names, ports=self.ports)
+
+    @rule("sources", "to", "names", "ports", "action")
+    def _bounded(self) -> Iterator[Fault]:
+        try:
+            self.as_rule()
+        except BadRule as error:
+            yield Fault(f".{error.path}", error.expected, "more")
+
+
+def policy(rules: Iterable[RuleSection]) -> Policy:
+    """Return what a list of rules comes to. Raises BadRule."""
+    return Policy(tuple(section.as_rule() for section in rules))
+
+
+def faults_of_rules(rules: Iterable[RuleSection]) -> Iterator[Fault]:
+    """Yield what is wrong with a list of rules as a whole."""
+    try:
+        policy(rules)
+    except BadRule as error:
+        yield Fault(f".{error.path}", error.expected, "more")

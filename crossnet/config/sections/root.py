@@ -1,0 +1,222 @@
+"""The whole file: its top keys, and the rules over several sections."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Annotated
+
+from yarl import URL
+
+from crossnet.config.schema import OneOrMore, key, rule
+from crossnet.config.sections.discovery import DiscoveryServerSection
+from crossnet.config.sections.dns import DnsSection
+from crossnet.config.sections.gateway import GatewaySection
+from crossnet.config.sections.policy import ImportSection
+from crossnet.config.sections.process import DiscoveryTlsSection, KeySection, LogSection
+from crossnet.config.sections.publisher import CLUSTER_DOMAIN, PublisherSection
+from crossnet.config.sections.relay import RelaySection
+from crossnet.config.sections.turn import TurnSection, TurnServerSection
+from crossnet.config.types import (
+    Boolean,
+    DiscoverySource,
+    Domain,
+    DurationOrZero,
+    KeyId,
+    Listen,
+    ListenAddress,
+    NetworkId,
+    NewFile,
+    SecretFile,
+)
+from discovery.client.mesh_file import load_mesh
+from discovery.client.servers import parse_server_url
+from discovery.files.yaml_file import BadFile
+from discovery.model.addresses import TargetList
+from discovery.model.names import BadName, is_under, normalise_domain
+from discovery.model.validation import Fault
+from discovery.store.etcdapi import parse_endpoints
+
+ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway", "publisher")
+"""In the order in which they start: each finds ready what it asks at its start."""
+
+
+DEFAULT_DOMAIN = "svc.mesh.internal"
+
+
+DEFAULT_ADMIN = Listen(IPv4Address("127.0.0.1"), 8690)
+
+
+DEFAULT_DRAIN_S = 30.0
+"""Long enough for a request under way, and what Kubernetes gives before it kills."""
+
+
+MAX_RESOLV_CONF = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole file."""
+
+    network: NetworkId
+    domain: Domain = DEFAULT_DOMAIN
+    discovery: Annotated[tuple[DiscoverySource, ...], OneOrMore()] = ()
+    discovery_tls: DiscoveryTlsSection | None = None
+    insecure: Boolean = False
+    """Let discovery be reached by http beyond this machine: tokens and records then travel in the clear."""
+    snapshot: NewFile | None = None
+    """Where the last good view of discovery is kept, to start from when discovery is away."""
+    token: SecretFile | None = None
+    admin: ListenAddress = DEFAULT_ADMIN
+    log: LogSection = dataclasses.field(default_factory=LogSection)
+    drain_s: DurationOrZero = DEFAULT_DRAIN_S
+    keys: dict[KeyId, KeySection] = dataclasses.field(default_factory=dict)
+    imports: tuple[ImportSection, ...] = dataclasses.field(default=(), metadata=key("import"))
+    handover: NewFile | None = None
+    """A unix socket where a new process takes the listening sockets of the one that runs, which then drains."""
+    relay: RelaySection | None = None
+    dns: DnsSection | None = None
+    gateway: GatewaySection | None = None
+    turn: TurnSection | None = None
+    turn_servers: tuple[TurnServerSection, ...] = ()
+    discovery_server: DiscoveryServerSection | None = None
+    publisher: PublisherSection | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that the file configures, in the order in which they start."""
+        return tuple(role for role in ROLES if getattr(self, role))
+
+    @property
+    def static_mesh(self) -> Path | None:
+        """The file that stands in for a discovery server, or beside some."""
+        return next((source for source in self.discovery if isinstance(source, Path)), None)
+
+    @rule("handover", "dns", "turn", "discovery_server")
+    def _handed_over(self) -> Iterator[Fault]:
+        others = [name for name in ("dns", "turn", "discovery_server") if getattr(self, name) is not None]
+        if self.handover is not None and others:
+            yield Fault(
+                ".handover",
+                "a file of relay and gateway alone, whose sockets can be handed over",
+                f"one with {others[0]}",
+            )
+
+    @rule("domain")
+    def _domain(self) -> Iterator[Fault]:
+        yield from _apart(self.domain, (CLUSTER_DOMAIN,), "the cluster's own")
+
+    @rule("domain", "dns")
+    def _domain_and_dns(self) -> Iterator[Fault]:
+        search = None if self.dns is None else self.dns.search
+        yield from _apart(self.domain, search_domains() if search is None else search, "a search domain")
+        if self.dns is not None:
+            yield from _apart(self.domain, self.dns.forward, "a zone that dns.forward sends elsewhere")
+
+    @rule("discovery")
+    def _discovery_for_roles(self) -> Iterator[Fault]:
+        asking = [
+            name for name in ("turn", "turn_servers", "dns", "relay", "gateway", "publisher") if getattr(self, name)
+        ]
+        if asking and not self.discovery:
+            yield Fault(".discovery", f"URLs, or a path ending in .yaml, since {asking[0]} needs it", "nothing")
+        files = sum(isinstance(source, Path) for source in self.discovery)
+        if files > 1:
+            yield Fault(".discovery", "URLs, and one path at most", f"{files} paths")
+
+    @property
+    def discovery_urls(self) -> tuple[str, ...]:
+        """The discovery servers."""
+        return tuple(source for source in self.discovery if isinstance(source, str))
+
+    @property
+    def dialled(self) -> TargetList:
+        """What relay and gateway of this file may dial; it lifts refusals in a static mesh file, as for them."""
+        items = [] if self.gateway is None else list(self.gateway.allow)
+        if self.relay is not None:
+            items += [*self.relay.deliver, *self.relay.direct]
+        return TargetList.parse(items)
+
+    @rule("discovery", "relay", "gateway")
+    def _mesh_file(self) -> Iterator[Fault]:
+        if self.static_mesh is not None:
+            try:
+                load_mesh(self.static_mesh, self.dialled)
+            except BadFile as error:
+                for fault in error.faults:
+                    yield Fault(".discovery", f"a mesh file ({fault.path}: expected {fault.expected})", fault.got)
+
+    @rule("discovery", "gateway")
+    def _discovery_for_allocations(self) -> Iterator[Fault]:
+        if not self.discovery_urls and self.static_mesh is not None and self.gateway is not None and self.gateway.turn:
+            yield Fault(".gateway.turn", "a discovery server, since allocations come and go", "a static mesh file")
+
+    @rule("discovery_server", "insecure")
+    def _served_in_the_clear(self) -> Iterator[Fault]:
+        server = self.discovery_server
+        public = [str(listen) for listen in server.listen if not listen.address.is_loopback] if server else []
+        if server is None or self.insecure or not public:
+            return
+        for section, given in (("tokens", server.tokens), ("tls", server.tls)):
+            if given is None:
+                expected = f"{section}, since it listens on {public[0]}, or insecure: true"
+                yield Fault(f".discovery_server.{section}", expected, "nothing")
+
+    @rule("discovery", "insecure")
+    def _discovery_in_the_clear(self) -> Iterator[Fault]:
+        for index, source in enumerate(self.discovery):
+            if isinstance(source, str):
+                try:
+                    parse_server_url(source, insecure=self.insecure)
+                except ValueError:
+                    yield Fault(f".discovery[{index}]", "https, or http to loopback, or insecure: true", repr(source))
+
+    @rule("discovery_server", "insecure")
+    def _etcd_in_the_clear(self) -> Iterator[Fault]:
+        server = self.discovery_server
+        if server is None or server.etcd.password is None:
+            return
+        for url in parse_endpoints(server.store.partition(":")[2]) if server.store.startswith("etcd:") else ():
+            try:
+                parse_server_url(url, insecure=self.insecure)
+            except ValueError:
+                expected = "https where there is a password, or http to loopback, or insecure: true"
+                yield Fault(".discovery_server.store", expected, repr(url))
+
+    @rule("gateway", "insecure")
+    def _woken_in_the_clear(self) -> Iterator[Fault]:
+        for index, section in enumerate(self.gateway.activate if self.gateway else ()):
+            if section.url is not None:
+                try:
+                    parse_server_url(str(URL(section.url).origin()), insecure=self.insecure)
+                except ValueError:
+                    expected = "https, or http to loopback, or insecure: true"
+                    yield Fault(f".gateway.activate[{index}].url", expected, repr(section.url.partition("?")[0]))
+
+
+def _apart(domain: str, zones: Iterable[str], what: str) -> Iterator[Fault]:
+    # Upstream must not serve the mesh domain: there would be two answers for one name, by who is asked.
+    for zone in zones:
+        if is_under(domain, zone) or is_under(zone, domain):
+            yield Fault(".domain", f"a zone apart from {zone}, which is {what}", repr(domain))
+
+
+def search_domains(path: Path = Path("/etc/resolv.conf")) -> tuple[str, ...]:
+    """Return the search domains of this machine's resolver; none where they cannot be read."""
+    found: tuple[str, ...] = ()
+    try:
+        lines = path.read_text(errors="replace")[:MAX_RESOLV_CONF].splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        words = line.split()
+        if words and words[0] in ("search", "domain"):
+            found = tuple(words[1:])  # resolv.conf(5): the last of them counts
+    domains = []
+    for word in found:
+        try:
+            domains.append(normalise_domain(word))
+        except BadName:
+            continue  # "." and the like name no zone
+    return tuple(domains)

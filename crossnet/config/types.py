@@ -1,0 +1,462 @@
+"""The single values of a configuration file: durations, sizes, addresses, names, files, secrets.
+
+Each is an `Annotated` type for the field of a section; schema.py reads and shows values by it.
+"""
+
+import dataclasses
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from yarl import URL
+
+from crossnet.config.schema import HIDDEN, Leaf, Mismatch
+from discovery.files.yaml_file import Plain
+from discovery.model.addresses import (
+    Address,
+    BadAddress,
+    Network,
+    TargetList,
+    format_endpoint,
+    parse_address,
+    parse_cidrs,
+    parse_endpoint,
+    parse_turn_url,
+)
+from discovery.model.names import MAX_PORT, BadName, is_ldh_label, normalise_domain
+from discovery.model.spec import MAX_WEIGHT, is_record_id
+from discovery.model.validation import shown
+from discovery.store.etcdapi import parse_endpoints
+from sniproxy.access.rules import BadRule, NameKind, NamePattern, Rule
+
+MAX_SECRET_BYTES = 64 * 1024
+MAX_CERTIFICATES_BYTES = 4 * 1024 * 1024  # all authorities of a Debian system take a fourth of a MiB
+"""Of a secret's file: keys and passwords have a hundred bytes, certificates a few thousand."""
+
+MAX_ARGUMENT = 4096
+MAX_DURATION_S = 7 * 24 * 3600.0
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS_BYTES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Secret:
+    """What a `{file: PATH}` holds. It is never shown."""
+
+    path: Path
+    value: bytes = dataclasses.field(repr=False)
+    readable_by_all: bool = False
+
+    def __str__(self) -> str:
+        return HIDDEN
+
+    @property
+    def text(self) -> str:
+        """The secret as text; its bytes were checked to be such."""
+        return self.value.decode()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Certificates:
+    """A file of certificates as it was when it was read; what was renewed under the same path is not the same."""
+
+    path: Path
+    pem: str = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Listen:
+    """An address to listen on; port 0 takes any free one."""
+
+    address: Address
+    port: int
+
+    def __str__(self) -> str:
+        return format_endpoint(self.address, self.port)
+
+
+def parse_duration(value: Plain) -> float:
+    """Return seconds. Raises Mismatch."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h)", value) if isinstance(value, str) else None
+    if match is None:
+        raise Mismatch
+    seconds = float(match[1]) * _UNITS_S[match[2]]
+    if seconds > MAX_DURATION_S:
+        raise Mismatch("a duration of at most 168h")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Return the shortest text that `parse_duration` reads back as the same, to the millisecond."""
+    milliseconds = round(seconds * 1000)
+    for unit, length in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
+        if milliseconds and milliseconds % length == 0:
+            return f"{milliseconds // length}{unit}"
+    return f"{milliseconds}ms"
+
+
+def parse_size(value: Plain) -> int:
+    """Return bytes. Raises Mismatch."""
+    match = None if isinstance(value, bool) else re.fullmatch(r"([0-9]{1,15})(|B|KiB|MiB|GiB)", str(value))
+    if match is None:
+        raise Mismatch
+    return int(match[1]) * _UNITS_BYTES[match[2]]
+
+
+def format_size(size: int) -> str:
+    """Return the shortest text that `parse_size` reads back as the same."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size and size % _UNITS_BYTES[unit] == 0:
+            return f"{size // _UNITS_BYTES[unit]}{unit}"
+    return str(size)
+
+
+def _text(parse: Callable[[str], object]) -> Callable[[Plain, Path], object]:
+    """Read text by a parser of discovery's, whose messages begin with "expected" and end with what it got."""
+
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if not isinstance(value, str):
+            raise Mismatch
+        try:
+            return parse(value)
+        except BadAddress as error:
+            raise Mismatch(re.sub(r"^expected |, got .*$", "", str(error), flags=re.DOTALL)) from error
+        except BadName as error:
+            raise Mismatch(f"a name ({error.detail})") from error
+
+    return parsed
+
+
+def _matching(pattern: str) -> Callable[[Plain, Path], object]:
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+            raise Mismatch
+        return value
+
+    return parsed
+
+
+def _integer(low: int, high: int) -> Callable[[Plain, Path], object]:
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise Mismatch
+        return value
+
+    return parsed
+
+
+def _more_than_nothing(parse: Callable[[Plain], float]) -> Callable[[Plain, Path], object]:
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        number = parse(value)
+        if number <= 0:
+            raise Mismatch("more than nothing")
+        return number
+
+    return parsed
+
+
+def _duration_or_zero(value: Plain, folder: Path) -> object:
+    del folder
+    return 0.0 if value == 0 and not isinstance(value, bool) else parse_duration(value)
+
+
+def _whole_seconds(value: Plain, folder: Path) -> object:
+    del folder
+    seconds = parse_duration(value)
+    if seconds < 1 or seconds % 1:
+        raise Mismatch("whole seconds, 1s or more")
+    return int(seconds)
+
+
+def _percent(value: Plain, folder: Path) -> object:
+    del folder
+    match = re.fullmatch(r"([1-9][0-9]?|100)%", value) if isinstance(value, str) else None
+    if match is None:
+        raise Mismatch
+    return int(match[1])
+
+
+def _boolean(value: Plain, folder: Path) -> object:
+    del folder
+    if not isinstance(value, bool):
+        raise Mismatch
+    return value
+
+
+def _ldh(text: str) -> str:
+    if not is_ldh_label(text):
+        raise Mismatch
+    return text
+
+
+def _record_id(text: str) -> str:
+    if not is_record_id(text):
+        raise Mismatch
+    return text
+
+
+def _listen(text: str) -> Listen:
+    return Listen(*parse_endpoint(text, zero_port=True))
+
+
+def _endpoint(text: str) -> Listen:
+    return Listen(*parse_endpoint(text))
+
+
+def _turn_url(text: str) -> str:
+    parse_turn_url(text)
+    return text
+
+
+def _target(text: str) -> str:
+    TargetList.parse([text])
+    return text
+
+
+def _cidr(text: str) -> Network:
+    return parse_cidrs([text])[0]
+
+
+def _port_range(value: Plain, folder: Path) -> object:
+    del folder
+    match = re.fullmatch(r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})", value) if isinstance(value, str) else None
+    if match is None or not int(match[1]) <= int(match[2]) <= MAX_PORT:
+        raise Mismatch
+    return int(match[1]), int(match[2])
+
+
+def _path(value: Plain, folder: Path) -> Path:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise Mismatch("a path")
+    return folder / value
+
+
+def _existing(value: Plain, folder: Path) -> Path:
+    path = _path(value, folder)
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as error:
+        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})") from error
+
+
+def _certificates(value: Plain, folder: Path) -> Certificates:
+    path = _path(value, folder)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CERTIFICATES_BYTES + 1)
+    except OSError as error:
+        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})") from error
+    if len(data) > MAX_CERTIFICATES_BYTES:
+        raise Mismatch(f"a file of at most {MAX_CERTIFICATES_BYTES} bytes", shown(value))
+    return Certificates(path, data.decode("ascii", "ignore"))  # comments may be in anything
+
+
+def _secret(value: Plain, folder: Path) -> Secret:
+    # What stands here in place of {file: PATH} is often the secret itself: it is never repeated in an error.
+    if not isinstance(value, dict) or value.keys() != {"file"}:
+        raise Mismatch("{file: PATH}, secrets stand in files of their own", "something else (not shown)")
+    return _line_of_file(value["file"], folder)
+
+
+def _line_of_file(value: Plain, folder: Path) -> Secret:
+    path = _path(value, folder)
+    try:
+        with path.open("rb") as file:
+            mode = path.stat().st_mode
+            data = file.read(MAX_SECRET_BYTES + 1)
+    except OSError as error:
+        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})", ".file") from error
+    data = data.removesuffix(b"\n").removesuffix(b"\r")
+    if not data:
+        raise Mismatch("a file with a secret in it", f"{shown(value)}, which is empty", ".file")
+    if len(data) > MAX_SECRET_BYTES or not data.isascii() or re.search(rb"[\x00-\x1f\x7f]", data):
+        raise Mismatch("a file with one line of ASCII text", f"{shown(value)}, which has something else", ".file")
+    return Secret(path, data, bool(mode & stat.S_IROTH))
+
+
+def _hex_key(value: Plain, folder: Path) -> Secret:
+    try:
+        secret = _line_of_file(value, folder)
+    except Mismatch as error:
+        raise Mismatch(error.expected, error.got) from error
+    if not re.fullmatch(rb"[0-9a-fA-F]{64}", secret.value):
+        raise Mismatch("a file with 64 hexadecimal digits", f"{shown(value)}, which has something else")
+    return secret
+
+
+def _discovery_source(value: Plain, folder: Path) -> object:
+    """A discovery server's URL as text, or the path of a static mesh file."""
+    if not isinstance(value, str):
+        raise Mismatch
+    if value.endswith(".yaml"):
+        return _existing(value, folder)
+    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:[1-9][0-9]{0,4})?/?", value, re.ASCII):
+        raise Mismatch
+    return value.rstrip("/")
+
+
+def _rule_item(key: str) -> Callable[[Plain, Path], object]:
+    """Read one item of a rule's list as the rule itself does."""
+
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise Mismatch
+        try:
+            Rule.parse(action="allow", **{key: [str(value)]})
+        except BadRule as error:
+            raise Mismatch(error.expected) from error
+        return str(value)
+
+    return parsed
+
+
+def _argument(value: Plain, folder: Path) -> object:
+    del folder
+    if not isinstance(value, str) or not value or "\0" in value or len(value) > MAX_ARGUMENT:
+        raise Mismatch
+    return value
+
+
+def _url(value: Plain, folder: Path) -> object:
+    del folder
+    if not isinstance(value, str) or not re.fullmatch(r"https?://[\x21-\x7e]{1,2000}", value):
+        raise Mismatch(got=_shown_url(value))
+    try:
+        url = URL(value)
+    except ValueError as error:
+        raise Mismatch(got=_shown_url(value)) from error
+    if not url.host or url.user is not None or url.password is not None:
+        raise Mismatch(got=_shown_url(value))
+    return value
+
+
+def _without_query(value: object) -> str:
+    """Show a URL without what may be a secret: keys of webhooks stand in the query."""
+    address, mark, _ = re.split(r"([?#])", f"{value}?", maxsplit=1)
+    return f"{address}{mark}{HIDDEN}" if len(address) < len(str(value)) else address
+
+
+def _shown_url(value: Plain) -> str:
+    """Say what stands in place of a URL, without what may be a secret in it."""
+    return "something else" if isinstance(value, str) and "@" in value else shown(_without_query(value))
+
+
+def _hidden(value: object) -> str:
+    del value
+    return HIDDEN
+
+
+def _name_pattern(text: str) -> NamePattern:
+    try:
+        return NamePattern.parse(text)
+    except ValueError as error:
+        raise Mismatch(f"the name of a service or a pattern of such ({error})") from error
+
+
+def _store(value: Plain, folder: Path) -> object:
+    if value == "memory":
+        return value
+    if isinstance(value, str) and value.startswith("etcd:"):
+        try:
+            return "etcd:" + ",".join(parse_endpoints(value.removeprefix("etcd:")))
+        except ValueError:
+            raise Mismatch from None
+    if not isinstance(value, str) or not value.startswith("sqlite:") or value == "sqlite:":
+        raise Mismatch
+    return f"sqlite:{_path(value.removeprefix('sqlite:'), folder)}"
+
+
+def _word(*words: str) -> Leaf:
+    def parsed(value: Plain, folder: Path) -> object:
+        del folder
+        if value not in words:
+            raise Mismatch
+        return value
+
+    return Leaf(" or ".join(words), parsed)
+
+
+def _same(value: Plain) -> Plain:
+    return value
+
+
+Duration: TypeAlias = Annotated[
+    float, Leaf("a duration such as 5s, 250ms or 2m", _more_than_nothing(parse_duration), format_duration)
+]
+DurationOrZero: TypeAlias = Annotated[float, Leaf("a duration such as 5s, or 0", _duration_or_zero, format_duration)]
+WholeSeconds: TypeAlias = Annotated[int, Leaf("a duration such as 5s", _whole_seconds, format_duration)]
+Size: TypeAlias = Annotated[int, Leaf("a size such as 64KiB", _more_than_nothing(parse_size), format_size)]
+Percent: TypeAlias = Annotated[
+    int, Leaf("a share such as 50%, from 1% to 100%", _percent, lambda percent: f"{percent}%")
+]
+Boolean: TypeAlias = Annotated[bool, Leaf("true or false", _boolean, _same)]
+Port: TypeAlias = Annotated[int, Leaf(f"a port 1-{MAX_PORT}", _integer(1, MAX_PORT), _same)]
+Count: TypeAlias = Annotated[int, Leaf("a whole number 0-1000000", _integer(0, 1_000_000), _same)]
+PortRange: TypeAlias = Annotated[
+    tuple[int, int], Leaf("a range of ports such as 49152-65535", _port_range, lambda ports: f"{ports[0]}-{ports[1]}")
+]
+NetworkId: TypeAlias = Annotated[str, Leaf("a network id (a-z, 0-9, inner hyphens)", _text(_ldh))]
+RecordId: TypeAlias = Annotated[str, Leaf("an id (a-z, 0-9, inner - . _)", _text(_record_id))]
+KeyId: TypeAlias = Annotated[
+    str, Leaf("a key id (letters, digits, . _ -)", _matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"))
+]
+Domain: TypeAlias = Annotated[str, Leaf("a domain name", _text(normalise_domain))]
+IpAddress: TypeAlias = Annotated[Address, Leaf("an IP address", _text(parse_address))]
+ListenAddress: TypeAlias = Annotated[Listen, Leaf("ip:port to listen on", _text(_listen))]
+Endpoint: TypeAlias = Annotated[Listen, Leaf("ip:port", _text(_endpoint))]
+Target: TypeAlias = Annotated[str, Leaf("CIDR[:PORTS]", _text(_target))]
+Cidr: TypeAlias = Annotated[Network, Leaf("a CIDR", _text(_cidr))]
+TurnServerUrl: TypeAlias = Annotated[str, Leaf("turn:HOST:PORT?transport=tcp", _text(_turn_url))]
+ImportName: TypeAlias = Annotated[str, Leaf("a service name; a label may be *", _matching(r"[a-z0-9*.-]{1,253}"))]
+Prefer: TypeAlias = Annotated[Literal["local", "remote"], _word("local", "remote")]
+Ports: TypeAlias = Annotated[Literal["listen", "auto"], _word("listen", "auto")]
+LogFormat: TypeAlias = Annotated[Literal["json", "logfmt"], _word("json", "logfmt")]
+LogLevel: TypeAlias = Annotated[
+    Literal["debug", "info", "warning", "error"], _word("debug", "info", "warning", "error")
+]
+Register: TypeAlias = Annotated[Literal["all", "imported"], _word("all", "imported")]
+Weight: TypeAlias = Annotated[int, Leaf(f"a whole number 1-{MAX_WEIGHT}", _integer(1, MAX_WEIGHT), _same)]
+Replicas: TypeAlias = Annotated[int, Leaf("a whole number 1-16", _integer(1, 16), _same)]
+Accepted: TypeAlias = Annotated[Literal["framed"], _word("framed")]
+Store: TypeAlias = Annotated[str, Leaf("memory, sqlite:PATH or etcd:URL,URL", _store)]
+Text: TypeAlias = Annotated[str, Leaf("a line of text", _matching(r"[\x20-\x7e]{1,128}"))]
+KubernetesUrl: TypeAlias = Annotated[str, Leaf("https://HOST:PORT", _matching(r"https?://[A-Za-z0-9.:\[\]-]{1,255}/?"))]
+KeyPrefix: TypeAlias = Annotated[str, Leaf("a key prefix such as /crossnet/", _matching(r"/[\x21-\x7e]{0,100}/"))]
+NewFile: TypeAlias = Annotated[Path, Leaf("a path", _path)]
+CertificatesFile: TypeAlias = Annotated[Certificates, Leaf("a readable file", _certificates)]
+ExistingFile: TypeAlias = Annotated[Path, Leaf("a readable file", _existing)]
+DiscoverySource: TypeAlias = Annotated[
+    str | Path, Leaf("https://HOST:PORT, or a path ending in .yaml", _discovery_source)
+]
+SecretFile: TypeAlias = Annotated[Secret, Leaf("{file: PATH}", _secret)]
+RuleSource: TypeAlias = Annotated[str, Leaf("a CIDR of clients or a network id", _rule_item("sources"))]
+RuleDestination: TypeAlias = Annotated[str, Leaf("a network id, a name or a target", _rule_item("to"))]
+RuleName: TypeAlias = Annotated[Literal["service", "address"], _word(*NameKind)]
+RulePort: TypeAlias = Annotated[str, Leaf("a port or a range such as 8000-8099", _rule_item("ports"))]
+ServicePattern: TypeAlias = Annotated[
+    NamePattern,
+    Leaf(
+        "the name of a service or a pattern of such",
+        _text(_name_pattern),
+        lambda pattern: ".".join(pattern.labels),
+    ),
+]
+Argument: TypeAlias = Annotated[str, Leaf("a program or an argument, as text", _argument)]
+Url: TypeAlias = Annotated[str, Leaf("https://HOST[:PORT]/PATH", _url, _without_query)]
+HiddenText: TypeAlias = Annotated[str, Leaf("text", _argument, _hidden)]
+Method: TypeAlias = Annotated[Literal["GET", "POST", "PUT", "PATCH"], _word("GET", "POST", "PUT", "PATCH")]
+ContentType: TypeAlias = Annotated[str, Leaf("a media type", _matching(r"[a-z0-9.+-]{1,80}/[a-z0-9.+-]{1,80}"))]
+RuleAction: TypeAlias = Annotated[Literal["allow", "deny"], _word("allow", "deny")]
+KeyFile: TypeAlias = Annotated[Secret, Leaf("a file with 64 hexadecimal digits", _hex_key)]

@@ -1,0 +1,384 @@
+"""Every field of every section changes under running processes: it is applied, or waits for a restart, or is refused."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import time
+import typing
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crossnet.app import role_configs
+from crossnet.app.app import App
+from crossnet.config.file import load
+from crossnet.config.reload import LIVE
+from crossnet.config.schema import Leaf, _fields, _unwrapped, encode
+from crossnet.config.sections import Config
+from discovery.model.mesh import Kind
+from tests.crossnet.fields import Document, Field, Files, NoOtherValue, all_fields, value_at
+from tests.crossnet.running import Running
+from tests.sniproxy.hellos import client_hello
+
+LIMIT_S = 20.0
+WATCHED_EVERY = 40
+"""Of so many fields one is changed by its file alone; SIGHUP is asked for the rest, since it is answered at once."""
+
+SECRETS = ("{file: PATH}", "a file with 64 hexadecimal digits")
+_LOGFMT = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)')
+
+
+class Watched(Running):
+    """A process whose log is read on from where it was read before, in either format."""
+
+    def __init__(self, folder: Path, document: Document, files: Files) -> None:
+        self._files, self._read = files, 0
+        self._listening: dict[str, list[str]] | None = None
+        super().__init__(folder, files.text(document), name=document["network"])
+
+    def put(self, document: Document, *, ask: bool) -> None:
+        """Put a whole new file in the old one's place."""
+        (self.folder / "new").write_text(self._files.text(document))
+        os.replace(self.folder / "new", self.log.with_suffix(".yaml"))
+        if ask:
+            self.process.send_signal(signal.SIGHUP)
+
+    def started(self) -> dict[str, list[str]]:
+        """Return where it listens; its log may be in another format later."""
+        if self._listening is None:
+            self._listening = super().started()
+        return self._listening
+
+    def outcome(self) -> dict[str, Any]:
+        """Wait for what the process says next of its file."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"it ended:\n{self.log.read_text()[-4000:]}"
+            text = self.log.read_text()
+            while (end := text.find("\n", self._read)) >= 0:
+                line, self._read = text[self._read : end], end + 1
+                event = _event(line)
+                if event.get("event") in ("config_read", "config_refused"):
+                    return event
+            time.sleep(0.005)
+        raise AssertionError(f"nothing was said of the file:\n{self.log.read_text()[-4000:]}")
+
+    def faults(self) -> list[str]:
+        """Return what it has said so far to be wrong."""
+        events = map(_event, self.log.read_text().splitlines())
+        return [str(event["fault"]) for event in events if event.get("event") == "config_fault"]
+
+
+def _event(line: str) -> dict[str, Any]:
+    if line.startswith("{"):
+        found: dict[str, Any] = json.loads(line)
+        return found
+    event: dict[str, Any] = {}
+    for name, value in _LOGFMT.findall(line):
+        text = json.loads(value) if value.startswith('"') else value
+        with contextlib.suppress(ValueError):
+            text = json.loads(text)
+        event[name] = text
+    return event
+
+
+class Echo:
+    """One stream from a client of network a to a service in network b; both ends are ours."""
+
+    def __init__(self, relay: str) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening.settimeout(LIMIT_S)
+        self._relay = relay.rpartition(":")
+        self.client, self.server = self._dial()
+        self._count = 0
+
+    def _dial(self) -> tuple[socket.socket, socket.socket]:
+        name = f"p{self._listening.getsockname()[1]}-127-0-0-1.b.svc.mesh.internal"
+        hello = client_hello(name)
+        deadline = time.monotonic() + LIMIT_S
+        self._listening.settimeout(1)
+        while True:  # the first ones come before the gateway's allocation
+            client = socket.create_connection((self._relay[0], int(self._relay[2])), 10)
+            client.sendall(hello)
+            with contextlib.suppress(TimeoutError):
+                server, _ = self._listening.accept()
+                client.settimeout(LIMIT_S)
+                server.settimeout(LIMIT_S)
+                assert _exactly(server, len(hello)) == hello
+                return client, server
+            client.close()
+            assert time.monotonic() < deadline, "no stream gets through"
+
+    def lives(self) -> None:
+        """Check that both directions carry bytes."""
+        self._count += 1
+        text = f"{self._count:08d}".encode()
+        self.client.sendall(text)
+        assert _exactly(self.server, len(text)) == text
+        self.server.sendall(text)
+        assert _exactly(self.client, len(text)) == text
+
+    def close(self) -> None:
+        for sock in (self.client, self.server, self._listening):
+            sock.close()
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        assert piece, "the stream has ended"
+        data += piece
+    return data
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+def of_path(said: str, path: str) -> bool:
+    """Tell whether what a process says of a file is about this path, or about what it is a part of."""
+    return path == said or path.startswith((f"{said}.", f"{said}["))
+
+
+@pytest.mark.timeout(300)
+def test_every_field_changes_under_running_processes(files: Files) -> None:
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for part, document in files.documents.items():
+            processes[part] = process = Watched(files.folder, document, files)
+            stack.callback(process.kill)
+            process.started()
+        echo = Echo(processes["a"].started()["relay"][0])
+        stack.callback(echo.close)
+        shown = {part: json.loads(process.ask("/config")[1]) for part, process in processes.items()}
+        for number, field in enumerate(all_fields(files.documents)):
+            process, document = processes[field.part], files.documents[field.part]
+            asked = bool((number + 1) % WATCHED_EVERY)
+            # To another good value ...
+            process.put(field.changed(document, value_at(shown[field.part], field.place)), ask=asked)
+            read = process.outcome()
+            assert read["event"] == "config_read", f"{field.path}: {read}, {process.faults()}"
+            applied = any(of_path(said, field.path) for said in read["applied"])
+            waits = any(of_path(said, field.path) for said in read["restart_needed"])
+            assert applied != waits, f"{field.path}: {read}"
+            now = json.loads(process.ask("/config")[1])
+            if waits or not is_secret(field):
+                assert (now == shown[field.part]) == waits, f"{field.path}: {now}"
+            echo.lives()
+            # ... to a bad one, and back.
+            process.put(field.spoilt(document), ask=asked)
+            read = process.outcome()
+            assert read["event"] == "config_refused", f"{field.path}: {read}"
+            assert any(field.path in fault for fault in process.faults()), f"{field.path}: {process.faults()[-3:]}"
+            process.put(document, ask=asked)
+            read = process.outcome()
+            assert read["event"] == "config_read", f"{field.path}: {read}"
+            assert read["restart_needed"] == [], f"{field.path}: {read}"
+            assert json.loads(process.ask("/config")[1]) == shown[field.part], field.path
+            echo.lives()
+        for process in processes.values():
+            assert "Traceback" not in process.log.read_text()
+            assert process.end() == 143
+
+
+def is_secret(field: Field) -> bool:
+    """Tell whether it is not to be seen in /config that the field has another value."""
+    return any(isinstance(mark, Leaf) and mark.expected in SECRETS for mark in _unwrapped(field.kind)[1])
+
+
+def test_a_field_without_another_value_fails() -> None:
+    @dataclasses.dataclass
+    class Section:
+        new: complex
+
+    field = Field(Section, dataclasses.fields(Section)[0], complex, ("new",))
+    with pytest.raises(NoOtherValue, match=r"Section\.new: add another good value"):
+        field.changed({}, None)
+
+
+def test_what_is_live_is_there() -> None:
+    hints = typing.get_type_hints(Config, include_extras=True)
+    for section, names in LIVE.items():
+        kind = _unwrapped(hints[section])[0] if section else Config
+        assert names <= {field.name for field in dataclasses.fields(kind)}, section
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return a role's configuration as what can be compared."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return values | {"imports": values["imports"].rules}
+
+
+class Inside:
+    """A process's application in our own, and what its roles go by."""
+
+    def __init__(self, app: App, path: Path, files: Files) -> None:
+        self.app, self._path, self._files = app, path, files
+
+    async def take(self, document: Document) -> None:
+        """Have it read another file."""
+        assert self.app.reloader is not None
+        before, faults = self.app.reloader.status["read_at"], self.app.reloader.status["faults"]
+        (self._path.parent / "new").write_text(self._files.text(document))
+        os.replace(self._path.parent / "new", self._path)
+        self.app.reloader.ask()
+        async with asyncio.timeout(LIMIT_S):
+            while self.app.reloader.status["read_at"] == before:
+                assert self.app.reloader.status["faults"] == faults
+                await asyncio.sleep(0.005)
+
+    def holds(self) -> None:
+        """Check that every role goes by what the application has as its configuration."""
+        app, config = self.app, self.app.config
+        if app.relay is not None and config.relay is not None:
+            relay = role_configs.relay_config(config, config.relay, app.relay.config.guard)
+            assert plain(app.relay.config) == plain(relay)
+            assert app.relay._ways.pool.size == relay.pool
+            assert app.relay._router.zone == relay.zone
+            for key in role_configs.keys(config).values():
+                assert app.relay._router.keys.get(key.from_network, key.to_network) is not None
+        if app._publication is not None and config.relay is not None:
+            imported = {network for section in config.imports for network in section.sources}
+            assert app._publication._asks == sorted(imported | set(config.relay.asks))
+        if app.gateway is not None and config.gateway is not None:
+            gateway = role_configs.gateway_config(config, config.gateway, app.gateway.config.guard)
+            assert app.gateway.config == gateway
+            assert app.gateway._delivery._allow == gateway.allow
+            assert app.gateway._delivery._policy == gateway.policy
+            assert app.gateway._arrivals.keys == role_configs.keys(config)
+            assert app.registrar is not None
+            assert app.gateway is not None
+            guard, epoch = app._guard(), app.gateway.epoch
+            assert app.registrar.config == role_configs.registrar_config(config, config.gateway, guard, epoch=epoch)
+            assert all(one._config is app.registrar.config for one in app.registrar._registrations.values())
+        if app.turn is not None and config.turn is not None:
+            turn = role_configs.turn_config(config, config.turn)
+            assert app.turn.config == turn
+            assert app.turn._meeting.table.limits == turn.limits
+            assert app.turn._meeting.transactions.allowed_peers == turn.allowed_peers
+            assert app.turn._meeting.transactions._paces._rate == turn.limits.max_bytes_per_second_per_account
+            assert app.turn._authenticator._secrets == turn.secrets
+            assert app.turn._authenticator._keys.keys() == turn.users.keys()
+        if app._dns is not None and config.dns is not None:
+            assert plain(app._dns.config) == plain(role_configs.dns_config(config, config.dns))
+        server = app.discovery_server
+        if server is not None and config.discovery_server is not None:
+            made = role_configs.discovery_server_config(config, config.discovery_server)
+            assert [part._config for part in (server, server._records, server._leases)] == [made] * 3
+            assert server._credentials._config == made
+            assert (server._hub.most, server._hub.most_per_network) == (
+                made.max_watchers,
+                made.max_watchers_per_network,
+            )
+            assert server._requests.per_s == made.requests_per_s
+        assert logging.getLogger().level == getattr(logging, config.log.level.upper())
+
+
+@asynccontextmanager
+async def inside(files: Files, part: str) -> AsyncIterator[Inside]:
+    path = files.folder / f"{part}.yaml"
+    path.write_text(files.text(files.documents[part]))
+    config = load(path)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    app = App(config, config.roles, path)
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(app.serve())
+            async with asyncio.timeout(LIMIT_S):
+                while not app.started:
+                    await asyncio.sleep(0.005)
+            try:
+                yield Inside(app, path, files)
+            finally:
+                app.stop()
+                app.stop()
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(120)
+async def test_what_is_applied_is_what_every_role_goes_by(files: Files) -> None:
+    live = {
+        part: [field for field in all_fields(files.documents) if field.part == part and is_live(field)]
+        for part in files.documents
+    }
+    assert len(live["a"]) > 50
+    for part, those in live.items():
+        async with inside(files, part) as one:
+            shown = encode(Config, one.app.config)
+            for field in those:
+                before = one.app.config
+                await one.take(field.changed(files.documents[part], value_at(shown, field.place)))
+                assert one.app.config != before, field.path
+                one.holds()
+                await one.take(files.documents[part])
+                assert one.app.config == before, field.path
+                one.holds()
+
+
+def is_live(field: Field) -> bool:
+    """Tell whether a field changes without a restart; one below a live field does with it."""
+    name = str(field.place[0])
+    if name in LIVE:
+        section = typing.get_type_hints(Config, include_extras=True)[name]
+        keys = {key: one.name for key, one, _ in _fields(_unwrapped(section)[0])}
+        return keys[str(field.place[1])] in LIVE[name]
+    return {key: one.name for key, one, _ in _fields(Config)}[name] in LIVE[""]
+
+
+@pytest.mark.anyio
+async def test_an_error_while_it_is_applied_leaves_all_as_it_was(
+    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with inside(files, "a") as one:
+        app, document = one.app, files.documents["a"]
+        assert app.relay is not None
+        assert app.reloader is not None
+        async with asyncio.timeout(LIMIT_S):
+            while app.discovery is None or app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is None:
+                await asyncio.sleep(0.005)
+        before = app.config
+        changed = document | {"relay": document["relay"] | {"pool": 7}, "log": {"level": "debug"}, "turn_servers": []}
+        changed["turn"] = document["turn"] | {"max_streams_per_user": 5}
+        reconfigure, publication = app.relay.reconfigure, app._publication
+        assert publication is not None
+
+        def broken(config: Config) -> None:
+            raise ZeroDivisionError("a defect")
+
+        monkeypatch.setattr(publication, "reconfigure", broken)
+        (files.folder / "a.yaml").write_text(files.text(changed))
+        app.reloader.ask()
+        async with asyncio.timeout(LIMIT_S):
+            while not app.reloader.status["faults"]:
+                await asyncio.sleep(0.005)
+        assert app.reloader.status["faults"] == ["an unexpected error: ZeroDivisionError: a defect"]
+        assert app.config is before
+        monkeypatch.undo()
+        assert app.relay.reconfigure == reconfigure
+        one.holds()
+        assert app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is not None
+        # The same file is taken once the defect is gone.
+        await one.take(changed)
+        assert app.relay.config.pool == 7
+        one.holds()
+        async with asyncio.timeout(LIMIT_S):
+            while app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is not None:
+                await asyncio.sleep(0.005)
+    said = capsys.readouterr().err
+    assert '"event":"reload_failed"' in said
+    assert "ZeroDivisionError" in said
