@@ -20,16 +20,16 @@ from typing import Any
 from bench.exchange import UPLOAD, client_hello, request
 from bench.worker import allow_open_files, serve_commands
 from crossnet.config.sections import DEFAULT_DOMAIN
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.formats.client_hello import HelloReader
 from sniproxy.transport.base import Candidate, RouteKind
 from sniproxy.transport.errors import DialError, ResetBeforeReady, StaleEpoch
 from sniproxy.tunnel.capsules import CapsuleType, header
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import Opened, Ping, Ready, Received
 from sniproxy.tunnel.preamble import SigningKey
-from sniproxy.tunnel.relay_handshake import Call, Opener
+from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 from turnreg.stun.message import Message, MessageClass, Method
 
 AGAIN_S = (0.5, 1.5)
@@ -83,23 +83,23 @@ def key_of(text: str, from_network: str, to_network: str) -> SigningKey:
     )
 
 
-def opener(key: SigningKey) -> Opener:
+def opener(key: SigningKey) -> GatewayConnector:
     """Return what opens streams as a relay of the key's network would."""
     keys = SigningKeys({key.id: key})
-    return Opener(key.from_network, keys, now_ms=lambda: time.time_ns() // 1_000_000)
+    return GatewayConnector(key.from_network, keys, now_ms=lambda: time.time_ns() // 1_000_000)
 
 
-def call(name: str) -> Call:
+def call(name: str) -> StreamRequest:
     """Return a client's first bytes."""
     data = client_hello(name)
     reader = HelloReader()
     hello = reader.feed(data)
     assert hello is not None
-    return Call(stream=os.urandom(16), client=("127.0.0.1", 1), local=("127.0.0.1", 2), hello=hello, data=data)
+    return StreamRequest(stream=os.urandom(16), client=("127.0.0.1", 1), local=("127.0.0.1", 2), hello=hello, data=data)
 
 
-async def opened(relay: Opener, asked: Call, way: Candidate) -> Framed:
-    """Open a stream, again where the gateway tells its epoch first. Errors as for `Opener.open`, and of connecting."""
+async def opened(relay: GatewayConnector, asked: StreamRequest, way: Candidate) -> CapsuleConnection:
+    """Open a stream, again where the gateway tells its epoch first. Errors as for `GatewayConnector.open`, and of connecting."""
     try:
         return await relay.open(asked, way, 0, await relay.connect(way))
     except StaleEpoch:
@@ -242,7 +242,7 @@ class Floods:
             await asyncio.to_thread(_pour, sock, _filled(piece), self._stop.is_set)
 
 
-def _taken(wire: Wire) -> socket.socket:
+def _taken(wire: SocketStream) -> socket.socket:
     """Return the connection of a wire, which is closed."""
     sock = socket.socket(fileno=os.dup(wire.fd))
     wire.close()

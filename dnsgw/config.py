@@ -7,7 +7,7 @@ from pathlib import Path
 
 from discovery.model.imports import Imports
 from dnsgw.message.question import MAX_UDP_REPLY
-from dnsgw.upstream.address import Destination
+from dnsgw.upstream.address import UpstreamAddress
 from dnsgw.upstream.cache import CacheConfig
 from dnsgw.upstream.forwarder import MAX_IN_FLIGHT, RACE_S
 from dnsgw.upstream.server import Endpoint
@@ -49,10 +49,10 @@ class DnsConfig:
     domain: str = DEFAULT_DOMAIN
     """The mesh domain."""
 
-    upstream: tuple[Destination | Endpoint, ...] = ()
+    upstream: tuple[UpstreamAddress | Endpoint, ...] = ()
     """Resolvers for all other names, in order; none: the name servers of `resolv_conf`."""
 
-    forward: Mapping[str, tuple[Destination, ...]] = field(default_factory=dict)
+    forward: Mapping[str, tuple[UpstreamAddress, ...]] = field(default_factory=dict)
     """Resolvers of their own for the names at and under these."""
 
     absent: tuple[str | IPv4Network | IPv6Network, ...] = ()

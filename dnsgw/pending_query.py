@@ -36,7 +36,7 @@ UNDECIDED = _failure(
 )
 
 
-class Asked:
+class PendingQuery:
     """One question and the way of its reply."""
 
     __slots__ = ("depth", "extra", "held", "host", "most", "query", "send", "tcp", "where")
@@ -67,10 +67,10 @@ class Asked:
         self.extra = len(added)
         self.send = partial(_send_with, self.send, added)
 
-    def about(self, name: bytes, send: Send) -> "Asked":
+    def about(self, name: bytes, send: Send) -> "PendingQuery":
         """The same question about another name, whose reply of any length goes to `send`. Raises Malformed."""
         query = retargeted(self.query, name)
-        return Asked(query, self.host, send, None, tcp=True, most=self.most, depth=self.depth + 1)
+        return PendingQuery(query, self.host, send, None, tcp=True, most=self.most, depth=self.depth + 1)
 
 
 def _send_with(send: Send, added: bytes, reply: bytes, where: Any) -> None:

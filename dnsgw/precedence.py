@@ -11,14 +11,14 @@ from typing import Protocol, TypeAlias
 
 from dnsgw.message.question import Qtype
 from dnsgw.message.reply import Presence, presence
-from dnsgw.pending_query import Asked
-from dnsgw.two_generation_cache import Recent
+from dnsgw.pending_query import PendingQuery
+from dnsgw.two_generation_cache import TwoGenerationCache
 from dnsgw.upstream.exchange import Failure
-from dnsgw.upstream.resolver import Heard
+from dnsgw.upstream.resolver import UpstreamReply
 
 MAX_VERDICTS = 4096
 
-Then: TypeAlias = Callable[[Asked, Heard | Failure], None]
+Then: TypeAlias = Callable[[PendingQuery, UpstreamReply | Failure], None]
 
 
 class Owner(Enum):
@@ -30,14 +30,14 @@ class Owner(Enum):
     """Upstream does not say."""
 
 
-Settled: TypeAlias = Callable[[Asked, Owner, Heard | Failure | None], None]
+Settled: TypeAlias = Callable[[PendingQuery, Owner, UpstreamReply | Failure | None], None]
 """Gets the verdict, and what upstream said to the question itself, if it was asked that."""
 
 
 class Ask(Protocol):
     """Upstream, as far as it matters here."""
 
-    def __call__(self, asked: Asked, then: Then, qtype: int | None = None) -> None:
+    def __call__(self, asked: PendingQuery, then: Then, qtype: int | None = None) -> None:
         """Ask the question itself, or the same about another type; what is older than a verdict does not count."""
 
 
@@ -49,13 +49,13 @@ class Precedence:
         self._ask = ask
         self._now = now
         self.ttl_s = ttl_s
-        self._verdicts: Recent[tuple[float, Owner]] = Recent(MAX_VERDICTS)
+        self._verdicts: TwoGenerationCache[tuple[float, Owner]] = TwoGenerationCache(MAX_VERDICTS)
 
     def forget(self) -> None:
         """Begin without a verdict."""
-        self._verdicts = Recent(MAX_VERDICTS)
+        self._verdicts = TwoGenerationCache(MAX_VERDICTS)
 
-    def settle(self, asked: Asked, then: Settled) -> None:
+    def settle(self, asked: PendingQuery, then: Settled) -> None:
         """Find out whose the name is that was asked for, now or later."""
         until, owner = self._verdicts.get(asked.query.name) or (0.0, Owner.UNDECIDED)
         known = self._now() < until
@@ -66,9 +66,9 @@ class Precedence:
         else:
             self._ask(asked, partial(self._probed, then, Qtype.A, None), Qtype.A)
 
-    def _heard(self, then: Settled, known: bool, asked: Asked, result: Heard | Failure) -> None:
+    def _heard(self, then: Settled, known: bool, asked: PendingQuery, result: UpstreamReply | Failure) -> None:
         """Upstream's answer to the question itself; `known`: the name was upstream's a moment ago."""
-        said = presence(result.wire) if isinstance(result, Heard) else Presence.FAILED
+        said = presence(result.wire) if isinstance(result, UpstreamReply) else Presence.FAILED
         if said is Presence.NXDOMAIN:
             self._decide(then, asked, Owner.OURS)
         elif said is Presence.NODATA and not known:
@@ -80,10 +80,15 @@ class Precedence:
             then(asked, Owner.UPSTREAM, result)
 
     def _probed(
-        self, then: Settled, qtype: Qtype, kept: Heard | Failure | None, asked: Asked, result: Heard | Failure
+        self,
+        then: Settled,
+        qtype: Qtype,
+        kept: UpstreamReply | Failure | None,
+        asked: PendingQuery,
+        result: UpstreamReply | Failure,
     ) -> None:
         """Upstream's answer about an address type that was not asked for; `kept` is its answer to the question."""
-        said = presence(result.wire) if isinstance(result, Heard) else Presence.FAILED
+        said = presence(result.wire) if isinstance(result, UpstreamReply) else Presence.FAILED
         if said is Presence.FAILED:
             then(asked, Owner.UNDECIDED, kept)
         elif said is Presence.DATA:
@@ -93,6 +98,8 @@ class Precedence:
         else:
             self._decide(then, asked, Owner.OURS)
 
-    def _decide(self, then: Settled, asked: Asked, owner: Owner, heard: Heard | Failure | None = None) -> None:
+    def _decide(
+        self, then: Settled, asked: PendingQuery, owner: Owner, heard: UpstreamReply | Failure | None = None
+    ) -> None:
         self._verdicts[asked.query.name] = (self._now() + self.ttl_s, owner)
         then(asked, owner, heard)

@@ -17,20 +17,20 @@ from discovery.model.mesh import Mesh
 from dnsgw.client_limits import Client, Clients, Host
 from dnsgw.config import DnsConfig
 from dnsgw.mesh_zone.current import Tables
-from dnsgw.mesh_zone.dual_stack import Pairs
-from dnsgw.mesh_zone.ownership_changes import moved
+from dnsgw.mesh_zone.dual_stack import DualStackConsistency
+from dnsgw.mesh_zone.ownership_changes import changed_owner
 from dnsgw.mesh_zone.zone import NOT_READY, Disposition
 from dnsgw.message import cookie
 from dnsgw.message.question import MAX_TCP_REPLY, BadQuery, Qtype, Rcode, option, scan, wire_name
 from dnsgw.message.reply import Answer, truncate
 from dnsgw.message.upstream_reply import Malformed, Message, joined, retargeted
 from dnsgw.metrics import DnsMetrics, Outcome
-from dnsgw.pending_query import FAILURES, FORMAT_ERROR, REFUSED, TOO_MANY, UNDECIDED, Asked, Send
+from dnsgw.pending_query import FAILURES, FORMAT_ERROR, REFUSED, TOO_MANY, UNDECIDED, PendingQuery, Send
 from dnsgw.precedence import Owner, Precedence, Then
 from dnsgw.upstream.cache import answer_cached, key_of
 from dnsgw.upstream.exchange import Failure
 from dnsgw.upstream.forwarder import Forwarder
-from dnsgw.upstream.resolver import Foreign, Heard
+from dnsgw.upstream.resolver import UpstreamReply, UpstreamResolver
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +61,13 @@ class Resolver:
         self._drawn = os.urandom(cookie.SECRET_SIZE)
         self._secret = config.cookie_secret or self._drawn
         self._probes: dict[bytes, Callable[[], None]] = {}
-        self._pairs = Pairs()
+        self._pairs = DualStackConsistency()
         self._note = self._pairs.recent.append
         self._mesh: Mesh | None = None
         self._stale_end: asyncio.TimerHandle | None = None
         self._tables = Tables(config)
         self._table = self._tables.make(None, 0.0)
-        self._foreign = Foreign(
+        self._foreign = UpstreamResolver(
             config.cache, metrics, max_in_flight=config.max_in_flight, client_subnet=config.client_subnet
         )
         self._cache = self._foreign.cache
@@ -76,7 +76,7 @@ class Resolver:
         self._limited = 0
         self._most = config.max_udp_reply
         self._precedence = Precedence(self._ask_anew, lambda: self._loop.time(), config.ttl_s)
-        self._held: dict[Asked, None] = {}
+        self._held: dict[PendingQuery, None] = {}
         self._next_log = 0.0
         self._window: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -113,7 +113,7 @@ class Resolver:
             self._stale_end.cancel()
             self._stale_end = None
         if self._mesh is not None:
-            names = moved(self._mesh, imports_before, mesh, self._config.imports)
+            names = changed_owner(self._mesh, imports_before, mesh, self._config.imports)
             self._cache.flush(map(wire_name, names))
         self._mesh = mesh
         now = time.monotonic()
@@ -192,9 +192,9 @@ class Resolver:
             else:
                 send(b"" if self._limited % _SLIP else truncate(TOO_MANY.reply(query, query.limit), query), where)
         else:
-            self._probe_or_dispatch(Asked(query, host, send, where, tcp=tcp, most=self._most))
+            self._probe_or_dispatch(PendingQuery(query, host, send, where, tcp=tcp, most=self._most))
 
-    def _probe_or_dispatch(self, asked: Asked) -> None:
+    def _probe_or_dispatch(self, asked: PendingQuery) -> None:
         query = asked.query
         if self._probes and query.name in self._probes:
             self._probes.pop(query.name)()
@@ -216,7 +216,7 @@ class Resolver:
         self._probes[name] = seen
         return lambda: self._probes.pop(name, None) and None
 
-    def _dispatch(self, asked: Asked) -> None:
+    def _dispatch(self, asked: PendingQuery) -> None:
         decision = self._table.decide(asked.query)
         if isinstance(decision, Answer):
             self._answer(asked, decision)
@@ -227,7 +227,7 @@ class Resolver:
         else:
             self._hold(asked)
 
-    def _answer(self, asked: Asked, answer: Answer) -> None:
+    def _answer(self, asked: PendingQuery, answer: Answer) -> None:
         reply = answer.reply(asked.query, asked.limit)
         self._count(reply)
         asked.send(reply, asked.where)
@@ -238,11 +238,11 @@ class Resolver:
 
     # Upstream's answers
 
-    def _ask(self, asked: Asked, then: Then, qtype: int | None = None) -> None:
+    def _ask(self, asked: PendingQuery, then: Then, qtype: int | None = None) -> None:
         """Ask upstream the question itself, or the same about another type."""
         self._foreign.ask(asked.query, asked.host, partial(self._guarded, then, asked), tcp=asked.tcp, qtype=qtype)
 
-    def _ask_anew(self, asked: Asked, then: Then, qtype: int | None = None) -> None:
+    def _ask_anew(self, asked: PendingQuery, then: Then, qtype: int | None = None) -> None:
         """As `_ask`, of a name that may be ours too: what upstream said before the last `ttl_s` does not count."""
         self._foreign.ask(
             asked.query,
@@ -253,7 +253,7 @@ class Resolver:
             max_age_s=self._config.ttl_s,
         )
 
-    def _forwarded(self, asked: Asked, result: Heard | Failure) -> None:
+    def _forwarded(self, asked: PendingQuery, result: UpstreamReply | Failure) -> None:
         if isinstance(result, Failure):
             self._counts[Outcome.OVERLOADED if result is Failure.OVERLOADED else Outcome.UPSTREAM_FAILED] += 1
             asked.send(FAILURES[result].reply(asked.query, asked.limit), asked.where)
@@ -268,7 +268,7 @@ class Resolver:
         else:
             self._pass_on(asked, result)
 
-    def _pass_on(self, asked: Asked, result: Heard) -> None:
+    def _pass_on(self, asked: PendingQuery, result: UpstreamReply) -> None:
         """Answer what upstream said."""
         self._counts[result.outcome] += 1
         if result.outcome is Outcome.CACHED and result.entry is not None and not asked.depth and not result.bindings:
@@ -278,14 +278,14 @@ class Resolver:
         wire = result.wire
         asked.send(wire if len(wire) <= asked.limit else truncate(wire, asked.query), asked.where)
 
-    def _decide_on(self, asked: Asked, name: bytes) -> Answer | Disposition:
+    def _decide_on(self, asked: PendingQuery, name: bytes) -> Answer | Disposition:
         return self._table.decide(retargeted(asked.query, name))
 
     # Service bindings (RFC 9460) hand out addresses, ports and keys of the name that they lead to. Where that is a name of
     # ours, they lead round the relay, or blind it; without them clients ask for addresses. A record set is whole or not at
     # all, so all of it is withheld. Aliases among them hand out nothing: whoever follows one asks us for the name.
 
-    def _bound(self, asked: Asked, result: Heard, names: tuple[bytes, ...]) -> None:
+    def _bound(self, asked: PendingQuery, result: UpstreamReply, names: tuple[bytes, ...]) -> None:
         """Answer what upstream said unless one of these names is ours."""
         for count, name in enumerate(names, 1):
             decision = self._decide_on(asked, name)
@@ -299,7 +299,13 @@ class Resolver:
         self._pass_on(asked, result)
 
     def _binding_settled(
-        self, asked: Asked, result: Heard, rest: tuple[bytes, ...], _: Asked, owner: Owner, __: Heard | Failure | None
+        self,
+        asked: PendingQuery,
+        result: UpstreamReply,
+        rest: tuple[bytes, ...],
+        _: PendingQuery,
+        owner: Owner,
+        __: UpstreamReply | Failure | None,
     ) -> None:
         if owner is Owner.UPSTREAM:
             self._guarded(self._bound, asked, result, rest)
@@ -309,7 +315,7 @@ class Resolver:
     # A chain of aliases from upstream that leads to a name of ours is finished by us: upstream does not have the name, or
     # has another network's private address for it.
 
-    def _ours(self, asked: Asked, heard: Heard) -> int:
+    def _ours(self, asked: PendingQuery, heard: UpstreamReply) -> int:
         """How many aliases lead to the first name of ours; 0: none is."""
         for count, target in enumerate(heard.targets, 1):
             decision = self._decide_on(asked, target)
@@ -321,10 +327,10 @@ class Resolver:
                 return count
         return 0
 
-    def _finish_chain(self, asked: Asked, heard: Heard, count: int) -> None:
+    def _finish_chain(self, asked: PendingQuery, heard: UpstreamReply, count: int) -> None:
         self._dispatch(asked.about(heard.targets[count - 1], partial(self._join, asked, heard, count)))
 
-    def _join(self, asked: Asked, heard: Heard, count: int, reply: bytes, where: Any) -> None:  # noqa: ARG002
+    def _join(self, asked: PendingQuery, heard: UpstreamReply, count: int, reply: bytes, where: Any) -> None:  # noqa: ARG002
         wire = b""
         if reply:
             try:
@@ -335,7 +341,7 @@ class Resolver:
 
     # Imported names of which upstream has the first word.
 
-    def _settled(self, asked: Asked, owner: Owner, heard: Heard | Failure | None) -> None:
+    def _settled(self, asked: PendingQuery, owner: Owner, heard: UpstreamReply | Failure | None) -> None:
         if owner is Owner.OURS:
             self._answer_import(asked)
         elif owner is Owner.UNDECIDED:
@@ -345,7 +351,7 @@ class Resolver:
         else:
             self._forwarded(asked, heard)
 
-    def _answer_import(self, asked: Asked) -> None:
+    def _answer_import(self, asked: PendingQuery) -> None:
         answer = self._table.imported(asked.query)
         if isinstance(answer, Answer):
             self._answer(asked, answer)
@@ -356,19 +362,19 @@ class Resolver:
 
     # Questions from before the first news of discovery
 
-    def _hold(self, asked: Asked) -> None:
+    def _hold(self, asked: PendingQuery) -> None:
         if len(self._held) >= MAX_HELD:
             self._answer(asked, NOT_READY)
             return
         asked.held = self._loop.call_later(HOLD_S, self._release, asked)
         self._held[asked] = None
 
-    def _release(self, asked: Asked) -> None:
+    def _release(self, asked: PendingQuery) -> None:
         if asked in self._held:
             del self._held[asked]
             self._guarded(self._answer, asked, NOT_READY)
 
-    def _guarded(self, step: Callable[..., None], asked: Asked, *arguments: object) -> None:
+    def _guarded(self, step: Callable[..., None], asked: PendingQuery, *arguments: object) -> None:
         try:
             step(asked, *arguments)
         except Exception as error:  # noqa: BLE001 - as above

@@ -21,7 +21,7 @@ from dnsgw.message.question import probe_question
 from dnsgw.metrics import DnsMetrics
 from dnsgw.resolver import Resolver
 from dnsgw.turns import Turns
-from dnsgw.upstream.address import Destination, Way
+from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.forwarder import TOTAL_S, Forwarder
 from dnsgw.upstream.server import Endpoint, leads_here, read_resolv_conf
 
@@ -57,7 +57,7 @@ class DnsServer:
         self.addresses: tuple[Endpoint, ...] = ()
         """Where it listens, with the ports that were chosen for 0."""
 
-        self.upstreams: tuple[Destination, ...] = ()
+        self.upstreams: tuple[UpstreamAddress, ...] = ()
         """Who is asked for everything else."""
 
         self.metrics = DnsMetrics()
@@ -133,10 +133,10 @@ class DnsServer:
         """What is known of each upstream, for people."""
         return [upstream.status() for upstream in self._forwarders[-1].upstreams] if self._forwarders else []
 
-    def _make_forwarder(self, config: DnsConfig, upstreams: Sequence[Destination]) -> Forwarder:
+    def _make_forwarder(self, config: DnsConfig, upstreams: Sequence[UpstreamAddress]) -> Forwarder:
         """Raises OSError when the certificates of upstreams cannot be read."""
         secret = any(
-            upstream.way in (Way.TLS, Way.HTTPS)
+            upstream.way in (UpstreamProtocol.TLS, UpstreamProtocol.HTTPS)
             for group in (upstreams, *config.forward.values())
             for upstream in group
         )
@@ -152,7 +152,7 @@ class DnsServer:
             turns=self._turns,
         )
 
-    def _ask_by(self, forwarder: Forwarder, upstreams: tuple[Destination, ...]) -> None:
+    def _ask_by(self, forwarder: Forwarder, upstreams: tuple[UpstreamAddress, ...]) -> None:
         """Ask these upstreams from now on; what was asked of others may still be answered."""
         for former in self._forwarders:
             self._spawn(self._retire(former))
@@ -308,7 +308,7 @@ class DnsServer:
         self._udp.append(udp)
         return address, tcp.port
 
-    def _choose_upstreams(self, config: DnsConfig) -> tuple[Destination, ...]:
+    def _choose_upstreams(self, config: DnsConfig) -> tuple[UpstreamAddress, ...]:
         """Take the configured upstreams; or the host's, but for ourselves, whom the host may well ask."""
         chosen = tuple(_destination(upstream) for upstream in config.upstream)
         for upstream in (*chosen, *(upstream for group in config.forward.values() for upstream in group)):
@@ -320,7 +320,7 @@ class DnsServer:
             return chosen
         self._resolv_conf = _stamp(config.resolv_conf)
         found = read_resolv_conf(config.resolv_conf)
-        kept = tuple(Destination(*endpoint) for endpoint in found if not leads_here(endpoint, self.addresses))
+        kept = tuple(UpstreamAddress(*endpoint) for endpoint in found if not leads_here(endpoint, self.addresses))
         if not kept:
             log.warning(
                 "dns_no_upstream",
@@ -329,8 +329,8 @@ class DnsServer:
         return kept
 
 
-def _destination(upstream: Destination | Endpoint) -> Destination:
-    return upstream if isinstance(upstream, Destination) else Destination(*upstream)
+def _destination(upstream: UpstreamAddress | Endpoint) -> UpstreamAddress:
+    return upstream if isinstance(upstream, UpstreamAddress) else UpstreamAddress(*upstream)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from typing import Generic, TypeVar
 KeptT = TypeVar("KeptT")
 
 
-class Recent(Generic[KeptT]):
+class TwoGenerationCache(Generic[KeptT]):
     """A bounded dict that forgets what was not used for long: two generations, the older dropped when one is full."""
 
     __slots__ = ("_limit", "_old", "young")

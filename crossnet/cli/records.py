@@ -13,7 +13,7 @@ import msgspec
 
 from crossnet.config.sections import Config
 from discovery.client.mesh_file import format_mesh, load_mesh
-from discovery.client.servers import Away, Refused, Servers
+from discovery.client.servers import Refused, Servers, ServerUnavailable
 from discovery.files.yaml_file import BadFile
 from discovery.model.mesh import Kind, decode_record
 
@@ -58,7 +58,7 @@ def _with_servers(config: Config, ask: Callable[[Servers], Awaitable[T]]) -> T:
 
     try:
         return asyncio.run(speak())
-    except (Away, Refused, OSError, ValueError) as error:
+    except (ServerUnavailable, Refused, OSError, ValueError) as error:
         raise RecordsError(str(error)) from error
 
 

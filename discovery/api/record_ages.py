@@ -6,7 +6,7 @@ from discovery.model.mesh import Deletion, Key
 from discovery.store import Change
 
 
-class Ages:
+class RecordAges:
     """When each record came. One that is written again keeps its time; one that was there before us has none."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

@@ -31,12 +31,12 @@ from discovery.api.messages import (
     parse_token,
 )
 from discovery.api.page import PageState, render_page
-from discovery.api.record_ages import Ages
+from discovery.api.record_ages import RecordAges
 from discovery.api.records import RecordRoutes
 from discovery.api.tokens import OPEN, Principal, Tokens, hash_token
 from discovery.api.watchers import WatchHub
 from discovery.api.watching import WatchRoute
-from discovery.files.fingerprint import Stamp
+from discovery.files.fingerprint import FileFingerprint
 from discovery.files.yaml_file import BadFile
 from discovery.http.listener import Connection, Listener, address_of
 from discovery.http.rate_limit import RateLimit
@@ -99,7 +99,7 @@ class DiscoveryServer:
         self._metrics = _Metrics(registry)
         self._tokens: Tokens | None = None
         self._hub = WatchHub(self._store, most=config.max_watchers, most_per_network=config.max_watchers_per_network)
-        self._ages = Ages(time.monotonic)
+        self._ages = RecordAges(time.monotonic)
         self._store.subscribe(self._ages.take)
         self._listening = Listener("discovery_server", listener_limits(config), registry)
         self._records = RecordRoutes(self._store, config, self._listening.gate)
@@ -144,8 +144,8 @@ class DiscoveryServer:
         reasons = start_refusals(config)
         if reasons:
             raise ServerRefused(reasons)
-        tokens, certificates = Stamp([config.tokens_file]), Stamp([config.tls_cert, config.tls_key])
-        authorities = Stamp([config.tls_client_ca])
+        tokens, certificates = FileFingerprint([config.tokens_file]), FileFingerprint([config.tls_cert, config.tls_key])
+        authorities = FileFingerprint([config.tls_client_ca])
         self._tokens = Tokens.load(config.tokens_file) if config.tokens_file is not None else None
         tls = tls_context(config)
         await self._store.open()
@@ -227,7 +227,7 @@ class DiscoveryServer:
                 log.error("leases cannot be ended: %s", error)
             await asyncio.sleep(SWEEP_S)
 
-    async def _keep_tokens(self, stamp: Stamp) -> None:
+    async def _keep_tokens(self, stamp: FileFingerprint) -> None:
         path = self._config.tokens_file
         while path is not None:
             await asyncio.sleep(RELOAD_S)
@@ -242,7 +242,7 @@ class DiscoveryServer:
                 ended = self._hub.keep(known.still)
                 log.info("the tokens file is read anew", extra={"event": {"tokens": len(known), "ended": ended}})
 
-    async def _keep_certificates(self, certificates: Stamp, authorities: Stamp) -> None:
+    async def _keep_certificates(self, certificates: FileFingerprint, authorities: FileFingerprint) -> None:
         while self._config.tls_cert is not None:
             await asyncio.sleep(RELOAD_S)
             ours, theirs = certificates.changed(), authorities.changed()

@@ -17,7 +17,7 @@ from yarl import URL
 from discovery.client import snapshot_file
 from discovery.client.contract import Discovery, DiscoveryError, IssuedCredentials, Subscribers
 from discovery.client.desired_state import NOT_YET, Delete, DesiredState, Put
-from discovery.client.servers import BACKOFF_MOST_S, Away, Backoff, Refused, Servers, parse_server_url
+from discovery.client.servers import BACKOFF_MOST_S, Backoff, Refused, Servers, ServerUnavailable, parse_server_url
 from discovery.client.view import GRACE_S, BadWatch, View
 from discovery.model.mesh import Key, Kind, Mesh, Spec
 
@@ -225,7 +225,7 @@ class DiscoveryClient(Discovery):
                 if lease is not None:
                     async with self._servers.connected():
                         await self._servers.anywhere("DELETE", f"/v1/leases/{lease}")
-        except (TimeoutError, Away, Refused) as error:
+        except (TimeoutError, ServerUnavailable, Refused) as error:
             log.info("the lease could not be ended, it will run out: %s", error or "no answer in time")
         if self._snapshot_file is not None and self._unsaved.is_set():
             await self._save(self._snapshot_file)
@@ -243,7 +243,7 @@ class DiscoveryClient(Discovery):
             )
         except Refused as error:
             raise DiscoveryError(error.code, error.detail) from None
-        except (Away, KeyError, TypeError, ValueError) as error:
+        except (ServerUnavailable, KeyError, TypeError, ValueError) as error:
             raise DiscoveryError("unavailable", str(error)) from None
 
     # Watching.
@@ -258,7 +258,7 @@ class DiscoveryClient(Discovery):
             try:
                 await self._watch(url)
                 why = "the server ended the watch"
-            except (Away, Refused, BadWatch) as error:
+            except (ServerUnavailable, Refused, BadWatch) as error:
                 why = str(error)
                 if isinstance(error, Refused):
                     self._refused("the watch", url, error)
@@ -388,7 +388,7 @@ class DiscoveryClient(Discovery):
                     self._refusals.pop("our lease and records", None)
                 if self._desired.settled:
                     self._refusals.pop("our lease and records", None)
-            except (Away, Refused) as error:
+            except (ServerUnavailable, Refused) as error:
                 log.debug("discovery cannot be written: %s", error)
                 if isinstance(error, Refused):
                     self._refused("our lease and records", url, error)
@@ -429,7 +429,9 @@ class DiscoveryClient(Discovery):
         except Refused as error:
             if error.code == "no_lease":
                 self._lose_lease(lease)
-                raise Away(str(error)) from None  # not at once again: a store that forgets leases would be flooded
+                raise ServerUnavailable(
+                    str(error)
+                ) from None  # not at once again: a store that forgets leases would be flooded
             if error.status == 401 or error.code == "rate_limited":
                 raise
             kind, network, record_id = work.key
@@ -465,7 +467,7 @@ class DiscoveryClient(Discovery):
         except Refused as error:
             if error.status != 404:
                 raise
-            raise Away(f"{'/'.join(work.key)} was there and is gone again") from None
+            raise ServerUnavailable(f"{'/'.join(work.key)} was there and is gone again") from None
 
     def _lose_lease(self, lease: str | None) -> None:
         if self._lease != lease:

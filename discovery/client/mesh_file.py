@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from discovery.client.contract import Discovery, DiscoveryError, IssuedCredentials, Subscribers
-from discovery.files.fingerprint import Stamp
+from discovery.files.fingerprint import FileFingerprint
 from discovery.files.yaml_file import BadFile, read_records
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import SPEC_TYPES, AnyRecord, Deletion, Key, Kind, Mesh, Record, Spec, service_id
@@ -80,7 +80,7 @@ class StaticDiscovery(Discovery):
         self._path = path
         self._network = network
         self._allowed = allowed
-        self._stamp = Stamp([path])
+        self._stamp = FileFingerprint([path])
         self._file = load_mesh(path, allowed)
         self._own: dict[Key, AnyRecord] = {}
         self._mesh = self._file

@@ -33,7 +33,7 @@ MAX_BODY = 1024 * 1024  # what servers take
 MAX_ANSWER = 64 * 1024 * 1024  # a list of all records; one of a hundred thousand has some 20 MB
 
 
-class Away(Exception):
+class ServerUnavailable(Exception):
     """A server cannot be used now: another one can, or the same later."""
 
 
@@ -167,16 +167,16 @@ class Servers:
                 await self._check(response, 201)
                 return msgspec.json.decode(await _read(response), type=dict[str, Any])
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
-            raise Away(f"{url}: {await self._explained(url, error)}") from None
+            raise ServerUnavailable(f"{url}: {await self._explained(url, error)}") from None
 
     async def anywhere(self, method: str, path: str, body: object = None) -> dict[str, Any]:
         """Ask the servers one after the other, each once, until one answers. Raises Away, Refused."""
-        away: Away | None = None
+        away: ServerUnavailable | None = None
         for _ in range(self.count):
             url = self.current
             try:
                 return await self.request(method, url, path, body)
-            except Away as error:
+            except ServerUnavailable as error:
                 away = error
                 self.failed(url)
         assert away is not None
@@ -198,7 +198,7 @@ class Servers:
                 while data := await response.content.readany():
                     yield data
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Away(f"{url}: {await self._explained(url, error)}") from None
+            raise ServerUnavailable(f"{url}: {await self._explained(url, error)}") from None
 
     async def _explained(self, url: URL, error: BaseException) -> str:
         """Say what happened; of a certificate that fails for a clock, by how much."""
@@ -244,7 +244,7 @@ class Servers:
         except (msgspec.MsgspecError, KeyError):
             code, detail = "unknown", f"status {response.status}"
         if response.status >= 500:
-            raise Away(f"{code}: {detail}")
+            raise ServerUnavailable(f"{code}: {detail}")
         raise Refused(response.status, code, detail)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-class Stamp:
+class FileFingerprint:
     """What some files looked like. A file that is written anew, replaced, removed or linked elsewhere looks different."""
 
     def __init__(self, paths: Iterable[Path | None]) -> None:

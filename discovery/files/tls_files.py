@@ -4,7 +4,7 @@ import logging
 import ssl
 from pathlib import Path
 
-from discovery.files.fingerprint import Stamp
+from discovery.files.fingerprint import FileFingerprint
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +15,7 @@ class TlsFiles:
     def __init__(self, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> None:
         """Read the files; without an authority the system's. Raises OSError, ssl.SSLError."""
         self._files = ca, certificate, key
-        self._stamp = Stamp(self._files)
+        self._stamp = FileFingerprint(self._files)
         self._context = self._read()
 
     def current(self) -> ssl.SSLContext:

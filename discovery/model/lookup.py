@@ -36,7 +36,7 @@ class Unresolved(LookupError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Place:
     """One place that a name may mean."""
 
     network: str
@@ -52,7 +52,7 @@ class Resolution:
     """All places that a name may mean, the preferred one first; never none."""
 
     asked: AddressTarget | ServiceTarget | PlainName
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Place, ...]
     rule: ImportRule | None = None
     """The import that a plain name came in by."""
 
@@ -78,14 +78,14 @@ def resolve(
     match asked:
         case AddressTarget(network=network):
             _check_network(network, mesh)
-            return Resolution(asked=asked, candidates=(Candidate(network=network, target=asked, service=None),))
+            return Resolution(asked=asked, candidates=(Place(network=network, target=asked, service=None),))
         case ServiceTarget():
             return Resolution(asked=asked, candidates=(_service(asked, mesh),))
         case PlainName():
             return _plain(asked, mesh, imports, local_port)
 
 
-def reached(name: str, where: Address | str, port: int, mesh: Mesh, network: str, domain: str) -> Candidate:
+def reached(name: str, where: Address | str, port: int, mesh: Mesh, network: str, domain: str) -> Place:
     """Check that a name leads to a target in `network`, by that network's own records. No import is needed for it.
 
     A gateway asks this about the name that a stream has proven and the target that its relay asks for. A plain name says no port,
@@ -123,7 +123,7 @@ def reached(name: str, where: Address | str, port: int, mesh: Mesh, network: str
         told = meant.service if isinstance(meant, ServiceTarget) else str(meant.address)
         detail = f"the relay asks for {shown}, but {name!r} leads to {told}, port {meant.port}"
         raise Unresolved(UnresolvedReason.WRONG_TARGET, detail)
-    return Candidate(network=network, target=meant, service=service)
+    return Place(network=network, target=meant, service=service)
 
 
 def _check_network(network: str, mesh: Mesh) -> None:
@@ -147,7 +147,7 @@ def _one_service(asked: ServiceTarget, mesh: Mesh) -> Record[ServiceSpec]:
     return found[0]
 
 
-def _service(asked: ServiceTarget, mesh: Mesh) -> Candidate:
+def _service(asked: ServiceTarget, mesh: Mesh) -> Place:
     _check_network(asked.network, mesh)
     service = _one_service(asked, mesh)
     spec = service.spec
@@ -157,7 +157,7 @@ def _service(asked: ServiceTarget, mesh: Mesh) -> Candidate:
             f"service {spec.name!r} of network {asked.network!r} has no port {asked.port}, only {_port_list(spec)}",
         )
     target = ServiceTarget(asked.network, spec.name, asked.port)
-    return Candidate(network=asked.network, target=target, service=service)
+    return Place(network=asked.network, target=target, service=service)
 
 
 def _plain(asked: PlainName, mesh: Mesh, imports: Imports, local_port: int | None) -> Resolution:
@@ -175,7 +175,7 @@ def _plain(asked: PlainName, mesh: Mesh, imports: Imports, local_port: int | Non
             unclear = service
             continue
         target = ServiceTarget(network, asked.name, port)
-        candidates.append(Candidate(network=network, target=target, service=service))
+        candidates.append(Place(network=network, target=target, service=service))
     if candidates:
         return Resolution(asked=asked, candidates=tuple(candidates), rule=rule)
     if unclear is not None:

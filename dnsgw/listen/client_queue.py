@@ -17,7 +17,7 @@ Packet: TypeAlias = tuple[bytes, bytes, bytes]
 """What came, the address it came from, and where its reply goes."""
 
 
-class Crowd:
+class ClientQueue:
     """What waits."""
 
     __slots__ = ("_queues", "_size", "dropped")

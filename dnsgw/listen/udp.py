@@ -12,7 +12,7 @@ from typing import Any
 
 from dnsgw.client_limits import client_of, packed
 from dnsgw.listen.batch import MAX_QUERY, SLOTS, Batch, available
-from dnsgw.listen.client_queue import Crowd
+from dnsgw.listen.client_queue import ClientQueue
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.resolver import Resolver
 from dnsgw.upstream.server import Endpoint
@@ -57,7 +57,7 @@ class UdpListener:
             self._sock.close()
             raise
         self._batch = Batch(self._sock, v6=self._v6, wildcard=self._wildcard) if available(self._sock) else None
-        self._crowd = Crowd()
+        self._crowd = ClientQueue()
         self._again: asyncio.Handle | None = None
         self._flush_at: asyncio.Handle | None = None
         self._reading = False

@@ -6,7 +6,7 @@ Sans-IO: time comes as an argument, in seconds of any one clock.
 from discovery.model.mesh import Mesh
 from discovery.model.names import normalise_domain
 from dnsgw.config import DnsConfig
-from dnsgw.mesh_zone.local_zones import Absent
+from dnsgw.mesh_zone.local_zones import LocallyServedZones
 from dnsgw.mesh_zone.zone import Table
 
 
@@ -26,7 +26,9 @@ class Tables:
     def reconfigure(self, config: DnsConfig) -> None:
         """Go by this from now on. Raises BadName for a bad domain."""
         self.config = config
-        self._absent = Absent(config.absent, (*config.forward, normalise_domain(config.domain)), config.search)
+        self._absent = LocallyServedZones(
+            config.absent, (*config.forward, normalise_domain(config.domain)), config.search
+        )
 
     def make(self, mesh: Mesh | None, now: float) -> Table:
         """Make the table of a mesh; None: discovery was not heard from. Raises BadName for a bad domain."""

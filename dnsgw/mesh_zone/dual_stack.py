@@ -18,7 +18,7 @@ PAIR_S = 0.05  # between two packets that were sent at once
 _HALVES = {b"\0\x01": b"\0\x1c", b"\0\x1c": b"\0\x01"}  # A and AAAA
 
 
-class Pairs:
+class DualStackConsistency:
     """Who asked for one half lately. Its user notes every question in `recent` and asks `reply` while `open` is not empty."""
 
     __slots__ = ("_until", "open", "recent")

@@ -49,7 +49,7 @@ class Found(NamedTuple):
     """There may be names below: it is there, and has no records (RFC 8020)."""
 
 
-class Absent:
+class LocallyServedZones:
     """What one configuration has nobody asked for."""
 
     def __init__(

@@ -14,7 +14,7 @@ def is_imported(name: str, mesh: Mesh, imports: Imports) -> bool:
     return rule is not None and any(mesh.service(network, name) is not None for network in rule.sources)
 
 
-def moved(before: Mesh, imports_before: Imports, after: Mesh, imports_after: Imports) -> set[str]:
+def changed_owner(before: Mesh, imports_before: Imports, after: Mesh, imports_after: Imports) -> set[str]:
     """The names that are imported and offered in one of two states and not in the other.
 
     Where the imports stay the same this costs nothing but for networks whose services changed.

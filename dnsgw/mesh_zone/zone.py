@@ -26,7 +26,7 @@ from discovery.model.names import (
     encode,
     normalise_domain,
 )
-from dnsgw.mesh_zone.local_zones import Absent, reverse_zones
+from dnsgw.mesh_zone.local_zones import LocallyServedZones, reverse_zones
 from dnsgw.mesh_zone.vip import address_of, reverse
 from dnsgw.message.question import (
     HEADER_SIZE,
@@ -41,7 +41,7 @@ from dnsgw.message.question import (
 )
 from dnsgw.message.rdata import BadRdata, hinfo, soa, srv
 from dnsgw.message.reply import Answer, answer_prepared
-from dnsgw.two_generation_cache import Recent
+from dnsgw.two_generation_cache import TwoGenerationCache
 
 MAX_ADDRESSES = 8  # in one answer: even 8 of IPv6 fit in 512 bytes under any name (musl before 1.2.4 has no TCP)
 MAX_PREPARED = 32768  # answers kept for names that exist, per generation; some 300 bytes each
@@ -80,7 +80,7 @@ class Table:
         ttl_s: int,
         stale: Mesh | None = None,
         vips: IPv4Network | IPv6Network | None = None,
-        absent: Absent = Absent(),  # noqa: B008 - it never changes
+        absent: LocallyServedZones = LocallyServedZones(),  # noqa: B008 - it never changes
     ) -> None:
         """Prepare what all answers share. `mesh` None: discovery was not heard from. Raises BadName for a bad domain.
 
@@ -95,8 +95,8 @@ class Table:
         self._suffixes = (self._zone, _LOCALHOST, _RESOLVER_ARPA, *_ABSENT_TOP_LEVEL)
         self._ttl_s = ttl_s
         self._soa = soa(self._domain, mesh.revision if mesh else 0, ttl_s)
-        self._present: Recent[Answer] = Recent(MAX_PREPARED)
-        self._absent: Recent[Answer] = Recent(MAX_PREPARED_ABSENT)
+        self._present: TwoGenerationCache[Answer] = TwoGenerationCache(MAX_PREPARED)
+        self._absent: TwoGenerationCache[Answer] = TwoGenerationCache(MAX_PREPARED_ABSENT)
         self._nodata: dict[int, Answer] = {}
         self._any = Answer(tails=(record(OWNER, Qtype.HINFO, ttl_s, hinfo(_ANY_HINFO)),), answers=1)
         self._refused = Answer(Rcode.REFUSED, authoritative=False)

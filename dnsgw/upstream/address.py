@@ -17,11 +17,11 @@ from ipaddress import ip_address
 from discovery.model.addresses import Address, format_endpoint
 
 
-class BadDestination(ValueError):
+class BadUpstreamAddress(ValueError):
     """Text that names no upstream."""
 
 
-class Way(StrEnum):
+class UpstreamProtocol(StrEnum):
     """How an upstream is spoken to."""
 
     UDP = "udp"
@@ -30,7 +30,12 @@ class Way(StrEnum):
     HTTPS = "https"
 
 
-DEFAULT_PORTS = {Way.UDP: 53, Way.TCP: 53, Way.TLS: 853, Way.HTTPS: 443}
+DEFAULT_PORTS = {
+    UpstreamProtocol.UDP: 53,
+    UpstreamProtocol.TCP: 53,
+    UpstreamProtocol.TLS: 853,
+    UpstreamProtocol.HTTPS: 443,
+}
 EXPECTED = "ip, ip:port, tcp://ip, tls://ip#name or https://ip/path#name of a DNS server"
 
 _FORM = re.compile(
@@ -40,12 +45,12 @@ _FORM = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Destination:
+class UpstreamAddress:
     """One upstream."""
 
     address: Address
     port: int
-    way: Way = Way.UDP
+    way: UpstreamProtocol = UpstreamProtocol.UDP
     name: str = ""
     """What its certificate must be for, if not its address."""
 
@@ -53,7 +58,7 @@ class Destination:
     """Of DNS over HTTPS."""
 
     def __str__(self) -> str:
-        if self.way is Way.UDP:
+        if self.way is UpstreamProtocol.UDP:
             return (
                 str(self.address) if self.port == DEFAULT_PORTS[self.way] else format_endpoint(self.address, self.port)
             )
@@ -67,18 +72,18 @@ class Destination:
         return self.address, self.port
 
 
-def parse_destination(text: str) -> Destination:
+def parse_destination(text: str) -> UpstreamAddress:
     """Read an upstream. Raises BadDestination."""
     found = _FORM.fullmatch(text)
     if found is None:
-        raise BadDestination(EXPECTED)
-    way = Way(found["way"] or "udp")
+        raise BadUpstreamAddress(EXPECTED)
+    way = UpstreamProtocol(found["way"] or "udp")
     try:
         address = ip_address(found["host"].strip("[]"))
         port = int(found["port"]) if found["port"] else DEFAULT_PORTS[way]
     except ValueError as error:
-        raise BadDestination(EXPECTED) from error
-    secret = way in (Way.TLS, Way.HTTPS)
-    if port > 65535 or bool(found["path"]) != (way is Way.HTTPS) or (found["name"] and not secret):
-        raise BadDestination(EXPECTED)
-    return Destination(address, port, way, (found["name"] or "").lower().rstrip("."), found["path"] or "")
+        raise BadUpstreamAddress(EXPECTED) from error
+    secret = way in (UpstreamProtocol.TLS, UpstreamProtocol.HTTPS)
+    if port > 65535 or bool(found["path"]) != (way is UpstreamProtocol.HTTPS) or (found["name"] and not secret):
+        raise BadUpstreamAddress(EXPECTED)
+    return UpstreamAddress(address, port, way, (found["name"] or "").lower().rstrip("."), found["path"] or "")

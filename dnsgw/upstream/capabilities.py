@@ -21,7 +21,7 @@ class _Cookie:
         self.since = since
 
 
-class Abilities:
+class Capabilities:
     """Of one upstream."""
 
     __slots__ = ("_address", "_case_off", "_cookies", "_edns_off", "_secret", "_stream_down", "edns_seen")

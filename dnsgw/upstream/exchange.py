@@ -6,8 +6,8 @@ from enum import Enum
 from typing import Protocol, TypeAlias
 
 from dnsgw.message.question import Query
-from dnsgw.upstream.address import Destination
-from dnsgw.upstream.capabilities import Abilities
+from dnsgw.upstream.address import UpstreamAddress
+from dnsgw.upstream.capabilities import Capabilities
 
 
 class Failure(Enum):
@@ -26,11 +26,11 @@ Done: TypeAlias = Callable[[bytes | Failure], None]
 """Gets the answer, with an id and a spelling that are not the client's, or why there is none."""
 
 
-class Asked(Protocol):
+class QueryTarget(Protocol):
     """An upstream, as far as an exchange knows it."""
 
-    destination: Destination
-    abilities: Abilities
+    destination: UpstreamAddress
+    abilities: Capabilities
 
     def ask(self, exchange: "Exchange", now: float, *, stream: bool) -> None:
         """Make one attempt, over a connection if `stream`. Raises OSError when it is known at once to be in vain."""
@@ -73,7 +73,7 @@ class Pending(dict[int, Attempt]):
 
     __slots__ = ("stream", "unwanted", "upstream")
 
-    def __init__(self, upstream: Asked, *, stream: bool) -> None:
+    def __init__(self, upstream: QueryTarget, *, stream: bool) -> None:
         """Begin with nothing; `stream`: it is a connection, on which nobody off the path can forge."""
         super().__init__()
         self.upstream = upstream
@@ -115,7 +115,7 @@ class Exchange:
         "waiting",
     )
 
-    def __init__(self, key: bytes, query: Query, deadline: float, *, tcp: bool, order: Sequence[Asked]) -> None:
+    def __init__(self, key: bytes, query: Query, deadline: float, *, tcp: bool, order: Sequence[QueryTarget]) -> None:
         """Ask the upstreams in this order, again and again, until `deadline` in the loop's time."""
         self.key = key
         self.query = query
@@ -129,13 +129,13 @@ class Exchange:
         self.refusals = 0
         """Attempts that failed at once: nobody listens there, or the connection was lost."""
 
-        self.last: Asked | None = None
+        self.last: QueryTarget | None = None
         """Who was asked last."""
 
         self.forged = 0
         """Answers to this question with a wrong id, at a wrong port, or of another name."""
 
-        self.trust: dict[Asked, Trust] = {}
+        self.trust: dict[QueryTarget, Trust] = {}
         """The upstreams whose answers over UDP looked forged."""
 
         self.plain = False

@@ -20,9 +20,9 @@ from dnsgw.message.question import Query, Rcode, wire_name
 from dnsgw.message.upstream_query import question_key, restored, subnet_of
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
 from dnsgw.turns import Turns
-from dnsgw.upstream.address import Destination
-from dnsgw.upstream.exchange import Asked, Attempt, Done, Exchange, Failure, Pending, Trust
-from dnsgw.upstream.outstanding import Alike
+from dnsgw.upstream.address import UpstreamAddress
+from dnsgw.upstream.exchange import Attempt, Done, Exchange, Failure, Pending, QueryTarget, Trust
+from dnsgw.upstream.outstanding import OutstandingQueries
 from dnsgw.upstream.server import Endpoint, Upstream
 from dnsgw.upstream.verify import Opt, Verdict, judge, question_of
 
@@ -52,10 +52,10 @@ class Forwarder:
 
     def __init__(
         self,
-        destinations: Sequence[Destination | Endpoint],
+        destinations: Sequence[UpstreamAddress | Endpoint],
         metrics: DnsMetrics,
         *,
-        zones: Mapping[str, Sequence[Destination]] | None = None,
+        zones: Mapping[str, Sequence[UpstreamAddress]] | None = None,
         max_in_flight: int = MAX_IN_FLIGHT,
         attempt_s: float = ATTEMPT_S,
         total_s: float = TOTAL_S,
@@ -86,15 +86,15 @@ class Forwarder:
             for zone, found in (zones or {}).items()
         }
         self._exchanges: dict[bytes, Exchange] = {}
-        self._alike = Alike(lambda exchange: self._loop.call_soon(self._let_out, exchange))
+        self._alike = OutstandingQueries(lambda exchange: self._loop.call_soon(self._let_out, exchange))
         self._closed = False
         self._next_log = 0.0
         self.waiting = 0
         """Clients that wait for an answer."""
 
-    def _upstream(self, destination: Destination | Endpoint) -> Upstream:
-        if not isinstance(destination, Destination):
-            destination = Destination(*destination)
+    def _upstream(self, destination: UpstreamAddress | Endpoint) -> Upstream:
+        if not isinstance(destination, UpstreamAddress):
+            destination = UpstreamAddress(*destination)
         return Upstream(
             destination,
             self._loop,
@@ -198,7 +198,7 @@ class Forwarder:
         if self._exchanges.get(exchange.key) is exchange:
             self._attempt(exchange)
 
-    def _again(self, exchange: Exchange, upstream: Asked) -> None:
+    def _again(self, exchange: Exchange, upstream: QueryTarget) -> None:
         """Ask the same upstream once more, in another way."""
         now = self._loop.time()
         if self._ask(exchange, upstream, now):
@@ -207,7 +207,7 @@ class Forwarder:
         else:
             self._attempt(exchange)
 
-    def _ask(self, exchange: Exchange, upstream: Asked, now: float) -> bool:
+    def _ask(self, exchange: Exchange, upstream: QueryTarget, now: float) -> bool:
         """Make one attempt; False: it is known at once to be in vain."""
         if len(exchange.open) > 1:
             earlier = [attempt for attempt in exchange.open if attempt.pending.upstream is upstream]
@@ -234,7 +234,7 @@ class Forwarder:
         wait_s = max(min(wait_s, exchange.deadline - now), 0)
         exchange.timer = self._loop.call_later(wait_s, self._elapsed, exchange)
 
-    def _refused(self, exchange: Exchange, upstream: Asked, now: float) -> None:
+    def _refused(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
         self._metrics.upstream[UpstreamOutcome.UNREACHABLE] += 1
         exchange.refusals += 1
         upstream.failed(now)
@@ -296,7 +296,7 @@ class Forwarder:
         self,
         exchange: Exchange,
         attempt: Attempt,
-        upstream: Asked,
+        upstream: QueryTarget,
         verdict: Verdict,
         packet: bytes,
         opt: Opt | None,
@@ -334,7 +334,7 @@ class Forwarder:
         self._drop(exchange, attempt)
         self._again(exchange, upstream)
 
-    def _learn(self, upstream: Asked, attempt: Attempt, opt: Opt | None) -> None:
+    def _learn(self, upstream: QueryTarget, attempt: Attempt, opt: Opt | None) -> None:
         """Remember what an answer tells about its server."""
         said = opt.cookie if opt is not None else b""
         if opt is not None:
@@ -343,7 +343,7 @@ class Forwarder:
         if attempt.client_cookie and (said or attempt.exchange.doubted):
             upstream.abilities.learned_cookie(attempt.source, said)
 
-    def _answered(self, exchange: Exchange, attempt: Attempt, upstream: Asked, packet: bytes) -> None:
+    def _answered(self, exchange: Exchange, attempt: Attempt, upstream: QueryTarget, packet: bytes) -> None:
         if packet[3] & 0xF in _TRY_ANOTHER and exchange.attempts < len(exchange.order):
             self._metrics.upstream[UpstreamOutcome.FAILED_OVER] += 1
             exchange.fallback = packet
@@ -397,14 +397,14 @@ class Forwarder:
 
     # Where somebody seems to forge
 
-    def _suspect(self, exchange: Exchange, upstream: Asked) -> None:
+    def _suspect(self, exchange: Exchange, upstream: QueryTarget) -> None:
         """Count an answer that nobody should have sent; after a few the question goes on over TCP."""
         exchange.forged += 1
         if exchange.forged > MAX_FORGED and upstream not in exchange.trust:
             self._report(exchange, upstream, self._loop.time())
             self._over_tcp(exchange, upstream)
 
-    def _over_tcp(self, exchange: Exchange, upstream: Asked) -> None:
+    def _over_tcp(self, exchange: Exchange, upstream: QueryTarget) -> None:
         """Wait for no answer of this upstream over UDP any more, but ask it over TCP."""
         at_stake = [each for each in exchange.open if each.pending.upstream is upstream and not each.pending.stream]
         if upstream in exchange.trust or not at_stake:
@@ -416,11 +416,11 @@ class Forwarder:
         exchange.trust[upstream] = Trust.STREAM if upstream.abilities.takes_streams(now) else Trust.RENEWED
         self._again(exchange, upstream)
 
-    def _stream_failed(self, exchange: Exchange, upstream: Asked, now: float) -> None:
+    def _stream_failed(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
         exchange.trust[upstream] = Trust.RENEWED
         upstream.abilities.refused_stream(now)
 
-    def _report(self, exchange: Exchange, upstream: Asked, now: float) -> None:
+    def _report(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
         """Log that somebody seems to forge, once a minute at most: whoever does it can do more."""
         if now < self._next_log:
             return

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from dnsgw.message.question import HEADER_SIZE
-from dnsgw.upstream.address import Destination
+from dnsgw.upstream.address import UpstreamAddress
 from dnsgw.upstream.exchange import Pending
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class HttpsClient:
 
     def __init__(
         self,
-        destination: Destination,
+        destination: UpstreamAddress,
         tls: ssl.SSLContext,
         *,
         received: Callable[[bytes, Pending], None],

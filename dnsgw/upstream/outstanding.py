@@ -8,7 +8,7 @@ from dnsgw.upstream.exchange import Exchange
 MAX_ALIKE = 4  # over UDP; they differ in RD, CD, DO or a subnet that is passed on
 
 
-class Alike:
+class OutstandingQueries:
     """The exchanges that are out, by name and type.
 
     `start` is called with each that is let out after its wait, and must not end it at once.

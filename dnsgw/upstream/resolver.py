@@ -16,7 +16,7 @@ from dnsgw.message.reply import truncate
 from dnsgw.message.upstream_query import subnet_of
 from dnsgw.message.upstream_reply import Malformed, Message
 from dnsgw.metrics import DnsMetrics, Outcome
-from dnsgw.two_generation_cache import Recent
+from dnsgw.two_generation_cache import TwoGenerationCache
 from dnsgw.upstream.cache import MIN_PREFETCH_USES, RETRY_STALE_S, Cache, CacheConfig, Entry, key_of
 from dnsgw.upstream.exchange import Failure
 from dnsgw.upstream.forwarder import Forwarder
@@ -31,7 +31,7 @@ _STALE = {
 }
 
 
-class Heard:
+class UpstreamReply:
     """What upstream said, as the reply to the question that was asked, of any length."""
 
     __slots__ = ("bindings", "entry", "outcome", "targets", "wire")
@@ -56,10 +56,10 @@ class Heard:
         self.bindings = bindings
 
 
-Done: TypeAlias = Callable[[Heard | Failure], None]
+Done: TypeAlias = Callable[[UpstreamReply | Failure], None]
 
 
-class Foreign:
+class UpstreamResolver:
     """All that is known and asked of upstream."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Foreign:
         self._metrics = metrics
         self._most = max(max_in_flight // CLIENT_SHARE, 1)
         self._client_subnet = client_subnet
-        self._failed: Recent[tuple[float, bytes | Failure]] = Recent(MAX_FAILURES)
+        self._failed: TwoGenerationCache[tuple[float, bytes | Failure]] = TwoGenerationCache(MAX_FAILURES)
         self._waiting: dict[Client, int] = {}
         self._prefetching: set[bytes] = set()
         self._read: tuple[bytes, Message] | None = None
@@ -95,7 +95,7 @@ class Foreign:
     def forget(self) -> None:
         """Forget all that was said, and keep nothing of what was asked before now: upstream is somebody else."""
         self.cache.clear()
-        self._failed = Recent(MAX_FAILURES)
+        self._failed = TwoGenerationCache(MAX_FAILURES)
         self._generation += 1
 
     def ask(
@@ -121,7 +121,7 @@ class Foreign:
             now = self._loop.time()
             known = self._recall(query, key, now, max_age_s)
             if known is not None:
-                entry = known.entry if isinstance(known, Heard) else None
+                entry = known.entry if isinstance(known, UpstreamReply) else None
                 if entry is not None and now >= entry.fresh_until and entry.uses >= MIN_PREFETCH_USES:
                     self._prefetch(query, key)
                 done(known)
@@ -134,13 +134,13 @@ class Foreign:
         self._waiting[client] = waiting + 1
         self._forwarder.ask(query, partial(self._heard, self._generation, query, key, client, done), tcp=tcp)
 
-    def _recall(self, query: Query, key: bytes, now: float, max_age_s: float | None) -> Heard | Failure | None:
+    def _recall(self, query: Query, key: bytes, now: float, max_age_s: float | None) -> UpstreamReply | Failure | None:
         entry = self.cache.get(key)
         if entry is not None:
             if now < entry.expires and (max_age_s is None or now - entry.stored < max_age_s):
                 entry.uses += 1
                 wire = entry.reply(query, now)
-                return Heard(wire, Outcome.CACHED, entry, targets=entry.targets, bindings=entry.bindings)
+                return UpstreamReply(wire, Outcome.CACHED, entry, targets=entry.targets, bindings=entry.bindings)
             if entry.expires <= now < entry.retry_at and self.cache.may_be_stale(entry, now):
                 return self._stale(query, entry)
         failed = self._failed.get(key)
@@ -183,14 +183,14 @@ class Foreign:
         else:
             done(heard)
 
-    def _understood(self, query: Query, key: bytes | None, result: bytes, now: float) -> Heard | Failure:
+    def _understood(self, query: Query, key: bytes | None, result: bytes, now: float) -> UpstreamReply | Failure:
         try:
             # All who waited for one answer get the same object: it is read once.
             if self._read is None or self._read[0] is not result:
                 self._read = (result, Message(result))
             message = self._read[1]
             entry = self.cache.put(query, key, message, now) if key is not None else None
-            return Heard(
+            return UpstreamReply(
                 message.as_reply(query),
                 Outcome.FORWARDED,
                 entry,
@@ -199,7 +199,7 @@ class Foreign:
             )
         except Malformed:
             if int.from_bytes(result[2:4], "big") & TC:  # it was cut somewhere, and what is left does not matter
-                return Heard(truncate(query.id.to_bytes(2, "big") + result[2:], query), Outcome.FORWARDED)
+                return UpstreamReply(truncate(query.id.to_bytes(2, "big") + result[2:], query), Outcome.FORWARDED)
             return Failure.MALFORMED
 
     def _give_up(self, query: Query, key: bytes | None, done: Done, failure: Failure) -> None:
@@ -212,7 +212,7 @@ class Foreign:
                 self._failed[key] = (self._loop.time() + FAILURE_TTL_S, failure)
         done(failure)
 
-    def _last_good(self, query: Query, key: bytes) -> Heard | None:
+    def _last_good(self, query: Query, key: bytes) -> UpstreamReply | None:
         """The last good answer if it may be given past its end."""
         entry = self.cache.get(key)
         now = self._loop.time()
@@ -222,6 +222,6 @@ class Foreign:
         return self._stale(query, entry)
 
     @staticmethod
-    def _stale(query: Query, entry: Entry) -> Heard:
+    def _stale(query: Query, entry: Entry) -> UpstreamReply:
         wire = entry.stale_reply(query, _STALE[Rcode(entry.rcode)])
-        return Heard(wire, Outcome.STALE, targets=entry.targets, bindings=entry.bindings)
+        return UpstreamReply(wire, Outcome.STALE, targets=entry.targets, bindings=entry.bindings)

@@ -21,11 +21,11 @@ from dnsgw.message.cookie import OPTION, SECRET_SIZE
 from dnsgw.message.question import option
 from dnsgw.message.upstream_query import encode, respelled, subnet_of
 from dnsgw.turns import Turns
-from dnsgw.upstream.address import Destination, Way
-from dnsgw.upstream.capabilities import Abilities
+from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
+from dnsgw.upstream.capabilities import Capabilities
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
-from dnsgw.upstream.stream_client import Pipeline
+from dnsgw.upstream.stream_client import StreamClient
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Upstream:
 
     def __init__(
         self,
-        destination: Destination,
+        destination: UpstreamAddress,
         loop: asyncio.AbstractEventLoop,
         *,
         received: Callable[[bytes, Pending], None],
@@ -86,7 +86,7 @@ class Upstream:
         self.spawn: Callable[[Coroutine[Any, Any, None]], object] | None = None
         """Runs a coroutine in a task; only DNS over HTTPS needs it."""
 
-        self.abilities = Abilities(destination.address.packed, os.urandom(SECRET_SIZE))
+        self.abilities = Capabilities(destination.address.packed, os.urandom(SECRET_SIZE))
         self._family = socket.AF_INET if destination.address.version == 4 else socket.AF_INET6
         self._destination = (str(destination.address), destination.port)
         self._loop = loop
@@ -94,12 +94,12 @@ class Upstream:
         self._lost = lost
         self._turns = turns
         self._tls = tls
-        self._random_case = random_case and destination.way is Way.UDP
+        self._random_case = random_case and destination.way is UpstreamProtocol.UDP
         self._client_subnet = client_subnet
         self._ports: list[_Port | None] = [None] * POOL
         self._retired: set[_Port] = set()
-        self._pipeline: Pipeline[Pending] | None = None
-        self._pipelines: set[Pipeline[Pending]] = set()
+        self._pipeline: StreamClient[Pending] | None = None
+        self._pipelines: set[StreamClient[Pending]] = set()
         self._https: HttpsClient | None = None
         self._failures = 0
         self._down_until = 0.0
@@ -107,9 +107,9 @@ class Upstream:
     def ask(self, exchange: Exchange, now: float, *, stream: bool) -> None:
         """Make one attempt, over a connection if `stream`. Raises OSError when it is known at once to be in vain."""
         way = self.destination.way
-        if way is Way.HTTPS:
+        if way is UpstreamProtocol.HTTPS:
             self._ask_https(exchange, now)
-        elif stream or way is not Way.UDP:
+        elif stream or way is not UpstreamProtocol.UDP:
             self._ask_pipeline(exchange, now)
         else:
             self._ask_port(exchange, now)
@@ -299,10 +299,10 @@ class Upstream:
 
     def _ask_pipeline(self, exchange: Exchange, now: float) -> None:
         pipeline = self._pipeline
-        secret = self.destination.way is Way.TLS
+        secret = self.destination.way is UpstreamProtocol.TLS
         # A second attempt does not trust the connection that the first one still waits on.
         if pipeline is None or pipeline.closed or any(attempt.pending is pipeline.pending for attempt in exchange.open):
-            pipeline = Pipeline(
+            pipeline = StreamClient(
                 self._loop,
                 Pending(self, stream=True),
                 received=self._received,
@@ -318,7 +318,7 @@ class Upstream:
         query = exchange.query
         attempt = Attempt(exchange, pipeline.pending, ident, query.name + query.question[-4:])
         attempt.source = pipeline.source
-        message = self._message(attempt, now, cookies=self.destination.way is Way.UDP, pad=secret)
+        message = self._message(attempt, now, cookies=self.destination.way is UpstreamProtocol.UDP, pad=secret)
         pipeline.pending[ident] = attempt
         exchange.open.append(attempt)
         pipeline.send(ident.to_bytes(2, "big") + message)
@@ -334,7 +334,7 @@ class Upstream:
         exchange.open.append(attempt)
         self.spawn(self._https.post(pending, 0, self._message(attempt, now, cookies=False, pad=True)))
 
-    def _pipeline_lost(self, pipeline: Pipeline[Pending]) -> None:
+    def _pipeline_lost(self, pipeline: StreamClient[Pending]) -> None:
         self._pipelines.discard(pipeline)
         if pipeline.pending:
             self._lost(pipeline.pending)

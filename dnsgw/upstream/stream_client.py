@@ -24,7 +24,7 @@ _READ = 65536
 PendingT = TypeVar("PendingT", bound=dict[int, Any])
 
 
-class Pipeline(Generic[PendingT]):
+class StreamClient(Generic[PendingT]):
     """A connection that is opened at once and takes messages before it is there. `pending` is kept by its user."""
 
     def __init__(
@@ -33,7 +33,7 @@ class Pipeline(Generic[PendingT]):
         pending: PendingT,
         *,
         received: Callable[[bytes, PendingT], None],
-        lost: Callable[["Pipeline[PendingT]"], None],
+        lost: Callable[["StreamClient[PendingT]"], None],
         turns: Turns,
         tls: ssl.SSLContext | None = None,
         server_name: str = "",

@@ -4,26 +4,26 @@ Not here: names, routes, capsules. The engine knows sockets, byte counts, deadli
 the engine owns is never given to an asyncio transport: uvloop refuses to watch a transport's descriptor.
 """
 
-from sniproxy.engine.copy import Activity, Direction, End, Lost, Moved, Splice, drain, fill, pump, splice
+from sniproxy.engine.copy import CopyDirection, End, IdleTimer, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.deadlines import Deadlines
 from sniproxy.engine.listener import Listener
 from sniproxy.engine.pipes import PipePool
-from sniproxy.engine.socket_stream import Wire, WireClosed, connect
-from sniproxy.engine.tls_stream import TlsWire, connect_tls
+from sniproxy.engine.socket_stream import SocketStream, StreamClosed, connect
+from sniproxy.engine.tls_stream import TlsStream, connect_tls
 
 __all__ = [
-    "Activity",
+    "CopyDirection",
     "Deadlines",
-    "Direction",
     "End",
+    "IdleTimer",
     "Listener",
     "Lost",
     "Moved",
     "PipePool",
+    "SocketStream",
     "Splice",
-    "TlsWire",
-    "Wire",
-    "WireClosed",
+    "StreamClosed",
+    "TlsStream",
     "connect",
     "connect_tls",
     "drain",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sniproxy.engine.pipes import PIPE_BYTES, Pipe, PipePool
-from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES, Wire
+from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES, SocketStream
 
 BULK_READS = 4
 """Full reads in a row that make a direction bulk: 256 KiB, past any handshake or ordinary answer."""
@@ -29,7 +29,7 @@ POOL = PipePool()
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
-class Direction:
+class CopyDirection:
     """What one direction of a stream has moved, and whether it has been worth a pipe of late."""
 
     __slots__ = (
@@ -46,8 +46,8 @@ class Direction:
 
     def __init__(
         self,
-        activity: "Activity",
-        *wires: Wire,
+        activity: "IdleTimer",
+        *wires: SocketStream,
         pool: PipePool = POOL,
         pace: Callable[[int], float] | None = None,
     ) -> None:
@@ -68,7 +68,7 @@ class Direction:
         self.pace = pace
         self._spliceable = all(wire.spliceable for wire in wires)
 
-    def joins(self, wire: Wire) -> None:
+    def joins(self, wire: SocketStream) -> None:
         """Note that this wire, too, is at one end from now on. Call it while no move is under way."""
         if not wire.spliceable:
             self._spliceable = False
@@ -107,7 +107,7 @@ class Direction:
             self._full_reads = 0
 
 
-class Activity:
+class IdleTimer:
     """When a stream last moved a byte, on the loop's clock, and the timer that ends it when that is too long ago."""
 
     __slots__ = ("_limit_s", "_loop", "_scope", "_timer", "last")
@@ -123,7 +123,7 @@ class Activity:
         """Note that a byte moved."""
         self.last = self._loop.time()
 
-    def quiet_s(self) -> float:
+    def idle_s(self) -> float:
         """Say for how many seconds nothing has moved."""
         return self._loop.time() - self.last
 
@@ -135,7 +135,7 @@ class Activity:
             self._timer.cancel()
             self._timer = self._loop.call_later(limit_s, self._look)
 
-    def hasten(self, limit_s: float) -> None:
+    def shorten(self, limit_s: float) -> None:
         """Lower the limit to this, if it is not lower already."""
         if limit_s < self._limit_s:
             self.limit(limit_s)
@@ -167,13 +167,13 @@ class Activity:
 class Lost(Exception):
     """A wire was reset or timed out. `writing`: found by writing, so that bytes it sent before may be left to read."""
 
-    def __init__(self, wire: Wire, *, writing: bool) -> None:
+    def __init__(self, wire: SocketStream, *, writing: bool) -> None:
         super().__init__(f"{wire!r} lost while {'writing' if writing else 'reading'}")
         self.wire = wire
         self.writing = writing
 
 
-async def fill(source: Wire, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
+async def fill(source: SocketStream, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
     """Splice what is there from `source` into the empty pipe, up to `limit`, waiting for the first byte; 0 at the end."""
     if source.holds_unread:
         data = source.take_unread()
@@ -194,7 +194,7 @@ async def fill(source: Wire, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
             return size
 
 
-async def drain(pipe: Pipe, sink: Wire) -> None:
+async def drain(pipe: Pipe, sink: SocketStream) -> None:
     """Splice all that the pipe holds into `sink`."""
     while pipe.held:
         try:
@@ -203,7 +203,7 @@ async def drain(pipe: Pipe, sink: Wire) -> None:
             await sink.writable()
 
 
-async def pump(source: Wire, sink: Wire, direction: Direction) -> None:
+async def pump(source: SocketStream, sink: SocketStream, direction: CopyDirection) -> None:
     """Move everything from `source` to `sink` up to the end of the stream. The end itself is the caller's to pass on.
 
     Raises:
@@ -257,7 +257,7 @@ class Moved:
     end: End
 
 
-async def splice(a: Wire, b: Wire, *, idle_timeout_s: float, half_close_timeout_s: float) -> Moved:
+async def splice(a: SocketStream, b: SocketStream, *, idle_timeout_s: float, half_close_timeout_s: float) -> Moved:
     """Join two raw wires both ways until both have ended, and close them.
 
     A FIN is passed on while the other direction goes on. A reset is passed on as a reset, after what the wire had sent before it
@@ -273,13 +273,13 @@ async def splice(a: Wire, b: Wire, *, idle_timeout_s: float, half_close_timeout_
 class Splice:
     """Two raw wires joined both ways; counts may be read while it runs."""
 
-    def __init__(self, a: Wire, b: Wire, *, idle_timeout_s: float, half_close_timeout_s: float) -> None:
+    def __init__(self, a: SocketStream, b: SocketStream, *, idle_timeout_s: float, half_close_timeout_s: float) -> None:
         self.a, self.b = a, b
-        self._activity = Activity(idle_timeout_s)
+        self._activity = IdleTimer(idle_timeout_s)
         self._half_close_timeout_s = half_close_timeout_s
-        self.a_to_b = Direction(self._activity, a, b)
-        self.b_to_a = Direction(self._activity, a, b)
-        self._lost: Wire | None = None
+        self.a_to_b = CopyDirection(self._activity, a, b)
+        self.b_to_a = CopyDirection(self._activity, a, b)
+        self._lost: SocketStream | None = None
 
     async def run(self) -> Moved:
         """Move bytes until both directions have ended; closes both wires in any case."""
@@ -303,14 +303,14 @@ class Splice:
                 self.b.reset()
         return Moved(a_to_b=self.a_to_b.moved, b_to_a=self.b_to_a.moved, end=end)
 
-    async def _one_way(self, source: Wire, sink: Wire, direction: Direction) -> None:
+    async def _one_way(self, source: SocketStream, sink: SocketStream, direction: CopyDirection) -> None:
         try:
             await pump(source, sink, direction)
         except Lost as lost:
             self._lost = self._lost or lost.wire
             if lost.writing:
                 # What the lost side sent before is still on its way through the other direction, if that moves at all.
-                self._activity.hasten(LIMIT_STALLED_S)
+                self._activity.shorten(LIMIT_STALLED_S)
                 return
         if self._lost is None:
             sink.shutdown_write()

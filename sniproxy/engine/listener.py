@@ -9,8 +9,8 @@ import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from sniproxy.engine.socket_stream import Wire, plain_address, tune
-from sniproxy.engine.tls_stream import TlsWire
+from sniproxy.engine.socket_stream import SocketStream, plain_address, tune
+from sniproxy.engine.tls_stream import TlsStream
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Listener:
     ) -> "Listener":
         """Bind and listen on an IP literal. `::` takes IPv6 only: IPv4 has its own listener.
 
-        With `tls` the handler gets each connection as a TlsWire and begins with its `handshake`, which has a deadline: so
+        With `tls` the handler gets each connection as a TlsStream and begins with its `handshake`, which has a deadline: so
         the handler's own bound on connections counts those that have not shaken hands, too.
 
         Raises:
@@ -99,7 +99,7 @@ class Listener:
         """The descriptor, to be given to another process that accepts from the same queue."""
         return self._fd
 
-    async def serve(self, handle: Callable[[Wire], Awaitable[None]]) -> None:
+    async def serve(self, handle: Callable[[SocketStream], Awaitable[None]]) -> None:
         """Accept until `close`, then wait for the connections that are open. Cancelling cancels those too.
 
         `handle` owns its wire; an exception out of it is logged and ends that connection alone.
@@ -128,7 +128,7 @@ class Listener:
             self._loop.remove_reader(self._fd)
             self._watched = False
 
-    def _accept_batch(self, group: asyncio.TaskGroup, handle: Callable[[Wire], Awaitable[None]]) -> float:
+    def _accept_batch(self, group: asyncio.TaskGroup, handle: Callable[[SocketStream], Awaitable[None]]) -> float:
         """Take what waits; returns for how many seconds to pause."""
         for _ in range(ACCEPT_BATCH):
             if self._closed.is_set():
@@ -145,7 +145,7 @@ class Listener:
                     continue
                 raise
             try:
-                wire = Wire(sock, peer) if self.tls is None else TlsWire(sock, self.tls, server_side=True)
+                wire = SocketStream(sock, peer) if self.tls is None else TlsStream(sock, self.tls, server_side=True)
             except OSError:  # gone before we could set an option
                 sock.close()
                 continue
@@ -164,7 +164,7 @@ class Listener:
                 *self.address,
             )
 
-    async def _run(self, wire: Wire, handle: Callable[[Wire], Awaitable[None]]) -> None:
+    async def _run(self, wire: SocketStream, handle: Callable[[SocketStream], Awaitable[None]]) -> None:
         try:
             await handle(wire)
         except Exception:
@@ -179,5 +179,5 @@ class Listener:
             self._accepting.set()
 
 
-def _close(wire: Wire, _: asyncio.Task[None]) -> None:
+def _close(wire: SocketStream, _: asyncio.Task[None]) -> None:
     wire.close()

@@ -5,7 +5,7 @@ no signal, no other stream. So each connection has a quantum, counted in bytes a
 connection queues, and **one** connection of that queue goes on in each pass of the event loop (deficit round robin). However
 many connections flood us, everybody else waits for one quantum a pass, and not for all of theirs.
 
-`Wire` and the readers built on it spend from here, so a loop that reads from a wire is bounded without knowing of it.
+`SocketStream` and the readers built on it spend from here, so a loop that reads from a wire is bounded without knowing of it.
 """
 
 import asyncio

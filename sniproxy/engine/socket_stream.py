@@ -35,7 +35,7 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _GONE = (errno.ENOTCONN, errno.EINVAL, errno.EBADF)
 
 
-class WireClosed(ConnectionError):
+class StreamClosed(ConnectionError):
     """Raised to whoever waits on a wire that our own side has closed."""
 
 
@@ -64,7 +64,7 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
-class Wire:
+class SocketStream:
     """A connected stream socket. One reader and one writer at a time; two tasks may use the two halves.
 
     `peer` and `local` are (address, port); an IPv4-mapped address is written as IPv4. Reading lets other connections run whenever
@@ -118,7 +118,7 @@ class Wire:
         self.peer = _endpoint(peer if peer is not None else sock.getpeername())
 
     def __repr__(self) -> str:
-        return f"<Wire {self.local} to {self.peer}{' closed' if self.closed else ''}>"
+        return f"<SocketStream {self.local} to {self.peer}{' closed' if self.closed else ''}>"
 
     # Reading
 
@@ -226,7 +226,7 @@ class Wire:
 
     def _check_readable(self) -> None:
         if self.closed:
-            raise WireClosed(errno.EBADF, "closed on our side")
+            raise StreamClosed(errno.EBADF, "closed on our side")
         if self._expired:
             raise TimeoutError
 
@@ -255,7 +255,7 @@ class Wire:
             WireClosed: our own side closed it.
         """
         if self.closed:
-            raise WireClosed(errno.EBADF, "closed on our side")
+            raise StreamClosed(errno.EBADF, "closed on our side")
         try:
             return self._sock.sendmsg(buffers, (), flags)
         except BlockingIOError:
@@ -281,7 +281,7 @@ class Wire:
     async def writable(self) -> None:
         """Wait until the socket takes more bytes, or is gone."""
         if self.closed:
-            raise WireClosed(errno.EBADF, "closed on our side")
+            raise StreamClosed(errno.EBADF, "closed on our side")
         assert self._write_waiter is None or self._write_waiter.done(), "one writer at a time"
         self._write_waiter = waiter = self._loop.create_future()
         if not self._writing:
@@ -336,7 +336,7 @@ class Wire:
             self._loop.remove_writer(self.fd)
         for waiter in (self._read_waiter, self._write_waiter):
             if waiter is not None and not waiter.done():
-                waiter.set_exception(WireClosed(errno.EBADF, "closed on our side"))
+                waiter.set_exception(StreamClosed(errno.EBADF, "closed on our side"))
         self._sock.close()
         self.fd = -1  # the number may be another socket's at once
 
@@ -366,7 +366,7 @@ class Wire:
 
 async def connect(
     address: str, port: int, *, timeout_s: float, local_address: str | None = None, sock: socket.socket | None = None
-) -> Wire:
+) -> SocketStream:
     """Connect to an IP literal and port.
 
     Args:
@@ -379,7 +379,7 @@ async def connect(
     """
     own = await connect_socket(address, port, timeout_s=timeout_s, local_address=local_address, sock=sock)
     try:
-        return Wire(own, (address, port))
+        return SocketStream(own, (address, port))
     except BaseException:
         own.close()
         raise

@@ -15,7 +15,14 @@ import ssl
 from collections.abc import Iterable
 
 from sniproxy.engine.quantum import QUANTUM_MESSAGES
-from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES, FLUSH_POLL_S, Buffer, Wire, WireClosed, connect_socket
+from sniproxy.engine.socket_stream import (
+    DEFAULT_READ_BYTES,
+    FLUSH_POLL_S,
+    Buffer,
+    SocketStream,
+    StreamClosed,
+    connect_socket,
+)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 """For a listener: as long as a client gets for its ClientHello, and two round trips over any network."""
@@ -37,7 +44,7 @@ MAX_ENCRYPTED_AT_ONCE = 64 * 1024
 """Plaintext that is encrypted before the socket has taken what was encrypted before: the bound of the queue."""
 
 
-class TlsWire(Wire):
+class TlsStream(SocketStream):
     """A connected stream socket that speaks TLS. `await handshake()` before anything else."""
 
     spliceable = False
@@ -101,7 +108,7 @@ class TlsWire(Wire):
     # Reading
 
     async def recv(self, limit: int = DEFAULT_READ_BYTES, *, low: int = 1) -> bytes:
-        """Read what is there, as `Wire.recv`; b"" at the peer's close_notify. `low` changes nothing: TLS has records.
+        """Read what is there, as `SocketStream.recv`; b"" at the peer's close_notify. `low` changes nothing: TLS has records.
 
         Raises:
             OSError: reset, cut without close_notify, or bytes that are no TLS.
@@ -123,7 +130,7 @@ class TlsWire(Wire):
     def _decrypt(self, limit: int) -> bytes | None:
         """Return what whole records hold, up to `limit` bytes; None where there is none, b"" after close_notify."""
         if self.closed:
-            raise WireClosed(errno.EBADF, "closed on our side")
+            raise StreamClosed(errno.EBADF, "closed on our side")
         parts: list[bytes] = []
         left = limit
         while left and len(parts) < MAX_RECORDS_AT_ONCE:
@@ -170,7 +177,7 @@ class TlsWire(Wire):
             WireClosed: our own side closed it.
         """
         if self.closed:
-            raise WireClosed(errno.EBADF, "closed on our side")
+            raise StreamClosed(errno.EBADF, "closed on our side")
         if self._write_error is not None:
             raise self._write_error
         if self._said_end:
@@ -231,7 +238,7 @@ class TlsWire(Wire):
             super()._on_writable()
 
     async def flushed(self, limit_s: float) -> bool:
-        """Wait until the peer's kernel has acknowledged everything we wrote, as `Wire.flushed`."""
+        """Wait until the peer's kernel has acknowledged everything we wrote, as `SocketStream.flushed`."""
         deadline = self._loop.time() + limit_s
         while self._queue and not self.closed and self._loop.time() < deadline:
             await asyncio.sleep(FLUSH_POLL_S)
@@ -302,13 +309,13 @@ async def connect_tls(
     timeout_s: float,
     sock: socket.socket | None = None,
     resume: ssl.SSLSession | None = None,
-) -> TlsWire:
+) -> TlsStream:
     """Connect to an IP literal and port, and shake hands; both within `timeout_s`.
 
     Args:
         server_hostname: asked for by SNI, and what the certificate must be for: a name or an IP address.
         sock: as for `connect`.
-        resume: as for `TlsWire`.
+        resume: as for `TlsStream`.
 
     Raises:
         ssl.SSLError: no agreement, or a certificate that does not verify.
@@ -319,7 +326,7 @@ async def connect_tls(
     async with asyncio.timeout(timeout_s):
         raw = await connect_socket(address, port, timeout_s=timeout_s, sock=sock)
         try:
-            wire = TlsWire(raw, context, server_hostname=server_hostname, resume=resume)
+            wire = TlsStream(raw, context, server_hostname=server_hostname, resume=resume)
         except BaseException:
             raw.close()
             raise

@@ -5,18 +5,18 @@ from ipaddress import ip_address
 
 from discovery.model.addresses import Network
 from sniproxy.access.client_limits import Share
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.formats.client_hello import Hello, HelloError, HelloReader
 from sniproxy.formats.proxy_protocol import Endpoint, ProxyError, parse_any
 from sniproxy.streams.end_reason import Reason
-from sniproxy.streams.stream_log import Account
+from sniproxy.streams.stream_log import StreamRecord
 
 HELLO_READ_BYTES = 16 * 1024
 """One read up to the end of the ClientHello: what comes behind it stays in the kernel, which holds the client back, until the
 service is there."""
 
 
-class Refusal(Exception):
+class StreamRefused(Exception):
     """A stream that we end on purpose."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -26,7 +26,7 @@ class Refusal(Exception):
 
 
 async def read_endpoints(
-    client: Wire, account: Account, proxy_from: Sequence[Network], limit_s: float
+    client: SocketStream, account: StreamRecord, proxy_from: Sequence[Network], limit_s: float
 ) -> tuple[Endpoint, Endpoint]:
     """Say who the client is and where it connected to: by the PROXY header that a load balancer of ours sends first.
 
@@ -43,15 +43,15 @@ async def read_endpoints(
         while found is None:
             more = await client.recv(HELLO_READ_BYTES)
             if not more:
-                raise Refusal(Reason.CLIENT_RESET, "closed before its PROXY header was whole")
+                raise StreamRefused(Reason.CLIENT_RESET, "closed before its PROXY header was whole")
             data += more
             found = parse_any(data)
     except ProxyError as error:
-        raise Refusal(Reason.NOT_TLS, f"relay.proxy_from has this address: {error}") from error
+        raise StreamRefused(Reason.NOT_TLS, f"relay.proxy_from has this address: {error}") from error
     except TimeoutError:
-        raise Refusal(Reason.HELLO_TIMEOUT, f"no PROXY header in {limit_s} s") from None
+        raise StreamRefused(Reason.HELLO_TIMEOUT, f"no PROXY header in {limit_s} s") from None
     except OSError as error:
-        raise Refusal(Reason.CLIENT_RESET, "reset before its PROXY header was whole") from error
+        raise StreamRefused(Reason.CLIENT_RESET, "reset before its PROXY header was whole") from error
     header, length = found
     client.unread(data[length:])
     if header.source is None or header.destination is None:
@@ -65,7 +65,7 @@ async def read_endpoints(
 
 
 async def read_hello(
-    client: Wire, account: Account, share: Share, max_hello_bytes: int, limit_s: float
+    client: SocketStream, account: StreamRecord, share: Share, max_hello_bytes: int, limit_s: float
 ) -> tuple[Hello, bytes]:
     """Read up to the end of the ClientHello, and what came along with it.
 
@@ -77,19 +77,19 @@ async def read_hello(
             data = await client.recv(HELLO_READ_BYTES, low=reader.missing)
             if not data:
                 if reader.raw:
-                    raise Refusal(Reason.BAD_HELLO, "the client ended inside its ClientHello")
-                raise Refusal(Reason.CLIENT_RESET, "the client closed without a byte")
+                    raise StreamRefused(Reason.BAD_HELLO, "the client ended inside its ClientHello")
+                raise StreamRefused(Reason.CLIENT_RESET, "the client closed without a byte")
             if not share.take(len(data)):
-                raise Refusal(Reason.OVERLOADED, "too many unfinished ClientHellos: relay.max_hello_held")
+                raise StreamRefused(Reason.OVERLOADED, "too many unfinished ClientHellos: relay.max_hello_held")
             hello = reader.feed(data)
             if hello is not None:
                 if hello.ech:
                     account.fields["ech"] = True
                 return hello, reader.raw
     except HelloError as error:
-        raise Refusal(Reason(error.reason.value), error.detail) from error
+        raise StreamRefused(Reason(error.reason.value), error.detail) from error
     except TimeoutError:
         size = len(reader.raw) + len(client.try_recv())  # what is left unread would make the end a reset
-        raise Refusal(Reason.HELLO_TIMEOUT, f"no whole ClientHello in {limit_s} s, {size} bytes came") from None
+        raise StreamRefused(Reason.HELLO_TIMEOUT, f"no whole ClientHello in {limit_s} s, {size} bytes came") from None
     except OSError as error:
-        raise Refusal(Reason.CLIENT_RESET, "reset before its ClientHello was whole") from error
+        raise StreamRefused(Reason.CLIENT_RESET, "reset before its ClientHello was whole") from error

@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.formats.proxy_protocol import ProxyError, ProxyHeader
 from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate, RouteKind
 from sniproxy.transport.errors import DialError, ResetBeforeReady, StaleEpoch, WarmLost
-from sniproxy.tunnel.connection import Framed
-from sniproxy.tunnel.relay_handshake import Call, Opener
+from sniproxy.tunnel.connection import CapsuleConnection
+from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 
 MAX_CANDIDATES = 3
 """Candidates asked for one stream: a client waits at most three times for silence."""
@@ -28,7 +28,7 @@ WARM_LOST = "warm_lost"
 """The results of attempts that may be made again with the same candidate."""
 
 
-async def _none_is_warm(_candidate: Candidate) -> Framed | None:
+async def _none_is_warm(_candidate: Candidate) -> CapsuleConnection | None:
     return None
 
 
@@ -38,10 +38,10 @@ class Connected:
 
     candidate: Candidate
     attempts: int
-    wire: Wire | None = None
+    wire: SocketStream | None = None
     """The service's own connection, on a local route; nothing has been sent yet but a PROXY header that it wants."""
-    framed: Framed | None = None
-    """The connection to the gateway otherwise; all of `Call.data` has been sent."""
+    framed: CapsuleConnection | None = None
+    """The connection to the gateway otherwise; all of `StreamRequest.data` has been sent."""
     was_warm: bool = False
     """Whether it had been kept ready."""
 
@@ -51,9 +51,9 @@ class Dialer:
 
     def __init__(
         self,
-        opener: Opener,
+        opener: GatewayConnector,
         *,
-        warm: Callable[[Candidate], Awaitable[Framed | None]] = _none_is_warm,
+        warm: Callable[[Candidate], Awaitable[CapsuleConnection | None]] = _none_is_warm,
         count: Callable[[RouteKind, str], None] = lambda _kind, _result: None,
         settled: Callable[[Candidate, DialError | None], None] = lambda _candidate, _failure: None,
         distrust: Callable[[Candidate], None] = lambda _candidate: None,
@@ -61,7 +61,7 @@ class Dialer:
         """Reach gateways by this opener.
 
         Args:
-            warm: gives a connection to this allocation that is ready (`Opener.warm_up`), None if there is none.
+            warm: gives a connection to this allocation that is ready (`GatewayConnector.warm_up`), None if there is none.
             distrust: told that such a connection turned out to be dead.
             count: told of each attempt and its result: "ok", "reset" before a gateway answered, "warm_lost", or a reason.
             settled: told of each candidate, once it has been reached or given up.
@@ -72,7 +72,7 @@ class Dialer:
         self._count = count
         self._settled = settled
 
-    async def open(self, call: Call, candidates: list[Candidate]) -> Connected:
+    async def open(self, call: StreamRequest, candidates: list[Candidate]) -> Connected:
         """Try up to three candidates in their order.
 
         Raises:
@@ -102,7 +102,9 @@ class Dialer:
         finally:
             del failure  # its traceback holds this frame: a cycle for each stream that reaches nobody
 
-    async def _reach(self, call: Call, candidate: Candidate, attempts: Iterator[int], *, warm: bool) -> Connected:
+    async def _reach(
+        self, call: StreamRequest, candidate: Candidate, attempts: Iterator[int], *, warm: bool
+    ) -> Connected:
         """Reach a service by this candidate: on a connection that is ready, if there is one and `warm`, else on a new one.
 
         Raises:
@@ -132,7 +134,7 @@ class Dialer:
         except ResetBeforeReady as error:
             raise _given_up(candidate, error) from error
 
-    async def _signed_anew(self, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Connected:
+    async def _signed_anew(self, call: StreamRequest, candidate: Candidate, attempts: Iterator[int]) -> Connected:
         """Make an attempt, and one more where the gateway's process has changed."""
         try:
             return await self._counted(candidate, self._attempt(call, candidate, next(attempts)))
@@ -155,7 +157,7 @@ class Dialer:
         self._count(candidate.kind, Reason.OK.value)
         return connected
 
-    async def _attempt(self, call: Call, candidate: Candidate, attempt: int) -> Connected:
+    async def _attempt(self, call: StreamRequest, candidate: Candidate, attempt: int) -> Connected:
         try:
             wire = await self._opener.connect(candidate)
         except TimeoutError:
@@ -174,11 +176,13 @@ class Dialer:
         framed = await self._opener.open(call, candidate, attempt, wire)
         return Connected(candidate=candidate, attempts=attempt, framed=framed)
 
-    async def _attempt_warm(self, call: Call, candidate: Candidate, attempt: int, framed: Framed) -> Connected:
+    async def _attempt_warm(
+        self, call: StreamRequest, candidate: Candidate, attempt: int, framed: CapsuleConnection
+    ) -> Connected:
         await self._opener.open_warm(call, candidate, attempt, framed)
         return Connected(candidate=candidate, attempts=attempt, framed=framed, was_warm=True)
 
-    async def second(self, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Framed:
+    async def second(self, call: StreamRequest, candidate: Candidate, attempts: Iterator[int]) -> CapsuleConnection:
         """Open the second connection of a stream through a TURN server, for its upload alone.
 
         Args:
@@ -200,7 +204,7 @@ class Dialer:
         except (OSError, ResetBeforeReady, DialError) as error:
             raise ConnectionError(str(error)) from error
 
-    async def _introduce(self, call: Call, candidate: Candidate, wire: Wire) -> None:
+    async def _introduce(self, call: StreamRequest, candidate: Candidate, wire: SocketStream) -> None:
         """Tell a service of our own network whose connection it is."""
         try:
             header = ProxyHeader(source=call.client, destination=call.local).packed(candidate.proxy_version)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from sniproxy.transport.base import Candidate, RouteKind, Way
+from sniproxy.transport.base import Candidate, CandidateKey, RouteKind
 
 FAILURES: Final = 3
 """Failures in a row before one is left out: a lost packet or a restart makes one or two."""
@@ -44,7 +44,7 @@ class Failed:
     """How long the way is left out; 0: not yet."""
 
 
-class Balance:
+class UpstreamHealth:
     """What one relay knows of its ways to other networks."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Balance:
         self._clock = clock
         self._is_ready = is_ready
         self._random = rng or random.Random()
-        self._ways: OrderedDict[Way, _Way] = OrderedDict()
+        self._ways: OrderedDict[CandidateKey, _Way] = OrderedDict()
 
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Put the ways to one network into the order in which a stream tries them.

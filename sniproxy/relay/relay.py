@@ -31,23 +31,23 @@ from sniproxy.access.client_limits import (
 from sniproxy.access.loop_guard import LoopGuard
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Policy
-from sniproxy.engine import Deadlines, End, Listener, Splice, Wire
+from sniproxy.engine import Deadlines, End, Listener, SocketStream, Splice
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.formats.tls_alert import AlertDescription, alert_record
-from sniproxy.relay.accept import Refusal, read_endpoints, read_hello
+from sniproxy.relay.accept import StreamRefused, read_endpoints, read_hello
 from sniproxy.relay.failover import Connected
 from sniproxy.relay.permission import Permit
 from sniproxy.relay.router import Router, Unroutable
-from sniproxy.relay.upstreams import Ways
+from sniproxy.relay.upstreams import Upstreams
 from sniproxy.streams.end_reason import Reason
-from sniproxy.streams.stream_log import Account, Ledger
+from sniproxy.streams.stream_log import StreamLog, StreamRecord
 from sniproxy.transport.base import RouteKind
 from sniproxy.transport.errors import DialError
-from sniproxy.tunnel.bridge import Carry
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.bridge import StreamBridge
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.keys import SigningKeys
-from sniproxy.tunnel.relay_handshake import DEFAULT_DIAL_TIMEOUT_S, Call, Opener
+from sniproxy.tunnel.relay_handshake import DEFAULT_DIAL_TIMEOUT_S, GatewayConnector, StreamRequest
 from sniproxy.tunnel.state import Side
 
 log = logging.getLogger(__name__)
@@ -145,8 +145,8 @@ class Relay:
         self, config: RelayConfig, discovery: Discovery, keys: SigningKeys, *, registry: CollectorRegistry
     ) -> None:
         self._discovery = discovery
-        self.ledger = Ledger("relay", registry)
-        self._ways = Ways(registry)
+        self.ledger = StreamLog("relay", registry)
+        self._ways = Upstreams(registry)
         self._reach = Reach(config.network, config.domain)
         self._listeners: list[Listener] = []
         self._adapted: dict[tuple[str, int], Listener] = {}
@@ -179,7 +179,7 @@ class Relay:
             zone=config.zone,
             order=self._ways.order,
         )
-        opener = Opener(
+        opener = GatewayConnector(
             config.network,
             keys,
             now_ms=lambda: time.time_ns() // 1_000_000,
@@ -273,7 +273,7 @@ class Relay:
         for listener in (*self._listeners, *self._adapted.values()):
             listener.close()
 
-    async def _serve(self, client: Wire) -> None:
+    async def _serve(self, client: SocketStream) -> None:
         stream = os.urandom(16)
         account = self.ledger.open(stream, client=client.peer[0], local=f"{client.local[0]}:{client.local[1]}")
         reason = Reason.OTHER
@@ -286,7 +286,7 @@ class Relay:
         try:
             try:
                 reason = await self._carry(client, account, deadlines)
-            except Refusal as refusal:
+            except StreamRefused as refusal:
                 refused, reason, account.detail = True, refusal.reason, refusal.detail
             finally:
                 deadlines.end(client)
@@ -296,47 +296,47 @@ class Relay:
         finally:
             client.close()
 
-    async def _carry(self, client: Wire, account: Account, deadlines: Deadlines) -> Reason:
+    async def _carry(self, client: SocketStream, account: StreamRecord, deadlines: Deadlines) -> Reason:
         """Take one stream from accept to its end. What comes up to the end of the ClientHello has one time limit, from accept."""
         if len(self.ledger) > self.config.max_streams:
-            raise Refusal(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
+            raise StreamRefused(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
         peer, local = await read_endpoints(client, account, self.config.proxy_from, deadlines.limit_s)
         source = ip_address(peer[0])
         refused = self._admission.admit(source, time.monotonic())
         if refused is not None:
-            raise Refusal(Reason.OVERLOADED, refused)
+            raise StreamRefused(Reason.OVERLOADED, refused)
         try:
             with self._hellos.share() as share:
                 hello, data = await read_hello(client, account, share, self.config.max_hello_bytes, deadlines.limit_s)
                 deadlines.end(client)
-                call = Call(stream=account.stream, client=peer, local=local, hello=hello, data=data)
+                call = StreamRequest(stream=account.stream, client=peer, local=local, hello=hello, data=data)
                 connected = await self._connect(account, call, source)
             with self._ways.carrying(connected.candidate):
                 return await self._move(client, account, call, connected)
         finally:
             self._admission.leave(source)
 
-    async def _connect(self, account: Account, call: Call, source: Address) -> Connected:
+    async def _connect(self, account: StreamRecord, call: StreamRequest, source: Address) -> Connected:
         """From a client's ClientHello to a service, or a gateway that has reached one."""
         name = call.hello.server_name
         account.mark("hello")
         account.fields["sni"] = name
         if not any(source in network for network in self.config.allow):
-            raise Refusal(Reason.DENIED, "relay.allow does not have this client's address")
+            raise StreamRefused(Reason.DENIED, "relay.allow does not have this client's address")
         mesh = self._discovery.mesh
         self._reach.follow(mesh, time.monotonic())
         try:
             candidates = self._router.candidates(name, mesh, call.local[1])
         except Unroutable as error:
             if not self._discovery.synced:
-                raise Refusal(Reason.NO_VIEW, f"discovery has not been heard from: {error.detail}") from error
-            raise Refusal(error.reason, error.detail) from error
+                raise StreamRefused(Reason.NO_VIEW, f"discovery has not been heard from: {error.detail}") from error
+            raise StreamRefused(error.reason, error.detail) from error
         is_local = any(candidate.kind is RouteKind.LOCAL for candidate in candidates)
         if is_local and self.config.policy.rules and not self._discovery.synced:
-            raise Refusal(Reason.NO_VIEW, "discovery has not been heard from: whose address that is is not known")
+            raise StreamRefused(Reason.NO_VIEW, "discovery has not been heard from: whose address that is is not known")
         candidates, why = self._permit.permitted(candidates, source, name)
         if not candidates:
-            raise Refusal(Reason.DENIED, why)
+            raise StreamRefused(Reason.DENIED, why)
         account.mark("route")
         account.fields["network"] = candidates[0].network
         account.fields["target"] = candidates[0].target
@@ -345,7 +345,7 @@ class Relay:
             connected = await self._ways.open(call, candidates)
         except DialError as error:
             account.fields["attempts"] = error.attempts
-            raise Refusal(error.reason, error.detail) from error
+            raise StreamRefused(error.reason, error.detail) from error
         account.mark("connect")
         candidate = connected.candidate
         if candidate.kind is RouteKind.LOCAL:
@@ -368,18 +368,20 @@ class Relay:
         if why is not None:
             if connected.wire is not None:
                 connected.wire.reset()
-            raise Refusal(Reason.DENIED, why)
+            raise StreamRefused(Reason.DENIED, why)
 
-    async def _move(self, client: Wire, account: Account, call: Call, connected: Connected) -> Reason:
+    async def _move(
+        self, client: SocketStream, account: StreamRecord, call: StreamRequest, connected: Connected
+    ) -> Reason:
         idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
         if connected.framed is not None:
             attempts = itertools.count(connected.attempts + 1)
 
-            async def second() -> Framed:
+            async def second() -> CapsuleConnection:
                 account.fields["second"] = True
                 return await self._ways.second(call, connected.candidate, attempts)
 
-            carry = Carry(
+            carry = StreamBridge(
                 client,
                 connected.framed,
                 Side.RELAY,
@@ -396,7 +398,7 @@ class Relay:
         account.carry(up=splice.a_to_b, down=splice.b_to_a)
         return _ENDS[(await splice.run()).end]
 
-    async def _refuse(self, client: Wire, reason: Reason) -> None:
+    async def _refuse(self, client: SocketStream, reason: Reason) -> None:
         """Tell the client in its own protocol why, and make sure that it arrives."""
         if reason in _SILENT:
             return

@@ -20,8 +20,7 @@ from discovery.model.addresses import (
     refusal,
 )
 from discovery.model.imports import Imports
-from discovery.model.lookup import Candidate as Place
-from discovery.model.lookup import Unresolved, resolve
+from discovery.model.lookup import Place, Unresolved, resolve
 from discovery.model.mesh import AllocationSpec, GatewaySpec, Kind, Mesh, Record, TurnSpec
 from discovery.model.names import AddressTarget
 from sniproxy.access.loop_guard import STOPPED, LoopGuard

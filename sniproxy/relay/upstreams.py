@@ -9,13 +9,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.model.mesh import Mesh
 from sniproxy.relay.failover import RESET, WARM_LOST, Connected, Dialer
-from sniproxy.relay.health import Balance
+from sniproxy.relay.health import UpstreamHealth
 from sniproxy.relay.warm_pool import Fate, WarmPool
 from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate, RouteKind
 from sniproxy.transport.errors import DialError
-from sniproxy.tunnel.connection import Framed
-from sniproxy.tunnel.relay_handshake import Call, Opener
+from sniproxy.tunnel.connection import CapsuleConnection
+from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ _DISTRUSTED = frozenset({Reason.NO_KEY, Reason.BAD_SIGNATURE, Reason.CLOCK_SKEW,
 """A gateway that answers so takes no stream of ours: another one, with the right keys or clock, may."""
 
 
-class Ways:
+class Upstreams:
     """The ways of one relay. `reconfigure` comes first; `run` keeps streams warm until `close`."""
 
-    _opener: Opener
+    _opener: GatewayConnector
     _dialer: Dialer
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -51,13 +51,13 @@ class Ways:
         self.pool = WarmPool(self._warm_up, size=0, count=lambda fate: self._fates[fate].inc())
         ready = Gauge("crossnet_relay_warm_streams_ready", "Connections kept ready now.", registry=registry)
         ready.set_function(lambda: self.pool.ready)
-        self._balance = Balance(time.monotonic, is_ready=self.pool.has)
+        self._balance = UpstreamHealth(time.monotonic, is_ready=self.pool.has)
         left_out = Gauge(
             "crossnet_relay_ways_left_out", "Allocations and gateways that failed too often of late.", registry=registry
         )
         left_out.set_function(lambda: self._balance.left_out)
 
-    def reconfigure(self, opener: Opener, *, pool: int) -> None:
+    def reconfigure(self, opener: GatewayConnector, *, pool: int) -> None:
         """Open streams by this from now on, and keep so many ready for each allocation in use."""
         self._opener = opener
         self.pool.resize(pool)
@@ -73,11 +73,11 @@ class Ways:
         """Put the ways to one network into the order in which a stream tries them."""
         return self._balance.order(candidates)
 
-    async def open(self, call: Call, candidates: list[Candidate]) -> Connected:
+    async def open(self, call: StreamRequest, candidates: list[Candidate]) -> Connected:
         """Reach a service by one of these. Raises DialError."""
         return await self._dialer.open(call, candidates)
 
-    async def second(self, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Framed:
+    async def second(self, call: StreamRequest, candidate: Candidate, attempts: Iterator[int]) -> CapsuleConnection:
         """Open a stream's second connection, for its upload. Raises ConnectionError."""
         return await self._dialer.second(call, candidate, attempts)
 
@@ -97,7 +97,7 @@ class Ways:
         """Let go all that is kept ready."""
         self.pool.close()
 
-    async def _warm_up(self, way: Candidate) -> Framed:
+    async def _warm_up(self, way: Candidate) -> CapsuleConnection:
         try:
             framed = await self._opener.warm_up(way)
         except DialError as error:

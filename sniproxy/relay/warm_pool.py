@@ -14,10 +14,10 @@ from contextlib import suppress
 from enum import StrEnum
 
 from discovery.model.mesh import Kind, Mesh
-from sniproxy.transport.base import Candidate, Way
+from sniproxy.transport.base import Candidate, CandidateKey
 from sniproxy.transport.errors import DialError
 from sniproxy.tunnel.capsules import CapsuleError
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import TOKEN_SIZE, Ping, Pong
 
 PING_INTERVAL_S = 25.0
@@ -55,7 +55,7 @@ class Fate(StrEnum):
 class _Ready:
     """One connection that waits for a stream."""
 
-    def __init__(self, framed: Framed) -> None:
+    def __init__(self, framed: CapsuleConnection) -> None:
         self.framed = framed
         self.wanted: bool | None = None
         """True: a stream takes it. False: it is to go."""
@@ -128,7 +128,7 @@ class WarmPool:
 
     def __init__(
         self,
-        dial: Callable[[Candidate], Awaitable[Framed]],
+        dial: Callable[[Candidate], Awaitable[CapsuleConnection]],
         *,
         size: int,
         count: Callable[[Fate], None] = lambda _fate: None,
@@ -142,7 +142,7 @@ class WarmPool:
         self.size = size
         self._dial = dial
         self._count = count
-        self._shelves: dict[Way, _Shelf] = {}
+        self._shelves: dict[CandidateKey, _Shelf] = {}
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = asyncio.Event()
@@ -201,7 +201,7 @@ class WarmPool:
         shelf = self._shelves.get(candidate.way)
         return shelf is not None and bool(shelf.ready)
 
-    async def take(self, candidate: Candidate) -> Framed | None:
+    async def take(self, candidate: Candidate) -> CapsuleConnection | None:
         """Give a connection that waits at this allocation, None if there is none. It is the caller's from then on."""
         shelf = self._shelves.get(candidate.way)
         while shelf is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from sniproxy.engine import Direction
+from sniproxy.engine import CopyDirection
 from sniproxy.streams.end_reason import Reason
 
 MAX_ENDED = 256
@@ -31,7 +31,7 @@ BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Account:
+class StreamRecord:
     """One stream's account. `fields` are its log fields, in order; the times are milliseconds since it was opened."""
 
     stream: bytes
@@ -39,8 +39,8 @@ class Account:
     _clock: Callable[[], float]
     _started: float
     state: str = "hello"
-    up: Direction | None = None
-    down: Direction | None = None
+    up: CopyDirection | None = None
+    down: CopyDirection | None = None
     detail: str = ""
     end: Callable[[], object] | None = None
     """Ends the stream from outside; set by whoever runs it."""
@@ -50,7 +50,7 @@ class Account:
         """Note when a step was done, as `ms_STEP`; the last time counts."""
         self._times[f"ms_{step}"] = self._ms(self._clock())
 
-    def carry(self, *, up: Direction, down: Direction) -> None:
+    def carry(self, *, up: CopyDirection, down: CopyDirection) -> None:
         """Take the byte counts from these from now on: `up` from the client, `down` to it."""
         self.up, self.down, self.state = up, down, "open"
 
@@ -92,14 +92,14 @@ class Account:
         return row
 
 
-class Ledger:
+class StreamLog:
     """All streams of one role: those that live, and the metrics of those that ended."""
 
     def __init__(self, role: str, registry: CollectorRegistry) -> None:
         self._log = logging.getLogger(f"crossnet.{role}")
         # Not the loop's clock: uvloop's has whole milliseconds, and is the time at which its turn began.
         self._clock = time.monotonic
-        self._live: set[Account] = set()
+        self._live: set[StreamRecord] = set()
         ended = Counter(f"crossnet_{role}_streams", "Streams that ended, by reason.", ["reason"], registry=registry)
         self._ended = {reason: ended.labels(reason.value) for reason in Reason}
         moved = Counter(
@@ -135,13 +135,13 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._live)
 
-    def open(self, stream: bytes, **fields: object) -> Account:
+    def open(self, stream: bytes, **fields: object) -> StreamRecord:
         """Begin an account."""
-        account = Account(stream=stream, fields=fields, _clock=self._clock, _started=self._clock())
+        account = StreamRecord(stream=stream, fields=fields, _clock=self._clock, _started=self._clock())
         self._live.add(account)
         return account
 
-    def close(self, account: Account, reason: Reason) -> None:
+    def close(self, account: StreamRecord, reason: Reason) -> None:
         """End an account: count it and write its log line."""
         self._live.discard(account)
         self._ended[reason].inc()
@@ -158,7 +158,7 @@ class Ledger:
         self._over.append(row)
         self._log.info("stream", extra={"event": row})
 
-    def drop(self, account: Account) -> None:
+    def drop(self, account: StreamRecord) -> None:
         """Forget an account that turned out to be part of another stream's."""
         self._live.discard(account)
 
@@ -171,7 +171,7 @@ class Ledger:
         for direction, size in zip(("up", "down"), moved, strict=True):
             self._network_bytes.labels(network, direction).inc(size)
 
-    def find(self, stream: bytes) -> Account | None:
+    def find(self, stream: bytes) -> StreamRecord | None:
         """The account of a stream that lives, by its id."""
         return next((account for account in self._live if account.stream == stream), None)
 

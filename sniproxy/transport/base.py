@@ -18,7 +18,7 @@ class RouteKind(StrEnum):
     TURN = "turn"
 
 
-Way = tuple[str, str, str, int]
+CandidateKey = tuple[str, str, str, int]
 """What tells a way to a network from others: the network, the record's id, and the address and port that are dialled."""
 
 
@@ -48,7 +48,7 @@ class Candidate:
     """The services whose addresses may be reached by it, for the preamble; None: any."""
 
     @property
-    def way(self) -> Way:
+    def way(self) -> CandidateKey:
         """The way, whatever is asked for at its end. An allocation made anew has the id of the lost one and another port."""
         return self.network, self.addressee, self.address, self.port
 

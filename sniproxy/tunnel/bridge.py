@@ -9,13 +9,13 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from sniproxy.engine import Activity, Direction, Lost, Wire, drain, fill
+from sniproxy.engine import CopyDirection, IdleTimer, Lost, SocketStream, drain, fill
 from sniproxy.engine.copy import LIMIT_STALLED_S
 from sniproxy.engine.pipes import PIPE_BYTES
 from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import HEADER_SIZE, CapsuleError, Control, Payload
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Continued, Done, Finished, Message, Received, parse_control
 from sniproxy.tunnel.state import LIMIT_DONE_S, LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
 
@@ -30,17 +30,17 @@ SECOND_AGAIN_S = (2.0, 8.0, 30.0)
 MIN_ROOM = 16 * 1024
 """An upload waits for this much room rather than send in ever smaller pieces."""
 
-Second = Callable[[], Awaitable[Framed]]
+Second = Callable[[], Awaitable[CapsuleConnection]]
 """Gives the second connection: the relay dials it, the gateway waits for it. OSError, EOFError or TimeoutError if there is none."""
 
 
-class Carry:
+class StreamBridge:
     """A plain wire's stream carried over a framed wire until both directions have ended; counts may be read meanwhile."""
 
     def __init__(
         self,
-        plain: Wire,
-        framed: Framed,
+        plain: SocketStream,
+        framed: CapsuleConnection,
         side: Side,
         *,
         idle_timeout_s: float,
@@ -60,15 +60,15 @@ class Carry:
         self._framed = framed
         self._side = side
         self._first = first
-        self._activity = Activity(idle_timeout_s)
+        self._activity = IdleTimer(idle_timeout_s)
         self._half_close_timeout_s = half_close_timeout_s
-        self.outbound = Direction(self._activity, plain, framed.wire)
+        self.outbound = CopyDirection(self._activity, plain, framed.wire)
         """From the plain wire to the framed one."""
-        self.inbound = Direction(self._activity, plain, framed.wire)
+        self.inbound = CopyDirection(self._activity, plain, framed.wire)
         self._cut: Reason | None = None
         self._group: asyncio.TaskGroup | None = None
         self._get_second = second
-        self._second: Framed | None = None
+        self._second: CapsuleConnection | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._delivered = False
         self._received = 0  # bytes of ours that the gateway has, as far as it has said
@@ -109,7 +109,7 @@ class Carry:
             self._news.set()
             if lost.writing:
                 # What the lost side sent before may be on its way; the other direction finds its end, if it moves at all.
-                self._activity.hasten(LIMIT_STALLED_S)
+                self._activity.shorten(LIMIT_STALLED_S)
                 return
         except CapsuleError as error:
             log.debug("stream broken: %s", error)
@@ -121,7 +121,7 @@ class Carry:
                 wire.reset()
             self._news.set()
 
-    def _wires(self) -> list[Wire]:
+    def _wires(self) -> list[SocketStream]:
         second = [] if self._second is None else [self._second.wire]
         return [self._plain, self._framed.wire, *second]
 
@@ -180,7 +180,7 @@ class Carry:
             self._framed.ends.end_elsewhere(by_us=True)
         self._activity.limit(self._half_close_timeout_s)
 
-    async def _room(self, out: Framed) -> tuple[Framed, int]:
+    async def _room(self, out: CapsuleConnection) -> tuple[CapsuleConnection, int]:
         """Say where the next bytes go, and how many at most."""
         if self._side is Side.GATEWAY or self._get_second is None or out is self._second:
             return out, PIPE_BYTES
@@ -217,11 +217,11 @@ class Carry:
                 self._news.set()
                 return
 
-    async def _linger(self, out: Framed) -> None:
+    async def _linger(self, out: CapsuleConnection) -> None:
         """Before a cut, let what was sent get through a TURN server, which drops what it holds at a close."""
         if self.outbound.moved and not out.wire.closed:
             await out.wire.flushed(LINGER_S)
-            await asyncio.sleep(LINGER_S - self._activity.quiet_s())
+            await asyncio.sleep(LINGER_S - self._activity.idle_s())
 
     # In: from the framed wire to the plain one
 
@@ -250,7 +250,7 @@ class Carry:
         while not self._delivered:
             await self._take(second)
 
-    async def _take(self, source: Framed) -> None:
+    async def _take(self, source: CapsuleConnection) -> None:
         """Move what comes next, or confirm that nothing more does."""
         if source.exhausted and not self._delivered:
             self._delivered = True
@@ -269,7 +269,7 @@ class Carry:
         if self._side is Side.GATEWAY and source is self._framed:
             self._report()
 
-    async def _copy_in(self, source: Framed) -> None:
+    async def _copy_in(self, source: CapsuleConnection) -> None:
         """Read once and deliver what came."""
         size = 0
         try:
@@ -285,7 +285,7 @@ class Carry:
         if size:
             self.inbound.copied(size)
 
-    async def _splice_in(self, source: Framed) -> None:
+    async def _splice_in(self, source: CapsuleConnection) -> None:
         """Splice at most the rest of the current capsule."""
         pipe = self.inbound.pipe
         assert pipe is not None

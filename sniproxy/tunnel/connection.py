@@ -2,7 +2,7 @@
 
 import asyncio
 
-from sniproxy.engine import Direction, Wire, drain
+from sniproxy.engine import CopyDirection, SocketStream, drain
 from sniproxy.engine.quantum import QUANTUM_MESSAGES
 from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES
 from sniproxy.engine.token_bucket import TokenBucket
@@ -18,7 +18,7 @@ from sniproxy.tunnel.capsules import (
     header,
 )
 from sniproxy.tunnel.messages import Message, Open, Ping, parse_control
-from sniproxy.tunnel.state import LIMIT_REFUSED_S, Ends, Side
+from sniproxy.tunnel.state import LIMIT_REFUSED_S, Side, StreamState
 
 CONTROL_PER_S = 4.0
 CONTROL_BURST = 64
@@ -29,7 +29,7 @@ RECEIVED_BYTES = 16 * 1024
 """RECEIVED has a bound of its own: one for so many bytes that were sent. Gateways say it every 32 KiB (RECEIVED_INTERVAL)."""
 
 
-class Framed:
+class CapsuleConnection:
     """Capsules over a wire, in the order that the end rules allow."""
 
     __slots__ = (
@@ -45,9 +45,9 @@ class Framed:
         "wire",
     )
 
-    def __init__(self, wire: Wire, side: Side) -> None:
+    def __init__(self, wire: SocketStream, side: Side) -> None:
         self.wire = wire
-        self.ends = Ends(side)
+        self.ends = StreamState(side)
         self._reader = CapsuleReader()
         self._pending: list[Event] = []
         self._rest = memoryview(b"")  # bytes of the last read that have not been parsed yet
@@ -93,7 +93,7 @@ class Framed:
             self.ends.sent(kind)
             await self._write(header(kind, len(data)), data)
 
-    async def send_spliced(self, direction: Direction) -> None:
+    async def send_spliced(self, direction: CopyDirection) -> None:
         """Send what the direction's pipe holds as one DATA capsule."""
         pipe = direction.pipe
         assert pipe is not None

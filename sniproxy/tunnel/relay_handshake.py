@@ -11,13 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from sniproxy.engine import Wire, connect
+from sniproxy.engine import SocketStream, connect
 from sniproxy.formats.client_hello import Hello
 from sniproxy.streams.end_reason import RETRYABLE, Reason
-from sniproxy.transport.base import Candidate, Way
+from sniproxy.transport.base import Candidate, CandidateKey
 from sniproxy.transport.errors import DialError, ResetBeforeReady, StaleEpoch, WarmLost
 from sniproxy.tunnel.capsules import HEADER_SIZE, CapsuleError
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.epoch import UNKNOWN_EPOCH, told_epoch
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import TOKEN_SIZE, Message, Opened, Pong, Ready, Refused, Waiting
@@ -37,7 +37,7 @@ _RECORD_HEADER = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class StreamRequest:
     """What a client brought: everything that each attempt carries."""
 
     stream: bytes
@@ -58,7 +58,7 @@ class Call:
         return at
 
 
-class Opener:
+class GatewayConnector:
     """Opens streams at gateways, for one relay."""
 
     def __init__(
@@ -76,23 +76,25 @@ class Opener:
         self._keys = keys
         self._now_ms = now_ms
         self.dial_timeout_s = dial_timeout_s
-        self._told: OrderedDict[Way, tuple[bytes | None, bytes]] = OrderedDict()
+        self._told: OrderedDict[CandidateKey, tuple[bytes | None, bytes]] = OrderedDict()
         """By way the epoch that its record had when a gateway told us a newer one, and that one."""
         self._ready_timeout_s = ready_timeout_s
         self._open_timeout_s = open_timeout_s
 
-    async def connect(self, candidate: Candidate) -> Wire:
+    async def connect(self, candidate: Candidate) -> SocketStream:
         """Connect to a candidate. OSError if that cannot be, TimeoutError if it takes too long."""
         return await connect(candidate.address, candidate.port, timeout_s=self.dial_timeout_s)
 
-    async def open(self, call: Call, candidate: Candidate, attempt: int, wire: Wire) -> Framed:
+    async def open(
+        self, call: StreamRequest, candidate: Candidate, attempt: int, wire: SocketStream
+    ) -> CapsuleConnection:
         """Open a stream on a new connection, which is reset where that fails; all of `call.data` has been sent then.
 
         Raises:
             ResetBeforeReady: it was cut before a gateway said anything.
             DialError: otherwise.
         """
-        framed = Framed(wire, Side.RELAY)
+        framed = CapsuleConnection(wire, Side.RELAY)
         try:
             preamble, header = self._preamble(call, candidate, attempt)
             room = MAX_FIRST_WRITE - len(header) - HEADER_SIZE
@@ -105,7 +107,9 @@ class Opener:
             raise
         return framed
 
-    async def open_warm(self, call: Call, candidate: Candidate, attempt: int, framed: Framed) -> None:
+    async def open_warm(
+        self, call: StreamRequest, candidate: Candidate, attempt: int, framed: CapsuleConnection
+    ) -> None:
         """Open a stream on a connection that was kept ready (`warm_up`), which is reset where that fails.
 
         Raises:
@@ -134,7 +138,7 @@ class Opener:
             framed.wire.reset()
             raise
 
-    async def warm_up(self, candidate: Candidate) -> Framed:
+    async def warm_up(self, candidate: Candidate) -> CapsuleConnection:
         """Make a connection to a gateway that is ready for a stream.
 
         Raises:
@@ -145,7 +149,7 @@ class Opener:
         except StaleEpoch:
             return await self._warmed_up(candidate)
 
-    async def _warmed_up(self, candidate: Candidate) -> Framed:
+    async def _warmed_up(self, candidate: Candidate) -> CapsuleConnection:
         try:
             key = self._key(candidate)
             preamble = WarmPreamble(
@@ -158,7 +162,7 @@ class Opener:
                 epoch=self._epoch(candidate),
             )
             header = sign(preamble, key.secret)
-            framed = Framed(await self.connect(candidate), Side.RELAY)
+            framed = CapsuleConnection(await self.connect(candidate), Side.RELAY)
             framed.ends.warm = True
             await self._greeted(framed, header, candidate, preamble)
         except PreambleError as error:
@@ -169,7 +173,7 @@ class Opener:
             raise DialError(Reason.DIAL_FAILED, f"{candidate}: {error.strerror or 'no answer'}") from error
         return framed
 
-    async def join(self, call: Call, candidate: Candidate, attempt: int) -> Framed:
+    async def join(self, call: StreamRequest, candidate: Candidate, attempt: int) -> CapsuleConnection:
         """Make a second connection for the upload of a stream that is open at this candidate.
 
         Raises:
@@ -177,12 +181,12 @@ class Opener:
             DialError: otherwise.
         """
         preamble, header = self._preamble(call, candidate, attempt, continues=True)
-        framed = Framed(await self.connect(candidate), Side.RELAY)
+        framed = CapsuleConnection(await self.connect(candidate), Side.RELAY)
         await self._greeted(framed, header, candidate, preamble)
         return framed
 
     async def _greeted(
-        self, framed: Framed, header: bytes, candidate: Candidate, preamble: Preamble | WarmPreamble
+        self, framed: CapsuleConnection, header: bytes, candidate: Candidate, preamble: Preamble | WarmPreamble
     ) -> None:
         try:
             await self._greet(framed, header, b"", candidate, preamble)
@@ -191,7 +195,12 @@ class Opener:
             raise
 
     async def _greet(
-        self, framed: Framed, header: bytes, first: bytes, candidate: Candidate, preamble: Preamble | WarmPreamble
+        self,
+        framed: CapsuleConnection,
+        header: bytes,
+        first: bytes,
+        candidate: Candidate,
+        preamble: Preamble | WarmPreamble,
     ) -> None:
         """Send the preamble and what goes with it, and wait for READY."""
         try:
@@ -231,7 +240,7 @@ class Opener:
     async def _until(
         self,
         wanted: type[Message],
-        framed: Framed,
+        framed: CapsuleConnection,
         send: Callable[[], Awaitable[None]] | None,
         *,
         limit_s: float,
@@ -274,7 +283,7 @@ class Opener:
             raise DialError(Reason.PROTOCOL_ERROR, said, final=True)
 
     async def _await_opened(
-        self, framed: Framed, candidate: Candidate, send: Callable[[], Awaitable[None]] | None = None
+        self, framed: CapsuleConnection, candidate: Candidate, send: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         await self._until(
             Opened,
@@ -289,7 +298,7 @@ class Opener:
         )
 
     def _preamble(
-        self, call: Call, candidate: Candidate, attempt: int, *, continues: bool = False
+        self, call: StreamRequest, candidate: Candidate, attempt: int, *, continues: bool = False
     ) -> tuple[Preamble, bytes]:
         """Return the preamble of an attempt and its signed header."""
         key = self._key(candidate)

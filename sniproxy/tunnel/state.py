@@ -64,7 +64,7 @@ class Side(Enum):
     GATEWAY = "gateway"
 
 
-class Ends:
+class StreamState:
     """The state of one framed stream. `received` and `sent` are told every capsule header in order."""
 
     __slots__ = (

@@ -14,7 +14,7 @@ import pytest
 
 from discovery.model.mesh import VipSpec
 from dnsgw import DnsServer, UpstreamLoop
-from dnsgw.upstream.address import Destination, Way
+from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.cache import CacheConfig
 from tests.dnsgw.authority import Authority, serving
 from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
@@ -90,7 +90,7 @@ async def test_it_ends_with_former_upstreams_still_asked(upstream: Authority, ot
 
 
 async def test_an_upstream_that_cannot_be_changes_nothing(upstream: Authority) -> None:
-    secret = Destination(LOOPBACK, 853, Way.TLS)
+    secret = UpstreamAddress(LOOPBACK, 853, UpstreamProtocol.TLS)
     async with running(VIEW, upstream.port) as server:
         before = server.config
         with pytest.raises(UpstreamLoop):
@@ -122,7 +122,7 @@ async def test_a_zone_of_its_own_counts_at_once(upstream: Authority, other: Auth
         with Client(address(server)) as client:
             for _ in range(2):
                 assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
-            change(server, forward={"example.test": (Destination(LOOPBACK, other.port),)})
+            change(server, forward={"example.test": (UpstreamAddress(LOOPBACK, other.port),)})
             assert addresses(await client.ask(query(WWW))) == ["192.0.2.2"]
             change(server, forward={})
             assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
@@ -135,7 +135,7 @@ async def test_what_nobody_is_asked_for(upstream: Authority) -> None:
                 assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
             change(server, absent=("example.test",))
             assert dns.message.from_wire(await client.ask(query(WWW))).rcode() == dns.rcode.NXDOMAIN
-            change(server, forward={"www.example.test": (Destination(LOOPBACK, upstream.port),)})
+            change(server, forward={"www.example.test": (UpstreamAddress(LOOPBACK, upstream.port),)})
             assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
 
 

@@ -1,10 +1,10 @@
 """A bounded memory of what was used last."""
 
-from dnsgw.two_generation_cache import Recent
+from dnsgw.two_generation_cache import TwoGenerationCache
 
 
 def test_it_keeps_what_was_used_last_and_never_twice_its_limit() -> None:
-    recent: Recent[int] = Recent(4)
+    recent: TwoGenerationCache[int] = TwoGenerationCache(4)
     recent[b"used"] = 0
     for n in range(100):
         recent[b"%d" % n] = n

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.e2e.processes import Mesh
 from tests.e2e.traffic import BULK_BYTES, BULK_TIMEOUT_S, FLAT_OUT, HESITANT, MANY_BYTES, SLOW, Pace, Sum, receive, send
 from tests.sniproxy.hellos import client_hello
@@ -22,7 +22,7 @@ async def one_stream(mesh: Mesh, size: int = BULK_BYTES) -> None:
     """Send that many bytes each way at once over one stream, and hold that they arrive."""
     seen: dict[str, Sum] = {}
 
-    async def service(wire: Wire) -> None:
+    async def service(wire: SocketStream) -> None:
         await wire.recv_exactly(len(client_hello(name)))
         async with asyncio.TaskGroup() as group:
             sending = group.create_task(send(wire, size, DOWN))
@@ -67,7 +67,7 @@ async def many_streams(mesh: Mesh, size: int = MANY_BYTES) -> None:
     at_service: dict[int, tuple[Sum, Sum]] = {}
     before = {part: len(mesh.events(part)) for part in ("relay", "gateway")}
 
-    async def service(wire: Wire) -> None:
+    async def service(wire: SocketStream) -> None:
         await wire.recv_exactly(len(client_hello(name)))
         order = orders[int.from_bytes(await wire.recv_exactly(2), "big")]
         got, sent = await _play(

@@ -11,14 +11,14 @@ import sys
 
 import uvloop
 
-from sniproxy.engine import Listener, Splice, Wire, connect
+from sniproxy.engine import Listener, SocketStream, Splice, connect
 
 FOREVER_S = 3600.0
 CONNECT_TIMEOUT_S = 10.0
 
 
 async def _serve(address: str, port: int, to: tuple[str, int], late_s: float) -> None:
-    async def pass_on(near: Wire) -> None:
+    async def pass_on(near: SocketStream) -> None:
         await asyncio.sleep(late_s)
         try:
             far = await connect(*to, timeout_s=CONNECT_TIMEOUT_S)

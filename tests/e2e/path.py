@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
-from sniproxy.engine import Listener, Wire, connect
+from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.transport.base import FRAMED
 from sniproxy.tunnel.epoch import proto_of
@@ -69,18 +69,18 @@ class Path:
     _closing: AsyncExitStack
     hello_of: dict[str, bytes] = field(default_factory=dict)
 
-    async def serve(self, handle: Callable[[Wire], Awaitable[None]]) -> int:
+    async def serve(self, handle: Callable[[SocketStream], Awaitable[None]]) -> int:
         """Run a service on loopback in network b; returns its port."""
         listener = await Listener.open("127.0.0.1", 0)
         task = self._group.create_task(listener.serve(handle))
         self._closing.callback(task.cancel)
         return listener.address[1]
 
-    async def connect(self) -> Wire:
+    async def connect(self) -> SocketStream:
         """Connect to the relay as a client does."""
         return await connect(*self.relay.addresses[0], timeout_s=10)
 
-    async def dial(self, name: str, *, hello: bytes | None = None, behind: bytes = b"") -> Wire:
+    async def dial(self, name: str, *, hello: bytes | None = None, behind: bytes = b"") -> SocketStream:
         """Connect and send a ClientHello for `name`, with `behind` in the same write."""
         client = await self.connect()
         await client.send((hello or client_hello(name)) + behind)
@@ -217,7 +217,7 @@ async def _join_turn(
 
     dial = TlsDial(client_context, address) if tls else connect
 
-    async def late(address: str, port: int, *, timeout_s: float) -> Wire:
+    async def late(address: str, port: int, *, timeout_s: float) -> SocketStream:
         if path.allocation is not None and path.allocation.relayed is not None:
             await asyncio.sleep(bind_delay_s)
         return await dial(address, port, timeout_s=timeout_s)

@@ -32,7 +32,7 @@ from crossnet.lab import topology
 from crossnet.lab.certificates import Authority
 from crossnet.lab.parts import Parts
 from crossnet.lab.program import Program
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Listener, SocketStream
 from sniproxy.engine import connect as connect_wire
 from tests.sniproxy.hellos import client_hello
 
@@ -146,7 +146,7 @@ class Mesh:
         self._prefixes = dict(prefixes or {})
         self._parts = Parts(folder, self.plan, Authority(folder), coturn=turn == "coturn")
         self._started: dict[str, list[Part]] = {}
-        self._clients: list[Wire] = []
+        self._clients: list[SocketStream] = []
         self.names = ["discovery", "turn", "relay", "gateway", *(["gateway-2"] if gateways == 2 else [])]
         if dns:
             self.names.append("dns")
@@ -355,7 +355,7 @@ class Mesh:
         return f"p{port}-{self.plan.service.replace('.', '-')}.b.{DOMAIN}"
 
     @asynccontextmanager
-    async def serving(self, handle: Callable[[Wire], Awaitable[None]]) -> AsyncIterator[int]:
+    async def serving(self, handle: Callable[[SocketStream], Awaitable[None]]) -> AsyncIterator[int]:
         """Run a service in network b while the block runs; give its port.
 
         What goes wrong in it is raised at the block's end. Clients that still are connected then are closed.
@@ -364,7 +364,7 @@ class Mesh:
             listener = Listener(socket.create_server((self.plan.service, 0), backlog=1024))
         failures: list[BaseException] = []
 
-        async def watched(wire: Wire) -> None:
+        async def watched(wire: SocketStream) -> None:
             try:
                 await handle(wire)
             except BaseException as error:
@@ -386,7 +386,7 @@ class Mesh:
             if not isinstance(error, asyncio.CancelledError):
                 raise error
 
-    async def connect(self) -> Wire:
+    async def connect(self) -> SocketStream:
         """Connect to the relay as a client does."""
         with self.ground.on("client"):
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -394,7 +394,7 @@ class Mesh:
         self._clients.append(client)
         return client
 
-    async def dial(self, name: str, *, hello: bytes | None = None, behind: bytes = b"") -> Wire:
+    async def dial(self, name: str, *, hello: bytes | None = None, behind: bytes = b"") -> SocketStream:
         """Connect and send a ClientHello for `name`, with `behind` in the same write."""
         client = await self.connect()
         await client.send((hello or client_hello(name)) + behind)

@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.e2e.processes import LIMIT_S, Mesh
 from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello
@@ -14,7 +14,7 @@ from tests.sniproxy.hellos import client_hello
 class Held:
     """A stream that stays open; the service says back what it hears."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: SocketStream) -> None:
         self.wire = wire
 
     async def ping(self) -> None:
@@ -91,7 +91,7 @@ class Talk:
 async def talking(mesh: Mesh) -> AsyncIterator[Talk]:
     """Have an echo service in network b while the block runs."""
 
-    async def echo(wire: Wire) -> None:
+    async def echo(wire: SocketStream) -> None:
         with suppress(OSError):  # a cut is what some tests are about: the client's side holds what must be
             await wire.recv_exactly(hello_bytes)
             while data := await wire.recv():

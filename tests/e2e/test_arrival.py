@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.formats.proxy_protocol import Command, ProxyHeader
 from tests.e2e.path import Path, a_path, name_of
 from tests.sniproxy.engine.pairs import read_all
@@ -22,7 +22,7 @@ V1 = b"PROXY TCP4 10.7.0.9 192.0.2.1 50000 8443\r\n"
 V2 = ProxyHeader(source=("10.7.0.9", 50000), destination=("192.0.2.1", 8443)).pack()
 
 
-async def echo(wire: Wire) -> None:
+async def echo(wire: SocketStream) -> None:
     while data := await wire.recv():
         await wire.send(data)
 

@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import GatewaySpec, Kind
-from sniproxy.engine import Wire, connect
+from sniproxy.engine import SocketStream, connect
 from sniproxy.streams.end_reason import Reason
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Refused
 from sniproxy.tunnel.preamble import SigningKey
 from sniproxy.tunnel.state import Side
@@ -92,7 +92,7 @@ async def test_what_no_list_can_allow_by_being_wide(network: str) -> None:
     async with a_path("direct") as path:
         reached = []
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             reached.append(wire.peer)
 
         port = await path.serve(service)
@@ -162,10 +162,10 @@ async def captured(path: Path) -> Captured:
     seen = bytearray()
     gateway = path.gateway.addresses[0]
 
-    async def between(relay: Wire) -> None:
+    async def between(relay: SocketStream) -> None:
         onward = await connect(*gateway, timeout_s=10)
 
-        async def copy(source: Wire, sink: Wire, keep: bytearray) -> None:
+        async def copy(source: SocketStream, sink: SocketStream, keep: bytearray) -> None:
             while data := await source.recv():
                 keep += data
                 await sink.send(data)
@@ -193,7 +193,7 @@ async def play(address: tuple[str, int], data: bytes) -> list[object]:
     """Write these bytes to a gateway; give what it says, in its own words."""
     wire = await connect(*address, timeout_s=10)
     await wire.send(data)
-    framed, said = Framed(wire, Side.RELAY), []
+    framed, said = CapsuleConnection(wire, Side.RELAY), []
     try:
         async with asyncio.timeout(10):
             while not any(isinstance(message, Refused) for message in said):

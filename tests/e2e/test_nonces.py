@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.e2e.path import a_path, name_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 
 
-async def echo(wire: Wire) -> None:
+async def echo(wire: SocketStream) -> None:
     while piece := await wire.recv():
         await wire.send(piece)
     wire.shutdown_write()

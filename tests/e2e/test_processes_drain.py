@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.e2e.processes import Loopback, Mesh, standing
 from tests.e2e.talk import talking
 
@@ -37,7 +37,7 @@ def drain_relay(limit: str) -> Any:
 
 async def refused(mesh: Mesh) -> bool:
     try:
-        wire: Wire = await mesh.connect()
+        wire: SocketStream = await mesh.connect()
     except ConnectionRefusedError:
         return True
     wire.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from discovery.model.addresses import parse_endpoint
-from sniproxy.engine import Wire, connect
+from sniproxy.engine import SocketStream, connect
 from tests.e2e.processes import LIMIT_S, Loopback, Mesh, standing
 from tests.e2e.talk import talking
 from tests.sniproxy.hellos import client_hello, message, records, supported_versions
@@ -100,7 +100,7 @@ async def pour(at: Endpoint) -> None:
     await say(at, bytes(1_000_000))
 
 
-async def half_open(at: Endpoint) -> list[Wire]:
+async def half_open(at: Endpoint) -> list[SocketStream]:
     """Connections that begin something and go on to nothing."""
     wires = [await connect(*at, timeout_s=LIMIT_S) for _ in range(10)]
     for wire, start in zip(wires, (b"", b"\x16", HELLO[:50], PROXY_SIGNATURE, b"GET /", b"\x00\x03") * 2, strict=False):

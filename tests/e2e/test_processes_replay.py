@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from sniproxy.engine import Listener, Wire, connect
+from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.formats.client_hello import HelloReader
 from sniproxy.relay.failover import Dialer
 from sniproxy.transport.base import Candidate, RouteKind
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import Opened, Refused
 from sniproxy.tunnel.preamble import SigningKey
-from sniproxy.tunnel.relay_handshake import Call, Opener
+from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 from sniproxy.tunnel.state import Side
 from tests.crossnet.running import Running
 from tests.sniproxy.hellos import client_hello
@@ -75,14 +75,16 @@ class Site:
     def relay(self, skew_ms: int = 0) -> Dialer:
         """A relay of network a whose clock is off by so much."""
         return Dialer(
-            Opener("a", SigningKeys({"ab-1": self.key}), now_ms=lambda: time.time_ns() // 1_000_000 + skew_ms)
+            GatewayConnector("a", SigningKeys({"ab-1": self.key}), now_ms=lambda: time.time_ns() // 1_000_000 + skew_ms)
         )
 
-    def call(self) -> Call:
+    def call(self) -> StreamRequest:
         data = client_hello(f"p{self.service.address[1]}-127-0-0-1.b.svc.mesh.internal")
         hello = HelloReader().feed(data)
         assert hello is not None
-        return Call(stream=os.urandom(16), client=("10.0.0.1", 1), local=("10.0.0.2", 2), hello=hello, data=data)
+        return StreamRequest(
+            stream=os.urandom(16), client=("10.0.0.1", 1), local=("10.0.0.2", 2), hello=hello, data=data
+        )
 
     async def stream(self, relay: Dialer, port: int | None = None) -> int:
         """Open a stream, see that the service has it, end it; gives the number of attempts that it took."""
@@ -97,7 +99,7 @@ class Site:
         """What a relay wrote on the connection that was taken: somebody in between has kept it."""
         kept: list[bytearray] = []
 
-        async def between(wire: Wire) -> None:
+        async def between(wire: SocketStream) -> None:
             seen = bytearray()
             kept.append(seen)
             onward = await connect("127.0.0.1", self.port, timeout_s=10)
@@ -117,7 +119,7 @@ class Site:
         wire = await connect("127.0.0.1", self.port, timeout_s=10)
         try:
             await wire.send(data)
-            framed = Framed(wire, Side.RELAY)
+            framed = CapsuleConnection(wire, Side.RELAY)
             async with asyncio.timeout(10):
                 while True:
                     message = await framed.next_message()
@@ -129,7 +131,7 @@ class Site:
             wire.close()
 
 
-async def _copy(source: Wire, sink: Wire, keep: bytearray) -> None:
+async def _copy(source: SocketStream, sink: SocketStream, keep: bytearray) -> None:
     try:
         while data := await source.recv():
             keep += data
@@ -159,7 +161,7 @@ async def a_site(folder: Path) -> AsyncIterator[Site]:
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         site = Site(folder, key, port, service, group)
 
-        async def serve(wire: Wire) -> None:
+        async def serve(wire: SocketStream) -> None:
             try:
                 hello = await wire.recv()
                 site.hellos.append(hello)

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from discovery.model.addresses import parse_endpoint
-from sniproxy.engine import Wire, connect
-from sniproxy.tunnel.connection import Framed
+from sniproxy.engine import SocketStream, connect
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Opened, Ready, Refused
 from sniproxy.tunnel.preamble import SigningKey, sign
 from sniproxy.tunnel.state import Side
@@ -26,7 +26,7 @@ ORDERS = "orders.shop.svc.cluster.local"
 ACCESS_DENIED = bytes.fromhex("15030300020231")
 
 
-async def echo(wire: Wire) -> None:
+async def echo(wire: SocketStream) -> None:
     with suppress(OSError):  # those who only see that they got through go without ado
         while piece := await wire.recv():
             await wire.send(piece)
@@ -48,7 +48,7 @@ async def forged(mesh: Mesh, name: str, target: str) -> str:
     secret = bytes.fromhex((mesh.folder / "ab-1.key").read_text())
     key = SigningKey(id="ab-1", secret=secret, from_network="a", to_network="b")
     hello = client_hello(name)
-    framed = Framed(await connect(str(address), port, timeout_s=10), Side.RELAY)
+    framed = CapsuleConnection(await connect(str(address), port, timeout_s=10), Side.RELAY)
     header = sign(preamble(target, hello, authority=name, addressee=record["id"]), key.secret)
     await framed.wire.send(header, data(hello))
     framed.sent = len(header)

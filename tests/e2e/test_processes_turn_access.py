@@ -17,7 +17,7 @@ import yaml
 
 from discovery.api.tokens import format_entry, make_entry, make_token
 from discovery.model.mesh import Kind
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.crossnet.running import Running, free_port, running
 from tests.e2e.processes import Loopback, Mesh, standing
 
@@ -35,7 +35,7 @@ def rewrite(path: Path, **turn: Any) -> None:
 
 
 async def test_credentials_networks_and_authorities_change_and_streams_stay(tmp_path: Path) -> None:
-    async def echo(wire: Wire) -> None:
+    async def echo(wire: SocketStream) -> None:
         with contextlib.suppress(OSError):
             while data := await wire.recv(65536):
                 await wire.send(data)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.relay.relay import Relay
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 ACCESS_DENIED = bytes.fromhex("15030300020231")
 
 
-async def echo(wire: Wire) -> None:
+async def echo(wire: SocketStream) -> None:
     while data := await wire.recv():
         await wire.send(data)
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.relay.failover import Connected, Dialer
 from sniproxy.transport.base import Candidate
-from sniproxy.tunnel.connection import Framed
-from sniproxy.tunnel.relay_handshake import Call
+from sniproxy.tunnel.connection import CapsuleConnection
+from sniproxy.tunnel.relay_handshake import StreamRequest
 from tests.e2e.path import a_path, name_of
 from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello
@@ -24,7 +24,7 @@ TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedde
 BULK = os.urandom(1 << 20) * 16
 
 
-async def _digest(wire: Wire) -> bytes:
+async def _digest(wire: SocketStream) -> bytes:
     digest = hashlib.sha256()
     while data := await wire.recv(1 << 18):
         digest.update(data)
@@ -36,7 +36,7 @@ async def test_an_upload_goes_on_while_its_client_reads_nothing(turn: str) -> No
     """As on one TCP connection: a full direction back to the client must not stop the one to the service."""
     async with a_path(turn) as path:
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await wire.recv_exactly(len(client_hello(name)))
             async with asyncio.TaskGroup() as group:
                 answering = group.create_task(wire.send(BULK))
@@ -63,7 +63,7 @@ async def test_an_upload_goes_on_while_its_client_reads_nothing(turn: str) -> No
 async def test_a_stream_of_many_small_messages_keeps_one_connection(turn: str) -> None:
     async with a_path(turn) as path:
 
-        async def echo(wire: Wire) -> None:
+        async def echo(wire: SocketStream) -> None:
             await wire.recv_exactly(len(client_hello(name)))
             while data := await wire.recv():
                 await wire.send(data)
@@ -83,13 +83,13 @@ async def test_a_stream_of_many_small_messages_keeps_one_connection(turn: str) -
 
 
 async def test_without_a_second_connection_an_upload_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def none(*_: object) -> Framed:
+    async def none(*_: object) -> CapsuleConnection:
         raise ConnectionError("refused by the test")
 
     monkeypatch.setattr(Dialer, "second", none)
     async with a_path("embedded") as path:
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await wire.recv_exactly(len(client_hello(name)))
             await wire.send(await _digest(wire))
             wire.shutdown_write()
@@ -104,27 +104,29 @@ async def test_without_a_second_connection_an_upload_still_arrives(monkeypatch: 
 
 @pytest.mark.parametrize("turn", TURNS)
 async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds: list[Framed] = []
+    seconds: list[CapsuleConnection] = []
     dialled = asyncio.Event()
     dial = Dialer.second
 
-    async def kept(self: Dialer, call: Call, candidate: Candidate, attempts: Iterator[int]) -> Framed:
+    async def kept(
+        self: Dialer, call: StreamRequest, candidate: Candidate, attempts: Iterator[int]
+    ) -> CapsuleConnection:
         seconds.append(await dial(self, call, candidate, attempts))
         dialled.set()
         return seconds[0]
 
     monkeypatch.setattr(Dialer, "second", kept)
     async with a_path(turn) as path:
-        arrived: asyncio.Future[Wire] = asyncio.get_running_loop().create_future()
+        arrived: asyncio.Future[SocketStream] = asyncio.get_running_loop().create_future()
         done = asyncio.Event()
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await dialled.wait()  # until then all that lies between is full: the upload has to move on
             await wire.recv_exactly(400_000)
             arrived.set_result(wire)
             await done.wait()
 
-        async def upload(client: Wire) -> None:
+        async def upload(client: SocketStream) -> None:
             with suppress(OSError):
                 await client.send(BULK)
 
@@ -144,18 +146,18 @@ async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: p
 async def test_a_second_connection_for_no_stream_is_refused() -> None:
     async with a_path("embedded") as path:
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await wire.recv()
             await wire.send(b"x")
             await read_all(wire)
 
         client = await path.dial(name_of(await path.serve(service)))
         assert await client.recv() == b"x"
-        connected: list[tuple[Call, Connected]] = []
+        connected: list[tuple[StreamRequest, Connected]] = []
         relay = path.relay
         opened = relay._ways.open
 
-        async def kept(call: Call, candidates: list[object]) -> Connected:
+        async def kept(call: StreamRequest, candidates: list[object]) -> Connected:
             connected.append((call, await opened(call, candidates)))  # type: ignore[arg-type]
             return connected[0][1]
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.e2e.path import a_path, name_of
 from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello, padding
@@ -25,7 +25,7 @@ def sized_hello(name: str, size: int) -> bytes:
     return client_hello(name, padding(max(size - 200, 0))) if size else client_hello(name)
 
 
-async def skip_hello(wire: Wire, hello: bytes) -> None:
+async def skip_hello(wire: SocketStream, hello: bytes) -> None:
     """Read the ClientHello at the service and see that not a byte of it was changed."""
     assert await wire.recv_exactly(len(hello)) == hello
 
@@ -35,7 +35,7 @@ async def test_question_and_answer(turn: str) -> None:
     async with a_path(turn) as path:
         names = []
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await skip_hello(wire, client_hello(names[0]))
             assert await read_all(wire) == b"question"
             await wire.send(b"answer")
@@ -61,7 +61,7 @@ async def test_early_bytes_before_a_late_bind_arrive_in_order(turn: str, hello_b
         seen: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         hellos = []
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await skip_hello(wire, hellos[0])
             seen.set_result(await read_all(wire))
             await wire.send(b"thanks")
@@ -81,7 +81,7 @@ async def test_a_service_that_sends_100000_bytes_and_closes_loses_none(turn: str
     payload = os.urandom(100_000)
     async with a_path(turn) as path:
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await wire.recv()
             await wire.send(payload)
             wire.shutdown_write()
@@ -97,7 +97,7 @@ async def test_a_service_that_sends_100000_bytes_and_closes_loses_none(turn: str
 async def test_an_answer_that_begins_after_the_clients_end(turn: str) -> None:
     async with a_path(turn) as path:
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             question = await read_all(wire)
             await wire.send(hashlib.sha256(question).digest() * 3000)
 
@@ -112,10 +112,10 @@ async def test_an_answer_that_begins_after_the_clients_end(turn: str) -> None:
 @pytest.mark.parametrize("turn", TURNS)
 async def test_a_cut_is_a_reset_and_never_a_clean_end(turn: str, victim: str) -> None:
     async with a_path(turn) as path:
-        arrived: asyncio.Future[Wire] = asyncio.get_running_loop().create_future()
+        arrived: asyncio.Future[SocketStream] = asyncio.get_running_loop().create_future()
         done = asyncio.Event()
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await wire.recv()
             await wire.send(b"half an answer")
             arrived.set_result(wire)
@@ -142,7 +142,7 @@ async def test_two_hundred_streams_at_any_pace(turn: str) -> None:
     """Random sizes, pauses, slow readers and half-closes on 200 streams at once: every byte, every end."""
     async with a_path(turn) as path:
 
-        async def paced(wire: Wire, payload: bytes, dice: random.Random) -> None:
+        async def paced(wire: SocketStream, payload: bytes, dice: random.Random) -> None:
             at = 0
             while at < len(payload):
                 size = dice.choice((1, 500, 20_000, 100_000))
@@ -152,7 +152,7 @@ async def test_two_hundred_streams_at_any_pace(turn: str) -> None:
                     await asyncio.sleep(dice.random() / 50)
             wire.shutdown_write()
 
-        async def slow(wire: Wire, dice: random.Random) -> bytes:
+        async def slow(wire: SocketStream, dice: random.Random) -> bytes:
             got = bytearray()
             while data := await wire.recv(dice.choice((1000, 65536))):
                 got += data
@@ -160,7 +160,7 @@ async def test_two_hundred_streams_at_any_pace(turn: str) -> None:
                     await asyncio.sleep(dice.random() / 50)
             return bytes(got)
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             """Echo, but only after the end of the question for every other stream."""
             await wire.recv_exactly(hello_size)
             mode = (await wire.recv_exactly(1))[0]
@@ -197,12 +197,12 @@ async def test_bulk_both_ways_with_the_same_digest(turn: str) -> None:
     block = os.urandom(1 << 20)
     count = 48
 
-    async def send(wire: Wire) -> None:
+    async def send(wire: SocketStream) -> None:
         for _ in range(count):
             await wire.send(block)
         wire.shutdown_write()
 
-    async def receive(wire: Wire) -> str:
+    async def receive(wire: SocketStream) -> str:
         digest = hashlib.sha256()
         while data := await wire.recv(1 << 18):
             digest.update(data)
@@ -212,7 +212,7 @@ async def test_bulk_both_ways_with_the_same_digest(turn: str) -> None:
     async with a_path(turn) as path:
         up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await wire.recv_exactly(len(client_hello(name)))
             async with asyncio.TaskGroup() as group:
                 group.create_task(send(wire))
@@ -231,7 +231,7 @@ async def test_bulk_both_ways_with_the_same_digest(turn: str) -> None:
 async def test_a_gateway_that_idled_past_the_nonces_life_takes_the_next_stream() -> None:
     async with a_path("coturn", coturn_options=("--stale-nonce=2",), timing=Timing(nonce_fresh_s=0.5)) as path:
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             await wire.recv()
             await wire.send(b"still here")
             wire.shutdown_write()

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from discovery.model.mesh import Kind
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.e2e.path import ALLOCATION, Path, a_path, name_of
 from tests.sniproxy.engine.pairs import read_all
 from tests.sniproxy.hellos import client_hello
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded"]
 
 
-async def echo(wire: Wire) -> None:
+async def echo(wire: SocketStream) -> None:
     """Give everything back behind the ClientHello, as it comes."""
     while data := await wire.recv():
         await wire.send(data)

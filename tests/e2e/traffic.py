@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 
 BLOCK = 256 * 1024
 DEFAULT_BYTES = 16_000_000
@@ -62,7 +62,7 @@ HESITANT = Pace(pieces=(1, 700, 20_000, 100_000), pause_probability=0.3)
 SLOW = Pace(pieces=(1000, 65_536), pause_probability=0.1)
 
 
-async def send(wire: Wire, size: int, seed: int, pace: Pace = FLAT_OUT) -> Sum:
+async def send(wire: SocketStream, size: int, seed: int, pace: Pace = FLAT_OUT) -> Sum:
     """Send that many bytes and end the direction."""
     dice = random.Random(seed)
     digest = hashlib.sha256()
@@ -78,7 +78,7 @@ async def send(wire: Wire, size: int, seed: int, pace: Pace = FLAT_OUT) -> Sum:
     return Sum(size, digest.hexdigest())
 
 
-async def receive(wire: Wire, seed: int = 0, pace: Pace = FLAT_OUT) -> Sum:
+async def receive(wire: SocketStream, seed: int = 0, pace: Pace = FLAT_OUT) -> Sum:
     """Read to the end."""
     dice = random.Random(seed)
     digest, size = hashlib.sha256(), 0

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from sniproxy.engine import Wire, connect
+from sniproxy.engine import SocketStream, connect
 from tests.e2e import bulk
 from tests.e2e.processes import Mesh
 from tests.e2e.traffic import BULK_TIMEOUT_S, receive, send
@@ -46,7 +46,7 @@ async def test_raw_peers_see_what_these_links_do_to_a_turn_server(mesh: Mesh) ->
         with mesh.ground.on(part):
             return socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
-    async def late(address: str, port: int, *, timeout_s: float) -> Wire:
+    async def late(address: str, port: int, *, timeout_s: float) -> SocketStream:
         if dialled:
             await asyncio.sleep(LATE_S)
         dialled.append(port)
@@ -96,7 +96,7 @@ async def test_megabytes_right_behind_a_hello_of_any_size_arrive_in_order(late_m
     early = os.urandom(3_000_000)
     seen: list[bytes] = []
 
-    async def service(wire: Wire) -> None:
+    async def service(wire: SocketStream) -> None:
         assert await wire.recv_exactly(len(hello)) == hello
         seen.append(hashlib.sha256(await read_all(wire)).digest())
         await wire.send(b"thanks")
@@ -115,7 +115,7 @@ async def test_megabytes_right_behind_a_hello_of_any_size_arrive_in_order(late_m
 async def test_a_service_that_sends_100000_bytes_and_closes_loses_none(late_mesh: Mesh) -> None:
     payload = os.urandom(100_000)
 
-    async def service(wire: Wire) -> None:
+    async def service(wire: SocketStream) -> None:
         await wire.recv_exactly(len(client_hello(name)))
         await wire.send(payload)
         wire.close()
@@ -139,7 +139,7 @@ async def test_a_client_that_sends_100000_bytes_and_closes_loses_none(late_mesh:
     payload = os.urandom(100_000)
     seen: list[bytes] = []
 
-    async def service(wire: Wire) -> None:
+    async def service(wire: SocketStream) -> None:
         await wire.recv_exactly(len(client_hello(name)))
         seen.append(await read_all(wire))
 
@@ -157,7 +157,7 @@ async def test_a_client_that_sends_100000_bytes_and_closes_loses_none(late_mesh:
 
 
 async def test_an_answer_that_begins_after_the_clients_end(late_mesh: Mesh) -> None:
-    async def service(wire: Wire) -> None:
+    async def service(wire: SocketStream) -> None:
         question = await receive(wire)
         await wire.send(question.digest.encode() * 3000)
         wire.shutdown_write()
@@ -173,22 +173,22 @@ async def test_an_answer_that_begins_after_the_clients_end(late_mesh: Mesh) -> N
 
 async def test_a_cut_in_the_middle_is_a_reset_and_never_a_clean_end(late_mesh: Mesh) -> None:
     """Down and up, cut by the service and by the client, all four at once."""
-    arrived: dict[int, asyncio.Future[Wire]] = {}
+    arrived: dict[int, asyncio.Future[SocketStream]] = {}
     over = asyncio.Event()
 
-    async def service(wire: Wire) -> None:
+    async def service(wire: SocketStream) -> None:
         await wire.recv_exactly(len(client_hello(name)))
         arrived[(await wire.recv_exactly(1))[0]].set_result(wire)
         await over.wait()
 
-    async def pour(wire: Wire) -> OSError:
+    async def pour(wire: SocketStream) -> OSError:
         while True:
             try:
                 await wire.send(random.randbytes(50_000))
             except OSError as error:
                 return error
 
-    async def hear_of_it(told: Wire, pouring: asyncio.Task[OSError] | None) -> None:
+    async def hear_of_it(told: SocketStream, pouring: asyncio.Task[OSError] | None) -> None:
         with contextlib.suppress(ConnectionResetError):
             while await told.recv():
                 pass

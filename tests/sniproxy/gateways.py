@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Listener, SocketStream
 from sniproxy.tunnel.capsules import Payload
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.epoch import UNKNOWN_EPOCH
 from sniproxy.tunnel.messages import Opened, Ready, Refused
 from sniproxy.tunnel.preamble import Preamble, SigningKey, WarmPreamble, parse, read_length
@@ -29,7 +29,7 @@ KEY_C = SigningKey(id="ac-1", secret=bytes(range(32, 64)), from_network="a", to_
 class Visit:
     """One connection of a relay."""
 
-    framed: Framed
+    framed: CapsuleConnection
     first: bytes
     """What the first read returned: the preamble and what came with it in one segment."""
     began_with: Preamble | WarmPreamble
@@ -41,7 +41,7 @@ class Visit:
         return self.began_with
 
     @property
-    def wire(self) -> Wire:
+    def wire(self) -> SocketStream:
         return self.framed.wire
 
     async def payload(self, size: int) -> bytes:
@@ -128,7 +128,7 @@ async def scripted(*scripts: Script, network: str = "b", addressee: str = "gw-1"
     listener = await Listener.open("127.0.0.1", 0)
     gateway = ScriptedGateway(listener.address)
 
-    async def serve(wire: Wire) -> None:
+    async def serve(wire: SocketStream) -> None:
         script = scripts[min(gateway.connections, len(scripts) - 1)]
         gateway.connections += 1
         first = await wire.recv()
@@ -138,7 +138,7 @@ async def scripted(*scripts: Script, network: str = "b", addressee: str = "gw-1"
         preamble = verifier.verify(first[:length], addressee=addressee, now_ms=time.time_ns() // 1_000_000)
         assert preamble.to_network == network
         wire.unread(first[length:])
-        visit = Visit(Framed(wire, Side.GATEWAY), first, preamble)
+        visit = Visit(CapsuleConnection(wire, Side.GATEWAY), first, preamble)
         visit.framed.received = length
         gateway.visits.append(visit)
         await script(visit)

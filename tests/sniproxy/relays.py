@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
-from sniproxy.engine import Listener, Wire, connect
+from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.tunnel.keys import SigningKeys
 from tests.e2e.mesh import FixedDiscovery, record
@@ -48,7 +48,7 @@ class Running:
     _group: asyncio.TaskGroup
     _closing: AsyncExitStack
 
-    async def serve(self, handle: Callable[[Wire], Awaitable[None]]) -> int:
+    async def serve(self, handle: Callable[[SocketStream], Awaitable[None]]) -> int:
         """Run a service on loopback; returns its port."""
         listener = await Listener.open("127.0.0.1", 0)
         task = self._group.create_task(listener.serve(handle))
@@ -62,11 +62,11 @@ class Running:
         spec = GatewaySpec(address=f"{address}:{port}", zone=zone)
         self.discovery.put(record(Kind.GATEWAY, network, name, spec))
 
-    async def connect(self) -> Wire:
+    async def connect(self) -> SocketStream:
         """Connect as a client does."""
         return await connect(*self.relay.addresses[0], timeout_s=10)
 
-    async def dial(self, name: str, *, behind: bytes = b"") -> Wire:
+    async def dial(self, name: str, *, behind: bytes = b"") -> SocketStream:
         """Connect and send a ClientHello for `name`, with `behind` in the same write."""
         client = await self.connect()
         await client.send(client_hello(name) + behind)

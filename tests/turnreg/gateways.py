@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
-from sniproxy.engine import Listener, Wire, connect
+from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.tunnel.capsules import CapsuleType, header
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Message, Opened, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import Preamble, SigningKey, sign
 from sniproxy.tunnel.state import Side
@@ -42,12 +42,12 @@ def data(payload: bytes, *, final: bool = False) -> bytes:
 class Visit:
     """A relay's connection to the gateway."""
 
-    framed: Framed
+    framed: CapsuleConnection
     waiting_s: int | None = None
     """How long the gateway said that it may take to wake the service."""
 
     @property
-    def wire(self) -> Wire:
+    def wire(self) -> SocketStream:
         return self.framed.wire
 
     async def answer(self) -> Message:
@@ -82,7 +82,7 @@ class Service:
     endpoint: str
     target: str
     """What a preamble asks for."""
-    wires: list[Wire] = field(default_factory=list)
+    wires: list[SocketStream] = field(default_factory=list)
     got: list[bytearray] = field(default_factory=list)
 
 
@@ -105,7 +105,7 @@ class Running:
             spec = ServiceSpec(name=name, ports={"8443": [made.endpoint]})
             self.discovery.put(record(Kind.SERVICE, self.gateway.config.network, name, spec))
 
-        async def echo(wire: Wire) -> None:
+        async def echo(wire: SocketStream) -> None:
             made.wires.append(wire)
             made.got.append(got := bytearray())
             while piece := await wire.recv():
@@ -120,7 +120,7 @@ class Running:
 
     async def connect(self) -> Visit:
         """Connect to the gateway's own listener."""
-        return Visit(Framed(await connect(*self.gateway.addresses[0], timeout_s=10), Side.RELAY))
+        return Visit(CapsuleConnection(await connect(*self.gateway.addresses[0], timeout_s=10), Side.RELAY))
 
     async def visit(
         self, preamble: Preamble | bytes, *payload: bytes, key: SigningKey = KEY, behind_turn: bool = False
@@ -136,7 +136,7 @@ class Running:
         """Come by an allocation, as if a TURN server had been between."""
         near, far = await pair()
         self.gateway.take(Bound(wire=far, peer=("192.0.2.1", 4000), via="a", turn="turn-1", allocation=ALLOCATION))
-        return Visit(Framed(near, Side.RELAY))
+        return Visit(CapsuleConnection(near, Side.RELAY))
 
     async def ended(self, count: int = 1) -> list[dict[str, object]]:
         """Wait until so many streams have ended, and give their log lines."""

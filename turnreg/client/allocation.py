@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sniproxy.engine import Wire, connect
-from turnreg.client.connection_bind import BindResult, Peers
-from turnreg.client.control_connection import Control, Credentials, TurnError, TurnReason, describe
+from sniproxy.engine import SocketStream, connect
+from turnreg.client.connection_bind import BindResult, ConnectionBinds
+from turnreg.client.control_connection import ControlConnection, Credentials, TurnError, TurnReason, describe
 from turnreg.client.permissions import Permissions
 from turnreg.client.timing import Timing
 from turnreg.stun.message import FAMILY_IPV4, FAMILY_IPV6, TRANSPORT_TCP, Attribute, Message, Method, StunError
@@ -31,7 +31,7 @@ MIN_REFRESH_S = 0.25
 class Bound:
     """One peer's connection, bound: the next byte of the wire is the peer's first."""
 
-    wire: Wire
+    wire: SocketStream
     peer: tuple[str, int]
     """As the TURN server sees it."""
     via: str
@@ -45,7 +45,7 @@ class Bound:
 class Dial(Protocol):
     """Open a connection to a TURN server: the engine's `connect`, or something that adds TLS to it."""
 
-    def __call__(self, address: str, port: int, *, timeout_s: float) -> Awaitable[Wire]: ...
+    def __call__(self, address: str, port: int, *, timeout_s: float) -> Awaitable[SocketStream]: ...
 
 
 class Allocation:
@@ -98,11 +98,11 @@ class Allocation:
         self._dial = dial
         self._ended = asyncio.Event()
         self._error: TurnError | None = None
-        self._control: Control | None = None
+        self._control: ControlConnection | None = None
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
-        self._wires: list[Wire] = []
+        self._wires: list[SocketStream] = []
         self._pruned_at = 0
         self.allow(peers)
 
@@ -146,8 +146,8 @@ class Allocation:
         """
         wire = await self._connected()
         try:
-            control = Control(wire, self._credentials, timeout_s=self.timing.transaction_s)
-            peers = Peers(
+            control = ControlConnection(wire, self._credentials, timeout_s=self.timing.transaction_s)
+            peers = ConnectionBinds(
                 control,
                 record=self.record,
                 dial=self._dialled,
@@ -201,7 +201,7 @@ class Allocation:
         except TurnError as exc:
             self._finish(exc)
 
-    async def _connected(self) -> Wire:
+    async def _connected(self) -> SocketStream:
         try:
             wire = await self._dialled(self.timing.connect_s)
         except TimeoutError:
@@ -216,10 +216,10 @@ class Allocation:
             same.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self.timing.user_timeout_s * 1000))
         return wire
 
-    async def _dialled(self, timeout_s: float) -> Wire:
+    async def _dialled(self, timeout_s: float) -> SocketStream:
         return await self._dial(self.address, self.port, timeout_s=timeout_s)
 
-    def _bound(self, wire: Wire, peer: tuple[str, int]) -> None:
+    def _bound(self, wire: SocketStream, peer: tuple[str, int]) -> None:
         if len(self._wires) >= 2 * self._pruned_at + 16:
             self._pruned_at = self.streams
         self._wires.append(wire)

@@ -8,18 +8,18 @@ eighth of a processor took 3 to 8 s; with 128 at once all were in time or nearly
 
 from typing import Final
 
-FIRST: Final = 32
-LEAST: Final = 8
+INITIAL_CONCURRENCY: Final = 32
+MIN_CONCURRENCY: Final = 8
 
 SLACK_S: Final = 0.25
 """What a bind may take longer than twice the quickest: a lost segment that is sent again, the crowd's first moment."""
 
 
-OBLIVION: Final = 1.01
+BASELINE_DRIFT: Final = 1.01
 """By how much the quickest grows with each slow one: a path that has become longer is learnt within some hundred binds."""
 
 
-class Window:
+class BindConcurrency:
     """Grows by one with each bind that was quick, shrinks by a tenth with each that was slow."""
 
     __slots__ = ("_most", "_quickest_s", "_size")
@@ -27,7 +27,7 @@ class Window:
     def __init__(self, most: int) -> None:
         """Begin without experience; `most` is never passed."""
         self._most = most
-        self._size = float(min(FIRST, most))
+        self._size = float(min(INITIAL_CONCURRENCY, most))
         self._quickest_s = float("inf")
 
     @property
@@ -41,5 +41,5 @@ class Window:
         if seconds <= 2 * self._quickest_s + SLACK_S:
             self._size = min(self._most, self._size + 1)
         else:
-            self._quickest_s *= OBLIVION
-            self._size = max(min(LEAST, self._most), self._size * 0.9)
+            self._quickest_s *= BASELINE_DRIFT
+            self._size = max(min(MIN_CONCURRENCY, self._most), self._size * 0.9)

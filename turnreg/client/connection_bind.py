@@ -11,9 +11,17 @@ from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
 from typing import Any
 
-from sniproxy.engine import Wire
-from turnreg.client.bind_concurrency import Window
-from turnreg.client.control_connection import Control, TurnError, TurnReason, counts, describe, read_message, request
+from sniproxy.engine import SocketStream
+from turnreg.client.bind_concurrency import BindConcurrency
+from turnreg.client.control_connection import (
+    ControlConnection,
+    TurnError,
+    TurnReason,
+    counts,
+    describe,
+    read_message,
+    request,
+)
 from turnreg.client.permissions import FATAL
 from turnreg.client.timing import Timing
 from turnreg.stun.message import Attribute, Message, MessageClass, Method, StunError
@@ -49,18 +57,18 @@ class BindFailed(Exception):
         self.code = code
 
 
-class Peers:
+class ConnectionBinds:
     """Bind every peer that `take()` is told of in its turn, each in a task of its own."""
 
     def __init__(
         self,
-        control: Control,
+        control: ControlConnection,
         *,
         record: str,
-        dial: Callable[[float], Awaitable[Wire]],
+        dial: Callable[[float], Awaitable[SocketStream]],
         admits: Callable[[str], bool],
         spawn: Callable[[Callable[..., Coroutine[Any, Any, None]], *tuple[Any, ...]], asyncio.Task[None]],
-        on_bound: Callable[[Wire, tuple[str, int]], None],
+        on_bound: Callable[[SocketStream, tuple[str, int]], None],
         on_result: Callable[[BindResult], None],
         timing: Timing,
     ) -> None:
@@ -81,7 +89,7 @@ class Peers:
         self._binding: set[bytes] = set()
         self._queue: deque[tuple[float, bytes, tuple[str, int]]] = deque()  # announced when, which, who
         self._under_way = 0
-        self._window = Window(timing.max_binds)
+        self._window = BindConcurrency(timing.max_binds)
         self._proving: asyncio.Task[None] | None = None
         self._log_until, self._logged = 0.0, 0
 
@@ -157,7 +165,7 @@ class Peers:
             self._under_way -= 1
             self._begin()
 
-    async def _bound_wire(self, connection_id: bytes, peer: tuple[str, int]) -> Wire:
+    async def _bound_wire(self, connection_id: bytes, peer: tuple[str, int]) -> SocketStream:
         """Open a data connection and bind it, once more where the server says that it was the nonce."""
         try:
             return await self._bind_once(connection_id, peer)
@@ -168,7 +176,7 @@ class Peers:
                 raise
         return await self._bind_once(connection_id, peer)
 
-    async def _bind_once(self, connection_id: bytes, peer: tuple[str, int]) -> Wire:
+    async def _bind_once(self, connection_id: bytes, peer: tuple[str, int]) -> SocketStream:
         proving = self._prove_nonce(peer[0])
         try:
             wire = await self._dial(self._timing.bind_s)
@@ -192,7 +200,7 @@ class Peers:
             raise
         return wire
 
-    async def _connection_bind(self, wire: Wire, connection_id: bytes) -> None:
+    async def _connection_bind(self, wire: SocketStream, connection_id: bytes) -> None:
         """Send ConnectionBind and read its answer, not a byte more: the peer's follow (RFC 6062, section 5.4).
 
         Nothing else is written before the answer: servers drop what comes behind the request.

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import ip_address
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from turnreg.client.timing import TRANSACTION_TIMEOUT_S
 from turnreg.stun.auth import long_term_key, rest_expiry
 from turnreg.stun.message import (
@@ -206,17 +206,19 @@ def counts(answer: Message, key: bytes | None, *, unsigned_success: bool = False
     return answer.message_class is MessageClass.ERROR or unsigned_success
 
 
-async def read_message(wire: Wire) -> Message:
+async def read_message(wire: SocketStream) -> Message:
     """Read one whole message and not a byte more. Raises StunError, OSError, and EOFError if it is cut."""
     head = await wire.recv_exactly(HEADER_BYTES)
     length = frame_length(head) or HEADER_BYTES
     return Message.parse(head + await wire.recv_exactly(length - HEADER_BYTES) if length > HEADER_BYTES else head)
 
 
-class Control:
+class ControlConnection:
     """Transactions on one connected wire. `run()` must run for `ask()` to get its answers; both raise TurnError."""
 
-    def __init__(self, wire: Wire, credentials: Credentials, *, timeout_s: float = TRANSACTION_TIMEOUT_S) -> None:
+    def __init__(
+        self, wire: SocketStream, credentials: Credentials, *, timeout_s: float = TRANSACTION_TIMEOUT_S
+    ) -> None:
         self._wire = wire
         self._credentials = credentials
         self._timeout_s = timeout_s

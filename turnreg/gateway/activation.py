@@ -25,7 +25,7 @@ from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import Preamble
 from sniproxy.tunnel.state import LIMIT_WAITING_S
 from turnreg.gateway.activation_trigger import Command, Trigger, TriggerError, fire
-from turnreg.gateway.service_dialer import Delivered, Delivery, Undeliverable
+from turnreg.gateway.service_dialer import ServiceConnection, ServiceDialer, Undeliverable
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Activation:
 
     def __init__(
         self,
-        delivery: Delivery,
+        delivery: ServiceDialer,
         discovery: Discovery,
         network: str,
         rules: tuple[ActivationRule, ...],
@@ -148,7 +148,9 @@ class Activation:
         self._rules = rules
         self._max_held = max_held
 
-    async def connect(self, preamble: Preamble, on_held: Callable[[float], Awaitable[None]] = _nobody) -> Delivered:
+    async def connect(
+        self, preamble: Preamble, on_held: Callable[[float], Awaitable[None]] = _nobody
+    ) -> ServiceConnection:
         """Connect to what a proven preamble asks for, and wake it if it sleeps.
 
         Args:
@@ -184,7 +186,7 @@ class Activation:
         preamble: Preamble,
         until: float,
         on_held: Callable[[float], Awaitable[None]],
-    ) -> Delivered:
+    ) -> ServiceConnection:
         sleeper = self._sleeper(failure.asleep)
         now = asyncio.get_running_loop().time()
         if sleeper.failed and now < sleeper.rest_until:
@@ -224,7 +226,7 @@ class Activation:
         for sleeper in self._sleepers.values():
             sleeper.stirred.set()
 
-    async def _awake(self, sleeper: _Sleeper, failure: Undeliverable, preamble: Preamble) -> Delivered:
+    async def _awake(self, sleeper: _Sleeper, failure: Undeliverable, preamble: Preamble) -> ServiceConnection:
         """Wait for one's turn to try for all, or for another to get through."""
         while True:
             if not sleeper.leading:
@@ -247,7 +249,7 @@ class Activation:
             elif sleeper.failed:
                 raise _no_endpoint(failure)
 
-    async def _tried(self, sleeper: _Sleeper, failure: Undeliverable, preamble: Preamble) -> Delivered:
+    async def _tried(self, sleeper: _Sleeper, failure: Undeliverable, preamble: Preamble) -> ServiceConnection:
         """Try until the service answers."""
         while True:
             await asyncio.sleep(PAUSE_S)

@@ -20,13 +20,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from discovery.client.contract import Discovery
 from discovery.model.addresses import TargetList
 from sniproxy.access.rules import Policy
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Listener, SocketStream
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.streams.end_reason import Reason
-from sniproxy.streams.stream_log import Account, Ledger
-from sniproxy.tunnel.bridge import Carry
+from sniproxy.streams.stream_log import StreamLog, StreamRecord
+from sniproxy.tunnel.bridge import StreamBridge
 from sniproxy.tunnel.capsules import CapsuleError
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.epoch import EPOCH_SIZE
 from sniproxy.tunnel.messages import Opened, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import (
@@ -37,9 +37,9 @@ from sniproxy.tunnel.preamble import (
 from sniproxy.tunnel.state import Side
 from turnreg.client.allocation import Bound
 from turnreg.gateway.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
-from turnreg.gateway.handshake import Arrival, Arrivals, Refusal, read_hello
-from turnreg.gateway.second_connection import Continuations
-from turnreg.gateway.service_dialer import Delivery, Undeliverable
+from turnreg.gateway.handshake import InboundHandshakes, InboundStream, StreamRefused, read_hello
+from turnreg.gateway.second_connection import SecondConnections
+from turnreg.gateway.service_dialer import ServiceDialer, Undeliverable
 from turnreg.gateway.warm import WarmStreams
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ class Gateway:
         self.config = config
         self.epoch = os.urandom(EPOCH_SIZE)
         """What relays sign, and records tell: no preamble that was made for another process counts here."""
-        self._arrivals = Arrivals(keys, config.network, epoch=self.epoch, require_epoch=config.require_epoch)
-        self._delivery = Delivery(
+        self._arrivals = InboundHandshakes(keys, config.network, epoch=self.epoch, require_epoch=config.require_epoch)
+        self._delivery = ServiceDialer(
             config.network,
             config.domain,
             discovery,
@@ -119,9 +119,9 @@ class Gateway:
         self._activation = Activation(
             self._delivery, discovery, config.network, config.activate, config.max_held, registry=registry
         )
-        self._continuations = Continuations()
+        self._continuations = SecondConnections()
         self._warm = WarmStreams()
-        self.ledger = Ledger("gateway", registry)
+        self.ledger = StreamLog("gateway", registry)
         warm = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
         warm.set_function(lambda: len(self._warm))
         self._refused = Counter(
@@ -234,17 +234,19 @@ class Gateway:
         except Exception:  # one stream's defect must not end the gateway
             log.exception("stream_error", extra={"event": {"allocation": bound.allocation}})
 
-    async def _serve_direct(self, wire: Wire) -> None:
+    async def _serve_direct(self, wire: SocketStream) -> None:
         await self._serve(wire, self.config.id)
 
-    async def _serve(self, wire: Wire, addressee: str, **came_by: str) -> None:
-        arrival = Arrival(Framed(wire, Side.GATEWAY), addressee, came_by, self._open_account(wire, came_by))
+    async def _serve(self, wire: SocketStream, addressee: str, **came_by: str) -> None:
+        arrival = InboundStream(
+            CapsuleConnection(wire, Side.GATEWAY), addressee, came_by, self._open_account(wire, came_by)
+        )
         reason: Reason | None = Reason.OTHER
         told: tuple[Reason, str] | None = None  # not the exception: its traceback holds this frame
         try:
             try:
                 reason = await self._carry(arrival)
-            except Refusal as refusal:
+            except StreamRefused as refusal:
                 reason, arrival.account.detail = refusal.reason, refusal.detail
                 told = refusal.told
                 if not arrival.is_stream:
@@ -262,13 +264,13 @@ class Gateway:
             if reason is not None:
                 wire.close()
 
-    def _note_refused(self, wire: Wire, refusal: Refusal) -> None:
+    def _note_refused(self, wire: SocketStream, refusal: StreamRefused) -> None:
         """Say why a connection has ended that is no stream: a second one, or one that was kept ready."""
         self._refused.labels(refusal.reason.value).inc()
         event = {"peer": wire.peer[0], "reason": refusal.reason.value, "detail": refusal.detail}
         log.info("connection_refused", extra={"event": event})
 
-    def _open_account(self, wire: Wire, came_by: dict[str, str]) -> Account:
+    def _open_account(self, wire: SocketStream, came_by: dict[str, str]) -> StreamRecord:
         # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
         account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
         task = asyncio.current_task()
@@ -276,14 +278,14 @@ class Gateway:
         account.end = task.cancel
         return account
 
-    async def _carry(self, arrival: Arrival) -> Reason | None:
+    async def _carry(self, arrival: InboundStream) -> Reason | None:
         """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""
         framed = arrival.framed
         try:
             async with asyncio.timeout(self.config.hello_timeout_s) as deadline:
                 preamble = await self._arrivals.prove(arrival)
                 if self._closed.is_set() and not (isinstance(preamble, Preamble) and preamble.continues):
-                    raise Refusal(Reason.DRAINING, "this gateway takes no more streams")
+                    raise StreamRefused(Reason.DRAINING, "this gateway takes no more streams")
                 if isinstance(preamble, WarmPreamble):
                     deadline.reschedule(None)
                     opening = await self._keep_warm(arrival, preamble.from_network)
@@ -302,31 +304,31 @@ class Gateway:
         except TimeoutError:
             said = "preamble" if arrival.preamble is None else "ClientHello"
             detail = f"no whole {said} in {self.config.hello_timeout_s} s"
-            raise Refusal(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
+            raise StreamRefused(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
         except CapsuleError as error:
             # A flood would go on over whatever we say.
-            raise Refusal(error.reason, str(error), tell=error.reason is not Reason.FLOOD) from error
+            raise StreamRefused(error.reason, str(error), tell=error.reason is not Reason.FLOOD) from error
         except (OSError, EOFError) as error:
-            raise Refusal(Reason.TRUNCATED, "cut before the ClientHello was whole", tell=False) from error
+            raise StreamRefused(Reason.TRUNCATED, "cut before the ClientHello was whole", tell=False) from error
         account = arrival.account
         account.mark("hello")
         account.state = "dialling"
         try:
             delivered = await self._activation.connect(preamble, partial(self._held, arrival))
         except Undeliverable as error:
-            raise Refusal(error.reason, error.detail) from error
+            raise StreamRefused(error.reason, error.detail) from error
         account.mark("connect")
         account.fields["endpoint"] = f"{delivered.endpoint}"
         try:
             await framed.send(Opened(delivered.address, delivered.port, delivered.ms))
         except OSError as error:
             delivered.wire.reset()
-            raise Refusal(Reason.TRUNCATED, "cut while we were dialling", tell=False) from error
+            raise StreamRefused(Reason.TRUNCATED, "cut while we were dialling", tell=False) from error
         except BaseException:
             delivered.wire.reset()
             raise
         with self._continuations.expected(preamble) as second:
-            carry = Carry(
+            carry = StreamBridge(
                 delivered.wire,
                 framed,
                 Side.GATEWAY,
@@ -339,39 +341,39 @@ class Gateway:
             account.carry(up=carry.inbound, down=carry.outbound)
             return await carry.run()
 
-    async def _held(self, arrival: Arrival, seconds: float) -> None:
+    async def _held(self, arrival: InboundStream, seconds: float) -> None:
         """Tell who waits that it takes longer."""
         arrival.account.state = "held"
         with suppress(OSError):  # a cut is found when there is something to say
             await arrival.framed.send(Waiting(math.ceil(seconds)))
 
-    def _admit(self, arrival: Arrival, network: str) -> None:
+    def _admit(self, arrival: InboundStream, network: str) -> None:
         """Count a stream whose relay has proven itself. Raises Refusal where there are too many."""
         most, each = self.config.max_streams, self.config.max_streams_per_network
         if len(self.ledger) - len(self._arrivals) > most:
-            raise Refusal(Reason.OVERLOADED, f"{most} streams are open: gateway.max_streams")
+            raise StreamRefused(Reason.OVERLOADED, f"{most} streams are open: gateway.max_streams")
         if each and self._streams[network] >= each:
-            raise Refusal(
+            raise StreamRefused(
                 Reason.OVERLOADED, f"{each} streams from {network!r} are open: gateway.max_streams_per_network"
             )
         self._streams[network] += 1
         arrival.counted = True
 
-    async def _hand_over(self, arrival: Arrival, preamble: Preamble) -> None:
+    async def _hand_over(self, arrival: InboundStream, preamble: Preamble) -> None:
         """Give a second connection to its stream."""
         lost = "it continues a stream that is not open here"
         if not arrival.came_by or not self._continuations.awaits(preamble):
             # Before READY, so that its relay does not send the rest of an upload here.
-            raise Refusal(Reason.PROTOCOL_ERROR, lost)
+            raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
         await arrival.framed.send(Ready())
         if not self._continuations.bring(preamble, arrival.framed):
-            raise Refusal(Reason.PROTOCOL_ERROR, lost)
+            raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
 
-    async def _keep_warm(self, arrival: Arrival, network: str) -> Preamble | None:
+    async def _keep_warm(self, arrival: InboundStream, network: str) -> Preamble | None:
         """Keep a connection ready until its relay brings a stream, None if it ends without."""
         full = self._warm.refusal(network, self._arrivals.networks)
         if full is not None:
-            raise Refusal(Reason.OVERLOADED, full)
+            raise StreamRefused(Reason.OVERLOADED, full)
         arrival.is_stream = False
         self.ledger.drop(arrival.account)
         header = await self._warm.wait(arrival.framed, network)
@@ -382,10 +384,10 @@ class Gateway:
         arrival.account.fields["warm"] = True
         opening = self._arrivals.verify(arrival, header)
         if isinstance(opening, WarmPreamble) or opening.continues:
-            raise Refusal(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
+            raise StreamRefused(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
         return opening
 
-    async def _refuse(self, framed: Framed, reason: Reason, detail: str) -> None:
+    async def _refuse(self, framed: CapsuleConnection, reason: Reason, detail: str) -> None:
         """Say why, then give it time to arrive: a close right behind it would overtake it in a TURN server."""
         try:
             await framed.send(Refused(reason.value, detail))

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from sniproxy.formats.client_hello import HelloError, HelloReader
 from sniproxy.streams.end_reason import Reason
-from sniproxy.streams.stream_log import Account
+from sniproxy.streams.stream_log import StreamRecord
 from sniproxy.tunnel.capsules import Payload
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.preamble import (
     FirstBytes,
     Preamble,
@@ -28,7 +28,7 @@ _PREAMBLE_START = 16
 """A PROXY v2 header says its length in its first 16 bytes."""
 
 
-class Refusal(Exception):
+class StreamRefused(Exception):
     """A stream that we end on purpose. `tell`: its relay has proven itself, or asks in our protocol, and hears why.
 
     `told` is what it hears; None: nothing.
@@ -44,15 +44,15 @@ class Refusal(Exception):
 
 
 @dataclass(slots=True)
-class Arrival:
+class InboundStream:
     """What is known of a stream while it is being opened."""
 
-    framed: Framed
+    framed: CapsuleConnection
     addressee: str
     """Id of the allocation that it came by, or of our own record."""
     came_by: dict[str, str]
     """The TURN server, where it came through one, for the log."""
-    account: Account
+    account: StreamRecord
     is_stream: bool = True
     """False for the second connection of a stream, and while it is only kept ready: those are in nobody's books."""
     preamble: Preamble | None = None
@@ -63,12 +63,12 @@ class Arrival:
     data: bytearray = field(default_factory=bytearray)
 
 
-class Arrivals:
+class InboundHandshakes:
     """What arrives and has not proven anything yet, and how it does."""
 
     def __init__(self, keys: Mapping[str, SigningKey], network: str, *, epoch: bytes, require_epoch: bool) -> None:
         self._verifier = PreambleVerifier(keys, network, epoch=epoch, require_epoch=require_epoch)
-        self._unproven: dict[int, Arrival] = {}  # by identity, the oldest first
+        self._unproven: dict[int, InboundStream] = {}  # by identity, the oldest first
 
     def __len__(self) -> int:
         return len(self._unproven)
@@ -92,7 +92,7 @@ class Arrivals:
         """Go by these from now on."""
         self._verifier.keys, self._verifier.require_epoch = keys, require_epoch
 
-    async def prove(self, arrival: Arrival) -> Preamble | WarmPreamble:
+    async def prove(self, arrival: InboundStream) -> Preamble | WarmPreamble:
         """Read the preamble, in competition with strangers that send none.
 
         Raises:
@@ -110,30 +110,30 @@ class Arrivals:
             if not arrival.evicted:
                 raise
             detail = f"{MAX_UNPROVEN} connections have not proven anything, and this was the oldest"
-            raise Refusal(Reason.OVERLOADED, detail, tell=False) from error
+            raise StreamRefused(Reason.OVERLOADED, detail, tell=False) from error
         finally:
             self._unproven.pop(id(arrival), None)
 
-    async def _read_preamble(self, arrival: Arrival) -> Preamble | WarmPreamble:
+    async def _read_preamble(self, arrival: InboundStream) -> Preamble | WarmPreamble:
         wire = arrival.framed.wire
         start = await wire.recv_exactly(_PREAMBLE_START)
         if classify_first_bytes(start) is not FirstBytes.PROXY:
-            raise Refusal(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)
+            raise StreamRefused(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)
         try:
             length = read_length(start)
         except PreambleError as error:
-            raise Refusal(error.reason, error.detail) from error
+            raise StreamRefused(error.reason, error.detail) from error
         assert length is not None
         header = start + await wire.recv_exactly(length - len(start))
         arrival.framed.received += length
         return self.verify(arrival, header)
 
-    def verify(self, arrival: Arrival, header: bytes) -> Preamble | WarmPreamble:
+    def verify(self, arrival: InboundStream, header: bytes) -> Preamble | WarmPreamble:
         """Return what a whole header says. Raises Refusal where it is not proven."""
         try:
             preamble = self._verifier.verify(header, addressee=arrival.addressee, now_ms=time.time_ns() // 1_000_000)
         except PreambleError as error:
-            raise Refusal(error.reason, error.detail, told=error.told) from error
+            raise StreamRefused(error.reason, error.detail, told=error.told) from error
         if isinstance(preamble, Preamble):
             arrival.preamble = preamble
             arrival.account.stream = preamble.stream_id
@@ -148,7 +148,7 @@ class Arrivals:
         return preamble
 
 
-async def read_hello(arrival: Arrival, preamble: Preamble, max_hello_bytes: int) -> None:
+async def read_hello(arrival: InboundStream, preamble: Preamble, max_hello_bytes: int) -> None:
     """Read up to the end of the ClientHello, which must be the one that was signed for.
 
     Raises:
@@ -169,10 +169,10 @@ async def read_hello(arrival: Arrival, preamble: Preamble, max_hello_bytes: int)
                         framed.put_back(events[index + 1 :])
                         break
             if hello is None and framed.exhausted:
-                raise Refusal(Reason.BAD_HELLO, "the stream ends inside its ClientHello")
+                raise StreamRefused(Reason.BAD_HELLO, "the stream ends inside its ClientHello")
         check_hello(preamble, hello.server_name, hello.digest)
     except HelloError as error:
-        raise Refusal(Reason(error.reason.value), error.detail) from error
+        raise StreamRefused(Reason(error.reason.value), error.detail) from error
     except PreambleError as error:
-        raise Refusal(error.reason, error.detail) from error
+        raise StreamRefused(error.reason, error.detail) from error
     arrival.data += reader.raw

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.preamble import Preamble
 
 _Key = tuple[str, bytes]
@@ -22,17 +22,17 @@ class _Place:
 
     def __init__(self) -> None:
         self._arrived = asyncio.Event()
-        self.framed: Framed | None = None
+        self.framed: CapsuleConnection | None = None
         self.taken = False
 
-    def put(self, framed: Framed) -> None:
+    def put(self, framed: CapsuleConnection) -> None:
         """Put one here; one that was here before goes, for its relay did not hear that it had come and dialled again."""
         if self.framed is not None:
             self.framed.wire.close()
         self.framed = framed
         self._arrived.set()
 
-    async def take(self) -> Framed:
+    async def take(self) -> CapsuleConnection:
         """Wait for it and take it."""
         await self._arrived.wait()
         assert self.framed is not None
@@ -40,14 +40,14 @@ class _Place:
         return self.framed
 
 
-class Continuations:
+class SecondConnections:
     """The streams that may get a second connection, and those connections until they are taken."""
 
     def __init__(self) -> None:
         self._places: dict[_Key, _Place] = {}
 
     @contextmanager
-    def expected(self, preamble: Preamble) -> Iterator[Callable[[], Awaitable[Framed]]]:
+    def expected(self, preamble: Preamble) -> Iterator[Callable[[], Awaitable[CapsuleConnection]]]:
         """Let a second connection come while the block runs; what is given waits for it. It is closed behind the block."""
         key = _key(preamble)
         place = self._places[key] = _Place()
@@ -65,7 +65,7 @@ class Continuations:
         place = self._places.get(_key(preamble))
         return place is not None and not place.taken
 
-    def bring(self, preamble: Preamble, framed: Framed) -> bool:
+    def bring(self, preamble: Preamble, framed: CapsuleConnection) -> bool:
         """Hand a proven second connection to its stream; False where none awaits it."""
         if not self.awaits(preamble):
             return False

@@ -15,7 +15,7 @@ from discovery.model.names import AddressTarget, ServiceTarget
 from sniproxy.access.loop_guard import STOPPED, LoopGuard
 from sniproxy.access.reach import Endpoint, Reach
 from sniproxy.access.rules import Flow, Policy
-from sniproxy.engine import Wire, connect
+from sniproxy.engine import SocketStream, connect
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.proxy_protocol import ProxyHeader
 from sniproxy.streams.end_reason import Reason
@@ -39,10 +39,10 @@ class Undeliverable(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delivered:
+class ServiceConnection:
     """A connected service; a PROXY header that it asked for has been sent."""
 
-    wire: Wire
+    wire: SocketStream
     address: Address
     port: int
     ms: int
@@ -54,7 +54,7 @@ class Delivered:
         return format_endpoint(self.address, self.port)
 
 
-class Delivery:
+class ServiceDialer:
     """Dials services of one network for its gateway."""
 
     def __init__(
@@ -87,7 +87,7 @@ class Delivery:
         self._follow(self._discovery.mesh)
         return self._discovery.subscribe(self._follow)
 
-    async def connect(self, preamble: Preamble) -> Delivered:
+    async def connect(self, preamble: Preamble) -> ServiceConnection:
         """Connect to what a proven preamble asks for, which must be what its name leads to.
 
         Raises:
@@ -139,7 +139,7 @@ class Delivery:
 
     async def _dial(
         self, preamble: Preamble, target: AddressTarget | ServiceTarget, endpoints: Iterable[Endpoint], header: bytes
-    ) -> Delivered:
+    ) -> ServiceConnection:
         failure = Undeliverable(Reason.NO_ENDPOINT, "no endpoint")
         tries = 0
         for address, port in endpoints:
@@ -183,7 +183,7 @@ class Delivery:
                 except BaseException:
                     wire.reset()
                     raise
-            return Delivered(wire=wire, address=address, port=port, ms=round((loop.time() - started) * 1000))
+            return ServiceConnection(wire=wire, address=address, port=port, ms=round((loop.time() - started) * 1000))
         try:
             raise failure
         finally:

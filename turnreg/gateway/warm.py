@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 from sniproxy.tunnel.capsules import CapsuleError
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Open, Ping, Pong, Ready
 from sniproxy.tunnel.verify import share_of
 
@@ -19,7 +19,7 @@ class WarmStreams:
     """The connections that wait for a stream, by the network that they come from."""
 
     def __init__(self) -> None:
-        self._waiting: dict[Framed, str] = {}
+        self._waiting: dict[CapsuleConnection, str] = {}
         self._of: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -32,7 +32,7 @@ class WarmStreams:
         share = share_of(MAX_WARM, networks)
         return f"{share} connections of network {network!r} are kept ready" if self._of[network] >= share else None
 
-    async def wait(self, framed: Framed, network: str) -> bytes | None:
+    async def wait(self, framed: CapsuleConnection, network: str) -> bytes | None:
         """Say READY, answer PINGs, and return the preamble that OPEN brings; None if the connection ended before.
 
         Raises:

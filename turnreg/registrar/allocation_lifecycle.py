@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from discovery.client.client import Discovery, DiscoveryError
 from discovery.model.addresses import BadAddress, TurnUrl, parse_turn_url
-from sniproxy.engine import Wire, connect, connect_tls
+from sniproxy.engine import SocketStream, connect, connect_tls
 from turnreg.client.allocation import Allocation, Credentials, Dial, TurnError, TurnReason
 from turnreg.registrar.config import RegistrarConfig, RestSecret, TurnCredentials
 from turnreg.stun.auth import rest_credentials
@@ -73,7 +73,7 @@ class Renewal(StrEnum):
     """Tried again."""
 
 
-class Tenure:
+class ManagedAllocation:
     """An allocation, and what was wanted when it was made."""
 
     def __init__(
@@ -273,7 +273,7 @@ class TlsDial:
         self._context, self._host = context, host
         self._session: ssl.SSLSession | None = None
 
-    async def __call__(self, address: str, port: int, *, timeout_s: float) -> Wire:
+    async def __call__(self, address: str, port: int, *, timeout_s: float) -> SocketStream:
         """Connect and shake hands, as `connect_tls`."""
         try:
             wire = await connect_tls(

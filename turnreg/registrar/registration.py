@@ -20,7 +20,7 @@ from discovery.model.mesh import AllocationSpec, Kind
 from discovery.model.spec import MAX_ID
 from turnreg.client.allocation import Allocation, BindResult, Bound, Credentials, Dial, TurnError, TurnReason
 from turnreg.registrar import allocation_lifecycle
-from turnreg.registrar.allocation_lifecycle import Renewal, Server, Shown, Tenure, Wanted
+from turnreg.registrar.allocation_lifecycle import ManagedAllocation, Renewal, Server, Shown, Wanted
 from turnreg.registrar.config import RegistrarConfig, TurnCredentials
 from turnreg.registrar.destinations import Destinations
 
@@ -89,9 +89,9 @@ class Registration:
         self._draining = self._ending = self._released = False
         self._changed = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
-        self._current: Tenure | None = None
-        self._coming: Tenure | None = None
-        self._retired: list[Tenure] = []
+        self._current: ManagedAllocation | None = None
+        self._coming: ManagedAllocation | None = None
+        self._retired: list[ManagedAllocation] = []
         self._renewing = False
         self._port: int | None = None  # what the record says
         self._gone_at: float | None = None
@@ -245,7 +245,7 @@ class Registration:
             return "refused_address"
         return "waiting" if self._coming is None else "registering"
 
-    def _tenures(self) -> list[Tenure]:
+    def _tenures(self) -> list[ManagedAllocation]:
         return [one for one in (self._current, self._coming, *self._retired) if one is not None]
 
     # Life
@@ -333,7 +333,7 @@ class Registration:
         return False
 
     @staticmethod
-    def _replaces(current: Tenure, wanted: Wanted) -> bool:
+    def _replaces(current: ManagedAllocation, wanted: Wanted) -> bool:
         return current.outdated or not current.is_for(wanted)
 
     def _restored(self, wanted: Wanted, now: float) -> bool:
@@ -349,7 +349,7 @@ class Registration:
                 return True
         return False
 
-    def _prove(self, one: Tenure) -> None:
+    def _prove(self, one: ManagedAllocation) -> None:
         """Note that there is a TURN server at this address."""
         if one.allocation is not None:
             now = asyncio.get_running_loop().time()
@@ -394,7 +394,7 @@ class Registration:
                 return True
         return self._ending or (self._current is None and not self._retired)
 
-    def _retire(self, one: Tenure, now: float) -> None:
+    def _retire(self, one: ManagedAllocation, now: float) -> None:
         one.retired_at = now
         self._retired.append(one)
         if len(self._retired) > MAX_RETIRED:
@@ -402,14 +402,14 @@ class Registration:
             self._retired.remove(least)
             self._close(least)
 
-    def _close(self, one: Tenure) -> None:
+    def _close(self, one: ManagedAllocation) -> None:
         self._spawn(one.close())
 
     def _spawn(self, work: Any) -> None:
         assert self._group is not None, "only while running"
         self._group.create_task(work)
 
-    def _begun(self, server: Server, credentials: TurnCredentials, ca: str | None) -> Tenure:
+    def _begun(self, server: Server, credentials: TurnCredentials, ca: str | None) -> ManagedAllocation:
         async def show(credentials: TurnCredentials) -> Shown:
             return await allocation_lifecycle.shown(self._config, self._discovery, self.via, credentials)
 
@@ -432,7 +432,7 @@ class Registration:
                 timing=self._config.timing,
             )
 
-        one = Tenure(
+        one = ManagedAllocation(
             server,
             credentials,
             show=show,
@@ -471,7 +471,7 @@ class Registration:
             await asyncio.sleep(min(wait_s, LOOK_AGAIN_S))
         raise TurnError(TurnReason.REFUSED_ADDRESS, why)
 
-    async def _renew(self, current: Tenure) -> None:
+    async def _renew(self, current: ManagedAllocation) -> None:
         """Give the current allocation new credentials before the old ones expire, or have it replaced."""
         try:
             await current.renew()
@@ -516,7 +516,7 @@ class Registration:
 
     # The record
 
-    def _publish(self, current: Tenure) -> None:
+    def _publish(self, current: ManagedAllocation) -> None:
         allocation, server = current.allocation, current.server
         if self._draining or allocation is None or allocation.relayed is None or allocation.relayed[1] == self._port:
             return

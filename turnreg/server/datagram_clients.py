@@ -12,7 +12,7 @@ from typing import Any
 from turnreg.server.allocation import Drop, FiveTuple, Refusal
 from turnreg.server.datagrams import PAYLOAD_MESSAGES, Ancillary, Arrived, DatagramSocket
 from turnreg.server.framing import parse_channel_data
-from turnreg.server.live_allocation import Holding, Meeting, text_of
+from turnreg.server.live_allocation import LiveAllocation, ServerState, text_of
 from turnreg.server.pace import AnswerRate
 from turnreg.server.relayed_datagrams import RelayedDatagrams
 from turnreg.server.transaction import Step
@@ -28,7 +28,7 @@ REFUSED_LOG_INTERVAL_S = 1.0
 class DatagramClients:
     """Serves the clients of one UDP listener. Cancelling `serve` ends their allocations."""
 
-    def __init__(self, sock: DatagramSocket, meeting: Meeting, rate: AnswerRate) -> None:
+    def __init__(self, sock: DatagramSocket, meeting: ServerState, rate: AnswerRate) -> None:
         self._sock = sock
         self._meeting = meeting
         self._rate = rate
@@ -146,7 +146,7 @@ class DatagramClients:
 class _Client:
     """A client with an allocation."""
 
-    def __init__(self, holding: Holding, datagrams: RelayedDatagrams, reply: tuple[Any, Ancillary]) -> None:
+    def __init__(self, holding: LiveAllocation, datagrams: RelayedDatagrams, reply: tuple[Any, Ancillary]) -> None:
         self.holding = holding
         self.datagrams = datagrams
         self.reply = reply

@@ -4,12 +4,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Listener, SocketStream
 from turnreg.server.allocation import Allocation, AllocationTable, Endpoint
 from turnreg.server.datagrams import DatagramSocket
 from turnreg.server.metrics import TurnMetrics
 from turnreg.server.relay_ports import RelayPorts
-from turnreg.server.transaction import Opening, Step, Transactions
+from turnreg.server.transaction import AllocateGranted, Step, Transactions
 from turnreg.stun.message import TRANSPORT_TCP, TRANSPORT_UDP
 
 log = logging.getLogger(__name__)
@@ -34,17 +34,17 @@ class WaitingPeer:
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self._arrived: asyncio.Future[None] = loop.create_future()
-        self.data: Wire | None = None
+        self.data: SocketStream | None = None
         self.done: asyncio.Future[None] = loop.create_future()
         """Done when the stream is over and the data connection may go."""
 
-    def join(self, data: Wire | None) -> None:
+    def join(self, data: SocketStream | None) -> None:
         """Hand over the data connection; None if it was lost while the bind was being answered, or must not come."""
         self.data = data
         if not self._arrived.done():
             self._arrived.set_result(None)
 
-    async def joined(self) -> Wire | None:
+    async def joined(self) -> SocketStream | None:
         """Wait for what `join` hands over."""
         await self._arrived
         return self.data
@@ -55,7 +55,7 @@ class WaitingPeer:
             self.done.set_result(None)
 
 
-class Meeting:
+class ServerState:
     """What all sessions share: decisions, counts, relay addresses, and the waiting peers by their connection id."""
 
     def __init__(
@@ -71,16 +71,16 @@ class Meeting:
         self.relays = relays
         self.peers: dict[bytes, WaitingPeer] = {}
 
-    async def open_streams(self, opening: Opening) -> "tuple[Holding, Listener, bytes] | Step":
+    async def open_streams(self, opening: AllocateGranted) -> "tuple[LiveAllocation, Listener, bytes] | Step":
         """Listen for the peers of an Allocate that was granted. Returns the answer too; a refusal if there is no port."""
         clock = asyncio.get_running_loop().time
         listener = await self.relays[opening.family].listen(clock())
         if listener is None:
             return self.transactions.not_opened(opening)
         allocation, answer = self.transactions.opened(opening, listener.address, clock())
-        return Holding(self, allocation, listener), listener, answer
+        return LiveAllocation(self, allocation, listener), listener, answer
 
-    def open_datagrams(self, opening: Opening) -> "tuple[Holding, DatagramSocket, bytes] | Step":
+    def open_datagrams(self, opening: AllocateGranted) -> "tuple[LiveAllocation, DatagramSocket, bytes] | Step":
         """Do the same for a UDP allocation."""
         now = asyncio.get_running_loop().time()
         relays = self.relays[opening.family]
@@ -96,13 +96,13 @@ class Meeting:
         if sock is None:
             return self.transactions.not_opened(opening)
         allocation, answer = self.transactions.opened(opening, sock.address, now, reservation=reservation)
-        return Holding(self, allocation, sock), sock, answer
+        return LiveAllocation(self, allocation, sock), sock, answer
 
 
-class Holding:
+class LiveAllocation:
     """One allocation with its open port, from the answer to its Allocate until `end`."""
 
-    def __init__(self, meeting: Meeting, allocation: Allocation, port: Listener | DatagramSocket) -> None:
+    def __init__(self, meeting: ServerState, allocation: Allocation, port: Listener | DatagramSocket) -> None:
         self._meeting = meeting
         self._port = port
         self._clock = asyncio.get_running_loop().time

@@ -6,11 +6,11 @@ import ipaddress
 import logging
 import socket
 
-from sniproxy.engine import Listener, Wire, connect
+from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.engine.copy import Splice
 from turnreg.server.allocation import Allocation, Attempt, Endpoint, Refusal
 from turnreg.server.config import HALF_CLOSE_TIMEOUT_S, STREAM_IDLE_TIMEOUT_S
-from turnreg.server.live_allocation import Meeting, Send, WaitingPeer, text_of
+from turnreg.server.live_allocation import Send, ServerState, WaitingPeer, text_of
 from turnreg.server.transaction import Connecting
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ CONNECT_TIMEOUT_S = 30.0
 class RelayedAddress:
     """Serves the peers of one allocation. Cancelling `serve` closes the port and cuts every stream."""
 
-    def __init__(self, allocation: Allocation, listener: Listener, meeting: Meeting, send: Send) -> None:
+    def __init__(self, allocation: Allocation, listener: Listener, meeting: ServerState, send: Send) -> None:
         self._allocation = allocation
         self._listener = listener
         self._meeting = meeting
@@ -38,7 +38,7 @@ class RelayedAddress:
         """Accept peers until cancelled."""
         await self._listener.serve(self._peer)
 
-    async def _peer(self, peer: Wire) -> None:
+    async def _peer(self, peer: SocketStream) -> None:
         """Carry one peer from its arrival to the end of its stream."""
         if not peer.peer[0]:
             return  # reset between its connect and our accept
@@ -60,7 +60,7 @@ class RelayedAddress:
         """Carry one peer that the client asked us to connect to (RFC 6062, section 5.2)."""
         allocation, meeting, address = self._allocation, self._meeting, connecting.peer
         try:
-            peer: Wire | None = None
+            peer: SocketStream | None = None
             try:
                 sock = _from_relayed(allocation.relayed)
                 peer = await connect(*address, timeout_s=CONNECT_TIMEOUT_S, sock=sock)
@@ -80,7 +80,7 @@ class RelayedAddress:
         finally:
             meeting.table.depart(allocation, address)
 
-    async def _carry(self, peer: Wire, announced: tuple[Attempt, Attempt | None], announcement: bytes) -> None:
+    async def _carry(self, peer: SocketStream, announced: tuple[Attempt, Attempt | None], announcement: bytes) -> None:
         """Tell the client of a peer, wait for the bind, and move bytes until the stream ends.
 
         Until the bind nothing is read from the peer: the kernel closes the window, the peer waits, and not a byte is lost.
@@ -109,7 +109,7 @@ class RelayedAddress:
                 waiting.data.reset()
             waiting.over()
 
-    async def _bound(self, attempt: Attempt, waiting: WaitingPeer) -> Wire | None:
+    async def _bound(self, attempt: Attempt, waiting: WaitingPeer) -> SocketStream | None:
         """Wait for the data connection; None if nobody binds in time or the one that did is lost."""
         limit_s = self._meeting.table.limits.bind_timeout_s
         timer = asyncio.get_running_loop().call_later(limit_s, self._give_up, attempt, waiting)
@@ -123,7 +123,7 @@ class RelayedAddress:
             self._meeting.metrics.refused(Refusal.PEER_NOT_BOUND)
             waiting.join(None)
 
-    async def _stream(self, peer: Wire, data: Wire) -> None:
+    async def _stream(self, peer: SocketStream, data: SocketStream) -> None:
         stream = Splice(peer, data, idle_timeout_s=STREAM_IDLE_TIMEOUT_S, half_close_timeout_s=HALF_CLOSE_TIMEOUT_S)
         pace = self._allocation.pace
         if pace is not None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from turnreg.server.allocation import Allocation, Drop
 from turnreg.server.datagrams import PAYLOAD_MESSAGES, DatagramSocket
 from turnreg.server.framing import pack_channel_data
-from turnreg.server.live_allocation import Meeting
+from turnreg.server.live_allocation import ServerState
 from turnreg.server.transaction import Datagram
 from turnreg.stun.message import TRANSACTION_ID_BYTES, StunError, data_indication
 
@@ -21,7 +21,7 @@ class RelayedDatagrams:
     While a client on a stream does not read, nothing is read from peers: what the kernel's buffer does not hold is dropped there.
     """
 
-    def __init__(self, allocation: Allocation, sock: DatagramSocket, meeting: Meeting, *, padded: bool) -> None:
+    def __init__(self, allocation: Allocation, sock: DatagramSocket, meeting: ServerState, *, padded: bool) -> None:
         """`padded`: the client is on a stream, where ChannelData has a multiple of four bytes."""
         self._allocation = allocation
         self._sock = sock

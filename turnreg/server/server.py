@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from sniproxy.engine import Listener, TlsWire, Wire
+from sniproxy.engine import Listener, SocketStream, TlsStream
 from turnreg.server.allocation import AllocationTable, Endpoint, Refusal
 from turnreg.server.certificates import Certificates
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.datagram_clients import DatagramClients
 from turnreg.server.datagrams import DatagramSocket
-from turnreg.server.live_allocation import Meeting
+from turnreg.server.live_allocation import ServerState
 from turnreg.server.metrics import TurnMetrics
 from turnreg.server.ownaddresses import is_own_address
 from turnreg.server.pace import AnswerRate
 from turnreg.server.relay_ports import RelayPorts
 from turnreg.server.session import ClientSession
 from turnreg.server.transaction import Transactions
-from turnreg.server.unauthenticated import Strangers
+from turnreg.server.unauthenticated import UnauthenticatedConnections
 from turnreg.stun.auth import Authenticator, client_key
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,9 @@ class TurnServer:
         self.config = config
         self._listening = listening
         self._certificates = certificates
-        self._strangers: Strangers[Wire] = Strangers(config.max_unauthenticated)
+        self._strangers: UnauthenticatedConnections[SocketStream] = UnauthenticatedConnections(
+            config.max_unauthenticated
+        )
         table = AllocationTable(config.limits, secrets.token_bytes)
         relays = [
             RelayPorts(address, config.port_min, config.port_max, shared=config.active_connect)
@@ -98,7 +100,7 @@ class TurnServer:
             unauthenticated=lambda: len(self._strangers),
             unbound=lambda: table.waiting,
         )
-        self._meeting = Meeting(table, transactions, metrics, by_family)
+        self._meeting = ServerState(table, transactions, metrics, by_family)
         rate = AnswerRate(secrets.token_bytes(32))
         self._datagram_clients = [DatagramClients(sock, self._meeting, rate) for sock in listening.udp]
 
@@ -209,11 +211,11 @@ class TurnServer:
         if failure is not None:
             raise failure
 
-    async def _client(self, wire: Wire) -> None:
+    async def _client(self, wire: SocketStream) -> None:
         """Serve one client. Over TLS the handshake comes first, and counts as being a stranger."""
         if not wire.peer[0]:
             return  # reset between its connect and our accept
-        if isinstance(wire, TlsWire):
+        if isinstance(wire, TlsStream):
             self._admit(wire)
             try:
                 await wire.handshake(self.config.unauthenticated_timeout_s)
@@ -226,7 +228,7 @@ class TurnServer:
         session = ClientSession(wire, config=self.config, meeting=self._meeting, strangers=self._strangers)
         await session.run()
 
-    def _admit(self, wire: Wire) -> None:
+    def _admit(self, wire: SocketStream) -> None:
         crowded_out = self._strangers.admit(wire, client_key(wire.peer[0]))
         if crowded_out is not None:
             self._meeting.metrics.refused(Refusal.CROWDED_OUT)

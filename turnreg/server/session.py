@@ -6,17 +6,17 @@ import logging
 import time
 from collections.abc import Sequence
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.engine.token_bucket import TokenBucket
 from turnreg.server.allocation import Attempt, Drop, FiveTuple, Refusal
 from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, SEND_TIMEOUT_S, STRANGER_REQUESTS, TurnServerConfig
 from turnreg.server.datagrams import PAYLOAD_MESSAGES
 from turnreg.server.framing import DATAGRAM_READ_BYTES, READ_BYTES, ChannelData, MessageReader
-from turnreg.server.live_allocation import Holding, Meeting, text_of
+from turnreg.server.live_allocation import LiveAllocation, ServerState, text_of
 from turnreg.server.relayed import RelayedAddress
 from turnreg.server.relayed_datagrams import RelayedDatagrams
-from turnreg.server.transaction import Opening, Step
-from turnreg.server.unauthenticated import Strangers
+from turnreg.server.transaction import AllocateGranted, Step
+from turnreg.server.unauthenticated import UnauthenticatedConnections
 from turnreg.stun.message import TRANSPORT_UDP, Method, StunError
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ class ClientSession:
 
     def __init__(
         self,
-        wire: Wire,
+        wire: SocketStream,
         *,
         config: TurnServerConfig,
-        meeting: Meeting,
-        strangers: "Strangers[Wire]",
+        meeting: ServerState,
+        strangers: "UnauthenticatedConnections[SocketStream]",
     ) -> None:
         self._wire = wire
         self._config = config
@@ -45,7 +45,7 @@ class ClientSession:
         self._sending = asyncio.Lock()
         self._requests = TokenBucket(*STRANGER_REQUESTS, self._clock())
         self._refusals = 0
-        self._holding: Holding | None = None
+        self._holding: LiveAllocation | None = None
         self._relayed: RelayedAddress | None = None
         self._datagrams: RelayedDatagrams | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -88,7 +88,7 @@ class ClientSession:
             self._meeting.metrics.refused(Refusal.TOO_SLOW)
         self._wire.close()  # whoever reads it is told
 
-    async def _converse(self, peers: asyncio.TaskGroup | None) -> str | Opening:
+    async def _converse(self, peers: asyncio.TaskGroup | None) -> str | AllocateGranted:
         """Answer requests until something ends the connection; returns what.
 
         Without a group for peers it returns as soon as there is an allocation to open, too.
@@ -105,7 +105,7 @@ class ClientSession:
             if end is not None:
                 return end
 
-    async def _answer(self, peers: asyncio.TaskGroup | None) -> str | Opening | None:
+    async def _answer(self, peers: asyncio.TaskGroup | None) -> str | AllocateGranted | None:
         """Answer what has been read. Returns what ended the connection, None if it goes on."""
         try:
             while (message := self._reader.take()) is not None:
@@ -134,10 +134,10 @@ class ClientSession:
             return self._timed_out or "client_reset"
         return None
 
-    async def _allocate(self, opening: Opening, peers: asyncio.TaskGroup) -> str:
+    async def _allocate(self, opening: AllocateGranted, peers: asyncio.TaskGroup) -> str:
         """Open an allocation and go on with what follows; returns what ended the connection."""
         try:
-            end: str | Opening | None = await self._take(Step(opening=opening), peers)
+            end: str | AllocateGranted | None = await self._take(Step(opening=opening), peers)
         except OSError:
             end = self._timed_out or "client_reset"
         end = end or await self._answer(peers) or await self._converse(peers)
@@ -176,7 +176,7 @@ class ClientSession:
             return "refused"
         return None
 
-    async def _open(self, opening: Opening, peers: asyncio.TaskGroup) -> Step:
+    async def _open(self, opening: AllocateGranted, peers: asyncio.TaskGroup) -> Step:
         """Open the relayed address of an Allocate that was granted."""
         meeting = self._meeting
         if opening.transport == TRANSPORT_UDP:
@@ -217,7 +217,7 @@ class ClientSession:
         self._strangers.dismiss(self._wire)
         if self._timer is not None:
             self._timer.cancel()
-        joined: Wire | None = None
+        joined: SocketStream | None = None
         try:
             await self._send(answer)
             self._wire.unread(self._reader.take_rest())

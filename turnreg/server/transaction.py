@@ -61,7 +61,7 @@ _AUTHENTICATED = _NEED_ALLOCATION | {Method.ALLOCATE, Method.CONNECTION_BIND}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
+class AllocateGranted:
     """An Allocate that was granted a place: open a port, then call `opened` or `not_opened`, whatever happens."""
 
     request: Message
@@ -104,7 +104,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     """Send this first."""
     refusal: Refusal | None = None
     """Why the answer is an error."""
-    opening: Opening | None = None
+    opening: AllocateGranted | None = None
     """Open a relayed address; the answer comes from that."""
     ended: Allocation | None = None
     """The client gave its allocation back, as wished."""
@@ -194,7 +194,7 @@ class Transactions:
         return Step(answer=answer, refusal=Refusal(why.reason.value), unproven=True)
 
     def opened(
-        self, opening: Opening, relayed: Endpoint, now: float, *, reservation: bytes = b""
+        self, opening: AllocateGranted, relayed: Endpoint, now: float, *, reservation: bytes = b""
     ) -> tuple[Allocation, bytes]:
         """Make the allocation whose port was opened. Returns it and the answer.
 
@@ -216,7 +216,7 @@ class Transactions:
         self._table.add(allocation)
         return allocation, self._allocated(opening.request, opening.user, allocation)
 
-    def not_opened(self, opening: Opening) -> Step:
+    def not_opened(self, opening: AllocateGranted) -> Step:
         """Give the place back and answer: no port was to be had."""
         self._table.give_up(opening.user.account)
         return self._refused(opening.request, opening.user, Refusal.CAPACITY)
@@ -315,7 +315,7 @@ class Transactions:
         if no_place is not None:
             return self._refused(message, user, no_place)
         return Step(
-            opening=Opening(
+            opening=AllocateGranted(
                 request=message,
                 five_tuple=five_tuple,
                 user=user,

@@ -5,7 +5,7 @@ from typing import Generic, TypeVar
 Connection = TypeVar("Connection")
 
 
-class Strangers(Generic[Connection]):
+class UnauthenticatedConnections(Generic[Connection]):
     """The connections in the order of their arrival, in all and of each client."""
 
     def __init__(self, limit: int) -> None:

@@ -29,20 +29,20 @@ from discovery.model.validation import Fault
 from dnsgw import config as dns
 from dnsgw.message.cookie import SECRET_SIZE
 from dnsgw.message.question import MAX_UDP_REPLY, MIN_UDP_REPLY
-from dnsgw.upstream.address import EXPECTED, BadDestination, Destination, Way, parse_destination
+from dnsgw.upstream.address import EXPECTED, BadUpstreamAddress, UpstreamAddress, UpstreamProtocol, parse_destination
 from dnsgw.upstream.cache import CacheConfig
 from dnsgw.upstream.forwarder import MAX_IN_FLIGHT, RACE_S
 
 MIN_VIP_ADDRESSES = 16  # a range with fewer has room for hardly a service
 
 
-def _destination(value: Plain, folder: Path) -> Destination:
+def _destination(value: Plain, folder: Path) -> UpstreamAddress:
     del folder
     if not isinstance(value, str):
         raise Mismatch
     try:
         return parse_destination(value)
-    except BadDestination as error:
+    except BadUpstreamAddress as error:
         raise Mismatch from error
 
 
@@ -68,7 +68,7 @@ def _absent(value: Plain, folder: Path) -> str | Network:
         raise Mismatch from error
 
 
-Upstream: TypeAlias = Annotated[Destination, Leaf(EXPECTED, _destination)]
+Upstream: TypeAlias = Annotated[UpstreamAddress, Leaf(EXPECTED, _destination)]
 AbsentName: TypeAlias = Annotated[str | Network, Leaf("a domain name or a CIDR", _absent)]
 SizeOrZero: TypeAlias = Annotated[int, Leaf("a size such as 32MiB, or 0", _size_or_zero, format_size)]
 UdpReply: TypeAlias = Annotated[
@@ -138,7 +138,7 @@ class DnsSection:
     @rule("upstream", "forward", "upstream_ca")
     def _signed(self) -> Iterator[Fault]:
         used = [way for group in (self.upstream, *self.forward.values()) for way in (found.way for found in group)]
-        if self.upstream_ca is not None and not {Way.TLS, Way.HTTPS} & set(used):
+        if self.upstream_ca is not None and not {UpstreamProtocol.TLS, UpstreamProtocol.HTTPS} & set(used):
             yield Fault(".upstream_ca", "nothing, since no upstream is tls:// or https://", str(self.upstream_ca))
 
     @property

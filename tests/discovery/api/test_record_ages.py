@@ -1,6 +1,6 @@
 """For how long records have been there."""
 
-from discovery.api.record_ages import Ages
+from discovery.api.record_ages import RecordAges
 from discovery.model.mesh import Deletion, Kind, NetworkSpec, Record
 
 A = Record(kind=Kind.NETWORK, network="a", id="a", revision=1, spec=NetworkSpec())
@@ -9,7 +9,7 @@ B = Record(kind=Kind.NETWORK, network="b", id="b", revision=2, spec=NetworkSpec(
 
 def test_the_age_of_what_was_seen_to_come() -> None:
     now = 100.0
-    ages = Ages(lambda: now)
+    ages = RecordAges(lambda: now)
     ages.known([A.key])
     ages.take([A, B])
     now = 105.0

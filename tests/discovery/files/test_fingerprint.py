@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from discovery.files.fingerprint import Stamp
+from discovery.files.fingerprint import FileFingerprint
 
 
 def test_every_kind_of_change_is_seen_once(tmp_path: Path) -> None:
     path, other, link = tmp_path / "a", tmp_path / "b", tmp_path / "link"
     path.write_text("1")
     link.symlink_to(path)
-    stamp = Stamp([path, None, link])
+    stamp = FileFingerprint([path, None, link])
     assert not stamp.changed()
     path.write_text("22")
     assert stamp.changed()

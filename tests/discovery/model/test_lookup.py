@@ -6,7 +6,7 @@ import pytest
 
 from discovery.model.addresses import BadAddress, parse_endpoint
 from discovery.model.imports import ImportRule, Imports
-from discovery.model.lookup import Candidate, Unresolved, UnresolvedReason, reached, resolve
+from discovery.model.lookup import Place, Unresolved, UnresolvedReason, reached, resolve
 from discovery.model.mesh import Kind, Mesh, NetworkSpec, Record, ServiceSpec
 from discovery.model.names import AddressTarget, NameReason, PlainName, ServiceTarget
 
@@ -108,7 +108,7 @@ def test_a_bad_name_tells_what_is_bad() -> None:
 # --- what a gateway is asked for ------------------------------------------------------------------------------------
 
 
-def asked_of(network: str, name: str, target: str) -> Candidate:
+def asked_of(network: str, name: str, target: str) -> Place:
     try:
         where, port = parse_endpoint(target)
     except BadAddress:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from dnsgw.listen.client_queue import MAX_ALL, MAX_EACH, Crowd
+from dnsgw.listen.client_queue import MAX_ALL, MAX_EACH, ClientQueue
 
 
 def test_each_client_has_its_turn() -> None:
-    crowd = Crowd()
+    crowd = ClientQueue()
     for n in range(3):
         crowd.put(b"aaaa", (b"a%d" % n, b"", b""))
     crowd.put(b"bbbb", (b"b", b"", b""))
@@ -18,7 +18,7 @@ def test_each_client_has_its_turn() -> None:
 
 
 def test_what_is_too_much_is_dropped() -> None:
-    crowd = Crowd()
+    crowd = ClientQueue()
     for _ in range(MAX_EACH + 5):
         crowd.put(b"aaaa", (b"a", b"", b""))
     assert (len(crowd), crowd.dropped) == (MAX_EACH, 5)

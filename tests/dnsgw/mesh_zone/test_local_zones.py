@@ -4,12 +4,12 @@ from ipaddress import ip_network
 
 import pytest
 
-from dnsgw.mesh_zone.local_zones import NOWHERE, Absent, Found, reverse_zones
+from dnsgw.mesh_zone.local_zones import NOWHERE, Found, LocallyServedZones, reverse_zones
 from dnsgw.message.question import scan
 from tests.dnsgw.packets import query
 
 
-def find(absent: Absent, name: str) -> Found | None:
+def find(absent: LocallyServedZones, name: str) -> Found | None:
     return absent.find(scan(query(name)))
 
 
@@ -45,11 +45,11 @@ def find(absent: Absent, name: str) -> Found | None:
     ],
 )
 def test_what_is_not_asked_for_unless_told_otherwise(name: str, found: tuple[int, bool] | None) -> None:
-    assert find(Absent(), name) == found
+    assert find(LocallyServedZones(), name) == found
 
 
 def test_more_of_it() -> None:
-    absent = Absent(["use-application-dns.net", ip_network("10.0.0.0/8"), ip_network("172.16.0.0/12")])
+    absent = LocallyServedZones(["use-application-dns.net", ip_network("10.0.0.0/8"), ip_network("172.16.0.0/12")])
     assert find(absent, "use-application-dns.net") == (0, False)
     assert find(absent, "x.use-application-dns.net") == (2, False)
     assert find(absent, "xuse-application-dns.net") is None
@@ -61,7 +61,7 @@ def test_more_of_it() -> None:
 
 
 def test_what_is_forwarded_somewhere_is_asked_for() -> None:
-    absent = Absent(["corp.example"], ["ad.corp.local", "4.254.169.in-addr.arpa", "lab.corp.example"])
+    absent = LocallyServedZones(["corp.example"], ["ad.corp.local", "4.254.169.in-addr.arpa", "lab.corp.example"])
     assert find(absent, "dc.ad.corp.local") is None
     assert find(absent, "corp.local") == (5, True)  # or a cache would take it that ad.corp.local is not there
     assert find(absent, "x.corp.local") == (7, False)
@@ -74,14 +74,14 @@ def test_what_is_forwarded_somewhere_is_asked_for() -> None:
 
 def test_what_clients_search_in_is_asked_for_unless_told_otherwise() -> None:
     searched = ["shop.svc.k8s.local", "svc.k8s.local", "k8s.local", "corp.example", "office.example"]
-    absent = Absent(["corp.example"], ["lab.office.example"], searched)
+    absent = LocallyServedZones(["corp.example"], ["lab.office.example"], searched)
     assert find(absent, "orders.shop.svc.k8s.local") is None
     assert find(absent, "x.k8s.local") is None
     assert find(absent, "xk8s.local") == (5, False)
     assert find(absent, "local") == (0, True)
     assert find(absent, "x.corp.example") == (2, False)
     assert find(absent, "x.office.example") is None
-    assert find(Absent((), (), ["local"]), "printer.local") is None
+    assert find(LocallyServedZones((), (), ["local"]), "printer.local") is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Deletion, Kind
-from dnsgw.mesh_zone.ownership_changes import moved
+from dnsgw.mesh_zone.ownership_changes import changed_owner
 from tests.dnsgw.meshes import ORDERS, imports, mesh, relay, service
 
 NEW = "new.shop.svc.cluster.local"
@@ -29,13 +29,13 @@ RULES = imports()
 )
 def test_what_a_change_of_discovery_moves(changes: list, names: set[str]) -> None:  # type: ignore[type-arg]
     after = VIEW.apply(changes)
-    assert moved(VIEW, RULES, after, RULES) == names
-    assert moved(after, RULES, VIEW, RULES) == names
-    assert moved(VIEW, RULES, after, imports()) == names  # other rules that mean the same
+    assert changed_owner(VIEW, RULES, after, RULES) == names
+    assert changed_owner(after, RULES, VIEW, RULES) == names
+    assert changed_owner(VIEW, RULES, after, imports()) == names  # other rules that mean the same
 
 
 def test_what_a_change_of_imports_moves() -> None:
     none, orders = Imports(), Imports([ImportRule(names=(ORDERS,), sources=("b",))])
-    assert moved(VIEW, none, VIEW, orders) == {ORDERS}
-    assert ORDERS not in moved(VIEW, orders, VIEW, RULES)
-    assert moved(VIEW, orders, VIEW, RULES) == moved(VIEW, RULES, VIEW, orders) != set()
+    assert changed_owner(VIEW, none, VIEW, orders) == {ORDERS}
+    assert ORDERS not in changed_owner(VIEW, orders, VIEW, RULES)
+    assert changed_owner(VIEW, orders, VIEW, RULES) == changed_owner(VIEW, RULES, VIEW, orders) != set()

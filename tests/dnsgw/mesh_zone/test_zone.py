@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Mesh
-from dnsgw.mesh_zone.local_zones import Absent
+from dnsgw.mesh_zone.local_zones import LocallyServedZones
 from dnsgw.mesh_zone.zone import MAX_ADDRESSES, Disposition, Table
 from dnsgw.message.question import BadQuery, Qtype, scan
 from dnsgw.message.reply import Answer
@@ -340,7 +340,7 @@ def test_imports_come_before_what_is_not_asked_for() -> None:
         network="a",
         domain=DOMAIN,
         ttl_s=5,
-        absent=Absent(["shop.svc.cluster.local"]),
+        absent=LocallyServedZones(["shop.svc.cluster.local"]),
     )
     assert records(ask(of, ORDERS)) == [f"{ORDERS}. 5 IN A 10.0.0.9"]
     assert ask(of, "x." + ORDERS).rcode() == dns.rcode.NXDOMAIN

@@ -4,18 +4,20 @@ from ipaddress import ip_address
 
 import pytest
 
-from dnsgw.upstream.address import BadDestination, Destination, Way, parse_destination
+from dnsgw.upstream.address import BadUpstreamAddress, UpstreamAddress, UpstreamProtocol, parse_destination
 
 GOOD = {
-    "10.0.0.10": Destination(ip_address("10.0.0.10"), 53),
-    "10.0.0.10:5353": Destination(ip_address("10.0.0.10"), 5353),
-    "fd00::1": Destination(ip_address("fd00::1"), 53),
-    "[fd00::1]:5353": Destination(ip_address("fd00::1"), 5353),
-    "tcp://10.0.0.10": Destination(ip_address("10.0.0.10"), 53, Way.TCP),
-    "tls://10.0.0.10": Destination(ip_address("10.0.0.10"), 853, Way.TLS),
-    "tls://[fd00::1]:8853#dns.example": Destination(ip_address("fd00::1"), 8853, Way.TLS, "dns.example"),
-    "https://10.0.0.10/dns-query#dns.example": Destination(
-        ip_address("10.0.0.10"), 443, Way.HTTPS, "dns.example", "/dns-query"
+    "10.0.0.10": UpstreamAddress(ip_address("10.0.0.10"), 53),
+    "10.0.0.10:5353": UpstreamAddress(ip_address("10.0.0.10"), 5353),
+    "fd00::1": UpstreamAddress(ip_address("fd00::1"), 53),
+    "[fd00::1]:5353": UpstreamAddress(ip_address("fd00::1"), 5353),
+    "tcp://10.0.0.10": UpstreamAddress(ip_address("10.0.0.10"), 53, UpstreamProtocol.TCP),
+    "tls://10.0.0.10": UpstreamAddress(ip_address("10.0.0.10"), 853, UpstreamProtocol.TLS),
+    "tls://[fd00::1]:8853#dns.example": UpstreamAddress(
+        ip_address("fd00::1"), 8853, UpstreamProtocol.TLS, "dns.example"
+    ),
+    "https://10.0.0.10/dns-query#dns.example": UpstreamAddress(
+        ip_address("10.0.0.10"), 443, UpstreamProtocol.HTTPS, "dns.example", "/dns-query"
     ),
 }
 
@@ -46,5 +48,5 @@ def test_it_reads_and_shows_the_same(text: str) -> None:
     ],
 )
 def test_what_is_none(text: str) -> None:
-    with pytest.raises(BadDestination):
+    with pytest.raises(BadUpstreamAddress):
         parse_destination(text)

@@ -12,7 +12,7 @@ import pytest
 
 from dnsgw.message.question import Query, scan
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
-from dnsgw.upstream.address import Destination, Way
+from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.exchange import Failure
 from dnsgw.upstream.forwarder import Forwarder
 from tests.dnsgw.authority import Asked, Authority, serving
@@ -368,8 +368,8 @@ async def test_one_that_fails_does_not_cost_the_others_their_answer(
 async def test_zones_have_upstreams_of_their_own(upstream: Authority) -> None:
     async with serving({("www.corp.test", "A"): ["192.0.2.2"]}) as corp, serving() as lab:
         zones = {
-            "corp.test": [Destination(ip_address("127.0.0.1"), corp.port)],
-            "lab.corp.test.": [Destination(ip_address("127.0.0.1"), lab.port, Way.TCP)],
+            "corp.test": [UpstreamAddress(ip_address("127.0.0.1"), corp.port)],
+            "lab.corp.test.": [UpstreamAddress(ip_address("127.0.0.1"), lab.port, UpstreamProtocol.TCP)],
         }
         with asking(upstream.port, zones=zones) as asker:
             names = {
@@ -389,7 +389,7 @@ async def test_zones_have_upstreams_of_their_own(upstream: Authority) -> None:
 
 
 async def test_the_root_can_be_a_zone(upstream: Authority) -> None:
-    with asking(zones={".": [Destination(ip_address("127.0.0.1"), upstream.port)]}) as asker:
+    with asking(zones={".": [UpstreamAddress(ip_address("127.0.0.1"), upstream.port)]}) as asker:
         await asker.ask("www.example.test").answer()
         await asker.ask("").answer()
 

@@ -15,7 +15,7 @@ import trustme
 from aiohttp import web
 
 from dnsgw import Outcome
-from dnsgw.upstream.address import Destination, Way
+from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from tests.dnsgw.authority import Authority
 from tests.dnsgw.meshes import DOMAIN, mesh, relay
 from tests.dnsgw.packets import opt, query
@@ -101,16 +101,16 @@ async def serving_https(tls: ssl.SSLContext) -> AsyncIterator[Secret]:
         await runner.cleanup()
 
 
-SERVING = {Way.TLS: serving_tls, Way.HTTPS: serving_https}
+SERVING = {UpstreamProtocol.TLS: serving_tls, UpstreamProtocol.HTTPS: serving_https}
 
 
-def destination(way: Way, port: int, name: str = "dns.example") -> Destination:
-    return Destination(LOOPBACK, port, way, name, "/dns-query" if way is Way.HTTPS else "")
+def destination(way: UpstreamProtocol, port: int, name: str = "dns.example") -> UpstreamAddress:
+    return UpstreamAddress(LOOPBACK, port, way, name, "/dns-query" if way is UpstreamProtocol.HTTPS else "")
 
 
 @pytest.mark.parametrize("name", ["dns.example", ""], ids=["by name", "by address"])
 @pytest.mark.parametrize("way", SERVING)
-async def test_questions_go_in_secret_and_padded(signer: trustme.CA, ca: str, way: Way, name: str) -> None:
+async def test_questions_go_in_secret_and_padded(signer: trustme.CA, ca: str, way: UpstreamProtocol, name: str) -> None:
     async with SERVING[way](context(signer, name or "127.0.0.1")) as secret:
         upstream = (destination(way, secret.port, name),)
         async with running(VIEW, upstream=upstream, upstream_ca=ca) as server:
@@ -125,7 +125,7 @@ async def test_questions_go_in_secret_and_padded(signer: trustme.CA, ca: str, wa
 
 
 @pytest.mark.parametrize("way", SERVING)
-async def test_many_at_once(signer: trustme.CA, ca: str, way: Way) -> None:
+async def test_many_at_once(signer: trustme.CA, ca: str, way: UpstreamProtocol) -> None:
     async with SERVING[way](context(signer, "dns.example")) as secret:
         async with running(VIEW, upstream=(destination(way, secret.port),), upstream_ca=ca) as server:
             with Client(address(server)) as client:
@@ -134,12 +134,14 @@ async def test_many_at_once(signer: trustme.CA, ca: str, way: Way) -> None:
                 replies = [await client.receive() for _ in range(20)]
         assert {int.from_bytes(reply[:2], "big") for reply in replies} == set(range(20))
         assert all(dns.message.from_wire(reply).answer for reply in replies)
-        if way is Way.TLS:
+        if way is UpstreamProtocol.TLS:
             assert secret.connections == 1
 
 
 @pytest.mark.parametrize("way", SERVING)
-async def test_a_certificate_for_somebody_else_is_no_upstream(signer: trustme.CA, ca: str, way: Way) -> None:
+async def test_a_certificate_for_somebody_else_is_no_upstream(
+    signer: trustme.CA, ca: str, way: UpstreamProtocol
+) -> None:
     async with SERVING[way](context(signer, "other.example")) as secret:
         async with running(VIEW, upstream=(destination(way, secret.port),), upstream_ca=ca) as server:
             with Client(address(server)) as client:
@@ -153,13 +155,15 @@ async def test_a_certificate_for_somebody_else_is_no_upstream(signer: trustme.CA
 async def test_an_answer_that_is_no_answer_is_a_failure(signer: trustme.CA, ca: str) -> None:
     async with serving_https(context(signer, "dns.example")) as secret:
         secret.status = 500
-        async with running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server:
+        async with running(
+            VIEW, upstream=(destination(UpstreamProtocol.HTTPS, secret.port),), upstream_ca=ca
+        ) as server:
             with Client(address(server)) as client:
                 assert (await client.ask(query(WWW)))[3] & 15 == dns.rcode.SERVFAIL
 
 
-@pytest.mark.parametrize("way", [Way.TLS, Way.HTTPS])
-async def test_another_authority_counts_at_once(signer: trustme.CA, ca: str, way: Way) -> None:
+@pytest.mark.parametrize("way", [UpstreamProtocol.TLS, UpstreamProtocol.HTTPS])
+async def test_another_authority_counts_at_once(signer: trustme.CA, ca: str, way: UpstreamProtocol) -> None:
     """As when the file of certificates is renewed under the same path."""
     other = trustme.CA().cert_pem.bytes().decode()
     async with (
@@ -258,7 +262,7 @@ async def test_other_ways_to_write_an_answer(
 ) -> None:
     async with (
         writing(context(signer, "dns.example"), write) as secret,
-        running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server,
+        running(VIEW, upstream=(destination(UpstreamProtocol.HTTPS, secret.port),), upstream_ca=ca) as server,
     ):
         with Client(address(server)) as client:
             for n in range(3):
@@ -270,7 +274,7 @@ async def test_what_is_no_response_is_a_failure_and_holds_up_nobody(signer: trus
     own = f"p8443-10-1-0-5.b.{DOMAIN}"
     async with (
         writing(context(signer, "dns.example"), BAD[case]) as secret,
-        running(VIEW, upstream=(destination(Way.HTTPS, secret.port),), upstream_ca=ca) as server,
+        running(VIEW, upstream=(destination(UpstreamProtocol.HTTPS, secret.port),), upstream_ca=ca) as server,
     ):
         with Client(address(server)) as one, Client(address(server)) as other:
             for n in range(10):

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from dnsgw.turns import Turns
-from dnsgw.upstream.stream_client import Pipeline
+from dnsgw.upstream.stream_client import StreamClient
 from tests.dnsgw.packets import query
 
 pytestmark = pytest.mark.anyio
@@ -28,8 +28,8 @@ class Peer:
         self.lost = 0
         self.loop = asyncio.get_running_loop()
 
-    def pipeline(self) -> Pipeline[Waiting]:
-        pipeline: Pipeline[Waiting] = Pipeline(
+    def pipeline(self) -> StreamClient[Waiting]:
+        pipeline: StreamClient[Waiting] = StreamClient(
             self.loop, {}, received=self._on_received, lost=self._on_lost, turns=Turns(self.loop)
         )
         pipeline.open(socket.AF_INET, self.listening.getsockname())
@@ -39,7 +39,7 @@ class Peer:
         self.received.append(message)
         self.news.set()
 
-    def _on_lost(self, pipeline: Pipeline[Waiting]) -> None:
+    def _on_lost(self, pipeline: StreamClient[Waiting]) -> None:
         self.lost += 1
         self.news.set()
 
@@ -107,7 +107,9 @@ async def test_what_is_no_message_ends_the_connection(peer: Peer, size: int) -> 
 
 async def test_nobody_there_is_told(peer: Peer) -> None:
     peer.listening.close()
-    pipeline = Pipeline[Waiting](peer.loop, {}, turns=Turns(peer.loop), received=peer._on_received, lost=peer._on_lost)
+    pipeline = StreamClient[Waiting](
+        peer.loop, {}, turns=Turns(peer.loop), received=peer._on_received, lost=peer._on_lost
+    )
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound, not listening: refused
         pipeline.open(socket.AF_INET, held.getsockname())
@@ -141,14 +143,14 @@ async def test_a_peer_that_does_not_read_holds_up_nobody(peer: Peer) -> None:
 
 
 async def test_closing_inside_a_callback_stops_the_reading(peer: Peer) -> None:
-    pipeline: Pipeline[Waiting] | None = None
+    pipeline: StreamClient[Waiting] | None = None
 
     def close_at_once(message: bytes, pending: dict[int, str]) -> None:
         assert pipeline is not None
         peer._on_received(message, pending)
         pipeline.close()
 
-    pipeline = Pipeline(peer.loop, {}, received=close_at_once, lost=peer._on_lost, turns=Turns(peer.loop))
+    pipeline = StreamClient(peer.loop, {}, received=close_at_once, lost=peer._on_lost, turns=Turns(peer.loop))
     pipeline.open(socket.AF_INET, peer.listening.getsockname())
     with await peer.accept() as sock:
         await peer.loop.sock_sendall(sock, FRAME * 3)

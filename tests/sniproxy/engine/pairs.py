@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import trustme
 
-from sniproxy.engine import TlsWire, Wire
+from sniproxy.engine import SocketStream, TlsStream
 
 TLS_NAME = "turn.example"
 
@@ -35,19 +35,19 @@ def sockets() -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
-async def pair(kind: str = "plain") -> tuple[Wire, Wire]:
+async def pair(kind: str = "plain") -> tuple[SocketStream, SocketStream]:
     """Give the two ends of a TCP connection over loopback; `kind` "tls": with TLS over it."""
     one, other = sockets()
     if kind == "plain":
-        return Wire(one), Wire(other)
+        return SocketStream(one), SocketStream(other)
     contexts = tls_contexts()
-    client = TlsWire(one, contexts[0], server_hostname=TLS_NAME)
-    server = TlsWire(other, contexts[1], server_side=True)
+    client = TlsStream(one, contexts[0], server_hostname=TLS_NAME)
+    server = TlsStream(other, contexts[1], server_side=True)
     await shake(client, server)
     return client, server
 
 
-async def shake(*wires: TlsWire) -> None:
+async def shake(*wires: TlsStream) -> None:
     """Let both ends shake hands."""
     async with asyncio.TaskGroup() as group:
         for wire in wires:
@@ -68,7 +68,7 @@ def nothing_large_kept() -> Iterator[None]:
     assert [str(trace) for trace in kept.traces if trace.size >= 16 * 1024] == []
 
 
-async def read_all(wire: Wire, limit_s: float = 20) -> bytes:
+async def read_all(wire: SocketStream, limit_s: float = 20) -> bytes:
     """Read to the end of the stream; a reset is an error."""
     chunks = []
     async with asyncio.timeout(limit_s):
@@ -77,7 +77,7 @@ async def read_all(wire: Wire, limit_s: float = 20) -> bytes:
     return b"".join(chunks)
 
 
-async def until_reset(wire: Wire, limit_s: float = 20) -> None:
+async def until_reset(wire: SocketStream, limit_s: float = 20) -> None:
     """Read until the peer's reset; a clean end fails the test."""
     async with asyncio.timeout(limit_s):
         with pytest.raises(ConnectionResetError):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from sniproxy.engine import End, Moved, PipePool, Splice, Wire, connect, quantum, splice
+from sniproxy.engine import End, Moved, PipePool, SocketStream, Splice, connect, quantum, splice
 from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
 
 pytestmark = pytest.mark.anyio
@@ -21,7 +21,9 @@ PLAIN = pytest.mark.parametrize("joined", [("plain", "plain")], indirect=True, i
 
 
 @pytest.fixture(params=[("plain", "plain"), ("plain", "tls"), ("tls", "tls")], ids="-".join)
-async def joined(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Wire, Wire, Wire, Wire]]:
+async def joined(
+    request: pytest.FixtureRequest,
+) -> AsyncIterator[tuple[SocketStream, SocketStream, SocketStream, SocketStream]]:
     """Four wires: `left` speaks to `a`, `right` to `b`; a and b are to be joined by the test."""
     left, a = await pair(request.param[0])
     right, b = await pair(request.param[1])
@@ -30,7 +32,9 @@ async def joined(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Wire, Wi
         wire.close()
 
 
-async def test_bytes_pass_both_ways_and_each_end_passes_alone(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_bytes_pass_both_ways_and_each_end_passes_alone(
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
+) -> None:
     left, a, b, right = joined
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(splice(a, b, **LIMITS))
@@ -44,7 +48,9 @@ async def test_bytes_pass_both_ways_and_each_end_passes_alone(joined: tuple[Wire
 
 
 @PLAIN
-async def test_an_idle_stream_keeps_nothing_of_what_it_moved(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_an_idle_stream_keeps_nothing_of_what_it_moved(
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
+) -> None:
     left, a, b, right = joined
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(splice(a, b, **LIMITS))
@@ -56,7 +62,7 @@ async def test_an_idle_stream_keeps_nothing_of_what_it_moved(joined: tuple[Wire,
         moving.cancel()
 
 
-async def test_unread_bytes_go_first(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_unread_bytes_go_first(joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream]) -> None:
     left, a, b, right = joined
     await left.send(b"second")
     left.shutdown_write()
@@ -67,7 +73,9 @@ async def test_unread_bytes_go_first(joined: tuple[Wire, Wire, Wire, Wire]) -> N
     assert moved.a_to_b == 12
 
 
-async def test_a_reset_right_behind_bytes_is_found(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_a_reset_right_behind_bytes_is_found(
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
+) -> None:
     """The loop gives up watching a descriptor with an error; those who still wait on it would wait for ever."""
     left, a, b, right = joined
     async with asyncio.TaskGroup() as group:
@@ -81,7 +89,9 @@ async def test_a_reset_right_behind_bytes_is_found(joined: tuple[Wire, Wire, Wir
     assert moving.result().end is End.B_RESET
 
 
-async def test_unread_bytes_go_first_also_when_they_are_bulk(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_unread_bytes_go_first_also_when_they_are_bulk(
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
+) -> None:
     """More than it takes to become worth a pipe: what is spliced must not overtake what was given back."""
     left, a, b, right = joined
     first, second = os.urandom(700_001), os.urandom(300_000)
@@ -94,7 +104,9 @@ async def test_unread_bytes_go_first_also_when_they_are_bulk(joined: tuple[Wire,
     assert moving.result().a_to_b == 1_000_001
 
 
-async def test_a_reset_is_passed_on_as_a_reset_after_what_was_sent(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_a_reset_is_passed_on_as_a_reset_after_what_was_sent(
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
+) -> None:
     left, a, b, right = joined
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(splice(a, b, **LIMITS))
@@ -105,7 +117,9 @@ async def test_a_reset_is_passed_on_as_a_reset_after_what_was_sent(joined: tuple
     assert moving.result().end is End.A_RESET
 
 
-async def test_an_answer_sent_before_a_reset_still_arrives(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_an_answer_sent_before_a_reset_still_arrives(
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
+) -> None:
     """A service that answers and closes while its client still sends: the answer gets through, then the reset."""
     left, a, b, right = joined
     answer = os.urandom(300_000)
@@ -130,7 +144,7 @@ async def test_an_answer_sent_before_a_reset_still_arrives(joined: tuple[Wire, W
 
 @PLAIN
 async def test_bulk_goes_through_a_pipe_that_is_given_back(
-    joined: tuple[Wire, Wire, Wire, Wire], monkeypatch: pytest.MonkeyPatch
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, a, b, right = joined
     pool = PipePool(limit=2)
@@ -157,7 +171,7 @@ async def test_bulk_goes_through_a_pipe_that_is_given_back(
 
 @PLAIN
 async def test_without_a_pipe_bulk_is_copied(
-    joined: tuple[Wire, Wire, Wire, Wire], monkeypatch: pytest.MonkeyPatch
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, a, b, right = joined
     pool = PipePool(limit=0)
@@ -175,7 +189,7 @@ async def test_without_a_pipe_bulk_is_copied(
 
 @pytest.mark.parametrize("joined", [("plain", "tls"), ("tls", "plain"), ("tls", "tls")], indirect=True, ids="-".join)
 async def test_bulk_with_tls_at_either_end_never_takes_a_pipe(
-    joined: tuple[Wire, Wire, Wire, Wire], monkeypatch: pytest.MonkeyPatch
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, a, b, right = joined
     pool = PipePool()
@@ -194,7 +208,9 @@ async def test_bulk_with_tls_at_either_end_never_takes_a_pipe(
     assert moving.result() == Moved(a_to_b=len(payload), b_to_a=len(payload), end=End.OK)
 
 
-async def test_a_reader_that_stops_stops_the_sender(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_a_reader_that_stops_stops_the_sender(
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
+) -> None:
     left, a, b, right = joined
     async with asyncio.TaskGroup() as group:
         joining = Splice(a, b, **LIMITS)
@@ -218,7 +234,7 @@ async def test_a_reader_that_stops_stops_the_sender(joined: tuple[Wire, Wire, Wi
     assert moving.result() == Moved(a_to_b=sent, b_to_a=0, end=End.OK)
 
 
-async def test_silence_ends_a_stream(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_silence_ends_a_stream(joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream]) -> None:
     left, a, b, right = joined
     moved = await splice(a, b, idle_timeout_s=0.05, half_close_timeout_s=9.0)
     assert moved.end is End.IDLE_TIMEOUT
@@ -226,7 +242,9 @@ async def test_silence_ends_a_stream(joined: tuple[Wire, Wire, Wire, Wire]) -> N
     await until_reset(right)
 
 
-async def test_silence_after_a_half_close_has_its_own_limit(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_silence_after_a_half_close_has_its_own_limit(
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
+) -> None:
     left, a, b, _ = joined
     left.shutdown_write()
     moved = await splice(a, b, idle_timeout_s=600.0, half_close_timeout_s=0.05)
@@ -234,7 +252,7 @@ async def test_silence_after_a_half_close_has_its_own_limit(joined: tuple[Wire, 
     await until_reset(left)
 
 
-async def test_cancelling_closes_both(joined: tuple[Wire, Wire, Wire, Wire]) -> None:
+async def test_cancelling_closes_both(joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream]) -> None:
     left, a, b, right = joined
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
@@ -282,12 +300,12 @@ async def test_connect_takes_no_names() -> None:
         await connect("localhost", 1, timeout_s=5)
 
 
-async def _send_and_end(wire: Wire, payload: bytes) -> None:
+async def _send_and_end(wire: SocketStream, payload: bytes) -> None:
     await wire.send(payload)
     wire.shutdown_write()
 
 
-async def _digest(wire: Wire) -> bytes:
+async def _digest(wire: SocketStream) -> bytes:
     digest = hashlib.sha256()
     while data := await wire.recv(1 << 18):
         digest.update(data)

@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from sniproxy.engine import Deadlines, Wire
+from sniproxy.engine import Deadlines, SocketStream
 from sniproxy.engine.deadlines import EXPIRED_A_TURN
 from tests.sniproxy.engine.pairs import pair
 
 pytestmark = pytest.mark.anyio
 
 
-async def ends(wire: Wire) -> str:
+async def ends(wire: SocketStream) -> str:
     """Read to the end, whichever comes."""
     try:
         while await wire.recv():

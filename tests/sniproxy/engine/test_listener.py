@@ -10,7 +10,7 @@ import struct
 
 import pytest
 
-from sniproxy.engine import Listener, Wire, connect
+from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.engine.listener import CAPACITY_ERRNOS, TRANSIENT_ERRNOS
 from sniproxy.engine.socket_stream import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES
 from tests.sniproxy.engine.pairs import read_all, until_reset
@@ -18,7 +18,7 @@ from tests.sniproxy.engine.pairs import read_all, until_reset
 pytestmark = pytest.mark.anyio
 
 
-async def echo(wire: Wire) -> None:
+async def echo(wire: SocketStream) -> None:
     while data := await wire.recv():
         await wire.send(data)
     wire.shutdown_write()
@@ -87,7 +87,7 @@ async def test_the_port_can_be_used_again_at_once() -> None:
     port = first.address[1]
     async with asyncio.TaskGroup() as group:
 
-        async def end_first(wire: Wire) -> None:
+        async def end_first(wire: SocketStream) -> None:
             wire.close()
 
         serving = group.create_task(first.serve(end_first))
@@ -141,9 +141,9 @@ async def test_both_ends_find_a_peer_that_vanished_and_delay_nothing(address: st
         keepalive = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         return [keepalive, *(sock.getsockopt(socket.IPPROTO_TCP, kind) for kind in kinds)]
 
-    accepted: list[Wire] = []
+    accepted: list[SocketStream] = []
 
-    async def note(wire: Wire) -> None:
+    async def note(wire: SocketStream) -> None:
         accepted.append(wire)
         assert options(wire._sock) == [1, 1, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]
         await echo(wire)
@@ -162,9 +162,9 @@ async def test_both_ends_find_a_peer_that_vanished_and_delay_nothing(address: st
 
 async def test_cancelling_closes_every_connection() -> None:
     listener = await Listener.open("127.0.0.1", 0)
-    served: list[Wire] = []
+    served: list[SocketStream] = []
 
-    async def hold(wire: Wire) -> None:
+    async def hold(wire: SocketStream) -> None:
         served.append(wire)
         await asyncio.get_running_loop().create_future()
 
@@ -204,7 +204,7 @@ async def test_a_connection_whose_task_never_ran_is_closed() -> None:
 
 
 async def test_a_handlers_error_ends_its_own_connection_alone(caplog: pytest.LogCaptureFixture) -> None:
-    async def broken(wire: Wire) -> None:
+    async def broken(wire: SocketStream) -> None:
         if await wire.recv() == b"boom":
             raise ZeroDivisionError("a defect of ours")
         await wire.send(b"fine")
@@ -296,7 +296,7 @@ async def test_a_peer_that_is_gone_at_accept_is_known_by_its_address() -> None:
     seen: list[tuple[tuple[str, int], bytes]] = []
     done = asyncio.Event()
 
-    async def read(wire: Wire) -> None:
+    async def read(wire: SocketStream) -> None:
         seen.append((wire.peer, await wire.recv()))
         with pytest.raises(OSError, match=r"."):
             await wire.send(b"x")
@@ -326,7 +326,7 @@ async def test_a_burst_is_served_whole() -> None:
         sock = socket.socket()
         sock.setblocking(False)
         sock.connect_ex(listener.address)
-        clients.append(Wire(sock, listener.address))
+        clients.append(SocketStream(sock, listener.address))
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(listener.serve(echo))
         for number, client in enumerate(clients):

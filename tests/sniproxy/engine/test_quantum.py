@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.engine.copy import fill
 from sniproxy.engine.pipes import Pipe, PipePool
 from sniproxy.engine.quantum import QUANTUM_BYTES, QUANTUM_MESSAGES, Quantum, RoundRobin, round_robin
@@ -18,14 +18,14 @@ FLOOD = 2000
 """Messages of one byte that wait in the kernel, so that no read of theirs ever has to wait."""
 
 
-async def flooded(count: int = FLOOD) -> tuple[Wire, Wire]:
+async def flooded(count: int = FLOOD) -> tuple[SocketStream, SocketStream]:
     """Return a wire that bytes wait for, and its other end."""
     peer, wire = await pair()
     await peer.send(bytes(count))
     return wire, peer
 
 
-async def read_one_by_one(wire: Wire, got: list[int], who: int) -> None:
+async def read_one_by_one(wire: SocketStream, got: list[int], who: int) -> None:
     for _ in range(FLOOD):
         await wire.recv(1)
         got.append(who)
@@ -179,7 +179,7 @@ async def test_one_queue_for_each_loop() -> None:
 async def test_a_wire_of_a_flood_leaves_no_descriptor_behind() -> None:
     """A queued reader that is cancelled owns its wire to the end."""
     ours, theirs = socket.socketpair()
-    wire = Wire(ours)
+    wire = SocketStream(ours)
     theirs.sendall(bytes(FLOOD))
     async with asyncio.TaskGroup() as group:
         reading = group.create_task(read_one_by_one(wire, [], 0))

@@ -8,14 +8,14 @@ import struct
 
 import pytest
 
-from sniproxy.engine import Wire, WireClosed, connect
+from sniproxy.engine import SocketStream, StreamClosed, connect
 from sniproxy.engine.socket_stream import plain_address
 from tests.sniproxy.engine.pairs import pair, read_all, until_reset
 
 pytestmark = pytest.mark.anyio
 
 
-async def fill_up(wire: Wire) -> int:
+async def fill_up(wire: SocketStream) -> int:
     """Write until the socket takes no more; says how much it took."""
     sent = 0
     while taken := wire.try_send((bytes(1 << 20),)):
@@ -227,7 +227,7 @@ async def test_closing_wakes_reader_and_writer() -> None:
     async with asyncio.TaskGroup() as group:
 
         async def wait(what: str) -> None:
-            with pytest.raises(WireClosed):
+            with pytest.raises(StreamClosed):
                 await (one.recv() if what == "read" else one.send(b"x"))
 
         group.create_task(wait("read"))
@@ -299,7 +299,7 @@ async def test_a_wire_knows_a_peer_that_is_gone() -> None:
         sock, peer = server.accept()
     with pytest.raises(OSError, match=r"."):
         sock.getpeername()
-    wire = Wire(sock, peer)
+    wire = SocketStream(sock, peer)
     assert wire.peer == address
     wire.close()
 
@@ -356,7 +356,7 @@ async def test_connect_gives_up_in_time() -> None:
         server.bind(("127.0.0.1", 0))
         server.listen(0)
         address, port = server.getsockname()
-        waiting: list[Wire] = []
+        waiting: list[SocketStream] = []
         with pytest.raises(TimeoutError):
             while len(waiting) < 8:
                 waiting += [await connect(address, port, timeout_s=0.1)]

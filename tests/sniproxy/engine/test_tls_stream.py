@@ -16,7 +16,7 @@ from contextlib import suppress
 import pytest
 import trustme
 
-from sniproxy.engine import Listener, TlsWire, Wire, WireClosed, connect_tls
+from sniproxy.engine import Listener, SocketStream, StreamClosed, TlsStream, connect_tls
 from sniproxy.engine.tls_stream import MAX_ENCRYPTED_AT_ONCE, MAX_RECORDS_AT_ONCE
 from tests.sniproxy.engine.pairs import TLS_NAME, pair, read_all, shake, sockets, tls_contexts, until_reset
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def joined() -> AsyncIterator[tuple[Wire, Wire]]:
+async def joined() -> AsyncIterator[tuple[SocketStream, SocketStream]]:
     client, server = await pair("tls")
     yield client, server
     client.close()
@@ -35,12 +35,12 @@ async def joined() -> AsyncIterator[tuple[Wire, Wire]]:
 async def test_half_close_with_bytes_on_their_way_both_ways(version: ssl.TLSVersion) -> None:
     contexts = tls_contexts()
     one, other = sockets()
-    client = TlsWire(one, contexts[0], server_hostname=TLS_NAME)
-    server = TlsWire(other, contexts[1], server_side=True)
+    client = TlsStream(one, contexts[0], server_hostname=TLS_NAME)
+    server = TlsStream(other, contexts[1], server_side=True)
     limited = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     limited.check_hostname, limited.verify_mode = False, ssl.CERT_NONE
     limited.maximum_version = version
-    client = TlsWire(client._sock, limited, server_hostname=TLS_NAME)
+    client = TlsStream(client._sock, limited, server_hostname=TLS_NAME)
     await shake(client, server)
     assert client.session.version() == version.name.replace("_", ".")
     await client.send(b"a question")
@@ -55,7 +55,7 @@ async def test_half_close_with_bytes_on_their_way_both_ways(version: ssl.TLSVers
     server.close()
 
 
-async def test_payload_that_waits_survives_our_own_end(joined: tuple[Wire, Wire]) -> None:
+async def test_payload_that_waits_survives_our_own_end(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
     payload = os.urandom(300_000)
     async with asyncio.TaskGroup() as group:
@@ -73,7 +73,7 @@ async def test_payload_that_waits_survives_our_own_end(joined: tuple[Wire, Wire]
     assert await server.recv() == b""
 
 
-async def test_what_was_given_back_goes_first(joined: tuple[Wire, Wire]) -> None:
+async def test_what_was_given_back_goes_first(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
     await client.send(b"abc", b"def")
     data = await server.recv_exactly(3)
@@ -82,7 +82,7 @@ async def test_what_was_given_back_goes_first(joined: tuple[Wire, Wire]) -> None
     assert await server.recv_exactly(6) == b"abcdef"
 
 
-async def test_sent_and_closed_at_once_arrives_whole(joined: tuple[Wire, Wire]) -> None:
+async def test_sent_and_closed_at_once_arrives_whole(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
     payload = os.urandom(5_000_000)
 
@@ -95,7 +95,7 @@ async def test_sent_and_closed_at_once_arrives_whole(joined: tuple[Wire, Wire]) 
         assert await read_all(server) == payload
 
 
-async def test_closed_with_payload_unread_is_a_reset(joined: tuple[Wire, Wire]) -> None:
+async def test_closed_with_payload_unread_is_a_reset(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
     await client.send(b"not read")
     await server.readable()
@@ -103,7 +103,7 @@ async def test_closed_with_payload_unread_is_a_reset(joined: tuple[Wire, Wire]) 
     await until_reset(client)
 
 
-async def test_a_fin_without_close_notify_is_a_cut(joined: tuple[Wire, Wire]) -> None:
+async def test_a_fin_without_close_notify_is_a_cut(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
     await client.send(b"half")
     client._sock.shutdown(socket.SHUT_WR)
@@ -111,26 +111,26 @@ async def test_a_fin_without_close_notify_is_a_cut(joined: tuple[Wire, Wire]) ->
     await until_reset(server)
 
 
-async def test_a_reset_stays_one(joined: tuple[Wire, Wire]) -> None:
+async def test_a_reset_stays_one(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
     client.reset()
     await until_reset(server)
-    with pytest.raises(WireClosed):
+    with pytest.raises(StreamClosed):
         await client.send(b"x")
-    with pytest.raises(WireClosed):
+    with pytest.raises(StreamClosed):
         await client.recv()
 
 
-async def test_bytes_that_are_not_tls_are_an_error(joined: tuple[Wire, Wire]) -> None:
+async def test_bytes_that_are_not_tls_are_an_error(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
     client._sock.send(b"\x17\x03\x03\x00\x20" + bytes(32))
     with pytest.raises(ssl.SSLError):
         await server.recv()
 
 
-async def test_what_is_encrypted_ahead_of_the_socket_is_bounded(joined: tuple[Wire, Wire]) -> None:
+async def test_what_is_encrypted_ahead_of_the_socket_is_bounded(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
-    assert isinstance(client, TlsWire)
+    assert isinstance(client, TlsStream)
     sent = 0
     while taken := client.try_send((bytes(10 * MAX_ENCRYPTED_AT_ONCE),)):
         assert taken <= MAX_ENCRYPTED_AT_ONCE
@@ -143,7 +143,7 @@ async def test_what_is_encrypted_ahead_of_the_socket_is_bounded(joined: tuple[Wi
     assert len(await read_all(server)) == sent
 
 
-async def test_a_reader_alone_lets_the_rest_out(joined: tuple[Wire, Wire]) -> None:
+async def test_a_reader_alone_lets_the_rest_out(joined: tuple[SocketStream, SocketStream]) -> None:
     """What `try_send` took goes out without anybody asking again."""
     client, server = joined
     sent = 0
@@ -152,14 +152,14 @@ async def test_a_reader_alone_lets_the_rest_out(joined: tuple[Wire, Wire]) -> No
     assert len(await server.recv_exactly(sent)) == sent
 
 
-async def test_waiting_ends_when_our_side_closes(joined: tuple[Wire, Wire]) -> None:
+async def test_waiting_ends_when_our_side_closes(joined: tuple[SocketStream, SocketStream]) -> None:
     client, _ = joined
     with pytest.raises(ExceptionGroup) as caught:
         async with asyncio.TaskGroup() as group:
             group.create_task(client.recv())
             await asyncio.sleep(0)
             client.close()
-    assert caught.group_contains(WireClosed)
+    assert caught.group_contains(StreamClosed)
 
 
 class Server:
@@ -169,8 +169,8 @@ class Server:
         self.listener = listener
         self.errors: list[str] = []
 
-    async def handle(self, wire: Wire) -> None:
-        assert isinstance(wire, TlsWire)
+    async def handle(self, wire: SocketStream) -> None:
+        assert isinstance(wire, TlsStream)
         try:
             await wire.handshake(0.3)
             await wire.send(await wire.recv())
@@ -229,7 +229,7 @@ async def test_a_server_that_shakes_no_hands_is_given_up() -> None:
 
 
 async def test_a_server_that_hangs_up_in_the_handshake() -> None:
-    async def hang_up(wire: Wire) -> None:
+    async def hang_up(wire: SocketStream) -> None:
         await wire.recv()
 
     listener = await Listener.open("127.0.0.1", 0)
@@ -255,7 +255,7 @@ async def test_openssl_speaks_with_us(server: Server) -> None:
     assert output == b"from openssl\n"
 
 
-async def test_a_read_opens_no_more_than_so_many_records(joined: tuple[Wire, Wire]) -> None:
+async def test_a_read_opens_no_more_than_so_many_records(joined: tuple[SocketStream, SocketStream]) -> None:
     """A byte in each record costs us a hundred times what it costs the peer's network."""
     client, server = joined
     records = 4 * MAX_RECORDS_AT_ONCE
@@ -278,8 +278,8 @@ async def test_new_keys_again_and_again_end_the_connection() -> None:
     listener = await Listener.open("127.0.0.1", 0, tls=context)
     ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
 
-    async def read(wire: Wire) -> None:
-        assert isinstance(wire, TlsWire)
+    async def read(wire: SocketStream) -> None:
+        assert isinstance(wire, TlsStream)
         await wire.handshake()
         try:
             while await wire.recv():

@@ -19,7 +19,7 @@ from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import Finished, Opened, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import SigningKey
-from sniproxy.tunnel.relay_handshake import MAX_FIRST_WRITE, Call, Opener
+from sniproxy.tunnel.relay_handshake import MAX_FIRST_WRITE, GatewayConnector, StreamRequest
 from tests.sniproxy.calls import HELLO, call, opener
 from tests.sniproxy.gateways import (
     Script,
@@ -75,7 +75,7 @@ def dead_port() -> Iterator[int]:
             yield server.getsockname()[1]
 
 
-async def opened(dialing: Dialer, candidates: list[Candidate], calling: Call | None = None) -> Connected:
+async def opened(dialing: Dialer, candidates: list[Candidate], calling: StreamRequest | None = None) -> Connected:
     """Dial, and close what came of it."""
     connected = await dialing.open(calling or call(), candidates)
     if connected.framed is not None:
@@ -369,7 +369,7 @@ async def test_a_local_candidate_gets_nothing_from_us() -> None:
 
 
 async def test_a_key_that_is_gone_meanwhile() -> None:
-    dialing = Dialer(Opener("a", SigningKeys({}), now_ms=lambda: 0))
+    dialing = Dialer(GatewayConnector("a", SigningKeys({}), now_ms=lambda: 0))
     async with scripted(opens) as gateway:
         error = await failed(dialing, [candidate(gateway)])
         assert gateway.visits == []
@@ -378,7 +378,7 @@ async def test_a_key_that_is_gone_meanwhile() -> None:
 
 async def test_a_preamble_that_does_not_fit_is_an_answer_and_no_crash() -> None:
     key = SigningKey(id="k" * 250, secret=bytes(32), from_network="a", to_network="b")
-    dialing = Dialer(Opener("a", SigningKeys({"k": key}), now_ms=lambda: 0))
+    dialing = Dialer(GatewayConnector("a", SigningKeys({"k": key}), now_ms=lambda: 0))
     name = ".".join(["a" * 60] * 4)
     long = call(client_hello(name))
     async with scripted(opens) as gateway:

@@ -13,10 +13,10 @@ from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate, RouteKind
 from sniproxy.transport.errors import DialError
 from sniproxy.tunnel.capsules import Payload
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Message, Open, Opened, Ping, Pong, Ready, Refused
 from sniproxy.tunnel.preamble import Preamble, WarmPreamble
-from sniproxy.tunnel.relay_handshake import Call
+from sniproxy.tunnel.relay_handshake import StreamRequest
 from sniproxy.tunnel.state import Side
 from sniproxy.tunnel.verify import PreambleVerifier
 from tests.sniproxy.calls import HELLO, call, opener
@@ -33,8 +33,8 @@ Answer = Callable[["Attempt"], Awaitable[object]]
 class Attempt:
     """The gateway's end of the warm connection, and what the relay's dialler told."""
 
-    near: Framed
-    far: Framed
+    near: CapsuleConnection
+    far: CapsuleConnection
     counted: list[str] = field(default_factory=list)
     settled: list[tuple[str, DialError | None]] = field(default_factory=list)
     distrusted: list[str] = field(default_factory=list)
@@ -62,16 +62,18 @@ def candidate(address: tuple[str, int] = ("127.0.0.1", 1), name: str = "gw-1") -
     )
 
 
-async def attempt(answer: Answer, *cold: ScriptedGateway, calling: Call | None = None) -> tuple[Attempt, Connected]:
+async def attempt(
+    answer: Answer, *cold: ScriptedGateway, calling: StreamRequest | None = None
+) -> tuple[Attempt, Connected]:
     """Dial with one connection ready at the first candidate; the others' gateways are `cold`, the first one's included."""
-    near, far = (Framed(wire, side) for wire, side in zip(await pair(), Side, strict=True))
+    near, far = (CapsuleConnection(wire, side) for wire, side in zip(await pair(), Side, strict=True))
     near.ends.warm = far.ends.warm = True
     await far.send(Ready())
     assert await near.next_message() == Ready()
     made = Attempt(near, far)
     kept = [near]
 
-    async def take(_way: Candidate) -> Framed | None:
+    async def take(_way: Candidate) -> CapsuleConnection | None:
         return kept.pop() if kept else None
 
     dialer = Dialer(
@@ -98,7 +100,7 @@ async def _answer(made: Attempt, answer: Answer) -> None:
     await answer(made)
 
 
-async def failed(answer: Answer, *cold: ScriptedGateway, calling: Call | None = None) -> DialError:
+async def failed(answer: Answer, *cold: ScriptedGateway, calling: StreamRequest | None = None) -> DialError:
     with pytest.raises(ExceptionGroup) as caught:
         await attempt(answer, *cold, calling=calling)
     (error,) = caught.value.exceptions
@@ -147,7 +149,7 @@ async def test_a_stream_on_a_connection_that_is_ready() -> None:
     assert made.settled == [("gw-1", None)]
 
 
-async def payload(far: Framed, size: int) -> bytes:
+async def payload(far: CapsuleConnection, size: int) -> bytes:
     """Read this much payload."""
     got = b""
     while len(got) < size:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from sniproxy.relay import health
-from sniproxy.relay.health import FAILURES, FIRST_EJECTION_S, MAX_EJECTION_S, MAX_TRACKED, Balance, Failed
+from sniproxy.relay.health import FAILURES, FIRST_EJECTION_S, MAX_EJECTION_S, MAX_TRACKED, Failed, UpstreamHealth
 from sniproxy.transport.base import Candidate, RouteKind
 
 
@@ -31,15 +31,15 @@ def way(name: str, *, kind: RouteKind = RouteKind.TURN, weight: int = 1, near: b
     )
 
 
-def a_balance(clock: Clock | None = None) -> Balance:
-    return Balance(clock or Clock(), rng=random.Random(1))
+def a_balance(clock: Clock | None = None) -> UpstreamHealth:
+    return UpstreamHealth(clock or Clock(), rng=random.Random(1))
 
 
-def firsts(balance: Balance, ways: list[Candidate], times: int = 2000) -> Counter[str]:
+def firsts(balance: UpstreamHealth, ways: list[Candidate], times: int = 2000) -> Counter[str]:
     return Counter(balance.order(ways)[0].addressee for _ in range(times))
 
 
-def eject(balance: Balance, bad: Candidate) -> None:
+def eject(balance: UpstreamHealth, bad: Candidate) -> None:
     for _ in range(FAILURES):
         balance.failed(bad)
 
@@ -71,7 +71,7 @@ def test_of_two_the_less_busy_one() -> None:
 
 def test_of_two_that_are_equally_busy_the_one_that_is_ready() -> None:
     ready, cold = way("ready"), way("cold")
-    balance = Balance(Clock(), is_ready=lambda found: found is ready)
+    balance = UpstreamHealth(Clock(), is_ready=lambda found: found is ready)
     assert firsts(balance, [ready, cold]) == {"ready": 2000}
     with balance.carrying(ready):
         assert firsts(balance, [ready, cold]) == {"cold": 2000}

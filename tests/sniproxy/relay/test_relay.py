@@ -14,7 +14,7 @@ from discovery.model.addresses import parse_cidrs
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Kind, ServiceSpec
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import Wire, connect
+from sniproxy.engine import SocketStream, connect
 from sniproxy.formats.client_hello import HelloReason
 from sniproxy.relay.relay import _ALERTS, _SILENT
 from sniproxy.streams.end_reason import Reason
@@ -52,13 +52,13 @@ IMPORTS = Imports([ImportRule(names=("two.shop.example",), sources=("b",), prefe
 HTTP = b"GET / HTTP/1.1\r\nHost: orders.shop.example\r\n\r\n"
 
 
-async def hold(wire: Wire) -> None:
+async def hold(wire: SocketStream) -> None:
     """A service that answers nothing and reads on."""
     while await wire.recv():
         pass
 
 
-async def count(wire: Wire) -> None:
+async def count(wire: SocketStream) -> None:
     """A service that reads to the end and gives everything back."""
     await wire.send(await read_all(wire))
     wire.shutdown_write()
@@ -357,7 +357,7 @@ async def test_every_good_hello_reaches_its_service_unchanged() -> None:
 async def test_half_closes_pass_both_ways() -> None:
     async with a_relay() as running:
 
-        async def first_to_end(wire: Wire) -> None:
+        async def first_to_end(wire: SocketStream) -> None:
             await wire.recv_exactly(hello_bytes)
             await wire.send(b"greeting")
             wire.shutdown_write()
@@ -395,9 +395,9 @@ async def test_bulk_behind_the_hello_by_the_local_route() -> None:
 @pytest.mark.parametrize("who", ["client", "service"])
 async def test_a_reset_passes_as_a_reset(who: str) -> None:
     async with a_relay() as running:
-        served: asyncio.Future[Wire] = asyncio.get_running_loop().create_future()
+        served: asyncio.Future[SocketStream] = asyncio.get_running_loop().create_future()
 
-        async def service(wire: Wire) -> None:
+        async def service(wire: SocketStream) -> None:
             served.set_result(wire)
             await asyncio.get_running_loop().create_future()
 
@@ -422,7 +422,7 @@ async def test_an_idle_stream_ends() -> None:
 async def test_a_stream_whose_client_has_ended_is_given_its_own_time() -> None:
     async with a_relay(half_close_timeout_s=0.05) as running:
 
-        async def never_answer(wire: Wire) -> None:
+        async def never_answer(wire: SocketStream) -> None:
             await read_all(wire)
             await asyncio.get_running_loop().create_future()
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.formats.client_hello import HelloReader
-from sniproxy.streams.stream_log import Account
+from sniproxy.streams.stream_log import StreamRecord
 from tests.sniproxy.engine.pairs import read_all
 from tests.sniproxy.gateways import scripted, silent
 from tests.sniproxy.hellos import client_hello, padding
@@ -34,13 +34,13 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-async def echo(wire: Wire) -> None:
+async def echo(wire: SocketStream) -> None:
     while data := await wire.recv():
         await wire.send(data)
     wire.shutdown_write()
 
 
-async def drop(wire: Wire) -> None:
+async def drop(wire: SocketStream) -> None:
     """Read whatever comes, to whatever end."""
     with contextlib.suppress(OSError):
         await read_all(wire)
@@ -70,7 +70,7 @@ async def test_slow_hellos_keep_no_real_client_out() -> None:
         served = 0
         async with asyncio.TaskGroup() as group:
 
-            async def drip(client: Wire, number: int) -> None:
+            async def drip(client: SocketStream, number: int) -> None:
                 for byte in hello:
                     try:
                         await client.send(bytes([byte]))
@@ -97,13 +97,13 @@ async def test_slow_hellos_keep_no_real_client_out() -> None:
 async def test_idle_streams_leave_nothing_behind(ended_by: str, many_files: int) -> None:
     """Opened, idle, ended, in all the thousands: as many descriptors and tasks as before."""
     total = min(2000 if ended_by == "client's end" else 300, many_files // 4)
-    served: list[Wire] = []
+    served: list[SocketStream] = []
 
-    async def hold(wire: Wire) -> None:
+    async def hold(wire: SocketStream) -> None:
         served.append(wire)
         await read_all(wire)
 
-    async def drop(wire: Wire) -> None:
+    async def drop(wire: SocketStream) -> None:
         served.append(wire)
         try:
             await read_all(wire)
@@ -188,7 +188,7 @@ async def test_an_ended_stream_leaves_no_cycle_for_the_garbage_collector(kind: s
             await asyncio.sleep(0.02)  # tasks and transports of the test's own end
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
-            left = [item for item in gc.garbage if isinstance(item, Wire | Account | HelloReader)]
+            left = [item for item in gc.garbage if isinstance(item, SocketStream | StreamRecord | HelloReader)]
         finally:
             gc.set_debug(0)
             gc.garbage.clear()

@@ -7,7 +7,7 @@ import pytest
 
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Kind, ServiceSpec
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.e2e.mesh import record
 from tests.sniproxy.corner_cases import (
     BAD_NAMES,
@@ -33,7 +33,7 @@ IMPORTS = Imports([ImportRule(names=(NAME.decode(),), sources=("a",), prefer="lo
 async def relay() -> AsyncIterator[Running]:
     """A relay that reaches NAME in its own network; the service gives back all that it reads to the end."""
 
-    async def give_back(wire: Wire) -> None:
+    async def give_back(wire: SocketStream) -> None:
         await wire.send(await read_all(wire))
         wire.shutdown_write()
 

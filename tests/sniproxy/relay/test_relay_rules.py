@@ -9,7 +9,7 @@ import pytest
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.tunnel.messages import Opened, Ready
 from tests.e2e.mesh import record
 from tests.sniproxy.engine.pairs import read_all
@@ -47,7 +47,7 @@ def service(name: str, *endpoints: str, network: str = "a") -> AnyRecord:
     return record(Kind.SERVICE, network, name, ServiceSpec(name=name, ports={"8443": list(endpoints)}))
 
 
-async def echo(wire: Wire) -> None:
+async def echo(wire: SocketStream) -> None:
     while data := await wire.recv():
         await wire.send(data)
 

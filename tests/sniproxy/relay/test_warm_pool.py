@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 import pytest
 
 from discovery.model.mesh import AllocationSpec, Kind, Mesh
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.relay import warm_pool
 from sniproxy.relay.warm_pool import Fate, WarmPool
 from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate, RouteKind
 from sniproxy.transport.errors import DialError
 from sniproxy.tunnel.capsules import CapsuleError
-from sniproxy.tunnel.connection import Framed
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Ping, Pong, Ready, Refused
 from sniproxy.tunnel.state import Side
 from tests.e2e.mesh import record
@@ -24,7 +24,7 @@ from turnreg.gateway.warm import WarmStreams
 
 pytestmark = pytest.mark.anyio
 
-Far = Callable[[Framed], Awaitable[object]]
+Far = Callable[[CapsuleConnection], Awaitable[object]]
 """What the gateway's end of a connection does."""
 
 
@@ -42,7 +42,7 @@ class Running:
         self.fates: Counter[Fate] = Counter()
         self.dialled = 0
         self.refusing = False
-        self.fars: list[Framed] = []
+        self.fars: list[CapsuleConnection] = []
         self.group: asyncio.TaskGroup | None = None
         self._far = far
         self._changed = asyncio.Event()
@@ -51,17 +51,17 @@ class Running:
         self.fates[fate] += 1
         self._changed.set()
 
-    async def _dial(self, _candidate: Candidate) -> Framed:
+    async def _dial(self, _candidate: Candidate) -> CapsuleConnection:
         self.dialled += 1
         self._changed.set()
         if self.refusing:
             raise DialError(Reason.DIAL_FAILED, "said the test")
         near, far = await pair()
-        gateway = Framed(far, Side.GATEWAY)
+        gateway = CapsuleConnection(far, Side.GATEWAY)
         self.fars.append(gateway)
         assert self.group is not None
         self.group.create_task(self._run_far(gateway))
-        framed = Framed(near, Side.RELAY)
+        framed = CapsuleConnection(near, Side.RELAY)
         framed.ends.warm = True
         try:
             assert await framed.next_message() == Ready()
@@ -73,7 +73,7 @@ class Running:
             raise
         return framed
 
-    async def _run_far(self, gateway: Framed) -> None:
+    async def _run_far(self, gateway: CapsuleConnection) -> None:
         await self._far(gateway)
 
     async def until(self, true: Callable[[], bool]) -> None:
@@ -82,12 +82,12 @@ class Running:
                 await asyncio.sleep(0.001)
 
 
-async def kept(gateway: Framed) -> None:
+async def kept(gateway: CapsuleConnection) -> None:
     """As the real gateway."""
     await WarmStreams().wait(gateway, "a")
 
 
-async def mute(gateway: Framed) -> None:
+async def mute(gateway: CapsuleConnection) -> None:
     """READY, and never a PONG."""
     gateway.ends.warm = True
     await gateway.send(Ready())
@@ -191,7 +191,7 @@ def _asked(running: Running) -> bool:
 
 @pytest.mark.parametrize("says", [Refused("draining"), Pong(b"12345678")])
 async def test_one_that_says_something_else_is_replaced(says: Refused | Pong) -> None:
-    async def wrong(gateway: Framed) -> None:
+    async def wrong(gateway: CapsuleConnection) -> None:
         await mute(gateway)
         await gateway.wire.send(says.pack())
 
@@ -286,7 +286,7 @@ async def test_many_take_at_once_and_none_is_given_twice() -> None:
     async with a_pool(8) as running:
         running.pool.used(way())
         await running.until(lambda: running.pool.ready == 8)
-        taken: list[Wire] = []
+        taken: list[SocketStream] = []
 
         async def take() -> None:
             framed = await running.pool.take(way())

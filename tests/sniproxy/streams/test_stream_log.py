@@ -6,9 +6,9 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from crossnet.logs import JsonFormatter, LogfmtFormatter
-from sniproxy.engine import Activity, Direction
+from sniproxy.engine import CopyDirection, IdleTimer
 from sniproxy.streams.end_reason import RETRYABLE, Reason
-from sniproxy.streams.stream_log import Ledger
+from sniproxy.streams.stream_log import StreamLog
 
 pytestmark = pytest.mark.anyio
 
@@ -31,24 +31,24 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-async def ledger(registry: CollectorRegistry) -> Ledger:
-    made = Ledger("relay", registry)
+async def ledger(registry: CollectorRegistry) -> StreamLog:
+    made = StreamLog("relay", registry)
     made._clock = Clock()
     return made
 
 
-def tick(ledger: Ledger, seconds: float) -> None:
+def tick(ledger: StreamLog, seconds: float) -> None:
     assert isinstance(ledger._clock, Clock)
     ledger._clock.now += seconds
 
 
-async def moved(count: int) -> Direction:
-    direction = Direction(Activity(60.0))
+async def moved(count: int) -> CopyDirection:
+    direction = CopyDirection(IdleTimer(60.0))
     direction.moved = count
     return direction
 
 
-async def test_one_line_at_the_end(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_line_at_the_end(ledger: StreamLog, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "crossnet.relay")
     account = ledger.open(STREAM, client="10.0.0.77", local="10.0.0.9:443")
     tick(ledger, 0.0123)
@@ -78,7 +78,7 @@ async def test_one_line_at_the_end(ledger: Ledger, caplog: pytest.LogCaptureFixt
     }
 
 
-async def test_a_detail_only_where_there_is_one(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_detail_only_where_there_is_one(ledger: StreamLog, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "crossnet.relay")
     account = ledger.open(STREAM)
     account.detail = "relay.allow does not have this client's address"
@@ -89,7 +89,7 @@ async def test_a_detail_only_where_there_is_one(ledger: Ledger, caplog: pytest.L
     assert "ms_first_byte" not in event
 
 
-async def test_every_reason_is_there_from_the_start(ledger: Ledger, registry: CollectorRegistry) -> None:
+async def test_every_reason_is_there_from_the_start(ledger: StreamLog, registry: CollectorRegistry) -> None:
     del ledger
     for reason in Reason:
         assert registry.get_sample_value("crossnet_relay_streams_total", {"reason": reason.value}) == 0
@@ -98,7 +98,7 @@ async def test_every_reason_is_there_from_the_start(ledger: Ledger, registry: Co
     assert registry.get_sample_value("crossnet_relay_streams_live") == 0
 
 
-async def test_streams_are_counted_and_never_named(ledger: Ledger, registry: CollectorRegistry) -> None:
+async def test_streams_are_counted_and_never_named(ledger: StreamLog, registry: CollectorRegistry) -> None:
     samples = len(generate_latest(registry).splitlines())
     for number in range(50):
         account = ledger.open(bytes([number] * 16), client=f"10.0.0.{number}", sni=f"n{number}.example")
@@ -117,7 +117,7 @@ async def test_streams_are_counted_and_never_named(ledger: Ledger, registry: Col
     assert b"10.0.0" not in text
 
 
-async def test_rows_of_what_lives(ledger: Ledger) -> None:
+async def test_rows_of_what_lives(ledger: StreamLog) -> None:
     first = ledger.open(STREAM, client="10.0.0.1")
     tick(ledger, 1)
     second = ledger.open(STREAM[::-1], client="10.0.0.2")
@@ -132,7 +132,7 @@ async def test_rows_of_what_lives(ledger: Ledger) -> None:
 
 
 async def test_a_dropped_account_leaves_no_trace(
-    ledger: Ledger, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+    ledger: StreamLog, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "crossnet.relay")
     ledger.drop(ledger.open(STREAM))
@@ -144,7 +144,7 @@ async def test_a_dropped_account_leaves_no_trace(
 @pytest.mark.parametrize(
     "name", ['x","reason":"ok', "x\nevent=stream reason=ok", "x\r\n\x1b[2K", "x reason=ok", "\u2028\x00\x7f", "é" * 300]
 )
-async def test_no_text_forges_a_line(ledger: Ledger, caplog: pytest.LogCaptureFixture, name: str) -> None:
+async def test_no_text_forges_a_line(ledger: StreamLog, caplog: pytest.LogCaptureFixture, name: str) -> None:
     """Whatever comes in a field, as JSON or logfmt: one line, one reason, at most 200 bytes of it."""
     caplog.set_level(logging.INFO, "crossnet.relay")
     account = ledger.open(STREAM, sni=name)

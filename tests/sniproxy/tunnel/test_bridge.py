@@ -10,11 +10,11 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.streams.end_reason import Reason
-from sniproxy.tunnel.bridge import Carry
+from sniproxy.tunnel.bridge import StreamBridge
 from sniproxy.tunnel.capsules import CapsuleType, Control, Payload, header
-from sniproxy.tunnel.connection import RECEIVED_BYTES, Framed
+from sniproxy.tunnel.connection import RECEIVED_BYTES, CapsuleConnection
 from sniproxy.tunnel.messages import Continued, Finished, Opened, Ready, Received, parse_control
 from sniproxy.tunnel.state import LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
 from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
@@ -34,11 +34,11 @@ def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
 class Path:
     """client ⇄ relay's carry ⇄ gateway's carry ⇄ service."""
 
-    client: Wire
-    service: Wire
-    relay: Carry
-    gateway: Carry
-    between: tuple[Wire, Wire]
+    client: SocketStream
+    service: SocketStream
+    relay: StreamBridge
+    gateway: StreamBridge
+    between: tuple[SocketStream, SocketStream]
 
     async def run(self, group: asyncio.TaskGroup) -> tuple[asyncio.Task[Reason], asyncio.Task[Reason]]:
         return group.create_task(self.relay.run()), group.create_task(self.gateway.run())
@@ -49,7 +49,7 @@ async def path(request: pytest.FixtureRequest) -> AsyncIterator[Path]:
     client, relay_plain = await pair()
     service, gateway_plain = await pair()
     relay_wire, gateway_wire = await pair(request.param)
-    relay, gateway = Framed(relay_wire, Side.RELAY), Framed(gateway_wire, Side.GATEWAY)
+    relay, gateway = CapsuleConnection(relay_wire, Side.RELAY), CapsuleConnection(gateway_wire, Side.GATEWAY)
     await gateway.send(Ready())
     await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
     assert await relay.next_message() == Ready()
@@ -57,8 +57,8 @@ async def path(request: pytest.FixtureRequest) -> AsyncIterator[Path]:
     yield Path(
         client=client,
         service=service,
-        relay=Carry(relay_plain, relay, Side.RELAY, **LIMITS),
-        gateway=Carry(gateway_plain, gateway, Side.GATEWAY, **LIMITS),
+        relay=StreamBridge(relay_plain, relay, Side.RELAY, **LIMITS),
+        gateway=StreamBridge(gateway_plain, gateway, Side.GATEWAY, **LIMITS),
         between=(relay_wire, gateway_wire),
     )
     for wire in (client, service, relay_plain, gateway_plain, relay_wire, gateway_wire):
@@ -121,7 +121,7 @@ async def test_any_pace_of_both_sides(path: Path, seed: int) -> None:
     dice = random.Random(seed)
     payloads = [dice.randbytes(dice.choice((0, 1, 7, 70_000, 3_000_000))) for _ in range(2)]
 
-    async def send(wire: Wire, payload: bytes, dice: random.Random) -> None:
+    async def send(wire: SocketStream, payload: bytes, dice: random.Random) -> None:
         at = 0
         while at < len(payload):
             size = dice.choice((1, 100, 65536, 400_000))
@@ -131,7 +131,7 @@ async def test_any_pace_of_both_sides(path: Path, seed: int) -> None:
                 await asyncio.sleep(dice.random() / 100)
         wire.shutdown_write()
 
-    async def receive(wire: Wire, dice: random.Random) -> bytes:
+    async def receive(wire: SocketStream, dice: random.Random) -> bytes:
         got = bytearray()
         while data := await wire.recv(dice.choice((1000, 65536, 1 << 20))):
             got += data
@@ -242,13 +242,13 @@ async def test_idle(path: Path) -> None:
 async def test_a_broken_protocol_ends_the_stream(wrong: bytes) -> None:
     client, plain = await pair()
     relay_wire, peer = await pair()
-    relay, gateway = Framed(relay_wire, Side.RELAY), Framed(peer, Side.GATEWAY)
+    relay, gateway = CapsuleConnection(relay_wire, Side.RELAY), CapsuleConnection(peer, Side.GATEWAY)
     await gateway.send(Ready())
     await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
     await relay.next_message()
     await relay.next_message()
     await peer.send(wrong)
-    reason = await Carry(plain, relay, Side.RELAY, **LIMITS).run()
+    reason = await StreamBridge(plain, relay, Side.RELAY, **LIMITS).run()
     assert reason is Reason.PROTOCOL_ERROR
     await until_reset(client)
     client.close()
@@ -258,16 +258,16 @@ async def test_a_broken_protocol_ends_the_stream(wrong: bytes) -> None:
 async def test_a_small_message_costs_one_write_each_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Header and payload leave in one send: counted, not timed."""
     writes = 0
-    try_send = Wire.try_send
+    try_send = SocketStream.try_send
 
-    def counting(self: Wire, *arguments: object, **options: object) -> int:
+    def counting(self: SocketStream, *arguments: object, **options: object) -> int:
         nonlocal writes
         writes += 1
         return try_send(self, *arguments, **options)  # type: ignore[arg-type]
 
     async with asyncio.TaskGroup() as group:
         await path.run(group)
-        monkeypatch.setattr(Wire, "try_send", counting)
+        monkeypatch.setattr(SocketStream, "try_send", counting)
         for _ in range(10):
             await path.client.send(b"ping")
             await path.service.recv_exactly(4)
@@ -285,13 +285,13 @@ async def test_a_small_message_costs_one_write_each_way(path: Path, monkeypatch:
 class Half:
     """One side's carry; the test speaks for its plain peer and for the other side."""
 
-    plain: Wire
-    peer: Framed
-    ours: Framed
-    our_plain: Wire
+    plain: SocketStream
+    peer: CapsuleConnection
+    ours: CapsuleConnection
+    our_plain: SocketStream
 
-    def carry(self, side: Side, **options: object) -> Carry:
-        return Carry(self.our_plain, self.ours, side, **{**LIMITS, **options})  # type: ignore[arg-type]
+    def carry(self, side: Side, **options: object) -> StreamBridge:
+        return StreamBridge(self.our_plain, self.ours, side, **{**LIMITS, **options})  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=[Side.RELAY, Side.GATEWAY], ids=["relay", "gateway"])
@@ -299,7 +299,7 @@ async def half(request: pytest.FixtureRequest) -> AsyncIterator[Half]:
     """An opened stream with the carry of this side to be made by the test."""
     plain, our_plain = await pair()
     relay_wire, gateway_wire = await pair()
-    relay, gateway = Framed(relay_wire, Side.RELAY), Framed(gateway_wire, Side.GATEWAY)
+    relay, gateway = CapsuleConnection(relay_wire, Side.RELAY), CapsuleConnection(gateway_wire, Side.GATEWAY)
     await gateway.send(Ready())
     await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
     await relay.next_message()
@@ -314,7 +314,7 @@ RELAY = pytest.mark.parametrize("half", [Side.RELAY], indirect=True, ids=["relay
 GATEWAY = pytest.mark.parametrize("half", [Side.GATEWAY], indirect=True, ids=["gateway"])
 
 
-async def payload_of(framed: Framed, *, until: type[object] | None = None) -> bytes:
+async def payload_of(framed: CapsuleConnection, *, until: type[object] | None = None) -> bytes:
     """Read payload up to the end, or up to a control capsule of this type."""
     got = bytearray()
     while not framed.exhausted:
@@ -353,14 +353,14 @@ async def test_a_lost_client_does_not_keep_an_upload_that_stands_still(
 
 async def test_where_the_confirmation_fails_the_stream_is_cut(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads on there, so nobody else would notice."""
-    send = Framed.send
+    send = CapsuleConnection.send
 
-    async def failing(self: Framed, message: object) -> None:
+    async def failing(self: CapsuleConnection, message: object) -> None:
         if isinstance(message, Finished):
             raise ConnectionResetError("the connection is gone")
         await send(self, message)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Framed, "send", failing)
+    monkeypatch.setattr(CapsuleConnection, "send", failing)
     await half.peer.send_data(b"all", final=True)
     side = half.ours.ends._side
     async with asyncio.timeout(5):
@@ -408,14 +408,14 @@ async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(
     """Where it is not to be had at once, as on a link that is full, it is asked for again."""
     monkeypatch.setattr("sniproxy.tunnel.bridge.SECOND_AGAIN_S", (0.01, 0.02, 0.03))
     ours, theirs = await pair()
-    second = Framed(theirs, Side.GATEWAY)
+    second = CapsuleConnection(theirs, Side.GATEWAY)
     payload = os.urandom(1 << 20)
     failed = [ConnectionError("READY is late")] * failures
 
-    async def dial() -> Framed:
+    async def dial() -> CapsuleConnection:
         if failed:
             raise failed.pop()
-        return Framed(ours, Side.RELAY)
+        return CapsuleConnection(ours, Side.RELAY)
 
     async with asyncio.TaskGroup() as group:
         carrying = group.create_task(half.carry(Side.RELAY, second=dial).run())
@@ -437,7 +437,7 @@ async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(
 
 @RELAY
 async def test_an_upload_that_is_taken_needs_no_second_connection(half: Half) -> None:
-    async def dial() -> Framed:
+    async def dial() -> CapsuleConnection:
         pytest.fail("a second connection was asked for")
 
     async with asyncio.TaskGroup() as group:
@@ -494,8 +494,8 @@ async def test_continued_on_the_second_connection(half: Half) -> None:
     """There is no third one: two tasks would read the second."""
     theirs, ours = await pair()
 
-    async def arrived() -> Framed:
-        return Framed(ours, Side.GATEWAY)
+    async def arrived() -> CapsuleConnection:
+        return CapsuleConnection(ours, Side.GATEWAY)
 
     await half.peer.send(Continued())
     await theirs.send(Continued().pack())
@@ -509,7 +509,7 @@ async def test_continued_and_then_nothing(half: Half, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sniproxy.tunnel.bridge.LIMIT_DONE_S", 0.05)
     await half.peer.send(Continued())
 
-    async def never() -> Framed:
+    async def never() -> CapsuleConnection:
         return await asyncio.get_running_loop().create_future()
 
     async with asyncio.timeout(5):
@@ -518,7 +518,7 @@ async def test_continued_and_then_nothing(half: Half, monkeypatch: pytest.Monkey
 
 @GATEWAY
 async def test_a_gateway_tells_what_it_has_received(half: Half) -> None:
-    async def never() -> Framed:
+    async def never() -> CapsuleConnection:
         return await asyncio.get_running_loop().create_future()
 
     counts = []
@@ -536,12 +536,12 @@ async def test_a_gateway_tells_what_it_has_received(half: Half) -> None:
     assert counts[-1] <= half.peer.sent
 
 
-async def _send_and_end(wire: Wire, payload: bytes) -> None:
+async def _send_and_end(wire: SocketStream, payload: bytes) -> None:
     await wire.send(payload)
     wire.shutdown_write()
 
 
-async def _digest(wire: Wire) -> str:
+async def _digest(wire: SocketStream) -> str:
     digest = hashlib.sha256()
     while data := await wire.recv(1 << 18):
         digest.update(data)

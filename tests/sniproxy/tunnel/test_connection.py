@@ -7,11 +7,11 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from sniproxy.engine import Activity, Direction, PipePool, Wire
+from sniproxy.engine import CopyDirection, IdleTimer, PipePool, SocketStream
 from sniproxy.engine.quantum import QUANTUM_MESSAGES
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import CapsuleError, CapsuleFlood, CapsuleType, Control, Header, Payload, header
-from sniproxy.tunnel.connection import CONTROL_BURST, RECEIVED_BYTES, Framed
+from sniproxy.tunnel.connection import CONTROL_BURST, RECEIVED_BYTES, CapsuleConnection
 from sniproxy.tunnel.messages import Finished, Opened, Ready, Received, Refused
 from sniproxy.tunnel.state import Side
 from tests.sniproxy.engine.pairs import pair, read_all
@@ -22,15 +22,15 @@ OPENED = Opened(IPv4Address("10.1.0.5"), 8443, 1)
 
 
 @pytest.fixture
-async def both() -> AsyncIterator[tuple[Framed, Framed]]:
+async def both() -> AsyncIterator[tuple[CapsuleConnection, CapsuleConnection]]:
     """Both sides of one stream, not opened yet."""
     one, other = await pair()
-    yield Framed(one, Side.RELAY), Framed(other, Side.GATEWAY)
+    yield CapsuleConnection(one, Side.RELAY), CapsuleConnection(other, Side.GATEWAY)
     one.close()
     other.close()
 
 
-async def opened(relay: Framed, gateway: Framed) -> None:
+async def opened(relay: CapsuleConnection, gateway: CapsuleConnection) -> None:
     await gateway.send(Ready())
     await gateway.send(OPENED)
     assert await relay.next_message() == Ready()
@@ -38,31 +38,31 @@ async def opened(relay: Framed, gateway: Framed) -> None:
 
 
 async def test_preamble_and_first_data_leave_in_one_write(
-    both: tuple[Framed, Framed], monkeypatch: pytest.MonkeyPatch
+    both: tuple[CapsuleConnection, CapsuleConnection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     relay, gateway = both
     writes = []
-    send = Wire.send
+    send = SocketStream.send
 
-    async def counting(self: Wire, *buffers: bytes, more: bool = False) -> None:
+    async def counting(self: SocketStream, *buffers: bytes, more: bool = False) -> None:
         writes.append(len(b"".join(buffers)))
         await send(self, *buffers, more=more)
 
-    monkeypatch.setattr(Wire, "send", counting)
+    monkeypatch.setattr(SocketStream, "send", counting)
     await relay.begin(b"preamble", b"hello")
     assert writes == [8 + 8 + 5]
     assert await gateway.wire.recv() == b"preamble" + header(CapsuleType.DATA, 5) + b"hello"
     assert relay.sent == 21
 
 
-async def test_a_preamble_can_go_alone(both: tuple[Framed, Framed]) -> None:
+async def test_a_preamble_can_go_alone(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await relay.begin(b"preamble", b"")
     assert await gateway.wire.recv() == b"preamble"
     assert relay.sent == 8
 
 
-async def test_events_and_counts(both: tuple[Framed, Framed]) -> None:
+async def test_events_and_counts(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     await relay.send_data(b"abc")
@@ -74,7 +74,7 @@ async def test_events_and_counts(both: tuple[Framed, Framed]) -> None:
     assert gateway.received == relay.sent == 8 + 3 + 8
 
 
-async def test_events_that_were_put_back_come_first(both: tuple[Framed, Framed]) -> None:
+async def test_events_that_were_put_back_come_first(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     await relay.send_data(b"abc", final=True)
@@ -86,7 +86,9 @@ async def test_events_that_were_put_back_come_first(both: tuple[Framed, Framed])
     assert gateway.exhausted
 
 
-async def test_data_behind_a_message_stays_for_the_next_reader(both: tuple[Framed, Framed]) -> None:
+async def test_data_behind_a_message_stays_for_the_next_reader(
+    both: tuple[CapsuleConnection, CapsuleConnection],
+) -> None:
     relay, gateway = both
     await gateway.wire.send(Ready().pack() + OPENED.pack() + header(CapsuleType.DATA, 2) + b"hi")
     assert await relay.next_message() == Ready()
@@ -95,7 +97,7 @@ async def test_data_behind_a_message_stays_for_the_next_reader(both: tuple[Frame
     assert kinds == [Header, Payload]
 
 
-async def test_data_where_a_message_is_due(both: tuple[Framed, Framed]) -> None:
+async def test_data_where_a_message_is_due(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     await gateway.send_data(b"x")
@@ -106,20 +108,22 @@ async def test_data_where_a_message_is_due(both: tuple[Framed, Framed]) -> None:
 @pytest.mark.parametrize(
     "wrong", [header(CapsuleType.DATA, 1) + b"x", OPENED.pack(), Finished().pack(), b"\xff" * 16, Received(0).pack()]
 )
-async def test_what_may_not_come_now(both: tuple[Framed, Framed], wrong: bytes) -> None:
+async def test_what_may_not_come_now(both: tuple[CapsuleConnection, CapsuleConnection], wrong: bytes) -> None:
     relay, gateway = both
     await gateway.wire.send(wrong)
     with pytest.raises(CapsuleError):
         await relay.next_message()
 
 
-async def test_unknown_capsules_are_skipped(both: tuple[Framed, Framed]) -> None:
+async def test_unknown_capsules_are_skipped(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await gateway.wire.send(header(0x1234, 60_000) + bytes(60_000) + Ready().pack())
     assert await relay.next_message() == Ready()
 
 
-async def test_a_read_that_is_full_of_capsules_is_worked_off_in_pieces(both: tuple[Framed, Framed]) -> None:
+async def test_a_read_that_is_full_of_capsules_is_worked_off_in_pieces(
+    both: tuple[CapsuleConnection, CapsuleConnection],
+) -> None:
     """Others run between the pieces, and the payload behind them is whole."""
     relay, gateway = both
     await opened(relay, gateway)
@@ -151,7 +155,9 @@ async def test_a_read_that_is_full_of_capsules_is_worked_off_in_pieces(both: tup
     [header(CapsuleType.DATA, 0), b"\x21\x00", header(0x1234, 5) + bytes(5)],
     ids=["empty", "unknown-two-bytes", "unknown"],
 )
-async def test_capsules_without_payload_have_a_limit(both: tuple[Framed, Framed], flood: bytes) -> None:
+async def test_capsules_without_payload_have_a_limit(
+    both: tuple[CapsuleConnection, CapsuleConnection], flood: bytes
+) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     await gateway.wire.send(flood * (CONTROL_BURST - 2))  # READY and OPENED were two
@@ -167,7 +173,9 @@ async def test_capsules_without_payload_have_a_limit(both: tuple[Framed, Framed]
 
 
 @pytest.mark.parametrize("cut", [0, 3, 8])
-async def test_the_end_of_the_connection_is_no_end_of_the_stream(both: tuple[Framed, Framed], cut: int) -> None:
+async def test_the_end_of_the_connection_is_no_end_of_the_stream(
+    both: tuple[CapsuleConnection, CapsuleConnection], cut: int
+) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     await gateway.wire.send((header(CapsuleType.FINAL_DATA, 4) + b"ab")[:cut])
@@ -177,7 +185,7 @@ async def test_the_end_of_the_connection_is_no_end_of_the_stream(both: tuple[Fra
             await relay.read()
 
 
-async def test_control_capsules_never_cut_into_a_payload(both: tuple[Framed, Framed]) -> None:
+async def test_control_capsules_never_cut_into_a_payload(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     """Two tasks write: one a payload larger than any buffer, one what must not wait for the stream's end."""
     relay, gateway = both
     await opened(relay, gateway)
@@ -199,11 +207,11 @@ async def test_control_capsules_never_cut_into_a_payload(both: tuple[Framed, Fra
     assert got == payload
 
 
-async def test_spliced_data_has_its_header(both: tuple[Framed, Framed]) -> None:
+async def test_spliced_data_has_its_header(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     pool = PipePool()
-    direction = Direction(Activity(20.0), pool=pool)
+    direction = CopyDirection(IdleTimer(20.0), pool=pool)
     direction.pipe = pool.take()
     assert direction.pipe is not None
     payload = os.urandom(300_000)
@@ -218,7 +226,7 @@ async def test_spliced_data_has_its_header(both: tuple[Framed, Framed]) -> None:
     pool.close()
 
 
-async def test_a_payload_can_be_moved_past(both: tuple[Framed, Framed]) -> None:
+async def test_a_payload_can_be_moved_past(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     await relay.send_data(b"spliced")
@@ -232,7 +240,7 @@ async def test_a_payload_can_be_moved_past(both: tuple[Framed, Framed]) -> None:
     assert [type(event) for event in await gateway.read()] == [Header, Payload]
 
 
-async def test_our_own_disorder_is_a_defect(both: tuple[Framed, Framed]) -> None:
+async def test_our_own_disorder_is_a_defect(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     with pytest.raises(AssertionError, match="relay sends FINISHED"):
         await relay.send(Finished())
@@ -241,7 +249,7 @@ async def test_our_own_disorder_is_a_defect(both: tuple[Framed, Framed]) -> None
     assert (relay.sent, gateway.sent) == (0, 0), "nothing of it went out"
 
 
-async def test_discard_reads_until_the_peer_has_seen_it(both: tuple[Framed, Framed]) -> None:
+async def test_discard_reads_until_the_peer_has_seen_it(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await relay.wire.send(bytes(50_000))
     await gateway.send(Refused("denied", "because"))
@@ -252,7 +260,7 @@ async def test_discard_reads_until_the_peer_has_seen_it(both: tuple[Framed, Fram
     assert gateway.wire.closed
 
 
-async def test_discard_does_not_wait_for_ever(both: tuple[Framed, Framed]) -> None:
+async def test_discard_does_not_wait_for_ever(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await gateway.discard(0.01)
     assert gateway.wire.closed

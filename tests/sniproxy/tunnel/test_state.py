@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sniproxy.tunnel.capsules import CapsuleError, CapsuleType
-from sniproxy.tunnel.state import Ends, Side
+from sniproxy.tunnel.state import Side, StreamState
 
 T = CapsuleType
 R, G = Side.RELAY, Side.GATEWAY
@@ -33,7 +33,7 @@ class Pair:
     """Both sides' state of one stream."""
 
     def __init__(self) -> None:
-        self.ends = {R: Ends(R), G: Ends(G)}
+        self.ends = {R: StreamState(R), G: StreamState(G)}
 
     def say(self, side: Side, kind: CapsuleType) -> None:
         """One side says it, the other hears it; CapsuleError where it may not."""
@@ -160,7 +160,7 @@ def test_what_one_side_may_say_the_other_takes(steps: list[Step]) -> None:
 
 @given(st.sampled_from(Side), st.lists(st.sampled_from(CapsuleType), max_size=40))
 def test_no_peer_makes_a_stream_complete_alone(side: Side, kinds: list[CapsuleType]) -> None:
-    ends = Ends(side)
+    ends = StreamState(side)
     for kind in kinds:
         try:
             ends.received(kind)

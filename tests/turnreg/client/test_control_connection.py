@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from tests.turnreg.scripted import KEY, RELAYED, Answer, allocated, error, good, scripted, signed
 from tests.turnreg.turnservers import LOGIN, RunningServer, allocation_on, eventually, held
 from turnreg.client.allocation import Timing, TurnError, TurnReason
-from turnreg.client.control_connection import Control
+from turnreg.client.control_connection import ControlConnection
 from turnreg.stun.message import Attribute, Message, MessageClass, Method
 
 pytestmark = pytest.mark.anyio
@@ -250,12 +250,12 @@ async def test_closing_is_bounded_where_the_server_is_silent() -> None:
         assert server.count(Method.REFRESH) == 1
 
 
-async def with_control(work: Callable[[Control, socket.socket], object]) -> TurnError:
+async def with_control(work: Callable[[ControlConnection, socket.socket], object]) -> TurnError:
     """Run a Control over a socket pair and return what it ended with."""
     ours, theirs = socket.socketpair()
     with theirs:
-        wire = Wire(ours)
-        control = Control(wire, LOGIN, timeout_s=5)
+        wire = SocketStream(ours)
+        control = ControlConnection(wire, LOGIN, timeout_s=5)
         work(control, theirs)
         with pytest.raises(TurnError) as raised:
             async with asyncio.timeout(10):
@@ -273,7 +273,7 @@ async def test_garbage_ends_it_in_one_way_only() -> None:
             data[generator.randrange(len(data))] = generator.randrange(256)
         cut = generator.randrange(len(data))
 
-        def send(_: Control, theirs: socket.socket, data: bytes = bytes(data[:cut])) -> None:
+        def send(_: ControlConnection, theirs: socket.socket, data: bytes = bytes(data[:cut])) -> None:
             theirs.sendall(data)
             theirs.shutdown(socket.SHUT_WR)
 
@@ -283,8 +283,8 @@ async def test_garbage_ends_it_in_one_way_only() -> None:
 async def test_asking_after_the_end_says_why_it_ended() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
-    wire = Wire(ours)
-    control = Control(wire, LOGIN)
+    wire = SocketStream(ours)
+    control = ControlConnection(wire, LOGIN)
     with pytest.raises(TurnError) as first:
         await control.run(lambda _: None)
     with pytest.raises(TurnError) as second:
@@ -295,10 +295,10 @@ async def test_asking_after_the_end_says_why_it_ended() -> None:
 async def test_a_server_that_does_not_read_is_given_up_and_not_written_to_again() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
-        wire = Wire(ours)
+        wire = SocketStream(ours)
         while wire.try_send((bytes(65536),)):
             pass
-        control = Control(wire, LOGIN, timeout_s=0.1)
+        control = ControlConnection(wire, LOGIN, timeout_s=0.1)
         with pytest.raises(TurnError) as raised:
             await control.ask(Method.BINDING)
         assert raised.value.reason is TurnReason.TIMEOUT
@@ -312,8 +312,8 @@ async def test_answers_in_any_cut() -> None:
     with theirs:
         theirs.setblocking(False)
         loop = asyncio.get_running_loop()
-        wire = Wire(ours)
-        control = Control(wire, LOGIN)
+        wire = SocketStream(ours)
+        control = ControlConnection(wire, LOGIN)
         indications: list[Message] = []
 
         async def dribble() -> None:

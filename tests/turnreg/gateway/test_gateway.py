@@ -13,10 +13,10 @@ import pytest
 
 from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import Wire
+from sniproxy.engine import SocketStream
 from sniproxy.formats.proxy_protocol import ProxyHeader
 from sniproxy.streams.end_reason import Reason
-from sniproxy.streams.stream_log import Account
+from sniproxy.streams.stream_log import StreamRecord
 from sniproxy.tunnel.capsules import CapsuleType, Payload, header
 from sniproxy.tunnel.messages import Continued, Done, Finished, Opened, Ready
 from sniproxy.tunnel.preamble import Preamble, SigningKey, sign
@@ -25,7 +25,7 @@ from tests.sniproxy.engine.pairs import read_all, until_reset
 from tests.sniproxy.hellos import client_hello, message, padding, records, server_name
 from tests.turnreg.gateways import ALLOCATION, Running, Service, Visit, a_gateway, data
 from tests.turnreg.preambles import KEY, name_for, preamble
-from turnreg.gateway.handshake import Arrival, Refusal
+from turnreg.gateway.handshake import InboundStream, StreamRefused
 
 pytestmark = pytest.mark.anyio
 
@@ -341,7 +341,7 @@ async def test_a_relay_that_goes_while_we_dial(monkeypatch: pytest.MonkeyPatch) 
         assert service.got[0] in (b"", HELLO)
 
 
-async def until_closed(wire: Wire) -> None:
+async def until_closed(wire: SocketStream) -> None:
     async with asyncio.timeout(5):
         while True:
             await wire.send(b"x")
@@ -540,7 +540,7 @@ async def test_a_refused_stream_leaves_no_cycle(refused: str) -> None:
             await asyncio.sleep(0.02)  # the task of the stream ends
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
-            left = [item for item in gc.garbage if isinstance(item, Account | Arrival | Refusal)]
+            left = [item for item in gc.garbage if isinstance(item, StreamRecord | InboundStream | StreamRefused)]
         finally:
             gc.set_debug(0)
             gc.garbage.clear()

@@ -9,7 +9,7 @@ import pytest
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, NetworkSpec, ServiceSpec
 from sniproxy.access.rules import NamePattern, Policy, Rule
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Listener, SocketStream
 from sniproxy.engine import connect as real_connect
 from tests.e2e.mesh import record
 from tests.sniproxy.hellos import client_hello
@@ -255,7 +255,7 @@ async def while_dialling(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event
     """Hold the next dial when it has got through: it says so by the one event, and goes on by the other."""
     reached, go_on = asyncio.Event(), asyncio.Event()
 
-    async def held(address: str, port: int, *, timeout_s: float) -> Wire:
+    async def held(address: str, port: int, *, timeout_s: float) -> SocketStream:
         wire = await real_connect(address, port, timeout_s=timeout_s)
         reached.set()
         await go_on.wait()
@@ -307,7 +307,7 @@ async def test_a_held_stream_is_asked_about_again_when_its_service_wakes() -> No
 
 @pytest.mark.parametrize("written", ["[::1]", "[0:0:0:0:0:0:0:1]", "[0::0001]"])
 async def test_an_ipv6_endpoint_however_its_record_writes_it(written: str) -> None:
-    async def hold(wire: Wire) -> None:
+    async def hold(wire: SocketStream) -> None:
         while await wire.recv():
             pass
 

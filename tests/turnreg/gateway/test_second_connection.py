@@ -6,26 +6,26 @@ from dataclasses import replace
 
 import pytest
 
-from sniproxy.engine import Wire
-from sniproxy.tunnel.connection import Framed
+from sniproxy.engine import SocketStream
+from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.state import Side
 from tests.sniproxy.engine.pairs import pair
 from tests.turnreg.preambles import preamble
-from turnreg.gateway.second_connection import Continuations
+from turnreg.gateway.second_connection import SecondConnections
 
 pytestmark = pytest.mark.anyio
 
 STREAM = preamble("10.1.0.5:8443")
 
 
-async def connection() -> tuple[Framed, Wire]:
+async def connection() -> tuple[CapsuleConnection, SocketStream]:
     """A second connection, and its far end."""
     near, far = await pair()
-    return Framed(near, Side.GATEWAY), far
+    return CapsuleConnection(near, Side.GATEWAY), far
 
 
 async def test_brought_then_taken() -> None:
-    continuations = Continuations()
+    continuations = SecondConnections()
     framed, far = await connection()
     with continuations.expected(STREAM) as take:
         assert continuations.awaits(STREAM)
@@ -38,7 +38,7 @@ async def test_brought_then_taken() -> None:
 
 
 async def test_waited_for() -> None:
-    continuations = Continuations()
+    continuations = SecondConnections()
     framed, far = await connection()
     with continuations.expected(STREAM) as take:
         async with asyncio.TaskGroup() as group:
@@ -51,7 +51,7 @@ async def test_waited_for() -> None:
 
 async def test_a_second_one_replaces_the_first_until_one_is_taken() -> None:
     """Its relay did not hear READY on the first, and dialled again: it will use the last."""
-    continuations = Continuations()
+    continuations = SecondConnections()
     (first, far_1), (second, far_2), (third, far_3) = [await connection() for _ in range(3)]
     with continuations.expected(STREAM) as take:
         assert continuations.bring(STREAM, first)
@@ -66,7 +66,7 @@ async def test_a_second_one_replaces_the_first_until_one_is_taken() -> None:
 
 
 async def test_only_the_stream_of_that_network() -> None:
-    continuations = Continuations()
+    continuations = SecondConnections()
     framed, far = await connection()
     with continuations.expected(STREAM):
         for other in (replace(STREAM, from_network="c"), replace(STREAM, stream_id=secrets.token_bytes(16))):
@@ -79,7 +79,7 @@ async def test_only_the_stream_of_that_network() -> None:
 
 async def test_two_attempts_at_one_stream_do_not_undo_each_other() -> None:
     """A relay gave the first attempt up just as it was opened here; its end must not end the second's."""
-    continuations = Continuations()
+    continuations = SecondConnections()
     framed, far = await connection()
     with continuations.expected(STREAM):
         inner = continuations.expected(replace(STREAM, attempt=2))
@@ -93,7 +93,7 @@ async def test_two_attempts_at_one_stream_do_not_undo_each_other() -> None:
 
 
 async def test_cancelled_while_it_waits() -> None:
-    continuations = Continuations()
+    continuations = SecondConnections()
     with continuations.expected(STREAM) as take:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):

@@ -13,14 +13,14 @@ import pytest
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import Listener, Wire
+from sniproxy.engine import Listener, SocketStream
 from sniproxy.formats import proxy_protocol
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import Preamble
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.e2e.webservers import WEBSERVERS, webserver
 from tests.turnreg.preambles import name_for, preamble
-from turnreg.gateway.service_dialer import MAX_ENDPOINT_TRIES, Delivery, Undeliverable
+from turnreg.gateway.service_dialer import MAX_ENDPOINT_TRIES, ServiceDialer, Undeliverable
 
 pytestmark = pytest.mark.anyio
 
@@ -40,16 +40,18 @@ def delivery(
     rules: Sequence[Rule] = (),
     guard: Sequence[tuple[str, int]] = (),
     dial_timeout_s: float = 5.0,
-) -> Delivery:
+) -> ServiceDialer:
     policy = Policy(tuple(rules))
-    return Delivery("b", DOMAIN, FixedDiscovery(*records), allow, policy, guard=guard, dial_timeout_s=dial_timeout_s)
+    return ServiceDialer(
+        "b", DOMAIN, FixedDiscovery(*records), allow, policy, guard=guard, dial_timeout_s=dial_timeout_s
+    )
 
 
 @asynccontextmanager
 async def services(count: int = 1, address: str = "127.0.0.1") -> AsyncIterator[list[str]]:
     """Services that hold what connects; their endpoints."""
 
-    async def hold(wire: Wire) -> None:
+    async def hold(wire: SocketStream) -> None:
         while await wire.recv():
             pass
 
@@ -69,7 +71,7 @@ def closed_port() -> int:
         return int(server.getsockname()[1])
 
 
-async def refused(delivering: Delivery, target: str) -> Undeliverable:
+async def refused(delivering: ServiceDialer, target: str) -> Undeliverable:
     with pytest.raises(Undeliverable) as failed:
         await delivering.connect(asking(target))
     return failed.value
@@ -116,7 +118,7 @@ async def test_the_next_endpoint_on_failure() -> None:
 async def test_no_more_endpoints_are_tried_than_the_relay_waits_for() -> None:
     tried = []
 
-    class Counting(Delivery):
+    class Counting(ServiceDialer):
         def _is_current(self, target: object, address: object, port: int) -> bool:
             tried.append(port)
             return True
@@ -146,7 +148,7 @@ async def test_a_dead_endpoint_says_more_than_a_denied_one() -> None:
 async def test_a_service_that_asks_for_it_gets_a_proxy_header(asked: bool | Literal["v1", "v2"]) -> None:
     got: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
-    async def read(wire: Wire) -> None:
+    async def read(wire: SocketStream) -> None:
         got.set_result(await wire.recv())
 
     listener = await Listener.open("127.0.0.1", 0)
@@ -334,7 +336,7 @@ async def test_cancelled_while_dialling() -> None:
 
 async def test_turns_of_services_that_are_gone_are_forgotten() -> None:
     discovery = FixedDiscovery()
-    delivering = Delivery("b", DOMAIN, discovery, LOOPBACK, Policy(), guard=(), dial_timeout_s=5)
+    delivering = ServiceDialer("b", DOMAIN, discovery, LOOPBACK, Policy(), guard=(), dial_timeout_s=5)
     for number in range(1100):
         discovery.mesh = FixedDiscovery(service("192.0.2.1:1", name=f"s{number}.shop.example")).mesh
         await refused(delivering, f"s{number}.shop.example:8443")

@@ -14,7 +14,7 @@ import pytest
 import trustme
 
 from discovery.model.mesh import AnyRecord, Kind, Record, TurnSpec
-from sniproxy.engine import TlsWire, Wire
+from sniproxy.engine import SocketStream, TlsStream
 from tests.turnreg.coturn import Coturn
 from tests.turnreg.registered import ID, Registered, registrar, relay, turn
 from tests.turnreg.scripted import Answer, Scripted, error, good, scripted, signed
@@ -100,7 +100,7 @@ async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, 
             resumed = []
             for _ in range(3):
                 wire = await dial(stock.address, stock.port, timeout_s=10)
-                assert isinstance(wire, TlsWire)
+                assert isinstance(wire, TlsStream)
                 resumed.append(wire.session.session_reused)
                 wire.close()
             assert resumed == [False, True, True]
@@ -126,7 +126,7 @@ async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: Runni
                 await dial(*rude.getsockname(), timeout_s=10)
     wires.append(await dial("127.0.0.1", tls_server.port, timeout_s=10))
     for wire in wires:
-        assert isinstance(wire, TlsWire)
+        assert isinstance(wire, TlsStream)
         assert not wire.session.session_reused
         wire.close()
 
@@ -357,7 +357,7 @@ async def test_silence_behind_a_good_beginning_is_found_by_keep_alive() -> None:
 
 
 async def test_the_kernel_gives_a_control_connection_up_and_no_stream() -> None:
-    def user_timeout_ms(wire: Wire) -> int:
+    def user_timeout_ms(wire: SocketStream) -> int:
         return wire._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
     with embedded() as server:

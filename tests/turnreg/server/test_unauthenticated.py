@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turnreg.server.unauthenticated import Strangers
+from turnreg.server.unauthenticated import UnauthenticatedConnections
 
 
 def test_the_oldest_goes_when_it_is_crowded() -> None:
-    strangers: Strangers[str] = Strangers(2)
+    strangers: UnauthenticatedConnections[str] = UnauthenticatedConnections(2)
     assert strangers.admit("a", "1") is None
     assert strangers.admit("b", "2") is None
     assert strangers.admit("c", "3") == "a"
@@ -19,7 +19,7 @@ def test_the_oldest_goes_when_it_is_crowded() -> None:
 
 
 def test_a_flood_from_one_address_leaves_the_others_alone() -> None:
-    strangers: Strangers[object] = Strangers(100)
+    strangers: UnauthenticatedConnections[object] = UnauthenticatedConnections(100)
     slow = object()
     strangers.admit(slow, "far away")
     gone = [strangers.admit(object(), "flood") for _ in range(1000)]
@@ -31,14 +31,14 @@ def test_a_flood_from_one_address_leaves_the_others_alone() -> None:
 
 
 def test_all_of_the_room_is_for_one_client_while_nobody_else_wants_it() -> None:
-    strangers: Strangers[int] = Strangers(100)
+    strangers: UnauthenticatedConnections[int] = UnauthenticatedConnections(100)
     assert [strangers.admit(number, "gateway") for number in range(100)] == [None] * 100
     assert strangers.admit(100, "gateway") == 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 40)), max_size=200))
 def test_never_more_than_the_limit_and_none_forgotten(steps: list[tuple[bool, int, int]]) -> None:
-    strangers: Strangers[int] = Strangers(8)
+    strangers: UnauthenticatedConnections[int] = UnauthenticatedConnections(8)
     there: set[int] = set()
     for comes, client, number in steps:
         if comes and number not in there:
