@@ -322,10 +322,11 @@ class Registration:
             self._withdraw()  # relays take the address from the record of the server
         elif current is not None and now >= self._retry_at:
             self._publish(current)
+        replaces = current is None or self._replaces(current, wanted)
+        if replaces and self._restored(wanted, now):
+            return self._step(now)
         if self._coming is None and now >= self._retry_at:
-            if current is None or self._replaces(current, wanted):
-                if self._restored(wanted, now):
-                    return self._step(now)
+            if current is None or replaces:
                 self._coming = self._begun(*wanted)
             elif current.renew_at is not None and now >= current.renew_at and not self._renewing:
                 self._renewing = True
@@ -345,7 +346,9 @@ class Registration:
                 self._retired.remove(one)
                 if self._current is not None:
                     self._retire(self._current, now)
-                self._current = one
+                if self._coming is not None:
+                    self._close(self._coming)
+                self._current, self._coming = one, None
                 return True
         return False
 

@@ -352,6 +352,34 @@ async def test_a_name_is_resolved_anew_for_every_registration(monkeypatch: pytes
             assert len(calls) > 2
 
 
+async def test_a_change_that_is_undone_half_way_costs_no_new_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt that is under way when the old address is allowed again is given up for the allocation that is still there."""
+    look_up, under_way = asyncio.Event(), asyncio.Event()
+
+    async def slow(host: str, port: int) -> list[str]:
+        under_way.set()
+        await look_up.wait()
+        return ["127.0.0.1"]
+
+    with turn_server("embedded") as server:
+        here = turn(server, url=f"turn:turn.example:{server.port}?transport=tcp")
+        look_up.set()
+        monkeypatch.setattr(allocation_lifecycle, "_look_up", slow)
+        async with registrar(here, overlap_s=60) as ours:
+            port = (await ours.publishes(ID)).port
+            look_up.clear()
+            under_way.clear()
+            allowed = ours.registrar.config.allow
+            ours.reconfigure(allow={"a": TargetList.parse(["10.0.0.0/8"])})
+            async with asyncio.timeout(10):
+                await under_way.wait()
+            assert not ours.discovery.published
+            ours.reconfigure(allow=allowed)
+            look_up.set()
+            assert (await ours.publishes(ID)).port == port
+            assert not ours.retired()
+
+
 async def test_another_url_moves_the_allocation() -> None:
     with turn_server("embedded") as first, turn_server("embedded") as second:
         async with registrar(turn(first)) as ours:
