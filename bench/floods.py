@@ -20,9 +20,10 @@ from typing import Any
 from bench.exchange import UPLOAD, client_hello, request
 from bench.worker import allow_open_files, serve_commands
 from crossnet.config.sections import DEFAULT_DOMAIN
-from sniproxy.engine import SocketStream
+from sniproxy.engine import ByteStream, SocketStream, connect
 from sniproxy.formats.client_hello import HelloReader
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.base import Candidate
+from sniproxy.transport.direct import DIRECT
 from sniproxy.transport.errors import DialError, ResetBeforeReady, StaleEpoch
 from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.connection import CapsuleConnection
@@ -101,15 +102,28 @@ def call(name: str) -> StreamRequest:
 async def opened(relay: GatewayConnector, asked: StreamRequest, way: Candidate) -> CapsuleConnection:
     """Open a stream, again where the gateway tells its epoch first. Errors as for `GatewayConnector.open`, and of connecting."""
     try:
-        return await relay.open(asked, way, 0, await relay.connect(way))
+        return await relay.open(asked, way, 0, await dialled(way))
     except StaleEpoch:
-        return await relay.open(asked, way, 1, await relay.connect(way))
+        return await relay.open(asked, way, 1, await dialled(way))
+
+
+async def warmed_up(relay: GatewayConnector, way: Candidate) -> CapsuleConnection:
+    """Make a connection that is ready for a stream. As for `opened`."""
+    try:
+        return await relay.warm_up(way, await dialled(way))
+    except StaleEpoch:
+        return await relay.warm_up(way, await dialled(way))
+
+
+async def dialled(way: Candidate) -> SocketStream:
+    """Connect to a gateway."""
+    return await connect(way.address, way.port, timeout_s=5)
 
 
 def candidate(network: str, gateway: str, address: tuple[str, int], target: str) -> Candidate:
     """Return a gateway that is reached directly."""
     return Candidate(
-        kind=RouteKind.DIRECT,
+        traits=DIRECT,
         network=network,
         target=target,
         address=address[0],
@@ -234,7 +248,7 @@ class Floods:
     async def _framed(self, piece: bytes, gateway: list[Any], key: str, service: int, *, warm: bool) -> None:
         way = candidate("b", "gw-1", (gateway[0], gateway[1]), f"127.0.0.1:{service}")
         relay = opener(key_of(key, "a", "b"))
-        framed = await relay.warm_up(way) if warm else await opened(relay, call(name_of("b", service)), way)
+        framed = await warmed_up(relay, way) if warm else await opened(relay, call(name_of("b", service)), way)
         if not warm:
             await framed.send_data(request(UPLOAD))  # which the service reads as fast as it comes
         sock = _taken(framed.wire)
@@ -242,7 +256,7 @@ class Floods:
             await asyncio.to_thread(_pour, sock, _filled(piece), self._stop.is_set)
 
 
-def _taken(wire: SocketStream) -> socket.socket:
+def _taken(wire: ByteStream) -> socket.socket:
     """Return the connection of a wire, which is closed."""
     sock = socket.socket(fileno=os.dup(wire.fd))
     wire.close()

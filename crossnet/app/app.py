@@ -335,8 +335,8 @@ class App:
     def _start_registrar(self, config: Config, gateway: Gateway, section: GatewaySection) -> None:
         assert self.discovery is not None
         registrar = role_configs.registrar_config(config, section, self._guard(), epoch=gateway.epoch)
-        self.registrar = Registrar(registrar, self.discovery, gateway.take, self.registry)
-        self._run("registrar", self.registrar.run())
+        self.registrar = Registrar(registrar, self.discovery, self.registry)
+        self._run("registrar", self.registrar.run(gateway.take))
 
     async def _hand_over(self, path: Path, admin: AdminServer) -> None:
         """Wait for a successor, then drain; what it has published by then is its own."""

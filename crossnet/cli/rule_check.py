@@ -26,7 +26,9 @@ from discovery.model.names import AddressTarget, BadName, PlainName, ServiceTarg
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Action, Flow, Policy, Rule
 from sniproxy.relay.permission import Permit
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.base import Candidate
+from sniproxy.transport.local import LOCAL
+from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.preamble import encode_target
 
 DEFAULT_PORT = 443
@@ -217,9 +219,13 @@ def _places(reach: Reach, target: Target) -> Sequence[tuple[Address | None, int]
 
 def _candidate(target: Target, address: Address | None, port: int, *, is_local: bool) -> Candidate:
     where = target.address if isinstance(target, AddressTarget) else address or target.service
-    kind = RouteKind.LOCAL if is_local else RouteKind.TURN
     return Candidate(
-        kind=kind, network=target.network, target=encode_target(where, port), address="", port=0, meant=target
+        traits=LOCAL if is_local else TURN,
+        network=target.network,
+        target=encode_target(where, port),
+        address="",
+        port=0,
+        meant=target,
     )
 
 

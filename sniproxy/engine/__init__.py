@@ -4,14 +4,16 @@ Not here: names, routes, capsules. The engine knows sockets, byte counts, deadli
 the engine owns is never given to an asyncio transport: uvloop refuses to watch a transport's descriptor.
 """
 
+from sniproxy.engine.byte_stream import ByteStream, StreamClosed
 from sniproxy.engine.copy import CopyDirection, End, IdleTimer, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.deadlines import Deadlines
 from sniproxy.engine.listener import Listener
 from sniproxy.engine.pipes import PipePool
-from sniproxy.engine.socket_stream import SocketStream, StreamClosed, connect
+from sniproxy.engine.socket_stream import SocketStream, connect
 from sniproxy.engine.tls_stream import TlsStream, connect_tls
 
 __all__ = [
+    "ByteStream",
     "CopyDirection",
     "Deadlines",
     "End",

@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
+from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, ByteStream
 from sniproxy.engine.pipes import PIPE_BYTES, Pipe, PipePool
-from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES, SocketStream
 
 BULK_READS = 4
 """Full reads in a row that make a direction bulk: 256 KiB, past any handshake or ordinary answer."""
@@ -47,7 +47,7 @@ class CopyDirection:
     def __init__(
         self,
         activity: "IdleTimer",
-        *wires: SocketStream,
+        *wires: ByteStream,
         pool: PipePool = POOL,
         pace: Callable[[int], float] | None = None,
     ) -> None:
@@ -68,7 +68,7 @@ class CopyDirection:
         self.pace = pace
         self._spliceable = all(wire.spliceable for wire in wires)
 
-    def joins(self, wire: SocketStream) -> None:
+    def joins(self, wire: ByteStream) -> None:
         """Note that this wire, too, is at one end from now on. Call it while no move is under way."""
         if not wire.spliceable:
             self._spliceable = False
@@ -167,13 +167,13 @@ class IdleTimer:
 class Lost(Exception):
     """A wire was reset or timed out. `writing`: found by writing, so that bytes it sent before may be left to read."""
 
-    def __init__(self, wire: SocketStream, *, writing: bool) -> None:
+    def __init__(self, wire: ByteStream, *, writing: bool) -> None:
         super().__init__(f"{wire!r} lost while {'writing' if writing else 'reading'}")
         self.wire = wire
         self.writing = writing
 
 
-async def fill(source: SocketStream, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
+async def fill(source: ByteStream, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
     """Splice what is there from `source` into the empty pipe, up to `limit`, waiting for the first byte; 0 at the end."""
     if source.holds_unread:
         data = source.take_unread()
@@ -194,7 +194,7 @@ async def fill(source: SocketStream, pipe: Pipe, limit: int = PIPE_BYTES) -> int
             return size
 
 
-async def drain(pipe: Pipe, sink: SocketStream) -> None:
+async def drain(pipe: Pipe, sink: ByteStream) -> None:
     """Splice all that the pipe holds into `sink`."""
     while pipe.held:
         try:
@@ -203,7 +203,7 @@ async def drain(pipe: Pipe, sink: SocketStream) -> None:
             await sink.writable()
 
 
-async def pump(source: SocketStream, sink: SocketStream, direction: CopyDirection) -> None:
+async def pump(source: ByteStream, sink: ByteStream, direction: CopyDirection) -> None:
     """Move everything from `source` to `sink` up to the end of the stream. The end itself is the caller's to pass on.
 
     Raises:
@@ -257,7 +257,7 @@ class Moved:
     end: End
 
 
-async def splice(a: SocketStream, b: SocketStream, *, idle_timeout_s: float, half_close_timeout_s: float) -> Moved:
+async def splice(a: ByteStream, b: ByteStream, *, idle_timeout_s: float, half_close_timeout_s: float) -> Moved:
     """Join two raw wires both ways until both have ended, and close them.
 
     A FIN is passed on while the other direction goes on. A reset is passed on as a reset, after what the wire had sent before it
@@ -273,13 +273,13 @@ async def splice(a: SocketStream, b: SocketStream, *, idle_timeout_s: float, hal
 class Splice:
     """Two raw wires joined both ways; counts may be read while it runs."""
 
-    def __init__(self, a: SocketStream, b: SocketStream, *, idle_timeout_s: float, half_close_timeout_s: float) -> None:
+    def __init__(self, a: ByteStream, b: ByteStream, *, idle_timeout_s: float, half_close_timeout_s: float) -> None:
         self.a, self.b = a, b
         self._activity = IdleTimer(idle_timeout_s)
         self._half_close_timeout_s = half_close_timeout_s
         self.a_to_b = CopyDirection(self._activity, a, b)
         self.b_to_a = CopyDirection(self._activity, a, b)
-        self._lost: SocketStream | None = None
+        self._lost: ByteStream | None = None
 
     async def run(self) -> Moved:
         """Move bytes until both directions have ended; closes both wires in any case."""
@@ -303,7 +303,7 @@ class Splice:
                 self.b.reset()
         return Moved(a_to_b=self.a_to_b.moved, b_to_a=self.b_to_a.moved, end=end)
 
-    async def _one_way(self, source: SocketStream, sink: SocketStream, direction: CopyDirection) -> None:
+    async def _one_way(self, source: ByteStream, sink: ByteStream, direction: CopyDirection) -> None:
         try:
             await pump(source, sink, direction)
         except Lost as lost:

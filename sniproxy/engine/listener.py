@@ -102,18 +102,28 @@ class Listener:
     async def serve(self, handle: Callable[[SocketStream], Awaitable[None]]) -> None:
         """Accept until `close`, then wait for the connections that are open. Cancelling cancels those too.
 
-        `handle` owns its wire; an exception out of it is logged and ends that connection alone.
+        `handle` owns its stream; an exception out of it is logged and ends that connection alone.
         """
         async with asyncio.TaskGroup() as group:
-            try:
-                while not self._closed.is_set():
-                    await self._acceptable()
-                    pause = self._accept_batch(group, handle)
-                    if pause:
-                        self._unwatch()  # level-triggered: what waits would keep the loop busy
-                        await asyncio.sleep(pause)
-            finally:
-                self.close()
+
+            def take(stream: SocketStream) -> None:
+                task = group.create_task(self._run(stream, handle))
+                # A task that is cancelled before its first step never reaches its own finally.
+                task.add_done_callback(partial(_close, stream))
+
+            await self.run(take)
+
+    async def run(self, take: Callable[[SocketStream], None]) -> None:
+        """Accept until `close`. `take` owns each connection from then on, and must not block."""
+        try:
+            while not self._closed.is_set():
+                await self._acceptable()
+                pause = self._accept_batch(take)
+                if pause:
+                    self._unwatch()  # level-triggered: what waits would keep the loop busy
+                    await asyncio.sleep(pause)
+        finally:
+            self.close()
 
     async def _acceptable(self) -> None:
         """Wait for a connection. The descriptor stays watched in between: two calls of epoll_ctl a connection less."""
@@ -128,7 +138,7 @@ class Listener:
             self._loop.remove_reader(self._fd)
             self._watched = False
 
-    def _accept_batch(self, group: asyncio.TaskGroup, handle: Callable[[SocketStream], Awaitable[None]]) -> float:
+    def _accept_batch(self, take: Callable[[SocketStream], None]) -> float:
         """Take what waits; returns for how many seconds to pause."""
         for _ in range(ACCEPT_BATCH):
             if self._closed.is_set():
@@ -145,13 +155,11 @@ class Listener:
                     continue
                 raise
             try:
-                wire = SocketStream(sock, peer) if self.tls is None else TlsStream(sock, self.tls, server_side=True)
+                stream = SocketStream(sock, peer) if self.tls is None else TlsStream(sock, self.tls, server_side=True)
             except OSError:  # gone before we could set an option
                 sock.close()
                 continue
-            task = group.create_task(self._run(wire, handle))
-            # A task that is cancelled before its first step never reaches its own finally.
-            task.add_done_callback(partial(_close, wire))
+            take(stream)
         return 0.0
 
     def _log_capacity(self, error: OSError) -> None:

@@ -15,13 +15,8 @@ import termios
 from collections.abc import Iterable
 from typing import ClassVar
 
+from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, Buffer, StreamClosed
 from sniproxy.engine.quantum import Quantum
-
-Buffer = bytes | bytearray | memoryview
-"""What may be written."""
-
-DEFAULT_READ_BYTES = 64 * 1024
-"""One read of a stream that is copied: what a default-sized socket buffer hands over at once."""
 
 KEEPALIVE_IDLE_S = 15
 KEEPALIVE_INTERVAL_S = 5
@@ -33,10 +28,6 @@ FLUSH_POLL_S = 0.02
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _GONE = (errno.ENOTCONN, errno.EINVAL, errno.EBADF)
-
-
-class StreamClosed(ConnectionError):
-    """Raised to whoever waits on a wire that our own side has closed."""
 
 
 def plain_address(text: str) -> str:

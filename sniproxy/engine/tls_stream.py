@@ -14,15 +14,9 @@ import socket
 import ssl
 from collections.abc import Iterable
 
+from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, Buffer, StreamClosed
 from sniproxy.engine.quantum import QUANTUM_MESSAGES
-from sniproxy.engine.socket_stream import (
-    DEFAULT_READ_BYTES,
-    FLUSH_POLL_S,
-    Buffer,
-    SocketStream,
-    StreamClosed,
-    connect_socket,
-)
+from sniproxy.engine.socket_stream import FLUSH_POLL_S, SocketStream, connect_socket
 
 HANDSHAKE_TIMEOUT_S = 5.0
 """For a listener: as long as a client gets for its ClientHello, and two round trips over any network."""

@@ -5,7 +5,7 @@ from ipaddress import ip_address
 
 from discovery.model.addresses import Network
 from sniproxy.access.client_limits import Share
-from sniproxy.engine import SocketStream
+from sniproxy.engine import ByteStream
 from sniproxy.formats.client_hello import Hello, HelloError, HelloReader
 from sniproxy.formats.proxy_protocol import Endpoint, ProxyError, parse_any
 from sniproxy.streams.end_reason import Reason
@@ -26,7 +26,7 @@ class StreamRefused(Exception):
 
 
 async def read_endpoints(
-    client: SocketStream, account: StreamRecord, proxy_from: Sequence[Network], limit_s: float
+    client: ByteStream, account: StreamRecord, proxy_from: Sequence[Network], limit_s: float
 ) -> tuple[Endpoint, Endpoint]:
     """Say who the client is and where it connected to: by the PROXY header that a load balancer of ours sends first.
 
@@ -65,7 +65,7 @@ async def read_endpoints(
 
 
 async def read_hello(
-    client: SocketStream, account: StreamRecord, share: Share, max_hello_bytes: int, limit_s: float
+    client: ByteStream, account: StreamRecord, share: Share, max_hello_bytes: int, limit_s: float
 ) -> tuple[Hello, bytes]:
     """Read up to the end of the ClientHello, and what came along with it.
 

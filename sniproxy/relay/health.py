@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from sniproxy.transport.base import Candidate, CandidateKey, RouteKind
+from sniproxy.transport.base import Candidate, CandidateKey
 
 FAILURES: Final = 3
 """Failures in a row before one is left out: a lost packet or a restart makes one or two."""
@@ -68,14 +68,14 @@ class UpstreamHealth:
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Put the ways to one network into the order in which a stream tries them.
 
-        Those that are left out come last; before that direct ones come before TURN servers, near ones before far ones.
+        Those that are left out come last; before that transports come by their rank, near ones before far ones.
         """
         if len(candidates) < 2:
             return list(candidates)
         now = self._clock()
         # A heavier one is likelier to be in front: the exponential race for weighted sampling (Efraimidis and Spirakis 2006).
         drawn = sorted(candidates, key=lambda way: self._random.expovariate(way.weight))
-        classes = {way: (self._out(way, now), way.kind is RouteKind.TURN, not way.near) for way in drawn}
+        classes = {way: (self._out(way, now), way.traits.rank, not way.near) for way in drawn}
         drawn.sort(key=classes.__getitem__)
         if classes[drawn[0]] == classes[drawn[1]] and self._busy(drawn[1]) < self._busy(drawn[0]):
             drawn[:2] = drawn[1], drawn[0]
@@ -93,7 +93,7 @@ class UpstreamHealth:
 
     def succeeded(self, way: Candidate) -> None:
         """Note that a gateway answered on this way."""
-        known = self._ways.get(way.way)
+        known = self._ways.get(way.key)
         if known is not None:
             known.failures, known.out_until = 0, 0.0
 
@@ -117,15 +117,15 @@ class UpstreamHealth:
         return sum(now < way.out_until for way in self._ways.values())
 
     def _out(self, way: Candidate, now: float) -> bool:
-        known = self._ways.get(way.way)
+        known = self._ways.get(way.key)
         return known is not None and now < known.out_until
 
     def _busy(self, way: Candidate) -> tuple[float, bool]:
-        known = self._ways.get(way.way)
+        known = self._ways.get(way.key)
         return 0.0 if known is None else known.streams / way.weight, not self._is_ready(way)
 
     def _know(self, way: Candidate) -> _Way:
-        key = way.way
+        key = way.key
         known = self._ways.setdefault(key, _Way())
         self._ways.move_to_end(key)
         if len(self._ways) > MAX_TRACKED:

@@ -36,18 +36,18 @@ from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.formats.tls_alert import AlertDescription, alert_record
 from sniproxy.relay.accept import StreamRefused, read_endpoints, read_hello
-from sniproxy.relay.failover import Connected
 from sniproxy.relay.permission import Permit
-from sniproxy.relay.router import Router, Unroutable
-from sniproxy.relay.upstreams import Upstreams
+from sniproxy.relay.router import Router
+from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S, Connected, Upstreams
 from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
-from sniproxy.transport.base import RouteKind
-from sniproxy.transport.errors import DialError
+from sniproxy.transport.base import TransportConfig
+from sniproxy.transport.errors import DialError, Unroutable
+from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.bridge import StreamBridge
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.keys import SigningKeys
-from sniproxy.tunnel.relay_handshake import DEFAULT_DIAL_TIMEOUT_S, GatewayConnector, StreamRequest
+from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 from sniproxy.tunnel.state import Side
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class Relay:
     ) -> None:
         self._discovery = discovery
         self.ledger = StreamLog("relay", registry)
-        self._ways = Upstreams(registry)
+        self._upstreams = Upstreams(registry)
         self._reach = Reach(config.network, config.domain)
         self._listeners: list[Listener] = []
         self._adapted: dict[tuple[str, int], Listener] = {}
@@ -168,24 +168,25 @@ class Relay:
         self._hellos.limit = config.max_hello_held_bytes
         self._permit = Permit(config.network, config.imports, config.policy, self._reach)
         self._guard = LoopGuard(config.network, [*config.guard, *self.addresses], is_own=is_own_address)
+        transports = make_transports(
+            TransportConfig(
+                network=config.network,
+                deliver=config.deliver,
+                direct=config.direct,
+                guard=self._guard,
+                zone=config.zone,
+            )
+        )
         self._router = Router(
             network=config.network,
             domain=config.domain,
             imports=config.imports,
-            deliver=config.deliver,
-            direct=config.direct,
             keys=keys,
-            guard=self._guard,
-            zone=config.zone,
-            order=self._ways.order,
+            transports=transports,
+            order=self._upstreams.order,
         )
-        opener = GatewayConnector(
-            config.network,
-            keys,
-            now_ms=lambda: time.time_ns() // 1_000_000,
-            dial_timeout_s=config.dial_timeout_s,
-        )
-        self._ways.reconfigure(opener, pool=config.pool)
+        connector = GatewayConnector(config.network, keys, now_ms=lambda: time.time_ns() // 1_000_000)
+        self._upstreams.reconfigure(connector, transports, pool=config.pool, dial_timeout_s=config.dial_timeout_s)
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
@@ -231,7 +232,7 @@ class Relay:
         self._reach.follow(self._discovery.mesh, time.monotonic())
         try:
             async with asyncio.TaskGroup() as self._group:
-                self._group.create_task(self._ways.run())
+                self._group.create_task(self._upstreams.run())
                 for listener in (*self._listeners, *self._adapted.values()):
                     self._group.create_task(listener.serve(self._serve))
         finally:
@@ -240,7 +241,7 @@ class Relay:
 
     def _follow(self, mesh: Mesh) -> None:
         self._reach.follow(mesh, time.monotonic())
-        self._ways.follow(mesh)
+        self._upstreams.follow(mesh)
 
     async def adapt(self, ports: Collection[int]) -> dict[int, str]:
         """Listen on these ports besides the configured ones, on the same addresses, and no longer on others asked for before.
@@ -269,7 +270,7 @@ class Relay:
     def close(self) -> None:
         """Stop accepting; streams go on."""
         self._group = None
-        self._ways.close()
+        self._upstreams.close()
         for listener in (*self._listeners, *self._adapted.values()):
             listener.close()
 
@@ -311,7 +312,7 @@ class Relay:
                 deadlines.end(client)
                 call = StreamRequest(stream=account.stream, client=peer, local=local, hello=hello, data=data)
                 connected = await self._connect(account, call, source)
-            with self._ways.carrying(connected.candidate):
+            with self._upstreams.carrying(connected.candidate):
                 return await self._move(client, account, call, connected)
         finally:
             self._admission.leave(source)
@@ -331,7 +332,7 @@ class Relay:
             if not self._discovery.synced:
                 raise StreamRefused(Reason.NO_VIEW, f"discovery has not been heard from: {error.detail}") from error
             raise StreamRefused(error.reason, error.detail) from error
-        is_local = any(candidate.kind is RouteKind.LOCAL for candidate in candidates)
+        is_local = any(not candidate.traits.to_gateway for candidate in candidates)
         if is_local and self.config.policy.rules and not self._discovery.synced:
             raise StreamRefused(Reason.NO_VIEW, "discovery has not been heard from: whose address that is is not known")
         candidates, why = self._permit.permitted(candidates, source, name)
@@ -342,18 +343,18 @@ class Relay:
         account.fields["target"] = candidates[0].target
         account.state = "dialling"
         try:
-            connected = await self._ways.open(call, candidates)
+            connected = await self._upstreams.connect(call, candidates)
         except DialError as error:
             account.fields["attempts"] = error.attempts
             raise StreamRefused(error.reason, error.detail) from error
         account.mark("connect")
         candidate = connected.candidate
-        if candidate.kind is RouteKind.LOCAL:
+        if not candidate.traits.to_gateway:
             self._check_again(connected, source, name)
         account.fields |= {
             "network": candidate.network,
             "target": candidate.target,
-            "route": candidate.kind.value,
+            "route": candidate.traits.name,
             "candidate": str(candidate),
             "attempts": connected.attempts,
         }
@@ -366,35 +367,33 @@ class Relay:
         self._reach.follow(self._discovery.mesh, time.monotonic())
         why = self._permit.refusal(connected.candidate, source, name)
         if why is not None:
-            if connected.wire is not None:
-                connected.wire.reset()
+            connected.stream.reset()
             raise StreamRefused(Reason.DENIED, why)
 
     async def _move(
         self, client: SocketStream, account: StreamRecord, call: StreamRequest, connected: Connected
     ) -> Reason:
         idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
-        if connected.framed is not None:
+        client.unread(call.data[connected.sent :])
+        if connected.connection is not None:
             attempts = itertools.count(connected.attempts + 1)
 
             async def second() -> CapsuleConnection:
                 account.fields["second"] = True
-                return await self._ways.second(call, connected.candidate, attempts)
+                return await self._upstreams.second(call, connected.candidate, attempts)
 
             carry = StreamBridge(
                 client,
-                connected.framed,
+                connected.connection,
                 Side.RELAY,
                 idle_timeout_s=idle,
                 half_close_timeout_s=half_close,
-                second=second if connected.candidate.kind is RouteKind.TURN else None,
+                second=second if connected.candidate.traits.needs_second_connection else None,
             )
-            carry.outbound.moved = len(call.data)
+            carry.outbound.moved = connected.sent
             account.carry(up=carry.outbound, down=carry.inbound)
             return await carry.run()
-        assert connected.wire is not None
-        client.unread(call.data)
-        splice = Splice(client, connected.wire, idle_timeout_s=idle, half_close_timeout_s=half_close)
+        splice = Splice(client, connected.stream, idle_timeout_s=idle, half_close_timeout_s=half_close)
         account.carry(up=splice.a_to_b, down=splice.b_to_a)
         return _ENDS[(await splice.run()).end]
 

@@ -11,32 +11,30 @@ import os
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import StrEnum
 
-from discovery.model.mesh import Kind, Mesh
 from sniproxy.transport.base import Candidate, CandidateKey
 from sniproxy.transport.errors import DialError
 from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import TOKEN_SIZE, Ping, Pong
 
-PING_INTERVAL_S = 25.0
-"""NATs and firewalls that forget idle connections early do so after 30 s or more."""
 
-PONG_TIMEOUT_S = 5.0
-"""Two retransmissions on the way."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmTiming:
+    """How long things take, and how many there are. The defaults are for real networks; tests shorten them."""
 
-MAX_AGE_S = 600.0
-"""Renewed after this: what is not used for ten minutes need not find out first that something on the way has changed."""
-
-KEPT_FOR_S = 600.0
-"""How long after its last stream an allocation is kept warm."""
-
-RETRY_S = (1.0, 60.0)
-"""Between attempts that fail: the first pause and the longest."""
-
-MAX_WARM = 512
-"""Of one relay: a descriptor each here, at the gateway two, and a few kilobytes at the TURN server."""
+    pong_s: float = 5.0
+    """From PING to PONG: two retransmissions on the way. A PING is sent so long before the transport's idle limit."""
+    max_age_s: float = 600.0
+    """Renewed after this: what is not used for ten minutes need not find out first that something on the way has changed."""
+    kept_for_s: float = 600.0
+    """How long after its last stream an allocation is kept warm."""
+    retry_s: tuple[float, float] = (1.0, 60.0)
+    """Between attempts that fail: the first pause and the longest."""
+    max_warm: int = 512
+    """Of one relay: a descriptor each here, at the gateway two, and a few kilobytes at the TURN server."""
 
 
 class Fate(StrEnum):
@@ -55,8 +53,10 @@ class Fate(StrEnum):
 class _Ready:
     """One connection that waits for a stream."""
 
-    def __init__(self, framed: CapsuleConnection) -> None:
+    def __init__(self, framed: CapsuleConnection, idle_limit_s: float, timing: WarmTiming) -> None:
         self.framed = framed
+        self._ping_interval_s = max(idle_limit_s - timing.pong_s, idle_limit_s / 2)
+        self._timing = timing
         self.wanted: bool | None = None
         """True: a stream takes it. False: it is to go."""
         self.asked: bytes | None = None
@@ -77,10 +77,10 @@ class _Ready:
     async def wait(self) -> Fate:
         """Keep it alive until somebody wants it, it is old, or it is of no use."""
         loop = asyncio.get_running_loop()
-        old = loop.time() + MAX_AGE_S * random.uniform(0.8, 1.0)
+        old = loop.time() + self._timing.max_age_s * random.uniform(0.8, 1.0)
         try:
             while True:
-                due = loop.time() + (PONG_TIMEOUT_S if self.asked else PING_INTERVAL_S)
+                due = loop.time() + (self._timing.pong_s if self.asked else self._ping_interval_s)
                 try:
                     async with asyncio.timeout_at(min(due, old)) as self._scope:
                         message = await self.framed.next_message()
@@ -95,7 +95,7 @@ class _Ready:
                     if self.asked:
                         return Fate.LOST
                     self.asked = os.urandom(TOKEN_SIZE)
-                    async with asyncio.timeout(PONG_TIMEOUT_S):
+                    async with asyncio.timeout(self._timing.pong_s):
                         await self.framed.send(Ping(self.asked))
                 finally:
                     self._scope = None
@@ -132,6 +132,7 @@ class WarmPool:
         *,
         size: int,
         count: Callable[[Fate], None] = lambda _fate: None,
+        timing: WarmTiming = WarmTiming(),
     ) -> None:
         """Keep `size` connections to each allocation that is in use.
 
@@ -142,6 +143,7 @@ class WarmPool:
         self.size = size
         self._dial = dial
         self._count = count
+        self._timing = timing
         self._shelves: dict[CandidateKey, _Shelf] = {}
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -170,9 +172,9 @@ class WarmPool:
         """Note that a stream goes by this allocation: keep some ready for the next ones."""
         if self._group is None or self._closed.is_set() or not self.size:
             return
-        shelf = self._shelves.get(candidate.way)
+        shelf = self._shelves.get(candidate.key)
         if shelf is None:
-            shelf = self._shelves[candidate.way] = _Shelf(candidate)
+            shelf = self._shelves[candidate.key] = _Shelf(candidate)
         shelf.used_at = asyncio.get_running_loop().time()
         self._fill_up(shelf)
 
@@ -190,7 +192,7 @@ class WarmPool:
         """Begin to keep as many of a shelf as there should be."""
         assert self._group is not None, "only while running"
         slots = sum(shelf.slots for shelf in self._shelves.values())
-        for _ in range(min(self.size - shelf.slots, MAX_WARM - slots)):
+        for _ in range(min(self.size - shelf.slots, self._timing.max_warm - slots)):
             shelf.slots += 1
             task = self._group.create_task(self._fill(shelf))
             self._tasks.add(task)
@@ -198,12 +200,12 @@ class WarmPool:
 
     def has(self, candidate: Candidate) -> bool:
         """Whether one waits at this allocation."""
-        shelf = self._shelves.get(candidate.way)
+        shelf = self._shelves.get(candidate.key)
         return shelf is not None and bool(shelf.ready)
 
     async def take(self, candidate: Candidate) -> CapsuleConnection | None:
         """Give a connection that waits at this allocation, None if there is none. It is the caller's from then on."""
-        shelf = self._shelves.get(candidate.way)
+        shelf = self._shelves.get(candidate.key)
         while shelf is not None:
             ready = next((ready for ready in reversed(shelf.ready) if not ready.asked), None)  # the youngest
             if ready is None:
@@ -221,16 +223,14 @@ class WarmPool:
 
     def distrust(self, candidate: Candidate) -> None:
         """One of this allocation's turned out to be dead: the others may be, too."""
-        shelf = self._shelves.get(candidate.way)
+        shelf = self._shelves.get(candidate.key)
         if shelf is not None:
             shelf.clear()
 
-    def follow(self, mesh: Mesh) -> None:
-        """Let those go whose allocation is no longer what it was."""
+    def keep(self, is_current: Callable[[Candidate], bool]) -> None:
+        """Let go what waits at candidates that are not current any more."""
         for key, shelf in list(self._shelves.items()):
-            way = shelf.candidate
-            record = mesh.record(Kind.ALLOCATION, way.network, way.addressee)
-            if record is None or record.spec.port != way.port:
+            if not is_current(shelf.candidate):
                 del self._shelves[key]
                 shelf.gone = True
                 shelf.clear()
@@ -238,20 +238,20 @@ class WarmPool:
     async def _fill(self, shelf: _Shelf) -> None:
         """Keep one place of a shelf filled for as long as its allocation is in use."""
         loop = asyncio.get_running_loop()
-        pause, longest = RETRY_S
+        pause, longest = self._timing.retry_s
         try:
-            while not shelf.gone and shelf.slots <= self.size and loop.time() < shelf.used_at + KEPT_FOR_S:
+            while not shelf.gone and shelf.slots <= self.size and loop.time() < shelf.used_at + self._timing.kept_for_s:
                 fate = await self._hold(shelf)
                 self._count(fate)
                 if fate not in (Fate.FAILED, Fate.LOST):
-                    pause, longest = RETRY_S
+                    pause, longest = self._timing.retry_s
                     continue
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, longest)
         finally:
             shelf.slots -= 1
-            if not shelf.slots and self._shelves.get(shelf.candidate.way) is shelf:
-                del self._shelves[shelf.candidate.way]
+            if not shelf.slots and self._shelves.get(shelf.candidate.key) is shelf:
+                del self._shelves[shelf.candidate.key]
 
     async def _hold(self, shelf: _Shelf) -> Fate:
         """Make one connection and keep it ready."""
@@ -259,7 +259,7 @@ class WarmPool:
             framed = await self._dial(shelf.candidate)
         except DialError:
             return Fate.FAILED
-        ready = _Ready(framed)
+        ready = _Ready(framed, shelf.candidate.traits.idle_limit_s, self._timing)
         fate = Fate.OVER
         try:
             if not shelf.gone:

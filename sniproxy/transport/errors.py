@@ -4,6 +4,15 @@ from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate
 
 
+class Unroutable(Exception):
+    """A name that no candidate serves. `reason` is for metrics and the alert, `detail` a sentence for people."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
 class DialError(Exception):
     """No candidate took the stream. `final`: another one must not be asked with the same bytes."""
 

@@ -9,10 +9,10 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from sniproxy.engine import CopyDirection, IdleTimer, Lost, SocketStream, drain, fill
+from sniproxy.engine import ByteStream, CopyDirection, IdleTimer, Lost, drain, fill
+from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES
 from sniproxy.engine.copy import LIMIT_STALLED_S
 from sniproxy.engine.pipes import PIPE_BYTES
-from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import HEADER_SIZE, CapsuleError, Control, Payload
 from sniproxy.tunnel.connection import CapsuleConnection
@@ -39,7 +39,7 @@ class StreamBridge:
 
     def __init__(
         self,
-        plain: SocketStream,
+        plain: ByteStream,
         framed: CapsuleConnection,
         side: Side,
         *,
@@ -121,7 +121,7 @@ class StreamBridge:
                 wire.reset()
             self._news.set()
 
-    def _wires(self) -> list[SocketStream]:
+    def _wires(self) -> list[ByteStream]:
         second = [] if self._second is None else [self._second.wire]
         return [self._plain, self._framed.wire, *second]
 

@@ -2,9 +2,9 @@
 
 import asyncio
 
-from sniproxy.engine import CopyDirection, SocketStream, drain
+from sniproxy.engine import ByteStream, CopyDirection, drain
+from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES
 from sniproxy.engine.quantum import QUANTUM_MESSAGES
-from sniproxy.engine.socket_stream import DEFAULT_READ_BYTES
 from sniproxy.engine.token_bucket import TokenBucket
 from sniproxy.tunnel.capsules import (
     CapsuleError,
@@ -45,7 +45,7 @@ class CapsuleConnection:
         "wire",
     )
 
-    def __init__(self, wire: SocketStream, side: Side) -> None:
+    def __init__(self, wire: ByteStream, side: Side) -> None:
         self.wire = wire
         self.ends = StreamState(side)
         self._reader = CapsuleReader()

@@ -11,24 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from sniproxy.engine import SocketStream, connect
+from sniproxy.engine import ByteStream
 from sniproxy.formats.client_hello import Hello
 from sniproxy.streams.end_reason import RETRYABLE, Reason
 from sniproxy.transport.base import Candidate, CandidateKey
 from sniproxy.transport.errors import DialError, ResetBeforeReady, StaleEpoch, WarmLost
 from sniproxy.tunnel.capsules import HEADER_SIZE, CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
-from sniproxy.tunnel.epoch import UNKNOWN_EPOCH, told_epoch
+from sniproxy.tunnel.epoch import UNKNOWN_EPOCH, epoch_in, told_epoch
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import TOKEN_SIZE, Message, Opened, Pong, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import STREAM_ID_SIZE, Preamble, PreambleError, SigningKey, WarmPreamble, sign
-from sniproxy.tunnel.state import LIMIT_OPENED_S, LIMIT_READY_S, LIMIT_WAITING_S, Side
-
-MAX_FIRST_WRITE = 8 * 1024
-"""Bytes before READY, in one write: coturn keeps 16 reads before the bind, which hold this much at the smallest usual MSS."""
-
-DEFAULT_DIAL_TIMEOUT_S = 3.0
-"""For the TCP handshake: one lost SYN is sent again after 1 s, a second after 3 s."""
+from sniproxy.tunnel.state import LIMIT_OPENED_S, LIMIT_WAITING_S, Side
 
 MAX_TOLD = 1024
 """Ways whose epoch was told by a gateway and not by a record: a static file has few."""
@@ -67,26 +61,23 @@ class GatewayConnector:
         keys: SigningKeys,
         *,
         now_ms: Callable[[], int],
-        dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S,
-        ready_timeout_s: float = LIMIT_READY_S,
+        ready_timeout_s: float | None = None,
         open_timeout_s: float = LIMIT_OPENED_S,
     ) -> None:
-        """Sign for relays of this network, with the time that `now_ms` gives (unix, milliseconds)."""
+        """Sign for relays of this network, with the time that `now_ms` gives (unix, milliseconds).
+
+        `ready_timeout_s` is for every transport, in place of its own.
+        """
         self._network = network
         self._keys = keys
         self._now_ms = now_ms
-        self.dial_timeout_s = dial_timeout_s
         self._told: OrderedDict[CandidateKey, tuple[bytes | None, bytes]] = OrderedDict()
         """By way the epoch that its record had when a gateway told us a newer one, and that one."""
         self._ready_timeout_s = ready_timeout_s
         self._open_timeout_s = open_timeout_s
 
-    async def connect(self, candidate: Candidate) -> SocketStream:
-        """Connect to a candidate. OSError if that cannot be, TimeoutError if it takes too long."""
-        return await connect(candidate.address, candidate.port, timeout_s=self.dial_timeout_s)
-
     async def open(
-        self, call: StreamRequest, candidate: Candidate, attempt: int, wire: SocketStream
+        self, call: StreamRequest, candidate: Candidate, attempt: int, wire: ByteStream
     ) -> CapsuleConnection:
         """Open a stream on a new connection, which is reset where that fails; all of `call.data` has been sent then.
 
@@ -97,7 +88,7 @@ class GatewayConnector:
         framed = CapsuleConnection(wire, Side.RELAY)
         try:
             preamble, header = self._preamble(call, candidate, attempt)
-            room = MAX_FIRST_WRITE - len(header) - HEADER_SIZE
+            room = candidate.traits.first_write_limit - len(header) - HEADER_SIZE
             first, rest = call.data[:room], call.data[room:]
             await self._greet(framed, header, first, candidate, preamble)
             # From here on the gateway may deliver what we send: neither silence nor a cut may bring it to another one.
@@ -124,7 +115,7 @@ class GatewayConnector:
                 Pong,
                 framed,
                 partial(framed.open, token, header, hello),
-                limit_s=self._ready_timeout_s,
+                limit_s=candidate.traits.ready_timeout_s if self._ready_timeout_s is None else self._ready_timeout_s,
                 late=lambda: WarmLost(candidate, silent=True),
                 cut=lambda: WarmLost(candidate, silent=False),
                 final=True,
@@ -138,18 +129,15 @@ class GatewayConnector:
             framed.wire.reset()
             raise
 
-    async def warm_up(self, candidate: Candidate) -> CapsuleConnection:
-        """Make a connection to a gateway that is ready for a stream.
+    async def warm_up(self, candidate: Candidate, wire: ByteStream) -> CapsuleConnection:
+        """Have a gateway be ready for a stream on a new connection, which is reset where that fails.
 
         Raises:
-            DialError: the gateway was not reached, or does not want it.
+            ResetBeforeReady: it was cut before the gateway said anything.
+            DialError: the gateway does not want it.
         """
-        try:
-            return await self._warmed_up(candidate)
-        except StaleEpoch:
-            return await self._warmed_up(candidate)
-
-    async def _warmed_up(self, candidate: Candidate) -> CapsuleConnection:
+        framed = CapsuleConnection(wire, Side.RELAY)
+        framed.ends.warm = True
         try:
             key = self._key(candidate)
             preamble = WarmPreamble(
@@ -162,37 +150,27 @@ class GatewayConnector:
                 epoch=self._epoch(candidate),
             )
             header = sign(preamble, key.secret)
-            framed = CapsuleConnection(await self.connect(candidate), Side.RELAY)
-            framed.ends.warm = True
-            await self._greeted(framed, header, candidate, preamble)
+            await self._greet(framed, header, b"", candidate, preamble)
         except PreambleError as error:
+            wire.reset()
             raise DialError(Reason.OTHER, f"{candidate}: {error.detail}") from error
-        except ResetBeforeReady as error:
-            raise DialError(Reason.TRUNCATED, str(error)) from error
-        except OSError as error:
-            raise DialError(Reason.DIAL_FAILED, f"{candidate}: {error.strerror or 'no answer'}") from error
+        except BaseException:
+            wire.reset()
+            raise
         return framed
 
-    async def join(self, call: StreamRequest, candidate: Candidate, attempt: int) -> CapsuleConnection:
-        """Make a second connection for the upload of a stream that is open at this candidate.
-
-        Raises:
-            ResetBeforeReady, OSError: it was cut before a gateway said anything, or never there.
-            DialError: otherwise.
-        """
-        preamble, header = self._preamble(call, candidate, attempt, continues=True)
-        framed = CapsuleConnection(await self.connect(candidate), Side.RELAY)
-        await self._greeted(framed, header, candidate, preamble)
-        return framed
-
-    async def _greeted(
-        self, framed: CapsuleConnection, header: bytes, candidate: Candidate, preamble: Preamble | WarmPreamble
-    ) -> None:
+    async def join(
+        self, call: StreamRequest, candidate: Candidate, attempt: int, wire: ByteStream
+    ) -> CapsuleConnection:
+        """Join a new connection to a stream that is open at this candidate, for its upload. Errors as for `open`."""
+        framed = CapsuleConnection(wire, Side.RELAY)
         try:
+            preamble, header = self._preamble(call, candidate, attempt, continues=True)
             await self._greet(framed, header, b"", candidate, preamble)
         except BaseException:
-            framed.wire.reset()
+            wire.reset()
             raise
+        return framed
 
     async def _greet(
         self,
@@ -203,15 +181,14 @@ class GatewayConnector:
         preamble: Preamble | WarmPreamble,
     ) -> None:
         """Send the preamble and what goes with it, and wait for READY."""
+        limit_s = candidate.traits.ready_timeout_s if self._ready_timeout_s is None else self._ready_timeout_s
         try:
             await self._until(
                 Ready,
                 framed,
                 partial(framed.begin, header, first),
-                limit_s=self._ready_timeout_s,
-                late=lambda: DialError(
-                    Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {self._ready_timeout_s} s"
-                ),
+                limit_s=limit_s,
+                late=lambda: DialError(Reason.READY_TIMEOUT, f"{candidate}: no gateway answered in {limit_s} s"),
                 cut=lambda: ResetBeforeReady(f"{candidate}: cut before a gateway answered"),
                 final=False,
             )
@@ -221,8 +198,9 @@ class GatewayConnector:
 
     def _epoch(self, candidate: Candidate) -> bytes:
         """Return the epoch to sign: what its record tells, unless a gateway has told a newer one since."""
-        before, told = self._told.get(candidate.way, (candidate.epoch, candidate.epoch))
-        return (told if before == candidate.epoch else candidate.epoch) or UNKNOWN_EPOCH
+        record = epoch_in(candidate.proto)
+        before, told = self._told.get(candidate.key, (record, record))
+        return (told if before == record else record) or UNKNOWN_EPOCH
 
     def _learn(self, candidate: Candidate, preamble: Preamble | WarmPreamble, error: DialError) -> None:
         """Take the gateway's epoch from its refusal, if that is what it says and it proves to have our key. Raises StaleEpoch."""
@@ -231,8 +209,8 @@ class GatewayConnector:
         epoch = told_epoch(error.said, self._key(candidate).secret, preamble.once)
         if epoch is None or epoch == preamble.epoch:
             return
-        self._told[candidate.way] = candidate.epoch, epoch
-        self._told.move_to_end(candidate.way)
+        self._told[candidate.key] = epoch_in(candidate.proto), epoch
+        self._told.move_to_end(candidate.key)
         if len(self._told) > MAX_TOLD:
             self._told.popitem(last=False)
         raise StaleEpoch(error.reason, f"{candidate}: another process of the gateway is there now", answered=True)

@@ -17,7 +17,7 @@ A connection that ends before both have confirmed is a truncation.
 
 A warm connection is kept ready before there is a stream: READY answers its preamble, PING is answered by PONG, and OPEN brings the
 preamble of a stream, which goes on as above. A last PING goes with OPEN: the gateway answers it before it does anything else, so
-that a connection that has died unnoticed costs LIMIT_READY_S and not the stream.
+that a connection that has died unnoticed costs as long as READY may take and not the stream.
 
       OPEN, DATA (ClientHello) ─────────────▶  checks the preamble, dials the service
       ◀──────────────────────── OPENED/REFUSED
@@ -32,9 +32,6 @@ connection, announced by CONTINUED, where nothing comes back.
 from enum import Enum
 
 from sniproxy.tunnel.capsules import CapsuleError, CapsuleType
-
-LIMIT_READY_S = 3.0
-"""From the first byte sent to READY: two connects and two answers over the widest network, and one lost SYN."""
 
 LIMIT_OPENED_S = 10.0
 """From READY to OPENED or REFUSED: the gateway may try several endpoints."""

@@ -21,9 +21,9 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, GatewaySpec, Kind, NetworkSpec, RelaySpec, TurnSpec
+from discovery.model.spec import FRAMED
 from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.relay.relay import Relay, RelayConfig
-from sniproxy.transport.base import FRAMED
 from sniproxy.tunnel.epoch import proto_of
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
@@ -33,6 +33,7 @@ from tests.turnreg.coturn import Coturn
 from turnreg.client.allocation import Allocation, Credentials, Timing
 from turnreg.gateway.gateway import Gateway, GatewayConfig
 from turnreg.registrar.allocation_lifecycle import TlsDial
+from turnreg.registrar.registrar import accepted
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.server import TurnServer
 
@@ -226,7 +227,7 @@ async def _join_turn(
         address=address,
         port=port,
         credentials=Credentials(username="gw", password="p"),
-        on_stream=path.gateway.take,
+        on_stream=lambda bound: path.gateway.take(accepted(bound)),
         via="a",
         turn="turn-1",
         record=ALLOCATION,

@@ -18,8 +18,9 @@ import pytest
 
 from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.formats.client_hello import HelloReader
-from sniproxy.relay.failover import Dialer
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.relay.upstreams import Upstreams
+from sniproxy.transport.base import Candidate
+from sniproxy.transport.direct import DIRECT
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import Opened, Refused
@@ -27,6 +28,7 @@ from sniproxy.tunnel.preamble import SigningKey
 from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 from sniproxy.tunnel.state import Side
 from tests.crossnet.running import Running
+from tests.sniproxy.calls import upstreams
 from tests.sniproxy.hellos import client_hello
 
 pytestmark = pytest.mark.anyio
@@ -68,13 +70,11 @@ class Site:
 
     def reached_at(self, port: int) -> Candidate:
         target = f"127.0.0.1:{self.service.address[1]}"
-        return Candidate(
-            kind=RouteKind.DIRECT, network="b", target=target, address="127.0.0.1", port=port, addressee="gw-1"
-        )
+        return Candidate(traits=DIRECT, network="b", target=target, address="127.0.0.1", port=port, addressee="gw-1")
 
-    def relay(self, skew_ms: int = 0) -> Dialer:
+    def relay(self, skew_ms: int = 0) -> Upstreams:
         """A relay of network a whose clock is off by so much."""
-        return Dialer(
+        return upstreams(
             GatewayConnector("a", SigningKeys({"ab-1": self.key}), now_ms=lambda: time.time_ns() // 1_000_000 + skew_ms)
         )
 
@@ -86,16 +86,16 @@ class Site:
             stream=os.urandom(16), client=("10.0.0.1", 1), local=("10.0.0.2", 2), hello=hello, data=data
         )
 
-    async def stream(self, relay: Dialer, port: int | None = None) -> int:
+    async def stream(self, relay: Upstreams, port: int | None = None) -> int:
         """Open a stream, see that the service has it, end it; gives the number of attempts that it took."""
-        connected = await relay.open(self.call(), [self.reached_at(port or self.port)])
-        assert connected.framed is not None
-        while not await connected.framed.read():
+        connected = await relay.connect(self.call(), [self.reached_at(port or self.port)])
+        assert connected.connection is not None
+        while not await connected.connection.read():
             pass
-        connected.framed.wire.close()
+        connected.stream.close()
         return connected.attempts
 
-    async def captured(self, relay: Dialer) -> bytes:
+    async def captured(self, relay: Upstreams) -> bytes:
         """What a relay wrote on the connection that was taken: somebody in between has kept it."""
         kept: list[bytearray] = []
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from sniproxy.engine import SocketStream
-from sniproxy.relay.failover import Connected, Dialer
+from sniproxy.relay.upstreams import Connected, Upstreams
 from sniproxy.transport.base import Candidate
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.relay_handshake import StreamRequest
@@ -86,7 +86,7 @@ async def test_without_a_second_connection_an_upload_still_arrives(monkeypatch: 
     async def none(*_: object) -> CapsuleConnection:
         raise ConnectionError("refused by the test")
 
-    monkeypatch.setattr(Dialer, "second", none)
+    monkeypatch.setattr(Upstreams, "second", none)
     async with a_path("embedded") as path:
 
         async def service(wire: SocketStream) -> None:
@@ -106,16 +106,16 @@ async def test_without_a_second_connection_an_upload_still_arrives(monkeypatch: 
 async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds: list[CapsuleConnection] = []
     dialled = asyncio.Event()
-    dial = Dialer.second
+    dial = Upstreams.second
 
     async def kept(
-        self: Dialer, call: StreamRequest, candidate: Candidate, attempts: Iterator[int]
+        self: Upstreams, call: StreamRequest, candidate: Candidate, attempts: Iterator[int]
     ) -> CapsuleConnection:
         seconds.append(await dial(self, call, candidate, attempts))
         dialled.set()
         return seconds[0]
 
-    monkeypatch.setattr(Dialer, "second", kept)
+    monkeypatch.setattr(Upstreams, "second", kept)
     async with a_path(turn) as path:
         arrived: asyncio.Future[SocketStream] = asyncio.get_running_loop().create_future()
         done = asyncio.Event()
@@ -155,13 +155,13 @@ async def test_a_second_connection_for_no_stream_is_refused() -> None:
         assert await client.recv() == b"x"
         connected: list[tuple[StreamRequest, Connected]] = []
         relay = path.relay
-        opened = relay._ways.open
+        opened = relay._upstreams.connect
 
         async def kept(call: StreamRequest, candidates: list[object]) -> Connected:
             connected.append((call, await opened(call, candidates)))  # type: ignore[arg-type]
             return connected[0][1]
 
-        relay._ways.open = kept  # type: ignore[assignment, method-assign]
+        relay._upstreams.connect = kept  # type: ignore[assignment, method-assign]
         other = await path.dial(name_of(await path.serve(service)))
         assert await other.recv() == b"x"
         call, first = connected[0]
@@ -170,7 +170,7 @@ async def test_a_second_connection_for_no_stream_is_refused() -> None:
         await read_all(other)
         await path.ended(2)
         with pytest.raises(ConnectionError, match="not open here"):  # before READY: nothing of the upload goes there
-            await relay._ways.second(call, first.candidate, itertools.count(first.attempts + 1))
+            await relay._upstreams.second(call, first.candidate, itertools.count(first.attempts + 1))
         assert [line["reason"] for line in path.gateway_log.events] == ["ok", "ok"], "it is no stream of its own"
         client.close()
         other.close()

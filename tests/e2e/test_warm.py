@@ -42,7 +42,7 @@ async def ask(path: Path, name: str, question: bytes = b"question") -> None:
 
 async def filled(path: Path, count: int = 2) -> None:
     async with asyncio.timeout(10):
-        while path.relay._ways.pool.ready < count:
+        while path.relay._upstreams.pool.ready < count:
             await asyncio.sleep(0.005)
 
 
@@ -85,7 +85,7 @@ async def test_a_gateway_that_drains_lets_go_what_is_kept_ready() -> None:
         await filled(path)
         path.gateway.close()
         async with asyncio.timeout(10):
-            while path.relay._ways.pool.ready:
+            while path.relay._upstreams.pool.ready:
                 await asyncio.sleep(0.005)
         assert len(path.gateway._warm) == 0
 

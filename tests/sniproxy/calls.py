@@ -3,7 +3,14 @@
 import secrets
 import time
 
+from prometheus_client import CollectorRegistry
+
+from discovery.model.addresses import TargetList
+from sniproxy.access.loop_guard import LoopGuard
 from sniproxy.formats.client_hello import HelloReader
+from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S, Upstreams
+from sniproxy.transport.base import TransportConfig
+from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 from tests.sniproxy.gateways import KEY, KEY_C
@@ -25,7 +32,21 @@ def call(data: bytes = HELLO, behind: bytes = b"") -> StreamRequest:
     )
 
 
-def opener(**limits: float) -> GatewayConnector:
+def connector(**limits: float) -> GatewayConnector:
     """Network a's relay, with keys for b and c."""
     keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
     return GatewayConnector("a", keys, now_ms=lambda: time.time_ns() // 1_000_000, **limits)
+
+
+def upstreams(
+    connects: GatewayConnector | None = None,
+    *,
+    registry: CollectorRegistry | None = None,
+    dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S,
+    **limits: float,
+) -> Upstreams:
+    """The upstreams of such a relay, which keeps nothing ready."""
+    made = Upstreams(registry or CollectorRegistry())
+    config = TransportConfig(network="a", deliver=TargetList(), direct=TargetList(), guard=LoopGuard("a"))
+    made.reconfigure(connects or connector(**limits), make_transports(config), pool=0, dial_timeout_s=dial_timeout_s)
+    return made

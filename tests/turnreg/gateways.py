@@ -17,6 +17,8 @@ from prometheus_client import CollectorRegistry
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from sniproxy.engine import Listener, SocketStream, connect
+from sniproxy.transport.base import Accepted
+from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Message, Opened, Ready, Refused, Waiting
@@ -26,7 +28,6 @@ from tests.e2e.mesh import FixedDiscovery, record
 from tests.e2e.path import LogLines
 from tests.sniproxy.engine.pairs import pair
 from tests.turnreg.preambles import KEY
-from turnreg.client.allocation import Bound
 from turnreg.gateway.gateway import Gateway, GatewayConfig
 
 LOOPBACK = TargetList.parse(["127.0.0.0/8"])
@@ -135,7 +136,9 @@ class Running:
     async def bound(self) -> Visit:
         """Come by an allocation, as if a TURN server had been between."""
         near, far = await pair()
-        self.gateway.take(Bound(wire=far, peer=("192.0.2.1", 4000), via="a", turn="turn-1", allocation=ALLOCATION))
+        self.gateway.take(
+            Accepted(stream=far, traits=TURN, addressee=ALLOCATION, came_by={"via": "a", "turn": "turn-1"})
+        )
         return Visit(CapsuleConnection(near, Side.RELAY))
 
     async def ended(self, count: int = 1) -> list[dict[str, object]]:

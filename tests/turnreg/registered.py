@@ -18,8 +18,9 @@ from prometheus_client import CollectorRegistry
 from discovery.client.client import DiscoveryError, IssuedCredentials
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
+from sniproxy.transport.base import Accepted
 from tests.turnreg.turnservers import LOGIN, RunningServer, eventually
-from turnreg.client.allocation import Bound, Timing
+from turnreg.client.allocation import Timing
 from turnreg.registrar import registrar as registrar_module
 from turnreg.registrar.registrar import Backoff, Registrar, RegistrarConfig, TurnCredentials
 from turnreg.stun.auth import rest_credentials
@@ -127,7 +128,7 @@ class Registered:
     registrar: Registrar
     discovery: HandDiscovery
     metrics: CollectorRegistry
-    streams: asyncio.Queue[Bound] = field(default_factory=asyncio.Queue)
+    streams: asyncio.Queue[Accepted] = field(default_factory=asyncio.Queue)
 
     async def publishes(self, *ids: str) -> AllocationSpec:
         """Wait until exactly these records are published; return the first."""
@@ -149,7 +150,7 @@ class Registered:
         assert value is not None, "every label is there from the start"
         return value
 
-    async def stream(self, port: int, source: str = "127.0.0.1") -> tuple[Bound, asyncio.StreamWriter]:
+    async def stream(self, port: int, source: str = "127.0.0.1") -> tuple[Accepted, asyncio.StreamWriter]:
         _, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
         async with asyncio.timeout(10):
             return await self.streams.get(), writer
@@ -180,10 +181,10 @@ async def registrar(
     )
     discovery = HandDiscovery(*records)
     metrics = CollectorRegistry()
-    streams: asyncio.Queue[Bound] = asyncio.Queue()
-    ours = Registrar(config, discovery, streams.put_nowait, metrics)
+    streams: asyncio.Queue[Accepted] = asyncio.Queue()
+    ours = Registrar(config, discovery, metrics)
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(ours.run())
+        running = group.create_task(ours.run(streams.put_nowait))
         try:
             yield Registered(ours, discovery, metrics, streams)
         finally:
@@ -192,4 +193,4 @@ async def registrar(
             async with asyncio.timeout(5):
                 await asyncio.wait({running})
     while not streams.empty():
-        streams.get_nowait().wire.close()
+        streams.get_nowait().stream.close()

@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, Spec
+from sniproxy.transport.base import Accepted
 from tests.turnreg.registered import QUICK, HandDiscovery, relay, turn
 from tests.turnreg.turnservers import LOGIN, eventually, turn_server
-from turnreg.client.allocation import Bound
 from turnreg.registrar.registrar import Registrar, RegistrarConfig
 
 pytestmark = pytest.mark.anyio
@@ -66,7 +66,7 @@ def mesh_records(mesh: Mesh) -> list[AnyRecord]:
 async def test_gateways_come_and_go_and_the_server_has_as_many_allocations_as_wanted() -> None:
     with turn_server("embedded") as server:
         board = Board(turn(server), relay({"turn-1": ["127.0.0.1"]}))
-        streams: asyncio.Queue[Bound] = asyncio.Queue()
+        streams: asyncio.Queue[Accepted] = asyncio.Queue()
 
         async with asyncio.TaskGroup() as group, AsyncExitStack() as closing:
             gateways: dict[str, Registrar] = {}
@@ -80,8 +80,8 @@ async def test_gateways_come_and_go_and_the_server_has_as_many_allocations_as_wa
                     overlap_s=0.0,
                     backoff=QUICK,
                 )
-                ours = gateways[gateway] = Registrar(config, View(board), streams.put_nowait, CollectorRegistry())
-                group.create_task(ours.run())
+                ours = gateways[gateway] = Registrar(config, View(board), CollectorRegistry())
+                group.create_task(ours.run(streams.put_nowait))
                 closing.push_async_callback(ours.close)
 
             begin("gw-1")

@@ -1,7 +1,7 @@
 """How many data connections to open at once: as many as are bound quickly. Sans-IO.
 
 Where time goes into round trips, many at once cost nothing; where it goes into a busy processor, ours or the server's, those that
-are begun together also end together, the first as late as the last. A relay waits LIMIT_READY_S for a stream to be bound, so on a
+are begun together also end together, the first as late as the last. A relay waits 3 s for a stream to be bound, so on a
 machine that needs longer than that for all of a crowd, none would be in time. (Measured: 200 streams over TLS to coturn with an
 eighth of a processor took 3 to 8 s; with 128 at once all were in time or nearly none was.)
 """

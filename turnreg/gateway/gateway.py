@@ -20,10 +20,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from discovery.client.contract import Discovery
 from discovery.model.addresses import TargetList
 from sniproxy.access.rules import Policy
-from sniproxy.engine import Listener, SocketStream
+from sniproxy.engine import ByteStream
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
+from sniproxy.transport.base import Accepted
+from sniproxy.transport.direct import DirectAcceptor
 from sniproxy.tunnel.bridge import StreamBridge
 from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
@@ -35,7 +37,6 @@ from sniproxy.tunnel.preamble import (
     WarmPreamble,
 )
 from sniproxy.tunnel.state import Side
-from turnreg.client.allocation import Bound
 from turnreg.gateway.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
 from turnreg.gateway.handshake import InboundHandshakes, InboundStream, StreamRefused, read_hello
 from turnreg.gateway.second_connection import SecondConnections
@@ -93,7 +94,7 @@ class GatewayConfig:
 
 
 class Gateway:
-    """One gateway. Streams come by `take` (the registrar's callback) and by its own listeners."""
+    """One gateway. Streams come by `take`, from the acceptor of each transport; that of its own listeners runs here."""
 
     def __init__(
         self,
@@ -137,13 +138,11 @@ class Gateway:
         )
         remembered.labels("all").set_function(lambda: len(self._arrivals.remembered))
         remembered.labels("largest_network").set_function(lambda: self._arrivals.remembered.largest())
-        self._listeners: list[Listener] = []
+        self._direct = DirectAcceptor(config.id, config.listen)
         self._streams: collections.Counter[str] = collections.Counter()  # by network, those that have signed
         self._lingering = 0
         self._group: asyncio.TaskGroup | None = None
         self._closed = asyncio.Event()
-        self._accepting = asyncio.Event()
-        self._accepting.set()
 
     def reconfigure(self, config: GatewayConfig, keys: Mapping[str, SigningKey]) -> None:
         """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
@@ -155,7 +154,7 @@ class Gateway:
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
         """Where it listens for relays that come directly."""
-        return tuple(listener.address for listener in self._listeners)
+        return self._direct.addresses
 
     async def open(self, inherited: Callable[[str, int], socket.socket | None] = lambda _address, _port: None) -> None:
         """Bind every listening address. OSError names the one that failed; none stays open then.
@@ -163,18 +162,11 @@ class Gateway:
         Args:
             inherited: gives a socket that listens there already, of the process that we come after.
         """
-        try:
-            for address, port in self.config.listen:
-                sock = inherited(address, port)
-                listener = await Listener.open(address, port) if sock is None else Listener(sock)
-                self._listeners.append(listener)
-        except OSError:
-            self.close()
-            raise
+        await self._direct.open(inherited)
 
     def listening(self) -> list[tuple[tuple[str, int], int]]:
         """The listening sockets by their configured address and port, for a process that comes after us."""
-        return [(place, listener.fileno()) for place, listener in zip(self.config.listen, self._listeners, strict=True)]
+        return self._direct.listening()
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
@@ -182,64 +174,56 @@ class Gateway:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = self._activation.group = group
-                for listener in self._listeners:
-                    group.create_task(self._accept_from(listener))
+                group.create_task(self._direct.run(self.take))
                 await self._closed.wait()
         finally:
             self._group = self._activation.group = None
             unwatch()
             self.close()
 
-    async def _accept_from(self, listener: Listener) -> None:
-        await self._accepting.wait()
-        await listener.serve(self._serve_direct)
-
     def hold(self) -> None:
         """Let relays that come directly wait in the listeners' queues until `accept`. Before `run`."""
-        self._accepting.clear()
+        self._direct.hold()
 
     def accept(self) -> None:
         """Let them in."""
-        self._accepting.set()
+        self._direct.accept()
 
     def stop_listening(self) -> None:
         """Let no more relays come directly; what comes by allocations is still taken."""
-        for listener in self._listeners:
-            listener.close()
+        self._direct.close()
 
     def close(self) -> None:
         """Take no more streams; those that are open go on, and may still get their second connection."""
         self._closed.set()
-        self._accepting.set()
         self._warm.close()
         self.stop_listening()
 
-    def take(self, bound: Bound) -> None:
-        """Take a stream that was bound on an allocation of ours."""
-        serving = self._serve_bound(bound)
+    def take(self, accepted: Accepted) -> None:
+        """Take a connection that came in by one of the transports."""
+        serving = self._serve_safely(accepted)
         try:
             if self._group is None:
                 raise RuntimeError("not running")
             task = self._group.create_task(serving)
         except RuntimeError:  # not running, or the last stream has just ended
             serving.close()
-            bound.wire.close()
+            accepted.stream.close()
             return
         # A task that is cancelled before its first step never reaches its own finally.
-        task.add_done_callback(lambda task: bound.wire.close() if task.cancelled() else None)
+        task.add_done_callback(lambda task: accepted.stream.close() if task.cancelled() else None)
 
-    async def _serve_bound(self, bound: Bound) -> None:
+    async def _serve_safely(self, accepted: Accepted) -> None:
         try:
-            await self._serve(bound.wire, bound.allocation, via=bound.via, turn=bound.turn)
+            await self._serve(accepted)
         except Exception:  # one stream's defect must not end the gateway
-            log.exception("stream_error", extra={"event": {"allocation": bound.allocation}})
+            log.exception("stream_error", extra={"event": {"addressee": accepted.addressee}})
+            accepted.stream.close()
 
-    async def _serve_direct(self, wire: SocketStream) -> None:
-        await self._serve(wire, self.config.id)
-
-    async def _serve(self, wire: SocketStream, addressee: str, **came_by: str) -> None:
+    async def _serve(self, accepted: Accepted) -> None:
+        wire = accepted.stream
         arrival = InboundStream(
-            CapsuleConnection(wire, Side.GATEWAY), addressee, came_by, self._open_account(wire, came_by)
+            CapsuleConnection(wire, Side.GATEWAY), accepted, self._open_account(wire, accepted.came_by)
         )
         reason: Reason | None = Reason.OTHER
         told: tuple[Reason, str] | None = None  # not the exception: its traceback holds this frame
@@ -264,13 +248,13 @@ class Gateway:
             if reason is not None:
                 wire.close()
 
-    def _note_refused(self, wire: SocketStream, refusal: StreamRefused) -> None:
+    def _note_refused(self, wire: ByteStream, refusal: StreamRefused) -> None:
         """Say why a connection has ended that is no stream: a second one, or one that was kept ready."""
         self._refused.labels(refusal.reason.value).inc()
         event = {"peer": wire.peer[0], "reason": refusal.reason.value, "detail": refusal.detail}
         log.info("connection_refused", extra={"event": event})
 
-    def _open_account(self, wire: SocketStream, came_by: dict[str, str]) -> StreamRecord:
+    def _open_account(self, wire: ByteStream, came_by: Mapping[str, str]) -> StreamRecord:
         # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
         account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
         task = asyncio.current_task()
@@ -335,7 +319,7 @@ class Gateway:
                 idle_timeout_s=self.config.idle_timeout_s,
                 half_close_timeout_s=self.config.half_close_timeout_s,
                 first=bytes(arrival.data),
-                second=second if arrival.came_by else None,
+                second=second if arrival.accepted.traits.needs_second_connection else None,
             )
             arrival.data.clear()  # for as long as the stream lives
             account.carry(up=carry.inbound, down=carry.outbound)
@@ -362,7 +346,7 @@ class Gateway:
     async def _hand_over(self, arrival: InboundStream, preamble: Preamble) -> None:
         """Give a second connection to its stream."""
         lost = "it continues a stream that is not open here"
-        if not arrival.came_by or not self._continuations.awaits(preamble):
+        if not arrival.accepted.traits.needs_second_connection or not self._continuations.awaits(preamble):
             # Before READY, so that its relay does not send the rest of an upload here.
             raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
         await arrival.framed.send(Ready())
@@ -379,7 +363,7 @@ class Gateway:
         header = await self._warm.wait(arrival.framed, network)
         if header is None:
             return None
-        arrival.account = self._open_account(arrival.framed.wire, arrival.came_by)
+        arrival.account = self._open_account(arrival.framed.wire, arrival.accepted.came_by)
         arrival.is_stream = True
         arrival.account.fields["warm"] = True
         opening = self._arrivals.verify(arrival, header)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from sniproxy.formats.client_hello import HelloError, HelloReader
 from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamRecord
+from sniproxy.transport.base import Accepted
 from sniproxy.tunnel.capsules import Payload
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.preamble import (
@@ -48,10 +49,8 @@ class InboundStream:
     """What is known of a stream while it is being opened."""
 
     framed: CapsuleConnection
-    addressee: str
-    """Id of the allocation that it came by, or of our own record."""
-    came_by: dict[str, str]
-    """The TURN server, where it came through one, for the log."""
+    accepted: Accepted
+    """How it came in."""
     account: StreamRecord
     is_stream: bool = True
     """False for the second connection of a stream, and while it is only kept ready: those are in nobody's books."""
@@ -131,7 +130,9 @@ class InboundHandshakes:
     def verify(self, arrival: InboundStream, header: bytes) -> Preamble | WarmPreamble:
         """Return what a whole header says. Raises Refusal where it is not proven."""
         try:
-            preamble = self._verifier.verify(header, addressee=arrival.addressee, now_ms=time.time_ns() // 1_000_000)
+            preamble = self._verifier.verify(
+                header, addressee=arrival.accepted.addressee, now_ms=time.time_ns() // 1_000_000
+            )
         except PreambleError as error:
             raise StreamRefused(error.reason, error.detail, told=error.told) from error
         if isinstance(preamble, Preamble):

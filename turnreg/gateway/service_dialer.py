@@ -15,7 +15,7 @@ from discovery.model.names import AddressTarget, ServiceTarget
 from sniproxy.access.loop_guard import STOPPED, LoopGuard
 from sniproxy.access.reach import Endpoint, Reach
 from sniproxy.access.rules import Flow, Policy
-from sniproxy.engine import SocketStream, connect
+from sniproxy.engine import ByteStream, connect
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.proxy_protocol import ProxyHeader
 from sniproxy.streams.end_reason import Reason
@@ -42,7 +42,7 @@ class Undeliverable(Exception):
 class ServiceConnection:
     """A connected service; a PROXY header that it asked for has been sent."""
 
-    wire: SocketStream
+    wire: ByteStream
     address: Address
     port: int
     ms: int

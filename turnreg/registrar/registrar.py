@@ -15,6 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from discovery.client.client import Discovery
 from discovery.model.mesh import Kind, Mesh, Record, TurnSpec
 from sniproxy.engine.host_addresses import is_own_address
+from sniproxy.transport.base import Accepted, OnStream
+from sniproxy.transport.turn import TURN
 from turnreg.client.allocation import BindResult, Bound, Credentials, TurnReason
 from turnreg.registrar.allocation_lifecycle import Renewal, Server
 from turnreg.registrar.config import Backoff, Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
@@ -71,18 +73,24 @@ class _Metrics:
         self.binds = {result: binds.labels(str(result)) for result in BindResult}
 
 
+def accepted(bound: Bound) -> Accepted:
+    """Say how a peer that was bound has come in."""
+    came_by = {"via": bound.via, "turn": bound.turn}
+    return Accepted(stream=bound.wire, traits=TURN, addressee=bound.allocation, came_by=came_by)
+
+
 class Registrar:
     """Keep us registered. `run()` it until it is cancelled or, better, `close()` has been called."""
+
+    _on_stream: OnStream
 
     def __init__(
         self,
         config: RegistrarConfig,
         discovery: Discovery,
-        on_stream: Callable[[Bound], None],
         registry: CollectorRegistry,
     ) -> None:
-        """Take what the process has. `on_stream` owns the wire of each stream and must not block."""
-        self._config, self._discovery, self._on_stream = config, discovery, on_stream
+        self._config, self._discovery = config, discovery
         self._registrations: dict[_Key, Registration] = {}
         self._metrics = _Metrics(
             registry,
@@ -97,8 +105,12 @@ class Registrar:
         self._closing = asyncio.Event()
         self._closed = asyncio.Event()
 
-    async def run(self) -> None:
-        """Hold what discovery says should be held. Cancelling drops it all without asking the servers' leave."""
+    async def run(self, on_stream: OnStream) -> None:
+        """Hold what discovery says should be held, and hand over the streams that come by it.
+
+        Cancelling drops it all without asking the servers' leave.
+        """
+        self._on_stream = on_stream
         unsubscribe = self._discovery.subscribe(self._apply)
         try:
             async with asyncio.TaskGroup() as self._group:
@@ -246,7 +258,7 @@ class Registrar:
             self._discovery,
             *key,
             destinations=self._destinations,
-            on_stream=self._on_stream,
+            on_stream=lambda bound: self._on_stream(accepted(bound)),
             on_bind=lambda result: self._metrics.binds[result].inc(),
             on_outcome=lambda reason: self._metrics.registrations[reason].inc(),
             on_renewal=lambda result: self._metrics.renewals[result].inc(),

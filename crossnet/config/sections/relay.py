@@ -25,7 +25,7 @@ from discovery.model.validation import Fault
 from sniproxy.access import client_limits
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.relay import relay
-from sniproxy.tunnel.relay_handshake import DEFAULT_DIAL_TIMEOUT_S
+from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -244,8 +244,8 @@ class Inside:
         if app.relay is not None and config.relay is not None:
             relay = role_configs.relay_config(config, config.relay, app.relay.config.guard)
             assert plain(app.relay.config) == plain(relay)
-            assert app.relay._ways.pool.size == relay.pool
-            assert app.relay._router.zone == relay.zone
+            assert app.relay._upstreams.pool.size == relay.pool
+            assert {transport._config.zone for transport in app.relay._router.transports} == {relay.zone}
             for key in role_configs.keys(config).values():
                 assert app.relay._router.keys.get(key.from_network, key.to_network) is not None
         if app._publication is not None and config.relay is not None:

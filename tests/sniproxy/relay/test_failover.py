@@ -7,20 +7,24 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
 
-from sniproxy.relay.failover import MAX_CANDIDATES, Connected, Dialer
+from sniproxy.relay.upstreams import MAX_CANDIDATES, Connected, Upstreams
 from sniproxy.streams.end_reason import Reason
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.base import MAX_FIRST_WRITE, Candidate, Traits
+from sniproxy.transport.direct import DIRECT
 from sniproxy.transport.errors import DialError
+from sniproxy.transport.local import LOCAL
+from sniproxy.transport.turn import TURN as REAL_TURN
 from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import Finished, Opened, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import SigningKey
-from sniproxy.tunnel.relay_handshake import MAX_FIRST_WRITE, GatewayConnector, StreamRequest
-from tests.sniproxy.calls import HELLO, call, opener
+from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
+from tests.sniproxy.calls import HELLO, call, upstreams
 from tests.sniproxy.gateways import (
     Script,
     ScriptedGateway,
@@ -40,23 +44,15 @@ from tests.sniproxy.hellos import client_hello, padding
 pytestmark = pytest.mark.anyio
 
 PAUSES = (0.001, 0.002, 0.003)
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sniproxy.relay.failover.RESET_RETRY_S", PAUSES)
-
-
-def dialer(**limits: float) -> Dialer:
-    return Dialer(opener(**limits))
+TURN = replace(REAL_TURN, reset_retry_s=PAUSES)
 
 
 def candidate(
-    gateway: ScriptedGateway | int, *, kind: RouteKind = RouteKind.TURN, network: str = "b", addressee: str = "gw-1"
+    gateway: ScriptedGateway | int, *, traits: Traits = TURN, network: str = "b", addressee: str = "gw-1"
 ) -> Candidate:
     address, port = ("127.0.0.1", gateway) if isinstance(gateway, int) else gateway.address
     return Candidate(
-        kind=kind, network=network, target="10.1.0.5:8443", address=address, port=port, addressee=addressee
+        traits=traits, network=network, target="10.1.0.5:8443", address=address, port=port, addressee=addressee
     )
 
 
@@ -75,17 +71,16 @@ def dead_port() -> Iterator[int]:
             yield server.getsockname()[1]
 
 
-async def opened(dialing: Dialer, candidates: list[Candidate], calling: StreamRequest | None = None) -> Connected:
+async def opened(dialing: Upstreams, candidates: list[Candidate], calling: StreamRequest | None = None) -> Connected:
     """Dial, and close what came of it."""
-    connected = await dialing.open(calling or call(), candidates)
-    if connected.framed is not None:
-        connected.framed.wire.close()
+    connected = await dialing.connect(calling or call(), candidates)
+    connected.stream.close()
     return connected
 
 
-async def failed(dialing: Dialer, candidates: list[Candidate]) -> DialError:
+async def failed(dialing: Upstreams, candidates: list[Candidate]) -> DialError:
     with pytest.raises(DialError) as error:
-        await dialing.open(call(), candidates)
+        await dialing.connect(call(), candidates)
     assert error.value.detail
     return error.value
 
@@ -96,7 +91,7 @@ async def failed(dialing: Dialer, candidates: list[Candidate]) -> DialError:
 async def test_the_preamble_says_what_was_asked() -> None:
     async with scripted(opens) as gateway:
         calling = call()
-        connected = await opened(dialer(), [candidate(gateway)], calling)
+        connected = await opened(upstreams(), [candidate(gateway)], calling)
         assert connected.attempts == 1
         (visit,) = gateway.visits
     preamble = visit.preamble
@@ -122,7 +117,7 @@ async def test_before_ready_one_segment_of_eight_kib_at_most(size: int) -> None:
         await silent(visit)
 
     async with scripted(reads) as gateway, asyncio.TaskGroup() as group:
-        dialing = group.create_task(dialer().open(call(data), [candidate(gateway)]))
+        dialing = group.create_task(upstreams().connect(call(data), [candidate(gateway)]))
         async with asyncio.timeout(5):
             await done.wait()
         dialing.cancel()
@@ -143,7 +138,7 @@ async def test_nothing_follows_before_ready() -> None:
         visit.wire.reset()
 
     async with scripted(waits, opens) as gateway:
-        await opened(dialer(), [candidate(gateway)], call(data))
+        await opened(upstreams(), [candidate(gateway)], call(data))
     assert waited.is_set()
 
 
@@ -154,7 +149,7 @@ async def test_nothing_follows_before_ready() -> None:
 async def test_a_cut_before_ready_is_tried_again(cut: object) -> None:
     """The permission may be on its way to the TURN server."""
     async with scripted(cut, cut, opens) as gateway:  # type: ignore[arg-type]
-        connected = await opened(dialer(), [candidate(gateway)])
+        connected = await opened(upstreams(), [candidate(gateway)])
         assert connected.attempts == 3
         assert [visit.preamble.attempt for visit in gateway.visits] == [1, 2, 3]
         assert len({visit.preamble.stream_id for visit in gateway.visits}) == 1
@@ -169,9 +164,9 @@ async def test_pauses_grow_and_then_it_is_no_permission(monkeypatch: pytest.Monk
             slept.append(seconds)
         await sleep(0)
 
-    monkeypatch.setattr("sniproxy.relay.failover.asyncio.sleep", noting)
+    monkeypatch.setattr("sniproxy.relay.upstreams.asyncio.sleep", noting)
     async with scripted(reset) as gateway:
-        error = await failed(dialer(), [candidate(gateway)])
+        error = await failed(upstreams(), [candidate(gateway)])
         assert gateway.connections == 1 + len(PAUSES)
     assert slept == list(PAUSES)
     assert error.reason is Reason.NO_PERMISSION
@@ -181,15 +176,15 @@ async def test_pauses_grow_and_then_it_is_no_permission(monkeypatch: pytest.Monk
 
 async def test_a_direct_gateway_that_cuts_is_no_question_of_permission() -> None:
     async with scripted(reset) as gateway, scripted(opens) as second:
-        error = await failed(dialer(), [candidate(gateway, kind=RouteKind.DIRECT)])
+        error = await failed(upstreams(), [candidate(gateway, traits=DIRECT)])
         assert (error.reason, gateway.connections) == (Reason.DIAL_FAILED, 1)
-        connected = await opened(dialer(), [candidate(gateway, kind=RouteKind.DIRECT), candidate(second)])
+        connected = await opened(upstreams(), [candidate(gateway, traits=DIRECT), candidate(second)])
         assert connected.attempts == 2
 
 
 async def test_after_the_last_reset_the_next_candidate() -> None:
     async with scripted(reset) as first, scripted(opens) as second:
-        connected = await opened(dialer(), [candidate(first), candidate(second)])
+        connected = await opened(upstreams(), [candidate(first), candidate(second)])
         assert connected.attempts == 5
         assert second.visits[0].preamble.attempt == 5
         assert first.visits[0].preamble.stream_id == second.visits[0].preamble.stream_id
@@ -198,10 +193,10 @@ async def test_after_the_last_reset_the_next_candidate() -> None:
 
 async def test_silence_before_ready_leads_to_the_next_candidate() -> None:
     async with scripted(silent) as first, scripted(opens) as second:
-        connected = await opened(dialer(ready_timeout_s=0.05), [candidate(first), candidate(second)])
+        connected = await opened(upstreams(ready_timeout_s=0.05), [candidate(first), candidate(second)])
         assert connected.attempts == 2
         assert second.visits[0].preamble.attempt == 2
-        error = await failed(dialer(ready_timeout_s=0.05), [candidate(first)])
+        error = await failed(upstreams(ready_timeout_s=0.05), [candidate(first)])
     assert error.reason is Reason.READY_TIMEOUT
 
 
@@ -217,23 +212,23 @@ async def test_an_attempt_that_is_given_up_is_cut() -> None:
             seen.set()
 
     async with scripted(late) as first, scripted(opens) as second:
-        await opened(dialer(ready_timeout_s=0.05), [candidate(first), candidate(second)])
+        await opened(upstreams(ready_timeout_s=0.05), [candidate(first), candidate(second)])
         async with asyncio.timeout(5):
             await seen.wait()
 
 
-@pytest.mark.parametrize("kind", [RouteKind.TURN, RouteKind.DIRECT])
-async def test_nobody_listens(kind: RouteKind) -> None:
+@pytest.mark.parametrize("traits", [TURN, DIRECT])
+async def test_nobody_listens(traits: Traits) -> None:
     async with scripted(opens) as second:
-        connected = await opened(dialer(), [candidate(closed_port(), kind=kind), candidate(second)])
+        connected = await opened(upstreams(), [candidate(closed_port(), traits=traits), candidate(second)])
         assert connected.attempts == 2
-    error = await failed(dialer(), [candidate(closed_port(), kind=kind)])
+    error = await failed(upstreams(), [candidate(closed_port(), traits=traits)])
     assert error.reason is Reason.DIAL_FAILED
     assert "Connection refused" in error.detail
 
 
 async def test_nobody_answers(dead_port: int) -> None:
-    error = await failed(dialer(dial_timeout_s=0.05), [candidate(dead_port)])
+    error = await failed(upstreams(dial_timeout_s=0.05), [candidate(dead_port)])
     assert error.reason is Reason.DIAL_FAILED
     assert "no answer in 0.05 s" in error.detail
 
@@ -242,9 +237,9 @@ async def test_nobody_answers(dead_port: int) -> None:
 async def test_refused_before_ready(reason: str) -> None:
     """Nothing can have run: another gateway may have the key, the time or the room."""
     async with scripted(refuses(reason)) as first, scripted(opens) as second:
-        connected = await opened(dialer(), [candidate(first), candidate(second)])
+        connected = await opened(upstreams(), [candidate(first), candidate(second)])
         assert (connected.attempts, first.connections) == (2, 1)
-        error = await failed(dialer(), [candidate(first)])
+        error = await failed(upstreams(), [candidate(first)])
     assert error.reason.value == reason
     assert "said the test" in error.detail
 
@@ -256,7 +251,7 @@ async def test_refused_before_ready(reason: str) -> None:
 async def test_a_refusal_that_says_that_nothing_ran_leads_to_the_next_candidate(reason: str) -> None:
     async with scripted(refuses(reason, behind_ready=True)) as first, scripted(opens) as second:
         calling = call()
-        connected = await opened(dialer(), [candidate(first), candidate(second)], calling)
+        connected = await opened(upstreams(), [candidate(first), candidate(second)], calling)
         assert connected.attempts == 2
         assert [visit.preamble.attempt for visit in first.visits + second.visits] == [1, 2]
         assert {visit.preamble.stream_id for visit in first.visits + second.visits} == {calling.stream}
@@ -265,7 +260,7 @@ async def test_a_refusal_that_says_that_nothing_ran_leads_to_the_next_candidate(
 @pytest.mark.parametrize("reason", ["denied", "unknown_name", "bad_hello", "bad_signature", "something_new"])
 async def test_any_other_refusal_is_final(reason: str) -> None:
     async with scripted(refuses(reason, behind_ready=True)) as first, scripted(opens) as second:
-        error = await failed(dialer(), [candidate(first), candidate(second)])
+        error = await failed(upstreams(), [candidate(first), candidate(second)])
         assert second.connections == 0
     assert error.final
     assert error.reason is (Reason.OTHER if reason == "something_new" else Reason(reason))
@@ -274,14 +269,14 @@ async def test_any_other_refusal_is_final(reason: str) -> None:
 async def test_silence_behind_ready_is_never_replayed() -> None:
     """0-RTT data must not run twice."""
     async with scripted(silent_behind_ready) as first, scripted(opens) as second:
-        error = await failed(dialer(open_timeout_s=0.05), [candidate(first), candidate(second)])
+        error = await failed(upstreams(open_timeout_s=0.05), [candidate(first), candidate(second)])
         assert (first.connections, second.connections) == (1, 0)
     assert (error.reason, error.attempts) == (Reason.OPEN_TIMEOUT, 1)
 
 
 async def test_a_cut_behind_ready_is_never_replayed() -> None:
     async with scripted(reset_behind_ready) as first, scripted(opens) as second:
-        error = await failed(dialer(), [candidate(first), candidate(second)])
+        error = await failed(upstreams(), [candidate(first), candidate(second)])
         assert (first.connections, second.connections) == (1, 0)
     assert error.reason is Reason.TRUNCATED
 
@@ -296,7 +291,7 @@ async def test_a_refusal_is_heard_although_the_rest_of_the_hello_was_cut() -> No
 
     big = call(client_hello("orders.shop.example", padding(60_000)), os.urandom(300_000))
     async with scripted(hasty) as first, scripted(opens) as second:
-        connected = await opened(dialer(), [candidate(first, kind=RouteKind.DIRECT), candidate(second)], big)
+        connected = await opened(upstreams(), [candidate(first, traits=DIRECT), candidate(second)], big)
         assert connected.attempts == 2
 
 
@@ -315,7 +310,7 @@ async def test_a_refusal_is_heard_although_the_rest_of_the_hello_was_cut() -> No
 async def test_what_is_no_answer_is_a_broken_protocol(wrong: bytes, behind_ready: bool) -> None:
     data = (Ready().pack() if behind_ready else b"") + wrong
     async with scripted(says(data)) as first, scripted(opens) as second:
-        error = await failed(dialer(), [candidate(first), candidate(second)])
+        error = await failed(upstreams(), [candidate(first), candidate(second)])
         assert second.connections == 0, "who knows what it did with our bytes"
     assert error.reason is Reason.PROTOCOL_ERROR
 
@@ -326,50 +321,49 @@ async def test_what_is_no_answer_is_a_broken_protocol(wrong: bytes, behind_ready
 async def test_three_candidates_at_most() -> None:
     ports = [closed_port() for _ in range(MAX_CANDIDATES)]
     async with scripted(opens) as fourth:
-        error = await failed(dialer(), [*map(candidate, ports), candidate(fourth)])
+        error = await failed(upstreams(), [*map(candidate, ports), candidate(fourth)])
         assert fourth.connections == 0
     assert (error.reason, error.attempts) == (Reason.DIAL_FAILED, MAX_CANDIDATES)
 
 
 async def test_no_candidate_at_all() -> None:
-    assert (await failed(dialer(), [])).reason is Reason.NO_ROUTE
+    assert (await failed(upstreams(), [])).reason is Reason.NO_ROUTE
 
 
 async def test_an_import_reaches_its_next_network_however_many_gateways_the_first_has() -> None:
     async with scripted(opens, network="c") as other:
         first = [candidate(closed_port()) for _ in range(5)]
-        connected = await opened(dialer(), [*first, candidate(other, network="c")])
+        connected = await opened(upstreams(), [*first, candidate(other, network="c")])
     assert (connected.attempts, connected.candidate.network) == (3, "c")
 
 
 async def test_one_network_has_all_three() -> None:
     async with scripted(opens) as third:
-        connected = await opened(dialer(), [*(candidate(closed_port()) for _ in range(2)), candidate(third)])
+        connected = await opened(upstreams(), [*(candidate(closed_port()) for _ in range(2)), candidate(third)])
     assert connected.attempts == 3
 
 
 async def test_the_last_failure_is_the_one_that_is_told() -> None:
     async with scripted(refuses("overloaded")) as second:
-        error = await failed(dialer(), [candidate(closed_port()), candidate(second)])
+        error = await failed(upstreams(), [candidate(closed_port()), candidate(second)])
     assert (error.reason, error.attempts) == (Reason.OVERLOADED, 2)
 
 
 async def test_a_local_candidate_gets_nothing_from_us() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        connected = await dialer().open(call(), [candidate(port, kind=RouteKind.LOCAL)])
-        assert connected.framed is None
-        assert connected.wire is not None
+        connected = await upstreams().connect(call(), [candidate(port, traits=LOCAL)])
+        assert (connected.connection, connected.sent) == (None, 0)
         accepted, _ = server.accept()
         accepted.setblocking(False)
         with pytest.raises(BlockingIOError):
             accepted.recv(1)
         accepted.close()
-        connected.wire.close()
+        connected.stream.close()
 
 
 async def test_a_key_that_is_gone_meanwhile() -> None:
-    dialing = Dialer(GatewayConnector("a", SigningKeys({}), now_ms=lambda: 0))
+    dialing = upstreams(GatewayConnector("a", SigningKeys({}), now_ms=lambda: 0))
     async with scripted(opens) as gateway:
         error = await failed(dialing, [candidate(gateway)])
         assert gateway.visits == []
@@ -378,12 +372,12 @@ async def test_a_key_that_is_gone_meanwhile() -> None:
 
 async def test_a_preamble_that_does_not_fit_is_an_answer_and_no_crash() -> None:
     key = SigningKey(id="k" * 250, secret=bytes(32), from_network="a", to_network="b")
-    dialing = Dialer(GatewayConnector("a", SigningKeys({"k": key}), now_ms=lambda: 0))
+    dialing = upstreams(GatewayConnector("a", SigningKeys({"k": key}), now_ms=lambda: 0))
     name = ".".join(["a" * 60] * 4)
     long = call(client_hello(name))
     async with scripted(opens) as gateway:
         asked = Candidate(
-            kind=RouteKind.TURN,
+            traits=TURN,
             network="b",
             target=f"{name}:8443",
             address=gateway.address[0],
@@ -391,7 +385,7 @@ async def test_a_preamble_that_does_not_fit_is_an_answer_and_no_crash() -> None:
             addressee="a" * 250,
         )
         with pytest.raises(DialError, match="over 1024") as error:
-            await dialing.open(long, [asked])
+            await dialing.connect(long, [asked])
     assert error.value.final
 
 
@@ -412,14 +406,14 @@ def wakes(*seconds: int, answers: bool) -> Script:
 
 async def test_a_service_that_is_being_woken_is_waited_for() -> None:
     async with scripted(wakes(1, 1, answers=True)) as gateway:
-        assert (await opened(dialer(open_timeout_s=0.1), [candidate(gateway)])).attempts == 1
+        assert (await opened(upstreams(open_timeout_s=0.1), [candidate(gateway)])).attempts == 1
 
 
 @pytest.mark.parametrize("seconds", [(0,), (60, 0), (60, 60, 60)])
 async def test_but_not_for_ever(seconds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sniproxy.tunnel.relay_handshake.LIMIT_WAITING_S", 0.2)
     async with scripted(wakes(*seconds, answers=False)) as first, scripted(opens) as second:
-        error = await failed(dialer(open_timeout_s=0.1), [candidate(first), candidate(second)])
+        error = await failed(upstreams(open_timeout_s=0.1), [candidate(first), candidate(second)])
         assert (error.reason, error.final, second.connections) == (Reason.OPEN_TIMEOUT, True, 0)
 
 
@@ -428,7 +422,7 @@ async def test_cancelling_leaves_no_connection(script: object) -> None:
     async with scripted(script) as gateway:  # type: ignore[arg-type]
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await dialer().open(call(), [candidate(gateway)])
+                await upstreams().connect(call(), [candidate(gateway)])
         async with asyncio.timeout(5):
             with pytest.raises((ConnectionResetError, EOFError)):
                 while await gateway.visits[0].wire.recv():
@@ -442,7 +436,7 @@ async def test_cancelling_leaves_no_connection(script: object) -> None:
 async def test_a_second_connection_continues_the_stream() -> None:
     async with scripted(reset, opens) as gateway:
         calling = call()
-        framed = await dialer().second(calling, candidate(gateway), itertools.count(3))
+        framed = await upstreams().second(calling, candidate(gateway), itertools.count(3))
         preambles = [visit.preamble for visit in gateway.visits]
         framed.wire.close()
     assert [preamble.continues for preamble in preambles] == [True, True]
@@ -455,4 +449,4 @@ async def test_a_second_connection_continues_the_stream() -> None:
 async def test_without_a_second_connection(script: object) -> None:
     async with scripted(script) as gateway:  # type: ignore[arg-type]
         with pytest.raises(ConnectionError):
-            await dialer(ready_timeout_s=0.05).second(call(), candidate(gateway), itertools.count(3))
+            await upstreams(ready_timeout_s=0.05).second(call(), candidate(gateway), itertools.count(3))

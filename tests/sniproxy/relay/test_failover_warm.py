@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from sniproxy.relay.failover import WARM_LOST, Connected, Dialer
+from sniproxy.relay.upstream_metrics import WARM_LOST
+from sniproxy.relay.upstreams import Connected
 from sniproxy.streams.end_reason import Reason
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.base import Candidate
 from sniproxy.transport.errors import DialError
+from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.capsules import Payload
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Message, Open, Opened, Ping, Pong, Ready, Refused
@@ -19,7 +22,7 @@ from sniproxy.tunnel.preamble import Preamble, WarmPreamble
 from sniproxy.tunnel.relay_handshake import StreamRequest
 from sniproxy.tunnel.state import Side
 from sniproxy.tunnel.verify import PreambleVerifier
-from tests.sniproxy.calls import HELLO, call, opener
+from tests.sniproxy.calls import HELLO, call, upstreams
 from tests.sniproxy.engine.pairs import pair
 from tests.sniproxy.gateways import KEY, ScriptedGateway, Visit, opens, scripted, silent
 
@@ -35,10 +38,17 @@ class Attempt:
 
     near: CapsuleConnection
     far: CapsuleConnection
-    counted: list[str] = field(default_factory=list)
-    settled: list[tuple[str, DialError | None]] = field(default_factory=list)
+    registry: CollectorRegistry
+    settled: list[tuple[str, bool]] = field(default_factory=list)
+    """Which candidate was found to work, or not to."""
     distrusted: list[str] = field(default_factory=list)
     opening: Preamble | None = None
+
+    @property
+    def counted(self) -> set[str]:
+        """The results in the metrics."""
+        samples = next(iter(self.registry.collect())).samples
+        return {sample.labels["result"] for sample in samples if sample.name.endswith("_total") and sample.value}
 
     async def arrived(self) -> None:
         """Read PING and OPEN."""
@@ -56,9 +66,38 @@ class Attempt:
             await self.far.send(message)
 
 
+class Kept:
+    """A pool with one connection."""
+
+    def __init__(self, made: Attempt, ready: CapsuleConnection) -> None:
+        self._made, self._ready = made, [ready]
+
+    async def take(self, _candidate: Candidate) -> CapsuleConnection | None:
+        return self._ready.pop() if self._ready else None
+
+    def distrust(self, candidate: Candidate) -> None:
+        self._made.distrusted.append(candidate.addressee)
+
+    def used(self, candidate: Candidate) -> None:
+        pass
+
+
+class Judged:
+    """Notes what is found to work."""
+
+    def __init__(self, made: Attempt) -> None:
+        self._made = made
+
+    def succeeded(self, candidate: Candidate) -> None:
+        self._made.settled.append((candidate.addressee, True))
+
+    def failed(self, candidate: Candidate) -> None:
+        self._made.settled.append((candidate.addressee, False))
+
+
 def candidate(address: tuple[str, int] = ("127.0.0.1", 1), name: str = "gw-1") -> Candidate:
     return Candidate(
-        kind=RouteKind.TURN, network="b", target="10.1.0.5:8443", address=address[0], port=address[1], addressee=name
+        traits=TURN, network="b", target="10.1.0.5:8443", address=address[0], port=address[1], addressee=name
     )
 
 
@@ -70,26 +109,16 @@ async def attempt(
     near.ends.warm = far.ends.warm = True
     await far.send(Ready())
     assert await near.next_message() == Ready()
-    made = Attempt(near, far)
-    kept = [near]
-
-    async def take(_way: Candidate) -> CapsuleConnection | None:
-        return kept.pop() if kept else None
-
-    dialer = Dialer(
-        opener(ready_timeout_s=0.2, open_timeout_s=0.2),
-        warm=take,
-        distrust=lambda way: made.distrusted.append(way.addressee),
-        count=lambda _kind, result: made.counted.append(result),
-        settled=lambda way, failure: made.settled.append((way.addressee, failure)),
-    )
+    registry = CollectorRegistry()
+    relay = upstreams(registry=registry, ready_timeout_s=0.2, open_timeout_s=0.2)
+    made = Attempt(near, far, registry)
+    relay.pool, relay.health = Kept(made, near), Judged(made)  # type: ignore[assignment]
     ways = [candidate(gateway.address, f"gw-{number}") for number, gateway in enumerate(cold, 1)] or [candidate()]
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(_answer(made, answer))
-            connected = await dialer.open(calling or call(), ways)
-            if connected.framed is not None:
-                connected.framed.wire.close()
+            connected = await relay.connect(calling or call(), ways)
+            connected.stream.close()
             return made, connected
     finally:
         made.near.wire.close()
@@ -128,25 +157,25 @@ async def test_ready_means_a_header_without_a_client() -> None:
         await visit.framed.send(Ready())
 
     async with scripted(stand_by) as gateway:
-        framed = await opener().warm_up(candidate(gateway.address))
+        framed = await upstreams()._warm_up(candidate(gateway.address))
         assert framed.ends.warm
         assert framed.ends.ready
         framed.wire.close()
         for unknown in (
             candidate(),
-            Candidate(kind=RouteKind.TURN, network="z", target="", address="127.0.0.1", port=1),
+            Candidate(traits=TURN, network="z", target="", address="127.0.0.1", port=1),
         ):
             with pytest.raises(DialError):
-                await opener().warm_up(unknown)
+                await upstreams()._warm_up(unknown)
 
 
 async def test_a_stream_on_a_connection_that_is_ready() -> None:
     made, connected = await attempt(opening)
-    assert (connected.was_warm, connected.attempts, connected.framed) == (True, 1, made.near)
+    assert (connected.was_warm, connected.attempts, connected.connection) == (True, 1, made.near)
     assert made.opening is not None
     assert (made.opening.target, made.opening.attempt) == ("10.1.0.5:8443", 1)
-    assert made.counted == ["ok"]
-    assert made.settled == [("gw-1", None)]
+    assert made.counted == {"ok"}
+    assert made.settled == [("gw-1", True)]
 
 
 async def payload(far: CapsuleConnection, size: int) -> bytes:
@@ -175,12 +204,10 @@ async def test_a_dead_one_costs_an_attempt_and_not_the_stream(answer: Answer, be
         calling = call(behind=behind)
         made, connected = await attempt(answer, gateway, calling=calling)
         assert (connected.was_warm, connected.attempts) == (False, 2)
-        assert made.counted == [WARM_LOST, "ok"]
+        assert made.counted == {WARM_LOST, "ok"}
         assert made.distrusted == ["gw-1"]
-        assert made.settled[-1] == ("gw-1", None), "the allocation works"
-        assert [failure.reason for _, failure in made.settled[:-1] if failure] == [Reason.READY_TIMEOUT] * (
-            answer is nothing
-        )
+        assert made.settled[-1] == ("gw-1", True), "the allocation works"
+        assert made.settled[:-1] == [("gw-1", False)] * (answer is nothing)
         (visit,) = gateway.visits
         assert visit.preamble.attempt == 2
         assert await visit.payload(len(calling.data)) == calling.data
@@ -191,7 +218,7 @@ async def test_behind_silence_the_next_comes_before_a_new_connection_to_the_same
         made, connected = await attempt(nothing, first, second)
         assert (connected.candidate.addressee, connected.attempts) == ("gw-2", 2)
         assert first.connections == 0
-        assert made.counted == [WARM_LOST, "ok"]
+        assert made.counted == {WARM_LOST, "ok"}
 
 
 async def test_behind_a_cut_a_new_connection_to_the_same_comes_first() -> None:
@@ -222,9 +249,7 @@ async def test_a_refusal_goes_on_to_the_next_where_that_may_be(reason: str, aske
         if asked_next:
             made, connected = await attempt(refuses, first, second)
             assert connected.candidate.addressee == "gw-2"
-            (name, failure), other = made.settled
-            assert failure is not None
-            assert (name, failure.answered, other) == ("gw-1", True, ("gw-2", None))
+            assert made.settled == [("gw-1", False), ("gw-2", True)]
         else:
             error = await failed(refuses, first, second)
             assert (error.reason, error.answered) == (Reason.DENIED, True)

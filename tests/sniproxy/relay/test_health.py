@@ -8,7 +8,9 @@ import pytest
 
 from sniproxy.relay import health
 from sniproxy.relay.health import FAILURES, FIRST_EJECTION_S, MAX_EJECTION_S, MAX_TRACKED, Failed, UpstreamHealth
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.base import Candidate, Traits
+from sniproxy.transport.direct import DIRECT
+from sniproxy.transport.turn import TURN
 
 
 class Clock:
@@ -18,9 +20,9 @@ class Clock:
         return self.now
 
 
-def way(name: str, *, kind: RouteKind = RouteKind.TURN, weight: int = 1, near: bool = False) -> Candidate:
+def way(name: str, *, traits: Traits = TURN, weight: int = 1, near: bool = False) -> Candidate:
     return Candidate(
-        kind=kind,
+        traits=traits,
         network="b",
         target="10.1.0.5:8443",
         address="10.0.0.7",
@@ -56,8 +58,8 @@ def test_direct_ways_come_before_turn_servers_and_near_ones_before_far_ones() ->
     ways = [
         way("far"),
         way("near", near=True),
-        way("direct", kind=RouteKind.DIRECT),
-        way("direct-near", kind=RouteKind.DIRECT, near=True),
+        way("direct", traits=DIRECT),
+        way("direct-near", traits=DIRECT, near=True),
     ]
     assert [found.addressee for found in a_balance().order(ways)] == ["direct-near", "direct", "near", "far"]
 
@@ -102,7 +104,7 @@ def test_streams_are_spread_by_weight() -> None:
 
 def test_one_that_keeps_failing_comes_last_for_a_growing_while() -> None:
     clock = Clock()
-    balance, bad, good = a_balance(clock), way("bad", kind=RouteKind.DIRECT), way("good")
+    balance, bad, good = a_balance(clock), way("bad", traits=DIRECT), way("good")
     for count in range(1, FAILURES):
         assert balance.failed(bad) == Failed(failures=count, seconds=0)
     assert balance.order([bad, good])[0] is bad
@@ -139,7 +141,7 @@ def test_where_all_fail_all_are_tried() -> None:
 def test_an_allocation_that_was_made_anew_is_another_one() -> None:
     balance, lost = a_balance(), way("gw-1")
     eject(balance, lost)
-    again = Candidate(kind=RouteKind.TURN, network="b", target="", address="10.0.0.7", port=50001, addressee="gw-1")
+    again = Candidate(traits=TURN, network="b", target="", address="10.0.0.7", port=50001, addressee="gw-1")
     assert balance.order([lost, again])[0] is again
 
 

@@ -243,13 +243,13 @@ async def test_without_a_view_of_discovery() -> None:
 
 async def test_rules_that_change_while_a_local_service_is_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
     async with local(Rule.parse(action="allow", to=[ORDERS])) as (running, _, _):
-        real = running.relay._ways.open
+        real = running.relay._upstreams.connect
 
         async def late(*arguments: object) -> object:
             connected = await real(*arguments)  # type: ignore[arg-type]
             running.discovery.put(service(ORDERS, "127.0.0.1:1"))
             return connected
 
-        monkeypatch.setattr(running.relay._ways, "open", late)
+        monkeypatch.setattr(running.relay._upstreams, "connect", late)
         assert not await is_served(running, ORDERS)
         assert (await running.ended())[0]["reason"] == "denied"

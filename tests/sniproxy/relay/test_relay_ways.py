@@ -27,7 +27,7 @@ async def stream(running: Running) -> dict[str, object]:
 
 
 async def test_a_way_that_fails_is_reported_and_left_out_for_a_while() -> None:
-    lines, logger = LogLines(), logging.getLogger("sniproxy.relay.upstreams")
+    lines, logger = LogLines(), logging.getLogger("sniproxy.relay.upstream_metrics")
     logger.addHandler(lines)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         dead = closed.getsockname()[1]
@@ -65,7 +65,7 @@ async def test_where_all_ways_fail_all_are_tried_every_time() -> None:
 
 @pytest.mark.parametrize("reason", ["bad_signature", "clock_skew", "replay"])
 async def test_a_way_whose_gateway_does_not_trust_us_is_left_out_and_says_why(reason: str) -> None:
-    lines, logger = LogLines(), logging.getLogger("sniproxy.relay.upstreams")
+    lines, logger = LogLines(), logging.getLogger("sniproxy.relay.upstream_metrics")
     logger.addHandler(lines)
     try:
         async with (

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,9 +24,14 @@ from discovery.model.mesh import (
     TurnSpec,
 )
 from sniproxy.access.loop_guard import LoopGuard
-from sniproxy.relay.router import Router, Unroutable
+from sniproxy.relay.router import Router
 from sniproxy.streams.end_reason import Reason
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.base import Candidate, TransportConfig
+from sniproxy.transport.direct import DIRECT
+from sniproxy.transport.errors import Unroutable
+from sniproxy.transport.local import LOCAL
+from sniproxy.transport.registry import make_transports
+from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
 from tests.e2e.mesh import record
@@ -40,18 +46,18 @@ def key(to: str) -> SigningKey:
     return SigningKey(id=f"a{to}", secret=bytes(32), from_network="a", to_network=to)
 
 
-def router(**changes: object) -> Router:
+def router(**changes: Any) -> Router:
     """Network a's relay, with keys for b and c; the order of candidates is that of the records."""
+    reach = {"deliver": NOTHING, "direct": EVERYTHING, "guard": LoopGuard("a"), "zone": ""}
+    reach |= {name: changes.pop(name) for name in reach if name in changes}
     made = Router(
         network="a",
         domain=DOMAIN,
         imports=Imports([ImportRule(names=(NAME, "*.shop.example"), sources=("b", "c"), prefer="local")]),
-        deliver=NOTHING,
-        direct=EVERYTHING,
         keys=SigningKeys({"ab": key("b"), "ac": key("c")}),
-        guard=LoopGuard("a"),
+        transports=make_transports(TransportConfig(network="a", **reach)),
     )
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)
 
 
 def network(name: str) -> AnyRecord:
@@ -98,7 +104,7 @@ def compact(address: str, port: int = 8443, to: str = "b") -> str:
     return f"p{port}-{text}.{to}.{DOMAIN}"
 
 
-def refused(mesh: Mesh, name: str, local_port: int = 443, **changes: object) -> Reason:
+def refused(mesh: Mesh, name: str, local_port: int = 443, **changes: Any) -> Reason:
     with pytest.raises(Unroutable) as failed:
         router(**changes).candidates(name, mesh, local_port)
     assert failed.value.detail
@@ -122,12 +128,13 @@ TURN_MESH = Mesh.of([*BASE, allocation()])
 def test_an_address_in_another_network_by_its_allocation(name: str) -> None:
     assert router().candidates(name, TURN_MESH, 443) == [
         Candidate(
-            kind=RouteKind.TURN,
+            traits=TURN,
             network="b",
             target="10.1.0.5:8443",
             address="10.0.0.7",
             port=50000,
             addressee="gw-1-a-turn-1-50000",
+            proto=("framed/1",),
         )
     ]
 
@@ -142,10 +149,10 @@ def test_an_ipv6_target(name: str) -> None:
 def test_direct_gateways_come_before_allocations() -> None:
     mesh = TURN_MESH.apply([gateway("192.0.2.1:7443"), gateway("[2001:db8::9]:7443", name="gw-2")])
     found = router().candidates(compact("10.1.0.5"), mesh, 443)
-    assert [(c.kind, c.address, c.port, c.addressee) for c in found] == [
-        (RouteKind.DIRECT, "192.0.2.1", 7443, "gw-1"),
-        (RouteKind.DIRECT, "2001:db8::9", 7443, "gw-2"),
-        (RouteKind.TURN, "10.0.0.7", 50000, "gw-1-a-turn-1-50000"),
+    assert [(c.traits, c.address, c.port, c.addressee) for c in found] == [
+        (DIRECT, "192.0.2.1", 7443, "gw-1"),
+        (DIRECT, "2001:db8::9", 7443, "gw-2"),
+        (TURN, "10.0.0.7", 50000, "gw-1-a-turn-1-50000"),
     ]
     assert str(found[0]) == "direct:gw-1"
 
@@ -374,9 +381,9 @@ OWN = Imports([ImportRule(names=(NAME,), sources=("a",), prefer="local")])
 def test_a_local_service_is_dialled_itself() -> None:
     mesh = local("10.0.1.5:9443", "10.0.1.6:9443")
     found = router(imports=OWN, deliver=TargetList.parse(["10.0.1.0/24:9443"])).candidates(NAME, mesh, 443)
-    assert [(c.kind, c.target, c.addressee) for c in found] == [
-        (RouteKind.LOCAL, "10.0.1.5:9443", ""),
-        (RouteKind.LOCAL, "10.0.1.6:9443", ""),
+    assert [(c.traits, c.target, c.addressee) for c in found] == [
+        (LOCAL, "10.0.1.5:9443", ""),
+        (LOCAL, "10.0.1.6:9443", ""),
     ]
     assert str(found[0]) == "local:10.0.1.5:9443"
 
@@ -385,7 +392,7 @@ def test_a_local_address() -> None:
     found = router(deliver=TargetList.parse(["10.0.1.5/32:8443"])).candidates(
         compact("10.0.1.5", to="a"), TURN_MESH, 443
     )
-    assert [(c.kind, c.address, c.port) for c in found] == [(RouteKind.LOCAL, "10.0.1.5", 8443)]
+    assert [(c.traits, c.address, c.port) for c in found] == [(LOCAL, "10.0.1.5", 8443)]
 
 
 def test_by_default_nothing_local_is_delivered() -> None:

@@ -4,41 +4,41 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
-from discovery.model.mesh import AllocationSpec, Kind, Mesh
 from sniproxy.engine import SocketStream
-from sniproxy.relay import warm_pool
-from sniproxy.relay.warm_pool import Fate, WarmPool
+from sniproxy.relay.warm_pool import Fate, WarmPool, WarmTiming
 from sniproxy.streams.end_reason import Reason
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.base import Candidate, Traits
 from sniproxy.transport.errors import DialError
+from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Ping, Pong, Ready, Refused
 from sniproxy.tunnel.state import Side
-from tests.e2e.mesh import record
 from tests.sniproxy.engine.pairs import pair
 from turnreg.gateway.warm import WarmStreams
 
 pytestmark = pytest.mark.anyio
 
+RESTLESS = replace(TURN, idle_limit_s=0.02)
+"""A transport that forgets at once what is idle."""
+
 Far = Callable[[CapsuleConnection], Awaitable[object]]
 """What the gateway's end of a connection does."""
 
 
-def way(name: str = "gw-1", port: int = 50000) -> Candidate:
-    return Candidate(
-        kind=RouteKind.TURN, network="b", target="10.1.0.5:8443", address="10.0.0.7", port=port, addressee=name
-    )
+def way(name: str = "gw-1", port: int = 50000, traits: Traits = TURN) -> Candidate:
+    return Candidate(traits=traits, network="b", target="10.1.0.5:8443", address="10.0.0.7", port=port, addressee=name)
 
 
 class Running:
     """A pool over connections to the test's own gateways."""
 
-    def __init__(self, size: int, far: Far) -> None:
-        self.pool = WarmPool(self._dial, size=size, count=self._count)
+    def __init__(self, size: int, far: Far, timing: WarmTiming) -> None:
+        self.pool = WarmPool(self._dial, size=size, count=self._count, timing=timing)
         self.fates: Counter[Fate] = Counter()
         self.dialled = 0
         self.refusing = False
@@ -94,14 +94,9 @@ async def mute(gateway: CapsuleConnection) -> None:
     await gateway.wire.flushed(5)
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_pool, "RETRY_S", (0.001, 0.002))
-
-
 @asynccontextmanager
-async def a_pool(size: int = 2, far: Far = kept) -> AsyncIterator[Running]:
-    running = Running(size, far)
+async def a_pool(size: int = 2, far: Far = kept, **timing: float) -> AsyncIterator[Running]:
+    running = Running(size, far, WarmTiming(retry_s=(0.001, 0.002), **timing))
     async with asyncio.TaskGroup() as running.group:
         task = running.group.create_task(running.pool.run())
         await asyncio.sleep(0)
@@ -149,40 +144,35 @@ async def test_use_does_not_make_more_than_its_size() -> None:
         assert running.dialled == 2
 
 
-async def test_the_number_in_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_pool, "MAX_WARM", 3)
-    async with a_pool() as running:
+async def test_the_number_in_all_is_bounded() -> None:
+    async with a_pool(max_warm=3) as running:
         for number in range(10):
             running.pool.used(way(f"gw-{number}"))
         await running.until(lambda: running.pool.ready == 3)
         assert running.dialled == 3
 
 
-async def test_signs_of_life_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_pool, "PING_INTERVAL_S", 0.01)
+async def test_signs_of_life_are_asked_for() -> None:
     async with a_pool(1) as running:
-        running.pool.used(way())
+        running.pool.used(way(traits=RESTLESS))
         await running.until(lambda: bool(running.fars) and running.fars[0].sent > 20 * 16)
         assert running.fates == {}
         assert running.dialled == 1
 
 
-async def test_one_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_pool, "PING_INTERVAL_S", 0.01)
-    monkeypatch.setattr(warm_pool, "PONG_TIMEOUT_S", 0.01)
-    async with a_pool(1, mute) as running:
-        running.pool.used(way())
+async def test_one_that_does_not_answer_is_replaced() -> None:
+    async with a_pool(1, mute, pong_s=0.01) as running:
+        running.pool.used(way(traits=RESTLESS))
         await running.until(lambda: running.fates[Fate.LOST] >= 2)
         assert running.dialled >= 2
 
 
-async def test_one_that_waits_for_an_answer_is_not_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_pool, "PING_INTERVAL_S", 0.01)
+async def test_one_that_waits_for_an_answer_is_not_given_away() -> None:
     async with a_pool(1, mute) as running:
-        running.pool.used(way())
+        running.pool.used(way(traits=RESTLESS))
         await running.until(lambda: running.pool.ready == 1)
         await running.until(lambda: running.fars[0].wire.holds_unread or _asked(running))
-        assert await running.pool.take(way()) is None
+        assert await running.pool.take(way(traits=RESTLESS)) is None
 
 
 def _asked(running: Running) -> bool:
@@ -209,17 +199,14 @@ async def test_one_that_is_cut_is_replaced() -> None:
         assert running.fates == {Fate.LOST: 1}
 
 
-async def test_old_ones_are_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_pool, "MAX_AGE_S", 0.01)
-    async with a_pool(1) as running:
+async def test_old_ones_are_renewed() -> None:
+    async with a_pool(1, max_age_s=0.01) as running:
         running.pool.used(way())
         await running.until(lambda: running.fates[Fate.OVER] >= 3)
 
 
-async def test_an_allocation_that_nobody_uses_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_pool, "MAX_AGE_S", 0.01)
-    monkeypatch.setattr(warm_pool, "KEPT_FOR_S", 0.0)
-    async with a_pool() as running:
+async def test_an_allocation_that_nobody_uses_is_let_go() -> None:
+    async with a_pool(max_age_s=0.01, kept_for_s=0.0) as running:
         running.pool.used(way())
         await running.until(lambda: not running.pool._shelves)
         assert running.pool.ready == 0
@@ -236,14 +223,11 @@ async def test_where_none_can_be_made_it_is_tried_again_and_again() -> None:
 
 async def test_a_record_that_goes_takes_its_connections_along() -> None:
     async with a_pool() as running:
-        allocation = record(
-            Kind.ALLOCATION, "b", "gw-1", AllocationSpec(via="a", turn="turn-1", port=50000, gateway="gw-1")
-        )
         running.pool.used(way())
         await running.until(lambda: running.pool.ready == 2)
-        running.pool.follow(Mesh.of([allocation]))
+        running.pool.keep(lambda candidate: candidate.addressee == "gw-1")
         assert running.pool.ready == 2
-        running.pool.follow(Mesh.EMPTY)
+        running.pool.keep(lambda _candidate: False)
         await running.until(lambda: running.fates == {Fate.OVER: 2})
         assert await running.pool.take(way()) is None
         assert running.dialled == 2

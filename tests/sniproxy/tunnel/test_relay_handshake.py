@@ -4,13 +4,14 @@ import os
 
 import pytest
 
-from sniproxy.relay.failover import Dialer
 from sniproxy.streams.end_reason import Reason
-from sniproxy.transport.base import Candidate, RouteKind
+from sniproxy.transport.base import Candidate, Traits
+from sniproxy.transport.direct import DIRECT
 from sniproxy.transport.errors import DialError, StaleEpoch
-from sniproxy.tunnel.epoch import EPOCH_SIZE, UNKNOWN_EPOCH, stale_detail
+from sniproxy.transport.turn import TURN
+from sniproxy.tunnel.epoch import EPOCH_SIZE, UNKNOWN_EPOCH, proto_of, stale_detail
 from sniproxy.tunnel.messages import Refused
-from tests.sniproxy.calls import call, opener
+from tests.sniproxy.calls import call, upstreams
 from tests.sniproxy.gateways import KEY, Script, ScriptedGateway, Visit, opens, refuses, scripted
 
 pytestmark = pytest.mark.anyio
@@ -18,10 +19,16 @@ pytestmark = pytest.mark.anyio
 EPOCH, NEXT = os.urandom(EPOCH_SIZE), os.urandom(EPOCH_SIZE)
 
 
-def way(gateway: ScriptedGateway, *, epoch: bytes = UNKNOWN_EPOCH, kind: RouteKind = RouteKind.DIRECT) -> Candidate:
+def way(gateway: ScriptedGateway, *, epoch: bytes | None = None, traits: Traits = DIRECT) -> Candidate:
     address, port = gateway.address
     return Candidate(
-        kind=kind, network="b", target="10.1.0.5:8443", address=address, port=port, addressee="gw-1", epoch=epoch
+        traits=traits,
+        network="b",
+        target="10.1.0.5:8443",
+        address=address,
+        port=port,
+        addressee="gw-1",
+        proto=() if epoch is None else (proto_of(epoch),),
     )
 
 
@@ -42,29 +49,27 @@ def signed(gateway: ScriptedGateway) -> list[bytes | None]:
 
 async def test_what_a_gateway_tells_is_signed_at_once_and_from_then_on() -> None:
     async with scripted(tells(EPOCH), opens) as gateway:
-        relay = Dialer(opener())
+        relay = upstreams()
         for attempts in (2, 1):
-            connected = await relay.open(call(), [way(gateway)])
+            connected = await relay.connect(call(), [way(gateway)])
             assert connected.attempts == attempts
-            assert connected.framed is not None
-            connected.framed.wire.close()
+            connected.stream.close()
         assert signed(gateway) == [UNKNOWN_EPOCH, EPOCH, EPOCH]
 
 
 async def test_a_record_that_is_newer_than_what_was_told_counts() -> None:
     async with scripted(tells(EPOCH), opens) as gateway:
-        relay = Dialer(opener())
-        for record in (UNKNOWN_EPOCH, UNKNOWN_EPOCH, NEXT):
-            connected = await relay.open(call(), [way(gateway, epoch=record)])
-            assert connected.framed is not None
-            connected.framed.wire.close()
+        relay = upstreams()
+        for record in (None, None, NEXT):
+            connected = await relay.connect(call(), [way(gateway, epoch=record)])
+            connected.stream.close()
         assert signed(gateway) == [UNKNOWN_EPOCH, EPOCH, EPOCH, NEXT]
 
 
 async def test_it_signs_anew_once_and_no_more() -> None:
     async with scripted(tells(EPOCH), tells(NEXT), opens) as gateway:
         with pytest.raises(DialError) as failed:
-            await Dialer(opener()).open(call(), [way(gateway)])
+            await upstreams().connect(call(), [way(gateway)])
         assert (failed.value.reason, failed.value.attempts) == (Reason.STALE_EPOCH, 2)
 
 
@@ -82,7 +87,7 @@ async def test_it_signs_anew_once_and_no_more() -> None:
 async def test_somebody_in_between_cannot_have_a_stream_sent_twice(script: Script) -> None:
     async with scripted(script, opens) as gateway:
         with pytest.raises(DialError) as failed:
-            await Dialer(opener()).open(call(), [way(gateway)])
+            await upstreams().connect(call(), [way(gateway)])
         assert failed.value.reason is Reason.STALE_EPOCH
         assert not isinstance(failed.value, StaleEpoch)
         assert len(gateway.visits) == 1
@@ -91,7 +96,7 @@ async def test_somebody_in_between_cannot_have_a_stream_sent_twice(script: Scrip
 async def test_a_connection_that_is_kept_ready_is_signed_anew_too() -> None:
     async with scripted(tells(EPOCH), tells(EPOCH)) as gateway:
         with pytest.raises(DialError):
-            await opener().warm_up(way(gateway, kind=RouteKind.TURN))
+            await upstreams()._warm_up(way(gateway, traits=TURN))
         assert signed(gateway) == [UNKNOWN_EPOCH, EPOCH]
 
 
@@ -99,5 +104,5 @@ async def test_a_connection_that_is_kept_ready_is_signed_anew_too() -> None:
 async def test_a_connection_that_is_not_kept_ready_says_why(reason: str) -> None:
     async with scripted(refuses(reason)) as gateway:
         with pytest.raises(DialError) as failed:
-            await opener().warm_up(way(gateway, kind=RouteKind.TURN))
+            await upstreams()._warm_up(way(gateway, traits=TURN))
         assert failed.value.reason == reason

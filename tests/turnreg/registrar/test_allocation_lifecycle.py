@@ -78,11 +78,11 @@ async def test_control_and_data_over_tls(tls_server: RunningServer, ca: str) -> 
         async with asyncio.timeout(10):
             bound = await ours.streams.get()
             writer.write(payload[1000:])  # not before: coturn drops what outgrows its buffers before the bind
-            assert not bound.wire.spliceable
-            assert await bound.wire.recv_exactly(len(payload)) == payload
-            await bound.wire.send(payload)
+            assert not bound.stream.spliceable
+            assert await bound.stream.recv_exactly(len(payload)) == payload
+            await bound.stream.send(payload)
             assert await reader.readexactly(len(payload)) == payload
-        bound.wire.close()
+        bound.stream.close()
         writer.close()
 
 
@@ -166,7 +166,7 @@ async def test_a_redirect_is_followed_with_the_same_credentials() -> None:
             spec = await ours.publishes(ID)
             assert ours.registrar.servers == {(there.address, there.port)}
             bound, writer = await ours.stream(spec.port)  # its data connection goes there, too
-            bound.wire.close()
+            bound.stream.close()
             writer.close()
 
 
@@ -277,7 +277,7 @@ async def test_a_stock_server_that_sends_us_to_another() -> None:
             spec = await ours.publishes(ID)
             assert target.relay_range[0] <= spec.port <= target.relay_range[1]
             bound, writer = await ours.stream(spec.port)
-            bound.wire.close()
+            bound.stream.close()
             writer.close()
 
 
@@ -369,6 +369,6 @@ async def test_the_kernel_gives_a_control_connection_up_and_no_stream() -> None:
             assert held._current.allocation is not None
             assert held._current.allocation._control is not None
             assert user_timeout_ms(held._current.allocation._control._wire) == 20_000
-            assert user_timeout_ms(bound.wire) == 0
-            bound.wire.close()
+            assert user_timeout_ms(bound.stream) == 0
+            bound.stream.close()
             writer.close()

@@ -47,8 +47,8 @@ async def test_a_registration_from_record_to_stream(kind: str) -> None:
             assert status["relayed"] == ["127.0.0.1", spec.port]
             assert ours.registrar.servers == {(server.address, server.port)}
             bound, writer = await ours.stream(spec.port)
-            assert (bound.via, bound.turn, bound.allocation) == ("a", "turn-1", ID)
-            bound.wire.close()
+            assert (bound.came_by, bound.addressee) == ({"via": "a", "turn": "turn-1"}, ID)
+            bound.stream.close()
             writer.close()
             assert ours.count("allocations") == 1
             assert ours.count("registrations_total", reason="ok") == 1
@@ -69,7 +69,7 @@ async def test_permissions_follow_the_relays() -> None:
             ours.discovery.set(turn(server), relay({"turn-1": ["127.0.0.1"]}), relay({"turn-1": ["127.0.0.2"]}, "r-2"))
             await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1", "127.0.0.2"])
             bound, writer = await ours.stream(spec.port, "127.0.0.2")
-            bound.wire.close()
+            bound.stream.close()
             writer.close()
             ours.discovery.set(turn(server), relay({"turn-1": ["127.0.0.1"]}))
             await eventually(lambda: ours.of()["permissions"] == ["127.0.0.1"])
@@ -83,7 +83,7 @@ async def test_a_relay_that_withdrew_is_admitted_for_a_while() -> None:
             await eventually(lambda: ours.of()["permissions"] == ["127.0.0.2"])
             ours.discovery.set(turn(server))
             bound, writer = await ours.stream(spec.port, "127.0.0.2")
-            bound.wire.close()
+            bound.stream.close()
             writer.close()
             await eventually(lambda: ours.of()["permissions"] == [])
 
@@ -109,8 +109,8 @@ async def test_gateways_share_a_server_by_what_discovery_says_of_them() -> None:
             ours.discovery.set(turn(server), relays, allocation(ids[2]))
             await ours.publishes(first)
             writer.write(b"still there")
-            assert await bound.wire.recv_exactly(11) == b"still there"
-            bound.wire.close()
+            assert await bound.stream.recv_exactly(11) == b"still there"
+            bound.stream.close()
             writer.close()
             # Two that come before us: we stand by.
             ours.discovery.set(turn(server), relays, allocation(ids[0]), allocation(ids[2]))
@@ -131,7 +131,7 @@ async def test_shares_add_up(count: int, replicas: int) -> None:
     shares = []
     for gateway in gateways:
         config = RegistrarConfig(network="b", gateway=gateway, turn={}, replicas=replicas)
-        ours = Registrar(config, HandDiscovery(), lambda _: None, CollectorRegistry())
+        ours = Registrar(config, HandDiscovery(), CollectorRegistry())
         shares.append(ours._share(set(gateways), "a", "turn-1"))
     assert sum(shares) == replicas
     assert max(shares) <= -(-replicas // count)
@@ -148,8 +148,8 @@ async def test_only_where_we_are_asked_for() -> None:
             ours.discovery.set(turn(server), relays, relay({}, "relay-2", asks=["c"]))
             await eventually(lambda: not ours.discovery.published)
             writer.write(b"still there")
-            assert await bound.wire.recv_exactly(11) == b"still there"
-            bound.wire.close()
+            assert await bound.stream.recv_exactly(11) == b"still there"
+            bound.stream.close()
             writer.close()
             ours.discovery.set(turn(server), relays, relay({}, "relay-2", asks=["b"]))
             await ours.publishes(ID)
@@ -200,9 +200,9 @@ async def test_a_killed_and_restarted_server_has_us_again_and_the_other_never_lo
                 assert ours.discovery.published["gw-1.a.turn-2"].port == port
                 again, other = await ours.stream(spec.port)
                 writer.write(b"still there")
-                assert await bound.wire.recv_exactly(11) == b"still there"
+                assert await bound.stream.recv_exactly(11) == b"still there"
                 assert ours.count("registrations_total", reason="connection_lost") == 1
-                for wire in (bound.wire, again.wire, writer, other):
+                for wire in (bound.stream, again.stream, writer, other):
                     wire.close()
     finally:
         stock.close()
@@ -266,11 +266,11 @@ async def test_credentials_are_renewed_in_place_where_the_server_allows_it() -> 
             bound, writer = await ours.stream(spec.port)
             await eventually(lambda: ours.count("renewals_total", result="in_place") == 2)
             writer.write(b"still there")
-            assert await bound.wire.recv_exactly(11) == b"still there"
+            assert await bound.stream.recv_exactly(11) == b"still there"
             late, other = await ours.stream(spec.port)  # bound with the new credentials
             assert ours.discovery.writes == 1
             assert ours.count("registrations_total", reason="ok") == 1
-            for end in (bound.wire, writer, late.wire, other):
+            for end in (bound.stream, writer, late.stream, other):
                 end.close()
 
 
@@ -288,10 +288,10 @@ async def test_an_allocation_is_replaced_before_its_credentials_expire_where_the
             assert ours.count("renewals_total", result="replaced") >= 1
             late, other = await ours.stream(old.port)  # a relay that has not heard of it yet
             writer.write(b"still there")
-            assert await bound.wire.recv_exactly(11) == b"still there"
+            assert await bound.stream.recv_exactly(11) == b"still there"
             new, third = await ours.stream(ours.discovery.published[ID].port)
             assert old.port in {one.allocation.relayed[1] for one in ours.retired()}
-            for end in (bound.wire, writer, late.wire, other, new.wire, third):
+            for end in (bound.stream, writer, late.stream, other, new.stream, third):
                 end.close()
             await eventually(lambda: not listens(("127.0.0.1", old.port)))  # now that its streams have ended
 
@@ -400,12 +400,12 @@ async def test_streams_outlive_a_record_that_comes_back() -> None:
             await eventually(lambda: not ours.discovery.published)
             assert ours.of()["state"] == "lingering"
             writer.write(b"still there")
-            assert await bound.wire.recv_exactly(11) == b"still there"
+            assert await bound.stream.recv_exactly(11) == b"still there"
             ours.discovery.set(relays, turn(server))
             assert (await ours.publishes(ID)).port == port
             ours.discovery.set(relays)
             await eventually(lambda: not ours.discovery.published)
-            bound.wire.close()
+            bound.stream.close()
             writer.close()
 
 
@@ -419,14 +419,14 @@ async def test_draining_withdraws_and_keeps_streams() -> None:
             assert ours.discovery.published == {}
             late, other = await ours.stream(port)  # a relay that has not heard of it yet
             writer.write(b"still there")
-            assert await bound.wire.recv_exactly(11) == b"still there"
+            assert await bound.stream.recv_exactly(11) == b"still there"
             ours.discovery.set(relays, turn(server), turn(server, "turn-2"))
             assert ours.of()["state"] == "draining"
             assert len(ours.registrar.status()) == 1
             await ours.registrar.close()
             with pytest.raises(ConnectionResetError):  # an end that nobody takes for a clean one
-                await bound.wire.recv()
-            for end in (bound.wire, writer, late.wire, other):
+                await bound.stream.recv()
+            for end in (bound.stream, writer, late.stream, other):
                 end.close()
 
 
@@ -440,11 +440,11 @@ async def test_handing_over_leaves_the_record_to_the_successor_and_keeps_streams
             ours.registrar.hand_over()
             late, other = await ours.stream(port)
             writer.write(b"still there")
-            assert await bound.wire.recv_exactly(11) == b"still there"
+            assert await bound.stream.recv_exactly(11) == b"still there"
             assert ours.of()["state"] == "draining"
             await ours.registrar.close()
             assert ours.discovery.published.pop(ID).port == port, "not withdrawn: it may be the successor's by now"
-            for end in (bound.wire, writer, late.wire, other):
+            for end in (bound.stream, writer, late.stream, other):
                 end.close()
 
 
@@ -483,9 +483,9 @@ async def test_cancelling_withdraws() -> None:
         config = RegistrarConfig(
             network="b", gateway="gw-1", turn={"a": LOGIN}, allow={"a": TargetList.parse(["127.0.0.0/8"])}
         )
-        ours = Registrar(config, discovery, lambda _: None, CollectorRegistry())
+        ours = Registrar(config, discovery, CollectorRegistry())
         async with asyncio.TaskGroup() as group:
-            running = group.create_task(ours.run())
+            running = group.create_task(ours.run(lambda _: None))
             await eventually(lambda: discovery.published)
             running.cancel()
         assert discovery.published == {}

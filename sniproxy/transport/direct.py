@@ -1,0 +1,115 @@
+"""A gateway with an address of its own: the relay dials it, where `direct` allows it, and the gateway listens."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator, Sequence
+
+from discovery.model.addresses import refusal
+from discovery.model.lookup import Place
+from discovery.model.mesh import Kind, Mesh
+from discovery.model.spec import FRAMED, GatewaySpec
+from sniproxy.engine import ByteStream, Listener, SocketStream, connect
+from sniproxy.transport.base import (
+    Accepted,
+    Candidate,
+    OnStream,
+    Traits,
+    TransportConfig,
+    endpoint_in,
+    framed_candidate,
+)
+
+DIRECT = Traits(name="direct", rank=10)
+
+
+class DirectTransport:
+    """Gateways that relays dial."""
+
+    traits = DIRECT
+    lacks = "no gateway that relay.direct allows"
+
+    def __init__(self, config: TransportConfig) -> None:
+        self._config = config
+
+    def candidates(self, place: Place, mesh: Mesh) -> Iterator[Candidate]:
+        """Find the gateways that we may dial."""
+        allowed = self._config.direct
+        for gateway in mesh.gateways(place.network):
+            endpoint = endpoint_in(gateway.spec.address)
+            if endpoint is None or FRAMED not in gateway.spec.proto:
+                continue
+            if allowed.allows(*endpoint) and refusal(endpoint[0], allowed) is None:
+                near = bool(gateway.spec.zone) and gateway.spec.zone == self._config.zone
+                yield framed_candidate(DIRECT, place, endpoint, gateway, near=near)
+
+    def offers(self, candidate: Candidate, mesh: Mesh) -> bool:
+        """Say whether the gateway's record still has this address."""
+        record = mesh.record(Kind.GATEWAY, candidate.network, candidate.addressee)
+        if record is None or not isinstance(record.spec, GatewaySpec):
+            return False
+        endpoint = endpoint_in(record.spec.address)
+        return endpoint is not None and (str(endpoint[0]), endpoint[1]) == (candidate.address, candidate.port)
+
+    async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
+        """Connect to the gateway. OSError, TimeoutError."""
+        return await connect(candidate.address, candidate.port, timeout_s=timeout_s)
+
+
+class DirectAcceptor:
+    """The listeners of a gateway that relays dial. `open` binds, `run` accepts until `close`."""
+
+    def __init__(self, addressee: str, listen: Sequence[tuple[str, int]]) -> None:
+        """Listen at these addresses and ports, for streams to the gateway record of this id."""
+        self._addressee = addressee
+        self._listen = listen
+        self._listeners: list[Listener] = []
+        self._accepting = asyncio.Event()
+        self._accepting.set()
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Where it listens, with the ports that were chosen where 0 was asked."""
+        return tuple(listener.address for listener in self._listeners)
+
+    async def open(self, inherited: Callable[[str, int], socket.socket | None]) -> None:
+        """Bind every listening address. OSError names the one that failed; none stays open then.
+
+        Args:
+            inherited: gives a socket that listens there already, of the process that we come after.
+        """
+        try:
+            for address, port in self._listen:
+                sock = inherited(address, port)
+                self._listeners.append(await Listener.open(address, port) if sock is None else Listener(sock))
+        except OSError:
+            self.close()
+            raise
+
+    def listening(self) -> list[tuple[tuple[str, int], int]]:
+        """The listening sockets by their configured address and port, for a process that comes after us."""
+        return [(place, listener.fileno()) for place, listener in zip(self._listen, self._listeners, strict=True)]
+
+    def hold(self) -> None:
+        """Let relays wait in the listeners' queues until `accept`. Before `run`."""
+        self._accepting.clear()
+
+    def accept(self) -> None:
+        """Let them in."""
+        self._accepting.set()
+
+    async def run(self, on_stream: OnStream) -> None:
+        """Hand over what comes in, until `close`."""
+
+        def take(stream: SocketStream) -> None:
+            on_stream(Accepted(stream=stream, traits=DIRECT, addressee=self._addressee))
+
+        await self._accepting.wait()
+        async with asyncio.TaskGroup() as group:
+            for listener in self._listeners:
+                group.create_task(listener.run(take))
+
+    def close(self) -> None:
+        """Accept no more."""
+        self._accepting.set()
+        for listener in self._listeners:
+            listener.close()

@@ -1,0 +1,80 @@
+"""The relay's own network: the service itself is dialled, only where `deliver` allows it."""
+
+from discovery.model.addresses import Address, format_endpoint, refusal
+from discovery.model.lookup import Place
+from discovery.model.mesh import Mesh
+from discovery.model.names import AddressTarget
+from sniproxy.access.loop_guard import STOPPED
+from sniproxy.engine import ByteStream, connect
+from sniproxy.streams.end_reason import Reason
+from sniproxy.transport.base import Candidate, Traits, TransportConfig, endpoint_in
+from sniproxy.transport.errors import Unroutable
+
+LOCAL = Traits(name="local", to_gateway=False)
+
+
+class LocalTransport:
+    """Services of the own network."""
+
+    traits = LOCAL
+    lacks = "no service here"
+
+    def __init__(self, config: TransportConfig) -> None:
+        self._config = config
+
+    def candidates(self, place: Place, mesh: Mesh) -> list[Candidate]:
+        """Find the endpoints. Raises Unroutable: no_endpoint, denied."""
+        if place.network != self._config.network:
+            return []
+        target = place.target
+        header = None
+        if isinstance(target, AddressTarget):
+            endpoints = [(target.address, target.port)]
+        else:
+            assert place.service is not None
+            header = place.service.spec.proxy_version
+            texts = place.service.spec.ports.get(str(target.port), ())
+            endpoints = [endpoint for text in texts if (endpoint := endpoint_in(text)) is not None]
+            if not endpoints:
+                raise Unroutable(
+                    Reason.NO_ENDPOINT, f"service {target.service!r} has no endpoint for port {target.port}"
+                )
+        found = []
+        denied = ""
+        for address, port in endpoints:
+            shown = format_endpoint(address, port)
+            why = self._why_not(address, port, mesh)
+            if why is not None:
+                denied = denied or f"{shown} {why}"
+                continue
+            found.append(
+                Candidate(
+                    traits=LOCAL,
+                    network=place.network,
+                    target=shown,
+                    address=str(address),
+                    port=port,
+                    proxy_version=header,
+                    meant=target,
+                )
+            )
+        if not found:
+            raise Unroutable(Reason.DENIED, denied)
+        return found
+
+    def _why_not(self, address: Address, port: int, mesh: Mesh) -> str | None:
+        """Say why this address and port may not be dialled, None if it may."""
+        if not self._config.deliver.allows(address, port):
+            return "is not in relay.deliver"
+        why = refusal(address, self._config.deliver)
+        if why is not None:
+            return f"is {why}"
+        return STOPPED if self._config.guard.stops(address, port, mesh) else None
+
+    def offers(self, candidate: Candidate, mesh: Mesh) -> bool:  # noqa: ARG002
+        """Say that it is there: nothing of the own network is kept ready."""
+        return True
+
+    async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
+        """Connect to the service. OSError, TimeoutError."""
+        return await connect(candidate.address, candidate.port, timeout_s=timeout_s)

@@ -1,0 +1,71 @@
+"""An allocation that the other network's gateway holds on a TURN server of the relay's own network (RFC 6062).
+
+The relay dials the relayed address; the server tells the gateway, which comes for the connection (`turnreg.client`) and hands it
+on (`turnreg.registrar`).
+"""
+
+from collections.abc import Iterator
+
+from discovery.model.addresses import Address, BadAddress, parse_address, refusal
+from discovery.model.lookup import Place
+from discovery.model.mesh import AllocationSpec, Kind, Mesh, Record, TurnSpec
+from discovery.model.spec import FRAMED
+from sniproxy.engine import ByteStream, connect
+from sniproxy.transport.base import Candidate, Traits, TransportConfig, framed_candidate
+
+TURN = Traits(
+    name="turn",
+    rank=20,
+    # A permission may still be on its way to the server, which resets those who have none.
+    reset_retry_s=(0.1, 0.3, 0.9),
+    # coturn stops reading one direction for ever while both are full.
+    needs_second_connection=True,
+    # Announcement, a connection and a bind, each a round trip between the gateway and the server.
+    warmable=True,
+)
+
+
+class TurnTransport:
+    """Allocations on TURN servers of the relay's network."""
+
+    traits = TURN
+
+    def __init__(self, config: TransportConfig) -> None:
+        self._config = config
+        self.lacks = f"no usable allocation on a TURN server of {config.network!r}"
+
+    def candidates(self, place: Place, mesh: Mesh) -> Iterator[Candidate]:
+        """Find the allocations on our own servers."""
+        for allocation in mesh.allocations(place.network):
+            if allocation.spec.via != self._config.network or FRAMED not in allocation.spec.proto:
+                continue
+            turn: Record[TurnSpec] | None = mesh.record(Kind.TURN, self._config.network, allocation.spec.turn)
+            address = None if turn is None else self._relayed_address(allocation, turn)
+            if turn is not None and address is not None:
+                near = bool(turn.spec.zone) and turn.spec.zone == self._config.zone
+                yield framed_candidate(TURN, place, (address, allocation.spec.port), allocation, near=near)
+
+    def _relayed_address(self, allocation: Record[AllocationSpec], turn: Record[TurnSpec]) -> Address | None:
+        """Of another network's record only the port counts, and only inside our own TURN server's range."""
+        if not turn.spec.port_min <= allocation.spec.port <= turn.spec.port_max:
+            return None
+        addresses = [address for text in turn.spec.relay_addresses if (address := _address(text)) is not None]
+        # An Allocate without REQUESTED-ADDRESS-FAMILY gives IPv4 (RFC 8656 section 7.2), wherever the server has any.
+        addresses.sort(key=lambda address: address.version)
+        return next((address for address in addresses if refusal(address, self._config.direct) is None), None)
+
+    def offers(self, candidate: Candidate, mesh: Mesh) -> bool:
+        """Say whether the allocation's record still has this port."""
+        record = mesh.record(Kind.ALLOCATION, candidate.network, candidate.addressee)
+        return record is not None and record.spec.port == candidate.port
+
+    async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
+        """Connect to the relayed address. OSError, TimeoutError."""
+        return await connect(candidate.address, candidate.port, timeout_s=timeout_s)
+
+
+def _address(text: str) -> Address | None:
+    try:
+        return parse_address(text)
+    except BadAddress:
+        return None
