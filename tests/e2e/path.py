@@ -3,7 +3,8 @@
     async with a_path("coturn") as path:
         client = await path.dial("p8443-127-0-0-1.b.svc.mesh.internal")
 
-The TURN server is coturn, the embedded one, or none ("direct": the gateway listens). Services are the test's own.
+The TURN server is coturn, the embedded one, or none ("direct": the gateway listens; "memory": not even sockets).
+Services are the test's own.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
 from tests.e2e.mesh import FixedDiscovery, record
 from tests.sniproxy.hellos import client_hello
+from tests.support import memory_transport
 from tests.turnreg.coturn import Coturn
 from turnreg.client.allocation import Allocation, Credentials, Timing
 from turnreg.gateway.gateway import Gateway, GatewayConfig
@@ -119,7 +121,7 @@ async def a_path(
     """Run the parts of networks a and b on loopback.
 
     Args:
-        turn: "coturn", "embedded" or "direct".
+        turn: "coturn", "embedded", "direct" or "memory".
         bind_delay_s: how long the gateway waits before it binds an announced peer, as one far away does.
     """
     key = SigningKey(id="ab-1", secret=secrets.token_bytes(32), from_network="a", to_network="b")
@@ -130,8 +132,12 @@ async def a_path(
     )
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         registry = CollectorRegistry()
+        direct = LOOPBACK
+        if turn == "memory":
+            stack.enter_context(memory_transport.registered())
+            direct = TargetList.parse(["127.255.0.0/16"])
         relay = Relay(
-            RelayConfig(id="relay-1", network="a", domain=DOMAIN, listen=(("127.0.0.1", 0),), direct=LOOPBACK),
+            RelayConfig(id="relay-1", network="a", domain=DOMAIN, listen=(("127.0.0.1", 0),), direct=direct),
             discovery,
             SigningKeys({key.id: key}),
             registry=registry,
@@ -160,6 +166,14 @@ async def a_path(
             stack.callback(logger.removeHandler, lines)
         if turn == "direct":
             address, port = gateway.addresses[0]
+            discovery.put(
+                record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"{address}:{port}", proto=proto(gateway)))
+            )
+        elif turn == "memory":
+            acceptor = memory_transport.MemoryAcceptor("gw-1")
+            stack.callback(acceptor.close)
+            tasks.append(group.create_task(acceptor.run(gateway.take)))
+            address, port = acceptor.address
             discovery.put(
                 record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"{address}:{port}", proto=proto(gateway)))
             )

@@ -15,7 +15,7 @@ from turnreg.client.allocation import Timing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 
-TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded", "direct"]
+TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded", "direct", "memory"]
 TLS = [pytest.param("coturn-tls", marks=pytest.mark.needs("turnserver")), "embedded-tls"]
 """The gateway's leg over TLS, where nothing is spliced."""
 

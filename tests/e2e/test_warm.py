@@ -14,7 +14,7 @@ from tests.sniproxy.hellos import client_hello
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 
-TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded"]
+TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded", "memory"]
 
 
 async def echo(wire: SocketStream) -> None:
@@ -65,8 +65,9 @@ async def test_the_second_client_comes_by_a_connection_that_is_ready(turn: str) 
     assert [line["attempts"] for line in relay] == [1, 1, 1, 1]
 
 
-async def test_more_clients_than_are_kept_ready() -> None:
-    async with a_path("embedded") as path:
+@pytest.mark.parametrize("turn", ["embedded", "memory"])
+async def test_more_clients_than_are_kept_ready(turn: str) -> None:
+    async with a_path(turn) as path:
         name = name_of(await path.serve(echo))
         await ask(path, name)
         await filled(path)
@@ -78,8 +79,9 @@ async def test_more_clients_than_are_kept_ready() -> None:
     assert sum(line.get("warm", False) is True for line in relay) >= 2
 
 
-async def test_a_gateway_that_drains_lets_go_what_is_kept_ready() -> None:
-    async with a_path("embedded") as path:
+@pytest.mark.parametrize("turn", ["embedded", "memory"])
+async def test_a_gateway_that_drains_lets_go_what_is_kept_ready(turn: str) -> None:
+    async with a_path(turn) as path:
         name = name_of(await path.serve(echo))
         await ask(path, name)
         await filled(path)
@@ -90,12 +92,16 @@ async def test_a_gateway_that_drains_lets_go_what_is_kept_ready() -> None:
         assert len(path.gateway._warm) == 0
 
 
-async def test_a_record_that_goes_ends_what_was_kept_ready_for_it() -> None:
-    async with a_path("embedded") as path:
+@pytest.mark.parametrize("turn", ["embedded", "memory"])
+async def test_a_record_that_goes_ends_what_was_kept_ready_for_it(turn: str) -> None:
+    async with a_path(turn) as path:
         name = name_of(await path.serve(echo))
         await ask(path, name)
         await filled(path)
-        path.discovery.remove(Kind.ALLOCATION, "b", ALLOCATION)
+        if turn == "memory":
+            path.discovery.remove(Kind.GATEWAY, "b", "gw-1")
+        else:
+            path.discovery.remove(Kind.ALLOCATION, "b", ALLOCATION)
         async with asyncio.timeout(10):
             while len(path.gateway._warm):
                 await asyncio.sleep(0.005)
