@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
+from discovery.model.addresses import PRIVATE_RANGES
 from discovery.model.imports import Imports
 from dnsgw.message.question import MAX_UDP_REPLY
 from dnsgw.upstream.address import UpstreamAddress
@@ -18,24 +19,9 @@ DEFAULT_RATE_LIMIT = (
 )
 DEFAULT_TTL_S = 5  # what Kubernetes' own DNS uses: a relay that is gone is forgotten soon
 
+
 # Who asks from inside: loopback, RFC 1918, shared (RFC 6598, many pod networks), link-local and unique local addresses.
 # Answering anybody else makes an open resolver, a tool for attacks on others (RFC 5358).
-PRIVATE = tuple(
-    ip_network(text)
-    for text in (
-        "127.0.0.0/8",
-        "10.0.0.0/8",
-        "172.16.0.0/12",
-        "192.168.0.0/16",
-        "100.64.0.0/10",
-        "169.254.0.0/16",
-        "::1/128",
-        "fc00::/7",
-        "fe80::/10",
-    )
-)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DnsConfig:
     """The resolver of one network."""
@@ -80,7 +66,7 @@ class DnsConfig:
     ttl_s: int = DEFAULT_TTL_S
     """Of every answer of ours, positive or negative."""
 
-    allow: tuple[IPv4Network | IPv6Network, ...] = PRIVATE
+    allow: tuple[IPv4Network | IPv6Network, ...] = PRIVATE_RANGES
     """Whose questions are answered; everybody else is refused."""
 
     rate_limit: int = DEFAULT_RATE_LIMIT

@@ -6,11 +6,11 @@ import logging
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from discovery.files.fingerprint import Fingerprint, fingerprint
 from discovery.model.addresses import Address, format_endpoint
 from discovery.model.mesh import Mesh, VipSpec
 from dnsgw.config import DnsConfig
@@ -71,7 +71,7 @@ class DnsServer:
         self._udp: list[UdpListener] = []
         self._tcp: list[TcpListener] = []
         self._closing = asyncio.Event()
-        self._resolv_conf: tuple[int, int] | None = None
+        self._resolv_conf: Fingerprint | None = None
         """Which resolv.conf was read."""
 
         self._tasks: asyncio.TaskGroup | None = None
@@ -234,7 +234,7 @@ class DnsServer:
         """Where upstream is whom the host asks, notice that these are others now."""
         while True:
             await asyncio.sleep(RESOLV_CONF_S)
-            if self.config.upstream or _stamp(self.config.resolv_conf) == self._resolv_conf:
+            if self.config.upstream or fingerprint(self.config.resolv_conf) == self._resolv_conf:
                 continue
             try:
                 upstreams = self._choose_upstreams(self.config)
@@ -318,7 +318,7 @@ class DnsServer:
                 )
         if chosen:
             return chosen
-        self._resolv_conf = _stamp(config.resolv_conf)
+        self._resolv_conf = fingerprint(config.resolv_conf)
         found = read_resolv_conf(config.resolv_conf)
         kept = tuple(UpstreamAddress(*endpoint) for endpoint in found if not leads_here(endpoint, self.addresses))
         if not kept:
@@ -331,12 +331,3 @@ class DnsServer:
 
 def _destination(upstream: UpstreamAddress | Endpoint) -> UpstreamAddress:
     return upstream if isinstance(upstream, UpstreamAddress) else UpstreamAddress(*upstream)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What tells that a file is another; None: there is none."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_ino

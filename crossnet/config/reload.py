@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from crossnet.config.file import ConfigError, load
 from crossnet.config.schema import faults_of
 from crossnet.config.sections import Config
 from crossnet.config.types import Certificates, Secret
+from discovery.files.fingerprint import Fingerprint, fingerprint
 
 log = logging.getLogger("crossnet")
 
@@ -33,7 +33,7 @@ writing may read as a shorter one without fault."""
 RETRY_S = 10.0
 """A file with faults is read again after this time: what it lacked may be a key's file that has come since."""
 
-Stamps: TypeAlias = dict[Path, tuple[int, int, int] | None]
+Stamps: TypeAlias = dict[Path, Fingerprint | None]
 
 LIVE = {
     "": frozenset({"log", "drain_s", "keys", "imports", "token", "turn_servers"}),
@@ -310,12 +310,4 @@ class Reloader:
 
     def _stamps(self) -> Stamps:
         """What tells that a file is another: the file behind a symbolic link counts, so that swapped links do, too."""
-        found: Stamps = {}
-        for path in {self._path, *files(self._config)}:
-            try:
-                stat = os.stat(path)
-            except OSError:
-                found[path] = None
-            else:
-                found[path] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        return found
+        return {path: fingerprint(path) for path in {self._path, *files(self._config)}}

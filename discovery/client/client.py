@@ -17,7 +17,7 @@ from yarl import URL
 from discovery.client import snapshot_file
 from discovery.client.contract import Discovery, DiscoveryError, IssuedCredentials, Subscribers
 from discovery.client.desired_state import NOT_YET, Delete, DesiredState, Put
-from discovery.client.servers import BACKOFF_MOST_S, Backoff, Refused, Servers, ServerUnavailable, parse_server_url
+from discovery.client.servers import BACKOFF, Refused, ServerRetries, Servers, ServerUnavailable, parse_server_url
 from discovery.client.view import GRACE_S, BadWatch, View
 from discovery.model.mesh import Key, Kind, Mesh, Spec
 
@@ -249,7 +249,7 @@ class DiscoveryClient(Discovery):
     # Watching.
 
     async def _keep_watching(self) -> None:
-        backoff = Backoff(self._servers)
+        retries = ServerRetries(self._servers)
         loop = asyncio.get_running_loop()
         said: str | None = None
         while True:
@@ -263,15 +263,15 @@ class DiscoveryClient(Discovery):
                 if isinstance(error, Refused):
                     self._refused("the watch", url, error)
             self._view.ended(loop.time())
-            if self._connected and loop.time() - begun > BACKOFF_MOST_S:
-                backoff.succeeded()
+            if self._connected and loop.time() - begun > BACKOFF.longest_s:
+                retries.succeeded()
             if self._connected or why != said:
                 # Once for each state and each new reason, not once for each attempt.
                 log.warning("discovery is away", extra={"event": {"url": str(url), "why": why}})
                 said = why
             self._set_connected(False)
             self._servers.failed(url)
-            await backoff.wait()
+            await retries.wait()
 
     async def _watch(self, url: URL) -> None:
         query = {}
@@ -377,14 +377,14 @@ class DiscoveryClient(Discovery):
             self._lacking_since = time.monotonic()
 
     async def _keep_publishing(self) -> None:
-        backoff = Backoff(self._servers)
+        retries = ServerRetries(self._servers)
         loop = asyncio.get_running_loop()
         while not self._closed:
             url = self._servers.current
             try:
                 self._work.clear()
                 while await self._publish_one(url, loop.time()):
-                    backoff.succeeded()
+                    retries.succeeded()
                     self._refusals.pop("our lease and records", None)
                 if self._desired.settled:
                     self._refusals.pop("our lease and records", None)
@@ -393,7 +393,7 @@ class DiscoveryClient(Discovery):
                 if isinstance(error, Refused):
                     self._refused("our lease and records", url, error)
                 self._servers.failed(url)
-                await backoff.wait()
+                await retries.wait()
                 continue
             wake_at = [self._desired.next_retry()] + ([self._renew_at] if self._lease is not None else [])
             try:

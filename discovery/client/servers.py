@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from yarl import URL
 
 from discovery.files.tls_files import TlsFiles
 from discovery.http.errors import certificate_dates, explained, is_out_of_time
+from discovery.pacing.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,7 @@ DATES_AGAIN_S = 600.0
 CLOCKS_APART_S = 10.0  # well below what credentials and signatures allow
 REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs one renewal
 WATCH_SILENCE_S = 25.0  # the server sends an empty line every 10 s: two may be lost
-BACKOFF_FIRST_S = 0.1
-BACKOFF_MOST_S = 3.0  # a restarted server rearms leases for 10 s; by then we must have been heard
+BACKOFF = Backoff(0.1, 3.0)  # a restarted server rearms leases for 10 s; by then we must have been heard
 MAX_BODY = 1024 * 1024  # what servers take
 MAX_ANSWER = 64 * 1024 * 1024  # a list of all records; one of a hundred thousand has some 20 MB
 
@@ -248,7 +247,7 @@ class Servers:
         raise Refused(response.status, code, detail)
 
 
-class Backoff:
+class ServerRetries:
     """Waits that grow and are never the same for two clients; none while there are servers yet to be tried."""
 
     def __init__(self, servers: Servers) -> None:
@@ -266,8 +265,7 @@ class Backoff:
         rounds, more = divmod(self._failures, self._servers.count)
         if more and rounds == 0:
             return
-        most = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(rounds, 10))
-        await asyncio.sleep(random.uniform(most / 2, most))
+        await asyncio.sleep(BACKOFF.pause_s(rounds + 1))
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

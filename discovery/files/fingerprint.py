@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+Fingerprint = tuple[int, int, int]
+"""Inode, time of the last change in nanoseconds, size: of the file behind a link."""
+
 
 class FileFingerprint:
     """What some files looked like. A file that is written anew, replaced, removed or linked elsewhere looks different."""
@@ -18,11 +21,12 @@ class FileFingerprint:
         seen, self._seen = self._seen, self._look()
         return seen != self._seen
 
-    def _look(self) -> list[tuple[int, int, int] | None]:
-        return [_look(path) for path in self._paths]
+    def _look(self) -> list[Fingerprint | None]:
+        return [fingerprint(path) for path in self._paths]
 
 
-def _look(path: Path) -> tuple[int, int, int] | None:
+def fingerprint(path: Path) -> Fingerprint | None:
+    """Return what a file looks like now, None where there is none."""
     try:
         found = os.stat(path)  # follows links, as mounted secrets have them
     except OSError:

@@ -25,6 +25,23 @@ _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _TURN_URL = re.compile(r"(turns?):(\[[^\]]*\]|[^:?\[\]]*)(?::([^?]*))?(?:\?(.*))?", re.ASCII | re.DOTALL)
 
 
+PRIVATE_RANGES: tuple[Network, ...] = tuple(
+    ip_network(text)
+    for text in (
+        "127.0.0.0/8",
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "100.64.0.0/10",
+        "169.254.0.0/16",
+        "::1/128",
+        "fc00::/7",
+        "fe80::/10",
+    )
+)
+"""Who may use a relay or a resolver unless told otherwise: this host, RFC 1918, RFC 6598, RFC 4193, link-local addresses."""
+
+
 class BadAddress(ValueError):
     """Text that is not the address, endpoint, target or TURN URL it should be; the message says what was expected."""
 

@@ -6,7 +6,6 @@ the cluster meanwhile is found when both are known again, by the ids that are ma
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.client.contract import Discovery
 from discovery.model.mesh import Kind, Mesh
+from discovery.pacing.backoff import Backoff
 from discovery.publisher.config import PublisherConfig
 from discovery.publisher.kubernetes import Gone, KubeApi, KubeError
 from discovery.publisher.table import (
@@ -29,8 +29,7 @@ from discovery.publisher.table import (
 
 log = logging.getLogger(__name__)
 
-BACKOFF_FIRST_S = 0.2
-BACKOFF_MOST_S = 15.0
+BACKOFF = Backoff(0.2, 15.0)
 GIVEN_UP_AFTER = 5
 """Failures to watch from one version: it may never be understood again, as after a cluster was replaced by another."""
 
@@ -137,7 +136,7 @@ class Publisher:
                             names.add(_name(item))
                             name = put(item)
                         self._publish({name} if name is not None else ())
-                if told or loop.time() - began > BACKOFF_FIRST_S:
+                if told or loop.time() - began > BACKOFF.first_s:
                     continue  # the server ends a watch when its time is over: resumed at once
                 raise KubeError(f"{path}: the watch ended as soon as it began")
             except Gone as error:
@@ -150,8 +149,7 @@ class Publisher:
                 failures += 1
                 if failures >= GIVEN_UP_AFTER:
                     version = ""
-            most = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(failures, 10))
-            await asyncio.sleep(random.uniform(most / 2, most))
+            await asyncio.sleep(BACKOFF.pause_s(failures + 1))
 
     def _all_names(self, shape: type[ObjectT]) -> set[Name]:
         return self._table.exported() if shape is ServiceObject else self._table.slice_names()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from discovery.model.addresses import Address
+from discovery.pacing.backoff import Backoff
 from dnsgw.message.cookie import OPTION, SECRET_SIZE
 from dnsgw.message.question import option
 from dnsgw.message.upstream_query import encode, respelled, subnet_of
@@ -26,6 +27,7 @@ from dnsgw.upstream.capabilities import Capabilities
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
 from dnsgw.upstream.stream_client import StreamClient
+from sniproxy.engine.host_addresses import is_own_address
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,7 @@ MAX_AGE_S = 10.0
 MAX_RETIRED = 256  # replaced sockets that still wait; with so many, those in use are used on
 RETIRED_S = 2.0  # how long a replaced socket still waits for answers: longer than any exchange
 DOWN_AFTER = 2  # attempts in a row without an answer: one may have been lost on the way
-DOWN_MIN_S = 1.0
-DOWN_MAX_S = 30.0
+DOWN = Backoff(1.0, 30.0)
 _MAX_DATAGRAM = 65535
 _MAX_DRAIN = 2  # packets read from one socket before others get their turn: there are many, and an answer is some work
 
@@ -123,7 +124,7 @@ class Upstream:
         """Note that it did not answer in time, or at all: after two such in a row it comes last for a while."""
         self._failures += 1
         if self._failures >= DOWN_AFTER:
-            self._down_until = now + min(DOWN_MIN_S * 2 ** min(self._failures - DOWN_AFTER, 10), DOWN_MAX_S)
+            self._down_until = now + DOWN.bound_s(self._failures - DOWN_AFTER + 1)
 
     def is_down(self, now: float) -> bool:
         """Tell whether others should be asked first. Once the while is over one question tries it, and no more at once."""
@@ -131,7 +132,7 @@ class Upstream:
             return False
         if now < self._down_until:
             return True
-        self._down_until = now + DOWN_MIN_S
+        self._down_until = now + DOWN.first_s
         return False
 
     def lost_case(self, now: float) -> None:
@@ -371,19 +372,6 @@ def leads_here(upstream: Endpoint, listening: Iterable[Endpoint]) -> bool:
         if port == own_port and address.version == own.version:
             if address == own or address.is_unspecified:
                 return True
-            if own.is_unspecified and _is_local(address):
+            if own.is_unspecified and is_own_address(address):
                 return True
     return False
-
-
-def _is_local(address: Address) -> bool:
-    """Tell whether an address is this host's: packets to such a one have it as their source too."""
-    if address.is_loopback:
-        return True
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((str(address), DNS_PORT))  # sends nothing
-        except OSError:
-            return False
-        return bool(ip_address(probe.getsockname()[0]) == address)

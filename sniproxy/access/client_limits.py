@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from discovery.model.addresses import Address
+from discovery.pacing.token_bucket import TokenBucket
 
 DEFAULT_MAX_STREAMS_PER_CLIENT = 8192
 """Half of all streams: one address never has everything."""
@@ -47,8 +48,8 @@ class Admission:
         self.limits = limits
         self._max_clients = max_clients
         self._streams: dict[int, int] = {}
-        self._left: OrderedDict[int, tuple[float, float]] = OrderedDict()
-        """For each client what it may still bring at once, as of a time; those heard of lately are last."""
+        self._rates: OrderedDict[int, TokenBucket] = OrderedDict()
+        """For each client what it may still bring; those heard of lately are last."""
 
     def admit(self, address: Address, now: float) -> str | None:
         """Take one stream in, or say why not. What was taken in is given back by `leave`.
@@ -77,16 +78,17 @@ class Admission:
     def _take_one(self, client: int, now: float) -> bool:
         rate = self.limits.new_streams_per_s
         if not rate:
-            self._left.clear()
+            self._rates.clear()
             return True
-        most = max(rate * BURST_S, 1.0)
-        left, at = self._left.pop(client, (most, now))
-        left = min(most, left + (now - at) * rate)
-        allowed = left >= 1.0
-        self._left[client] = (left - 1.0 if allowed else left, now)
-        if len(self._left) > self._max_clients:
-            self._left.popitem(last=False)
-        return allowed
+        bucket = self._rates.get(client)
+        if bucket is None:
+            bucket = self._rates[client] = TokenBucket(rate, max(rate * BURST_S, 1.0), now)
+            if len(self._rates) > self._max_clients:
+                self._rates.popitem(last=False)
+        else:
+            self._rates.move_to_end(client)
+            bucket.rate, bucket.burst = rate, max(rate * BURST_S, 1.0)
+        return bucket.take(1, now)
 
 
 class Budget:

@@ -14,7 +14,14 @@ _ANSWER_LIMIT_S = 1.0
 
 
 def is_own_address(address: IPv4Address | IPv6Address) -> bool:
-    """Tell whether a connection to this address ends on this host, on whatever interface and in whatever role it has it."""
+    """Tell whether a connection to this address ends on this host, on whatever interface and in whatever role it has it.
+
+    The unspecified address leads to loopback, and an IPv4-mapped one where its IPv4 address does.
+    """
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_unspecified:
+        return True
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         return _route_type(family, address.packed) == _RTN_LOCAL

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from discovery.pacing.backoff import Backoff
 from sniproxy.transport.base import Candidate, CandidateKey
 
 FAILURES: Final = 3
@@ -22,6 +23,7 @@ FAILURES: Final = 3
 FIRST_EJECTION_S: Final = 5.0
 MAX_EJECTION_S: Final = 300.0
 """Doubled from the first with each failure that follows. By the longest one, discovery has long dropped what is really gone."""
+_EJECTION: Final = Backoff(FIRST_EJECTION_S, MAX_EJECTION_S)
 MAX_TRACKED: Final = 4096
 """Ways that are remembered, those in use apart; the ones that were used longest ago are forgotten first."""
 
@@ -106,7 +108,7 @@ class UpstreamHealth:
         known.failures += 1
         if known.failures < FAILURES:
             return Failed(failures=known.failures, seconds=0)
-        seconds = min(FIRST_EJECTION_S * 2.0 ** min(known.failures - FAILURES, 16), MAX_EJECTION_S)
+        seconds = _EJECTION.bound_s(known.failures - FAILURES + 1)
         known.out_until = now + seconds
         return Failed(failures=known.failures, seconds=seconds)
 

@@ -12,12 +12,12 @@ import socket
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import ip_address
 
 from prometheus_client import CollectorRegistry
 
 from discovery.client.contract import Discovery
-from discovery.model.addresses import Address, Network, TargetList
+from discovery.model.addresses import PRIVATE_RANGES, Address, Network, TargetList
 from discovery.model.imports import Imports
 from discovery.model.mesh import Mesh
 from sniproxy.access.client_limits import (
@@ -69,17 +69,6 @@ DEFAULT_MAX_STREAMS = 16_384
 
 MAX_LINGERING = 1024
 """Refused clients that are read from until they have seen their alert. In a flood of more the others get theirs as luck has it."""
-
-PRIVATE_RANGES: tuple[Network, ...] = (
-    IPv4Network("10.0.0.0/8"),
-    IPv4Network("172.16.0.0/12"),
-    IPv4Network("192.168.0.0/16"),
-    IPv4Network("100.64.0.0/10"),
-    IPv4Network("127.0.0.0/8"),
-    IPv6Network("fc00::/7"),
-    IPv6Network("::1/128"),
-)
-"""Who may use a relay unless told otherwise: RFC 1918, RFC 6598, RFC 4193 and this host."""
 
 _ALERTS = {
     Reason.DENIED: AlertDescription.ACCESS_DENIED,

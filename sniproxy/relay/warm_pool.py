@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
+from discovery.pacing.backoff import Backoff
 from sniproxy.transport.base import Candidate, CandidateKey
 from sniproxy.transport.errors import DialError
 from sniproxy.tunnel.capsules import CapsuleError
@@ -31,8 +32,8 @@ class WarmTiming:
     """Renewed after this: what is not used for ten minutes need not find out first that something on the way has changed."""
     kept_for_s: float = 600.0
     """How long after its last stream an allocation is kept warm."""
-    retry_s: tuple[float, float] = (1.0, 60.0)
-    """Between attempts that fail: the first pause and the longest."""
+    retry: Backoff = Backoff(1.0, 60.0)
+    """Between attempts that fail."""
     max_warm: int = 512
     """Of one relay: a descriptor each here, at the gateway two, and a few kilobytes at the TURN server."""
 
@@ -238,16 +239,16 @@ class WarmPool:
     async def _fill(self, shelf: _Shelf) -> None:
         """Keep one place of a shelf filled for as long as its allocation is in use."""
         loop = asyncio.get_running_loop()
-        pause, longest = self._timing.retry_s
+        failures = 0
         try:
             while not shelf.gone and shelf.slots <= self.size and loop.time() < shelf.used_at + self._timing.kept_for_s:
                 fate = await self._hold(shelf)
                 self._count(fate)
                 if fate not in (Fate.FAILED, Fate.LOST):
-                    pause, longest = self._timing.retry_s
+                    failures = 0
                     continue
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(2 * pause, longest)
+                failures += 1
+                await asyncio.sleep(self._timing.retry.pause_s(failures))
         finally:
             shelf.slots -= 1
             if not shelf.slots and self._shelves.get(shelf.candidate.key) is shelf:

@@ -2,10 +2,10 @@
 
 import asyncio
 
+from discovery.pacing.token_bucket import TokenBucket
 from sniproxy.engine import ByteStream, CopyDirection, drain
 from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES
 from sniproxy.engine.quantum import QUANTUM_MESSAGES
-from sniproxy.engine.token_bucket import TokenBucket
 from sniproxy.tunnel.capsules import (
     CapsuleError,
     CapsuleFlood,

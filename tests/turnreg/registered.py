@@ -18,14 +18,15 @@ from prometheus_client import CollectorRegistry
 from discovery.client.client import DiscoveryError, IssuedCredentials
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
+from discovery.pacing.backoff import Backoff
 from sniproxy.transport.base import Accepted
 from tests.turnreg.turnservers import LOGIN, RunningServer, eventually
 from turnreg.client.allocation import Timing
 from turnreg.registrar import registrar as registrar_module
-from turnreg.registrar.registrar import Backoff, Registrar, RegistrarConfig, TurnCredentials
+from turnreg.registrar.registrar import Registrar, RegistrarConfig, Retry, TurnCredentials
 from turnreg.stun.auth import rest_credentials
 
-QUICK = Backoff(first_s=0.05, unreachable_cap_s=0.2, cap_s=0.2)
+QUICK = Retry(unreachable=Backoff(0.05, 0.2, jitter=1.0), refused=Backoff(0.05, 0.2, jitter=1.0))
 ID = "gw-1.a.turn-1"
 
 
@@ -175,7 +176,7 @@ async def registrar(
         allow=dict.fromkeys(turn or {"a"}, TargetList.parse(allowed)) if allowed else {},
         linger_s=linger_s,
         overlap_s=overlap_s,
-        backoff=QUICK,
+        retry=QUICK,
         timing=timing or Timing(),
         **{"replicas": 1} | options,
     )

@@ -78,7 +78,7 @@ async def test_gateways_come_and_go_and_the_server_has_as_many_allocations_as_wa
                     turn={"a": LOGIN},
                     allow={"a": TargetList.parse(["127.0.0.0/8"])},
                     overlap_s=0.0,
-                    backoff=QUICK,
+                    retry=QUICK,
                 )
                 ours = gateways[gateway] = Registrar(config, View(board), CollectorRegistry())
                 group.create_task(ours.run(streams.put_nowait))

@@ -11,7 +11,6 @@ gives LIMIT_WAITING_S at most. A trigger may take longer than that, and a later 
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.client.contract import Discovery
 from discovery.model.mesh import Mesh
+from discovery.pacing.backoff import Backoff
 from sniproxy.access.rules import NamePattern
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import Preamble
@@ -48,8 +48,7 @@ MAX_RUNNING = 32
 PAUSE_S = 0.01
 """Between two tries at least: a mesh that changes all the time must not have us dial all the time."""
 
-BACKOFF_S = 1.0
-MAX_BACKOFF_S = 60.0
+BACKOFF = Backoff(1.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +95,9 @@ class _Sleeper:
 
     def is_forgettable(self, now: float) -> bool:
         """Nothing that a new beginning would not know either."""
-        return not self.held and not self.running and now > self.rest_until + (MAX_BACKOFF_S if self.failures else 0)
+        return (
+            not self.held and not self.running and now > self.rest_until + (BACKOFF.longest_s if self.failures else 0)
+        )
 
 
 async def _nobody(_seconds: float) -> None:
@@ -299,8 +300,7 @@ class Activation:
         else:
             sleeper.failures += 1
             sleeper.failed = True
-            bound = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(sleeper.failures - 1, 16))
-            rest_s = random.uniform(bound / 2, bound)
+            rest_s = BACKOFF.pause_s(sleeper.failures)
         sleeper.rest_until = now + rest_s
         self._runs[result].inc()
         by = "command" if isinstance(rule.trigger, Command) else "url"

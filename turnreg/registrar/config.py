@@ -1,11 +1,11 @@
 """What a registrar is told: who we are, what other networks' TURN servers know us by, and how patient to be."""
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from discovery.model.addresses import TargetList
+from discovery.pacing.backoff import Backoff
 from turnreg.client.control_connection import Credentials, TurnReason
 from turnreg.client.timing import Timing
 
@@ -41,20 +41,17 @@ class Register(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Backoff:
-    """When to try again: any time up to a bound that doubles with every failure in a row (full jitter)."""
+class Retry:
+    """When to try again: any time up to a bound that doubles with every failure in a row."""
 
-    first_s: float = 1.0
-    unreachable_cap_s: float = 4.0
-    """For a server that is not there: asking is cheap, and a server that comes back shall have us within 10 s."""
-    cap_s: float = 15.0
-    """For a server that is there and says no."""
+    unreachable: Backoff = Backoff(1.0, 4.0, jitter=1.0)
+    """A server that is not there: asking is cheap, and a server that comes back shall have us within 10 s."""
+    refused: Backoff = Backoff(1.0, 15.0, jitter=1.0)
+    """A server that is there and says no."""
 
-    def delay_s(self, failures: int, reason: TurnReason) -> float:
+    def pause_s(self, failures: int, reason: TurnReason) -> float:
         """Draw how long to wait after that many failures in a row, the last one for `reason`."""
-        unreachable = reason in _UNREACHABLE
-        bound = self.unreachable_cap_s if unreachable else self.cap_s
-        return random.uniform(0, min(bound, self.first_s * 2 ** min(failures - 1, 16)))
+        return (self.unreachable if reason in _UNREACHABLE else self.refused).pause_s(failures)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,5 +86,5 @@ class RegistrarConfig:
     linger_s: float = 60.0
     """How long an allocation, and with it its streams, outlives the record of its TURN server: discovery may be at
     fault, or the server's lease, and not the server. The address of a relay is admitted for as long after its record."""
-    backoff: Backoff = Backoff()
+    retry: Retry = Retry()
     timing: Timing = field(default_factory=Timing)

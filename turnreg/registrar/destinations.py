@@ -22,6 +22,7 @@ from discovery.model.addresses import (
     spellings,
 )
 from discovery.model.mesh import Mesh
+from discovery.pacing.backoff import Backoff
 from sniproxy.access.loop_guard import LoopGuard, relays_and_gateways
 
 MAX_ADDRESSES = 4
@@ -32,8 +33,7 @@ WINDOW_S = 3600.0
 FREE_TRIES = 2
 """Attempts at an address before it has to wait: both replicas of a registration begin at once."""
 
-FIRST_PAUSE_S = 1.0
-MAX_PAUSE_S = 60.0
+PAUSES = Backoff(1.0, 60.0)
 """Between attempts at an address that has not spoken TURN with us lately. A server that starts late is found within a minute."""
 
 MAX_KNOWN = 1024
@@ -110,7 +110,7 @@ class Destinations:
         tried = self._tried.get(via, {}).get((parse_address(address), port))
         if tried is None or tried.tries < self._free_tries or _is_proven(tried, now):
             return 0.0
-        pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(tried.tries - self._free_tries, 16))
+        pause_s = PAUSES.bound_s(tried.tries - self._free_tries + 1)
         return max(0.0, tried.at + pause_s - now)
 
     def began(self, via: str, address: str, port: int, now: float) -> None:

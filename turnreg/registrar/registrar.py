@@ -19,19 +19,19 @@ from sniproxy.transport.base import Accepted, OnStream
 from sniproxy.transport.turn import TURN
 from turnreg.client.allocation import BindResult, Bound, Credentials, TurnReason
 from turnreg.registrar.allocation_lifecycle import Renewal, Server
-from turnreg.registrar.config import Backoff, Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
+from turnreg.registrar.config import Issued, Register, RegistrarConfig, RestSecret, Retry, TurnCredentials
 from turnreg.registrar.destinations import Destinations
 from turnreg.registrar.registration import Registration, record_id
 from turnreg.stun.message import FAMILY_IPV4, FAMILY_IPV6
 
 __all__ = [
-    "Backoff",
     "Credentials",
     "Issued",
     "Register",
     "Registrar",
     "RegistrarConfig",
     "RestSecret",
+    "Retry",
     "TurnCredentials",
     "record_id",
 ]

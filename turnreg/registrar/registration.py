@@ -493,7 +493,7 @@ class Registration:
     def _failed(self, error: TurnError, *, steady: bool = False, event: str = "registration_failed") -> None:
         """Take a failure down, and decide when to try again."""
         self._failures = 1 if steady else self._failures + 1
-        delay_s = self._config.backoff.delay_s(self._failures, error.reason)
+        delay_s = self._config.retry.pause_s(self._failures, error.reason)
         now = asyncio.get_running_loop().time()
         self._retry_at = now + delay_s
         known = self._last is not None and self._last.reason is error.reason

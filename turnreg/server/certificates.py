@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Iterable
 from pathlib import Path
 
+from discovery.files.fingerprint import FileFingerprint
 from sniproxy.engine import Listener
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class Certificates:
     def __init__(self, cert: Path, key: Path) -> None:
         """Read them. Raises OSError (ssl.SSLError is one) if that fails."""
         self._cert, self._key = cert, key
-        self._seen = self._stamp()
+        self._files = FileFingerprint((cert, key))
         self.context = self._load()
 
     async def renew(self, listeners: Iterable[Listener]) -> None:
@@ -37,10 +38,8 @@ class Certificates:
     def look(self) -> bool:
         """Read the files again if they have changed; tell whether there is a new context."""
         try:
-            stamp = self._stamp()
-            if stamp == self._seen:
+            if not self._files.changed():
                 return False
-            self._seen = stamp
             # Into a context of its own: half a renewal (a certificate without its key yet) must not spoil the one in use.
             self.context = self._load()
         except OSError as error:
@@ -48,10 +47,6 @@ class Certificates:
             return False
         log.info("turn_certificate", extra={"event": {"file": str(self._cert)}})
         return True
-
-    def _stamp(self) -> tuple[int, ...]:
-        stats = (self._cert.stat(), self._key.stat())
-        return tuple(number for stat in stats for number in (stat.st_mtime_ns, stat.st_ino, stat.st_size))
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
+from discovery.pacing.token_bucket import TokenBucket
+
 BURST_S = 1.0
 """An account that was quiet may send what a second holds at once, so that a short answer is never slowed down."""
 
@@ -18,37 +20,37 @@ ANSWER_BURST = 60.0
 
 
 class Pace:
-    """A bucket that fills with `rate` bytes per second. What is spent beyond it has to be waited for."""
+    """How fast an account may send, in bytes per second. What is sent beyond it has to be waited for."""
 
-    __slots__ = ("__weakref__", "_at", "_left", "rate")
+    __slots__ = ("__weakref__", "_bucket")
 
     def __init__(self, rate: float, now: float) -> None:
-        self.rate: float | None = rate
-        """None: there is no limit any more."""
-        self._left = rate * BURST_S
-        self._at = now
+        self._bucket: TokenBucket | None = TokenBucket(rate, rate * BURST_S, now)
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes per second, None where there is no limit."""
+        return None if self._bucket is None else self._bucket.rate
+
+    def reconfigure(self, rate: float | None) -> None:
+        """Go by another rate; None: there is no limit any more."""
+        if rate is None:
+            self._bucket = None
+        elif self._bucket is not None:
+            self._bucket.rate, self._bucket.burst = rate, rate * BURST_S
 
     def spend(self, size: int, now: float) -> float:
-        """Take `size` bytes that are moved already; returns for how many seconds to move no more."""
-        if self.rate is None:
-            return 0.0
-        self._fill(self.rate, now)
-        self._left -= size
-        return max(0.0, -self._left / self.rate)
+        """Count `size` bytes that are moved already; returns for how many seconds to move no more."""
+        return 0.0 if self._bucket is None else self._bucket.spend(size, now)
 
     def admit(self, size: int, now: float) -> bool:
-        """Take `size` bytes if there are any left: for datagrams, which are dropped rather than kept waiting."""
-        if self.rate is None:
+        """Count `size` bytes if any may be sent now: for datagrams, which are dropped rather than kept waiting."""
+        if self._bucket is None:
             return True
-        self._fill(self.rate, now)
-        if self._left <= 0:
+        if self._bucket.left(now) <= 0:
             return False
-        self._left -= size
+        self._bucket.spend(size, now)
         return True
-
-    def _fill(self, rate: float, now: float) -> None:
-        self._left = min(rate * BURST_S, self._left + (now - self._at) * rate)
-        self._at = now
 
 
 class Paces:
@@ -63,7 +65,7 @@ class Paces:
         """Go by another rate, also where a pace is kept already."""
         self._rate = rate
         for pace in self._paces.values():
-            pace.rate = rate
+            pace.reconfigure(rate)
 
     def of(self, account: str, now: float) -> Pace | None:
         """Return the pace that an allocation of that account has to keep, None if there is no limit."""
@@ -87,16 +89,13 @@ class AnswerRate:
         self._key = key
         self._rate = rate
         self._burst = burst
-        self._buckets: dict[int, tuple[float, float]] = {}
+        self._buckets: dict[int, TokenBucket] = {}
 
     def allow(self, client: str, now: float, key_of: Callable[[str], str]) -> bool:
         """Take one answer for `client`; `key_of` says which addresses count as one."""
         digest = hashlib.blake2b(key_of(client).encode(), key=self._key, digest_size=4).digest()
-        bucket = int.from_bytes(digest, "big") % ANSWER_BUCKETS
-        left, at = self._buckets.get(bucket, (self._burst, now))
-        left = min(self._burst, left + (now - at) * self._rate)
-        if left < 1:
-            self._buckets[bucket] = (left, now)
-            return False
-        self._buckets[bucket] = (left - 1, now)
-        return True
+        number = int.from_bytes(digest, "big") % ANSWER_BUCKETS
+        bucket = self._buckets.get(number)
+        if bucket is None:
+            bucket = self._buckets[number] = TokenBucket(self._rate, self._burst, now)
+        return bucket.take(1, now)

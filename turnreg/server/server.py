@@ -7,10 +7,12 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from prometheus_client import CollectorRegistry
 
 from sniproxy.engine import Listener, SocketStream, TlsStream
+from sniproxy.engine.host_addresses import is_own_address
 from turnreg.server.allocation import AllocationTable, Endpoint, Refusal
 from turnreg.server.certificates import Certificates
 from turnreg.server.config import TurnServerConfig
@@ -18,7 +20,6 @@ from turnreg.server.datagram_clients import DatagramClients
 from turnreg.server.datagrams import DatagramSocket
 from turnreg.server.live_allocation import ServerState
 from turnreg.server.metrics import TurnMetrics
-from turnreg.server.ownaddresses import is_own_address
 from turnreg.server.pace import AnswerRate
 from turnreg.server.relay_ports import RelayPorts
 from turnreg.server.session import ClientSession
@@ -235,4 +236,4 @@ class TurnServer:
             crowded_out.reset()
 
     def _is_ours(self, address: str) -> bool:
-        return address in self.config.advertised.values() or is_own_address(address)
+        return address in self.config.advertised.values() or is_own_address(ip_address(address))

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Sequence
 
+from discovery.pacing.token_bucket import TokenBucket
 from sniproxy.engine import SocketStream
-from sniproxy.engine.token_bucket import TokenBucket
 from turnreg.server.allocation import Attempt, Drop, FiveTuple, Refusal
 from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, SEND_TIMEOUT_S, STRANGER_REQUESTS, TurnServerConfig
 from turnreg.server.datagrams import PAYLOAD_MESSAGES

@@ -23,7 +23,7 @@ from crossnet.config.types import (
     parse_size,
 )
 from discovery.files.yaml_file import Plain
-from discovery.model.addresses import Network
+from discovery.model.addresses import PRIVATE_RANGES, Network
 from discovery.model.names import normalise_domain
 from discovery.model.validation import Fault
 from dnsgw import config as dns
@@ -102,7 +102,7 @@ class DnsSection:
     """Ask upstream in random case and believe only answers that keep it (DNS 0x20); off by itself where an upstream loses it."""
     client_subnet: Boolean = False
     """Pass the subnet option of clients that send one on to upstream (RFC 7871); what is answered to it is not kept."""
-    allow: tuple[Cidr, ...] = dns.PRIVATE
+    allow: tuple[Cidr, ...] = PRIVATE_RANGES
     """Clients that are answered; an open resolver is a weapon for others."""
     rate_limit: Count = dns.DEFAULT_RATE_LIMIT
     """Questions that one client, an IPv4 address or an IPv6 /64, may ask in a second; 0: any number."""

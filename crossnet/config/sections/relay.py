@@ -21,6 +21,7 @@ from crossnet.config.types import (
     Size,
     Target,
 )
+from discovery.model.addresses import PRIVATE_RANGES
 from discovery.model.validation import Fault
 from sniproxy.access import client_limits
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
@@ -42,7 +43,7 @@ class RelaySection:
     """`auto`: it listens on the ports of imported services, too, since a plain service name says none."""
     port_range: PortRange = (1024, 65535)
     """What `auto` may open; ports below 1024 take a right of their own."""
-    allow: tuple[Cidr, ...] = relay.PRIVATE_RANGES
+    allow: tuple[Cidr, ...] = PRIVATE_RANGES
     """Clients that may use it."""
     rules: tuple[RuleSection, ...] = ()
     """Which of them may go where; without any all may go everywhere."""

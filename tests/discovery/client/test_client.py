@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from discovery.client import client as client_module
 from discovery.client.client import DiscoveryClient, DiscoveryError
 from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, VipSpec
+from discovery.pacing.backoff import Backoff
 from discovery.store import Lease, MemoryStore, SqliteStore
 
 pytestmark = pytest.mark.anyio
@@ -564,7 +565,7 @@ async def test_closing_is_bounded(serve: Any, run: Any, monkeypatch: pytest.Monk
 async def test_a_server_that_talks_nonsense_is_another_that_is_away(
     run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("discovery.client.servers.BACKOFF_MOST_S", 0.05)
+    monkeypatch.setattr("discovery.client.servers.BACKOFF", Backoff(0.05, 0.05))
     answers = iter(
         [
             b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense\n",

@@ -3,7 +3,7 @@
 import pytest
 from yarl import URL
 
-from discovery.client.servers import BACKOFF_MOST_S, Backoff, Servers, parse_server_url
+from discovery.client.servers import BACKOFF, ServerRetries, Servers, parse_server_url
 from discovery.files.tls_files import TlsFiles
 
 pytestmark = pytest.mark.anyio
@@ -80,13 +80,13 @@ async def test_waits_grow_and_begin_after_all_were_tried(monkeypatch: pytest.Mon
         waits.append(seconds)
 
     monkeypatch.setattr("asyncio.sleep", sleep)
-    backoff = Backoff(servers(2))
+    backoff = ServerRetries(servers(2))
     await backoff.wait()
     assert waits == []  # the second server is tried at once
     for _ in range(30):
         await backoff.wait()
     assert 0.1 <= waits[0] <= 0.2
-    assert all(BACKOFF_MOST_S / 2 <= wait <= BACKOFF_MOST_S for wait in waits[-10:])
+    assert all(BACKOFF.longest_s / 2 <= wait <= BACKOFF.longest_s for wait in waits[-10:])
     assert len(set(waits[-10:])) > 1
     backoff.succeeded()
     waits.clear()

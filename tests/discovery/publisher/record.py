@@ -25,6 +25,7 @@ import msgspec
 from aiohttp import web
 
 from discovery.client.mesh_file import StaticDiscovery
+from discovery.pacing.backoff import Backoff
 from discovery.publisher import Publisher, PublisherConfig, kubernetes, role
 
 RECORDING = Path(__file__).with_name("recording.json")
@@ -176,7 +177,7 @@ async def command(line: str) -> None:
 
 async def record(options: argparse.Namespace) -> None:
     """Play the scene."""
-    kubernetes.PAGE, kubernetes.WATCH_S, role.BACKOFF_MOST_S = PAGE, WATCH_S, 0.5
+    kubernetes.PAGE, kubernetes.WATCH_S, role.BACKOFF = PAGE, WATCH_S, Backoff(0.2, 0.5)
     tls = ssl.create_default_context(cafile=options.ca) if options.ca else True
     recorder = Recorder(options.api, tls, options.slices)
     async with recorder.serving(), aiohttp.ClientSession() as session:

@@ -10,6 +10,7 @@ import pytest
 
 from discovery.client.client import DiscoveryClient
 from discovery.model.mesh import Kind, ServiceSpec
+from discovery.pacing.backoff import Backoff
 from discovery.publisher import Publisher, PublisherConfig, role
 from discovery.publisher.table import record_id
 from tests.discovery.publisher.kubeserver import KubeServer, kube_server
@@ -22,7 +23,7 @@ PORTS = {"ports": [{"name": "https", "port": 8443, "protocol": "TCP"}]}
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(role, "BACKOFF_MOST_S", 0.1)
+    monkeypatch.setattr(role, "BACKOFF", Backoff(0.1, 0.1))
 
 
 def put_service(server: KubeServer, name: str, namespace: str = "shop", **metadata: Any) -> None:

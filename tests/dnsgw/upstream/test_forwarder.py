@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from discovery.pacing.backoff import Backoff
 from dnsgw.message.question import Query, scan
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
@@ -409,7 +410,7 @@ async def test_another_is_asked_when_one_takes_long_and_the_first_answer_counts(
 async def test_who_was_down_is_tried_again_by_one_question(
     upstream: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dnsgw.upstream.server.DOWN_MIN_S", 0.0)
+    monkeypatch.setattr("dnsgw.upstream.server.DOWN", Backoff(0.0, 30.0))
     async with serving(RECORDS) as first:
         first.script = silent
         with asking(first.port, upstream.port, race_s=0.01) as asker:

@@ -56,7 +56,7 @@ def test_only_so_many_clients_are_remembered_and_the_quietest_is_forgotten() -> 
     for client in clients:
         for _ in range(3):
             admission.admit(client, 0)
-    assert len(admission._left) == 3
+    assert len(admission._rates) == 3
     assert admission.admit(clients[4], 0) is not None
     assert admission.admit(clients[0], 0) is None
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from discovery.pacing.backoff import Backoff
 from sniproxy.engine import SocketStream
 from sniproxy.relay.warm_pool import Fate, WarmPool, WarmTiming
 from sniproxy.streams.end_reason import Reason
@@ -96,7 +97,7 @@ async def mute(gateway: CapsuleConnection) -> None:
 
 @asynccontextmanager
 async def a_pool(size: int = 2, far: Far = kept, **timing: float) -> AsyncIterator[Running]:
-    running = Running(size, far, WarmTiming(retry_s=(0.001, 0.002), **timing))
+    running = Running(size, far, WarmTiming(retry=Backoff(0.001, 0.002), **timing))
     async with asyncio.TaskGroup() as running.group:
         task = running.group.create_task(running.pool.run())
         await asyncio.sleep(0)

@@ -13,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
+from discovery.pacing.backoff import Backoff
 from sniproxy.access.rules import NamePattern, Policy, Rule
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import Payload
@@ -200,7 +201,7 @@ async def test_a_command_that_fails_is_not_run_for_each_stream(
 
 
 async def test_failures_in_a_row_are_further_and_further_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation, "BACKOFF_S", 0.05)
+    monkeypatch.setattr(activation, "BACKOFF", Backoff(0.05, 60.0))
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path, "exit 1")),)) as running:
         async with asyncio.timeout(20):
             while len(runs(tmp_path)) < 4:

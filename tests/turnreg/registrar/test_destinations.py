@@ -6,11 +6,10 @@ from discovery.model.addresses import Address, TargetList
 from discovery.model.mesh import AnyRecord, Kind, Mesh, Record
 from discovery.model.spec import GatewaySpec, RelaySpec, ServiceSpec, Spec, TurnSpec
 from turnreg.registrar.destinations import (
-    FIRST_PAUSE_S,
     FREE_TRIES,
     MAX_ADDRESSES,
     MAX_KNOWN,
-    MAX_PAUSE_S,
+    PAUSES,
     WINDOW_S,
     Destinations,
 )
@@ -113,8 +112,8 @@ def test_an_address_that_speaks_no_turn_is_tried_less_and_less(destinations: Des
         pauses.append(wait_s)
         now += wait_s
         destinations.began("c", "10.66.0.1", 6379, now)
-    assert pauses[: FREE_TRIES + 3] == [0.0] * FREE_TRIES + [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
-    assert pauses[-1] == MAX_PAUSE_S
+    assert pauses[: FREE_TRIES + 3] == [0.0] * FREE_TRIES + [1.0, 2.0, 4.0]
+    assert pauses[-1] == PAUSES.longest_s
     assert destinations.wait_s("c", "10.66.0.1", 6380, now) == 0.0
     # Once it has spoken TURN it is tried as its registration likes, for an hour.
     destinations.succeeded("c", "10.66.0.1", 6379, now)

@@ -19,12 +19,12 @@ from tests.turnreg.turnservers import BOTH, COTURN, LOGIN, RunningServer, eventu
 from turnreg.client.allocation import Credentials, Timing, TurnReason
 from turnreg.registrar import allocation_lifecycle, registration
 from turnreg.registrar.registrar import (
-    Backoff,
     Issued,
     Register,
     Registrar,
     RegistrarConfig,
     RestSecret,
+    Retry,
     record_id,
 )
 from turnreg.server import Limits
@@ -209,11 +209,11 @@ async def test_a_killed_and_restarted_server_has_us_again_and_the_other_never_lo
 
 
 async def test_default_backoff_is_quick_where_a_server_is_gone() -> None:
-    backoff = Backoff()
+    retry = Retry()
     for failures in range(1, 100):
-        assert 0 <= backoff.delay_s(failures, TurnReason.CONNECT_FAILED) <= 4  # + 4 s to connect: within 10 s
-        assert 0 <= backoff.delay_s(failures, TurnReason.UNAUTHORIZED) <= min(15, 2 ** (failures - 1))
-    assert max(backoff.delay_s(50, TurnReason.QUOTA) for _ in range(200)) > 8
+        assert 0 <= retry.pause_s(failures, TurnReason.CONNECT_FAILED) <= 4  # + 4 s to connect: within 10 s
+        assert 0 <= retry.pause_s(failures, TurnReason.UNAUTHORIZED) <= min(15, 2 ** (failures - 1))
+    assert max(retry.pause_s(50, TurnReason.QUOTA) for _ in range(200)) > 8
 
 
 async def test_wrong_then_right_credentials() -> None:

@@ -1,6 +1,6 @@
 """So many at once, so many a second."""
 
-from sniproxy.engine.token_bucket import TokenBucket
+from discovery.pacing.token_bucket import TokenBucket
 from sniproxy.tunnel.connection import CONTROL_BURST, CONTROL_PER_S
 
 

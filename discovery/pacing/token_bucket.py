@@ -1,0 +1,36 @@
+"""A token bucket: so many at once, and so many a second on average. No clock of its own."""
+
+
+class TokenBucket:
+    """Holds up to `burst` tokens, full at the start, and gains `rate` a second. Both may be changed at any time."""
+
+    __slots__ = ("_at", "_left", "burst", "rate")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        """`now` is seconds of any clock that does not go back; the same one for every call."""
+        self.rate = rate
+        self.burst = burst
+        self._left = burst
+        self._at = now
+
+    def left(self, now: float) -> float:
+        """Say how many tokens there are; below 0, how many are owed."""
+        self._left = min(self.burst, self._left + max(0.0, now - self._at) * self.rate)
+        self._at = now
+        return self._left
+
+    def take(self, count: float, now: float) -> bool:
+        """Take `count` tokens; False, and none taken, where there are not so many."""
+        if self.left(now) < count:
+            return False
+        self._left -= count
+        return True
+
+    def spend(self, count: float, now: float) -> float:
+        """Take `count` tokens whether there are so many or not; returns for how many seconds to spend no more."""
+        self._left = self.left(now) - count
+        return self.wait_s(0, now)
+
+    def wait_s(self, count: float, now: float) -> float:
+        """Say after how many seconds there are `count` tokens."""
+        return max(0.0, count - self.left(now)) / self.rate
