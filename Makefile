@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help lab test fuzz soak lint format bench prerequisites
+.PHONY: help lab test fuzz soak lint format docs bench prerequisites
 
 help:  ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):[^#]*## /\1\t/' | expand -t 12
@@ -33,6 +33,9 @@ lint: .venv  ## format check, lint, types, import rules, spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+docs: .venv  ## make the pages of docs/ that come from the code
+	$(BIN)/python -m crossnet.config.reference > docs/configuration.md
 
 format: .venv  ## rewrite the tree in the project's format
 	$(BIN)/ruff format .

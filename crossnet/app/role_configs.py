@@ -1,6 +1,8 @@
 """From the sections of the configuration file to the configurations that the roles take."""
 
+import dataclasses
 from collections.abc import Iterable
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from crossnet.config.sections import (
@@ -31,6 +33,14 @@ from turnreg.gateway.gateway import GatewayConfig
 from turnreg.registrar.config import Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
 from turnreg.server.allocation import Limits
 from turnreg.server.config import TurnServerConfig
+
+T = TypeVar("T")
+
+
+def adapted(kind: type[T], section: object, **made: object) -> T:
+    """Make a role's configuration: what it has in common with its section is copied, the rest is `made` of something else."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in made]  # type: ignore[arg-type]
+    return kind(**{name: getattr(section, name) for name in names if hasattr(section, name)}, **made)
 
 
 def endpoints(listens: Iterable[Listen]) -> tuple[tuple[str, int], ...]:
@@ -68,82 +78,49 @@ def discovery_endpoints(config: Config) -> list[tuple[str, int]]:
 
 def relay_config(config: Config, section: RelaySection, guard: Iterable[tuple[str, int]]) -> RelayConfig:
     """Return what the relay takes; `guard` is what of our own is no service."""
-    return RelayConfig(
-        id=section.id,
+    return adapted(
+        RelayConfig,
+        section,
         network=config.network,
         domain=config.domain,
         listen=endpoints(section.listen),
-        reuse_port=section.reuse_port,
         imports=imports(config),
-        allow=section.allow,
         policy=policy(section.rules),
         deliver=TargetList.parse(section.deliver),
         direct=TargetList.parse(section.direct),
         guard=tuple(guard),
         zone=section.zone or "",
-        pool=section.pool,
-        proxy_from=section.proxy_from,
-        max_hello_bytes=section.max_hello,
-        max_hello_held_bytes=section.max_hello_held,
-        max_streams=section.max_streams,
-        max_streams_per_client=section.max_streams_per_client,
-        new_streams_per_s=section.new_streams_per_second,
-        hello_timeout_s=section.hello_timeout_s,
-        dial_timeout_s=section.dial_timeout_s,
-        idle_timeout_s=section.idle_timeout_s,
-        half_close_timeout_s=section.half_close_timeout_s,
     )
 
 
 def dns_config(config: Config, section: DnsSection) -> DnsConfig:
     """Return what the resolver takes."""
-    return DnsConfig(
+    return adapted(
+        DnsConfig,
+        section,
         network=config.network,
         domain=config.domain,
         listen=tuple((listen.address, listen.port) for listen in section.listen),
-        reuse_port=section.reuse_port,
-        upstream=section.upstream,
-        forward=section.forward,
-        absent=section.absent,
+        imports=imports(config),
         search=search_domains() if section.search is None else section.search,
         upstream_ca=section.upstream_ca.pem if section.upstream_ca else None,
-        race_s=section.race_s,
-        random_case=section.random_case,
-        client_subnet=section.client_subnet,
-        imports=imports(config),
-        ttl_s=section.ttl_s,
-        vip=section.vip,
-        stale_relays_for_s=section.stale_relays_s,
         cache=section.cache_config,
         cookie_secret=section.cookie_bytes,
-        loop_probe=section.loop_probe,
-        allow=section.allow,
-        rate_limit=section.rate_limit,
-        max_udp_reply=section.max_udp_reply,
-        max_in_flight=section.max_in_flight,
     )
 
 
 def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]]) -> GatewayConfig:
     """Return what the gateway takes; `guard` is what of our own is no service."""
-    return GatewayConfig(
-        id=section.id,
+    return adapted(
+        GatewayConfig,
+        section,
         network=config.network,
         domain=config.domain,
         allow=TargetList.parse(section.allow),
         policy=policy(section.rules),
         activate=tuple(rule.as_rule() for rule in section.activate),
-        max_held=section.max_held,
         listen=endpoints(section.listen),
         guard=tuple(guard),
-        max_hello_bytes=section.max_hello,
-        max_streams=section.max_streams,
-        max_streams_per_network=section.max_streams_per_network,
-        require_epoch=section.require_epoch,
-        hello_timeout_s=section.hello_timeout_s,
-        dial_timeout_s=section.dial_timeout_s,
-        idle_timeout_s=section.idle_timeout_s,
-        half_close_timeout_s=section.half_close_timeout_s,
     )
 
 
@@ -158,14 +135,14 @@ def registrar_config(
     config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]] = (), *, epoch: bytes
 ) -> RegistrarConfig:
     """Return what keeps the gateway registered on other networks' TURN servers; `guard` is what of our own is none of them."""
-    return RegistrarConfig(
+    return adapted(
+        RegistrarConfig,
+        section,
         network=config.network,
         gateway=section.id,
         turn={network: _credentials(access) for network, access in section.turn.items()},
         ca={network: access.ca.pem for network, access in section.turn.items() if access.ca is not None},
         register=Register(section.register),
-        replicas=section.replicas,
-        weight=section.weight,
         proto=(FRAMED, proto_of(epoch)),
         allow={network: allow for network, access in section.turn.items() if (allow := _lifted(access.allow))},
         guard=tuple(guard),
@@ -176,7 +153,10 @@ def registrar_config(
 def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
     """Return what the embedded TURN server takes."""
     relays = [str(address) for address in section.relay_address]
-    return TurnServerConfig(
+    port_min, port_max = section.ports
+    return adapted(
+        TurnServerConfig,
+        section,
         listen=endpoints(section.listen),
         listen_tls=endpoints(section.tls.listen) if section.tls else (),
         listen_udp=endpoints(section.listen_udp),
@@ -185,18 +165,14 @@ def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
         relay_addresses=tuple(relays),
         advertised=dict(zip(relays, map(str, section.advertise_relay_address), strict=False)),
         realm=section.realm or config.domain,
-        port_min=section.ports[0],
-        port_max=section.ports[1],
+        port_min=port_min,
+        port_max=port_max,
         users={name: secret.text for name, secret in section.users.items()},
         secrets=tuple(secret.text for secret in section.secret),
         allowed_peers=_lifted(section.allow_peers),
-        udp_allocations=section.udp_allocations,
-        active_connect=section.active_connect,
         limits=Limits(
             max_allocations_per_account=section.max_allocations_per_user,
-            max_ports_per_account=max(
-                1, (section.ports[1] - section.ports[0] + 1) * section.max_port_share_per_user // 100
-            ),
+            max_ports_per_account=max(1, (port_max - port_min + 1) * section.max_port_share_per_user // 100),
             max_connections_per_account=section.max_streams_per_user,
             max_bytes_per_second_per_account=section.max_bytes_per_second_per_user,
         ),
@@ -205,27 +181,22 @@ def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
 
 def discovery_server_config(config: Config, section: DiscoveryServerSection) -> DiscoveryServerConfig:
     """Return what the discovery server takes."""
-    return DiscoveryServerConfig(
+    etcd, tls = section.etcd, section.tls
+    return adapted(
+        DiscoveryServerConfig,
+        section,
         listen=endpoints(section.listen),
-        store=section.store,
-        etcd_prefix=section.etcd.prefix,
-        etcd_ca=section.etcd.ca,
-        etcd_cert=section.etcd.cert,
-        etcd_key=section.etcd.key,
-        etcd_username=section.etcd.username,
-        etcd_password=section.etcd.password.text if section.etcd.password else None,
-        tls_cert=section.tls.cert if section.tls else None,
-        tls_key=section.tls.key if section.tls else None,
-        tls_client_ca=section.tls.client_ca if section.tls else None,
+        etcd_prefix=etcd.prefix,
+        etcd_ca=etcd.ca,
+        etcd_cert=etcd.cert,
+        etcd_key=etcd.key,
+        etcd_username=etcd.username,
+        etcd_password=etcd.password.text if etcd.password else None,
+        tls_cert=tls.cert if tls else None,
+        tls_key=tls.key if tls else None,
+        tls_client_ca=tls.client_ca if tls else None,
         tokens_file=section.tokens.file if section.tokens else None,
-        requests_per_s=section.requests_per_second,
-        max_records_per_network=section.max_records_per_network,
-        max_watchers=section.max_watchers,
-        max_watchers_per_network=section.max_watchers_per_network,
-        max_connections=section.max_connections,
-        max_connections_per_address=section.max_connections_per_address,
         turn_secrets={network: secret.text for network, secret in section.turn_secrets.items()},
-        turn_credential_ttl_s=section.turn_credential_ttl_s,
         allow_addresses=_lifted(section.allow_addresses),
         insecure=config.insecure,
     )
@@ -233,15 +204,7 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
 
 def publisher_config(config: Config, section: PublisherSection) -> PublisherConfig:
     """Return what the publisher takes."""
-    return PublisherConfig(
-        network=config.network,
-        id=section.id,
-        api=section.api,
-        token_file=section.token,
-        ca_file=section.ca,
-        namespaces=section.namespaces,
-        cluster_domain=section.cluster_domain,
-    )
+    return adapted(PublisherConfig, section, network=config.network, token_file=section.token, ca_file=section.ca)
 
 
 def turn_spec(section: TurnSection, listening: tuple[str, int], *, tls: bool = False) -> TurnSpec:

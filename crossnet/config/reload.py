@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
 from crossnet.config.file import ConfigError, load
-from crossnet.config.schema import faults_of
+from crossnet.config.schema import faults_of, fields_of, is_live
 from crossnet.config.sections import Config
 from crossnet.config.types import Certificates, Secret
 from discovery.files.fingerprint import Fingerprint, fingerprint
@@ -34,99 +34,6 @@ RETRY_S = 10.0
 """A file with faults is read again after this time: what it lacked may be a key's file that has come since."""
 
 Stamps: TypeAlias = dict[Path, Fingerprint | None]
-
-LIVE = {
-    "": frozenset({"log", "drain_s", "keys", "imports", "token", "turn_servers"}),
-    "relay": frozenset(
-        {
-            "allow",
-            "rules",
-            "deliver",
-            "direct",
-            "asks",
-            "zone",
-            "pool",
-            "proxy_from",
-            "max_hello",
-            "max_hello_held",
-            "max_streams",
-            "max_streams_per_client",
-            "new_streams_per_second",
-            "hello_timeout_s",
-            "dial_timeout_s",
-            "idle_timeout_s",
-            "half_close_timeout_s",
-        }
-    ),
-    "gateway": frozenset(
-        {
-            "allow",
-            "rules",
-            "activate",
-            "max_held",
-            "turn",
-            "register",
-            "replicas",
-            "max_hello",
-            "max_streams",
-            "max_streams_per_network",
-            "require_epoch",
-            "hello_timeout_s",
-            "dial_timeout_s",
-            "idle_timeout_s",
-            "half_close_timeout_s",
-        }
-    ),
-    "turn": frozenset(
-        {
-            "secret",
-            "users",
-            "allow_peers",
-            "max_allocations_per_user",
-            "max_port_share_per_user",
-            "max_streams_per_user",
-            "max_bytes_per_second_per_user",
-        }
-    ),
-    "discovery_server": frozenset(
-        {
-            "turn_secrets",
-            "turn_credential_ttl_s",
-            "requests_per_second",
-            "max_records_per_network",
-            "max_watchers",
-            "max_watchers_per_network",
-            "allow_addresses",
-        }
-    ),
-    "dns": frozenset(
-        {
-            "upstream",
-            "upstream_ca",
-            "forward",
-            "absent",
-            "race_s",
-            "random_case",
-            "client_subnet",
-            "allow",
-            "rate_limit",
-            "max_udp_reply",
-            "search",
-            "ttl_s",
-            "vip",
-            "stale_relays_s",
-            "cache",
-            "max_ttl_s",
-            "max_negative_ttl_s",
-            "stale_answers_s",
-            "cookie_secret",
-            "loop_probe",
-            "max_in_flight",
-        }
-    ),
-}
-"""What of the file changes without a restart, by the section's place in the file. A field of such a section is one value here,
-however much stands below it: `gateway.turn` changes as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,19 +62,23 @@ def change(old: Config, new: Config) -> Change:
 
 def _merged(old: Any, new: Any, section: str, applied: list[str], restart: list[str]) -> Any:
     changes = {}
-    for field in dataclasses.fields(old):
+    for name, field, kind in fields_of(type(old)):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        path = f"{section}.{field.metadata.get('key', field.name.removesuffix('_s'))}".removeprefix(".")
+        path = f"{section}.{name}".removeprefix(".")
         if before == after:
             continue
-        if path in LIVE and type(before) is type(after) and dataclasses.is_dataclass(before):
-            changes[field.name] = _merged(before, after, path, applied, restart)
-        elif field.name in LIVE[section]:
+        if is_live(kind):
             changes[field.name] = after
             applied.append(path)
+        elif type(before) is type(after) and _holds_live(before):
+            changes[field.name] = _merged(before, after, path, applied, restart)
         else:
             restart.append(path)
     return dataclasses.replace(old, **changes)
+
+
+def _holds_live(section: object) -> bool:
+    return dataclasses.is_dataclass(section) and any(is_live(kind) for _, _, kind in fields_of(type(section)))
 
 
 def files(value: object) -> Iterator[Path]:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from discovery.files.yaml_file import Plain
 from discovery.model.validation import Fault, child, shown
 
 MadeT = TypeVar("MadeT")
+T = TypeVar("T")
 
 HIDDEN = "***"
 
@@ -46,6 +47,20 @@ class Leaf:
 @dataclass(frozen=True, slots=True)
 class OneOrMore:
     """Marks a list that may be written as its only item, without brackets."""
+
+
+class _Live:
+    """Marks a setting that a running process takes from a changed file. Any other waits for a restart."""
+
+
+LIVE = _Live()
+Live: TypeAlias = Annotated[T, LIVE]
+"""`Live[T]`: a T that may change while the process runs. What stands below it changes as a whole."""
+
+
+def is_live(kind: Any) -> bool:
+    """Tell whether a field of this type is marked so."""
+    return LIVE in unwrapped(kind)[1]
 
 
 def key(name: str) -> dict[str, str]:
@@ -109,7 +124,7 @@ def _asked(made: object, wrong: AbstractSet[str]) -> Iterator[Fault]:
 
 def encode(kind: Any, value: object) -> Plain:
     """Make the document that would give this section, defaults written out and secrets hidden."""
-    kind, marks = _unwrapped(kind)
+    kind, marks = unwrapped(kind)
     if value is None:
         return None
     for mark in marks:
@@ -118,7 +133,7 @@ def encode(kind: Any, value: object) -> Plain:
     if dataclasses.is_dataclass(kind):
         return {
             name: encode(field_kind, getattr(value, field.name))
-            for name, field, field_kind in _fields(kind)
+            for name, field, field_kind in fields_of(kind)
             if getattr(value, field.name) is not None
         }
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -138,7 +153,7 @@ class _Reader:
         self.faults.append(Fault(path, expected, got))
 
     def read(self, kind: Any, value: Plain, path: str) -> Any:
-        kind, marks = _unwrapped(kind)
+        kind, marks = unwrapped(kind)
         for mark in marks:
             if isinstance(mark, Leaf):
                 return self.leaf(mark, value, path)
@@ -169,7 +184,7 @@ class _Reader:
     def section(self, kind: Any, value: Plain, path: str) -> Any:
         if not isinstance(value, dict):
             return self.wrong(path, "a mapping", shown(value))
-        fields = {key: (field, field_kind) for key, field, field_kind in _fields(kind)}
+        fields = {key: (field, field_kind) for key, field, field_kind in fields_of(kind)}
         renamed = getattr(kind, "RENAMED", {})
         for name in value:
             if name in renamed:
@@ -196,13 +211,14 @@ class _Reader:
         return made
 
 
-def _fields(kind: Any) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+def fields_of(kind: Any) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
+    """Yield the fields of a section: key in the file, field, type."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         yield field.metadata.get("key", field.name.removesuffix("_s")), field, hints[field.name]
 
 
-def _unwrapped(kind: Any) -> tuple[Any, tuple[object, ...]]:
+def unwrapped(kind: Any) -> tuple[Any, tuple[object, ...]]:
     """Take `T | None` and `Annotated[T, ...]` off a type; None never gets here as a value."""
     marks: tuple[object, ...] = ()
     while True:
@@ -217,7 +233,7 @@ def _unwrapped(kind: Any) -> tuple[Any, tuple[object, ...]]:
 
 
 def _expected(kind: Any) -> str:
-    kind, marks = _unwrapped(kind)
+    kind, marks = unwrapped(kind)
     for mark in marks:
         if isinstance(mark, Leaf):
             return mark.expected

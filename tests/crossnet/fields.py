@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from crossnet.config.schema import Leaf, _fields, _unwrapped
+from crossnet.config.schema import Leaf, fields_of, unwrapped
 from crossnet.config.sections import Config
 from crossnet.lab.certificates import Authority
 from discovery.api.tokens import format_entry, make_entry, make_token
@@ -198,7 +198,7 @@ class Field:
         """Return the document with another good value; `now` is what the running configuration says."""
         made = copy.deepcopy(document)
         name = f"{self.owner.__name__}.{self.field.name}"
-        marks = _unwrapped(self.kind)[1]
+        marks = unwrapped(self.kind)[1]
         leaf = next((mark for mark in marks if isinstance(mark, Leaf)), None)
         if name in OTHERS:
             other = OTHERS[name]
@@ -221,9 +221,9 @@ class Field:
 
 def fields(document: Document, kind: Any = Config, place: tuple[str | int, ...] = ()) -> Iterator[Field]:
     """Yield every field of every section, those of lists and mappings of sections by their first item."""
-    for key, field, field_kind in _fields(kind):
+    for key, field, field_kind in fields_of(kind):
         here = (*place, key)
-        inner, _ = _unwrapped(field_kind)
+        inner, _ = unwrapped(field_kind)
         origin, arguments = typing.get_origin(inner), typing.get_args(inner)
         if _is_section(field_kind):
             yield from fields(document, inner, here)
@@ -232,11 +232,11 @@ def fields(document: Document, kind: Any = Config, place: tuple[str | int, ...] 
         item = arguments[-1 if origin is dict else 0] if arguments else None
         if origin in (dict, tuple) and _is_section(item):
             first = next(iter(_at(document, here))) if origin is dict else 0
-            yield from fields(document, _unwrapped(item)[0], (*here, first))
+            yield from fields(document, unwrapped(item)[0], (*here, first))
 
 
 def _is_section(kind: Any) -> bool:
-    inner, marks = _unwrapped(kind)
+    inner, marks = unwrapped(kind)
     return dataclasses.is_dataclass(inner) and not any(isinstance(mark, Leaf) for mark in marks)
 
 

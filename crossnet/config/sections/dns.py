@@ -7,7 +7,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-from crossnet.config.schema import Leaf, Mismatch, OneOrMore, rule
+from crossnet.config.schema import Leaf, Live, Mismatch, OneOrMore, key, rule
 from crossnet.config.types import (
     Boolean,
     CertificatesFile,
@@ -83,47 +83,54 @@ class DnsSection:
     """The resolver of this network's clients."""
 
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    """Where clients ask, over UDP and TCP."""
     reuse_port: Boolean = False
     """Several processes listen on the same addresses, one for each core, say; the kernel shares the clients out."""
-    upstream: Annotated[tuple[Upstream, ...], OneOrMore()] = ()
+    upstream: Live[Annotated[tuple[Upstream, ...], OneOrMore()]] = ()
     """Servers that answer what is not ours; by default those of /etc/resolv.conf."""
-    upstream_ca: CertificatesFile | None = None
+    upstream_ca: Live[CertificatesFile | None] = None
     """Who signs the certificates of tls:// and https:// upstreams; by default the system's authorities."""
-    forward: dict[Domain, Annotated[tuple[Upstream, ...], OneOrMore()]] = dataclasses.field(default_factory=dict)
+    forward: Live[dict[Domain, Annotated[tuple[Upstream, ...], OneOrMore()]]] = dataclasses.field(default_factory=dict)
     """Servers of their own for the names at and under these."""
-    absent: Annotated[tuple[AbsentName, ...], OneOrMore()] = ()
+    absent: Live[Annotated[tuple[AbsentName, ...], OneOrMore()]] = ()
     """Names that do not exist, with all below them, and networks whose addresses have no names: [10.0.0.0/8] where nobody serves
     their reverse, [use-application-dns.net, mask.icloud.com, mask-h2.icloud.com] where browsers should not go past this resolver.
     Always: local, but for cluster.local and what stands in `forward` or `search`, and the reverse of loopback and link-local
     addresses."""
-    race_s: Duration = RACE_S
+    race_s: Live[Duration] = RACE_S
     """How long one upstream has before the next is asked as well."""
-    random_case: Boolean = True
+    random_case: Live[Boolean] = True
     """Ask upstream in random case and believe only answers that keep it (DNS 0x20); off by itself where an upstream loses it."""
-    client_subnet: Boolean = False
+    client_subnet: Live[Boolean] = False
     """Pass the subnet option of clients that send one on to upstream (RFC 7871); what is answered to it is not kept."""
-    allow: tuple[Cidr, ...] = PRIVATE_RANGES
+    allow: Live[tuple[Cidr, ...]] = PRIVATE_RANGES
     """Clients that are answered; an open resolver is a weapon for others."""
-    rate_limit: Count = dns.DEFAULT_RATE_LIMIT
+    rate_limit: Live[Count] = dns.DEFAULT_RATE_LIMIT
     """Questions that one client, an IPv4 address or an IPv6 /64, may ask in a second; 0: any number."""
-    max_udp_reply: UdpReply = MAX_UDP_REPLY
-    search: Annotated[tuple[Domain, ...], OneOrMore()] | None = None
+    max_udp_reply: Live[UdpReply] = MAX_UDP_REPLY
+    """The longest UDP reply, in bytes; longer ones are truncated and asked for again over TCP."""
+    search: Live[Annotated[tuple[Domain, ...], OneOrMore()] | None] = None
     """Search domains of the clients, which the mesh domain must not touch; by default this machine's."""
-    ttl_s: WholeSeconds = dns.DEFAULT_TTL_S
-    vip: Cidr | None = None
+    ttl_s: Live[WholeSeconds] = dns.DEFAULT_TTL_S
+    """How long clients may keep our own answers."""
+    vip: Live[Cidr | None] = None
     """A range from which imported services have addresses of their own, for protocols without a server name."""
-    stale_relays_s: DurationOrZero = 0.0
+    stale_relays_for_s: Live[DurationOrZero] = dataclasses.field(default=0.0, metadata=key("stale_relays"))
     """How long the last relays are answered when none is alive; 0: such questions fail at once."""
-    cache: SizeOrZero = _CACHE.max_bytes
-    max_ttl_s: WholeSeconds = _CACHE.max_ttl_s
-    max_negative_ttl_s: WholeSeconds = _CACHE.max_negative_ttl_s
-    stale_answers_s: DurationOrZero = _CACHE.stale_for_s
+    cache: Live[SizeOrZero] = _CACHE.max_bytes
+    """Memory for answers of upstream; 0: none are kept."""
+    max_ttl_s: Live[WholeSeconds] = _CACHE.max_ttl_s
+    """The longest that an answer of upstream is kept."""
+    max_negative_ttl_s: Live[WholeSeconds] = _CACHE.max_negative_ttl_s
+    """The longest that it is kept that a name or a type does not exist."""
+    stale_answers_s: Live[DurationOrZero] = _CACHE.stale_for_s
     """How long after its end upstream's last answer is given when upstream gives none; 0: never."""
-    cookie_secret: SecretFile | None = None
+    cookie_secret: Live[SecretFile | None] = None
     """32 hexadecimal digits that all servers of one address share; by default drawn at the start."""
-    loop_probe: Boolean = True
+    loop_probe: Live[Boolean] = True
     """Ask upstream now and then a name that nobody has, to see whether it comes back here."""
-    max_in_flight: Count = MAX_IN_FLIGHT
+    max_in_flight: Live[Count] = MAX_IN_FLIGHT
+    """Questions to upstream at once; further ones are answered SERVFAIL."""
 
     @rule("vip")
     def _room(self) -> Iterator[Fault]:

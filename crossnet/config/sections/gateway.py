@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from crossnet.config.schema import OneOrMore, rule
+from crossnet.config.schema import Live, OneOrMore, key, rule
 from crossnet.config.sections.policy import RuleSection, faults_of_rules
 from crossnet.config.types import (
     Accepted,
@@ -49,8 +49,11 @@ class TurnAccessSection:
     """How this network's gateway proves itself to another network's TURN servers: one of the three ways."""
 
     username: Text | None = None
+    """With `password`: the long-term credentials of a user of those servers."""
     password: SecretFile | None = None
+    """The password of `username`."""
     secret: SecretFile | None = None
+    """The shared secret of their REST credentials (coturn: static-auth-secret)."""
     issue: Boolean = False
     """Ask this network's discovery server for credentials that live shortly."""
     ca: CertificatesFile | None = None
@@ -83,17 +86,21 @@ class ActivateSection:
     url: Url | None = None
     """Called with the headers Crossnet-Service and Crossnet-Network."""
     method: Method = "POST"
+    """The HTTP method of the call."""
     body: HiddenText | None = None
     """Neither this nor the URL's query is shown: there may be secrets in them."""
     content_type: ContentType = "application/json"
+    """The type of `body`."""
     ca: ExistingFile | None = None
     """Verifies the URL's server; the system's authorities by default."""
     token: SecretFile | None = None
+    """Sent as `Authorization: Bearer …`."""
     timeout_s: Duration = activation.DEFAULT_TIMEOUT_S
     """How long a stream waits; two minutes at most."""
     run_timeout_s: Duration = activation.DEFAULT_RUN_TIMEOUT_S
     """How long the command or call may take: then it is ended."""
     cooldown_s: Duration = activation.DEFAULT_COOLDOWN_S
+    """After a success, how long a service is not woken again."""
     max_held: Count = activation.DEFAULT_MAX_HELD_PER_SERVICE
     """Streams that wait for one service."""
 
@@ -151,19 +158,22 @@ class GatewaySection:
     RENAMED: ClassVar[dict[str, str]] = {"allow_turn_servers": "turn.NETWORK.allow, a list of CIDRs for each network"}
 
     id: RecordId
-    allow: tuple[Target, ...]
+    """The id that its records begin with; another gateway of this network has another one."""
+    allow: Live[tuple[Target, ...]]
     """What it may dial."""
-    rules: tuple[RuleSection, ...] = ()
+    rules: Live[tuple[RuleSection, ...]] = ()
     """Which streams may go where, by the network and client that they come from; without any all that `allow` lists."""
-    activate: tuple[ActivateSection, ...] = ()
+    activate: Live[tuple[ActivateSection, ...]] = ()
     """How services that sleep are woken; the first that names one counts."""
-    max_held: Count = activation.DEFAULT_MAX_HELD
+    max_held: Live[Count] = activation.DEFAULT_MAX_HELD
     """Streams that wait for services to wake."""
     accept: tuple[Accepted, ...] = ("framed",)
-    turn: dict[NetworkId, TurnAccessSection] = dataclasses.field(default_factory=dict)
-    register: Register = "all"
+    """What it takes from relays."""
+    turn: Live[dict[NetworkId, TurnAccessSection]] = dataclasses.field(default_factory=dict)
+    """For each other network whose TURN servers it registers with, the credentials."""
+    register: Live[Register] = "all"
     """`imported`: only with networks in which a relay asks for ours."""
-    replicas: Replicas = DEFAULT_REPLICAS
+    replicas: Live[Replicas] = DEFAULT_REPLICAS
     """Allocations on each TURN server, by different gateways of this network where there are several."""
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
     """Where relays reach it without a TURN server; by default nowhere."""
@@ -173,16 +183,22 @@ class GatewaySection:
     """How many times the streams of a gateway of weight 1 it is for."""
     zone: RecordId | None = None
     """Where it stands: relays of the same zone that may dial it prefer it."""
-    max_hello: Size = DEFAULT_MAX_HELLO_BYTES
-    max_streams: Count = gateway.DEFAULT_MAX_STREAMS
-    max_streams_per_network: Count = 0
-    require_epoch: Boolean = False
+    max_hello_bytes: Live[Size] = dataclasses.field(default=DEFAULT_MAX_HELLO_BYTES, metadata=key("max_hello"))
+    """The longest ClientHello."""
+    max_streams: Live[Count] = gateway.DEFAULT_MAX_STREAMS
+    """Streams at once; further ones are refused."""
+    max_streams_per_network: Live[Count] = 0
+    """Streams at once from one network, so that none takes the share of the others; 0: no limit of its own."""
+    require_epoch: Live[Boolean] = False
     """Refuse relays of versions from before epochs, whose preambles alone could count again after a restart."""
-    """From one network, so that none takes the others' share; 0 is no limit of its own."""
-    hello_timeout_s: Duration = gateway.DEFAULT_HELLO_TIMEOUT_S
-    dial_timeout_s: Duration = gateway.DEFAULT_DIAL_TIMEOUT_S
-    idle_timeout_s: Duration = gateway.DEFAULT_IDLE_TIMEOUT_S
-    half_close_timeout_s: Duration = gateway.DEFAULT_HALF_CLOSE_TIMEOUT_S
+    hello_timeout_s: Live[Duration] = gateway.DEFAULT_HELLO_TIMEOUT_S
+    """From the start of a connection to the end of its ClientHello."""
+    dial_timeout_s: Live[Duration] = gateway.DEFAULT_DIAL_TIMEOUT_S
+    """For one TCP handshake with a service."""
+    idle_timeout_s: Live[Duration] = gateway.DEFAULT_IDLE_TIMEOUT_S
+    """A stream ends after this long without a byte in either direction. The lower one of relay and gateway counts."""
+    half_close_timeout_s: Live[Duration] = gateway.DEFAULT_HALF_CLOSE_TIMEOUT_S
+    """The same, once one direction has ended."""
 
     @rule("rules")
     def _rules(self) -> Iterator[Fault]:

@@ -26,8 +26,11 @@ class ImportSection:
     """Plain service names that this network takes from others."""
 
     names: tuple[ImportName, ...]
+    """Service names; `*` is one label and a leading `**` one or more."""
     sources: tuple[NetworkId, ...] = dataclasses.field(metadata=key("from"))
+    """The networks that they are taken from, in order of preference."""
     prefer: Prefer = "local"
+    """Who answers where this network has the name, too: `local` asks our own resolvers first, `remote` never does."""
 
     def as_rule(self) -> ImportRule:
         """The rule as discovery has it. Raises BadImport."""
@@ -53,7 +56,9 @@ class RuleSection:
     names: Annotated[tuple[RuleName, ...], OneOrMore()] = ()
     """By what kind of name the client asked: `service`, `address`; by default any."""
     ports: Annotated[tuple[RulePort, ...], OneOrMore()] = ()
+    """Ports and ranges such as `8000-8999`; by default all."""
     action: RuleAction
+    """What happens to a stream that matches."""
 
     def as_rule(self) -> Rule:
         """The rule as relays and gateways have it. Raises BadRule."""

@@ -17,7 +17,9 @@ class LogSection:
     """How log lines are written, on stderr."""
 
     format: LogFormat = "json"
+    """One JSON object or one logfmt line for each event."""
     level: LogLevel = "info"
+    """The least severe level that is written."""
     refused_per_second: Count = DEFAULT_REFUSED_PER_S
     """Lines of each event (refused streams, wrong passwords, …); those beyond are counted in one line, and in the metrics.
     Streams that were open always have theirs. 0 is no limit."""
@@ -28,8 +30,11 @@ class DiscoveryTlsSection:
     """How a discovery server's certificate is verified, and what we show in place of a token."""
 
     ca: ExistingFile
+    """Authorities that sign the certificates of discovery servers."""
     cert: ExistingFile | None = None
+    """Our client certificate, in place of a token."""
     key: ExistingFile | None = None
+    """Its key."""
 
     @rule("cert", "key")
     def _pair(self) -> Iterator[Fault]:
@@ -42,8 +47,11 @@ class KeySection:
     """A key that signs what relays of `from` send to gateways of `to`."""
 
     file: KeyFile
+    """The secret: 32 bytes, as `openssl rand -hex 32` prints them. Both networks have the same."""
     source: NetworkId = dataclasses.field(metadata=key("from"))
+    """The network whose relays sign with it."""
     to: NetworkId
+    """The network whose gateways accept it."""
 
     @property
     def secret(self) -> bytes:

@@ -18,6 +18,8 @@ class PublisherSection:
     token: ExistingFile | None = None
     """Read again as it is renewed."""
     ca: ExistingFile | None = None
+    """The authority that signs the certificate of the API."""
     namespaces: tuple[NetworkId, ...] = ()
     """Only these; by default all."""
     cluster_domain: Domain = CLUSTER_DOMAIN
+    """The domain of the cluster, in which its services have their names."""

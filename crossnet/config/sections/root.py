@@ -9,7 +9,7 @@ from typing import Annotated
 
 from yarl import URL
 
-from crossnet.config.schema import OneOrMore, key, rule
+from crossnet.config.schema import Live, OneOrMore, key, rule
 from crossnet.config.sections.discovery import DiscoveryServerSection
 from crossnet.config.sections.dns import DnsSection
 from crossnet.config.sections.gateway import GatewaySection
@@ -60,28 +60,45 @@ class Config:
     """The whole file."""
 
     network: NetworkId
+    """The network that this process is part of. Every other network knows it by this id."""
     domain: Domain = DEFAULT_DOMAIN
+    """The mesh domain, below which address and compact names are. All networks of a mesh use the same one."""
     discovery: Annotated[tuple[DiscoverySource, ...], OneOrMore()] = ()
+    """The discovery servers, of which one is used at a time, and at most one static mesh file, whose records win over theirs."""
     discovery_tls: DiscoveryTlsSection | None = None
+    """How https discovery servers are verified, and the client certificate that we show."""
     insecure: Boolean = False
     """Let discovery be reached by http beyond this machine: tokens and records then travel in the clear."""
     snapshot: NewFile | None = None
     """Where the last good view of discovery is kept, to start from when discovery is away."""
-    token: SecretFile | None = None
+    token: Live[SecretFile | None] = None
+    """What we prove ourselves to discovery with: one line, as `crossnet token new` prints it."""
     admin: ListenAddress = DEFAULT_ADMIN
-    log: LogSection = dataclasses.field(default_factory=LogSection)
-    drain_s: DurationOrZero = DEFAULT_DRAIN_S
-    keys: dict[KeyId, KeySection] = dataclasses.field(default_factory=dict)
-    imports: tuple[ImportSection, ...] = dataclasses.field(default=(), metadata=key("import"))
+    """Where the admin server listens: health, readiness, metrics, status. It has no authentication."""
+    log: Live[LogSection] = dataclasses.field(default_factory=LogSection)
+    """How log lines are written."""
+    drain_s: Live[DurationOrZero] = DEFAULT_DRAIN_S
+    """How long a process that was told to end waits for its streams. A second signal ends it at once."""
+    keys: Live[dict[KeyId, KeySection]] = dataclasses.field(default_factory=dict)
+    """Signing keys by id, one or more for each direction. The first of a direction signs, all of them are accepted."""
+    imports: Live[tuple[ImportSection, ...]] = dataclasses.field(default=(), metadata=key("import"))
+    """Which plain service names this network takes from which others. The first rule that names a service counts."""
     handover: NewFile | None = None
     """A unix socket where a new process takes the listening sockets of the one that runs, which then drains."""
     relay: RelaySection | None = None
+    """The relay: takes in the clients of this network."""
     dns: DnsSection | None = None
+    """The resolver: answers names of other networks with the address of a relay."""
     gateway: GatewaySection | None = None
+    """The gateway: lets other networks reach services of this one."""
     turn: TurnSection | None = None
-    turn_servers: tuple[TurnServerSection, ...] = ()
+    """The embedded TURN server, where gateways of other networks register."""
+    turn_servers: Live[tuple[TurnServerSection, ...]] = ()
+    """TURN servers of this network that run elsewhere, such as coturn."""
     discovery_server: DiscoveryServerSection | None = None
+    """The discovery server, which all networks use."""
     publisher: PublisherSection | None = None
+    """Publishes services of a Kubernetes cluster."""
 
     @property
     def roles(self) -> tuple[str, ...]:

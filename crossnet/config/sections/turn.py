@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from crossnet.config.schema import OneOrMore, rule
+from crossnet.config.schema import Live, OneOrMore, rule
 from crossnet.config.types import (
     Boolean,
     Cidr,
@@ -37,8 +37,11 @@ class TurnTlsSection:
     """Where the embedded TURN server speaks TLS (`turns:`). The files are read again when they change."""
 
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
+    """Where `turns:` clients come."""
     cert: ExistingFile
+    """The certificate chain."""
     key: ExistingFile
+    """Its key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +49,11 @@ class TurnSection:
     """The embedded TURN server, for gateways of other networks."""
 
     id: RecordId
+    """The id of its record."""
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
     """For TCP, which gateways need, unless they come by TLS."""
     tls: TurnTlsSection | None = None
+    """Where it speaks TLS."""
     listen_udp: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
     """For STUN and TURN clients that are no gateways."""
     relay_address: Annotated[tuple[IpAddress, ...], OneOrMore()]
@@ -56,12 +61,14 @@ class TurnSection:
     advertise_relay_address: Annotated[tuple[IpAddress, ...], OneOrMore()] = ()
     """The same addresses, in their order, as this network's relays reach them, where a NAT lies between."""
     ports: PortRange = DEFAULT_PORTS
-    secret: Annotated[tuple[SecretFile, ...], OneOrMore()] = ()
+    """The range of ports of allocations. Relays must reach them, gateways need not."""
+    secret: Live[Annotated[tuple[SecretFile, ...], OneOrMore()]] = ()
     """REST secrets; two while one is being replaced."""
-    users: dict[Text, SecretFile] = dataclasses.field(default_factory=dict)
+    users: Live[dict[Text, SecretFile]] = dataclasses.field(default_factory=dict)
+    """Users by name, with their passwords (long-term credentials)."""
     realm: Text | None = None
     """What clients are told the credentials are for; the mesh domain by default."""
-    allow_peers: tuple[Cidr, ...] = ()
+    allow_peers: Live[tuple[Cidr, ...]] = ()
     """Peers in ranges that are refused otherwise, such as 127.0.0.0/8 for a try on one machine."""
     zone: RecordId | None = None
     """Where it stands: relays of the same zone prefer its allocations."""
@@ -71,11 +78,13 @@ class TurnSection:
     """Clients may send datagrams to any address that is not refused."""
     active_connect: Boolean = False
     """Clients may have it connect to any address that is not refused. Gateways do not need that."""
-    max_allocations_per_user: Count = _TURN_LIMITS.max_allocations_per_account
-    max_port_share_per_user: Percent = DEFAULT_PORT_SHARE
+    max_allocations_per_user: Live[Count] = _TURN_LIMITS.max_allocations_per_account
+    """Allocations of one user at once."""
+    max_port_share_per_user: Live[Percent] = DEFAULT_PORT_SHARE
     """Of `ports`, by allocations: one port each. The name of a REST username counts, without its time."""
-    max_streams_per_user: Count = _TURN_LIMITS.max_connections_per_account
-    max_bytes_per_second_per_user: Size | None = None
+    max_streams_per_user: Live[Count] = _TURN_LIMITS.max_connections_per_account
+    """Connections of one user at once."""
+    max_bytes_per_second_per_user: Live[Size | None] = None
     """Both ways together; streams are slowed down to it, datagrams beyond it are dropped."""
 
     @rule("secret", "users")
@@ -103,10 +112,15 @@ class TurnServerSection:
     """A TURN server of this network that is not ours to run, such as coturn."""
 
     id: RecordId
+    """The id of its record."""
     url: TurnServerUrl
+    """How gateways of other networks reach it."""
     relay_addresses: tuple[IpAddress, ...]
+    """Where its allocations are, as the relays of this network reach them."""
     port_min: Port = 49152  # RFC 8656 section 5, coturn's default too
+    """The first port of its allocations."""
     port_max: Port = 65535
+    """The last one."""
     zone: RecordId | None = None
     """As for `turn`."""
 

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import time
-import typing
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,8 +20,7 @@ import pytest
 from crossnet.app import role_configs
 from crossnet.app.app import App
 from crossnet.config.file import load
-from crossnet.config.reload import LIVE
-from crossnet.config.schema import Leaf, _fields, _unwrapped, encode
+from crossnet.config.schema import Leaf, encode, fields_of, is_live, unwrapped
 from crossnet.config.sections import Config
 from discovery.model.mesh import Kind
 from tests.crossnet.fields import Document, Field, Files, NoOtherValue, all_fields, value_at
@@ -194,7 +192,7 @@ def test_every_field_changes_under_running_processes(files: Files) -> None:
 
 def is_secret(field: Field) -> bool:
     """Tell whether it is not to be seen in /config that the field has another value."""
-    return any(isinstance(mark, Leaf) and mark.expected in SECRETS for mark in _unwrapped(field.kind)[1])
+    return any(isinstance(mark, Leaf) and mark.expected in SECRETS for mark in unwrapped(field.kind)[1])
 
 
 def test_a_field_without_another_value_fails() -> None:
@@ -205,13 +203,6 @@ def test_a_field_without_another_value_fails() -> None:
     field = Field(Section, dataclasses.fields(Section)[0], complex, ("new",))
     with pytest.raises(NoOtherValue, match=r"Section\.new: add another good value"):
         field.changed({}, None)
-
-
-def test_what_is_live_is_there() -> None:
-    hints = typing.get_type_hints(Config, include_extras=True)
-    for section, names in LIVE.items():
-        kind = _unwrapped(hints[section])[0] if section else Config
-        assert names <= {field.name for field in dataclasses.fields(kind)}, section
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -313,7 +304,7 @@ async def inside(files: Files, part: str) -> AsyncIterator[Inside]:
 @pytest.mark.timeout(120)
 async def test_what_is_applied_is_what_every_role_goes_by(files: Files) -> None:
     live = {
-        part: [field for field in all_fields(files.documents) if field.part == part and is_live(field)]
+        part: [field for field in all_fields(files.documents) if field.part == part and applies_at_once(field)]
         for part in files.documents
     }
     assert len(live["a"]) > 50
@@ -330,14 +321,17 @@ async def test_what_is_applied_is_what_every_role_goes_by(files: Files) -> None:
                 one.holds()
 
 
-def is_live(field: Field) -> bool:
+def applies_at_once(field: Field) -> bool:
     """Tell whether a field changes without a restart; one below a live field does with it."""
-    name = str(field.place[0])
-    if name in LIVE:
-        section = typing.get_type_hints(Config, include_extras=True)[name]
-        keys = {key: one.name for key, one, _ in _fields(_unwrapped(section)[0])}
-        return keys[str(field.place[1])] in LIVE[name]
-    return {key: one.name for key, one, _ in _fields(Config)}[name] in LIVE[""]
+    kind: Any = Config
+    for step in field.place:
+        kind = {key: found for key, _, found in fields_of(kind)}[str(step)]
+        if is_live(kind):
+            return True
+        kind = unwrapped(kind)[0]
+        if not dataclasses.is_dataclass(kind):
+            return False
+    return False
 
 
 @pytest.mark.anyio
