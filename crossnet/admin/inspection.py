@@ -1,13 +1,16 @@
 """What a running process shows of itself: to the admin server, and through that to people, Prometheus and `crossnet status`."""
 
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from crossnet.app.readiness import conditions
 from crossnet.config.schema import encode
 from crossnet.config.sections import Config
+from discovery.client.contract import Discovery
 from discovery.model.mesh import Mesh
+from sniproxy.streams.stream_log import StreamLog
 
 if TYPE_CHECKING:
     from crossnet.app.app import App
@@ -26,7 +29,7 @@ class Inspection:
 
     def stale_s(self) -> float | None:
         """Return for how many seconds no server has confirmed the view of discovery; None without one of servers."""
-        age_s: float | None = getattr(self._app.discovery, "age_s", None)
+        age_s: float | None = getattr(self._discovery, "age_s", None)
         return age_s
 
     def status(self) -> dict[str, object]:
@@ -45,34 +48,38 @@ class Inspection:
             "streams": {role: len(rows) for role, rows in self.streams().items()},
             "discovery": {
                 "sources": [str(source) for source in self._app.config.discovery],
-                "synced": self._app.discovery is not None and self._app.discovery.synced,
-                "connected": getattr(self._app.discovery, "connected", None),
+                "synced": self._discovery is not None and self._discovery.synced,
+                "connected": getattr(self._discovery, "connected", None),
                 "age_s": self.stale_s(),
                 "revision": view.revision,
                 "records": len(view),
                 "networks": sorted(view.networks),
-                "troubles": [words for _, words in getattr(self._app.discovery, "troubles", ())],
-                "rivals": list(getattr(self._app.discovery, "rivals", ())),
-                "clock_ahead_s": getattr(self._app.discovery, "clock_ahead_s", None),
+                "troubles": [words for _, words in getattr(self._discovery, "troubles", ())],
+                "rivals": list(getattr(self._discovery, "rivals", ())),
+                "clock_ahead_s": getattr(self._discovery, "clock_ahead_s", None),
             },
-            "relay_sources": self._app.relay_sources,
-            "registrations": self._app.registrar.status() if self._app.registrar is not None else [],
-            "upstreams": self._app.upstreams,
+            "relay_sources": [],
+            "registrations": [],
+            "upstreams": [],
+            **{name: shown for role in self._app.opened for name, shown in role.status().items()},
         }
 
     def streams(self) -> dict[str, list[dict[str, object]]]:
         """Return the open streams by role."""
-        servers = {"relay": self._app.relay, "gateway": self._app.gateway}
-        return {role: server.ledger.rows() for role, server in servers.items() if server is not None}
+        return {name: ledger.rows() for name, ledger in self._ledgers()}
 
     def ended_streams(self) -> dict[str, list[dict[str, object]]]:
         """Return the streams that ended last, by role."""
-        servers = {"relay": self._app.relay, "gateway": self._app.gateway}
-        return {role: server.ledger.ended() for role, server in servers.items() if server is not None}
+        return {name: ledger.ended() for name, ledger in self._ledgers()}
+
+    def _ledgers(self) -> Iterator[tuple[str, StreamLog]]:
+        for name, role in self._app.roles.items():
+            if role.ledger is not None:
+                yield name, role.ledger
 
     def end_stream(self, stream: bytes) -> bool:
         """End a stream of this process; False if none of that id is open."""
-        found = [server.ledger.find(stream) for server in (self._app.relay, self._app.gateway) if server is not None]
+        found = [ledger.find(stream) for _, ledger in self._ledgers()]
         for account in found:
             if account is not None:
                 account.stop("ended at the admin server")
@@ -80,7 +87,11 @@ class Inspection:
 
     def view(self) -> Mesh:
         """Return the current mesh."""
-        return self._app.discovery.mesh if self._app.discovery is not None else Mesh.EMPTY
+        return self._discovery.mesh if self._discovery is not None else Mesh.EMPTY
+
+    @property
+    def _discovery(self) -> Discovery | None:
+        return self._app.discovery if self._app.speaks_to_discovery else None
 
     def effective_config(self) -> object:
         """Return the configuration, secrets hidden."""

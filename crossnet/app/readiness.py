@@ -33,7 +33,7 @@ def conditions(app: "App") -> list[Condition]:
     if not app.started:
         return [Condition("running", ("the start of all roles",))]
     found = [Condition("running")]
-    if app.discovery is not None:
+    if app.speaks_to_discovery:
         found.append(Condition("discovery_view", () if app.discovery.synced else ("a first view of discovery",)))
         # A file has no troubles. Servers that are away are none either: what runs goes on without them.
         troubles: tuple[tuple[str, str], ...] = getattr(app.discovery, "troubles", ())
@@ -41,13 +41,8 @@ def conditions(app: "App") -> list[Condition]:
             Condition(name, tuple(words for of, words in troubles if of == name))
             for name in ("discovery_access", "discovery_records")
         )
-    if app.registrar is not None:
-        states = {line["state"] for line in app.registrar.status()}
-        # None where no network is left to register with: nothing is lacking.
-        lacking = bool(states) and "ready" not in states and states != {"standby"}
-        found.append(Condition("allocation", ("a first allocation",) if lacking else ()))
-    if app.publisher is not None:
-        found.append(Condition("cluster", () if app.publisher.listed else ("a first list of the cluster",)))
+    for role in app.roles.values():
+        found.extend(role.conditions())
     return found
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from crossnet.app import role_configs
-from crossnet.app.app import FORGET_S, App
+from crossnet.app.app import App
+from crossnet.app.role import FORGET_S
+from crossnet.app.roles.relay import RelayRole
 from crossnet.config.file import ConfigError, load
 from crossnet.config.reload import change, files
 from crossnet.config.types import MAX_CERTIFICATES_BYTES
@@ -180,12 +182,15 @@ def test_a_draining_relay_waits_for_answers_with_the_ttl_of_before(tmp_path: Pat
 
     async def reload() -> None:
         app = App(loaded[5], ["relay"])
+        role = app.roles["relay"]
+        assert isinstance(role, RelayRole)
         begin = asyncio.get_running_loop().time()
         for ttl_s, remembered_s in ((60, 60), (30, 60), (5, 60), (30, 60), (60, 60)):
-            app._apply(loaded[ttl_s])
+            role.note_ttl(app.config, loaded[ttl_s])
+            app.config = loaded[ttl_s]
             end = asyncio.get_running_loop().time()
-            until = app._remembered_until(end)
+            until = role.named_until(end)
             assert begin + remembered_s + FORGET_S <= until <= end + remembered_s + FORGET_S
-            assert app._remembered_until(end + 100) == end + 100 + ttl_s + FORGET_S
+            assert role.named_until(end + 100) == end + 100 + ttl_s + FORGET_S
 
     asyncio.run(reload())

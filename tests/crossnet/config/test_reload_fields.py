@@ -19,13 +19,23 @@ import pytest
 
 from crossnet.app import role_configs
 from crossnet.app.app import App
+from crossnet.app.roles.discovery_server import DiscoveryServerRole
+from crossnet.app.roles.dns import DnsRole
+from crossnet.app.roles.gateway import GatewayRole
+from crossnet.app.roles.relay import RelayRole
+from crossnet.app.roles.turn import TurnRole
 from crossnet.config.file import load
 from crossnet.config.schema import Leaf, encode, fields_of, is_live, unwrapped
 from crossnet.config.sections import Config
+from discovery.api import DiscoveryServer
 from discovery.model.mesh import Kind
+from sniproxy.relay.relay import Relay
 from tests.crossnet.fields import Document, Field, Files, NoOtherValue, all_fields, value_at
 from tests.crossnet.running import Running
 from tests.sniproxy.hellos import client_hello
+from turnreg.gateway.gateway import Gateway
+from turnreg.registrar.registrar import Registrar
+from turnreg.server.server import TurnServer
 
 LIMIT_S = 20.0
 WATCHED_EVERY = 40
@@ -232,39 +242,60 @@ class Inside:
     def holds(self) -> None:
         """Check that every role goes by what the application has as its configuration."""
         app, config = self.app, self.app.config
-        if app.relay is not None and config.relay is not None:
-            relay = role_configs.relay_config(config, config.relay, app.relay.config.guard)
-            assert plain(app.relay.config) == plain(relay)
-            assert app.relay._upstreams.pool.size == relay.pool
-            assert {transport._config.zone for transport in app.relay._router.transports} == {relay.zone}
-            for key in role_configs.keys(config).values():
-                assert app.relay._router.keys.get(key.from_network, key.to_network) is not None
-        if app._publication is not None and config.relay is not None:
-            imported = {network for section in config.imports for network in section.sources}
-            assert app._publication._asks == sorted(imported | set(config.relay.asks))
-        if app.gateway is not None and config.gateway is not None:
-            gateway = role_configs.gateway_config(config, config.gateway, app.gateway.config.guard)
-            assert app.gateway.config == gateway
-            assert app.gateway._delivery._allow == gateway.allow
-            assert app.gateway._delivery._policy == gateway.policy
-            assert app.gateway._arrivals.keys == role_configs.keys(config)
-            assert app.registrar is not None
-            assert app.gateway is not None
-            guard, epoch = app._guard(), app.gateway.epoch
-            assert app.registrar.config == role_configs.registrar_config(config, config.gateway, guard, epoch=epoch)
-            assert all(one._config is app.registrar.config for one in app.registrar._registrations.values())
-        if app.turn is not None and config.turn is not None:
-            turn = role_configs.turn_config(config, config.turn)
-            assert app.turn.config == turn
-            assert app.turn._meeting.table.limits == turn.limits
-            assert app.turn._meeting.transactions.allowed_peers == turn.allowed_peers
-            assert app.turn._meeting.transactions._paces._rate == turn.limits.max_bytes_per_second_per_account
-            assert app.turn._authenticator._secrets == turn.secrets
-            assert app.turn._authenticator._keys.keys() == turn.users.keys()
-        if app._dns is not None and config.dns is not None:
-            assert plain(app._dns.config) == plain(role_configs.dns_config(config, config.dns))
-        server = app.discovery_server
-        if server is not None and config.discovery_server is not None:
+        for role in app.opened:
+            match role:
+                case RelayRole(relay=relay, publication=publication):
+                    self._relay_holds(relay)
+                    assert config.relay is not None
+                    imported = {network for section in config.imports for network in section.sources}
+                    assert publication._asks == sorted(imported | set(config.relay.asks))
+                case GatewayRole(gateway=gateway, registrar=registrar):
+                    self._gateway_holds(gateway, registrar)
+                case TurnRole(server=server):
+                    self._turn_holds(server)
+                case DnsRole(server=server):
+                    assert config.dns is not None
+                    assert plain(server.config) == plain(role_configs.dns_config(config, config.dns))
+                case DiscoveryServerRole(server=server):
+                    self._discovery_server_holds(server)
+
+    def _relay_holds(self, relay: Relay) -> None:
+        config = self.app.config
+        assert config.relay is not None
+        made = role_configs.relay_config(config, config.relay, relay.config.guard)
+        assert plain(relay.config) == plain(made)
+        assert relay._upstreams.pool.size == made.pool
+        assert {transport._config.zone for transport in relay._router.transports} == {made.zone}
+        for key in role_configs.keys(config).values():
+            assert relay._router.keys.get(key.from_network, key.to_network) is not None
+
+    def _gateway_holds(self, gateway: Gateway, registrar: Registrar | None) -> None:
+        app, config = self.app, self.app.config
+        assert config.gateway is not None
+        made = role_configs.gateway_config(config, config.gateway, gateway.config.guard)
+        assert gateway.config == made
+        assert gateway._delivery._allow == made.allow
+        assert gateway._delivery._policy == made.policy
+        assert gateway._arrivals.keys == role_configs.keys(config)
+        assert registrar is not None
+        epoch = gateway.epoch
+        assert registrar.config == role_configs.registrar_config(config, config.gateway, app.guard(), epoch=epoch)
+        assert all(one._config is registrar.config for one in registrar._registrations.values())
+
+    def _turn_holds(self, server: TurnServer) -> None:
+        config = self.app.config
+        assert config.turn is not None
+        made = role_configs.turn_config(config, config.turn)
+        assert server.config == made
+        assert server._meeting.table.limits == made.limits
+        assert server._meeting.transactions.allowed_peers == made.allowed_peers
+        assert server._meeting.transactions._paces._rate == made.limits.max_bytes_per_second_per_account
+        assert server._authenticator._secrets == made.secrets
+        assert server._authenticator._keys.keys() == made.users.keys()
+
+    def _discovery_server_holds(self, server: DiscoveryServer) -> None:
+        config = self.app.config
+        if config.discovery_server is not None:
             made = role_configs.discovery_server_config(config, config.discovery_server)
             assert [part._config for part in (server, server._records, server._leases)] == [made] * 3
             assert server._credentials._config == made
@@ -340,16 +371,16 @@ async def test_an_error_while_it_is_applied_leaves_all_as_it_was(
 ) -> None:
     async with inside(files, "a") as one:
         app, document = one.app, files.documents["a"]
-        assert app.relay is not None
         assert app.reloader is not None
         async with asyncio.timeout(LIMIT_S):
-            while app.discovery is None or app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is None:
+            while app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is None:
                 await asyncio.sleep(0.005)
         before = app.config
         changed = document | {"relay": document["relay"] | {"pool": 7}, "log": {"level": "debug"}, "turn_servers": []}
         changed["turn"] = document["turn"] | {"max_streams_per_user": 5}
-        reconfigure, publication = app.relay.reconfigure, app._publication
-        assert publication is not None
+        role = app.roles["relay"]
+        assert isinstance(role, RelayRole)
+        reconfigure, publication = role.relay.reconfigure, role.publication
 
         def broken(config: Config) -> None:
             raise ZeroDivisionError("a defect")
@@ -363,12 +394,12 @@ async def test_an_error_while_it_is_applied_leaves_all_as_it_was(
         assert app.reloader.status["faults"] == ["an unexpected error: ZeroDivisionError: a defect"]
         assert app.config is before
         monkeypatch.undo()
-        assert app.relay.reconfigure == reconfigure
+        assert role.relay.reconfigure == reconfigure
         one.holds()
         assert app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is not None
         # The same file is taken once the defect is gone.
         await one.take(changed)
-        assert app.relay.config.pool == 7
+        assert role.relay.config.pool == 7
         one.holds()
         async with asyncio.timeout(LIMIT_S):
             while app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is not None:

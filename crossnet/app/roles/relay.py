@@ -1,0 +1,126 @@
+"""The relay as a role: the relay itself, its record, and the ports that it opens for services."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import ClassVar, TypeVar
+
+from crossnet.app import role_configs
+from crossnet.app.auto_ports import AdaptivePorts
+from crossnet.app.publication import RelayPublication
+from crossnet.app.role import FORGET_S, Role
+from crossnet.config.sections import Config, RelaySection
+from crossnet.handover import Place
+from dnsgw.config import DEFAULT_TTL_S
+from sniproxy.relay.relay import Relay
+from sniproxy.tunnel.keys import SigningKeys
+
+T = TypeVar("T")
+
+ADAPTED = "relay's services"
+"""What sockets are called at a handover that a relay has opened for the ports of services."""
+
+
+class RelayRole(Role):
+    """Takes in the clients of this network."""
+
+    name: ClassVar[str] = "relay"
+    relay: Relay
+    publication: RelayPublication
+    _running: asyncio.Task[None]
+    _publishing: tuple[asyncio.Task[None], ...] = ()
+    _longer_ttl_until = 0.0
+    """How long answers live on that were given with a longer TTL than those of now, in the loop's time."""
+
+    async def open(self) -> None:
+        """Bind, serve and publish."""
+        host, section = self.host, _section(self.host.config)
+        config = role_configs.relay_config(host.config, section, host.guard())
+        self.relay = relay = Relay(
+            config, host.discovery, SigningKeys(role_configs.keys(host.config)), registry=host.registry
+        )
+        self.ledger = relay.ledger
+        await self.begin(relay.open(partial(host.inherited.take, self.name)))
+        if section.ports == "auto":
+            for sock in host.inherited.rest(ADAPTED):
+                relay.adopt(sock)
+        self.listens(relay.addresses)
+        self._running = host.run(self.name, relay.run())
+        addresses = [str(address) for address in section.advertise] or _unique(
+            address for address, _ in relay.addresses
+        )
+        ports = _unique(port for _, port in relay.addresses)
+        self.publication = RelayPublication(host.config, host.discovery, ports, addresses, host.registry)
+        self._publishing = (host.run("publication", self.publication.run()),)
+        if section.ports == "auto":
+            adaptive = AdaptivePorts(relay, host.discovery, section.port_range, self.publication.set_ports)
+            self._publishing += (host.run("ports", adaptive.run()),)
+
+    def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
+        """Rules, keys, limits and what else is live; then the record."""
+        relay = role_configs.relay_config(new, _section(new), self.relay.config.guard)
+        yield partial(self.relay.reconfigure, relay, SigningKeys(role_configs.keys(new)))
+        yield partial(self.publication.reconfigure, new)
+        yield partial(self.note_ttl, old, new)
+
+    def note_ttl(self, old: Config, new: Config) -> None:
+        """Remember for how long answers live on that were given with a longer TTL."""
+        if _ttl_s(new) < _ttl_s(old):
+            lives_until = asyncio.get_running_loop().time() + _ttl_s(old)
+            self._longer_ttl_until = max(self._longer_ttl_until, lives_until)
+
+    def sockets(self) -> Iterator[tuple[Place, int]]:
+        """Yield the configured listeners, then those for services."""
+        for place, number in self.relay.listening():
+            yield (self.name, *place), number
+        for place, number in self.relay.adapted():
+            yield (ADAPTED, *place), number
+
+    def withdraw(self) -> None:
+        """Take the record back."""
+        self.publication.withdraw()
+
+    def hand_over(self) -> None:
+        """Write the record no more: it might come in place of our successor's."""
+        for task in self._publishing:
+            task.cancel()
+
+    def comes_until(self, now: float) -> float:
+        """Until somebody's resolver has forgotten us, whose answers live on for a while."""
+        named = self.host.config.static_mesh is None or self.host.has("dns")
+        if self.host.handed_over or not named:  # clients find our successor on the same sockets
+            return now
+        return self.named_until(now)
+
+    def named_until(self, now: float) -> float:
+        """Return until when resolvers name us that were told of us before `now`."""
+        return max(now + _ttl_s(self.host.config), self._longer_ttl_until) + FORGET_S
+
+    def stop_listening(self) -> None:
+        """Close the listeners."""
+        self.relay.close()
+
+    stop_accepting = stop_listening
+
+    @property
+    def idle(self) -> bool:
+        """Whether the last stream has ended."""
+        return self._running.done()
+
+    def status(self) -> dict[str, object]:
+        """Return which address each TURN server of this network sees us come from, and how we know."""
+        return {"relay_sources": self.publication.sources()}
+
+
+def _section(config: Config) -> RelaySection:
+    assert config.relay is not None
+    return config.relay
+
+
+def _ttl_s(config: Config) -> int:
+    """How long an answer of this network's resolvers lives."""
+    return config.dns.ttl_s if config.dns is not None else DEFAULT_TTL_S
+
+
+def _unique(items: Iterable[T]) -> list[T]:
+    return list(dict.fromkeys(items))
