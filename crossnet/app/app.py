@@ -13,10 +13,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, GCCollector, Info, PlatformCollector, ProcessCollector
 
 from crossnet import logs
-from crossnet.admin.inspection import Inspection
-from crossnet.admin.server import AdminServer
+from crossnet.admin_server import AdminServer
 from crossnet.app import drain, role_configs
 from crossnet.app.discovery_client import open_discovery
+from crossnet.app.inspection import Inspection
 from crossnet.app.readiness import ReadinessMetric
 from crossnet.app.role import Role, StartError, beginning
 from crossnet.app.roles import ROLES

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import uvloop
 
-from crossnet.admin.inspection import Inspection
 from crossnet.app.app import App
+from crossnet.app.inspection import Inspection
 from crossnet.config.file import load
 from discovery.model.mesh import Mesh
 from tests.crossnet.running import free_port

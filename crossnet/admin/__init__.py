@@ -1,1 +1,0 @@
-"""The admin server, and what a running process shows of itself there."""
