@@ -259,7 +259,7 @@ MAY_WARM = {
     ids=[*MAY, *MAY_WARM],
 )
 def test_what_may_come_next(is_warm: bool, before: list[Step], relay: str, gateway: str) -> None:
-    may = {(side, T[name]) for side, names in ((R, relay), (G, gateway)) for name in names.split()}
+    may = {(side, CapsuleType[name]) for side, names in ((R, relay), (G, gateway)) for name in names.split()}
     accepted = set()
     for step in itertools.product(Side, CapsuleType):
         pair = warm() if is_warm else Pair()
