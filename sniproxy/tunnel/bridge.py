@@ -177,7 +177,7 @@ class StreamBridge:
         except OSError as error:
             raise Lost(out.wire, writing=True) from error
         if out is not self._framed:
-            self._framed.ends.end_elsewhere(by_us=True)
+            self._framed.ends.end_elsewhere()
         self._activity.limit(self._half_close_timeout_s)
 
     async def _room(self, out: CapsuleConnection) -> tuple[CapsuleConnection, int]:
@@ -256,7 +256,7 @@ class StreamBridge:
             self._delivered = True
             self._plain.shutdown_write()
             if source is not self._framed:
-                self._framed.ends.end_elsewhere(by_us=False)
+                self._framed.ends.end_elsewhere()
             try:
                 await self._framed.send(Finished())
             except OSError as error:  # and nobody else may be reading there

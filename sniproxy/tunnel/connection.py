@@ -17,7 +17,7 @@ from sniproxy.tunnel.capsules import (
     Payload,
     header,
 )
-from sniproxy.tunnel.messages import Message, Open, Ping, parse_control
+from sniproxy.tunnel.messages import Message, parse_control
 from sniproxy.tunnel.state import LIMIT_REFUSED_S, Side, StreamState
 
 CONTROL_PER_S = 4.0
@@ -59,11 +59,19 @@ class CapsuleConnection:
         self.received = 0
         """Bytes read from it, likewise."""
 
-    async def send(self, message: Message) -> None:
-        """Send a control capsule, never inside another capsule. OSError where the wire is gone."""
+    async def send(self, *messages: Message, data: bytes = b"") -> None:
+        """Send control capsules, and DATA if there is any, in one write and never inside another capsule.
+
+        OSError where the stream is gone.
+        """
         async with self._writing:
-            self.ends.sent(message.type)
-            await self._write(message.pack())
+            for message in messages:
+                self.ends.sent(message.type)
+            buffers = [message.pack() for message in messages]
+            if data:
+                self.ends.sent(CapsuleType.DATA)
+                buffers += (header(CapsuleType.DATA, len(data)), data)
+            await self._write(*buffers)
 
     async def begin(self, preamble: bytes, data: bytes) -> None:
         """Send the preamble and a first DATA capsule in one write, so that a TURN server keeps both before the bind.
@@ -76,15 +84,6 @@ class CapsuleConnection:
                 return
             self.ends.sent(CapsuleType.DATA)
             await self._write(preamble, header(CapsuleType.DATA, len(data)), data)
-
-    async def open(self, token: bytes, preamble: bytes, data: bytes) -> None:
-        """Send PING, OPEN and a first DATA capsule in one write: a stream begins on a warm connection."""
-        opening = Ping(token), Open(preamble)
-        async with self._writing:
-            for message in opening:
-                self.ends.sent(message.type)
-            self.ends.sent(CapsuleType.DATA)
-            await self._write(*(message.pack() for message in opening), header(CapsuleType.DATA, len(data)), data)
 
     async def send_data(self, data: bytes, *, final: bool = False) -> None:
         """Send one DATA or FINAL_DATA capsule."""

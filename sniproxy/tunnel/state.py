@@ -1,4 +1,4 @@
-"""Which capsule may come when, and when a framed stream is over, seen from one side.
+"""Which capsule may come when, and when a stream is over.
 
 TURN servers destroy both connections at the first FIN and drop what they had not sent yet, so between relay and gateway a TCP
 FIN is never a message: each end is said in band, and confirmed.
@@ -15,11 +15,39 @@ FIN is never a message: each end is said in band, and confirmed.
 
 A connection that ends before both have confirmed is a truncation.
 
-A warm connection is kept ready before there is a stream: READY answers its preamble, PING is answered by PONG, and OPEN brings the
-preamble of a stream, which goes on as above. A last PING goes with OPEN: the gateway answers it before it does anything else, so
-that a connection that has died unnoticed costs as long as READY may take and not the stream.
+Three machines run side by side: one for the opening, one for each direction (up is from relay to gateway). A capsule is an event
+in every machine that knows it, and may come only where all of those have a transition for it. They are tables below; this is what
+they say (a test compares it):
 
-      OPEN, DATA (ClientHello) ─────────────▶  checks the preamble, dials the service
+    opening
+      greeted   relay:   DATA, FINAL_DATA
+                gateway: FINISHED, READY → ready, REFUSED → refused
+      warming   gateway: READY → warm, REFUSED → refused
+      warm      relay:   PING, OPEN → ready
+                gateway: PONG, REFUSED → refused
+      ready     relay:   DATA, FINAL_DATA
+                gateway: PONG, FINISHED, WAITING, OPENED → opened, REFUSED → refused
+      opened    relay:   DATA, FINAL_DATA, CONTINUED, FINISHED, DONE
+                gateway: DATA, FINAL_DATA, PONG, RECEIVED, FINISHED
+      refused   nothing
+    up
+      flowing   relay:   DATA, CONTINUED → moved, FINAL_DATA → ended
+      moved     relay:   FINAL_DATA on the second connection → ended
+      ended     gateway: FINISHED → finished
+      finished  relay:   DONE → over
+      over      relay:   DONE
+    down
+      flowing   gateway: DATA, FINAL_DATA → ended
+      ended     relay:   FINISHED → finished
+      finished  relay:   DONE → over
+      over      relay:   DONE
+
+Besides, each PONG answers one PING. A warm connection is kept ready before there is a stream: READY answers its preamble, PING is
+answered by PONG, and OPEN brings the preamble of a stream. A last PING goes with OPEN. The gateway answers it before it does
+anything else, so a connection that has died unnoticed costs as long as READY may take, and not the stream.
+
+      PING, OPEN, DATA (ClientHello) ───────▶  checks the preamble, dials the service
+      ◀────────────────────────────────── PONG
       ◀──────────────────────── OPENED/REFUSED
 
 Through a TURN server one connection must not be full in both directions at once: coturn (4.6.1 to 4.17.1) stops reading a side
@@ -29,7 +57,9 @@ nearly empty: the gateway says how much it has RECEIVED, and an upload that outg
 connection, announced by CONTINUED, where nothing comes back.
 """
 
-from enum import Enum
+from collections.abc import Mapping
+from enum import Enum, StrEnum
+from typing import Final, NamedTuple, TypeVar
 
 from sniproxy.tunnel.capsules import CapsuleError, CapsuleType
 
@@ -61,38 +91,220 @@ class Side(Enum):
     GATEWAY = "gateway"
 
 
+class Opening(StrEnum):
+    """How far the opening has come."""
+
+    GREETED = "greeted"
+    """The preamble of a stream is on its way, or that of its second connection, which is never opened."""
+    WARMING = "warming"
+    """The preamble of a connection that is to be kept ready is on its way."""
+    WARM = "warm"
+    READY = "ready"
+    OPENED = "opened"
+    REFUSED = "refused"
+
+
+class Direction(StrEnum):
+    """How far one direction has come."""
+
+    FLOWING = "flowing"
+    MOVED = "moved"
+    """The rest goes over the second connection."""
+    ENDED = "ended"
+    FINISHED = "finished"
+    """The receiver has confirmed that everything is delivered."""
+    OVER = "over"
+
+
+class Elsewhere(Enum):
+    """What is said on the second connection and counts for the first."""
+
+    FINAL_DATA = "final_data"
+
+
+Event = tuple[Side, CapsuleType | Elsewhere]
+"""Who says what."""
+
+State = TypeVar("State", Opening, Direction)
+
+Machine = Mapping[State, Mapping[Event, State]]
+"""By state, which event leads where."""
+
+ERRORS: Final[Mapping[Opening | Direction, str]] = {
+    Opening.GREETED: "before READY",
+    Opening.WARMING: "before READY",
+    Opening.WARM: "before OPEN",
+    Opening.READY: "before OPENED",
+    Opening.OPENED: "after OPENED",
+    Opening.REFUSED: "after REFUSED",
+    Direction.FLOWING: "before FINAL_DATA",
+    Direction.MOVED: "after CONTINUED",
+    Direction.ENDED: "after FINAL_DATA",
+    Direction.FINISHED: "after FINISHED",
+    Direction.OVER: "after DONE",
+}
+"""What is wrong with a capsule that has no transition in this state."""
+
+_R, _G, _T = Side.RELAY, Side.GATEWAY, CapsuleType
+
+OPENING: Final[Machine[Opening]] = {
+    Opening.GREETED: {
+        (_R, _T.DATA): Opening.GREETED,
+        (_R, _T.FINAL_DATA): Opening.GREETED,
+        (_G, _T.FINISHED): Opening.GREETED,
+        (_G, _T.READY): Opening.READY,
+        (_G, _T.REFUSED): Opening.REFUSED,
+    },
+    Opening.WARMING: {
+        (_G, _T.READY): Opening.WARM,
+        (_G, _T.REFUSED): Opening.REFUSED,
+    },
+    Opening.WARM: {
+        (_R, _T.PING): Opening.WARM,
+        (_R, _T.OPEN): Opening.READY,
+        (_G, _T.PONG): Opening.WARM,
+        (_G, _T.REFUSED): Opening.REFUSED,
+    },
+    Opening.READY: {
+        (_R, _T.DATA): Opening.READY,
+        (_R, _T.FINAL_DATA): Opening.READY,
+        (_G, _T.PONG): Opening.READY,
+        (_G, _T.FINISHED): Opening.READY,
+        (_G, _T.WAITING): Opening.READY,
+        (_G, _T.OPENED): Opening.OPENED,
+        (_G, _T.REFUSED): Opening.REFUSED,
+    },
+    Opening.OPENED: {
+        (_R, _T.DATA): Opening.OPENED,
+        (_R, _T.FINAL_DATA): Opening.OPENED,
+        (_R, _T.CONTINUED): Opening.OPENED,
+        (_R, _T.FINISHED): Opening.OPENED,
+        (_R, _T.DONE): Opening.OPENED,
+        (_G, _T.DATA): Opening.OPENED,
+        (_G, _T.FINAL_DATA): Opening.OPENED,
+        (_G, _T.PONG): Opening.OPENED,
+        (_G, _T.RECEIVED): Opening.OPENED,
+        (_G, _T.FINISHED): Opening.OPENED,
+    },
+    Opening.REFUSED: {},
+}
+
+UP: Final[Machine[Direction]] = {
+    Direction.FLOWING: {
+        (_R, _T.DATA): Direction.FLOWING,
+        (_R, _T.CONTINUED): Direction.MOVED,
+        (_R, _T.FINAL_DATA): Direction.ENDED,
+    },
+    Direction.MOVED: {(_R, Elsewhere.FINAL_DATA): Direction.ENDED},
+    Direction.ENDED: {(_G, _T.FINISHED): Direction.FINISHED},
+    Direction.FINISHED: {(_R, _T.DONE): Direction.OVER},
+    Direction.OVER: {(_R, _T.DONE): Direction.OVER},
+}
+
+DOWN: Final[Machine[Direction]] = {
+    Direction.FLOWING: {
+        (_G, _T.DATA): Direction.FLOWING,
+        (_G, _T.FINAL_DATA): Direction.ENDED,
+    },
+    Direction.ENDED: {(_R, _T.FINISHED): Direction.FINISHED},
+    Direction.FINISHED: {(_R, _T.DONE): Direction.OVER},
+    Direction.OVER: {(_R, _T.DONE): Direction.OVER},
+}
+
+TRANSITIONS: Final[Mapping[str, Machine[Opening] | Machine[Direction]]] = {"opening": OPENING, "up": UP, "down": DOWN}
+"""The three machines."""
+
+
+class _Rule(NamedTuple):
+    """Where one capsule of one side leads in each machine; a machine that does not know it stays where it is."""
+
+    opening: Mapping[Opening, Opening]
+    up: Mapping[Direction, Direction]
+    down: Mapping[Direction, Direction]
+
+
+def _leads(machine: Machine[State], event: Event) -> dict[State, State]:
+    known = {state: events[event] for state, events in machine.items() if event in events}
+    return known or {state: state for state in machine}
+
+
+_EVENTS: Final = {event for machine in TRANSITIONS.values() for events in machine.values() for event in events}
+
+# Turned inside out: per capsule, one look-up in each machine.
+_RULES: Final[Mapping[Side, Mapping[CapsuleType, _Rule]]] = {
+    side: {
+        kind: _Rule(_leads(OPENING, (side, kind)), _leads(UP, (side, kind)), _leads(DOWN, (side, kind)))
+        for kind in CapsuleType
+        if (side, kind) in _EVENTS
+    }
+    for side in Side
+}
+_GOING: Final = frozenset({Direction.FLOWING, Direction.MOVED})
+_CONFIRMED: Final = frozenset({Direction.FINISHED, Direction.OVER})
+_PING: Final = CapsuleType.PING
+_PONG: Final = CapsuleType.PONG
+
+
 class StreamState:
     """The state of one framed stream. `received` and `sent` are told every capsule header in order."""
 
     __slots__ = (
+        "_down",
+        "_hears",
+        "_opening",
         "_pings",
+        "_says",
         "_side",
-        "continued",
+        "_up",
+        "complete",
         "done",
         "final_received",
         "final_sent",
         "finished_received",
         "finished_sent",
-        "opened",
-        "ready",
-        "refused",
-        "warm",
     )
 
     def __init__(self, side: Side) -> None:
         self._side = side
-        self.ready = self.opened = self.refused = False
-        self.done = self.continued = False
-        self.final_sent = self.final_received = False
-        self.finished_sent = self.finished_received = False
-        self.warm = False
-        """Whether the connection is kept ready: no stream before OPEN."""
+        self._says = _RULES[side]
+        self._hears = _RULES[Side.GATEWAY if side is Side.RELAY else Side.RELAY]
+        self._opening = Opening.GREETED
+        self._up = self._down = Direction.FLOWING
         self._pings = 0  # that have not been answered
+        # Read for each capsule, changed a few times in a stream's life: so no properties.
+        self.final_sent = self.final_received = False
+        """Whether our direction has ended, and the peer's."""
+        self.finished_sent = self.finished_received = False
+        """Whether we have confirmed the peer's end, and the peer ours."""
+        self.complete = False
+        """Both directions have ended and both sides have confirmed it: nothing can be lost any more."""
+        self.done = False
+        """The relay has said DONE."""
 
     @property
-    def complete(self) -> bool:
-        """Both directions have ended and both sides have confirmed it: nothing can be lost any more."""
-        return self.finished_sent and self.finished_received
+    def warm(self) -> bool:
+        """Whether the connection is kept ready: no stream before OPEN. Set before READY."""
+        return self._opening in (Opening.WARMING, Opening.WARM)
+
+    @warm.setter
+    def warm(self, warm: bool) -> None:
+        assert self._opening in (Opening.GREETED, Opening.WARMING), f"already {self._opening}"
+        self._opening = Opening.WARMING if warm else Opening.GREETED
+
+    @property
+    def ready(self) -> bool:
+        """The gateway has said READY."""
+        return self._opening in (Opening.WARM, Opening.READY, Opening.OPENED)
+
+    @property
+    def opened(self) -> bool:
+        """The gateway has said OPENED."""
+        return self._opening is Opening.OPENED
+
+    @property
+    def refused(self) -> bool:
+        """The gateway has said REFUSED."""
+        return self._opening is Opening.REFUSED
 
     def sent(self, kind: CapsuleType) -> None:
         """Note what we send. A wrong order of ours is a defect, not an error of the peer.
@@ -100,7 +312,7 @@ class StreamState:
         Raises:
             AssertionError: our own side breaks the rules.
         """
-        error = self._note(kind, from_relay=self._side is Side.RELAY, by_us=True)
+        error = self._note(self._says, kind)
         if error:
             raise AssertionError(f"{self._side.value} sends {kind.name}: {error}")
 
@@ -110,91 +322,42 @@ class StreamState:
         Raises:
             CapsuleError: it may not come now.
         """
-        error = self._note(kind, from_relay=self._side is Side.GATEWAY, by_us=False)
+        error = self._note(self._hears, kind)
         if error:
             raise CapsuleError(f"{kind.name}: {error}")
 
-    def end_elsewhere(self, *, by_us: bool) -> None:
+    def end_elsewhere(self) -> None:
         """Note that the relay's FINAL_DATA went over the second connection."""
-        if by_us:
-            self.final_sent = True
-        else:
-            self.final_received = True
+        self._turn(UP[self._up][_R, Elsewhere.FINAL_DATA], self._down)
 
-    def _note(self, kind: CapsuleType, *, from_relay: bool, by_us: bool) -> str | None:
-        """Say why `kind` may not be said now, or note that it was and return None."""
-        if self.refused:
-            return "after REFUSED"
-        match kind:
-            case CapsuleType.DATA | CapsuleType.FINAL_DATA:
-                return self._note_data(final=kind is CapsuleType.FINAL_DATA, from_relay=from_relay, by_us=by_us)
-            case CapsuleType.FINISHED:
-                return self._note_finished(by_us=by_us)
-            case CapsuleType.DONE if from_relay:
-                self.done = True
-                return None if self.complete else "before both FINISHED"
-            case CapsuleType.CONTINUED if from_relay:
-                ended = self.final_sent if by_us else self.final_received
-                if not self.opened:  # nor on a second connection, which is never opened: there is no third one
-                    return "before OPENED"
-                error = "after FINAL_DATA" if ended else "a second time" if self.continued else None
-                self.continued = True
-                return error
-            case CapsuleType.RECEIVED if not from_relay:
-                return None if self.opened else "before OPENED"
-            case CapsuleType.PING | CapsuleType.OPEN if from_relay:
-                if not (self.warm and self.ready):
-                    return "on a connection that is not warm"
-                if kind is CapsuleType.OPEN:
-                    self.warm = False
-                else:
-                    self._pings += 1
-                return None
-            case CapsuleType.PONG if not from_relay:
-                if not self._pings:
-                    return "without PING"
-                self._pings -= 1
-                return None
-            case CapsuleType.WAITING if not from_relay:
-                return "before READY" if not self.ready or self.warm else "after OPENED" if self.opened else None
-            case CapsuleType.READY if not from_relay:
-                error, self.ready = "a second time" if self.ready else None, True
-                return error
-            case CapsuleType.OPENED | CapsuleType.REFUSED if not from_relay:
-                if self.opened:
-                    return "after OPENED"
-                if kind is CapsuleType.REFUSED:
-                    self.refused = True
-                    return None
-                self.opened = True
-                return "before READY" if not self.ready else "before OPEN" if self.warm else None
-        return f"not said by a {'relay' if from_relay else 'gateway'} on this stream"
-
-    def _note_data(self, *, final: bool, from_relay: bool, by_us: bool) -> str | None:
-        if not from_relay and not self.opened:
-            return "before OPENED"
-        if self.warm:
-            return "before OPEN"
-        if self.final_sent if by_us else self.final_received:
-            return "after FINAL_DATA"
-        if from_relay and self.continued:
-            return "after CONTINUED"
-        if final and by_us:
-            self.final_sent = True
-        elif final:
-            self.final_received = True
+    def _note(self, rules: Mapping[CapsuleType, _Rule], kind: CapsuleType) -> str | None:
+        """Take the transitions of `kind` and return None, or take none and say why."""
+        rule = rules.get(kind)
+        if rule is None:
+            return f"not said by a {'relay' if rules is _RULES[Side.RELAY] else 'gateway'}"
+        opening, up, down = rule.opening.get(self._opening), rule.up.get(self._up), rule.down.get(self._down)
+        if opening is None:
+            return ERRORS[self._opening]
+        if up is None:
+            return ERRORS[self._up]
+        if down is None:
+            return ERRORS[self._down]
+        if kind is _PONG:
+            if not self._pings:
+                return "without PING"
+            self._pings -= 1
+        elif kind is _PING:
+            self._pings += 1
+        self._opening = opening
+        if up is not self._up or down is not self._down:
+            self._turn(up, down)
         return None
 
-    def _note_finished(self, *, by_us: bool) -> str | None:
-        confirmed, already = (
-            (self.final_received, self.finished_sent) if by_us else (self.final_sent, self.finished_received)
-        )
-        if not confirmed:
-            return "without FINAL_DATA"
-        if already:
-            return "a second time"
-        if by_us:
-            self.finished_sent = True
-        else:
-            self.finished_received = True
-        return None
+    def _turn(self, up: Direction, down: Direction) -> None:
+        """Enter these states of the directions."""
+        self._up, self._down = up, down
+        ours, theirs = (up, down) if self._side is Side.RELAY else (down, up)
+        self.final_sent, self.final_received = ours not in _GOING, theirs not in _GOING
+        self.finished_received, self.finished_sent = ours in _CONFIRMED, theirs in _CONFIRMED
+        self.complete = self.finished_received and self.finished_sent
+        self.done = up is Direction.OVER

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
-from sniproxy.engine import Listener, SocketStream
+from sniproxy.engine import ByteStream, Listener, SocketStream
 from sniproxy.tunnel.capsules import Payload
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.epoch import UNKNOWN_EPOCH
@@ -41,7 +41,7 @@ class Visit:
         return self.began_with
 
     @property
-    def wire(self) -> SocketStream:
+    def wire(self) -> ByteStream:
         return self.framed.wire
 
     async def payload(self, size: int) -> bytes:

@@ -410,10 +410,10 @@ async def test_a_service_that_is_being_woken_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("seconds", [(0,), (60, 0), (60, 60, 60)])
-async def test_but_not_for_ever(seconds: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sniproxy.tunnel.relay_handshake.LIMIT_WAITING_S", 0.2)
+async def test_but_not_for_ever(seconds: tuple[int, ...]) -> None:
     async with scripted(wakes(*seconds, answers=False)) as first, scripted(opens) as second:
-        error = await failed(upstreams(open_timeout_s=0.1), [candidate(first), candidate(second)])
+        relay = upstreams(open_timeout_s=0.1, waiting_limit_s=0.2)
+        error = await failed(relay, [candidate(first), candidate(second)])
         assert (error.reason, error.final, second.connections) == (Reason.OPEN_TIMEOUT, True, 0)
 
 

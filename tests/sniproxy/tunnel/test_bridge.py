@@ -423,7 +423,7 @@ async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(
         before = await payload_of(half.peer, until=Continued)
         assert 0 < half.peer.received <= LIMIT_UNRECEIVED + 8, "what a TURN server may hold"
         assert before + await payload_of(second) == payload
-        half.peer.ends.end_elsewhere(by_us=False)
+        half.peer.ends.end_elsewhere()
         await half.peer.send(Finished())
         await half.peer.send_data(b"thanks", final=True)
         assert await read_all(half.plain) == b"thanks"

@@ -244,7 +244,7 @@ async def test_our_own_disorder_is_a_defect(both: tuple[CapsuleConnection, Capsu
     relay, gateway = both
     with pytest.raises(AssertionError, match="relay sends FINISHED"):
         await relay.send(Finished())
-    with pytest.raises(AssertionError, match="gateway sends DATA: before OPENED"):
+    with pytest.raises(AssertionError, match="gateway sends DATA: before READY"):
         await gateway.send_data(b"x")
     assert (relay.sent, gateway.sent) == (0, 0), "nothing of it went out"
 

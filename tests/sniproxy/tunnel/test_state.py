@@ -1,11 +1,16 @@
 """Which capsule may come when: every order that is right, every one that is wrong, and both sides always of one opinion."""
 
+import itertools
+import textwrap
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sniproxy.tunnel import state
 from sniproxy.tunnel.capsules import CapsuleError, CapsuleType
-from sniproxy.tunnel.state import Side, StreamState
+from sniproxy.tunnel.state import ERRORS, TRANSITIONS, Side, StreamState
+from tests.sniproxy.tunnel.state_diagram import diagram
 
 T = CapsuleType
 R, G = Side.RELAY, Side.GATEWAY
@@ -86,10 +91,10 @@ def test_a_second_connection_takes_over_the_upload() -> None:
         pair.say(R, T.DATA)
     with pytest.raises(CapsuleError, match="after CONTINUED"):
         pair.say(R, T.FINAL_DATA)
-    with pytest.raises(CapsuleError, match="without FINAL_DATA"):
+    with pytest.raises(CapsuleError, match="after CONTINUED"):
         pair.say(G, T.FINISHED)
-    pair.ends[R].end_elsewhere(by_us=True)
-    pair.ends[G].end_elsewhere(by_us=False)
+    for ends in pair.ends.values():
+        ends.end_elsewhere()
     pair.say_all([(G, T.FINISHED), (G, T.FINAL_DATA), (R, T.FINISHED), (R, T.DONE)])
 
 
@@ -169,6 +174,102 @@ def test_no_peer_makes_a_stream_complete_alone(side: Side, kinds: list[CapsuleTy
     assert not ends.complete
     assert not ends.finished_sent
     assert not ends.final_sent
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def test_the_docstring_shows_the_tables() -> None:
+    """After a change: python -m tests.sniproxy.tunnel.state_diagram."""
+    assert textwrap.indent(diagram(), "    ") in (state.__doc__ or "")
+
+
+def test_every_state_is_there_once_and_has_its_error() -> None:
+    states = {after for machine in TRANSITIONS.values() for events in machine.values() for after in events.values()}
+    assert states | {state.Opening.GREETED, state.Opening.WARMING, state.Direction.FLOWING} == set(ERRORS)
+    for machine in TRANSITIONS.values():
+        assert {after for events in machine.values() for after in events.values()} <= set(machine)
+
+
+def test_every_capsule_has_a_place() -> None:
+    said = {kind for machine in TRANSITIONS.values() for events in machine.values() for _, kind in events}
+    assert said - set(state.Elsewhere) == set(CapsuleType)
+
+
+SPEAKERS = {
+    T.DATA: {R, G},
+    T.FINAL_DATA: {R, G},
+    T.FINISHED: {R, G},
+    T.READY: {G},
+    T.OPENED: {G},
+    T.REFUSED: {G},
+    T.PONG: {G},
+    T.WAITING: {G},
+    T.RECEIVED: {G},
+    T.PING: {R},
+    T.OPEN: {R},
+    T.DONE: {R},
+    T.CONTINUED: {R},
+}
+"""Who may say it at all."""
+
+
+@pytest.mark.parametrize("side", Side)
+@pytest.mark.parametrize("kind", CapsuleType)
+def test_who_may_say_what_at_all(side: Side, kind: CapsuleType) -> None:
+    """Whoever may not is told so, in whatever state; whoever may is told what the state lacks."""
+    told = ""
+    try:
+        StreamState(other(side)).received(kind)
+    except CapsuleError as error:
+        told = str(error)
+    assert ("not said by" in told) is (side not in SPEAKERS[kind])
+
+
+# Everything that may come next, written out once more: what the tables let pass, and nothing else.
+MAY = {
+    "greeted": ([], "DATA FINAL_DATA", "READY REFUSED"),
+    "ready": (OPENING[:2], "DATA FINAL_DATA", "WAITING OPENED REFUSED"),
+    "opened": (OPENING, "DATA FINAL_DATA CONTINUED", "DATA FINAL_DATA RECEIVED"),
+    "upload moved": ([*OPENING, (R, T.CONTINUED)], "", "DATA FINAL_DATA RECEIVED"),
+    "upload ended": ([*OPENING, FINAL_UP], "", "DATA FINAL_DATA RECEIVED FINISHED"),
+    "upload finished": ([*OPENING, FINAL_UP, (G, T.FINISHED)], "", "DATA FINAL_DATA RECEIVED"),
+    "answer ended": ([*OPENING, FINAL_DOWN], "DATA FINAL_DATA CONTINUED FINISHED", "RECEIVED"),
+    "answer finished": ([*OPENING, FINAL_DOWN, (R, T.FINISHED)], "DATA FINAL_DATA CONTINUED", "RECEIVED"),
+    "both ended": ([*OPENING, FINAL_UP, FINAL_DOWN], "FINISHED", "FINISHED RECEIVED"),
+    "complete": (WHOLE[:-1], "DONE", "RECEIVED"),
+    "done": (WHOLE, "DONE", "RECEIVED"),
+    "refused": ([(G, T.REFUSED)], "", ""),
+}
+MAY_WARM = {
+    "warm": ([], "PING OPEN", "REFUSED"),
+    "pinged": ([(R, T.PING)], "PING OPEN", "PONG REFUSED"),
+    "stream brought": ([(R, T.PING), (R, T.OPEN)], "DATA FINAL_DATA", "PONG WAITING OPENED REFUSED"),
+    "late PONG": (
+        [(R, T.PING), (R, T.OPEN), (G, T.OPENED)],
+        "DATA FINAL_DATA CONTINUED",
+        "PONG DATA FINAL_DATA RECEIVED",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("is_warm", "before", "relay", "gateway"),
+    [(is_warm, *case) for is_warm, cases in ((False, MAY), (True, MAY_WARM)) for case in cases.values()],
+    ids=[*MAY, *MAY_WARM],
+)
+def test_what_may_come_next(is_warm: bool, before: list[Step], relay: str, gateway: str) -> None:
+    may = {(side, CapsuleType[name]) for side, names in ((R, relay), (G, gateway)) for name in names.split()}
+    accepted = set()
+    for step in itertools.product(Side, CapsuleType):
+        pair = warm() if is_warm else Pair()
+        pair.say_all(before)
+        try:
+            pair.say(*step)
+        except CapsuleError:
+            continue
+        accepted.add(step)
+    assert accepted == may
 
 
 # --- connections that are kept ready ----------------------------------------------------------------------------------

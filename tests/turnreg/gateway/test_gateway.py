@@ -457,7 +457,7 @@ async def test_an_upload_goes_on_over_a_second_connection(tries: int) -> None:
         await second.framed.send_data(b"the rest", final=True)
         while len(service.got[0]) < len(HELLO) + 8:
             await asyncio.sleep(0.001)
-        visit.framed.ends.end_elsewhere(by_us=True)
+        visit.framed.ends.end_elsewhere()
         while not (visit.framed.exhausted and visit.framed.ends.finished_received):
             await visit.framed.read()
         await visit.framed.send(Finished())
