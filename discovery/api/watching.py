@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -16,19 +17,35 @@ from discovery.store import Store
 
 log = logging.getLogger(__name__)
 
-STALE_WATCH_S = 30.0  # a server cut off from its store ends a watch after this, so that the client tries another server
-HEARTBEAT_S = 10.0
 BATCHES_AT_ONCE = 16
 """Batches of a backlog, a megabyte together, before other clients get their turn."""
 
-WRITE_TIMEOUT_S = 30.0  # a watcher that reads nothing for this long is cut off
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchTiming:
+    """How long a watch waits, in seconds."""
+
+    heartbeat_s: float = 10.0
+    """After so long without a change an empty line is sent; clients give up after 25 s of silence."""
+
+    write_timeout_s: float = 30.0
+    """A watcher that reads nothing for so long is cut off."""
+
+    stale_watch_s: float = 30.0
+    """A server that is cut off from its store ends a watch after this, so that the client tries another server."""
+
+
+TIMING = WatchTiming()
 
 
 class WatchRoute:
     """The route GET /v1/watch."""
 
-    def __init__(self, store: Store, hub: WatchHub, gate: Gate, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, store: Store, hub: WatchHub, gate: Gate, registry: CollectorRegistry, timing: WatchTiming = TIMING
+    ) -> None:
         self._store = store
+        self._timing = timing
         self._gate = gate
         self._hub = hub
         self._open = Gauge("crossnet_discovery_watchers", "Watches that are open.", registry=registry)
@@ -46,7 +63,7 @@ class WatchRoute:
         revision = parse_revision(request.query.get("from"))
         response = web.StreamResponse(headers={**marks(self._store), hdrs.CACHE_CONTROL: "no-store"})
         response.content_type = "application/x-ndjson"
-        gives_up_at = time.monotonic() + STALE_WATCH_S if self._store.stale_s else 0.0
+        gives_up_at = time.monotonic() + self._timing.stale_watch_s if self._store.stale_s else 0.0
         try:
             watcher = self._hub.add(principal)
         except NoRoom as error:
@@ -59,9 +76,9 @@ class WatchRoute:
                 ("watch", principal.network), crowd=True
             )  # after a restart all watchers come at once
             current, backlog = await self._hub.backlog(principal, revision, request.query.get("epoch"))
-            async with asyncio.timeout(WRITE_TIMEOUT_S) as deadline:
+            async with asyncio.timeout(self._timing.write_timeout_s) as deadline:
                 await response.prepare(request)
-                stream = _Stream(response, deadline)
+                stream = _Stream(response, deadline, self._timing.write_timeout_s)
                 await self._send_backlog(stream, backlog, principal)
                 if gives_up_at:
                     await stream.write(mark_stale(self._store.revision, self._store.stale_s))
@@ -107,7 +124,7 @@ class WatchRoute:
         """Wait for the next change; False when a heartbeat is due first."""
         stream.pause_deadline()
         try:
-            async with asyncio.timeout(HEARTBEAT_S):
+            async with asyncio.timeout(self._timing.heartbeat_s):
                 await watcher.wait()
         except TimeoutError:
             return False
@@ -115,17 +132,18 @@ class WatchRoute:
 
 
 class _Stream:
-    """The body of one watch: each write has to be taken within WRITE_TIMEOUT_S."""
+    """The body of one watch: each write has to be read in time."""
 
-    __slots__ = ("_deadline", "_response")
+    __slots__ = ("_deadline", "_response", "_write_timeout_s")
 
-    def __init__(self, response: web.StreamResponse, deadline: asyncio.Timeout) -> None:
+    def __init__(self, response: web.StreamResponse, deadline: asyncio.Timeout, write_timeout_s: float) -> None:
         self._response = response
         self._deadline = deadline
+        self._write_timeout_s = write_timeout_s
 
     async def write(self, data: bytes) -> None:
         """Write a piece. The enclosing asyncio.timeout raises TimeoutError if the reader does not take it."""
-        self._deadline.reschedule(asyncio.get_running_loop().time() + WRITE_TIMEOUT_S)
+        self._deadline.reschedule(asyncio.get_running_loop().time() + self._write_timeout_s)
         await self._response.write(data)
 
     def pause_deadline(self) -> None:
