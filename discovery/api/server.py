@@ -26,6 +26,7 @@ from discovery.api.messages import (
     certificate_names,
     check_browser,
     error_answer,
+    http_error_answer,
     json_answer,
     marks,
     parse_token,
@@ -295,15 +296,8 @@ class DiscoveryServer:
                 self._log_rate(request, error)
             elif error.status in (401, 403):
                 _log_refusal(request, who, error)
-        except web.HTTPRequestEntityTooLarge:
-            limit = self._config.max_body_bytes
-            response = error_answer(413, "too_large", f"the body has more than {limit} bytes")
-        except web.HTTPMethodNotAllowed as error:
-            allowed = ", ".join(sorted(error.allowed_methods))
-            response = error_answer(405, "method_not_allowed", f"expected one of {allowed}")
         except web.HTTPException as error:
-            code = "not_found" if error.status == 404 else "bad_request"
-            response = error_answer(404 if error.status == 404 else 400, code, "there is nothing under this path")
+            response = http_error_answer(error, self._config.max_body_bytes)
         except StoreError as error:
             log.warning("the store failed", extra={"event": {"path": request.path[:200], "why": str(error)[:300]}})
             response = error_answer(

@@ -120,6 +120,13 @@ async def test_bad_writes(serve: Any, path: str, body: Any, status: int, code: s
         assert at.store.revision == 0
 
 
+async def test_a_body_that_is_not_what_its_encoding_says_is_bad(serve: Any) -> None:
+    async with serve() as at:
+        answer = await at.ask("POST", "/v1/leases", b'{"ttl_s": 10}', headers={"Content-Encoding": "gzip"})
+        assert (answer.status, answer.body["error"]) == (400, "bad_request")
+        assert "Content-Encoding" in answer.body["detail"]
+
+
 async def test_other_methods_and_paths(serve: Any) -> None:
     async with serve() as at:
         assert (await at.ask("GET", "/healthz")).body == {"ok": True}
