@@ -84,6 +84,8 @@ async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
                 data = await request.read()
     except TimeoutError:
         raise ApiError(400, "bad_request", f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
+    except web.RequestPayloadError:
+        raise ApiError(400, "bad_request", "the body: its Transfer-Encoding or Content-Encoding is broken") from None
     try:
         return msgspec.json.decode(data, type=shape)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -110,6 +112,20 @@ def error_answer(status: int, code: str, detail: str) -> web.Response:
     if status == 401:
         response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
     return response
+
+
+def http_error_answer(error: web.HTTPException, max_body_bytes: int) -> web.Response:
+    """Answer what aiohttp found wrong with a request: its path, its method or the length of its body."""
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return error_answer(413, "too_large", f"the body has more than {max_body_bytes} bytes")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        response = error_answer(405, "method_not_allowed", f"expected one of {allowed}")
+        response.headers[hdrs.ALLOW] = allowed
+        return response
+    if error.status == 404:
+        return error_answer(404, "not_found", "there is nothing under this path")
+    return error_answer(400, "bad_request", f"expected a request that HTTP allows here, got {error.reason}")
 
 
 def not_found(key: Key) -> ApiError:

@@ -26,6 +26,7 @@ from discovery.api.messages import (
     certificate_names,
     check_browser,
     error_answer,
+    http_error_answer,
     json_answer,
     marks,
     parse_token,
@@ -35,7 +36,7 @@ from discovery.api.record_ages import RecordAges
 from discovery.api.records import RecordRoutes
 from discovery.api.tokens import OPEN, Principal, Tokens, hash_token
 from discovery.api.watchers import WatchHub
-from discovery.api.watching import WatchRoute
+from discovery.api.watching import TIMING, WatchRoute, WatchTiming
 from discovery.files.fingerprint import FileFingerprint
 from discovery.files.yaml_file import BadFile
 from discovery.http.listener import Connection, Listener, address_of
@@ -91,8 +92,9 @@ class DiscoveryServer:
         store: Store | None = None,
         registry: CollectorRegistry | None = None,
         wall_clock: Callable[[], float] = time.time,
+        watch_timing: WatchTiming = TIMING,
     ) -> None:
-        """Take a store, or make the one that the configuration names."""
+        """Use this store, or make the one that the configuration names. Raises StoreError."""
         self._config = config
         self._store = store if store is not None else make_store(config)
         registry = registry if registry is not None else CollectorRegistry()
@@ -104,7 +106,7 @@ class DiscoveryServer:
         self._listening = Listener("discovery_server", listener_limits(config), registry)
         self._records = RecordRoutes(self._store, config, self._listening.gate)
         self._leases = LeaseRoutes(self._store, config)
-        self._watch = WatchRoute(self._store, self._hub, self._listening.gate, registry)
+        self._watch = WatchRoute(self._store, self._hub, self._listening.gate, registry, watch_timing)
         self._credentials = CredentialsRoute(self._store, config, wall_clock)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
         self._warnings = RateLimit(0.1, 1)  # of too many: a flood of requests must not become one of lines
@@ -194,26 +196,28 @@ class DiscoveryServer:
 
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=self._config.max_body_bytes, middlewares=[self._answer])
+        application.add_routes(self.routes())
+        return application
+
+    def routes(self) -> tuple[web.RouteDef, ...]:
+        """Every method and path that is served. `openapi.yaml` describes them; a test compares the two."""
         records, leases = self._records, self._leases
         record = "/v1/records/{kind}/{network}/{id}"
-        application.add_routes(
-            [
-                web.get("/", self._authenticated(self._page), allow_head=False),
-                web.get("/page.css", self._style, allow_head=False),
-                web.get("/page.js", self._script, allow_head=False),
-                web.get("/healthz", self._healthz, allow_head=False),
-                web.get("/v1/records", self._authenticated(records.list), allow_head=False),
-                web.get(record, self._authenticated(records.get), allow_head=False),
-                web.put(record, self._authenticated(records.put)),
-                web.delete(record, self._authenticated(records.delete)),
-                web.get("/v1/watch", self._authenticated(self._watch.watch), allow_head=False),
-                web.post("/v1/leases", self._authenticated(leases.grant)),
-                web.put("/v1/leases/{id}", self._authenticated(leases.renew)),
-                web.delete("/v1/leases/{id}", self._authenticated(leases.revoke)),
-                web.post("/v1/turn-credentials", self._authenticated(self._credentials.issue)),
-            ]
+        return (
+            web.get("/", self._authenticated(self._page), allow_head=False),
+            web.get("/page.css", self._style, allow_head=False),
+            web.get("/page.js", self._script, allow_head=False),
+            web.get("/healthz", self._healthz, allow_head=False),
+            web.get("/v1/records", self._authenticated(records.list), allow_head=False),
+            web.get(record, self._authenticated(records.get), allow_head=False),
+            web.put(record, self._authenticated(records.put)),
+            web.delete(record, self._authenticated(records.delete)),
+            web.get("/v1/watch", self._authenticated(self._watch.watch), allow_head=False),
+            web.post("/v1/leases", self._authenticated(leases.grant)),
+            web.put("/v1/leases/{id}", self._authenticated(leases.renew)),
+            web.delete("/v1/leases/{id}", self._authenticated(leases.revoke)),
+            web.post("/v1/turn-credentials", self._authenticated(self._credentials.issue)),
         )
-        return application
 
     async def _sweep(self) -> None:
         while True:
@@ -292,15 +296,8 @@ class DiscoveryServer:
                 self._log_rate(request, error)
             elif error.status in (401, 403):
                 _log_refusal(request, who, error)
-        except web.HTTPRequestEntityTooLarge:
-            limit = self._config.max_body_bytes
-            response = error_answer(413, "too_large", f"the body has more than {limit} bytes")
-        except web.HTTPMethodNotAllowed as error:
-            allowed = ", ".join(sorted(error.allowed_methods))
-            response = error_answer(405, "method_not_allowed", f"expected one of {allowed}")
         except web.HTTPException as error:
-            code = "not_found" if error.status == 404 else "bad_request"
-            response = error_answer(404 if error.status == 404 else 400, code, "there is nothing under this path")
+            response = http_error_answer(error, self._config.max_body_bytes)
         except StoreError as error:
             log.warning("the store failed", extra={"event": {"path": request.path[:200], "why": str(error)[:300]}})
             response = error_answer(

@@ -1,33 +1,51 @@
-"""A watch: what is, or what has changed since a revision, and then every change as it comes."""
+"""GET /v1/watch: all records, or the changes since a revision, and then every change as it comes."""
 
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.api.messages import ApiError, marks, parse_revision
 from discovery.api.tokens import Principal
-from discovery.api.watchers import NoRoom, WatchHub, mark, mark_stale
+from discovery.api.watchers import NoRoom, Watcher, WatchHub, mark, mark_stale
 from discovery.http.fairness import Gate
 from discovery.store import Store
 
 log = logging.getLogger(__name__)
 
-STALE_WATCH_S = 30.0  # at a server that is cut off: then the client is sent to look for a better one
-HEARTBEAT_S = 10.0
 BATCHES_AT_ONCE = 16
-"""Of a backlog, before other crowds have their turn: a megabyte."""
+"""Batches of a backlog, a megabyte together, before other clients get their turn."""
 
-WRITE_TIMEOUT_S = 30.0  # a watcher that takes nothing for so long has gone
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchTiming:
+    """How long a watch waits, in seconds."""
+
+    heartbeat_s: float = 10.0
+    """After so long without a change an empty line is sent; clients give up after 25 s of silence."""
+
+    write_timeout_s: float = 30.0
+    """A watcher that reads nothing for so long is cut off."""
+
+    stale_watch_s: float = 30.0
+    """A server that is cut off from its store ends a watch after this, so that the client tries another server."""
+
+
+TIMING = WatchTiming()
 
 
 class WatchRoute:
-    """Answers watches."""
+    """The route GET /v1/watch."""
 
-    def __init__(self, store: Store, hub: WatchHub, gate: Gate, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, store: Store, hub: WatchHub, gate: Gate, registry: CollectorRegistry, timing: WatchTiming = TIMING
+    ) -> None:
         self._store = store
+        self._timing = timing
         self._gate = gate
         self._hub = hub
         self._open = Gauge("crossnet_discovery_watchers", "Watches that are open.", registry=registry)
@@ -44,8 +62,8 @@ class WatchRoute:
     async def watch(self, request: web.Request, principal: Principal) -> web.StreamResponse:
         revision = parse_revision(request.query.get("from"))
         response = web.StreamResponse(headers={**marks(self._store), hdrs.CACHE_CONTROL: "no-store"})
-        ends_at = time.monotonic() + STALE_WATCH_S if self._store.stale_s else 0.0
         response.content_type = "application/x-ndjson"
+        gives_up_at = time.monotonic() + self._timing.stale_watch_s if self._store.stale_s else 0.0
         try:
             watcher = self._hub.add(principal)
         except NoRoom as error:
@@ -54,44 +72,17 @@ class WatchRoute:
         self._open.set(len(self._hub))
         try:
             # Changes are queued from here on; those that the backlog has already are skipped by their revision.
-            asks = ("watch", principal.network)
-            await self._gate.enter(asks, crowd=True)  # after a server's end all watchers come at once
+            await self._gate.enter(
+                ("watch", principal.network), crowd=True
+            )  # after a restart all watchers come at once
             current, backlog = await self._hub.backlog(principal, revision, request.query.get("epoch"))
-            async with asyncio.timeout(WRITE_TIMEOUT_S) as deadline:
-
-                async def write(data: bytes) -> None:
-                    deadline.reschedule(asyncio.get_running_loop().time() + WRITE_TIMEOUT_S)
-                    await response.write(data)
-
+            async with asyncio.timeout(self._timing.write_timeout_s) as deadline:
                 await response.prepare(request)
-                for number, batch in enumerate(backlog, 1):
-                    await write(batch)
-                    # A large backlog is encoded and written piece by piece; in between others get their turn.
-                    if number % BATCHES_AT_ONCE == 0:
-                        deadline.reschedule(None)
-                        await self._gate.enter(asks, crowd=True)
-                    else:
-                        await asyncio.sleep(0)
-                if ends_at:
-                    await write(mark_stale(self._store.revision, self._store.stale_s))
-                while not watcher.overrun:
-                    data = watcher.take(current)
-                    if data:
-                        await write(data)
-                        continue
-                    if watcher.closed:
-                        return response
-                    deadline.reschedule(None)
-                    try:
-                        async with asyncio.timeout(HEARTBEAT_S):
-                            await watcher.wait()
-                    except TimeoutError:
-                        stale_s = self._store.stale_s
-                        if stale_s and time.monotonic() > ends_at:
-                            return response  # there may be a server that is not cut off
-                        await write(mark_stale(self._store.revision, stale_s) if stale_s else b"\n")
-                await write(mark("reset", self._store.revision, self._store.epoch))
-                log.info("a slow watcher was cut off", extra={"event": {"token": principal.name}})
+                stream = _Stream(response, deadline, self._timing.write_timeout_s)
+                await self._send_backlog(stream, backlog, principal)
+                if gives_up_at:
+                    await stream.write(mark_stale(self._store.revision, self._store.stale_s))
+                await self._send_changes(stream, watcher, current, gives_up_at)
         except TimeoutError:
             log.info("a watcher that took nothing was cut off", extra={"event": {"token": principal.name}})
             if request.transport is not None:
@@ -102,3 +93,59 @@ class WatchRoute:
             self._hub.remove(watcher)
             self._open.set(len(self._hub))
         return response
+
+    async def _send_backlog(self, stream: "_Stream", backlog: Iterator[bytes], principal: Principal) -> None:
+        """Encode and write a backlog piece by piece, so that others get their turn in between."""
+        for number, batch in enumerate(backlog, 1):
+            await stream.write(batch)
+            if number % BATCHES_AT_ONCE == 0:
+                stream.pause_deadline()
+                await self._gate.enter(("watch", principal.network), crowd=True)
+            else:
+                await asyncio.sleep(0)
+
+    async def _send_changes(self, stream: "_Stream", watcher: Watcher, current: int, gives_up_at: float) -> None:
+        """Write changes as they come, and heartbeats between them, until the watch ends."""
+        while not watcher.overrun:
+            data = watcher.take(current)
+            if data:
+                await stream.write(data)
+            elif watcher.closed:
+                return
+            elif not await self._changed(stream, watcher):
+                stale_s = self._store.stale_s
+                if stale_s and time.monotonic() > gives_up_at:
+                    return  # another server may not be cut off
+                await stream.write(mark_stale(self._store.revision, stale_s) if stale_s else b"\n")
+        await stream.write(mark("reset", self._store.revision, self._store.epoch))
+        log.info("a slow watcher was cut off", extra={"event": {"token": watcher.principal.name}})
+
+    async def _changed(self, stream: "_Stream", watcher: Watcher) -> bool:
+        """Wait for the next change; False when a heartbeat is due first."""
+        stream.pause_deadline()
+        try:
+            async with asyncio.timeout(self._timing.heartbeat_s):
+                await watcher.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class _Stream:
+    """The body of one watch: each write has to be read in time."""
+
+    __slots__ = ("_deadline", "_response", "_write_timeout_s")
+
+    def __init__(self, response: web.StreamResponse, deadline: asyncio.Timeout, write_timeout_s: float) -> None:
+        self._response = response
+        self._deadline = deadline
+        self._write_timeout_s = write_timeout_s
+
+    async def write(self, data: bytes) -> None:
+        """Write a piece. The enclosing asyncio.timeout raises TimeoutError if the reader does not take it."""
+        self._deadline.reschedule(asyncio.get_running_loop().time() + self._write_timeout_s)
+        await self._response.write(data)
+
+    def pause_deadline(self) -> None:
+        """Stop the clock while the server itself waits."""
+        self._deadline.reschedule(None)

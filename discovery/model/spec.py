@@ -7,6 +7,7 @@ and counts. Sans-IO. The one error is BadRecord.
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
@@ -211,61 +212,7 @@ def spec_faults(
         yield Fault(path, f"the spec of a {kind}", type(spec).__name__)
         return
 
-    def address(where: str, text: str) -> Iterator[Fault]:
-        return _address_faults(where, text, allowed)
-
-    def endpoint(where: str, text: str) -> Iterator[Fault]:
-        return _endpoint_faults(where, text, allowed)
-
-    match spec:
-        case NetworkSpec():
-            return
-        case RelaySpec():
-            yield from _each(f"{path}.addresses", spec.addresses, MAX_ADDRESSES, address, least=1)
-            yield from _each(f"{path}.ports", spec.ports, MAX_PORTS, _port_faults, least=1)
-            yield from _count(f"{path}.sources", spec.sources, MAX_TURN_SERVERS)
-            for turn, sources in spec.sources.items():
-                yield from _id_faults(child(f"{path}.sources", turn), turn)
-                yield from _each(child(f"{path}.sources", turn), sources, MAX_ADDRESSES, address)
-            yield from _each(f"{path}.asks", spec.asks, MAX_ASKED, _network_faults)
-        case TurnSpec():
-            yield from _turn_url_faults(f"{path}.url", spec.url, allowed)
-            yield from _each(f"{path}.relay_addresses", spec.relay_addresses, MAX_ADDRESSES, address, least=1)
-            yield from _port_faults(f"{path}.port_min", spec.port_min)
-            yield from _port_faults(f"{path}.port_max", spec.port_max)
-            if spec.port_max < spec.port_min:
-                yield Fault(f"{path}.port_max", f"a port from {spec.port_min} on", shown(spec.port_max))
-            yield from _zone_faults(f"{path}.zone", spec.zone)
-        case AllocationSpec():
-            if not is_ldh_label(spec.via):
-                yield Fault(f"{path}.via", "a network id", shown(spec.via))
-            elif spec.via == network:
-                yield Fault(f"{path}.via", f"a network other than {network!r}, the one served", shown(spec.via))
-            yield from _id_faults(f"{path}.turn", spec.turn)
-            yield from _port_faults(f"{path}.port", spec.port)
-            yield from _id_faults(f"{path}.gateway", spec.gateway)
-            yield from _each(f"{path}.proto", spec.proto, MAX_PROTO, _proto_faults, least=1)
-            yield from _weight_faults(f"{path}.weight", spec.weight)
-        case GatewaySpec():
-            yield from endpoint(f"{path}.address", spec.address)
-            yield from _each(f"{path}.proto", spec.proto, MAX_PROTO, _proto_faults, least=1)
-            yield from _weight_faults(f"{path}.weight", spec.weight)
-            yield from _zone_faults(f"{path}.zone", spec.zone)
-        case ServiceSpec():
-            yield from _name_faults(f"{path}.name", spec.name)
-            yield from _count(f"{path}.ports", spec.ports, MAX_PORTS, least=1)
-            for port, endpoints in spec.ports.items():
-                where = child(f"{path}.ports", port)
-                try:
-                    parse_port(port)
-                except BadAddress:
-                    yield Fault(where, f"a port 1-{MAX_PORT} without leading zeros as key", shown(port))
-                yield from _each(where, endpoints, MAX_ENDPOINTS, endpoint)
-        case VipSpec():
-            yield from _name_faults(f"{path}.name", spec.name)
-            # Nobody dials it: what goes there is led to a relay. So it may lie where no host is.
-            if any(_address_faults(f"{path}.address", spec.address, _NO_HOSTS)):
-                yield from address(f"{path}.address", spec.address)
+    yield from _CHECKERS[kind](path, spec, _Place(network, allowed))
 
 
 def decode_spec(kind: Kind, data: bytes | msgspec.Raw) -> Spec:
@@ -362,3 +309,90 @@ def _turn_url_faults(path: str, text: str, allowed: TargetList | None) -> Iterat
         return
     if ":" in url.host or url.host.rpartition(".")[2].isdigit():
         yield from _address_faults(path, url.host, allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a spec is to stand."""
+
+    network: str
+    allowed: TargetList | None
+
+    def address_faults(self, path: str, text: str) -> Iterator[Fault]:
+        return _address_faults(path, text, self.allowed)
+
+    def endpoint_faults(self, path: str, text: str) -> Iterator[Fault]:
+        return _endpoint_faults(path, text, self.allowed)
+
+
+def _network_spec_faults(_path: str, _spec: NetworkSpec, _place: _Place) -> Iterator[Fault]:
+    return iter(())
+
+
+def _relay_faults(path: str, spec: RelaySpec, place: _Place) -> Iterator[Fault]:
+    yield from _each(f"{path}.addresses", spec.addresses, MAX_ADDRESSES, place.address_faults, least=1)
+    yield from _each(f"{path}.ports", spec.ports, MAX_PORTS, _port_faults, least=1)
+    yield from _count(f"{path}.sources", spec.sources, MAX_TURN_SERVERS)
+    for turn, sources in spec.sources.items():
+        yield from _id_faults(child(f"{path}.sources", turn), turn)
+        yield from _each(child(f"{path}.sources", turn), sources, MAX_ADDRESSES, place.address_faults)
+    yield from _each(f"{path}.asks", spec.asks, MAX_ASKED, _network_faults)
+
+
+def _turn_faults(path: str, spec: TurnSpec, place: _Place) -> Iterator[Fault]:
+    yield from _turn_url_faults(f"{path}.url", spec.url, place.allowed)
+    yield from _each(f"{path}.relay_addresses", spec.relay_addresses, MAX_ADDRESSES, place.address_faults, least=1)
+    yield from _port_faults(f"{path}.port_min", spec.port_min)
+    yield from _port_faults(f"{path}.port_max", spec.port_max)
+    if spec.port_max < spec.port_min:
+        yield Fault(f"{path}.port_max", f"a port from {spec.port_min} on", shown(spec.port_max))
+    yield from _zone_faults(f"{path}.zone", spec.zone)
+
+
+def _allocation_faults(path: str, spec: AllocationSpec, place: _Place) -> Iterator[Fault]:
+    if not is_ldh_label(spec.via):
+        yield Fault(f"{path}.via", "a network id", shown(spec.via))
+    elif spec.via == place.network:
+        yield Fault(f"{path}.via", f"a network other than {place.network!r}, the one served", shown(spec.via))
+    yield from _id_faults(f"{path}.turn", spec.turn)
+    yield from _port_faults(f"{path}.port", spec.port)
+    yield from _id_faults(f"{path}.gateway", spec.gateway)
+    yield from _each(f"{path}.proto", spec.proto, MAX_PROTO, _proto_faults, least=1)
+    yield from _weight_faults(f"{path}.weight", spec.weight)
+
+
+def _gateway_faults(path: str, spec: GatewaySpec, place: _Place) -> Iterator[Fault]:
+    yield from place.endpoint_faults(f"{path}.address", spec.address)
+    yield from _each(f"{path}.proto", spec.proto, MAX_PROTO, _proto_faults, least=1)
+    yield from _weight_faults(f"{path}.weight", spec.weight)
+    yield from _zone_faults(f"{path}.zone", spec.zone)
+
+
+def _service_faults(path: str, spec: ServiceSpec, place: _Place) -> Iterator[Fault]:
+    yield from _name_faults(f"{path}.name", spec.name)
+    yield from _count(f"{path}.ports", spec.ports, MAX_PORTS, least=1)
+    for port, endpoints in spec.ports.items():
+        where = child(f"{path}.ports", port)
+        try:
+            parse_port(port)
+        except BadAddress:
+            yield Fault(where, f"a port 1-{MAX_PORT} without leading zeros as key", shown(port))
+        yield from _each(where, endpoints, MAX_ENDPOINTS, place.endpoint_faults)
+
+
+def _vip_faults(path: str, spec: VipSpec, place: _Place) -> Iterator[Fault]:
+    yield from _name_faults(f"{path}.name", spec.name)
+    # No host is dialled at a vip: the relay answers for it. So it may come from the range reserved for future use.
+    if any(_address_faults(f"{path}.address", spec.address, _NO_HOSTS)):
+        yield from place.address_faults(f"{path}.address", spec.address)
+
+
+_CHECKERS: Mapping[Kind, Callable[[str, Any, _Place], Iterator[Fault]]] = {
+    Kind.NETWORK: _network_spec_faults,
+    Kind.RELAY: _relay_faults,
+    Kind.TURN: _turn_faults,
+    Kind.ALLOCATION: _allocation_faults,
+    Kind.GATEWAY: _gateway_faults,
+    Kind.SERVICE: _service_faults,
+    Kind.VIP: _vip_faults,
+}

@@ -1,10 +1,10 @@
-"""The shape of plain data: what JSON or YAML gave, held against a Struct, with every fault found rather than the first.
+"""Check data decoded from JSON or YAML against a Struct, and report every fault, not only the first.
 
 A fault names a path and what was expected there. Sans-IO.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -15,7 +15,7 @@ MAX_SHOWN = 80  # characters of a bad value that a fault repeats
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong: where, what was expected, and what stands there."""
+    """One error in the data: its path, what was expected there, and what was found."""
 
     path: str
     expected: str
@@ -56,42 +56,11 @@ def child(path: str, key: object) -> str:
 def shape_faults(value: object, expected: Any, path: str = "$") -> Iterator[Fault]:
     """Hold a value against str, int, bool, Literal, list[T], dict[str, T], T | None, unions of plain ones, or a Struct.
 
-    Yields every fault.
-
-    A value without faults can be given to msgspec.convert(value, expected).
+    Yields every fault. A value without faults can be given to msgspec.convert(value, expected).
     """
-    origin = get_origin(expected)
-    if origin in (Union, types.UnionType):
-        options = get_args(expected)
-        if value is None and type(None) in options:
-            return
-        expected, *others = (option for option in options if option is not type(None))
-        if others:
-            if all(any(shape_faults(value, option)) for option in (expected, *others)):
-                yield Fault(path, " or ".join(map(_words, (expected, *others))), shown(value))
-            return
-        origin = get_origin(expected)
     if isinstance(expected, type) and issubclass(expected, msgspec.Struct):
-        yield from _struct_faults(value, expected, path)
-    elif origin is list:
-        if not isinstance(value, list | tuple):
-            yield Fault(path, "a list", shown(value))
-            return
-        for index, item in enumerate(value):
-            yield from shape_faults(item, get_args(expected)[0], f"{path}[{index}]")
-    elif origin is dict:
-        if not isinstance(value, dict):
-            yield Fault(path, "a mapping", shown(value))
-            return
-        for key, item in value.items():
-            if not isinstance(key, str):
-                yield Fault(child(path, key), "a string as key", shown(key))
-            yield from shape_faults(item, get_args(expected)[1], child(path, key))
-    elif origin is Literal:
-        if not isinstance(value, str) or value not in get_args(expected):
-            yield Fault(path, _words(expected), shown(value))
-    elif not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        yield Fault(path, _words(expected), shown(value))
+        return _struct_faults(value, expected, path)
+    return _CHECKERS.get(get_origin(expected), _plain_faults)(value, expected, path)
 
 
 def _words(expected: Any) -> str:
@@ -115,3 +84,55 @@ def _struct_faults(value: object, struct: type[msgspec.Struct], path: str) -> It
     for name, field in fields.items():
         if field.required and name not in value:
             yield Fault(child(path, name), "a value", "nothing")
+
+
+def _union_faults(value: object, expected: Any, path: str) -> Iterator[Fault]:
+    options = get_args(expected)
+    if value is None and type(None) in options:
+        return
+    options = tuple(option for option in options if option is not type(None))
+    if len(options) == 1:
+        yield from shape_faults(value, options[0], path)
+    elif all(any(shape_faults(value, option)) for option in options):
+        yield Fault(path, " or ".join(map(_words, options)), shown(value))
+
+
+def _list_faults(value: object, expected: Any, path: str) -> Iterator[Fault]:
+    if not isinstance(value, list | tuple):
+        yield Fault(path, "a list", shown(value))
+        return
+    (item_type,) = get_args(expected)
+    for index, item in enumerate(value):
+        yield from shape_faults(item, item_type, f"{path}[{index}]")
+
+
+def _mapping_faults(value: object, expected: Any, path: str) -> Iterator[Fault]:
+    if not isinstance(value, dict):
+        yield Fault(path, "a mapping", shown(value))
+        return
+    _, item_type = get_args(expected)
+    for key, item in value.items():
+        if not isinstance(key, str):
+            yield Fault(child(path, key), "a string as key", shown(key))
+        yield from shape_faults(item, item_type, child(path, key))
+
+
+def _literal_faults(value: object, expected: Any, path: str) -> Iterator[Fault]:
+    if not isinstance(value, str) or value not in get_args(expected):
+        yield Fault(path, _words(expected), shown(value))
+
+
+def _plain_faults(value: object, expected: Any, path: str) -> Iterator[Fault]:
+    # bool is a subclass of int, but `true` is not an integer in JSON or YAML.
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        yield Fault(path, _words(expected), shown(value))
+
+
+_CHECKERS: Mapping[Any, Callable[[object, Any, str], Iterator[Fault]]] = {
+    Union: _union_faults,
+    types.UnionType: _union_faults,
+    list: _list_faults,
+    dict: _mapping_faults,
+    Literal: _literal_faults,
+}
+"""By the origin of the expected type; a type without one is plain."""

@@ -1,14 +1,15 @@
-"""The publisher: keeps the service records of its network as the Services that are exported in a Kubernetes cluster.
+"""The publisher: keeps the service records of its network in step with the exported Services of a Kubernetes cluster.
 
-Records are written without a lease: services must not vanish because their publisher is restarted. What was withdrawn in
-the cluster meanwhile is found when both are known again, by the ids that are made here alone.
+Records have no lease: services must not vanish because their publisher restarts. Services that the cluster withdrew in the
+meantime are found once both sides are known again, by the record ids that only this publisher makes.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -45,18 +46,64 @@ class _Metrics:
         self.errors = Counter("crossnet_publisher_errors", "Failures of the Kubernetes API.", registry=registry)
 
 
+@dataclass
+class _Resource(Generic[ObjectT]):
+    """One path of the Kubernetes API that is listed and then watched, and what the table does with its objects."""
+
+    path: str
+    shape: type[ObjectT]
+    put: Callable[[ObjectT], Name | None]
+    delete: Callable[[ObjectT], Name | None]
+    retain: Callable[[Iterable[Name]], set[Name]]
+    known: Callable[[], set[Name]]
+    """All names of this shape in the table, those of other paths too: each namespace has its own path."""
+
+    version: str = ""
+    """Where the watch resumes; empty while everything has to be listed."""
+
+    names: set[Name] = field(default_factory=set)
+    failures: int = 0
+    """Since the watch last told of a change."""
+
+    def replace(self, items: Iterable[dict[str, Any]]) -> set[Name]:
+        """Apply a complete list; gives the Services that may have to be published again."""
+        found = [item for item in (_decoded(item, self.shape) for item in items) if item is not None]
+        gone = self.names - {_name(item) for item in found}
+        self.names = {_name(item) for item in found}
+        touched = self.retain(self.known() - gone) if gone else set()
+        return touched | {name for item in found if (name := self.put(item)) is not None}
+
+    def change(self, kind: str, data: dict[str, Any]) -> Name | None:
+        """Apply one event of the watch; gives the Service that may have to be published again."""
+        self.version = resource_version(data) or self.version
+        item = _decoded(data, self.shape) if kind != "BOOKMARK" else None
+        if item is None:
+            return None
+        if kind == "DELETED":
+            self.names.discard(_name(item))
+            return self.delete(item)
+        self.names.add(_name(item))
+        return self.put(item)
+
+
 class Publisher:
-    """The role. `run` it; everything else it does by itself."""
+    """The publisher role: `run` it until cancelled."""
 
     def __init__(
-        self, config: PublisherConfig, discovery: Discovery, *, registry: CollectorRegistry | None = None
+        self,
+        config: PublisherConfig,
+        discovery: Discovery,
+        *,
+        registry: CollectorRegistry | None = None,
+        backoff: Backoff = BACKOFF,
     ) -> None:
-        """Take a configuration. Raises ValueError, OSError, ssl.SSLError for one that cannot be used."""
+        """Raises ValueError, OSError, ssl.SSLError for a configuration that cannot be used."""
         config = config.resolved()
         assert config.api is not None
         self._config = config
         self._discovery = discovery
         self._api = KubeApi(config.api, token_file=config.token_file, ca_file=config.ca_file)
+        self._backoff = backoff
         self._table = ServiceTable(config.cluster_domain)
         self._metrics = _Metrics(registry if registry is not None else CollectorRegistry())
         self._published: set[str] = set()
@@ -82,77 +129,75 @@ class Publisher:
                 for path in services:
                     group.create_task(
                         self._follow(
-                            path, ServiceObject, table.put_service, table.delete_service, table.retain_services
+                            _Resource(
+                                path,
+                                ServiceObject,
+                                put=table.put_service,
+                                delete=table.delete_service,
+                                retain=table.retain_services,
+                                known=table.exported,
+                            )
                         )
                     )
                 for path in slices:
                     group.create_task(
-                        self._follow(path, SliceObject, table.put_slice, table.delete_slice, table.retain_slices)
+                        self._follow(
+                            _Resource(
+                                path,
+                                SliceObject,
+                                put=table.put_slice,
+                                delete=table.delete_slice,
+                                retain=table.retain_slices,
+                                known=table.slice_names,
+                            )
+                        )
                     )
         finally:
             unsubscribe()
 
-    async def _follow(
-        self,
-        path: str,
-        shape: type[ObjectT],
-        put: Callable[[ObjectT], Name | None],
-        delete: Callable[[ObjectT], Name | None],
-        retain: Callable[[Iterable[Name]], set[Name]],
-    ) -> None:
-        """List and watch the objects of one path for ever."""
-        loop = asyncio.get_running_loop()
-        version = ""
-        names: set[Name] = set()
-        failures = 0
+    async def _follow(self, resource: _Resource[ObjectT]) -> None:
+        """List and watch the objects of one path until cancelled."""
         while True:
             try:
-                if not version:
-                    items, version = await self._api.list_all(path)
-                    found = [item for item in (_decoded(item, shape) for item in items) if item is not None]
-                    gone = names - {_name(item) for item in found}
-                    names = {_name(item) for item in found}
-                    # Of our own path alone: each namespace has one.
-                    touched = retain(self._all_names(shape) - gone) if gone else set()
-                    touched |= {name for item in found if (name := put(item)) is not None}
-                    self._metrics.lists.inc()
-                    self._unlisted.discard(path)
-                    # At the first time that all is listed, everything: what came before waited for that.
-                    self._publish(touched if self._complete else touched | self._table.exported())
-                    self._complete = not self._unlisted
-                    self._reconcile(self._discovery.mesh)
-                began, told = loop.time(), False
-                async with aclosing(self._api.watch(path, version)) as changes:
-                    async for kind, data in changes:
-                        failures, told = 0, True
-                        version = resource_version(data) or version
-                        item = _decoded(data, shape) if kind != "BOOKMARK" else None
-                        if item is None:
-                            continue
-                        if kind == "DELETED":
-                            names.discard(_name(item))
-                            name = delete(item)
-                        else:
-                            names.add(_name(item))
-                            name = put(item)
-                        self._publish({name} if name is not None else ())
-                if told or loop.time() - began > BACKOFF.first_s:
-                    continue  # the server ends a watch when its time is over: resumed at once
-                raise KubeError(f"{path}: the watch ended as soon as it began")
+                if not resource.version:
+                    await self._list(resource)
+                await self._watch(resource)
+                continue  # the server ends a watch when its time is over: resumed at once
             except Gone as error:
                 log.info("the cluster's history is gone: everything is listed anew: %s", error)
-                version = ""
+                resource.version = ""
             except (KubeError, OSError) as error:
                 self._metrics.errors.inc()
-                if failures in (0, GIVEN_UP_AFTER):
+                if resource.failures in (0, GIVEN_UP_AFTER):
                     log.warning("the Kubernetes API failed: %s", error)
-                failures += 1
-                if failures >= GIVEN_UP_AFTER:
-                    version = ""
-            await asyncio.sleep(BACKOFF.pause_s(failures + 1))
+                resource.failures += 1
+                if resource.failures >= GIVEN_UP_AFTER:
+                    resource.version = ""
+            await asyncio.sleep(self._backoff.pause_s(resource.failures + 1))
 
-    def _all_names(self, shape: type[ObjectT]) -> set[Name]:
-        return self._table.exported() if shape is ServiceObject else self._table.slice_names()
+    async def _list(self, resource: _Resource[ObjectT]) -> None:
+        """Read everything that is there now, and the version to watch from. Raises KubeError, OSError."""
+        items, version = await self._api.list_all(resource.path)
+        resource.version = version
+        touched = resource.replace(items)
+        self._metrics.lists.inc()
+        self._unlisted.discard(resource.path)
+        # When all paths have been listed for the first time, everything is published: earlier changes waited for that.
+        self._publish(touched if self._complete else touched | self._table.exported())
+        self._complete = not self._unlisted
+        self._reconcile(self._discovery.mesh)
+
+    async def _watch(self, resource: _Resource[ObjectT]) -> None:
+        """Publish changes until the server ends the watch. Raises KubeError, OSError; Gone where it has to be listed again."""
+        loop = asyncio.get_running_loop()
+        began, told = loop.time(), False
+        async with aclosing(self._api.watch(resource.path, resource.version)) as changes:
+            async for kind, data in changes:
+                resource.failures, told = 0, True
+                name = resource.change(kind, data)
+                self._publish({name} if name is not None else ())
+        if not told and loop.time() - began <= self._backoff.first_s:
+            raise KubeError(f"{resource.path}: the watch ended as soon as it began")
 
     def _publish(self, names: Iterable[Name]) -> None:
         if self._unlisted:

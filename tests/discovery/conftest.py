@@ -17,6 +17,7 @@ from multidict import CIMultiDict
 
 from discovery.api import DiscoveryServer, DiscoveryServerConfig
 from discovery.api.tokens import format_entry, make_entry, make_token
+from discovery.api.watching import TIMING, WatchTiming
 from discovery.client.client import DiscoveryClient
 from discovery.model.mesh import Kind, Mesh
 from discovery.store import MemoryStore, Store
@@ -123,9 +124,11 @@ def free_port_fixture() -> int:
 @pytest.fixture
 def serve() -> Any:
     @asynccontextmanager
-    async def serve(store: Store | None = None, *, port: int = 0, **settings: Any) -> AsyncIterator[Running]:
+    async def serve(
+        store: Store | None = None, *, port: int = 0, timing: WatchTiming = TIMING, **settings: Any
+    ) -> AsyncIterator[Running]:
         config = DiscoveryServerConfig(listen=(("127.0.0.1", port or free_port()),), **settings)
-        server = DiscoveryServer(config, store=store if store is not None else MemoryStore())
+        server = DiscoveryServer(config, store=store if store is not None else MemoryStore(), watch_timing=timing)
         scheme = "https" if config.tls_cert is not None else "http"
         async with server.serving() as addresses, aiohttp.ClientSession() as session:
             yield Running(server, addresses[0][1], session, scheme)

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from discovery.api import DiscoveryServer, DiscoveryServerConfig
 from discovery.api.tokens import format_entry, make_entry
+from discovery.api.watching import WatchTiming
 from discovery.client.client import DiscoveryClient
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec
@@ -117,6 +118,13 @@ async def test_bad_writes(serve: Any, path: str, body: Any, status: int, code: s
         assert (answer.status, answer.body["error"]) == (status, code)
         assert detail in answer.body["detail"]
         assert at.store.revision == 0
+
+
+async def test_a_body_that_is_not_what_its_encoding_says_is_bad(serve: Any) -> None:
+    async with serve() as at:
+        answer = await at.ask("POST", "/v1/leases", b'{"ttl_s": 10}', headers={"Content-Encoding": "gzip"})
+        assert (answer.status, answer.body["error"]) == (400, "bad_request")
+        assert "Content-Encoding" in answer.body["detail"]
 
 
 async def test_other_methods_and_paths(serve: Any) -> None:
@@ -244,9 +252,8 @@ async def test_a_watcher_that_does_not_keep_up_is_reset(serve: Any, monkeypatch:
         assert len(seen) < 600
 
 
-async def test_a_quiet_watch_has_a_heartbeat(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("discovery.api.watching.HEARTBEAT_S", 0.02)
-    async with serve() as at, at.session.get(f"{at.url}/v1/watch") as response:
+async def test_a_quiet_watch_has_a_heartbeat(serve: Any) -> None:
+    async with serve(timing=WatchTiming(heartbeat_s=0.02)) as at, at.session.get(f"{at.url}/v1/watch") as response:
         lines = [await response.content.readline() for _ in range(5)]
         assert lines[2:] == [b"\n"] * 3
 
@@ -260,12 +267,9 @@ async def test_watches_end_when_the_server_does(serve: Any) -> None:
         assert await response.content.read() == b""
 
 
-async def test_a_watcher_that_takes_nothing_is_cut_off(
-    serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("discovery.api.watching.WRITE_TIMEOUT_S", 0.1)
+async def test_a_watcher_that_takes_nothing_is_cut_off(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    async with serve() as at:
+    async with serve(timing=WatchTiming(write_timeout_s=0.1)) as at:
         big = ServiceSpec(name="o.s", ports={"1": ["10.1.0.5:8443"] * 1000})
         for number in range(400):
             await at.store.put((Kind.SERVICE, "b", f"s{number}"), big)

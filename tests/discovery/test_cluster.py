@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from discovery.api.watching import WatchTiming
 from discovery.client.client import DiscoveryClient
 from discovery.model.mesh import Kind, RelaySpec
 from discovery.store import EtcdAccess, EtcdStore
@@ -34,12 +35,14 @@ async def leader_of(members: list[Member]) -> Member:
             await asyncio.sleep(0.1)
 
 
+TIMING = WatchTiming(heartbeat_s=0.2)
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(etcd_module, "STALE_AFTER_S", 1.0)
     monkeypatch.setattr(etcd_module, "PROBE_S", 0.1)
     monkeypatch.setattr("discovery.store.etcdapi.CALL_TIMEOUT_S", 1.0)
-    monkeypatch.setattr("discovery.api.watching.HEARTBEAT_S", 0.2)
 
 
 async def test_clients_outlive_a_server_the_leader_and_a_minority(
@@ -48,8 +51,8 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
     with etcd_cluster(tmp_path, 3) as members:
         async with AsyncExitStack() as servers, AsyncExitStack() as first:
             # The first two reach every member, the third only its own: a server on the far side of a partition.
-            one = await first.enter_async_context(serve(store_at(*members)))
-            two = await servers.enter_async_context(serve(store_at(*members)))
+            one = await first.enter_async_context(serve(store_at(*members), timing=TIMING))
+            two = await servers.enter_async_context(serve(store_at(*members), timing=TIMING))
             urls = [one.url, two.url]
             async with (
                 run(DiscoveryClient(urls, network="a")) as client,
@@ -107,8 +110,8 @@ async def test_a_real_partition(tmp_path: Path, serve: Any, run: Any, until: Any
     """The majority goes on; the minority refuses writes, is read as stale, and catches up when it is back."""
     with etcd_hosts(tmp_path) as (members, cut):
         async with (
-            serve(store_at(*members[:2])) as inside,
-            serve(store_at(members[2])) as outside,
+            serve(store_at(*members[:2]), timing=TIMING) as inside,
+            serve(store_at(members[2]), timing=TIMING) as outside,
             run(DiscoveryClient([outside.url, inside.url], network="a")) as client,
         ):
             client.publish(Kind.RELAY, "r", relay(1))

@@ -26,7 +26,7 @@ from aiohttp import web
 
 from discovery.client.mesh_file import StaticDiscovery
 from discovery.pacing.backoff import Backoff
-from discovery.publisher import Publisher, PublisherConfig, kubernetes, role
+from discovery.publisher import Publisher, PublisherConfig, kubernetes
 
 RECORDING = Path(__file__).with_name("recording.json")
 PAGE = 2
@@ -177,7 +177,7 @@ async def command(line: str) -> None:
 
 async def record(options: argparse.Namespace) -> None:
     """Play the scene."""
-    kubernetes.PAGE, kubernetes.WATCH_S, role.BACKOFF = PAGE, WATCH_S, Backoff(0.2, 0.5)
+    kubernetes.PAGE, kubernetes.WATCH_S = PAGE, WATCH_S
     tls = ssl.create_default_context(cafile=options.ca) if options.ca else True
     recorder = Recorder(options.api, tls, options.slices)
     async with recorder.serving(), aiohttp.ClientSession() as session:
@@ -198,7 +198,7 @@ async def record(options: argparse.Namespace) -> None:
             discovery = StaticDiscovery(mesh, network="b")
             config = PublisherConfig(network="b", api=recorder.url, token_file=options.token)
             async with asyncio.TaskGroup() as group:
-                running = group.create_task(Publisher(config, discovery).run())
+                running = group.create_task(Publisher(config, discovery, backoff=Backoff(0.2, 0.5)).run())
                 await scene(options, cluster, recorder, discovery)
                 running.cancel()
         told = recorder.exchanges

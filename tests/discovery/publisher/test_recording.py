@@ -20,8 +20,7 @@ from aiohttp import web
 
 from crossnet.config.file import load
 from discovery.model.mesh import Kind
-from discovery.pacing.backoff import Backoff
-from discovery.publisher import kubernetes, role
+from discovery.publisher import kubernetes
 from tests.discovery.publisher.kubeserver import KubeServer, kube_server
 from tests.discovery.publisher.record import RECORDING
 from tests.discovery.publisher.test_role import publishing, put_service, put_slice, reached
@@ -87,7 +86,6 @@ async def test_what_a_real_api_server_said_is_followed(
     """Pages, changes, bookmarks, watches that the server ends, and one that it cannot resume."""
     monkeypatch.setattr(kubernetes, "PAGE", recording["page"])
     monkeypatch.setattr(kubernetes, "WATCH_S", recording["watch_s"])
-    monkeypatch.setattr(role, "BACKOFF", Backoff(0.1, 0.1))
     said = "".join(chunk for one in recording["exchanges"] for chunk in one.get("chunks", ()))
     for kind in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR"):
         assert f'{{"type":"{kind}","object":' in said

@@ -11,19 +11,15 @@ import pytest
 from discovery.client.client import DiscoveryClient
 from discovery.model.mesh import Kind, ServiceSpec
 from discovery.pacing.backoff import Backoff
-from discovery.publisher import Publisher, PublisherConfig, role
+from discovery.publisher import Publisher, PublisherConfig
 from discovery.publisher.table import record_id
 from tests.discovery.publisher.kubeserver import KubeServer, kube_server
 
 pytestmark = pytest.mark.anyio
 
 EXPORTED = {"annotations": {"crossnet.io/export": "true"}}
+IMPATIENT = Backoff(0.1, 0.1)
 PORTS = {"ports": [{"name": "https", "port": 8443, "protocol": "TCP"}]}
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(role, "BACKOFF", Backoff(0.1, 0.1))
 
 
 def put_service(server: KubeServer, name: str, namespace: str = "shop", **metadata: Any) -> None:
@@ -51,7 +47,7 @@ async def publishing(
     config = PublisherConfig(
         network="b", api=kube.url, token_file=tmp_path / "token", namespaces=namespaces, ca_file=ca_file
     )
-    publisher = Publisher(config, client)
+    publisher = Publisher(config, client, backoff=IMPATIENT)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(client.run()), group.create_task(publisher.run())]
         try:
