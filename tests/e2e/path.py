@@ -34,7 +34,7 @@ from tests.support import memory_transport
 from tests.turnreg.coturn import Coturn
 from turnreg.client.allocation import Allocation, Credentials, Timing
 from turnreg.gateway.gateway import Gateway, GatewayConfig
-from turnreg.registrar.allocation_lifecycle import TlsDial
+from turnreg.registrar.allocation_factory import TlsDial
 from turnreg.registrar.registrar import accepted
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.server import TurnServer

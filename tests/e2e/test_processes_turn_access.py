@@ -159,7 +159,7 @@ def test_a_first_network_comes_to_a_gateway_that_had_none(tmp_path: Path, redis:
         led.until("ready without a network", lambda: led.gateway.ask("/readyz")[0] == 200)
         without = file.read_text()
         second = stack.enter_context(running(tmp_path, without.replace("gw-1", "gw-2"), name="second"))
-        assert second.ask("/readyz")[0] == 200
+        led.until("the second one is ready without a network too", lambda: second.ask("/readyz")[0] == 200)
         rewrite(tmp_path / "second.yaml", **turn)
         before = redis.connects
         second.process.send_signal(signal.SIGHUP)

@@ -63,7 +63,7 @@ class HandDiscovery:
         self.published[id] = spec
         self.writes += 1
 
-    def withdraw(self, kind: Kind, id: str) -> None:  # noqa: A002
+    def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
         assert kind is Kind.ALLOCATION
         del self.published[id]
         self.withdrawn += 1
@@ -141,7 +141,7 @@ class Registered:
         self.registrar.reconfigure(dataclasses.replace(self.registrar.config, **changes))
 
     def retired(self) -> list[Any]:
-        return [one for held in self.registrar._registrations.values() for one in held._retired]
+        return [one for held in self.registrar._registrations.values() for one in held.allocations.retired]
 
     def of(self, via: str = "a") -> dict[str, Any]:
         return next(line for line in self.registrar.status() if line["via"] == via)

@@ -18,10 +18,12 @@ from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.transport.base import Accepted, OnStream
 from sniproxy.transport.turn import TURN
 from turnreg.client.allocation import BindResult, Bound, Credentials, TurnReason
-from turnreg.registrar.allocation_lifecycle import Renewal, Server
+from turnreg.registrar.allocation_factory import Server
+from turnreg.registrar.allocation_lifecycle import Renewal
+from turnreg.registrar.allocation_record import record_id
 from turnreg.registrar.config import Issued, Register, RegistrarConfig, RestSecret, Retry, TurnCredentials
 from turnreg.registrar.destinations import Destinations
-from turnreg.registrar.registration import Registration, record_id
+from turnreg.registrar.registration import Registration
 from turnreg.stun.message import FAMILY_IPV4, FAMILY_IPV6
 
 __all__ = [

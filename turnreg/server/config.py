@@ -1,6 +1,6 @@
-"""What the embedded TURN server is told."""
+"""Settings of the embedded TURN server."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,8 +18,8 @@ UNAUTHENTICATED_TIMEOUT_S = 30.0
 60 s, which is also what a client may rely on that opens connections in advance."""
 
 MAX_UNAUTHENTICATED = 4096
-"""Connections that have not shown credentials yet. When one too many comes, an old one goes, of whoever has many: a flood from
-a few addresses crowds out itself."""
+"""Connections that have not shown credentials yet. Beyond it the oldest one of the busiest client is closed: a flood from a few
+addresses crowds itself out."""
 
 STREAM_IDLE_TIMEOUT_S = 24 * 3600.0
 """A TURN server cannot know what silence means; keep-alive finds peers that are gone within half a minute."""
@@ -54,7 +54,7 @@ class TurnServerConfig:
     listen_tls: tuple[Endpoint, ...] = ()
     """The same for TLS."""
     listen_udp: tuple[Endpoint, ...] = ()
-    """The same for UDP. Who comes that way can only have UDP allocations."""
+    """The same for UDP. Clients on it can only have UDP allocations."""
     tls_cert: Path | None = None
     """Certificate chain, PEM. It and the key are read again when they change."""
     tls_key: Path | None = None
@@ -66,8 +66,8 @@ class TurnServerConfig:
     udp_allocations: bool = False
     """Let clients send datagrams to any peer that is not refused."""
     active_connect: bool = False
-    """Let clients have us connect to any peer that is not refused (RFC 6062, section 5.2). No permission guards it: whoever
-    has credentials reaches what this host reaches."""
+    """Let clients have us connect to any peer that is not refused (RFC 6062, section 5.2). No permission guards it: a client
+    with credentials reaches what this host reaches."""
     port_min: int = DEFAULT_PORTS[0]
     port_max: int = DEFAULT_PORTS[1]
     users: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -85,28 +85,80 @@ class TurnServerConfig:
     """What SOFTWARE says; None leaves it out. No version: it would help attackers only."""
 
     def __post_init__(self) -> None:
-        if not (self.listen or self.listen_tls or self.listen_udp):
-            raise ValueError("listen, listen_tls, listen_udp: expected at least one address")
-        if self.listen_tls and (self.tls_cert is None or self.tls_key is None):
-            raise ValueError("tls_cert, tls_key: expected both, since listen_tls is there")
-        if not self.users and not self.secrets:
-            raise ValueError("users, secrets: expected at least one of them, or nobody can use the server")
-        if not 0 < len(self.realm) <= MAX_REALM_CHARACTERS:
-            raise ValueError(f"realm: expected 1 to {MAX_REALM_CHARACTERS} characters, got {len(self.realm)}")
-        if not 0 < self.port_min <= self.port_max <= 65_535:
-            raise ValueError(f"ports: expected a range in 1-65535, got {self.port_min}-{self.port_max}")
-        addresses = [ip_address(text) for text in self.relay_addresses]
-        if not addresses or len({address.version for address in addresses}) != len(addresses):
-            raise ValueError("relay_addresses: expected one IPv4 address, one IPv6 address, or one of each")
-        for address in addresses:
-            if address.is_unspecified or address.is_multicast:
-                raise ValueError(f"relay_addresses: expected an address of this host, got {address}")
-        unknown = set(self.advertised) - set(self.relay_addresses)
-        if unknown:
-            raise ValueError(f"advertised: expected relay addresses, got {', '.join(sorted(unknown))}")
-        for relay, reached in self.advertised.items():
-            if ip_address(relay).version != ip_address(reached).version:
-                raise ValueError(f"advertised: expected the family of {relay}, got {reached}")
-        rate = self.limits.max_bytes_per_second_per_account
-        if rate is not None and rate <= 0:
-            raise ValueError(f"limits: expected bytes per second above 0, got {rate}")
+        for rule in _RULES:
+            error = rule(self)
+            if error is not None:
+                raise ValueError(error)
+
+
+def _listens(config: TurnServerConfig) -> str | None:
+    there = config.listen or config.listen_tls or config.listen_udp
+    return None if there else "listen, listen_tls, listen_udp: expected at least one address"
+
+
+def _has_certificate(config: TurnServerConfig) -> str | None:
+    missing = config.listen_tls and (config.tls_cert is None or config.tls_key is None)
+    return "tls_cert, tls_key: expected both, since listen_tls is there" if missing else None
+
+
+def _has_credentials(config: TurnServerConfig) -> str | None:
+    there = config.users or config.secrets
+    return None if there else "users, secrets: expected at least one of them, or nobody can use the server"
+
+
+def _realm_fits(config: TurnServerConfig) -> str | None:
+    size = len(config.realm)
+    fits = 0 < size <= MAX_REALM_CHARACTERS
+    return None if fits else f"realm: expected 1 to {MAX_REALM_CHARACTERS} characters, got {size}"
+
+
+def _ports_are_a_range(config: TurnServerConfig) -> str | None:
+    first, last = config.port_min, config.port_max
+    return None if 0 < first <= last <= 65_535 else f"ports: expected a range in 1-65535, got {first}-{last}"
+
+
+def _one_relay_address_of_a_family(config: TurnServerConfig) -> str | None:
+    versions = [ip_address(text).version for text in config.relay_addresses]
+    if versions and len(set(versions)) == len(versions):
+        return None
+    return "relay_addresses: expected one IPv4 address, one IPv6 address, or one of each"
+
+
+def _relay_addresses_of_this_host(config: TurnServerConfig) -> str | None:
+    for address in map(ip_address, config.relay_addresses):
+        if address.is_unspecified or address.is_multicast:
+            return f"relay_addresses: expected an address of this host, got {address}"
+    return None
+
+
+def _advertises_relay_addresses(config: TurnServerConfig) -> str | None:
+    unknown = set(config.advertised) - set(config.relay_addresses)
+    return f"advertised: expected relay addresses, got {', '.join(sorted(unknown))}" if unknown else None
+
+
+def _advertises_the_same_family(config: TurnServerConfig) -> str | None:
+    for relay, reached in config.advertised.items():
+        if ip_address(relay).version != ip_address(reached).version:
+            return f"advertised: expected the family of {relay}, got {reached}"
+    return None
+
+
+def _rate_is_positive(config: TurnServerConfig) -> str | None:
+    rate = config.limits.max_bytes_per_second_per_account
+    wrong = rate is not None and rate <= 0
+    return f"limits: expected bytes per second above 0, got {rate}" if wrong else None
+
+
+_RULES: tuple[Callable[[TurnServerConfig], str | None], ...] = (
+    _listens,
+    _has_certificate,
+    _has_credentials,
+    _realm_fits,
+    _ports_are_a_range,
+    _one_relay_address_of_a_family,
+    _relay_addresses_of_this_host,
+    _advertises_relay_addresses,
+    _advertises_the_same_family,
+    _rate_is_positive,
+)
+"""Each returns what is wrong, or None; the first error counts. ValueError for what is no IP address."""

@@ -1,21 +1,21 @@
 """Clients that talk to the TURN server over UDP: a socket they all share, and an allocation for those that have one.
 
-Whoever has no allocation leaves nothing behind here: every answer comes from the request and the nonce in it alone.
+A client without an allocation leaves no state here: its answers follow from the request, and the nonce in it, alone.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, assert_never
 
-from turnreg.server.allocation import Drop, FiveTuple, Refusal
+from turnreg.server.allocation import Drop, Endpoint, FiveTuple, Refusal
 from turnreg.server.datagrams import PAYLOAD_MESSAGES, Ancillary, Arrived, DatagramSocket
 from turnreg.server.framing import parse_channel_data
-from turnreg.server.live_allocation import LiveAllocation, ServerState, text_of
+from turnreg.server.live_allocation import LiveAllocation, Opened, ServerState, text_of
+from turnreg.server.outcome import Close, Connect, GiveBack, Ignore, Join, Open, Outcome, Relay, Reply
 from turnreg.server.pace import AnswerRate
 from turnreg.server.relayed_datagrams import RelayedDatagrams
-from turnreg.server.transaction import Step
 from turnreg.stun.auth import client_key
 from turnreg.stun.message import MAX_INDICATION_BYTES, TRANSPORT_UDP, Message, StunError
 
@@ -63,54 +63,64 @@ class DatagramClients:
         self._sock.close()
 
     def _take(self, arrived: Arrived, group: asyncio.TaskGroup) -> None:
-        data, meeting, now = arrived.data, self._meeting, self._clock()
+        data, transactions, now = arrived.data, self._meeting.transactions, self._clock()
         five_tuple = FiveTuple(arrived.source, arrived.local, TRANSPORT_UDP)
-        client = self._clients.get(five_tuple)
+        outcome: Outcome
         try:
             if data and data[0] & 0xC0 == 0x40:
-                where = meeting.transactions.channel_data(five_tuple, *parse_channel_data(data), now)
-                if isinstance(where, Drop) or client is None:
-                    meeting.metrics.dropped(where if isinstance(where, Drop) else Drop.NO_ALLOCATION)
-                else:
-                    client.datagrams.send(where)
-                return
-            message = Message.parse(data, MAX_INDICATION_BYTES)
-        except StunError:
-            meeting.metrics.dropped(Drop.NOT_STUN)
-            return
-        step = meeting.transactions.respond(five_tuple, message, now=now, unix_now=time.time())
-        if step.datagram is not None and client is not None:
-            client.datagrams.send(step.datagram)
-        elif step.dropped is not None:
-            meeting.metrics.dropped(step.dropped)
-        else:
-            self._answer(step, arrived, five_tuple, group)
-
-    def _answer(self, step: Step, arrived: Arrived, five_tuple: FiveTuple, group: asyncio.TaskGroup) -> None:
-        if step.opening is not None:
-            made = self._meeting.open_datagrams(step.opening)
-            if isinstance(made, Step):
-                step = made
+                outcome = transactions.channel_data(five_tuple, *parse_channel_data(data), now)
             else:
-                holding, sock, answer = made
-                datagrams = RelayedDatagrams(holding.allocation, sock, self._meeting, padded=False)
-                self._clients[five_tuple] = client = _Client(holding, datagrams, arrived.reply)
+                message = Message.parse(data, MAX_INDICATION_BYTES)
+                outcome = transactions.respond(five_tuple, message, now=now, unix_now=time.time())
+        except StunError:
+            outcome = Drop.NOT_STUN
+        match outcome:
+            case Relay():
+                client = self._clients.get(five_tuple)
+                if client is None:  # its allocation ends in this moment
+                    self._meeting.metrics.dropped(Drop.NO_ALLOCATION)
+                else:
+                    client.datagrams.send(outcome)
+            case Drop():
+                self._meeting.metrics.dropped(outcome)
+            case Reply():
+                self._reply(outcome, arrived)
+            case Close(reply=reply):
+                self._reply(reply, arrived)  # there is no connection
+            case Open():
+                self._reply(self._open(outcome, arrived, group), arrived)
+            case GiveBack(answer=answer):
+                self._reply(Reply(answer=answer), arrived)
+                client = self._clients.get(five_tuple)
+                if client is not None:
+                    client.reason = "given_back"
+                    client.end(self._clients, five_tuple)
+            case Ignore() | Join() | Connect():
+                pass  # the last two need a TCP connection, and `respond` knows that
+            case _:
+                assert_never(outcome)
+
+    def _open(self, opening: Open, arrived: Arrived, group: asyncio.TaskGroup) -> Reply:
+        match self._meeting.open_datagrams(opening):
+            case Reply() as refused:
+                return refused
+            case Opened(live=live, port=sock, answer=answer):
+                datagrams = RelayedDatagrams(live.allocation, sock, self._meeting, padded=False)
+                five_tuple = opening.five_tuple
+                self._clients[five_tuple] = client = _Client(live, datagrams, arrived.reply)
                 task = group.create_task(self._hold(five_tuple, client))
                 task.add_done_callback(lambda _: client.end(self._clients, five_tuple))
-                step = Step(answer=answer)
-        if step.refusal is not None:
-            self._refuse(five_tuple, step.refusal)
-        if step.answer is not None:
-            if step.unproven and not self._rate.allow(five_tuple.client[0], self._clock(), client_key):
-                self._meeting.metrics.dropped(Drop.ANSWER_RATE)
-            else:
-                drop = self._sock.answer(step.answer, arrived.reply)
-                if drop is not None:
-                    self._meeting.metrics.dropped(drop)
-        if step.ended is not None and five_tuple in self._clients:
-            client = self._clients[five_tuple]
-            client.reason = "given_back"
-            client.end(self._clients, five_tuple)
+                return Reply(answer=answer)
+
+    def _reply(self, reply: Reply, arrived: Arrived) -> None:
+        if reply.refusal is not None:
+            self._refuse(arrived.source, reply.refusal)
+        if reply.unproven and not self._rate.allow(arrived.source[0], self._clock(), client_key):
+            self._meeting.metrics.dropped(Drop.ANSWER_RATE)
+            return
+        drop = self._sock.answer(reply.answer, arrived.reply)
+        if drop is not None:
+            self._meeting.metrics.dropped(drop)
 
     async def _hold(self, five_tuple: FiveTuple, client: "_Client") -> None:
         """Keep an allocation until it is given back or its time is over."""
@@ -132,13 +142,13 @@ class DatagramClients:
             if drop is not None:
                 self._meeting.metrics.dropped(drop)
 
-    def _refuse(self, five_tuple: FiveTuple, why: Refusal) -> None:
+    def _refuse(self, client: Endpoint, why: Refusal) -> None:
         self._meeting.metrics.refused(why)
         if why in (Refusal.NO_CREDENTIALS, Refusal.STALE_NONCE):
             return  # those two belong to every client's life
         self._refused += 1
         if self._clock() >= self._refused_logged + REFUSED_LOG_INTERVAL_S:
-            event = {"client": text_of(five_tuple.client), "reason": why.value, "refused": self._refused}
+            event = {"client": text_of(client), "reason": why.value, "refused": self._refused}
             log.info("turn_refused", extra={"event": event})
             self._refused, self._refused_logged = 0, self._clock()
 

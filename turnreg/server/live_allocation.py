@@ -3,13 +3,15 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Generic, NamedTuple, TypeVar
 
 from sniproxy.engine import Listener, SocketStream
 from turnreg.server.allocation import Allocation, AllocationTable, Endpoint
 from turnreg.server.datagrams import DatagramSocket
 from turnreg.server.metrics import TurnMetrics
+from turnreg.server.outcome import Open, Reply
 from turnreg.server.relay_ports import RelayPorts
-from turnreg.server.transaction import AllocateGranted, Step, Transactions
+from turnreg.server.transaction import Transactions
 from turnreg.stun.message import TRANSPORT_TCP, TRANSPORT_UDP
 
 log = logging.getLogger(__name__)
@@ -71,16 +73,16 @@ class ServerState:
         self.relays = relays
         self.peers: dict[bytes, WaitingPeer] = {}
 
-    async def open_streams(self, opening: AllocateGranted) -> "tuple[LiveAllocation, Listener, bytes] | Step":
-        """Listen for the peers of an Allocate that was granted. Returns the answer too; a refusal if there is no port."""
+    async def open_streams(self, opening: Open) -> "Opened[Listener] | Reply":
+        """Listen for the peers of a TCP allocation. Returns the refusal if there is no free port."""
         clock = asyncio.get_running_loop().time
         listener = await self.relays[opening.family].listen(clock())
         if listener is None:
-            return self.transactions.not_opened(opening)
-        allocation, answer = self.transactions.opened(opening, listener.address, clock())
-        return LiveAllocation(self, allocation, listener), listener, answer
+            return self.transactions.fail_allocate(opening)
+        allocation, answer = self.transactions.complete_allocate(opening, listener.address, clock())
+        return Opened(LiveAllocation(self, allocation, listener), listener, answer)
 
-    def open_datagrams(self, opening: AllocateGranted) -> "tuple[LiveAllocation, DatagramSocket, bytes] | Step":
+    def open_datagrams(self, opening: Open) -> "Opened[DatagramSocket] | Reply":
         """Do the same for a UDP allocation."""
         now = asyncio.get_running_loop().time()
         relays = self.relays[opening.family]
@@ -94,9 +96,9 @@ class ServerState:
             if bound is not None:
                 sock, reservation = bound
         if sock is None:
-            return self.transactions.not_opened(opening)
-        allocation, answer = self.transactions.opened(opening, sock.address, now, reservation=reservation)
-        return LiveAllocation(self, allocation, sock), sock, answer
+            return self.transactions.fail_allocate(opening)
+        allocation, answer = self.transactions.complete_allocate(opening, sock.address, now, reservation=reservation)
+        return Opened(LiveAllocation(self, allocation, sock), sock, answer)
 
 
 class LiveAllocation:
@@ -136,3 +138,14 @@ class LiveAllocation:
             "transport": TRANSPORT_NAMES[allocation.transport],
             **more,
         }
+
+
+Port = TypeVar("Port", Listener, DatagramSocket)
+
+
+class Opened(NamedTuple, Generic[Port]):
+    """What an Allocate that was granted has led to."""
+
+    live: LiveAllocation
+    port: Port
+    answer: bytes

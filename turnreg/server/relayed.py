@@ -11,7 +11,7 @@ from sniproxy.engine.copy import Splice
 from turnreg.server.allocation import Allocation, Attempt, Endpoint, Refusal
 from turnreg.server.config import HALF_CLOSE_TIMEOUT_S, STREAM_IDLE_TIMEOUT_S
 from turnreg.server.live_allocation import Send, ServerState, WaitingPeer, text_of
-from turnreg.server.transaction import Connecting
+from turnreg.server.outcome import Connect
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class RelayedAddress:
         finally:
             table.depart(self._allocation, address)
 
-    async def connect(self, connecting: Connecting) -> None:
+    async def connect(self, connecting: Connect) -> None:
         """Carry one peer that the client asked us to connect to (RFC 6062, section 5.2)."""
         allocation, meeting, address = self._allocation, self._meeting, connecting.peer
         try:
@@ -70,11 +70,10 @@ class RelayedAddress:
                 allocation.connecting -= 1
             if peer is None:
                 meeting.metrics.refused(Refusal.CONNECT_FAILED)
-                answer = meeting.transactions.not_connected(connecting).answer
-                await self._send(answer or b"")
+                await self._send(meeting.transactions.fail_connect(connecting).answer)
                 return
             waiting = meeting.table.enqueue(allocation, address)
-            await self._carry(peer, waiting, meeting.transactions.connected(connecting, waiting[0]))
+            await self._carry(peer, waiting, meeting.transactions.complete_connect(connecting, waiting[0]))
         except OSError:
             pass  # the control connection is lost
         finally:

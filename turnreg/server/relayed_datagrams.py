@@ -8,7 +8,7 @@ from turnreg.server.allocation import Allocation, Drop
 from turnreg.server.datagrams import PAYLOAD_MESSAGES, DatagramSocket
 from turnreg.server.framing import pack_channel_data
 from turnreg.server.live_allocation import ServerState
-from turnreg.server.transaction import Datagram
+from turnreg.server.outcome import Relay
 from turnreg.stun.message import TRANSACTION_ID_BYTES, StunError, data_indication
 
 Deliver = Callable[[Sequence[bytes]], Awaitable[None]]
@@ -71,7 +71,7 @@ class RelayedDatagrams:
             metrics.datagram_to_client(len(data))
         return frames
 
-    def send(self, datagram: Datagram) -> None:
+    def send(self, datagram: Relay) -> None:
         """Send a datagram of the client to its peer, or drop it."""
         allocation, metrics = self._allocation, self._meeting.metrics
         size = len(datagram.data)

@@ -5,6 +5,7 @@ import errno
 import logging
 import time
 from collections.abc import Sequence
+from typing import assert_never
 
 from discovery.pacing.token_bucket import TokenBucket
 from sniproxy.engine import SocketStream
@@ -12,10 +13,10 @@ from turnreg.server.allocation import Attempt, Drop, FiveTuple, Refusal
 from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, SEND_TIMEOUT_S, STRANGER_REQUESTS, TurnServerConfig
 from turnreg.server.datagrams import PAYLOAD_MESSAGES
 from turnreg.server.framing import DATAGRAM_READ_BYTES, READ_BYTES, ChannelData, MessageReader
-from turnreg.server.live_allocation import LiveAllocation, ServerState, text_of
+from turnreg.server.live_allocation import LiveAllocation, Opened, ServerState, text_of
+from turnreg.server.outcome import Close, Connect, GiveBack, Ignore, Join, Open, Outcome, Relay, Reply
 from turnreg.server.relayed import RelayedAddress
 from turnreg.server.relayed_datagrams import RelayedDatagrams
-from turnreg.server.transaction import AllocateGranted, Step
 from turnreg.server.unauthenticated import UnauthenticatedConnections
 from turnreg.stun.message import TRANSPORT_UDP, Method, StunError
 
@@ -54,16 +55,13 @@ class ClientSession:
         self._end = "server_stopped"
 
     async def run(self) -> None:
-        """Serve the connection to its end. Ending it, by whatever way, ends its allocation and cuts the streams."""
+        """Serve the connection to its end. However it ends, its allocation ends with it, and its streams are cut."""
         self._watch(self._stranger_until)
         try:
-            end = await self._converse(None)
-            if isinstance(end, str):  # a data connection, or somebody who wanted little
-                self._end = end
-                return
             async with asyncio.TaskGroup() as peers:
-                self._end = await self._allocate(end, peers)
-                raise _Over
+                self._end = await self._converse(peers)
+                if self._holding is not None:
+                    raise _Over
         except* _Over:
             pass
         finally:
@@ -74,7 +72,7 @@ class ClientSession:
                 self._holding.end(self._end)
 
     def _watch(self, deadline: float) -> None:
-        """End the connection then, unless its allocation has been prolonged by then: one timer, set anew only when it fires."""
+        """End the connection then, unless its allocation has been refreshed: one timer, set again only when it fires."""
         self._timer = self._loop.call_at(deadline, self._look)
 
     def _look(self) -> None:
@@ -88,11 +86,8 @@ class ClientSession:
             self._meeting.metrics.refused(Refusal.TOO_SLOW)
         self._wire.close()  # whoever reads it is told
 
-    async def _converse(self, peers: asyncio.TaskGroup | None) -> str | AllocateGranted:
-        """Answer requests until something ends the connection; returns what.
-
-        Without a group for peers it returns as soon as there is an allocation to open, too.
-        """
+    async def _converse(self, peers: asyncio.TaskGroup) -> str:
+        """Answer requests until something ends the connection; returns what."""
         while True:
             try:
                 data = await self._wire.recv(READ_BYTES if self._datagrams is None else DATAGRAM_READ_BYTES)
@@ -105,7 +100,7 @@ class ClientSession:
             if end is not None:
                 return end
 
-    async def _answer(self, peers: asyncio.TaskGroup | None) -> str | AllocateGranted | None:
+    async def _answer(self, peers: asyncio.TaskGroup) -> str | None:
         """Answer what has been read. Returns what ended the connection, None if it goes on."""
         try:
             while (message := self._reader.take()) is not None:
@@ -119,12 +114,10 @@ class ClientSession:
                 if not is_payload and not self._requests.take(1, self._clock()):
                     self._refuse(Refusal.FLOOD)
                     return "flood"
-                step = self._meeting.transactions.respond(
+                outcome = self._meeting.transactions.respond(
                     self._five_tuple, message, now=self._clock(), unix_now=time.time()
                 )
-                if step.opening is not None and peers is None:
-                    return step.opening
-                end = await self._take(step, peers)
+                end = await self._do(outcome, peers)
                 if end is not None:
                     return end
         except StunError:
@@ -134,79 +127,84 @@ class ClientSession:
             return self._timed_out or "client_reset"
         return None
 
-    async def _allocate(self, opening: AllocateGranted, peers: asyncio.TaskGroup) -> str:
-        """Open an allocation and go on with what follows; returns what ended the connection."""
-        try:
-            end: str | AllocateGranted | None = await self._take(Step(opening=opening), peers)
-        except OSError:
-            end = self._timed_out or "client_reset"
-        end = end or await self._answer(peers) or await self._converse(peers)
-        assert isinstance(end, str)  # there is a group
-        return end
+    async def _do(self, outcome: Outcome, peers: asyncio.TaskGroup) -> str | None:
+        """Do what comes of a message; returns what ended the connection, None if it goes on."""
+        match outcome:
+            case Relay():
+                if self._datagrams is not None:
+                    self._datagrams.send(outcome)
+            case Drop():
+                self._meeting.metrics.dropped(outcome)
+            case Reply():
+                return await self._reply(outcome)
+            case Join(answer=answer, attempt=attempt):
+                await self._join(attempt, answer)
+                return "bound"
+            case Open():
+                return await self._reply(await self._open(outcome, peers))
+            case Connect():
+                if self._relayed is not None:
+                    peers.create_task(self._relayed.connect(outcome))
+            case GiveBack(answer=answer):
+                await self._send(answer)
+                # The connection goes with it, as in coturn: an indication may be half written when its peer is cut.
+                self._end = "given_back"
+                if self._serving is not None:
+                    self._serving.cancel()
+                await self._wire.drain_and_close()
+                return self._end
+            case Close(reply=reply):
+                return await self._reply(reply, last=True)
+            case Ignore():
+                pass
+            case _:
+                assert_never(outcome)
+        return None
 
-    async def _take(self, step: Step, peers: asyncio.TaskGroup | None) -> str | None:
-        """Do what a step says; returns what ended the connection, None if it goes on."""
-        if step.datagram is not None and self._datagrams is not None:
-            self._datagrams.send(step.datagram)
-            return None
-        if step.dropped is not None:
-            self._meeting.metrics.dropped(step.dropped)
-            return None
-        if step.connecting is not None and self._relayed is not None and peers is not None:
-            peers.create_task(self._relayed.connect(step.connecting))
-            return None
-        if step.bound is not None:
-            await self._join(step.bound, step.answer or b"")
-            return "bound"
-        if step.opening is not None and peers is not None:
-            step = await self._open(step.opening, peers)
-        if step.refusal is not None:
-            self._refuse(step.refusal)
-        if step.answer is not None:
-            await self._send(step.answer)
-        if step.ended is not None:
-            # The connection goes with it, as in coturn: an indication may be half written when its peer is cut.
-            self._end = "given_back"
-            if self._serving is not None:
-                self._serving.cancel()
-            await self._wire.drain_and_close()
-            return self._end
-        if step.close or (self._holding is None and self._refusals >= MAX_REFUSALS):
+    async def _reply(self, reply: Reply, *, last: bool = False) -> str | None:
+        """Send an answer. A client without an allocation may be refused so often and no more."""
+        if reply.refusal is not None:
+            self._refuse(reply.refusal)
+        await self._send(reply.answer)
+        if last or (self._holding is None and self._refusals >= MAX_REFUSALS):
             await self._wire.drain_and_close()
             return "refused"
         return None
 
-    async def _open(self, opening: AllocateGranted, peers: asyncio.TaskGroup) -> Step:
+    async def _open(self, opening: Open, peers: asyncio.TaskGroup) -> Reply:
         """Open the relayed address of an Allocate that was granted."""
         meeting = self._meeting
         if opening.transport == TRANSPORT_UDP:
-            made = meeting.open_datagrams(opening)
-            if isinstance(made, Step):
-                return made
-            self._holding, sock, answer = made
-            self._datagrams = RelayedDatagrams(self._holding.allocation, sock, meeting, padded=True)
-            self._reader.datagrams = True
-            self._serving = peers.create_task(self._datagrams.serve(self._deliver))
+            match meeting.open_datagrams(opening):
+                case Reply() as refused:
+                    return refused
+                case Opened(live=live, port=sock, answer=answer):
+                    self._datagrams = RelayedDatagrams(live.allocation, sock, meeting, padded=True)
+                    self._reader.datagrams = True
+                    serving = self._datagrams.serve(self._deliver)
         else:
-            opened = await meeting.open_streams(opening)
-            if isinstance(opened, Step):
-                return opened
-            self._holding, listener, answer = opened
-            self._relayed = RelayedAddress(self._holding.allocation, listener, meeting, self._send)
-            self._serving = peers.create_task(self._relayed.serve())
+            match await meeting.open_streams(opening):
+                case Reply() as refused:
+                    return refused
+                case Opened(live=live, port=listener, answer=answer):
+                    self._relayed = RelayedAddress(live.allocation, listener, meeting, self._send)
+                    serving = self._relayed.serve()
+        self._holding = live
+        self._serving = peers.create_task(serving)
         self._strangers.dismiss(self._wire)
         self._requests = TokenBucket(*CLIENT_REQUESTS, self._clock())
         if self._timer is not None:
             self._timer.cancel()
-        self._watch(self._holding.allocation.expires_at)
-        return Step(answer=answer)
+        self._watch(live.allocation.expires_at)
+        return Reply(answer=answer)
 
     def _channel_data(self, message: ChannelData) -> None:
-        where = self._meeting.transactions.channel_data(self._five_tuple, *message, self._clock())
-        if isinstance(where, Drop):
-            self._meeting.metrics.dropped(where)
-        elif self._datagrams is not None:
-            self._datagrams.send(where)
+        match self._meeting.transactions.channel_data(self._five_tuple, *message, self._clock()):
+            case Relay() as datagram:
+                if self._datagrams is not None:
+                    self._datagrams.send(datagram)
+            case drop:
+                self._meeting.metrics.dropped(drop)
 
     async def _deliver(self, frames: Sequence[bytes]) -> None:
         await self._send(b"".join(frames))

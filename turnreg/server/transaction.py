@@ -1,22 +1,21 @@
-"""One request in, one answer out: what RFC 8656 and RFC 6062 say about each method, without a socket.
+"""One message in, one outcome out: what RFC 8656 and RFC 6062 say about each method, without a socket.
 
-`Transactions.respond()` decides and packs the answer; where the sockets must do something, the returned `Step` says so. Unless
-told otherwise: TCP allocations only, and passive only. A peer comes to the relayed address, the server never sends anywhere of
-its own, so that a leaked credential opens no way into the networks that the server sees. UDP allocations and the active
-Connect do open one; each has to be switched on.
+`Transactions.respond()` decides and packs the answer; the returned `Outcome` says what the sockets must do. By default there are
+only TCP allocations, and only passive ones: a peer connects to the relayed address, and the server connects to nobody, so a leaked
+credential opens no way into the networks that the server can reach. UDP allocations and the active Connect do open one; each has
+to be switched on.
 
 `now` is monotonic seconds for lifetimes; `unix_now` is unix time in seconds for nonces and REST credentials.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-import msgspec
-
 from discovery.model.addresses import TargetList, refusal, spellings
+from turnreg.server.allocate_request import AllocatePolicy, AllocateRequest, refuse
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, Endpoint, FiveTuple, Refusal
 from turnreg.server.framing import MAX_CHANNEL, MIN_CHANNEL
+from turnreg.server.outcome import Close, Connect, GiveBack, Ignore, Join, Open, Outcome, Relay, Reply
 from turnreg.server.pace import Paces
 from turnreg.stun.auth import Accepted, Authenticator, Refused
 from turnreg.stun.message import (
@@ -54,71 +53,8 @@ _UNDERSTOOD = frozenset(
         Attribute.CONNECTION_ID,
     }
 )
-_NOT_WITH_TCP = (Attribute.EVEN_PORT, Attribute.DONT_FRAGMENT, Attribute.RESERVATION_TOKEN)
-_TOKEN_BYTES = 8
 _NEED_ALLOCATION = frozenset({Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND, Method.CONNECT})
 _AUTHENTICATED = _NEED_ALLOCATION | {Method.ALLOCATE, Method.CONNECTION_BIND}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllocateGranted:
-    """An Allocate that was granted a place: open a port, then call `opened` or `not_opened`, whatever happens."""
-
-    request: Message
-    five_tuple: FiveTuple
-    user: Accepted
-    family: int
-    lifetime_s: float
-    transport: int = TRANSPORT_TCP
-    even: bool = False
-    """The port must be even (RFC 8656, section 18.6) ..."""
-    pair: bool = False
-    """... and the one above it reserved for an Allocate with the token that the answer brings."""
-    token: bytes = b""
-    """The port is the one that was reserved with this token."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connecting:
-    """A Connect that was granted: connect, then call `connected` or `not_connected`, whatever happens."""
-
-    request: Message
-    user: Accepted
-    allocation: Allocation
-    peer: Endpoint
-
-
-class Datagram(msgspec.Struct, frozen=True, kw_only=True):
-    """Send this from the relayed address."""
-
-    allocation: Allocation
-    peer: Endpoint
-    data: bytes
-    dont_fragment: bool = False
-
-
-class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What comes of a message. All empty: ignore it."""
-
-    answer: bytes | None = None
-    """Send this first."""
-    refusal: Refusal | None = None
-    """Why the answer is an error."""
-    opening: AllocateGranted | None = None
-    """Open a relayed address; the answer comes from that."""
-    ended: Allocation | None = None
-    """The client gave its allocation back, as wished."""
-    bound: Attempt | None = None
-    """Join this connection to that peer; what follows the request is payload."""
-    close: bool = False
-    """End the connection, so that the answer still arrives."""
-    connecting: Connecting | None = None
-    """Connect to a peer; the answer comes from that."""
-    datagram: Datagram | None = None
-    dropped: Drop | None = None
-    """A datagram was not relayed."""
-    unproven: bool = False
-    """The answer goes to somebody who has not shown that the source address is theirs."""
 
 
 class Transactions:
@@ -148,53 +84,54 @@ class Transactions:
         """
         self._authenticator = authenticator
         self._table = table
-        self._families = frozenset(families)
+        self._policy = AllocatePolicy(families=frozenset(families), udp_allocations=udp_allocations)
         self.allowed_peers = allowed_peers
         self._software = software
         self._draw = draw
-        self._udp_allocations = udp_allocations
         self._active_connect = active_connect
         self._advertised = dict(advertised or {})
         self._is_ours = is_ours
         self._paces = Paces(table.limits.max_bytes_per_second_per_account)
 
-    def respond(self, five_tuple: FiveTuple, message: Message, *, now: float, unix_now: float) -> Step:
+    def respond(self, five_tuple: FiveTuple, message: Message, *, now: float, unix_now: float) -> Outcome:
         """Decide about one message of a client."""
         if message.message_class != MessageClass.REQUEST:
             if message.message_class == MessageClass.INDICATION and message.method == Method.SEND:
                 return self._send(five_tuple, message, now)
-            return Step()
+            return Ignore()
         if message.method == Method.BINDING:
             return self._binding(five_tuple, message)
         if message.method not in _AUTHENTICATED:
-            return Step()  # RFC 8489, section 6.3: a method that is not supported is silently discarded
+            return Ignore()  # RFC 8489, section 6.3: a method that is not supported is silently discarded
+        outcome = self._request(five_tuple, message, now, unix_now)
+        if isinstance(outcome, Reply) and outcome.refusal and message.method == Method.CONNECTION_BIND:
+            # RFC 6062, section 4.3: a data connection whose bind fails is of no use. The id is not: it goes on waiting.
+            return Close(reply=outcome) if self._table.find(five_tuple, now) is None else outcome
+        return outcome
+
+    def _request(self, five_tuple: FiveTuple, message: Message, now: float, unix_now: float) -> Outcome:
         verdict = self._authenticator.check(message, five_tuple.client[0], unix_now)
         if not isinstance(verdict, Accepted):
-            step = self._challenge(five_tuple, message, verdict, unix_now)
-        elif message.not_understood(_UNDERSTOOD):
-            step = self._refused(message, verdict, Refusal.UNKNOWN_ATTRIBUTE)
-        else:
-            try:
-                step = self._authenticated(five_tuple, message, verdict, now)
-            except StunError:
-                step = self._refused(message, verdict, Refusal.BAD_REQUEST)
-        if step.refusal and message.method == Method.CONNECTION_BIND and self._table.find(five_tuple, now) is None:
-            # RFC 6062, section 4.3: a data connection whose bind fails is of no use. The id is not: it goes on waiting.
-            return Step(answer=step.answer, refusal=step.refusal, close=True, unproven=step.unproven)
-        return step
+            return self._challenge(five_tuple, message, verdict, unix_now)
+        if message.not_understood(_UNDERSTOOD):
+            return self._refused(message, verdict, Refusal.UNKNOWN_ATTRIBUTE)
+        try:
+            return self._authenticated(five_tuple, message, verdict, now)
+        except StunError:
+            return self._refused(message, verdict, Refusal.BAD_REQUEST)
 
-    def _challenge(self, five_tuple: FiveTuple, message: Message, why: Refused, unix_now: float) -> Step:
-        """Answer whoever is not authenticated. Over UDP without SOFTWARE, so that the answer is little longer than it must be."""
+    def _challenge(self, five_tuple: FiveTuple, message: Message, why: Refused, unix_now: float) -> Reply:
+        """Answer a client that is not authenticated. Over UDP without SOFTWARE, to keep the answer short."""
         challenge = message.refused(why.code, why.phrase)
         if why.code != 400:
             nonce = self._authenticator.nonce(five_tuple.client[0], unix_now)
             challenge = challenge.with_text(Attribute.REALM, self._authenticator.realm)
             challenge = challenge.with_text(Attribute.NONCE, nonce)
         answer = self._pack(message, challenge, named=five_tuple.transport != TRANSPORT_UDP)
-        return Step(answer=answer, refusal=Refusal(why.reason.value), unproven=True)
+        return Reply(answer=answer, refusal=Refusal(why.reason.value), unproven=True)
 
-    def opened(
-        self, opening: AllocateGranted, relayed: Endpoint, now: float, *, reservation: bytes = b""
+    def complete_allocate(
+        self, opening: Open, relayed: Endpoint, now: float, *, reservation: bytes = b""
     ) -> tuple[Allocation, bytes]:
         """Make the allocation whose port was opened. Returns it and the answer.
 
@@ -216,18 +153,18 @@ class Transactions:
         self._table.add(allocation)
         return allocation, self._allocated(opening.request, opening.user, allocation)
 
-    def not_opened(self, opening: AllocateGranted) -> Step:
-        """Give the place back and answer: no port was to be had."""
+    def fail_allocate(self, opening: Open) -> Reply:
+        """Give the place back and refuse: there was no free port."""
         self._table.give_up(opening.user.account)
         return self._refused(opening.request, opening.user, Refusal.CAPACITY)
 
-    def connected(self, connecting: Connecting, attempt: Attempt) -> bytes:
+    def complete_connect(self, connecting: Connect, attempt: Attempt) -> bytes:
         """Return the answer to a Connect that reached its peer (RFC 6062, section 5.2)."""
         answer = connecting.request.success().with_bytes(Attribute.CONNECTION_ID, attempt.connection_id)
         return self._pack(connecting.request, answer, connecting.user)
 
-    def not_connected(self, connecting: Connecting) -> Step:
-        """Answer: the peer refused, or there was no answer in time."""
+    def fail_connect(self, connecting: Connect) -> Reply:
+        """Refuse: the peer did, or there was no answer in time."""
         return self._refused(connecting.request, connecting.user, Refusal.CONNECT_FAILED)
 
     def attempt(self, attempt: Attempt) -> bytes:
@@ -246,16 +183,16 @@ class Transactions:
 
     # -- methods
 
-    def _binding(self, five_tuple: FiveTuple, message: Message) -> Step:
-        """Tell a client which address it has, to anybody who asks: relays learn theirs so."""
+    def _binding(self, five_tuple: FiveTuple, message: Message) -> Reply:
+        """Tell a client its address. Anybody may ask: this is how relays learn theirs."""
         if message.not_understood(_UNDERSTOOD):
             refused = self._refused(message, None, Refusal.UNKNOWN_ATTRIBUTE)
-            return Step(answer=refused.answer, refusal=refused.refusal, unproven=True)
+            return Reply(answer=refused.answer, refusal=refused.refusal, unproven=True)
         answer = message.success().with_xor_address(Attribute.XOR_MAPPED_ADDRESS, five_tuple.client)
         named = five_tuple.transport != TRANSPORT_UDP
-        return Step(answer=self._pack(message, answer, named=named), unproven=True)
+        return Reply(answer=self._pack(message, answer, named=named), unproven=True)
 
-    def _authenticated(self, five_tuple: FiveTuple, message: Message, user: Accepted, now: float) -> Step:
+    def _authenticated(self, five_tuple: FiveTuple, message: Message, user: Accepted, now: float) -> Outcome:
         allocation = self._table.find(five_tuple, now)
         match message.method:
             case Method.ALLOCATE:
@@ -281,66 +218,44 @@ class Transactions:
                 return self._connect(message, user, allocation)
         return self._refused(message, user, Refusal.FORBIDDEN_METHOD)
 
-    def _allocate(self, five_tuple: FiveTuple, message: Message, user: Accepted, allocation: Allocation | None) -> Step:
-        """RFC 8656, section 7.2, and RFC 6062, section 5.1."""
+    def _allocate(
+        self, five_tuple: FiveTuple, message: Message, user: Accepted, allocation: Allocation | None
+    ) -> Reply | Open:
+        """RFC 8656, section 7.2, and RFC 6062, section 5.1. Raises StunError."""
         if allocation is not None:
             if allocation.transaction_id == message.transaction_id and allocation.account == user.account:
-                return Step(answer=self._allocated(message, user, allocation))  # a retransmission
+                return Reply(answer=self._allocated(message, user, allocation))  # a retransmission
             return self._refused(message, user, Refusal.HAS_ALLOCATION)
-        transport = message.first_byte(Attribute.REQUESTED_TRANSPORT)
-        if transport is None:
-            return self._refused(message, user, Refusal.BAD_REQUEST)
-        if transport not in (TRANSPORT_TCP, TRANSPORT_UDP):
-            return self._refused(message, user, Refusal.TRANSPORT_NOT_SUPPORTED)
-        family = message.first_byte(Attribute.REQUESTED_ADDRESS_FAMILY)
-        if transport == TRANSPORT_TCP:
-            # RFC 6062, section 5.1: over TCP, and none of what is about datagrams and their ports.
-            if five_tuple.transport == TRANSPORT_UDP or any(message.get(kind) is not None for kind in _NOT_WITH_TCP):
-                return self._refused(message, user, Refusal.BAD_REQUEST)
-        elif not self._udp_allocations:
-            return self._refused(message, user, Refusal.TRANSPORT_NOT_SUPPORTED)
-        even, token = message.get(Attribute.EVEN_PORT), message.get(Attribute.RESERVATION_TOKEN)
-        if (
-            (even is not None and len(even) != 1)
-            or (token is not None and len(token) != _TOKEN_BYTES)
-            or (token is not None and (even is not None or family is not None))
-        ):
-            return self._refused(message, user, Refusal.BAD_REQUEST)
-        if family is None:
-            family = FAMILY_IPV4  # RFC 8656, section 7.2, whatever the control connection runs over
-        if family not in self._families:
-            return self._refused(message, user, Refusal.FAMILY_NOT_SUPPORTED)
-        lifetime_s = self._lifetime_s(message)
-        no_place = self._table.reserve(user.account)
-        if no_place is not None:
-            return self._refused(message, user, no_place)
-        return Step(
-            opening=AllocateGranted(
-                request=message,
-                five_tuple=five_tuple,
-                user=user,
-                family=family,
-                lifetime_s=lifetime_s,
-                transport=transport,
-                even=even is not None,
-                pair=bool(even and even[0] & 0x80),
-                token=token or b"",
-            )
+        request = AllocateRequest.parse(message, five_tuple.transport)
+        why = refuse(request, self._policy) or self._table.reserve(user.account)
+        if why is not None:
+            return self._refused(message, user, why)
+        return Open(
+            request=message,
+            five_tuple=five_tuple,
+            user=user,
+            family=request.family,
+            lifetime_s=self._lifetime_s(request.asked_lifetime_s),
+            transport=request.transport,
+            even=request.even,
+            pair=request.pair,
+            token=request.token,
         )
 
-    def _refresh(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Step:
+    def _refresh(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Reply | GiveBack:
         """RFC 8656, section 8.2."""
         family = message.first_byte(Attribute.REQUESTED_ADDRESS_FAMILY)
         if family is not None and family != allocation.family:
             return self._refused(message, user, Refusal.FAMILY_MISMATCH)
-        ends = message.number(Attribute.LIFETIME) == 0
-        lifetime_s = 0.0 if ends else self._lifetime_s(message)
-        if not ends:
-            allocation.refresh(lifetime_s, now)
-        answer = message.success().with_number(Attribute.LIFETIME, int(lifetime_s))
-        return Step(answer=self._pack(message, answer, user), ended=allocation if ends else None)
+        asked_s = message.number(Attribute.LIFETIME)
+        lifetime_s = 0.0 if asked_s == 0 else self._lifetime_s(asked_s or 0)
+        answer = self._pack(message, message.success().with_number(Attribute.LIFETIME, int(lifetime_s)), user)
+        if asked_s == 0:
+            return GiveBack(answer=answer, allocation=allocation)
+        allocation.refresh(lifetime_s, now)
+        return Reply(answer=answer)
 
-    def _create_permission(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Step:
+    def _create_permission(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Reply:
         """RFC 8656, section 10.2: all of the addresses or none."""
         addresses = [ip_address(host) for host, _ in message.xor_addresses(Attribute.XOR_PEER_ADDRESS)]
         if not addresses:
@@ -352,7 +267,7 @@ class Transactions:
         limits = self._table.limits
         if not allocation.permit(map(str, addresses), limits.permission_lifetime_s, limits.max_permissions, now):
             return self._refused(message, user, Refusal.CAPACITY)
-        return Step(answer=self._pack(message, message.success(), user))
+        return Reply(answer=self._pack(message, message.success(), user))
 
     def _forbidden(self, address: IPv4Address | IPv6Address, allocation: Allocation) -> Refusal | None:
         """Say why an allocation may have nothing to do with that peer."""
@@ -367,7 +282,7 @@ class Transactions:
         ours = any(self._is_ours(str(spelling)) for spelling in spellings(address))
         return Refusal.FORBIDDEN_PEER if ours else None
 
-    def _channel_bind(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Step:
+    def _channel_bind(self, message: Message, user: Accepted, allocation: Allocation, now: float) -> Reply:
         """RFC 8656, section 12.2."""
         value = message.number(Attribute.CHANNEL_NUMBER)
         peer = message.xor_address(Attribute.XOR_PEER_ADDRESS)
@@ -377,9 +292,9 @@ class Transactions:
         why = why or allocation.bind_channel(value >> 16, peer, self._table.limits, now)
         if why is not None:
             return self._refused(message, user, why)
-        return Step(answer=self._pack(message, message.success(), user))
+        return Reply(answer=self._pack(message, message.success(), user))
 
-    def _connect(self, message: Message, user: Accepted, allocation: Allocation) -> Step:
+    def _connect(self, message: Message, user: Accepted, allocation: Allocation) -> Reply | Connect:
         """RFC 6062, section 5.2. No permission is needed for it, only that the peer is not forbidden."""
         peer = message.xor_address(Attribute.XOR_PEER_ADDRESS)
         if peer is None or not peer[1]:
@@ -387,24 +302,24 @@ class Transactions:
         why = self._forbidden(ip_address(peer[0]), allocation) or self._table.connect(allocation, peer)
         if why is not None:
             return self._refused(message, user, why)
-        return Step(connecting=Connecting(request=message, user=user, allocation=allocation, peer=peer))
+        return Connect(request=message, user=user, allocation=allocation, peer=peer)
 
-    def _send(self, five_tuple: FiveTuple, message: Message, now: float) -> Step:
-        """RFC 8656, section 11.2. What is wrong with an indication is nobody's to be told."""
+    def _send(self, five_tuple: FiveTuple, message: Message, now: float) -> Relay | Drop:
+        """RFC 8656, section 11.2. An indication gets no answer, right or wrong."""
         allocation = self._table.find(five_tuple, now)
         if allocation is None or allocation.transport != TRANSPORT_UDP:
-            return Step(dropped=Drop.NO_ALLOCATION)
+            return Drop.NO_ALLOCATION
         try:
             peer = message.xor_address(Attribute.XOR_PEER_ADDRESS)
         except StunError:
             peer = None
         data = message.get(Attribute.DATA)
         if peer is None or not peer[1] or data is None or message.not_understood(_UNDERSTOOD):
-            return Step(dropped=Drop.NOT_STUN)
+            return Drop.NOT_STUN
         if not allocation.permits(peer[0], now):
-            return Step(dropped=Drop.NO_PERMISSION)
+            return Drop.NO_PERMISSION
         dont_fragment = message.get(Attribute.DONT_FRAGMENT) is not None
-        return Step(datagram=Datagram(allocation=allocation, peer=peer, data=data, dont_fragment=dont_fragment))
+        return Relay(allocation=allocation, peer=peer, data=data, dont_fragment=dont_fragment)
 
     def reconfigure(self, allowed_peers: TargetList | None, now: float) -> None:
         """Go by these from now on, and by the table's limits as they are now.
@@ -416,7 +331,7 @@ class Transactions:
         for allocation in self._table:
             allocation.pace = self._paces.of(allocation.account, now)
 
-    def channel_data(self, five_tuple: FiveTuple, channel: int, data: bytes, now: float) -> Datagram | Drop:
+    def channel_data(self, five_tuple: FiveTuple, channel: int, data: bytes, now: float) -> Relay | Drop:
         """Say where ChannelData goes (RFC 8656, section 12.6)."""
         allocation = self._table.find(five_tuple, now)
         if allocation is None:
@@ -426,23 +341,22 @@ class Transactions:
             return Drop.NO_CHANNEL
         if not allocation.permits(peer[0], now):
             return Drop.NO_PERMISSION  # a channel outlives the permission that came with it
-        return Datagram(allocation=allocation, peer=peer, data=data)
+        return Relay(allocation=allocation, peer=peer, data=data)
 
-    def _connection_bind(self, message: Message, user: Accepted, allocation: Allocation | None) -> Step:
+    def _connection_bind(self, message: Message, user: Accepted, allocation: Allocation | None) -> Reply | Join:
         """RFC 6062, section 5.4. The success is signed; only then is the id used up."""
         if allocation is not None:
             return self._refused(message, user, Refusal.BAD_REQUEST)
         attempt = self._table.claim(message.get(Attribute.CONNECTION_ID), user.account)
         if isinstance(attempt, Refusal):
             return self._refused(message, user, attempt)
-        return Step(answer=self._pack(message, message.success(), user), bound=attempt)
+        return Join(answer=self._pack(message, message.success(), user), attempt=attempt)
 
     # -- answers
 
-    def _lifetime_s(self, message: Message) -> float:
+    def _lifetime_s(self, asked_s: float) -> float:
         """At least the default, at most the maximum (RFC 8656, section 7.2)."""
-        asked_s = float(message.number(Attribute.LIFETIME) or 0)
-        return max(self._table.limits.default_lifetime_s, min(asked_s, self._table.limits.max_lifetime_s))
+        return max(self._table.limits.default_lifetime_s, min(float(asked_s), self._table.limits.max_lifetime_s))
 
     def _allocated(self, message: Message, user: Accepted, allocation: Allocation) -> bytes:
         answer = (
@@ -460,14 +374,14 @@ class Transactions:
         address, port = allocation.relayed
         return self._advertised.get(address, address), port
 
-    def _refused(self, message: Message, user: Accepted | None, why: Refusal) -> Step:
+    def _refused(self, message: Message, user: Accepted | None, why: Refusal) -> Reply:
         answer = message.refused(*CODES[why])
         if why is Refusal.UNKNOWN_ATTRIBUTE:
             kinds = message.not_understood(_UNDERSTOOD)
             answer = answer.with_bytes(
                 Attribute.UNKNOWN_ATTRIBUTES, b"".join(kind.to_bytes(2, "big") for kind in kinds)
             )
-        return Step(answer=self._pack(message, answer, user), refusal=why)
+        return Reply(answer=self._pack(message, answer, user), refusal=why)
 
     def _pack(self, request: Message, answer: Message, user: Accepted | None = None, *, named: bool = True) -> bytes:
         if named and self._software is not None:

@@ -21,7 +21,7 @@ from tests.turnreg.scripted import Answer, Scripted, error, good, scripted, sign
 from tests.turnreg.server.embedded import embedded
 from tests.turnreg.turnservers import COTURN, RunningServer, eventually
 from turnreg.client.allocation import Timing, TurnReason
-from turnreg.registrar.allocation_lifecycle import dialler, parsed
+from turnreg.registrar.allocation_factory import dialler, parsed
 from turnreg.stun.message import Attribute, Message, Method
 
 pytestmark = pytest.mark.anyio
@@ -365,10 +365,10 @@ async def test_the_kernel_gives_a_control_connection_up_and_no_stream() -> None:
             spec = await ours.publishes(ID)
             bound, writer = await ours.stream(spec.port)
             [held] = ours.registrar._registrations.values()
-            assert held._current is not None
-            assert held._current.allocation is not None
-            assert held._current.allocation._control is not None
-            assert user_timeout_ms(held._current.allocation._control._wire) == 20_000
+            assert held.allocations.current is not None
+            assert held.allocations.current.allocation is not None
+            assert held.allocations.current.allocation._control is not None
+            assert user_timeout_ms(held.allocations.current.allocation._control._wire) == 20_000
             assert user_timeout_ms(bound.stream) == 0
             bound.stream.close()
             writer.close()

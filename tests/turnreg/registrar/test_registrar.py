@@ -17,7 +17,7 @@ from tests.turnreg.scripted import scripted
 from tests.turnreg.server.embedded import embedded
 from tests.turnreg.turnservers import BOTH, COTURN, LOGIN, RunningServer, eventually, listens, turn_server
 from turnreg.client.allocation import Credentials, Timing, TurnReason
-from turnreg.registrar import allocation_lifecycle, registration
+from turnreg.registrar import allocation_factory, registration_state
 from turnreg.registrar.registrar import (
     Issued,
     Register,
@@ -301,7 +301,7 @@ async def test_no_more_than_some_are_retired() -> None:
     with turn_server("embedded") as server:
         async with registrar(turn(server), relays, overlap_s=60) as ours:
             ports = []
-            for number in range(registration.MAX_RETIRED + 2):
+            for number in range(registration_state.MAX_RETIRED + 2):
                 here = turn(server)
                 assert isinstance(here.spec, TurnSpec)
                 spec = msgspec.structs.replace(here.spec, port_max=here.spec.port_max - number)
@@ -311,7 +311,7 @@ async def test_no_more_than_some_are_retired() -> None:
             await eventually(
                 lambda: [listens(("127.0.0.1", port)) for port in ports] == [False] + [True] * (len(ports) - 1)
             )
-            assert ours.of()["retired"] == registration.MAX_RETIRED
+            assert ours.of()["retired"] == registration_state.MAX_RETIRED
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ async def test_a_name_is_resolved_anew_for_every_registration(monkeypatch: pytes
         calls.append((host, port))
         return found[min(len(calls), len(found)) - 1]
 
-    monkeypatch.setattr(allocation_lifecycle, "_look_up", look_up)
+    monkeypatch.setattr(allocation_factory, "_look_up", look_up)
     with turn_server("embedded") as server:
         here = turn(server, url=f"turn:turn.example:{server.port}?transport=tcp")
         async with registrar(here, turn={"a": Credentials(username="u", password="wrong")}) as ours:
@@ -364,7 +364,7 @@ async def test_a_change_that_is_undone_half_way_costs_no_new_allocation(monkeypa
     with turn_server("embedded") as server:
         here = turn(server, url=f"turn:turn.example:{server.port}?transport=tcp")
         look_up.set()
-        monkeypatch.setattr(allocation_lifecycle, "_look_up", slow)
+        monkeypatch.setattr(allocation_factory, "_look_up", slow)
         async with registrar(here, overlap_s=60) as ours:
             port = (await ours.publishes(ID)).port
             look_up.clear()

@@ -7,7 +7,8 @@ import pytest
 from discovery.model.addresses import TargetList
 from tests.turnreg.server.test_transaction import NOW, RELAYED, UNIX, Server
 from turnreg.server.allocation import Allocation, Drop, FiveTuple, Refusal
-from turnreg.server.transaction import Datagram, Step, Transactions
+from turnreg.server.outcome import Connect, Open, Relay, Reply
+from turnreg.server.transaction import Transactions
 from turnreg.stun.message import (
     FAMILY_IPV4,
     FAMILY_IPV6,
@@ -93,15 +94,15 @@ class TestAllocate:
         if value is not None:
             request = request.with_bytes(Attribute.EVEN_PORT, value)
         step = on.respond(on.sign(request), at=OVER_UDP)
-        assert step.opening is not None
-        assert (step.opening.even, step.opening.pair) == (even, pair)
+        assert isinstance(step, Open)
+        assert (step.even, step.pair) == (even, pair)
 
     def test_the_token_of_a_pair_is_in_the_answer_and_in_its_repetition(self) -> None:
         on = server()
         request = on.allocate_request(TRANSPORT_UDP).with_bytes(Attribute.EVEN_PORT, b"\x80")
         step = on.respond(on.sign(request), at=OVER_UDP)
-        assert step.opening is not None
-        _, answer = on.transactions.opened(step.opening, RELAYED, NOW, reservation=b"12345678")
+        assert isinstance(step, Open)
+        _, answer = on.transactions.complete_allocate(step, RELAYED, NOW, reservation=b"12345678")
         assert Message.parse(answer).get(Attribute.RESERVATION_TOKEN) == b"12345678"
         assert on.answer(request, at=OVER_UDP).get(Attribute.RESERVATION_TOKEN) == b"12345678"
 
@@ -142,14 +143,15 @@ class TestStrangers:
         on = server()
         for request, times in ((on.allocate_request(TRANSPORT_UDP), 4), (on.request(Method.BINDING), 2.3)):
             step = on.respond(Message.parse(request.pack()), at=OVER_UDP)
+            assert isinstance(step, Reply)
             assert step.unproven
-            assert step.answer is not None
             assert len(step.answer) <= times * len(request.pack())
             assert Message.parse(step.answer).get(Attribute.SOFTWARE) is None
 
     def test_who_has_shown_the_nonce_is_no_stranger(self) -> None:
         on = server()
         step = on.respond(on.sign(on.request(Method.REFRESH)), at=OVER_UDP)
+        assert isinstance(step, Reply)
         assert step.refusal is Refusal.NO_ALLOCATION
         assert not step.unproven
 
@@ -163,7 +165,7 @@ class TestChannelBind:
         on = server()
         allocation = udp_allocation(on)
         assert on.code(channel_bind(on), at=OVER_UDP) == 0
-        expected = Datagram(allocation=allocation, peer=PEER, data=b"x")
+        expected = Relay(allocation=allocation, peer=PEER, data=b"x")
         assert on.transactions.channel_data(OVER_UDP, 0x4000, b"x", NOW) == expected
         assert on.transactions.channel_data(OVER_UDP, 0x4001, b"x", NOW) is Drop.NO_CHANNEL
         assert on.transactions.channel_data(OVER_UDP, 0x4000, b"x", NOW + 301) is Drop.NO_PERMISSION
@@ -206,28 +208,28 @@ class TestSend:
 
     def test_goes_to_a_peer_with_permission(self) -> None:
         on = server()
-        expected = Datagram(allocation=self.permitted(on), peer=PEER, data=b"hello")
-        assert on.respond(send(), at=OVER_UDP) == Step(datagram=expected)
+        expected = Relay(allocation=self.permitted(on), peer=PEER, data=b"hello")
+        assert on.respond(send(), at=OVER_UDP) == expected
 
     def test_without_fragments_if_asked_for(self) -> None:
         on = server()
         self.permitted(on)
         step = on.respond(send().with_bytes(Attribute.DONT_FRAGMENT, b""), at=OVER_UDP)
-        assert step.datagram is not None
-        assert step.datagram.dont_fragment
+        assert isinstance(step, Relay)
+        assert step.dont_fragment
 
     def test_empty_data_is_data(self) -> None:
         on = server()
         self.permitted(on)
         step = on.respond(send(data=b""), at=OVER_UDP)
-        assert step.datagram is not None
-        assert step.datagram.data == b""
+        assert isinstance(step, Relay)
+        assert step.data == b""
 
     def test_is_dropped_without_permission_or_after_it(self) -> None:
         on = server()
         self.permitted(on)
-        assert on.respond(send(("10.0.0.8", 4000)), at=OVER_UDP) == Step(dropped=Drop.NO_PERMISSION)
-        assert on.respond(send(), at=OVER_UDP, now=NOW + 301) == Step(dropped=Drop.NO_PERMISSION)
+        assert on.respond(send(("10.0.0.8", 4000)), at=OVER_UDP) == Drop.NO_PERMISSION
+        assert on.respond(send(), at=OVER_UDP, now=NOW + 301) == Drop.NO_PERMISSION
 
     @pytest.mark.parametrize(
         "message",
@@ -244,12 +246,12 @@ class TestSend:
     def test_is_dropped_if_malformed(self, message: Message) -> None:
         on = server()
         self.permitted(on)
-        assert on.respond(message, at=OVER_UDP) == Step(dropped=Drop.NOT_STUN)
+        assert on.respond(message, at=OVER_UDP) == Drop.NOT_STUN
 
     def test_is_dropped_on_a_tcp_allocation(self) -> None:
         on = server()
         on.allocate()
-        assert on.respond(send()) == Step(dropped=Drop.NO_ALLOCATION)
+        assert on.respond(send()) == Drop.NO_ALLOCATION
 
 
 class TestConnect:
@@ -265,16 +267,16 @@ class TestConnect:
         on = server()
         allocation, _ = on.allocate()
         step = on.respond(on.sign(self.request(on)))
-        assert step.connecting is not None
-        assert (step.connecting.peer, step.connecting.allocation) == (PEER, allocation)
+        assert isinstance(step, Connect)
+        assert (step.peer, step.allocation) == (PEER, allocation)
         assert on.code(self.request(on)) == 446
         attempt, _ = on.table.enqueue(allocation, PEER)
-        answer = Message.parse(on.transactions.connected(step.connecting, attempt))
+        answer = Message.parse(on.transactions.complete_connect(step, attempt))
         assert answer.get(Attribute.CONNECTION_ID) == attempt.connection_id
         assert answer.has_integrity
-        failure = on.transactions.not_connected(step.connecting)
+        failure = on.transactions.fail_connect(step)
         assert failure.refusal is Refusal.CONNECT_FAILED
-        assert Message.parse(failure.answer or b"").error == (447, "Connection Timeout or Failure")
+        assert Message.parse(failure.answer).error == (447, "Connection Timeout or Failure")
 
     @pytest.mark.parametrize(
         ("peer", "code"),
@@ -355,6 +357,7 @@ class TestForbiddenPeers:
 def test_time_of_credentials_counts_for_udp_too() -> None:
     on = server()
     step = on.transactions.respond(OVER_UDP, on.sign(on.allocate_request(TRANSPORT_UDP)), now=NOW, unix_now=UNIX + 3601)
+    assert isinstance(step, Reply)
     assert step.refusal is Refusal.STALE_NONCE
 
 
@@ -363,7 +366,7 @@ def test_nothing_is_advertised_that_is_not_there() -> None:
     on = server()
     request = on.allocate_request().with_bytes(Attribute.MESSAGE_INTEGRITY_SHA256, bytes(32))
     step = on.respond(Message.parse(request.pack()))
-    assert step.answer is not None
+    assert isinstance(step, Reply)
     answer = Message.parse(step.answer)
     assert answer.error == (401, "Unauthorized")
     assert not (answer.text(Attribute.NONCE) or "").startswith("obMatJos2")

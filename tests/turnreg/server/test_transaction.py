@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from discovery.model.addresses import TargetList
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, FiveTuple, Limits, Refusal
-from turnreg.server.transaction import Step, Transactions
+from turnreg.server.outcome import Close, GiveBack, Ignore, Join, Open, Outcome, Reply
+from turnreg.server.transaction import Transactions
 from turnreg.stun.auth import Authenticator, long_term_key, rest_credentials
 from turnreg.stun.message import (
     FAMILY_IPV4,
@@ -26,6 +27,18 @@ UNIX = 1_795_000_000.0
 TUPLE = FiveTuple(("192.0.2.1", 1111), ("192.0.2.2", 3478))
 OTHER = FiveTuple(("192.0.2.1", 2222), ("192.0.2.2", 3478))
 RELAYED = ("10.0.0.7", 50_000)
+
+
+def reply_of(outcome: Outcome) -> Reply:
+    """What is sent at once, whatever else is to be done."""
+    match outcome:
+        case Reply():
+            return outcome
+        case Close(reply=reply):
+            return reply
+        case GiveBack(answer=answer) | Join(answer=answer):
+            return Reply(answer=answer)
+    raise AssertionError(f"no answer: {outcome}")
 
 
 class Server:
@@ -65,17 +78,16 @@ class Server:
         key = long_term_key(user, "lab", password)
         return Message.parse(message.pack(integrity_key=key, fingerprint=fingerprint))
 
-    def respond(self, message: Message, *, at: FiveTuple = TUPLE, now: float = NOW) -> Step:
+    def respond(self, message: Message, *, at: FiveTuple = TUPLE, now: float = NOW) -> Outcome:
         return self.transactions.respond(at, message, now=now, unix_now=UNIX)
 
     def answer(self, message: Message, *, user: str = "u", password: str = "p", at: FiveTuple = TUPLE) -> Message:
         """The answer to a request that is signed here; it must be signed too."""
-        step = self.respond(self.sign(message, user, password), at=at)
-        assert step.answer is not None
-        answer = Message.parse(step.answer)
+        reply = reply_of(self.respond(self.sign(message, user, password), at=at))
+        answer = Message.parse(reply.answer)
         assert answer.verify_integrity(long_term_key(user, "lab", password))
         assert answer.transaction_id == message.transaction_id
-        assert (answer.error is None) is (step.refusal is None)
+        assert (answer.error is None) is (reply.refusal is None)
         return answer
 
     def code(self, message: Message, *, user: str = "u", password: str = "p", at: FiveTuple = TUPLE) -> int:
@@ -90,9 +102,8 @@ class Server:
     ) -> tuple[Allocation, Message]:
         signed = self.sign(request or self.allocate_request(), user, password)
         step = self.respond(signed, at=at)
-        assert step.opening is not None
-        assert step.answer is None
-        allocation, answer = self.transactions.opened(step.opening, RELAYED, NOW)
+        assert isinstance(step, Open)
+        allocation, answer = self.transactions.complete_allocate(step, RELAYED, NOW)
         return allocation, Message.parse(answer)
 
     def permission(self, *addresses: str) -> Message:
@@ -115,7 +126,7 @@ class TestBinding:
     def test_tells_the_address_to_anybody(self) -> None:
         server = Server()
         step = server.respond(server.request(Method.BINDING))
-        answer = Message.parse(step.answer or b"")
+        answer = Message.parse(reply_of(step).answer)
         assert answer.message_class is MessageClass.SUCCESS
         assert answer.xor_address(Attribute.XOR_MAPPED_ADDRESS) == TUPLE.client
         assert answer.text(Attribute.SOFTWARE) == "crossnet"
@@ -125,14 +136,14 @@ class TestBinding:
     def test_with_something_unknown(self) -> None:
         server = Server()
         request = server.request(Method.BINDING).with_bytes(0x0003, bytes(4))  # CHANGE-REQUEST of RFC 5780
-        answer = Message.parse(server.respond(request).answer or b"")
+        answer = Message.parse(reply_of(server.respond(request)).answer)
         assert answer.error == (420, "Unknown Attribute")
         assert answer.unknown_attributes == (0x0003,)
 
     def test_fingerprint_is_answered_with_one(self) -> None:
         server = Server()
         request = Message.parse(server.request(Method.BINDING).pack(fingerprint=True))
-        assert Message.parse(server.respond(request).answer or b"").has_fingerprint
+        assert Message.parse(reply_of(server.respond(request)).answer).has_fingerprint
 
 
 class TestIgnored:
@@ -143,12 +154,12 @@ class TestIgnored:
         server.allocate()
         step = server.respond(Message(method, message_class, bytes(12)))
         is_datagram = (method, message_class) == (Method.SEND, MessageClass.INDICATION)
-        assert step == (Step(dropped=Drop.NO_ALLOCATION) if is_datagram else Step())
+        assert step == (Drop.NO_ALLOCATION if is_datagram else Ignore())
 
     @pytest.mark.parametrize("method", [Method.SEND, Method.DATA, Method.CONNECTION_ATTEMPT, 0x00F])
     def test_a_method_that_is_not_supported(self, method: int) -> None:
         server = Server()
-        assert server.respond(server.sign(server.request(method))) == Step()
+        assert server.respond(server.sign(server.request(method))) == Ignore()
 
 
 class TestAuthentication:
@@ -165,29 +176,29 @@ class TestAuthentication:
     def test_challenge(self, method: Method) -> None:
         server = Server()
         step = server.respond(server.request(method).with_bytes(0x7777, b""))  # not even told what is unknown
-        answer = Message.parse(step.answer or b"")
+        answer = Message.parse(reply_of(step).answer)
         assert answer.error == (401, "Unauthorized")
         assert answer.text(Attribute.REALM) == "lab"
         assert answer.text(Attribute.NONCE) == server.authenticator.nonce("192.0.2.1", UNIX)
         assert not answer.has_integrity
-        assert step.refusal is Refusal.NO_CREDENTIALS
-        assert step.close is (method is Method.CONNECTION_BIND)
+        assert reply_of(step).refusal is Refusal.NO_CREDENTIALS
+        assert isinstance(step, Close) is (method is Method.CONNECTION_BIND)
 
     def test_stale_nonce(self) -> None:
         server = Server()
         message = server.sign(server.allocate_request())
         step = server.transactions.respond(TUPLE, message, now=NOW, unix_now=UNIX + 3600)
-        answer = Message.parse(step.answer or b"")
+        answer = Message.parse(reply_of(step).answer)
         assert answer.error == (438, "Stale Nonce")
         assert answer.text(Attribute.NONCE) == server.authenticator.nonce("192.0.2.1", UNIX + 3600)
         assert answer.text(Attribute.REALM) == "lab"
-        assert not step.close
+        assert isinstance(step, Reply)
 
     def test_signed_without_a_nonce(self) -> None:
         server = Server()
         message = server.allocate_request().with_text(Attribute.USERNAME, "u")
         message = Message.parse(message.pack(integrity_key=b"k"))
-        answer = Message.parse(server.respond(message).answer or b"")
+        answer = Message.parse(reply_of(server.respond(message)).answer)
         assert answer.error == (400, "Bad Request")
         assert answer.get(Attribute.NONCE) is None
 
@@ -295,9 +306,9 @@ class TestAllocate:
     def test_no_port(self) -> None:
         server = Server(max_allocations_per_account=1)
         step = server.respond(server.sign(server.allocate_request()))
-        assert step.opening is not None
-        refused = server.transactions.not_opened(step.opening)
-        assert Message.parse(refused.answer or b"").error == (508, "Insufficient Capacity")
+        assert isinstance(step, Open)
+        refused = server.transactions.fail_allocate(step)
+        assert Message.parse(refused.answer).error == (508, "Insufficient Capacity")
         server.allocate()
 
 
@@ -334,9 +345,9 @@ class TestRefresh:
         allocation, _ = server.allocate()
         request = server.request(Method.REFRESH).with_number(Attribute.LIFETIME, 900)
         step = server.respond(server.sign(request), now=NOW + 500)
-        assert Message.parse(step.answer or b"").number(Attribute.LIFETIME) == 900
+        assert Message.parse(reply_of(step).answer).number(Attribute.LIFETIME) == 900
         assert allocation.expires_at == NOW + 1400
-        assert step.ended is None
+        assert isinstance(step, Reply)
 
     def test_without_a_lifetime(self) -> None:
         server = Server()
@@ -348,8 +359,9 @@ class TestRefresh:
         allocation, _ = server.allocate()
         request = server.request(Method.REFRESH).with_number(Attribute.LIFETIME, 0)
         step = server.respond(server.sign(request))
-        assert Message.parse(step.answer or b"").number(Attribute.LIFETIME) == 0
-        assert step.ended is allocation
+        assert Message.parse(reply_of(step).answer).number(Attribute.LIFETIME) == 0
+        assert isinstance(step, GiveBack)
+        assert step.allocation is allocation
 
     @pytest.mark.parametrize(("family", "code"), [(FAMILY_IPV4, 0), (FAMILY_IPV6, 443)])
     def test_family(self, family: int, code: int) -> None:
@@ -370,8 +382,8 @@ class TestRefresh:
         server = Server()
         username, password = rest_credentials("north", "gw", UNIX)
         step = server.respond(server.sign(server.allocate_request(), username, password))
-        assert step.refusal is Refusal.EXPIRED
-        assert Message.parse(step.answer or b"").error == (401, "Expired 0 s ago by this server's clock")
+        assert reply_of(step).refusal is Refusal.EXPIRED
+        assert Message.parse(reply_of(step).answer).error == (401, "Expired 0 s ago by this server's clock")
 
 
 class TestPermission:
@@ -453,8 +465,8 @@ class TestPeers:
     def test_attempt_for_a_client_that_uses_fingerprints(self) -> None:
         server = Server()
         step = server.respond(server.sign(server.allocate_request(), fingerprint=True))
-        assert step.opening is not None
-        allocation, answer = server.transactions.opened(step.opening, RELAYED, NOW)
+        assert isinstance(step, Open)
+        allocation, answer = server.transactions.complete_allocate(step, RELAYED, NOW)
         assert Message.parse(answer).has_fingerprint
         assert Message.parse(server.transactions.attempt(server.attempt(allocation))).has_fingerprint
 
@@ -462,9 +474,9 @@ class TestPeers:
         server = Server()
         attempt = server.attempt(server.allocate()[0])
         step = server.respond(server.sign(server.bind(attempt.connection_id)), at=OTHER)
-        assert step.bound is attempt
-        assert not step.close
-        answer = Message.parse(step.answer or b"")
+        assert isinstance(step, Join)
+        assert step.attempt is attempt
+        answer = Message.parse(reply_of(step).answer)
         assert answer.message_class is MessageClass.SUCCESS
         assert answer.verify_integrity(long_term_key("u", "lab", "p"))
 
@@ -483,20 +495,23 @@ class TestPeers:
         ]
         for message, code in failures:
             step = server.respond(message, at=OTHER)
-            assert (Message.parse(step.answer or b"").error or (0, ""))[0] == code
-            assert step.close
-            assert step.bound is None
-        assert server.respond(server.sign(good), at=OTHER).bound is attempt
+            assert (Message.parse(reply_of(step).answer).error or (0, ""))[0] == code
+            assert isinstance(step, Close)
+        joined = server.respond(server.sign(good), at=OTHER)
+        assert isinstance(joined, Join)
+        assert joined.attempt is attempt
         again = server.respond(server.sign(good), at=OTHER)
-        assert again.refusal is Refusal.UNKNOWN_CONNECTION
+        assert reply_of(again).refusal is Refusal.UNKNOWN_CONNECTION
 
     def test_bind_on_the_control_connection(self) -> None:
         server = Server()
         attempt = server.attempt(server.allocate()[0])
         step = server.respond(server.sign(server.bind(attempt.connection_id)))
-        assert Message.parse(step.answer or b"").error == (400, "Bad Request")
-        assert not step.close
-        assert server.respond(server.sign(server.bind(attempt.connection_id)), at=OTHER).bound is attempt
+        assert Message.parse(reply_of(step).answer).error == (400, "Bad Request")
+        assert isinstance(step, Reply)
+        joined = server.respond(server.sign(server.bind(attempt.connection_id)), at=OTHER)
+        assert isinstance(joined, Join)
+        assert joined.attempt is attempt
 
 
 ATTRIBUTES = st.lists(
@@ -522,12 +537,13 @@ def test_no_request_breaks_it(
     key = long_term_key("u", "lab", "p")
     message = Message.parse(message.pack(integrity_key=key, fingerprint=fingerprint))
     step = server.respond(message)
-    if step.answer is not None:
-        answer = Message.parse(step.answer)
+    if not isinstance(step, Open | Ignore | Drop):
+        reply = reply_of(step)
+        answer = Message.parse(reply.answer)
         assert answer.transaction_id == message.transaction_id
         assert answer.has_fingerprint is fingerprint
-        assert (step.refusal is None) is (answer.message_class is MessageClass.SUCCESS)
-        if step.refusal is not None:
-            assert answer.error == CODES[step.refusal]
+        assert (reply.refusal is None) is (answer.message_class is MessageClass.SUCCESS)
+        if reply.refusal is not None:
+            assert answer.error == CODES[reply.refusal]
     else:
-        assert step.opening is not None or method in (Method.SEND, Method.DATA, Method.CONNECTION_ATTEMPT)
+        assert isinstance(step, Open) or method in (Method.SEND, Method.DATA, Method.CONNECTION_ATTEMPT)

@@ -1,0 +1,251 @@
+"""What one registration makes its allocations with: credentials, the server's address, permission to dial it, the connection.
+
+Every step that can fail raises TurnError.
+"""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import TypeVar
+
+from discovery.client.client import Discovery, DiscoveryError
+from discovery.model.addresses import BadAddress, TurnUrl, parse_address, parse_turn_url, spellings
+from sniproxy.engine import SocketStream, connect, connect_tls
+from turnreg.client.allocation import Allocation, BindResult, Bound, Credentials, Dial, TurnError, TurnReason
+from turnreg.registrar.admitted_peers import AdmittedPeers
+from turnreg.registrar.config import RegistrarConfig, RestSecret, TurnCredentials
+from turnreg.registrar.destinations import Destinations
+from turnreg.stun.auth import rest_credentials
+
+T = TypeVar("T")
+
+REST_LIFETIME_S = 7 * 24 * 3600.0
+"""Lifetime of the REST credentials that a gateway with the secret makes for itself. Nobody else ever sees them, so that short
+ones would gain nothing."""
+
+RESOLVE_TIMEOUT_S = 5.0
+ISSUE_TIMEOUT_S = 10.0
+"""Discovery is an HTTP request away, and may have to fail over to its second server."""
+
+ADMISSION_POLL_S = 1.0
+"""How often a registration that waits for its next try at an address checks whether it still has to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """What the record of a TURN server says of how to register there."""
+
+    url: str
+    family: int
+    """Of the relayed address: IPv6 only where the server's record has no IPv4 address."""
+    port_min: int
+    port_max: int
+
+
+Wanted = tuple[Server, TurnCredentials, str | None]
+"""Where to register, as whom, and by which authorities a `turns:` server is verified."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """Credentials to show, and for how many seconds they are good."""
+
+    credentials: Credentials
+    lifetime_s: float | None
+    """None: for ever."""
+
+
+class AllocationFactory:
+    """Makes the allocations of one registration, each in four steps: `show`, `find`, `admit`, `make`."""
+
+    def __init__(
+        self,
+        config: RegistrarConfig,
+        discovery: Discovery,
+        destinations: Destinations,
+        peers: AdmittedPeers,
+        *,
+        via: str,
+        turn: str,
+        record: str,
+        on_stream: Callable[[Bound], None],
+        on_bind: Callable[[BindResult], None],
+    ) -> None:
+        """Take the parts. `via`, `turn` and `record` are the network, the TURN server and the allocation's record."""
+        self.config = config
+        self._discovery, self._destinations, self._peers = discovery, destinations, peers
+        self._via, self._turn, self._record = via, turn, record
+        self._on_stream, self._on_bind = on_stream, on_bind
+        self._loop = asyncio.get_running_loop()
+
+    async def show(self, credentials: TurnCredentials) -> Shown:
+        """Make or get the credentials that the TURN server is shown."""
+        match credentials:
+            case Credentials():
+                return Shown(credentials=credentials, lifetime_s=None)
+            case RestSecret(secret=secret):
+                name = f"{self.config.network}.{self.config.gateway}"
+                username, password = rest_credentials(secret, name, time.time() + REST_LIFETIME_S)
+                shown = Credentials(username=username, password=password)
+                return Shown(credentials=shown, lifetime_s=REST_LIFETIME_S)
+        return await _in_time(self._issued(), ISSUE_TIMEOUT_S, TurnReason.NO_CREDENTIALS)
+
+    async def _issued(self) -> Shown:
+        try:
+            issued = await self._discovery.turn_credentials(self._via)
+        except DiscoveryError as exc:
+            raise TurnError(TurnReason.NO_CREDENTIALS, str(exc)) from exc
+        shown = Credentials(username=issued.username, password=issued.password)
+        return Shown(credentials=shown, lifetime_s=float(issued.ttl_s))
+
+    async def find(self, url: TurnUrl, attempt: int) -> tuple[str, int]:
+        """Resolve the server's name to an IP address that may be dialled, the next one with every attempt, and its port."""
+        refusal = await self._refusals()
+        try:
+            addresses = [str(ip_address(url.host))]
+        except ValueError:
+            addresses = await _in_time(_look_up(url.host, url.port), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
+        if not addresses:
+            raise TurnError(TurnReason.UNRESOLVED, "the name has no address")
+        refused = {address: refusal(address, url.port) for address in addresses}
+        good = [address for address, why in refused.items() if why is None]
+        if not good:
+            raise TurnError(TurnReason.REFUSED_ADDRESS, next(why for why in refused.values() if why is not None))
+        return good[attempt % len(good)], url.port
+
+    async def admit(self, address: str, port: int) -> None:
+        """Wait until an address may be tried, and count the attempt. Raises TurnError if it never may be."""
+        refusal = await self._refusals()
+        while (why := refusal(address, port)) is None:
+            wait_s = self._destinations.wait_s(self._via, address, port, self._loop.time())
+            if not wait_s:
+                self._destinations.began(self._via, address, port, self._loop.time())
+                return
+            # Another registration may find meanwhile that a TURN server is there.
+            await asyncio.sleep(min(wait_s, ADMISSION_POLL_S))
+        raise TurnError(TurnReason.REFUSED_ADDRESS, why)
+
+    def make(self, server: Server, address: str, port: int, credentials: Credentials, dial: Dial) -> Allocation:
+        """Make the allocation, not connected yet."""
+        return Allocation(
+            address=address,
+            port=port,
+            credentials=credentials,
+            on_stream=self._on_stream,
+            via=self._via,
+            turn=self._turn,
+            record=self._record,
+            peers=self._peers.addresses,
+            family=server.family,
+            on_bind=self._on_bind,
+            dial=dial,
+            timing=self.config.timing,
+        )
+
+    def refusal(self, address: str, port: int, *, known: bool = False) -> str | None:
+        """Say why this gateway must not connect there for this network; None if it may. `known`: we are connected there."""
+        mesh, now = self._discovery.mesh, self._loop.time()
+        try:
+            return self._destinations.refusal(self._via, address, port, mesh, now, known=known)
+        except BadAddress as exc:
+            return str(exc)
+
+    def prove(self, allocation: Allocation) -> None:
+        """Note that there is a TURN server at this address."""
+        self._destinations.succeeded(self._via, allocation.address, allocation.port, self._loop.time())
+
+    async def _refusals(self) -> Callable[[str, int], str | None]:
+        """Look up the discovery servers that are known by name; return `refusal` with their addresses refused, too."""
+        named = await _resolved(self.config.guard_names)
+
+        def refusal(address: str, port: int) -> str | None:
+            why = self.refusal(address, port)
+            if why is None and any((str(one), port) in named for one in spellings(parse_address(address))):
+                return f"{address} port {port} is a discovery server"
+            return why
+
+        return refusal
+
+
+async def _resolved(names: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return the addresses and ports behind our own names; none for a name that does not resolve in time."""
+    found = []
+    for host, port in names:
+        with contextlib.suppress(TurnError):
+            addresses = await _in_time(_look_up(host, port), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
+            found += [(address, port) for address in addresses]
+    return found
+
+
+def parsed(url: str) -> TurnUrl:
+    """Read the URL of a server. Raises TurnError."""
+    try:
+        return parse_turn_url(url)
+    except BadAddress as exc:
+        raise TurnError(TurnReason.REFUSED_ADDRESS, str(exc)) from exc
+
+
+def dialler(url: TurnUrl, ca: str | None) -> Dial:
+    """Return what opens connections to this server, control and data alike; `ca` is PEM. Raises TurnError."""
+    if not url.tls:
+        return connect
+    if ca == "":  # which would be the system's authorities
+        raise TurnError(TurnReason.TLS_FAILED, "there is no certificate in the file of the authority")
+    try:
+        context = ssl.create_default_context(cadata=ca)
+    except OSError as exc:
+        raise TurnError(TurnReason.TLS_FAILED, f"the file of the authority: {exc.strerror or exc}") from exc
+    return TlsDial(context, url.host)
+
+
+class TlsDial:
+    """Opens connections to one server over TLS, each of which resumes the session of the first where that is worth it.
+
+    Every stream has a connection of its own. With TLS 1.2, which is all that Debian's coturn speaks, one that is resumed takes a
+    round trip less, and less CPU of both. With TLS 1.3 it saves no round trip, and as much CPU as it costs to carry a session from
+    one connection to the next (measured). A server that has forgotten the session shakes hands in full.
+    """
+
+    def __init__(self, context: ssl.SSLContext, host: str) -> None:
+        self._context, self._host = context, host
+        self._session: ssl.SSLSession | None = None
+
+    async def __call__(self, address: str, port: int, *, timeout_s: float) -> SocketStream:
+        """Connect and shake hands, as `connect_tls`."""
+        try:
+            wire = await connect_tls(
+                address,
+                port,
+                context=self._context,
+                server_hostname=self._host,
+                timeout_s=timeout_s,
+                resume=self._session,
+            )
+        except ssl.SSLError:
+            self._session = None  # should it be to blame, then not twice
+            raise
+        if not wire.session.session_reused and wire.session.version() == "TLSv1.2":
+            self._session = wire.session.session
+        return wire
+
+
+async def _in_time(work: Awaitable[T], timeout_s: float, reason: TurnReason) -> T:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError:
+        raise TurnError(reason, f"no answer within {timeout_s:g} s") from None
+
+
+async def _look_up(host: str, port: int) -> list[str]:
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as exc:
+        raise TurnError(TurnReason.UNRESOLVED, f"{host}: {exc.strerror or exc}") from exc
+    return list(dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found))
