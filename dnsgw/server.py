@@ -149,7 +149,6 @@ class DnsServer:
             tls=ssl.create_default_context(cadata=config.upstream_ca) if secret else None,
             random_case=config.random_case,
             client_subnet=config.client_subnet,
-            turns=self._turns,
         )
 
     def _ask_by(self, forwarder: Forwarder, upstreams: tuple[UpstreamAddress, ...]) -> None:
@@ -203,13 +202,15 @@ class DnsServer:
                     forwarder.attach(self._tasks.create_task)
                 self._probe_anew()
                 self._spawn(self._follow_resolv_conf())
-                await self._closing.wait()
+                try:
+                    await self._closing.wait()
+                finally:
+                    for forwarder in self._forwarders:
+                        forwarder.attach(None)
                 for task in self._working:
                     task.cancel()
         finally:
             self._tasks = None
-            for forwarder in self._forwarders:
-                forwarder.attach(None)
             self._close_listeners()
 
     async def close(self) -> None:

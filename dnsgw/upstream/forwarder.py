@@ -13,17 +13,16 @@ question costs no task. Every exchange ends within `TOTAL_S`.
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from dnsgw.message.question import Query, Rcode, wire_name
 from dnsgw.message.upstream_query import question_key, restored, subnet_of
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
-from dnsgw.turns import Turns
 from dnsgw.upstream.address import UpstreamAddress
 from dnsgw.upstream.exchange import Attempt, Done, Exchange, Failure, Pending, QueryTarget, Trust
 from dnsgw.upstream.outstanding import OutstandingQueries
 from dnsgw.upstream.server import Endpoint, Upstream
+from dnsgw.upstream.stream_client import Spawn
 from dnsgw.upstream.verify import Opt, Verdict, judge, question_of
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,6 @@ class Forwarder:
         tls: ssl.SSLContext | None = None,
         random_case: bool = True,
         client_subnet: bool = False,
-        turns: Turns | None = None,
     ) -> None:
         """Prepare, on the running loop; sockets are opened when they are needed.
 
@@ -79,7 +77,6 @@ class Forwarder:
         self._race_s = attempt_s if race_s is None else min(race_s, attempt_s)
         self._random_case = random_case
         self._client_subnet = client_subnet
-        self._turns = turns or Turns(self._loop)
         self._upstreams = [self._upstream(destination) for destination in destinations]
         self._zones = {
             wire_name(zone): [self._upstream(destination) for destination in found]
@@ -101,7 +98,6 @@ class Forwarder:
             received=self._on_packet,
             lost=self._on_lost,
             tls=self._tls,
-            turns=self._turns,
             random_case=self._random_case,
             client_subnet=self._client_subnet,
         )
@@ -111,8 +107,8 @@ class Forwarder:
         """Every upstream, of whatever zone."""
         return [upstream for group in (self._upstreams, *self._zones.values()) for upstream in group]
 
-    def attach(self, spawn: Callable[[Coroutine[Any, Any, None]], object] | None) -> None:
-        """Take what runs a coroutine in a task, which DNS over HTTPS needs."""
+    def attach(self, spawn: Spawn | None) -> None:
+        """Take what runs a coroutine in a task, which connections need; None: open no more of them."""
         for upstream in self.upstreams:
             upstream.spawn = spawn
 

@@ -11,22 +11,21 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from discovery.model.addresses import Address
 from discovery.pacing.backoff import Backoff
 from dnsgw.message.cookie import OPTION, SECRET_SIZE
 from dnsgw.message.question import option
 from dnsgw.message.upstream_query import encode, respelled, subnet_of
-from dnsgw.turns import Turns
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.capabilities import Capabilities
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
-from dnsgw.upstream.stream_client import StreamClient
+from dnsgw.upstream.stream_client import Spawn, StreamClient
 from sniproxy.engine.host_addresses import is_own_address
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,6 @@ class Upstream:
         *,
         received: Callable[[bytes, Pending], None],
         lost: Callable[[Pending], None],
-        turns: Turns,
         tls: ssl.SSLContext | None = None,
         random_case: bool = True,
         client_subnet: bool = False,
@@ -84,8 +82,8 @@ class Upstream:
         self.looping = False
         """What it is asked comes back to us."""
 
-        self.spawn: Callable[[Coroutine[Any, Any, None]], object] | None = None
-        """Runs a coroutine in a task; only DNS over HTTPS needs it."""
+        self.spawn: Spawn | None = None
+        """Runs a coroutine in a task, for connections; none: not running yet, or no longer."""
 
         self.abilities = Capabilities(destination.address.packed, os.urandom(SECRET_SIZE))
         self._family = socket.AF_INET if destination.address.version == 4 else socket.AF_INET6
@@ -93,7 +91,6 @@ class Upstream:
         self._loop = loop
         self._received = received
         self._lost = lost
-        self._turns = turns
         self._tls = tls
         self._random_case = random_case and destination.way is UpstreamProtocol.UDP
         self._client_subnet = client_subnet
@@ -299,16 +296,17 @@ class Upstream:
             self._remove(port)
 
     def _ask_pipeline(self, exchange: Exchange, now: float) -> None:
+        if self.spawn is None:
+            raise OSError("not running")
         pipeline = self._pipeline
         secret = self.destination.way is UpstreamProtocol.TLS
         # A second attempt does not trust the connection that the first one still waits on.
         if pipeline is None or pipeline.closed or any(attempt.pending is pipeline.pending for attempt in exchange.open):
             pipeline = StreamClient(
-                self._loop,
                 Pending(self, stream=True),
+                spawn=self.spawn,
                 received=self._received,
                 lost=self._pipeline_lost,
-                turns=self._turns,
                 tls=self._tls if secret else None,
                 server_name=self.destination.name or str(self.destination.address),
             )
@@ -326,7 +324,7 @@ class Upstream:
 
     def _ask_https(self, exchange: Exchange, now: float) -> None:
         if self.spawn is None or self._tls is None:
-            raise OSError("not running yet")
+            raise OSError("not running")
         if self._https is None:
             self._https = HttpsClient(self.destination, self._tls, received=self._received, lost=self._lost)
         pending = Pending(self, stream=True)

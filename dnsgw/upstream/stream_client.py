@@ -1,7 +1,7 @@
 """One connection to an upstream, TCP or TLS, with many questions in flight (RFC 7766, RFC 7858).
 
-Its socket is raw and non-blocking and is driven by callbacks of the loop, so that connecting needs no task either. The
-connection ends when it was idle, when the upstream ends it, or when the upstream sends what is no DNS message.
+It takes messages before it is connected. It ends when it was idle, when the upstream ends it, when the upstream sends what is no
+DNS message, or when the upstream does not read what it is sent.
 """
 
 import asyncio
@@ -9,225 +9,198 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from dnsgw.message.question import HEADER_SIZE
-from dnsgw.turns import PORTION, Turns
+from sniproxy.engine import SocketStream, connect, connect_tls
 
 log = logging.getLogger(__name__)
 
-IDLE_S = 10.0  # RFC 7766 section 6.2.3 asks clients to close what they do not need; upstreams commonly wait as long
-_READ = 65536
+MAX_UNSENT_BYTES = 8 * 1024 * 1024
+"""Messages that wait for an upstream to read. A forwarder's questions in flight, some 300 bytes each, are far fewer."""
+
+_CHUNK = 64 * 1024  # bytes given to the socket at once
+
+_MESSAGE_COST = 0.5
+"""Of the engine's quantum: to check and pass on an answer takes about 50 µs."""
+
+Spawn: TypeAlias = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+"""Runs a coroutine in a task that somebody owns."""
 
 PendingT = TypeVar("PendingT", bound=dict[int, Any])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamTiming:
+    """Limits of a connection, in seconds."""
+
+    connect_s: float = 5.0
+    """To connect and to shake hands. Questions give up sooner; a connection that takes longer is of no use to later ones."""
+
+    idle_s: float = 10.0
+    """Without a question. RFC 7766 section 6.2.3 asks clients to close what they do not need; upstreams wait about as long."""
+
+
+STREAM_TIMING = StreamTiming()
+
+
 class StreamClient(Generic[PendingT]):
-    """A connection that is opened at once and takes messages before it is there. `pending` is kept by its user."""
+    """A connection that takes messages at once. `pending` is kept by its user."""
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
         pending: PendingT,
         *,
+        spawn: Spawn,
         received: Callable[[bytes, PendingT], None],
         lost: Callable[["StreamClient[PendingT]"], None],
-        turns: Turns,
         tls: ssl.SSLContext | None = None,
         server_name: str = "",
+        timing: StreamTiming = STREAM_TIMING,
     ) -> None:
-        """Prepare; `received` gets each message with its id, `lost` is called once, however the connection ends."""
-        self._received_bytes = ssl.MemoryBIO()
-        self._sent_bytes = ssl.MemoryBIO()
-        self._tls = tls.wrap_bio(self._received_bytes, self._sent_bytes, server_hostname=server_name) if tls else None
-        self._secure = tls is None
-        self._plain = bytearray()
-        """What waits for the handshake."""
+        """Prepare, on the running loop.
+
+        Args:
+            received: gets each message with its id.
+            lost: called once, however the connection ends, but not where the task is cancelled.
+            server_name: what the certificate must be for, a name or an IP address.
+        """
         self.pending = pending
         self.closed = False
         self.source = b""
-        """The address that it is from."""
-        self._loop = loop
+        """The address that it comes from, packed."""
+        self._loop = asyncio.get_running_loop()
+        self._spawn = spawn
         self._received = received
         self._lost = lost
-        self._turns = turns
-        self._sock: socket.socket | None = None
-        self._connected = False
-        self._writing = False
-        self._failed = False
-        self._out = bytearray()
-        self._in = bytearray()
+        self._tls = tls
+        self._server_name = server_name
+        self._timing = timing
+        self._stream: SocketStream | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._unsent = bytearray()
         self._idle_timer: asyncio.TimerHandle | None = None
 
     def open(self, family: socket.AddressFamily, destination: tuple[str, int]) -> None:
         """Begin to connect. Raises OSError when that fails at once."""
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        error = sock.connect_ex(destination)
-        if error not in (0, errno.EINPROGRESS):
-            sock.close()
+        try:
+            error = sock.connect_ex(destination)
+            if error not in (0, errno.EINPROGRESS):
+                raise OSError(error, f"connect: {errno.errorcode.get(error, error)}")
+            self.source = ip_address(sock.getsockname()[0].partition("%")[0]).packed
+        except OSError:
             self.closed = True
-            raise OSError(error, f"connect: {errno.errorcode.get(error, error)}")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.source = ip_address(sock.getsockname()[0].partition("%")[0]).packed
-        self._sock = sock
-        self._loop.add_reader(sock, self._readable)
-        self._loop.add_writer(sock, self._writable)
-        self._writing = True
-        self._idle_timer = self._loop.call_later(IDLE_S, self._idle)
+            sock.close()
+            raise
+        self._task = self._spawn(self._run(sock, destination))
+        self._task.add_done_callback(lambda _: sock.close())  # a task may be cancelled before its first step
+        self._idle_timer = self._loop.call_later(self._timing.idle_s, self._check_idle)
 
     def send(self, message: bytes) -> None:
         """Send a message with its length in front, in one write (RFC 7766 section 8)."""
         framed = len(message).to_bytes(2, "big") + message
-        if self._tls is None:
-            self._out += framed
-        else:
-            self._plain += framed
-            if self._secure:
-                self._encrypt()
-        if self._connected and not self._writing:
-            self._flush()
+        stream = self._stream
+        if stream is None or self._unsent:
+            self._unsent += framed
+            if len(self._unsent) > MAX_UNSENT_BYTES:
+                self._loop.call_soon(self.close)
+            return
+        try:
+            sent = stream.try_send((framed,))
+        except OSError:
+            stream.close()  # wakes the reader, which tells what is lost
+            return
+        if sent < len(framed):
+            self._unsent += framed[sent:]
+            self._spawn(self._send_unsent(stream))
 
     def close(self) -> None:
         """End the connection; whatever is pending is lost."""
         if self.closed:
             return
+        self._release()
+        if self._stream is None and self._task is not None:
+            self._task.cancel()
+        self._lost(self)
+
+    def _release(self) -> None:
         self.closed = True
         if self._idle_timer is not None:
             self._idle_timer.cancel()
-        sock, self._sock = self._sock, None
-        if sock is not None:
-            self._loop.remove_reader(sock)
-            self._loop.remove_writer(sock)
-            sock.close()
-        self._out.clear()
-        self._in.clear()
-        self._lost(self)
+        if self._stream is not None:
+            self._stream.close()  # wakes the task
+        self._unsent.clear()
 
-    def _idle(self) -> None:
+    def _check_idle(self) -> None:
         if self.pending:
-            self._idle_timer = self._loop.call_later(IDLE_S, self._idle)
+            self._idle_timer = self._loop.call_later(self._timing.idle_s, self._check_idle)
         else:
             self.close()
 
-    def _writable(self) -> None:
-        if self._sock is None:
-            return
-        if not self._connected:
-            if self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.close()
-                return
-            self._connected = True
-            self._shake_hands()
-        self._flush()
-
-    def _shake_hands(self) -> None:
-        """Go on with the handshake as far as it goes."""
-        if self._secure or self._tls is None:
-            return
+    async def _run(self, sock: socket.socket, destination: tuple[str, int]) -> None:
         try:
-            self._tls.do_handshake()
-            self._secure = True
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLError as error:
-            log.warning("dns_upstream_refused", extra={"event": {"error": str(error)[:200]}})
-            self._failed = True
-        self._encrypt()
+            try:
+                await self._read(await self._connected(sock, *destination))
+            except ssl.SSLError as error:
+                if self._stream is None:
+                    log.warning("dns_upstream_refused", extra={"event": {"error": str(error)[:200]}})
+            except OSError:
+                pass  # refused, cut, too late, or closed by us: the same to those who wait
+            self.close()
+        except asyncio.CancelledError:
+            self._release()  # `close` has told already, or nobody is asked any more
+            raise
+        except Exception:  # a fault of ours, which must not end the server
+            log.exception("dns_upstream_failed")
+            self._release()
 
-    def _encrypt(self) -> None:
-        if self._tls is not None and self._secure and self._plain:
-            self._tls.write(self._plain)  # into memory: all of it goes
-            self._plain.clear()
-        self._out += self._sent_bytes.read()
-
-    def _decrypted(self, data: bytes) -> bytes:
-        """What the peer said in these bytes. Raises ssl.SSLError."""
+    async def _connected(self, sock: socket.socket, host: str, port: int) -> SocketStream:
+        """Wait for the connection, and send what waits for it."""
+        limit_s = self._timing.connect_s
         if self._tls is None:
-            return data
-        self._received_bytes.write(data)
-        self._shake_hands()
-        said = []
-        try:
-            while self._secure and (part := self._tls.read(_READ)):
-                said.append(part)
-        except ssl.SSLWantReadError:
-            pass
-        self._encrypt()
-        return b"".join(said)
+            stream = await connect(host, port, timeout_s=limit_s, sock=sock)
+        else:
+            stream = await connect_tls(
+                host, port, context=self._tls, server_hostname=self._server_name, timeout_s=limit_s, sock=sock
+            )
+        self._stream = stream
+        if self._unsent:
+            self._spawn(self._send_unsent(stream))
+        return stream
 
-    def _flush(self) -> None:
-        if self._sock is None:
-            return
+    async def _send_unsent(self, stream: SocketStream) -> None:
+        """Send what the socket did not take at once."""
         try:
-            while self._out:
-                del self._out[: self._sock.send(self._out)]
-        except (BlockingIOError, InterruptedError):
-            pass
+            while self._unsent:
+                sent = stream.try_send((bytes(self._unsent[:_CHUNK]),))
+                del self._unsent[:sent]
+                if self._unsent:
+                    await stream.writable()
         except OSError:
-            self.close()
-            return
-        if self._out and not self._writing:
-            self._loop.add_writer(self._sock, self._writable)
-        elif self._writing and not self._out:
-            self._loop.remove_writer(self._sock)
-        self._writing = bool(self._out)
+            stream.close()
 
-    def _readable(self) -> None:
-        if self._sock is None:
-            return
-        try:
-            data = self._sock.recv(_READ)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-            return
-        try:
-            self._in += self._decrypted(data)
-        except ssl.SSLError:
-            self._failed = True
-        if self._failed:
-            self.close()
-            return
-        if self._out and not self._writing:
-            self._flush()
-        if self._handle() and self._sock is not None:
-            self._loop.remove_reader(self._sock)  # until it is handled
-            self._turns.add(self._turn)
-
-    def _turn(self) -> bool:
-        """Go on with what was read; then read on."""
-        more = self._handle()
-        if not more and self._sock is not None:
-            self._loop.add_reader(self._sock, self._readable)
-        return more
-
-    def _handle(self) -> bool:
-        """Hand on a few of the messages that were read; tell whether there are more."""
-        begin = 0
-        for _ in range(PORTION):
-            if self.closed:
-                return False
-            if len(self._in) - begin < 2:
-                break
-            end = begin + 2 + int.from_bytes(self._in[begin : begin + 2], "big")
-            if end - begin - 2 < HEADER_SIZE:
-                self.close()
-                return False
-            if len(self._in) < end:
-                break
-            self._received(bytes(self._in[begin + 2 : end]), self.pending)
-            begin = end
-        del self._in[:begin]
-        return not self.closed and self._is_whole()
-
-    def _is_whole(self) -> bool:
-        """Tell whether a message, or what is none, is there to be handled."""
-        if len(self._in) < 2:
-            return False
-        size = int.from_bytes(self._in[:2], "big")
-        return size < HEADER_SIZE or len(self._in) >= 2 + size
+    async def _read(self, stream: SocketStream) -> None:
+        """Hand on every message, until the connection ends or brings what is none."""
+        buffer = bytearray()
+        while data := await stream.recv():
+            buffer += data
+            begin = 0
+            while len(buffer) - begin >= 2:
+                size = int.from_bytes(buffer[begin : begin + 2], "big")
+                if size < HEADER_SIZE:
+                    return
+                end = begin + 2 + size
+                if len(buffer) < end:
+                    break
+                self._received(bytes(buffer[begin + 2 : end]), self.pending)
+                if self.closed:
+                    return
+                begin = end
+                stream.quantum.spend(0, _MESSAGE_COST)
+                if stream.quantum.used_up:
+                    await stream.take_turn()
+            del buffer[:begin]

@@ -361,7 +361,7 @@ async def connect(
     """Connect to an IP literal and port.
 
     Args:
-        sock: an unconnected non-blocking socket to use, for callers that set options before the handshake.
+        sock: a non-blocking socket to use, for callers that set options before the handshake, or have begun it.
 
     Raises:
         OSError: refused, unreachable, reset; or no port that anything listens on.
@@ -392,7 +392,7 @@ async def connect_socket(
         if local_address is not None:
             own.bind((local_address, 0))
         code = own.connect_ex((address, port))
-        if code == errno.EINPROGRESS:
+        if code in (errno.EINPROGRESS, errno.EALREADY):
             established = asyncio.Event()
             loop.add_writer(own.fileno(), established.set)
             try:

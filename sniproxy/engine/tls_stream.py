@@ -43,7 +43,7 @@ class TlsStream(SocketStream):
 
     spliceable = False
 
-    __slots__ = ("_established", "_fin_due", "_from_net", "_queue", "_said_end", "_tls", "_to_net", "_write_error")
+    __slots__ = ("_drained", "_established", "_fin_due", "_from_net", "_queue", "_said_end", "_tls", "_to_net", "_write_error")
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class TlsStream(SocketStream):
         )
         self._queue = b""  # ciphertext that the socket did not take yet
         self._established = self._said_end = self._fin_due = False
+        self._drained = False  # TLS has said that it needs more of the connection's bytes
         self._write_error: OSError | None = None
 
     @property
@@ -114,9 +115,10 @@ class TlsStream(SocketStream):
         await self.take_turn()
         without_payload = 0
         while True:
-            plain = self._decrypt(limit)
-            if plain is not None:
-                return plain
+            if not self._drained:
+                plain = self._decrypt(limit)
+                if plain is not None:
+                    return plain
             if without_payload > MAX_WITHOUT_PAYLOAD:
                 raise ConnectionAbortedError(errno.ECONNABORTED, "TLS records without payload, one after the other")
             without_payload += await self._read_net()
@@ -131,6 +133,7 @@ class TlsStream(SocketStream):
             try:
                 part = self._tls.read(left)  # at most one record
             except ssl.SSLWantReadError:
+                self._drained = True
                 break
             except ssl.SSLZeroReturnError:
                 part = b""
@@ -159,6 +162,7 @@ class TlsStream(SocketStream):
             raise ConnectionResetError(errno.ECONNRESET, "the connection ended without close_notify")
         self.quantum.spend(len(data))
         self._from_net.write(data)
+        self._drained = False
         return len(data)
 
     # Writing
@@ -262,6 +266,7 @@ class TlsStream(SocketStream):
         except ssl.SSLError:
             pass  # SSLWantReadError: said, and the peer's own end is still to come; else the session is broken already
         self._from_net.write(waiting)
+        self._drained = False
         self._push_later()
 
     def close(self) -> None:

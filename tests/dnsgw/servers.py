@@ -37,6 +37,8 @@ async def running(
     try:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(server.run())
+            while server._tasks is None and not serving.done():
+                await asyncio.sleep(0)
             try:
                 yield server
             finally:

@@ -62,14 +62,16 @@ class Waiting:
         return result
 
 
-@contextlib.contextmanager
-def asking(*ports: int, **limits: Any) -> Iterator[Asker]:
+@contextlib.asynccontextmanager
+async def asking(*ports: int, **limits: Any) -> AsyncIterator[Asker]:
     asker = Asker(*ports, **limits)
-    try:
-        yield asker
-    finally:
-        asker.forwarder.close()
-        assert asker.forwarder.waiting == 0
+    async with asyncio.TaskGroup() as tasks:
+        asker.forwarder.attach(tasks.create_task)
+        try:
+            yield asker
+        finally:
+            asker.forwarder.close()
+            assert asker.forwarder.waiting == 0
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_upstream_sees_nothing_that_does_not_change_the_answer(upstream: Authority, tcp: bool) -> None:
-    with asking(upstream.port, random_case=False) as asker:
+    async with asking(upstream.port, random_case=False) as asker:
         for do in (False, True):
             seen = set()
             for n, edns in enumerate([b"", *VARIANTS] if not do else [opt(do=True), opt(900, do=True, z=1)]):
@@ -123,7 +125,7 @@ async def test_a_signed_question_stays_as_it_is_and_goes_over_tcp(upstream: Auth
     upstream.script = lambda asked: [asked.packet[:2] + b"\x81\x80" + b"\0\1" + bytes(6) + asked.question]
     record = b"\0" + struct.pack("!HHIH", 0xFF00, 255, 0, 4) + b"sign"
     data = query("WwW.example.TEST", edns=b"x")[:-1] + record
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         read = scan(data)
         future: asyncio.Future[bytes | Failure] = asyncio.get_running_loop().create_future()
         asker.forwarder.ask(read, future.set_result, tcp=False)
@@ -134,7 +136,7 @@ async def test_a_signed_question_stays_as_it_is_and_goes_over_tcp(upstream: Auth
 
 
 async def test_ids_and_ports_are_drawn_anew(upstream: Authority) -> None:
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         for n in range(60):
             await asker.ask(f"n{n}.example.test").answer()
         ids = {asked.packet[:2] for asked in upstream.asked}
@@ -146,7 +148,7 @@ async def test_ids_and_ports_are_drawn_anew(upstream: Authority) -> None:
 async def test_sockets_are_given_up_after_a_while(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dnsgw.upstream.server.POOL", 1)
     monkeypatch.setattr("dnsgw.upstream.server.MAX_USES", 3)
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         for n in range(9):
             await asker.ask(f"n{n}.example.test").answer()
         ports = [asked.source[1] for asked in upstream.asked]
@@ -155,7 +157,7 @@ async def test_sockets_are_given_up_after_a_while(upstream: Authority, monkeypat
 
 
 async def test_the_same_question_is_asked_once_for_all(upstream: Authority) -> None:
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         spellings = ["www.example.test", "WWW.example.test", "www.EXAMPLE.test"]
         waiting = [asker.ask(name) for name in spellings]
         waiting += [asker.ask(edns=edns) for edns in VARIANTS]
@@ -183,7 +185,7 @@ async def test_what_does_not_answer_the_question_is_not_believed(upstream: Autho
         return [b"x", wrong_id, [wrong_name, wrong_type][asked.rdtype == "AAAA"], no_answer, good]
 
     upstream.script = forge
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         for n, qtype in enumerate((1, 28)):
             assert (await asker.ask(qtype=qtype).answer())[34:] == upstream.asked[n].answer[34:]
         assert asker.count(UpstreamOutcome.UNWANTED) == 2
@@ -200,14 +202,15 @@ async def test_packets_from_elsewhere_do_not_arrive(upstream: Authority) -> None
         return []
 
     upstream.script = answer_from_elsewhere
-    with asking(upstream.port, attempt_s=0.05, total_s=0.1) as asker, elsewhere:
-        assert await asker.ask().result() is Failure.TIMEOUT
-        assert asker.count(UpstreamOutcome.UNWANTED) == 0
+    with elsewhere:
+        async with asking(upstream.port, attempt_s=0.05, total_s=0.1) as asker:
+            assert await asker.ask().result() is Failure.TIMEOUT
+            assert asker.count(UpstreamOutcome.UNWANTED) == 0
 
 
 async def test_a_lost_packet_is_sent_again_with_another_id(upstream: Authority) -> None:
     upstream.script = lambda asked: [asked.answer] if len(upstream.asked) > 1 else []
-    with asking(upstream.port, attempt_s=0.05, total_s=2) as asker:
+    async with asking(upstream.port, attempt_s=0.05, total_s=2) as asker:
         assert await asker.ask().answer() == upstream.asked[1].answer
         assert asker.count(UpstreamOutcome.TIMEOUT) == 1
         assert upstream.asked[0].name == upstream.asked[1].name
@@ -217,7 +220,7 @@ async def test_a_lost_packet_is_sent_again_with_another_id(upstream: Authority) 
 async def test_the_next_upstream_is_asked_and_then_begun_with(upstream: Authority) -> None:
     async with serving(RECORDS) as second:
         upstream.script = silent
-        with asking(upstream.port, second.port, attempt_s=0.05, total_s=2) as asker:
+        async with asking(upstream.port, second.port, attempt_s=0.05, total_s=2) as asker:
             assert await asker.ask().answer() == second.asked[0].answer
             assert await asker.ask("n.example.test").answer() == second.asked[1].answer
             assert len(upstream.asked) == 1
@@ -229,7 +232,7 @@ async def test_a_late_answer_of_the_first_upstream_still_counts(upstream: Author
         # The first one answers the first attempt only when the second one has been asked.
         first: list[Asked] = []
         upstream.script = lambda asked: first.append(asked) or []  # type: ignore[func-returns-value]
-        with asking(upstream.port, second.port, attempt_s=0.2, total_s=40) as asker:
+        async with asking(upstream.port, second.port, attempt_s=0.2, total_s=40) as asker:
             waiting = asker.ask()
             await second.heard(1)
             upstream.send(first[0].answer, first[0].source)
@@ -240,14 +243,14 @@ async def test_a_late_answer_of_the_first_upstream_still_counts(upstream: Author
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_silence_ends_in_a_timeout(upstream: Authority, tcp: bool) -> None:
     upstream.script = silent
-    with asking(upstream.port, attempt_s=0.1, total_s=0.5) as asker:
+    async with asking(upstream.port, attempt_s=0.1, total_s=0.5) as asker:
         assert await asker.ask(tcp=tcp).result() is Failure.TIMEOUT
         assert len(upstream.asked) >= 2
 
 
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_nobody_there_is_told_at_once(nobody: int, tcp: bool) -> None:
-    with asking(nobody, attempt_s=20, total_s=40) as asker:
+    async with asking(nobody, attempt_s=20, total_s=40) as asker:
         assert await asker.ask(tcp=tcp).result() is Failure.UNREACHABLE
         assert await asker.ask("n.example.test", tcp=tcp).result() is Failure.UNREACHABLE
 
@@ -256,7 +259,7 @@ async def test_an_upstream_that_comes_back_is_heard(monkeypatch: pytest.MonkeyPa
     """After an ICMP error uvloop calls the reader of that socket no more: it must not be used again."""
     monkeypatch.setattr("dnsgw.upstream.server.POOL", 1)
     port = free_port()
-    with asking(port, attempt_s=20, total_s=40) as asker:
+    async with asking(port, attempt_s=20, total_s=40) as asker:
         for n in range(3):
             assert await asker.ask(f"n{n}.example.test").result() is Failure.UNREACHABLE
         async with serving(RECORDS, port=port) as upstream:
@@ -265,37 +268,36 @@ async def test_an_upstream_that_comes_back_is_heard(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_nobody_there_leads_on_to_the_next(nobody: int, upstream: Authority, tcp: bool) -> None:
-    with asking(nobody, upstream.port, attempt_s=20, total_s=40) as asker:
+    async with asking(nobody, upstream.port, attempt_s=20, total_s=40) as asker:
         assert await asker.ask(tcp=tcp).answer() == upstream.asked[0].answer
 
 
 async def test_no_upstream_is_told_at_once() -> None:
-    with asking() as asker:
+    async with asking() as asker:
         assert await asker.ask().result() is Failure.NO_UPSTREAM
 
 
 @pytest.mark.parametrize("rcode", [2, 5])
 async def test_servfail_and_refused_lead_on_to_the_next(upstream: Authority, rcode: int) -> None:
     upstream.script = lambda asked: [asked.answer[:3] + bytes([0x80 | rcode]) + asked.answer[4:]]
-    async with serving(RECORDS) as second:
-        with asking(upstream.port, second.port, attempt_s=20, total_s=40) as asker:
-            assert await asker.ask().answer() == second.asked[0].answer
-            assert asker.count(UpstreamOutcome.FAILED_OVER) == 1
-            second.script = upstream.script
-            assert (await asker.ask("n.example.test").answer())[3] == 0x80 | rcode
+    async with serving(RECORDS) as second, asking(upstream.port, second.port, attempt_s=20, total_s=40) as asker:
+        assert await asker.ask().answer() == second.asked[0].answer
+        assert asker.count(UpstreamOutcome.FAILED_OVER) == 1
+        second.script = upstream.script
+        assert (await asker.ask("n.example.test").answer())[3] == 0x80 | rcode
 
 
 async def test_servfail_stays_when_the_next_is_silent(upstream: Authority) -> None:
     upstream.script = lambda asked: [asked.answer[:3] + b"\x82" + asked.answer[4:]]
     async with serving(RECORDS) as second:
         second.script = silent
-        with asking(upstream.port, second.port, attempt_s=0.05, total_s=40) as asker:
+        async with asking(upstream.port, second.port, attempt_s=0.05, total_s=40) as asker:
             assert (await asker.ask().answer())[3] == 0x82
 
 
 async def test_more_than_may_wait_are_turned_away(upstream: Authority) -> None:
     upstream.script = silent
-    with asking(upstream.port, max_in_flight=3, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, max_in_flight=3, attempt_s=20, total_s=40) as asker:
         waiting = [asker.ask(f"n{n}.example.test") for n in range(2)]
         waiting.append(asker.ask("n0.example.test"))  # who waits with another counts too
         assert await asker.ask("n0.example.test").result() is Failure.OVERLOADED
@@ -305,14 +307,14 @@ async def test_more_than_may_wait_are_turned_away(upstream: Authority) -> None:
 
 
 async def test_a_truncated_answer_is_passed_on(upstream: Authority) -> None:
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         answer = await asker.ask("big.example.test", 16, edns=opt()).answer()
         assert answer[2] & 2
         assert len(await asker.ask("big.example.test", 16, edns=opt(), tcp=True).answer()) > 2000
 
 
 async def test_tcp_questions_share_a_connection(upstream: Authority) -> None:
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         waiting = [asker.ask(f"n{n}.example.test", tcp=True) for n in range(50)]
         for one in waiting:
             await one.answer()
@@ -322,7 +324,7 @@ async def test_tcp_questions_share_a_connection(upstream: Authority) -> None:
 
 async def test_a_connection_that_upstream_closes_is_made_anew(upstream: Authority) -> None:
     upstream.close_after = 2
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         for n in range(5):
             await asker.ask(f"n{n}.example.test", tcp=True).answer()
         assert upstream.connections >= 3
@@ -330,7 +332,7 @@ async def test_a_connection_that_upstream_closes_is_made_anew(upstream: Authorit
 
 async def test_questions_in_flight_survive_the_end_of_their_connection(upstream: Authority) -> None:
     upstream.close_after = 2
-    with asking(upstream.port, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
         waiting = [asker.ask(f"n{n}.example.test", tcp=True) for n in range(3)]
         for one in waiting:
             await one.answer()
@@ -339,14 +341,14 @@ async def test_questions_in_flight_survive_the_end_of_their_connection(upstream:
 
 async def test_a_connection_without_answers_is_not_trusted_again(upstream: Authority) -> None:
     upstream.script = lambda asked: [] if upstream.connections == 1 else [asked.answer]
-    with asking(upstream.port, attempt_s=0.05, total_s=5) as asker:
+    async with asking(upstream.port, attempt_s=0.05, total_s=5) as asker:
         await asker.ask(tcp=True).answer()
         assert upstream.connections == 2
 
 
 async def test_whoever_waits_hears_of_the_end(upstream: Authority) -> None:
     upstream.script = silent
-    with asking(upstream.port, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
         waiting = [asker.ask(), asker.ask(tcp=True), asker.ask()]
         await upstream.heard(2)
     assert [await one.result() for one in waiting] == [Failure.CLOSED] * 3
@@ -355,7 +357,7 @@ async def test_whoever_waits_hears_of_the_end(upstream: Authority) -> None:
 async def test_one_that_fails_does_not_cost_the_others_their_answer(
     upstream: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         data = query("www.example.test")
         read = scan(data)
         asker.forwarder.ask(read, lambda _: 1 // 0, tcp=False)  # type: ignore[arg-type, return-value]
@@ -372,7 +374,7 @@ async def test_zones_have_upstreams_of_their_own(upstream: Authority) -> None:
             "corp.test": [UpstreamAddress(ip_address("127.0.0.1"), corp.port)],
             "lab.corp.test.": [UpstreamAddress(ip_address("127.0.0.1"), lab.port, UpstreamProtocol.TCP)],
         }
-        with asking(upstream.port, zones=zones) as asker:
+        async with asking(upstream.port, zones=zones) as asker:
             names = {
                 "www.corp.test": corp,
                 "CORP.test": corp,
@@ -390,7 +392,7 @@ async def test_zones_have_upstreams_of_their_own(upstream: Authority) -> None:
 
 
 async def test_the_root_can_be_a_zone(upstream: Authority) -> None:
-    with asking(zones={".": [UpstreamAddress(ip_address("127.0.0.1"), upstream.port)]}) as asker:
+    async with asking(zones={".": [UpstreamAddress(ip_address("127.0.0.1"), upstream.port)]}) as asker:
         await asker.ask("www.example.test").answer()
         await asker.ask("").answer()
 
@@ -398,7 +400,7 @@ async def test_the_root_can_be_a_zone(upstream: Authority) -> None:
 async def test_another_is_asked_when_one_takes_long_and_the_first_answer_counts(upstream: Authority) -> None:
     async with serving(RECORDS) as slow:
         slow.script = silent
-        with asking(slow.port, upstream.port, race_s=0.01) as asker:
+        async with asking(slow.port, upstream.port, race_s=0.01) as asker:
             for n in range(3):
                 answer = await asker.ask(f"n{n}.example.test").answer()
                 assert answer == upstream.asked[-1].answer
@@ -413,7 +415,7 @@ async def test_who_was_down_is_tried_again_by_one_question(
     monkeypatch.setattr("dnsgw.upstream.server.DOWN", Backoff(0.0, 30.0))
     async with serving(RECORDS) as first:
         first.script = silent
-        with asking(first.port, upstream.port, race_s=0.01) as asker:
+        async with asking(first.port, upstream.port, race_s=0.01) as asker:
             for n in range(3):
                 await asker.ask(f"n{n}.example.test").answer()
             first.script = None

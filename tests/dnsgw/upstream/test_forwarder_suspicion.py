@@ -53,7 +53,7 @@ def case_of(asker: Asker) -> Any:
 @pytest.mark.parametrize(("count", "asked"), [(3, "u"), (4, "ut")])
 async def test_more_than_a_few_wrong_ids_lead_to_tcp(upstream: Authority, count: int, asked: str) -> None:
     upstream.script = lambda asked: [asked.answer] if asked.tcp else [*wrong_ids(asked, count), asked.answer]
-    with asking(upstream.port, random_case=True) as asker:
+    async with asking(upstream.port, random_case=True) as asker:
         assert isinstance(await asker.ask(NAME).answer(), bytes)
         assert transports(upstream) == asked
         # The true answer over UDP is none any more once the question goes on over TCP.
@@ -77,7 +77,7 @@ async def test_wrong_ids_at_another_port_of_ours_count_too(upstream: Authority) 
         return []
 
     upstream.script = forge
-    with asking(upstream.port, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
         for n in range(8):
             asker.ask(f"n{n}.example.test")
         assert isinstance(await asker.ask(NAME).answer(), bytes)
@@ -94,7 +94,7 @@ async def test_without_tcp_it_goes_on_by_udp_with_a_new_id_and_port(upstream: Au
     upstream.script = forge
     if not silent:
         upstream.close_after = 0
-    with asking(upstream.port, attempt_s=0.1, total_s=5) as asker:
+    async with asking(upstream.port, attempt_s=0.1, total_s=5) as asker:
         assert isinstance(await asker.ask(NAME).answer(), bytes)
         assert transports(upstream) == ("utu" if silent else "uu")
         first, last = upstream.asked[0], upstream.asked[-1]
@@ -114,7 +114,7 @@ async def test_a_socket_that_is_flooded_is_closed(upstream: Authority) -> None:
         return [os.urandom(40) for _ in range(150)]
 
     upstream.script = flood
-    with asking(upstream.port, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
         assert isinstance(await asker.ask(NAME).answer(), bytes)
         assert transports(upstream) == "ut"
         assert asker.count(UpstreamOutcome.FLOODED) == 1
@@ -128,7 +128,7 @@ async def test_a_connection_with_answers_to_nothing_is_ended(
         return wrong_ids(asked, 120) * 5 if upstream.connections == 1 else [asked.answer]
 
     upstream.script = flood
-    with asking(upstream.port, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
         assert isinstance(await asker.ask(NAME, tcp=True).answer(), bytes)
         assert upstream.connections == 2
         assert asker.count(UpstreamOutcome.FLOODED) == 1
@@ -139,7 +139,7 @@ async def test_a_connection_with_answers_to_nothing_is_ended(
 
 
 async def test_the_case_is_random_and_the_client_does_not_see_it(upstream: Authority) -> None:
-    with asking(upstream.port, random_case=True) as asker:
+    async with asking(upstream.port, random_case=True) as asker:
         seen = set()
         for qtype in range(1, 6):
             answer = await asker.ask(NAME, qtype).answer()
@@ -151,7 +151,7 @@ async def test_the_case_is_random_and_the_client_does_not_see_it(upstream: Autho
 
 async def test_the_wrong_case_is_asked_for_over_tcp(upstream: Authority) -> None:
     upstream.script = lambda asked: [asked.answer if asked.tcp else lower(asked)]
-    with asking(upstream.port, random_case=True) as asker:
+    async with asking(upstream.port, random_case=True) as asker:
         for count in range(1, 3):
             await asker.ask(NAME, count).answer()
             assert transports(upstream) == "ut" * count
@@ -163,7 +163,7 @@ async def test_who_loses_the_case_over_tcp_too_is_asked_in_one_case(
     upstream: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     upstream.script = lambda asked: [lower(asked)]
-    with asking(upstream.port, random_case=True) as asker:
+    async with asking(upstream.port, random_case=True) as asker:
         await asker.ask(NAME).answer()
         assert transports(upstream) == "utt"
         assert "lost" in case_of(asker)
@@ -186,7 +186,7 @@ async def test_who_loses_the_case_over_tcp_too_is_asked_in_one_case(
 async def test_the_wrong_case_is_never_believed(upstream: Authority) -> None:
     upstream.script = lambda asked: [lower(asked)]
     upstream.close_after = 0
-    with asking(upstream.port, random_case=True, attempt_s=0.1, total_s=0.4) as asker:
+    async with asking(upstream.port, random_case=True, attempt_s=0.1, total_s=0.4) as asker:
         assert await asker.ask(NAME).result() is Failure.TIMEOUT
         assert case_of(asker) == "on"
 
@@ -198,7 +198,7 @@ async def test_an_error_without_the_question_is_asked_again_over_tcp(upstream: A
     upstream.script = lambda asked: [
         asked.answer if asked.tcp else asked.packet[:2] + b"\x81\x82" + bytes(8),
     ]
-    with asking(upstream.port, random_case=True) as asker:
+    async with asking(upstream.port, random_case=True) as asker:
         assert (await asker.ask(NAME).answer())[3] & 15 == 0
         assert transports(upstream) == "ut"
 
@@ -215,21 +215,21 @@ async def test_who_does_not_understand_edns_is_asked_without(upstream: Authority
     upstream.script = ancient
     if not tcp:
         upstream.close_after = 0
-    with asking(upstream.port, random_case=True, attempt_s=0.2, total_s=5) as asker:
+    async with asking(upstream.port, random_case=True, attempt_s=0.2, total_s=5) as asker:
         assert (await asker.ask(NAME).answer())[3] & 15 == 0
         assert upstream.asked[-1].message.edns < 0
 
 
 async def test_a_lost_packet_does_not_cost_dnssec(upstream: Authority) -> None:
     upstream.script = lambda asked: [asked.answer] if len(upstream.asked) > 1 else []
-    with asking(upstream.port, attempt_s=0.05, total_s=5) as asker:
+    async with asking(upstream.port, attempt_s=0.05, total_s=5) as asker:
         await asker.ask(NAME, edns=opt(do=True)).answer()
         assert [asked.message.ednsflags for asked in upstream.asked] == [0x8000] * 2
 
 
 async def test_who_says_nothing_to_edns_is_asked_without(upstream: Authority) -> None:
     upstream.script = lambda asked: [asked.answer] if asked.message.edns < 0 else []
-    with asking(upstream.port, attempt_s=0.05, total_s=5) as asker:
+    async with asking(upstream.port, attempt_s=0.05, total_s=5) as asker:
         assert isinstance(await asker.ask(NAME).answer(), bytes)
 
 
@@ -262,14 +262,14 @@ def good(came: bytes) -> bytes:
 
 async def test_cookies_are_learned_and_sent_back(upstream: Authority) -> None:
     cookies = Cookies(upstream, good)
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         for n in range(3):
             await asker.ask(f"n{n}.example.test").answer()
         assert [len(each) for each in cookies.seen] == [8, 16, 16]
         assert {each[:8] for each in cookies.seen} == {cookies.seen[0]}
         assert cookies.seen[1][8:] == SERVER_HALF
         assert asker.forwarder.upstreams[0].status()["cookies"] is True
-    with asking(upstream.port) as other:
+    async with asking(upstream.port) as other:
         await other.ask("n9.example.test").answer()
         assert cookies.seen[-1] != cookies.seen[0]  # another secret
 
@@ -283,7 +283,7 @@ async def test_an_answer_without_the_cookie_is_not_believed(
     upstream: Authority, says: Callable[[bytes], bytes]
 ) -> None:
     cookies = Cookies(upstream, good)
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         await asker.ask("n1.example.test").answer()
         upstream.asked.clear()
         cookies.says = says
@@ -302,7 +302,7 @@ async def test_an_answer_without_the_cookie_is_not_believed(
         await asker.ask("n5.example.test").answer()
         cookies.says = says
         upstream.close_after = 0
-    with asking(upstream.port, attempt_s=0.2, total_s=5) as asker:
+    async with asking(upstream.port, attempt_s=0.2, total_s=5) as asker:
         cookies.says = good
         await asker.ask("n6.example.test").answer()
         cookies.says = says
@@ -324,7 +324,7 @@ async def test_a_bad_cookie_is_renewed_once_and_then_tcp_is_asked(
         return [reply + b"\0" + struct.pack("!HHBBHH", 41, 1232, 1, 0, 0, len(options)) + options]
 
     upstream.script = script
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         assert (await asker.ask(NAME).answer())[3] & 15 == 0
         assert transports(upstream) == asked
         assert SERVER_HALF in upstream.asked[1].packet
@@ -336,7 +336,7 @@ async def test_a_bad_cookie_is_renewed_once_and_then_tcp_is_asked(
 async def test_a_handful_is_out_about_one_name_and_type(upstream: Authority) -> None:
     held: list[Asked] = []
     upstream.script = lambda asked: held.append(asked) or []  # type: ignore[func-returns-value]
-    with asking(upstream.port, client_subnet=True, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, client_subnet=True, attempt_s=20, total_s=40) as asker:
         waiting = [asker.ask(NAME, edns=opt(options=option(8, bytes((0, 1, 24, 0, 10, n, 0))))) for n in range(50)]
         waiting.append(asker.ask("other.example.test"))
         await upstream.heard(5)
@@ -354,7 +354,7 @@ async def test_who_waits_for_room_is_told_when_nobody_can_be_asked(
     upstream: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream.script = lambda asked: []
-    with asking(upstream.port, client_subnet=True, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, client_subnet=True, attempt_s=20, total_s=40) as asker:
         edns = [opt(options=option(8, bytes((0, 1, 24, 0, 10, n & 255, n >> 8)))) for n in range(1000)]
         waiting = [asker.ask(NAME, edns=each) for each in edns]
         await upstream.heard(4)
@@ -375,7 +375,7 @@ async def test_descriptors_are_bounded_and_ports_change(upstream: Authority, mon
     monkeypatch.setattr("dnsgw.upstream.server.POOL", 4)
     monkeypatch.setattr("dnsgw.upstream.server.MAX_RETIRED", 8)
     upstream.script = lambda asked: [] if re.match(r"n\d*0\.", asked.name) else [asked.answer]
-    with asking(upstream.port, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
         before = len(os.listdir("/proc/self/fd"))
         for n in range(1, 600):
             waiting = asker.ask(f"n{n}.example.test")
@@ -383,7 +383,7 @@ async def test_descriptors_are_bounded_and_ports_change(upstream: Authority, mon
                 await waiting.answer()
         assert len(os.listdir("/proc/self/fd")) - before <= 4 + 8
     ports: dict[int, int] = {}
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         upstream.script = None
         upstream.asked.clear()
         for n in range(300):
@@ -396,7 +396,7 @@ async def test_descriptors_are_bounded_and_ports_change(upstream: Authority, mon
 async def test_a_socket_is_closed_when_it_is_old(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dnsgw.upstream.server.MAX_AGE_S", 0.05)
     monkeypatch.setattr("dnsgw.upstream.server.POOL", 1)
-    with asking(upstream.port) as asker:
+    async with asking(upstream.port) as asker:
         before = len(os.listdir("/proc/self/fd"))
         await asker.ask("n1.example.test").answer()
         async with asyncio.timeout(5):

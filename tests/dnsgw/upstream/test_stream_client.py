@@ -2,12 +2,13 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import pytest
 
-from dnsgw.turns import Turns
-from dnsgw.upstream.stream_client import StreamClient
+from dnsgw.upstream.stream_client import Spawn, StreamClient, StreamTiming
 from tests.dnsgw.packets import query
 
 pytestmark = pytest.mark.anyio
@@ -20,7 +21,8 @@ FRAME = len(MESSAGE).to_bytes(2, "big") + MESSAGE
 class Peer:
     """A listening socket and what the pipeline to it reported."""
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self.tasks = tasks
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.listening.setblocking(False)
         self.received: list[bytes] = []
@@ -28,12 +30,28 @@ class Peer:
         self.lost = 0
         self.loop = asyncio.get_running_loop()
 
-    def pipeline(self) -> StreamClient[Waiting]:
-        pipeline: StreamClient[Waiting] = StreamClient(
-            self.loop, {}, received=self._on_received, lost=self._on_lost, turns=Turns(self.loop)
-        )
+    def pipeline(self, timing: StreamTiming | None = None) -> StreamClient[Waiting]:
+        pipeline = self.made(self._on_received, timing)
         pipeline.open(socket.AF_INET, self.listening.getsockname())
         return pipeline
+
+    def made(
+        self,
+        received: Callable[[bytes, Waiting], None],
+        timing: StreamTiming | None = None,
+        *,
+        tls: ssl.SSLContext | None = None,
+        spawn: Spawn | None = None,
+    ) -> StreamClient[Waiting]:
+        return StreamClient(
+            {},
+            spawn=spawn or self.tasks.create_task,
+            received=received,
+            lost=self._on_lost,
+            tls=tls,
+            server_name="localhost" if tls else "",
+            timing=timing or StreamTiming(),
+        )
 
     def _on_received(self, message: bytes, pending: dict[int, str]) -> None:
         self.received.append(message)
@@ -57,9 +75,10 @@ class Peer:
 
 @pytest.fixture
 async def peer() -> AsyncIterator[Peer]:
-    peer = Peer()
-    yield peer
-    peer.listening.close()
+    async with asyncio.TaskGroup() as tasks:
+        peer = Peer(tasks)
+        yield peer
+        peer.listening.close()
 
 
 async def test_messages_wait_for_the_connection_and_go_out_in_order(peer: Peer) -> None:
@@ -107,9 +126,7 @@ async def test_what_is_no_message_ends_the_connection(peer: Peer, size: int) -> 
 
 async def test_nobody_there_is_told(peer: Peer) -> None:
     peer.listening.close()
-    pipeline = StreamClient[Waiting](
-        peer.loop, {}, turns=Turns(peer.loop), received=peer._on_received, lost=peer._on_lost
-    )
+    pipeline = peer.made(peer._on_received)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound, not listening: refused
         pipeline.open(socket.AF_INET, held.getsockname())
@@ -117,9 +134,8 @@ async def test_nobody_there_is_told(peer: Peer) -> None:
         await peer.until(lost=1)
 
 
-async def test_an_idle_connection_ends(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnsgw.upstream.stream_client.IDLE_S", 0.02)
-    pipeline = peer.pipeline()
+async def test_an_idle_connection_ends(peer: Peer) -> None:
+    pipeline = peer.pipeline(StreamTiming(idle_s=0.02))
     pipeline.pending[1] = "waits"
     with await peer.accept() as sock:
         await peer.loop.sock_sendall(sock, FRAME)
@@ -142,6 +158,45 @@ async def test_a_peer_that_does_not_read_holds_up_nobody(peer: Peer) -> None:
         pipeline.close()
 
 
+async def test_messages_that_the_peer_never_reads_are_bounded(peer: Peer) -> None:
+    pipeline = peer.pipeline()
+    with await peer.accept() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        async with asyncio.timeout(10):
+            while not pipeline.closed:
+                pipeline.send(b"x" * 60_000)
+                await asyncio.sleep(0)
+        assert peer.lost == 1
+
+
+async def test_a_handshake_that_goes_on_too_long_ends_the_connection(peer: Peer) -> None:
+    tls = ssl.create_default_context()
+    pipeline = peer.made(peer._on_received, StreamTiming(connect_s=0.05), tls=tls)
+    pipeline.open(socket.AF_INET, peer.listening.getsockname())
+    with await peer.accept():
+        await peer.until(lost=1)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+async def test_an_end_of_the_tasks_closes_it_and_tells_nobody(peer: Peer, steps: int) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        started: list[asyncio.Task[None]] = []
+
+        def spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            started.append(tasks.create_task(work))
+            return started[-1]
+
+        pipeline = peer.made(peer._on_received, spawn=spawn)
+        pipeline.open(socket.AF_INET, peer.listening.getsockname())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        for task in started:
+            task.cancel()
+    with await peer.accept() as sock:
+        assert await peer.loop.sock_recv(sock, 1) == b""
+    assert peer.lost == 0
+
+
 async def test_closing_inside_a_callback_stops_the_reading(peer: Peer) -> None:
     pipeline: StreamClient[Waiting] | None = None
 
@@ -150,7 +205,7 @@ async def test_closing_inside_a_callback_stops_the_reading(peer: Peer) -> None:
         peer._on_received(message, pending)
         pipeline.close()
 
-    pipeline = StreamClient(peer.loop, {}, received=close_at_once, lost=peer._on_lost, turns=Turns(peer.loop))
+    pipeline = peer.made(close_at_once)
     pipeline.open(socket.AF_INET, peer.listening.getsockname())
     with await peer.accept() as sock:
         await peer.loop.sock_sendall(sock, FRAME * 3)
