@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help lab test fuzz soak lint format docs bench prerequisites
+.PHONY: help lab test test-all release fuzz soak lint format docs bench prerequisites
 
 help:  ## list the targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):[^#]*## /\1\t/' | expand -t 12
@@ -19,7 +19,11 @@ prerequisites:
 lab: .venv  ## build two isolated networks on this machine and run real clients across them (LAB="--turn coturn --stay")
 	$(BIN)/crossnet lab $(LAB)
 
-test: .venv  ## run every test; installs the real servers it needs where it may
+test: .venv  ## run the tests that take less than five minutes together; installs the real servers they need where it may
+	@sh .ci/servers
+	$(BIN)/pytest -n auto --maxprocesses 4 -m "not slow" $(TEST)
+
+test-all: .venv  ## run every test, those of minutes and of older versions included
 	@sh .ci/servers
 	$(BIN)/pytest -n auto --maxprocesses 4 $(TEST)
 
@@ -44,6 +48,9 @@ format: .venv  ## rewrite the tree in the project's format
 fuzz: .venv  ## feed what strangers reach with garbage, for FUZZ seconds each, a minute by default; needs Python 3.11
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]' || true
 	@BIN=$(BIN) sh .ci/fuzz
+
+release: .venv  ## build the sdist and the wheel, check both, and say what is left to do
+	@BIN=$(BIN) sh .ci/release
 
 bench: .venv  ## measure beside real peers, JSON into bench/results
 	$(BIN)/python -m bench $(BENCH)

@@ -1,0 +1,77 @@
+"""Parts of this version beside parts of the last one, each way round: every stream goes through at its first attempt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.processes import Loopback, Mesh, standing
+from tests.e2e.talk import talking
+from tests.support.previous import unpacked
+
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+
+STREAMS = 6
+BULK_PINGS = 100
+"""200 kB each way: more than goes through a TURN server without RECEIVED."""
+
+MIXES = [
+    ("relay",),
+    ("gateway",),
+    ("discovery",),
+    ("turn",),
+    ("relay", "discovery"),
+    ("gateway", "discovery"),
+    ("discovery", "turn", "relay"),
+    ("discovery", "turn", "gateway"),
+]
+
+
+CASES = [pytest.param(old, "embedded", id="+".join(old)) for old in MIXES] + [
+    pytest.param(
+        old, "coturn", id=f"{'+'.join(old)} by coturn", marks=[pytest.mark.interop, pytest.mark.needs("turnserver")]
+    )
+    for old in MIXES
+    if "turn" not in old
+]
+
+
+@pytest.fixture(scope="module")
+def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That version's packages."""
+    return unpacked(tmp_path_factory.mktemp("previous"))
+
+
+def as_before(document: dict[str, Any]) -> None:
+    """Write a gateway's file as the last version reads it."""
+    gateway = document["gateway"]
+    allowed = [access.pop("allow", []) for access in gateway.get("turn", {}).values()]
+    gateway["allow_turn_servers"] = sorted({cidr for cidrs in allowed for cidr in cidrs})
+
+
+@pytest.mark.parametrize(("old", "turn"), CASES)
+async def test_old_and_new_work_together(tmp_path: Path, previous: Path, old: Sequence[str], turn: str) -> None:
+    mesh = Mesh(
+        tmp_path,
+        Loopback(),
+        turn=turn,
+        changes={"gateway": as_before} if "gateway" in old else {},
+        prefixes={part: ["env", f"PYTHONPATH={previous}"] for part in old},
+    )
+    with standing(mesh):
+        async with talking(mesh) as talk:
+            for _ in range(STREAMS):
+                await talk.once()
+            held = await talk.hold()
+            for _ in range(BULK_PINGS):
+                await held.ping()
+            await held.end()
+            count = talk.count + 1
+            await mesh.eventually("every stream's line", lambda: len(mesh.events("relay")) >= count)
+        told = [(line["reason"], line["attempts"], line["route"]) for line in mesh.events("relay")]
+        assert told == [("ok", 1, "turn")] * count
+        # Records tell of an epoch where the gateway has one: who runs which version.
+        protos = [record["spec"].get("proto", []) for record in mesh.records("relay", "allocation")]
+        assert all(any(entry.startswith("epoch-") for entry in proto) is ("gateway" not in old) for proto in protos)
+    assert mesh.complaints() == []
