@@ -139,9 +139,9 @@ async def test_the_address_in_the_header_is_the_one_that_must_be_allowed() -> No
         ("8.8.8.8", False),
         ("172.32.0.0", False),
         ("100.128.0.0", False),
-        ("169.254.169.254", False),
+        ("169.254.169.254", True),
         ("2001:db8::1", False),
-        ("fe80::1", False),
+        ("fe80::1", True),
     ],
 )
 async def test_by_default_only_private_addresses_may_use_a_relay(source: str, served: bool) -> None:
