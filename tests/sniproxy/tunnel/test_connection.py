@@ -12,7 +12,7 @@ from sniproxy.engine.quantum import QUANTUM_MESSAGES
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import CapsuleError, CapsuleFlood, CapsuleType, Control, Header, Payload, header
 from sniproxy.tunnel.connection import CONTROL_BURST, RECEIVED_BYTES, CapsuleConnection
-from sniproxy.tunnel.messages import Finished, Opened, Ready, Received, Refused
+from sniproxy.tunnel.messages import Finished, Open, Opened, Ping, Ready, Received, Refused
 from sniproxy.tunnel.state import Side
 from tests.sniproxy.engine.pairs import pair, read_all
 
@@ -53,6 +53,30 @@ async def test_preamble_and_first_data_leave_in_one_write(
     assert writes == [8 + 8 + 5]
     assert await gateway.stream.recv() == b"preamble" + header(CapsuleType.DATA, 5) + b"hello"
     assert relay.sent == 21
+
+
+async def test_messages_and_data_leave_in_one_write(
+    both: tuple[CapsuleConnection, CapsuleConnection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a stream begins on a warm connection."""
+    relay, gateway = both
+    relay.ends.warm = gateway.ends.warm = True
+    await gateway.send(Ready())
+    assert await relay.next_message() == Ready()
+    writes = []
+    send = SocketStream.send
+
+    async def noting(self: SocketStream, *buffers: bytes, more: bool = False) -> None:
+        writes.append(b"".join(buffers))
+        await send(self, *buffers, more=more)
+
+    monkeypatch.setattr(SocketStream, "send", noting)
+    ping, opening = Ping(bytes(8)), Open(b"preamble")
+    await relay.send(ping, opening, data=b"hello")
+    assert writes == [ping.pack() + opening.pack() + header(CapsuleType.DATA, 5) + b"hello"]
+    assert relay.sent == len(writes[0])
+    assert [await gateway.next_message(), await gateway.next_message()] == [ping, opening]
+    assert [type(event) for event in await gateway.read()] == [Header, Payload]
 
 
 async def test_a_preamble_can_go_alone(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
