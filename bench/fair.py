@@ -223,7 +223,7 @@ class Client:
                 while not await framed.read():
                     pass
             finally:
-                framed.wire.close()
+                framed.stream.close()
 
 
 def measure(what: str, attackers: int, seconds: float, folder: Path, service: int, *, first: bool) -> dict[str, Any]:

@@ -251,7 +251,7 @@ class Floods:
         framed = await warmed_up(relay, way) if warm else await opened(relay, call(name_of("b", service)), way)
         if not warm:
             await framed.send_data(request(UPLOAD))  # which the service reads as fast as it comes
-        sock = _taken(framed.wire)
+        sock = _taken(framed.stream)
         with sock:
             await asyncio.to_thread(_pour, sock, _filled(piece), self._stop.is_set)
 

@@ -212,7 +212,7 @@ class Upstreams:
         return Connected(
             candidate=candidate,
             attempts=attempt,
-            stream=connection.wire,
+            stream=connection.stream,
             connection=connection,
             sent=len(request.data),
             was_warm=True,

@@ -216,9 +216,9 @@ class WarmPool:
             try:
                 await ready.left()
             except BaseException:  # the client has gone, say: nobody owns it now
-                ready.framed.wire.close()
+                ready.framed.stream.close()
                 raise
-            if not ready.framed.wire.closed:
+            if not ready.framed.stream.closed:
                 return ready.framed
         return None
 
@@ -271,4 +271,4 @@ class WarmPool:
             with suppress(ValueError):
                 shelf.ready.remove(ready)
             if fate is not Fate.TAKEN:
-                framed.wire.close()
+                framed.stream.close()

@@ -62,9 +62,9 @@ class StreamBridge:
         self._first = first
         self._activity = IdleTimer(idle_timeout_s)
         self._half_close_timeout_s = half_close_timeout_s
-        self.outbound = CopyDirection(self._activity, plain, framed.wire)
+        self.outbound = CopyDirection(self._activity, plain, framed.stream)
         """From the plain wire to the framed one."""
-        self.inbound = CopyDirection(self._activity, plain, framed.wire)
+        self.inbound = CopyDirection(self._activity, plain, framed.stream)
         self._cut: Reason | None = None
         self._group: asyncio.TaskGroup | None = None
         self._get_second = second
@@ -122,8 +122,8 @@ class StreamBridge:
             self._news.set()
 
     def _wires(self) -> list[ByteStream]:
-        second = [] if self._second is None else [self._second.wire]
-        return [self._plain, self._framed.wire, *second]
+        second = [] if self._second is None else [self._second.stream]
+        return [self._plain, self._framed.stream, *second]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the two directions, not longer than they."""
@@ -162,7 +162,7 @@ class StreamBridge:
                     else:
                         await out.send_spliced(direction)
                 except OSError as error:
-                    raise Lost(out.wire, writing=True) from error
+                    raise Lost(out.stream, writing=True) from error
                 if direction.pipe is None:
                     direction.copied(size)
                 else:
@@ -175,7 +175,7 @@ class StreamBridge:
         try:
             await out.send_data(b"", final=True)
         except OSError as error:
-            raise Lost(out.wire, writing=True) from error
+            raise Lost(out.stream, writing=True) from error
         if out is not self._framed:
             self._framed.ends.end_elsewhere()
         self._activity.limit(self._half_close_timeout_s)
@@ -194,8 +194,8 @@ class StreamBridge:
                 try:
                     await out.send(Continued())
                 except OSError as error:
-                    raise Lost(out.wire, writing=True) from error
-                self.outbound.joins(self._second.wire)
+                    raise Lost(out.stream, writing=True) from error
+                self.outbound.joins(self._second.stream)
                 return self._second, PIPE_BYTES
             if not self._tasks:
                 self._spawn(self._fetch_second())
@@ -219,8 +219,8 @@ class StreamBridge:
 
     async def _linger(self, out: CapsuleConnection) -> None:
         """Before a cut, let what was sent get through a TURN server, which drops what it holds at a close."""
-        if self.outbound.moved and not out.wire.closed:
-            await out.wire.flushed(LINGER_S)
+        if self.outbound.moved and not out.stream.closed:
+            await out.stream.flushed(LINGER_S)
             await asyncio.sleep(LINGER_S - self._activity.idle_s())
 
     # In: from the framed wire to the plain one
@@ -244,7 +244,7 @@ class StreamBridge:
         try:
             async with asyncio.timeout(LIMIT_DONE_S):
                 self._second = second = await self._get_second()
-                self.inbound.joins(second.wire)
+                self.inbound.joins(second.stream)
         except TimeoutError:
             raise EOFError from None
         while not self._delivered:
@@ -260,7 +260,7 @@ class StreamBridge:
             try:
                 await self._framed.send(Finished())
             except OSError as error:  # and nobody else may be reading there
-                raise Lost(self._framed.wire, writing=False) from error
+                raise Lost(self._framed.stream, writing=False) from error
             self._activity.limit(self._half_close_timeout_s)
         elif self.inbound.pipe is not None and source.payload_left:
             await self._splice_in(source)
@@ -275,7 +275,7 @@ class StreamBridge:
         try:
             events = await source.read(exact=self.inbound.pipe is not None)
         except OSError as error:
-            raise Lost(source.wire, writing=False) from error
+            raise Lost(source.stream, writing=False) from error
         for event in events:
             if type(event) is Payload:
                 size += len(event.data)
@@ -290,9 +290,9 @@ class StreamBridge:
         pipe = self.inbound.pipe
         assert pipe is not None
         try:
-            size = await fill(source.wire, pipe, min(source.payload_left, PIPE_BYTES))
+            size = await fill(source.stream, pipe, min(source.payload_left, PIPE_BYTES))
         except OSError as error:
-            raise Lost(source.wire, writing=False) from error
+            raise Lost(source.stream, writing=False) from error
         if not size:
             raise EOFError
         source.skip_payload(size)
@@ -344,7 +344,7 @@ class StreamBridge:
             async with asyncio.timeout(LIMIT_DONE_S):
                 if self._side is Side.RELAY:
                     await self._framed.send(Done())
-                    while await self._framed.wire.recv():
+                    while await self._framed.stream.recv():
                         pass
                 else:
                     while not self._framed.ends.done:

@@ -1,4 +1,4 @@
-"""Capsules: the framed units that relay and gateway exchange after the preamble.
+"""Capsules: the framed units that relay and gateway exchange after the preamble (PROTOCOL.md, section 5).
 
 A capsule is `type varint, length varint, value` (RFC 9297 section 3.2, varints as in RFC 9000 section 16). We write both
 varints in their four-byte form, so that a header is always eight bytes and a receiver can read exactly that much and

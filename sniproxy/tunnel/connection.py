@@ -1,4 +1,4 @@
-"""A wire that speaks capsules, in the order that the end rules allow (sniproxy.tunnel.state), and not too many of them."""
+"""A stream that speaks capsules, in the order that the end rules allow (sniproxy.tunnel.state), and not too many of them."""
 
 import asyncio
 
@@ -30,7 +30,7 @@ RECEIVED_BYTES = 16 * 1024
 
 
 class CapsuleConnection:
-    """Capsules over a wire, in the order that the end rules allow."""
+    """Capsules over a byte stream, in the order that the end rules allow."""
 
     __slots__ = (
         "_control",
@@ -42,11 +42,11 @@ class CapsuleConnection:
         "ends",
         "received",
         "sent",
-        "wire",
+        "stream",
     )
 
-    def __init__(self, wire: ByteStream, side: Side) -> None:
-        self.wire = wire
+    def __init__(self, stream: ByteStream, side: Side) -> None:
+        self.stream = stream
         self.ends = StreamState(side)
         self._reader = CapsuleReader()
         self._pending: list[Event] = []
@@ -55,7 +55,7 @@ class CapsuleConnection:
         self._receipts = 0
         self._writing = asyncio.Lock()
         self.sent = 0
-        """Bytes written to the wire since its first one, preamble and headers included."""
+        """Bytes written to the stream since its first one, preamble and headers included."""
         self.received = 0
         """Bytes read from it, likewise."""
 
@@ -100,11 +100,11 @@ class CapsuleConnection:
             self.ends.sent(CapsuleType.DATA)
             self.sent += pipe.held
             await self._write(header(CapsuleType.DATA, pipe.held), more=True)
-            await drain(pipe, self.wire)
+            await drain(pipe, self.stream)
 
     async def _write(self, *buffers: bytes, more: bool = False) -> None:
         self.sent += sum(map(len, buffers))
-        await self.wire.send(*buffers, more=more)
+        await self.stream.send(*buffers, more=more)
 
     async def read(self, *, exact: bool = False) -> list[Event]:
         """Wait for bytes and return the events they complete, perhaps none; checked against the end rules.
@@ -120,12 +120,12 @@ class CapsuleConnection:
         if self._pending:
             events, self._pending = self._pending, []
             return events
-        wire = self.wire
+        stream = self.stream
         if self._rest:
-            await wire.take_turn()
-            wire.quantum.spend(0)
+            await stream.take_turn()
+            stream.quantum.spend(0)
         else:
-            data = await wire.recv((exact and self._reader.header_bytes_wanted) or DEFAULT_READ_BYTES)
+            data = await stream.recv((exact and self._reader.header_bytes_wanted) or DEFAULT_READ_BYTES)
             if not data:
                 raise EOFError
             self.received += len(data)
@@ -145,7 +145,7 @@ class CapsuleConnection:
             elif not (isinstance(event, Header) and event.length):
                 control += 1
         if capsules > 1:
-            wire.quantum.spend(0, capsules - 1)
+            stream.quantum.spend(0, capsules - 1)
         if control:
             self._count_control(control)
         return events
@@ -185,12 +185,12 @@ class CapsuleConnection:
 
     @property
     def payload_left(self) -> int:
-        """Bytes of the current capsule that are still in the wire and may be moved past `read`."""
+        """Bytes of the current capsule that are still in the stream and may be moved past `read`."""
         return 0 if self._holds_input else self._reader.payload_left
 
     @property
     def _holds_input(self) -> bool:
-        """Whether something that was read from the wire has not been handed out."""
+        """Whether something that was read from the stream has not been handed out."""
         return bool(self._pending or self._rest)
 
     def skip_payload(self, count: int) -> None:
@@ -202,9 +202,9 @@ class CapsuleConnection:
         """Read and discard for a bounded while, then close: what we said last arrives."""
         try:
             async with asyncio.timeout(limit_s):
-                while await self.wire.recv():
+                while await self.stream.recv():
                     pass
         except (OSError, TimeoutError):
             pass
         finally:
-            self.wire.close()
+            self.stream.close()

@@ -1,4 +1,4 @@
-"""Epochs: what ties a preamble to the one process that it was made for.
+"""Epochs: what ties a preamble to the one process that it was made for (PROTOCOL.md, section 4).
 
 Each gateway process draws 16 random bytes at its start and publishes them in the records of its allocations and of itself. A relay
 signs them, and the gateway takes no others: a captured preamble is of no use to the process that comes after it, whatever any

@@ -1,4 +1,4 @@
-"""The control capsules: what relay and gateway say to each other beside the data.
+"""The control capsules: what relay and gateway say to each other beside the data (PROTOCOL.md, section 5).
 
 Values (integers big-endian; strictly so, anything else is a CapsuleError):
 

@@ -1,4 +1,4 @@
-"""The preamble: the signed PROXY v2 header with which a relay opens a stream to a gateway.
+"""The preamble: the signed PROXY v2 header with which a relay opens a stream to a gateway (PROTOCOL.md, sections 2 and 3).
 
 Who holds the key for one direction between two networks may open streams in that direction, and nobody else: a TURN
 permission lets every host behind one NAT in, so this signature is the gate. The header names the network, the record and

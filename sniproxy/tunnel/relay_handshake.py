@@ -119,7 +119,7 @@ class GatewayConnector:
             DialError: as for a new connection behind READY.
             WarmLost: it was dead. A ClientHello may arrive twice; what is behind it is sent when the gateway has answered.
         """
-        with _ResetOnError(connection.wire):
+        with _ResetOnError(connection.stream):
             signed = self._sign_stream(request, candidate, attempt)
             end = request.hello_end
             handshake = opening_on_warm(

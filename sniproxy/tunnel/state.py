@@ -1,4 +1,4 @@
-"""Which capsule may come when, and when a stream is over.
+"""Which capsule may come when, and when a stream is over (PROTOCOL.md, sections 6 to 8).
 
 TURN servers destroy both connections at the first FIN and drop what they had not sent yet, so between relay and gateway a TCP
 FIN is never a message: each end is said in band, and confirmed.

@@ -50,11 +50,11 @@ async def forged(mesh: Mesh, name: str, target: str) -> str:
     hello = client_hello(name)
     framed = CapsuleConnection(await connect(str(address), port, timeout_s=10), Side.RELAY)
     header = sign(preamble(target, hello, authority=name, addressee=record["id"]), key.secret)
-    await framed.wire.send(header, data(hello))
+    await framed.stream.send(header, data(hello))
     framed.sent = len(header)
     assert await framed.next_message() == Ready()
     answer = await framed.next_message()
-    framed.wire.reset()
+    framed.stream.reset()
     assert isinstance(answer, Opened | Refused)
     return answer.reason if isinstance(answer, Refused) else "opened"
 

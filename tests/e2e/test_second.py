@@ -138,7 +138,7 @@ async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: p
         async with asyncio.TaskGroup() as group:
             uploading = group.create_task(_cut_while_sending(client))
             served = await arrived
-            seconds[0].wire.reset()
+            seconds[0].stream.reset()
             await until_reset(served)
             if not await uploading:  # the kernel reports a reset once, to whoever asks first
                 await until_reset(client)

@@ -42,7 +42,7 @@ class Visit:
 
     @property
     def wire(self) -> ByteStream:
-        return self.framed.wire
+        return self.framed.stream
 
     async def payload(self, size: int) -> bytes:
         """Read this much payload."""

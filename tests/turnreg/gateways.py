@@ -49,7 +49,7 @@ class Visit:
 
     @property
     def wire(self) -> SocketStream:
-        return self.framed.wire
+        return self.framed.stream
 
     async def answer(self) -> Message:
         """Wait for what the gateway says next."""

@@ -363,7 +363,7 @@ class Gateway:
         header = await self._warm.wait(arrival.framed, network)
         if header is None:
             return None
-        arrival.account = self._open_account(arrival.framed.wire, arrival.accepted.came_by)
+        arrival.account = self._open_account(arrival.framed.stream, arrival.accepted.came_by)
         arrival.is_stream = True
         arrival.account.fields["warm"] = True
         opening = self._arrivals.verify(arrival, header)

@@ -103,7 +103,7 @@ class InboundHandshakes:
             if len(self._unproven) > MAX_UNPROVEN:
                 oldest = self._unproven.pop(next(iter(self._unproven)))
                 oldest.evicted = True
-                oldest.framed.wire.close()  # wakes its task
+                oldest.framed.stream.close()  # wakes its task
             return await self._read_preamble(arrival)
         except OSError as error:
             if not arrival.evicted:
@@ -114,7 +114,7 @@ class InboundHandshakes:
             self._unproven.pop(id(arrival), None)
 
     async def _read_preamble(self, arrival: InboundStream) -> Preamble | WarmPreamble:
-        wire = arrival.framed.wire
+        wire = arrival.framed.stream
         start = await wire.recv_exactly(_PREAMBLE_START)
         if classify_first_bytes(start) is not FirstBytes.PROXY:
             raise StreamRefused(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)

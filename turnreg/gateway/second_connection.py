@@ -28,7 +28,7 @@ class _Place:
     def put(self, framed: CapsuleConnection) -> None:
         """Put one here; one that was here before goes, for its relay did not hear that it had come and dialled again."""
         if self.framed is not None:
-            self.framed.wire.close()
+            self.framed.stream.close()
         self.framed = framed
         self._arrived.set()
 
@@ -58,7 +58,7 @@ class SecondConnections:
             if self._places.get(key) is place:
                 del self._places[key]
             if place.framed is not None:
-                place.framed.wire.close()
+                place.framed.stream.close()
 
     def awaits(self, preamble: Preamble) -> bool:
         """Tell whether the stream that this continues is here and has not gone on with a second connection yet."""

@@ -61,4 +61,4 @@ class WarmStreams:
     def close(self) -> None:
         """End them all: their relays go elsewhere."""
         for framed in self._waiting:
-            framed.wire.close()
+            framed.stream.close()

@@ -121,8 +121,8 @@ async def attempt(
             connected.stream.close()
             return made, connected
     finally:
-        made.near.wire.close()
-        made.far.wire.close()
+        made.near.stream.close()
+        made.far.stream.close()
 
 
 async def _answer(made: Attempt, answer: Answer) -> None:
@@ -147,7 +147,7 @@ async def nothing(made: Attempt) -> None:
 
 
 async def cut(made: Attempt) -> None:
-    made.far.wire.reset()
+    made.far.stream.reset()
 
 
 async def test_ready_means_a_header_without_a_client() -> None:
@@ -160,7 +160,7 @@ async def test_ready_means_a_header_without_a_client() -> None:
         framed = await upstreams()._warm_up(candidate(gateway.address))
         assert framed.ends.warm
         assert framed.ends.ready
-        framed.wire.close()
+        framed.stream.close()
         for unknown in (
             candidate(),
             Candidate(traits=TURN, network="z", target="", address="127.0.0.1", port=1),

@@ -92,7 +92,7 @@ async def mute(gateway: CapsuleConnection) -> None:
     """READY, and never a PONG."""
     gateway.ends.warm = True
     await gateway.send(Ready())
-    await gateway.wire.flushed(5)
+    await gateway.stream.flushed(5)
 
 
 @asynccontextmanager
@@ -106,7 +106,7 @@ async def a_pool(size: int = 2, far: Far = kept, **timing: float) -> AsyncIterat
         await task
         assert running.pool.ready == 0
         for gateway in running.fars:
-            gateway.wire.close()
+            gateway.stream.close()
 
 
 async def test_nothing_is_kept_before_the_first_use() -> None:
@@ -127,7 +127,7 @@ async def test_what_is_taken_is_made_anew() -> None:
         assert await running.pool.take(way("gw-2")) is None, "another allocation's"
         await framed.send(Ping(b"12345678"))
         assert await framed.next_message() == Pong(b"12345678"), "nobody else reads there any more"
-        framed.wire.close()
+        framed.stream.close()
 
 
 async def test_a_pool_of_none() -> None:
@@ -172,7 +172,7 @@ async def test_one_that_waits_for_an_answer_is_not_given_away() -> None:
     async with a_pool(1, mute) as running:
         running.pool.used(way(traits=RESTLESS))
         await running.until(lambda: running.pool.ready == 1)
-        await running.until(lambda: running.fars[0].wire.holds_unread or _asked(running))
+        await running.until(lambda: running.fars[0].stream.holds_unread or _asked(running))
         assert await running.pool.take(way(traits=RESTLESS)) is None
 
 
@@ -184,7 +184,7 @@ def _asked(running: Running) -> bool:
 async def test_one_that_says_something_else_is_replaced(says: Refused | Pong) -> None:
     async def wrong(gateway: CapsuleConnection) -> None:
         await mute(gateway)
-        await gateway.wire.send(says.pack())
+        await gateway.stream.send(says.pack())
 
     async with a_pool(1, wrong) as running:
         running.pool.used(way())
@@ -195,7 +195,7 @@ async def test_one_that_is_cut_is_replaced() -> None:
     async with a_pool(1) as running:
         running.pool.used(way())
         await running.until(lambda: running.pool.ready == 1)
-        running.fars[0].wire.reset()
+        running.fars[0].stream.reset()
         await running.until(lambda: running.dialled == 2 and running.pool.ready == 1)
         assert running.fates == {Fate.LOST: 1}
 
@@ -276,7 +276,7 @@ async def test_many_take_at_once_and_none_is_given_twice() -> None:
         async def take() -> None:
             framed = await running.pool.take(way())
             if framed is not None:
-                taken.append(framed.wire)
+                taken.append(framed.stream)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(20):
@@ -296,4 +296,4 @@ async def test_one_that_is_taken_by_who_goes_at_that_moment_is_closed() -> None:
         taking.cancel()
         await running.until(lambda: running.fates[Fate.TAKEN] == 1)
         async with asyncio.timeout(10):
-            assert await running.fars[0].wire.recv() == b""
+            assert await running.fars[0].stream.recv() == b""

@@ -374,7 +374,7 @@ async def test_cancelled_before_the_first_step(half: Half) -> None:
         await asyncio.sleep(0)
         carrying.cancel()
     assert half.our_plain.closed
-    assert half.ours.wire.closed
+    assert half.ours.stream.closed
     await until_reset(half.plain)
 
 
@@ -385,7 +385,7 @@ async def test_cancelled_in_the_middle_both_see_a_reset(half: Half) -> None:
         assert await half.plain.recv_exactly(4) == b"half"
         carrying.cancel()
     await until_reset(half.plain)
-    await until_reset(half.peer.wire)
+    await until_reset(half.peer.stream)
 
 
 @GATEWAY
@@ -429,7 +429,7 @@ async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(
         assert await read_all(half.plain) == b"thanks"
         while not half.peer.ends.done:
             await half.peer.read()
-        half.peer.wire.close()
+        half.peer.stream.close()
     assert carrying.result() is Reason.OK
     assert ours.closed
     theirs.close()

@@ -12,7 +12,7 @@ from sniproxy.engine.quantum import QUANTUM_MESSAGES
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import CapsuleError, CapsuleFlood, CapsuleType, Control, Header, Payload, header
 from sniproxy.tunnel.connection import CONTROL_BURST, RECEIVED_BYTES, CapsuleConnection
-from sniproxy.tunnel.messages import Finished, Opened, Ready, Received, Refused
+from sniproxy.tunnel.messages import Finished, Open, Opened, Ping, Ready, Received, Refused
 from sniproxy.tunnel.state import Side
 from tests.sniproxy.engine.pairs import pair, read_all
 
@@ -51,14 +51,38 @@ async def test_preamble_and_first_data_leave_in_one_write(
     monkeypatch.setattr(SocketStream, "send", counting)
     await relay.begin(b"preamble", b"hello")
     assert writes == [8 + 8 + 5]
-    assert await gateway.wire.recv() == b"preamble" + header(CapsuleType.DATA, 5) + b"hello"
+    assert await gateway.stream.recv() == b"preamble" + header(CapsuleType.DATA, 5) + b"hello"
     assert relay.sent == 21
+
+
+async def test_messages_and_data_leave_in_one_write(
+    both: tuple[CapsuleConnection, CapsuleConnection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a stream begins on a warm connection."""
+    relay, gateway = both
+    relay.ends.warm = gateway.ends.warm = True
+    await gateway.send(Ready())
+    assert await relay.next_message() == Ready()
+    writes = []
+    send = SocketStream.send
+
+    async def noting(self: SocketStream, *buffers: bytes, more: bool = False) -> None:
+        writes.append(b"".join(buffers))
+        await send(self, *buffers, more=more)
+
+    monkeypatch.setattr(SocketStream, "send", noting)
+    ping, opening = Ping(bytes(8)), Open(b"preamble")
+    await relay.send(ping, opening, data=b"hello")
+    assert writes == [ping.pack() + opening.pack() + header(CapsuleType.DATA, 5) + b"hello"]
+    assert relay.sent == len(writes[0])
+    assert [await gateway.next_message(), await gateway.next_message()] == [ping, opening]
+    assert [type(event) for event in await gateway.read()] == [Header, Payload]
 
 
 async def test_a_preamble_can_go_alone(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await relay.begin(b"preamble", b"")
-    assert await gateway.wire.recv() == b"preamble"
+    assert await gateway.stream.recv() == b"preamble"
     assert relay.sent == 8
 
 
@@ -90,7 +114,7 @@ async def test_data_behind_a_message_stays_for_the_next_reader(
     both: tuple[CapsuleConnection, CapsuleConnection],
 ) -> None:
     relay, gateway = both
-    await gateway.wire.send(Ready().pack() + OPENED.pack() + header(CapsuleType.DATA, 2) + b"hi")
+    await gateway.stream.send(Ready().pack() + OPENED.pack() + header(CapsuleType.DATA, 2) + b"hi")
     assert await relay.next_message() == Ready()
     assert await relay.next_message() == OPENED
     kinds = [type(event) for event in await relay.read()]
@@ -110,14 +134,14 @@ async def test_data_where_a_message_is_due(both: tuple[CapsuleConnection, Capsul
 )
 async def test_what_may_not_come_now(both: tuple[CapsuleConnection, CapsuleConnection], wrong: bytes) -> None:
     relay, gateway = both
-    await gateway.wire.send(wrong)
+    await gateway.stream.send(wrong)
     with pytest.raises(CapsuleError):
         await relay.next_message()
 
 
 async def test_unknown_capsules_are_skipped(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
-    await gateway.wire.send(header(0x1234, 60_000) + bytes(60_000) + Ready().pack())
+    await gateway.stream.send(header(0x1234, 60_000) + bytes(60_000) + Ready().pack())
     assert await relay.next_message() == Ready()
 
 
@@ -128,7 +152,7 @@ async def test_a_read_that_is_full_of_capsules_is_worked_off_in_pieces(
     relay, gateway = both
     await opened(relay, gateway)
     one = header(CapsuleType.DATA, 1) + b"x"
-    await gateway.wire.send(one * 1000 + header(CapsuleType.FINAL_DATA, 3) + b"end")
+    await gateway.stream.send(one * 1000 + header(CapsuleType.FINAL_DATA, 3) + b"end")
     got, passes, largest = b"", 0, 0
 
     async def other() -> None:
@@ -160,12 +184,12 @@ async def test_capsules_without_payload_have_a_limit(
 ) -> None:
     relay, gateway = both
     await opened(relay, gateway)
-    await gateway.wire.send(flood * (CONTROL_BURST - 2))  # READY and OPENED were two
+    await gateway.stream.send(flood * (CONTROL_BURST - 2))  # READY and OPENED were two
     await gateway.send_data(b"fine so far")
     got = b""
     while got != b"fine so far":
         got += b"".join(bytes(event.data) for event in await relay.read() if isinstance(event, Payload))
-    await gateway.wire.send(flood * CONTROL_BURST)
+    await gateway.stream.send(flood * CONTROL_BURST)
     with pytest.raises(CapsuleFlood) as raised:
         while True:
             await relay.read()
@@ -178,8 +202,8 @@ async def test_the_end_of_the_connection_is_no_end_of_the_stream(
 ) -> None:
     relay, gateway = both
     await opened(relay, gateway)
-    await gateway.wire.send((header(CapsuleType.FINAL_DATA, 4) + b"ab")[:cut])
-    gateway.wire.close()
+    await gateway.stream.send((header(CapsuleType.FINAL_DATA, 4) + b"ab")[:cut])
+    gateway.stream.close()
     with pytest.raises(EOFError):
         while True:
             await relay.read()
@@ -219,7 +243,7 @@ async def test_spliced_data_has_its_header(both: tuple[CapsuleConnection, Capsul
     before = relay.sent
     async with asyncio.TaskGroup() as group:
         group.create_task(relay.send_spliced(direction))
-        data = await gateway.wire.recv_exactly(8 + len(payload))
+        data = await gateway.stream.recv_exactly(8 + len(payload))
     assert data == header(CapsuleType.DATA, len(payload)) + payload
     assert relay.sent - before == len(data)
     direction.release()
@@ -234,7 +258,7 @@ async def test_a_payload_can_be_moved_past(both: tuple[CapsuleConnection, Capsul
     events = await gateway.read(exact=True)
     assert events == [Header(CapsuleType.DATA, 7)], "not a byte of the payload was taken along"
     assert gateway.payload_left == 7
-    assert await gateway.wire.recv_exactly(7) == b"spliced"
+    assert await gateway.stream.recv_exactly(7) == b"spliced"
     gateway.skip_payload(7)
     assert gateway.received == 15
     assert [type(event) for event in await gateway.read()] == [Header, Payload]
@@ -251,17 +275,17 @@ async def test_our_own_disorder_is_a_defect(both: tuple[CapsuleConnection, Capsu
 
 async def test_discard_reads_until_the_peer_has_seen_it(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
-    await relay.wire.send(bytes(50_000))
+    await relay.stream.send(bytes(50_000))
     await gateway.send(Refused("denied", "because"))
     async with asyncio.TaskGroup() as group:
         group.create_task(gateway.discard())
         assert await relay.next_message() == Refused("denied", "because")
-        relay.wire.close()
-    assert gateway.wire.closed
+        relay.stream.close()
+    assert gateway.stream.closed
 
 
 async def test_discard_does_not_wait_for_ever(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await gateway.discard(0.01)
-    assert gateway.wire.closed
-    assert await read_all(relay.wire) == b""
+    assert gateway.stream.closed
+    assert await read_all(relay.stream) == b""

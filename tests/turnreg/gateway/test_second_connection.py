@@ -32,8 +32,8 @@ async def test_brought_then_taken() -> None:
         assert continuations.bring(STREAM, framed)
         assert await take() is framed
         assert not continuations.awaits(STREAM)
-        assert not framed.wire.closed
-    assert framed.wire.closed
+        assert not framed.stream.closed
+    assert framed.stream.closed
     far.close()
 
 
@@ -56,12 +56,12 @@ async def test_a_second_one_replaces_the_first_until_one_is_taken() -> None:
     with continuations.expected(STREAM) as take:
         assert continuations.bring(STREAM, first)
         assert continuations.bring(STREAM, second)
-        assert first.wire.closed
+        assert first.stream.closed
         assert await take() is second
         assert not continuations.bring(STREAM, third), "there is no third one"
-        assert not third.wire.closed, "it stays whose it was"
-        assert not second.wire.closed
-    for wire in (third.wire, far_1, far_2, far_3):
+        assert not third.stream.closed, "it stays whose it was"
+        assert not second.stream.closed
+    for wire in (third.stream, far_1, far_2, far_3):
         wire.close()
 
 
@@ -73,7 +73,7 @@ async def test_only_the_stream_of_that_network() -> None:
             assert not continuations.awaits(other)
             assert not continuations.bring(other, framed)
     assert not continuations.bring(STREAM, framed), "nor one that has ended"
-    framed.wire.close()
+    framed.stream.close()
     far.close()
 
 
@@ -88,7 +88,7 @@ async def test_two_attempts_at_one_stream_do_not_undo_each_other() -> None:
     assert await take() is framed
     inner.__exit__(None, None, None)
     assert not continuations.awaits(STREAM)
-    assert framed.wire.closed
+    assert framed.stream.closed
     far.close()
 
 
