@@ -6,9 +6,10 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from dnsgw.client_limits import Host
+from dnsgw.message.compose import retargeted, with_option
+from dnsgw.message.names import Malformed
 from dnsgw.message.question import MAX_TCP_REPLY, ExtendedError, Query, Rcode, extended_error
 from dnsgw.message.reply import Answer
-from dnsgw.message.upstream_reply import Malformed, retargeted, with_option
 from dnsgw.upstream.exchange import Failure
 
 Send: TypeAlias = Callable[[bytes, Any], None]

@@ -21,9 +21,11 @@ from dnsgw.mesh_zone.dual_stack import DualStackConsistency
 from dnsgw.mesh_zone.ownership_changes import changed_owner
 from dnsgw.mesh_zone.zone import NOT_READY, Disposition
 from dnsgw.message import cookie
+from dnsgw.message.compose import joined, retargeted
+from dnsgw.message.names import Malformed
 from dnsgw.message.question import MAX_TCP_REPLY, BadQuery, Qtype, Rcode, option, scan, wire_name
 from dnsgw.message.reply import Answer, truncate
-from dnsgw.message.upstream_reply import Malformed, Message, joined, retargeted
+from dnsgw.message.upstream_reply import Message
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.pending_query import FAILURES, FORMAT_ERROR, REFUSED, TOO_MANY, UNDECIDED, PendingQuery, Send
 from dnsgw.precedence import Owner, Precedence, Then

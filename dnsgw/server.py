@@ -20,7 +20,6 @@ from dnsgw.mesh_zone.vip import claim, imported_names
 from dnsgw.message.question import probe_question
 from dnsgw.metrics import DnsMetrics
 from dnsgw.resolver import Resolver
-from dnsgw.turns import Turns
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.forwarder import TOTAL_S, Forwarder
 from dnsgw.upstream.server import Endpoint, leads_here, read_resolv_conf
@@ -67,7 +66,6 @@ class DnsServer:
 
         self._mesh: Mesh | None = None
         self._loop: asyncio.AbstractEventLoop
-        self._turns: Turns
         self._udp: list[UdpListener] = []
         self._tcp: list[TcpListener] = []
         self._closing = asyncio.Event()
@@ -117,7 +115,6 @@ class DnsServer:
     async def open(self) -> None:
         """Bind every address. Raises OSError, or UpstreamLoop for a configured upstream that is this server."""
         self._loop = asyncio.get_running_loop()
-        self._turns = Turns(self._loop)
         with ExitStack() as undo:
             undo.callback(self._close_listeners)
             self.addresses = tuple(self._bind(endpoint) for endpoint in self.config.listen)
@@ -294,7 +291,6 @@ class DnsServer:
         tcp = TcpListener(
             (address, port),
             self._resolver,
-            self._turns,
             max_connections=self.config.max_tcp_connections,
             max_connections_per_client=self.config.max_tcp_connections_per_client,
             idle_timeout_s=self.config.tcp_idle_timeout_s,

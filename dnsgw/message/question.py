@@ -54,16 +54,31 @@ class Rcode(IntEnum):
 
 
 class Qtype(IntEnum):
-    """The query types that are told apart here."""
+    """The types of records and questions that are told apart here."""
 
     A = 1
+    NS = 2
+    MD = 3
+    MF = 4
     CNAME = 5
     SOA = 6
+    MB = 7
+    MG = 8
+    MR = 9
     PTR = 12
     HINFO = 13
+    MX = 15
+    AFSDB = 18
+    RT = 21
     AAAA = 28
     SRV = 33
+    KX = 36
+    DNAME = 39
     OPT = 41
+    DS = 43
+    RRSIG = 46
+    NSEC = 47
+    NSEC3 = 50
     SVCB = 64
     HTTPS = 65
     IXFR = 251

@@ -1,7 +1,6 @@
 """Upstream's replies as messages: where their records are, which of them lead to another name, and how to write them anew.
 
 One walk over the records finds all that is needed; names are followed through compression only where a name must be known.
-Pointers are followed backwards only and names end at 255 bytes, so that no message makes this loop or grow.
 
 What does not belong to the question is left out, as if it had not been sent (RFC 2181 section 5.4.1, RFC 5452 section 6):
 answers to another name than the one asked for or those that its aliases lead to, or of another type; in the authority section
@@ -14,18 +13,17 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from dnsgw.message.names import POINTER, Malformed, enclosing, name_at, skip_name
 from dnsgw.message.question import (
-    AA,
     AD,
     CLASS_IN,
     HEADER,
     HEADER_SIZE,
-    MAX_LABEL,
     MAX_TCP_REPLY,
-    MAX_WIRE_NAME,
     OWNER,
     Qtype,
     Query,
+    Rcode,
     opt_record,
     option,
     record,
@@ -37,24 +35,31 @@ MAX_OWNERS = 64  # names that records of one message may have, besides the one a
 _FIXED = struct.Struct("!HHIH")  # type, class, TTL, RDLENGTH
 _TTL = struct.Struct("!I")
 _OPTION = struct.Struct("!HH")
-_EXTENDED_ERROR = 15
-_SERVFAIL = 2
+_EXTENDED_ERROR = 15  # the option (RFC 8914)
 
-_CNAME = 5
-_DNAME = 39
-_RRSIG = 46
-_ZONES = frozenset({2, Qtype.SOA, 43})  # NS, SOA and DS, of a zone that the name is in, or of its parent
-_PROOFS = frozenset({_RRSIG, 47, 50})  # with NSEC and NSEC3; whoever looks at them checks what they are about
-_WITH_ALL = frozenset({_CNAME, _DNAME, _RRSIG})  # what may come with an answer of any type
-_DNAME_COVERED = b"\0\x27"
-_ONE_NAME = frozenset({2, 3, 4, _CNAME, 7, 8, 9, 12, _DNAME})  # types whose data is a name that may be compressed
-_NAME_BEHIND = {15: 2, 18: 2, 21: 2, 33: 6, 36: 2}  # or ends in one: MX, AFSDB, RT, SRV, KX (RFC 3597 section 4)
+# Plain numbers for the walk, where a member of an enumeration would be looked up for every record.
+_CNAME, _OPT, _SVCB, _HTTPS = int(Qtype.CNAME), int(Qtype.OPT), int(Qtype.SVCB), int(Qtype.HTTPS)
+
+_ZONES = frozenset({Qtype.NS, Qtype.SOA, Qtype.DS})  # of a zone that the name is in, or of its parent
+_PROOFS = frozenset({Qtype.RRSIG, Qtype.NSEC, Qtype.NSEC3})  # whoever looks at them checks what they are about
+_WITH_ALL = frozenset({Qtype.CNAME, Qtype.DNAME, Qtype.RRSIG})  # what may come with an answer of any type
+_DNAME_COVERED = Qtype.DNAME.to_bytes(2, "big")
+
+# Types whose data is a name that may be compressed, or ends in one behind so many bytes (RFC 3597 section 4).
+_ONE_NAME = frozenset(
+    {
+        *(Qtype.NS, Qtype.MD, Qtype.MF, Qtype.CNAME, Qtype.MB, Qtype.MG, Qtype.MR, Qtype.PTR),
+        Qtype.DNAME,
+    }
+)
+_NAME_BEHIND: dict[int, int] = {Qtype.MX: 2, Qtype.AFSDB: 2, Qtype.RT: 2, Qtype.SRV: 6, Qtype.KX: 2}
 _TTL_SIGN = 0x80000000
-_POINTER = 0xC0
 
-
-class Malformed(ValueError):
-    """What came is not a well-formed message."""
+# What the walk found, as bits of one number: a named tuple of flags costs 5 % of the walk.
+_ODD = 1  # a record may not belong to the question
+_ALIASED = 2
+_BOUND = 4  # there is a service binding
+_UNEVEN = 8  # one answer lives shorter than another
 
 
 class Section:
@@ -103,33 +108,29 @@ class Message:
 
     def __init__(self, data: bytes) -> None:
         """Find every record. A reply cut short (TC) must still hold the records that it counts."""
-        odd, aliased, bound, uneven = self._walk(data)
-        self.targets = self._targets() if aliased else ()
+        found = self._walk(data)
+        self.targets = self._targets() if found & _ALIASED else ()
         """The names that aliases lead to from the name asked for, in order, lower-cased."""
-        if odd:
+        if found & _ODD:
             kept = self._belonging()
             if len(kept) != len(self.places) or self._repeats_question():
-                *_, uneven = self._walk(self._with_only(kept))
-        if uneven:
+                found = self._walk(self._with_only(kept)) | found & _BOUND
+        if found & _UNEVEN:
             self._even_out()
-        self.bindings = self._bindings() if bound else ()
+        self.bindings = self._bindings() if found & _BOUND else ()
         """The names that service bindings lead to with addresses or ways of their own (RFC 9460 ServiceMode), lower-cased."""
 
-    def _walk(self, data: bytes) -> tuple[bool, bool, bool, bool]:
-        """Find every record of these bytes.
-
-        Returns:
-            whether one may not belong here, is an alias, is a service binding, or an answer that lives shorter than another.
-        """
+    def _walk(self, data: bytes) -> int:
+        """Find every record of these bytes. One function: a call for each record would cost more than the walk."""
         self.data = data
         self._names: dict[int, bytes] = {}
-        odd = aliased = bound = uneven = False
+        found = 0
         lives_s = -1
         try:
             _, self.flags, questions, self.answers, self.authorities, extras = HEADER.unpack_from(data)
             position = HEADER_SIZE
             if questions:
-                position = _skip_name(data, position) + 4
+                position = skip_name(data, position) + 4
             self.body = position
             """Where the records begin."""
             self.question = data[HEADER_SIZE:position]
@@ -145,45 +146,46 @@ class Message:
                 for _ in range(count):
                     owner = position
                     # Most owners are a pointer to the name asked for.
-                    if data[position] == _POINTER and data[position + 1] == HEADER_SIZE:
+                    if data[position] == POINTER and data[position + 1] == HEADER_SIZE:
                         fixed = position + 2
                     else:
-                        fixed = _skip_name(data, position)
-                        odd = True
+                        fixed = skip_name(data, position)
+                        found |= _ODD
                     rtype, rclass, ttl_s, length = _FIXED.unpack_from(data, fixed)
                     start = fixed + 10
                     position = start + length
                     if position > size:
                         raise Malformed("a record goes on behind the end")
                     if section == 2:  # Section.ADDITIONAL
-                        if rtype == 41 and self.opt is None:  # Qtype.OPT
+                        if rtype == _OPT and self.opt is None:
                             self.opt = Place(section, owner, rtype, rclass, fixed, ttl_s, start, position)
                         continue
                     if ttl_s & _TTL_SIGN:
                         ttl_s = 0  # RFC 2181 section 8
                     self.places.append(Place(section, owner, rtype, rclass, fixed, ttl_s, start, position))
                     if not section and ttl_s != lives_s:
-                        uneven = lives_s >= 0
+                        if lives_s >= 0:
+                            found |= _UNEVEN
                         lives_s = ttl_s
                     if rtype == _CNAME:
-                        aliased = True
+                        found |= _ALIASED
                     elif rtype != qtype or section or rclass != CLASS_IN:
-                        odd = True
-                    if 64 <= rtype <= 65:  # Qtype.SVCB, Qtype.HTTPS
-                        bound = True
+                        found |= _ODD
+                    if _SVCB <= rtype <= _HTTPS:
+                        found |= _BOUND
                 if section == 1:
                     self.records_stop = position
                 section += 1
         except (IndexError, struct.error) as error:
             raise Malformed("a record is cut short") from error
-        return odd, aliased, bound, uneven
+        return found
 
     def _even_out(self) -> None:
         """Give the answers of one set the shortest of their lives (RFC 2181 section 5.2)."""
         least: dict[tuple[bytes, int, bytes], int] = {}
         sets = []
         for place in self.places[: self.answers]:
-            covered = self.data[place.start : place.start + 2] if place.rtype == _RRSIG else b""
+            covered = self.data[place.start : place.start + 2] if place.rtype == Qtype.RRSIG else b""
             sets.append((self._owner(place), place.rtype, covered))
             least[sets[-1]] = min(place.ttl_s, least.get(sets[-1], place.ttl_s))
         longer = [index for index, records in enumerate(sets) if self.places[index].ttl_s > least[records]]
@@ -198,7 +200,7 @@ class Message:
     def _owner(self, place: Place) -> bytes:
         """Whose record it is, lower-cased. Raises Malformed, for so many names too that nobody has any use for them."""
         position = place.owner
-        if self.data[position] >= _POINTER:
+        if self.data[position] >= POINTER:
             position = (self.data[position] & 0x3F) << 8 | self.data[position + 1]
         name = self._names.get(position)
         if name is None:
@@ -211,9 +213,9 @@ class Message:
         """The records that belong to the question. Raises Malformed when there are answers and none of them does."""
         names = {self.question[:-4].lower(), *self.targets}
         zones: set[bytes] = set()
-        if len(self.places) > self.answers or any(place.rtype == _DNAME for place in self.places):
+        if len(self.places) > self.answers or any(place.rtype == Qtype.DNAME for place in self.places):
             for name in names:
-                zones.update(_enclosing(name))
+                zones.update(enclosing(name))
         kept = []
         for place in self.places:
             rtype = place.rtype
@@ -226,7 +228,7 @@ class Message:
                 if rtype == self.qtype or rtype in _WITH_ALL or self.qtype == Qtype.ANY:
                     kept.append(place)
             # The alias of a zone that the name is in, beside which stands the CNAME that is made of it (RFC 6672).
-            elif self._owner(place) in zones and (rtype == _DNAME or self._covers_dname(place)):
+            elif self._owner(place) in zones and (rtype == Qtype.DNAME or self._covers_dname(place)):
                 kept.append(place)
         if self.answers and (not kept or kept[0].section != Section.ANSWER):
             raise Malformed("no answer is one to the question")
@@ -236,11 +238,11 @@ class Message:
         """Tell whether an owner is the name asked for, written out: in a spelling that is not the one of every asker."""
         name = self.question[:-4].lower()
         return len(name) > 1 and any(
-            self.data[place.owner] < _POINTER and self._owner(place) == name for place in self.places
+            self.data[place.owner] < POINTER and self._owner(place) == name for place in self.places
         )
 
     def _covers_dname(self, place: Place) -> bool:
-        return place.rtype == _RRSIG and self.data[place.start : place.start + 2] == _DNAME_COVERED
+        return place.rtype == Qtype.RRSIG and self.data[place.start : place.start + 2] == _DNAME_COVERED
 
     def _with_only(self, kept: list[Place]) -> bytes:
         """The message without its other records, those of the name asked for by a pointer to it. Raises Malformed."""
@@ -319,7 +321,7 @@ class Message:
             flags &= ~AD
         rcode = self.rcode
         if rcode > 0xF and query.edns is None:
-            flags = flags & ~0xF | _SERVFAIL
+            flags = flags & ~0xF | Rcode.SERVFAIL
         head = HEADER.pack(query.id, flags, 1, self.answers, self.authorities, query.edns is not None)
         whole = head + query.question + self.data[self.body : self.records_stop]
         if query.edns is not None:
@@ -356,105 +358,12 @@ class Message:
                 rdata = name_at(data, place.start, place.stop)
             case Qtype.SOA:
                 first = name_at(data, place.start, place.stop)
-                second_at = _skip_name(data, place.start)
+                second_at = skip_name(data, place.start)
                 second = name_at(data, second_at, place.stop)
-                rdata = first + second + data[_skip_name(data, second_at) : place.stop]
+                rdata = first + second + data[skip_name(data, second_at) : place.stop]
             case rtype if rtype in _NAME_BEHIND:
                 name_start = place.start + _NAME_BEHIND[rtype]
                 rdata = data[place.start : name_start] + name_at(data, name_start, place.stop)
             case _:
                 rdata = data[place.start : place.stop]  # RFC 3597 section 4: not compressed in newer types
         return record(owner, place.rtype, place.ttl_s, rdata)
-
-
-def joined(query: Query, chain: Message, count: int, end: Message) -> bytes:
-    """Write the reply to `query` whose first `count` aliases are of `chain` and whose rest answers the name they lead to.
-
-    The response code is that of the last name (RFC 6604 section 3). What we put together is neither authoritative nor
-    validated. Raises Malformed.
-    """
-    records = list(chain.aliases(count))
-    answers = [end.standalone(place) for place in end.places if place.section == Section.ANSWER]
-    authorities = [end.standalone(place) for place in end.places if place.section == Section.AUTHORITY]
-    edns = query.edns is not None
-    head = HEADER.pack(query.id, end.flags & ~(AA | AD), 1, len(records) + len(answers), len(authorities), edns)
-    opt = opt_record(do=query.edns.do, rcode=end.rcode, options=end.extended_errors) if query.edns else b""
-    return b"".join((head, query.question, *records, *answers, *authorities, opt))
-
-
-def retargeted(query: Query, name: bytes) -> Query:
-    """The same question about another name in wire form. Raises Malformed."""
-    labels = []
-    position = 0
-    while length := name[position]:
-        labels.append(position)
-        position += length + 1
-    question = name + query.question[-4:]
-    return Query(
-        id=query.id,
-        flags=query.flags,
-        question=question,
-        name=name.lower(),
-        labels=tuple(labels),
-        qtype=query.qtype,
-        edns=query.edns,
-    )
-
-
-def _enclosing(name: bytes) -> Iterator[bytes]:
-    """A name and all that it lies under, the root too; a question that is none, or ends in a pointer, is not looked into."""
-    position = 0
-    while position < len(name) and (length := name[position]):
-        yield name[position:]
-        position += length + 1
-    yield b"\0"
-
-
-def name_at(data: bytes, position: int, stop: int | None = None) -> bytes:
-    """The name that begins here, without compression; if `stop` is given, it must end there at the latest.
-
-    Raises Malformed.
-    """
-    parts = []
-    size = 1
-    limit = len(data) if stop is None else stop
-    try:
-        while length := data[position]:
-            if length >= 0xC0:
-                target = (length & 0x3F) << 8 | data[position + 1]
-                if position + 2 > limit or target >= position or target < HEADER_SIZE:
-                    raise Malformed("a pointer leads nowhere")
-                position, limit = target, position
-                continue
-            end = position + 1 + length
-            size += length + 1
-            if length > MAX_LABEL or size > MAX_WIRE_NAME or end >= limit:
-                raise Malformed("a name is too long")
-            parts.append(data[position:end])
-            position = end
-    except IndexError as error:
-        raise Malformed("a name is cut short") from error
-    return b"".join(parts) + b"\0"
-
-
-def _skip_name(data: bytes, position: int) -> int:
-    begin = position
-    while length := data[position]:
-        if length >= 0xC0:
-            return position + 2
-        position += length + 1
-        if length > MAX_LABEL or position - begin >= MAX_WIRE_NAME:
-            raise Malformed("a label is of no known type")
-    return position + 1
-
-
-def with_option(reply: bytes, extra: bytes) -> bytes:
-    """Add an encoded option to the OPT of a reply of ours, whose last record it is."""
-    # Found from the front: a reply of ours is short, and its OPT is where the records end.
-    message = Message(reply)
-    opt = message.opt
-    if opt is None or opt.stop != len(reply):
-        return reply
-    size = opt.stop - opt.start + len(extra)
-    at = opt.start - 2
-    return reply[:at] + size.to_bytes(2, "big") + reply[opt.start :] + extra

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from dnsgw.message.names import Malformed, name_at
 from dnsgw.message.question import (
     AD,
     CD,
@@ -32,7 +33,7 @@ from dnsgw.message.question import (
     Rcode,
     opt_record,
 )
-from dnsgw.message.upstream_reply import Malformed, Message, Section, name_at
+from dnsgw.message.upstream_reply import Message, Section
 
 MAX_TTL_S = 3600  # as CoreDNS; what changes without notice is seen within the hour
 MAX_NEGATIVE_TTL_S = 900  # RFC 2308 section 5 suggests 1 to 3 hours; a name that was just made should not wait so long

@@ -154,3 +154,13 @@ class Exchange:
 
         self.timer: asyncio.TimerHandle | None = None
         self.waiting: list[Done] = []
+
+    def drop(self, attempt: Attempt) -> None:
+        """Stop waiting for one attempt."""
+        self.open.remove(attempt)
+        attempt.pending.pop(attempt.ident, None)
+
+    def forget(self, pending: Pending) -> None:
+        """Stop waiting for the attempts at one socket."""
+        for attempt in [attempt for attempt in self.open if attempt.pending is pending]:
+            self.drop(attempt)

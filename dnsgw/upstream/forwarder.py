@@ -3,11 +3,10 @@
 Those that answered lately are asked in the order of the configuration, the others after them. When one takes long, the next
 is asked too, and the first answer counts; who was slower twice in a row comes last for a while.
 
-Questions with one answer are asked once, however many clients wait for it, and no more than `alike.MAX_ALIKE` about one name and
-type are out at a time, each at most twice at one upstream (RFC 5452 section 5: more in flight is more chances to guess an
-id). A packet that answers nothing that was asked is counted, and the wait goes on. Where somebody seems to forge answers to
-a question, it goes on over TCP; if that fails, over UDP with a new id and port. All of it runs in callbacks of the loop: a
-question costs no task. Every exchange ends within `TOTAL_S`.
+Questions with one answer are asked once, however many clients wait for it, and no more than `outstanding.MAX_ALIKE` about one
+name and type are out at a time, each at most twice at one upstream (RFC 5452 section 5: more in flight is more chances to guess
+an id). Packets that may be forged are `suspicion.py`'s. All of it runs in callbacks of the loop: a question costs no task. Every
+exchange ends within `TOTAL_S`.
 """
 
 import asyncio
@@ -23,7 +22,8 @@ from dnsgw.upstream.exchange import Attempt, Done, Exchange, Failure, Pending, Q
 from dnsgw.upstream.outstanding import OutstandingQueries
 from dnsgw.upstream.server import Endpoint, Upstream
 from dnsgw.upstream.stream_client import Spawn
-from dnsgw.upstream.verify import Opt, Verdict, judge, question_of
+from dnsgw.upstream.suspicion import Suspicion
+from dnsgw.upstream.verify import Opt, Verdict, judge
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +31,10 @@ TOTAL_S = 1.8  # below the 2 s after which CoreDNS and NodeLocal DNSCache give u
 ATTEMPT_S = 0.8  # so that a second upstream has time to answer
 RACE_S = 0.25  # after which another upstream is asked as well: most answers of a resolver with a cache take far less
 MAX_IN_FLIGHT = 4096  # clients that wait; some 2 kB each
-MAX_FORGED = 3  # answers with a wrong id that may be late ones; more mean that somebody guesses
-MAX_BAD_COOKIES = 1  # RFC 7873 section 5.3: once more with the new cookie, then over TCP
-MAX_UNWANTED = 100  # packets at one socket or connection that answer nothing: then it is closed
-_LOG_EVERY_S = 60.0
 _TICK_S = 0.002  # timers of the loop are in whole milliseconds and may fire one early
 
 # Answers about the server more than about the name, which another server may not share. libc goes on likewise.
 _TRY_ANOTHER = frozenset({Rcode.SERVFAIL, Rcode.REFUSED})
-_SUSPICIOUS = {
-    Verdict.MISSPELLED: UpstreamOutcome.MISSPELLED,
-    Verdict.NO_COOKIE: UpstreamOutcome.WRONG_COOKIE,
-    Verdict.BARE: UpstreamOutcome.UNPROVEN,
-}
 
 
 class Forwarder:
@@ -84,8 +75,8 @@ class Forwarder:
         }
         self._exchanges: dict[bytes, Exchange] = {}
         self._alike = OutstandingQueries(lambda exchange: self._loop.call_soon(self._let_out, exchange))
+        self._suspicion = Suspicion(metrics, self._alike, self._again)
         self._closed = False
-        self._next_log = 0.0
         self.waiting = 0
         """Clients that wait for an answer."""
 
@@ -208,13 +199,13 @@ class Forwarder:
         if len(exchange.open) > 1:
             earlier = [attempt for attempt in exchange.open if attempt.pending.upstream is upstream]
             if len(earlier) > 1:
-                self._drop(exchange, earlier[0])
+                exchange.drop(earlier[0])
         exchange.last = upstream
         if exchange.trust.get(upstream) is Trust.STREAM:
             try:
                 upstream.ask(exchange, now, stream=True)
             except OSError:
-                self._stream_failed(exchange, upstream, now)
+                self._suspicion.stream_failed(exchange, upstream, now)
             else:
                 return True
         try:
@@ -246,7 +237,7 @@ class Forwarder:
         upstream = exchange.last
         if upstream is not None:
             if exchange.trust.get(upstream) is Trust.STREAM and not over:
-                self._stream_failed(exchange, upstream, now)
+                self._suspicion.stream_failed(exchange, upstream, now)
                 self._again(exchange, upstream)
                 return
             upstream.failed(now)
@@ -264,7 +255,7 @@ class Forwarder:
     def _on_packet(self, packet: bytes, pending: Pending) -> None:
         attempt = pending.get(int.from_bytes(packet[:2], "big"))
         if attempt is None:
-            self._unmatched(packet, pending)
+            self._suspicion.unmatched(packet, pending)
             return
         exchange, upstream = attempt.exchange, pending.upstream
         verdict, opt = judge(
@@ -280,55 +271,9 @@ class Forwarder:
             self._learn(upstream, attempt, opt)
             self._answered(exchange, attempt, upstream, packet)
         elif verdict is Verdict.NO_ANSWER:
-            self._metrics.upstream[UpstreamOutcome.WRONG_QUESTION] += 1
-            self._unwanted(pending)
-            if not pending.stream:
-                self._suspect(exchange, upstream)
+            self._suspicion.wrong_question(exchange, pending)
         else:
-            self._metrics.upstream[_SUSPICIOUS.get(verdict, UpstreamOutcome.ASKED_AGAIN)] += 1
-            self._reask(exchange, attempt, upstream, verdict, packet, opt)
-
-    def _reask(
-        self,
-        exchange: Exchange,
-        attempt: Attempt,
-        upstream: QueryTarget,
-        verdict: Verdict,
-        packet: bytes,
-        opt: Opt | None,
-    ) -> None:
-        """Ask the same upstream again, in a way that it can answer or that proves more."""
-        abilities, stream = upstream.abilities, attempt.pending.stream
-        if verdict is Verdict.NO_EDNS:
-            abilities.refused_edns(self._loop.time())
-            exchange.plain = True
-        elif verdict is Verdict.BAD_COOKIE and opt is not None:
-            abilities.learned_cookie(attempt.source, opt.cookie)
-            exchange.bad_cookies += 1
-            exchange.no_cookie = stream
-            if exchange.bad_cookies > MAX_BAD_COOKIES and not stream:
-                self._over_tcp(exchange, upstream)
-                return
-        elif stream:  # nobody forges that: it can do no better
-            if verdict is Verdict.MISSPELLED:
-                upstream.lost_case(self._loop.time())
-            else:
-                abilities.lost_cookies()
-                exchange.no_cookie = True
-        else:
-            exchange.doubted = True
-            if verdict is Verdict.BARE:
-                exchange.fallback = exchange.fallback or packet
-            if upstream not in exchange.trust:
-                self._over_tcp(exchange, upstream)
-                return
-            # TCP failed. An answer in the wrong case is never believed; but a server may have lost its cookies.
-            if verdict is Verdict.MISSPELLED or (exchange.plain and exchange.no_cookie):
-                return
-            exchange.no_cookie = True
-            exchange.plain = verdict is Verdict.BARE
-        self._drop(exchange, attempt)
-        self._again(exchange, upstream)
+            self._suspicion.doubt(attempt, verdict, packet, opt)
 
     def _learn(self, upstream: QueryTarget, attempt: Attempt, opt: Opt | None) -> None:
         """Remember what an answer tells about its server."""
@@ -343,14 +288,14 @@ class Forwarder:
         if packet[3] & 0xF in _TRY_ANOTHER and exchange.attempts < len(exchange.order):
             self._metrics.upstream[UpstreamOutcome.FAILED_OVER] += 1
             exchange.fallback = packet
-            self._forget(exchange, attempt.pending)
+            exchange.forget(attempt.pending)
             self._attempt(exchange)
             return
         self._metrics.upstream[UpstreamOutcome.ANSWERED] += 1
         now = self._loop.time()
         upstream.answered()
         if exchange.doubted and attempt.pending.stream and attempt.spelled:
-            self._report(exchange, upstream, now)  # over TCP it could do what the other answer lacked
+            self._suspicion.report(exchange, upstream, now)  # over TCP it could do what the other answer lacked
         if len(exchange.open) > 1:
             for other in {each.pending.upstream for each in exchange.open}:
                 if other is not upstream:
@@ -359,106 +304,17 @@ class Forwarder:
             packet = restored(packet, attempt.question[:-4], exchange.query.name)
         self._finish(exchange, packet)
 
-    def _unmatched(self, packet: bytes, pending: Pending) -> None:
-        """Take notice of a packet whose id nobody waits for at this socket: it is late, or somebody guesses."""
-        upstream = pending.upstream
-        found = () if pending.stream else self._alike.find(question_of(packet))
-        if found:
-            self._metrics.upstream[UpstreamOutcome.WRONG_ID] += 1
-            for exchange in found:
-                self._suspect(exchange, upstream)
-        else:
-            self._metrics.upstream[UpstreamOutcome.UNWANTED] += 1
-        self._unwanted(pending)
-
-    def _unwanted(self, pending: Pending) -> None:
-        """Count it, and close what only brings such packets."""
-        upstream = pending.upstream
-        pending.unwanted += 1
-        if pending.unwanted != MAX_UNWANTED:
-            return
-        self._metrics.upstream[UpstreamOutcome.FLOODED] += 1
-        attempts = list(pending.values())
-        upstream.shed(pending)
-        for attempt in attempts if not pending.stream else ():
-            exchange = attempt.exchange
-            if attempt not in exchange.open:
-                continue
-            if upstream in exchange.trust:
-                self._drop(exchange, attempt)
-                self._again(exchange, upstream)
-            else:
-                self._report(exchange, upstream, self._loop.time())
-                self._over_tcp(exchange, upstream)
-
-    # Where somebody seems to forge
-
-    def _suspect(self, exchange: Exchange, upstream: QueryTarget) -> None:
-        """Count an answer that nobody should have sent; after a few the question goes on over TCP."""
-        exchange.forged += 1
-        if exchange.forged > MAX_FORGED and upstream not in exchange.trust:
-            self._report(exchange, upstream, self._loop.time())
-            self._over_tcp(exchange, upstream)
-
-    def _over_tcp(self, exchange: Exchange, upstream: QueryTarget) -> None:
-        """Wait for no answer of this upstream over UDP any more, but ask it over TCP."""
-        at_stake = [each for each in exchange.open if each.pending.upstream is upstream and not each.pending.stream]
-        if upstream in exchange.trust or not at_stake:
-            return
-        now = self._loop.time()
-        self._metrics.upstream[UpstreamOutcome.DISTRUSTED] += 1
-        for attempt in at_stake:
-            self._drop(exchange, attempt)
-        exchange.trust[upstream] = Trust.STREAM if upstream.abilities.takes_streams(now) else Trust.RENEWED
-        self._again(exchange, upstream)
-
-    def _stream_failed(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
-        exchange.trust[upstream] = Trust.RENEWED
-        upstream.abilities.refused_stream(now)
-
-    def _report(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
-        """Log that somebody seems to forge, once a minute at most: whoever does it can do more."""
-        if now < self._next_log:
-            return
-        self._next_log = now + _LOG_EVERY_S
-        counts = self._metrics.upstream
-        log.warning(
-            "dns_forging_suspected",
-            extra={
-                "event": {
-                    "upstream": str(upstream.destination),
-                    "name": ascii(exchange.query.text() or "")[1:-1],
-                    "wrong_id": counts[UpstreamOutcome.WRONG_ID],
-                    "wrong_question": counts[UpstreamOutcome.WRONG_QUESTION],
-                    "misspelled": counts[UpstreamOutcome.MISSPELLED],
-                    "wrong_cookie": counts[UpstreamOutcome.WRONG_COOKIE],
-                    "detail": "it is asked over TCP",
-                }
-            },
-        )
-
     def _on_lost(self, pending: Pending) -> None:
         now = self._loop.time()
         upstream = pending.upstream
         for exchange in dict.fromkeys(attempt.exchange for attempt in list(pending.values())):
-            self._forget(exchange, pending)
+            exchange.forget(pending)
             if pending.stream and not exchange.tcp and exchange.trust.get(upstream) is Trust.STREAM:
-                self._stream_failed(exchange, upstream, now)
+                self._suspicion.stream_failed(exchange, upstream, now)
                 self._again(exchange, upstream)
             else:
                 self._refused(exchange, upstream, now)
                 self._attempt(exchange)
-
-    def _forget(self, exchange: Exchange, pending: Pending) -> None:
-        """Stop waiting for the attempts of this exchange at one socket."""
-        for attempt in [attempt for attempt in exchange.open if attempt.pending is pending]:
-            self._drop(exchange, attempt)
-
-    @staticmethod
-    def _drop(exchange: Exchange, attempt: Attempt) -> None:
-        """Stop waiting for one attempt."""
-        exchange.open.remove(attempt)
-        attempt.pending.pop(attempt.ident, None)
 
     def _finish(self, exchange: Exchange, result: bytes | Failure) -> None:
         if exchange.timer is not None:

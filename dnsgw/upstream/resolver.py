@@ -11,10 +11,11 @@ from functools import partial
 from typing import TypeAlias
 
 from dnsgw.client_limits import Client, Host, client_of
+from dnsgw.message.names import Malformed
 from dnsgw.message.question import TC, ExtendedError, Query, Rcode, extended_error, retyped
 from dnsgw.message.reply import truncate
 from dnsgw.message.upstream_query import subnet_of
-from dnsgw.message.upstream_reply import Malformed, Message
+from dnsgw.message.upstream_reply import Message
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.two_generation_cache import TwoGenerationCache
 from dnsgw.upstream.cache import MIN_PREFETCH_USES, RETRY_STALE_S, Cache, CacheConfig, Entry, key_of

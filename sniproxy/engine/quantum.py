@@ -10,6 +10,7 @@ many connections flood us, everybody else waits for one quantum a pass, and not 
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 QUANTUM_BYTES = 4 * 1024 * 1024
@@ -29,13 +30,13 @@ class RoundRobin:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def wait(self) -> None:
-        """Wait for the next turn: at least one pass of the event loop, in which it polls and runs timers."""
+    def turn(self) -> asyncio.Future[None]:
+        """Queue for the next turn: at least one pass of the event loop, in which it polls and runs timers."""
         turn = self._loop.create_future()
         self._waiting.append(turn)
         if len(self._waiting) == 1:
             self._loop.call_soon(self._next)
-        await turn
+        return turn
 
     def _next(self) -> None:
         while self._waiting:
@@ -85,7 +86,19 @@ class Quantum:
 
     async def renew(self) -> None:
         """Let the others run, then begin a new quantum."""
-        await self._queue.wait()
+        await self._queue.turn()
+        self._begin()
+
+    def renew_then(self, go_on: Callable[[], None]) -> None:
+        """As `renew`, for a protocol that is driven by callbacks: `go_on` is called in its turn, with a new quantum."""
+
+        def begin(_: asyncio.Future[None]) -> None:
+            self._begin()
+            go_on()
+
+        self._queue.turn().add_done_callback(begin)
+
+    def _begin(self) -> None:
         self._bytes = 0
         self._messages = 0.0
         self.used_up = False

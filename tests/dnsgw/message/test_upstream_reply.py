@@ -10,17 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dnsgw.message.compose import joined
+from dnsgw.message.names import Malformed, name_at
 from dnsgw.message.question import ExtendedError, extended_error, scan
-from dnsgw.message.upstream_reply import (
-    MAX_CHAIN,
-    MAX_OWNERS,
-    Malformed,
-    Message,
-    joined,
-    name_at,
-    retargeted,
-    with_option,
-)
+from dnsgw.message.upstream_reply import MAX_CHAIN, MAX_OWNERS, Message
 from dnsgw.upstream.cache import Cache, CacheConfig, key_of
 from tests.dnsgw.packets import AD, RD, header, name, opt, option, query, question
 
@@ -94,41 +87,6 @@ def test_a_code_that_only_opt_can_tell_is_a_failure_without_it() -> None:
     packet += b"\0" + bytes.fromhex("0029 04d0 01000000 0000")
     assert dns.message.from_wire(Message(packet).as_reply(ASKED)).rcode() == 23
     assert dns.message.from_wire(Message(packet).as_reply(scan(query("www.example.test")))).rcode() == 2
-
-
-def test_a_chain_is_joined_to_another_answer() -> None:
-    end = """id 9
-flags QR AA RD RA
-edns 0
-;QUESTION
-b.svc.mesh.internal. IN A
-;ANSWER
-b.svc.mesh.internal. 5 IN A 10.0.0.9
-;AUTHORITY
-mesh.internal. 5 IN SOA svc.mesh.internal. nobody.invalid. 1 2 3 4 5
-"""
-    whole = dns.message.from_wire(joined(ASKED, Message(wire()), 2, Message(wire(end))))
-    assert [str(rrset).lower() for rrset in whole.answer] == [
-        "www.example.test. 300 in cname a.example.test.",
-        "a.example.test. 200 in cname b.svc.mesh.internal.",
-        "b.svc.mesh.internal. 5 in a 10.0.0.9",
-    ]
-    assert str(whole.authority[0]) == "mesh.internal. 5 IN SOA svc.mesh.internal. nobody.invalid. 1 2 3 4 5"
-    assert whole.id == ASKED.id
-    assert not whole.flags & (dns.flags.AA | dns.flags.AD)
-    cut = dns.message.from_wire(joined(ASKED, Message(wire()), 1, Message(wire(end))))
-    assert len(cut.answer) == 2
-
-
-@pytest.mark.parametrize(
-    "rtype", ["NS ns.x.test.", "MX 5 mx.x.test.", "PTR p.x.test.", 'TXT "x"', "SRV 0 0 1 s.x.test."]
-)
-def test_records_stand_alone_without_compression(rtype: str) -> None:
-    kind = rtype.split()[0]
-    text = f"id 1\nflags QR\n;QUESTION\nx.test. IN {kind}\n;ANSWER\nx.test. 9 IN {rtype}\n"
-    query_of = scan(query("y.test"))
-    whole = dns.message.from_wire(joined(query_of, Message(wire(text)), 0, Message(wire(text))))
-    assert str(whole.answer[0]) == f"x.test. 9 IN {rtype}"
 
 
 BINDINGS = """id 1
@@ -352,44 +310,6 @@ def test_a_message_full_of_long_names_takes_no_long_work() -> None:
             with pytest.raises(Malformed):
                 Message(packet)
         assert len(names) <= 2 * MAX_OWNERS
-
-
-def test_a_question_about_another_name() -> None:
-    other = retargeted(ASKED, name("b.svc.mesh.internal"))
-    assert other.question == question("b.svc.mesh.internal")
-    assert other.labels == (0, 2, 6, 11)
-    assert other.edns is ASKED.edns
-
-
-def test_an_option_is_added_to_a_reply() -> None:
-    reply = Message(wire()).as_reply(ASKED, option(65001, b"a"))
-    more = dns.message.from_wire(with_option(reply, option(65002, b"bc")))
-    assert [option.otype for option in more.options] == [65001, 65002]
-    bare = Message(wire()).as_reply(scan(query("www.example.test")))
-    assert with_option(bare, option(65002, b"bc")) == bare
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"\xc0\x0c",
-        b"\1a\xc0\xff",
-        b"\x40a\0",
-        b"\1",
-        b"\1a",
-        b"\xc0",
-        b"".join(b"\x3f" + b"a" * 63 for _ in range(4)) + b"\0",
-    ],
-    ids=["itself", "forwards", "type 01", "cut", "no end", "half a pointer", "too long"],
-)
-def test_bad_names(data: bytes) -> None:
-    with pytest.raises(Malformed):
-        name_at(b"\0" * 12 + data, 12)
-
-
-def test_a_name_must_end_where_its_record_does() -> None:
-    with pytest.raises(Malformed):
-        name_at(b"\0" * 12 + b"\1a\1b\0", 12, 15)
 
 
 @given(st.sampled_from([CHAIN, BINDINGS, LIES]), st.integers(0, 900), st.binary(max_size=12), st.integers(0, 12))

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dnsgw.message.names import Malformed
 from dnsgw.message.question import Qtype, Query, scan
-from dnsgw.message.upstream_reply import Malformed, Message
+from dnsgw.message.upstream_reply import Message
 from dnsgw.upstream.cache import Cache, CacheConfig, Entry, answer_cached, key_of
 from tests.dnsgw.packets import AD, CD, RD, header, opt, option, query
 

@@ -153,7 +153,7 @@ async def test_one_that_is_cancelled_while_it_queues_keeps_nobody_up() -> None:
     order: list[int] = []
 
     async def wait(number: int) -> None:
-        await queue.wait()
+        await queue.turn()
         order.append(number)
 
     async with asyncio.TaskGroup() as group:
@@ -164,6 +164,28 @@ async def test_one_that_is_cancelled_while_it_queues_keeps_nobody_up() -> None:
         tasks[2].cancel()
     assert order == [1, 3]
     assert not len(queue)
+
+
+async def test_callbacks_and_tasks_take_turns_in_one_queue() -> None:
+    order: list[str] = []
+    quanta = [Quantum() for _ in range(3)]
+    for quantum in quanta:
+        quantum.spend(0, QUANTUM_MESSAGES)
+
+    async def renew() -> None:
+        await quanta[1].renew()
+        order.append("task")
+
+    quanta[0].renew_then(lambda: order.append("first"))
+    async with asyncio.TaskGroup() as group:
+        group.create_task(renew())
+        await asyncio.sleep(0)
+        done = asyncio.Event()
+        quanta[2].renew_then(lambda: (order.append("last"), done.set())[0])
+        assert not order
+        await done.wait()
+    assert order == ["first", "task", "last"]
+    assert not any(quantum.used_up for quantum in quanta)
 
 
 async def test_one_queue_for_each_loop() -> None:

@@ -1,0 +1,50 @@
+"""Replies that are put together: of upstream's messages, and of those and our own. Sans-IO. The one error is Malformed."""
+
+from dnsgw.message.question import AA, AD, HEADER, Query, opt_record
+from dnsgw.message.upstream_reply import Message, Section
+
+
+def joined(query: Query, chain: Message, count: int, end: Message) -> bytes:
+    """Write the reply to `query` whose first `count` aliases are of `chain` and whose rest answers the name they lead to.
+
+    The response code is that of the last name (RFC 6604 section 3). What we put together is neither authoritative nor
+    validated. Raises Malformed.
+    """
+    records = list(chain.aliases(count))
+    answers = [end.standalone(place) for place in end.places if place.section == Section.ANSWER]
+    authorities = [end.standalone(place) for place in end.places if place.section == Section.AUTHORITY]
+    edns = query.edns is not None
+    head = HEADER.pack(query.id, end.flags & ~(AA | AD), 1, len(records) + len(answers), len(authorities), edns)
+    opt = opt_record(do=query.edns.do, rcode=end.rcode, options=end.extended_errors) if query.edns else b""
+    return b"".join((head, query.question, *records, *answers, *authorities, opt))
+
+
+def retargeted(query: Query, name: bytes) -> Query:
+    """The same question about another name in wire form. Raises Malformed."""
+    labels = []
+    position = 0
+    while length := name[position]:
+        labels.append(position)
+        position += length + 1
+    question = name + query.question[-4:]
+    return Query(
+        id=query.id,
+        flags=query.flags,
+        question=question,
+        name=name.lower(),
+        labels=tuple(labels),
+        qtype=query.qtype,
+        edns=query.edns,
+    )
+
+
+def with_option(reply: bytes, extra: bytes) -> bytes:
+    """Add an encoded option to the OPT of a reply of ours, whose last record it is."""
+    # Found from the front: a reply of ours is short, and its OPT is where the records end.
+    message = Message(reply)
+    opt = message.opt
+    if opt is None or opt.stop != len(reply):
+        return reply
+    size = opt.stop - opt.start + len(extra)
+    at = opt.start - 2
+    return reply[:at] + size.to_bytes(2, "big") + reply[opt.start :] + extra

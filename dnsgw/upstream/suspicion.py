@@ -1,0 +1,166 @@
+"""Packets that are no answer, or may be forged: what is believed, and how a question goes on instead.
+
+A packet that answers nothing that was asked is counted, and the wait goes on. Where somebody seems to forge answers to a question,
+it goes on over TCP; if that fails, over UDP with a new id and port. An answer that lacks what its server can do is asked for again.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from dnsgw.metrics import DnsMetrics, UpstreamOutcome
+from dnsgw.upstream.exchange import Attempt, Exchange, Pending, QueryTarget, Trust
+from dnsgw.upstream.outstanding import OutstandingQueries
+from dnsgw.upstream.verify import Opt, Verdict, question_of
+
+log = logging.getLogger(__name__)
+
+MAX_FORGED = 3  # answers with a wrong id that may be late ones; more mean that somebody guesses
+MAX_BAD_COOKIES = 1  # RFC 7873 section 5.3: once more with the new cookie, then over TCP
+MAX_UNWANTED = 100  # packets at one socket or connection that answer nothing: then it is closed
+_LOG_EVERY_S = 60.0
+
+_OUTCOMES = {
+    Verdict.MISSPELLED: UpstreamOutcome.MISSPELLED,
+    Verdict.NO_COOKIE: UpstreamOutcome.WRONG_COOKIE,
+    Verdict.BARE: UpstreamOutcome.UNPROVEN,
+}
+
+
+class Suspicion:
+    """What the packets of all upstreams give reason to doubt."""
+
+    def __init__(
+        self, metrics: DnsMetrics, out: OutstandingQueries, ask_again: Callable[[Exchange, QueryTarget], None]
+    ) -> None:
+        """Prepare, on the running loop.
+
+        Args:
+            out: the exchanges over UDP.
+            ask_again: asks the same upstream once more, in the way that the exchange now says.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._counts = metrics.upstream
+        self._alike = out
+        self._again = ask_again
+        self._next_log = 0.0
+
+    def doubt(self, attempt: Attempt, verdict: Verdict, packet: bytes, opt: Opt | None) -> None:
+        """Ask the same upstream again, in a way that it can answer or that proves more."""
+        self._counts[_OUTCOMES.get(verdict, UpstreamOutcome.ASKED_AGAIN)] += 1
+        exchange, upstream = attempt.exchange, attempt.pending.upstream
+        abilities, stream = upstream.abilities, attempt.pending.stream
+        if verdict is Verdict.NO_EDNS:
+            abilities.refused_edns(self._loop.time())
+            exchange.plain = True
+        elif verdict is Verdict.BAD_COOKIE and opt is not None:
+            abilities.learned_cookie(attempt.source, opt.cookie)
+            exchange.bad_cookies += 1
+            exchange.no_cookie = stream
+            if exchange.bad_cookies > MAX_BAD_COOKIES and not stream:
+                self._over_tcp(exchange, upstream)
+                return
+        elif stream:  # nobody forges that: it can do no better
+            if verdict is Verdict.MISSPELLED:
+                upstream.lost_case(self._loop.time())
+            else:
+                abilities.lost_cookies()
+                exchange.no_cookie = True
+        else:
+            exchange.doubted = True
+            if verdict is Verdict.BARE:
+                exchange.fallback = exchange.fallback or packet
+            if upstream not in exchange.trust:
+                self._over_tcp(exchange, upstream)
+                return
+            # TCP failed. An answer in the wrong case is never believed; but a server may have lost its cookies.
+            if verdict is Verdict.MISSPELLED or (exchange.plain and exchange.no_cookie):
+                return
+            exchange.no_cookie = True
+            exchange.plain = verdict is Verdict.BARE
+        exchange.drop(attempt)
+        self._again(exchange, upstream)
+
+    def unmatched(self, packet: bytes, pending: Pending) -> None:
+        """Take notice of a packet whose id nobody waits for at this socket: it is late, or somebody guesses."""
+        upstream = pending.upstream
+        found = () if pending.stream else self._alike.find(question_of(packet))
+        if found:
+            self._counts[UpstreamOutcome.WRONG_ID] += 1
+            for exchange in found:
+                self._suspect(exchange, upstream)
+        else:
+            self._counts[UpstreamOutcome.UNWANTED] += 1
+        self._unwanted(pending)
+
+    def _unwanted(self, pending: Pending) -> None:
+        """Count it, and close what only brings such packets."""
+        upstream = pending.upstream
+        pending.unwanted += 1
+        if pending.unwanted != MAX_UNWANTED:
+            return
+        self._counts[UpstreamOutcome.FLOODED] += 1
+        attempts = list(pending.values())
+        upstream.shed(pending)
+        for attempt in attempts if not pending.stream else ():
+            exchange = attempt.exchange
+            if attempt not in exchange.open:
+                continue
+            if upstream in exchange.trust:
+                exchange.drop(attempt)
+                self._again(exchange, upstream)
+            else:
+                self.report(exchange, upstream, self._loop.time())
+                self._over_tcp(exchange, upstream)
+
+    def wrong_question(self, exchange: Exchange, pending: Pending) -> None:
+        """Take notice of a packet with the id of a question that it does not answer."""
+        self._counts[UpstreamOutcome.WRONG_QUESTION] += 1
+        self._unwanted(pending)
+        if not pending.stream:
+            self._suspect(exchange, pending.upstream)
+
+    def _suspect(self, exchange: Exchange, upstream: QueryTarget) -> None:
+        """Count an answer that nobody should have sent; after a few the question goes on over TCP."""
+        exchange.forged += 1
+        if exchange.forged > MAX_FORGED and upstream not in exchange.trust:
+            self.report(exchange, upstream, self._loop.time())
+            self._over_tcp(exchange, upstream)
+
+    def _over_tcp(self, exchange: Exchange, upstream: QueryTarget) -> None:
+        """Wait for no answer of this upstream over UDP any more, but ask it over TCP."""
+        at_stake = [each for each in exchange.open if each.pending.upstream is upstream and not each.pending.stream]
+        if upstream in exchange.trust or not at_stake:
+            return
+        now = self._loop.time()
+        self._counts[UpstreamOutcome.DISTRUSTED] += 1
+        for attempt in at_stake:
+            exchange.drop(attempt)
+        exchange.trust[upstream] = Trust.STREAM if upstream.abilities.takes_streams(now) else Trust.RENEWED
+        self._again(exchange, upstream)
+
+    def stream_failed(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
+        """Go on by UDP, with a new id and port: this upstream takes no connections now."""
+        exchange.trust[upstream] = Trust.RENEWED
+        upstream.abilities.refused_stream(now)
+
+    def report(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
+        """Log that somebody seems to forge, once a minute at most: whoever does it can do more."""
+        if now < self._next_log:
+            return
+        self._next_log = now + _LOG_EVERY_S
+        counts = self._counts
+        log.warning(
+            "dns_forging_suspected",
+            extra={
+                "event": {
+                    "upstream": str(upstream.destination),
+                    "name": ascii(exchange.query.text() or "")[1:-1],
+                    "wrong_id": counts[UpstreamOutcome.WRONG_ID],
+                    "wrong_question": counts[UpstreamOutcome.WRONG_QUESTION],
+                    "misspelled": counts[UpstreamOutcome.MISSPELLED],
+                    "wrong_cookie": counts[UpstreamOutcome.WRONG_COOKIE],
+                    "detail": "it is asked over TCP",
+                }
+            },
+        )
