@@ -98,11 +98,6 @@ class DesiredState:
         return True
 
     @property
-    def wants_lease(self) -> bool:
-        """Whether anything that is wanted needs a lease."""
-        return any(wanted.put.leased for wanted in self._wanted.values())
-
-    @property
     def settled(self) -> bool:
         """Whether the server has acknowledged everything."""
         return not self._unwanted and all(wanted.acknowledged for wanted in self._wanted.values())
