@@ -34,6 +34,7 @@ import uvloop
 from bench import machine
 from discovery.client import snapshot_file
 from discovery.client.client import DiscoveryClient
+from discovery.client.config import DiscoveryClientConfig
 from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, Spec, TurnSpec
 
 START_TIMEOUT_S = 20.0
@@ -178,7 +179,7 @@ async def first_snapshot(url: str, folder: Path) -> dict[str, Any]:
     """Measure the client that roles use, from nothing to a mesh."""
     times = []
     for _ in range(5):
-        client = DiscoveryClient([url], network="net-0")
+        client = DiscoveryClient(DiscoveryClientConfig(urls=[url], network="net-0"))
         synced = asyncio.Event()
 
         def seen(_: Mesh, synced: asyncio.Event = synced) -> None:

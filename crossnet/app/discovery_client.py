@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry
 
 from crossnet.config.sections import Config
 from discovery.client.client import DiscoveryClient
+from discovery.client.config import DiscoveryClientConfig
 from discovery.client.contract import Discovery
 from discovery.client.merged import MergedDiscovery
 from discovery.client.mesh_file import StaticDiscovery
@@ -16,8 +17,8 @@ async def open_discovery(config: Config, registry: CollectorRegistry) -> Discove
         file = StaticDiscovery(config.static_mesh, network=config.network, allowed=config.dialled)
         if not config.discovery_urls:
             return file
-    client = DiscoveryClient(
-        config.discovery_urls,
+    client_config = DiscoveryClientConfig(
+        urls=config.discovery_urls,
         network=config.network,
         token=config.token.text if config.token else None,
         ca_file=config.discovery_tls.ca if config.discovery_tls else None,
@@ -25,6 +26,6 @@ async def open_discovery(config: Config, registry: CollectorRegistry) -> Discove
         key_file=config.discovery_tls.key if config.discovery_tls else None,
         insecure=config.insecure,
         snapshot_file=config.snapshot,
-        registry=registry,
     )
+    client = DiscoveryClient(client_config, registry=registry)
     return client if file is None else MergedDiscovery(client, file)

@@ -13,7 +13,7 @@ import msgspec
 
 from crossnet.config.sections import Config
 from discovery.client.mesh_file import format_mesh, load_mesh
-from discovery.client.servers import Refused, Servers, ServerUnavailable
+from discovery.client.servers import RequestRefused, Servers, ServerUnavailable
 from discovery.files.yaml_file import BadFile
 from discovery.model.mesh import Kind, decode_record
 
@@ -58,7 +58,7 @@ def _with_servers(config: Config, ask: Callable[[Servers], Awaitable[T]]) -> T:
 
     try:
         return asyncio.run(speak())
-    except (ServerUnavailable, Refused, OSError, ValueError) as error:
+    except (ServerUnavailable, RequestRefused, OSError, ValueError) as error:
         raise RecordsError(str(error)) from error
 
 
@@ -166,7 +166,7 @@ def import_records(config: Config, path: Path, leased: bool = False) -> int:
             name = f"{record.kind}/{record.network}/{record.id}"
             try:
                 await servers.anywhere("PUT", f"/v1/records/{name}", {"spec": spec})
-            except Refused as error:
+            except RequestRefused as error:
                 if record.kind is Kind.NETWORK and error.status == 403:
                     continue  # a file must declare its networks; what is in one shows that it is there
                 refused += 1

@@ -12,7 +12,6 @@ from discovery.model.validation import shown
 from discovery.store import EtcdAccess, EtcdStore, MemoryStore, SqliteStore, Store, StoreError
 from discovery.store.etcdapi import DEFAULT_PREFIX, parse_endpoints
 
-DEFAULT_PORT = 8600
 MAX_BODY = 1024 * 1024  # a service with its most endpoints has some 25 kB a port
 
 

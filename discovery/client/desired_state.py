@@ -65,8 +65,9 @@ class _Wanted:
 class DesiredState:
     """What we want, and how far it is true."""
 
-    def __init__(self) -> None:
+    def __init__(self, reassert_after_s: float = REASSERT_AFTER_S) -> None:
         """Begin wanting nothing."""
+        self._reassert_after_s = reassert_after_s
         self._wanted: dict[Key, _Wanted] = {}
         self._unwanted: dict[Key, tuple[Delete, float]] = {}  # with the time before which it is not tried
 
@@ -95,11 +96,6 @@ class DesiredState:
         elif wanted.ours:
             self._unwanted[key] = (Delete(key, wanted.revision), 0.0)
         return True
-
-    @property
-    def wants_lease(self) -> bool:
-        """Whether anything that is wanted needs a lease."""
-        return any(wanted.put.leased for wanted in self._wanted.values())
 
     @property
     def settled(self) -> bool:
@@ -190,7 +186,7 @@ class DesiredState:
         if wanted.reasserted_at is None or now - wanted.reasserted_at > REASSERT_EVERY_S:
             wanted.reasserted_at = now
             wanted.acknowledged = False
-            wanted.retry_at = now + REASSERT_AFTER_S
+            wanted.retry_at = now + self._reassert_after_s
         return True
 
     def lease_lost(self) -> None:

@@ -75,11 +75,19 @@ def format_mesh(records: Iterable[AnyRecord]) -> str:
 class StaticDiscovery(Discovery):
     """Discovery by way of a file, which is read again when it changes."""
 
-    def __init__(self, path: Path, *, network: str | None = None, allowed: TargetList | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        network: str | None = None,
+        allowed: TargetList | None = None,
+        reload_s: float = RELOAD_S,
+    ) -> None:
         """Read the file; `network` is the one that roles publish in. Raises BadFile with every fault in it."""
         self._path = path
         self._network = network
         self._allowed = allowed
+        self._reload_s = reload_s
         self._stamp = FileFingerprint([path])
         self._file = load_mesh(path, allowed)
         self._own: dict[Key, AnyRecord] = {}
@@ -96,10 +104,6 @@ class StaticDiscovery(Discovery):
         """Always: the file was read."""
         return True
 
-    def reload(self) -> None:
-        """Read the file anew. Raises BadFile, and then the mesh stays as it was."""
-        self._replace(load_mesh(self._path, self._allowed))
-
     def _replace(self, file: Mesh) -> None:
         self._file = file
         # A record that is in the file counts before one that was published here: somebody wrote it on purpose.
@@ -107,7 +111,7 @@ class StaticDiscovery(Discovery):
         self._swap(self._file.apply(own).at(self._mesh.revision + 1))
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
-        """Have `callback` called when a role of this process publishes or withdraws something, or on `reload`."""
+        """Have `callback` called when a role of this process publishes or withdraws something, or the file changes."""
         return self._subscribers.add(callback)
 
     def publish(
@@ -144,7 +148,7 @@ class StaticDiscovery(Discovery):
     async def run(self) -> None:
         """Read the file anew when it changes, until cancelled. One with faults changes nothing and is told of."""
         while True:
-            await asyncio.sleep(RELOAD_S)
+            await asyncio.sleep(self._reload_s)
             if not self._stamp.changed():
                 continue
             try:

@@ -36,7 +36,7 @@ class ServerUnavailable(Exception):
     """A server cannot be used now: another one can, or the same later."""
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A server understood and says no."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
@@ -145,10 +145,10 @@ class Servers:
     async def request(
         self, method: str, url: URL, path: str, body: object = None, *, headers: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        """Ask one server. Raises Away, Refused."""
+        """Ask one server. Raises ServerUnavailable, RequestRefused."""
         data = msgspec.json.encode(body) if body is not None else None
         if data is not None and len(data) > MAX_BODY:
-            raise Refused(413, "too_large", f"the record has {len(data)} bytes, {MAX_BODY} is the most")
+            raise RequestRefused(413, "too_large", f"the record has {len(data)} bytes, {MAX_BODY} is the most")
         try:
             async with self._open().request(
                 method,
@@ -169,7 +169,7 @@ class Servers:
             raise ServerUnavailable(f"{url}: {await self._explained(url, error)}") from None
 
     async def anywhere(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        """Ask the servers one after the other, each once, until one answers. Raises Away, Refused."""
+        """Ask the servers one after the other, each once, until one answers. Raises ServerUnavailable, RequestRefused."""
         away: ServerUnavailable | None = None
         for _ in range(self.count):
             url = self.current
@@ -182,7 +182,7 @@ class Servers:
         raise away
 
     async def lines(self, url: URL, path: str, query: dict[str, str]) -> AsyncGenerator[bytes, None]:
-        """Give what a server streams, piece by piece, until it ends. Raises Away, Refused."""
+        """Give what a server streams, piece by piece, until it ends. Raises ServerUnavailable, RequestRefused."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=WATCH_SILENCE_S)
         try:
             async with self._open().get(
@@ -244,15 +244,15 @@ class Servers:
             code, detail = "unknown", f"status {response.status}"
         if response.status >= 500:
             raise ServerUnavailable(f"{code}: {detail}")
-        raise Refused(response.status, code, detail)
+        raise RequestRefused(response.status, code, detail)
 
 
 class ServerRetries:
     """Waits that grow and are never the same for two clients; none while there are servers yet to be tried."""
 
-    def __init__(self, servers: Servers) -> None:
-        """Begin without a failure."""
+    def __init__(self, servers: Servers, backoff: Backoff = BACKOFF) -> None:
         self._servers = servers
+        self._backoff = backoff
         self._failures = 0
 
     def succeeded(self) -> None:
@@ -265,7 +265,7 @@ class ServerRetries:
         rounds, more = divmod(self._failures, self._servers.count)
         if more and rounds == 0:
             return
-        await asyncio.sleep(BACKOFF.pause_s(rounds + 1))
+        await asyncio.sleep(self._backoff.pause_s(rounds + 1))
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

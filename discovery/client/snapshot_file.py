@@ -1,24 +1,28 @@
-"""The copy of the mesh on disk, from which a client goes on when discovery is away at its start.
+"""The copy of the mesh on disk, from which a client starts while discovery is down.
 
 The first line is the SHA-256 of the rest: a header in JSON, then one record a line. A file that was cut short or changed
 is set aside, never half believed.
 """
 
+import asyncio
 import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from discovery.client.view import View
 from discovery.model.mesh import AnyRecord, BadRecord, Mesh, decode_record
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+SAVE_EVERY_S = 5.0
 MAX_SNAPSHOT = 256 * 1024 * 1024
 
 
@@ -107,6 +111,54 @@ def load(path: Path, network: str, *, set_aside: bool = True) -> DiskCopy | None
         log.warning("the snapshot %s is of network %s, not of %s: not used", path, copy.network, network)
         return None
     return copy
+
+
+class SnapshotKeeper:
+    """Keeps a copy of a view on disk while `run` runs. Without a path it does nothing."""
+
+    def __init__(self, path: Path | None, network: str, view: View) -> None:
+        self._path = path
+        self._network = network
+        self._view = view
+        self._changed = asyncio.Event()
+
+    async def restore(self) -> bool:
+        """Start the view from the saved copy, if there is one and no server has been faster. Tells whether it did."""
+        copy = await asyncio.to_thread(load, self._path, self._network) if self._path is not None else None
+        if copy is None or self._view.synced:
+            return False
+        self._view.restore(copy.mesh(), copy.epoch, copy.revision)
+        self._view.known_at = copy.saved_at
+        event = {"records": len(copy.records), "age_s": round(time.time() - copy.saved_at)}
+        log.info("the mesh is begun with as it was saved", extra={"event": event})
+        return True
+
+    def changed(self) -> None:
+        """Note that the copy is out of date."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Save after changes, at most every SAVE_EVERY_S, until cancelled."""
+        while self._path is not None:
+            await self._changed.wait()
+            await self._save(self._path)
+            await asyncio.sleep(SAVE_EVERY_S)
+
+    async def save_if_needed(self) -> None:
+        """Save now if the copy is out of date."""
+        if self._path is not None and self._changed.is_set():
+            await self._save(self._path)
+
+    async def _save(self, path: Path) -> None:
+        view = self._view
+        if view.epoch is None or view.revision is None:
+            return
+        self._changed.clear()
+        records = tuple(view.confirmed())
+        try:
+            await asyncio.to_thread(save, path, self._network, view.epoch, records, view.revision, view.known_at)
+        except OSError as error:
+            log.warning("the mesh cannot be saved in %s: %s", path, error.strerror or error)
 
 
 class _Damaged(Exception):

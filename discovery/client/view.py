@@ -57,6 +57,9 @@ class View:
         self.live = False
         """Whether the watch has told all there is."""
 
+        self.known_at = 0.0
+        """Unix time at which a server last confirmed the mesh; the owner sets it."""
+
         self.stale_s = 0.0
         """For how many seconds the server itself has not had what it tells confirmed."""
 

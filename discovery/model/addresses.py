@@ -162,10 +162,6 @@ class TargetList:
             for entry in self._entries
         )
 
-    def covers_network(self, network: Network) -> bool:
-        """Tell whether `network` lies wholly inside the CIDR of one item, whatever its ports."""
-        return any(_inside(network, entry.network) for entry in self._entries)
-
     @property
     def networks(self) -> tuple[Network, ...]:
         """The CIDRs of the items, in order."""

@@ -243,15 +243,6 @@ class Mesh:
         beginning = tuple(bucket.by_name[name] for name in names[begin:end])
         return beginning if exact is None else (exact, *beginning)
 
-    def offers(self, name: str) -> tuple[Record[ServiceSpec], ...]:
-        """Find every network's service of exactly this name, by network."""
-        found = [
-            bucket.by_name[name]
-            for (kind, _), bucket in self._buckets.items()
-            if kind is Kind.SERVICE and name in bucket.by_name
-        ]
-        return tuple(sorted(found, key=lambda record: record.network))
-
     def __iter__(self) -> Iterator[AnyRecord]:
         for place in sorted(self._buckets):
             yield from self._buckets[place].ordered

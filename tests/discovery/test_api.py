@@ -19,6 +19,7 @@ from discovery.api import DiscoveryServer, DiscoveryServerConfig
 from discovery.api.tokens import format_entry, make_entry
 from discovery.api.watching import WatchTiming
 from discovery.client.client import DiscoveryClient
+from discovery.client.config import DiscoveryClientConfig
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec
 from discovery.store import MemoryStore, StoreError
@@ -547,7 +548,7 @@ async def test_certificates_in_place_of_tokens_and_both_renewed(
         assert (await ask("stranger"))[0] == 401
         assert (await ask(None))[0] == 401
         files = {"ca_file": tmp_path / "servers.pem", "cert_file": tmp_path / "gw.pem", "key_file": tmp_path / "gw.key"}
-        async with run(DiscoveryClient([url], network="b", **files)) as client:
+        async with run(DiscoveryClient(DiscoveryClientConfig(urls=[url], network="b", **files))) as client:
             client.publish(Kind.GATEWAY, "gw-1", GatewaySpec(address="10.9.0.1:7443"))
             assert await client.settled(5)
         # A renewed certificate is shown to whoever comes next; one that does not fit its key changes nothing.
@@ -559,7 +560,7 @@ async def test_certificates_in_place_of_tokens_and_both_renewed(
             while (await ask("gw"))[1] == before:
                 await asyncio.sleep(0.02)
         # An authority that is taken out is trusted no more, nor is who came in by it and is still there.
-        async with run(DiscoveryClient([url], network="b", **files)) as client:
+        async with run(DiscoveryClient(DiscoveryClientConfig(urls=[url], network="b", **files))) as client:
             await until(client, lambda _: client.connected)
             other.cert_pem.write_to_path(tmp_path / "ca.pem")
             async with asyncio.timeout(5):

@@ -10,6 +10,7 @@ import pytest
 
 from discovery.api.watching import WatchTiming
 from discovery.client.client import DiscoveryClient
+from discovery.client.config import DiscoveryClientConfig
 from discovery.model.mesh import Kind, RelaySpec
 from discovery.store import EtcdAccess, EtcdStore
 from discovery.store import etcd as etcd_module
@@ -20,6 +21,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
 
 def relay(last: int) -> RelaySpec:
     return RelaySpec(addresses=[f"10.0.0.{last}"], ports=[443])
+
+
+def client_at(urls: list[str], network: str) -> DiscoveryClient:
+    return DiscoveryClient(DiscoveryClientConfig(urls=urls, network=network))
 
 
 def store_at(*members: Member) -> EtcdStore:
@@ -55,8 +60,8 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
             two = await servers.enter_async_context(serve(store_at(*members), timing=TIMING))
             urls = [one.url, two.url]
             async with (
-                run(DiscoveryClient(urls, network="a")) as client,
-                run(DiscoveryClient(urls, network="b")) as other,
+                run(client_at(urls, "a")) as client,
+                run(client_at(urls, "b")) as other,
             ):
                 client.publish(Kind.RELAY, "r", relay(1))
                 assert await client.settled(10)
@@ -112,7 +117,7 @@ async def test_a_real_partition(tmp_path: Path, serve: Any, run: Any, until: Any
         async with (
             serve(store_at(*members[:2]), timing=TIMING) as inside,
             serve(store_at(members[2]), timing=TIMING) as outside,
-            run(DiscoveryClient([outside.url, inside.url], network="a")) as client,
+            run(client_at([outside.url, inside.url], "a")) as client,
         ):
             client.publish(Kind.RELAY, "r", relay(1))
             assert await client.settled(10)

@@ -16,8 +16,8 @@ import pytest
 import trustme
 from prometheus_client import CollectorRegistry, generate_latest
 
-from discovery.client import client as client_module
 from discovery.client.client import DiscoveryClient, DiscoveryError
+from discovery.client.config import DiscoveryClientConfig
 from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, VipSpec
 from discovery.pacing.backoff import Backoff
 from discovery.store import Lease, MemoryStore, SqliteStore
@@ -29,7 +29,13 @@ OTHER = RelaySpec(addresses=["10.0.0.10"], ports=[443])
 
 
 def client_of(*at: Any, network: str = "a", **settings: Any) -> DiscoveryClient:
-    return DiscoveryClient([server.url for server in at], network=network, **settings)
+    return client_at(*(server.url for server in at), network=network, **settings)
+
+
+def client_at(
+    *urls: str, network: str = "a", registry: CollectorRegistry | None = None, **settings: Any
+) -> DiscoveryClient:
+    return DiscoveryClient(DiscoveryClientConfig(urls=urls, network=network, **settings), registry=registry)
 
 
 async def gone(at: Any, *key: Any) -> None:
@@ -192,7 +198,7 @@ async def test_a_restarted_server_finds_its_clients_again(
         assert await client.settled(5)
         await running.__aexit__(None, None, None)
         assert (await at.store.snapshot()).records == ()
-    events = [record.message for record in caplog.records if record.name == "discovery.client.client"]
+    events = [record.message for record in caplog.records if record.name == "discovery.client.follower"]
     assert events.count("discovery is there") == 2
     assert events.count("discovery is away") <= 3  # once it ended, once it was refused, and not at each attempt
 
@@ -222,7 +228,7 @@ async def test_ten_minutes_without_discovery_withdraw_nothing_that_lives(
     async with asyncio.timeout(5):
         while client.connected:
             await asyncio.sleep(0.01)
-    client._known_at -= 600
+    client._view.known_at -= 600
     assert 600 <= staleness() < 660
     clock.now += 600
     async with serve(SqliteStore(path, clock=clock), port=port) as at:
@@ -296,8 +302,8 @@ async def test_a_wall_clock_that_jumps_ends_no_lease(
 async def test_a_killed_server_comes_back_with_everything(run: Any, until: Any, tmp_path: Path, free_port: int) -> None:
     path = tmp_path / "discovery.db"
     process, port = await asyncio.to_thread(start_server, path, free_port)
-    client = DiscoveryClient([f"http://127.0.0.1:{port}"], network="a")
-    watcher = DiscoveryClient([f"http://127.0.0.1:{port}"], network="b")
+    client = client_at(f"http://127.0.0.1:{port}")
+    watcher = client_at(f"http://127.0.0.1:{port}", network="b")
     try:
         async with run(client), run(watcher):
             client.publish(Kind.RELAY, "r", RELAY)
@@ -542,10 +548,9 @@ async def test_a_subscriber_that_fails_hurts_no_other(
     assert "a subscriber to the mesh failed" in caplog.text
 
 
-async def test_closing_is_bounded(serve: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "CLOSE_TIMEOUT_S", 0.2)
+async def test_closing_is_bounded(serve: Any, run: Any) -> None:
     async with serve() as at:
-        client = client_of(at)
+        client = client_of(at, close_timeout_s=0.2)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(client.run())
             client.publish(Kind.RELAY, "r", RELAY)
@@ -562,10 +567,7 @@ async def test_closing_is_bounded(serve: Any, run: Any, monkeypatch: pytest.Monk
     await client_of(at).close()
 
 
-async def test_a_server_that_talks_nonsense_is_another_that_is_away(
-    run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("discovery.client.servers.BACKOFF", Backoff(0.05, 0.05))
+async def test_a_server_that_talks_nonsense_is_another_that_is_away(run: Any, caplog: pytest.LogCaptureFixture) -> None:
     answers = iter(
         [
             b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense\n",
@@ -589,7 +591,8 @@ async def test_a_server_that_talks_nonsense_is_another_that_is_away(
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        async with run(DiscoveryClient([f"http://127.0.0.1:{port}"], network="a")) as client, asyncio.timeout(10):
+        client = client_at(f"http://127.0.0.1:{port}", backoff=Backoff(0.05, 0.05))
+        async with run(client), asyncio.timeout(10):
             await done.wait()
             assert not client.synced
     told = " ".join(str(getattr(record, "event", "")) for record in caplog.records)
@@ -609,20 +612,19 @@ async def test_metrics(serve: Any, run: Any, until: Any) -> None:
 
 def test_a_client_needs_a_server() -> None:
     with pytest.raises(ValueError, match="URL"):
-        DiscoveryClient([], network="a")
+        client_at()
     with pytest.raises(ValueError, match="insecure"):
-        DiscoveryClient(["http://10.0.0.2:8600"], network="a")
+        client_at("http://10.0.0.2:8600")
 
 
 async def test_two_processes_with_one_id_notice_each_other(
-    serve: Any, run: Any, until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("discovery.client.desired_state.REASSERT_AFTER_S", 0.1)
     other = RelaySpec(addresses=["10.0.0.8"], ports=[443])
-    async with serve() as at, run(client_of(at)) as first:
+    async with serve() as at, run(client_of(at, reassert_after_s=0.1)) as first:
         first.publish(Kind.RELAY, "r", RELAY)
         assert await first.settled(5)
-        async with run(client_of(at)) as second:
+        async with run(client_of(at, reassert_after_s=0.1)) as second:
             second.publish(Kind.RELAY, "r", other)
             async with asyncio.timeout(10):
                 while len([record for record in caplog.records if record.message == "id_in_use"]) < 2:

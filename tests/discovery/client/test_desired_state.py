@@ -21,10 +21,8 @@ def settled(state: DesiredState) -> DesiredState:
 def test_from_wanting_to_having_to_not_wanting() -> None:
     state = DesiredState()
     assert state.settled
-    assert not state.wants_lease
     assert state.publish(put(A))
     assert not state.publish(put(A))
-    assert state.wants_lease
     assert not state.settled
     assert state.next_work(0) == put(A)
     state.acknowledge(put(A), 1)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from discovery.client.client import DiscoveryClient
+from discovery.client.config import DiscoveryClientConfig
 from discovery.client.merged import MergedDiscovery
 from discovery.client.mesh_file import StaticDiscovery
 from discovery.model.mesh import Kind, RelaySpec, ServiceSpec
@@ -15,9 +16,8 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_the_file_wins_and_both_are_followed(
-    tmp_path: Path, serve: Any, run: Any, until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("discovery.client.mesh_file.RELOAD_S", 0.02)
     path = tmp_path / "mesh.yaml"
     path.write_text(
         "networks: [{id: b}]\n"
@@ -29,7 +29,8 @@ async def test_the_file_wins_and_both_are_followed(
         await at.store.put((Kind.RELAY, "b", "r2"), RelaySpec(addresses=["10.0.0.3"], ports=[443]))
         # The same service under an id that would come first.
         await at.store.put((Kind.SERVICE, "b", "a"), ServiceSpec(name="o.s", ports={"8443": ["10.1.0.2:1"]}))
-        both = MergedDiscovery(DiscoveryClient([at.url], network="b"), StaticDiscovery(path, network="b"))
+        client = DiscoveryClient(DiscoveryClientConfig(urls=[at.url], network="b"))
+        both = MergedDiscovery(client, StaticDiscovery(path, network="b", reload_s=0.02))
         assert both.mesh.relays("b")[0].spec.addresses == ["10.0.0.1"]
         assert (both.synced, both.connected, both.age_s) == (False, False, None)
         async with run(both):

@@ -129,18 +129,24 @@ def test_what_a_role_publishes_is_merged_in(path: Path) -> None:
         StaticDiscovery(path).publish(Kind.RELAY, "r", RELAY)
 
 
-def test_it_is_read_anew_when_asked_to(path: Path) -> None:
-    discovery = StaticDiscovery(path, network="a")
+@pytest.mark.anyio
+async def test_a_changed_file_is_read_again(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    discovery = StaticDiscovery(path, network="a", reload_s=0.01)
     discovery.publish(Kind.RELAY, "relay-2", RELAY)
     before = discovery.mesh.revision
-    path.write_text(DESIGN.replace("relay-1", "relay-9"))
-    discovery.reload()
-    assert [relay.id for relay in discovery.mesh.relays("a")] == ["relay-2", "relay-9"]
-    assert discovery.mesh.revision > before
-    path.write_text("broken: ")
-    with pytest.raises(BadFile):
-        discovery.reload()
-    assert len(discovery.mesh.relays("a")) == 2
+    changed = asyncio.Event()
+    discovery.subscribe(lambda _: changed.set())
+    async with asyncio.TaskGroup() as group, asyncio.timeout(10):
+        task = group.create_task(discovery.run())
+        await asyncio.to_thread(path.write_text, DESIGN.replace("relay-1", "relay-9"))
+        await changed.wait()
+        assert [relay.id for relay in discovery.mesh.relays("a")] == ["relay-2", "relay-9"]
+        assert discovery.mesh.revision > before
+        await asyncio.to_thread(path.write_text, "broken: ")
+        while "not taken" not in caplog.text:
+            await asyncio.sleep(0.01)
+        assert len(discovery.mesh.relays("a")) == 2
+        task.cancel()
 
 
 @pytest.mark.anyio

@@ -87,12 +87,6 @@ def test_services_are_found_by_name_and_by_what_they_begin_with() -> None:
     assert mesh.service("b", "orders") is None
 
 
-def test_offers_are_of_every_network() -> None:
-    mesh = Mesh.of([service("c", "o.s"), service("b", "o.s"), service("b", "x.y")])
-    assert [record.network for record in mesh.offers("o.s")] == ["b", "c"]
-    assert mesh.offers("n.o") == ()
-
-
 def test_of_two_records_with_one_name_the_first_id_counts() -> None:
     for order in (1, -1):
         mesh = Mesh.of([service("b", "o.s", "2"), service("b", "o.s", "1")][::order])
@@ -143,7 +137,8 @@ def test_any_order_of_changes_gives_the_mesh_of_what_is_left(all_changes: list[A
     for mesh in (at_once, in_two):
         assert list(mesh) == list(expected)
         assert mesh.networks == expected.networks
-        assert mesh.offers("o.s") == expected.offers("o.s")
+        for network in expected.networks:
+            assert mesh.service(network, "o.s") == expected.service(network, "o.s")
         assert mesh.services_beginning("a", "o.s") == expected.services_beginning("a", "o.s")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from discovery.client.client import DiscoveryClient
+from discovery.client.config import DiscoveryClientConfig
 from discovery.model.mesh import Kind, ServiceSpec
 from discovery.pacing.backoff import Backoff
 from discovery.publisher import Publisher, PublisherConfig
@@ -43,7 +44,7 @@ async def publishing(
     kube: KubeServer, at: Any, tmp_path: Path, namespaces: tuple[str, ...] = (), ca_file: Path | None = None
 ) -> AsyncIterator[tuple[Publisher, DiscoveryClient]]:
     (tmp_path / "token").write_text("t0ken\n")
-    client = DiscoveryClient([at.url], network="b")
+    client = DiscoveryClient(DiscoveryClientConfig(urls=[at.url], network="b"))
     config = PublisherConfig(
         network="b", api=kube.url, token_file=tmp_path / "token", namespaces=namespaces, ca_file=ca_file
     )
