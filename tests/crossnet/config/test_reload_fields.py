@@ -254,9 +254,9 @@ class Inside:
         if app.gateway is not None and config.gateway is not None:
             gateway = role_configs.gateway_config(config, config.gateway, app.gateway.config.guard)
             assert app.gateway.config == gateway
-            assert app.gateway._delivery._allow == gateway.allow
-            assert app.gateway._delivery._policy == gateway.policy
-            assert app.gateway._arrivals.keys == role_configs.keys(config)
+            assert app.gateway._service_dialer._allow == gateway.allow
+            assert app.gateway._service_dialer._policy == gateway.policy
+            assert app.gateway._handshakes.keys == role_configs.keys(config)
             assert app.registrar is not None
             assert app.gateway is not None
             guard, epoch = app._guard(), app.gateway.epoch
