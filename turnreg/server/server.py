@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 MIN_OPEN_FILES = 16_384
 """Fewer are said at the start: some eight thousand streams, and the listening ports of allocations besides."""
 
-DRAIN_LOOK_S = 0.1
-"""How often a server that drains looks whether its streams have ended."""
-
 
 @dataclass(slots=True)
 class Listening:
@@ -185,14 +182,6 @@ class TurnServer:
     def drain(self) -> None:
         """Take no new allocations (508 from now on). Those that are there go on, with their streams, until `run` is cancelled."""
         self._meeting.table.draining = True
-
-    async def drained(self, limit_s: float) -> bool:
-        """Drain, and wait until the last stream has ended or `limit_s` seconds are over; says whether all have ended."""
-        self.drain()
-        deadline = asyncio.get_running_loop().time() + limit_s
-        while self.streams and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(DRAIN_LOOK_S)
-        return not self.streams
 
     @classmethod
     @asynccontextmanager
