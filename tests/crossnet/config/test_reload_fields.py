@@ -265,9 +265,9 @@ class Inside:
         if app.turn is not None and config.turn is not None:
             turn = role_configs.turn_config(config, config.turn)
             assert app.turn.config == turn
-            assert app.turn._meeting.table.limits == turn.limits
-            assert app.turn._meeting.transactions.allowed_peers == turn.allowed_peers
-            assert app.turn._meeting.transactions._paces._rate == turn.limits.max_bytes_per_second_per_account
+            assert app.turn._state.table.limits == turn.limits
+            assert app.turn._state.transactions.allowed_peers == turn.allowed_peers
+            assert app.turn._state.transactions._paces._rate == turn.limits.max_bytes_per_second_per_account
             assert app.turn._authenticator._secrets == turn.secrets
             assert app.turn._authenticator._keys.keys() == turn.users.keys()
         if app._dns is not None and config.dns is not None:
