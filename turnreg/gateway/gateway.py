@@ -10,10 +10,11 @@ import logging
 import math
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -41,6 +42,8 @@ from turnreg.gateway.service_dialer import ServiceConnection, ServiceDialer, Und
 from turnreg.gateway.warm import WarmStreams
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEFAULT_HELLO_TIMEOUT_S = 5.0
 """From the bind to the last byte of the ClientHello. The relay had it whole before it dialled: this covers the way here."""
@@ -247,43 +250,43 @@ class Gateway:
 
     async def _carry(self, arrival: InboundStream) -> Reason:
         """Take one connection from its first byte to its end. Raises StreamRefused."""
-        deadline = self._hello_deadline()
-        async with self._opening(arrival, deadline):
-            proven = await self._handshakes.prove(arrival)
-        is_second = isinstance(proven, Preamble) and proven.continues
-        if self._closed.is_set() and not is_second:
-            raise StreamRefused(Reason.DRAINING, "this gateway takes no more streams")
-        match proven:
+        match await self._in_time(arrival, self._prove(arrival), self.config.hello_timeout_s):
             case WarmPreamble(from_network=network):
                 return await self._keep_warm(arrival, network)
             case Preamble(continues=True):
-                async with self._opening(arrival, deadline):
-                    return await self._hand_over(arrival, proven)
-            case Preamble():
-                return await self._carry_stream(arrival, proven, deadline)
+                return Reason.OK  # its stream has it now
+            case Preamble() as preamble:
+                return await self._carry_stream(arrival, preamble)
 
-    async def _carry_stream(self, arrival: InboundStream, preamble: Preamble, deadline: float) -> Reason:
-        """Take a proven stream through its three stages: to the end of its ClientHello, to its service, to its end."""
-        async with self._opening(arrival, deadline):
-            self._admit(arrival, preamble.from_network)
-            if not arrival.framed.ends.ready:
-                await arrival.framed.send(Ready())
-            await read_hello(arrival, preamble, self.config.max_hello_bytes)
+    async def _carry_stream(self, arrival: InboundStream, preamble: Preamble) -> Reason:
         service = await self._deliver(arrival, preamble)
         return await self._bridge(arrival, preamble, service)
 
-    def _hello_deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self.config.hello_timeout_s
+    async def _prove(self, arrival: InboundStream) -> Preamble | WarmPreamble:
+        """Read what a connection is for, and the ClientHello of a stream; hand a second connection over."""
+        proven = await self._handshakes.prove(arrival)
+        is_second = isinstance(proven, Preamble) and proven.continues
+        if self._closed.is_set() and not is_second:
+            raise StreamRefused(Reason.DRAINING, "this gateway takes no more streams")
+        if isinstance(proven, Preamble):
+            await (self._hand_over(arrival, proven) if is_second else self._begin(arrival, proven))
+        return proven
 
-    @asynccontextmanager
-    async def _opening(self, arrival: InboundStream, deadline: float | None) -> AsyncIterator[None]:
-        """Read what opens a stream until `deadline`. Raises StreamRefused for whatever the relay does instead."""
+    async def _begin(self, arrival: InboundStream, preamble: Preamble) -> None:
+        """Take a stream in, and read its ClientHello."""
+        self._admit(arrival, preamble.from_network)
+        if not arrival.framed.ends.ready:
+            await arrival.framed.send(Ready())
+        await read_hello(arrival, preamble, self.config.max_hello_bytes)
+
+    async def _in_time(self, arrival: InboundStream, reading: Awaitable[T], limit_s: float | None) -> T:
+        """Read what opens a stream within `limit_s`. Raises StreamRefused, which says what the relay did instead."""
         try:
-            async with asyncio.timeout_at(deadline):
-                yield
+            async with asyncio.timeout(limit_s):
+                return await reading
         except TimeoutError:
             missing = "preamble" if arrival.preamble is None else "ClientHello"
-            detail = f"no whole {missing} in {self.config.hello_timeout_s} s"
+            detail = f"no whole {missing} in {limit_s} s"
             raise StreamRefused(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
         except CapsuleError as error:
             # A flood would go on over whatever we say.
@@ -346,7 +349,7 @@ class Gateway:
         self._streams[network] += 1
         arrival.counted = True
 
-    async def _hand_over(self, arrival: InboundStream, preamble: Preamble) -> Reason:
+    async def _hand_over(self, arrival: InboundStream, preamble: Preamble) -> None:
         """Give a second connection to its stream."""
         arrival.is_stream = False
         lost = "it continues a stream that is not open here"
@@ -357,7 +360,6 @@ class Gateway:
         if not self._second_connections.bring(preamble, arrival.framed):
             raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
         arrival.handed_over = True
-        return Reason.OK
 
     async def _keep_warm(self, arrival: InboundStream, network: str) -> Reason:
         """Keep a connection ready until its relay brings a stream or goes, and take that stream."""
@@ -366,8 +368,7 @@ class Gateway:
             raise StreamRefused(Reason.OVERLOADED, full)
         arrival.is_stream = False
         self.ledger.drop(arrival.record)
-        async with self._opening(arrival, None):
-            header = await self._warm.wait(arrival.framed, network)
+        header = await self._in_time(arrival, self._warm.wait(arrival.framed, network), None)
         if header is None:
             return Reason.OK
         arrival.record = self._open_record(arrival.framed.wire, arrival.accepted.came_by)
@@ -376,7 +377,8 @@ class Gateway:
         opening = self._handshakes.verify(arrival, header)
         if isinstance(opening, WarmPreamble) or opening.continues:
             raise StreamRefused(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
-        return await self._carry_stream(arrival, opening, self._hello_deadline())
+        await self._in_time(arrival, self._begin(arrival, opening), self.config.hello_timeout_s)
+        return await self._carry_stream(arrival, opening)
 
     async def _refuse(self, framed: CapsuleConnection, reason: Reason, detail: str) -> None:
         """Say why, and give that time to arrive: a close right behind it would overtake it in a TURN server."""
