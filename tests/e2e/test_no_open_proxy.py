@@ -97,7 +97,7 @@ async def test_what_no_list_can_allow_by_being_wide(network: str) -> None:
 
         port = await path.serve(service)
         path.relay.reconfigure(replace(path.relay.config, deliver=EVERYTHING), path.relay._router.keys)
-        path.gateway.reconfigure(replace(path.gateway.config, allow=EVERYTHING), path.gateway._arrivals.keys)
+        path.gateway.reconfigure(replace(path.gateway.config, allow=EVERYTHING), path.gateway._handshakes.keys)
         for name in names(port, network):
             line = await refused(path, name)
             assert line["reason"] in NEVER_DIALLED, (name, line)
@@ -206,7 +206,7 @@ async def play(address: tuple[str, int], data: bytes) -> list[object]:
 async def test_a_captured_stream_is_refused_wherever_it_is_played_again() -> None:
     async with a_path("direct") as path:
         capture = await captured(path)
-        keys = dict(path.gateway._arrivals.keys)
+        keys = dict(path.gateway._handshakes.keys)
         keys["cb-1"] = SigningKey(id="cb-1", secret=bytes(32), from_network="c", to_network="b")
         said = await play(path.gateway.addresses[0], capture.header + capture.capsules)
         assert [message.reason for message in said if isinstance(message, Refused)] == [Reason.REPLAY]

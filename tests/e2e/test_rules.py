@@ -29,7 +29,7 @@ def relay_rules(path: Path, *rules: Rule) -> None:
 
 
 def gateway_rules(path: Path, *rules: Rule) -> None:
-    keys = path.gateway._arrivals.keys
+    keys = path.gateway._handshakes.keys
     path.gateway.reconfigure(replace(path.gateway.config, policy=Policy(rules)), keys)
 
 
@@ -91,7 +91,7 @@ async def test_keys_are_rotated_while_streams_are_open() -> None:
         name = name_of(await path.serve(echo))
         held = await path.dial(name)
         await held.recv_exactly(len(client_hello(name)))
-        old = path.gateway._arrivals.keys["ab-1"]
+        old = path.gateway._handshakes.keys["ab-1"]
         new = SigningKey(id="ab-2", secret=bytes(range(32)), from_network="a", to_network="b")
         for gateway_keys, relay_key in (([old, new], old), ([old, new], new), ([new], new)):
             path.gateway.reconfigure(path.gateway.config, {key.id: key for key in gateway_keys})

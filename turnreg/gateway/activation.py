@@ -1,6 +1,6 @@
-"""Holding streams whose service sleeps: what wakes it is run once, and they wait for an endpoint that answers.
+"""Streams whose service sleeps are held: its trigger runs once, and they wait for an endpoint that answers.
 
-    stream ──▶ delivery: no endpoint, or none answers ──▶ held, until `timeout_s` from its arrival
+    stream ──▶ dialer: no endpoint, or none answers ──▶ held, until `timeout_s` from its arrival
                                                        └─▶ the rule's trigger, once for all streams of that service
     each change of the mesh, and ten times a second ──▶ one of the held streams tries ──▶ it gets through: so do all others
 
@@ -40,13 +40,13 @@ DEFAULT_MAX_HELD = 1024
 DEFAULT_MAX_HELD_PER_SERVICE = 256
 
 LOOK_EVERY_S = 0.1
-"""How often a service is tried while it is awaited: a port that begins to accept tells nobody."""
+"""How often a service is polled while streams wait: nothing announces a port that begins to accept."""
 
 MAX_RUNNING = 32
-"""Triggers at once: a crowd that wants all services of a network must not start a thousand processes. The others wait."""
+"""Triggers at once: requests for all services of a network must not start a thousand processes. The others wait."""
 
 PAUSE_S = 0.01
-"""Between two tries at least: a mesh that changes all the time must not have us dial all the time."""
+"""Shortest time between two polls: a mesh that changes constantly must not make us dial constantly."""
 
 BACKOFF = Backoff(1.0, 60.0)
 
@@ -59,7 +59,7 @@ class ActivationRule:
     """Names of services, as their records have them."""
     trigger: Trigger
     timeout_s: float = DEFAULT_TIMEOUT_S
-    """How long a stream is held, from its arrival; MAX_TIMEOUT_S at most."""
+    """How long a stream is held, from its arrival; at most MAX_TIMEOUT_S."""
     run_timeout_s: float = DEFAULT_RUN_TIMEOUT_S
     """How long the trigger may take."""
     cooldown_s: float = DEFAULT_COOLDOWN_S
@@ -69,12 +69,12 @@ class ActivationRule:
 
 
 @dataclass(slots=True, eq=False)
-class _Sleeper:
+class WakeState:
     """A service that is being woken, or was lately."""
 
     held: int = 0
     leading: bool = False
-    """One of the held streams tries for all."""
+    """One of the held streams polls for all."""
     answers: int = 0
     """How often one of them got through."""
     running: bool = False
@@ -83,18 +83,18 @@ class _Sleeper:
     """The last run did; not while there is another."""
     rest_until: float = 0.0
     """No run before that time of the loop."""
-    stirred: asyncio.Event = field(default_factory=asyncio.Event)
-    """Something may have changed: look now."""
-    turn: asyncio.Event = field(default_factory=asyncio.Event)
-    """The stream that tried for all has got through, or given up; a new event each time."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the service may have become reachable: poll it now."""
+    leader_done: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the stream that polls for all has got through or given up; a new event each time."""
 
-    def pass_on(self) -> None:
-        """Wake all that wait for the one that tries."""
-        self.turn.set()
-        self.turn = asyncio.Event()
+    def wake_followers(self) -> None:
+        """Wake the streams that wait for the one that polls."""
+        self.leader_done.set()
+        self.leader_done = asyncio.Event()
 
     def is_forgettable(self, now: float) -> bool:
-        """Nothing that a new beginning would not know either."""
+        """Tell whether this state is no different from a new one."""
         return (
             not self.held and not self.running and now > self.rest_until + (BACKOFF.longest_s if self.failures else 0)
         )
@@ -105,11 +105,11 @@ async def _nobody(_seconds: float) -> None:
 
 
 class Activation:
-    """A Delivery that wakes what sleeps. `spawn` is set while the gateway runs; without it nothing is woken."""
+    """A ServiceDialer that wakes services. `group` is set while the gateway runs; without it nothing is woken."""
 
     def __init__(
         self,
-        delivery: ServiceDialer,
+        dialer: ServiceDialer,
         discovery: Discovery,
         network: str,
         rules: tuple[ActivationRule, ...],
@@ -117,14 +117,14 @@ class Activation:
         *,
         registry: CollectorRegistry,
     ) -> None:
-        self._delivery = delivery
+        self._dialer = dialer
         self._discovery = discovery
         self._network = network
         self.reconfigure(rules, max_held)
         self.group: asyncio.TaskGroup | None = None
         """Where triggers run: they outlive the streams that they are run for."""
         self._slots = asyncio.Semaphore(MAX_RUNNING)
-        self._sleepers: dict[str, _Sleeper] = {}
+        self._wake_states: dict[str, WakeState] = {}
         self._held = 0
         self._unsubscribe: Callable[[], None] = lambda: None
         runs = Counter(
@@ -158,11 +158,11 @@ class Activation:
             on_held: told when the stream begins to wait, and for how many seconds at most.
 
         Raises:
-            Undeliverable: as Delivery.connect, and overloaded; no_endpoint for a service that did not wake.
+            Undeliverable: as ServiceDialer.connect, and overloaded; no_endpoint for a service that did not wake.
         """
         until = asyncio.get_running_loop().time()
         try:
-            return await self._delivery.connect(preamble)
+            return await self._dialer.connect(preamble)
         except Undeliverable as error:
             rule = self._rule_for(error.asleep) if error.asleep else None
             if rule is None:
@@ -188,97 +188,97 @@ class Activation:
         until: float,
         on_held: Callable[[float], Awaitable[None]],
     ) -> ServiceConnection:
-        sleeper = self._sleeper(failure.asleep)
+        wake = self._wake_state(failure.asleep)
         now = asyncio.get_running_loop().time()
-        if sleeper.failed and now < sleeper.rest_until:
+        if wake.failed and now < wake.rest_until:
             raise _no_endpoint(failure)
-        if self._held >= self._max_held or sleeper.held >= rule.max_held:
-            raise Undeliverable(Reason.OVERLOADED, f"{sleeper.held} streams wait for {failure.asleep} already")
-        if not sleeper.running and now >= sleeper.rest_until:
-            self._begin(failure.asleep, rule, sleeper)
+        if self._held >= self._max_held or wake.held >= rule.max_held:
+            raise Undeliverable(Reason.OVERLOADED, f"{wake.held} streams wait for {failure.asleep} already")
+        if not wake.running and now >= wake.rest_until:
+            self._begin(failure.asleep, rule, wake)
         if self._held == 0:
-            self._unsubscribe = self._discovery.subscribe(self._stir)
+            self._unsubscribe = self._discovery.subscribe(self._on_mesh)
         self._held += 1
-        sleeper.held += 1
+        wake.held += 1
         try:
             async with asyncio.timeout_at(until):
                 await on_held(until - now)
-                return await self._awake(sleeper, failure, preamble)
+                return await self._wait_for_service(wake, failure, preamble)
         except TimeoutError:
             detail = f"{failure.detail}; nothing answered within {rule.timeout_s:g} s of waking it"
             raise Undeliverable(Reason.NO_ENDPOINT, detail) from None
         finally:
             self._held -= 1
-            sleeper.held -= 1
+            wake.held -= 1
             if self._held == 0:
                 self._unsubscribe()
 
-    def _sleeper(self, service: str) -> _Sleeper:
-        sleeper = self._sleepers.get(service)
-        if sleeper is None:
+    def _wake_state(self, service: str) -> WakeState:
+        wake = self._wake_states.get(service)
+        if wake is None:
             now = asyncio.get_running_loop().time()
-            for name in [name for name, known in self._sleepers.items() if known.is_forgettable(now)]:
-                del self._sleepers[name]
-            sleeper = self._sleepers[service] = _Sleeper()
-        return sleeper
+            for name in [name for name, known in self._wake_states.items() if known.is_forgettable(now)]:
+                del self._wake_states[name]
+            wake = self._wake_states[service] = WakeState()
+        return wake
 
-    def _stir(self, mesh: Mesh) -> None:
+    def _on_mesh(self, mesh: Mesh) -> None:
         del mesh
-        for sleeper in self._sleepers.values():
-            sleeper.stirred.set()
+        for wake in self._wake_states.values():
+            wake.changed.set()
 
-    async def _awake(self, sleeper: _Sleeper, failure: Undeliverable, preamble: Preamble) -> ServiceConnection:
-        """Wait for one's turn to try for all, or for another to get through."""
+    async def _wait_for_service(self, wake: WakeState, failure: Undeliverable, preamble: Preamble) -> ServiceConnection:
+        """Wait until it is this stream's turn to poll for all, or until another gets through."""
         while True:
-            if not sleeper.leading:
-                sleeper.leading = True
+            if not wake.leading:
+                wake.leading = True
                 try:
-                    delivered = await self._tried(sleeper, failure, preamble)
-                    sleeper.answers += 1
+                    delivered = await self._poll_service(wake, failure, preamble)
+                    wake.answers += 1
                     return delivered
                 finally:
-                    sleeper.leading = False
-                    sleeper.pass_on()
-            answers = sleeper.answers
-            await sleeper.turn.wait()
-            if sleeper.answers > answers:
+                    wake.leading = False
+                    wake.wake_followers()
+            answers = wake.answers
+            await wake.leader_done.wait()
+            if wake.answers > answers:
                 try:
-                    return await self._delivery.connect(preamble)
+                    return await self._dialer.connect(preamble)
                 except Undeliverable as error:
                     if not error.asleep:
                         raise
-            elif sleeper.failed:
+            elif wake.failed:
                 raise _no_endpoint(failure)
 
-    async def _tried(self, sleeper: _Sleeper, failure: Undeliverable, preamble: Preamble) -> ServiceConnection:
-        """Try until the service answers."""
+    async def _poll_service(self, wake: WakeState, failure: Undeliverable, preamble: Preamble) -> ServiceConnection:
+        """Poll the service until it answers."""
         while True:
             await asyncio.sleep(PAUSE_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S):
-                    await sleeper.stirred.wait()
-            sleeper.stirred.clear()
+                    await wake.changed.wait()
+            wake.changed.clear()
             try:
-                return await self._delivery.connect(preamble)
+                return await self._dialer.connect(preamble)
             except Undeliverable as error:
                 if not error.asleep:
                     raise
-            if sleeper.failed:
+            if wake.failed:
                 raise _no_endpoint(failure)
 
-    def _begin(self, service: str, rule: ActivationRule, sleeper: _Sleeper) -> None:
+    def _begin(self, service: str, rule: ActivationRule, wake: WakeState) -> None:
         if self.group is None:
             return
-        running = self._run(service, rule, sleeper)
+        running = self._run(service, rule, wake)
         try:
             self.group.create_task(running)
         except RuntimeError:  # the gateway has just ended
             running.close()
             return
-        sleeper.running = True
-        sleeper.failed = False
+        wake.running = True
+        wake.failed = False
 
-    async def _run(self, service: str, rule: ActivationRule, sleeper: _Sleeper) -> None:
+    async def _run(self, service: str, rule: ActivationRule, wake: WakeState) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         result, detail = "ok", ""
@@ -292,16 +292,16 @@ class Activation:
             log.exception("activation_error", extra={"event": {"service": service}})
             result, detail = "failed", str(error)
         finally:
-            sleeper.running = False
-            sleeper.stirred.set()
+            wake.running = False
+            wake.changed.set()
         now = loop.time()
         if result == "ok":
-            sleeper.failures, rest_s = 0, rule.cooldown_s
+            wake.failures, rest_s = 0, rule.cooldown_s
         else:
-            sleeper.failures += 1
-            sleeper.failed = True
-            rest_s = BACKOFF.pause_s(sleeper.failures)
-        sleeper.rest_until = now + rest_s
+            wake.failures += 1
+            wake.failed = True
+            rest_s = BACKOFF.pause_s(wake.failures)
+        wake.rest_until = now + rest_s
         self._runs[result].inc()
         by = "command" if isinstance(rule.trigger, Command) else "url"
         event = {"service": service, "by": by, "result": result, "ms": round((now - started) * 1000)}

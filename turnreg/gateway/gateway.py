@@ -10,12 +10,13 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry
 
 from discovery.client.contract import Discovery
 from discovery.model.addresses import TargetList
@@ -31,19 +32,18 @@ from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.epoch import EPOCH_SIZE
 from sniproxy.tunnel.messages import Opened, Ready, Refused, Waiting
-from sniproxy.tunnel.preamble import (
-    Preamble,
-    SigningKey,
-    WarmPreamble,
-)
+from sniproxy.tunnel.preamble import Preamble, SigningKey, WarmPreamble
 from sniproxy.tunnel.state import Side
 from turnreg.gateway.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
 from turnreg.gateway.handshake import InboundHandshakes, InboundStream, StreamRefused, read_hello
+from turnreg.gateway.metrics import GatewayMetrics
 from turnreg.gateway.second_connection import SecondConnections
-from turnreg.gateway.service_dialer import ServiceDialer, Undeliverable
+from turnreg.gateway.service_dialer import ServiceConnection, ServiceDialer, Undeliverable
 from turnreg.gateway.warm import WarmStreams
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEFAULT_HELLO_TIMEOUT_S = 5.0
 """From the bind to the last byte of the ClientHello. The relay had it whole before it dialled: this covers the way here."""
@@ -59,7 +59,7 @@ DEFAULT_MAX_STREAMS = 16_384
 """As at the relay: two descriptors a stream."""
 
 MAX_LINGERING = 1024
-"""Refused connections that are read from until REFUSED has arrived. In a flood of more it arrives as luck has it."""
+"""Refused connections that are read from until REFUSED has arrived. In a larger flood it may be lost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class GatewayConfig:
     policy: Policy = field(default_factory=Policy)
     """Which streams may go where, by the network and client that they come from."""
     activate: tuple[ActivationRule, ...] = ()
-    """How services that sleep are woken; the first rule that names one counts."""
+    """How sleeping services are woken; the first rule that matches a name applies."""
     max_held: int = DEFAULT_MAX_HELD
     """Streams that wait for services to wake."""
     listen: tuple[tuple[str, int], ...] = ()
@@ -107,8 +107,8 @@ class Gateway:
         self.config = config
         self.epoch = os.urandom(EPOCH_SIZE)
         """What relays sign, and records tell: no preamble that was made for another process counts here."""
-        self._arrivals = InboundHandshakes(keys, config.network, epoch=self.epoch, require_epoch=config.require_epoch)
-        self._delivery = ServiceDialer(
+        self._handshakes = InboundHandshakes(keys, config.network, epoch=self.epoch, require_epoch=config.require_epoch)
+        self._service_dialer = ServiceDialer(
             config.network,
             config.domain,
             discovery,
@@ -118,26 +118,12 @@ class Gateway:
             dial_timeout_s=config.dial_timeout_s,
         )
         self._activation = Activation(
-            self._delivery, discovery, config.network, config.activate, config.max_held, registry=registry
+            self._service_dialer, discovery, config.network, config.activate, config.max_held, registry=registry
         )
-        self._continuations = SecondConnections()
+        self._second_connections = SecondConnections()
         self._warm = WarmStreams()
         self.ledger = StreamLog("gateway", registry)
-        warm = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
-        warm.set_function(lambda: len(self._warm))
-        self._refused = Counter(
-            "crossnet_gateway_connections_refused",
-            "Connections that are no streams, kept ready or a stream's second one, by why they were ended.",
-            ["reason"],
-            registry=registry,
-        )
-        for reason in Reason:
-            self._refused.labels(reason.value)
-        remembered = Gauge(
-            "crossnet_gateway_remembered_preambles", "Preambles that must not come again.", ["of"], registry=registry
-        )
-        remembered.labels("all").set_function(lambda: len(self._arrivals.remembered))
-        remembered.labels("largest_network").set_function(lambda: self._arrivals.remembered.largest())
+        self._metrics = GatewayMetrics(registry, warm=self._warm, remembered=self._handshakes.remembered)
         self._direct = DirectAcceptor(config.id, config.listen)
         self._streams: collections.Counter[str] = collections.Counter()  # by network, those that have signed
         self._lingering = 0
@@ -147,13 +133,13 @@ class Gateway:
     def reconfigure(self, config: GatewayConfig, keys: Mapping[str, SigningKey]) -> None:
         """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
         self.config = config
-        self._arrivals.reconfigure(keys, require_epoch=config.require_epoch)
-        self._delivery.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
+        self._handshakes.reconfigure(keys, require_epoch=config.require_epoch)
+        self._service_dialer.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
         self._activation.reconfigure(config.activate, config.max_held)
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
-        """Where it listens for relays that come directly."""
+        """Where it listens for relays that connect directly."""
         return self._direct.addresses
 
     async def open(self, inherited: Callable[[str, int], socket.socket | None] = lambda _address, _port: None) -> None:
@@ -170,7 +156,7 @@ class Gateway:
 
     async def run(self) -> None:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
-        unwatch = self._delivery.watch()
+        unwatch = self._service_dialer.watch()
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = self._activation.group = group
@@ -182,7 +168,7 @@ class Gateway:
             self.close()
 
     def hold(self) -> None:
-        """Let relays that come directly wait in the listeners' queues until `accept`. Before `run`."""
+        """Keep relays that connect directly in the listeners' queues until `accept`. Call it before `run`."""
         self._direct.hold()
 
     def accept(self) -> None:
@@ -190,11 +176,11 @@ class Gateway:
         self._direct.accept()
 
     def stop_listening(self) -> None:
-        """Let no more relays come directly; what comes by allocations is still taken."""
+        """Stop listening for relays that connect directly; streams through TURN servers are still taken."""
         self._direct.close()
 
     def close(self) -> None:
-        """Take no more streams; those that are open go on, and may still get their second connection."""
+        """Take no more streams. Open ones go on, and may still get their second connection."""
         self._closed.set()
         self._warm.close()
         self.stop_listening()
@@ -223,15 +209,15 @@ class Gateway:
     async def _serve(self, accepted: Accepted) -> None:
         wire = accepted.stream
         arrival = InboundStream(
-            CapsuleConnection(wire, Side.GATEWAY), accepted, self._open_account(wire, accepted.came_by)
+            CapsuleConnection(wire, Side.GATEWAY), accepted, self._open_record(wire, accepted.came_by)
         )
-        reason: Reason | None = Reason.OTHER
+        reason = Reason.OTHER
         told: tuple[Reason, str] | None = None  # not the exception: its traceback holds this frame
         try:
             try:
                 reason = await self._carry(arrival)
             except StreamRefused as refusal:
-                reason, arrival.account.detail = refusal.reason, refusal.detail
+                reason, arrival.record.detail = refusal.reason, refusal.detail
                 told = refusal.told
                 if not arrival.is_stream:
                     self._note_refused(wire, refusal)
@@ -239,82 +225,102 @@ class Gateway:
                 if arrival.counted and arrival.preamble is not None:
                     self._streams[arrival.preamble.from_network] -= 1
                 if arrival.is_stream:
-                    self.ledger.close(arrival.account, reason or Reason.OTHER)
+                    self.ledger.close(arrival.record, reason)
                 else:
-                    self.ledger.drop(arrival.account)
+                    self.ledger.drop(arrival.record)
             if told is not None:  # no stream any more: it keeps nobody else out
                 await self._refuse(arrival.framed, *told)
         finally:
-            if reason is not None:
+            if not arrival.handed_over:
                 wire.close()
 
     def _note_refused(self, wire: ByteStream, refusal: StreamRefused) -> None:
-        """Say why a connection has ended that is no stream: a second one, or one that was kept ready."""
-        self._refused.labels(refusal.reason.value).inc()
+        """Log why a connection ended that is no stream: a second one, or one that was kept ready."""
+        self._metrics.refused(refusal.reason)
         event = {"peer": wire.peer[0], "reason": refusal.reason.value, "detail": refusal.detail}
         log.info("connection_refused", extra={"event": event})
 
-    def _open_account(self, wire: ByteStream, came_by: Mapping[str, str]) -> StreamRecord:
+    def _open_record(self, wire: ByteStream, came_by: Mapping[str, str]) -> StreamRecord:
         # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
-        account = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
+        record = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
         task = asyncio.current_task()
         assert task is not None
-        account.end = task.cancel
-        return account
+        record.end = task.cancel
+        return record
 
-    async def _carry(self, arrival: InboundStream) -> Reason | None:
-        """Take one stream from its first byte to its end; None for a second connection, which its stream takes over."""
-        framed = arrival.framed
+    async def _carry(self, arrival: InboundStream) -> Reason:
+        """Take one connection from its first byte to its end. Raises StreamRefused."""
+        match await self._in_time(arrival, self._prove(arrival), self.config.hello_timeout_s):
+            case WarmPreamble(from_network=network):
+                return await self._keep_warm(arrival, network)
+            case Preamble(continues=True):
+                return Reason.OK  # its stream has it now
+            case Preamble() as preamble:
+                return await self._carry_stream(arrival, preamble)
+
+    async def _carry_stream(self, arrival: InboundStream, preamble: Preamble) -> Reason:
+        service = await self._deliver(arrival, preamble)
+        return await self._bridge(arrival, preamble, service)
+
+    async def _prove(self, arrival: InboundStream) -> Preamble | WarmPreamble:
+        """Read what a connection is for, and the ClientHello of a stream; hand a second connection over."""
+        proven = await self._handshakes.prove(arrival)
+        is_second = isinstance(proven, Preamble) and proven.continues
+        if self._closed.is_set() and not is_second:
+            raise StreamRefused(Reason.DRAINING, "this gateway takes no more streams")
+        if isinstance(proven, Preamble):
+            await (self._hand_over(arrival, proven) if is_second else self._begin(arrival, proven))
+        return proven
+
+    async def _begin(self, arrival: InboundStream, preamble: Preamble) -> None:
+        """Take a stream in, and read its ClientHello."""
+        self._admit(arrival, preamble.from_network)
+        if not arrival.framed.ends.ready:
+            await arrival.framed.send(Ready())
+        await read_hello(arrival, preamble, self.config.max_hello_bytes)
+
+    async def _in_time(self, arrival: InboundStream, reading: Awaitable[T], limit_s: float | None) -> T:
+        """Read what opens a stream within `limit_s`. Raises StreamRefused, which says what the relay did instead."""
         try:
-            async with asyncio.timeout(self.config.hello_timeout_s) as deadline:
-                preamble = await self._arrivals.prove(arrival)
-                if self._closed.is_set() and not (isinstance(preamble, Preamble) and preamble.continues):
-                    raise StreamRefused(Reason.DRAINING, "this gateway takes no more streams")
-                if isinstance(preamble, WarmPreamble):
-                    deadline.reschedule(None)
-                    opening = await self._keep_warm(arrival, preamble.from_network)
-                    if opening is None:
-                        return Reason.OK
-                    deadline.reschedule(asyncio.get_running_loop().time() + self.config.hello_timeout_s)
-                    preamble = opening
-                elif preamble.continues:
-                    arrival.is_stream = False
-                    await self._hand_over(arrival, preamble)
-                    return None
-                self._admit(arrival, preamble.from_network)
-                if not framed.ends.ready:
-                    await framed.send(Ready())
-                await read_hello(arrival, preamble, self.config.max_hello_bytes)
+            async with asyncio.timeout(limit_s):
+                return await reading
         except TimeoutError:
-            said = "preamble" if arrival.preamble is None else "ClientHello"
-            detail = f"no whole {said} in {self.config.hello_timeout_s} s"
+            missing = "preamble" if arrival.preamble is None else "ClientHello"
+            detail = f"no whole {missing} in {limit_s} s"
             raise StreamRefused(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
         except CapsuleError as error:
             # A flood would go on over whatever we say.
             raise StreamRefused(error.reason, str(error), tell=error.reason is not Reason.FLOOD) from error
         except (OSError, EOFError) as error:
             raise StreamRefused(Reason.TRUNCATED, "cut before the ClientHello was whole", tell=False) from error
-        account = arrival.account
-        account.mark("hello")
-        account.state = "dialling"
+
+    async def _deliver(self, arrival: InboundStream, preamble: Preamble) -> ServiceConnection:
+        """Connect to the service, awake or not, and tell the relay. Raises StreamRefused."""
+        record = arrival.record
+        record.mark("hello")
+        record.state = "dialling"
         try:
-            delivered = await self._activation.connect(preamble, partial(self._held, arrival))
+            service = await self._activation.connect(preamble, partial(self._held, arrival))
         except Undeliverable as error:
             raise StreamRefused(error.reason, error.detail) from error
-        account.mark("connect")
-        account.fields["endpoint"] = f"{delivered.endpoint}"
+        record.mark("connect")
+        record.fields["endpoint"] = f"{service.endpoint}"
         try:
-            await framed.send(Opened(delivered.address, delivered.port, delivered.ms))
+            await arrival.framed.send(Opened(service.address, service.port, service.ms))
         except OSError as error:
-            delivered.wire.reset()
+            service.wire.reset()
             raise StreamRefused(Reason.TRUNCATED, "cut while we were dialling", tell=False) from error
         except BaseException:
-            delivered.wire.reset()
+            service.wire.reset()
             raise
-        with self._continuations.expected(preamble) as second:
-            carry = StreamBridge(
-                delivered.wire,
-                framed,
+        return service
+
+    async def _bridge(self, arrival: InboundStream, preamble: Preamble, service: ServiceConnection) -> Reason:
+        """Carry the stream until it ends, which the bridge never does by an exception; returns how."""
+        with self._second_connections.expected(preamble) as second:
+            bridge = StreamBridge(
+                service.wire,
+                arrival.framed,
                 Side.GATEWAY,
                 idle_timeout_s=self.config.idle_timeout_s,
                 half_close_timeout_s=self.config.half_close_timeout_s,
@@ -322,19 +328,19 @@ class Gateway:
                 second=second if arrival.accepted.traits.needs_second_connection else None,
             )
             arrival.data.clear()  # for as long as the stream lives
-            account.carry(up=carry.inbound, down=carry.outbound)
-            return await carry.run()
+            arrival.record.carry(up=bridge.inbound, down=bridge.outbound)
+            return await bridge.run()
 
     async def _held(self, arrival: InboundStream, seconds: float) -> None:
-        """Tell who waits that it takes longer."""
-        arrival.account.state = "held"
+        """Tell the relay that it takes longer."""
+        arrival.record.state = "held"
         with suppress(OSError):  # a cut is found when there is something to say
             await arrival.framed.send(Waiting(math.ceil(seconds)))
 
     def _admit(self, arrival: InboundStream, network: str) -> None:
-        """Count a stream whose relay has proven itself. Raises Refusal where there are too many."""
+        """Count a stream whose relay has proven itself. Raises StreamRefused if there are too many."""
         most, each = self.config.max_streams, self.config.max_streams_per_network
-        if len(self.ledger) - len(self._arrivals) > most:
+        if len(self.ledger) - len(self._handshakes) > most:
             raise StreamRefused(Reason.OVERLOADED, f"{most} streams are open: gateway.max_streams")
         if each and self._streams[network] >= each:
             raise StreamRefused(
@@ -345,34 +351,37 @@ class Gateway:
 
     async def _hand_over(self, arrival: InboundStream, preamble: Preamble) -> None:
         """Give a second connection to its stream."""
+        arrival.is_stream = False
         lost = "it continues a stream that is not open here"
-        if not arrival.accepted.traits.needs_second_connection or not self._continuations.awaits(preamble):
+        if not arrival.accepted.traits.needs_second_connection or not self._second_connections.awaits(preamble):
             # Before READY, so that its relay does not send the rest of an upload here.
             raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
         await arrival.framed.send(Ready())
-        if not self._continuations.bring(preamble, arrival.framed):
+        if not self._second_connections.bring(preamble, arrival.framed):
             raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
+        arrival.handed_over = True
 
-    async def _keep_warm(self, arrival: InboundStream, network: str) -> Preamble | None:
-        """Keep a connection ready until its relay brings a stream, None if it ends without."""
-        full = self._warm.refusal(network, self._arrivals.networks)
+    async def _keep_warm(self, arrival: InboundStream, network: str) -> Reason:
+        """Keep a connection ready until its relay brings a stream or goes, and take that stream."""
+        full = self._warm.refusal(network, self._handshakes.networks)
         if full is not None:
             raise StreamRefused(Reason.OVERLOADED, full)
         arrival.is_stream = False
-        self.ledger.drop(arrival.account)
-        header = await self._warm.wait(arrival.framed, network)
+        self.ledger.drop(arrival.record)
+        header = await self._in_time(arrival, self._warm.wait(arrival.framed, network), None)
         if header is None:
-            return None
-        arrival.account = self._open_account(arrival.framed.stream, arrival.accepted.came_by)
+            return Reason.OK
+        arrival.record = self._open_record(arrival.framed.stream, arrival.accepted.came_by)
         arrival.is_stream = True
-        arrival.account.fields["warm"] = True
-        opening = self._arrivals.verify(arrival, header)
+        arrival.record.fields["warm"] = True
+        opening = self._handshakes.verify(arrival, header)
         if isinstance(opening, WarmPreamble) or opening.continues:
             raise StreamRefused(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
-        return opening
+        await self._in_time(arrival, self._begin(arrival, opening), self.config.hello_timeout_s)
+        return await self._carry_stream(arrival, opening)
 
     async def _refuse(self, framed: CapsuleConnection, reason: Reason, detail: str) -> None:
-        """Say why, then give it time to arrive: a close right behind it would overtake it in a TURN server."""
+        """Say why, and give that time to arrive: a close right behind it would overtake it in a TURN server."""
         try:
             await framed.send(Refused(reason.value, detail))
         except OSError:

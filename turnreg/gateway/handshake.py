@@ -1,4 +1,4 @@
-"""Streams that arrive at a gateway, up to the end of their ClientHello: each has to prove first who sends it, and what."""
+"""Streams that arrive at a gateway, up to the end of their ClientHello: each must first prove who sends it and what it asks for."""
 
 import time
 from collections.abc import Mapping
@@ -22,17 +22,17 @@ from sniproxy.tunnel.preamble import (
 from sniproxy.tunnel.verify import PreambleVerifier, ReplayCache, check_hello
 
 MAX_UNPROVEN = 1024
-"""Connections whose preamble has not come whole. A relay's is there within a round trip, a stranger's may never come: past this
-number the oldest has to go, and strangers keep no relay out."""
+"""Connections whose preamble is not complete. A relay's is there within a round trip, a stranger's may never come: beyond this
+number the oldest is closed, so that strangers keep no relay out."""
 
 _PREAMBLE_START = 16
 """A PROXY v2 header says its length in its first 16 bytes."""
 
 
 class StreamRefused(Exception):
-    """A stream that we end on purpose. `tell`: its relay has proven itself, or asks in our protocol, and hears why.
+    """A stream that we end on purpose. `told` is the reason and detail that its relay gets; None: nothing.
 
-    `told` is what it hears; None: nothing.
+    `tell` is for relays that have proven themselves, or that speak our protocol; `told` is for them where it is not what we log.
     """
 
     def __init__(
@@ -51,19 +51,21 @@ class InboundStream:
     framed: CapsuleConnection
     accepted: Accepted
     """How it came in."""
-    account: StreamRecord
+    record: StreamRecord
     is_stream: bool = True
-    """False for the second connection of a stream, and while it is only kept ready: those are in nobody's books."""
+    """False for the second connection of a stream, and while it is only kept ready: those have no record."""
     preamble: Preamble | None = None
     counted: bool = False
     """Whether it is one of its network's streams."""
+    handed_over: bool = False
+    """It is a second connection that its stream has taken over, and closes."""
     evicted: bool = False
     """Closed by us to make room before it had proven anything."""
     data: bytearray = field(default_factory=bytearray)
 
 
 class InboundHandshakes:
-    """What arrives and has not proven anything yet, and how it does."""
+    """Connections that have not proven anything yet, and the proof."""
 
     def __init__(self, keys: Mapping[str, SigningKey], network: str, *, epoch: bytes, require_epoch: bool) -> None:
         self._verifier = PreambleVerifier(keys, network, epoch=epoch, require_epoch=require_epoch)
@@ -95,7 +97,7 @@ class InboundHandshakes:
         """Read the preamble, in competition with strangers that send none.
 
         Raises:
-            Refusal: it is none, or not proven.
+            StreamRefused: it is none, or not proven.
             EOFError, OSError: the connection ended before.
         """
         self._unproven[id(arrival)] = arrival
@@ -128,7 +130,7 @@ class InboundHandshakes:
         return self.verify(arrival, header)
 
     def verify(self, arrival: InboundStream, header: bytes) -> Preamble | WarmPreamble:
-        """Return what a whole header says. Raises Refusal where it is not proven."""
+        """Return what a whole header says. Raises StreamRefused where it is not proven."""
         try:
             preamble = self._verifier.verify(
                 header, addressee=arrival.accepted.addressee, now_ms=time.time_ns() // 1_000_000
@@ -137,8 +139,8 @@ class InboundHandshakes:
             raise StreamRefused(error.reason, error.detail, told=error.told) from error
         if isinstance(preamble, Preamble):
             arrival.preamble = preamble
-            arrival.account.stream = preamble.stream_id
-            arrival.account.fields |= {
+            arrival.record.stream = preamble.stream_id
+            arrival.record.fields |= {
                 "client": preamble.client[0],
                 "sni": preamble.authority,
                 "from_network": preamble.from_network,
@@ -153,7 +155,7 @@ async def read_hello(arrival: InboundStream, preamble: Preamble, max_hello_bytes
     """Read up to the end of the ClientHello, which must be the one that was signed for.
 
     Raises:
-        Refusal: it is not, or none.
+        StreamRefused: it is not, or none.
         CapsuleError: the relay broke the protocol.
         EOFError, OSError: the connection ended before.
     """

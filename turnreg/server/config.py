@@ -33,7 +33,7 @@ SEND_TIMEOUT_S = 10.0
 MAX_REFUSALS = 16
 """Refused requests after which a connection without an allocation is closed: a client needs one 401, and perhaps a 438."""
 
-STRANGER_REQUESTS = (4.0, 32)
+UNAUTHENTICATED_REQUESTS = (4.0, 32)
 """Messages a second, and at once, on a connection without an allocation. A client needs three or four in all, and asks whether the
 server lives every ten seconds."""
 

@@ -28,9 +28,9 @@ REFUSED_LOG_INTERVAL_S = 1.0
 class DatagramClients:
     """Serves the clients of one UDP listener. Cancelling `serve` ends their allocations."""
 
-    def __init__(self, sock: DatagramSocket, meeting: ServerState, rate: AnswerRate) -> None:
+    def __init__(self, sock: DatagramSocket, state: ServerState, rate: AnswerRate) -> None:
         self._sock = sock
-        self._meeting = meeting
+        self._state = state
         self._rate = rate
         self._clock = asyncio.get_running_loop().time
         self._clients: dict[FiveTuple, _Client] = {}
@@ -63,7 +63,7 @@ class DatagramClients:
         self._sock.close()
 
     def _take(self, arrived: Arrived, group: asyncio.TaskGroup) -> None:
-        data, transactions, now = arrived.data, self._meeting.transactions, self._clock()
+        data, transactions, now = arrived.data, self._state.transactions, self._clock()
         five_tuple = FiveTuple(arrived.source, arrived.local, TRANSPORT_UDP)
         outcome: Outcome
         try:
@@ -78,11 +78,11 @@ class DatagramClients:
             case Relay():
                 client = self._clients.get(five_tuple)
                 if client is None:  # its allocation ends in this moment
-                    self._meeting.metrics.dropped(Drop.NO_ALLOCATION)
+                    self._state.metrics.dropped(Drop.NO_ALLOCATION)
                 else:
                     client.datagrams.send(outcome)
             case Drop():
-                self._meeting.metrics.dropped(outcome)
+                self._state.metrics.dropped(outcome)
             case Reply():
                 self._reply(outcome, arrived)
             case Close(reply=reply):
@@ -101,11 +101,11 @@ class DatagramClients:
                 assert_never(outcome)
 
     def _open(self, opening: Open, arrived: Arrived, group: asyncio.TaskGroup) -> Reply:
-        match self._meeting.open_datagrams(opening):
+        match self._state.open_datagrams(opening):
             case Reply() as refused:
                 return refused
             case Opened(live=live, port=sock, answer=answer):
-                datagrams = RelayedDatagrams(live.allocation, sock, self._meeting, padded=False)
+                datagrams = RelayedDatagrams(live.allocation, sock, self._state, padded=False)
                 five_tuple = opening.five_tuple
                 self._clients[five_tuple] = client = _Client(live, datagrams, arrived.reply)
                 task = group.create_task(self._hold(five_tuple, client))
@@ -116,11 +116,11 @@ class DatagramClients:
         if reply.refusal is not None:
             self._refuse(arrived.source, reply.refusal)
         if reply.unproven and not self._rate.allow(arrived.source[0], self._clock(), client_key):
-            self._meeting.metrics.dropped(Drop.ANSWER_RATE)
+            self._state.metrics.dropped(Drop.ANSWER_RATE)
             return
         drop = self._sock.answer(reply.answer, arrived.reply)
         if drop is not None:
-            self._meeting.metrics.dropped(drop)
+            self._state.metrics.dropped(drop)
 
     async def _hold(self, five_tuple: FiveTuple, client: "_Client") -> None:
         """Keep an allocation until it is given back or its time is over."""
@@ -128,10 +128,10 @@ class DatagramClients:
             serving = group.create_task(client.datagrams.serve(lambda frames: self._deliver(frames, client.reply)))
             while not client.ended.is_set():
                 try:
-                    async with asyncio.timeout_at(client.holding.allocation.expires_at):
+                    async with asyncio.timeout_at(client.live.allocation.expires_at):
                         await client.ended.wait()
                 except TimeoutError:
-                    if client.holding.allocation.expires_at <= self._clock():
+                    if client.live.allocation.expires_at <= self._clock():
                         client.reason = "expired"
                         client.end(self._clients, five_tuple)
             serving.cancel()
@@ -140,10 +140,10 @@ class DatagramClients:
         for frame in frames:
             drop = self._sock.answer(frame, reply)
             if drop is not None:
-                self._meeting.metrics.dropped(drop)
+                self._state.metrics.dropped(drop)
 
     def _refuse(self, client: Endpoint, why: Refusal) -> None:
-        self._meeting.metrics.refused(why)
+        self._state.metrics.refused(why)
         if why in (Refusal.NO_CREDENTIALS, Refusal.STALE_NONCE):
             return  # those two belong to every client's life
         self._refused += 1
@@ -156,8 +156,8 @@ class DatagramClients:
 class _Client:
     """A client with an allocation."""
 
-    def __init__(self, holding: LiveAllocation, datagrams: RelayedDatagrams, reply: tuple[Any, Ancillary]) -> None:
-        self.holding = holding
+    def __init__(self, live: LiveAllocation, datagrams: RelayedDatagrams, reply: tuple[Any, Ancillary]) -> None:
+        self.live = live
         self.datagrams = datagrams
         self.reply = reply
         self.reason = "server_stopped"
@@ -168,4 +168,4 @@ class _Client:
         if not self.ended.is_set():
             self.ended.set()
             del clients[five_tuple]
-            self.holding.end(self.reason)
+            self.live.end(self.reason)

@@ -104,21 +104,21 @@ class ServerState:
 class LiveAllocation:
     """One allocation with its open port, from the answer to its Allocate until `end`."""
 
-    def __init__(self, meeting: ServerState, allocation: Allocation, port: Listener | DatagramSocket) -> None:
-        self._meeting = meeting
+    def __init__(self, state: ServerState, allocation: Allocation, port: Listener | DatagramSocket) -> None:
+        self._state = state
         self._port = port
         self._clock = asyncio.get_running_loop().time
         self._began = self._clock()
         self.allocation = allocation
-        meeting.metrics.allocated()
+        state.metrics.allocated()
         log.info("turn_allocation", extra={"event": self._event(lifetime_s=int(allocation.lifetime_s))})
 
     def end(self, reason: str) -> None:
         """Close the port, forget the allocation, say so in the log."""
         allocation = self.allocation
         self._port.close()  # its task does that too, unless it was cancelled before it began
-        self._meeting.table.remove(allocation)
-        family = next(relay for relay in self._meeting.relays.values() if relay.address == allocation.relayed[0])
+        self._state.table.remove(allocation)
+        family = next(relay for relay in self._state.relays.values() if relay.address == allocation.relayed[0])
         ports = family.streams if allocation.transport == TRANSPORT_TCP else family.datagrams
         ports.give_back(allocation.relayed[1], self._clock())
         event = self._event(

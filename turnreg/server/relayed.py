@@ -25,10 +25,10 @@ CONNECT_TIMEOUT_S = 30.0
 class RelayedAddress:
     """Serves the peers of one allocation. Cancelling `serve` closes the port and cuts every stream."""
 
-    def __init__(self, allocation: Allocation, listener: Listener, meeting: ServerState, send: Send) -> None:
+    def __init__(self, allocation: Allocation, listener: Listener, state: ServerState, send: Send) -> None:
         self._allocation = allocation
         self._listener = listener
-        self._meeting = meeting
+        self._state = state
         self._send = send
         self._clock = asyncio.get_running_loop().time
         self._refused = 0
@@ -42,7 +42,7 @@ class RelayedAddress:
         """Carry one peer from its arrival to the end of its stream."""
         if not peer.peer[0]:
             return  # reset between its connect and our accept
-        table = self._meeting.table
+        table = self._state.table
         address = peer.peer
         if ":" in address[0]:
             address = (str(ipaddress.ip_address(address[0])), address[1])
@@ -52,13 +52,13 @@ class RelayedAddress:
             peer.reset()
             return
         try:
-            await self._carry(peer, announced, self._meeting.transactions.attempt(announced[0]))
+            await self._carry(peer, announced, self._state.transactions.attempt(announced[0]))
         finally:
             table.depart(self._allocation, address)
 
     async def connect(self, connecting: Connect) -> None:
         """Carry one peer that the client asked us to connect to (RFC 6062, section 5.2)."""
-        allocation, meeting, address = self._allocation, self._meeting, connecting.peer
+        allocation, state, address = self._allocation, self._state, connecting.peer
         try:
             peer: SocketStream | None = None
             try:
@@ -69,27 +69,27 @@ class RelayedAddress:
             finally:
                 allocation.connecting -= 1
             if peer is None:
-                meeting.metrics.refused(Refusal.CONNECT_FAILED)
-                await self._send(meeting.transactions.fail_connect(connecting).answer)
+                state.metrics.refused(Refusal.CONNECT_FAILED)
+                await self._send(state.transactions.fail_connect(connecting).answer)
                 return
-            waiting = meeting.table.enqueue(allocation, address)
-            await self._carry(peer, waiting, meeting.transactions.complete_connect(connecting, waiting[0]))
+            waiting = state.table.enqueue(allocation, address)
+            await self._carry(peer, waiting, state.transactions.complete_connect(connecting, waiting[0]))
         except OSError:
             pass  # the control connection is lost
         finally:
-            meeting.table.depart(allocation, address)
+            state.table.depart(allocation, address)
 
     async def _carry(self, peer: SocketStream, announced: tuple[Attempt, Attempt | None], announcement: bytes) -> None:
         """Tell the client of a peer, wait for the bind, and move bytes until the stream ends.
 
         Until the bind nothing is read from the peer: the kernel closes the window, the peer waits, and not a byte is lost.
         """
-        meeting = self._meeting
+        state = self._state
         attempt, crowded_out = announced
         if crowded_out is not None:
             self._refuse(crowded_out.peer, Refusal.PEER_LIMIT)
-            meeting.peers[crowded_out.connection_id].join(None)
-        waiting = meeting.peers[attempt.connection_id] = WaitingPeer()
+            state.peers[crowded_out.connection_id].join(None)
+        waiting = state.peers[attempt.connection_id] = WaitingPeer()
         try:
             await self._send(announcement)
             data = await self._bound(attempt, waiting)
@@ -100,8 +100,8 @@ class RelayedAddress:
         except OSError:
             pass  # the control connection is lost: its session sees it too and ends the allocation
         finally:
-            del meeting.peers[attempt.connection_id]
-            meeting.table.release(attempt)
+            del state.peers[attempt.connection_id]
+            state.table.release(attempt)
             # Nothing if the stream has closed them. Whatever else ends here is a cut, and must look like one.
             peer.reset()
             if waiting.data is not None:
@@ -110,7 +110,7 @@ class RelayedAddress:
 
     async def _bound(self, attempt: Attempt, waiting: WaitingPeer) -> SocketStream | None:
         """Wait for the data connection; None if nobody binds in time or the one that did is lost."""
-        limit_s = self._meeting.table.limits.bind_timeout_s
+        limit_s = self._state.table.limits.bind_timeout_s
         timer = asyncio.get_running_loop().call_later(limit_s, self._give_up, attempt, waiting)
         try:
             return await waiting.joined()
@@ -118,8 +118,8 @@ class RelayedAddress:
             timer.cancel()
 
     def _give_up(self, attempt: Attempt, waiting: WaitingPeer) -> None:
-        if self._meeting.table.release(attempt):  # else claimed at the last moment: its answer is being sent
-            self._meeting.metrics.refused(Refusal.PEER_NOT_BOUND)
+        if self._state.table.release(attempt):  # else claimed at the last moment: its answer is being sent
+            self._state.metrics.refused(Refusal.PEER_NOT_BOUND)
             waiting.join(None)
 
     async def _stream(self, peer: SocketStream, data: SocketStream) -> None:
@@ -127,7 +127,7 @@ class RelayedAddress:
         pace = self._allocation.pace
         if pace is not None:
             stream.a_to_b.pace = stream.b_to_a.pace = lambda size: pace.spend(size, self._clock())
-        metrics = self._meeting.metrics
+        metrics = self._state.metrics
         began = self._clock()
         reason = "cut"
         metrics.stream_began(stream)
@@ -150,7 +150,7 @@ class RelayedAddress:
             log.info("turn_stream", extra={"event": event})
 
     def _refuse(self, peer: Endpoint, why: Refusal) -> None:
-        self._meeting.metrics.refused(why)
+        self._state.metrics.refused(why)
         self._refused += 1
         if self._clock() < self._refused_logged + REFUSED_LOG_INTERVAL_S:
             return

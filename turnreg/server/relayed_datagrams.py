@@ -21,11 +21,11 @@ class RelayedDatagrams:
     While a client on a stream does not read, nothing is read from peers: what the kernel's buffer does not hold is dropped there.
     """
 
-    def __init__(self, allocation: Allocation, sock: DatagramSocket, meeting: ServerState, *, padded: bool) -> None:
+    def __init__(self, allocation: Allocation, sock: DatagramSocket, state: ServerState, *, padded: bool) -> None:
         """`padded`: the client is on a stream, where ChannelData has a multiple of four bytes."""
         self._allocation = allocation
         self._sock = sock
-        self._meeting = meeting
+        self._state = state
         self._padded = padded
         self._clock = asyncio.get_running_loop().time
 
@@ -43,7 +43,7 @@ class RelayedDatagrams:
             self._sock.close()
 
     def _take(self) -> list[bytes]:
-        allocation, metrics, now = self._allocation, self._meeting.metrics, self._clock()
+        allocation, metrics, now = self._allocation, self._state.metrics, self._clock()
         frames = []
         while not self._sock.quantum.used_up:
             arrived = self._sock.receive()
@@ -73,7 +73,7 @@ class RelayedDatagrams:
 
     def send(self, datagram: Relay) -> None:
         """Send a datagram of the client to its peer, or drop it."""
-        allocation, metrics = self._allocation, self._meeting.metrics
+        allocation, metrics = self._allocation, self._state.metrics
         size = len(datagram.data)
         if allocation.pace is not None and not allocation.pace.admit(size, self._clock()):
             metrics.dropped(Drop.PACE)

@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 MIN_OPEN_FILES = 16_384
 """Fewer are said at the start: some eight thousand streams, and the listening ports of allocations besides."""
 
-DRAIN_LOOK_S = 0.1
-"""How often a server that drains looks whether its streams have ended."""
-
 
 @dataclass(slots=True)
 class Listening:
@@ -66,7 +63,7 @@ class TurnServer:
         self.config = config
         self._listening = listening
         self._certificates = certificates
-        self._strangers: UnauthenticatedConnections[SocketStream] = UnauthenticatedConnections(
+        self._unauthenticated: UnauthenticatedConnections[SocketStream] = UnauthenticatedConnections(
             config.max_unauthenticated
         )
         table = AllocationTable(config.limits, secrets.token_bytes)
@@ -98,12 +95,12 @@ class TurnServer:
             registry,
             allocations=lambda: len(table),
             largest_account=lambda: table.largest_account,
-            unauthenticated=lambda: len(self._strangers),
+            unauthenticated=lambda: len(self._unauthenticated),
             unbound=lambda: table.waiting,
         )
-        self._meeting = ServerState(table, transactions, metrics, by_family)
+        self._state = ServerState(table, transactions, metrics, by_family)
         rate = AnswerRate(secrets.token_bytes(32))
-        self._datagram_clients = [DatagramClients(sock, self._meeting, rate) for sock in listening.udp]
+        self._datagram_clients = [DatagramClients(sock, self._state, rate) for sock in listening.udp]
 
     @classmethod
     async def open(cls, config: TurnServerConfig, *, registry: CollectorRegistry | None = None) -> "TurnServer":
@@ -137,8 +134,8 @@ class TurnServer:
         """
         self.config = config
         self._authenticator.know(config.users, config.secrets)
-        self._meeting.table.limits = config.limits
-        self._meeting.transactions.reconfigure(config.allowed_peers, asyncio.get_running_loop().time())
+        self._state.table.limits = config.limits
+        self._state.transactions.reconfigure(config.allowed_peers, asyncio.get_running_loop().time())
 
     @property
     def addresses(self) -> tuple[Endpoint, ...]:
@@ -158,12 +155,12 @@ class TurnServer:
     @property
     def allocations(self) -> int:
         """Allocations now."""
-        return len(self._meeting.table)
+        return len(self._state.table)
 
     @property
     def streams(self) -> int:
         """Streams now, and peers that wait to become one."""
-        return self._meeting.metrics.streams + self._meeting.table.waiting
+        return self._state.metrics.streams + self._state.table.waiting
 
     async def run(self) -> None:
         """Serve until cancelled, which cuts every stream and closes every port."""
@@ -179,20 +176,12 @@ class TurnServer:
                     group.create_task(clients.serve())
         finally:
             self._listening.close()
-            for relay in self._meeting.relays.values():
+            for relay in self._state.relays.values():
                 relay.close()
 
     def drain(self) -> None:
         """Take no new allocations (508 from now on). Those that are there go on, with their streams, until `run` is cancelled."""
-        self._meeting.table.draining = True
-
-    async def drained(self, limit_s: float) -> bool:
-        """Drain, and wait until the last stream has ended or `limit_s` seconds are over; says whether all have ended."""
-        self.drain()
-        deadline = asyncio.get_running_loop().time() + limit_s
-        while self.streams and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(DRAIN_LOOK_S)
-        return not self.streams
+        self._state.table.draining = True
 
     @classmethod
     @asynccontextmanager
@@ -221,18 +210,18 @@ class TurnServer:
             try:
                 await wire.handshake(self.config.unauthenticated_timeout_s)
             except (OSError, TimeoutError):
-                self._meeting.metrics.refused(Refusal.TLS_FAILED)
+                self._state.metrics.refused(Refusal.TLS_FAILED)
                 return
             finally:
-                self._strangers.dismiss(wire)
+                self._unauthenticated.dismiss(wire)
         self._admit(wire)
-        session = ClientSession(wire, config=self.config, meeting=self._meeting, strangers=self._strangers)
+        session = ClientSession(wire, config=self.config, state=self._state, unauthenticated=self._unauthenticated)
         await session.run()
 
     def _admit(self, wire: SocketStream) -> None:
-        crowded_out = self._strangers.admit(wire, client_key(wire.peer[0]))
+        crowded_out = self._unauthenticated.admit(wire, client_key(wire.peer[0]))
         if crowded_out is not None:
-            self._meeting.metrics.refused(Refusal.CROWDED_OUT)
+            self._state.metrics.refused(Refusal.CROWDED_OUT)
             crowded_out.reset()
 
     def _is_ours(self, address: str) -> bool:

@@ -10,7 +10,13 @@ from typing import assert_never
 from discovery.pacing.token_bucket import TokenBucket
 from sniproxy.engine import SocketStream
 from turnreg.server.allocation import Attempt, Drop, FiveTuple, Refusal
-from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, SEND_TIMEOUT_S, STRANGER_REQUESTS, TurnServerConfig
+from turnreg.server.config import (
+    CLIENT_REQUESTS,
+    MAX_REFUSALS,
+    SEND_TIMEOUT_S,
+    UNAUTHENTICATED_REQUESTS,
+    TurnServerConfig,
+)
 from turnreg.server.datagrams import PAYLOAD_MESSAGES
 from turnreg.server.framing import DATAGRAM_READ_BYTES, READ_BYTES, ChannelData, MessageReader
 from turnreg.server.live_allocation import LiveAllocation, Opened, ServerState, text_of
@@ -31,22 +37,22 @@ class ClientSession:
         wire: SocketStream,
         *,
         config: TurnServerConfig,
-        meeting: ServerState,
-        strangers: "UnauthenticatedConnections[SocketStream]",
+        state: ServerState,
+        unauthenticated: "UnauthenticatedConnections[SocketStream]",
     ) -> None:
         self._wire = wire
         self._config = config
-        self._meeting = meeting
-        self._strangers = strangers
+        self._state = state
+        self._unauthenticated = unauthenticated
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
         self._five_tuple = FiveTuple(wire.peer, wire.local)
-        self._stranger_until = self._clock() + config.unauthenticated_timeout_s
+        self._unauthenticated_until = self._clock() + config.unauthenticated_timeout_s
         self._reader = MessageReader()
         self._sending = asyncio.Lock()
-        self._requests = TokenBucket(*STRANGER_REQUESTS, self._clock())
+        self._requests = TokenBucket(*UNAUTHENTICATED_REQUESTS, self._clock())
         self._refusals = 0
-        self._holding: LiveAllocation | None = None
+        self._live: LiveAllocation | None = None
         self._relayed: RelayedAddress | None = None
         self._datagrams: RelayedDatagrams | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -56,34 +62,34 @@ class ClientSession:
 
     async def run(self) -> None:
         """Serve the connection to its end. However it ends, its allocation ends with it, and its streams are cut."""
-        self._watch(self._stranger_until)
+        self._watch(self._unauthenticated_until)
         try:
             async with asyncio.TaskGroup() as peers:
                 self._end = await self._converse(peers)
-                if self._holding is not None:
+                if self._live is not None:
                     raise _Over
         except* _Over:
             pass
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            self._strangers.dismiss(self._wire)
-            if self._holding is not None:
-                self._holding.end(self._end)
+            self._unauthenticated.dismiss(self._wire)
+            if self._live is not None:
+                self._live.end(self._end)
 
     def _watch(self, deadline: float) -> None:
         """End the connection then, unless its allocation has been refreshed: one timer, set again only when it fires."""
         self._timer = self._loop.call_at(deadline, self._look)
 
     def _look(self) -> None:
-        allocation = self._holding.allocation if self._holding is not None else None
-        deadline = allocation.expires_at if allocation is not None else self._stranger_until
+        allocation = self._live.allocation if self._live is not None else None
+        deadline = allocation.expires_at if allocation is not None else self._unauthenticated_until
         if deadline > self._clock():
             self._watch(deadline)
             return
         self._timed_out = "too_slow" if allocation is None else "expired"
         if allocation is None:
-            self._meeting.metrics.refused(Refusal.TOO_SLOW)
+            self._state.metrics.refused(Refusal.TOO_SLOW)
         self._wire.close()  # whoever reads it is told
 
     async def _converse(self, peers: asyncio.TaskGroup) -> str:
@@ -114,14 +120,14 @@ class ClientSession:
                 if not is_payload and not self._requests.take(1, self._clock()):
                     self._refuse(Refusal.FLOOD)
                     return "flood"
-                outcome = self._meeting.transactions.respond(
+                outcome = self._state.transactions.respond(
                     self._five_tuple, message, now=self._clock(), unix_now=time.time()
                 )
                 end = await self._do(outcome, peers)
                 if end is not None:
                     return end
         except StunError:
-            self._meeting.metrics.refused(Refusal.NOT_STUN)
+            self._state.metrics.refused(Refusal.NOT_STUN)
             return "not_stun"
         except OSError:
             return self._timed_out or "client_reset"
@@ -134,7 +140,7 @@ class ClientSession:
                 if self._datagrams is not None:
                     self._datagrams.send(outcome)
             case Drop():
-                self._meeting.metrics.dropped(outcome)
+                self._state.metrics.dropped(outcome)
             case Reply():
                 return await self._reply(outcome)
             case Join(answer=answer, attempt=attempt):
@@ -166,32 +172,32 @@ class ClientSession:
         if reply.refusal is not None:
             self._refuse(reply.refusal)
         await self._send(reply.answer)
-        if last or (self._holding is None and self._refusals >= MAX_REFUSALS):
+        if last or (self._live is None and self._refusals >= MAX_REFUSALS):
             await self._wire.drain_and_close()
             return "refused"
         return None
 
     async def _open(self, opening: Open, peers: asyncio.TaskGroup) -> Reply:
         """Open the relayed address of an Allocate that was granted."""
-        meeting = self._meeting
+        state = self._state
         if opening.transport == TRANSPORT_UDP:
-            match meeting.open_datagrams(opening):
+            match state.open_datagrams(opening):
                 case Reply() as refused:
                     return refused
                 case Opened(live=live, port=sock, answer=answer):
-                    self._datagrams = RelayedDatagrams(live.allocation, sock, meeting, padded=True)
+                    self._datagrams = RelayedDatagrams(live.allocation, sock, state, padded=True)
                     self._reader.datagrams = True
                     serving = self._datagrams.serve(self._deliver)
         else:
-            match await meeting.open_streams(opening):
+            match await state.open_streams(opening):
                 case Reply() as refused:
                     return refused
                 case Opened(live=live, port=listener, answer=answer):
-                    self._relayed = RelayedAddress(live.allocation, listener, meeting, self._send)
+                    self._relayed = RelayedAddress(live.allocation, listener, state, self._send)
                     serving = self._relayed.serve()
-        self._holding = live
+        self._live = live
         self._serving = peers.create_task(serving)
-        self._strangers.dismiss(self._wire)
+        self._unauthenticated.dismiss(self._wire)
         self._requests = TokenBucket(*CLIENT_REQUESTS, self._clock())
         if self._timer is not None:
             self._timer.cancel()
@@ -199,20 +205,20 @@ class ClientSession:
         return Reply(answer=answer)
 
     def _channel_data(self, message: ChannelData) -> None:
-        match self._meeting.transactions.channel_data(self._five_tuple, *message, self._clock()):
+        match self._state.transactions.channel_data(self._five_tuple, *message, self._clock()):
             case Relay() as datagram:
                 if self._datagrams is not None:
                     self._datagrams.send(datagram)
             case drop:
-                self._meeting.metrics.dropped(drop)
+                self._state.metrics.dropped(drop)
 
     async def _deliver(self, frames: Sequence[bytes]) -> None:
         await self._send(b"".join(frames))
 
     async def _join(self, attempt: Attempt, answer: bytes) -> None:
         """Answer the bind, then leave the connection to the peer's task until their stream has ended."""
-        waiting = self._meeting.peers[attempt.connection_id]
-        self._strangers.dismiss(self._wire)
+        waiting = self._state.peers[attempt.connection_id]
+        self._unauthenticated.dismiss(self._wire)
         if self._timer is not None:
             self._timer.cancel()
         joined: SocketStream | None = None
@@ -245,7 +251,7 @@ class ClientSession:
 
     def _refuse(self, why: Refusal) -> None:
         self._refusals += 1
-        self._meeting.metrics.refused(why)
+        self._state.metrics.refused(why)
         if why not in (Refusal.NO_CREDENTIALS, Refusal.STALE_NONCE):  # those two belong to every client's life
             event = {"client": text_of(self._five_tuple.client), "reason": why.value}
             log.info("turn_refused", extra={"event": event})

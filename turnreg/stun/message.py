@@ -254,14 +254,6 @@ class Message(msgspec.Struct, frozen=True):
         printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in reason)
         return (value[2] & 7) * 100 + value[3], printable
 
-    @property
-    def unknown_attributes(self) -> tuple[int, ...]:
-        """Types listed in UNKNOWN-ATTRIBUTES, empty if it is absent. Raises StunError."""
-        value = self.get(Attribute.UNKNOWN_ATTRIBUTES) or b""
-        if len(value) % 2:
-            raise StunError("UNKNOWN-ATTRIBUTES has an odd length")
-        return struct.unpack(f"!{len(value) // 2}H", value)
-
     def not_understood(self, known: Container[int]) -> tuple[int, ...]:
         """Types, each once, that must be understood (below 0x8000) and are not in `known`: a reason for a 420."""
         return tuple(dict.fromkeys(kind for kind, _ in self.attributes if kind < 0x8000 and kind not in known))

@@ -274,9 +274,9 @@ class Inside:
         assert config.gateway is not None
         made = role_configs.gateway_config(config, config.gateway, gateway.config.guard)
         assert gateway.config == made
-        assert gateway._delivery._allow == made.allow
-        assert gateway._delivery._policy == made.policy
-        assert gateway._arrivals.keys == role_configs.keys(config)
+        assert gateway._service_dialer._allow == made.allow
+        assert gateway._service_dialer._policy == made.policy
+        assert gateway._handshakes.keys == role_configs.keys(config)
         assert registrar is not None
         epoch = gateway.epoch
         assert registrar.config == role_configs.registrar_config(config, config.gateway, app.guard(), epoch=epoch)
@@ -287,9 +287,9 @@ class Inside:
         assert config.turn is not None
         made = role_configs.turn_config(config, config.turn)
         assert server.config == made
-        assert server._meeting.table.limits == made.limits
-        assert server._meeting.transactions.allowed_peers == made.allowed_peers
-        assert server._meeting.transactions._paces._rate == made.limits.max_bytes_per_second_per_account
+        assert server._state.table.limits == made.limits
+        assert server._state.transactions.allowed_peers == made.allowed_peers
+        assert server._state.transactions._paces._rate == made.limits.max_bytes_per_second_per_account
         assert server._authenticator._secrets == made.secrets
         assert server._authenticator._keys.keys() == made.users.keys()
 

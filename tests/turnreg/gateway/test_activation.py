@@ -206,8 +206,8 @@ async def test_failures_in_a_row_are_further_and_further_apart(tmp_path: Path, m
         async with asyncio.timeout(20):
             while len(runs(tmp_path)) < 4:
                 await (await visit(running)).refused(after_ready=True)
-        sleeper = running.gateway._activation._sleepers[NAME]
-        assert sleeper.failures >= 3
+        wake = running.gateway._activation._wake_states[NAME]
+        assert wake.failures >= 3
         count = len(await running.ended())
     assert count > len(runs(tmp_path)), "the streams in between ran nothing"
 
@@ -342,4 +342,4 @@ async def test_services_that_are_awake_for_long_are_forgotten(tmp_path: Path) ->
     async with a_gateway(*records, activate=(rule(counted(tmp_path), timeout_s=0.05, cooldown_s=0.001),)) as running:
         for name in names:
             await (await visit(running, f"{name}:8443")).refused(after_ready=True)
-        assert len(running.gateway._activation._sleepers) < 5
+        assert len(running.gateway._activation._wake_states) < 5

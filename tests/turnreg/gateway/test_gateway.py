@@ -318,7 +318,7 @@ async def test_a_relay_that_goes_while_we_dial(monkeypatch: pytest.MonkeyPatch) 
     """The service that is reached too late sees a reset: nothing of the stream got through."""
     async with a_gateway() as running:
         service = await running.service()
-        delivery = running.gateway._delivery
+        delivery = running.gateway._service_dialer
         connect = delivery.connect
         gone = asyncio.Event()
 
@@ -413,7 +413,7 @@ async def test_a_defect_in_one_stream_ends_that_stream_alone(
             raise ZeroDivisionError("a defect of ours")
 
         with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-            patch.setattr(running.gateway._arrivals._verifier.__class__, "verify", broken)
+            patch.setattr(running.gateway._handshakes._verifier.__class__, "verify", broken)
             hit = await running.visit(replace(asked, stream_id=bytes(16)), HELLO, behind_turn=behind_turn)
             with pytest.raises((ConnectionResetError, EOFError)):
                 await hit.answer()

@@ -282,7 +282,7 @@ async def test_a_change_while_a_stream_is_dialled(monkeypatch: pytest.MonkeyPatc
                 running.discovery.put(known(DB, orders.endpoint))
             case _:
                 config = running.gateway.config
-                running.gateway._delivery.reconfigure(
+                running.gateway._service_dialer.reconfigure(
                     config.allow, Policy((Rule.parse(action="deny"),)), dial_timeout_s=5.0
                 )
         go_on.set()

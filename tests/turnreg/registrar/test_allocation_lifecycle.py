@@ -1,27 +1,22 @@
-"""What one allocation is made with: TLS and whom it trusts, where a server may send us, how errors are told."""
+"""One allocation's life: where a server may send us, how errors are named, how its end is found."""
 
-import asyncio
 import os
 import signal
 import socket
-import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 from discovery.model.mesh import AnyRecord, Kind, Record, TurnSpec
-from sniproxy.engine import SocketStream, TlsStream
+from sniproxy.engine import SocketStream
 from tests.turnreg.coturn import Coturn
 from tests.turnreg.registered import ID, Registered, registrar, relay, turn
 from tests.turnreg.scripted import Answer, Scripted, error, good, scripted, signed
 from tests.turnreg.server.embedded import embedded
-from tests.turnreg.turnservers import COTURN, RunningServer, eventually
+from tests.turnreg.turnservers import RunningServer, eventually
 from turnreg.client.allocation import Timing, TurnReason
-from turnreg.registrar.allocation_factory import dialler, parsed
 from turnreg.stun.message import Attribute, Message, Method
 
 pytestmark = pytest.mark.anyio
@@ -39,116 +34,6 @@ async def registered(
         registrar(turn(RunningServer(server.address, server.port)), *records, **options) as ours,
     ):
         yield server, ours
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def ca(authority: trustme.CA) -> str:
-    return authority.cert_pem.bytes().decode()
-
-
-@pytest.fixture(params=["embedded", COTURN])
-def tls_server(request: pytest.FixtureRequest, authority: trustme.CA, tmp_path: Path) -> Iterator[RunningServer]:
-    """A server whose certificate is for 127.0.0.1 and turn.example."""
-    pem = tmp_path / "server.pem"
-    authority.issue_cert("127.0.0.1", "turn.example").private_key_and_cert_chain_pem.write_to_path(str(pem))
-    if request.param == "embedded":
-        with embedded(listen_tls=(("127.0.0.1", 0),), tls_cert=pem, tls_key=pem) as ours:
-            yield RunningServer(*ours.tls)
-        return
-    stock = Coturn(certificate=pem)
-    try:
-        stock.start()
-        yield RunningServer(stock.address, stock.port)
-    finally:
-        stock.close()
-
-
-async def test_control_and_data_over_tls(tls_server: RunningServer, ca: str) -> None:
-    here = turn(tls_server, url=f"turns:127.0.0.1:{tls_server.port}?transport=tcp")
-    async with registrar(here, RELAYS, ca={"a": ca}) as ours:
-        spec = await ours.publishes(ID)
-        payload = bytes(range(256)) * 2000
-        reader, writer = await asyncio.open_connection("127.0.0.1", spec.port)
-        writer.write(payload[:1000])
-        async with asyncio.timeout(10):
-            bound = await ours.streams.get()
-            writer.write(payload[1000:])  # not before: coturn drops what outgrows its buffers before the bind
-            assert not bound.stream.spliceable
-            assert await bound.stream.recv_exactly(len(payload)) == payload
-            await bound.stream.send(payload)
-            assert await reader.readexactly(len(payload)) == payload
-        bound.stream.close()
-        writer.close()
-
-
-@pytest.mark.needs("turnserver")
-@pytest.mark.interop
-async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, ca: str, tmp_path: Path) -> None:
-    """A round trip less for each; a server that was started anew knows it no more, and all begins again."""
-    pem = tmp_path / "server.pem"
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
-    stock = Coturn(certificate=pem)
-    dial = dialler(parsed(f"turns:127.0.0.1:{stock.port}?transport=tcp"), ca)
-    try:
-        for _ in range(2):
-            await asyncio.to_thread(stock.start)
-            resumed = []
-            for _ in range(3):
-                wire = await dial(stock.address, stock.port, timeout_s=10)
-                assert isinstance(wire, TlsStream)
-                resumed.append(wire.session.session_reused)
-                wire.close()
-            assert resumed == [False, True, True]
-            stock.stop()
-    finally:
-        stock.close()
-
-
-async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: RunningServer, ca: str) -> None:
-    dial = dialler(parsed(f"turns:127.0.0.1:{tls_server.port}?transport=tcp"), ca)
-    wires = [await dial("127.0.0.1", tls_server.port, timeout_s=10)]
-    with socket.create_server(("127.0.0.1", 0)) as rude:
-
-        def answer() -> None:
-            connection, _ = rude.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-        async with asyncio.TaskGroup() as group:
-            group.create_task(asyncio.to_thread(answer))
-            with pytest.raises(ssl.SSLError):
-                await dial(*rude.getsockname(), timeout_s=10)
-    wires.append(await dial("127.0.0.1", tls_server.port, timeout_s=10))
-    for wire in wires:
-        assert isinstance(wire, TlsStream)
-        assert not wire.session.session_reused
-        wire.close()
-
-
-async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: RunningServer, ca: str) -> None:
-    port = tls_server.port
-    for url, trusted in (
-        (f"turns:127.0.0.1:{port}?transport=tcp", None),  # by the system's authorities
-        (f"turns:localhost:{port}?transport=tcp", ca),  # it is not for that name
-    ):
-        async with registrar(turn(tls_server, url=url), ca={"a": trusted} if trusted else {}) as ours:
-            await eventually(lambda ours=ours: ours.count("registrations_total", reason="tls_failed") > 0)
-            assert "CERTIFICATE_VERIFY_FAILED" in ours.of()["last_error"]["detail"]
-            assert ours.count("registrations_total", reason="ok") == 0
-
-
-@pytest.mark.parametrize("pem", ["", "nothing of the kind"])
-async def test_an_authority_that_is_none(pem: str) -> None:
-    here = turn(RunningServer("127.0.0.1", 1), url="turns:127.0.0.1:1?transport=tcp")
-    async with registrar(here, ca={"a": pem}) as ours:
-        await eventually(lambda: ours.count("registrations_total", reason="tls_failed") > 0)
-        assert "the file of the authority" in ours.of()["last_error"]["detail"]
 
 
 def redirect(to: tuple[str, int]) -> Answer:
@@ -331,15 +216,6 @@ async def test_the_same_failure_is_logged_once_a_minute(caplog: pytest.LogCaptur
         server.script = {Method.ALLOCATE: [error(508)]}
         await eventually(lambda: ours.count("registrations_total", reason="capacity") > 2)
         assert caplog.text.count("registration_failed") == 2
-
-
-async def test_tls_to_a_server_that_speaks_none() -> None:
-    with embedded() as server:
-        here = turn(RunningServer("127.0.0.1", server.port), url=f"turns:127.0.0.1:{server.port}?transport=tcp")
-        async with registrar(here, timing=Timing(connect_s=1)) as ours:
-            reasons = ("tls_failed", "connect_failed")
-            await eventually(lambda: sum(ours.count("registrations_total", reason=reason) for reason in reasons))
-            assert not ours.discovery.published
 
 
 async def test_silence_behind_a_good_beginning_is_found_by_keep_alive() -> None:

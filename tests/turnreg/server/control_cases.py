@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
-from tests.turnreg.server.wireclient import Client, code, connect, read_all, reset, until_refused
+from tests.turnreg.server.wireclient import Client, code, connect, read_all, reset, unknown_attributes, until_refused
 from turnreg.stun.auth import rest_credentials
 from turnreg.stun.message import FAMILY_IPV6, Attribute, Message, MessageClass, Method
 
@@ -110,7 +110,7 @@ def allocate_with(attribute: int, value: bytes) -> Callable[[Server], object]:
         with Client(server) as client:
             client.login()
             answer = client.ask(client.allocate_request().with_bytes(attribute, value))
-            return code(answer), answer.unknown_attributes
+            return code(answer), unknown_attributes(answer)
 
     return run
 

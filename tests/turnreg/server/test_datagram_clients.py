@@ -261,3 +261,13 @@ class TestOverUdp:
                 seen.append(number)
             assert seen == sorted(seen)
             assert code(client.refresh(600)) == 0
+
+
+def test_a_request_whose_answer_would_not_fit_is_dropped_without_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A stranger must not be able to fill the log: a 420 would have to list thirty kilobytes of attribute types."""
+    with server() as running, DatagramClient(running.udp) as client:
+        request = client.bare(Method.BINDING)
+        body = b"".join(kind.to_bytes(2, "big") + b"\0\0" for kind in range(0x1000, 0x4800))
+        client.send(request.pack()[:2] + len(body).to_bytes(2, "big") + request.pack()[4:20] + body)
+        assert eventually(lambda: dropped(running, "not_stun") == 1)
+        assert "turn_datagram_error" not in caplog.messages

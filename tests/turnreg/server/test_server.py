@@ -19,7 +19,7 @@ from tests.turnreg.server.embedded import Embedded, embedded
 from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, until_refused
 from turnreg.server import Limits, TurnServer, TurnServerConfig, session
 from turnreg.server import server as server_module
-from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, STRANGER_REQUESTS
+from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, UNAUTHENTICATED_REQUESTS
 from turnreg.stun.auth import rest_credentials
 from turnreg.stun.message import FAMILY_IPV6, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
 
@@ -131,7 +131,7 @@ class TestFloods:
         with embedded() as server, Client(at(server)) as client:
             relayed = client.allocate()
             refresh = client.bare(Method.BINDING)
-            for _ in range(int(STRANGER_REQUESTS[1]) * 2):
+            for _ in range(int(UNAUTHENTICATED_REQUESTS[1]) * 2):
                 assert code(client.ask(refresh, sign=False)) == 0
             client.send(self.BINDING * 5000)
             assert read_all(client.sock)[1] == "reset"
@@ -403,7 +403,7 @@ class TestReconfigure:
 
     @staticmethod
     def paced(server: Embedded) -> list[float | None]:
-        return [None if one.pace is None else one.pace.rate for one in server.server._meeting.table]
+        return [None if one.pace is None else one.pace.rate for one in server.server._state.table]
 
     def test_counts_and_peers(self) -> None:
         with embedded() as server, Client(at(server)) as first, Client(at(server)) as second:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discovery.model.addresses import TargetList
+from tests.turnreg.server.wireclient import unknown_attributes
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, FiveTuple, Limits, Refusal
 from turnreg.server.outcome import Close, GiveBack, Ignore, Join, Open, Outcome, Reply
 from turnreg.server.transaction import Transactions
@@ -138,7 +139,7 @@ class TestBinding:
         request = server.request(Method.BINDING).with_bytes(0x0003, bytes(4))  # CHANGE-REQUEST of RFC 5780
         answer = Message.parse(reply_of(server.respond(request)).answer)
         assert answer.error == (420, "Unknown Attribute")
-        assert answer.unknown_attributes == (0x0003,)
+        assert unknown_attributes(answer) == (0x0003,)
 
     def test_fingerprint_is_answered_with_one(self) -> None:
         server = Server()
@@ -208,14 +209,14 @@ class TestAuthentication:
         message = server.request(method).with_bytes(0x7777, b"x").with_bytes(0x001E, b"").with_bytes(0x7777, b"")
         answer = server.answer(message)
         assert answer.error == (420, "Unknown Attribute")
-        assert answer.unknown_attributes == (0x7777, 0x001E)
+        assert unknown_attributes(answer) == (0x7777, 0x001E)
 
     def test_as_many_unknown_ones_as_fit(self) -> None:
         server = Server()
         message = server.allocate_request()
         for kind in range(0x7000, 0x7000 + 440):
             message = message.with_bytes(kind, b"")
-        assert len(server.answer(message).unknown_attributes) == 440
+        assert len(unknown_attributes(server.answer(message))) == 440
 
     def test_an_optional_unknown_attribute_is_ignored(self) -> None:
         server = Server()

@@ -216,6 +216,12 @@ def code(answer: Message) -> int:
     return 0 if answer.error is None else answer.error[0]
 
 
+def unknown_attributes(answer: Message) -> tuple[int, ...]:
+    """The types that a 420 lists."""
+    value = answer.get(Attribute.UNKNOWN_ATTRIBUTES) or b""
+    return struct.unpack(f"!{len(value) // 2}H", value)
+
+
 def connect(address: tuple[str, int], source: str = "127.0.0.1") -> socket.socket:
     """A peer."""
     return socket.create_connection(address, timeout=TIMEOUT_S, source_address=(source, 0))

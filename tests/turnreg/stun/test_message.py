@@ -309,7 +309,6 @@ class TestValues:
         assert message.first_byte(Attribute.REQUESTED_TRANSPORT) is None
         assert message.xor_address(Attribute.XOR_PEER_ADDRESS) is None
         assert message.xor_addresses(Attribute.XOR_PEER_ADDRESS) == ()
-        assert message.unknown_attributes == ()
         assert not message.has_integrity
         assert not message.verify_integrity(b"")
 
@@ -319,12 +318,6 @@ class TestValues:
         for peer in peers:
             message = message.with_xor_address(Attribute.XOR_PEER_ADDRESS, peer)
         assert Message.parse(message.pack()).xor_addresses(Attribute.XOR_PEER_ADDRESS) == peers
-
-    def test_unknown_attributes(self) -> None:
-        message = request().with_bytes(Attribute.UNKNOWN_ATTRIBUTES, bytes.fromhex("7fff0003"))
-        assert message.unknown_attributes == (0x7FFF, 0x0003)
-        with pytest.raises(StunError, match="odd"):
-            _ = request().with_bytes(Attribute.UNKNOWN_ATTRIBUTES, b"\0\1\2").unknown_attributes
 
     def test_one_byte_values(self) -> None:
         message = request().with_first_byte(Attribute.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV6)
@@ -397,7 +390,6 @@ def read_everything(message: Message) -> None:
         *(lambda a=a: message.xor_address(a) for a in Attribute),
         *(lambda a=a: message.xor_addresses(a) for a in Attribute),
         lambda: message.error,
-        lambda: message.unknown_attributes,
         lambda: message.not_understood(()),
         lambda: message.verify_integrity(b"key"),
     ]

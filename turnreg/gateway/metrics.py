@@ -1,0 +1,34 @@
+"""What a gateway counts beside its streams."""
+
+from collections.abc import Sized
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from sniproxy.streams.end_reason import Reason
+from sniproxy.tunnel.verify import ReplayCache
+
+
+class GatewayMetrics:
+    """Counters and gauges of one gateway; every label is there from the start."""
+
+    def __init__(self, registry: CollectorRegistry, *, warm: Sized, remembered: ReplayCache) -> None:
+        """Register them. `warm` are the connections that relays keep ready, `remembered` the preambles of late."""
+        ready = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
+        ready.set_function(lambda: len(warm))
+        self._refused = Counter(
+            "crossnet_gateway_connections_refused",
+            "Connections that are no streams, kept ready or a stream's second one, by why they were ended.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in Reason:
+            self._refused.labels(reason.value)
+        preambles = Gauge(
+            "crossnet_gateway_remembered_preambles", "Preambles that must not come again.", ["of"], registry=registry
+        )
+        preambles.labels("all").set_function(lambda: len(remembered))
+        preambles.labels("largest_network").set_function(remembered.largest)
+
+    def refused(self, reason: Reason) -> None:
+        """Count a connection that is no stream and was ended."""
+        self._refused.labels(reason.value).inc()
