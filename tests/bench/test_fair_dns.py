@@ -10,6 +10,7 @@ from bench.fair_dns import CLIENTS, DRAIN_S, HOST, LIMIT_S, Resolver, flooding, 
 QUESTIONS_S = 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "connections"), [("own", 8), ("own", 64), ("garbage", 8), ("missed", 8), ("unread", 8), ("udp", 1)]
 )

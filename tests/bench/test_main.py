@@ -58,6 +58,7 @@ def assert_all_measured(done: subprocess.CompletedProcess[str], file: Path, part
         assert f"{way} " in done.stdout
 
 
+@pytest.mark.slow
 def test_everything_of_ours_is_measured(tmp_path: Path) -> None:
     file = tmp_path / "results" / "it.json"
     done = bench(tmp_path, *TINY, "--only", *ONE_OF_EACH_KIND, "relay", "gateway", "embedded", "--json", str(file))
@@ -71,6 +72,7 @@ def test_everything_of_ours_is_measured(tmp_path: Path) -> None:
     assert processes(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.interop
 @pytest.mark.needs("haproxy", "turnserver")
 def test_peers_are_measured(tmp_path: Path) -> None:
@@ -85,6 +87,7 @@ def test_peers_are_measured(tmp_path: Path) -> None:
     assert processes(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_behind_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["--seconds", "30", "--only", "up-1", "relay", "--json", str(tmp_path / "it.json")]

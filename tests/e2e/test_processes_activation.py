@@ -29,6 +29,7 @@ def pids(tmp_path: Path) -> Iterator[Path]:
             os.kill(int(pid), signal.SIGTERM)
 
 
+@pytest.mark.slow
 @pytest.mark.interop
 @pytest.mark.needs("socat", "turnserver")
 @pytest.mark.parametrize(

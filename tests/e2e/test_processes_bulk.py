@@ -11,6 +11,7 @@ from tests.e2e.traffic import BULK_TIMEOUT_S
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(2 * BULK_TIMEOUT_S + 30)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", TURNS)
 async def test_bulk_arrives_as_it_was_sent(tmp_path: Path, turn: str) -> None:
     """One stream flat out both ways at once, then two hundred at any pace."""
