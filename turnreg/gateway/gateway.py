@@ -256,11 +256,7 @@ class Gateway:
             case Preamble(continues=True):
                 return Reason.OK  # its stream has it now
             case Preamble() as preamble:
-                return await self._carry_stream(arrival, preamble)
-
-    async def _carry_stream(self, arrival: InboundStream, preamble: Preamble) -> Reason:
-        service = await self._deliver(arrival, preamble)
-        return await self._bridge(arrival, preamble, service)
+                return await self._bridge(arrival, preamble, await self._deliver(arrival, preamble))
 
     async def _prove(self, arrival: InboundStream) -> Preamble | WarmPreamble:
         """Read what a connection is for, and the ClientHello of a stream; hand a second connection over."""
@@ -378,7 +374,7 @@ class Gateway:
         if isinstance(opening, WarmPreamble) or opening.continues:
             raise StreamRefused(Reason.PROTOCOL_ERROR, "OPEN without the preamble of a stream")
         await self._in_time(arrival, self._begin(arrival, opening), self.config.hello_timeout_s)
-        return await self._carry_stream(arrival, opening)
+        return await self._bridge(arrival, opening, await self._deliver(arrival, opening))
 
     async def _refuse(self, framed: CapsuleConnection, reason: Reason, detail: str) -> None:
         """Say why, and give that time to arrive: a close right behind it would overtake it in a TURN server."""

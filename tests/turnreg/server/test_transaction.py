@@ -324,7 +324,7 @@ class TestAllocationNeeded:
         server = Server()
         server.allocate()
         step = server.respond(server.sign(server.request(method)), now=NOW + 600)
-        assert step.refusal is Refusal.NO_ALLOCATION
+        assert reply_of(step).refusal is Refusal.NO_ALLOCATION
 
     @pytest.mark.parametrize("method", [Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND, Method.CONNECT])
     def test_it_is_somebody_elses(self, method: Method) -> None:
