@@ -1,4 +1,4 @@
-"""The discovery server: its start and end, who may ask how often, and how faults are answered."""
+"""The discovery server: start and end, routes, authentication, rate limits, error answers."""
 
 import asyncio
 import logging
@@ -53,7 +53,7 @@ SHUTDOWN_TIMEOUT_S = 2.0
 
 STRANGER_REQUESTS_PER_S = 10.0
 STRANGER_BURST = 20
-"""What an address may ask without a token that we know before it waits in turn."""
+"""Requests of an address without a valid token before it has to wait in turn."""
 
 STRANGERS_PER_S = 100.0
 STRANGERS_BURST = 100
@@ -66,7 +66,7 @@ Handler = Callable[[web.Request, Principal], Awaitable[web.StreamResponse]]
 
 
 class _Metrics:
-    """What a server counts."""
+    """Metrics of the server."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         requests = Counter(
@@ -102,21 +102,21 @@ class DiscoveryServer:
         self._tokens: Tokens | None = None
         self._hub = WatchHub(self._store, most=config.max_watchers, most_per_network=config.max_watchers_per_network)
         self._ages = RecordAges(time.monotonic)
-        self._store.subscribe(self._ages.take)
+        self._store.subscribe(self._ages.apply)
         self._listening = Listener("discovery_server", listener_limits(config), registry)
         self._records = RecordRoutes(self._store, config, self._listening.gate)
         self._leases = LeaseRoutes(self._store, config)
         self._watch = WatchRoute(self._store, self._hub, self._listening.gate, registry, watch_timing)
         self._credentials = CredentialsRoute(self._store, config, wall_clock)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
-        self._warnings = RateLimit(0.1, 1)  # of too many: a flood of requests must not become one of lines
-        # Who asks faster than this is not refused yet, but waits in turn with others who do.
+        self._warnings = RateLimit(0.1, 1)  # a flood of requests must not become a flood of log lines
+        # Faster clients are not refused yet, but wait in turn.
         self._shares = RateLimit(config.requests_per_s, int(config.requests_per_s) or 1)
         self._strangers = RateLimit(STRANGER_REQUESTS_PER_S, STRANGER_BURST)
         self._all_strangers = RateLimit(STRANGERS_PER_S, STRANGERS_BURST)
 
     def reconfigure(self, config: DiscoveryServerConfig) -> None:
-        """Go by this from now on; store, listeners and files are those that it was made with."""
+        """Use this configuration from now on, except for store, listeners and files."""
         self._config = config
         self._requests.per_s, self._requests.burst = config.requests_per_s, config.request_burst
         self._shares.per_s, self._shares.burst = config.requests_per_s, int(config.requests_per_s) or 1
@@ -126,7 +126,7 @@ class DiscoveryServer:
 
     @property
     def config(self) -> DiscoveryServerConfig:
-        """What it goes by."""
+        """The present configuration."""
         return self._config
 
     @property
@@ -141,7 +141,7 @@ class DiscoveryServer:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[tuple[tuple[str, int], ...]]:
-        """Serve as long as the context lasts; gives the addresses listened on, in the order of the configuration."""
+        """Serve within the context, which gives the addresses listened on, in the order of the configuration."""
         config = self._config
         reasons = start_refusals(config)
         if reasons:
@@ -221,7 +221,7 @@ class DiscoveryServer:
 
     async def _sweep(self) -> None:
         while True:
-            # At once for the first time: from then on the store knows how long it stood still.
+            # The first time at once: from then on the store can tell how long it was paused.
             try:
                 for deletion in await self._store.expire():
                     kind, network, record_id = deletion.key
@@ -318,9 +318,9 @@ class DiscoveryServer:
             log.warning("a request was too many", extra={"event": event})
 
     async def _turn(self, request: web.Request, who: Principal | ApiError) -> None:
-        """Wait until it is this request's turn."""
+        """Wait for the request's turn, if its client asks for more than its share."""
         now = time.monotonic()
-        # All are counted: many connections of one network are as much of a crowd as one that asks all the time.
+        # Both are counted: a network with many connections is as heavy as one busy connection.
         crowd = self._listening.crowds(request)
         if isinstance(who, Principal):
             asks = f"network {who.network}"
@@ -341,7 +341,7 @@ class DiscoveryServer:
         return authenticate
 
     def _principal(self, request: web.Request) -> Principal:
-        """Find who asks, by token or else by client certificate. Raises ApiError."""
+        """Return the client, by token or else by client certificate. Raises ApiError."""
         check_browser(request, named=self._tokens is not None or self._config.insecure)
         if self._tokens is None:
             return OPEN
@@ -387,7 +387,7 @@ class DiscoveryServer:
 
 
 def _log_refusal(request: web.Request, who: Principal | ApiError, error: ApiError) -> None:
-    """Say who was refused what, and why. The log bounds how often: any stranger can cause this."""
+    """Log a refusal. The log's own rate limit bounds the lines, since anybody can cause them."""
     event: dict[str, object] = {"status": error.status, "remote": request.remote}
     if isinstance(who, Principal):
         event |= {"token": who.name, "of_network": who.network}

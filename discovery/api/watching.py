@@ -107,7 +107,7 @@ class WatchRoute:
     async def _send_changes(self, stream: "_Stream", watcher: Watcher, current: int, gives_up_at: float) -> None:
         """Write changes as they come, and heartbeats between them, until the watch ends."""
         while not watcher.overrun:
-            data = watcher.take(current)
+            data = watcher.next_batch(current)
             if data:
                 await stream.write(data)
             elif watcher.closed:

@@ -113,7 +113,7 @@ class Publisher:
 
     @property
     def listed(self) -> bool:
-        """Whether everything has been listed once."""
+        """Whether every path has been listed once."""
         return self._complete
 
     async def run(self) -> None:
@@ -214,7 +214,7 @@ class Publisher:
         self._metrics.services.set(len(self._published))
 
     def _reconcile(self, mesh: Mesh) -> None:
-        """Once, when both sides are known: withdraw what an earlier run left there."""
+        """Withdraw, once both sides are known, the records that an earlier run left behind."""
         if self._reconciled or not self._complete or not self._discovery.synced:
             return
         self._reconciled = True

@@ -342,9 +342,9 @@ class EtcdStore(MemoryStore):
                     compacted = number_of(result, "compact_revision")
                     reason = str(result.get("cancel_reason", "the watch was cancelled"))[:200]
                     raise EtcdError(reason, COMPACTED if compacted else None)
-                self._take(result.get("events", ()))
+                self._apply_events(result.get("events", ()))
 
-    def _take(self, events: Iterable[Mapping[str, Any]]) -> None:
+    def _apply_events(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Apply events, all of one revision at once."""
         by_revision: dict[int, Batch] = {}
         for event in events:

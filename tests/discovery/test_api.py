@@ -624,7 +624,7 @@ async def test_metrics() -> None:
 
 async def test_who_asks_nothing_is_not_waited_for(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("discovery.http.listener.HEADER_S", 0.1)
-    monkeypatch.setattr("discovery.http.listener.LOOK_S", 0.02)
+    monkeypatch.setattr("discovery.http.listener.OVERDUE_CHECK_S", 0.02)
 
     async def say(at: Any, data: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
