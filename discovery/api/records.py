@@ -87,7 +87,7 @@ class RecordRoutes:
                         between = b","
                 await response.write(b"]}\n" if between == b"," else between + b"]}\n")
         except TimeoutError:
-            log.info("a list that was not taken was cut off", extra={"event": {"token": principal.name}})
+            log.info("a list that the client did not read was cut off", extra={"event": {"token": principal.name}})
             if request.transport is not None:
                 request.transport.abort()
         return response

@@ -190,7 +190,7 @@ class DiscoveryServer:
             event = {"address": host, "port": port, "tls": config.tls_cert is not None, "epoch": self._store.epoch}
             log.info("discovery server listens", extra={"event": event})
         if self._tokens is None:
-            log.warning("discovery server has no tokens: whoever reaches it may write any record")
+            log.warning("discovery server has no tokens: everybody who reaches it may write any record")
         if config.insecure:
             log.warning("discovery server is insecure by configuration")
 
@@ -226,7 +226,7 @@ class DiscoveryServer:
                 for deletion in await self._store.expire():
                     kind, network, record_id = deletion.key
                     event = {"kind": kind, "network": network, "id": record_id, "revision": deletion.revision}
-                    log.info("a lease ended, its record is withdrawn", extra={"event": event})
+                    log.info("a lease ended, its record was deleted", extra={"event": event})
             except StoreError as error:
                 log.error("leases cannot be ended: %s", error)
             await asyncio.sleep(SWEEP_S)
@@ -240,11 +240,11 @@ class DiscoveryServer:
             try:
                 known = await asyncio.to_thread(Tokens.load, path)
             except BadFile as error:
-                log.error("the tokens file is not taken, what it said before stays: %s", error)
+                log.error("the tokens file cannot be used, the previous one stays in force: %s", error)
             else:
                 self._tokens = known
                 ended = self._hub.keep(known.still)
-                log.info("the tokens file is read anew", extra={"event": {"tokens": len(known), "ended": ended}})
+                log.info("the tokens file was reloaded", extra={"event": {"tokens": len(known), "ended": ended}})
 
     async def _keep_certificates(self, certificates: FileFingerprint, authorities: FileFingerprint) -> None:
         while self._config.tls_cert is not None:
@@ -255,10 +255,10 @@ class DiscoveryServer:
             try:
                 self._listening.renew(tls_context(self._config))
             except OSError as error:  # ssl.SSLError is one
-                log.error("the certificate is not taken, the one before stays: %s", error)
+                log.error("the certificate cannot be used, the previous one stays in use: %s", error)
             else:
                 ended = self._listening.cut_certified() if theirs else 0
-                log.info("the certificate is read anew", extra={"event": {"ended": ended}})
+                log.info("the certificate was reloaded", extra={"event": {"ended": ended}})
 
     # Around every request.
 
@@ -315,7 +315,7 @@ class DiscoveryServer:
     def _log_rate(self, request: web.Request, error: RateLimited) -> None:
         if not self._warnings.wait_s(error.detail, time.monotonic()):
             event = {"path": request.path[:200], "remote": request.remote, "why": error.detail}
-            log.warning("a request was too many", extra={"event": event})
+            log.warning("a request exceeded its rate limit", extra={"event": event})
 
     async def _turn(self, request: web.Request, who: Principal | ApiError) -> None:
         """Wait for the request's turn, if its client asks for more than its share."""

@@ -84,7 +84,7 @@ class WatchRoute:
                     await stream.write(mark_stale(self._store.revision, self._store.stale_s))
                 await self._send_changes(stream, watcher, current, gives_up_at)
         except TimeoutError:
-            log.info("a watcher that took nothing was cut off", extra={"event": {"token": principal.name}})
+            log.info("a watcher that read nothing was cut off", extra={"event": {"token": principal.name}})
             if request.transport is not None:
                 request.transport.abort()
         except ConnectionResetError:

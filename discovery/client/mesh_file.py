@@ -154,10 +154,10 @@ class StaticDiscovery(Discovery):
             try:
                 file = await asyncio.to_thread(load_mesh, self._path, self._allowed)
             except BadFile as error:
-                log.error("the mesh file is not taken, what it said before stays: %s", error)
+                log.error("the mesh file cannot be used, the previous one stays in force: %s", error)
             else:
                 self._replace(file)
-                log.info("the mesh file is read anew", extra={"event": {"file": self._path, "records": len(file)}})
+                log.info("the mesh file was reloaded", extra={"event": {"file": self._path, "records": len(file)}})
 
     async def close(self) -> None:
         """Forget what was published."""

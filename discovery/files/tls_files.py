@@ -24,7 +24,9 @@ class TlsFiles:
             try:
                 self._context = self._read()
             except OSError as error:  # ssl.SSLError is one
-                log.warning("the certificates %s are not taken, those before stay: %s", self._names(), error)
+                log.warning(
+                    "the certificates %s cannot be used, the previous ones stay in use: %s", self._names(), error
+                )
         return self._context
 
     def _names(self) -> str:

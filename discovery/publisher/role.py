@@ -164,7 +164,7 @@ class Publisher:
                 await self._watch(resource)
                 continue  # the server ends a watch when its time is over: resumed at once
             except Gone as error:
-                log.info("the cluster's history is gone: everything is listed anew: %s", error)
+                log.info("the cluster's history is gone, everything is listed again: %s", error)
                 resource.version = ""
             except (KubeError, OSError) as error:
                 self._metrics.errors.inc()
@@ -237,5 +237,5 @@ def _decoded(data: dict[str, Any], shape: type[ObjectT]) -> ObjectT | None:
     try:
         return msgspec.convert(data, shape)
     except msgspec.ValidationError as error:
-        log.warning("an object of the cluster is left out: %s", error)
+        log.warning("an object of the cluster is skipped: %s", error)
         return None

@@ -530,7 +530,7 @@ async def test_an_authority_that_is_replaced_counts_without_a_restart(
         (tmp_path / "ca.pem").write_text("nonsense")
         client.publish(Kind.RELAY, "r2", RELAY)
         assert await client.settled(5)
-        assert "are not taken" in caplog.text
+        assert "cannot be used" in caplog.text
         new.cert_pem.write_to_path(tmp_path / "ca.pem")
         client.publish(Kind.RELAY, "r3", RELAY)
         assert not await client.settled(0.3)  # the old one is trusted no more
