@@ -1,4 +1,4 @@
-"""What a discovery server is made from, and what it refuses to be."""
+"""The configuration of a discovery server, and the configurations that it refuses."""
 
 import ssl
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ MAX_BODY = 1024 * 1024  # a service with its most endpoints has some 25 kB a por
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscoveryServerConfig:
-    """What a discovery server needs to know."""
+    """Configuration of a discovery server."""
 
     listen: tuple[tuple[str, int], ...]
     """IP addresses and ports; port 0 means any."""
@@ -26,26 +26,26 @@ class DiscoveryServerConfig:
     """`memory`, `sqlite:` and a path, or `etcd:` and a comma list of URLs."""
 
     etcd_prefix: str = DEFAULT_PREFIX
-    """What keys in etcd begin with; several meshes can share a cluster."""
+    """Prefix of our keys in etcd; several meshes can share a cluster."""
 
     etcd_ca: Path | None = None
     etcd_cert: Path | None = None
     etcd_key: Path | None = None
-    """Authority that verifies the members of etcd, and the certificate that we show them."""
+    """CA that verifies the members of etcd, and our client certificate."""
 
     etcd_username: str | None = None
     etcd_password: str | None = field(default=None, repr=False)
-    """Who we are to an etcd with authentication enabled."""
+    """User of an etcd with authentication enabled."""
 
     tls_cert: Path | None = None
     tls_key: Path | None = None
-    """Key of the certificate; None when both stand in one file."""
+    """Key of the certificate; None if both are in one file."""
 
     tls_client_ca: Path | None = None
-    """Verifies client certificates, which then can stand in for tokens."""
+    """CA that verifies client certificates, which can be used instead of tokens."""
 
     tokens_file: Path | None = None
-    """Without one everybody may do everything, which only loopback or `insecure` allows."""
+    """Without one everybody may do everything, which is allowed on loopback or with `insecure` only."""
 
     turn_secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     """REST secret of the TURN servers of each network, to issue credentials from."""
@@ -70,28 +70,27 @@ class DiscoveryServerConfig:
     """A network behind one address has two connections for each process. Both are lowered to what the descriptors allow."""
 
     requests_per_s: float = 200.0
-    """Of one network in the long run: six hundred clients that renew their leases."""
+    """Requests of one network in the long run: enough for six hundred clients that renew their leases."""
 
     request_burst: int = 5000
-    """A gateway that registers in a thousand networks writes as many records at its start."""
+    """Requests of one network at once: a gateway that registers in a thousand networks writes as many records at its start."""
 
     credentials_per_s: float = 5.0
-    """TURN credentials of one network: each is a secret made, and worth a line in the log."""
+    """TURN credentials of one network: each is a new secret and a line in the log."""
 
     credentials_burst: int = 1000
 
 
 class ServerRefused(Exception):
-    """The configuration would serve the world without TLS or tokens; `reasons` has a sentence for each."""
+    """The configuration would serve other hosts without TLS or tokens; `reasons` has a sentence for each."""
 
     def __init__(self, reasons: list[str]) -> None:
-        """Hold all reasons."""
         super().__init__("; ".join(reasons))
         self.reasons = tuple(reasons)
 
 
 def listener_limits(config: DiscoveryServerConfig) -> ListenerLimits:
-    """Say how many connections there may be, and of how many bytes a request: more than is taken, so that 413 can be read."""
+    """Return the listener's limits. Requests may be larger than is accepted, so that the client can read the 413."""
     return ListenerLimits(
         connections=config.max_connections,
         connections_per_address=config.max_connections_per_address,
@@ -101,7 +100,7 @@ def listener_limits(config: DiscoveryServerConfig) -> ListenerLimits:
 
 
 def start_refusals(config: DiscoveryServerConfig) -> list[str]:
-    """Say why a server must not start like this; `crossnet check` asks too."""
+    """Return why a server must not start with this configuration. `crossnet check` uses it too."""
     public = [f"{host}:{port}" for host, port in config.listen if not ip_address(host).is_loopback]
     if config.insecure or not public:
         return []
@@ -114,7 +113,7 @@ def start_refusals(config: DiscoveryServerConfig) -> list[str]:
 
 
 def make_store(config: DiscoveryServerConfig) -> Store:
-    """Make the store that a configuration names. Raises StoreError."""
+    """Make the configured store. Raises StoreError."""
     scheme, colon, place = config.store.partition(":")
     if config.store == "memory":
         return MemoryStore()

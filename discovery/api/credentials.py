@@ -1,4 +1,4 @@
-"""TURN credentials that live shortly, made from the secret that a TURN server shares with us (the REST scheme)."""
+"""Short-lived TURN credentials, made from the secret that we share with a TURN server (the REST scheme)."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ class _TurnBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class CredentialsRoute:
-    """Answers who asks for credentials."""
+    """The route POST /v1/turn-credentials."""
 
     def __init__(self, store: Store, config: DiscoveryServerConfig, wall_clock: Callable[[], float]) -> None:
         self._store = store
@@ -36,7 +36,7 @@ class CredentialsRoute:
         self._limit = RateLimit(config.credentials_per_s, config.credentials_burst)
 
     def reconfigure(self, config: DiscoveryServerConfig) -> None:
-        """Go by this from now on."""
+        """Use this configuration from now on."""
         self._config = config
 
     async def issue(self, request: web.Request, principal: Principal) -> web.Response:

@@ -17,14 +17,14 @@ class _LeaseBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class LeaseRoutes:
-    """Answers what is asked of leases."""
+    """The routes under /v1/leases."""
 
     def __init__(self, store: Store, config: DiscoveryServerConfig) -> None:
         self._store = store
         self._config = config
 
     def reconfigure(self, config: DiscoveryServerConfig) -> None:
-        """Go by this from now on."""
+        """Use this configuration from now on."""
         self._config = config
 
     async def grant(self, request: web.Request, principal: Principal) -> web.Response:
@@ -54,7 +54,7 @@ class LeaseRoutes:
 
 
 async def lease_of(store: Store, principal: Principal, lease_id: str) -> Lease:
-    """Find a lease that a token has made. Raises UnknownLease; ApiError for another token's."""
+    """Return a lease of this token's. Raises UnknownLease; ApiError if it is another token's."""
     lease = await store.lease(lease_id[:64])
     if lease is None:
         raise UnknownLease(lease_id[:64])

@@ -1,4 +1,4 @@
-"""Questions and answers of the HTTP API: what is read from a request, and how everything is answered."""
+"""Requests and answers of the HTTP API: how they are parsed, and how answers are built."""
 
 import asyncio
 import base64
@@ -21,10 +21,9 @@ BodyT = TypeVar("BodyT")
 
 
 class ApiError(Exception):
-    """An answer that is an error."""
+    """A request that is answered with an error: HTTP status, code for programs, sentence for people."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
-        """Hold what the answer says."""
         super().__init__(detail)
         self.status = status
         self.code = code
@@ -32,16 +31,15 @@ class ApiError(Exception):
 
 
 class RateLimited(ApiError):
-    """Too many requests in too little time."""
+    """Too many requests; the client may try again in `wait_s` seconds."""
 
     def __init__(self, detail: str, wait_s: float) -> None:
-        """Hold when the next one will be taken."""
         super().__init__(429, "rate_limited", detail)
         self.wait_s = wait_s
 
 
 def parse_token(request: web.Request) -> str | None:
-    """Read the token: Bearer, or, for what only reads, the password of Basic, which is what a browser can send."""
+    """Return the token: Bearer or, for GET, the password of Basic, since that is what a browser sends."""
     scheme, _, rest = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip()
@@ -54,15 +52,16 @@ def parse_token(request: web.Request) -> str | None:
 
 
 def certificate_names(request: web.Request) -> list[str]:
-    """Give the URIs and DNS names of the verified certificate that a client showed; none without one."""
+    """Return the URIs and DNS names of the client's verified certificate, if it has one."""
     certificate = request.get_extra_info("peercert") or {}
     return [str(value) for kind, value in certificate.get("subjectAltName", ()) if kind in ("URI", "DNS")]
 
 
 def check_browser(request: web.Request, *, named: bool) -> None:
-    """Refuse what another site's page has a browser ask here with the rights of whoever looks at it. Raises ApiError.
+    """Refuse requests that another site's page makes with its visitor's rights. Raises ApiError.
 
-    Without tokens (not `named`) rights come from the address alone, so a name that somebody points here is refused, too.
+    Without tokens (not `named`) everybody who reaches us has all rights, so a DNS name that an attacker points here is
+    refused too.
     """
     if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         raise ApiError(403, "forbidden", "another site's page asks")
@@ -93,13 +92,13 @@ async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
 
 
 def marks(store: Store) -> dict[str, str]:
-    """Give the headers of every answer: the store's epoch, and how stale it is when it is."""
+    """Return the headers of every answer: the store's epoch and, if it is stale, for how long."""
     stale_s = store.stale_s
     return {EPOCH_HEADER: store.epoch} | ({STALE_HEADER: f"{stale_s:.0f}"} if stale_s else {})
 
 
 def json_answer(value: object, *, status: int = 200, etag: int | None = None) -> web.Response:
-    """Answer with JSON, and with a revision as ETag where there is one."""
+    """Build a JSON answer, with a revision as its ETag if there is one."""
     headers = {hdrs.ETAG: f'"{etag}"'} if etag is not None else None
     return web.Response(
         body=msgspec.json.encode(value) + b"\n", status=status, headers=headers, content_type="application/json"
@@ -107,7 +106,7 @@ def json_answer(value: object, *, status: int = 200, etag: int | None = None) ->
 
 
 def error_answer(status: int, code: str, detail: str) -> web.Response:
-    """Answer that something is wrong."""
+    """Build an error answer."""
     response = json_answer({"error": code, "detail": detail}, status=status)
     if status == 401:
         response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
@@ -115,7 +114,7 @@ def error_answer(status: int, code: str, detail: str) -> web.Response:
 
 
 def http_error_answer(error: web.HTTPException, max_body_bytes: int) -> web.Response:
-    """Answer what aiohttp found wrong with a request: its path, its method or the length of its body."""
+    """Build the answer for an error that aiohttp found: in the path, the method or the length of the body."""
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return error_answer(413, "too_large", f"the body has more than {max_body_bytes} bytes")
     if isinstance(error, web.HTTPMethodNotAllowed):
@@ -129,7 +128,7 @@ def http_error_answer(error: web.HTTPException, max_body_bytes: int) -> web.Resp
 
 
 def not_found(key: Key) -> ApiError:
-    """Make the error for a record that is not there, or not to be seen."""
+    """Make the error for a record that does not exist, or that the client may not see."""
     return ApiError(404, "not_found", f"there is no record {'/'.join(key)}")
 
 

@@ -27,18 +27,18 @@ SECURITY_HEADERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageState:
-    """What the page tells of the server itself."""
+    """What the page says about the server."""
 
     epoch: str
     revision: int
     stale_s: float
     reader: str
     ages: Mapping[Key, float]
-    """For how many seconds records have been there, where the server saw them come."""
+    """Age of each record in seconds, if it was written while this server ran."""
 
 
 def render_page(mesh: Mesh, state: PageState, network: str | None) -> str:
-    """Write the page; with a network, only what has to do with that."""
+    """Render the page; with a network, only what concerns it."""
     networks = sorted(mesh.networks)
     shown = [network] if network in mesh.networks else networks
     chosen = f' <a href="/">all networks</a> · only <b>{escape(network)}</b>' if network else ""
@@ -73,7 +73,7 @@ def render_page(mesh: Mesh, state: PageState, network: str | None) -> str:
 
 
 def age_text(seconds: float | None) -> str:
-    """Write a span of time for people."""
+    """Format a duration for people."""
     if seconds is None:
         return "since before this server"
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
@@ -83,7 +83,7 @@ def age_text(seconds: float | None) -> str:
 
 
 def allocation_state(mesh: Mesh, allocation: Record[AllocationSpec]) -> str:
-    """Say whether relays can use an allocation, as far as the records tell."""
+    """Return whether relays can use an allocation, judging by the records."""
     spec = allocation.spec
     turn = mesh.record(Kind.TURN, spec.via, spec.turn)
     if turn is None:

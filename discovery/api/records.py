@@ -1,4 +1,4 @@
-"""What is asked of records: to list, read, write and delete them."""
+"""The routes under /v1/records: list, read, write and delete records."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ LIST_PIECE = 200
 
 LIST_TIMEOUT_S = 300.0
 
-MAX_CONFLICTS = 5  # others that write the same record at once; the sixth is not by chance
+MAX_CONFLICTS = 5  # retries after concurrent writes of the same record
 
 
 class _PutBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class _PutBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RecordRoutes:
-    """Answers what is asked of records."""
+    """The routes under /v1/records."""
 
     def __init__(self, store: Store, config: DiscoveryServerConfig, gate: Gate) -> None:
         self._store = store
@@ -49,13 +49,13 @@ class RecordRoutes:
         self._sorted: tuple[object, tuple[AnyRecord, ...]] = (None, ())
 
     def reconfigure(self, config: DiscoveryServerConfig) -> None:
-        """Go by this from now on."""
+        """Use this configuration from now on."""
         self._config = config
 
     async def list(self, request: web.Request, principal: Principal) -> web.StreamResponse:
         kind_text, network = request.query.get("kind"), request.query.get("network")
         kind = parse_kind(kind_text) if kind_text else None
-        # To find and to sort thousands of records takes milliseconds: who asks for lists waits for others who do.
+        # Finding and sorting thousands of records takes milliseconds: lists take turns.
         await self._gate.enter(("list", principal.network), crowd=True)
         snapshot = await self._store.snapshot(kind, network or None)
         asked = (self._store.epoch, snapshot.revision, kind, network)
@@ -70,7 +70,7 @@ class RecordRoutes:
     async def _list_in_pieces(
         self, request: web.Request, principal: Principal, revision: int, records: tuple[AnyRecord, ...]
     ) -> web.StreamResponse:
-        """Answer with a long list: between its pieces others get their turn, and what nobody reads is not made."""
+        """Send a long list in pieces: others get their turn in between, and nothing is encoded that the client does not read."""
         response = web.StreamResponse(headers=marks(self._store))
         response.content_type = "application/json"
         begin = {"epoch": self._store.epoch, "revision": revision}
@@ -87,7 +87,7 @@ class RecordRoutes:
                         between = b","
                 await response.write(b"]}\n" if between == b"," else between + b"]}\n")
         except TimeoutError:
-            log.info("a list that was not taken was cut off", extra={"event": {"token": principal.name}})
+            log.info("a list that the client did not read was cut off", extra={"event": {"token": principal.name}})
             if request.transport is not None:
                 request.transport.abort()
         return response
@@ -121,7 +121,7 @@ class RecordRoutes:
             if old is None and await self._store.count(key[1]) >= self._config.max_records_per_network:
                 limit = self._config.max_records_per_network
                 raise ApiError(429, "too_many", f"network {key[1]!r} has {limit} records, which is the most")
-            # What is replaced is what was looked at, so that nobody slips in what the writer may not replace.
+            # Pinned to the record that was checked: nobody can slip in one that the writer may not replace.
             pin = old.revision if old is not None and if_match is None and not if_none_match else if_match
             try:
                 record = await self._store.put(

@@ -1,4 +1,4 @@
-"""The discovery server: its start and end, who may ask how often, and how faults are answered."""
+"""The discovery server: start and end, routes, authentication, rate limits, error answers."""
 
 import asyncio
 import logging
@@ -53,7 +53,7 @@ SHUTDOWN_TIMEOUT_S = 2.0
 
 STRANGER_REQUESTS_PER_S = 10.0
 STRANGER_BURST = 20
-"""What an address may ask without a token that we know before it waits in turn."""
+"""Requests of an address without a valid token before it has to wait in turn."""
 
 STRANGERS_PER_S = 100.0
 STRANGERS_BURST = 100
@@ -66,7 +66,7 @@ Handler = Callable[[web.Request, Principal], Awaitable[web.StreamResponse]]
 
 
 class _Metrics:
-    """What a server counts."""
+    """Metrics of the server."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         requests = Counter(
@@ -102,21 +102,21 @@ class DiscoveryServer:
         self._tokens: Tokens | None = None
         self._hub = WatchHub(self._store, most=config.max_watchers, most_per_network=config.max_watchers_per_network)
         self._ages = RecordAges(time.monotonic)
-        self._store.subscribe(self._ages.take)
+        self._store.subscribe(self._ages.apply)
         self._listening = Listener("discovery_server", listener_limits(config), registry)
         self._records = RecordRoutes(self._store, config, self._listening.gate)
         self._leases = LeaseRoutes(self._store, config)
         self._watch = WatchRoute(self._store, self._hub, self._listening.gate, registry, watch_timing)
         self._credentials = CredentialsRoute(self._store, config, wall_clock)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
-        self._warnings = RateLimit(0.1, 1)  # of too many: a flood of requests must not become one of lines
-        # Who asks faster than this is not refused yet, but waits in turn with others who do.
+        self._warnings = RateLimit(0.1, 1)  # a flood of requests must not become a flood of log lines
+        # Faster clients are not refused yet, but wait in turn.
         self._shares = RateLimit(config.requests_per_s, int(config.requests_per_s) or 1)
         self._strangers = RateLimit(STRANGER_REQUESTS_PER_S, STRANGER_BURST)
         self._all_strangers = RateLimit(STRANGERS_PER_S, STRANGERS_BURST)
 
     def reconfigure(self, config: DiscoveryServerConfig) -> None:
-        """Go by this from now on; store, listeners and files are those that it was made with."""
+        """Use this configuration from now on, except for store, listeners and files."""
         self._config = config
         self._requests.per_s, self._requests.burst = config.requests_per_s, config.request_burst
         self._shares.per_s, self._shares.burst = config.requests_per_s, int(config.requests_per_s) or 1
@@ -126,7 +126,7 @@ class DiscoveryServer:
 
     @property
     def config(self) -> DiscoveryServerConfig:
-        """What it goes by."""
+        """The present configuration."""
         return self._config
 
     @property
@@ -141,7 +141,7 @@ class DiscoveryServer:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[tuple[tuple[str, int], ...]]:
-        """Serve as long as the context lasts; gives the addresses listened on, in the order of the configuration."""
+        """Serve within the context, which gives the addresses listened on, in the order of the configuration."""
         config = self._config
         reasons = start_refusals(config)
         if reasons:
@@ -190,7 +190,7 @@ class DiscoveryServer:
             event = {"address": host, "port": port, "tls": config.tls_cert is not None, "epoch": self._store.epoch}
             log.info("discovery server listens", extra={"event": event})
         if self._tokens is None:
-            log.warning("discovery server has no tokens: whoever reaches it may write any record")
+            log.warning("discovery server has no tokens: everybody who reaches it may write any record")
         if config.insecure:
             log.warning("discovery server is insecure by configuration")
 
@@ -221,12 +221,12 @@ class DiscoveryServer:
 
     async def _sweep(self) -> None:
         while True:
-            # At once for the first time: from then on the store knows how long it stood still.
+            # The first time at once: from then on the store can tell how long it was paused.
             try:
                 for deletion in await self._store.expire():
                     kind, network, record_id = deletion.key
                     event = {"kind": kind, "network": network, "id": record_id, "revision": deletion.revision}
-                    log.info("a lease ended, its record is withdrawn", extra={"event": event})
+                    log.info("a lease ended, its record was deleted", extra={"event": event})
             except StoreError as error:
                 log.error("leases cannot be ended: %s", error)
             await asyncio.sleep(SWEEP_S)
@@ -240,11 +240,11 @@ class DiscoveryServer:
             try:
                 known = await asyncio.to_thread(Tokens.load, path)
             except BadFile as error:
-                log.error("the tokens file is not taken, what it said before stays: %s", error)
+                log.error("the tokens file cannot be used, the previous one stays in force: %s", error)
             else:
                 self._tokens = known
                 ended = self._hub.keep(known.still)
-                log.info("the tokens file is read anew", extra={"event": {"tokens": len(known), "ended": ended}})
+                log.info("the tokens file was reloaded", extra={"event": {"tokens": len(known), "ended": ended}})
 
     async def _keep_certificates(self, certificates: FileFingerprint, authorities: FileFingerprint) -> None:
         while self._config.tls_cert is not None:
@@ -255,10 +255,10 @@ class DiscoveryServer:
             try:
                 self._listening.renew(tls_context(self._config))
             except OSError as error:  # ssl.SSLError is one
-                log.error("the certificate is not taken, the one before stays: %s", error)
+                log.error("the certificate cannot be used, the previous one stays in use: %s", error)
             else:
                 ended = self._listening.cut_certified() if theirs else 0
-                log.info("the certificate is read anew", extra={"event": {"ended": ended}})
+                log.info("the certificate was reloaded", extra={"event": {"ended": ended}})
 
     # Around every request.
 
@@ -315,12 +315,12 @@ class DiscoveryServer:
     def _log_rate(self, request: web.Request, error: RateLimited) -> None:
         if not self._warnings.wait_s(error.detail, time.monotonic()):
             event = {"path": request.path[:200], "remote": request.remote, "why": error.detail}
-            log.warning("a request was too many", extra={"event": event})
+            log.warning("a request exceeded its rate limit", extra={"event": event})
 
     async def _turn(self, request: web.Request, who: Principal | ApiError) -> None:
-        """Wait until it is this request's turn."""
+        """Wait for the request's turn, if its client asks for more than its share."""
         now = time.monotonic()
-        # All are counted: many connections of one network are as much of a crowd as one that asks all the time.
+        # Both are counted: a network with many connections is as heavy as one busy connection.
         crowd = self._listening.crowds(request)
         if isinstance(who, Principal):
             asks = f"network {who.network}"
@@ -341,7 +341,7 @@ class DiscoveryServer:
         return authenticate
 
     def _principal(self, request: web.Request) -> Principal:
-        """Find who asks, by token or else by client certificate. Raises ApiError."""
+        """Return the client, by token or else by client certificate. Raises ApiError."""
         check_browser(request, named=self._tokens is not None or self._config.insecure)
         if self._tokens is None:
             return OPEN
@@ -387,7 +387,7 @@ class DiscoveryServer:
 
 
 def _log_refusal(request: web.Request, who: Principal | ApiError, error: ApiError) -> None:
-    """Say who was refused what, and why. The log bounds how often: any stranger can cause this."""
+    """Log a refusal. The log's own rate limit bounds the lines, since anybody can cause them."""
     event: dict[str, object] = {"status": error.status, "remote": request.remote}
     if isinstance(who, Principal):
         event |= {"token": who.name, "of_network": who.network}

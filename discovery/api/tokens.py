@@ -47,7 +47,7 @@ class TokenEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """URI or DNS name in a client certificate, in place of a token."""
 
     name: str = ""
-    """For logs; the beginning of the hash, or the certificate's name, when there is none."""
+    """For logs. The default is the beginning of the hash, or the certificate's name."""
 
     network: str | None = None
     """The network whose records it may write and whose endpoints it may read. Only an admin has none."""
@@ -64,7 +64,7 @@ class TokenEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
-    """Who asks, as their token says."""
+    """The client behind a token or certificate, and its rights."""
 
     name: str
     network: str | None
@@ -72,10 +72,10 @@ class Principal:
     names: tuple[str, ...] = ()
     admin: bool = False
     owner: str
-    """What their leases are kept under: survives renaming, differs between tokens."""
+    """Owner of its leases: stays the same when the token is renamed, differs between tokens."""
 
     def refusal_to_write(self, key: Key, specs: Iterable[Spec] = ()) -> str | None:
-        """Say why they may not write under this key; None if they may.
+        """Return why it may not write under this key, None if it may.
 
         `specs` are the record as it is and as it shall be: a service may be neither taken over nor renamed to a name
         that the token does not cover.
@@ -93,26 +93,26 @@ class Principal:
         return None
 
     def refusal_of_credentials(self) -> str | None:
-        """Say why they may not have TURN credentials; None if they may: who registers allocations needs them."""
+        """Return why it may not have TURN credentials, None if it may: clients that register allocations need them."""
         if self.admin or Kind.ALLOCATION in self.kinds:
             return None
         return "the token may not write allocation records, which is what TURN credentials are for"
 
     def sees_all_of(self, network: str) -> bool:
-        """Tell whether they read everything of a network, endpoints too."""
+        """Tell whether it may read everything of a network, endpoints included."""
         return self.admin or network == self.network
 
     def view(self, record: AnyRecord) -> AnyRecord | None:
-        """Give the record as they may see it; None if they may not."""
+        """Return the record as it may see it, None if it may not."""
         return record if self.sees_all_of(record.network) else redacted(record)
 
 
 OPEN = Principal(name="anyone", network=None, kinds=frozenset(Kind), admin=True, owner="anyone")
-"""Who everybody is where no tokens are configured."""
+"""Every client, if no tokens are configured."""
 
 
 def redacted(record: AnyRecord) -> AnyRecord | None:
-    """Give a record as other networks see it: services without endpoints, leases not named, vips not at all."""
+    """Return a record as other networks see it: services without endpoints, no lease ids, no vips (None)."""
     if record.kind not in SEEN_BY_ALL:
         return None
     spec = record.spec
@@ -135,7 +135,7 @@ def matches(glob: str, name: str) -> bool:
 
 
 def make_token() -> str:
-    """Make a token of 256 random bits."""
+    """Generate a token of 256 random bits."""
     return TOKEN_PREFIX + secrets.token_urlsafe(32)
 
 
@@ -179,7 +179,7 @@ class Tokens:
     """All tokens that a server knows."""
 
     def __init__(self, entries: Iterable[TokenEntry] = ()) -> None:
-        """Hold entries that are known to be good; `Tokens.load` reads and checks a file."""
+        """The entries must have been checked; `Tokens.load` reads and checks a file."""
         entries = list(entries)
         self._known = {
             bytes.fromhex(entry.hash): _principal(entry, entry.hash) for entry in entries if entry.hash is not None
@@ -206,15 +206,15 @@ class Tokens:
         return cls(entries)
 
     def find(self, token: str) -> Principal | None:
-        """Find who has a token.
+        """Return the owner of a token.
 
-        A look-up by hash: nobody can choose the digests that it compares, so its time tells nothing, and 10,000 tokens
-        cost a stranger's flood no more than one.
+        A dictionary look-up by hash: nobody can choose the digests that are compared, so its time reveals nothing, and
+        10,000 tokens cost no more than one.
         """
         return self._known.get(hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest())
 
     def find_certificate(self, names: Iterable[str]) -> Principal | None:
-        """Find who a verified certificate stands for, by the URIs and DNS names in it: the longest that is listed."""
+        """Return the owner of a verified certificate, by the longest of its URIs and DNS names that is listed."""
         found: str | None = None
         for name in names:
             for listed in (name, *_above(name)):
@@ -224,7 +224,7 @@ class Tokens:
         return self._certificates[found] if found is not None else None
 
     def still(self, principal: Principal) -> bool:
-        """Tell whether somebody who was found before would be found the same now."""
+        """Tell whether a principal found earlier still has the same rights."""
         return principal in self._known.values() or principal in self._certificates.values()
 
     def __len__(self) -> int:
@@ -232,7 +232,7 @@ class Tokens:
 
 
 def _above(name: str) -> Iterator[str]:
-    """Give the globs that cover a URI, the longest first."""
+    """Yield the globs that cover a URI, longest first."""
     scheme, separator, rest = name.partition("://")
     if not separator:
         return
@@ -273,7 +273,7 @@ def _entry_faults(entry: TokenEntry, path: str) -> Iterator[Fault]:
             f"{path}.certificate", "a URI such as spiffe://mesh.example/b/gw, or a DNS name", shown(entry.certificate)
         )
     if entry.hash is not None and (len(entry.hash) != 64 or not set(entry.hash) <= set("0123456789abcdef")):
-        # Not shown: whoever puts the token itself here by mistake must not find it in a log.
+        # Not shown: it may be the token itself, put here by mistake, and must not get into a log.
         yield Fault(f"{path}.hash", "the SHA-256 of a token, 64 lower-case hexadecimal digits", "something else")
     if not _NAME.fullmatch(entry.name):
         yield Fault(f"{path}.name", "letters, digits, '-', '.' and '_', 63 at most", shown(entry.name))

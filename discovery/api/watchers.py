@@ -1,7 +1,7 @@
 """Watchers: every change of the store, as each reader may see it, to any number of readers of any speed.
 
 A watcher's queue is bounded. One that does not keep up gets `reset` and is cut off: it reads everything anew, and costs
-the others nothing. A line is encoded once, whoever reads it.
+the others nothing. A line is encoded once for all readers.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ BATCH_BYTES = 64 * 1024  # written at once; what one slow write holds up
 
 
 class NoRoom(Exception):
-    """As many watches are open as there may be."""
+    """The limit of open watches is reached."""
 
 
 class _Name(msgspec.Struct, frozen=True):
@@ -36,23 +36,23 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     record: AnyRecord | _Name | None = None
     epoch: str | None = None
     more: bool = False
-    """More of the same revision comes: who resumes from here would miss it."""
+    """More lines of the same revision follow: a reader that resumed from here would miss them."""
 
     age_s: float | None = None
 
 
 def mark_stale(revision: int, age_s: float) -> bytes:
-    """Write the line that takes the empty one's place while nothing confirms that what was told is all there is."""
+    """Encode the heartbeat of a server whose store has not been confirmed to be current for `age_s` seconds."""
     return msgspec.json.encode(_Line(revision=revision, type="stale", age_s=round(age_s, 1))) + b"\n"
 
 
 def mark(kind: Literal["sync", "reset"], revision: int, epoch: str) -> bytes:
-    """Write the line that says that all is told (`sync`), or that all is told anew from here (`reset`)."""
+    """Encode the line that ends a backlog (`sync`), or that everything is told again from here (`reset`)."""
     return msgspec.json.encode(_Line(revision=revision, type=kind, epoch=epoch)) + b"\n"
 
 
 class _Lines:
-    """The lines of one change: one for those who see all of its network, one for the rest."""
+    """The two encodings of one change: for readers who see all of its network, and for others."""
 
     __slots__ = ("_change", "_full", "_more", "_other", "network", "revision")
 
@@ -65,7 +65,7 @@ class _Lines:
         self.revision = change.revision
 
     def for_principal(self, principal: Principal) -> bytes:
-        """Give the line as a reader may see it; empty if they may not."""
+        """Return the line as a reader may see it; empty if they may not."""
         if principal.sees_all_of(self.network):
             if self._full is None:
                 self._full = _encode(self._change, self._more)
@@ -95,12 +95,11 @@ def _lines(changes: Sequence[Change]) -> Iterator[_Lines]:
 
 
 class Watcher:
-    """One reader's queue."""
+    """The bounded queue of one reader."""
 
     __slots__ = ("_bytes", "_lines", "_wake", "closed", "overrun", "principal")
 
     def __init__(self, principal: Principal) -> None:
-        """Begin with nothing queued."""
         self.principal = principal
         self.overrun = False
         self.closed = False
@@ -109,7 +108,7 @@ class Watcher:
         self._wake = asyncio.Event()
 
     def offer(self, revision: int, line: bytes) -> None:
-        """Queue a line, or find that the reader is too slow and forget what it has not read."""
+        """Queue a line. If the reader is too far behind, drop its queue and mark it as overrun."""
         if self.overrun:
             return
         self._lines.append((revision, line))
@@ -120,12 +119,12 @@ class Watcher:
         self._wake.set()
 
     def close(self) -> None:
-        """Have the reader end after what is queued."""
+        """End the watch once the queue has been sent."""
         self.closed = True
         self._wake.set()
 
-    def take(self, after: int) -> bytes:
-        """Take what is queued, as much as is written at once, without what the reader has by revision `after`."""
+    def next_batch(self, after: int) -> bytes:
+        """Remove and return the next lines, up to BATCH_BYTES, without those up to revision `after`, which the reader has."""
         taken: list[bytes] = []
         size = 0
         while self._lines and size < BATCH_BYTES:
@@ -139,7 +138,7 @@ class Watcher:
         return b"".join(taken)
 
     async def wait(self) -> None:
-        """Wait until there is something to take, or an end."""
+        """Wait until lines are queued or the watch ends."""
         await self._wake.wait()
 
 
@@ -147,25 +146,25 @@ class WatchHub:
     """All watchers of a store."""
 
     def __init__(self, store: Store, *, most: int = 2000, most_per_network: int = 1000) -> None:
-        """Listen to the store from now on, for so many readers."""
+        """Subscribes to the store. `most` and `most_per_network` bound the number of readers."""
         self.most, self.most_per_network = most, most_per_network
-        """They may be changed at any time; who is in stays."""
+        """They may be changed at any time; open watches stay."""
         self._store = store
         self._watchers: dict[Watcher, None] = {}  # in the order in which they came
         self.on_displaced: Callable[[], None] = lambda: None
-        # What everybody is told who begins anew, by network: after a server's end they all come at once.
+        # Cache of what new readers get, by network: after a restart they all come at once.
         self._groups: dict[str, list[AnyRecord]] | None = None
         self._told: dict[tuple[str, bool], bytes] = {}
-        self._stop = store.subscribe(self._tell)
+        self._stop = store.subscribe(self._on_changes)
 
     def __len__(self) -> int:
         return len(self._watchers)
 
     def add(self, principal: Principal) -> Watcher:
-        """Begin to queue changes for a reader. Raises NoRoom.
+        """Start to queue changes for a reader. Raises NoRoom.
 
-        Where there is no room, a reader of a token (in its network) or a network (in all) that has fewer than the one that has
-        most takes the place of one of those, which ends: nobody shuts others out.
+        If a limit is reached, the token (within its network) or the network (in all) with the most watches loses its latest
+        one to a newcomer that has fewer: nobody can shut others out.
         """
         self._make_room(principal, [each for each in self._watchers if not each.closed])
         watcher = Watcher(principal)
@@ -193,18 +192,18 @@ class WatchHub:
         self.on_displaced()
 
     def remove(self, watcher: Watcher) -> None:
-        """Stop to."""
+        """Stop queueing changes for a reader."""
         self._watchers.pop(watcher, None)
 
     def keep(self, wanted: Callable[[Principal], bool]) -> int:
-        """Have all other readers end; gives how many."""
+        """End the watches of all readers that are not wanted. Returns how many."""
         ended = [watcher for watcher in self._watchers if not wanted(watcher.principal)]
         for watcher in ended:
             watcher.close()
         return len(ended)
 
     def close(self) -> None:
-        """Stop listening, and have all readers end."""
+        """Unsubscribe from the store, and end all watches."""
         self._stop()
         for watcher in self._watchers:
             watcher.close()
@@ -212,10 +211,10 @@ class WatchHub:
     async def backlog(
         self, principal: Principal, revision: int | None, epoch: str | None
     ) -> tuple[int, Iterator[bytes]]:
-        """Give what a reader has missed, in batches that end with `sync`, and the revision that brings it to.
+        """Return the revision that the reader will be at, and what it has missed, in batches that end with `sync`.
 
-        A reader without a revision, of another epoch, or of a revision that the store has no history from, is told
-        everything after a `reset`.
+        A reader without a revision, with another epoch, or with a revision from which the store has no history, gets
+        `reset` and then everything.
         """
         changes: Sequence[Change] | None = None
         if revision is not None and epoch in (None, self._store.epoch):
@@ -230,7 +229,7 @@ class WatchHub:
         )
 
     def _everything(self, principal: Principal, snapshot: Snapshot) -> list[bytes]:
-        """Give all lines, one piece a network. Whole before anything else runs: a piece that is kept must be current."""
+        """Return all lines, one piece a network. Does not await: a cached piece must be current."""
         if self._groups is None:
             self._groups = {}
             for record in snapshot.records:
@@ -258,7 +257,7 @@ class WatchHub:
                 size = 0
         yield b"".join(batch) + mark("sync", revision, self._store.epoch)
 
-    def _tell(self, changes: Sequence[Change]) -> None:
+    def _on_changes(self, changes: Sequence[Change]) -> None:
         self._groups = None
         for change in changes:
             for whole in (True, False):

@@ -84,7 +84,7 @@ class WatchRoute:
                     await stream.write(mark_stale(self._store.revision, self._store.stale_s))
                 await self._send_changes(stream, watcher, current, gives_up_at)
         except TimeoutError:
-            log.info("a watcher that took nothing was cut off", extra={"event": {"token": principal.name}})
+            log.info("a watcher that read nothing was cut off", extra={"event": {"token": principal.name}})
             if request.transport is not None:
                 request.transport.abort()
         except ConnectionResetError:
@@ -107,7 +107,7 @@ class WatchRoute:
     async def _send_changes(self, stream: "_Stream", watcher: Watcher, current: int, gives_up_at: float) -> None:
         """Write changes as they come, and heartbeats between them, until the watch ends."""
         while not watcher.overrun:
-            data = watcher.take(current)
+            data = watcher.next_batch(current)
             if data:
                 await stream.write(data)
             elif watcher.closed:

@@ -183,4 +183,4 @@ class DiscoveryClient(Discovery):
         self._writer.deleted(news.deletions)
         if news.mesh_changed:
             self._writer.find_rivals()
-            self._subscribers.tell(self._view.mesh)
+            self._subscribers.notify(self._view.mesh)

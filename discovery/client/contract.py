@@ -1,4 +1,4 @@
-"""What a role is given of discovery: the current mesh, and a way to say what is true of itself.
+"""The interface of discovery to a role: the current mesh, and a way to publish records of its own.
 
 DiscoveryClient (a server) and StaticDiscovery (a mesh.yaml) both fulfil it; tests of roles bring their own.
 """
@@ -17,7 +17,7 @@ class DiscoveryError(Exception):
     """Discovery cannot do what was asked: no server, no permission, or a static file in place of a server."""
 
     def __init__(self, code: str, detail: str) -> None:
-        """Say why: the server's error code, or `unavailable` or `static`; and a sentence for people."""
+        """`code` is the server's error code, `unavailable` or `static`; `detail` a sentence for people."""
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
@@ -63,13 +63,13 @@ class Discovery(Protocol):
     ) -> None:
         """Want this record to be there, in our network unless another is named. Idempotent; returns at once.
 
-        A leased record goes when we do; another stays until somebody deletes it. With `if_absent` it is written only
-        where there is none: the first writer's stands, whoever that is, and the mesh tells all what it says. When it is
-        deleted, ours is tried again. Withdrawing it deletes it only if it is as we wrote it.
+        A leased record is deleted when we end; another one stays until somebody deletes it. With `if_absent` it is written
+        only if there is none: the first writer's record stands. When that is deleted, ours is tried again. Withdrawing
+        deletes it only if it is still as we wrote it.
         """
 
     def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
-        """No longer want a record that `publish` named. Idempotent; returns at once."""
+        """Take back what `publish` asked for. Idempotent; returns at once."""
 
     async def settled(self, timeout_s: float) -> bool:
         """Wait until the server has acknowledged all desired state; False when that takes longer."""
@@ -85,16 +85,15 @@ class Discovery(Protocol):
 
 
 class Subscribers:
-    """Callbacks that want each new mesh. One that fails is logged and hurts no other."""
+    """Callbacks for each new mesh. If one fails, that is logged and the others are still called."""
 
     __slots__ = ("_callbacks",)
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._callbacks: dict[object, Callable[[Mesh], None]] = {}
 
     def add(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
-        """Add one; calling what is returned, once or more often, takes it away."""
+        """Add a callback. Call the result, once or more often, to remove it."""
         token = object()
         self._callbacks[token] = callback
 
@@ -103,8 +102,8 @@ class Subscribers:
 
         return remove
 
-    def tell(self, mesh: Mesh) -> None:
-        """Call them all, in the order in which they came."""
+    def notify(self, mesh: Mesh) -> None:
+        """Call them all, in the order in which they were added."""
         for callback in tuple(self._callbacks.values()):
             try:
                 callback(mesh)

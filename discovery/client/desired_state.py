@@ -15,7 +15,7 @@ REASSERT_EVERY_S = 600.0
 for so long, or two processes with one id would take turns all day."""
 
 OWN_KINDS = frozenset({Kind.NETWORK, Kind.RELAY, Kind.TURN, Kind.ALLOCATION, Kind.GATEWAY})
-"""What a role cannot do without. Services and vips are data: one that is refused makes no role useless."""
+"""Kinds that a role needs in order to work. Services and vips are data: no role depends on one."""
 
 
 NOT_YET = "it is not written yet"
@@ -29,7 +29,7 @@ class Put:
     spec: Spec
     leased: bool
     if_absent: bool = False
-    """Only where there is none: what somebody else wrote is as good, and is left alone."""
+    """Only if there is none; another writer's record is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +51,19 @@ class _Wanted:
     retry_at: float = 0.0
     refused: str | None = None
     held_by: str | None = None
-    """What is known of another process that has written the record last."""
+    """Description of another process that has written the record last."""
 
     rival_at: float | None = None
     reasserted_at: float | None = None
 
     @property
     def exclusive(self) -> bool:
-        """Whether nobody else may write it: it is a process's own, not a claim that the first one has."""
+        """Whether only we may write it: it describes our process, and is no claim that the first writer wins."""
         return self.put.leased and not self.put.if_absent
 
 
 class DesiredState:
-    """What we want, and how far it is true."""
+    """The records that we want, and which of them the server has acknowledged."""
 
     def __init__(self, reassert_after_s: float = REASSERT_AFTER_S) -> None:
         """Begin wanting nothing."""
@@ -72,7 +72,7 @@ class DesiredState:
         self._unwanted: dict[Key, tuple[Delete, float]] = {}  # with the time before which it is not tried
 
     def publish(self, put: Put) -> bool:
-        """Want a record; tells whether that is news."""
+        """Want a record. Returns whether that is a change."""
         self._unwanted.pop(put.key, None)
         known = self._wanted.get(put.key)
         if known is not None and known.put == put:
@@ -81,7 +81,7 @@ class DesiredState:
         return True
 
     def withdraw(self, key: Key) -> bool:
-        """No longer want a record; tells whether that is news.
+        """No longer want a record. Returns whether that is a change.
 
         One that was wanted only where there was none is deleted only if it is as we wrote it.
         """
@@ -103,7 +103,7 @@ class DesiredState:
         return not self._unwanted and all(wanted.acknowledged for wanted in self._wanted.values())
 
     def next_work(self, now: float) -> Put | Delete | None:
-        """Tell what to do next; None while there is nothing, or nothing that is not to be retried later."""
+        """Return what to do next, None while there is nothing to do yet."""
         for delete, retry_at in self._unwanted.values():
             if retry_at <= now:
                 return delete
@@ -113,12 +113,12 @@ class DesiredState:
         return None
 
     def next_retry(self) -> float | None:
-        """Tell when the first of what was refused is to be tried again."""
+        """Return when the next refused write is due again."""
         times = [wanted.retry_at for wanted in self._wanted.values() if not wanted.acknowledged]
         return min([*times, *(retry_at for _, retry_at in self._unwanted.values())], default=None)
 
     def acknowledge(self, work: Put | Delete, revision: int = 0, *, ours: bool = True) -> None:
-        """Take note that the server did it, or (not `ours`) that the record of somebody else stands there.
+        """Note that the server did it or, if not `ours`, that another writer's record is there.
 
         What is wanted may have changed meanwhile, and the record may be gone again already.
         """
@@ -134,7 +134,7 @@ class DesiredState:
             wanted.gone_at = 0  # counts once: a number of another epoch must not have us write for ever
 
     def refuse(self, work: Put | Delete, now: float, why: str = "") -> None:
-        """Take note that the server will not do it; it is tried again later."""
+        """Note that the server refused; it is tried again later."""
         if isinstance(work, Delete):
             if work.key in self._unwanted:
                 self._unwanted[work.key] = (work, now + RETRY_REFUSED_S)
@@ -145,13 +145,13 @@ class DesiredState:
             wanted.refused = why
 
     def retry(self) -> None:
-        """Have what was refused tried at once: the server, or our token, is not what it was."""
+        """Try refused writes at once: the server or our token has changed."""
         for wanted in self._wanted.values():
             if wanted.refused is not None:
                 wanted.retry_at = 0.0
 
     def lacking(self) -> list[tuple[Key, str]]:
-        """Say which records that a role must have do not stand there as we wrote them, and why."""
+        """Return the records that a role needs and that are not there as we want them, and why."""
         found = []
         for key, wanted in self._wanted.items():
             if key[0] not in OWN_KINDS or not wanted.exclusive:
@@ -163,7 +163,7 @@ class DesiredState:
         return found
 
     def rivals(self, now: float) -> list[Key]:
-        """Say of which records another process has been seen that writes them."""
+        """Return the records that another process has written lately."""
         return [
             key
             for key, wanted in self._wanted.items()
@@ -171,11 +171,11 @@ class DesiredState:
         ]
 
     def keys(self) -> list[Key]:
-        """Give the records that are a process's own."""
+        """Return the keys of the records that only we may write."""
         return [key for key, wanted in self._wanted.items() if wanted.exclusive]
 
     def seen(self, record: AnyRecord, lease: str | None, now: float) -> bool:
-        """Take note of a record as it stands, and of our lease; tells whether another process has just written it."""
+        """Compare a record with what we wrote. Returns whether another process has overwritten it, which is reported once."""
         wanted = self._wanted.get(record.key)
         if wanted is None or not wanted.exclusive or not wanted.acknowledged or wanted.held_by is not None:
             return False
@@ -190,13 +190,13 @@ class DesiredState:
         return True
 
     def lease_lost(self) -> None:
-        """Take note that our lease has ended: everything that hung on it is to be written again."""
+        """Note that our lease has ended: everything on it has to be written again."""
         for wanted in self._wanted.values():
             if wanted.put.leased and wanted.held_by is None:
                 wanted.acknowledged = False
 
     def epoch_changed(self) -> None:
-        """Take note that the store is another one: it has nothing of ours."""
+        """Note that the store is another one and has nothing of ours."""
         self._unwanted.clear()
         for wanted in self._wanted.values():
             wanted.acknowledged = wanted.ours = False
@@ -205,13 +205,13 @@ class DesiredState:
             wanted.held_by = None
 
     def deleted(self, deletion: Deletion) -> bool:
-        """Take note that the store says that a record is gone; tells whether it was wanted and is to be written again."""
+        """Note that a record was deleted. Returns whether we want it and write it again."""
         wanted = self._wanted.get(deletion.key)
         if wanted is None:
             return False
         wanted.gone_at = max(wanted.gone_at, deletion.revision)
         if wanted.held_by is not None:
-            # Whoever had it has gone: it is ours again.
+            # The other process is gone: the record is ours again.
             wanted.acknowledged, wanted.held_by, wanted.retry_at = False, None, 0.0
             return True
         if not wanted.acknowledged or deletion.revision <= wanted.revision:

@@ -109,7 +109,7 @@ class MergedDiscovery(Discovery):
 
     def _changed(self, _: Mesh) -> None:
         self._mesh = merged(self._client.mesh, self._file.mesh)
-        self._subscribers.tell(self._mesh)
+        self._subscribers.notify(self._mesh)
 
 
 def merged(servers: Mesh, file: Mesh) -> Mesh:

@@ -53,7 +53,7 @@ def load_mesh(path: Path, allowed: TargetList | None = None) -> Mesh:
 
 
 def format_mesh(records: Iterable[AnyRecord]) -> str:
-    """Write a mesh.yaml with these records, of the kinds that a file can hold; the rest is left out."""
+    """Format these records as a mesh.yaml. Kinds that a file cannot hold are left out."""
     lines: dict[Kind, list[str]] = {kind: [] for kind in _SECTIONS.values()}
     networks = set()
     for record in sorted(records, key=lambda record: record.key):
@@ -154,10 +154,10 @@ class StaticDiscovery(Discovery):
             try:
                 file = await asyncio.to_thread(load_mesh, self._path, self._allowed)
             except BadFile as error:
-                log.error("the mesh file is not taken, what it said before stays: %s", error)
+                log.error("the mesh file cannot be used, the previous one stays in force: %s", error)
             else:
                 self._replace(file)
-                log.info("the mesh file is read anew", extra={"event": {"file": self._path, "records": len(file)}})
+                log.info("the mesh file was reloaded", extra={"event": {"file": self._path, "records": len(file)}})
 
     async def close(self) -> None:
         """Forget what was published."""
@@ -176,7 +176,7 @@ class StaticDiscovery(Discovery):
 
     def _swap(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._subscribers.tell(mesh)
+        self._subscribers.notify(mesh)
 
 
 def _parse(data: Any, allowed: TargetList | None) -> tuple[list[AnyRecord], list[Fault]]:
@@ -217,8 +217,8 @@ def _record(
         return None, [Fault(path, "a mapping", shown(item))]
     fields = dict(item)
     faults: list[Fault] = []
-    record_id = _take(fields, "id", path, faults, optional=kind is Kind.SERVICE)
-    network = record_id if kind is Kind.NETWORK else _take(fields, "network", path, faults)
+    record_id = _pop_text(fields, "id", path, faults, optional=kind is Kind.SERVICE)
+    network = record_id if kind is Kind.NETWORK else _pop_text(fields, "network", path, faults)
     if network is not None and declared is not None and network not in declared:
         faults.append(Fault(f"{path}.network", "one of the networks listed under $.networks", shown(network)))
     wrong = list(shape_faults(fields, SPEC_TYPES[kind], path))
@@ -236,7 +236,9 @@ def _record(
     return Record(kind=kind, network=network, id=record_id, revision=1, spec=spec), []
 
 
-def _take(fields: dict[Any, Any], name: str, path: str, faults: list[Fault], *, optional: bool = False) -> str | None:
+def _pop_text(
+    fields: dict[Any, Any], name: str, path: str, faults: list[Fault], *, optional: bool = False
+) -> str | None:
     if name not in fields:
         if not optional:
             faults.append(Fault(f"{path}.{name}", "a value", "nothing"))

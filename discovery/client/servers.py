@@ -33,14 +33,13 @@ MAX_ANSWER = 64 * 1024 * 1024  # a list of all records; one of a hundred thousan
 
 
 class ServerUnavailable(Exception):
-    """A server cannot be used now: another one can, or the same later."""
+    """The server cannot be used now. Try another one, or this one later."""
 
 
 class RequestRefused(Exception):
-    """A server understood and says no."""
+    """The server understood a request and refused it."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
-        """Hold what it said."""
         super().__init__(f"{code}: {detail}")
         self.status = status
         self.code = code
@@ -76,7 +75,7 @@ class Servers:
     def __init__(
         self, urls: Sequence[URL], *, token: str | None, tls: TlsFiles, on_epoch: Callable[[str], None]
     ) -> None:
-        """Begin with the first URL; `on_epoch` is told the epoch of the store with every answer, before its meaning."""
+        """`on_epoch` is called with the store's epoch for every answer, before the answer is used."""
         self._urls = urls
         self._index = 0
         self._headers: dict[str, str] = {}
@@ -123,13 +122,13 @@ class Servers:
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
 
     def failed(self, url: URL) -> None:
-        """Move on from a server, unless that has been done already."""
+        """Move on from this server, unless we already have."""
         if self._urls[self._index] == url:
             self._index = (self._index + 1) % len(self._urls)
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
-        """Hold connections as long as the context lasts, or longer if another one does; requests need it."""
+        """Keep connections open; contexts may overlap. Requests are made inside of one."""
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=8)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
@@ -182,7 +181,7 @@ class Servers:
         raise away
 
     async def lines(self, url: URL, path: str, query: dict[str, str]) -> AsyncGenerator[bytes, None]:
-        """Give what a server streams, piece by piece, until it ends. Raises ServerUnavailable, RequestRefused."""
+        """Yield what a server streams, piece by piece, until it ends. Raises ServerUnavailable, RequestRefused."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=WATCH_SILENCE_S)
         try:
             async with self._open().get(
@@ -200,7 +199,7 @@ class Servers:
             raise ServerUnavailable(f"{url}: {await self._explained(url, error)}") from None
 
     async def _explained(self, url: URL, error: BaseException) -> str:
-        """Say what happened; of a certificate that fails for a clock, by how much."""
+        """Describe an error; of a certificate that fails because of a clock, by how much."""
         if not is_out_of_time(error):
             return explained(error)
         now = asyncio.get_running_loop().time()
@@ -215,7 +214,7 @@ class Servers:
         return self._session
 
     def _note_clock(self, response: aiohttp.ClientResponse) -> None:
-        """Compare the server's clock with ours: what lives for a time (credentials, certificates, signatures) goes by both."""
+        """Compare the server's clock with ours: credentials, certificates and signatures depend on both."""
         try:
             ahead_s = parsedate_to_datetime(response.headers["Date"]).timestamp() - _wall_clock()
         except (KeyError, ValueError, TypeError, OverflowError):
@@ -230,7 +229,7 @@ class Servers:
         self._clocks_apart = apart
 
     async def _check(self, response: aiohttp.ClientResponse, most: int) -> None:
-        """Raise what an answer that is an error means: that the server is away, or that it says no."""
+        """Raise ServerUnavailable or RequestRefused for an answer that is an error."""
         self._note_clock(response)
         epoch = response.headers.get(EPOCH_HEADER)
         if epoch:
@@ -248,7 +247,7 @@ class Servers:
 
 
 class ServerRetries:
-    """Waits that grow and are never the same for two clients; none while there are servers yet to be tried."""
+    """Pauses between attempts: growing and random; none until every server has been tried."""
 
     def __init__(self, servers: Servers, backoff: Backoff = BACKOFF) -> None:
         self._servers = servers
@@ -256,7 +255,7 @@ class ServerRetries:
         self._failures = 0
 
     def succeeded(self) -> None:
-        """Begin anew."""
+        """Start over, without a failure."""
         self._failures = 0
 
     async def wait(self) -> None:

@@ -130,7 +130,7 @@ class SnapshotKeeper:
         self._view.restore(copy.mesh(), copy.epoch, copy.revision)
         self._view.known_at = copy.saved_at
         event = {"records": len(copy.records), "age_s": round(time.time() - copy.saved_at)}
-        log.info("the mesh is begun with as it was saved", extra={"event": event})
+        log.info("the mesh was restored from its snapshot", extra={"event": event})
         return True
 
     def changed(self) -> None:

@@ -1,9 +1,9 @@
-"""The mesh as a watch tells it: lines in, a new mesh out.
+"""The mesh as seen through a watch: lines in, a new mesh out.
 
 After `reset` everything is told anew and takes the place of the old view at `sync`, at once. When that is another epoch
-(the store was lost, or is another), records that it does not have stay for a grace period: whoever wrote them is most
-likely on the way to write them again. The same holds, for a moment, for what ended while we were cut off for longer than
-a lease: its writer may have been cut off as well. Sans-IO: time comes in as an argument.
+(the store was lost, or is another), records that it does not have stay for a grace period: most likely their writers are
+about to write them again. The same holds, for a shorter time, for records that were deleted while we were cut off for
+longer than a lease: their writers may have been cut off as well. Sans-IO: time comes in as an argument.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ import msgspec
 
 from discovery.model.mesh import AnyRecord, BadRecord, Deletion, Key, Kind, Mesh, decode_record
 
-GRACE_S = 60.0  # design: six leases long, time for every writer to find the new store
-OUTAGE_S = 8.0  # less than a lease lives: whoever was cut off for longer may have lost theirs
+GRACE_S = 60.0  # six leases: time for every writer to find the new store
+OUTAGE_S = 8.0  # shorter than a lease: after a longer outage writers may have lost theirs
 OUTAGE_GRACE_S = 10.0  # writers look for a server every 3 s at most, and write again at once
 MAX_LINE = 4 * 1024 * 1024  # a service with the most ports and endpoints has 2 MB
 MAX_RECORDS = 500_000
@@ -22,7 +22,7 @@ _KINDS = frozenset(map(str, Kind))
 
 
 class BadWatch(ValueError):
-    """What a server sent is no watch."""
+    """A server sent something that is not a watch."""
 
 
 class _Name(msgspec.Struct, frozen=True):
@@ -41,7 +41,7 @@ class _Line(msgspec.Struct, frozen=True):
 
 
 class View:
-    """What a client knows of the mesh, and from where it resumes."""
+    """The client's view of the mesh, and the revision at which it resumes."""
 
     def __init__(self, grace_s: float = GRACE_S, outage_grace_s: float = OUTAGE_GRACE_S) -> None:
         """Begin knowing nothing."""
@@ -52,7 +52,7 @@ class View:
         self.synced = False
         self.epoch: str | None = None
         self.revision: int | None = None
-        """What the server's history is resumed from; None to be told everything."""
+        """Where to resume; None to be told everything."""
 
         self.live = False
         """Whether the watch has told all there is."""
@@ -73,15 +73,15 @@ class View:
         self._unconfirmed: dict[Key, float] = {}
 
     def restore(self, mesh: Mesh, epoch: str, revision: int) -> None:
-        """Begin with what was saved."""
+        """Start with a saved mesh."""
         self.mesh = mesh.at(revision)
         self.epoch, self.revision = epoch, revision
         self.synced = True
 
     def feed(self, data: bytes, now: float) -> list[Deletion]:
-        """Take what came from the server; gives what it deleted. Raises BadWatch.
+        """Apply a piece of the stream. Returns the deletions in it. Raises BadWatch.
 
-        The mesh is made anew once for all that came together.
+        The mesh is rebuilt once for the whole piece.
         """
         deletions: list[Deletion] = []
         self._after_outage = not self.live and self._lost_at is not None and now - self._lost_at > OUTAGE_S
@@ -97,7 +97,7 @@ class View:
         return deletions
 
     def ended(self, now: float = 0.0) -> None:
-        """Forget what a watch that ended had not told to its end."""
+        """Note that the watch has ended; an incomplete `reset` is dropped."""
         if self.live:
             self._lost_at = now
         self.live = False
@@ -106,15 +106,15 @@ class View:
         self._fresh = None
 
     def confirmed(self) -> Iterable[AnyRecord]:
-        """Give the records that the store of this epoch has."""
+        """Return the records that the store of this epoch has."""
         return (record for record in self.mesh if record.key not in self._unconfirmed)
 
     def next_expiry(self) -> float | None:
-        """Tell when the first unconfirmed record goes."""
+        """Return when the first grace period ends."""
         return min(self._unconfirmed.values(), default=None)
 
     def expire(self, now: float) -> None:
-        """Let go of records that nobody wrote again in the new epoch."""
+        """Drop records whose grace period has ended."""
         gone = [key for key, deadline in self._unconfirmed.items() if deadline <= now]
         for key in gone:
             del self._unconfirmed[key]

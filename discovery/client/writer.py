@@ -86,7 +86,7 @@ class RecordWriter:
     def deleted(self, deletions: Sequence[Deletion]) -> None:
         """Write records of ours again that somebody deleted."""
         if [deletion for deletion in deletions if self._desired.deleted(deletion)]:
-            log.warning("a record of ours was deleted: written again")
+            log.warning("a record of ours was deleted and is written again")
             self._wanted_changed()
 
     def find_rivals(self, keys: Iterable[Key] | None = None) -> None:
@@ -111,7 +111,7 @@ class RecordWriter:
         if epoch == self._epoch:
             return
         if self._epoch is not None:
-            log.warning("discovery has another store: all of ours is written again")
+            log.warning("discovery has another store, all our records are written again")
             self._lease = None
             self._desired.epoch_changed()
             self._wanted_changed()
@@ -181,7 +181,7 @@ class RecordWriter:
         except RequestRefused as error:
             if error.status not in (403, 404, 410):
                 raise
-            log.warning("our lease has ended, all is written again: %s", error.detail)
+            log.warning("our lease has ended, its records are written again: %s", error.detail)
             self._lose_lease(lease)
         else:
             self._renew_at = now + self._config.lease_ttl_s / 3

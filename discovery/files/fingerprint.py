@@ -9,24 +9,24 @@ Fingerprint = tuple[int, int, int]
 
 
 class FileFingerprint:
-    """What some files looked like. A file that is written anew, replaced, removed or linked elsewhere looks different."""
+    """Detects changes of files: written, replaced, removed, or linked elsewhere."""
 
     def __init__(self, paths: Iterable[Path | None]) -> None:
-        """Look at files now; None stands for no file."""
+        """Note the present state of the files; None stands for no file."""
         self._paths = [path for path in paths if path is not None]
-        self._seen = self._look()
+        self._seen = self._read()
 
     def changed(self) -> bool:
-        """Tell whether they look otherwise than the last time; asked again, it tells of later changes only."""
-        seen, self._seen = self._seen, self._look()
+        """Tell whether they have changed since the last call, or since the start."""
+        seen, self._seen = self._seen, self._read()
         return seen != self._seen
 
-    def _look(self) -> list[Fingerprint | None]:
+    def _read(self) -> list[Fingerprint | None]:
         return [fingerprint(path) for path in self._paths]
 
 
 def fingerprint(path: Path) -> Fingerprint | None:
-    """Return what a file looks like now, None where there is none."""
+    """Return the present state of a file, None if there is none."""
     try:
         found = os.stat(path)  # follows links, as mounted secrets have them
     except OSError:

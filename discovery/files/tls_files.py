@@ -10,21 +10,23 @@ log = logging.getLogger(__name__)
 
 
 class TlsFiles:
-    """An authority that verifies servers, and the certificate that they are shown, as their files are now."""
+    """The CA that verifies servers and our client certificate, read again when their files change."""
 
     def __init__(self, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> None:
-        """Read the files; without an authority the system's. Raises OSError, ssl.SSLError."""
+        """Without a CA the system's are used. Raises OSError, ssl.SSLError."""
         self._files = ca, certificate, key
         self._stamp = FileFingerprint(self._files)
         self._context = self._read()
 
     def current(self) -> ssl.SSLContext:
-        """Give the context for the next connection; those that are open stay. Files with faults change nothing."""
+        """Return the context for the next connection. Files that cannot be used change nothing, and are logged."""
         if self._stamp.changed():
             try:
                 self._context = self._read()
             except OSError as error:  # ssl.SSLError is one
-                log.warning("the certificates %s are not taken, those before stay: %s", self._names(), error)
+                log.warning(
+                    "the certificates %s cannot be used, the previous ones stay in use: %s", self._names(), error
+                )
         return self._context
 
     def _names(self) -> str:

@@ -1,4 +1,4 @@
-"""How a request over HTTP that failed is told: in words that mean the same each time, so that a reason is logged once."""
+"""Descriptions of failed HTTP requests. The same cause gives the same words, so that it is logged once."""
 
 import ssl
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ _OUT_OF_TIME = frozenset({9, 10})  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_C
 
 
 def explained(error: BaseException) -> str:
-    """Say in a line what happened; aiohttp's own words for a failed connect have the address of an object in them."""
+    """Describe an error in one line. aiohttp's own text for a failed connect contains an object's address."""
     if isinstance(error, aiohttp.ClientConnectorError):
         why: Exception = error.os_error
         if isinstance(error, aiohttp.ClientConnectorCertificateError):
@@ -23,7 +23,7 @@ def explained(error: BaseException) -> str:
 
 
 def is_out_of_time(error: BaseException) -> bool:
-    """Tell whether a certificate is not valid yet, or no longer, by our clock."""
+    """Tell whether a certificate is not valid yet, or has expired, by our clock."""
     why = error.certificate_error if isinstance(error, aiohttp.ClientConnectorCertificateError) else error
     return isinstance(why, ssl.SSLCertVerificationError) and why.verify_code in _OUT_OF_TIME
 

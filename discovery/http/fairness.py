@@ -1,4 +1,4 @@
-"""Whose turn it is in a server: who asks little goes at once, who asks much waits in turn and leaves half of the time to others."""
+"""Fair scheduling of requests: light clients are served at once, heavy ones take turns and get half of the time at most."""
 
 import asyncio
 from collections import deque
@@ -9,19 +9,18 @@ MAX_PAUSE_S = 0.1
 
 
 class Gate:
-    """Lets requests in. Crowds wait in one queue for each of whoever asks; the queues take turns.
+    """Admits requests. Those of heavy clients (crowds) wait in a queue for each client; the queues take turns.
 
-    After each request of a crowd there is a pause of the time that the request took, so crowds together take at most half of
-    the process, however many they are. Callers are bounded by the connections that there may be.
+    After each such request there is a pause as long as the request took, so that crowds together get at most half of the
+    process's time. The queues are bounded by the limit of connections.
     """
 
     def __init__(self) -> None:
-        """Begin with nobody waiting."""
         self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
         self._serving = False
 
     async def enter(self, who: Hashable, *, crowd: bool) -> None:
-        """Return when the request may be handled. `crowd` says that this one asks more than its share."""
+        """Wait until the request may be handled. `crowd`: this client asks for more than its share."""
         if not crowd:
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -46,6 +45,6 @@ class Gate:
         self._serving = False
 
     def _pause(self, begun: float) -> None:
-        """Let others have as long as this one took; it has run by now, for callbacks run in order."""
+        """Leave others as much time as this request took. It has finished by now: callbacks run in order."""
         loop = asyncio.get_running_loop()
         loop.call_later(min(max(loop.time() - begun, MIN_PAUSE_S), MAX_PAUSE_S), self._serve)

@@ -25,19 +25,19 @@ from discovery.http.rate_limit import RateLimit
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
-LOOK_S = 1.0
+OVERDUE_CHECK_S = 1.0
 HANDSHAKE_S = 10.0
 KEEPALIVE_S = 60.0
 
 HEADER_S = 10.0
-"""From a connection's begin, or from the first byte of a later request, until the header is whole."""
+"""Time for a request's header, from accept or from the first byte of a later request."""
 
 WRITE_S = 30.0
-"""In which a client has to take some of an answer."""
+"""A client must read some of an answer within this time."""
 
 MIN_TAKEN = 16 * 1024
 LINGER_S = 1.0
-"""For which the rest of a body is still read that nobody wants, so that the client sees the answer."""
+"""How long the rest of an unwanted body is still read, so that the client gets to read the answer."""
 
 FULL_PAUSE_S = 0.001
 OUT_OF_FILES_PAUSE_S = 0.1
@@ -47,26 +47,26 @@ REASONS = ("full", "address_full", "handshake", "header_timeout", "write_timeout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerLimits:
-    """What a listener allows."""
+    """Limits of a listener."""
 
     connections: int
     connections_per_address: int
     request_bytes: int
-    """Of one request, header and body; more ends the connection."""
+    """Size of one request, header and body. A larger one ends the connection."""
 
     files_share: int
-    """At most this part of the process's descriptors: 4 is a quarter."""
+    """The connections may use 1/files_share of the process's file descriptors."""
 
     connects_per_s: float = 5.0
     connects_burst: int = 20
-    """Of one address before it has to wait in turn."""
+    """Connections of one address that are accepted before it has to wait in turn."""
 
     requests_per_s: float = 12.0
     requests_burst: int = 24
-    """Of one connection before it has to wait in turn."""
+    """Requests of one connection that are served before it has to wait in turn."""
 
     def effective(self) -> tuple[int, int]:
-        """Give the connections in all and of one address, of the descriptors that the process has now."""
+        """Return the connections in all and of one address that the process's present file descriptors allow."""
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         files = files if files != resource.RLIM_INFINITY else 1 << 20
         most = max(1, min(self.connections, files // self.files_share))
@@ -76,7 +76,7 @@ class ListenerLimits:
 
 
 class _Peer:
-    """One connection, from accept on."""
+    """One connection, counted from accept on."""
 
     __slots__ = ("address", "protocol", "task")
 
@@ -87,7 +87,7 @@ class _Peer:
 
     @property
     def busy(self) -> bool:
-        """A handler is at work for it, and does not just wait for the client."""
+        """Whether a handler is working for it, and not only waiting for the client."""
         return self.protocol is not None and self.protocol.busy
 
     def end(self) -> None:
@@ -98,7 +98,7 @@ class _Peer:
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's protocol with a look at how long things take."""
+    """aiohttp's protocol, with deadlines for reading and writing."""
 
     def __init__(self, listener: "Listener", peer: _Peer, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -117,7 +117,7 @@ class Connection(web.RequestHandler):
         self._unsent: int | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; a request that is too large ends here."""
+        """Feed the parser; a request that is too large ends the connection."""
         requests = self._request_count
         super().data_received(data)
         if self._request_count != requests:
@@ -131,22 +131,22 @@ class Connection(web.RequestHandler):
             self.transport.abort()
 
     def pause_writing(self) -> None:
-        """Note since when the client takes nothing."""
+        """Start the clock: the client has stopped reading."""
         super().pause_writing()
         self._blocked_since, self._unsent = self._loop.time(), self._queued()
 
     def resume_writing(self) -> None:
-        """Note that it takes what it is sent."""
+        """Stop the clock: the client reads again."""
         super().resume_writing()
         self._unsent = None
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Have the listener count one less."""
+        """Release its place at the listener."""
         self._listener.release(self.peer)
         super().connection_lost(exc)
 
     def overdue(self, now: float) -> str | None:
-        """Say for which reason its time is over; None if it is not."""
+        """Return why the connection is to be ended, None if it is not."""
         if self._partial_since is not None and now - self._partial_since > HEADER_S:
             return "header_timeout"
         if self._unsent is not None:
@@ -165,7 +165,7 @@ class Listener:
     """The listening sockets of one server. `open` it, `run` it, `close` it before the runner's cleanup."""
 
     def __init__(self, name: str, limits: ListenerLimits, registry: CollectorRegistry) -> None:
-        """Take what its metrics begin with (`crossnet_NAME_connections`) and is called in the log."""
+        """`name` is part of its metrics (`crossnet_NAME_connections`) and of its log events."""
         self.name = name
         self.limits = limits
         self.gate = Gate()
@@ -192,13 +192,13 @@ class Listener:
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
-        """Where it listens, in the order of the configuration."""
+        """Addresses listened on, in the order of the configuration."""
         names = [listening.getsockname() for listening in self._sockets]
         return tuple((str(name[0]), int(name[1])) for name in names)
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
-        """What listens."""
+        """The listening sockets."""
         return tuple(self._sockets)
 
     def open(
@@ -221,19 +221,19 @@ class Listener:
             raise
 
     def renew(self, tls: ssl.SSLContext | None) -> None:
-        """Take later connections with this context: what the one before trusted, and every session that it gave, is void."""
+        """Use this TLS context for later connections. Sessions that the one before issued cannot be resumed."""
         self._tls = tls
 
     async def run(self) -> None:
-        """Take connections until closed or cancelled."""
+        """Accept connections until closed or cancelled."""
         self._running = asyncio.current_task()
         async with asyncio.TaskGroup() as group:
             for listening in self._sockets:
                 group.create_task(self._accept(listening, group))
-            group.create_task(self._look())
+            group.create_task(self._end_overdue())
 
     def close(self) -> None:
-        """Listen no more; the runner ends what is connected."""
+        """Stop listening. The runner ends open connections."""
         running, self._running = self._running, None
         if running is not None:
             running.cancel()
@@ -242,7 +242,7 @@ class Listener:
         self._sockets.clear()
 
     def cut_certified(self) -> int:
-        """End every connection whose client has shown a certificate, so that it has to show it anew; gives how many."""
+        """End every connection with a client certificate, so that it is verified again. Returns how many there were."""
         protocols = [peer.protocol for peers in self._peers.values() for peer in peers]
         found = [protocol.transport for protocol in protocols if protocol is not None]
         certified = [transport for transport in found if transport and transport.get_extra_info("peercert")]
@@ -251,17 +251,17 @@ class Listener:
         return len(certified)
 
     def crowds(self, request: web.Request) -> bool:
-        """Count a request; tell whether its connection asks more than its share."""
+        """Count a request. Returns whether its connection asks for more than its share."""
         return self._requests.wait_s(id(request.protocol), asyncio.get_running_loop().time()) > 0
 
     def note(self, peer: _Peer, reason: str) -> None:
-        """Count and log that a connection is ended for a limit."""
+        """Count and log a connection that is ended by a limit."""
         self._ended.labels(reason).inc()
         event = {"listener": self.name, "remote": peer.address, "reason": reason, "open": self._count}
         log.warning("http_connection_refused", extra={"event": event})
 
     def release(self, peer: _Peer) -> None:
-        """Count one connection less; once more does nothing."""
+        """Release a connection's place. Idempotent."""
         peers = self._peers.get(peer.address, {})
         if peer not in peers:
             return
@@ -290,7 +290,7 @@ class Listener:
                 await asyncio.sleep(FULL_PAUSE_S)
 
     def _admit(self, peer: _Peer) -> bool:
-        """Count a connection, if need be in place of another one; False if there is no room."""
+        """Give a connection a place, if need be another one's. Returns False if there is none."""
         reason = None
         if len(self._peers.get(peer.address, ())) >= self._most_per_address:
             reason, crowded = "address_full", peer.address
@@ -335,11 +335,11 @@ class Listener:
                 connection.close()
             peer.task = None
 
-    async def _look(self) -> None:
-        """End what takes too long."""
+    async def _end_overdue(self) -> None:
+        """End connections that are overdue."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(OVERDUE_CHECK_S)
             now = loop.time()
             for peer in [peer for peers in self._peers.values() for peer in peers]:
                 reason = peer.protocol.overdue(now) if peer.protocol is not None else None
@@ -349,7 +349,7 @@ class Listener:
 
 
 def _network_of(address: str) -> str:
-    """Give what counts as one client: an IPv4 address, or an IPv6 /64, which one host may have to itself."""
+    """Return what counts as one client: an IPv4 address, or an IPv6 /64, which one host may have to itself."""
     bare = address.partition("%")[0]
     if ":" not in bare:
         return bare
@@ -358,24 +358,21 @@ def _network_of(address: str) -> str:
 
 
 def address_of(request: web.Request) -> str:
-    """Give who asks, as `_network_of` has it."""
+    """Return the client's address, or its IPv6 /64."""
     protocol = request.protocol
     return _network_of(protocol.peer.address if isinstance(protocol, Connection) else request.remote or "")
 
 
 class waiting:  # noqa: N801 - reads as what it is: `with waiting(request): body = await request.read()`
-    """While this lasts the client is waited for, and the connection may be ended for others."""
+    """Context in which a handler only waits for the client, so that the connection may be ended to make room."""
 
     def __init__(self, request: web.Request) -> None:
-        """Take the request whose rest is waited for."""
         self._protocol = request.protocol
 
     def __enter__(self) -> None:
-        """Give up the claim to be finished."""
         if isinstance(self._protocol, Connection):
             self._protocol.busy = False
 
     def __exit__(self, *_: object) -> None:
-        """Take it back."""
         if isinstance(self._protocol, Connection):
             self._protocol.busy = True

@@ -1,4 +1,4 @@
-"""How much one network may ask of a server: buckets that fill by the second. Sans-IO: time comes in as an argument."""
+"""Rate limits by client: a token bucket each. Sans-IO: time comes in as an argument."""
 
 from collections.abc import Hashable
 
@@ -8,16 +8,16 @@ MAX_BUCKETS = 10_000  # of networks that tokens name; full ones are forgotten fi
 
 
 class RateLimit:
-    """At most `burst` at once, and `per_s` a second in the long run, for each of whoever asks."""
+    """Allows each client `burst` requests at once, and `per_s` a second in the long run."""
 
     def __init__(self, per_s: float, burst: int) -> None:
-        """Begin with full buckets. A rate of 0 is no limit."""
+        """Buckets start full. A rate of 0 is no limit."""
         self.per_s = per_s
         self.burst = burst
         self._buckets: dict[Hashable, TokenBucket] = {}
 
     def wait_s(self, who: Hashable, now: float) -> float:
-        """Take one; gives 0, or after how many seconds there is one to be had."""
+        """Take a token and return 0; if there is none, return in how many seconds there will be one."""
         if not self.per_s:
             return 0.0
         bucket = self._buckets.get(who)

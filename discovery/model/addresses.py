@@ -1,7 +1,7 @@
 """Addresses and ports: endpoints as text, lists of allowed targets, and what may never be dialled.
 
 Refused ranges are refused in every spelling: an IPv6 address that a NAT64 or 6to4 router would turn into a refused IPv4
-address is refused as that address is, and one of whose IPv4 address nobody can be sure is refused altogether. Sans-IO. The one
+address is refused too, and so is one whose IPv4 address cannot be known. Sans-IO. The one
 error is BadAddress.
 """
 
@@ -249,7 +249,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 
 
 def spellings(address: Address) -> tuple[Address, ...]:
-    """Return the address, and the IPv4 address that a NAT64 or 6to4 router makes of it, if it is such a one."""
+    """Return the address and, for a NAT64 or 6to4 address, the IPv4 address that a router makes of it."""
     if isinstance(address, IPv4Address):
         return (address,)
     within = IPv4Address(int(address) & 0xFFFF_FFFF) if address in _NAT64 else address.ipv4_mapped or address.sixtofour

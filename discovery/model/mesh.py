@@ -225,7 +225,7 @@ class Mesh:
         """The services of a network."""
         return self._all(Kind.SERVICE, network)
 
-    def record(self, kind: Kind, network: str, id: str) -> AnyRecord | None:  # noqa: A002 - the word of the design
+    def record(self, kind: Kind, network: str, id: str) -> AnyRecord | None:  # noqa: A002 - the API's word
         """Find one record by its key."""
         return self._buckets.get((kind, network), _NONE).records.get(id)
 

@@ -1,4 +1,4 @@
-"""The specs of records: seven kinds, and what makes each of them good.
+"""The specs of records: seven kinds, and the rules for each.
 
 Decoding proves the shape, `spec_faults` proves the meaning: addresses that may be dialled, ports, ids, bounded lengths
 and counts. Sans-IO. The one error is BadRecord.
@@ -31,7 +31,7 @@ MAX_PORTS = 64  # of one relay or service
 MAX_TURN_SERVERS = 256  # that one relay publishes its sources for
 MAX_ENDPOINTS = 1000  # of one port; a Kubernetes EndpointSlice holds 100 by default and 1000 at most
 MAX_PROTO = 16
-MAX_WEIGHT = 1000  # a gateway of the smallest kind beside one on the largest machine
+MAX_WEIGHT = 1000  # from the smallest gateway to the largest machine
 MAX_ASKED = 1000  # networks that one relay imports from
 FRAMED = "framed/1"  # capsules behind a signed preamble, the one stream protocol that loses nothing
 
@@ -52,7 +52,7 @@ class Kind(StrEnum):
 
 
 class BadRecord(ValueError):
-    """A record that is refused: `path` says where in it, `expected` what should stand there."""
+    """An invalid record: `path` says where, `expected` what was expected there."""
 
     def __init__(self, path: str, expected: str) -> None:
         """Say where, and what was expected."""
@@ -61,8 +61,8 @@ class BadRecord(ValueError):
         self.expected = expected
 
 
-# A field that says what it says by default is not written: a version that does not know it refuses what has it. So no default
-# may ever change.
+# A field at its default is not written, so that versions that do not know it can read the record. So no default may ever
+# change.
 
 
 class NetworkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -96,7 +96,7 @@ class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     port_min: int
     port_max: int
     zone: str = ""
-    """Where it stands; relays of the same zone prefer its allocations."""
+    """Zone of the server; relays of the same zone prefer its allocations."""
 
 
 class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -112,7 +112,7 @@ class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     gateway: str
     proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
     weight: int = 1
-    """How many times the streams of an allocation of weight 1 its gateway is for."""
+    """Relative share of streams."""
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -187,7 +187,7 @@ def check_spec(kind: Kind, network: str, spec: Spec, allowed: TargetList | None 
 
 
 def check_key(kind: Kind, network: str, record_id: str) -> None:
-    """Raise BadRecord when the network or the id of a record is no such thing."""
+    """Raise BadRecord if the network or the id of a record is invalid."""
     for fault in key_faults(kind, network, record_id):
         raise BadRecord(fault.path, f"expected {fault.expected}, got {fault.got}")
 
@@ -207,7 +207,7 @@ def key_faults(kind: Kind, network: str, record_id: str, path: str = "$") -> Ite
 def spec_faults(
     kind: Kind, network: str, spec: Spec, allowed: TargetList | None = None, path: str = "$.spec"
 ) -> Iterator[Fault]:
-    """Yield every fault of meaning in a spec whose shape is good."""
+    """Yield every fault of a spec that has the right shape."""
     if not isinstance(spec, SPEC_TYPES[kind]):
         yield Fault(path, f"the spec of a {kind}", type(spec).__name__)
         return
@@ -313,7 +313,7 @@ def _turn_url_faults(path: str, text: str, allowed: TargetList | None) -> Iterat
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a spec is to stand."""
+    """The network that a spec is for, and the refused addresses that are allowed in it."""
 
     network: str
     allowed: TargetList | None

@@ -14,23 +14,23 @@ class TokenBucket:
         self._at = now
 
     def left(self, now: float) -> float:
-        """Say how many tokens there are; below 0, how many are owed."""
+        """Return how many tokens there are; a negative number are owed."""
         self._left = min(self.burst, self._left + max(0.0, now - self._at) * self.rate)
         self._at = now
         return self._left
 
     def take(self, count: float, now: float) -> bool:
-        """Take `count` tokens; False, and none taken, where there are not so many."""
+        """Take `count` tokens. Returns False, and takes none, if there are fewer."""
         if self.left(now) < count:
             return False
         self._left -= count
         return True
 
     def spend(self, count: float, now: float) -> float:
-        """Take `count` tokens whether there are so many or not; returns for how many seconds to spend no more."""
+        """Take `count` tokens, going into debt if need be. Returns for how many seconds to take no more."""
         self._left = self.left(now) - count
         return self.wait_s(0, now)
 
     def wait_s(self, count: float, now: float) -> float:
-        """Say after how many seconds there are `count` tokens."""
+        """Return in how many seconds there will be `count` tokens."""
         return max(0.0, count - self.left(now)) / self.rate

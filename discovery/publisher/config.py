@@ -1,4 +1,4 @@
-"""What the publisher needs to know."""
+"""Configuration of the publisher."""
 
 import os
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ DEFAULT_CLUSTER_DOMAIN = "cluster.local"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublisherConfig:
-    """What the publisher needs to know."""
+    """Configuration of the publisher."""
 
     network: str
     id: str = "k8s"
@@ -18,19 +18,19 @@ class PublisherConfig:
     takes away what stands under its own and is not exported any more."""
 
     api: str | None = None
-    """URL of the Kubernetes API; by default where a pod is told that it is."""
+    """URL of the Kubernetes API; by default from the pod's environment."""
 
     token_file: Path | None = None
-    """Read again as it is renewed; by default the pod's service account's."""
+    """Read again when it changes; by default the pod's service account token."""
 
     ca_file: Path | None = None
     namespaces: tuple[str, ...] = ()
-    """Only these; by default all, which needs a cluster-wide right to list and watch."""
+    """Namespaces to publish; by default all, which needs the right to list and watch cluster-wide."""
 
     cluster_domain: str = DEFAULT_CLUSTER_DOMAIN
 
     def resolved(self, environment: dict[str, str] | None = None) -> "PublisherConfig":
-        """Fill in what a pod finds in its environment. Raises ValueError where that is none."""
+        """Fill in the defaults from the pod's environment. Raises ValueError outside of a pod."""
         if self.api is not None:
             return self
         found = os.environ if environment is None else environment

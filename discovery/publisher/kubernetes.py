@@ -26,18 +26,18 @@ MAX_LINE = 4 * 1024 * 1024  # etcd holds objects of 1.5 MiB at most
 
 
 class KubeError(Exception):
-    """The API cannot be reached, or says no."""
+    """The Kubernetes API cannot be reached, or answers with an error."""
 
 
 class Gone(KubeError):
-    """The history from a resourceVersion on is no longer there (HTTP 410): everything is to be listed anew."""
+    """The history from this resourceVersion on is gone (HTTP 410): everything has to be listed again."""
 
 
 class KubeApi:
     """Lists and watches. `async with` holds its connections."""
 
     def __init__(self, url: str, *, token_file: Path | None, ca_file: Path | None) -> None:
-        """Take where it is. Raises OSError, ssl.SSLError for a bad CA file, ValueError for a bad URL."""
+        """Raises OSError or ssl.SSLError for a bad CA file, ValueError for a bad URL."""
         self._url = URL(url)
         if self._url.scheme not in ("http", "https") or not self._url.host:
             raise ValueError(f"expected https://HOST:PORT of a Kubernetes API, got {url[:100]!r}")
@@ -56,7 +56,7 @@ class KubeApi:
             await self._session.close()
 
     async def list_all(self, path: str) -> tuple[list[dict[str, Any]], str]:
-        """Give all objects under a path, and the resourceVersion to watch from. Raises KubeError, Gone."""
+        """Return all objects under a path, and the resourceVersion to watch from. Raises KubeError, Gone."""
         items: list[dict[str, Any]] = []
         query = {"limit": str(PAGE)}
         for _ in range(MAX_PAGES):
@@ -110,7 +110,7 @@ class KubeApi:
     def _ask(
         self, path: str, query: dict[str, str], timeout: aiohttp.ClientTimeout
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Send a GET. Raises OSError, KubeError for a token that is none."""
+        """Send a GET. Raises OSError, and KubeError for an unusable token."""
         if self._session is None:
             raise RuntimeError("requests are made inside of `async with`")
         return self._session.get(

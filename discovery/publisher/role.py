@@ -113,7 +113,7 @@ class Publisher:
 
     @property
     def listed(self) -> bool:
-        """Whether everything has been listed once."""
+        """Whether every path has been listed once."""
         return self._complete
 
     async def run(self) -> None:
@@ -164,7 +164,7 @@ class Publisher:
                 await self._watch(resource)
                 continue  # the server ends a watch when its time is over: resumed at once
             except Gone as error:
-                log.info("the cluster's history is gone: everything is listed anew: %s", error)
+                log.info("the cluster's history is gone, everything is listed again: %s", error)
                 resource.version = ""
             except (KubeError, OSError) as error:
                 self._metrics.errors.inc()
@@ -214,7 +214,7 @@ class Publisher:
         self._metrics.services.set(len(self._published))
 
     def _reconcile(self, mesh: Mesh) -> None:
-        """Once, when both sides are known: withdraw what an earlier run left there."""
+        """Withdraw, once both sides are known, the records that an earlier run left behind."""
         if self._reconciled or not self._complete or not self._discovery.synced:
             return
         self._reconciled = True
@@ -237,5 +237,5 @@ def _decoded(data: dict[str, Any], shape: type[ObjectT]) -> ObjectT | None:
     try:
         return msgspec.convert(data, shape)
     except msgspec.ValidationError as error:
-        log.warning("an object of the cluster is left out: %s", error)
+        log.warning("an object of the cluster is skipped: %s", error)
         return None

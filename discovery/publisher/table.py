@@ -49,7 +49,7 @@ class _ServiceSpec(msgspec.Struct):
 
 
 class ServiceObject(msgspec.Struct):
-    """A Service, as far as it matters here."""
+    """A Service; only the fields that are used here."""
 
     metadata: _Meta
     spec: _ServiceSpec = msgspec.field(default_factory=_ServiceSpec)
@@ -65,7 +65,7 @@ class _Endpoint(msgspec.Struct):
 
 
 class SliceObject(msgspec.Struct):
-    """An EndpointSlice, as far as it matters here."""
+    """An EndpointSlice; only the fields that are used here."""
 
     metadata: _Meta
     addressType: str = "IPv4"  # noqa: N815
@@ -88,17 +88,16 @@ class _Service:
 
 
 class ServiceTable:
-    """What the cluster has, and what is to be published of it."""
+    """The exported Services of a cluster, and the specs to publish."""
 
     def __init__(self, cluster_domain: str) -> None:
-        """Begin with nothing."""
         self._domain = cluster_domain
         self._services: dict[Name, _Service] = {}
         self._slices: dict[Name, _Slice] = {}
         self._slices_of: dict[Name, set[Name]] = {}
 
     def put_service(self, found: ServiceObject) -> Name:
-        """Take a Service as it is now; gives what may have to be published anew."""
+        """Store a Service as it is now. Returns the Service whose record may change."""
         name = (found.metadata.namespace, found.metadata.name)
         asked = (found.metadata.annotations or {}).get(EXPORT, "")
         ports = tuple(_exported(found, asked))
@@ -110,13 +109,13 @@ class ServiceTable:
         return name
 
     def delete_service(self, found: ServiceObject) -> Name:
-        """Let go of a Service."""
+        """Forget a Service. Returns it, since its record may change."""
         name = (found.metadata.namespace, found.metadata.name)
         self._services.pop(name, None)
         return name
 
     def put_slice(self, found: SliceObject) -> Name | None:
-        """Take an EndpointSlice as it is now; gives the Service that it is of."""
+        """Store an EndpointSlice as it is now. Returns the Service that it belongs to."""
         service = (found.metadata.labels or {}).get(SERVICE_NAME)
         name = (found.metadata.namespace, found.metadata.name)
         if not service or found.addressType not in ("IPv4", "IPv6"):
@@ -130,31 +129,31 @@ class ServiceTable:
         return of
 
     def delete_slice(self, found: SliceObject) -> Name | None:
-        """Let go of an EndpointSlice."""
+        """Forget an EndpointSlice. Returns the Service that it belonged to."""
         return self._drop_slice((found.metadata.namespace, found.metadata.name))
 
     def retain_services(self, names: Iterable[Name]) -> set[Name]:
-        """Let go of all others, after everything was listed; gives those."""
+        """Forget all other Services, after everything was listed. Returns the forgotten ones."""
         gone = set(self._services) - set(names)
         for name in gone:
             del self._services[name]
         return gone
 
     def retain_slices(self, names: Iterable[Name]) -> set[Name]:
-        """Let go of all others, after everything was listed; gives their Services."""
+        """Forget all other EndpointSlices, after everything was listed. Returns their Services."""
         gone = set(self._slices) - set(names)
         return {of for name in gone if (of := self._drop_slice(name)) is not None}
 
     def exported(self) -> set[Name]:
-        """Give all Services that are to be published."""
+        """Return all Services that are to be published."""
         return set(self._services)
 
     def slice_names(self) -> set[Name]:
-        """Give all EndpointSlices."""
+        """Return all EndpointSlices."""
         return set(self._slices)
 
     def spec(self, name: Name) -> ServiceSpec | None:
-        """Give what is to be published of a Service; None if it is not to be."""
+        """Return the spec to publish for a Service, None if it is not exported."""
         service = self._services.get(name)
         full = f"{name[1]}.{name[0]}.svc.{self._domain}"
         if service is None or not is_service_name(full):
@@ -189,7 +188,7 @@ class ServiceTable:
 
 
 def record_id(publisher: str, name: Name) -> str:
-    """Make the id of a Service's record: its publisher's, readable, and another one for each."""
+    """Make the id of a Service's record: unique, readable, and recognisable as this publisher's."""
     digest = hashlib.sha256("/".join(name).encode()).hexdigest()[:12]
     readable = re.sub(r"[^a-z0-9-]", "-", f"{name[1]}-{name[0]}")[: MAX_ID - len(publisher) - 14].strip("-")
     return f"{publisher}-{readable}-{digest}"

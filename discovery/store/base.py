@@ -20,10 +20,9 @@ class StoreError(Exception):
 
 
 class PreconditionFailed(Exception):
-    """The record is not at the revision that the writer expects; `revision` is its own, None if it is not there."""
+    """The record is not at the revision that the writer expects; `revision` is the actual one, None if there is no record."""
 
     def __init__(self, revision: int | None) -> None:
-        """Say what the record's revision is."""
         super().__init__(f"the record is at revision {revision}" if revision else "there is no such record")
         self.revision = revision
 
@@ -32,18 +31,17 @@ class UnknownLease(Exception):
     """There is no such lease: it ended, or never was."""
 
     def __init__(self, lease_id: str) -> None:
-        """Say which."""
         super().__init__(f"there is no lease {lease_id!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """A promise to withdraw records when their writer has not been heard of for `ttl_s` seconds."""
+    """Records that hang on a lease are deleted when it has not been renewed for `ttl_s` seconds."""
 
     id: str
     ttl_s: int
     owner: str
-    """Who made it, in the caller's terms; only they may use it."""
+    """Who made it, in the caller's terms. Stores do not check it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ class Store(Protocol):
 
     @property
     def epoch(self) -> str:
-        """The store's identity, made when it was: revisions of two epochs have nothing to do with each other."""
+        """Identity of the store, made with it. Revisions of different epochs cannot be compared."""
 
     @property
     def revision(self) -> int:
@@ -70,16 +68,16 @@ class Store(Protocol):
 
     @property
     def stale_s(self) -> float:
-        """For how many seconds nothing has confirmed that what is read here is current; 0 while it is."""
+        """For how many seconds reads have not been confirmed to be current; 0 while they are."""
 
     async def open(self) -> None:
         """Make ready; stored leases get their whole TTL anew."""
 
     async def run(self) -> None:
-        """Do between `open` and `close` what the store needs done, until cancelled."""
+        """Do background work between `open` and `close`, until cancelled."""
 
     async def close(self) -> None:
-        """Let go of files and connections. Idempotent."""
+        """Close files and connections. Idempotent."""
 
     async def get(self, key: Key) -> AnyRecord | None:
         """Find one record."""
@@ -108,10 +106,10 @@ class Store(Protocol):
         """Delete a record; None if there was none. Raises PreconditionFailed."""
 
     async def since(self, revision: int) -> Sequence[Change] | None:
-        """Tell what changed after a revision: the last change of each record, by revision; None if that is not known."""
+        """Return the last change of each record after a revision, by revision; None if there is no history from there."""
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Have every later write told, in order, on the loop; what is returned ends that."""
+        """Call `listener` with every later write, in order, on the loop. Call the result to unsubscribe."""
 
     async def grant(self, ttl_s: int, owner: str) -> Lease:
         """Make a lease."""
@@ -120,10 +118,10 @@ class Store(Protocol):
         """Find a lease."""
 
     async def leases(self, owner: str) -> Sequence[Lease]:
-        """Find the leases that somebody made."""
+        """Return the leases of an owner."""
 
     async def renew(self, lease_id: str) -> Lease:
-        """Give a lease its whole TTL anew. Raises UnknownLease."""
+        """Reset a lease to its whole TTL. Raises UnknownLease."""
 
     async def revoke(self, lease_id: str) -> Sequence[Deletion]:
         """End a lease and delete the records that hang on it. Raises UnknownLease."""

@@ -106,12 +106,12 @@ class EtcdStore(MemoryStore):
             url = self._etcd.current
             error = await self._follow(url)
             if error.code == COMPACTED:
-                log.info("etcd has compacted what was missed here: everything is read anew")
+                log.info("etcd has compacted the history that we missed, everything is read again")
                 await self._reload()
                 continue
             if not self.stale_s:
                 # Once when it begins and at each new member, not once for each attempt while all are away.
-                log.warning("etcd does not answer as it should", extra={"event": {"why": str(error)[:300]}})
+                log.warning("etcd gave an unexpected answer", extra={"event": {"why": str(error)[:300]}})
             self._etcd.failed(url)
             await asyncio.sleep(RETRY_S)
 
@@ -342,9 +342,9 @@ class EtcdStore(MemoryStore):
                     compacted = number_of(result, "compact_revision")
                     reason = str(result.get("cancel_reason", "the watch was cancelled"))[:200]
                     raise EtcdError(reason, COMPACTED if compacted else None)
-                self._take(result.get("events", ()))
+                self._apply_events(result.get("events", ()))
 
-    def _take(self, events: Iterable[Mapping[str, Any]]) -> None:
+    def _apply_events(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Apply events, all of one revision at once."""
         by_revision: dict[int, Batch] = {}
         for event in events:
@@ -423,7 +423,7 @@ class EtcdStore(MemoryStore):
         except (BadRecord, msgspec.MsgspecError) as error:
             log.warning("etcd has a key that cannot be read", extra={"event": {"key": parts, "why": str(error)[:200]}})
             return None
-        log.warning("etcd has a key that is none of ours", extra={"event": {"key": "/".join(parts)[:200]}})
+        log.warning("etcd has a key that is not ours", extra={"event": {"key": "/".join(parts)[:200]}})
         return None
 
 

@@ -11,11 +11,11 @@ def test_the_age_of_what_was_seen_to_come() -> None:
     now = 100.0
     ages = RecordAges(lambda: now)
     ages.known([A.key])
-    ages.take([A, B])
+    ages.apply([A, B])
     now = 105.0
-    ages.take([B])
+    ages.apply([B])
     assert ages.now() == {B.key: 5}
-    ages.take([Deletion(A.key, 3), Deletion(B.key, 4)])
-    ages.take([A])
+    ages.apply([Deletion(A.key, 3), Deletion(B.key, 4)])
+    ages.apply([A])
     now = 106.0
     assert ages.now() == {A.key: 1}

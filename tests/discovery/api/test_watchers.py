@@ -48,14 +48,14 @@ async def test_taking_skips_what_the_backlog_had() -> None:
     assert current == 1
     assert [line["type"] for line in lines(b"".join(batches))] == ["reset", "put", "sync"]
     await store.put(KEY, SERVICE)
-    assert [line["revision"] for line in lines(watcher.take(current))] == [2]
-    assert watcher.take(current) == b""
+    assert [line["revision"] for line in lines(watcher.next_batch(current))] == [2]
+    assert watcher.next_batch(current) == b""
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(watcher.wait())
         await asyncio.sleep(0)
         assert not waiting.done()
         await store.delete(KEY)
-    assert [line["type"] for line in lines(watcher.take(current))] == ["delete"]
+    assert [line["type"] for line in lines(watcher.next_batch(current))] == ["delete"]
 
 
 async def test_a_backlog_is_cut_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ async def test_closing_wakes_everybody() -> None:
     await watcher.wait()
     assert watcher.closed
     await store.put(KEY, SERVICE)
-    assert watcher.take(0) == b""
+    assert watcher.next_batch(0) == b""
 
 
 async def test_changes_of_one_revision_say_that_more_comes() -> None:
@@ -102,9 +102,9 @@ async def test_changes_of_one_revision_say_that_more_comes() -> None:
     hub = WatchHub(store)
     watcher = hub.add(OPEN)
     records = [await store.put((Kind.NETWORK, name, name), NetworkSpec()) for name in "bcd"]
-    watcher.take(store.revision)
-    hub._tell([Deletion(records[0].key, 4), Deletion(records[1].key, 4), Deletion(records[2].key, 5)])
-    told = lines(watcher.take(0))
+    watcher.next_batch(store.revision)
+    hub._on_changes([Deletion(records[0].key, 4), Deletion(records[1].key, 4), Deletion(records[2].key, 5)])
+    told = lines(watcher.next_batch(0))
     assert [(line["revision"], line.get("more", False)) for line in told] == [(4, True), (4, False), (5, False)]
 
 

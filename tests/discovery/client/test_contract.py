@@ -13,10 +13,10 @@ def test_subscribers_are_told_in_order_until_they_leave() -> None:
     subscribers = Subscribers()
     first = subscribers.add(lambda _: told.append("first"))
     subscribers.add(lambda _: told.append("second"))
-    subscribers.tell(Mesh.EMPTY)
+    subscribers.notify(Mesh.EMPTY)
     first()
     first()
-    subscribers.tell(Mesh.EMPTY)
+    subscribers.notify(Mesh.EMPTY)
     assert told == ["first", "second", "second"]
 
 
@@ -25,8 +25,8 @@ def test_one_may_leave_while_all_are_told() -> None:
     subscribers = Subscribers()
     subscribers.add(lambda _: leave())
     leave = subscribers.add(lambda _: told.append("leaving"))
-    subscribers.tell(Mesh.EMPTY)
-    subscribers.tell(Mesh.EMPTY)
+    subscribers.notify(Mesh.EMPTY)
+    subscribers.notify(Mesh.EMPTY)
     assert told == ["leaving"]
 
 
@@ -36,7 +36,7 @@ def test_one_that_fails_hurts_no_other(caplog: pytest.LogCaptureFixture) -> None
     subscribers.add(lambda _: 1 / 0)  # type: ignore[arg-type]
     subscribers.add(lambda _: told.append("told"))
     with caplog.at_level(logging.ERROR):
-        subscribers.tell(Mesh.EMPTY)
+        subscribers.notify(Mesh.EMPTY)
     assert told == ["told"]
     assert "ZeroDivisionError" in caplog.text
 

@@ -43,7 +43,7 @@ async def test_the_file_wins_and_both_are_followed(
             both.withdraw(Kind.RELAY, "r3")
             path.write_text("nonsense")
             async with asyncio.timeout(5):
-                while "not taken" not in caplog.text:
+                while "cannot be used" not in caplog.text:
                     await asyncio.sleep(0.01)
             assert both.mesh.relays("b")[0].spec.addresses == ["10.0.0.1"]
             path.write_text("networks: [{id: b}]\n")

@@ -3,11 +3,14 @@
 import hashlib
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from discovery.client.snapshot_file import load, save
 from discovery.model.mesh import Kind, Mesh, NetworkSpec, Record, ServiceSpec
+from discovery.store import MemoryStore
+from tests.discovery.client.clients import client_of
 
 MESH = Mesh.of(
     [
@@ -101,3 +104,56 @@ def test_a_failed_save_leaves_the_old_one(path: Path, monkeypatch: pytest.Monkey
     assert copy is not None
     assert copy.epoch == "epoch"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.anyio
+async def test_a_snapshot_on_disk_serves_while_discovery_is_away(
+    serve: Any, run: Any, until: Any, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "mesh.snapshot"
+    store = MemoryStore()
+    async with serve(store) as at:
+        port = at.port
+        await store.put((Kind.NETWORK, "x", "x"), NetworkSpec())
+        await store.put((Kind.NETWORK, "y", "y"), NetworkSpec())
+        async with run(client_of(at, snapshot_file=snapshot)) as client:
+            await until(client, lambda mesh: len(mesh) == 2)
+        assert snapshot.exists()
+    client = client_of(at, snapshot_file=snapshot)
+    async with run(client):
+        await until(client, lambda mesh: len(mesh) == 2)
+        assert client.synced
+        assert not client.connected
+        assert client.age_s is not None
+        assert 0 <= client.age_s < 60
+        # Discovery comes back: only what changed is told.
+        await store.delete((Kind.NETWORK, "x", "x"))
+        async with serve(store, port=port):
+            await until(client, lambda mesh: mesh.networks == {"y"})
+            assert client.connected
+
+
+@pytest.mark.anyio
+async def test_a_damaged_snapshot_is_set_aside(
+    serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshot = tmp_path / "mesh.snapshot"
+    snapshot.write_bytes(b"{}\ngarbage")
+    async with serve() as at:
+        await at.store.put((Kind.NETWORK, "x", "x"), NetworkSpec())
+        async with run(client_of(at, snapshot_file=snapshot)) as client:
+            await until(client, lambda mesh: len(mesh) == 1)
+    assert (tmp_path / "mesh.snapshot.bad").read_bytes() == b"{}\ngarbage"
+    assert "set aside" in caplog.text
+    assert snapshot.exists()
+
+
+@pytest.mark.anyio
+async def test_a_snapshot_that_cannot_be_saved_is_told(
+    serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as at:
+        await at.store.put((Kind.NETWORK, "x", "x"), NetworkSpec())
+        async with run(client_of(at, snapshot_file=tmp_path / "missing" / "mesh")) as client:
+            await until(client, lambda mesh: len(mesh) == 1)
+    assert "cannot be saved" in caplog.text

@@ -100,7 +100,7 @@ async def test_watches_are_not_ended_for_connections_that_only_come(serve: Any) 
 
 async def test_a_later_request_has_a_deadline_from_its_first_byte(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("discovery.http.listener.HEADER_S", 0.3)
-    monkeypatch.setattr("discovery.http.listener.LOOK_S", 0.02)
+    monkeypatch.setattr("discovery.http.listener.OVERDUE_CHECK_S", 0.02)
     async with serve() as at:
         streams = await connect(at, WHOLE)
         assert await answered(streams)
@@ -116,7 +116,7 @@ async def test_a_later_request_has_a_deadline_from_its_first_byte(serve: Any, mo
 
 async def test_an_answer_that_nobody_takes_ends(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("discovery.http.listener.WRITE_S", 0.2)
-    monkeypatch.setattr("discovery.http.listener.LOOK_S", 0.02)
+    monkeypatch.setattr("discovery.http.listener.OVERDUE_CHECK_S", 0.02)
     async with serve() as at:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

@@ -166,7 +166,7 @@ async def test_keys_that_are_none_of_ours_are_left_out(
         member.ask("kv/deleterange", {"key": b64(prefix + "x")})
         record = await store.put(KEY, SPEC)
         assert (await store.snapshot()).records == (record,)
-    assert sum("none of ours" in entry.message for entry in caplog.records) == 6
+    assert sum("not ours" in entry.message for entry in caplog.records) == 6
     assert sum("cannot be read" in entry.message for entry in caplog.records) == 3
 
 

@@ -1,0 +1,227 @@
+"""The view of real servers: restarts, failover, other epochs, servers that talk nonsense."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from discovery.model.mesh import Kind, Mesh, NetworkSpec, VipSpec
+from discovery.pacing.backoff import Backoff
+from discovery.store import MemoryStore, SqliteStore
+from tests.discovery.client.clients import OTHER, RELAY, client_at, client_of
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_what_a_newer_server_says_is_skipped_and_told(
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as at, run(client_of(at)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        newer = msgspec.defstruct("Newer", [("new", int)], frozen=True)(1)
+        await at.store.put((Kind.RELAY, "a", "newer"), newer)
+        await at.store.put((Kind.RELAY, "a", "r2"), OTHER)
+        await until(client, lambda mesh: len(mesh.relays("a")) == 2)
+        assert client.connected
+    assert "cannot read" in caplog.text
+
+
+async def test_a_restarted_server_finds_its_clients_again(
+    serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "discovery.db"
+    async with serve(SqliteStore(path)) as at:
+        port = at.port
+        client = client_of(at)
+        running = run(client)
+        await running.__aenter__()
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+    before = client.mesh
+    async with asyncio.timeout(5):
+        while client.connected:
+            await asyncio.sleep(0.01)
+    assert client.mesh is before  # discovery is away, the view stays
+    assert client.synced
+    client.publish(Kind.RELAY, "r2", OTHER)
+    async with serve(SqliteStore(path), port=port) as at:
+        await until(client, lambda mesh: len(mesh.relays("a")) == 2)
+        assert client.mesh.relays("a")[0] == before.relays("a")[0]  # its lease was rearmed: nothing was written anew
+        assert await client.settled(5)
+        await running.__aexit__(None, None, None)
+        assert (await at.store.snapshot()).records == ()
+    events = [record.message for record in caplog.records if record.name == "discovery.client.follower"]
+    assert events.count("discovery is there") == 2
+    assert events.count("discovery is away") <= 3  # once it ended, once it was refused, and not at each attempt
+
+
+async def test_ten_minutes_without_discovery_withdraw_nothing_that_lives(
+    serve: Any, run: Any, until: Any, tmp_path: Path, clock: Any
+) -> None:
+    path, registry = tmp_path / "discovery.db", CollectorRegistry()
+
+    def staleness() -> float:
+        value = registry.get_sample_value("crossnet_discovery_staleness_seconds")
+        assert value is not None
+        return value
+
+    async with serve(SqliteStore(path, clock=clock)) as at:
+        port = at.port
+        client = client_of(at, registry=registry)
+        assert staleness() == -1
+        living = run(client)
+        await living.__aenter__()
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        assert staleness() == 0
+        dead = await at.store.grant(10, "anyone")  # whoever made it does not come back
+        await at.store.put((Kind.RELAY, "b", "dead"), OTHER, lease=dead.id)
+        await until(client, lambda mesh: mesh.relays("b"))
+    async with asyncio.timeout(5):
+        while client.connected:
+            await asyncio.sleep(0.01)
+    client._view.known_at -= 600
+    assert 600 <= staleness() < 660
+    clock.now += 600
+    async with serve(SqliteStore(path, clock=clock), port=port) as at:
+        at.server._wall_clock = lambda: -1e9  # what the clock on the wall does is nothing to a lease
+        async with asyncio.timeout(10):
+            while not client.connected:
+                await asyncio.sleep(0.01)
+        assert staleness() == 0
+        revision = client.mesh.relays("a")[0].revision
+        for second in range(12):  # a second at a time: the whole lease, and a bit more
+            clock.now += 1
+            if second % 3 == 0:
+                await at.store.renew(client.mesh.relays("a")[0].lease)
+            await at.store.expire()
+        await until(client, lambda mesh: not mesh.relays("b"))
+        assert client.mesh.relays("a")[0].revision == revision  # nothing was even written again
+        await living.__aexit__(None, None, None)
+
+
+async def test_another_epoch_keeps_old_records_for_a_while(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at:
+        port = at.port
+        await at.store.put((Kind.NETWORK, "z", "z"), NetworkSpec())
+        await at.store.put((Kind.NETWORK, "y", "y"), NetworkSpec())
+        for _ in range(20):
+            await at.store.put((Kind.VIP, "b", "v"), VipSpec(name="o.s", address="10.200.0.1"))
+        client = client_of(at, grace_s=0.3)
+        running = run(client)
+        await running.__aenter__()
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+    seen: list[Mesh] = []
+    client.subscribe(seen.append)
+    async with serve(port=port) as at:  # the store was lost
+        await at.store.put((Kind.NETWORK, "y", "y"), NetworkSpec())
+        await until(client, lambda mesh: mesh.revision < 20 and mesh.relays("a") and mesh.relays("a")[0].revision < 20)
+        assert client.mesh.networks >= {"y", "z", "b"}  # nobody confirmed these, and they are still there
+        await until(client, lambda mesh: mesh.networks == {"a", "y"})  # until the grace period ended
+        assert await client.settled(5)
+        await running.__aexit__(None, None, None)
+    assert all(mesh.relays("a") for mesh in seen[:-1])  # our own never went
+
+
+async def test_the_next_server_takes_over(serve: Any, run: Any, until: Any) -> None:
+    store = MemoryStore()
+    async with serve(store) as second:
+        async with serve(store) as first:
+            dead = type(first)(first.server, 1, first.session)  # nothing listens on port 1
+            client = client_of(dead, first, second)
+            running = run(client)
+            await running.__aenter__()
+            client.publish(Kind.RELAY, "r", RELAY)
+            await until(client, lambda mesh: mesh.relays("a"))
+            assert len(first.server._hub) == 1
+        client.publish(Kind.RELAY, "r2", RELAY)
+        await until(client, lambda mesh: len(mesh.relays("a")) == 2)
+        assert len(second.server._hub) == 1
+        await running.__aexit__(None, None, None)
+
+
+async def test_bursts_are_told_together(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at:
+        for number in range(2000):
+            await at.store.put((Kind.NETWORK, f"n{number}", f"n{number}"), NetworkSpec())
+        client = client_of(at)
+        seen: list[Mesh] = []
+        client.subscribe(seen.append)
+        async with run(client):
+            await until(client, lambda mesh: len(mesh) == 2000)
+            assert len(seen) == 1  # the whole snapshot came as one
+            for number in range(2000):
+                await at.store.delete((Kind.NETWORK, f"n{number}", f"n{number}"))
+            await until(client, lambda mesh: len(mesh) == 0)
+            assert len(seen) < 200
+
+
+async def test_a_reset_drops_what_is_no_more(serve: Any, run: Any, until: Any, tmp_path: Path) -> None:
+    """The client was away while so much was deleted that the store forgot what: it is told everything anew."""
+    path = tmp_path / "discovery.db"
+    async with serve(SqliteStore(path, max_tombstones=1)) as at:
+        port = at.port
+        for name in ("x", "y", "z"):
+            await at.store.put((Kind.NETWORK, name, name), NetworkSpec())
+        client = client_of(at)
+        running = run(client)
+        await running.__aenter__()
+        await until(client, lambda mesh: len(mesh) == 3)
+    store = SqliteStore(path, max_tombstones=1)
+    await store.open()
+    for name in ("x", "y"):
+        await store.delete((Kind.NETWORK, name, name))
+    await store.close()
+    async with serve(SqliteStore(path, max_tombstones=1), port=port):
+        await until(client, lambda mesh: mesh.networks == {"z"})
+        await running.__aexit__(None, None, None)
+
+
+async def test_a_server_that_talks_nonsense_is_another_that_is_away(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    answers = iter(
+        [
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense\n",
+            b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n",
+            b"SSH-2.0-OpenSSH\r\n",
+        ]
+    )
+    done = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        data = next(answers, None)
+        if data is None:
+            done.set()
+        else:
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        client = client_at(f"http://127.0.0.1:{port}", backoff=Backoff(0.05, 0.05))
+        async with run(client), asyncio.timeout(10):
+            await done.wait()
+            assert not client.synced
+    told = " ".join(str(getattr(record, "event", "")) for record in caplog.records)
+    for word in ("no change", "302", "500", "SSH"):
+        assert word in told
+
+
+async def test_metrics(serve: Any, run: Any, until: Any) -> None:
+    registry = CollectorRegistry()
+    async with serve() as at, run(client_of(at, registry=registry)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        text = generate_latest(registry).decode()
+    assert "crossnet_discovery_connected 1.0" in text
+    assert "crossnet_discovery_records 1.0" in text

@@ -1,0 +1,203 @@
+"""Our own records at real servers: written, kept, lost, claimed, fought over."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, VipSpec
+from discovery.store import Lease, SqliteStore
+from tests.discovery.client.clients import OTHER, RELAY, client_of, gone
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_publishing_twice_writes_once(serve: Any, run: Any) -> None:
+    async with serve() as at, run(client_of(at)) as client:
+        for _ in range(3):
+            client.publish(Kind.RELAY, "r", RELAY)
+            client.withdraw(Kind.RELAY, "nothing")
+            assert await client.settled(5)
+        assert at.store.revision == 1
+
+
+async def test_of_several_that_claim_a_record_the_first_has_it_and_all_agree(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at, run(client_of(at)) as one, run(client_of(at)) as two:
+        for number, client in enumerate((one, two)):
+            spec = VipSpec(name="orders.shop", address=f"10.200.0.{number + 1}")
+            client.publish(Kind.VIP, "orders", spec, leased=False, if_absent=True)
+            assert await client.settled(5)
+        assert at.store.revision == 1
+        for client in (one, two):
+            mesh = await until(client, lambda mesh: mesh.vips("a"))
+            assert mesh.vips("a")[0].spec.address == "10.200.0.1"
+        two.withdraw(Kind.VIP, "orders")  # not theirs
+        assert await two.settled(5)
+        assert at.store.revision == 1
+        # When it is gone, whoever still wants it claims it, with what they want.
+        two.publish(Kind.VIP, "orders", VipSpec(name="orders.shop", address="10.200.0.2"), leased=False, if_absent=True)
+        assert await two.settled(5)
+        one.withdraw(Kind.VIP, "orders")
+        mesh = await until(two, lambda mesh: mesh.vips("a") and mesh.vips("a")[0].spec.address == "10.200.0.2")
+        assert mesh.vips("a")[0].revision == 3
+
+
+async def test_what_was_wanted_before_the_run_is_written_then(serve: Any, run: Any) -> None:
+    async with serve() as at:
+        client = client_of(at)
+        client.publish(Kind.RELAY, "r", RELAY)
+        client.publish(Kind.NETWORK, "d", NetworkSpec(), network="d")
+        assert not await client.settled(0.01)
+        assert client.mesh is Mesh.EMPTY
+        assert not client.synced
+        assert client.age_s is None
+        async with run(client):
+            assert await client.settled(5)
+        assert at.store.revision == 4  # both were leased, and went when it closed
+
+
+async def test_closing_ends_the_lease_and_leaves_the_rest(serve: Any, run: Any) -> None:
+    async with serve() as at:
+        async with run(client_of(at)) as client:
+            client.publish(Kind.RELAY, "r", RELAY)
+            client.publish(Kind.NETWORK, "a", NetworkSpec(), leased=False)
+            assert await client.settled(5)
+        assert [record.kind for record in (await at.store.snapshot()).records] == [Kind.NETWORK]
+        assert await at.store.leases("anyone") == []
+
+
+async def test_what_a_dead_client_published_goes_with_its_lease(serve: Any) -> None:
+    async with serve() as at:
+        client = client_of(at, lease_ttl_s=1)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(client.run())
+            client.publish(Kind.RELAY, "r", RELAY)
+            assert await client.settled(5)
+            for _ in range(3):  # it lives for longer than its lease without renewals would
+                await asyncio.sleep(0.4)
+            assert await at.store.get((Kind.RELAY, "a", "r")) is not None
+            task.cancel()  # and dies without closing
+        await gone(at, Kind.RELAY, "a", "r")
+
+
+async def test_a_lost_lease_and_a_deleted_record_are_made_good(serve: Any, run: Any, until: Any) -> None:
+    async with serve() as at, run(client_of(at)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        first = client.mesh.relays("a")[0]
+        await at.store.revoke(first.lease)
+        await until(client, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].revision > first.revision)
+        second = client.mesh.relays("a")[0]
+        assert second.lease != first.lease
+        await at.store.delete(second.key)
+        await until(client, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].revision > second.revision)
+        assert await client.settled(5)
+
+
+async def test_a_lease_that_was_forgotten_is_noticed_when_it_is_renewed(
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as at, run(client_of(at, lease_ttl_s=1)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        await until(client, lambda mesh: mesh.relays("a"))
+        lease = client.mesh.relays("a")[0].lease
+        await at.store.put(
+            (Kind.RELAY, "a", "r"), OTHER
+        )  # somebody else took the record: the watch says nothing of use
+        await at.store.revoke(lease)
+        await until(client, lambda mesh: mesh.relays("a")[0].spec == RELAY and mesh.relays("a")[0].lease != lease)
+    assert "our lease has ended" in caplog.text
+
+
+@pytest.mark.parametrize("years", [30, -30])
+async def test_a_wall_clock_that_jumps_ends_no_lease(
+    serve: Any, run: Any, until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int
+) -> None:
+    real = time.time
+    async with serve(SqliteStore(tmp_path / "discovery.db")) as at, run(client_of(at, lease_ttl_s=1)) as client:
+        client.publish(Kind.RELAY, "r", RELAY)
+        before = (await until(client, lambda mesh: mesh.relays("a"))).relays("a")
+        monkeypatch.setattr(time, "time", lambda: real() + years * 365 * 86_400)
+        renewed, renew = asyncio.Semaphore(0), at.store.renew
+
+        async def counted(lease_id: str) -> Lease:
+            renewed.release()
+            return await renew(lease_id)
+
+        monkeypatch.setattr(at.store, "renew", counted)
+        async with asyncio.timeout(20):
+            for _ in range(5):  # at a third each: longer than the lease is
+                await renewed.acquire()
+        assert client.connected
+        assert client.mesh.relays("a") == before
+        assert list((await at.store.snapshot()).records) == list(before)
+
+
+async def test_closing_is_bounded(serve: Any, run: Any) -> None:
+    async with serve() as at:
+        client = client_of(at, close_timeout_s=0.2)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(client.run())
+            client.publish(Kind.RELAY, "r", RELAY)
+            assert await client.settled(5)
+            task.cancel()
+        port = at.port
+    held = []
+    hung = await asyncio.start_server(lambda _, writer: held.append(writer), "127.0.0.1", port)
+    async with hung:
+        async with asyncio.timeout(2):
+            await client.close()
+        for writer in held:
+            writer.close()
+    await client_of(at).close()
+
+
+async def test_two_processes_with_one_id_notice_each_other(
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = RelaySpec(addresses=["10.0.0.8"], ports=[443])
+    async with serve() as at, run(client_of(at, reassert_after_s=0.1)) as first:
+        first.publish(Kind.RELAY, "r", RELAY)
+        assert await first.settled(5)
+        async with run(client_of(at, reassert_after_s=0.1)) as second:
+            second.publish(Kind.RELAY, "r", other)
+            async with asyncio.timeout(10):
+                while len([record for record in caplog.records if record.message == "id_in_use"]) < 2:
+                    await asyncio.sleep(0.01)
+            # The second writes again once, too, and then both leave it: it stands as the second one wrote it.
+            await until(first, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].spec == other)
+            async with asyncio.timeout(10):
+                while not first.troubles:
+                    await asyncio.sleep(0.01)
+            revision = at.store.revision
+            await asyncio.sleep(0.5)
+            assert at.store.revision == revision, "no war"
+            assert first.rivals == second.rivals == ("relay/a/r",)
+            ((condition, words),) = first.troubles
+            assert condition == "discovery_records"
+            assert "another process with this id" in words
+            assert second.troubles == ()
+        await until(first, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].spec == RELAY)
+        assert await first.settled(5)
+        assert first.troubles == ()
+
+
+async def test_a_successor_is_no_rival_and_keeps_its_record(
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = RelaySpec(addresses=["10.0.0.8"], ports=[443])
+    async with serve() as at, run(client_of(at)) as successor:
+        async with run(client_of(at)) as first:
+            first.publish(Kind.RELAY, "r", RELAY)
+            assert await first.settled(5)
+            first.expect_successor(True)
+            successor.publish(Kind.RELAY, "r", other)
+            assert await successor.settled(5)
+            await until(first, lambda mesh: mesh.relays("a")[0].spec == other)
+            assert first.rivals == first.troubles == ()
+            first.withdraw(Kind.RELAY, "r")
+            assert await first.settled(5)
+        assert (await at.store.get((Kind.RELAY, "a", "r"))).spec == other, "what it withdraws is its own only"
+    assert "id_in_use" not in caplog.text
