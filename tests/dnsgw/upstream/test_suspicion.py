@@ -12,7 +12,7 @@ import pytest
 
 from dnsgw.metrics import UpstreamOutcome
 from dnsgw.upstream.exchange import Failure
-from dnsgw.upstream.server import MAX_USES
+from dnsgw.upstream.server import UPSTREAM_LIMITS, UpstreamLimits
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.packets import opt, option
 from tests.dnsgw.upstream.test_forwarder import RECORDS, Asker, asking
@@ -370,12 +370,11 @@ async def test_who_waits_for_room_is_told_when_nobody_can_be_asked(
         assert results == [Failure.TIMEOUT] * 4 + [Failure.UNREACHABLE] * 996
 
 
-async def test_descriptors_are_bounded_and_ports_change(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_descriptors_are_bounded_and_ports_change(upstream: Authority) -> None:
     """One question in so many stays without an answer, so that its socket must wait."""
-    monkeypatch.setattr("dnsgw.upstream.server.POOL", 4)
-    monkeypatch.setattr("dnsgw.upstream.server.MAX_RETIRED", 8)
+    limits = UpstreamLimits(pool=4, max_retired=8)
     upstream.script = lambda asked: [] if re.match(r"n\d*0\.", asked.name) else [asked.answer]
-    async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
+    async with asking(upstream.port, attempt_s=20, total_s=40, limits=limits) as asker:
         before = len(os.listdir("/proc/self/fd"))
         for n in range(1, 600):
             waiting = asker.ask(f"n{n}.example.test")
@@ -383,20 +382,18 @@ async def test_descriptors_are_bounded_and_ports_change(upstream: Authority, mon
                 await waiting.answer()
         assert len(os.listdir("/proc/self/fd")) - before <= 4 + 8
     ports: dict[int, int] = {}
-    async with asking(upstream.port) as asker:
+    async with asking(upstream.port, limits=limits) as asker:
         upstream.script = None
         upstream.asked.clear()
         for n in range(300):
             await asker.ask(f"m{n}.example.test").answer()
         for asked in upstream.asked:
             ports[asked.source[1]] = ports.get(asked.source[1], 0) + 1
-        assert max(ports.values()) <= MAX_USES
+        assert max(ports.values()) <= UPSTREAM_LIMITS.max_uses
 
 
-async def test_a_socket_is_closed_when_it_is_old(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnsgw.upstream.server.MAX_AGE_S", 0.05)
-    monkeypatch.setattr("dnsgw.upstream.server.POOL", 1)
-    async with asking(upstream.port) as asker:
+async def test_a_socket_is_closed_when_it_is_old(upstream: Authority) -> None:
+    async with asking(upstream.port, limits=UpstreamLimits(pool=1, max_age_s=0.05)) as asker:
         before = len(os.listdir("/proc/self/fd"))
         await asker.ask("n1.example.test").answer()
         async with asyncio.timeout(5):
