@@ -23,7 +23,7 @@ from dnsgw.metrics import DnsMetrics
 from dnsgw.resolver import Resolver
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.forwarder import TOTAL_S, Forwarder
-from dnsgw.upstream.server import DNS_PORT, Endpoint, leads_here, read_resolv_conf
+from dnsgw.upstream.host_resolvers import DNS_PORT, Endpoint, leads_here, read_resolv_conf
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from dnsgw.message.upstream_query import question_key, restored, subnet_of
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress
 from dnsgw.upstream.exchange import Attempt, Done, Exchange, Failure, Pending, QueryTarget, Trust
+from dnsgw.upstream.host_resolvers import Endpoint
 from dnsgw.upstream.outstanding import OutstandingQueries
-from dnsgw.upstream.server import UPSTREAM_LIMITS, Endpoint, Upstream, UpstreamLimits
+from dnsgw.upstream.server import UPSTREAM_LIMITS, Upstream, UpstreamLimits
 from dnsgw.upstream.stream_client import Spawn
 from dnsgw.upstream.suspicion import Suspicion
 from dnsgw.upstream.verify import Opt, Verdict, judge

@@ -11,13 +11,10 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
-from typing import TypeAlias
 
-from discovery.model.addresses import Address
 from discovery.pacing.backoff import Backoff
 from dnsgw.message.cookie import OPTION, SECRET_SIZE
 from dnsgw.message.question import option
@@ -27,14 +24,9 @@ from dnsgw.upstream.capabilities import Capabilities
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
 from dnsgw.upstream.stream_client import STREAM_TIMING, Spawn, StreamClient, StreamTiming
-from sniproxy.engine.host_addresses import is_own_address
 
 log = logging.getLogger(__name__)
 
-Endpoint: TypeAlias = tuple[Address, int]
-
-DNS_PORT = 53
-MAX_RESOLV_CONF = 3  # MAXNS of glibc and musl
 DOWN_AFTER = 2  # attempts in a row without an answer: one may have been lost on the way
 _MAX_DATAGRAM = 65535
 _MAX_DRAIN = 2  # packets read from one socket before others get their turn: there are many, and an answer is some work
@@ -373,32 +365,3 @@ def _free_id(pending: Pending, draw: bytes) -> int:
     while ident in pending:  # far fewer are in flight than there are ids
         ident = int.from_bytes(os.urandom(2), "big")
     return ident
-
-
-def read_resolv_conf(path: Path, port: int = DNS_PORT) -> tuple[Endpoint, ...]:
-    """Read the name servers of a resolv.conf, three at most as libc does. A file that is not there has none."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    found = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) >= 2 and words[0] == "nameserver":
-            try:
-                found.append((ip_address(words[1]), port))
-            except ValueError:
-                continue
-    return tuple(found[:MAX_RESOLV_CONF])
-
-
-def leads_here(upstream: Endpoint, listening: Iterable[Endpoint]) -> bool:
-    """Tell whether asking this upstream would be asking ourselves."""
-    address, port = upstream
-    for own, own_port in listening:
-        if port == own_port and address.version == own.version:
-            if address == own or address.is_unspecified:
-                return True
-            if own.is_unspecified and is_own_address(address):
-                return True
-    return False
