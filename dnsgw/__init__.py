@@ -24,6 +24,6 @@ upstream says. It does not recurse or validate.
 from dnsgw.config import DnsConfig
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.server import DnsServer, UpstreamLoop
-from dnsgw.upstream.server import Endpoint
+from dnsgw.upstream.host_resolvers import Endpoint
 
 __all__ = ["DnsConfig", "DnsMetrics", "DnsServer", "Endpoint", "Outcome", "UpstreamLoop"]

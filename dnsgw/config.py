@@ -11,7 +11,7 @@ from dnsgw.message.question import MAX_UDP_REPLY
 from dnsgw.upstream.address import UpstreamAddress
 from dnsgw.upstream.cache import CacheConfig
 from dnsgw.upstream.forwarder import MAX_IN_FLIGHT, RACE_S
-from dnsgw.upstream.server import Endpoint
+from dnsgw.upstream.host_resolvers import Endpoint
 
 DEFAULT_DOMAIN = "svc.mesh.internal"
 DEFAULT_RATE_LIMIT = (

@@ -6,6 +6,7 @@ import logging
 import ssl
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -22,17 +23,31 @@ from dnsgw.metrics import DnsMetrics
 from dnsgw.resolver import Resolver
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.forwarder import TOTAL_S, Forwarder
-from dnsgw.upstream.server import Endpoint, leads_here, read_resolv_conf
+from dnsgw.upstream.host_resolvers import DNS_PORT, Endpoint, leads_here, read_resolv_conf
 
 log = logging.getLogger(__name__)
 
-PROBE_S = 300.0  # a loop is made by somebody's change of configuration, which is rare
-PROBE_AGAIN_S = 10.0
-RESOLV_CONF_S = 5.0  # between two looks whether the host has other name servers now, which costs one stat
-RETIRED_S = TOTAL_S + 0.2  # what was asked of upstreams that are no longer asked has ended by then
 _PORT_TRIES = 16  # to find a port that is free for TCP and UDP alike
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerTiming:
+    """What a server does again and again, in seconds."""
+
+    probe_s: float = 300.0
+    """Between two looks for loops, which somebody's change of configuration makes: rare."""
+
+    probe_again_s: float = 10.0
+    """The same, while there is a loop."""
+
+    resolv_conf_s: float = 5.0
+    """Between two looks whether the host has other name servers now, which costs one stat."""
+
+    retired_s: float = TOTAL_S + 0.2
+    """How long upstreams that are no longer asked may still answer: all that they were asked has ended by then."""
+
+
+SERVER_TIMING = ServerTiming()
 _OF_FORWARDER = ("upstream_ca", "race_s", "random_case", "client_subnet", "max_in_flight")
 
 
@@ -49,8 +64,17 @@ class DnsServer:
         *,
         registry: CollectorRegistry | None = None,
         claim: Callable[[str, VipSpec], None] | None = None,
+        timing: ServerTiming = SERVER_TIMING,
+        resolv_conf_port: int = DNS_PORT,
     ) -> None:
-        """Prepare. `claim` creates the record of an address, by its id, if it is absent. Raises BadName for a bad domain."""
+        """Prepare. Raises BadName for a bad domain.
+
+        Args:
+            claim: creates the record of an address, by its id, if it is absent.
+            resolv_conf_port: where the name servers of resolv.conf listen.
+        """
+        self._timing = timing
+        self._resolv_conf_port = resolv_conf_port
         self._claim = claim
         self.config = config
         self.addresses: tuple[Endpoint, ...] = ()
@@ -159,7 +183,7 @@ class DnsServer:
         self._resolver.attach(self._loop, forwarder)
 
     async def _retire(self, forwarder: Forwarder) -> None:
-        await asyncio.sleep(RETIRED_S)
+        await asyncio.sleep(self._timing.retired_s)
         if forwarder in self._forwarders:
             self._forwarders.remove(forwarder)
             forwarder.close()
@@ -231,7 +255,7 @@ class DnsServer:
     async def _follow_resolv_conf(self) -> None:
         """Where upstream is whom the host asks, notice that these are others now."""
         while True:
-            await asyncio.sleep(RESOLV_CONF_S)
+            await asyncio.sleep(self._timing.resolv_conf_s)
             if self.config.upstream or fingerprint(self.config.resolv_conf) == self._resolv_conf:
                 continue
             try:
@@ -263,7 +287,7 @@ class DnsServer:
                     log.error("dns_loop", extra={"event": {"upstream": str(upstream.destination)}})
                 upstream.looping = seen.is_set()
             looping = any(upstream.looping for upstream in forwarder.upstreams)
-            await asyncio.sleep(PROBE_AGAIN_S if looping else PROBE_S)
+            await asyncio.sleep(self._timing.probe_again_s if looping else self._timing.probe_s)
 
     def _close_listeners(self) -> None:
         for udp in self._udp:
@@ -316,7 +340,7 @@ class DnsServer:
         if chosen:
             return chosen
         self._resolv_conf = fingerprint(config.resolv_conf)
-        found = read_resolv_conf(config.resolv_conf)
+        found = read_resolv_conf(config.resolv_conf, self._resolv_conf_port)
         kept = tuple(UpstreamAddress(*endpoint) for endpoint in found if not leads_here(endpoint, self.addresses))
         if not kept:
             log.warning(

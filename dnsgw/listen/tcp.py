@@ -18,7 +18,7 @@ from typing import Any, cast
 from dnsgw.client_limits import Client, Host, client_of, packed
 from dnsgw.message.question import HEADER_SIZE
 from dnsgw.resolver import Resolver
-from dnsgw.upstream.server import Endpoint
+from dnsgw.upstream.host_resolvers import Endpoint
 from sniproxy.engine.quantum import Quantum
 
 MAX_QUERY = 4096  # as over UDP

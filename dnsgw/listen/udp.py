@@ -15,7 +15,7 @@ from dnsgw.listen.batch import MAX_QUERY, SLOTS, Batch, available
 from dnsgw.listen.client_queue import ClientQueue
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.resolver import Resolver
-from dnsgw.upstream.server import Endpoint
+from dnsgw.upstream.host_resolvers import Endpoint
 
 MAX_DRAIN = 64  # packets before the loop sees to something else
 MAX_SORTED = 8  # batches that are taken out and sorted by client meanwhile

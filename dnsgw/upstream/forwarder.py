@@ -19,8 +19,9 @@ from dnsgw.message.upstream_query import question_key, restored, subnet_of
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress
 from dnsgw.upstream.exchange import Attempt, Done, Exchange, Failure, Pending, QueryTarget, Trust
+from dnsgw.upstream.host_resolvers import Endpoint
 from dnsgw.upstream.outstanding import OutstandingQueries
-from dnsgw.upstream.server import Endpoint, Upstream
+from dnsgw.upstream.server import UPSTREAM_LIMITS, Upstream, UpstreamLimits
 from dnsgw.upstream.stream_client import Spawn
 from dnsgw.upstream.suspicion import Suspicion
 from dnsgw.upstream.verify import Opt, Verdict, judge
@@ -53,6 +54,7 @@ class Forwarder:
         tls: ssl.SSLContext | None = None,
         random_case: bool = True,
         client_subnet: bool = False,
+        limits: UpstreamLimits = UPSTREAM_LIMITS,
     ) -> None:
         """Prepare, on the running loop; sockets are opened when they are needed.
 
@@ -68,6 +70,7 @@ class Forwarder:
         self._race_s = attempt_s if race_s is None else min(race_s, attempt_s)
         self._random_case = random_case
         self._client_subnet = client_subnet
+        self._limits = limits
         self._upstreams = [self._upstream(destination) for destination in destinations]
         self._zones = {
             wire_name(zone): [self._upstream(destination) for destination in found]
@@ -91,6 +94,7 @@ class Forwarder:
             tls=self._tls,
             random_case=self._random_case,
             client_subnet=self._client_subnet,
+            limits=self._limits,
         )
 
     @property

@@ -1,7 +1,11 @@
 """DNS over HTTPS to one upstream (RFC 8484): a POST for each question, over connections that are kept.
 
-HTTP/1.1 by our own few lines. A general client takes what the server sends for as long as it sends (interim responses,
-chunks of one byte), without giving the loop back; here all that one response may have is counted.
+HTTP/1.1 by our own few lines over asyncio's streams. A general client takes what the server sends for as long as it sends (interim
+responses, chunks of one byte), without giving the loop back; here all that one response may have is counted.
+
+It does not connect by the engine's `connect_tls`, as the stream client does: there many questions share a connection, here each has
+its own, and uvloop's TLS transport is cheaper for one small message each way. Over the engine a question cost 40 % more processor
+time (161 µs for 115 µs, medians of 3 rounds by turns).
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """The resolvers that are asked: where they are, and the sockets to them.
 
 An upstream has a pool of connected UDP sockets, so that the kernel drops what comes from elsewhere. Each asks from a port
-that the kernel drew from its whole range (net.ipv4.ip_local_port_range, evenly, from its own random numbers), for
-`MAX_USES` questions or `MAX_AGE_S` at most; which one asks is drawn at random, as the id is (RFC 5452 section 9). Over TCP
+that the kernel drew from its whole range (net.ipv4.ip_local_port_range, evenly, from its own random numbers), for some
+questions or seconds at most (`UpstreamLimits`); which one asks is drawn at random, as the id is (RFC 5452 section 9). Over TCP
 and TLS there is one connection that many questions share. Every upstream remembers how it did and what it can do.
 """
 
@@ -11,12 +11,10 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
-from typing import TypeAlias
 
-from discovery.model.addresses import Address
 from discovery.pacing.backoff import Backoff
 from dnsgw.message.cookie import OPTION, SECRET_SIZE
 from dnsgw.message.question import option
@@ -25,24 +23,42 @@ from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.capabilities import Capabilities
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
-from dnsgw.upstream.stream_client import Spawn, StreamClient
-from sniproxy.engine.host_addresses import is_own_address
+from dnsgw.upstream.stream_client import STREAM_TIMING, Spawn, StreamClient, StreamTiming
 
 log = logging.getLogger(__name__)
 
-Endpoint: TypeAlias = tuple[Address, int]
-
-DNS_PORT = 53
-MAX_RESOLV_CONF = 3  # MAXNS of glibc and musl
-POOL = 64  # sockets, opened when first picked
-MAX_USES = 32  # questions from one socket, and so from one port
-MAX_AGE_S = 10.0
-MAX_RETIRED = 256  # replaced sockets that still wait; with so many, those in use are used on
-RETIRED_S = 2.0  # how long a replaced socket still waits for answers: longer than any exchange
 DOWN_AFTER = 2  # attempts in a row without an answer: one may have been lost on the way
-DOWN = Backoff(1.0, 30.0)
 _MAX_DATAGRAM = 65535
 _MAX_DRAIN = 2  # packets read from one socket before others get their turn: there are many, and an answer is some work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamLimits:
+    """Limits of the sockets to one upstream, and of how long it is spared."""
+
+    pool: int = 64
+    """UDP sockets, opened when first picked; 256 at most, as one byte draws them."""
+
+    max_uses: int = 32
+    """Questions from one socket, and so from one port."""
+
+    max_age_s: float = 10.0
+    """Of a UDP socket."""
+
+    max_retired: int = 256
+    """Replaced sockets that still wait; with so many, those in use are used on."""
+
+    retired_s: float = 2.0
+    """How long a replaced socket still waits for answers: longer than any exchange."""
+
+    down: Backoff = Backoff(1.0, 30.0)
+    """How long an upstream comes last that did not answer."""
+
+    stream: StreamTiming = STREAM_TIMING
+    """Of its connections."""
+
+
+UPSTREAM_LIMITS = UpstreamLimits()
 
 
 class _Port:
@@ -76,6 +92,7 @@ class Upstream:
         tls: ssl.SSLContext | None = None,
         random_case: bool = True,
         client_subnet: bool = False,
+        limits: UpstreamLimits = UPSTREAM_LIMITS,
     ) -> None:
         """Prepare. `received` gets every packet, `lost` is called when nothing can come for what is pending."""
         self.destination = destination
@@ -94,7 +111,8 @@ class Upstream:
         self._tls = tls
         self._random_case = random_case and destination.way is UpstreamProtocol.UDP
         self._client_subnet = client_subnet
-        self._ports: list[_Port | None] = [None] * POOL
+        self._limits = limits
+        self._ports: list[_Port | None] = [None] * limits.pool
         self._retired: set[_Port] = set()
         self._pipeline: StreamClient[Pending] | None = None
         self._pipelines: set[StreamClient[Pending]] = set()
@@ -121,7 +139,7 @@ class Upstream:
         """Note that it did not answer in time, or at all: after two such in a row it comes last for a while."""
         self._failures += 1
         if self._failures >= DOWN_AFTER:
-            self._down_until = now + DOWN.bound_s(self._failures - DOWN_AFTER + 1)
+            self._down_until = now + self._limits.down.bound_s(self._failures - DOWN_AFTER + 1)
 
     def is_down(self, now: float) -> bool:
         """Tell whether others should be asked first. Once the while is over one question tries it, and no more at once."""
@@ -129,7 +147,7 @@ class Upstream:
             return False
         if now < self._down_until:
             return True
-        self._down_until = now + DOWN.first_s
+        self._down_until = now + self._limits.down.first_s
         return False
 
     def lost_case(self, now: float) -> None:
@@ -169,7 +187,7 @@ class Upstream:
 
     def close(self) -> None:
         """Close every socket. Nothing more is received or lost."""
-        ports, self._ports = self._ports, [None] * POOL
+        ports, self._ports = self._ports, [None] * len(self._ports)
         for port in (*self._retired, *(port for port in ports if port is not None)):
             self._close_port(port)
         self._retired.clear()
@@ -221,7 +239,7 @@ class Upstream:
 
     def _ask_port(self, exchange: Exchange, now: float) -> None:
         draw = os.urandom(3)
-        port = self._port(draw[2] % POOL, fresh=exchange.trust.get(self) is Trust.RENEWED)
+        port = self._port(draw[2] % len(self._ports), fresh=exchange.trust.get(self) is Trust.RENEWED)
         port.uses += 1
         ident = _free_id(port.pending, draw)
         query = exchange.query
@@ -238,8 +256,10 @@ class Upstream:
         exchange.open.append(attempt)
 
     def _port(self, slot: int, *, fresh: bool) -> _Port:
-        worn = self._ports[slot]
-        if worn is not None and ((worn.uses < MAX_USES and not fresh) or len(self._retired) >= MAX_RETIRED):
+        worn, limits = self._ports[slot], self._limits
+        if worn is not None and (
+            (worn.uses < limits.max_uses and not fresh) or len(self._retired) >= limits.max_retired
+        ):
             return worn
         sock = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
@@ -251,7 +271,7 @@ class Upstream:
         if worn is not None:
             self._replace(worn)
         self._ports[slot] = port
-        port.timer = self._loop.call_later(MAX_AGE_S, self._replace, port)
+        port.timer = self._loop.call_later(limits.max_age_s, self._replace, port)
         self._loop.add_reader(sock, self._readable, port)
         return port
 
@@ -264,7 +284,7 @@ class Upstream:
         if port.timer is not None:
             port.timer.cancel()
         self._retired.add(port)
-        port.timer = self._loop.call_later(RETIRED_S, self._remove, port)
+        port.timer = self._loop.call_later(self._limits.retired_s, self._remove, port)
 
     def _remove(self, port: _Port) -> None:
         self._retired.discard(port)
@@ -309,6 +329,7 @@ class Upstream:
                 lost=self._pipeline_lost,
                 tls=self._tls if secret else None,
                 server_name=self.destination.name or str(self.destination.address),
+                timing=self._limits.stream,
             )
             pipeline.open(self._family, self._destination)
             self._pipeline = pipeline
@@ -344,32 +365,3 @@ def _free_id(pending: Pending, draw: bytes) -> int:
     while ident in pending:  # far fewer are in flight than there are ids
         ident = int.from_bytes(os.urandom(2), "big")
     return ident
-
-
-def read_resolv_conf(path: Path) -> tuple[Endpoint, ...]:
-    """Read the name servers of a resolv.conf, three at most as libc does. A file that is not there has none."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    found = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) >= 2 and words[0] == "nameserver":
-            try:
-                found.append((ip_address(words[1]), DNS_PORT))
-            except ValueError:
-                continue
-    return tuple(found[:MAX_RESOLV_CONF])
-
-
-def leads_here(upstream: Endpoint, listening: Iterable[Endpoint]) -> bool:
-    """Tell whether asking this upstream would be asking ourselves."""
-    address, port = upstream
-    for own, own_port in listening:
-        if port == own_port and address.version == own.version:
-            if address == own or address.is_unspecified:
-                return True
-            if own.is_unspecified and is_own_address(address):
-                return True
-    return False

@@ -190,7 +190,7 @@ class TlsStream(SocketStream):
             raise self._write_error
         if self._said_end:
             raise BrokenPipeError(errno.EPIPE, "the sending side has ended")
-        if not self._push():
+        if (self._queue or self._to_net.pending) and not self._push():
             return 0
         data = memoryview(b"".join(buffers))[:MAX_ENCRYPTED_AT_ONCE]
         taken = 0

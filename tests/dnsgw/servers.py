@@ -19,7 +19,7 @@ async def running(
     mesh: Mesh | None, *upstream_ports: int, listen: tuple[str, ...] = ("127.0.0.1",), **config: Any
 ) -> AsyncIterator[DnsServer]:
     """A server on free ports that knows this mesh, if any, and asks these ports of loopback."""
-    claim = config.pop("claim", None)
+    made_with = {key: config.pop(key) for key in ("claim", "timing", "resolv_conf_port") if key in config}
     server = DnsServer(
         DnsConfig(
             network="a",
@@ -29,7 +29,7 @@ async def running(
             **{"upstream": tuple((ip_address("127.0.0.1"), port) for port in upstream_ports)} if upstream_ports else {},
             **{"resolv_conf": Path("/nonexistent"), **config} if not upstream_ports else config,
         ),
-        claim=claim,
+        **made_with,
     )
     await server.open()
     if mesh is not None:

@@ -14,6 +14,7 @@ import pytest
 
 from discovery.model.mesh import VipSpec
 from dnsgw import DnsServer, UpstreamLoop
+from dnsgw.server import ServerTiming
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.cache import CacheConfig
 from tests.dnsgw.authority import Authority, serving
@@ -55,12 +56,11 @@ async def asked(server: DnsServer, packet: bytes, source: str | None = None) -> 
 
 
 async def test_what_was_asked_of_the_former_upstream_is_answered_and_not_kept(
-    upstream: Authority, other: Authority, monkeypatch: pytest.MonkeyPatch
+    upstream: Authority, other: Authority
 ) -> None:
-    monkeypatch.setattr("dnsgw.server.RETIRED_S", 0.05)
     late: list[tuple[bytes, tuple[str, int]]] = []
     upstream.script = lambda question: late.append((question.answer, question.source)) or []  # type: ignore[func-returns-value]
-    async with running(VIEW, upstream.port) as server:
+    async with running(VIEW, upstream.port, timing=ServerTiming(retired_s=0.05)) as server:
         with Client(address(server)) as client:
             client.send(query(WWW))
             await upstream.heard(1)
@@ -193,7 +193,6 @@ async def test_a_new_resolv_conf_is_noticed(
     upstream: Authority,
     other: Authority,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def write(text: str) -> None:
@@ -205,10 +204,11 @@ async def test_a_new_resolv_conf_is_noticed(
             while [str(each.address) for each in server.upstreams] != list(hosts):
                 await asyncio.sleep(0.01)
 
-    monkeypatch.setattr("dnsgw.server.RESOLV_CONF_S", 0.02)
     write("nameserver 127.0.0.1\nnameserver 192.0.2.1\n")
     with caplog.at_level(logging.INFO):
-        async with running(VIEW, resolv_conf=tmp_path / "resolv.conf") as server:
+        async with running(
+            VIEW, resolv_conf=tmp_path / "resolv.conf", timing=ServerTiming(resolv_conf_s=0.02)
+        ) as server:
             await until("127.0.0.1", "192.0.2.1")
             write("nameserver 192.0.2.2\n")
             await until("192.0.2.2")

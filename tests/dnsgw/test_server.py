@@ -119,16 +119,13 @@ async def test_an_upstream_that_is_this_server_is_refused() -> None:
             pass  # nothing was left open
 
 
-async def test_the_hosts_own_resolvers_but_for_ourselves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_the_hosts_own_resolvers_but_for_ourselves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     conf = tmp_path / "resolv.conf"
     conf.write_text("nameserver 127.0.0.1\nnameserver 192.0.2.1\n")
     port = free_port()
-    monkeypatch.setattr("dnsgw.upstream.server.DNS_PORT", port)
-    async with running(VIEW, listen=("127.0.0.1",), resolv_conf=conf) as server:
+    async with running(VIEW, listen=("127.0.0.1",), resolv_conf=conf, resolv_conf_port=port) as server:
         assert [up.endpoint for up in server.upstreams] == [(LOOPBACK, port), (ip_address("192.0.2.1"), port)]
-    server = DnsServer(DnsConfig(network="a", listen=((LOOPBACK, port),), resolv_conf=conf))
+    server = DnsServer(DnsConfig(network="a", listen=((LOOPBACK, port),), resolv_conf=conf), resolv_conf_port=port)
     await server.open()
     assert [up.endpoint for up in server.upstreams] == [(ip_address("192.0.2.1"), port)]
     await server.close()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from discovery.pacing.backoff import Backoff
 from dnsgw.message.question import Query, scan
 from dnsgw.metrics import DnsMetrics, UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
@@ -145,17 +144,6 @@ async def test_ids_and_ports_are_drawn_anew(upstream: Authority) -> None:
         assert len(ports) > 25  # 60 draws out of 64 sockets
 
 
-async def test_sockets_are_given_up_after_a_while(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnsgw.upstream.server.POOL", 1)
-    monkeypatch.setattr("dnsgw.upstream.server.MAX_USES", 3)
-    async with asking(upstream.port) as asker:
-        for n in range(9):
-            await asker.ask(f"n{n}.example.test").answer()
-        ports = [asked.source[1] for asked in upstream.asked]
-        assert [len(set(ports[n : n + 3])) for n in (0, 3, 6)] == [1, 1, 1]
-        assert len(set(ports)) == 3
-
-
 async def test_the_same_question_is_asked_once_for_all(upstream: Authority) -> None:
     async with asking(upstream.port) as asker:
         spellings = ["www.example.test", "WWW.example.test", "www.EXAMPLE.test"]
@@ -253,17 +241,6 @@ async def test_nobody_there_is_told_at_once(nobody: int, tcp: bool) -> None:
     async with asking(nobody, attempt_s=20, total_s=40) as asker:
         assert await asker.ask(tcp=tcp).result() is Failure.UNREACHABLE
         assert await asker.ask("n.example.test", tcp=tcp).result() is Failure.UNREACHABLE
-
-
-async def test_an_upstream_that_comes_back_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an ICMP error uvloop calls the reader of that socket no more: it must not be used again."""
-    monkeypatch.setattr("dnsgw.upstream.server.POOL", 1)
-    port = free_port()
-    async with asking(port, attempt_s=20, total_s=40) as asker:
-        for n in range(3):
-            assert await asker.ask(f"n{n}.example.test").result() is Failure.UNREACHABLE
-        async with serving(RECORDS, port=port) as upstream:
-            assert await asker.ask().answer() == upstream.asked[0].answer
 
 
 @pytest.mark.parametrize("tcp", [False, True])
@@ -407,21 +384,3 @@ async def test_another_is_asked_when_one_takes_long_and_the_first_answer_counts(
             assert asker.count(UpstreamOutcome.RACED) == 2
             # Twice was enough: the other one comes first now.
             assert len(slow.asked) == 2
-
-
-async def test_who_was_down_is_tried_again_by_one_question(
-    upstream: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dnsgw.upstream.server.DOWN", Backoff(0.0, 30.0))
-    async with serving(RECORDS) as first:
-        first.script = silent
-        async with asking(first.port, upstream.port, race_s=0.01) as asker:
-            for n in range(3):
-                await asker.ask(f"n{n}.example.test").answer()
-            first.script = None
-            async with asyncio.timeout(5):
-                while (answer := await asker.ask("www.example.test").answer()) != first.asked[-1].answer:
-                    assert answer
-            before = len(upstream.asked)
-            await asker.ask("n9.example.test").answer()
-            assert len(upstream.asked) == before

@@ -1,57 +1,107 @@
-"""Where upstreams are found, and which of them are ourselves."""
+"""The sockets to an upstream, and what is remembered of it."""
 
+import asyncio
+import os
+import re
 import socket
-from ipaddress import ip_address
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
-from dnsgw.upstream.server import Endpoint, leads_here, read_resolv_conf
+from discovery.pacing.backoff import Backoff
+from dnsgw.upstream.exchange import Failure
+from dnsgw.upstream.server import UPSTREAM_LIMITS, UpstreamLimits
+from tests.dnsgw.authority import Authority, serving
+from tests.dnsgw.servers import free_port
+from tests.dnsgw.upstream.test_forwarder import RECORDS, asking, silent
+
+pytestmark = pytest.mark.anyio
 
 
-def endpoint(address: str, port: int = 53) -> Endpoint:
-    return ip_address(address), port
+@pytest.fixture
+async def upstream() -> AsyncIterator[Authority]:
+    async with serving(RECORDS) as authority:
+        yield authority
 
 
-def test_resolv_conf_gives_three_name_servers_at_most(tmp_path: Path) -> None:
-    conf = tmp_path / "resolv.conf"
-    conf.write_text(
-        "# nameserver 192.0.2.9\nsearch a.test\nnameserver 192.0.2.1\n nameserver\t2001:db8::1 # here\nnameserver\n"
-        "nameserver x.test\noptions ndots:5\nnameserver 192.0.2.3\nnameserver 192.0.2.4\n"
-    )
-    assert read_resolv_conf(conf) == (endpoint("192.0.2.1"), endpoint("2001:db8::1"), endpoint("192.0.2.3"))
+async def test_sockets_are_given_up_after_a_while(upstream: Authority) -> None:
+    async with asking(upstream.port, limits=UpstreamLimits(pool=1, max_uses=3)) as asker:
+        for n in range(9):
+            await asker.ask(f"n{n}.example.test").answer()
+        ports = [asked.source[1] for asked in upstream.asked]
+        assert [len(set(ports[n : n + 3])) for n in (0, 3, 6)] == [1, 1, 1]
+        assert len(set(ports)) == 3
 
 
-def test_a_resolv_conf_that_cannot_be_read_has_none(tmp_path: Path) -> None:
-    assert read_resolv_conf(tmp_path / "missing") == ()
-    assert read_resolv_conf(tmp_path) == ()
-    (tmp_path / "odd").write_bytes(b"\xff\xfenameserver 192.0.2.1\nnameserver 192.0.2.2\0\n")
-    assert read_resolv_conf(tmp_path / "odd") == ()
+async def test_an_upstream_that_comes_back_is_heard() -> None:
+    """After an ICMP error uvloop calls the reader of that socket no more: it must not be used again."""
+    port = free_port()
+    async with asking(port, attempt_s=20, total_s=40, limits=UpstreamLimits(pool=1)) as asker:
+        for n in range(3):
+            assert await asker.ask(f"n{n}.example.test").result() is Failure.UNREACHABLE
+        async with serving(RECORDS, port=port) as upstream:
+            assert await asker.ask().answer() == upstream.asked[0].answer
 
 
-@pytest.mark.parametrize(
-    ("upstream", "listening", "loop"),
-    [
-        (endpoint("127.0.0.1"), endpoint("127.0.0.1"), True),
-        (endpoint("127.0.0.1"), endpoint("127.0.0.2"), False),
-        (endpoint("127.0.0.1", 5353), endpoint("127.0.0.1"), False),
-        (endpoint("127.0.0.53"), endpoint("0.0.0.0"), True),
-        (endpoint("0.0.0.0"), endpoint("127.0.0.1"), True),
-        (endpoint("127.0.0.1"), endpoint("::"), False),
-        (endpoint("::1"), endpoint("::"), True),
-        (endpoint("192.0.2.1"), endpoint("0.0.0.0"), False),
-        (endpoint("2001:db8::1"), endpoint("::"), False),
-    ],
-)
-def test_an_upstream_that_is_ourselves(upstream: Endpoint, listening: Endpoint, loop: bool) -> None:
-    assert leads_here(upstream, [endpoint("127.9.9.9", 1), listening]) is loop
+async def test_descriptors_are_bounded_and_ports_change(upstream: Authority) -> None:
+    """One question in so many stays without an answer, so that its socket must wait."""
+    limits = UpstreamLimits(pool=4, max_retired=8)
+    upstream.script = lambda asked: [] if re.match(r"n\d*0\.", asked.name) else [asked.answer]
+    async with asking(upstream.port, attempt_s=20, total_s=40, limits=limits) as asker:
+        before = len(os.listdir("/proc/self/fd"))
+        for n in range(1, 600):
+            waiting = asker.ask(f"n{n}.example.test")
+            if n % 10:
+                await waiting.answer()
+        assert len(os.listdir("/proc/self/fd")) - before <= 4 + 8
+    ports: dict[int, int] = {}
+    async with asking(upstream.port, limits=limits) as asker:
+        upstream.script = None
+        upstream.asked.clear()
+        for n in range(300):
+            await asker.ask(f"m{n}.example.test").answer()
+        for asked in upstream.asked:
+            ports[asked.source[1]] = ports.get(asked.source[1], 0) + 1
+        assert max(ports.values()) <= UPSTREAM_LIMITS.max_uses
 
 
-def test_an_address_of_this_host_is_ourselves_behind_a_wildcard() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-        except OSError:
-            pytest.skip("this machine has no address but loopback")
-        own = probe.getsockname()[0]
-    assert leads_here(endpoint(own), [endpoint("0.0.0.0")])
+async def test_a_socket_is_closed_when_it_is_old(upstream: Authority) -> None:
+    async with asking(upstream.port, limits=UpstreamLimits(pool=1, max_age_s=0.05)) as asker:
+        before = len(os.listdir("/proc/self/fd"))
+        await asker.ask("n1.example.test").answer()
+        async with asyncio.timeout(5):
+            while len(os.listdir("/proc/self/fd")) > before:
+                await asyncio.sleep(0.01)
+        await asker.ask("n2.example.test").answer()
+        first, second = (asked.source for asked in upstream.asked)
+        assert first != second
+
+
+def test_the_kernel_draws_ports_from_its_whole_range() -> None:
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        low, high = map(int, file.read().split())
+    seen = []
+    for _ in range(512):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(("127.0.0.1", 9))
+            seen.append(sock.getsockname()[1])
+    eighths = {(port - low) * 8 // (high + 1 - low) for port in seen}
+    assert eighths == set(range(8))
+    assert len({port & 1 for port in seen}) == 2
+    assert len(set(seen)) > 400
+
+
+async def test_who_was_down_is_tried_again_by_one_question(upstream: Authority) -> None:
+    limits = UpstreamLimits(down=Backoff(0.0, 30.0))
+    async with serving(RECORDS) as first:
+        first.script = silent
+        async with asking(first.port, upstream.port, race_s=0.2, limits=limits) as asker:
+            for n in range(3):
+                await asker.ask(f"n{n}.example.test").answer()
+            first.script = None
+            async with asyncio.timeout(5):
+                while (answer := await asker.ask("www.example.test").answer()) != first.asked[-1].answer:
+                    assert answer
+            before = len(upstream.asked)
+            await asker.ask("n9.example.test").answer()
+            assert len(upstream.asked) == before

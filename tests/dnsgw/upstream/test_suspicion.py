@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import re
-import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -12,7 +10,6 @@ import pytest
 
 from dnsgw.metrics import UpstreamOutcome
 from dnsgw.upstream.exchange import Failure
-from dnsgw.upstream.server import MAX_USES
 from tests.dnsgw.authority import Asked, Authority, serving
 from tests.dnsgw.packets import opt, option
 from tests.dnsgw.upstream.test_forwarder import RECORDS, Asker, asking
@@ -368,54 +365,3 @@ async def test_who_waits_for_room_is_told_when_nobody_can_be_asked(
             asker.forwarder._finish(exchange, Failure.TIMEOUT)
         results = [await each.result() for each in waiting]
         assert results == [Failure.TIMEOUT] * 4 + [Failure.UNREACHABLE] * 996
-
-
-async def test_descriptors_are_bounded_and_ports_change(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One question in so many stays without an answer, so that its socket must wait."""
-    monkeypatch.setattr("dnsgw.upstream.server.POOL", 4)
-    monkeypatch.setattr("dnsgw.upstream.server.MAX_RETIRED", 8)
-    upstream.script = lambda asked: [] if re.match(r"n\d*0\.", asked.name) else [asked.answer]
-    async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
-        before = len(os.listdir("/proc/self/fd"))
-        for n in range(1, 600):
-            waiting = asker.ask(f"n{n}.example.test")
-            if n % 10:
-                await waiting.answer()
-        assert len(os.listdir("/proc/self/fd")) - before <= 4 + 8
-    ports: dict[int, int] = {}
-    async with asking(upstream.port) as asker:
-        upstream.script = None
-        upstream.asked.clear()
-        for n in range(300):
-            await asker.ask(f"m{n}.example.test").answer()
-        for asked in upstream.asked:
-            ports[asked.source[1]] = ports.get(asked.source[1], 0) + 1
-        assert max(ports.values()) <= MAX_USES
-
-
-async def test_a_socket_is_closed_when_it_is_old(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnsgw.upstream.server.MAX_AGE_S", 0.05)
-    monkeypatch.setattr("dnsgw.upstream.server.POOL", 1)
-    async with asking(upstream.port) as asker:
-        before = len(os.listdir("/proc/self/fd"))
-        await asker.ask("n1.example.test").answer()
-        async with asyncio.timeout(5):
-            while len(os.listdir("/proc/self/fd")) > before:
-                await asyncio.sleep(0.01)
-        await asker.ask("n2.example.test").answer()
-        first, second = (asked.source for asked in upstream.asked)
-        assert first != second
-
-
-def test_the_kernel_draws_ports_from_its_whole_range() -> None:
-    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-        low, high = map(int, file.read().split())
-    seen = []
-    for _ in range(512):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect(("127.0.0.1", 9))
-            seen.append(sock.getsockname()[1])
-    eighths = {(port - low) * 8 // (high + 1 - low) for port in seen}
-    assert eighths == set(range(8))
-    assert len({port & 1 for port in seen}) == 2
-    assert len(set(seen)) > 400
