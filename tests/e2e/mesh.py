@@ -22,13 +22,13 @@ class FixedDiscovery:
     def put(self, *records: AnyRecord) -> None:
         """Add or replace records and tell the subscribers."""
         self.mesh = self.mesh.apply(records, self.mesh.revision + 1)
-        self._subscribers.tell(self.mesh)
+        self._subscribers.notify(self.mesh)
 
     def remove(self, kind: Kind, network: str, id: str) -> None:  # noqa: A002 - the record's own word
         """Remove a record and tell the subscribers."""
         revision = self.mesh.revision + 1
         self.mesh = self.mesh.apply([Deletion((kind, network, id), revision)], revision)
-        self._subscribers.tell(self.mesh)
+        self._subscribers.notify(self.mesh)
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
         return self._subscribers.add(callback)
