@@ -23,7 +23,7 @@ from crossnet.lab.certificates import Authority
 from discovery.api.tokens import format_entry, make_entry, make_token
 from discovery.model.mesh import Kind
 from discovery.model.validation import child
-from tests.crossnet.running import free_port
+from tests.support.running import free_port
 
 Document = dict[str, Any]
 

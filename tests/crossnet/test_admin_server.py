@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.crossnet.running import Running, running
+from tests.support.running import Running, running
 
 CONFIG = """
 network: a

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crossnet.running import Running, running
 from tests.dnsgw.servers import free_port
+from tests.support.running import Running, running
 
 pytestmark = [pytest.mark.interop, pytest.mark.needs("named", "dig")]
 

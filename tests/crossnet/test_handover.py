@@ -14,8 +14,8 @@ from crossnet.config.file import load
 from crossnet.handover import Inherited
 from crossnet.process import leaves
 from discovery.api.tokens import make_token
-from tests.crossnet.running import Running, running
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.running import Running, running
 
 FILE = """
 network: a

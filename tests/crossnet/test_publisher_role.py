@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crossnet.running import Running, free_port, running
-from tests.discovery.publisher.kubeserver import kube_server
+from tests.support.kube_server import kube_server
+from tests.support.running import Running, free_port, running
 
 pytestmark = pytest.mark.anyio
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.crossnet.running import Running, running
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.running import Running, running
 
 FILE = """
 network: a

@@ -6,8 +6,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.crossnet.running import free_port, running
-from tests.turnreg.server.wireclient import Client, code, connect
+from tests.support.running import free_port, running
+from tests.support.turn_client import Client, code, connect
 from turnreg.stun.auth import rest_credentials
 
 CONFIG = """

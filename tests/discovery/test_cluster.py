@@ -14,7 +14,7 @@ from discovery.client.config import DiscoveryClientConfig
 from discovery.model.mesh import Kind, RelaySpec
 from discovery.store import EtcdAccess, EtcdStore
 from discovery.store import etcd as etcd_module
-from tests.discovery.etcdcluster import Member, etcd_cluster, etcd_hosts
+from tests.support.etcd_cluster import Member, etcd_cluster, etcd_hosts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
 

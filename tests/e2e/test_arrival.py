@@ -9,9 +9,9 @@ import pytest
 
 from sniproxy.engine import SocketStream
 from sniproxy.formats.proxy_protocol import Command, ProxyHeader
-from tests.e2e.path import Path, a_path, name_of
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.hellos import client_hello, padding
+from tests.support.hellos import client_hello, padding
+from tests.support.path import Path, a_path, name_of
+from tests.support.streams import read_all
 
 pytestmark = pytest.mark.anyio
 

@@ -15,11 +15,11 @@ from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Refused
 from sniproxy.tunnel.preamble import SigningKey
 from sniproxy.tunnel.state import Side
-from tests.crossnet.running import running
-from tests.e2e.mesh import record
-from tests.e2e.path import DOMAIN, LOOPBACK, Path, a_path, name_of, proto
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.hellos import client_hello
+from tests.support.fixed_discovery import record
+from tests.support.hellos import client_hello
+from tests.support.path import DOMAIN, LOOPBACK, Path, a_path, name_of, proto
+from tests.support.running import running
+from tests.support.streams import read_all
 from turnreg.gateway.gateway import Gateway, GatewayConfig
 
 pytestmark = pytest.mark.anyio

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from sniproxy.engine import SocketStream
-from tests.e2e.path import a_path, name_of
+from tests.support.path import a_path, name_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.processes import DOMAIN, Loopback, Mesh, standing, streams_of
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.processes import DOMAIN, Loopback, Mesh, standing, streams_of
 
 pytestmark = pytest.mark.anyio
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import bulk
-from tests.e2e.processes import TURNS, Loopback, Mesh, standing
-from tests.e2e.traffic import BULK_TIMEOUT_S
+from tests.support import bulk
+from tests.support.processes import TURNS, Loopback, Mesh, standing
+from tests.support.traffic import BULK_TIMEOUT_S
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(2 * BULK_TIMEOUT_S + 30)]
 

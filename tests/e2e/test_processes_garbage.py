@@ -11,9 +11,9 @@ import pytest
 
 from discovery.model.addresses import parse_endpoint
 from sniproxy.engine import SocketStream, connect
-from tests.e2e.processes import LIMIT_S, Loopback, Mesh, standing
-from tests.e2e.talk import talking
-from tests.sniproxy.hellos import client_hello, message, records, supported_versions
+from tests.support.hellos import client_hello, message, records, supported_versions
+from tests.support.processes import LIMIT_S, Loopback, Mesh, standing
+from tests.support.talk import talking
 
 pytestmark = pytest.mark.anyio
 

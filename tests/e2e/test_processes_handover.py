@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from sniproxy.engine import connect
-from tests.e2e.processes import DOMAIN, TURNS, Loopback, Mesh, standing
-from tests.e2e.talk import Talk, talking
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.processes import DOMAIN, TURNS, Loopback, Mesh, standing
+from tests.support.talk import Talk, talking
 
 pytestmark = pytest.mark.anyio
 

@@ -11,8 +11,8 @@ import pytest
 
 from crossnet.lab import service
 from crossnet.lab.certificates import Authority
-from tests.crossnet.running import curl, free_port, running
-from tests.e2e.processes import LIMIT_S, LOOK_EVERY_S, Part
+from tests.support.processes import LIMIT_S, LOOK_EVERY_S, Part
+from tests.support.running import curl, free_port, running
 
 pytestmark = pytest.mark.interop
 

@@ -27,9 +27,9 @@ from sniproxy.tunnel.messages import Opened, Refused
 from sniproxy.tunnel.preamble import SigningKey
 from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 from sniproxy.tunnel.state import Side
-from tests.crossnet.running import Running
-from tests.sniproxy.calls import upstreams
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.running import Running
+from tests.support.stream_requests import upstreams
 
 pytestmark = pytest.mark.anyio
 

@@ -14,11 +14,11 @@ from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Opened, Ready, Refused
 from sniproxy.tunnel.preamble import SigningKey, sign
 from sniproxy.tunnel.state import Side
-from tests.e2e.processes import DOMAIN, Loopback, Mesh, standing
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.hellos import client_hello
-from tests.turnreg.gateways import data
-from tests.turnreg.preambles import preamble
+from tests.support.gateways import data
+from tests.support.hellos import client_hello
+from tests.support.preambles import preamble
+from tests.support.processes import DOMAIN, Loopback, Mesh, standing
+from tests.support.streams import read_all
 
 pytestmark = pytest.mark.anyio
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.processes import TURNS, Loopback, Mesh, standing
-from tests.e2e.talk import talking
+from tests.support.processes import TURNS, Loopback, Mesh, standing
+from tests.support.talk import talking
 
 pytestmark = pytest.mark.anyio
 

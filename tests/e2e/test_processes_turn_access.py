@@ -18,8 +18,8 @@ import yaml
 from discovery.api.tokens import format_entry, make_entry, make_token
 from discovery.model.mesh import Kind
 from sniproxy.engine import SocketStream
-from tests.crossnet.running import Running, free_port, running
-from tests.e2e.processes import Loopback, Mesh, standing
+from tests.support.processes import Loopback, Mesh, standing
+from tests.support.running import Running, free_port, running
 
 pytestmark = pytest.mark.anyio
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.processes import Loopback, Mesh, standing
-from tests.e2e.talk import talking
 from tests.support.previous import unpacked
+from tests.support.processes import Loopback, Mesh, standing
+from tests.support.talk import talking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 

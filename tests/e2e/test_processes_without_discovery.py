@@ -11,9 +11,9 @@ from typing import Any
 import dnslib
 import pytest
 
-from tests.crossnet.running import free_port
-from tests.e2e.processes import Change, Loopback, Mesh, standing
-from tests.e2e.talk import talking
+from tests.support.processes import Change, Loopback, Mesh, standing
+from tests.support.running import free_port
+from tests.support.talk import talking
 
 pytestmark = pytest.mark.anyio
 

@@ -8,10 +8,10 @@ import pytest
 
 from crossnet.lab.certificates import Authority
 from discovery.model.mesh import Kind, ServiceSpec
-from tests.crossnet.running import curl, running
-from tests.e2e.mesh import record
-from tests.e2e.path import DOMAIN, a_path
-from tests.e2e.webservers import WEBSERVERS, webserver
+from tests.support.fixed_discovery import record
+from tests.support.path import DOMAIN, a_path
+from tests.support.running import curl, running
+from tests.support.webservers import WEBSERVERS, webserver
 
 pytestmark = pytest.mark.interop
 

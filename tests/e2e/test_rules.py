@@ -9,9 +9,9 @@ from sniproxy.engine import SocketStream
 from sniproxy.relay.relay import Relay
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
-from tests.e2e.path import DOMAIN, Path, a_path, name_of
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.path import DOMAIN, Path, a_path, name_of
+from tests.support.streams import read_all
 
 pytestmark = pytest.mark.anyio
 

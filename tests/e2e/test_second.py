@@ -13,9 +13,9 @@ from sniproxy.relay.upstreams import Connected, Upstreams
 from sniproxy.transport.base import Candidate
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.relay_handshake import StreamRequest
-from tests.e2e.path import a_path, name_of
-from tests.sniproxy.engine.pairs import read_all, until_reset
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.path import a_path, name_of
+from tests.support.streams import read_all, until_reset
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 

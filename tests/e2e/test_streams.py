@@ -8,9 +8,9 @@ import random
 import pytest
 
 from sniproxy.engine import SocketStream
-from tests.e2e.path import a_path, name_of
-from tests.sniproxy.engine.pairs import read_all, until_reset
-from tests.sniproxy.hellos import client_hello, padding
+from tests.support.hellos import client_hello, padding
+from tests.support.path import a_path, name_of
+from tests.support.streams import read_all, until_reset
 from turnreg.client.allocation import Timing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]

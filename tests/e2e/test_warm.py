@@ -8,9 +8,9 @@ import pytest
 
 from discovery.model.mesh import Kind
 from sniproxy.engine import SocketStream
-from tests.e2e.path import ALLOCATION, Path, a_path, name_of
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.path import ALLOCATION, Path, a_path, name_of
+from tests.support.streams import read_all
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 

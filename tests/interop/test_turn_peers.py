@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trustme
 
-from tests.turnreg.server.embedded import Embedded, embedded
+from tests.support.embedded_turn import Embedded, embedded
 from turnreg.server import Limits
 
 pytestmark = pytest.mark.interop

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.processes import TURNS, Mesh, standing
-from tests.netns.hosts import hosts
+from tests.support.hosts import hosts
+from tests.support.processes import TURNS, Mesh, standing
 
 LATE_S = 0.4
 """How late a gateway binds where it is late: as one on another continent, over TLS."""

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import pytest
 import uvloop
 
-from tests.netns.hosts import Namespace
-from tests.turnreg.registered import ID, registrar, relay, turn
-from tests.turnreg.server.embedded import embedded
-from tests.turnreg.turnservers import RunningServer, eventually
+from tests.support.embedded_turn import embedded
+from tests.support.hosts import Namespace
+from tests.support.registered import ID, registrar, relay, turn
+from tests.support.turn_servers import RunningServer, eventually
 from turnreg.client.allocation import Timing
 
 HERE, THERE = "198.18.7.1", "198.18.7.2"

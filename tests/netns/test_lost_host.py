@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.processes import TURNS, Mesh, standing
-from tests.e2e.talk import talking
-from tests.netns.hosts import hosts
+from tests.support.hosts import hosts
+from tests.support.processes import TURNS, Mesh, standing
+from tests.support.talk import talking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.netns, pytest.mark.needs("netns", "ip", "nft", "tc")]
 

@@ -1,6 +1,6 @@
 """Streams between two networks over links where TURN servers show what they lose: not a byte, no end, no order is lost.
 
-An MTU of 1500, no larger segments, 100 Mb/s (tests.netns.hosts); with `late_mesh` every bind comes 0.4 s late besides.
+An MTU of 1500, no larger segments, 100 Mb/s (tests.support.hosts); with `late_mesh` every bind comes 0.4 s late besides.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ import time
 import pytest
 
 from sniproxy.engine import SocketStream, connect
-from tests.e2e import bulk
-from tests.e2e.processes import Mesh
-from tests.e2e.traffic import BULK_TIMEOUT_S, receive, send
 from tests.netns.conftest import LATE_S
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.hellos import client_hello, padding
+from tests.support import bulk
+from tests.support.hellos import client_hello, padding
+from tests.support.processes import Mesh
+from tests.support.streams import read_all
+from tests.support.traffic import BULK_TIMEOUT_S, receive, send
 from turnreg.client.allocation import Allocation, Bound, Credentials
 from turnreg.stun.auth import rest_credentials
 

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, Spec
 from sniproxy.transport.base import Accepted
-from tests.turnreg.registered import QUICK, HandDiscovery, relay, turn
-from tests.turnreg.turnservers import LOGIN, eventually, turn_server
+from tests.support.registered import QUICK, HandDiscovery, relay, turn
+from tests.support.turn_servers import LOGIN, eventually, turn_server
 from turnreg.registrar.registrar import Registrar, RegistrarConfig
 
 pytestmark = pytest.mark.anyio

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crossnet.running import Running, curl, free_port, mutual_tls_service, running
+from tests.support.running import Running, curl, free_port, mutual_tls_service, running
 
 NAME = "orders.shop.example"
 RELAY = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crossnet.running import running
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.running import running
 
 FILE = """
 network: a

@@ -9,7 +9,7 @@ from crossnet.app.app import App
 from crossnet.app.inspection import Inspection
 from crossnet.config.file import load
 from discovery.model.mesh import Mesh
-from tests.crossnet.running import free_port
+from tests.support.running import free_port
 
 FILE = """
 network: a

@@ -14,7 +14,7 @@ from discovery.client.contract import Discovery
 from discovery.client.mesh_file import StaticDiscovery
 from discovery.model.mesh import Kind
 from discovery.model.spec import RelaySpec, TurnSpec
-from tests.crossnet.running import free_port
+from tests.support.running import free_port
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.server import TurnServer
 

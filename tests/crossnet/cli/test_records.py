@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.crossnet.running import running
+from tests.support.running import running
 
 SPEC = {"name": "orders.shop.example", "ports": {"8443": ["10.1.0.5:8443"]}}
 

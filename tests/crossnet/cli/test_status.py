@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from crossnet.cli import status
-from tests.crossnet.running import free_port, running
+from tests.support.running import free_port, running
 
 CONFIG = "network: a\ndiscovery: mesh.yaml\nadmin: 127.0.0.1:0\ndrain: 0\nrelay: {id: relay-1, listen: '127.0.0.1:0'}\n"
 

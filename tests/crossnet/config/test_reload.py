@@ -16,9 +16,9 @@ from crossnet.config.file import load
 from crossnet.config.reload import change, files
 from discovery.api.tokens import format_entry, make_entry, make_token
 from discovery.model.mesh import Kind
-from tests.crossnet.running import Running, free_port, running
-from tests.sniproxy.hellos import client_hello
-from tests.turnreg.server.wireclient import Client, code
+from tests.support.hellos import client_hello
+from tests.support.running import Running, free_port, running
+from tests.support.turn_client import Client, code
 from turnreg.stun.auth import rest_credentials
 
 FILE = """

@@ -31,8 +31,8 @@ from discovery.api import DiscoveryServer
 from discovery.model.mesh import Kind
 from sniproxy.relay.relay import Relay
 from tests.crossnet.fields import Document, Field, Files, NoOtherValue, all_fields, value_at
-from tests.crossnet.running import Running
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.running import Running
 from turnreg.gateway.gateway import Gateway
 from turnreg.registrar.registrar import Registrar
 from turnreg.server.server import TurnServer

@@ -21,9 +21,9 @@ from aiohttp import web
 from crossnet.config.file import load
 from discovery.model.mesh import Kind
 from discovery.publisher import kubernetes
-from tests.discovery.publisher.kubeserver import KubeServer, kube_server
 from tests.discovery.publisher.record import RECORDING
 from tests.discovery.publisher.test_role import publishing, put_service, put_slice, reached
+from tests.support.kube_server import KubeServer, kube_server
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ from discovery.model.mesh import Kind, ServiceSpec
 from discovery.pacing.backoff import Backoff
 from discovery.publisher import Publisher, PublisherConfig
 from discovery.publisher.table import record_id
-from tests.discovery.publisher.kubeserver import KubeServer, kube_server
+from tests.support.kube_server import KubeServer, kube_server
 
 pytestmark = pytest.mark.anyio
 

@@ -19,7 +19,7 @@ from discovery.store import (
     Store,
     UnknownLease,
 )
-from tests.discovery.etcdcluster import etcd_cluster
+from tests.support.etcd_cluster import etcd_cluster
 
 pytestmark = pytest.mark.anyio
 

@@ -19,7 +19,7 @@ from discovery.model.mesh import Deletion, Kind, NetworkSpec, VipSpec
 from discovery.store import Change, EtcdAccess, EtcdStore, PreconditionFailed, StoreError, UnknownLease
 from discovery.store import etcd as etcd_module
 from discovery.store.etcdapi import range_end
-from tests.discovery.etcdcluster import Member, etcd_cluster, free_ports
+from tests.support.etcd_cluster import Member, etcd_cluster, free_ports
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
 

@@ -7,7 +7,7 @@ import pytest
 from discovery.model.addresses import Address, BadAddress
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, Mesh, RelaySpec, TurnSpec
 from sniproxy.access.loop_guard import LoopGuard
-from tests.e2e.mesh import record
+from tests.support.fixed_discovery import record
 
 
 def turn(network: str, url: str) -> AnyRecord:

@@ -14,7 +14,7 @@ from discovery.model.names import AddressTarget, ServiceTarget, names_of
 from sniproxy.access import reach as module
 from sniproxy.access.reach import RECENT_S, Owner, Reach
 from sniproxy.access.rules import Flow, NameKind, Policy, Rule
-from tests.e2e.mesh import record
+from tests.support.fixed_discovery import record
 
 D = "svc.mesh.internal"
 ORDERS = "orders.shop.example"

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from sniproxy.engine import End, Moved, PipePool, SocketStream, Splice, connect, quantum, splice
-from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
+from tests.support.streams import nothing_large_kept, pair, read_all, until_reset
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ import pytest
 
 from sniproxy.engine import Deadlines, SocketStream
 from sniproxy.engine.deadlines import EXPIRED_A_TURN
-from tests.sniproxy.engine.pairs import pair
+from tests.support.streams import pair
 
 pytestmark = pytest.mark.anyio
 

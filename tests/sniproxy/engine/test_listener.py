@@ -13,7 +13,7 @@ import pytest
 from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.engine.listener import CAPACITY_ERRNOS, TRANSIENT_ERRNOS
 from sniproxy.engine.socket_stream import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES
-from tests.sniproxy.engine.pairs import read_all, until_reset
+from tests.support.streams import read_all, until_reset
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ from sniproxy.engine import SocketStream
 from sniproxy.engine.copy import fill
 from sniproxy.engine.pipes import Pipe, PipePool
 from sniproxy.engine.quantum import QUANTUM_BYTES, QUANTUM_MESSAGES, Quantum, RoundRobin, round_robin
-from tests.sniproxy.engine.pairs import pair
+from tests.support.streams import pair
 
 pytestmark = pytest.mark.anyio
 

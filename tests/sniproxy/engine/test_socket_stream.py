@@ -10,7 +10,7 @@ import pytest
 
 from sniproxy.engine import SocketStream, StreamClosed, connect
 from sniproxy.engine.socket_stream import plain_address
-from tests.sniproxy.engine.pairs import pair, read_all, until_reset
+from tests.support.streams import pair, read_all, until_reset
 
 pytestmark = pytest.mark.anyio
 

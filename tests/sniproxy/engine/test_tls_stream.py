@@ -18,7 +18,7 @@ import trustme
 
 from sniproxy.engine import Listener, SocketStream, StreamClosed, TlsStream, connect_tls
 from sniproxy.engine.tls_stream import MAX_ENCRYPTED_AT_ONCE, MAX_RECORDS_AT_ONCE
-from tests.sniproxy.engine.pairs import TLS_NAME, pair, read_all, shake, sockets, tls_contexts, until_reset
+from tests.support.streams import TLS_NAME, pair, read_all, shake, sockets, tls_contexts, until_reset
 
 pytestmark = pytest.mark.anyio
 

@@ -21,7 +21,7 @@ from sniproxy.formats.client_hello import (
     parse_client_hello,
 )
 from sniproxy.formats.tls_alert import AlertDescription
-from tests.sniproxy.corner_cases import (
+from tests.support.corner_cases import (
     BAD_NAMES,
     FROM_THE_HEADER,
     NAME,
@@ -33,7 +33,7 @@ from tests.sniproxy.corner_cases import (
     grow,
     singly,
 )
-from tests.sniproxy.hellos import (
+from tests.support.hellos import (
     BROKEN,
     CHANGE_CIPHER_SPEC,
     EARLY_DATA,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sniproxy.formats.client_hello import Hello, HelloError, HelloReader, HelloReason, parse_client_hello
-from tests.sniproxy.hellos import (
+from tests.support.hellos import (
     BROKEN,
     PADDING,
     alpn,

@@ -19,10 +19,8 @@ from sniproxy.formats.client_hello import HelloReason
 from sniproxy.relay.relay import _ALERTS, _SILENT
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.messages import Opened, Ready
-from tests.e2e.mesh import record
-from tests.sniproxy.engine.pairs import read_all, until_reset
-from tests.sniproxy.gateways import Visit, opens, refuses, reset, scripted, silent_behind_ready
-from tests.sniproxy.hellos import (
+from tests.support.fixed_discovery import record
+from tests.support.hellos import (
     BROKEN,
     CHANGE_CIPHER_SPEC,
     EARLY_DATA,
@@ -35,10 +33,12 @@ from tests.sniproxy.hellos import (
     records,
     server_name,
 )
-from tests.sniproxy.hellos import (
+from tests.support.hellos import (
     record as tls_record,
 )
-from tests.sniproxy.relays import ALERT, DOMAIN, a_relay, name_of
+from tests.support.relays import ALERT, DOMAIN, a_relay, name_of
+from tests.support.scripted_gateways import Visit, opens, refuses, reset, scripted, silent_behind_ready
+from tests.support.streams import read_all, until_reset
 
 pytestmark = pytest.mark.anyio
 

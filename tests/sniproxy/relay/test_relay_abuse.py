@@ -12,10 +12,10 @@ import pytest
 from sniproxy.engine import SocketStream
 from sniproxy.formats.client_hello import HelloReader
 from sniproxy.streams.stream_log import StreamRecord
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.gateways import scripted, silent
-from tests.sniproxy.hellos import client_hello, padding
-from tests.sniproxy.relays import DOMAIN, Running, a_relay, name_of
+from tests.support.hellos import client_hello, padding
+from tests.support.relays import DOMAIN, Running, a_relay, name_of
+from tests.support.scripted_gateways import scripted, silent
+from tests.support.streams import read_all
 
 pytestmark = pytest.mark.anyio
 

@@ -8,8 +8,7 @@ import pytest
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Kind, ServiceSpec
 from sniproxy.engine import SocketStream
-from tests.e2e.mesh import record
-from tests.sniproxy.corner_cases import (
+from tests.support.corner_cases import (
     BAD_NAMES,
     FROM_THE_HEADER,
     NAME,
@@ -20,9 +19,10 @@ from tests.sniproxy.corner_cases import (
     SNI,
     grow,
 )
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.hellos import BROKEN, CHANGE_CIPHER_SPEC, EARLY_DATA, client_hello, ech, records
-from tests.sniproxy.relays import ALERT, Running, a_relay
+from tests.support.fixed_discovery import record
+from tests.support.hellos import BROKEN, CHANGE_CIPHER_SPEC, EARLY_DATA, client_hello, ech, records
+from tests.support.relays import ALERT, Running, a_relay
+from tests.support.streams import read_all
 
 pytestmark = pytest.mark.anyio
 

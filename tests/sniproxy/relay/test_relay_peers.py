@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from tests.sniproxy.relays import DOMAIN, a_relay, name_of
+from tests.support.relays import DOMAIN, a_relay, name_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 

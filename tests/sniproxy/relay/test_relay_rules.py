@@ -11,11 +11,11 @@ from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import SocketStream
 from sniproxy.tunnel.messages import Opened, Ready
-from tests.e2e.mesh import record
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.gateways import Visit, scripted
-from tests.sniproxy.hellos import client_hello
-from tests.sniproxy.relays import ALERT, DOMAIN, Running, a_relay, name_of
+from tests.support.fixed_discovery import record
+from tests.support.hellos import client_hello
+from tests.support.relays import ALERT, DOMAIN, Running, a_relay, name_of
+from tests.support.scripted_gateways import Visit, scripted
+from tests.support.streams import read_all
 
 pytestmark = pytest.mark.anyio
 

@@ -7,10 +7,10 @@ import pytest
 
 from discovery.model.mesh import GatewaySpec, Kind
 from sniproxy.relay.health import FAILURES
-from tests.e2e.mesh import record
-from tests.e2e.path import LogLines
-from tests.sniproxy.gateways import opens, refuses, scripted
-from tests.sniproxy.relays import DOMAIN, Running, a_relay
+from tests.support.fixed_discovery import record
+from tests.support.path import LogLines
+from tests.support.relays import DOMAIN, Running, a_relay
+from tests.support.scripted_gateways import opens, refuses, scripted
 
 pytestmark = pytest.mark.anyio
 

@@ -34,7 +34,7 @@ from sniproxy.transport.registry import make_transports
 from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
-from tests.e2e.mesh import record
+from tests.support.fixed_discovery import record
 
 DOMAIN = "svc.mesh.internal"
 NAME = "orders.shop.example"

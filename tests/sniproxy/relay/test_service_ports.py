@@ -4,7 +4,7 @@ from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Kind, Mesh
 from discovery.model.spec import NetworkSpec, ServiceSpec
 from sniproxy.relay.service_ports import MAX_PORTS, service_ports
-from tests.e2e.mesh import record
+from tests.support.fixed_discovery import record
 
 IMPORTS = Imports([ImportRule(names=("*.shop.example",), sources=("b",))])
 

@@ -24,8 +24,8 @@ from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.messages import Finished, Opened, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import SigningKey
 from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
-from tests.sniproxy.calls import HELLO, call, upstreams
-from tests.sniproxy.gateways import (
+from tests.support.hellos import client_hello, padding
+from tests.support.scripted_gateways import (
     Script,
     ScriptedGateway,
     Visit,
@@ -39,7 +39,7 @@ from tests.sniproxy.gateways import (
     silent,
     silent_behind_ready,
 )
-from tests.sniproxy.hellos import client_hello, padding
+from tests.support.stream_requests import HELLO, call, upstreams
 
 pytestmark = pytest.mark.anyio
 

@@ -22,9 +22,9 @@ from sniproxy.tunnel.preamble import Preamble, WarmPreamble
 from sniproxy.tunnel.relay_handshake import StreamRequest
 from sniproxy.tunnel.state import Side
 from sniproxy.tunnel.verify import PreambleVerifier
-from tests.sniproxy.calls import HELLO, call, upstreams
-from tests.sniproxy.engine.pairs import pair
-from tests.sniproxy.gateways import KEY, ScriptedGateway, Visit, opens, scripted, silent
+from tests.support.scripted_gateways import KEY, ScriptedGateway, Visit, opens, scripted, silent
+from tests.support.stream_requests import HELLO, call, upstreams
+from tests.support.streams import pair
 
 pytestmark = pytest.mark.anyio
 

@@ -19,7 +19,7 @@ from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Ping, Pong, Ready, Refused
 from sniproxy.tunnel.state import Side
-from tests.sniproxy.engine.pairs import pair
+from tests.support.streams import pair
 from turnreg.gateway.warm import WarmStreams
 
 pytestmark = pytest.mark.anyio

@@ -17,7 +17,7 @@ from sniproxy.tunnel.capsules import CapsuleType, Control, Payload, header
 from sniproxy.tunnel.connection import RECEIVED_BYTES, CapsuleConnection
 from sniproxy.tunnel.messages import Continued, Finished, Opened, Ready, Received, parse_control
 from sniproxy.tunnel.state import LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
-from tests.sniproxy.engine.pairs import nothing_large_kept, pair, read_all, until_reset
+from tests.support.streams import nothing_large_kept, pair, read_all, until_reset
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ from sniproxy.tunnel.capsules import CapsuleError, CapsuleFlood, CapsuleType, Co
 from sniproxy.tunnel.connection import CONTROL_BURST, RECEIVED_BYTES, CapsuleConnection
 from sniproxy.tunnel.messages import Finished, Open, Opened, Ping, Ready, Received, Refused
 from sniproxy.tunnel.state import Side
-from tests.sniproxy.engine.pairs import pair, read_all
+from tests.support.streams import pair, read_all
 
 pytestmark = pytest.mark.anyio
 

@@ -31,8 +31,8 @@ from sniproxy.tunnel.handshake import (
 )
 from sniproxy.tunnel.messages import Finished, Message, Open, Opened, Ping, Pong, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import Preamble, WarmPreamble, sign
-from tests.sniproxy.gateways import KEY
-from tests.sniproxy.hellos import EARLY_DATA, client_hello
+from tests.support.hellos import EARLY_DATA, client_hello
+from tests.support.scripted_gateways import KEY
 
 CANDIDATE = Candidate(
     traits=TURN, network="b", target="10.1.0.5:8443", address="127.0.0.1", port=1, addressee="alloc-1"

@@ -11,8 +11,8 @@ from sniproxy.transport.errors import DialError, StaleEpoch
 from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.epoch import EPOCH_SIZE, UNKNOWN_EPOCH, proto_of, stale_detail
 from sniproxy.tunnel.messages import Refused
-from tests.sniproxy.calls import call, upstreams
-from tests.sniproxy.gateways import KEY, Script, ScriptedGateway, Visit, opens, refuses, scripted
+from tests.support.scripted_gateways import KEY, Script, ScriptedGateway, Visit, opens, refuses, scripted
+from tests.support.stream_requests import call, upstreams
 
 pytestmark = pytest.mark.anyio
 

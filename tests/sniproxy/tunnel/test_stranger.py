@@ -12,14 +12,14 @@ import pytest
 
 from discovery.model.mesh import AllocationSpec, GatewaySpec, Kind, TurnSpec
 from sniproxy.engine import SocketStream
-from tests.e2e.mesh import record
-from tests.sniproxy.engine.pairs import read_all
-from tests.sniproxy.gateways import KEY
-from tests.sniproxy.hellos import EARLY_DATA, client_hello
-from tests.sniproxy.relays import ALERT, Running, a_relay, name_of
 from tests.sniproxy.tunnel import stranger
 from tests.sniproxy.tunnel.stranger import RefusedError, StrangerGateway
 from tests.sniproxy.tunnel.test_protocol_vectors import EPOCH, HEADERS, KEYS, NOW_MS, VECTORS
+from tests.support.fixed_discovery import record
+from tests.support.hellos import EARLY_DATA, client_hello
+from tests.support.relays import ALERT, Running, a_relay, name_of
+from tests.support.scripted_gateways import KEY
+from tests.support.streams import read_all
 
 pytestmark = pytest.mark.anyio
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.turnreg.coturn import Coturn
-from tests.turnreg.turnservers import (
+from tests.support.coturn import Coturn
+from tests.support.turn_servers import (
     BOTH,
     COTURN,
     LOGIN,

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.turnreg.scripted import KEY, Answer, Scripted, error, good, scripted, signed
-from tests.turnreg.turnservers import Holding, RunningServer, eventually, held
+from tests.support.scripted_turn import KEY, Answer, Scripted, error, good, scripted, signed
+from tests.support.turn_servers import Holding, RunningServer, eventually, held
 from turnreg.client.allocation import BindResult, Timing
 from turnreg.client.connection_bind import LOGGED_PER_PERIOD
 from turnreg.stun.message import Attribute, Message, MessageClass, Method

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from tests.turnreg.scripted import Answer, error, scripted
-from tests.turnreg.turnservers import BOTH, turn_server
+from tests.support.scripted_turn import Answer, error, scripted
+from tests.support.turn_servers import BOTH, turn_server
 from turnreg.client.control_connection import TurnError, TurnReason
 from turnreg.client.reflexive_address import mapped_address
 from turnreg.stun.message import Attribute, Message, Method

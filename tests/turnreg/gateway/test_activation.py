@@ -17,10 +17,10 @@ from discovery.pacing.backoff import Backoff
 from sniproxy.access.rules import NamePattern, Policy, Rule
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import Payload
-from tests.e2e.mesh import record
-from tests.sniproxy.hellos import client_hello
-from tests.turnreg.gateways import Running, Visit, a_gateway
-from tests.turnreg.preambles import KEY, name_for, preamble
+from tests.support.fixed_discovery import record
+from tests.support.gateways import Running, Visit, a_gateway
+from tests.support.hellos import client_hello
+from tests.support.preambles import KEY, name_for, preamble
 from turnreg.gateway import activation
 from turnreg.gateway.activation import ActivationRule
 from turnreg.gateway.activation_trigger import Command, HttpCall, Trigger

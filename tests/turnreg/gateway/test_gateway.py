@@ -20,11 +20,11 @@ from sniproxy.streams.stream_log import StreamRecord
 from sniproxy.tunnel.capsules import CapsuleType, Payload, header
 from sniproxy.tunnel.messages import Continued, Done, Finished, Opened, Ready
 from sniproxy.tunnel.preamble import Preamble, SigningKey, sign
-from tests.e2e.mesh import record
-from tests.sniproxy.engine.pairs import read_all, until_reset
-from tests.sniproxy.hellos import client_hello, message, padding, records, server_name
-from tests.turnreg.gateways import ALLOCATION, Running, Service, Visit, a_gateway, data
-from tests.turnreg.preambles import KEY, name_for, preamble
+from tests.support.fixed_discovery import record
+from tests.support.gateways import ALLOCATION, Running, Service, Visit, a_gateway, data
+from tests.support.hellos import client_hello, message, padding, records, server_name
+from tests.support.preambles import KEY, name_for, preamble
+from tests.support.streams import read_all, until_reset
 from turnreg.gateway.handshake import InboundStream, StreamRefused
 
 pytestmark = pytest.mark.anyio

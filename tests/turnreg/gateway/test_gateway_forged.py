@@ -11,9 +11,9 @@ import pytest
 from sniproxy.formats import proxy_protocol
 from sniproxy.formats.proxy_protocol import Command, ProxyHeader
 from sniproxy.tunnel.preamble import Preamble, SigningKey, Tlv, sign
-from tests.sniproxy.hellos import client_hello, message, padding, records, server_name
-from tests.turnreg.gateways import ALLOCATION, a_gateway
-from tests.turnreg.preambles import KEY, preamble
+from tests.support.gateways import ALLOCATION, a_gateway
+from tests.support.hellos import client_hello, message, padding, records, server_name
+from tests.support.preambles import KEY, preamble
 
 pytestmark = pytest.mark.anyio
 

@@ -11,10 +11,10 @@ from discovery.model.mesh import AnyRecord, Kind, NetworkSpec, ServiceSpec
 from sniproxy.access.rules import NamePattern, Policy, Rule
 from sniproxy.engine import Listener, SocketStream
 from sniproxy.engine import connect as real_connect
-from tests.e2e.mesh import record
-from tests.sniproxy.hellos import client_hello
-from tests.turnreg.gateways import Running, Service, Visit, a_gateway
-from tests.turnreg.preambles import address_name, preamble
+from tests.support.fixed_discovery import record
+from tests.support.gateways import Running, Service, Visit, a_gateway
+from tests.support.hellos import client_hello
+from tests.support.preambles import address_name, preamble
 from turnreg.gateway import service_dialer
 from turnreg.gateway.activation import ActivationRule
 from turnreg.gateway.activation_trigger import Command

@@ -9,8 +9,8 @@ import pytest
 from sniproxy.engine import SocketStream
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.state import Side
-from tests.sniproxy.engine.pairs import pair
-from tests.turnreg.preambles import preamble
+from tests.support.preambles import preamble
+from tests.support.streams import pair
 from turnreg.gateway.second_connection import SecondConnections
 
 pytestmark = pytest.mark.anyio

@@ -17,9 +17,9 @@ from sniproxy.engine import Listener, SocketStream
 from sniproxy.formats import proxy_protocol
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import Preamble
-from tests.e2e.mesh import FixedDiscovery, record
-from tests.e2e.webservers import WEBSERVERS, webserver
-from tests.turnreg.preambles import name_for, preamble
+from tests.support.fixed_discovery import FixedDiscovery, record
+from tests.support.preambles import name_for, preamble
+from tests.support.webservers import WEBSERVERS, webserver
 from turnreg.gateway.service_dialer import MAX_ENDPOINT_TRIES, ServiceDialer, Undeliverable
 
 pytestmark = pytest.mark.anyio

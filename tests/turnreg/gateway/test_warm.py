@@ -11,9 +11,9 @@ import pytest
 from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.messages import Message, Open, Opened, Ping, Pong, Ready, Refused
 from sniproxy.tunnel.preamble import SigningKey, WarmPreamble, sign
-from tests.sniproxy.hellos import client_hello
-from tests.turnreg.gateways import KEY, Running, Visit, a_gateway, data
-from tests.turnreg.preambles import preamble
+from tests.support.gateways import KEY, Running, Visit, a_gateway, data
+from tests.support.hellos import client_hello
+from tests.support.preambles import preamble
 
 pytestmark = pytest.mark.anyio
 

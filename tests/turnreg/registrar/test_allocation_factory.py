@@ -10,10 +10,10 @@ import pytest
 import trustme
 
 from sniproxy.engine import TlsStream
-from tests.turnreg.coturn import Coturn
-from tests.turnreg.registered import ID, registrar, relay, turn
-from tests.turnreg.server.embedded import embedded
-from tests.turnreg.turnservers import COTURN, RunningServer, eventually
+from tests.support.coturn import Coturn
+from tests.support.embedded_turn import embedded
+from tests.support.registered import ID, registrar, relay, turn
+from tests.support.turn_servers import COTURN, RunningServer, eventually
 from turnreg.client.allocation import Timing
 from turnreg.registrar.allocation_factory import dialler, parsed
 

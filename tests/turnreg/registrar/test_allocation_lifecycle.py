@@ -11,11 +11,11 @@ import pytest
 
 from discovery.model.mesh import AnyRecord, Kind, Record, TurnSpec
 from sniproxy.engine import SocketStream
-from tests.turnreg.coturn import Coturn
-from tests.turnreg.registered import ID, Registered, registrar, relay, turn
-from tests.turnreg.scripted import Answer, Scripted, error, good, scripted, signed
-from tests.turnreg.server.embedded import embedded
-from tests.turnreg.turnservers import RunningServer, eventually
+from tests.support.coturn import Coturn
+from tests.support.embedded_turn import embedded
+from tests.support.registered import ID, Registered, registrar, relay, turn
+from tests.support.scripted_turn import Answer, Scripted, error, good, scripted, signed
+from tests.support.turn_servers import RunningServer, eventually
 from turnreg.client.allocation import Timing, TurnReason
 from turnreg.stun.message import Attribute, Message, Method
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from discovery.model.spec import MAX_ID
-from tests.turnreg.registered import HandDiscovery
+from tests.support.registered import HandDiscovery
 from turnreg.client.control_connection import Credentials
 from turnreg.registrar.allocation_factory import Server
 from turnreg.registrar.allocation_record import AllocationRecord, record_id

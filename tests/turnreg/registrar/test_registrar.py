@@ -11,11 +11,11 @@ from discovery.client.client import IssuedCredentials
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import Kind, Record, TurnSpec
 from discovery.model.spec import is_record_id
-from tests.turnreg.coturn import Coturn
-from tests.turnreg.registered import ID, HandDiscovery, allocation, rank, registrar, relay, turn
-from tests.turnreg.scripted import scripted
-from tests.turnreg.server.embedded import embedded
-from tests.turnreg.turnservers import BOTH, COTURN, LOGIN, RunningServer, eventually, listens, turn_server
+from tests.support.coturn import Coturn
+from tests.support.embedded_turn import embedded
+from tests.support.registered import ID, HandDiscovery, allocation, rank, registrar, relay, turn
+from tests.support.scripted_turn import scripted
+from tests.support.turn_servers import BOTH, COTURN, LOGIN, RunningServer, eventually, listens, turn_server
 from turnreg.client.allocation import Credentials, Timing, TurnReason
 from turnreg.registrar import allocation_factory, registration_state
 from turnreg.registrar.registrar import (

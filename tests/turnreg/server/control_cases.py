@@ -7,8 +7,8 @@ import socket
 import time
 from collections.abc import Callable
 
+from tests.support.turn_client import Client, code, connect, read_all, reset, unknown_attributes, until_refused
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
-from tests.turnreg.server.wireclient import Client, code, connect, read_all, reset, unknown_attributes, until_refused
 from turnreg.stun.auth import rest_credentials
 from turnreg.stun.message import FAMILY_IPV6, Attribute, Message, MessageClass, Method
 

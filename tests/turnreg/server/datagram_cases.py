@@ -4,8 +4,8 @@ import contextlib
 import socket
 from collections.abc import Iterator
 
+from tests.support.turn_client import Client, DatagramClient, code, connect
 from tests.turnreg.server.situations import Server
-from tests.turnreg.server.wireclient import Client, DatagramClient, code, connect
 from turnreg.stun.message import TRANSPORT_TCP, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
 
 

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.turnreg.server.wireclient import Client, code, connect
+from tests.support.turn_client import Client, code, connect
 
 Server = tuple[str, int]
 

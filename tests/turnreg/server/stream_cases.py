@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from tests.support.turn_client import Client, code, connect, noise, read_all, reset
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
-from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, reset
 from turnreg.stun.message import Attribute, Message, Method
 
 # -- streams

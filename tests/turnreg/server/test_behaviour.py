@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.turnreg.coturn import coturn
+from tests.support.coturn import coturn
+from tests.support.embedded_turn import embedded
 from tests.turnreg.server import control_cases, datagram_cases, stream_cases
-from tests.turnreg.server.embedded import embedded
 from tests.turnreg.server.situations import Server
 from turnreg.server import Limits
 from turnreg.stun.message import FAMILY_IPV6, TRANSPORT_UDP, Attribute, MessageClass

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.turnreg.server.embedded import Embedded, embedded
+from tests.support.embedded_turn import Embedded, embedded
+from tests.support.turn_client import Client, DatagramClient, code
 from tests.turnreg.server.test_server import eventually
-from tests.turnreg.server.wireclient import Client, DatagramClient, code
 from turnreg.server import Limits, datagram_clients
 from turnreg.server.pace import ANSWER_BURST
 from turnreg.stun.message import FAMILY_IPV6, TRANSPORT_UDP, Attribute, Message, MessageClass, Method

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import trustme
 
-from tests.turnreg.server.embedded import embedded
+from tests.support.embedded_turn import embedded
+from tests.support.turn_client import Client, code, connect, noise, read_all
 from tests.turnreg.server.test_server import at, eventually
-from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all
 from turnreg.server import Limits, certificates, relayed
 from turnreg.stun.message import Attribute, MessageClass, Method
 

@@ -15,8 +15,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
-from tests.turnreg.server.embedded import Embedded, embedded
-from tests.turnreg.server.wireclient import Client, code, connect, noise, read_all, until_refused
+from tests.support.embedded_turn import Embedded, embedded
+from tests.support.turn_client import Client, code, connect, noise, read_all, until_refused
 from turnreg.server import Limits, TurnServer, TurnServerConfig, session
 from turnreg.server import server as server_module
 from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, UNAUTHENTICATED_REQUESTS

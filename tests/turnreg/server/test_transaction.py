@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discovery.model.addresses import TargetList
-from tests.turnreg.server.wireclient import unknown_attributes
+from tests.support.turn_client import unknown_attributes
 from turnreg.server.allocation import CODES, Allocation, AllocationTable, Attempt, Drop, FiveTuple, Limits, Refusal
 from turnreg.server.outcome import Close, GiveBack, Ignore, Join, Open, Outcome, Reply
 from turnreg.server.transaction import Transactions

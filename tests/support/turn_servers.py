@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.turnreg.coturn import coturn
-from tests.turnreg.server.embedded import embedded
+from tests.support.coturn import coturn
+from tests.support.embedded_turn import embedded
 from turnreg.client.allocation import Allocation, BindResult, Bound, Credentials, Timing, TurnError
 from turnreg.server import Limits
 

@@ -3,8 +3,8 @@
 The same tables are checked against the reader (test_hello.py) and over real sockets (test_relay_corner_cases.py).
 """
 
-from tests.sniproxy import hellos
-from tests.sniproxy.hellos import (
+from tests.support import hellos
+from tests.support.hellos import (
     EARLY_DATA,
     GREASE,
     X25519MLKEM768,

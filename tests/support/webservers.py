@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from crossnet.lab.certificates import Credential
-from tests.crossnet.running import free_port
-from tests.e2e.processes import LIMIT_S, LOOK_EVERY_S, Part
+from tests.support.processes import LIMIT_S, LOOK_EVERY_S, Part
+from tests.support.running import free_port
 
 WEBSERVERS = [
     pytest.param("nginx", marks=pytest.mark.needs("nginx")),

@@ -5,7 +5,7 @@
         client = await mesh.dial(name)
 
 The configuration is the lab's own (`crossnet.lab.parts`), with what a test changes. Where the parts stand is the ground's
-business: addresses of the loopback interface, or hosts of their own (`tests.netns.hosts`). Clients and services are the
+business: addresses of the loopback interface, or hosts of their own (`tests.support.hosts`). Clients and services are the
 test's: sockets in its own loop, made on their hosts. Every process is ended by its pid, and by the kernel should the test
 run be killed.
 """
@@ -34,7 +34,7 @@ from crossnet.lab.parts import Parts
 from crossnet.lab.program import Program
 from sniproxy.engine import Listener, SocketStream
 from sniproxy.engine import connect as connect_wire
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
 
 TURNS = [
     pytest.param("coturn", marks=[pytest.mark.interop, pytest.mark.needs("turnserver")]),

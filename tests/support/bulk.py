@@ -7,9 +7,20 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sniproxy.engine import SocketStream
-from tests.e2e.processes import Mesh
-from tests.e2e.traffic import BULK_BYTES, BULK_TIMEOUT_S, FLAT_OUT, HESITANT, MANY_BYTES, SLOW, Pace, Sum, receive, send
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.processes import Mesh
+from tests.support.traffic import (
+    BULK_BYTES,
+    BULK_TIMEOUT_S,
+    FLAT_OUT,
+    HESITANT,
+    MANY_BYTES,
+    SLOW,
+    Pace,
+    Sum,
+    receive,
+    send,
+)
 
 STREAMS = 200
 MEAN_SHARES = 0.6

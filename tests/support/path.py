@@ -28,10 +28,10 @@ from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.tunnel.epoch import proto_of
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
-from tests.e2e.mesh import FixedDiscovery, record
-from tests.sniproxy.hellos import client_hello
 from tests.support import memory_transport
-from tests.turnreg.coturn import Coturn
+from tests.support.coturn import Coturn
+from tests.support.fixed_discovery import FixedDiscovery, record
+from tests.support.hellos import client_hello
 from turnreg.client.allocation import Allocation, Credentials, Timing
 from turnreg.gateway.gateway import Gateway, GatewayConfig
 from turnreg.registrar.allocation_factory import TlsDial

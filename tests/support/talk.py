@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 from sniproxy.engine import SocketStream
-from tests.e2e.processes import LIMIT_S, Mesh
-from tests.sniproxy.engine.pairs import read_all, until_reset
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.processes import LIMIT_S, Mesh
+from tests.support.streams import read_all, until_reset
 
 
 class Held:

@@ -13,8 +13,8 @@ from sniproxy.transport.base import TransportConfig
 from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
-from tests.sniproxy.gateways import KEY, KEY_C
-from tests.sniproxy.hellos import client_hello
+from tests.support.hellos import client_hello
+from tests.support.scripted_gateways import KEY, KEY_C
 
 HELLO = client_hello("orders.shop.example")
 

@@ -20,7 +20,7 @@ from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
 from discovery.pacing.backoff import Backoff
 from sniproxy.transport.base import Accepted
-from tests.turnreg.turnservers import LOGIN, RunningServer, eventually
+from tests.support.turn_servers import LOGIN, RunningServer, eventually
 from turnreg.client.allocation import Timing
 from turnreg.registrar import registrar as registrar_module
 from turnreg.registrar.registrar import Registrar, RegistrarConfig, Retry, TurnCredentials

@@ -18,10 +18,10 @@ from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
 from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.tunnel.keys import SigningKeys
-from tests.e2e.mesh import FixedDiscovery, record
-from tests.e2e.path import LogLines
-from tests.sniproxy.gateways import KEY, KEY_C, ScriptedGateway
-from tests.sniproxy.hellos import client_hello
+from tests.support.fixed_discovery import FixedDiscovery, record
+from tests.support.hellos import client_hello
+from tests.support.path import LogLines
+from tests.support.scripted_gateways import KEY, KEY_C, ScriptedGateway
 
 DOMAIN = "svc.mesh.internal"
 LOOPBACK = TargetList.parse(["127.0.0.0/8", "[::1/128]"])

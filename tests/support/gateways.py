@@ -24,10 +24,10 @@ from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Message, Opened, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import Preamble, SigningKey, sign
 from sniproxy.tunnel.state import Side
-from tests.e2e.mesh import FixedDiscovery, record
-from tests.e2e.path import LogLines
-from tests.sniproxy.engine.pairs import pair
-from tests.turnreg.preambles import KEY
+from tests.support.fixed_discovery import FixedDiscovery, record
+from tests.support.path import LogLines
+from tests.support.preambles import KEY
+from tests.support.streams import pair
 from turnreg.gateway.gateway import Gateway, GatewayConfig
 
 LOOPBACK = TargetList.parse(["127.0.0.0/8"])
