@@ -43,7 +43,17 @@ class TlsStream(SocketStream):
 
     spliceable = False
 
-    __slots__ = ("_drained", "_established", "_fin_due", "_from_net", "_queue", "_said_end", "_tls", "_to_net", "_write_error")
+    __slots__ = (
+        "_drained",
+        "_established",
+        "_fin_due",
+        "_from_net",
+        "_queue",
+        "_said_end",
+        "_tls",
+        "_to_net",
+        "_write_error",
+    )
 
     def __init__(
         self,
