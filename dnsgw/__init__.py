@@ -3,22 +3,21 @@
 Cross-network names get the address of a relay of this network; everything else is asked of upstream and kept for as long as
 upstream says. It does not recurse or validate.
 
-    config     what a server is told                 server     its sockets, and where the parts meet
-    wire       (S) questions: the scanner            reply      (S) replies: prepared, or relayed
-    intercept  (S) one question → answer or pass     rdata      (S) dnslib, for what is made once
-    message    (S) upstream's replies                cache      (S) what upstream said
-    admission  (S) who may ask, and how much         recent     (S) a bounded memory
-    absent     (S) what nobody is asked for
-    pairs      (S) A and AAAA from one table         destination (S) where an upstream is
-    outgoing   (S) questions as upstream gets them   verify      (S) which packets are believed
-    crowd      (S) packets by client in a flood
-    abilities  (S) what an upstream can do           turns       the loop, shared out among connections
-    resolver   one packet → its reply                asked      what waits, and what failures are said to be
-    precedence whose an imported name is             moves      (S) names that change hands
-    tables     a table for each state of discovery   udp, tcp   the client's side
-    batch      many datagrams in one system call     foreign    cache or upstream, and when neither has it
-    forward    attempts, time-outs, coalescing       alike       questions about one name
-    upstream, pipeline, https, exchange   the other side
+    server               the sockets, and where the parts meet          config   what a server is told
+    listen/              UDP, TCP, and whose turn it is
+    resolver             one packet → its reply                         pending_query  what waits for one
+    precedence           whether an imported name is ours or upstream's
+    mesh_zone/           (S) what is answered by ourselves: names of the mesh, virtual addresses, local zones
+    upstream/            everything else:
+      resolver, cache      from the cache or an upstream, and when neither has it
+      forwarder            which upstream, when the next, how long; suspicion: what may be forged
+      server               one upstream: its UDP sockets; stream_client: TCP and TLS; https_client
+      host_resolvers       those of resolv.conf, and which are ourselves
+      address, capabilities, verify   (S) where it is, what it can do, which packets are believed
+    message/             (S) questions, replies of ours, upstream's replies, and what is put together of both
+    client_limits        (S) who may ask, and how much                  metrics  what is counted
+
+(S): sans-IO.
 """
 
 from dnsgw.config import DnsConfig

@@ -82,6 +82,7 @@ class StreamClient(Generic[PendingT]):
         self._stream: SocketStream | None = None
         self._task: asyncio.Task[None] | None = None
         self._unsent = bytearray()
+        self._sending = False
         self._idle_timer: asyncio.TimerHandle | None = None
 
     def open(self, family: socket.AddressFamily, destination: tuple[str, int]) -> None:
@@ -101,22 +102,36 @@ class StreamClient(Generic[PendingT]):
         self._idle_timer = self._loop.call_later(self._timing.idle_s, self._check_idle)
 
     def send(self, message: bytes) -> None:
-        """Send a message with its length in front, in one write (RFC 7766 section 8)."""
-        framed = len(message).to_bytes(2, "big") + message
-        stream = self._stream
-        if stream is None or self._unsent:
-            self._unsent += framed
-            if len(self._unsent) > MAX_UNSENT_BYTES:
-                self._loop.call_soon(self.close)
-            return
+        """Send a message with its length in front, in one write (RFC 7766 section 8), which is that of others sent now, too."""
+        self._unsent += len(message).to_bytes(2, "big")
+        self._unsent += message
+        if len(self._unsent) > MAX_UNSENT_BYTES:
+            self._loop.call_soon(self.close)
+        elif self._stream is not None and not self._sending:
+            self._sending = True
+            self._loop.call_soon(self._flush, self._stream)
+
+    def _flush(self, stream: SocketStream) -> None:
+        """Send what waits; what the socket does not take at once is sent in a task."""
+        self._send_some(stream)
+        self._sending = bool(self._unsent) and not stream.closed
+        if self._sending:
+            self._spawn(self._send_rest(stream))
+
+    def _send_some(self, stream: SocketStream) -> None:
         try:
-            sent = stream.try_send((framed,))
+            del self._unsent[: stream.try_send((bytes(self._unsent[:_CHUNK]),))]
         except OSError:
             stream.close()  # wakes the reader, which tells what is lost
-            return
-        if sent < len(framed):
-            self._unsent += framed[sent:]
-            self._spawn(self._send_unsent(stream))
+
+    async def _send_rest(self, stream: SocketStream) -> None:
+        try:
+            while self._unsent:
+                await stream.writable()
+                self._send_some(stream)
+        except OSError:
+            pass  # closed
+        self._sending = False
 
     def close(self) -> None:
         """End the connection; whatever is pending is lost."""
@@ -169,19 +184,8 @@ class StreamClient(Generic[PendingT]):
             )
         self._stream = stream
         if self._unsent:
-            self._spawn(self._send_unsent(stream))
+            self._flush(stream)
         return stream
-
-    async def _send_unsent(self, stream: SocketStream) -> None:
-        """Send what the socket did not take at once."""
-        try:
-            while self._unsent:
-                sent = stream.try_send((bytes(self._unsent[:_CHUNK]),))
-                del self._unsent[:sent]
-                if self._unsent:
-                    await stream.writable()
-        except OSError:
-            stream.close()
 
     async def _read(self, stream: SocketStream) -> None:
         """Hand on every message, until the connection ends or brings what is none."""

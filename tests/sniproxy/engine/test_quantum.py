@@ -188,6 +188,29 @@ async def test_callbacks_and_tasks_take_turns_in_one_queue() -> None:
     assert not any(quantum.used_up for quantum in quanta)
 
 
+async def test_a_callback_that_fails_costs_the_others_nothing() -> None:
+    loop = asyncio.get_running_loop()
+    told: list[object] = []
+    loop.set_exception_handler(lambda _, context: told.append(context.get("exception")))
+    Quantum().renew_then(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    done = asyncio.Event()
+    Quantum().renew_then(done.set)
+    await done.wait()
+    loop.set_exception_handler(None)
+    assert [type(each) for each in told] == [ZeroDivisionError]
+
+
+async def test_one_turn_in_each_pass_of_the_loop() -> None:
+    """Timers, sockets and everybody else come between two turns, however many wait for one."""
+    went: list[int] = []
+    for number in range(20):
+        Quantum().renew_then(lambda number=number: went.append(number))  # type: ignore[misc]
+    for passes in range(1, 25):
+        await asyncio.sleep(0)
+        assert len(went) <= passes
+    assert went == list(range(20))
+
+
 async def test_one_queue_for_each_loop() -> None:
     assert round_robin() is round_robin()
 
