@@ -29,7 +29,7 @@ ALERT = {
     name: bytes.fromhex("150303000202") + bytes([code])
     for name, code in {"access_denied": 49, "decode_error": 50, "internal_error": 80, "unrecognized_name": 112}.items()
 }
-"""The alert records of design section 5, byte for byte."""
+"""The alert records of RFC 8446, section 6, byte for byte."""
 
 
 def name_of(port: int, network: str = "a", address: str = "127.0.0.1") -> str:

@@ -39,7 +39,7 @@ MAX_USERNAME_BYTES = 513
 MAX_TEXT_BYTES = 763
 """REALM, NONCE and SOFTWARE: fewer than 128 characters, at most 763 bytes (RFC 8489, sections 14.9, 14.10, 14.14)."""
 MAX_REASON_CHARACTERS = 200
-"""How much of a peer's reason phrase is kept: it is there to be logged, and design.md cuts a peer's text there."""
+"""How much of a peer's reason phrase is kept: it is only logged, and a peer's text is cut there everywhere (REFUSED too)."""
 
 TRANSPORT_TCP = 6
 TRANSPORT_UDP = 17

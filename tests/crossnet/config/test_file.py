@@ -1,5 +1,5 @@
 # ruff: noqa: E501, ISC004 - a table of files and of the line that each one gets
-"""The configuration file: the design's example, and every class of error with its line."""
+"""The configuration file: an example, and every class of error with its line."""
 
 import os
 from pathlib import Path

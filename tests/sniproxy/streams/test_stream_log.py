@@ -161,5 +161,5 @@ async def test_no_text_forges_a_line(ledger: StreamLog, caplog: pytest.LogCaptur
 
 
 def test_what_may_be_tried_elsewhere() -> None:
-    """The list of design section 7.5: nothing has reached a service after any of these."""
+    """Nothing has reached a service after any of these."""
     assert {"dial_failed", "overloaded", "draining", "no_endpoint", "no_view"} == RETRYABLE
