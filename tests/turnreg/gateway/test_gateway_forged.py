@@ -1,4 +1,4 @@
-"""Every check of a preamble (sniproxy/tunnel/PROTOCOL.md), broken alone: the right reason, nothing written down, nothing dialled."""
+"""Every check of a preamble (sniproxy/tunnel/PROTOCOL.md), broken alone: its reason, nothing written down, nothing dialled."""
 
 import hashlib
 import hmac
