@@ -74,6 +74,23 @@ class CopyDirection:
             self._spliceable = False
             self.release()
 
+    async def read(self, source: ByteStream, limit: int = PIPE_BYTES) -> tuple[int, bytes]:
+        """Read what is there, up to `limit` bytes: into the pipe where there is one. Returns how many, 0 at the end, and the bytes.
+
+        Errors as for `ByteStream.recv`.
+        """
+        if self.pipe is not None:
+            return await fill(source, self.pipe, limit), b""
+        data = await source.recv(min(DEFAULT_READ_BYTES, limit))
+        return len(data), data
+
+    def passed(self, size: int) -> None:
+        """Count bytes that were read by `read` and have been written."""
+        if self.pipe is None:
+            self.copied(size)
+        else:
+            self.spliced(size)
+
     def copied(self, size: int) -> None:
         """Count bytes that were read into memory; take a pipe when they keep filling whole reads."""
         self._count(size)
@@ -212,11 +229,7 @@ async def pump(source: ByteStream, sink: ByteStream, direction: CopyDirection) -
     try:
         while True:
             try:
-                if direction.pipe is None:
-                    data = await source.recv()
-                    size = len(data)
-                else:
-                    size = await fill(source, direction.pipe)
+                size, data = await direction.read(source)
             except OSError as error:
                 raise Lost(source, writing=False) from error
             if not size:
@@ -229,10 +242,7 @@ async def pump(source: ByteStream, sink: ByteStream, direction: CopyDirection) -
                     await drain(direction.pipe, sink)
             except OSError as error:
                 raise Lost(sink, writing=True) from error
-            if direction.pipe is None:
-                direction.copied(size)
-            else:
-                direction.spliced(size)
+            direction.passed(size)
             if direction.pace is not None and (pause_s := direction.pace(size)):
                 await asyncio.sleep(pause_s)
     finally:

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from sniproxy.engine import ByteStream, CopyDirection, IdleTimer, Lost, drain, fill
-from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES
 from sniproxy.engine.copy import LIMIT_STALLED_S
 from sniproxy.engine.pipes import PIPE_BYTES
 from sniproxy.streams.end_reason import Reason
@@ -145,11 +144,7 @@ class StreamBridge:
             while True:
                 out, room = await self._room(out)
                 try:
-                    if direction.pipe is None:
-                        data = await plain.recv(min(DEFAULT_READ_BYTES, room))
-                        size = len(data)
-                    else:
-                        size = await fill(plain, direction.pipe, room)
+                    size, data = await direction.read(plain, room)
                 except OSError as error:
                     await self._linger(out)
                     raise Lost(plain, writing=False) from error
@@ -163,10 +158,7 @@ class StreamBridge:
                         await out.send_spliced(direction)
                 except OSError as error:
                     raise Lost(out.stream, writing=True) from error
-                if direction.pipe is None:
-                    direction.copied(size)
-                else:
-                    direction.spliced(size)
+                direction.passed(size)
         finally:
             direction.release()
         if self._cut is not None:
