@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dnsgw.servers import free_port
+from tests.support.dns_servers import free_port
 from tests.support.running import Running, running
 
 pytestmark = [pytest.mark.interop, pytest.mark.needs("named", "dig")]

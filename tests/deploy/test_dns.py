@@ -20,10 +20,10 @@ import yaml
 
 from crossnet.config.file import load
 from tests.deploy import corefile
-from tests.dnsgw.authority import serving
-from tests.dnsgw.meshes import DOMAIN, mesh, relay
-from tests.dnsgw.packets import query
-from tests.dnsgw.servers import Client, address, free_port, running
+from tests.support.dns_authority import serving
+from tests.support.dns_meshes import DOMAIN, mesh, relay
+from tests.support.dns_packets import query
+from tests.support.dns_servers import Client, address, free_port, running
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"

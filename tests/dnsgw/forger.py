@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from tests.dnsgw.packets import header, query
+from tests.support.dns_packets import header, query
 
 TTL_S = 3600
 _BURST = 512

@@ -19,8 +19,8 @@ import uvloop
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Mesh
 from dnsgw import DnsConfig, DnsServer
-from tests.dnsgw.authority import Authority, serving
-from tests.dnsgw.meshes import DOMAIN, mesh, relay, service
+from tests.support.dns_authority import Authority, serving
+from tests.support.dns_meshes import DOMAIN, mesh, relay, service
 
 CLUSTER = "svc.cluster.local"
 RESOLV_CONF = f"""\

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.dnsgw.meshes import DOMAIN
 from tests.dnsgw.namespace import CLUSTER, Namespace
+from tests.support.dns_meshes import DOMAIN
 
 pytestmark = [pytest.mark.netns, pytest.mark.interop, pytest.mark.needs("netns", "nsenter")]
 

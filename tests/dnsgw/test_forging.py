@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import dns.message
 import pytest
 
-from tests.dnsgw.authority import Asked, serving
 from tests.dnsgw.forger import Forger
-from tests.dnsgw.meshes import mesh, relay
-from tests.dnsgw.packets import RD, opt, option, query
-from tests.dnsgw.servers import Client, address, running
+from tests.support.dns_authority import Asked, serving
+from tests.support.dns_meshes import mesh, relay
+from tests.support.dns_packets import RD, opt, option, query
+from tests.support.dns_servers import Client, address, running
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,10 @@ import pytest
 from dnsgw import Outcome
 from dnsgw.message.question import Qtype
 from dnsgw.metrics import UpstreamOutcome
-from tests.dnsgw.authority import Asked, Authority, serving
-from tests.dnsgw.meshes import DOMAIN, imports, mesh, relay
-from tests.dnsgw.packets import header, name, opt, query, question
-from tests.dnsgw.servers import Client, address, connected, free_port, running
+from tests.support.dns_authority import Asked, Authority, serving
+from tests.support.dns_meshes import DOMAIN, imports, mesh, relay
+from tests.support.dns_packets import header, name, opt, query, question
+from tests.support.dns_servers import Client, address, connected, free_port, running
 
 pytestmark = pytest.mark.anyio
 

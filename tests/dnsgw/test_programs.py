@@ -17,9 +17,9 @@ import dns.zone
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.dnsgw.authority import Asked, Authority, serving
-from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
-from tests.dnsgw.servers import address, running
+from tests.support.dns_authority import Asked, Authority, serving
+from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.support.dns_servers import address, running
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 

@@ -17,10 +17,10 @@ from dnsgw import DnsServer, UpstreamLoop
 from dnsgw.server import ServerTiming
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.cache import CacheConfig
-from tests.dnsgw.authority import Authority, serving
-from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
-from tests.dnsgw.packets import opt, option, query
-from tests.dnsgw.servers import Client, address, connected, running
+from tests.support.dns_authority import Authority, serving
+from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.support.dns_packets import opt, option, query
+from tests.support.dns_servers import Client, address, connected, running
 
 pytestmark = pytest.mark.anyio
 

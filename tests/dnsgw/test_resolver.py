@@ -16,10 +16,10 @@ from dnsgw import DnsConfig, DnsMetrics, Outcome
 from dnsgw.client_limits import packed
 from dnsgw.message.question import Qtype
 from dnsgw.resolver import Resolver
-from tests.dnsgw.authority import Asked, Authority, serving
-from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
-from tests.dnsgw.packets import AD, CD, RD, header, opt, option, query, question
-from tests.dnsgw.servers import Client, address, connected, running
+from tests.support.dns_authority import Asked, Authority, serving
+from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.support.dns_packets import AD, CD, RD, header, opt, option, query, question
+from tests.support.dns_servers import Client, address, connected, running
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from discovery.model.names import BadName
 from dnsgw import DnsConfig, DnsServer, UpstreamLoop
-from tests.dnsgw.authority import Asked, Authority, serving
-from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
-from tests.dnsgw.packets import opt, query
-from tests.dnsgw.servers import Client, address, connected, free_port, running
+from tests.support.dns_authority import Asked, Authority, serving
+from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.support.dns_packets import opt, query
+from tests.support.dns_servers import Client, address, connected, free_port, running
 
 pytestmark = pytest.mark.anyio
 

@@ -17,7 +17,7 @@ from crossnet.app.roles.relay import RelayRole
 from crossnet.config.file import ConfigError, load
 from crossnet.config.reload import change, files
 from crossnet.config.types import MAX_CERTIFICATES_BYTES
-from tests.dnsgw.servers import free_port
+from tests.support.dns_servers import free_port
 from tests.support.running import Running, running
 
 pytestmark = pytest.mark.needs("dig", "dnsmasq")

@@ -12,10 +12,10 @@ import pytest
 
 from dnsgw.client_limits import packed
 from dnsgw.listen.tcp import MAX_PIPELINED, _Connection
-from tests.dnsgw.authority import Asked, Authority, serving
-from tests.dnsgw.meshes import DOMAIN, mesh, relay
-from tests.dnsgw.packets import header, query
-from tests.dnsgw.servers import Client, Connection, address, connected, running
+from tests.support.dns_authority import Asked, Authority, serving
+from tests.support.dns_meshes import DOMAIN, mesh, relay
+from tests.support.dns_packets import header, query
+from tests.support.dns_servers import Client, Connection, address, connected, running
 
 pytestmark = pytest.mark.anyio
 

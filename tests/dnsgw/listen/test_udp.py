@@ -7,9 +7,9 @@ import dns.message
 import pytest
 
 from dnsgw import DnsServer, Outcome
-from tests.dnsgw.meshes import DOMAIN, mesh, relay
-from tests.dnsgw.packets import opt, query
-from tests.dnsgw.servers import Client, address, running
+from tests.support.dns_meshes import DOMAIN, mesh, relay
+from tests.support.dns_packets import opt, query
+from tests.support.dns_servers import Client, address, running
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ import pytest
 
 from dnsgw.mesh_zone.local_zones import NOWHERE, Found, LocallyServedZones, reverse_zones
 from dnsgw.message.question import scan
-from tests.dnsgw.packets import query
+from tests.support.dns_packets import query
 
 
 def find(absent: LocallyServedZones, name: str) -> Found | None:

@@ -5,7 +5,7 @@ import pytest
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Deletion, Kind
 from dnsgw.mesh_zone.ownership_changes import changed_owner
-from tests.dnsgw.meshes import ORDERS, imports, mesh, relay, service
+from tests.support.dns_meshes import ORDERS, imports, mesh, relay, service
 
 NEW = "new.shop.svc.cluster.local"
 VIEW = mesh(relay("10.0.0.9"))

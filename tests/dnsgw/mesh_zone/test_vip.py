@@ -13,9 +13,9 @@ from discovery.model.spec import BadRecord, check_spec, is_record_id
 from dnsgw.mesh_zone.local_zones import reverse_zones
 from dnsgw.mesh_zone.vip import MAX_DRAWS, address_of, claim, draws, imported_names, record_id
 from dnsgw.message.question import Qtype
-from tests.dnsgw.meshes import ORDERS, imports, mesh, relay
-from tests.dnsgw.packets import query
-from tests.dnsgw.servers import Client, address, running
+from tests.support.dns_meshes import ORDERS, imports, mesh, relay
+from tests.support.dns_packets import query
+from tests.support.dns_servers import Client, address, running
 
 RANGE = ip_network("240.0.0.0/16")
 NAME = "orders.shop.svc.cluster.local"

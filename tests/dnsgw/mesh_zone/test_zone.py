@@ -14,8 +14,8 @@ from dnsgw.mesh_zone.local_zones import LocallyServedZones
 from dnsgw.mesh_zone.zone import MAX_ADDRESSES, Disposition, Table
 from dnsgw.message.question import BadQuery, Qtype, scan
 from dnsgw.message.reply import Answer
-from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay
-from tests.dnsgw.packets import opt, query
+from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.support.dns_packets import opt, query
 
 ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
 SOA = f"{DOMAIN}. 5 IN SOA {DOMAIN}. nobody.invalid. 8 3600 1200 604800 5"

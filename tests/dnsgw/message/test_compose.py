@@ -8,7 +8,7 @@ from dnsgw.message.compose import joined, retargeted, with_option
 from dnsgw.message.question import scan
 from dnsgw.message.upstream_reply import Message
 from tests.dnsgw.message.test_upstream_reply import ASKED, wire
-from tests.dnsgw.packets import name, option, query, question
+from tests.support.dns_packets import name, option, query, question
 
 
 def test_a_chain_is_joined_to_another_answer() -> None:

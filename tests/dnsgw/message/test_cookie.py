@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dnsgw.message.cookie import answer, is_well_formed, siphash24
-from tests.dnsgw.meshes import DOMAIN, mesh, relay
-from tests.dnsgw.packets import opt, option, query
-from tests.dnsgw.servers import Client, address, connected, running
+from tests.support.dns_meshes import DOMAIN, mesh, relay
+from tests.support.dns_packets import opt, option, query
+from tests.support.dns_servers import Client, address, connected, running
 
 ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
 SECRET = bytes.fromhex("e5e973e5a6b2a43f48e7dc849e37bfcf")

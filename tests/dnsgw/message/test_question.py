@@ -15,7 +15,7 @@ from dnsgw.message.question import (
     scan,
     wire_name,
 )
-from tests.dnsgw.packets import AD, CD, RD, header, name, opt, option, query, question
+from tests.support.dns_packets import AD, CD, RD, header, name, opt, option, query, question
 
 NAME = "p8443-10-1-0-5.b.svc.mesh.internal"
 LONGEST = ".".join(["a" * 63] * 3 + ["b" * 61])  # 255 bytes on the wire

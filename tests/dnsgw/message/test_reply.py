@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dnsgw.message.question import OWNER, ExtendedError, Qtype, Rcode, extended_error, record, scan
 from dnsgw.message.reply import Answer, Presence, answer_prepared, presence, truncate
-from tests.dnsgw.packets import AD, CD, RD, header, opt, option, query, question
+from tests.support.dns_packets import AD, CD, RD, header, opt, option, query, question
 
 NAME = "p8443-10-1-0-5.b.svc.mesh.internal"
 TAIL = record(OWNER, Qtype.A, 5, bytes([10, 0, 0, 9]))

@@ -6,7 +6,7 @@ import pytest
 
 from dnsgw.message.question import Query, scan
 from dnsgw.message.upstream_query import encode, question_key, respelled, restored, subnet_of
-from tests.dnsgw.packets import AD, CD, RD, header, name, opt, option, query, question
+from tests.support.dns_packets import AD, CD, RD, header, name, opt, option, query, question
 
 SUBNET = option(8, b"\0\1\x18\0\x0a\1\2")
 

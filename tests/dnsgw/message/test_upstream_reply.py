@@ -15,7 +15,7 @@ from dnsgw.message.names import Malformed, name_at
 from dnsgw.message.question import ExtendedError, extended_error, scan
 from dnsgw.message.upstream_reply import MAX_CHAIN, MAX_OWNERS, Message
 from dnsgw.upstream.cache import Cache, CacheConfig, key_of
-from tests.dnsgw.packets import AD, RD, header, name, opt, option, query, question
+from tests.support.dns_packets import AD, RD, header, name, opt, option, query, question
 
 CHAIN = """id 1
 flags QR RD RA AA AD

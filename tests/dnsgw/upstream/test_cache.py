@@ -13,7 +13,7 @@ from dnsgw.message.names import Malformed
 from dnsgw.message.question import Qtype, Query, scan
 from dnsgw.message.upstream_reply import Message
 from dnsgw.upstream.cache import Cache, CacheConfig, Entry, answer_cached, key_of
-from tests.dnsgw.packets import AD, CD, RD, header, opt, option, query
+from tests.support.dns_packets import AD, CD, RD, header, opt, option, query
 
 SOA = "test. 60 IN SOA ns.test. admin.test. 1 2 3 4 30"
 

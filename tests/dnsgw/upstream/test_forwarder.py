@@ -15,9 +15,9 @@ from dnsgw.metrics import DnsMetrics, UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.exchange import Failure
 from dnsgw.upstream.forwarder import Forwarder
-from tests.dnsgw.authority import Asked, Authority, serving
-from tests.dnsgw.packets import opt, option, query
-from tests.dnsgw.servers import free_port
+from tests.support.dns_authority import Asked, Authority, serving
+from tests.support.dns_packets import opt, option, query
+from tests.support.dns_servers import free_port
 
 pytestmark = pytest.mark.anyio
 

@@ -16,10 +16,10 @@ from aiohttp import web
 
 from dnsgw import Outcome
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
-from tests.dnsgw.authority import Authority
-from tests.dnsgw.meshes import DOMAIN, mesh, relay
-from tests.dnsgw.packets import opt, query
-from tests.dnsgw.servers import Client, address, running
+from tests.support.dns_authority import Authority
+from tests.support.dns_meshes import DOMAIN, mesh, relay
+from tests.support.dns_packets import opt, query
+from tests.support.dns_servers import Client, address, running
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,10 @@ from discovery.model.mesh import Deletion, Kind
 from dnsgw import Outcome
 from dnsgw.message.question import Qtype
 from dnsgw.upstream.cache import CacheConfig
-from tests.dnsgw.authority import Asked, Authority, serving
-from tests.dnsgw.meshes import DOMAIN, ORDERS, imports, mesh, relay, service
-from tests.dnsgw.packets import opt, option, query
-from tests.dnsgw.servers import Client, address, connected, running
+from tests.support.dns_authority import Asked, Authority, serving
+from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay, service
+from tests.support.dns_packets import opt, option, query
+from tests.support.dns_servers import Client, address, connected, running
 
 pytestmark = pytest.mark.anyio
 

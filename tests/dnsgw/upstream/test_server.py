@@ -11,9 +11,9 @@ import pytest
 from discovery.pacing.backoff import Backoff
 from dnsgw.upstream.exchange import Failure
 from dnsgw.upstream.server import UPSTREAM_LIMITS, UpstreamLimits
-from tests.dnsgw.authority import Authority, serving
-from tests.dnsgw.servers import free_port
 from tests.dnsgw.upstream.test_forwarder import RECORDS, asking, silent
+from tests.support.dns_authority import Authority, serving
+from tests.support.dns_servers import free_port
 
 pytestmark = pytest.mark.anyio
 

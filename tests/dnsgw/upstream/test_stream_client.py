@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dnsgw.upstream.stream_client import Spawn, StreamClient, StreamTiming
-from tests.dnsgw.packets import query
+from tests.support.dns_packets import query
 
 pytestmark = pytest.mark.anyio
 

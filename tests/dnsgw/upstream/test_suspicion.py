@@ -10,9 +10,9 @@ import pytest
 
 from dnsgw.metrics import UpstreamOutcome
 from dnsgw.upstream.exchange import Failure
-from tests.dnsgw.authority import Asked, Authority, serving
-from tests.dnsgw.packets import opt, option
 from tests.dnsgw.upstream.test_forwarder import RECORDS, Asker, asking
+from tests.support.dns_authority import Asked, Authority, serving
+from tests.support.dns_packets import opt, option
 
 pytestmark = pytest.mark.anyio
 

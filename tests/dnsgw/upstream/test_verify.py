@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dnsgw.upstream.verify import Verdict, find_opt, judge, question_of
-from tests.dnsgw.packets import header, name, opt, option, question
+from tests.support.dns_packets import header, name, opt, option, question
 
 QUESTION = question("wWw.Example.test")
 OURS, THEIRS = b"ourcooki", b"theirs.cookie..."

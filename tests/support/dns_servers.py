@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from discovery.model.mesh import Mesh
 from dnsgw import DnsConfig, DnsServer
-from tests.dnsgw.meshes import DOMAIN
+from tests.support.dns_meshes import DOMAIN
 
 
 @contextlib.asynccontextmanager
