@@ -72,5 +72,5 @@ class Clients:
         return key, left
 
     def renew(self) -> None:
-        """Begin another second."""
+        """Start the count of the next second."""
         self.left.clear()

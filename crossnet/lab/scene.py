@@ -18,7 +18,7 @@ UNKNOWN_NETWORK = "nowhere"
 
 
 class Scene:
-    """One play: every client asks for every name."""
+    """The checks of one run: every client asks for every name."""
 
     def __init__(self, stage: Stage, account: Account) -> None:
         self._stage = stage

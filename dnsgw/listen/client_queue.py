@@ -23,7 +23,7 @@ class ClientQueue:
     __slots__ = ("_queues", "_size", "dropped")
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Start with an empty queue."""
         self._queues: dict[Client, deque[Packet]] = {}
         self._size = 0
         self.dropped = 0

@@ -24,13 +24,13 @@ class DualStackConsistency:
     __slots__ = ("_until", "open", "recent")
 
     def __init__(self) -> None:
-        """Begin with nothing."""
+        """Start without remembered answers."""
         self.recent: deque[tuple[Host, bytes]] = deque(maxlen=RECENT)
         self.open: dict[tuple[Host, bytes], Table] = {}
         self._until = 0.0
 
     def keep(self, before: Table, now: float) -> None:
-        """Take notice that this table was followed by another: halves of pairs that it answered are still its own."""
+        """Note that another table follows this one, which still answers the second half of pairs that it began."""
         pairs: dict[tuple[Host, bytes], set[bytes]] = {}
         for host, data in self.recent:
             stop = data.find(0, HEADER_SIZE) + 1

@@ -219,7 +219,7 @@ class Cache:
     """Entries by what was asked, within a number of bytes."""
 
     def __init__(self, config: CacheConfig) -> None:
-        """Begin with nothing."""
+        """Start with an empty cache."""
         self._config = config
         self._small: OrderedDict[bytes, Entry] = OrderedDict()
         self._main: OrderedDict[bytes, Entry] = OrderedDict()

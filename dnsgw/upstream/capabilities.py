@@ -27,7 +27,7 @@ class Capabilities:
     __slots__ = ("_address", "_case_off", "_cookies", "_edns_off", "_secret", "_stream_down", "edns_seen")
 
     def __init__(self, address: bytes, secret: bytes) -> None:
-        """Begin with nothing known; `secret` is for the cookies to this address, 16 random bytes."""
+        """Start without knowledge of the upstream. `secret` is for the cookies to this address, 16 random bytes."""
         self._address = address
         self._secret = secret
         self._case_off = self._edns_off = self._stream_down = 0.0

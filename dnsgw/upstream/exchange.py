@@ -74,7 +74,7 @@ class Pending(dict[int, Attempt]):
     __slots__ = ("stream", "unwanted", "upstream")
 
     def __init__(self, upstream: QueryTarget, *, stream: bool) -> None:
-        """Begin with nothing; `stream`: it is a connection, on which nobody off the path can forge."""
+        """Start without pending questions. `stream`: a connection, on which nobody off the path can forge."""
         super().__init__()
         self.upstream = upstream
         self.stream = stream

@@ -157,7 +157,7 @@ class Forwarder:
         return self._upstreams
 
     def close(self) -> None:
-        """Stop asking: whoever waits is told so, and so is whoever asks from now on."""
+        """Stop: pending questions fail, and so do new ones."""
         self._closed = True
         for upstream in self.upstreams:
             upstream.close()

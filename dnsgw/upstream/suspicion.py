@@ -82,7 +82,7 @@ class Suspicion:
         self._again(exchange, upstream)
 
     def unmatched(self, packet: bytes, pending: Pending) -> None:
-        """Take notice of a packet whose id nobody waits for at this socket: it is late, or somebody guesses."""
+        """Count a packet whose id no question at this socket has: a late answer, or a guess."""
         upstream = pending.upstream
         found = () if pending.stream else self._alike.find(question_of(packet))
         if found:
@@ -114,7 +114,7 @@ class Suspicion:
                 self._over_tcp(exchange, upstream)
 
     def wrong_question(self, exchange: Exchange, pending: Pending) -> None:
-        """Take notice of a packet with the id of a question that it does not answer."""
+        """Count a packet that has the id of a question and does not answer it."""
         self._counts[UpstreamOutcome.WRONG_QUESTION] += 1
         self._unwanted(pending)
         if not pending.stream:

@@ -17,7 +17,7 @@ DEFAULT_READ_BYTES = 64 * 1024
 
 
 class StreamClosed(ConnectionError):
-    """Raised to whoever waits on a stream that our own side has closed."""
+    """Our own side has closed the stream that a read or write waits for."""
 
 
 class ByteStream(Protocol):
@@ -82,7 +82,7 @@ class ByteStream(Protocol):
         """Let others run where the quantum is used up. Errors as for `readable`."""
 
     def expire(self) -> None:
-        """Let whoever waits to read, and whoever would, get a TimeoutError."""
+        """Make pending and later reads raise TimeoutError."""
 
     def try_send(self, buffers: Iterable[Buffer], flags: int = 0) -> int:
         """Write what the stream takes right now, and say how many bytes it took. Errors as for `send`."""
@@ -100,7 +100,7 @@ class ByteStream(Protocol):
         """Say that we write no more; reading goes on. Quietly nothing where the connection is gone already."""
 
     def close(self) -> None:
-        """Close; whoever waits gets StreamClosed."""
+        """Close; pending reads and writes raise StreamClosed."""
 
     def reset(self) -> None:
         """Close so that the far end cannot mistake it for an end. Unsent bytes are dropped."""

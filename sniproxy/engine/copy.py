@@ -51,7 +51,7 @@ class CopyDirection:
         pool: PipePool = POOL,
         pace: Callable[[int], float] | None = None,
     ) -> None:
-        """Begin with nothing moved, between these wires.
+        """Copy between these streams.
 
         Args:
             pace: told how many bytes were moved; returns for how many seconds to move no more.

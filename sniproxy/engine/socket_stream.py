@@ -222,7 +222,7 @@ class SocketStream:
             raise TimeoutError
 
     def expire(self) -> None:
-        """Let whoever waits to read, and whoever would, get a TimeoutError: this wire's time is over."""
+        """Make pending and later reads raise TimeoutError: this stream's time is over."""
         self._expired = True
         if self._read_waiter is not None and not self._read_waiter.done():
             self._read_waiter.set_exception(TimeoutError())
@@ -317,7 +317,7 @@ class SocketStream:
                     raise
 
     def close(self) -> None:
-        """Close; whoever waits gets WireClosed. The kernel turns it into a reset if unread bytes are left."""
+        """Close; pending reads and writes raise StreamClosed. The kernel sends a reset if unread bytes are left."""
         if self.closed:
             return
         self.closed = True

@@ -32,7 +32,7 @@ MAX_TRACKED: Final = 4096
 class _Way:
     streams: int = 0
     failures: int = 0
-    """In a row."""
+    """Consecutive ones."""
     out_until: float = 0.0
 
 
@@ -41,7 +41,7 @@ class Failed:
     """What a failure has led to."""
 
     failures: int
-    """In a row."""
+    """Consecutive ones."""
     seconds: float
     """How long the way is left out; 0: not yet."""
 
@@ -56,7 +56,7 @@ class UpstreamHealth:
         is_ready: Callable[[Candidate], bool] = lambda _way: False,
         rng: random.Random | None = None,
     ) -> None:
-        """Know nothing yet.
+        """Start with every way counted as healthy.
 
         Args:
             clock: gives seconds that never go back.

@@ -43,7 +43,7 @@ class StreamRecord:
     down: CopyDirection | None = None
     detail: str = ""
     end: Callable[[], object] | None = None
-    """Ends the stream from outside; set by whoever runs it."""
+    """Ends the stream from outside; set by its owner."""
     _times: dict[str, float] = field(default_factory=dict)
 
     def mark(self, step: str) -> None:

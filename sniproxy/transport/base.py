@@ -125,7 +125,7 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """A connection that a gateway takes in: the next byte is the relay's first. Whoever takes it owns the stream."""
+    """A connection that a gateway takes in: the next byte is the relay's first. Its taker owns the stream."""
 
     stream: "ByteStream"
     traits: Traits

@@ -27,7 +27,7 @@ class Renewal(StrEnum):
     REPLACED = "replaced"
     """The server gives a living allocation no new ones: another one is made and published, then the old one retired."""
     FAILED = "failed"
-    """Tried again."""
+    """It failed and is tried again."""
 
 
 class ManagedAllocation:

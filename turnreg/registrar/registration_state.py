@@ -141,13 +141,13 @@ class RegistrationState(Generic[H]):
     """What a registration holds. Times are seconds on one monotonic clock."""
 
     def __init__(self, config: "RegistrarConfig", *, may_keep: Callable[[H], bool]) -> None:
-        """Begin with nothing. `may_keep` says whether a retired allocation's address is still allowed."""
+        """Start without an allocation. `may_keep` says whether a retired allocation's address is still allowed."""
         self.config = config
         self.current: H | None = None
         self.coming: H | None = None
         self.retired: list[H] = []
         self.failures = 0
-        """In a row."""
+        """Consecutive ones."""
         self.retry_at = 0.0
         self.draining = False
         """Nothing is wanted any more, ever."""

@@ -155,7 +155,7 @@ class DatagramSocket:
         return None
 
     def close(self) -> None:
-        """Close; whoever waits gets an OSError."""
+        """Close; pending reads raise OSError."""
         if self.closed:
             return
         self.closed = True

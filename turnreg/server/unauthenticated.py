@@ -1,4 +1,4 @@
-"""Connections that have not shown credentials yet: at most so many, and whoever brings most of them pays for too many."""
+"""Connections that are not authenticated yet. When there are too many, the oldest one of the busiest client is closed."""
 
 from typing import Generic, TypeVar
 

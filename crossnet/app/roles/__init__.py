@@ -1,4 +1,4 @@
-"""The roles, one module each, in the order in which they start: each finds ready what it asks at its start."""
+"""The roles, one module each, in the order in which they start: each depends only on those before it."""
 
 from crossnet.app.role import Role
 from crossnet.app.roles.discovery_server import DiscoveryServerRole
