@@ -76,7 +76,7 @@ class AllocationFactory:
         on_stream: Callable[[Bound], None],
         on_bind: Callable[[BindResult], None],
     ) -> None:
-        """Make allocations for one registration. `via`, `turn` and `record` are the network, the TURN server and the allocation's record."""
+        """Make allocations for one registration. `via`, `turn` and `record`: network, TURN server, and the allocation's record."""
         self.config = config
         self._discovery, self._destinations, self._peers = discovery, destinations, peers
         self._via, self._turn, self._record = via, turn, record
