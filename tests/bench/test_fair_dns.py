@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.fair_dns import CLIENTS, DRAIN_S, HOST, LIMIT_S, Resolver, flooding, took_ms
+from bench.fair_dns import CLIENTS, HOST, Resolver, flooding, took_ms
+from bench.fairness import DRAIN_S, LIMIT_S
 
 QUESTIONS_S = 1.0
 

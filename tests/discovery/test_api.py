@@ -547,7 +547,11 @@ async def test_certificates_in_place_of_tokens_and_both_renewed(
         assert status == 200
         assert (await ask("stranger"))[0] == 401
         assert (await ask(None))[0] == 401
-        files = {"ca_file": tmp_path / "servers.pem", "cert_file": tmp_path / "gw.pem", "key_file": tmp_path / "gw.key"}
+        files: dict[str, Any] = {
+            "ca_file": tmp_path / "servers.pem",
+            "cert_file": tmp_path / "gw.pem",
+            "key_file": tmp_path / "gw.key",
+        }
         async with run(DiscoveryClient(DiscoveryClientConfig(urls=[url], network="b", **files))) as client:
             client.publish(Kind.GATEWAY, "gw-1", GatewaySpec(address="10.9.0.1:7443"))
             assert await client.settled(5)

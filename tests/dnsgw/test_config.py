@@ -4,8 +4,8 @@ from ipaddress import ip_address
 
 import pytest
 
+from discovery.model.addresses import PRIVATE_RANGES
 from dnsgw import DnsConfig
-from dnsgw.config import PRIVATE_RANGES
 
 
 def test_defaults() -> None:

@@ -96,7 +96,7 @@ class Signed:
         text += "alias 60 IN CNAME www\nold 60 IN DNAME example.test.\n"
         self.zone = dns.zone.from_text(text, self.origin, relativize=False)
         key = ec.generate_private_key(ec.SECP256R1())
-        self.key = dns.dnssec.make_dnskey(key.public_key(), dns.dnssec.Algorithm.ECDSAP256SHA256, flags=257)
+        self.key = dns.dnssec.make_dnskey(key.public_key(), dns.dnssec.Algorithm.ECDSAP256SHA256, flags=257)  # type: ignore[attr-defined]
         with self.zone.writer() as transaction:
             now = int(time.time())
             dns.dnssec.sign_zone(

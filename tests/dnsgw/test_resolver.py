@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from ipaddress import ip_network
+from typing import Any
 
 import dns.flags
 import dns.message
@@ -217,7 +218,7 @@ def test_private_addresses_may_ask_unless_told_otherwise(host: str, allowed: boo
 
 # Imported names of which upstream has the first word.
 
-LOCAL = {"imports": imports("local")}
+LOCAL: dict[str, Any] = {"imports": imports("local")}
 
 
 async def asked_both(client: Client, name: str) -> dict[str, list[str]]:
@@ -509,7 +510,7 @@ async def test_the_last_relays_for_a_while_if_told_so() -> None:
             server.apply(mesh())
             reply = await client.ask(query(ADDRESS, edns=opt()))
             assert addresses(reply) == ["10.0.0.9"]
-            assert [int(found.code) for found in read(reply).options] == [3]  # type: ignore[attr-defined]
+            assert [int(found.code) for found in read(reply).options] == [3]
             async with asyncio.timeout(5):
                 while read(reply := await client.ask(query(ADDRESS))).rcode() != dns.rcode.SERVFAIL:
                     assert addresses(reply) == ["10.0.0.9"]

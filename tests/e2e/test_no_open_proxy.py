@@ -104,10 +104,14 @@ async def test_what_no_list_can_allow_by_being_wide(network: str) -> None:
         assert reached == []
 
 
+async def read_to_the_end(wire: SocketStream) -> None:
+    await read_all(wire)
+
+
 @pytest.mark.parametrize("turn", ["embedded", "direct"])
 async def test_our_own_parts_are_no_services_where_loopback_is_allowed(turn: str) -> None:
     async with a_path(turn) as path:
-        admin = await path.serve(lambda wire: read_all(wire))
+        admin = await path.serve(read_to_the_end)
         path.relay.reconfigure(
             replace(path.relay.config, deliver=LOOPBACK, guard=(("127.0.0.1", admin),)), path.relay._router.keys
         )
@@ -180,7 +184,7 @@ async def captured(path: Path) -> Captured:
     path.discovery.put(
         record(Kind.GATEWAY, "b", "gw-1", GatewaySpec(address=f"127.0.0.1:{tap}", proto=proto(path.gateway)))
     )
-    name = name_of(await path.serve(lambda wire: read_all(wire)))
+    name = name_of(await path.serve(read_to_the_end))
     client = await path.dial(name)
     client.shutdown_write()
     assert await read_all(client) == b""
@@ -193,7 +197,8 @@ async def play(address: tuple[str, int], data: bytes) -> list[object]:
     """Write these bytes to a gateway; give what it says, in its own words."""
     wire = await connect(*address, timeout_s=10)
     await wire.send(data)
-    framed, said = CapsuleConnection(wire, Side.RELAY), []
+    framed = CapsuleConnection(wire, Side.RELAY)
+    said: list[object] = []
     try:
         async with asyncio.timeout(10):
             while not any(isinstance(message, Refused) for message in said):

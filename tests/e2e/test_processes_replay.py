@@ -174,7 +174,7 @@ async def a_site(folder: Path) -> AsyncIterator[Site]:
                 wire.close()
 
         serving = group.create_task(service.serve(serve))
-        stack.callback(lambda: [process.kill() for process in site.processes])
+        stack.callback(lambda: [process.kill() for process in site.processes])  # type: ignore[func-returns-value]
         try:
             yield site
         finally:

@@ -71,7 +71,7 @@ async def test_rules_by_name(tmp_path: Path) -> None:
             spec = {"name": ORDERS, "ports": {"8443": [endpoint]}}
             assert mesh.records_command("put", "service", ORDERS, json.dumps(spec)).returncode == 0
             for part in ("gateway", "relay"):
-                await mesh.eventually(f"{part} knows the service", lambda part=part: mesh.records(part, "service"))
+                await mesh.eventually(f"{part} knows the service", lambda part=part: mesh.records(part, "service"))  # type: ignore[misc]
             await mesh.eventually("the relay knows the way", lambda: mesh.records("relay", "gateway"))
             spellings = [
                 ORDERS,

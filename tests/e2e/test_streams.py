@@ -33,7 +33,7 @@ async def skip_hello(wire: SocketStream, hello: bytes) -> None:
 @pytest.mark.parametrize("turn", TURNS)
 async def test_question_and_answer(turn: str) -> None:
     async with a_path(turn) as path:
-        names = []
+        names = []  # type: ignore[var-annotated]
 
         async def service(wire: SocketStream) -> None:
             await skip_hello(wire, client_hello(names[0]))
@@ -59,7 +59,7 @@ async def test_early_bytes_before_a_late_bind_arrive_in_order(turn: str, hello_b
     early = os.urandom(3_000_000)
     async with a_path(turn, bind_delay_s=0.4) as path:
         seen: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        hellos = []
+        hellos = []  # type: ignore[var-annotated]
 
         async def service(wire: SocketStream) -> None:
             await skip_hello(wire, hellos[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.datagram import Target
+from tests.fuzz.datagram import Target  # type: ignore[attr-defined]
 
 CORPUS = [path.read_bytes() for path in sorted((Path(__file__).parent / "datagram").iterdir())]
 

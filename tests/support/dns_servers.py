@@ -20,14 +20,16 @@ async def running(
 ) -> AsyncIterator[DnsServer]:
     """A server on free ports that knows this mesh, if any, and asks these ports of loopback."""
     made_with = {key: config.pop(key) for key in ("claim", "timing", "resolv_conf_port") if key in config}
+    asked: dict[str, Any] = {"resolv_conf": Path("/nonexistent")}
+    if upstream_ports:
+        asked = {"upstream": tuple((ip_address("127.0.0.1"), port) for port in upstream_ports)}
     server = DnsServer(
         DnsConfig(
             network="a",
             domain=DOMAIN,
             loop_probe=config.pop("loop_probe", False),
             listen=tuple((ip_address(address), 0) for address in listen),
-            **{"upstream": tuple((ip_address("127.0.0.1"), port) for port in upstream_ports)} if upstream_ports else {},
-            **{"resolv_conf": Path("/nonexistent"), **config} if not upstream_ports else config,
+            **asked | config,
         ),
         **made_with,
     )

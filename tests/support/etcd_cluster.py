@@ -88,7 +88,7 @@ class Member:
             status = self.ask("maintenance/status", {}, 1.0)
         except OSError:
             return False
-        return status.get("leader") == status["header"]["member_id"]  # type: ignore[index]
+        return status.get("leader") == status["header"]["member_id"]  # type: ignore[index,no-any-return]
 
 
 @contextlib.contextmanager

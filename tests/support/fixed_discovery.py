@@ -33,10 +33,19 @@ class FixedDiscovery:
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
         return self._subscribers.add(callback)
 
-    def publish(self, kind: Kind, id: str, spec: Spec, *, network: str | None = None, leased: bool = True) -> None:  # noqa: A002
+    def publish(
+        self,
+        kind: Kind,
+        id: str,  # noqa: A002
+        spec: Spec,
+        *,
+        network: str | None = None,
+        leased: bool = True,
+        if_absent: bool = False,
+    ) -> None:
         self.put(record(kind, network or "?", id, spec))
 
-    def withdraw(self, kind: Kind, id: str) -> None:  # noqa: A002
+    def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
         pass
 
     async def settled(self, timeout_s: float) -> bool:

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
-from sniproxy.engine import Listener, SocketStream, connect
+from sniproxy.engine import ByteStream, Listener, SocketStream, connect
 from sniproxy.transport.base import Accepted
 from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.capsules import CapsuleType, header
@@ -48,7 +48,7 @@ class Visit:
     """How long the gateway said that it may take to wake the service."""
 
     @property
-    def wire(self) -> SocketStream:
+    def wire(self) -> ByteStream:
         return self.framed.stream
 
     async def answer(self) -> Message:

@@ -53,7 +53,17 @@ class HandDiscovery:
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
-    def publish(self, kind: Kind, id: str, spec: Spec, *, network: str | None = None, leased: bool = True) -> None:  # noqa: A002
+    def publish(
+        self,
+        kind: Kind,
+        id: str,  # noqa: A002
+        spec: Spec,
+        *,
+        network: str | None = None,
+        leased: bool = True,
+        if_absent: bool = False,
+    ) -> None:
+        assert not if_absent
         assert kind is Kind.ALLOCATION
         assert isinstance(spec, AllocationSpec)
         assert network is None

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import trustme
 
-from sniproxy.engine import SocketStream, TlsStream
+from sniproxy.engine import ByteStream, SocketStream, TlsStream
 
 TLS_NAME = "turn.example"
 
@@ -68,7 +68,7 @@ def nothing_large_kept() -> Iterator[None]:
     assert [str(trace) for trace in kept.traces if trace.size >= 16 * 1024] == []
 
 
-async def read_all(wire: SocketStream, limit_s: float = 20) -> bytes:
+async def read_all(wire: ByteStream, limit_s: float = 20) -> bytes:
     """Read to the end of the stream; a reset is an error."""
     chunks = []
     async with asyncio.timeout(limit_s):
@@ -77,7 +77,7 @@ async def read_all(wire: SocketStream, limit_s: float = 20) -> bytes:
     return b"".join(chunks)
 
 
-async def until_reset(wire: SocketStream, limit_s: float = 20) -> None:
+async def until_reset(wire: ByteStream, limit_s: float = 20) -> None:
     """Read until the peer's reset; a clean end fails the test."""
     async with asyncio.timeout(limit_s):
         with pytest.raises(ConnectionResetError):

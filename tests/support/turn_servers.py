@@ -13,6 +13,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def allocation_on(
     credentials: Credentials = LOGIN,
     peers: frozenset[str] = LOOPBACK,
     timing: Timing | None = None,
-    **options: int,
+    **options: Any,
 ) -> Allocation:
     return Allocation(
         address=server.address,

@@ -53,8 +53,8 @@ class View(HandDiscovery):
         self._board.records[kind, "b", id] = Record(kind=kind, network="b", id=id, revision=1, spec=spec)
         self._board.tell()
 
-    def withdraw(self, kind: Kind, id: str) -> None:  # noqa: A002
-        super().withdraw(kind, id)
+    def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
+        super().withdraw(kind, id, network=network)
         del self._board.records[kind, "b", id]
         self._board.tell()
 

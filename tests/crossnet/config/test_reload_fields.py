@@ -265,7 +265,7 @@ class Inside:
         made = role_configs.relay_config(config, config.relay, relay.config.guard)
         assert plain(relay.config) == plain(made)
         assert relay._upstreams.pool.size == made.pool
-        assert {transport._config.zone for transport in relay._router.transports} == {made.zone}
+        assert {transport._config.zone for transport in relay._router.transports} == {made.zone}  # type: ignore[attr-defined]
         for key in role_configs.keys(config).values():
             assert relay._router.keys.get(key.from_network, key.to_network) is not None
 

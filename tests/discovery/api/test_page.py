@@ -40,7 +40,7 @@ class Text(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.text, self.links, self._open = "", [], []
+        self.text, self.links, self._open = "", [], []  # type: ignore[var-annotated]
         self.feed(html)
         assert self._open == []
 

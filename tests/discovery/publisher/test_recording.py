@@ -225,7 +225,7 @@ async def test_kubectl_takes_the_tests_own_server_for_a_cluster(tmp_path: Path) 
             put_service(kube, "orders")
             put_service(kube, "new")
             kube.delete("services", "shop", "cart")
-            decoder, text, told = json.JSONDecoder(), "", []
+            decoder, text, told = json.JSONDecoder(), "", []  # type: ignore[var-annotated]
             async with asyncio.timeout(LIMIT_S):
                 while len(told) < 3:
                     text += (await watching.stdout.read(65536)).decode()

@@ -124,7 +124,7 @@ async def test_listing_by_kind_and_network(store: Store) -> None:
     async def keys(kind: Kind | None = None, network: str | None = None) -> list[object]:
         snapshot = await store.snapshot(kind, network)
         assert snapshot.revision == base + 3
-        return sorted(record.key for record in snapshot.records)
+        return sorted(record.key for record in snapshot.records)  # type: ignore[return-value]
 
     assert await keys() == [(Kind.NETWORK, "b", "b"), (Kind.NETWORK, "c", "c"), KEY]
     assert await keys(Kind.NETWORK) == [(Kind.NETWORK, "b", "b"), (Kind.NETWORK, "c", "c")]

@@ -39,7 +39,7 @@ def ask(of: Table, name: str | bytes, qtype: int = Qtype.A) -> dns.message.Messa
     assert isinstance(decision, Answer), decision
     reply = decision.reply(read, 1232)
     again = of.answer_at_once(data)
-    if decision.rcode != dns.rcode.NXDOMAIN and again is not None:
+    if decision.rcode != dns.rcode.NXDOMAIN and again is not None:  # type: ignore[comparison-overlap]
         assert (again[:12], len(again)) == (reply[:12], len(reply))
     assert reply[12 : 12 + len(read.question)] == read.question
     return dns.message.from_wire(reply)

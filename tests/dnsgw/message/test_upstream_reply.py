@@ -297,7 +297,7 @@ def test_a_message_full_of_long_names_takes_no_long_work() -> None:
     asked = b"\1a" * 127 + b"\0"
     head = question(asked)
     for owner in (lambda n: b"\1b" + b"\xc0\x0e", lambda n: b"\xc0" + bytes((14 + 2 * (n % 100),))):
-        record = [owner(n) + bytes.fromhex("0005 0001 00000001 0002 c00c") for n in range(4000)]
+        record = [owner(n) + bytes.fromhex("0005 0001 00000001 0002 c00c") for n in range(4000)]  # type: ignore[no-untyped-call]
         packet = header(1, 0x8180, (1, len(record), 0, 0)) + head + b"".join(record)
         names: list[int] = []
 

@@ -143,7 +143,7 @@ def test_questions_that_may_be_answered_otherwise_are_not_looked_up(other: bytes
 
 def test_what_changes_the_answer_is_kept_apart_and_nothing_else() -> None:
     shapes = [{"flags": RD | bits, "edns": edns} for bits in (0, AD, CD, AD | CD) for edns in (b"", opt(do=True))]
-    keys = [key_of(asked(**shape)) for shape in shapes]
+    keys = [key_of(asked(**shape)) for shape in shapes]  # type: ignore[arg-type]
     assert len(set(keys)) == 4
     for options in (option(10, b"12345678"), option(8, b"\0\1\x18\0\x0a\0\0"), option(65001)):
         assert key_of(asked(edns=opt(512, options=options, z=7))) == key_of(asked(flags=RD | 0x40)) == key_of(asked())

@@ -380,7 +380,7 @@ def test_whatever_the_records_were_and_whatever_is_asked(
     name = data.draw(st.sampled_from(asked))
     for claimed in [(owner, port) for owner in SERVICES for port in (443, 8443)] + [*map(parse_endpoint, ENDPOINTS)]:
         try:
-            target = reached(name, *claimed, mesh, "b", D).target
+            target = reached(name, *claimed, mesh, "b", D).target  # type: ignore[call-arg]
         except Unresolved:
             continue
         is_address = isinstance(target, AddressTarget)

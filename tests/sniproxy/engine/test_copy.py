@@ -154,7 +154,7 @@ async def test_bulk_goes_through_a_pipe_that_is_given_back(
     payload = os.urandom(1 << 20) * 24
     used: list[int] = []
     give_back = pool.give_back
-    monkeypatch.setattr(pool, "give_back", lambda pipe: (used.append(pipe.held), give_back(pipe)))
+    monkeypatch.setattr(pool, "give_back", lambda pipe: (used.append(pipe.held), give_back(pipe)))  # type: ignore[func-returns-value]
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(joining.run())
         for source in (left, right):

@@ -41,7 +41,7 @@ def test_a_sandbox_without_netlink(address: str, own: bool, monkeypatch: pytest.
             raise PermissionError(errno.EPERM, "not in this sandbox")
         return make(family, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(host_addresses.socket, "socket", without_netlink)
+    monkeypatch.setattr(host_addresses.socket, "socket", without_netlink)  # type: ignore[attr-defined]
     assert is_own_address(ipaddress.ip_address(address)) is own
 
 

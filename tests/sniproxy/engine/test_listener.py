@@ -197,7 +197,7 @@ async def test_a_connection_whose_task_never_ran_is_closed() -> None:
             serving.cancel()  # between the accept and the first step of the connection's task
             return accept_batch(*arguments)  # type: ignore[arg-type]
 
-        listener._accept_batch = then_cancel  # type: ignore[method-assign]
+        listener._accept_batch = then_cancel  # type: ignore[method-assign,assignment]
     async with asyncio.timeout(5):
         assert await client.recv() == b""
     client.close()

@@ -262,7 +262,7 @@ async def test_a_read_opens_no_more_than_so_many_records(joined: tuple[SocketStr
     for _ in range(records):
         await client.send(b"x")
     await asyncio.sleep(0.05)  # until all of them have arrived
-    sizes = []
+    sizes = []  # type: ignore[var-annotated]
     while sum(sizes) < records:
         sizes.append(len(await server.recv()))
     assert max(sizes) <= MAX_RECORDS_AT_ONCE

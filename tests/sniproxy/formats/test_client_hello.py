@@ -327,7 +327,7 @@ def executed_lines(call: Callable[[], object]) -> int:
         return None
 
     before = sys.gettrace()
-    sys.settrace(trace)
+    sys.settrace(trace)  # type: ignore[arg-type]
     try:
         call()
     finally:

@@ -150,7 +150,7 @@ async def test_rules_for_another_networks_service_hold_for_every_name(pattern: s
     ],
 )
 async def test_address_names_are_forbidden_as_such(rules: list[dict[str, str]]) -> None:
-    async with remote(*(Rule.parse(**rule) for rule in rules)) as running:  # type: ignore[arg-type]
+    async with remote(*(Rule.parse(**rule) for rule in rules)) as running:
         for name in names("b"):
             assert await is_carried(running, name), name
         assert not await is_carried(running, name_of(8443, network="b"))

@@ -48,7 +48,7 @@ def key(to: str) -> SigningKey:
 
 def router(**changes: Any) -> Router:
     """Network a's relay, with keys for b and c; the order of candidates is that of the records."""
-    reach = {"deliver": NOTHING, "direct": EVERYTHING, "guard": LoopGuard("a"), "zone": ""}
+    reach: dict[str, Any] = {"deliver": NOTHING, "direct": EVERYTHING, "guard": LoopGuard("a"), "zone": ""}
     reach |= {name: changes.pop(name) for name in reach if name in changes}
     made = Router(
         network="a",

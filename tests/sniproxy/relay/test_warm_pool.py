@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ async def mute(gateway: CapsuleConnection) -> None:
 
 
 @asynccontextmanager
-async def a_pool(size: int = 2, far: Far = kept, **timing: float) -> AsyncIterator[Running]:
+async def a_pool(size: int = 2, far: Far = kept, **timing: Any) -> AsyncIterator[Running]:
     running = Running(size, far, WarmTiming(retry=Backoff(0.001, 0.002), **timing))
     async with asyncio.TaskGroup() as running.group:
         task = running.group.create_task(running.pool.run())
@@ -276,7 +277,7 @@ async def test_many_take_at_once_and_none_is_given_twice() -> None:
         async def take() -> None:
             framed = await running.pool.take(way())
             if framed is not None:
-                taken.append(framed.stream)
+                taken.append(framed.stream)  # type: ignore[arg-type]
 
         async with asyncio.TaskGroup() as group:
             for _ in range(20):

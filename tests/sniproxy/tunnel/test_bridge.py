@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.support.streams import nothing_large_kept, pair, read_all, until_rese
 
 pytestmark = pytest.mark.anyio
 
-LIMITS = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
+LIMITS: dict[str, Any] = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
 
 
 @pytest.fixture(autouse=True)
@@ -291,7 +292,7 @@ class Half:
     our_plain: SocketStream
 
     def carry(self, side: Side, **options: object) -> StreamBridge:
-        return StreamBridge(self.our_plain, self.ours, side, **{**LIMITS, **options})  # type: ignore[arg-type]
+        return StreamBridge(self.our_plain, self.ours, side, **{**LIMITS, **options})
 
 
 @pytest.fixture(params=[Side.RELAY, Side.GATEWAY], ids=["relay", "gateway"])
@@ -510,7 +511,7 @@ async def test_continued_and_then_nothing(half: Half, monkeypatch: pytest.Monkey
     await half.peer.send(Continued())
 
     async def never() -> CapsuleConnection:
-        return await asyncio.get_running_loop().create_future()
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
     async with asyncio.timeout(5):
         assert await half.carry(Side.GATEWAY, second=never).run() is Reason.TRUNCATED
@@ -519,9 +520,9 @@ async def test_continued_and_then_nothing(half: Half, monkeypatch: pytest.Monkey
 @GATEWAY
 async def test_a_gateway_tells_what_it_has_received(half: Half) -> None:
     async def never() -> CapsuleConnection:
-        return await asyncio.get_running_loop().create_future()
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
-    counts = []
+    counts = []  # type: ignore[var-annotated]
     async with asyncio.TaskGroup() as group:
         group.create_task(half.carry(Side.GATEWAY, second=never).run())
         for _ in range(10):

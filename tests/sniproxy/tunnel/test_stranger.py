@@ -47,7 +47,7 @@ def test_it_is_a_stranger() -> None:
 
 def of_the_vectors(**more: bool) -> StrangerGateway:
     keys = {key.id: (key.from_network, key.to_network, key.secret) for key in KEYS.values()}
-    return StrangerGateway("b", VECTORS["gateway"]["addressee"], keys, EPOCH, **more)
+    return StrangerGateway("b", VECTORS["gateway"]["addressee"], keys, EPOCH, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", HEADERS)

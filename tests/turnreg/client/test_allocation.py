@@ -202,8 +202,8 @@ async def test_no_server() -> None:
     assert error.detail == "Connection refused"
 
 
-@COTURN.marks[0]
-@COTURN.marks[1]
+@COTURN.marks[0]  # type: ignore[index,untyped-decorator]
+@COTURN.marks[1]  # type: ignore[index,untyped-decorator]
 async def test_a_killed_server_ends_the_allocation() -> None:
     server = Coturn()
     try:

@@ -91,7 +91,7 @@ async def test_silence_ends_a_bind() -> None:
 @pytest.mark.parametrize("code", [401, 438])
 async def test_a_refusal_for_the_nonce_is_tried_again_with_a_proved_one(code: int) -> None:
     script = {"create_permission": [good, error(438, nonce="n1"), good]}
-    async with announcing(error(code, nonce="useless"), good, **script) as (server, holding):
+    async with announcing(error(code, nonce="useless"), good, **script) as (server, holding):  # type: ignore[arg-type]
         server.announce(7)
         await holding.stream()
         binds = [request for request in server.requests if request.method == Method.CONNECTION_BIND]

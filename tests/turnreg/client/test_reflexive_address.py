@@ -25,7 +25,7 @@ def mapped(request: Message) -> bytes:
 
 
 async def test_what_is_no_answer_is_passed_over() -> None:
-    other = Message(Method.BINDING, 2, bytes(12)).pack()
+    other = Message(Method.BINDING, 2, bytes(12)).pack()  # type: ignore[arg-type]
     async with scripted({Method.BINDING: [lambda request: other + other + mapped(request)]}) as server:
         assert await mapped_address(server.address, server.port, 5.0) == "192.0.2.7"
 
@@ -37,7 +37,7 @@ async def test_what_is_no_answer_is_passed_over() -> None:
         (lambda request: mapped(request)[:25], TurnReason.TIMEOUT),
         (lambda _: b"HTTP/1.1 400 Bad Request\r\n\r\n", TurnReason.MALFORMED),
         (lambda request: request.success().pack(), TurnReason.BAD_ANSWER),
-        (lambda request: Message(request.method, 2, bytes(12)).pack() * 20, TurnReason.BAD_ANSWER),
+        (lambda request: Message(request.method, 2, bytes(12)).pack() * 20, TurnReason.BAD_ANSWER),  # type: ignore[arg-type]
         (error(500), TurnReason.REJECTED),
         (error(300), TurnReason.REDIRECTED),
     ],

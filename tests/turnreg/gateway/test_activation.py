@@ -289,7 +289,7 @@ async def test_nothing_is_woken(tmp_path: Path, why: str) -> None:
     policy = Policy((Rule.parse(action="deny", sources=["a"]),)) if why == "denied" else Policy()
     endpoints = ["192.0.2.1:8443"] if why == "not allowed" else []
     changes = {"activate": (rule(counted(tmp_path)),), "policy": policy}
-    async with a_gateway(asleep(*endpoints, name=name), **changes) as running:
+    async with a_gateway(asleep(*endpoints, name=name), **changes) as running:  # type: ignore[arg-type]
         refused = await (await visit(running, target)).refused(after_ready=True)
         assert refused.reason in {Reason.NO_ENDPOINT, Reason.DIAL_FAILED, Reason.UNKNOWN_NAME, Reason.DENIED}
     assert runs(tmp_path) == []

@@ -41,7 +41,7 @@ def known(name: str, *endpoints: str, id: str = "") -> AnyRecord:  # noqa: A002 
 @asynccontextmanager
 async def gateway_of_two(*rules: Rule, **config: object) -> AsyncIterator[tuple[Running, Service, Service]]:
     """A gateway with two services, of which the second is nobody's business."""
-    async with a_gateway(policy=Policy(rules), **config) as running:
+    async with a_gateway(policy=Policy(rules), **config) as running:  # type: ignore[arg-type]
         yield running, await running.service(), await running.service(DB)
 
 

@@ -34,7 +34,7 @@ async def test_brought_then_taken() -> None:
         assert not continuations.awaits(STREAM)
         assert not framed.stream.closed
     assert framed.stream.closed
-    far.close()
+    far.close()  # type: ignore[unreachable]
 
 
 async def test_waited_for() -> None:
@@ -42,7 +42,7 @@ async def test_waited_for() -> None:
     framed, far = await connection()
     with continuations.expected(STREAM) as take:
         async with asyncio.TaskGroup() as group:
-            taking = group.create_task(take())  # type: ignore[arg-type]
+            taking = group.create_task(take())  # type: ignore[arg-type,var-annotated]
             await asyncio.sleep(0)
             assert continuations.bring(replace(STREAM, attempt=7), framed)
         assert taking.result() is framed

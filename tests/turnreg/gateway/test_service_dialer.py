@@ -79,7 +79,7 @@ async def refused(delivering: ServiceDialer, target: str) -> Undeliverable:
 
 def asking(target: str, **changes: object) -> Preamble:
     """A preamble with a name that has this target."""
-    return preamble(target, authority=name_for(target), **changes)
+    return preamble(target, authority=name_for(target), **changes)  # type: ignore[arg-type]
 
 
 # --- what is reached ------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ async def test_real_servers_read_whose_connection_it_is(tmp_path: Path, kind: st
     that spoke for the client, the line is of the one family that holds both."""
     with webserver(kind, tmp_path / kind) as port:
         for asked in ("v1", "v2"):
-            delivering = delivery(service(f"127.0.0.1:{port}", proxy_protocol=asked))  # type: ignore[arg-type]
+            delivering = delivery(service(f"127.0.0.1:{port}", proxy_protocol=asked))
             for client, local, seen in (
                 (("198.51.100.7", 40000), ("10.0.0.9", 443), ("198.51.100.7", "10.0.0.9")),
                 (("2001:db8::7", 1), ("2001:db8::9", 443), ("2001:db8::7", "2001:db8::9")),

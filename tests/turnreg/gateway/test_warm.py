@@ -11,7 +11,7 @@ import pytest
 from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.messages import Message, Open, Opened, Ping, Pong, Ready, Refused
 from sniproxy.tunnel.preamble import SigningKey, WarmPreamble, sign
-from tests.support.gateways import KEY, Running, Visit, a_gateway, data
+from tests.support.gateways import KEY, Running, Visit, a_gateway, data  # type: ignore[attr-defined]
 from tests.support.hellos import client_hello
 from tests.support.preambles import preamble
 

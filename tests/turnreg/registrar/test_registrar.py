@@ -179,8 +179,8 @@ async def test_records_come_and_go() -> None:
             assert ours.count("allocations") == 2
 
 
-@COTURN.marks[0]
-@COTURN.marks[1]
+@COTURN.marks[0]  # type: ignore[index,untyped-decorator]
+@COTURN.marks[1]  # type: ignore[index,untyped-decorator]
 async def test_a_killed_and_restarted_server_has_us_again_and_the_other_never_lost_us() -> None:
     stock = Coturn()
     try:
@@ -274,8 +274,8 @@ async def test_credentials_are_renewed_in_place_where_the_server_allows_it() -> 
                 end.close()
 
 
-@COTURN.marks[0]
-@COTURN.marks[1]
+@COTURN.marks[0]  # type: ignore[index,untyped-decorator]
+@COTURN.marks[1]  # type: ignore[index,untyped-decorator]
 async def test_an_allocation_is_replaced_before_its_credentials_expire_where_the_server_allows_no_others() -> None:
     relays = relay({"turn-1": ["127.0.0.1"]})
     with turn_server("coturn", secret="north") as server:
@@ -436,7 +436,7 @@ async def test_handing_over_leaves_the_record_to_the_successor_and_keeps_streams
             assert not ours.registrar.settled
             port = (await ours.publishes(ID)).port
             assert ours.registrar.settled
-            bound, writer = await ours.stream(port)
+            bound, writer = await ours.stream(port)  # type: ignore[unreachable]
             ours.registrar.hand_over()
             late, other = await ours.stream(port)
             writer.write(b"still there")

@@ -55,10 +55,10 @@ def over_udp(run: Callable[[Server], object], seen: object) -> Case:
 
 
 UDP = {"udp_allocations": True, "listen_udp": (("127.0.0.1", 0),)}
-SHORT_LIFE = {"limits": Limits(default_lifetime_s=1.0, max_lifetime_s=1.0)}
+SHORT_LIFE: dict[str, Any] = {"limits": Limits(default_lifetime_s=1.0, max_lifetime_s=1.0)}
 GOOD = (0, b"hello")
 REST = ("--use-auth-secret", "--static-auth-secret=north", "--static-auth-secret=south")
-DENIED = {
+DENIED: dict[str, Any] = {
     "coturn_options": ("--relay-ip=127.0.0.1", "--relay-ip=::1", "--denied-peer-ip=127.0.0.0-127.255.255.255"),
     "embedded_options": {"relay_addresses": ("127.0.0.1", "::1"), "allowed_peers": ()},
 }

@@ -19,7 +19,7 @@ OVER = ("udp", "tcp")
 
 @contextlib.contextmanager
 def server(**more: Any) -> Iterator[Embedded]:
-    options = {"listen_udp": (("127.0.0.1", 0),), "udp_allocations": True} | more
+    options: dict[str, Any] = {"listen_udp": (("127.0.0.1", 0),), "udp_allocations": True} | more
     with embedded(**options) as running:
         yield running
 

@@ -5,6 +5,7 @@ import socket
 import ssl
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -110,7 +111,7 @@ class TestNat:
                 assert client.attempt().xor_address(Attribute.XOR_PEER_ADDRESS) is not None
 
     def test_the_address_outside_is_ours(self) -> None:
-        options = {"advertised": {"127.0.0.1": "203.0.113.7"}, "udp_allocations": True}
+        options: dict[str, Any] = {"advertised": {"127.0.0.1": "203.0.113.7"}, "udp_allocations": True}
         with embedded(**options) as server, Client(at(server)) as client:
             client.allocate(client.allocate_request(17))
             assert code(client.permit("203.0.113.7")) == 403
@@ -120,7 +121,7 @@ class TestNat:
 class TlsClient(Client):
     """Over TLS, blocking as the other."""
 
-    def __init__(self, server: tuple[str, int], **more: str) -> None:
+    def __init__(self, server: tuple[str, int], **more: Any) -> None:
         super().__init__(server, **more)
         context = ssl.create_default_context()
         context.set_alpn_protocols(["stun.turn"])
@@ -145,7 +146,7 @@ def certificate(directory: Path) -> dict[str, Path]:
 
 
 class TestTls:
-    def options(self, tmp_path: Path) -> dict[str, object]:
+    def options(self, tmp_path: Path) -> dict[str, Any]:
         return {"listen_tls": (("127.0.0.1", 0),), **certificate(tmp_path)}
 
     def test_a_stream_with_both_ends(self, tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ class TestTls:
 
     def test_a_handshake_that_never_comes(self, tmp_path: Path) -> None:
         with (
-            embedded(unauthenticated_timeout_s=0.2, **self.options(tmp_path)) as server,  # type: ignore[arg-type]
+            embedded(unauthenticated_timeout_s=0.2, **self.options(tmp_path)) as server,
             Client(server.tls) as client,
         ):
             assert read_all(client.sock)[1] != "silence"
