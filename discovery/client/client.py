@@ -16,20 +16,11 @@ from discovery.client.contract import Discovery, DiscoveryError, IssuedCredentia
 from discovery.client.desired_state import Put
 from discovery.client.follower import News, ViewFollower
 from discovery.client.refusals import Refusals
-from discovery.client.servers import RequestRefused, Servers, ServerUnavailable, parse_server_url
+from discovery.client.servers import RequestRefused, Servers, ServerUnavailable
 from discovery.client.snapshot_file import SnapshotKeeper
 from discovery.client.view import View
 from discovery.client.writer import RecordWriter
 from discovery.model.mesh import Kind, Mesh, Spec
-
-__all__ = [
-    "Discovery",
-    "DiscoveryClient",
-    "DiscoveryClientConfig",
-    "DiscoveryError",
-    "IssuedCredentials",
-    "parse_server_url",
-]
 
 log = logging.getLogger(__name__)
 

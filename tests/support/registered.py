@@ -15,7 +15,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from discovery.client.client import DiscoveryError, IssuedCredentials
+from discovery.client.contract import DiscoveryError, IssuedCredentials
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
 from discovery.pacing.backoff import Backoff

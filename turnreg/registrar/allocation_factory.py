@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TypeVar
 
-from discovery.client.client import Discovery, DiscoveryError
+from discovery.client.contract import Discovery, DiscoveryError
 from discovery.model.addresses import BadAddress, TurnUrl, parse_address, parse_turn_url, spellings
 from sniproxy.engine import SocketStream, connect, connect_tls
 from turnreg.client.allocation import Allocation, BindResult, Bound, Credentials, Dial, TurnError, TurnReason

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 
-from discovery.client.client import Discovery
+from discovery.client.contract import Discovery
 from discovery.model.mesh import AllocationSpec, Kind
 from discovery.model.spec import MAX_ID
 from turnreg.registrar.allocation_factory import Server

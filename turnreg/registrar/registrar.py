@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.client.client import Discovery
+from discovery.client.contract import Discovery
 from discovery.model.mesh import Kind, Mesh, Record, TurnSpec
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.transport.base import Accepted, OnStream

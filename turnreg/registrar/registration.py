@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, assert_never
 
-from discovery.client.client import Discovery
+from discovery.client.contract import Discovery
 from turnreg.client.allocation import BindResult, Bound, TurnError, TurnReason
 from turnreg.registrar.admitted_peers import AdmittedPeers
 from turnreg.registrar.allocation_factory import AllocationFactory, Server, Wanted

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trustme
 
-from discovery.client.client import DiscoveryError
+from discovery.client.contract import DiscoveryError
 from discovery.model.mesh import Kind, NetworkSpec
 from tests.discovery.client.clients import OTHER, RELAY, client_at, client_of
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from discovery.client.client import DiscoveryError
+from discovery.client.contract import DiscoveryError
 from discovery.client.mesh_file import BadFile, StaticDiscovery, format_mesh, load_mesh
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import Kind, Mesh, RelaySpec, VipSpec

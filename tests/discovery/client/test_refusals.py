@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from yarl import URL
 
-from discovery.client.client import DiscoveryError
+from discovery.client.contract import DiscoveryError
 from discovery.client.refusals import Refusals
 from discovery.client.servers import RequestRefused
 from discovery.model.mesh import Kind, RelaySpec, ServiceSpec, VipSpec

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from discovery.client.client import IssuedCredentials
+from discovery.client.contract import IssuedCredentials
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import Kind, Record, TurnSpec
 from discovery.model.spec import is_record_id
