@@ -16,7 +16,7 @@ from discovery.store import EtcdAccess, EtcdStore
 from discovery.store import etcd as etcd_module
 from tests.support.etcd_cluster import Member, etcd_cluster, etcd_hosts
 
-pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop, pytest.mark.slow]
 
 
 def relay(last: int) -> RelaySpec:

@@ -11,7 +11,7 @@ from sniproxy.engine import SocketStream
 from tests.support.processes import Loopback, Mesh, standing
 from tests.support.talk import talking
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 ENDED_BY_SIGTERM = 143
 

@@ -12,7 +12,7 @@ from tests.support.hellos import client_hello
 from tests.support.processes import DOMAIN, TURNS, Loopback, Mesh, standing
 from tests.support.talk import Talk, talking
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 RELAY_PORT = 8931
 """Of the relay that network b's gateway is, too."""

@@ -31,7 +31,7 @@ from tests.support.hellos import client_hello
 from tests.support.running import Running
 from tests.support.stream_requests import upstreams
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 GATEWAY = """
 network: b

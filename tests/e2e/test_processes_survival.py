@@ -13,7 +13,7 @@ import pytest
 from tests.support.processes import TURNS, Loopback, Mesh, standing
 from tests.support.talk import talking
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 REGISTERED_WITHIN_S = 10.0
 """The promise after a TURN server's return."""

@@ -10,7 +10,7 @@ import pytest
 from tests.support.processes import Loopback, Mesh, standing
 from tests.support.talk import talking
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 def without(line: str, part: str, *, kinds: bool) -> str:

@@ -15,7 +15,7 @@ from tests.support.processes import Change, Loopback, Mesh, standing
 from tests.support.running import free_port
 from tests.support.talk import talking
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 ASK_TIMEOUT_S = 2.0
 

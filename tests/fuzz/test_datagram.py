@@ -48,6 +48,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 def test_200_000_mutated_packets_neither_raise_nor_make_it_grow(target: Target) -> None:
     draw = random.Random(1)
 

@@ -13,7 +13,7 @@ import trustme
 from tests.support.embedded_turn import Embedded, embedded
 from turnreg.server import Limits
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 aioice_turn = pytest.importorskip("aioice.turn")
 aioice_stun = pytest.importorskip("aioice.stun")

@@ -9,7 +9,7 @@ from tests.support.hosts import hosts
 from tests.support.processes import TURNS, Mesh, standing
 from tests.support.talk import talking
 
-pytestmark = [pytest.mark.anyio, pytest.mark.netns, pytest.mark.needs("netns", "ip", "nft", "tc")]
+pytestmark = [pytest.mark.anyio, pytest.mark.netns, pytest.mark.needs("netns", "ip", "nft", "tc"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("turn", TURNS)

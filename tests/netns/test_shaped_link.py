@@ -23,7 +23,7 @@ from tests.support.traffic import BULK_TIMEOUT_S, receive, send
 from turnreg.client.allocation import Allocation, Bound, Credentials
 from turnreg.stun.auth import rest_credentials
 
-pytestmark = [pytest.mark.anyio, pytest.mark.netns, pytest.mark.needs("netns", "ip", "nft", "tc")]
+pytestmark = [pytest.mark.anyio, pytest.mark.netns, pytest.mark.needs("netns", "ip", "nft", "tc"), pytest.mark.slow]
 
 
 @pytest.mark.timeout(BULK_TIMEOUT_S + 30)

@@ -159,6 +159,7 @@ def of_path(said: str, path: str) -> bool:
     return path == said or path.startswith((f"{said}.", f"{said}["))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_field_changes_under_running_processes(files: Files) -> None:
     with contextlib.ExitStack() as stack:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LAB = [sys.executable, "-m", "crossnet", "lab"]
 # Without these rights root is what an ordinary user is to the kernel here, and can still read the interpreter.
 AS_A_USER = ["setpriv", "--bounding-set", "-sys_admin,-net_admin,-net_bind_service"]
