@@ -101,6 +101,10 @@ class TransportConfig:
     zone: str = ""
     """Where the relay stands."""
 
+    def is_near(self, zone: str) -> bool:
+        """Tell whether something in that zone stands in the relay's own."""
+        return bool(zone) and zone == self.zone
+
 
 class Transport(Protocol):
     """One way to reach networks, for one relay."""

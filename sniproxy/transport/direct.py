@@ -8,7 +8,7 @@ from discovery.model.addresses import refusal
 from discovery.model.lookup import Place
 from discovery.model.mesh import Kind, Mesh
 from discovery.model.spec import FRAMED, GatewaySpec
-from sniproxy.engine import ByteStream, Listener, SocketStream, connect
+from sniproxy.engine import Listener, SocketStream
 from sniproxy.transport.base import (
     Accepted,
     Candidate,
@@ -18,11 +18,12 @@ from sniproxy.transport.base import (
     endpoint_in,
     framed_candidate,
 )
+from sniproxy.transport.tcp import DialsTcp
 
 DIRECT = Traits(name="direct", rank=10)
 
 
-class DirectTransport:
+class DirectTransport(DialsTcp):
     """Gateways that relays dial."""
 
     traits = DIRECT
@@ -39,7 +40,7 @@ class DirectTransport:
             if endpoint is None or FRAMED not in gateway.spec.proto:
                 continue
             if allowed.allows(*endpoint) and refusal(endpoint[0], allowed) is None:
-                near = bool(gateway.spec.zone) and gateway.spec.zone == self._config.zone
+                near = self._config.is_near(gateway.spec.zone)
                 yield framed_candidate(DIRECT, place, endpoint, gateway, near=near)
 
     def offers(self, candidate: Candidate, mesh: Mesh) -> bool:
@@ -49,10 +50,6 @@ class DirectTransport:
             return False
         endpoint = endpoint_in(record.spec.address)
         return endpoint is not None and (str(endpoint[0]), endpoint[1]) == (candidate.address, candidate.port)
-
-    async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
-        """Connect to the gateway. OSError, TimeoutError."""
-        return await connect(candidate.address, candidate.port, timeout_s=timeout_s)
 
 
 class DirectAcceptor:

@@ -5,15 +5,15 @@ from discovery.model.lookup import Place
 from discovery.model.mesh import Mesh
 from discovery.model.names import AddressTarget
 from sniproxy.access.loop_guard import STOPPED
-from sniproxy.engine import ByteStream, connect
 from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate, Traits, TransportConfig, endpoint_in
 from sniproxy.transport.errors import Unroutable
+from sniproxy.transport.tcp import DialsTcp
 
 LOCAL = Traits(name="local", to_gateway=False)
 
 
-class LocalTransport:
+class LocalTransport(DialsTcp):
     """Services of the own network."""
 
     traits = LOCAL
@@ -74,7 +74,3 @@ class LocalTransport:
     def offers(self, candidate: Candidate, mesh: Mesh) -> bool:  # noqa: ARG002
         """Say that it is there: nothing of the own network is kept ready."""
         return True
-
-    async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
-        """Connect to the service. OSError, TimeoutError."""
-        return await connect(candidate.address, candidate.port, timeout_s=timeout_s)

@@ -10,8 +10,8 @@ from discovery.model.addresses import Address, BadAddress, parse_address, refusa
 from discovery.model.lookup import Place
 from discovery.model.mesh import AllocationSpec, Kind, Mesh, Record, TurnSpec
 from discovery.model.spec import FRAMED
-from sniproxy.engine import ByteStream, connect
 from sniproxy.transport.base import Candidate, Traits, TransportConfig, framed_candidate
+from sniproxy.transport.tcp import DialsTcp
 
 TURN = Traits(
     name="turn",
@@ -25,7 +25,7 @@ TURN = Traits(
 )
 
 
-class TurnTransport:
+class TurnTransport(DialsTcp):
     """Allocations on TURN servers of the relay's network."""
 
     traits = TURN
@@ -42,7 +42,7 @@ class TurnTransport:
             turn: Record[TurnSpec] | None = mesh.record(Kind.TURN, self._config.network, allocation.spec.turn)
             address = None if turn is None else self._relayed_address(allocation, turn)
             if turn is not None and address is not None:
-                near = bool(turn.spec.zone) and turn.spec.zone == self._config.zone
+                near = self._config.is_near(turn.spec.zone)
                 yield framed_candidate(TURN, place, (address, allocation.spec.port), allocation, near=near)
 
     def _relayed_address(self, allocation: Record[AllocationSpec], turn: Record[TurnSpec]) -> Address | None:
@@ -58,10 +58,6 @@ class TurnTransport:
         """Say whether the allocation's record still has this port."""
         record = mesh.record(Kind.ALLOCATION, candidate.network, candidate.addressee)
         return record is not None and record.spec.port == candidate.port
-
-    async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
-        """Connect to the relayed address. OSError, TimeoutError."""
-        return await connect(candidate.address, candidate.port, timeout_s=timeout_s)
 
 
 def _address(text: str) -> Address | None:
