@@ -1,16 +1,17 @@
 """Parts of this version beside parts of the last one, each way round: every stream goes through at its first attempt."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.previous import unpacked
+from tests.support.previous import interpreter
 from tests.support.processes import Loopback, Mesh, standing
 from tests.support.talk import talking
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(400)]  # the first one installs that version
 
 STREAMS = 6
 BULK_PINGS = 100
@@ -39,8 +40,9 @@ CASES = [pytest.param(old, "embedded", id="+".join(old)) for old in MIXES] + [
 
 @pytest.fixture(scope="module")
 def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That version's packages."""
-    return unpacked(tmp_path_factory.mktemp("previous"))
+    """The Python that has that version installed; one for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    return interpreter((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "previous")
 
 
 def as_before(document: dict[str, Any]) -> None:
@@ -57,7 +59,7 @@ async def test_old_and_new_work_together(tmp_path: Path, previous: Path, old: Se
         Loopback(),
         turn=turn,
         changes={"gateway": as_before} if "gateway" in old else {},
-        prefixes={part: ["env", f"PYTHONPATH={previous}"] for part in old},
+        pythons=dict.fromkeys(old, previous),
     )
     with standing(mesh):
         async with talking(mesh) as talk:
@@ -71,7 +73,7 @@ async def test_old_and_new_work_together(tmp_path: Path, previous: Path, old: Se
             await mesh.eventually("every stream's line", lambda: len(mesh.events("relay")) >= count)
         told = [(line["reason"], line["attempts"], line["route"]) for line in mesh.events("relay")]
         assert told == [("ok", 1, "turn")] * count
-        # Records tell of an epoch where the gateway has one: who runs which version.
+        # Only a gateway of this version writes an epoch into its records: the parts are of the versions they should be.
         protos = [record["spec"].get("proto", []) for record in mesh.records("relay", "allocation")]
         assert all(any(entry.startswith("epoch-") for entry in proto) is ("gateway" not in old) for proto in protos)
     assert mesh.complaints() == []

@@ -126,6 +126,7 @@ class Mesh:
         changes: Mapping[str, Change] | None = None,
         roles: Mapping[str, Sequence[str]] | None = None,
         prefixes: Mapping[str, Sequence[str]] | None = None,
+        pythons: Mapping[str, Path] | None = None,
     ) -> None:
         """Write the configuration of every part.
 
@@ -137,6 +138,7 @@ class Mesh:
             changes: by part, what is different in its configuration.
             roles: by part, which roles of its configuration to run; all, unless given.
             prefixes: by part, what to run it with; it must exec, so that the pid is the part's.
+            pythons: by part, the interpreter of an environment that has another version of crossnet.
         """
         self.folder, self.ground, self.plan = folder, ground, ground.plan
         self.turn = turn
@@ -144,6 +146,7 @@ class Mesh:
         self._coturn_options = list(coturn_options)
         self._roles = dict(roles or {})
         self._prefixes = dict(prefixes or {})
+        self._pythons = dict(pythons or {})
         self._parts = Parts(folder, self.plan, Authority(folder), coturn=turn == "coturn")
         self._started: dict[str, list[Part]] = {}
         self._clients: list[SocketStream] = []
@@ -243,7 +246,13 @@ class Mesh:
         if name == "hop":
             to = self.plan.turn, self.plan.turn_port
             return [sys.executable, str(Path(__file__).with_name("hop.py")), *map(str, (*self._hop, *to, self._late_s))]
-        return [*self._prefixes.get(name, ()), *self._parts.command(name), *self._roles.get(name, ())]
+        python, *arguments = self._parts.command(name)
+        return [
+            *self._prefixes.get(name, ()),
+            str(self._pythons.get(name, python)),
+            *arguments,
+            *self._roles.get(name, ()),
+        ]
 
     def __getitem__(self, name: str) -> Part:
         """The process of a part, the latest if it was started again."""
