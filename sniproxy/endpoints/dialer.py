@@ -1,0 +1,138 @@
+"""Reach one of a service's endpoints: the one whose turn it is, or the next that answers."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from discovery.model.addresses import format_endpoint, parse_address
+from sniproxy.endpoints.health import Endpoint, EndpointHealth
+from sniproxy.engine.staggered_connect import MIN_STAGGER_S, STAGGER_S, FirstConnected, connect_first
+
+log = logging.getLogger(__name__)
+
+MAX_SHOWN: Final = 100
+"""Endpoints that the status names: those that fail most often. The metrics have the number of all."""
+
+MAX_FAILURES_TOLD: Final = 3
+"""Endpoints that an error names one by one."""
+
+
+class NoAnswer(OSError):
+    """No endpoint could be reached, or none was left to try."""
+
+    def __init__(self, detail: str, attempts: int) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.attempts = attempts
+        """How many were dialled."""
+
+
+class Attempts:
+    """One stream's tries at the endpoints of one service. `connect` may be called again: it goes on behind the last one."""
+
+    def __init__(self, dialer: "EndpointDialer", service: str, endpoints: Iterator[Endpoint], count: int) -> None:
+        self._dialer = dialer
+        self._service = service
+        self._endpoints = endpoints
+        self._count = count
+        self.made = 0
+        """How many endpoints were dialled."""
+        self.failures: list[tuple[Endpoint, OSError]] = []
+
+    async def connect(self, *, timeout_s: float, limit_s: float) -> FirstConnected:
+        """Connect to the first endpoint that answers.
+
+        Args:
+            timeout_s: for each.
+            limit_s: for all.
+
+        Raises:
+            NoAnswer: none did.
+        """
+        # Many are tried faster, so that those at the end are still reached in time.
+        stagger_s = max(MIN_STAGGER_S, min(STAGGER_S, limit_s / max(self._count, 1)))
+        failed_before = len(self.failures)
+        connected = await connect_first(
+            self._endpoints, timeout_s=timeout_s, limit_s=limit_s, stagger_s=stagger_s, on_failed=self._note
+        )
+        if connected is None:
+            self.made += len(self.failures) - failed_before
+            raise NoAnswer(self._told(), self.made)
+        self.made += connected.attempts
+        self._dialer.note_success(self._service, connected.endpoint)
+        return connected
+
+    def _note(self, endpoint: Endpoint, error: OSError) -> None:
+        self.failures.append((endpoint, error))
+        self._dialer.note_failure(self._service, endpoint, error.strerror or str(error))
+
+    def _told(self) -> str:
+        shown = [
+            f"{_shown(endpoint)}: {error.strerror or error}" for endpoint, error in self.failures[:MAX_FAILURES_TOLD]
+        ]
+        more = len(self.failures) - len(shown)
+        return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+class EndpointDialer:
+    """Dials the endpoints of services for a relay or a gateway, and remembers which of them answer."""
+
+    def __init__(self, role: str, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start with every endpoint counted as healthy.
+
+        Args:
+            role: "relay" or "gateway", for the names of metrics.
+        """
+        self.health = EndpointHealth(clock)
+        left_out = Gauge(
+            f"crossnet_{role}_endpoints_left_out",
+            "Endpoints of services that are tried last, because they failed of late.",
+            registry=registry,
+        )
+        left_out.set_function(lambda: self.health.left_out)
+        self._failures = Counter(
+            f"crossnet_{role}_endpoint_failures",
+            "Endpoints of services that did not answer a dial.",
+            registry=registry,
+        )
+
+    def attempts(self, service: str, endpoints: Sequence[Endpoint], allowed: Callable[[Endpoint], bool]) -> Attempts:
+        """Begin a stream's tries.
+
+        Args:
+            service: whose endpoints they are; each service has its own turn.
+            allowed: asked of each endpoint when it is to be dialled.
+        """
+        order = self.health.order(service, endpoints)
+        return Attempts(self, service, filter(allowed, order), len(endpoints))
+
+    def note_success(self, service: str, endpoint: Endpoint) -> None:
+        """Count an endpoint as healthy."""
+        if self.health.succeeded(endpoint):
+            log.info("endpoint_back", extra={"event": {"service": service, "endpoint": _shown(endpoint)}})
+
+    def note_failure(self, service: str, endpoint: Endpoint, why: str, *, at_least_s: float = 0.0) -> None:
+        """Leave an endpoint out for a while: as `EndpointHealth.failed`."""
+        self._failures.inc()
+        left_out = self.health.failed(endpoint, why, at_least_s=at_least_s)
+        if left_out is not None:
+            event = {
+                "service": service,
+                "endpoint": _shown(endpoint),
+                "detail": why,
+                "failures": left_out.failures,
+                "seconds": left_out.seconds,
+            }
+            log.warning("endpoint_left_out", extra={"event": event})
+
+    def status(self) -> list[dict[str, Any]]:
+        """Describe the endpoints that fail."""
+        return list(self.health.status(MAX_SHOWN))
+
+
+def _shown(endpoint: Endpoint) -> str:
+    address, port = endpoint
+    return format_endpoint(parse_address(address), port)
