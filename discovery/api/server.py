@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.api import page
 from discovery.api.config import (
     DiscoveryServerConfig,
     ServerRefused,
@@ -31,24 +30,21 @@ from discovery.api.messages import (
     marks,
     parse_token,
 )
-from discovery.api.page import PageState, render_page
-from discovery.api.record_ages import RecordAges
+from discovery.api.page_route import PageRoutes
 from discovery.api.records import RecordRoutes
+from discovery.api.timing import TIMING, ServerTiming
 from discovery.api.tokens import OPEN, Principal, Tokens, hash_token
-from discovery.api.watchers import WatchHub
-from discovery.api.watching import TIMING, WatchRoute, WatchTiming
+from discovery.api.watchers import LIMITS, WatchHub, WatchLimits
+from discovery.api.watching import WatchRoute
 from discovery.files.fingerprint import FileFingerprint
 from discovery.files.yaml_file import BadFile
 from discovery.http.listener import Connection, Listener, address_of
 from discovery.http.rate_limit import RateLimit
-from discovery.model.mesh import Mesh
 from discovery.model.validation import shown
 from discovery.store import Store, StoreError
 
 log = logging.getLogger(__name__)
 
-SWEEP_S = 0.5  # a lease's records are gone at most this, and a write, after its end
-RELOAD_S = 2.0  # how soon a changed tokens file or certificate counts
 SHUTDOWN_TIMEOUT_S = 2.0
 
 STRANGER_REQUESTS_PER_S = 10.0
@@ -92,21 +88,27 @@ class DiscoveryServer:
         store: Store | None = None,
         registry: CollectorRegistry | None = None,
         wall_clock: Callable[[], float] = time.time,
-        watch_timing: WatchTiming = TIMING,
+        timing: ServerTiming = TIMING,
+        watch_limits: WatchLimits = LIMITS,
     ) -> None:
         """Use this store, or make the one that the configuration names. Raises StoreError."""
         self._config = config
+        self._timing = timing
         self._store = store if store is not None else make_store(config)
         registry = registry if registry is not None else CollectorRegistry()
         self._metrics = _Metrics(registry)
         self._tokens: Tokens | None = None
-        self._hub = WatchHub(self._store, most=config.max_watchers, most_per_network=config.max_watchers_per_network)
-        self._ages = RecordAges(time.monotonic)
-        self._store.subscribe(self._ages.apply)
-        self._listening = Listener("discovery_server", listener_limits(config), registry)
+        self._hub = WatchHub(
+            self._store,
+            most=config.max_watchers,
+            most_per_network=config.max_watchers_per_network,
+            limits=watch_limits,
+        )
+        self._page = PageRoutes(self._store)
+        self._listening = Listener("discovery_server", listener_limits(config), registry, timing.connections)
         self._records = RecordRoutes(self._store, config, self._listening.gate)
         self._leases = LeaseRoutes(self._store, config)
-        self._watch = WatchRoute(self._store, self._hub, self._listening.gate, registry, watch_timing)
+        self._watch = WatchRoute(self._store, self._hub, self._listening.gate, registry, timing.watch)
         self._credentials = CredentialsRoute(self._store, config, wall_clock)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
         self._warnings = RateLimit(0.1, 1)  # a flood of requests must not become a flood of log lines
@@ -151,7 +153,7 @@ class DiscoveryServer:
         self._tokens = Tokens.load(config.tokens_file) if config.tokens_file is not None else None
         tls = tls_context(config)
         await self._store.open()
-        self._ages.known([record.key for record in (await self._store.snapshot()).records])
+        await self._page.open()
         runner = web.AppRunner(
             self._application(),
             access_log=None,
@@ -204,9 +206,9 @@ class DiscoveryServer:
         records, leases = self._records, self._leases
         record = "/v1/records/{kind}/{network}/{id}"
         return (
-            web.get("/", self._authenticated(self._page), allow_head=False),
-            web.get("/page.css", self._style, allow_head=False),
-            web.get("/page.js", self._script, allow_head=False),
+            web.get("/", self._authenticated(self._page.show), allow_head=False),
+            web.get("/page.css", self._page.style, allow_head=False),
+            web.get("/page.js", self._page.script, allow_head=False),
             web.get("/healthz", self._healthz, allow_head=False),
             web.get("/v1/records", self._authenticated(records.list), allow_head=False),
             web.get(record, self._authenticated(records.get), allow_head=False),
@@ -229,12 +231,12 @@ class DiscoveryServer:
                     log.info("a lease ended, its record was deleted", extra={"event": event})
             except StoreError as error:
                 log.error("leases cannot be ended: %s", error)
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(self._timing.sweep_s)
 
     async def _keep_tokens(self, stamp: FileFingerprint) -> None:
         path = self._config.tokens_file
         while path is not None:
-            await asyncio.sleep(RELOAD_S)
+            await asyncio.sleep(self._timing.reload_s)
             if not stamp.changed():
                 continue
             try:
@@ -248,7 +250,7 @@ class DiscoveryServer:
 
     async def _keep_certificates(self, certificates: FileFingerprint, authorities: FileFingerprint) -> None:
         while self._config.tls_cert is not None:
-            await asyncio.sleep(RELOAD_S)
+            await asyncio.sleep(self._timing.reload_s)
             ours, theirs = certificates.changed(), authorities.changed()
             if not (ours or theirs):
                 continue
@@ -361,29 +363,6 @@ class DiscoveryServer:
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return json_answer({"ok": True})
-
-    # The page.
-
-    async def _page(self, request: web.Request, principal: Principal) -> web.Response:
-        snapshot = await self._store.snapshot()
-        mesh = Mesh.of(view for record in snapshot.records if (view := principal.view(record)) is not None)
-        state = PageState(
-            epoch=self._store.epoch,
-            revision=snapshot.revision,
-            stale_s=self._store.stale_s,
-            reader=principal.name,
-            ages=self._ages.now(),
-        )
-        network = request.query.get("network", "")[:63] or None
-        return web.Response(
-            text=render_page(mesh, state, network), content_type="text/html", headers=page.SECURITY_HEADERS
-        )
-
-    async def _style(self, _: web.Request) -> web.Response:
-        return web.Response(text=page.STYLE, content_type="text/css", headers=page.SECURITY_HEADERS)
-
-    async def _script(self, _: web.Request) -> web.Response:
-        return web.Response(text=page.SCRIPT, content_type="text/javascript", headers=page.SECURITY_HEADERS)
 
 
 def _log_refusal(request: web.Request, who: Principal | ApiError, error: ApiError) -> None:

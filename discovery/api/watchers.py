@@ -7,6 +7,7 @@ the others nothing. A line is encoded once for all readers.
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -15,9 +16,18 @@ from discovery.api.tokens import OPEN, SEEN_BY_ALL, Principal, redacted
 from discovery.model.mesh import AnyRecord, Deletion, Kind, Record
 from discovery.store import Change, Snapshot, Store
 
-MAX_QUEUED_LINES = 10_000
-MAX_QUEUED_BYTES = 8 * 1024 * 1024
-BATCH_BYTES = 64 * 1024  # written at once; what one slow write holds up
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchLimits:
+    """Limits of one watcher's queue."""
+
+    queued_lines: int = 10_000
+    queued_bytes: int = 8 * 1024 * 1024
+    batch_bytes: int = 64 * 1024
+    """Size of one write, give or take a line: what one slow write holds up."""
+
+
+LIMITS = WatchLimits()
 
 
 class NoRoom(Exception):
@@ -97,10 +107,11 @@ def _lines(changes: Sequence[Change]) -> Iterator[_Lines]:
 class Watcher:
     """The bounded queue of one reader."""
 
-    __slots__ = ("_bytes", "_lines", "_wake", "closed", "overrun", "principal")
+    __slots__ = ("_bytes", "_limits", "_lines", "_wake", "closed", "overrun", "principal")
 
-    def __init__(self, principal: Principal) -> None:
+    def __init__(self, principal: Principal, limits: WatchLimits) -> None:
         self.principal = principal
+        self._limits = limits
         self.overrun = False
         self.closed = False
         self._lines: deque[tuple[int, bytes]] = deque()
@@ -113,7 +124,7 @@ class Watcher:
             return
         self._lines.append((revision, line))
         self._bytes += len(line)
-        if len(self._lines) > MAX_QUEUED_LINES or self._bytes > MAX_QUEUED_BYTES:
+        if len(self._lines) > self._limits.queued_lines or self._bytes > self._limits.queued_bytes:
             self.overrun = True
             self._lines.clear()
         self._wake.set()
@@ -124,10 +135,10 @@ class Watcher:
         self._wake.set()
 
     def next_batch(self, after: int) -> bytes:
-        """Remove and return the next lines, up to BATCH_BYTES, without those up to revision `after`, which the reader has."""
+        """Remove and return the next lines, up to `batch_bytes`, without those up to revision `after`, which the reader has."""
         taken: list[bytes] = []
         size = 0
-        while self._lines and size < BATCH_BYTES:
+        while self._lines and size < self._limits.batch_bytes:
             revision, line = self._lines.popleft()
             self._bytes -= len(line)
             if revision > after:
@@ -145,10 +156,13 @@ class Watcher:
 class WatchHub:
     """All watchers of a store."""
 
-    def __init__(self, store: Store, *, most: int = 2000, most_per_network: int = 1000) -> None:
+    def __init__(
+        self, store: Store, *, most: int = 2000, most_per_network: int = 1000, limits: WatchLimits = LIMITS
+    ) -> None:
         """Subscribes to the store. `most` and `most_per_network` bound the number of readers."""
         self.most, self.most_per_network = most, most_per_network
         """They may be changed at any time; open watches stay."""
+        self._limits = limits
         self._store = store
         self._watchers: dict[Watcher, None] = {}  # in the order in which they came
         self.on_displaced: Callable[[], None] = lambda: None
@@ -167,7 +181,7 @@ class WatchHub:
         one to a newcomer that has fewer: nobody can shut others out.
         """
         self._make_room(principal, [each for each in self._watchers if not each.closed])
-        watcher = Watcher(principal)
+        watcher = Watcher(principal, self._limits)
         self._watchers[watcher] = None
         return watcher
 
@@ -251,7 +265,7 @@ class WatchHub:
         for piece in pieces:
             batch.append(piece)
             size += len(piece)
-            if size >= BATCH_BYTES:
+            if size >= self._limits.batch_bytes:
                 yield b"".join(batch)
                 batch.clear()
                 size = 0

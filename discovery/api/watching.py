@@ -4,12 +4,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.api.messages import ApiError, marks, parse_revision
+from discovery.api.timing import WatchTiming
 from discovery.api.tokens import Principal
 from discovery.api.watchers import NoRoom, Watcher, WatchHub, mark, mark_stale
 from discovery.http.fairness import Gate
@@ -21,28 +21,11 @@ BATCHES_AT_ONCE = 16
 """Batches of a backlog, a megabyte together, before other clients get their turn."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WatchTiming:
-    """How long a watch waits, in seconds."""
-
-    heartbeat_s: float = 10.0
-    """After so long without a change an empty line is sent; clients give up after 25 s of silence."""
-
-    write_timeout_s: float = 30.0
-    """A watcher that reads nothing for so long is cut off."""
-
-    stale_watch_s: float = 30.0
-    """A server that is cut off from its store ends a watch after this, so that the client tries another server."""
-
-
-TIMING = WatchTiming()
-
-
 class WatchRoute:
     """The route GET /v1/watch."""
 
     def __init__(
-        self, store: Store, hub: WatchHub, gate: Gate, registry: CollectorRegistry, timing: WatchTiming = TIMING
+        self, store: Store, hub: WatchHub, gate: Gate, registry: CollectorRegistry, timing: WatchTiming
     ) -> None:
         self._store = store
         self._timing = timing

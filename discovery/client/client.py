@@ -7,6 +7,7 @@ copy on disk.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
@@ -28,7 +29,13 @@ log = logging.getLogger(__name__)
 class DiscoveryClient(Discovery):
     """Discovery by way of servers."""
 
-    def __init__(self, config: DiscoveryClientConfig, *, registry: CollectorRegistry | None = None) -> None:
+    def __init__(
+        self,
+        config: DiscoveryClientConfig,
+        *,
+        registry: CollectorRegistry | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         """Raises ValueError, OSError or ssl.SSLError for a configuration that cannot be used."""
         self._network = config.network
         self._servers = Servers.at(
@@ -39,6 +46,7 @@ class DiscoveryClient(Discovery):
             key_file=config.key_file,
             insecure=config.insecure,
             on_epoch=lambda epoch: self._writer.note_epoch(epoch),
+            wall_clock=wall_clock,
         )
         for url in config.urls:
             if url.startswith("http:") and config.insecure:
@@ -47,7 +55,7 @@ class DiscoveryClient(Discovery):
         self._refusals = Refusals()
         self._subscribers = Subscribers()
         self._writer = RecordWriter(self._servers, self._view, self._refusals, config)
-        self._snapshot = SnapshotKeeper(config.snapshot_file, config.network, self._view)
+        self._snapshot = SnapshotKeeper(config.snapshot_file, config.network, self._view, wall_clock)
         self._follower = ViewFollower(
             self._servers,
             self._view,
@@ -55,6 +63,7 @@ class DiscoveryClient(Discovery):
             self._on_news,
             registry=registry if registry is not None else CollectorRegistry(),
             backoff=config.backoff,
+            wall_clock=wall_clock,
         )
 
     @property

@@ -62,12 +62,14 @@ class ViewFollower:
         *,
         registry: CollectorRegistry,
         backoff: Backoff,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._servers = servers
         self._view = view
         self._refusals = refusals
         self._on_news = on_news
         self._backoff = backoff
+        self._wall_clock = wall_clock
         self._metrics = _Metrics(registry)
         self._metrics.staleness.set_function(lambda: -1.0 if self.age_s is None else self.age_s)
         self._connected = False
@@ -83,7 +85,7 @@ class ViewFollower:
         """For how many seconds no server has confirmed the view; None before there is one."""
         if not self._view.synced:
             return None
-        return self._view.stale_s if self._connected else max(0.0, time.time() - self._view.known_at)
+        return self._view.stale_s if self._connected else max(0.0, self._wall_clock() - self._view.known_at)
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -142,7 +144,7 @@ class ViewFollower:
         view = self._view
         mesh, revision, synced = view.mesh, view.revision, view.synced
         deletions = view.feed(data, asyncio.get_running_loop().time())
-        view.known_at = time.time()
+        view.known_at = self._wall_clock()
         live_again = view.live and not self._connected
         if live_again:
             log.info("discovery is there", extra={"event": {"url": str(url), "revision": view.revision}})

@@ -20,7 +20,6 @@ from discovery.pacing.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
-_wall_clock = time.time
 EPOCH_HEADER = "Crossnet-Epoch"
 CLOCK_PRECISION_S = 2.0
 DATES_AGAIN_S = 600.0
@@ -73,9 +72,16 @@ class Servers:
     """The servers, and requests to them."""
 
     def __init__(
-        self, urls: Sequence[URL], *, token: str | None, tls: TlsFiles, on_epoch: Callable[[str], None]
+        self,
+        urls: Sequence[URL],
+        *,
+        token: str | None,
+        tls: TlsFiles,
+        on_epoch: Callable[[str], None],
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """`on_epoch` is called with the store's epoch for every answer, before the answer is used."""
+        self._wall_clock = wall_clock
         self._urls = urls
         self._index = 0
         self._headers: dict[str, str] = {}
@@ -100,12 +106,14 @@ class Servers:
         key_file: Path | None = None,
         insecure: bool = False,
         on_epoch: Callable[[str], None] = lambda _: None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> "Servers":
         """Take URLs as a configuration has them. Raises ValueError, OSError, ssl.SSLError."""
         if not urls:
             raise ValueError("expected the URL of a discovery server")
         parsed = [parse_server_url(url, insecure=insecure) for url in urls]
-        return cls(parsed, token=token, tls=TlsFiles(ca_file, cert_file, key_file), on_epoch=on_epoch)
+        tls = TlsFiles(ca_file, cert_file, key_file)
+        return cls(parsed, token=token, tls=tls, on_epoch=on_epoch, wall_clock=wall_clock)
 
     @property
     def current(self) -> URL:
@@ -216,7 +224,7 @@ class Servers:
     def _note_clock(self, response: aiohttp.ClientResponse) -> None:
         """Compare the server's clock with ours: credentials, certificates and signatures depend on both."""
         try:
-            ahead_s = parsedate_to_datetime(response.headers["Date"]).timestamp() - _wall_clock()
+            ahead_s = parsedate_to_datetime(response.headers["Date"]).timestamp() - self._wall_clock()
         except (KeyError, ValueError, TypeError, OverflowError):
             return
         # The header has whole seconds, and was written a moment ago.
@@ -258,13 +266,15 @@ class ServerRetries:
         """Start over, without a failure."""
         self._failures = 0
 
-    async def wait(self) -> None:
-        """Wait after a failure."""
+    def next_pause_s(self) -> float:
+        """Count a failure. Returns how long to wait before the next attempt, 0 while a server has not been tried yet."""
         self._failures += 1
         rounds, more = divmod(self._failures, self._servers.count)
-        if more and rounds == 0:
-            return
-        await asyncio.sleep(self._backoff.pause_s(rounds + 1))
+        return 0.0 if more and rounds == 0 else self._backoff.pause_s(rounds + 1)
+
+    async def wait(self) -> None:
+        """Wait after a failure, for `next_pause_s`."""
+        await asyncio.sleep(self.next_pause_s())
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

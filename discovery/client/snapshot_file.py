@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,10 +116,13 @@ def load(path: Path, network: str, *, set_aside: bool = True) -> DiskCopy | None
 class SnapshotKeeper:
     """Keeps a copy of a view on disk while `run` runs. Without a path it does nothing."""
 
-    def __init__(self, path: Path | None, network: str, view: View) -> None:
+    def __init__(
+        self, path: Path | None, network: str, view: View, wall_clock: Callable[[], float] = time.time
+    ) -> None:
         self._path = path
         self._network = network
         self._view = view
+        self._wall_clock = wall_clock
         self._changed = asyncio.Event()
 
     async def restore(self) -> bool:
@@ -129,7 +132,7 @@ class SnapshotKeeper:
             return False
         self._view.restore(copy.mesh(), copy.epoch, copy.revision)
         self._view.known_at = copy.saved_at
-        event = {"records": len(copy.records), "age_s": round(time.time() - copy.saved_at)}
+        event = {"records": len(copy.records), "age_s": round(self._wall_clock() - copy.saved_at)}
         log.info("the mesh was restored from its snapshot", extra={"event": event})
         return True
 

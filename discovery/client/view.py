@@ -43,8 +43,11 @@ class _Line(msgspec.Struct, frozen=True):
 class View:
     """The client's view of the mesh, and the revision at which it resumes."""
 
-    def __init__(self, grace_s: float = GRACE_S, outage_grace_s: float = OUTAGE_GRACE_S) -> None:
-        """Begin knowing nothing."""
+    def __init__(
+        self, grace_s: float = GRACE_S, outage_grace_s: float = OUTAGE_GRACE_S, max_records: int = MAX_RECORDS
+    ) -> None:
+        """Start with an empty mesh, not synced."""
+        self._max_records = max_records
         self._outage_grace_s = outage_grace_s
         self._lost_at: float | None = None
         self._after_outage = False  # between the first line after an outage and its `sync`
@@ -152,8 +155,8 @@ class View:
     def _put(self, record: AnyRecord) -> None:
         if self._fresh is not None:
             self._fresh[record.key] = record
-            if len(self._fresh) > MAX_RECORDS:
-                raise BadWatch(f"there are more than {MAX_RECORDS} records")
+            if len(self._fresh) > self._max_records:
+                raise BadWatch(f"there are more than {self._max_records} records")
             return
         self._unconfirmed.pop(record.key, None)
         self._pending.append(record)

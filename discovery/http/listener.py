@@ -25,20 +25,7 @@ from discovery.http.rate_limit import RateLimit
 log = logging.getLogger(__name__)
 
 BACKLOG = 128
-OVERDUE_CHECK_S = 1.0
-HANDSHAKE_S = 10.0
-KEEPALIVE_S = 60.0
-
-HEADER_S = 10.0
-"""Time for a request's header, from accept or from the first byte of a later request."""
-
-WRITE_S = 30.0
-"""A client must read some of an answer within this time."""
-
 MIN_TAKEN = 16 * 1024
-LINGER_S = 1.0
-"""How long the rest of an unwanted body is still read, so that the client gets to read the answer."""
-
 FULL_PAUSE_S = 0.001
 OUT_OF_FILES_PAUSE_S = 0.1
 
@@ -75,6 +62,32 @@ class ListenerLimits:
         return most, max(1, min(self.connections_per_address, (most + 1) // 2))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerTiming:
+    """Deadlines of connections, in seconds. Tests shorten them."""
+
+    handshake_s: float = 10.0
+    """For the TLS handshake, after any wait for a turn."""
+
+    header_s: float = 10.0
+    """For a request's header, from accept or from the first byte of a later request."""
+
+    keepalive_s: float = 60.0
+    """How long a connection may be idle between two requests."""
+
+    write_s: float = 30.0
+    """Within this time a client must read part of its answer."""
+
+    linger_s: float = 1.0
+    """How long the rest of an unwanted body is still read, so that the client can read the answer."""
+
+    overdue_check_s: float = 1.0
+    """How often connections are checked against `header_s` and `write_s`."""
+
+
+TIMING = ListenerTiming()
+
+
 class _Peer:
     """One connection, counted from accept on."""
 
@@ -104,9 +117,9 @@ class Connection(web.RequestHandler):
         super().__init__(
             server,
             loop=loop,
-            keepalive_timeout=KEEPALIVE_S,
+            keepalive_timeout=listener.timing.keepalive_s,
             access_log=None,  # type: ignore[arg-type]
-            lingering_time=LINGER_S,
+            lingering_time=listener.timing.linger_s,
         )
         self.busy = False
         self.peer = peer
@@ -147,13 +160,13 @@ class Connection(web.RequestHandler):
 
     def overdue(self, now: float) -> str | None:
         """Return why the connection is to be ended, None if it is not."""
-        if self._partial_since is not None and now - self._partial_since > HEADER_S:
+        if self._partial_since is not None and now - self._partial_since > self._listener.timing.header_s:
             return "header_timeout"
         if self._unsent is not None:
             queued = self._queued()
             if queued <= self._unsent - MIN_TAKEN:
                 self._blocked_since, self._unsent = now, queued
-            elif now - self._blocked_since > WRITE_S:
+            elif now - self._blocked_since > self._listener.timing.write_s:
                 return "write_timeout"
         return None
 
@@ -164,10 +177,13 @@ class Connection(web.RequestHandler):
 class Listener:
     """The listening sockets of one server. `open` it, `run` it, `close` it before the runner's cleanup."""
 
-    def __init__(self, name: str, limits: ListenerLimits, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, name: str, limits: ListenerLimits, registry: CollectorRegistry, timing: ListenerTiming = TIMING
+    ) -> None:
         """`name` is part of its metrics (`crossnet_NAME_connections`) and of its log events."""
         self.name = name
         self.limits = limits
+        self.timing = timing
         self.gate = Gate()
         self._most, self._most_per_address = limits.effective()
         self._sockets: list[socket.socket] = []
@@ -322,7 +338,7 @@ class Listener:
         try:
             crowd = self._connects.wait_s(_network_of(peer.address), loop.time()) > 0
             await self.gate.enter(_network_of(peer.address), crowd=crowd)
-            async with asyncio.timeout(HANDSHAKE_S):
+            async with asyncio.timeout(self.timing.handshake_s):
                 options: dict[str, Any] = {"ssl": self._tls} if self._tls is not None else {}
                 await loop.connect_accepted_socket(factory, connection, **options)
             peer.protocol = made[0]
@@ -339,7 +355,7 @@ class Listener:
         """End connections that are overdue."""
         loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(OVERDUE_CHECK_S)
+            await asyncio.sleep(self.timing.overdue_check_s)
             now = loop.time()
             for peer in [peer for peers in self._peers.values() for peer in peers]:
                 reason = peer.protocol.overdue(now) if peer.protocol is not None else None

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from discovery.publisher.kubernetes import PAGE, WATCH_S
+
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 DEFAULT_CLUSTER_DOMAIN = "cluster.local"
 
@@ -28,6 +30,12 @@ class PublisherConfig:
     """Namespaces to publish; by default all, which needs the right to list and watch cluster-wide."""
 
     cluster_domain: str = DEFAULT_CLUSTER_DOMAIN
+
+    page: int = PAGE
+    """Objects that a list asks for at once."""
+
+    watch_s: int = WATCH_S
+    """How long the server is asked to keep a watch open, in seconds."""
 
     def resolved(self, environment: dict[str, str] | None = None) -> "PublisherConfig":
         """Fill in the defaults from the pod's environment. Raises ValueError outside of a pod."""

@@ -36,8 +36,15 @@ class Gone(KubeError):
 class KubeApi:
     """Lists and watches. `async with` holds its connections."""
 
-    def __init__(self, url: str, *, token_file: Path | None, ca_file: Path | None) -> None:
-        """Raises OSError or ssl.SSLError for a bad CA file, ValueError for a bad URL."""
+    def __init__(
+        self, url: str, *, token_file: Path | None, ca_file: Path | None, page: int = PAGE, watch_s: int = WATCH_S
+    ) -> None:
+        """`page` is the number of objects in one request of a list.
+
+        Raises OSError or ssl.SSLError for a bad CA file, ValueError for a bad URL.
+        """
+        self._page = page
+        self._watch_s = watch_s
         self._url = URL(url)
         if self._url.scheme not in ("http", "https") or not self._url.host:
             raise ValueError(f"expected https://HOST:PORT of a Kubernetes API, got {url[:100]!r}")
@@ -58,7 +65,7 @@ class KubeApi:
     async def list_all(self, path: str) -> tuple[list[dict[str, Any]], str]:
         """Return all objects under a path, and the resourceVersion to watch from. Raises KubeError, Gone."""
         items: list[dict[str, Any]] = []
-        query = {"limit": str(PAGE)}
+        query = {"limit": str(self._page)}
         for _ in range(MAX_PAGES):
             page = await self._get(path, query)
             found = page.get("items") or []
@@ -81,9 +88,9 @@ class KubeApi:
             "watch": "true",
             "resourceVersion": version,
             "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(WATCH_S),
+            "timeoutSeconds": str(self._watch_s),
         }
-        timeout = aiohttp.ClientTimeout(total=WATCH_S + REQUEST_TIMEOUT_S, sock_connect=REQUEST_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._watch_s + REQUEST_TIMEOUT_S, sock_connect=REQUEST_TIMEOUT_S)
         rest = b""
         try:
             async with self._ask(path, query, timeout) as response:

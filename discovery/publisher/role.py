@@ -102,7 +102,13 @@ class Publisher:
         assert config.api is not None
         self._config = config
         self._discovery = discovery
-        self._api = KubeApi(config.api, token_file=config.token_file, ca_file=config.ca_file)
+        self._api = KubeApi(
+            config.api,
+            token_file=config.token_file,
+            ca_file=config.ca_file,
+            page=config.page,
+            watch_s=config.watch_s,
+        )
         self._backoff = backoff
         self._table = ServiceTable(config.cluster_domain)
         self._metrics = _Metrics(registry if registry is not None else CollectorRegistry())

@@ -90,8 +90,9 @@ class _Service:
 class ServiceTable:
     """The exported Services of a cluster, and the specs to publish."""
 
-    def __init__(self, cluster_domain: str) -> None:
+    def __init__(self, cluster_domain: str, max_objects: int = MAX_OBJECTS) -> None:
         self._domain = cluster_domain
+        self._max_objects = max_objects
         self._services: dict[Name, _Service] = {}
         self._slices: dict[Name, _Slice] = {}
         self._slices_of: dict[Name, set[Name]] = {}
@@ -101,7 +102,7 @@ class ServiceTable:
         name = (found.metadata.namespace, found.metadata.name)
         asked = (found.metadata.annotations or {}).get(EXPORT, "")
         ports = tuple(_exported(found, asked))
-        if not ports or (name not in self._services and len(self._services) >= MAX_OBJECTS):
+        if not ports or (name not in self._services and len(self._services) >= self._max_objects):
             self._services.pop(name, None)
             return name
         wants_header = _HEADERS.get((found.metadata.annotations or {}).get(PROXY_PROTOCOL, ""), False)
@@ -120,7 +121,7 @@ class ServiceTable:
         name = (found.metadata.namespace, found.metadata.name)
         if not service or found.addressType not in ("IPv4", "IPv6"):
             return self._drop_slice(name)
-        if name not in self._slices and len(self._slices) >= MAX_OBJECTS:
+        if name not in self._slices and len(self._slices) >= self._max_objects:
             return None
         of = (found.metadata.namespace, service)
         self._drop_slice(name)

@@ -10,7 +10,7 @@ from discovery.store.base import (
     UnknownLease,
 )
 from discovery.store.etcd import EtcdStore
-from discovery.store.etcdapi import EtcdAccess
+from discovery.store.etcdapi import EtcdAccess, EtcdTiming
 from discovery.store.memory import MemoryStore
 from discovery.store.sqlite import SqliteStore
 
@@ -18,6 +18,7 @@ __all__ = [
     "Change",
     "EtcdAccess",
     "EtcdStore",
+    "EtcdTiming",
     "Lease",
     "MemoryStore",
     "PreconditionFailed",

@@ -1,15 +1,11 @@
 """The store in etcd, which several discovery servers share.
 
-    PREFIX epoch                          the store's identity, made once
-    PREFIX records/KIND/NETWORK/ID        a spec, hanging on an etcd lease where the record has one
-    PREFIX leases/ID                      who made a lease and for how long; hangs on that lease itself
+Revisions, leases and the watch are etcd's own. All servers report the same revisions, so a client that moves to another
+server resumes where it was; and etcd ends leases, whichever servers are up. Reads are answered from a copy in memory that the
+watch keeps current; a write is answered once the copy has it too. While etcd cannot be reached, reads are still answered from
+the copy, and `stale_s` says for how long it has not been confirmed.
 
-Revisions, leases and the watch are etcd's own: two servers tell the same revisions, so a client that moves from one to the
-other resumes where it was, and a lease ends when etcd says so, whichever servers are up. What is read comes from a copy in
-memory that the watch keeps true; a write is answered when the copy has it too. Where etcd cannot be reached the copy is
-read on, and `stale_s` says for how long nothing has confirmed it.
-
-Revisions are those of the whole cluster: they rise with every write and may leave gaps.
+Revisions are those of the whole cluster: they rise with every write and may have gaps. `etcd_keys` has the layout.
 """
 
 import asyncio
@@ -23,14 +19,17 @@ from typing import Any
 import msgspec
 from yarl import URL
 
-from discovery.model.mesh import AnyRecord, BadRecord, Deletion, Key, Kind, Record, Spec, check_key, decode_spec
+from discovery.model.mesh import AnyRecord, Deletion, Key, Record, Spec
 from discovery.store.base import Change, Lease, PreconditionFailed, StoreError, UnknownLease
+from discovery.store.etcd_keys import EtcdKeys, encode_lease, encode_spec, lease_id_of, lease_number, lease_of
 from discovery.store.etcdapi import (
     COMPACTED,
     NOT_FOUND,
+    TIMING,
     Etcd,
     EtcdAccess,
     EtcdError,
+    EtcdTiming,
     bytes_of,
     number_of,
     range_end,
@@ -40,17 +39,7 @@ from discovery.store.memory import MAX_TOMBSTONES, Batch, MemoryStore
 
 log = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = 10.0
 PAGE = 500
-PROBE_S = 1.0
-STALE_AFTER_S = 4.0  # two probes that failed, or an election
-REACH_TIMEOUT_S = 0.7  # with the call below what a client waits
-RETRY_S = 0.2
-
-
-class _LeaseValue(msgspec.Struct):
-    owner: str
-    ttl_s: int
 
 
 class EtcdStore(MemoryStore):
@@ -62,11 +51,16 @@ class EtcdStore(MemoryStore):
         *,
         clock: Callable[[], float] = time.monotonic,
         max_tombstones: int = MAX_TOMBSTONES,
+        timing: EtcdTiming = TIMING,
+        page: int = PAGE,
     ) -> None:
-        """Name the cluster; `open` connects. Raises OSError, ssl.SSLError for files that cannot be used."""
+        """`open` connects; `page` is how many keys it reads at once. Raises OSError, ssl.SSLError for files that cannot be used."""
         super().__init__(clock=clock, max_tombstones=max_tombstones)
-        self._etcd = Etcd(access)
+        self._etcd = Etcd(access, timing)
+        self._timing = timing
+        self._page = page
         self._prefix = access.prefix
+        self._keys = EtcdKeys(access.prefix)
         self._applied = asyncio.Event()  # replaced with each change of the copy
         self._confirmed_at = clock()
 
@@ -74,21 +68,21 @@ class EtcdStore(MemoryStore):
     def stale_s(self) -> float:
         """For how many seconds etcd has not confirmed what is read here; 0 while it does."""
         age = self._clock() - self._confirmed_at
-        return age if age > STALE_AFTER_S else 0.0
+        return age if age > self._timing.stale_after_s else 0.0
 
     async def open(self) -> None:
-        """Read everything. Raises StoreError where etcd cannot be reached for OPEN_TIMEOUT_S."""
+        """Read everything. Raises StoreError where etcd cannot be reached within `open_s`."""
         self._etcd.open()
         error = EtcdError("no answer in time")
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S):
+            async with asyncio.timeout(self._timing.open_s):
                 while True:
                     try:
                         await self._load()
                         return
                     except EtcdError as refusal:
                         error = refusal
-                    await asyncio.sleep(RETRY_S)
+                    await asyncio.sleep(self._timing.retry_s)
         except TimeoutError:
             await self.close()
             raise StoreError(f"etcd: {error}") from error
@@ -113,7 +107,7 @@ class EtcdStore(MemoryStore):
                 # Once when it begins and at each new member, not once for each attempt while all are away.
                 log.warning("etcd gave an unexpected answer", extra={"event": {"why": str(error)[:300]}})
             self._etcd.failed(url)
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(self._timing.retry_s)
 
     async def _follow(self, url: URL) -> EtcdError:
         """Watch and probe one member until one of both fails; gives why."""
@@ -149,10 +143,10 @@ class EtcdStore(MemoryStore):
         if_none_match: bool = False,
     ) -> AnyRecord:
         """Write a record."""
-        where = self._record_key(key)
-        put = {"key": where, "value": text_of(msgspec.json.encode(spec))}
+        where = self._keys.record(key)
+        put = {"key": where, "value": encode_spec(spec)}
         if lease is not None:
-            put["lease"] = str(_lease_number(lease))
+            put["lease"] = str(lease_number(lease))
         try:
             revision = await self._transact(where, {"request_put": put}, 0 if if_none_match else if_match)
         except EtcdError as error:
@@ -165,7 +159,7 @@ class EtcdStore(MemoryStore):
 
     async def delete(self, key: Key, *, if_match: int | None = None) -> Deletion | None:
         """Delete a record."""
-        where = self._record_key(key)
+        where = self._keys.record(key)
         try:
             revision = await self._transact(where, {"request_delete_range": {"key": where}}, if_match, delete=True)
         except EtcdError as error:
@@ -194,7 +188,7 @@ class EtcdStore(MemoryStore):
         at = number_of(answer.get("header", {}), "revision")
         if not answer.get("succeeded"):
             # So that the copy shows why. `at` is the cluster's revision, which may be that of a key that is none of ours.
-            await self._reach(at, REACH_TIMEOUT_S / 7)
+            await self._reach(at, self._timing.reach_s / 7)
             found = _response(answer, "response_range").get("kvs")
             raise PreconditionFailed(number_of(found[0], "mod_revision") if found else None)
         if delete and not number_of(_response(answer, "response_delete_range"), "deleted"):
@@ -208,9 +202,8 @@ class EtcdStore(MemoryStore):
         try:
             granted = await self._etcd.call("lease/grant", {"TTL": str(ttl_s)})
             number = number_of(granted, "ID")
-            lease = Lease(id=f"{number:x}", ttl_s=number_of(granted, "TTL"), owner=owner)
-            value = text_of(msgspec.json.encode(_LeaseValue(lease.owner, lease.ttl_s)))
-            put = {"key": text_of(f"{self._prefix}leases/{lease.id}"), "value": value, "lease": str(number)}
+            lease = Lease(id=lease_id_of(number), ttl_s=number_of(granted, "TTL"), owner=owner)
+            put = {"key": self._keys.lease(lease.id), "value": encode_lease(lease), "lease": str(number)}
             answer = await self._etcd.call("kv/txn", {"success": [{"request_put": put}]})
         except EtcdError as error:
             raise StoreError(f"etcd: {error}") from error
@@ -223,13 +216,11 @@ class EtcdStore(MemoryStore):
         if known is not None:
             return known
         try:
-            answer = await self._etcd.call(
-                "kv/range", {"key": text_of(f"{self._prefix}leases/{lease_id}")}, repeatable=True
-            )
+            answer = await self._etcd.call("kv/range", {"key": self._keys.lease(lease_id)}, repeatable=True)
         except EtcdError as error:
             raise StoreError(f"etcd: {error}") from error
         kvs = answer.get("kvs")
-        return _lease(lease_id, kvs[0]) if kvs else None
+        return lease_of(lease_id, kvs[0]) if kvs else None
 
     async def renew(self, lease_id: str) -> Lease:
         """Give a lease its whole TTL anew."""
@@ -237,7 +228,7 @@ class EtcdStore(MemoryStore):
         if lease is None:
             raise UnknownLease(lease_id)
         try:
-            answer = await self._etcd.call("lease/keepalive", {"ID": str(_lease_number(lease_id))}, repeatable=True)
+            answer = await self._etcd.call("lease/keepalive", {"ID": str(lease_number(lease_id))}, repeatable=True)
         except EtcdError as error:
             raise StoreError(f"etcd: {error}") from error
         if not number_of(answer.get("result", {}), "TTL"):
@@ -247,7 +238,7 @@ class EtcdStore(MemoryStore):
     async def revoke(self, lease_id: str) -> Sequence[Deletion]:
         """End a lease and delete the records that hang on it."""
         try:
-            answer = await self._etcd.call("lease/revoke", {"ID": str(_lease_number(lease_id))})
+            answer = await self._etcd.call("lease/revoke", {"ID": str(lease_number(lease_id))})
         except EtcdError as error:
             if error.code == NOT_FOUND:
                 raise UnknownLease(lease_id) from None
@@ -270,14 +261,14 @@ class EtcdStore(MemoryStore):
         leases: dict[str, Lease] = {}
         first, revision = text_of(self._prefix), 0
         while True:
-            request = {"key": first, "range_end": range_end(self._prefix), "limit": str(PAGE)}
+            request = {"key": first, "range_end": range_end(self._prefix), "limit": str(self._page)}
             answer = await self._etcd.call(
                 "kv/range", request | ({"revision": str(revision)} if revision else {}), repeatable=True
             )
             revision = revision or number_of(answer.get("header", {}), "revision")
             kvs = answer.get("kvs", ())
             for kv in kvs:
-                item = self._item(kv)
+                item = self._keys.item(kv)
                 if isinstance(item, Lease):
                     leases[item.id] = item
                 elif isinstance(item, Record):
@@ -308,7 +299,7 @@ class EtcdStore(MemoryStore):
         )
 
     async def _find_epoch(self) -> None:
-        where = text_of(f"{self._prefix}epoch")
+        where = self._keys.epoch
         made = secrets.token_hex(4)
         answer = await self._etcd.call(
             "kv/txn",
@@ -331,7 +322,7 @@ class EtcdStore(MemoryStore):
                 await self._load()
             except EtcdError as error:
                 log.warning("etcd cannot be read: %s", error)
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(self._timing.retry_s)
             else:
                 return
 
@@ -352,13 +343,14 @@ class EtcdStore(MemoryStore):
             revision = number_of(kv, "mod_revision")
             batch = by_revision.setdefault(revision, Batch(revision=revision, compacted=self._compacted))
             if event.get("type") == "DELETE":
-                parts = self._parts(kv)
-                if parts[0] == "leases" and len(parts) == 2 and parts[1] in self._leases:
-                    batch.revoked.append(parts[1])
-                elif (key := _record_key(parts)) is not None:
-                    batch.deletions.append(Deletion(key, revision))
+                gone = self._keys.lease_or_record(kv)
+                if isinstance(gone, str):
+                    if gone in self._leases:
+                        batch.revoked.append(gone)
+                elif gone is not None:
+                    batch.deletions.append(Deletion(gone, revision))
                 continue
-            item = self._item(kv)
+            item = self._keys.item(kv)
             if isinstance(item, Lease):
                 batch.granted = item
             elif item is not None:
@@ -376,81 +368,23 @@ class EtcdStore(MemoryStore):
 
     async def _probe(self, url: URL) -> None:
         """Have the member that we watch confirm, by a read that takes a majority, that it is not behind."""
-        request = {"key": text_of(f"{self._prefix}epoch"), "keys_only": True}
+        request = {"key": self._keys.epoch, "keys_only": True}
         while True:
             began = self._clock()
             await self._etcd.call_at(url, "kv/range", request)
             self._confirmed_at = began
             if self._etcd.current != url:
                 raise EtcdError(f"{url}: a call could not be made there")
-            await asyncio.sleep(PROBE_S)
+            await asyncio.sleep(self._timing.probe_s)
 
-    async def _reach(self, revision: int, timeout_s: float = REACH_TIMEOUT_S) -> None:
+    async def _reach(self, revision: int, timeout_s: float | None = None) -> None:
         """Wait until the copy is at a revision, for a moment: what is written is written, the copy follows."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._timing.reach_s if timeout_s is None else timeout_s):
                 while self._revision < revision:
                     await self._applied.wait()
         except TimeoutError:
             pass
-
-    def _record_key(self, key: Key) -> str:
-        return text_of(self._prefix + "records/" + "/".join(key))
-
-    def _parts(self, kv: Mapping[str, Any]) -> list[str]:
-        return bytes_of(kv.get("key")).decode(errors="replace").removeprefix(self._prefix).split("/")
-
-    def _item(self, kv: Mapping[str, Any]) -> AnyRecord | Lease | None:
-        """Read what stands under a key; None, and a line in the log, for what we did not write."""
-        parts = self._parts(kv)
-        if parts == ["epoch"]:
-            return None
-        try:
-            if parts[0] == "leases" and len(parts) == 2:
-                return _lease(parts[1], kv)
-            key = _record_key(parts)
-            if key is not None:
-                kind, network, record_id = key
-                hangs_on = number_of(kv, "lease")
-                return Record(
-                    kind=kind,
-                    network=network,
-                    id=record_id,
-                    revision=number_of(kv, "mod_revision"),
-                    lease=f"{hangs_on:x}" if hangs_on else None,
-                    spec=decode_spec(kind, bytes_of(kv.get("value"))),
-                )
-        except (BadRecord, msgspec.MsgspecError) as error:
-            log.warning("etcd has a key that cannot be read", extra={"event": {"key": parts, "why": str(error)[:200]}})
-            return None
-        log.warning("etcd has a key that is not ours", extra={"event": {"key": "/".join(parts)[:200]}})
-        return None
-
-
-def _record_key(parts: Sequence[str]) -> Key | None:
-    if len(parts) != 4 or parts[0] != "records":
-        return None
-    try:
-        kind = Kind(parts[1])
-        check_key(kind, parts[2], parts[3])
-    except ValueError:
-        return None
-    return (kind, parts[2], parts[3])
-
-
-def _lease(lease_id: str, kv: Mapping[str, Any]) -> Lease:
-    value = msgspec.json.decode(bytes_of(kv.get("value")), type=_LeaseValue)
-    return Lease(id=lease_id, ttl_s=value.ttl_s, owner=value.owner)
-
-
-def _lease_number(lease_id: str) -> int:
-    try:
-        number = int(lease_id, 16)
-    except ValueError:
-        raise UnknownLease(lease_id) from None
-    if not 0 < number < 1 << 63:
-        raise UnknownLease(lease_id)
-    return number
 
 
 def _response(answer: Mapping[str, Any], kind: str) -> Mapping[str, Any]:

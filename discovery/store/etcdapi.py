@@ -19,8 +19,6 @@ from discovery.files.tls_files import TlsFiles
 from discovery.http.errors import explained
 
 DEFAULT_PREFIX = "/crossnet/"
-CALL_TIMEOUT_S = 2.0  # below a client's 3 s, so that it is told why rather than left
-CONNECT_TIMEOUT_S = 1.0
 MAX_ANSWER = 64 * 1024 * 1024  # a page of 500 records of the largest kind has some 20 MB
 MAX_LINE = 64 * 1024 * 1024  # etcd puts up to 1,000 changes into one line when a watch catches up
 
@@ -30,6 +28,33 @@ NOT_FOUND = 5
 UNAUTHENTICATED = 16
 OLD_REVISION = "revision of auth store is old"
 """What etcd says when users or rights have changed since a token was made; its code says no more than «bad request»."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdTiming:
+    """Timeouts and intervals, in seconds. Tests shorten them."""
+
+    call_s: float = 2.0
+    """For one call, at all members together. Below the 3 s that our clients wait, so that they get an error, not a timeout."""
+
+    connect_s: float = 1.0
+    open_s: float = 10.0
+    """How long `EtcdStore.open` tries to reach the cluster."""
+
+    probe_s: float = 1.0
+    """Pause between two reads that show that the watched member is not behind."""
+
+    stale_after_s: float = 4.0
+    """Reads count as stale after this time without a successful probe: two probes that failed, or an election."""
+
+    reach_s: float = 0.7
+    """How long a write waits for the watch to deliver it. Together with `call_s` still below a client's 3 s."""
+
+    retry_s: float = 0.2
+    """Pause after a failure."""
+
+
+TIMING = EtcdTiming()
 
 
 class EtcdError(Exception):
@@ -110,9 +135,10 @@ def range_end(prefix: str) -> str:
 class Etcd:
     """Calls to one member as long as that works, then to the next."""
 
-    def __init__(self, access: EtcdAccess) -> None:
-        """Take where it is; `open` before anything else. Raises OSError, ssl.SSLError for bad files."""
+    def __init__(self, access: EtcdAccess, timing: EtcdTiming = TIMING) -> None:
+        """Call `open` before anything else. Raises OSError, ssl.SSLError for files that cannot be used."""
         self._access = access
+        self._timing = timing
         self._token: str | None = None
         self._authenticating = asyncio.Lock()
         self._urls = [URL(endpoint) for endpoint in access.endpoints]
@@ -143,14 +169,14 @@ class Etcd:
             await session.close()
 
     async def call(self, path: str, message: Mapping[str, Any], *, repeatable: bool = False) -> dict[str, Any]:
-        """Ask, in CALL_TIMEOUT_S altogether, and at the next member where one cannot be reached. Raises EtcdError.
+        """Ask, in `call_s` altogether, and at the next member where one cannot be reached. Raises EtcdError.
 
         A write that may have arrived is not repeated elsewhere: it could be done twice, and a condition that it met the
         first time would fail the second time. What only reads is `repeatable`.
         """
         error = EtcdError("no member of etcd answered in time")
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(self._timing.call_s):
                 for _ in self._urls:
                     url = self.current
                     try:
@@ -169,15 +195,15 @@ class Etcd:
     async def call_at(self, url: URL, path: str, message: Mapping[str, Any]) -> dict[str, Any]:
         """Ask one member and no other. Raises EtcdError."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(self._timing.call_s):
                 return await self._call(url, path, message)
         except TimeoutError:
-            raise EtcdError(f"{url}: no answer within {CALL_TIMEOUT_S:g} s") from None
+            raise EtcdError(f"{url}: no answer within {self._timing.call_s:g} s") from None
 
     async def watch(self, url: URL, prefix: str, revision: int) -> AsyncGenerator[dict[str, Any], None]:
         """Give every result of a watch of a prefix from a revision on. Raises EtcdError when it ends."""
         create = {"key": text_of(prefix), "range_end": range_end(prefix), "start_revision": str(revision)}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timing.connect_s)
         token = await self._token_from(url, None) if self._token is None else self._token
         rest = b""
         try:
@@ -231,7 +257,7 @@ class Etcd:
             return self._token
 
     async def _post(self, url: URL, path: str, message: Mapping[str, Any], token: str | None) -> dict[str, Any]:
-        timeout = aiohttp.ClientTimeout(total=CALL_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._timing.call_s, sock_connect=self._timing.connect_s)
         data = msgspec.json.encode(message)
         try:
             async with self._opened().post(

@@ -3,9 +3,11 @@
 import asyncio
 import io
 import json
+import logging
 import random
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,13 @@ import pytest
 from multidict import CIMultiDict
 
 from discovery.api import DiscoveryServer, DiscoveryServerConfig
+from discovery.api.timing import TIMING, ServerTiming
 from discovery.api.tokens import format_entry, make_entry, make_token
-from discovery.api.watching import TIMING, WatchTiming
+from discovery.api.watchers import LIMITS, WatchLimits
 from discovery.client.client import DiscoveryClient
 from discovery.model.mesh import Kind, Mesh
 from discovery.store import MemoryStore, Store
+from tests.discovery.waiting import LogWaiter
 
 DEADLINE_S = 10.0
 
@@ -125,10 +129,22 @@ def free_port_fixture() -> int:
 def serve() -> Any:
     @asynccontextmanager
     async def serve(
-        store: Store | None = None, *, port: int = 0, timing: WatchTiming = TIMING, **settings: Any
+        store: Store | None = None,
+        *,
+        port: int = 0,
+        timing: ServerTiming = TIMING,
+        wall_clock: Callable[[], float] = time.time,
+        watch_limits: WatchLimits = LIMITS,
+        **settings: Any,
     ) -> AsyncIterator[Running]:
         config = DiscoveryServerConfig(listen=(("127.0.0.1", port or free_port()),), **settings)
-        server = DiscoveryServer(config, store=store if store is not None else MemoryStore(), watch_timing=timing)
+        server = DiscoveryServer(
+            config,
+            store=store if store is not None else MemoryStore(),
+            timing=timing,
+            wall_clock=wall_clock,
+            watch_limits=watch_limits,
+        )
         scheme = "https" if config.tls_cert is not None else "http"
         async with server.serving() as addresses, aiohttp.ClientSession() as session:
             yield Running(server, addresses[0][1], session, scheme)
@@ -207,3 +223,12 @@ def tokens(tmp_path: Path) -> TokensFile:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture
+def logged() -> Iterator[LogWaiter]:
+    """Wait for log records of the level that the test has set, warnings by default."""
+    waiter = LogWaiter()
+    logging.getLogger().addHandler(waiter)
+    yield waiter
+    logging.getLogger().removeHandler(waiter)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import trustme
 
+from discovery.api.timing import ServerTiming, WatchTiming
 from discovery.api.tokens import format_entry, make_entry, make_token
-from discovery.api.watching import WatchTiming
 from discovery.model.mesh import Kind
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("curl")]
@@ -95,7 +95,7 @@ async def test_every_example_does_what_it_says(serve: Any, tmp_path: Path) -> No
         tls_client_ca=tmp_path / "ca.pem",
         tokens_file=tmp_path / "tokens.yaml",
         turn_secrets={"a": "secret"},
-        timing=WatchTiming(heartbeat_s=0.05),  # curl notices at its next write that nobody reads on
+        timing=ServerTiming(watch=WatchTiming(heartbeat_s=0.05)),  # curl notices at its next write that nobody reads on
     ) as at:
         surroundings = {"SERVER": at.url, "TOKEN": token, "ADMIN": admin, "CURL_CA_BUNDLE": str(tmp_path / "ca.pem")}
         shell = await asyncio.create_subprocess_exec(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from discovery.api.watching import WatchTiming
+from discovery.api.timing import ServerTiming, WatchTiming
 from discovery.client.client import DiscoveryClient
 from discovery.client.config import DiscoveryClientConfig
 from discovery.model.mesh import Kind, RelaySpec
-from discovery.store import EtcdAccess, EtcdStore
-from discovery.store import etcd as etcd_module
+from discovery.store import EtcdAccess, EtcdStore, EtcdTiming
+from tests.discovery.waiting import eventually
 from tests.support.etcd_cluster import Member, etcd_cluster, etcd_hosts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop, pytest.mark.slow]
@@ -28,26 +28,30 @@ def client_at(urls: list[str], network: str) -> DiscoveryClient:
 
 
 def store_at(*members: Member) -> EtcdStore:
-    return EtcdStore(EtcdAccess(endpoints=tuple(member.url for member in members)))
+    access = EtcdAccess(endpoints=tuple(member.url for member in members))
+    return EtcdStore(access, timing=EtcdTiming(stale_after_s=1.0, probe_s=0.1, call_s=1.0))
 
 
 async def leader_of(members: list[Member]) -> Member:
-    async with asyncio.timeout(20):
-        while True:
-            for member in members:
-                if await asyncio.to_thread(member.leads):
-                    return member
-            await asyncio.sleep(0.1)
+    def leader() -> Member | None:
+        return next((member for member in members if member.leads()), None)
+
+    found = await eventually(lambda: asyncio.to_thread(leader))
+    assert isinstance(found, Member)
+    return found
 
 
-TIMING = WatchTiming(heartbeat_s=0.2)
+TIMING = ServerTiming(watch=WatchTiming(heartbeat_s=0.2))
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(etcd_module, "STALE_AFTER_S", 1.0)
-    monkeypatch.setattr(etcd_module, "PROBE_S", 0.1)
-    monkeypatch.setattr("discovery.store.etcdapi.CALL_TIMEOUT_S", 1.0)
+async def stale_records(at: Any) -> Any:
+    """Wait until a server marks its answers as stale; return such an answer."""
+
+    async def stale() -> Any:
+        answer = await at.ask("GET", "/v1/records")
+        return answer if answer.headers.get("Crossnet-Stale") is not None else None
+
+    return await eventually(stale)
 
 
 async def test_clients_outlive_a_server_the_leader_and_a_minority(
@@ -83,9 +87,7 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
                 # A second member hangs: what is left is a minority. It refuses writes and is read, marked as stale.
                 rest = [member for member in members if member is not leader]
                 rest[1].signal(signal.SIGSTOP)
-                async with asyncio.timeout(20):
-                    while (answer := await two.ask("GET", "/v1/records")).headers.get("Crossnet-Stale") is None:
-                        await asyncio.sleep(0.05)
+                answer = await stale_records(two)
                 assert [record["id"] for record in answer.body["records"]] == ["r"]
                 refused = await two.ask("PUT", "/v1/records/network/c/c", {"spec": {}})
                 assert (refused.status, refused.body["error"]) == (503, "unavailable")
@@ -94,18 +96,14 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
                 assert [line["type"] for line in told[:4]] == ["reset", "put", "sync", "stale"]
                 assert told[4]["age_s"] > 0
                 assert client.mesh.relays("a")  # nobody has lost the relay
-                async with asyncio.timeout(20):
-                    while not client.age_s:
-                        await asyncio.sleep(0.02)
+                await eventually(lambda: client.age_s)
 
                 # And back: the record was leased, its writer lives, and writes again what ended meanwhile.
                 rest[1].signal(signal.SIGCONT)
                 client.publish(Kind.RELAY, "r", relay(4))
                 assert await client.settled(20)
                 await until(other, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].spec == relay(4))
-                async with asyncio.timeout(20):
-                    while client.age_s or two.store.stale_s:
-                        await asyncio.sleep(0.05)
+                await eventually(lambda: not client.age_s and not two.store.stale_s)
     assert "a request failed" not in caplog.text
 
 
@@ -125,18 +123,19 @@ async def test_a_real_partition(tmp_path: Path, serve: Any, run: Any, until: Any
             client.publish(Kind.RELAY, "r", relay(2))
             assert await client.settled(30)  # refused here, taken there
             assert (await inside.store.get((Kind.RELAY, "a", "r"))).spec == relay(2)
-            async with asyncio.timeout(20):
-                while not (answer := await outside.ask("GET", "/v1/records")).headers.get("Crossnet-Stale"):
-                    await asyncio.sleep(0.05)
+            answer = await stale_records(outside)
             assert [record["spec"]["addresses"] for record in answer.body["records"]] == [["10.0.0.1"]]
             assert (await outside.ask("PUT", "/v1/records/network/c/c", {"spec": {}})).status == 503
             assert inside.store.stale_s == 0
             # The client's watch ended at the one that is cut off, and it follows the other.
             await until(client, lambda mesh: mesh.relays("a")[0].spec == relay(2))
             cut(False)
-            async with asyncio.timeout(30):
-                while outside.store.stale_s or (await outside.store.get((Kind.RELAY, "a", "r"))).spec != relay(2):
-                    await asyncio.sleep(0.05)
+
+            async def caught_up() -> bool:
+                record = await outside.store.get((Kind.RELAY, "a", "r"))
+                return not outside.store.stale_s and record.spec == relay(2)
+
+            await eventually(caught_up, 30)
             assert outside.store.epoch == inside.store.epoch
             # 200: what was refused for want of an answer was on its way to the leader, and has arrived since.
             assert (await outside.ask("PUT", "/v1/records/network/c/c", {"spec": {}})).status in (200, 201)

@@ -10,7 +10,7 @@ compares them), and enough is told of its resources that kubectl finds its way.
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from aiohttp import web
 
 KINDS = {"services": ("v1", "Service"), "endpointslices": ("discovery.k8s.io/v1", "EndpointSlice")}
 PLACES = {"services": "/api/v1", "endpointslices": "/apis/discovery.k8s.io/v1"}
+LIMIT_S = 20.0
 
 
 class KubeServer:
@@ -30,13 +31,15 @@ class KubeServer:
         self.gone_in_stream = True
         self.page = 2
         self.watches = 0
+        self.told: dict[str, str] = {}
+        """Version of the last change that a watch was sent, by resource."""
         self._letter = "v"
         self._version = 1000
         self._compacted = 1000
         self._objects: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._history: list[tuple[int, str, str, dict[str, Any]]] = []
         self._changed = asyncio.Event()
-        self._end = asyncio.Event()
+        self._ended = 0
 
     @property
     def version(self) -> str:
@@ -71,8 +74,19 @@ class KubeServer:
 
     def end_watches(self) -> None:
         """End every watch, as a server does when their time is over."""
-        self._end.set()
-        self._end = asyncio.Event()
+        self._ended += 1
+        self._notify()
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until a condition on what was asked, what changed or who watches holds."""
+        async with asyncio.timeout(LIMIT_S):
+            while not holds():
+                await self._changed.wait()
+
+    def _notify(self) -> None:
+        """Wake watches and tests."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _record(self, kind: str, key: tuple[str, str, str], found: dict[str, Any]) -> None:
         self._version += 7  # never by one: nobody may count on that
@@ -82,8 +96,7 @@ class KubeServer:
         elif kind != "BOOKMARK":
             self._objects[key] = found
         self._history.append((self._version, kind, key[0], found))
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._notify()
 
     @web.middleware
     async def _authenticate(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -110,6 +123,7 @@ class KubeServer:
         query = dict(request.query)
         resource, namespace = request.path.rpartition("/")[2], request.match_info.get("namespace")
         self.asked.append((resource, query))
+        self._notify()
         if query.get("watch") in ("true", "1"):
             return await self._watch(request, resource, namespace, query)
         version, start = self._version, 0
@@ -154,11 +168,12 @@ class KubeServer:
             await response.write(_line("ERROR", gone))
             return response
         group, item = KINDS[resource]
-        end = self._end
+        ended = self._ended
         self.watches += 1
+        self._notify()
         try:
             async with asyncio.timeout(int(query.get("timeoutSeconds", "1800"))):
-                while not end.is_set():
+                while self._ended == ended:
                     changed = self._changed
                     for number, kind, of, found in list(self._history):
                         if number <= at:
@@ -173,12 +188,14 @@ class KubeServer:
                             continue
                         at = number
                         await response.write(_line(kind, told))
-                    while not changed.is_set() and not end.is_set():
-                        await asyncio.sleep(0.01)
+                        self.told[resource] = found["metadata"]["resourceVersion"]
+                        self._notify()
+                    await changed.wait()
         except TimeoutError:
             pass
         finally:
             self.watches -= 1
+            self._notify()
         return response
 
 

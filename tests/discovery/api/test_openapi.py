@@ -25,8 +25,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from discovery.api import DiscoveryServer, DiscoveryServerConfig
+from discovery.api.timing import ServerTiming, WatchTiming
 from discovery.api.watchers import mark_stale
-from discovery.api.watching import WatchTiming
 from discovery.model.spec import SPEC_TYPES, Kind
 from tests.discovery.conftest import DEADLINE_S
 
@@ -128,7 +128,7 @@ async def test_the_examples_are_taken_and_answered_as_documented(at: Any, tokens
 
 
 async def test_a_watch_is_as_documented(serve: Any, tokens: Any) -> None:
-    async with serve(tokens_file=tokens.path, timing=WatchTiming(heartbeat_s=0.02)) as at:
+    async with serve(tokens_file=tokens.path, timing=ServerTiming(watch=WatchTiming(heartbeat_s=0.02))) as at:
         lease = (await at.ask("POST", "/v1/leases", {"ttl_s": 60}, token=tokens["b"])).body["id"]
         for number in range(2):
             body = {"spec": {"addresses": ["10.0.0.9"], "ports": [443]}, "lease": lease}

@@ -28,6 +28,7 @@ from discovery.model.mesh import (
     TurnSpec,
 )
 from discovery.store import Store
+from tests.discovery.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -141,8 +142,7 @@ class Browser:
         return (await self.do("Runtime.evaluate", expression=expression))["result"].get("value")
 
     async def until(self, expression: str) -> None:
-        while not await self.value(expression):
-            await asyncio.sleep(0.05)
+        await eventually(lambda: self.value(expression))
 
     async def open(self, url: str) -> None:
         await self.do("Page.navigate", url=url)
@@ -166,9 +166,8 @@ async def chromium(folder: Path) -> AsyncIterator[Browser]:
     )
     try:
         told = folder / "profile" / "DevToolsActivePort"
+        await eventually(lambda: told.exists() and len(told.read_text().splitlines()) >= 2, 30)
         async with asyncio.timeout(30):
-            while not told.exists() or len(told.read_text().splitlines()) < 2:
-                await asyncio.sleep(0.05)
             address = f"http://127.0.0.1:{told.read_text().splitlines()[0]}/json"
             async with aiohttp.ClientSession() as session:
                 async with session.get(address) as answer:

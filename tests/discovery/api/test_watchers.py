@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from discovery.api import watchers
 from discovery.api.tokens import OPEN, Principal
-from discovery.api.watchers import NoRoom, WatchHub
+from discovery.api.watchers import NoRoom, WatchHub, WatchLimits
 from discovery.model.mesh import Deletion, Kind, NetworkSpec, ServiceSpec
 from discovery.store import MemoryStore
 
@@ -58,10 +57,9 @@ async def test_taking_skips_what_the_backlog_had() -> None:
     assert [line["type"] for line in lines(watcher.next_batch(current))] == ["delete"]
 
 
-async def test_a_backlog_is_cut_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchers, "BATCH_BYTES", 500)
+async def test_a_backlog_is_cut_in_batches() -> None:
     store = MemoryStore()
-    hub = WatchHub(store)
+    hub = WatchHub(store, limits=WatchLimits(batch_bytes=500))
     for number in range(50):
         await store.put((Kind.NETWORK, f"n{number}", f"n{number}"), NetworkSpec())
     for revision in (0, None):
@@ -73,11 +71,10 @@ async def test_a_backlog_is_cut_in_batches(monkeypatch: pytest.MonkeyPatch) -> N
         assert told[-1] == {"revision": 50, "type": "sync", "epoch": store.epoch}
 
 
-@pytest.mark.parametrize("limit", ["MAX_QUEUED_LINES", "MAX_QUEUED_BYTES"])
-async def test_a_queue_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    monkeypatch.setattr(watchers, limit, 3)
+@pytest.mark.parametrize("limits", [WatchLimits(queued_lines=3), WatchLimits(queued_bytes=3)])
+async def test_a_queue_is_bounded(limits: WatchLimits) -> None:
     store = MemoryStore()
-    hub = WatchHub(store)
+    hub = WatchHub(store, limits=limits)
     watcher = hub.add(OPEN)
     for _ in range(10):
         await store.put(KEY, SERVICE)

@@ -6,16 +6,17 @@ import ssl
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 
+from discovery.api.timing import ServerTiming
 from discovery.client.contract import DiscoveryError
 from discovery.model.mesh import Kind, NetworkSpec
-from tests.discovery.client.clients import OTHER, RELAY, client_at, client_of
+from tests.discovery.client.clients import OTHER, RELAY, WallClock, client_at, client_of
+from tests.discovery.waiting import LogWaiter
 
 pytestmark = pytest.mark.anyio
 
@@ -121,9 +122,8 @@ async def test_over_tls_with_a_ca(serve: Any, run: Any, until: Any, tmp_path: Pa
 
 
 async def test_an_authority_that_is_replaced_counts_without_a_restart(
-    serve: Any, run: Any, until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("discovery.api.server.RELOAD_S", 0.02)
     old, new = trustme.CA(), trustme.CA()
 
     def certify(by: trustme.CA) -> None:
@@ -131,7 +131,10 @@ async def test_an_authority_that_is_replaced_counts_without_a_restart(
 
     old.cert_pem.write_to_path(tmp_path / "ca.pem")
     certify(old)
-    async with serve(tls_cert=tmp_path / "server.pem") as at, run(client_of(at, ca_file=tmp_path / "ca.pem")) as client:
+    async with (
+        serve(tls_cert=tmp_path / "server.pem", timing=ServerTiming(reload_s=0.02)) as at,
+        run(client_of(at, ca_file=tmp_path / "ca.pem")) as client,
+    ):
         client.publish(Kind.RELAY, "r1", RELAY)
         assert await client.settled(5)
         (tmp_path / "ca.pem").write_text("nonsense")
@@ -163,14 +166,15 @@ def test_a_client_needs_a_server() -> None:
 
 
 async def test_a_clock_that_is_apart_from_the_servers_is_told(
-    serve: Any, run: Any, until: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    behind = WallClock()
+    behind.ahead_s = -100
     async with serve() as at:
         async with run(client_of(at)) as client:
             await until(client, lambda _: True)
             assert client.clock_ahead_s == 0
-        monkeypatch.setattr("discovery.client.servers._wall_clock", lambda: time.time() - 100)
-        async with run(client_of(at)) as client:
+        async with run(client_of(at, wall_clock=behind)) as client:
             await until(client, lambda _: True)
             assert 98 <= client.clock_ahead_s <= 102
     said = [record.event["why"] for record in caplog.records if record.message == "clocks_apart"]  # type: ignore[attr-defined]
@@ -180,7 +184,7 @@ async def test_a_clock_that_is_apart_from_the_servers_is_told(
 
 
 async def test_a_certificate_that_fails_for_a_clock_says_by_how_much(
-    serve: Any, run: Any, tmp_path: Path, tokens: Any, caplog: pytest.LogCaptureFixture
+    serve: Any, run: Any, tmp_path: Path, tokens: Any, logged: LogWaiter
 ) -> None:
     authority = trustme.CA()
     ended = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
@@ -190,7 +194,5 @@ async def test_a_certificate_that_fails_for_a_clock_says_by_how_much(
     async with (
         serve(tokens_file=tokens.path, tls_cert=tmp_path / "server.pem") as at,
         run(client_of(at, network="b", token=tokens["b"], ca_file=tmp_path / "ca.pem")),
-        asyncio.timeout(10),
     ):
-        while "it ended 36" not in str([getattr(record, "event", None) for record in caplog.records]):
-            await asyncio.sleep(0.02)
+        await logged.until("it ended 36")

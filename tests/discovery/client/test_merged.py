@@ -1,6 +1,5 @@
 """A file beside servers: what it says wins, and both go on being true."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ from discovery.client.config import DiscoveryClientConfig
 from discovery.client.merged import MergedDiscovery
 from discovery.client.mesh_file import StaticDiscovery
 from discovery.model.mesh import Kind, RelaySpec, ServiceSpec
+from tests.discovery.waiting import LogWaiter
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_the_file_wins_and_both_are_followed(
-    tmp_path: Path, serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, serve: Any, run: Any, until: Any, logged: LogWaiter
 ) -> None:
     path = tmp_path / "mesh.yaml"
     path.write_text(
@@ -42,9 +42,7 @@ async def test_the_file_wins_and_both_are_followed(
             await until(both, lambda mesh: len(mesh.relays("b")) == 3)
             both.withdraw(Kind.RELAY, "r3")
             path.write_text("nonsense")
-            async with asyncio.timeout(5):
-                while "cannot be used" not in caplog.text:
-                    await asyncio.sleep(0.01)
+            await logged.until("cannot be used")
             assert both.mesh.relays("b")[0].spec.addresses == ["10.0.0.1"]
             path.write_text("networks: [{id: b}]\n")
             mesh = await until(both, lambda mesh: mesh.relays("b")[0].spec.addresses == ["10.0.0.2"])

@@ -9,6 +9,7 @@ from discovery.client.contract import DiscoveryError
 from discovery.client.mesh_file import BadFile, StaticDiscovery, format_mesh, load_mesh
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import Kind, Mesh, RelaySpec, VipSpec
+from tests.discovery.waiting import LogWaiter
 
 DESIGN = """
 networks: [{id: a}, {id: b}]
@@ -130,7 +131,7 @@ def test_what_a_role_publishes_is_merged_in(path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_changed_file_is_read_again(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_changed_file_is_read_again(path: Path, logged: LogWaiter) -> None:
     discovery = StaticDiscovery(path, network="a", reload_s=0.01)
     discovery.publish(Kind.RELAY, "relay-2", RELAY)
     before = discovery.mesh.revision
@@ -143,8 +144,7 @@ async def test_a_changed_file_is_read_again(path: Path, caplog: pytest.LogCaptur
         assert [relay.id for relay in discovery.mesh.relays("a")] == ["relay-2", "relay-9"]
         assert discovery.mesh.revision > before
         await asyncio.to_thread(path.write_text, "broken: ")
-        while "cannot be used" not in caplog.text:
-            await asyncio.sleep(0.01)
+        await logged.until("cannot be used")
         assert len(discovery.mesh.relays("a")) == 2
         task.cancel()
 

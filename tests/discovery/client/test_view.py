@@ -140,16 +140,15 @@ def test_nonsense_is_no_watch(line: bytes) -> None:
         View().feed(line, 0)
 
 
-def test_lines_and_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_and_records_are_bounded() -> None:
     view = View()
     with pytest.raises(BadWatch, match="bytes"):
         for _ in range(MAX_LINE // 65536 + 2):
             view.feed(b"x" * 65536, 0)
     with pytest.raises(BadWatch, match="bytes"):
         View().feed(b" " * (MAX_LINE + 1) + b"\n", 0)
-    monkeypatch.setattr("discovery.client.view.MAX_RECORDS", 2)
     with pytest.raises(BadWatch, match="records"):
-        View().feed(reset() + put("a", 1) + put("b", 2) + put("c", 3), 0)
+        View(max_records=2).feed(reset() + put("a", 1) + put("b", 2) + put("c", 3), 0)
 
 
 @given(st.lists(st.integers(0, 400), max_size=8))

@@ -1,15 +1,14 @@
 """Our own records at real servers: written, kept, lost, claimed, fought over."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, VipSpec
-from discovery.store import Lease, SqliteStore
-from tests.discovery.client.clients import OTHER, RELAY, client_of, gone
+from tests.discovery.client.clients import OTHER, RELAY, CountingStore, WallClock, client_of
+from tests.discovery.waiting import LogWaiter, eventually, stored
 
 pytestmark = pytest.mark.anyio
 
@@ -68,18 +67,22 @@ async def test_closing_ends_the_lease_and_leaves_the_rest(serve: Any, run: Any) 
         assert await at.store.leases("anyone") == []
 
 
-async def test_what_a_dead_client_published_goes_with_its_lease(serve: Any) -> None:
-    async with serve() as at:
+async def test_what_a_dead_client_published_goes_with_its_lease(serve: Any, tmp_path: Path) -> None:
+    store = CountingStore(tmp_path / "discovery.db")
+    async with serve(store) as at:
         client = client_of(at, lease_ttl_s=1)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(client.run())
             client.publish(Kind.RELAY, "r", RELAY)
             assert await client.settled(5)
-            for _ in range(3):  # it lives for longer than its lease without renewals would
-                await asyncio.sleep(0.4)
+            await store.renewals(4)  # at a third each: it lives for longer than its lease would without them
             assert await at.store.get((Kind.RELAY, "a", "r")) is not None
             task.cancel()  # and dies without closing
-        await gone(at, Kind.RELAY, "a", "r")
+
+        async def gone() -> bool:
+            return await store.get((Kind.RELAY, "a", "r")) is None
+
+        await stored(store, gone)
 
 
 async def test_a_lost_lease_and_a_deleted_record_are_made_good(serve: Any, run: Any, until: Any) -> None:
@@ -113,23 +116,17 @@ async def test_a_lease_that_was_forgotten_is_noticed_when_it_is_renewed(
 
 @pytest.mark.parametrize("years", [30, -30])
 async def test_a_wall_clock_that_jumps_ends_no_lease(
-    serve: Any, run: Any, until: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int
+    serve: Any, run: Any, until: Any, tmp_path: Path, years: int
 ) -> None:
-    real = time.time
-    async with serve(SqliteStore(tmp_path / "discovery.db")) as at, run(client_of(at, lease_ttl_s=1)) as client:
+    wall, store = WallClock(), CountingStore(tmp_path / "discovery.db")
+    async with (
+        serve(store, wall_clock=wall) as at,
+        run(client_of(at, lease_ttl_s=1, wall_clock=wall)) as client,
+    ):
         client.publish(Kind.RELAY, "r", RELAY)
         before = (await until(client, lambda mesh: mesh.relays("a"))).relays("a")
-        monkeypatch.setattr(time, "time", lambda: real() + years * 365 * 86_400)
-        renewed, renew = asyncio.Semaphore(0), at.store.renew
-
-        async def counted(lease_id: str) -> Lease:
-            renewed.release()
-            return await renew(lease_id)  # type: ignore[no-any-return]
-
-        monkeypatch.setattr(at.store, "renew", counted)
-        async with asyncio.timeout(20):
-            for _ in range(5):  # at a third each: longer than the lease is
-                await renewed.acquire()
+        wall.ahead_s = years * 365 * 86_400
+        await store.renewals(5)  # at a third each: longer than the lease is
         assert client.connected
         assert client.mesh.relays("a") == before
         assert list((await at.store.snapshot()).records) == list(before)
@@ -154,25 +151,19 @@ async def test_closing_is_bounded(serve: Any, run: Any) -> None:
     await client_of(at).close()
 
 
-async def test_two_processes_with_one_id_notice_each_other(
-    serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_two_processes_with_one_id_notice_each_other(serve: Any, run: Any, until: Any, logged: LogWaiter) -> None:
     other = RelaySpec(addresses=["10.0.0.8"], ports=[443])
     async with serve() as at, run(client_of(at, reassert_after_s=0.1)) as first:
         first.publish(Kind.RELAY, "r", RELAY)
         assert await first.settled(5)
         async with run(client_of(at, reassert_after_s=0.1)) as second:
             second.publish(Kind.RELAY, "r", other)
-            async with asyncio.timeout(10):
-                while len([record for record in caplog.records if record.message == "id_in_use"]) < 2:
-                    await asyncio.sleep(0.01)
+            await logged.until("id_in_use", 2)
             # The second writes again once, too, and then both leave it: it stands as the second one wrote it.
             await until(first, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].spec == other)
-            async with asyncio.timeout(10):
-                while not first.troubles:
-                    await asyncio.sleep(0.01)
+            await eventually(lambda: first.troubles)
             revision = at.store.revision
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.3)  # three times as long as either would wait before it writes again
             assert at.store.revision == revision, "no war"
             assert first.rivals == second.rivals == ("relay/a/r",)
             ((condition, words),) = first.troubles

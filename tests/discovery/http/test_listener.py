@@ -1,6 +1,7 @@
 """Connections of an HTTP server: how many, for how long, and who has to go for whom. Real sockets on loopback."""
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -8,6 +9,10 @@ from typing import Any
 
 import pytest
 import trustme
+
+from discovery.api.timing import ServerTiming
+from discovery.http.listener import ListenerTiming
+from tests.discovery.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -26,8 +31,10 @@ async def closing() -> AsyncIterator[None]:
     """Leave no connection open."""
     yield
     while _open:
-        _open.pop().close()
-    await asyncio.sleep(0.01)
+        writer = _open.pop()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 async def connect(at: Any, data: bytes = b"", address: str = "127.0.0.1") -> Streams:
@@ -55,6 +62,10 @@ async def answered(streams: Streams) -> bool:
     return head.startswith(b"HTTP/1.1 200")
 
 
+def impatient(**timing: float) -> ServerTiming:
+    return ServerTiming(connections=ListenerTiming(overdue_check_s=0.02, **timing))
+
+
 def limits(at: Any, reason: str) -> float:
     return float(at.server._listening._ended.labels(reason)._value.get())
 
@@ -66,17 +77,13 @@ async def test_half_requests_of_one_address_crowd_out_themselves(serve: Any) -> 
         assert await answered(kept)
         halves = [await connect(at, HALF, "127.0.0.2") for _ in range(100)]
         assert await answered(await connect(at, WHOLE, "127.0.0.3"))
-        async with asyncio.timeout(LIMIT_S):
-            while limits(at, "address_full") < 92:
-                await asyncio.sleep(0.01)
+        await eventually(lambda: limits(at, "address_full") >= 92)
         assert at.server._listening._count <= 8 + 2
         kept[1].write(WHOLE)
         assert await answered(kept), "who has asked properly stays"
         for streams in halves:
             streams[1].close()
-    async with asyncio.timeout(LIMIT_S):
-        while len(os.listdir("/proc/self/fd")) > before + 4:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 4)
 
 
 async def test_many_addresses_take_no_more_than_all_may(serve: Any) -> None:
@@ -98,40 +105,34 @@ async def test_watches_are_not_ended_for_connections_that_only_come(serve: Any) 
         assert await answered(await connect(at, WHOLE))
 
 
-async def test_a_later_request_has_a_deadline_from_its_first_byte(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("discovery.http.listener.HEADER_S", 0.3)
-    monkeypatch.setattr("discovery.http.listener.OVERDUE_CHECK_S", 0.02)
-    async with serve() as at:
+async def test_a_later_request_has_a_deadline_from_its_first_byte(serve: Any) -> None:
+    async with serve(timing=impatient(header_s=0.3)) as at:
         streams = await connect(at, WHOLE)
         assert await answered(streams)
-        await asyncio.sleep(0.6)  # idle is allowed
+        assert await ended(await connect(at, HALF)) == b""  # streams has been idle for longer by now, which is allowed
         streams[1].write(WHOLE)
         assert await answered(streams)
-        streams[1].write(b"G")
-        await asyncio.sleep(0.1)
-        streams[1].write(b"E")
-        assert await ended(streams) == b""
-        assert limits(at, "header_timeout") == 1
+        streams[1].write(HALF + b"X: ")
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(ended(streams))
+            while not reading.done():  # a byte now and then does not extend the deadline
+                streams[1].write(b"x")
+                await asyncio.sleep(0.02)
+        assert reading.result() == b""
+        assert limits(at, "header_timeout") == 2
 
 
-async def test_an_answer_that_nobody_takes_ends(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("discovery.http.listener.WRITE_S", 0.2)
-    monkeypatch.setattr("discovery.http.listener.OVERDUE_CHECK_S", 0.02)
-    async with serve() as at:
+async def test_an_answer_that_nobody_takes_ends(serve: Any) -> None:
+    async with serve(timing=impatient(write_s=0.2)) as at:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_connect(client, ("127.0.0.1", at.port))
-            async with asyncio.timeout(LIMIT_S):
-                while not limits(at, "write_timeout"):
-                    try:
-                        client.send(b"GET /page.css HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 50)
-                    except BlockingIOError:
-                        pass
-                    except ConnectionError:
-                        break
-                    await asyncio.sleep(0.01)
+            with pytest.raises(ConnectionError):
+                async with asyncio.timeout(LIMIT_S):
+                    while True:
+                        await loop.sock_sendall(client, b"GET /page.css HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 50)
         assert limits(at, "write_timeout") == 1
 
 
@@ -147,13 +148,11 @@ async def test_a_request_without_end_ends(serve: Any) -> None:
         del reader
 
 
-async def test_handshakes_count_and_have_a_deadline(serve: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("discovery.http.listener.HANDSHAKE_S", 0.2)
+async def test_handshakes_count_and_have_a_deadline(serve: Any, tmp_path: Any) -> None:
     trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
-    async with serve(tls_cert=tmp_path / "server.pem", max_connections=10, max_connections_per_address=10) as at:
+    limited = {"max_connections": 10, "max_connections_per_address": 10}
+    async with serve(tls_cert=tmp_path / "server.pem", timing=impatient(handshake_s=0.2), **limited) as at:
         silent = [await connect(at, b"\x16\x03\x01") for _ in range(40)]
-        async with asyncio.timeout(LIMIT_S):
-            while at.server._listening._count or not limits(at, "handshake"):
-                await asyncio.sleep(0.01)
+        await eventually(lambda: not at.server._listening._count and limits(at, "handshake"))
         for streams in silent:
             assert await ended(streams) == b""

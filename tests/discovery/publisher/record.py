@@ -26,7 +26,8 @@ from aiohttp import web
 
 from discovery.client.mesh_file import StaticDiscovery
 from discovery.pacing.backoff import Backoff
-from discovery.publisher import Publisher, PublisherConfig, kubernetes
+from discovery.publisher import Publisher, PublisherConfig
+from tests.discovery.waiting import eventually
 
 RECORDING = Path(__file__).with_name("recording.json")
 PAGE = 2
@@ -163,9 +164,7 @@ def endpoints(discovery: StaticDiscovery) -> dict[str, dict[str, list[str]]]:
 
 
 async def until(what: str, holds: Any) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not holds():
-            await asyncio.sleep(0.05)
+    await eventually(holds, LIMIT_S)
     print(what, flush=True)
 
 
@@ -177,7 +176,6 @@ async def command(line: str) -> None:
 
 async def record(options: argparse.Namespace) -> None:
     """Play the scene."""
-    kubernetes.PAGE, kubernetes.WATCH_S = PAGE, WATCH_S
     tls = ssl.create_default_context(cafile=options.ca) if options.ca else True
     recorder = Recorder(options.api, tls, options.slices)
     async with recorder.serving(), aiohttp.ClientSession() as session:
@@ -196,7 +194,9 @@ async def record(options: argparse.Namespace) -> None:
             mesh = Path(folder) / "mesh.yaml"
             mesh.write_text("networks: [{id: b}]\n")
             discovery = StaticDiscovery(mesh, network="b")
-            config = PublisherConfig(network="b", api=recorder.url, token_file=options.token)
+            config = PublisherConfig(
+                network="b", api=recorder.url, token_file=options.token, page=PAGE, watch_s=WATCH_S
+            )
             async with asyncio.TaskGroup() as group:
                 running = group.create_task(Publisher(config, discovery, backoff=Backoff(0.2, 0.5)).run())
                 await scene(options, cluster, recorder, discovery)

@@ -6,7 +6,7 @@ What it does not prove: a newer API server than the one that was recorded, which
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from aiohttp import web
 
 from crossnet.config.file import load
 from discovery.model.mesh import Kind
-from discovery.publisher import kubernetes
 from tests.discovery.publisher.record import RECORDING
-from tests.discovery.publisher.test_role import publishing, put_service, put_slice, reached
+from tests.discovery.publisher.test_role import publishing, put_service, put_slice, until
+from tests.discovery.waiting import LogWaiter, stored
 from tests.support.kube_server import KubeServer, kube_server
 
 pytestmark = pytest.mark.anyio
@@ -80,23 +80,24 @@ async def replaying(exchanges: list[dict[str, Any]]) -> AsyncIterator[tuple[Kube
         await runner.cleanup()
 
 
-async def test_what_a_real_api_server_said_is_followed(
-    serve: Any, tmp_path: Path, recording: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_a_real_api_server_said_is_followed(serve: Any, tmp_path: Path, recording: Any) -> None:
     """Pages, changes, bookmarks, watches that the server ends, and one that it cannot resume."""
-    monkeypatch.setattr(kubernetes, "PAGE", recording["page"])
-    monkeypatch.setattr(kubernetes, "WATCH_S", recording["watch_s"])
     said = "".join(chunk for one in recording["exchanges"] for chunk in one.get("chunks", ()))
     for kind in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR"):
         assert f'{{"type":"{kind}","object":' in said
-    async with replaying(recording["exchanges"]) as (kube, unlike), serve() as at, publishing(kube, at, tmp_path):
-        async with asyncio.timeout(LIMIT_S):
-            while True:
-                records = (await at.store.snapshot(Kind.SERVICE, "b")).records
-                specs = sorted((msgspec.to_builtins(record.spec) for record in records), key=lambda spec: spec["name"])
-                if specs == recording["published"]:
-                    break
-                await asyncio.sleep(0.02)
+    settings = {"page": recording["page"], "watch_s": recording["watch_s"]}
+    async with (
+        replaying(recording["exchanges"]) as (kube, unlike),
+        serve() as at,
+        publishing(kube, at, tmp_path, **settings),
+    ):
+
+        async def published() -> bool:
+            records = (await at.store.snapshot(Kind.SERVICE, "b")).records
+            specs = sorted((msgspec.to_builtins(record.spec) for record in records), key=lambda spec: spec["name"])
+            return bool(specs == recording["published"])
+
+        await stored(at.store, published)
     assert unlike == []
 
 
@@ -221,7 +222,7 @@ async def test_kubectl_takes_the_tests_own_server_for_a_cluster(tmp_path: Path) 
         )
         assert watching.stdout is not None
         try:
-            await reached(lambda: kube.watches == 1)
+            await kube.until(lambda: kube.watches == 1)
             put_service(kube, "orders")
             put_service(kube, "new")
             kube.delete("services", "shop", "cart")
@@ -242,17 +243,14 @@ async def test_kubectl_takes_the_tests_own_server_for_a_cluster(tmp_path: Path) 
             await watching.wait()
 
 
-async def test_a_cluster_over_tls_is_verified(serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def settled(at: Any) -> Callable[[], bool]:
-        return lambda: len(at.store._records) == 1
-
+async def test_a_cluster_over_tls_is_verified(serve: Any, tmp_path: Path, logged: LogWaiter) -> None:
     async with over_tls(tmp_path) as (kube, authority), serve() as at:
         put_service(kube, "orders")
         async with publishing(kube, at, tmp_path):
-            await reached(lambda: "certificate verify failed" in caplog.text)
+            await logged.until("certificate verify failed")
         assert not kube.asked
         async with publishing(kube, at, tmp_path, ca_file=authority):
-            await reached(settled(at))
+            await until(at, {"orders.shop.svc.cluster.local": []})
 
 
 def test_the_manifest_runs_a_publisher_with_no_more_rights_than_it_needs(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The publisher between an API server that keeps the rules and a real discovery server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from discovery.model.mesh import Kind, ServiceSpec
 from discovery.pacing.backoff import Backoff
 from discovery.publisher import Publisher, PublisherConfig
 from discovery.publisher.table import record_id
+from tests.discovery.waiting import LogWaiter, stored
 from tests.support.kube_server import KubeServer, kube_server
 
 pytestmark = pytest.mark.anyio
@@ -41,13 +42,11 @@ def put_slice(server: KubeServer, name: str, service: str, *addresses: str, name
 
 @asynccontextmanager
 async def publishing(
-    kube: KubeServer, at: Any, tmp_path: Path, namespaces: tuple[str, ...] = (), ca_file: Path | None = None
+    kube: KubeServer, at: Any, tmp_path: Path, **settings: Any
 ) -> AsyncIterator[tuple[Publisher, DiscoveryClient]]:
     (tmp_path / "token").write_text("t0ken\n")
     client = DiscoveryClient(DiscoveryClientConfig(urls=[at.url], network="b"))
-    config = PublisherConfig(
-        network="b", api=kube.url, token_file=tmp_path / "token", namespaces=namespaces, ca_file=ca_file
-    )
+    config = PublisherConfig(network="b", api=kube.url, token_file=tmp_path / "token", **settings)
     publisher = Publisher(config, client, backoff=IMPATIENT)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(client.run()), group.create_task(publisher.run())]
@@ -64,15 +63,12 @@ async def endpoints(at: Any) -> dict[str, list[str]]:
 
 
 async def until(at: Any, expected: dict[str, list[str]]) -> None:
-    async with asyncio.timeout(10):
-        while await endpoints(at) != expected:
-            await asyncio.sleep(0.01)
+    """Wait until these services are published, with these endpoints."""
 
+    async def published() -> bool:
+        return await endpoints(at) == expected
 
-async def reached(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
+    await stored(at.store, published)
 
 
 NAME = "orders.shop.svc.cluster.local"
@@ -108,15 +104,15 @@ async def test_a_watch_is_resumed_where_it_was(serve: Any, tmp_path: Path) -> No
         put_service(kube, "orders")
         async with publishing(kube, at, tmp_path):
             await until(at, {NAME: []})
-            await reached(lambda: kube.watches == 2)
+            await kube.until(lambda: kube.watches == 2)
             put_slice(kube, "orders-1", "orders", "10.1.0.1")
             await until(at, {NAME: ["10.1.0.1:9443"]})
             kube.bookmark()
             version = kube.version
-            await asyncio.sleep(0.05)
+            await kube.until(lambda: kube.told == {"services": version, "endpointslices": version})
             del kube.asked[:]
             kube.end_watches()
-            await reached(lambda: len(kube.asked) >= 2)
+            await kube.until(lambda: len(kube.asked) >= 2)
             assert {query.get("resourceVersion") for _, query in kube.asked} == {version}
             put_slice(kube, "orders-1", "orders", "10.1.0.2")
             await until(at, {NAME: ["10.1.0.2:9443"]})
@@ -132,7 +128,7 @@ async def test_history_that_is_gone_is_listed_anew(serve: Any, tmp_path: Path, i
         put_slice(kube, "orders-1", "orders", "10.1.0.1")
         async with publishing(kube, at, tmp_path):
             await until(at, {NAME: ["10.1.0.1:9443"], "cart.shop.svc.cluster.local": []})
-            await reached(lambda: kube.watches == 2)
+            await kube.until(lambda: kube.watches == 2)
             kube.end_watches()
             # Before the watches come back: changes, and no trace of them.
             kube.delete("services", "shop", "cart")
@@ -155,24 +151,23 @@ async def test_what_was_withdrawn_while_nobody_published_goes(serve: Any, tmp_pa
         async with publishing(kube, at, tmp_path):
             # The other cluster's publisher and people keep theirs.
             await until(at, {"old.shop.svc.cluster.local": [], "o.s": [], NAME: []})
-            await reached_async(at)
+            old = (Kind.SERVICE, "b", record_id("k8s", ("shop", "old")))
+
+            async def gone() -> bool:
+                return await at.store.get(old) is None
+
+            await stored(at.store, gone)
             ids = {record.id for record in (await at.store.snapshot()).records}
             assert ids == {record_id("other", ("shop", "old")), "by-hand", record_id("k8s", ("shop", "orders"))}
 
 
-async def reached_async(at: Any) -> None:
-    async with asyncio.timeout(10):
-        while await at.store.get((Kind.SERVICE, "b", record_id("k8s", ("shop", "old")))) is not None:
-            await asyncio.sleep(0.01)
-
-
-async def test_namespaces_and_a_renewed_token(serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_namespaces_and_a_renewed_token(serve: Any, tmp_path: Path, logged: LogWaiter) -> None:
     async with kube_server() as kube, serve() as at:
         for namespace in ("shop", "bank", "hidden"):
             put_service(kube, "orders", namespace)
         kube.token = "renewed"
-        async with publishing(kube, at, tmp_path, ("shop", "bank")):
-            await reached(lambda: "status 401" in caplog.text)
+        async with publishing(kube, at, tmp_path, namespaces=("shop", "bank")):
+            await logged.until("status 401")
             assert await endpoints(at) == {}
             (tmp_path / "token").write_text("renewed")
             await until(at, {NAME: [], "orders.bank.svc.cluster.local": []})
@@ -182,7 +177,7 @@ async def test_namespaces_and_a_renewed_token(serve: Any, tmp_path: Path, caplog
 
 @pytest.mark.parametrize("bad", [b"two\r\nlines: 1", b"\xff\xfe", None])
 async def test_a_token_that_is_none_is_told_and_waited_for(
-    serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: bytes | None
+    serve: Any, tmp_path: Path, logged: LogWaiter, bad: bytes | None
 ) -> None:
     async with kube_server() as kube, serve() as at:
         put_service(kube, "orders")
@@ -193,7 +188,7 @@ async def test_a_token_that_is_none_is_told_and_waited_for(
             else:
                 (tmp_path / "token").write_bytes(bad)
             kube.end_watches()
-            await reached(lambda: "the Kubernetes API failed" in caplog.text)
+            await logged.until("the Kubernetes API failed")
             put_service(kube, "cart")
             (tmp_path / "token").write_text("t0ken")
             await until(at, {NAME: [], "cart.shop.svc.cluster.local": []})
@@ -205,7 +200,7 @@ async def test_a_version_that_always_fails_is_given_up(serve: Any, tmp_path: Pat
         put_service(kube, "orders")
         async with publishing(kube, at, tmp_path):
             await until(at, {NAME: []})
-            await reached(lambda: kube.watches == 2)
+            await kube.until(lambda: kube.watches == 2)
             kube.forget()
             put_service(kube, "cart")
             await until(at, {"cart.shop.svc.cluster.local": []})

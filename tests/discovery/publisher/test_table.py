@@ -6,7 +6,6 @@ import msgspec
 
 from discovery.model.mesh import ServiceSpec, check_spec
 from discovery.model.spec import MAX_ENDPOINTS, Kind, is_record_id
-from discovery.publisher import table as table_module
 from discovery.publisher.table import ServiceObject, ServiceTable, SliceObject, record_id
 
 NAME = ("shop", "orders")
@@ -83,9 +82,8 @@ def test_more_endpoints_than_a_record_holds(caplog: Any) -> None:
     assert "too many endpoints" in caplog.text
 
 
-def test_the_table_is_bounded(monkeypatch: Any) -> None:
-    monkeypatch.setattr(table_module, "MAX_OBJECTS", 2)
-    table = ServiceTable("cluster.local")
+def test_the_table_is_bounded() -> None:
+    table = ServiceTable("cluster.local", max_objects=2)
     for number in range(4):
         table.put_slice(slice_of(f"s{number}"))
     assert len(table.slice_names()) == 2

@@ -5,10 +5,9 @@ import base64
 import dataclasses
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trustme
@@ -16,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from discovery.model.mesh import Deletion, Kind, NetworkSpec, VipSpec
-from discovery.store import Change, EtcdAccess, EtcdStore, PreconditionFailed, StoreError, UnknownLease
-from discovery.store import etcd as etcd_module
+from discovery.store import Change, EtcdAccess, EtcdStore, EtcdTiming, PreconditionFailed, StoreError, UnknownLease
 from discovery.store.etcdapi import range_end
+from tests.discovery.waiting import eventually, stored
 from tests.support.etcd_cluster import Member, etcd_cluster, free_ports
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
@@ -58,12 +57,6 @@ async def running(*stores: EtcdStore, opened: bool = False) -> AsyncIterator[Seq
         raise failure
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
 def b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
@@ -76,7 +69,7 @@ async def test_two_servers_share_records_revisions_and_epoch(member: Member, pre
         heard: list[Change] = []
         two.subscribe(heard.extend)
         record = await one.put(KEY, SPEC)
-        await until(lambda: heard)
+        await stored(two, lambda: heard)
         assert heard == [record]
         assert await two.get(KEY) == record
         with pytest.raises(PreconditionFailed):
@@ -93,7 +86,7 @@ async def test_two_servers_share_records_revisions_and_epoch(member: Member, pre
         # etcd ends them in one transaction: one revision, told together.
         assert len(gone) == 4
         assert {deletion.revision for deletion in gone} == {one.revision}
-        await until(lambda: heard)
+        await stored(two, lambda: heard)
         assert sorted(map(str, heard)) == sorted(map(str, gone))
         assert await two.since(record.revision) == gone
 
@@ -104,22 +97,19 @@ async def test_a_lease_ends_when_etcd_says_so(member: Member, prefix: str) -> No
         lease, kept = await store.grant(1, "somebody"), await store.grant(60, "somebody")
         await store.put(KEY, SPEC, lease=lease.id)
         other = await store.put((Kind.NETWORK, "b", "b"), NetworkSpec(), lease=kept.id)
-        await until(lambda: lease.id not in store._leases)
+        await stored(store, lambda: lease.id not in store._leases)
         assert (await store.snapshot()).records == (other,)
         assert await store.leases("somebody") == [kept]
         with pytest.raises(UnknownLease):
             await store.renew(lease.id)
 
 
-async def test_a_server_that_starts_later_has_everything(
-    member: Member, prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(etcd_module, "PAGE", 3)
+async def test_a_server_that_starts_later_has_everything(member: Member, prefix: str) -> None:
     access = EtcdAccess(endpoints=(member.url,), prefix=prefix)
     async with running(EtcdStore(access)) as (one,):
         records = [await one.put((Kind.NETWORK, f"n{n}", f"n{n}"), NetworkSpec()) for n in range(8)]
         lease = await one.grant(30, "somebody")
-        async with running(EtcdStore(access)) as (two,):
+        async with running(EtcdStore(access, page=3)) as (two,):
             assert sorted((await two.snapshot()).records, key=lambda record: record.id) == records
             assert await two.leases("somebody") == [lease]
             assert await two.since(records[3].revision) is None  # what was deleted before its start is not known
@@ -141,12 +131,12 @@ async def test_history_that_etcd_compacted_is_read_anew(member: Member, prefix: 
         new = await writer.put((Kind.NETWORK, "c", "c"), NetworkSpec())
         await asyncio.to_thread(member.ask, "kv/compaction", {"revision": str(writer.revision)})
         async with running(behind, opened=True):
-            await until(lambda: heard)
+            await stored(behind, lambda: heard)
             assert heard == [new, Deletion(KEY, new.revision)]
             assert sorted((await behind.snapshot()).records, key=lambda record: record.id) == [kept, new]
             assert await behind.leases("somebody") == []
             again = await writer.put(KEY, SPEC)
-            await until(lambda: behind.revision == again.revision)
+            await stored(behind, lambda: behind.revision == again.revision)
 
 
 async def test_keys_that_are_none_of_ours_are_left_out(
@@ -170,26 +160,24 @@ async def test_keys_that_are_none_of_ours_are_left_out(
     assert sum("cannot be read" in entry.message for entry in caplog.records) == 3
 
 
-async def test_a_store_without_etcd_does_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(etcd_module, "OPEN_TIMEOUT_S", 0.3)
+async def test_a_store_without_etcd_does_not_open() -> None:
     (port,) = free_ports(1)
     with pytest.raises(StoreError, match=f"etcd: http://127.0.0.1:{port}"):
-        await EtcdStore(EtcdAccess(endpoints=(f"http://127.0.0.1:{port}",))).open()
+        await EtcdStore(EtcdAccess(endpoints=(f"http://127.0.0.1:{port}",)), timing=EtcdTiming(open_s=0.3)).open()
 
 
 async def test_an_etcd_that_hangs_makes_reads_stale_and_refuses_writes(
-    tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(etcd_module, "STALE_AFTER_S", 0.5)
-    monkeypatch.setattr(etcd_module, "PROBE_S", 0.1)
-    monkeypatch.setattr("discovery.store.etcdapi.CALL_TIMEOUT_S", 0.5)
+    timing = EtcdTiming(stale_after_s=0.5, probe_s=0.1, call_s=0.5)
     caplog.set_level(logging.INFO)
     with etcd_cluster(tmp_path) as (alone,):
-        async with running(EtcdStore(EtcdAccess(endpoints=(alone.url,), prefix=prefix))) as (store,):
+        access = EtcdAccess(endpoints=(alone.url,), prefix=prefix)
+        async with running(EtcdStore(access, timing=timing)) as (store,):
             record = await store.put(KEY, SPEC)
             assert store.stale_s == 0
             alone.signal(signal.SIGSTOP)
-            await until(lambda: store.stale_s > 0)
+            await eventually(lambda: store.stale_s > 0)
             assert await store.get(KEY) == record
             assert await store.since(store.revision) == []
             for action in (
@@ -203,7 +191,7 @@ async def test_an_etcd_that_hangs_makes_reads_stale_and_refuses_writes(
                 with pytest.raises(StoreError):
                     await action
             alone.signal(signal.SIGCONT)
-            await until(lambda: store.stale_s == 0)
+            await eventually(lambda: store.stale_s == 0)
             assert (await store.put(KEY, SPEC)).revision > record.revision
     assert sum("does not answer" in entry.message for entry in caplog.records) <= 2
 
@@ -264,10 +252,7 @@ def signed_tokens(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("signed", [False, True])
-async def test_a_cluster_that_wants_a_password(
-    tmp_path: Path, prefix: str, monkeypatch: pytest.MonkeyPatch, signed: bool
-) -> None:
-    monkeypatch.setattr(etcd_module, "OPEN_TIMEOUT_S", 1.0)
+async def test_a_cluster_that_wants_a_password(tmp_path: Path, prefix: str, signed: bool) -> None:
     with etcd_cluster(tmp_path, extra=signed_tokens(tmp_path) if signed else ()) as (member,):
         await asyncio.to_thread(with_users, member, prefix)
         ours = EtcdAccess(endpoints=(member.url,), prefix=prefix, username="crossnet", password=PASSWORD)
@@ -278,23 +263,23 @@ async def test_a_cluster_that_wants_a_password(
             (dataclasses.replace(ours, prefix="/other/"), "permission denied"),
         ):
             with pytest.raises(StoreError, match=why):
-                await EtcdStore(bad).open()
+                await EtcdStore(bad, timing=EtcdTiming(open_s=1.0)).open()
         async with running(EtcdStore(ours), EtcdStore(ours)) as (one, two):
             lease = await one.grant(30, "somebody")
             await one.put(KEY, SPEC, lease=lease.id)
-            await until(lambda: two._records)
+            await stored(two, lambda: two._records)
             # Tokens that are not signed are in etcd's memory alone.
             member.kill()
             member.start(f"{member.name}={member.peer_url}")
             await written(one, "10.200.0.2")
-            await until(lambda: address_in(two) == "10.200.0.2")
+            await stored(two, lambda: address_in(two) == "10.200.0.2")
             # Whoever changes users makes every signed one too old for a write.
             asked = {"name": "root", "password": "r00t"}
             root = (await asyncio.to_thread(member.ask, "auth/authenticate", asked))["token"]
             another = {"name": "another", "password": "x"}
             await asyncio.to_thread(member.ask, "auth/user/add", another, 2.0, str(root))
             await two.put(KEY, VipSpec(name="orders.shop", address="10.200.0.3"))
-            await until(lambda: address_in(one) == "10.200.0.3")
+            await stored(one, lambda: address_in(one) == "10.200.0.3")
             assert not one.stale_s
             assert not two.stale_s
 
@@ -307,11 +292,12 @@ def address_in(store: EtcdStore) -> str:
 
 async def written(store: EtcdStore, address: str) -> None:
     """Write as soon as etcd can be reached."""
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                await store.put(KEY, VipSpec(name="orders.shop", address=address))
-            except StoreError:
-                await asyncio.sleep(0.05)
-            else:
-                return
+
+    async def write() -> bool:
+        try:
+            await store.put(KEY, VipSpec(name="orders.shop", address=address))
+        except StoreError:
+            return False
+        return True
+
+    await eventually(write)
