@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import logging
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +20,9 @@ async def running(
     mesh: Mesh | None, *upstream_ports: int, listen: tuple[str, ...] = ("127.0.0.1",), **config: Any
 ) -> AsyncIterator[DnsServer]:
     """A server on free ports that knows this mesh, if any, and asks these ports of loopback."""
-    made_with = {key: config.pop(key) for key in ("claim", "timing", "resolv_conf_port") if key in config}
+    made_with = {
+        key: config.pop(key) for key in ("claim", "timing", "resolv_conf_port", "udp_batches") if key in config
+    }
     asked: dict[str, Any] = {"resolv_conf": Path("/nonexistent")}
     if upstream_ports:
         asked = {"upstream": tuple((ip_address("127.0.0.1"), port) for port in upstream_ports)}
@@ -39,8 +42,7 @@ async def running(
     try:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(server.run())
-            while server._tasks is None and not serving.done():
-                await asyncio.sleep(0)
+            await server.started.wait()
             try:
                 yield server
             finally:
@@ -48,6 +50,27 @@ async def running(
                 await serving
     finally:
         await server.close()
+
+
+@contextlib.contextmanager
+def logged(name: str) -> Iterator[asyncio.Event]:
+    """Give an event that is set as soon as the resolver logs the event `name`, at level INFO or above."""
+    seen = asyncio.Event()
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == name:
+                seen.set()
+
+    logger, watch = logging.getLogger("dnsgw"), Watch()
+    level = logger.level
+    logger.addHandler(watch)
+    logger.setLevel(logging.INFO)
+    try:
+        yield seen
+    finally:
+        logger.removeHandler(watch)
+        logger.setLevel(level)
 
 
 def free_port() -> int:
