@@ -19,8 +19,8 @@ from dnsgw.upstream.cache import CacheConfig
 from tests.support.dns_authority import Authority, serving
 from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
 from tests.support.dns_packets import opt, option, query
-from tests.support.dns_servers import Client, address, connected, logged, running
-from tests.support.waiting import eventually
+from tests.support.dns_servers import Client, address, connected, running
+from tests.support.waiting import eventually, logged
 
 pytestmark = pytest.mark.anyio
 
@@ -222,7 +222,7 @@ async def test_resolv_conf_is_looked_at_again_and_again(tmp_path: Path) -> None:
     conf = tmp_path / "resolv.conf"
     conf.write_text("nameserver 192.0.2.1\n")
     timing = ServerTiming(resolv_conf_s=0.01)
-    with logged("dns_upstreams") as noticed:
+    with logged("dnsgw", "dns_upstreams") as noticed:
         async with running(VIEW, resolv_conf=conf, timing=timing) as server:
             for host in ("192.0.2.22", "192.0.2.3"):
                 conf.write_text(f"nameserver {host}\n")

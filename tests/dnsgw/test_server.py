@@ -17,7 +17,8 @@ from dnsgw import DnsConfig, DnsServer, UpstreamLoop
 from tests.support.dns_authority import Asked, Authority, serving
 from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
 from tests.support.dns_packets import opt, query
-from tests.support.dns_servers import Client, address, connected, free_port, logged, running
+from tests.support.dns_servers import Client, address, connected, free_port, running
+from tests.support.waiting import logged
 
 pytestmark = pytest.mark.anyio
 
@@ -142,7 +143,7 @@ async def test_an_upstream_that_asks_us_is_noticed_and_left_out(upstream: Author
     """The first upstream asks us whatever it is asked: a question would go round for ever."""
     async with serving() as circle:
         ports = (circle.port, upstream.port)[: 1 + others]
-        with logged("dns_loop") as noticed, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        with logged("dnsgw", "dns_loop") as noticed, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
             async with running(VIEW, *ports, loop_probe=True) as server:
                 asker.connect(address(server))
 

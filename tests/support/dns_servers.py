@@ -2,10 +2,9 @@
 
 import asyncio
 import contextlib
-import logging
 import random
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
@@ -50,27 +49,6 @@ async def running(
                 await serving
     finally:
         await server.close()
-
-
-@contextlib.contextmanager
-def logged(name: str) -> Iterator[asyncio.Event]:
-    """Give an event that is set as soon as the resolver logs the event `name`, at level INFO or above."""
-    seen = asyncio.Event()
-
-    class Watch(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.getMessage() == name:
-                seen.set()
-
-    logger, watch = logging.getLogger("dnsgw"), Watch()
-    level = logger.level
-    logger.addHandler(watch)
-    logger.setLevel(logging.INFO)
-    try:
-        yield seen
-    finally:
-        logger.removeHandler(watch)
-        logger.setLevel(level)
 
 
 def free_port() -> int:
