@@ -18,6 +18,8 @@ Client: TypeAlias = bytes
 """Whose share something counts in: an IPv4 address or the first half of an IPv6 one."""
 
 MAX_KNOWN = 65536
+"""Clients remembered at once; with more, all are forgotten and counted afresh."""
+
 DENIED = -1
 _UNLIMITED = 1 << 60
 
@@ -40,12 +42,15 @@ class Clients:
     whose share it counts in.
     """
 
-    __slots__ = ("_allow", "_allowed", "_limit", "left")
+    __slots__ = ("_allow", "_allowed", "_limit", "_max_known", "left")
 
-    def __init__(self, allow: Iterable[IPv4Network | IPv6Network], limit_per_s: int) -> None:
-        """Allow these networks, and each client in them so many questions a second; 0: any number."""
+    def __init__(
+        self, allow: Iterable[IPv4Network | IPv6Network], limit_per_s: int, *, max_known: int = MAX_KNOWN
+    ) -> None:
+        """Allow these networks, and each client in them `limit_per_s` questions a second; 0: any number."""
         self._allow = tuple(allow)
         self._limit = limit_per_s or _UNLIMITED
+        self._max_known = max_known
         self._allowed: dict[Host, bool] = {}
         self.left: dict[Host | Client, int] = {}
 
@@ -60,13 +65,13 @@ class Clients:
         if allowed is None:
             address = ip_address(host)
             allowed = any(address in network for network in self._allow)
-            if len(self._allowed) >= MAX_KNOWN:
+            if len(self._allowed) >= self._max_known:
                 self._allowed.clear()
             self._allowed[host] = allowed
         key = client_of(host) if allowed and self.limited else host
         left = self.left.get(key)
         if left is None:
-            if len(self.left) >= MAX_KNOWN:
+            if len(self.left) >= self._max_known:
                 self.left.clear()
             left = self.left[key] = self._limit if allowed else DENIED
         return key, left

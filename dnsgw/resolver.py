@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from discovery.model.mesh import Mesh
 from dnsgw.client_limits import Client, Clients, Host
 from dnsgw.config import DnsConfig
 from dnsgw.mesh_zone.current import Tables
-from dnsgw.mesh_zone.dual_stack import DualStackConsistency
+from dnsgw.mesh_zone.dual_stack import PAIR_S, DualStackConsistency
 from dnsgw.mesh_zone.ownership_changes import changed_owner
 from dnsgw.mesh_zone.zone import NOT_READY, Disposition
 from dnsgw.message import cookie
@@ -32,14 +33,11 @@ from dnsgw.precedence import Owner, Precedence, Then
 from dnsgw.upstream.cache import answer_cached, key_of
 from dnsgw.upstream.exchange import Failure
 from dnsgw.upstream.forwarder import Forwarder
-from dnsgw.upstream.resolver import UpstreamReply, UpstreamResolver
+from dnsgw.upstream.resolver import FAILURE_TTL_S, UpstreamReply, UpstreamResolver
 
 log = logging.getLogger(__name__)
 
-HOLD_S = 1.0  # before the first news of discovery; Java would remember a failure for 10 s
-MAX_HELD = 1024
 MAX_ALIASES = 4  # from upstream's aliases to a name of ours and on from there: more than one is odd already
-_WINDOW_S = 1.0
 _SLIP = 8  # of the questions that are too many one is answered by TC: whoever is real may come over TCP
 _LOG_EVERY_S = 1.0
 _UNFOLLOWED = (Qtype.CNAME, Qtype.ANY)  # they ask for the alias itself (RFC 1034 section 3.6.2)
@@ -52,25 +50,53 @@ _OUTCOMES: dict[int, Outcome] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolverLimits:
+    """How long a resolver waits and remembers, and how many questions it holds. Tests choose others."""
+
+    hold_s: float = 1.0
+    """How long a question about our names waits for the first state of discovery; Java would remember a failure for 10 s."""
+
+    max_held: int = 1024
+    """Questions that wait so; more are answered SERVFAIL at once."""
+
+    rate_window_s: float = 1.0
+    """The second in which a client's questions are counted for `DnsConfig.rate_limit`."""
+
+    failure_ttl_s: float = FAILURE_TTL_S
+    """How long a failure of upstream is remembered, in which the question is not asked again."""
+
+    pair_s: float = PAIR_S
+    """How far apart the A and the AAAA question of one client may come to be answered from one state of discovery."""
+
+
+RESOLVER_LIMITS = ResolverLimits()
+
+
 class Resolver:
     """Answers questions from the current table, from what upstream said, and from upstream."""
 
-    def __init__(self, config: DnsConfig, metrics: DnsMetrics) -> None:
+    def __init__(self, config: DnsConfig, metrics: DnsMetrics, limits: ResolverLimits = RESOLVER_LIMITS) -> None:
         """Prepare; `attach` comes before the first question. Raises BadName for a bad domain."""
         self._config = config
+        self._limits = limits
         self._metrics = metrics
         self._counts = metrics.queries
         self._drawn = os.urandom(cookie.SECRET_SIZE)
         self._secret = config.cookie_secret or self._drawn
         self._probes: dict[bytes, Callable[[], None]] = {}
-        self._pairs = DualStackConsistency()
+        self._pairs = DualStackConsistency(limits.pair_s)
         self._note = self._pairs.recent.append
         self._mesh: Mesh | None = None
         self._stale_end: asyncio.TimerHandle | None = None
         self._tables = Tables(config)
         self._table = self._tables.make(None, 0.0)
         self._foreign = UpstreamResolver(
-            config.cache, metrics, max_in_flight=config.max_in_flight, client_subnet=config.client_subnet
+            config.cache,
+            metrics,
+            max_in_flight=config.max_in_flight,
+            client_subnet=config.client_subnet,
+            failure_ttl_s=limits.failure_ttl_s,
         )
         self._cache = self._foreign.cache
         self._clients = Clients(config.allow, config.rate_limit)
@@ -169,7 +195,7 @@ class Resolver:
 
     def _admit(self, host: Host) -> tuple[Client, int]:
         if self._window is None and self._clients.limited:
-            self._window = self._loop.call_later(_WINDOW_S, self._renew)
+            self._window = self._loop.call_later(self._limits.rate_window_s, self._renew)
         return self._clients.admit(host)
 
     def _renew(self) -> None:
@@ -365,10 +391,10 @@ class Resolver:
     # Questions from before the first news of discovery
 
     def _hold(self, asked: PendingQuery) -> None:
-        if len(self._held) >= MAX_HELD:
+        if len(self._held) >= self._limits.max_held:
             self._answer(asked, NOT_READY)
             return
-        asked.held = self._loop.call_later(HOLD_S, self._release, asked)
+        asked.held = self._loop.call_later(self._limits.hold_s, self._release, asked)
         self._held[asked] = None
 
     def _release(self, asked: PendingQuery) -> None:

@@ -20,7 +20,7 @@ from dnsgw.listen.udp import UdpListener
 from dnsgw.mesh_zone.vip import claim, imported_names
 from dnsgw.message.question import probe_question
 from dnsgw.metrics import DnsMetrics
-from dnsgw.resolver import Resolver
+from dnsgw.resolver import RESOLVER_LIMITS, Resolver, ResolverLimits
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.forwarder import TOTAL_S, Forwarder
 from dnsgw.upstream.host_resolvers import DNS_PORT, Endpoint, leads_here, read_resolv_conf
@@ -46,6 +46,9 @@ class ServerTiming:
     retired_s: float = TOTAL_S + 0.2
     """How long upstreams that are no longer asked may still answer: all that they were asked has ended by then."""
 
+    resolver: ResolverLimits = RESOLVER_LIMITS
+    """How long it waits and remembers for single questions."""
+
 
 SERVER_TIMING = ServerTiming()
 _OF_FORWARDER = ("upstream_ca", "race_s", "random_case", "client_subnet", "max_in_flight")
@@ -66,14 +69,22 @@ class DnsServer:
         claim: Callable[[str, VipSpec], None] | None = None,
         timing: ServerTiming = SERVER_TIMING,
         resolv_conf_port: int = DNS_PORT,
+        udp_batches: bool = True,
     ) -> None:
         """Prepare. Raises BadName for a bad domain.
 
         Args:
+            registry: where its metrics are registered.
             claim: creates the record of an address, by its id, if it is absent.
+            timing: how long its recurring work waits, and its resolver.
             resolv_conf_port: where the name servers of resolv.conf listen.
+            udp_batches: read and write many UDP packets in one system call, where the kernel can.
         """
         self._timing = timing
+        self._udp_batches = udp_batches
+        self.started = asyncio.Event()
+        """Set once `run` answers questions."""
+
         self._resolv_conf_port = resolv_conf_port
         self._claim = claim
         self.config = config
@@ -84,7 +95,7 @@ class DnsServer:
         """Who is asked for everything else."""
 
         self.metrics = DnsMetrics()
-        self._resolver = Resolver(config, self.metrics)
+        self._resolver = Resolver(config, self.metrics, timing.resolver)
         self._forwarders: list[Forwarder] = []
         """The last one is asked; those before it only wait for what they were asked."""
 
@@ -223,6 +234,7 @@ class DnsServer:
                     forwarder.attach(self._tasks.create_task)
                 self._probe_anew()
                 self._spawn(self._follow_resolv_conf())
+                self.started.set()
                 try:
                     await self._closing.wait()
                 finally:
@@ -253,19 +265,22 @@ class DnsServer:
             self._probing = self._spawn(self._probe(self._forwarders[-1]))
 
     async def _follow_resolv_conf(self) -> None:
-        """Where upstream is whom the host asks, notice that these are others now."""
         while True:
             await asyncio.sleep(self._timing.resolv_conf_s)
-            if self.config.upstream or fingerprint(self.config.resolv_conf) == self._resolv_conf:
-                continue
-            try:
-                upstreams = self._choose_upstreams(self.config)
-                if upstreams and upstreams != self.upstreams:  # a file that says nothing is being written
-                    self.reconfigure(self.config)
-            except (OSError, UpstreamLoop) as error:
-                log.error("dns_upstreams_refused", extra={"event": {"detail": str(error)}})
-            else:
-                log.info("dns_upstreams", extra={"event": {"upstreams": [str(each) for each in self.upstreams]}})
+            self.check_resolv_conf()
+
+    def check_resolv_conf(self) -> None:
+        """Ask the name servers of resolv.conf, if none are configured and the file has changed. Logs what is wrong with it."""
+        if self.config.upstream or fingerprint(self.config.resolv_conf) == self._resolv_conf:
+            return
+        try:
+            upstreams = self._choose_upstreams(self.config)
+            if upstreams and upstreams != self.upstreams:  # an empty file is still being written
+                self.reconfigure(self.config)
+        except (OSError, UpstreamLoop) as error:
+            log.error("dns_upstreams_refused", extra={"event": {"detail": str(error)}})
+        else:
+            log.info("dns_upstreams", extra={"event": {"upstreams": [str(each) for each in self.upstreams]}})
 
     async def _probe(self, forwarder: Forwarder) -> None:
         """Ask each upstream a name that nobody has, again and again: what comes back here goes round in a circle.
@@ -321,7 +336,13 @@ class DnsServer:
             reuse_port=self.config.reuse_port,
         )
         try:
-            udp = UdpListener((address, tcp.port), self._resolver, self.metrics, reuse_port=self.config.reuse_port)
+            udp = UdpListener(
+                (address, tcp.port),
+                self._resolver,
+                self.metrics,
+                reuse_port=self.config.reuse_port,
+                batches=self._udp_batches,
+            )
         except OSError:
             tcp.close()
             raise

@@ -37,9 +37,24 @@ log = logging.getLogger("crossnet")
 class App:
     """The running process. `serve` ends when `stop` has been called and everything is drained."""
 
-    def __init__(self, config: Config, chosen: Sequence[str], path: Path | None = None) -> None:
-        """Take the configuration, the roles of it to run, and the file that it is read from anew when that changes."""
+    def __init__(
+        self,
+        config: Config,
+        chosen: Sequence[str],
+        path: Path | None = None,
+        *,
+        ready_timeout_s: float = READY_TIMEOUT_S,
+    ) -> None:
+        """Prepare the roles; `serve` starts them.
+
+        Args:
+            config: of the whole process.
+            chosen: names of the roles to run.
+            path: the configuration file, which is read again when it changes; None: never.
+            ready_timeout_s: how long a successor may take until its predecessor can go.
+        """
         self.config = config
+        self._ready_timeout_s = ready_timeout_s
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
@@ -192,11 +207,11 @@ class App:
     async def _until(self, what: str, holds: Callable[[], bool]) -> None:
         """Wait for what a successor must have before its predecessor may go. Raises StartError."""
         try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
+            async with asyncio.timeout(self._ready_timeout_s):
                 while not holds():
                     await asyncio.sleep(READY_LOOK_S)
         except TimeoutError:
-            detail = f"without {what} for {READY_TIMEOUT_S:g} s: the process before us goes on"
+            detail = f"without {what} for {self._ready_timeout_s:g} s: the process before us goes on"
             raise StartError(f"handover: {detail}") from None
 
     def _apply(self, config: Config) -> None:

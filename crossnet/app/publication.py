@@ -63,8 +63,19 @@ class RelayPublication:
         ports: list[int],
         addresses: list[str],
         registry: CollectorRegistry | None = None,
+        *,
+        ask_again_first_s: float = ASK_AGAIN_FIRST_S,
     ) -> None:
+        """Start without an answer of a TURN server; `run` asks them.
+
+        Args:
+            ports: where clients reach the relay.
+            addresses: likewise.
+            registry: where its metric is registered.
+            ask_again_first_s: pause before a TURN server is asked again, after its record came or changed; doubled each time.
+        """
         assert config.relay is not None
+        self._ask_again_first_s = ask_again_first_s
         self._learned: dict[str, Source] = {}
         self._asked_of: dict[str, TurnSpec] = {}  # the record that a server's own answer was for
         sources = Gauge(
@@ -90,7 +101,7 @@ class RelayPublication:
         """Publish, and publish again when a TURN server of our network comes, goes or sees us otherwise."""
         unsubscribe = self._discovery.subscribe(self._notice)
         known: dict[str, Record[TurnSpec]] = {}
-        pause, due = ASK_AGAIN_FIRST_S, False
+        pause, due = self._ask_again_first_s, False
         self._publish()
         try:
             while True:
@@ -112,7 +123,7 @@ class RelayPublication:
                 known = turns
                 self._publish()
                 if news:
-                    pause = ASK_AGAIN_FIRST_S
+                    pause = self._ask_again_first_s
                 due = not await self._changes_within(pause)
                 if due:
                     pause = min(pause * 2, ASK_AGAIN_S)

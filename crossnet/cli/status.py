@@ -68,8 +68,12 @@ def fetch(admin: str, path: str) -> Any:
 
 
 def read(admin: str) -> tuple[list[str], list[Table]]:
-    """Return what to show: lines about the process, and tables."""
-    status, streams = fetch(admin, "/status"), fetch(admin, "/streams")
+    """Ask the process; return what to show of it: lines, and tables. Raises StatusError."""
+    return report(fetch(admin, "/status"), fetch(admin, "/streams"))
+
+
+def report(status: dict[str, Any], streams: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[Table]]:
+    """Turn the answers to /status and /streams into lines about the process, and tables."""
     return _lines(status), list(_tables(status, streams))
 
 

@@ -22,11 +22,15 @@ class ProgramError(Exception):
 class Program:
     """One process. What it prints goes into a file of its own."""
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], folder: Path, *, stop_timeout_s: float = STOP_TIMEOUT_S
+    ) -> None:
+        """Prepare a process that runs `command` in `folder`, and logs there. It has `stop_timeout_s` to end after SIGTERM."""
         self.name = name
         self.command = list(command)
         self.log = folder / f"{name}.log"
         self._folder = folder
+        self._stop_timeout_s = stop_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -89,5 +93,5 @@ class Program:
         if self._process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT_S)
+            self._process.wait(self._stop_timeout_s)
         self.kill()

@@ -31,9 +31,20 @@ class UdpListener:
     """One UDP socket and the way its replies go."""
 
     def __init__(
-        self, endpoint: Endpoint, resolver: Resolver, metrics: DnsMetrics, *, reuse_port: bool = False
+        self,
+        endpoint: Endpoint,
+        resolver: Resolver,
+        metrics: DnsMetrics,
+        *,
+        reuse_port: bool = False,
+        batches: bool = True,
     ) -> None:
-        """Bind; `reuse_port`: others may too, and the kernel shares the clients out. Raises OSError."""
+        """Bind. Raises OSError.
+
+        Args:
+            reuse_port: other processes may bind the same address, and the kernel shares the clients out among them.
+            batches: read and write many packets in one system call, where the kernel can; else one at a time.
+        """
         address, port = endpoint
         self._resolver = resolver
         self._metrics = metrics
@@ -56,7 +67,9 @@ class UdpListener:
         except OSError:
             self._sock.close()
             raise
-        self._batch = Batch(self._sock, v6=self._v6, wildcard=self._wildcard) if available(self._sock) else None
+        self._batch: Batch | None = None
+        if batches and available(self._sock):
+            self._batch = Batch(self._sock, v6=self._v6, wildcard=self._wildcard)
         self._crowd = ClientQueue()
         self._again: asyncio.Handle | None = None
         self._flush_at: asyncio.Handle | None = None

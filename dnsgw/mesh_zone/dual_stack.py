@@ -21,10 +21,11 @@ _HALVES = {b"\0\x01": b"\0\x1c", b"\0\x1c": b"\0\x01"}  # A and AAAA
 class DualStackConsistency:
     """Who asked for one half lately. Its user notes every question in `recent` and asks `reply` while `open` is not empty."""
 
-    __slots__ = ("_until", "open", "recent")
+    __slots__ = ("_pair_s", "_until", "open", "recent")
 
-    def __init__(self) -> None:
-        """Start without remembered answers."""
+    def __init__(self, pair_s: float = PAIR_S) -> None:
+        """Start without remembered questions. `pair_s`: how far apart, in seconds, both halves of a pair may come."""
+        self._pair_s = pair_s
         self.recent: deque[tuple[Host, bytes]] = deque(maxlen=RECENT)
         self.open: dict[tuple[Host, bytes], Table] = {}
         self._until = 0.0
@@ -40,7 +41,7 @@ class DualStackConsistency:
         self.recent.clear()
         if not self.open or now >= self._until:
             self.open.clear()
-            self._until = now + PAIR_S
+            self._until = now + self._pair_s
         for (host, name), seen in pairs.items():
             if len(seen) == 1:
                 self.open[host, name + _HALVES[seen.pop()]] = before

@@ -39,7 +39,6 @@ MAX_TTL_S = 3600  # as CoreDNS; what changes without notice is seen within the h
 MAX_NEGATIVE_TTL_S = 900  # RFC 2308 section 5 suggests 1 to 3 hours; a name that was just made should not wait so long
 STALE_TTL_S = 30  # RFC 8767 section 4
 RETRY_STALE_S = 30.0  # RFC 8767 section 5: upstream is not asked again at once for what it did not answer
-PREFETCH_SHARE = 0.1  # of its life is left when an entry in use is asked for anew, as unbound does
 MIN_PREFETCH_S = 10  # of life, below which that is not worth it
 MIN_PREFETCH_USES = 2
 
@@ -68,6 +67,9 @@ class CacheConfig:
     stale_for_s: float = 86400.0
     """How long after its end an answer may be given when upstream gives none (RFC 8767 suggests 1 to 3 days); 0: never."""
 
+    prefetch_share: float = 0.1
+    """An entry in use is asked for again once this share of its lifetime is left, as unbound does."""
+
 
 class Entry:
     """One answer of upstream's."""
@@ -92,8 +94,9 @@ class Entry:
         "uses",
     )
 
-    def __init__(self, key: bytes, message: Message, ttl_s: int, now: float, max_ttl_s: int) -> None:
-        """Keep what this message says for `ttl_s`; no record is said to hold longer than `max_ttl_s`."""
+    def __init__(self, key: bytes, message: Message, ttl_s: int, now: float, config: CacheConfig) -> None:
+        """Keep what this message says for `ttl_s` seconds; no record gets a TTL above `config.max_ttl_s`."""
+        max_ttl_s = config.max_ttl_s
         self.key = key
         self.rcode = message.flags & 0xF
         self.targets = message.targets
@@ -104,7 +107,7 @@ class Entry:
         self.fresh_until = self.expires
         """From here on it is answered with more care: it ends soon, or has ended."""
         if ttl_s >= MIN_PREFETCH_S:
-            self.fresh_until -= ttl_s * PREFETCH_SHARE
+            self.fresh_until -= ttl_s * config.prefetch_share
         self.retry_at = 0.0
         """Until here upstream need not be asked again, as it just gave no answer."""
         self.uses = 0
@@ -253,7 +256,7 @@ class Cache:
             return None
         if message.flags & 0xF == Rcode.NXDOMAIN and not message.targets:
             key = query.name + _ANY_TYPE + key[-3:]  # RFC 2308 section 5: it holds for all types
-        entry = Entry(key, message, ttl_s, now, self._config.max_ttl_s)
+        entry = Entry(key, message, ttl_s, now, self._config)
         if entry.size > self._config.max_bytes * _SMALL_SHARE:
             return None
         known = self._main.get(key)

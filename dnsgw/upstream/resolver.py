@@ -64,13 +64,20 @@ class UpstreamResolver:
     """All that is known and asked of upstream."""
 
     def __init__(
-        self, config: CacheConfig, metrics: DnsMetrics, *, max_in_flight: int, client_subnet: bool = False
+        self,
+        config: CacheConfig,
+        metrics: DnsMetrics,
+        *,
+        max_in_flight: int,
+        client_subnet: bool = False,
+        failure_ttl_s: float = FAILURE_TTL_S,
     ) -> None:
-        """Prepare; `attach` comes before the first question."""
+        """Call `attach` before the first question. `failure_ttl_s`: how long a failure is remembered, in seconds."""
         self.cache = Cache(config)
         self._metrics = metrics
         self._most = max(max_in_flight // CLIENT_SHARE, 1)
         self._client_subnet = client_subnet
+        self._failure_ttl_s = failure_ttl_s
         self._failed: TwoGenerationCache[tuple[float, bytes | Failure]] = TwoGenerationCache(MAX_FAILURES)
         self._waiting: dict[Client, int] = {}
         self._prefetching: set[bytes] = set()
@@ -177,7 +184,7 @@ class UpstreamResolver:
             if stale is not None:
                 done(stale)
                 return
-            self._failed[key] = (self._loop.time() + FAILURE_TTL_S, result)
+            self._failed[key] = (self._loop.time() + self._failure_ttl_s, result)
         heard = self._understood(query, key, result, self._loop.time())
         if isinstance(heard, Failure):
             self._give_up(query, key, done, heard)
@@ -210,7 +217,7 @@ class UpstreamResolver:
                 done(stale)
                 return
             if failure is not Failure.OVERLOADED and failure is not Failure.CLOSED:
-                self._failed[key] = (self._loop.time() + FAILURE_TTL_S, failure)
+                self._failed[key] = (self._loop.time() + self._failure_ttl_s, failure)
         done(failure)
 
     def _last_good(self, query: Query, key: bytes) -> UpstreamReply | None:

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from tests.support.dns_servers import free_port
 from tests.support.running import Running, running
+from tests.support.waiting import eventually_blocking
 
 pytestmark = [pytest.mark.interop, pytest.mark.needs("named", "dig")]
 
@@ -49,11 +49,12 @@ zone "example.test" {{ type primary; file "zone"; }};
             ["named", "-g", "-n", "1", "-c", str(folder / "named.conf")], stderr=output, stdin=subprocess.DEVNULL
         )
     try:
-        deadline = time.monotonic() + 20
-        while not re.search(r"\d running\n", log.read_text()):
+
+        def runs() -> bool:
             assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+            return re.search(r"\d running\n", log.read_text()) is not None
+
+        eventually_blocking(runs, limit_s=20)
         yield port
     finally:
         process.terminate()

@@ -259,14 +259,13 @@ def test_a_successor_without_a_view_of_discovery_does_not_take_over(
     (folder / "token").touch(0o600)
     (folder / "token").write_text(make_token())
     successor = folder / "blind.yaml"
-    monkeypatch.setattr("crossnet.app.app.READY_TIMEOUT_S", 0.2)
     monkeypatch.chdir(folder)
     with running(folder, FILE.format(port=port, admin=admin)) as first:
         first.started()
         successor.write_text(BLIND.format(port=port, admin=admin, nobody=nobody))
 
         async def serve() -> None:
-            await App(load(successor), ["relay"]).serve()
+            await App(load(successor), ["relay"], ready_timeout_s=0.2).serve()
 
         with pytest.raises(ExceptionGroup) as failed:
             uvloop.run(serve())

@@ -1,6 +1,5 @@
 """Log lines: one a record, whatever a peer calls itself."""
 
-import asyncio
 import io
 import json
 import logging
@@ -15,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossnet import logs
+from tests.support.waiting import eventually
 
 
 class Reason(StrEnum):
@@ -221,9 +221,7 @@ def test_every_fault_of_a_configuration_has_its_line(root: logging.Logger) -> No
 
 async def left_out(stream: io.StringIO) -> Counter[str]:
     """Wait for what the log says that it left out."""
-    async with asyncio.timeout(5):
-        while "lines_left_out" not in stream.getvalue():
-            await asyncio.sleep(0.01)
+    await eventually(lambda: "lines_left_out" in stream.getvalue())
     found: Counter[str] = Counter()
     for line in stream.getvalue().splitlines():
         if "lines_left_out" in line:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.kube_server import kube_server
 from tests.support.running import Running, free_port, running
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -21,9 +22,10 @@ publisher: {{api: "{api}", token: kube.token}}
 
 
 async def until_ready(process: Running) -> None:
-    async with asyncio.timeout(20):
-        while (await asyncio.to_thread(process.ask, "/readyz"))[0] != 200:
-            await asyncio.sleep(0.05)
+    async def ready() -> bool:
+        return (await asyncio.to_thread(process.ask, "/readyz"))[0] == 200
+
+    await eventually(ready, limit_s=20)
 
 
 async def test_it_is_ready_when_it_has_listed_the_cluster(tmp_path: Path) -> None:
@@ -38,6 +40,8 @@ async def test_it_is_ready_when_it_has_listed_the_cluster(tmp_path: Path) -> Non
             assert (status, json.loads(body)["waiting_for"]) == (503, ["a first list of the cluster"])
             (tmp_path / "kube.token").write_text("t0ken\n")  # as the kubelet does, before the old one ends
             await until_ready(process)
-            async with asyncio.timeout(20):
-                while "orders.shop.svc.cluster.local" not in (await asyncio.to_thread(process.ask, "/mesh"))[1]:
-                    await asyncio.sleep(0.05)
+
+            async def published() -> bool:
+                return "orders.shop.svc.cluster.local" in (await asyncio.to_thread(process.ask, "/mesh"))[1]
+
+            await eventually(published, limit_s=20)

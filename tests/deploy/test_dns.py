@@ -24,6 +24,7 @@ from tests.support.dns_authority import serving
 from tests.support.dns_meshes import DOMAIN, mesh, relay
 from tests.support.dns_packets import query
 from tests.support.dns_servers import Client, address, free_port, running
+from tests.support.waiting import eventually
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
@@ -57,15 +58,16 @@ async def test_dnsmasq_asks_us_for_what_is_ours(tmp_path: Path) -> None:
 
 
 async def asked(client: Client, name: str) -> list[str]:
-    """Ask until there is somebody to answer."""
-    async with asyncio.timeout(10):
-        while True:
-            try:
-                client.send(query(name))
-                reply = dns.message.from_wire(await client.receive())
-                return [str(item) for rrset in reply.answer for item in rrset]
-            except ConnectionRefusedError:
-                await asyncio.sleep(0.05)
+    """Ask until the server has started and answers."""
+    replies: list[bytes] = []
+
+    async def answered() -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            replies.append(await client.ask(query(name)))
+        return bool(replies)
+
+    await eventually(answered)
+    return [str(item) for rrset in dns.message.from_wire(replies[0]).answer for item in rrset]
 
 
 def documents() -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from tests.support.dns_authority import Asked, serving
 from tests.support.dns_meshes import mesh, relay
 from tests.support.dns_packets import RD, opt, option, query
 from tests.support.dns_servers import Client, address, running
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -49,9 +50,7 @@ async def test_questions_with_one_answer_are_one_packet() -> None:
                 for packet in varied("www.example.test"):
                     client.send(packet)
                 await upstream.heard(1)
-                async with asyncio.timeout(5):
-                    while server.metrics.in_flight() < QUESTIONS:
-                        await asyncio.sleep(0)
+                await eventually(lambda: server.metrics.in_flight() == QUESTIONS)
                 upstream.send(held[0].answer, held[0].source)
                 replies = {(await client.receive())[:2] for _ in range(QUESTIONS)}
             assert len(replies) == QUESTIONS

@@ -16,7 +16,8 @@ from discovery.model.mesh import Mesh
 from dnsgw import DnsConfig, DnsMetrics, Outcome
 from dnsgw.client_limits import packed
 from dnsgw.message.question import Qtype
-from dnsgw.resolver import Resolver
+from dnsgw.resolver import Resolver, ResolverLimits
+from dnsgw.server import ServerTiming
 from tests.support.dns_authority import Asked, Authority, serving
 from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
 from tests.support.dns_packets import AD, CD, RD, header, opt, option, query, question
@@ -50,6 +51,10 @@ def addresses(reply: bytes) -> list[str]:
 def error(reply: bytes) -> tuple[int, str]:
     (extended,) = read(reply).extended_errors()
     return int(extended.code), extended.text or ""
+
+
+def limits(**changes: Any) -> ServerTiming:
+    return ServerTiming(resolver=ResolverLimits(**changes))
 
 
 def silent(asked: Asked) -> list[bytes]:
@@ -394,9 +399,8 @@ async def test_before_the_first_news_questions_of_ours_wait_for_it(upstream: Aut
             ]
 
 
-async def test_they_do_not_wait_for_long(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnsgw.resolver.HOLD_S", 0.02)
-    async with running(None, upstream.port, imports=imports("local")) as server:
+async def test_they_do_not_wait_for_long(upstream: Authority) -> None:
+    async with running(None, upstream.port, imports=imports("local"), timing=limits(hold_s=0.02)) as server:
         with Client(address(server)) as client:
             for name in (ADDRESS, ORDERS):
                 reply = await client.ask(query(name, edns=opt()))
@@ -406,26 +410,33 @@ async def test_they_do_not_wait_for_long(upstream: Authority, monkeypatch: pytes
             assert addresses(await client.ask(query("bills.shop.svc.cluster.local"))) == ["192.0.2.7"]
 
 
-async def test_no_more_than_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnsgw.resolver.MAX_HELD", 1)
-    async with running(None) as server:
+async def test_the_number_of_questions_that_wait_is_bounded() -> None:
+    async with running(None, timing=limits(max_held=1)) as server:
         with Client(address(server)) as client:
             client.send(query(ADDRESS, ident=1))
             assert (await client.ask(query(ADDRESS, ident=2)))[:4] == b"\0\x02\x81\x82"
 
 
-# Faults.
+# Errors of ours.
 
 
-async def test_a_fault_of_ours_ends_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    async with running(VIEW) as server:
-        with Client(address(server)) as client, monkeypatch.context() as broken:
-            broken.setattr("dnsgw.mesh_zone.zone.Table.decide", lambda *_: 1 // 0)
+class BrokenMesh(Mesh):
+    """A mesh in which no name can be looked up: an error in our own code."""
+
+    @property
+    def networks(self) -> frozenset[str]:
+        raise ZeroDivisionError
+
+
+async def test_an_error_of_ours_does_not_end_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    async with running(BrokenMesh({}, 1)) as server:
+        with Client(address(server)) as client:
             for n in range(3):
                 client.send(query(ADDRESS, ident=n))
             async with connected(server) as connection:
                 connection.send(query(ADDRESS))
                 assert await connection.ended() == b""
+        server.apply(VIEW)
         with Client(address(server)) as client:
             assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
         assert server.metrics.queries[Outcome.ERROR] == 4
@@ -447,11 +458,8 @@ def test_garbage_never_raises(packet: bytes) -> None:
 # How much.
 
 
-async def test_who_asks_too_much_is_dropped_and_told_to_come_over_tcp_now_and_then(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("dnsgw.resolver._WINDOW_S", 60.0)  # the test says when the second is over
-    async with running(VIEW, rate_limit=10) as server:
+async def test_questions_above_the_limit_are_dropped_or_sent_to_tcp() -> None:
+    async with running(VIEW, rate_limit=10, timing=limits(rate_window_s=60.0)) as server:
         with Client(address(server)) as client, Client(address(server), "127.0.0.2") as other:
             for _ in range(10):
                 assert addresses(await client.ask(query(ADDRESS)))
@@ -470,11 +478,11 @@ async def test_who_asks_too_much_is_dropped_and_told_to_come_over_tcp_now_and_th
             assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
 
 
-async def test_one_ipv6_network_is_one_client(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the rate and for what waits for upstream: one host has a /64 to choose its address from."""
-    monkeypatch.setattr("dnsgw.resolver._WINDOW_S", 60.0)
+async def test_one_ipv6_network_is_one_client(upstream: Authority) -> None:
+    """For the rate, and for the questions that wait for upstream: one host has a /64 to choose its address from."""
     upstream.script = silent
-    async with running(VIEW, upstream.port, rate_limit=4, max_in_flight=8) as server:
+    timing = limits(rate_window_s=60.0)
+    async with running(VIEW, upstream.port, rate_limit=4, max_in_flight=8, timing=timing) as server:
 
         def ask(host: str, packet: bytes) -> list[bytes]:
             replies: list[bytes] = []
@@ -521,18 +529,15 @@ async def test_the_last_relays_for_a_while_if_told_so() -> None:
 
 @pytest.mark.parametrize("name", [ADDRESS, "p8443-10-1-0-5.b.svc.mesh.INTERNAL"])
 @pytest.mark.parametrize("first", [Qtype.A, Qtype.AAAA])
-async def test_both_halves_of_a_pair_are_answered_from_one_table(
-    monkeypatch: pytest.MonkeyPatch, name: str, first: Qtype
-) -> None:
+async def test_both_halves_of_a_pair_are_answered_from_one_table(name: str, first: Qtype) -> None:
     """Relays of one family give way to relays of the other between the two packets of one client."""
-    monkeypatch.setattr("dnsgw.mesh_zone.dual_stack.PAIR_S", 30)  # however slow the machine is
     second = Qtype.AAAA if first is Qtype.A else Qtype.A
     old, new = ("fd00::9", "10.0.0.9") if first is Qtype.A else ("10.0.0.9", "fd00::9")
-    async with running(mesh(relay(old))) as server:
+    async with running(mesh(relay(old)), timing=limits(pair_s=30)) as server:
         with Client(address(server)) as client, Client(address(server), "127.0.0.2") as other:
             assert addresses(await client.ask(query(name, first))) == []
             server.apply(mesh(relay(new)))
-            # Whoever asks now sees what is now, but for this client's other half.
+            # Every question gets the new address, except this client's other half.
             assert addresses(await other.ask(query(name, first))) == [new]
             assert addresses(await client.ask(query(name, second))) == [old]
             assert addresses(await client.ask(query(name, second))) == []

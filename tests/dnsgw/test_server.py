@@ -18,6 +18,7 @@ from tests.support.dns_authority import Asked, Authority, serving
 from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
 from tests.support.dns_packets import opt, query
 from tests.support.dns_servers import Client, address, connected, free_port, running
+from tests.support.waiting import logged
 
 pytestmark = pytest.mark.anyio
 
@@ -138,13 +139,11 @@ async def test_the_hosts_own_resolvers_but_for_ourselves(tmp_path: Path, caplog:
 
 
 @pytest.mark.parametrize("others", [0, 1])
-async def test_an_upstream_that_asks_us_is_noticed_and_left_out(
-    upstream: Authority, caplog: pytest.LogCaptureFixture, others: int
-) -> None:
+async def test_an_upstream_that_asks_us_is_noticed_and_left_out(upstream: Authority, others: int) -> None:
     """The first upstream asks us whatever it is asked: a question would go round for ever."""
     async with serving() as circle:
         ports = (circle.port, upstream.port)[: 1 + others]
-        with caplog.at_level(logging.ERROR), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        with logged("dnsgw", "dns_loop") as noticed, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
             async with running(VIEW, *ports, loop_probe=True) as server:
                 asker.connect(address(server))
 
@@ -154,8 +153,7 @@ async def test_an_upstream_that_asks_us_is_noticed_and_left_out(
 
                 circle.script = ask_us
                 async with asyncio.timeout(10):
-                    while "dns_loop" not in caplog.text:
-                        await asyncio.sleep(0.01)
+                    await noticed.wait()
                 before = len(circle.asked)
                 with Client(address(server)) as client:
                     reply = dns.message.from_wire(await client.ask(query("www.example.test", edns=opt())))

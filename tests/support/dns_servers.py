@@ -19,7 +19,9 @@ async def running(
     mesh: Mesh | None, *upstream_ports: int, listen: tuple[str, ...] = ("127.0.0.1",), **config: Any
 ) -> AsyncIterator[DnsServer]:
     """A server on free ports that knows this mesh, if any, and asks these ports of loopback."""
-    made_with = {key: config.pop(key) for key in ("claim", "timing", "resolv_conf_port") if key in config}
+    made_with = {
+        key: config.pop(key) for key in ("claim", "timing", "resolv_conf_port", "udp_batches") if key in config
+    }
     asked: dict[str, Any] = {"resolv_conf": Path("/nonexistent")}
     if upstream_ports:
         asked = {"upstream": tuple((ip_address("127.0.0.1"), port) for port in upstream_ports)}
@@ -39,8 +41,7 @@ async def running(
     try:
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(server.run())
-            while server._tasks is None and not serving.done():
-                await asyncio.sleep(0)
+            await server.started.wait()
             try:
                 yield server
             finally:

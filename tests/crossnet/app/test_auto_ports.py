@@ -2,13 +2,13 @@
 
 import json
 import socket
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.hellos import client_hello
 from tests.support.running import running
+from tests.support.waiting import eventually_blocking
 
 FILE = """
 network: a
@@ -41,11 +41,10 @@ def test_a_service_is_reached_on_its_own_port(tmp_path: Path) -> None:
             assert (stream["reason"], stream["local"]) == ("no_route", f"127.0.0.1:{inside}")
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", 9), 5)
-            deadline = time.monotonic() + 10
-            while True:
+
+            def published() -> list[int]:
                 records = json.loads(relay.ask("/mesh")[1])["records"]
-                ports = next(record["spec"]["ports"] for record in records if record["kind"] == "relay")
-                if ports == sorted({own, inside}):
-                    break
-                assert time.monotonic() < deadline, ports
-                time.sleep(0.02)
+                ports: list[int] = next(record["spec"]["ports"] for record in records if record["kind"] == "relay")
+                return ports
+
+            eventually_blocking(lambda: published() == sorted({own, inside}))

@@ -10,6 +10,7 @@ from crossnet.app.inspection import Inspection
 from crossnet.config.file import load
 from discovery.model.mesh import Mesh
 from tests.support.running import free_port
+from tests.support.waiting import logged
 
 FILE = """
 network: a
@@ -35,9 +36,10 @@ def test_a_process_from_its_start_to_its_end(tmp_path: Path) -> None:
         assert shown.waiting_for() == ["the start of all roles"]
         assert (shown.view(), shown.streams(), shown.stale_s()) == (Mesh.EMPTY, {}, None)
         async with asyncio.TaskGroup() as group:
-            group.create_task(app.serve())
-            while shown.waiting_for():
-                await asyncio.sleep(0.005)
+            with logged("crossnet", "started") as started:
+                group.create_task(app.serve())
+                await started.wait()
+            assert shown.waiting_for() == []
             assert shown.view().networks == {"a", "b"}
             assert (shown.streams(), shown.ended_streams()) == ({"relay": []}, {"relay": []})
             assert not shown.end_stream(bytes(16))

@@ -1,13 +1,12 @@
 """What a relay says of itself in discovery, with a real TURN server that sees it."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from crossnet.app import publication as module
 from crossnet.app.publication import RelayPublication, publish_turn_servers
 from crossnet.config.file import load
 from discovery.client.contract import Discovery
@@ -15,6 +14,7 @@ from discovery.client.mesh_file import StaticDiscovery
 from discovery.model.mesh import Kind
 from discovery.model.spec import RelaySpec, TurnSpec
 from tests.support.running import free_port
+from tests.support.waiting import discovery_has, eventually
 from turnreg.server.config import TurnServerConfig
 from turnreg.server.server import TurnServer
 
@@ -25,29 +25,18 @@ CONFIG = "network: a\ndiscovery: mesh.yaml\nrelay: {id: relay-1, listen: 127.0.0
 
 
 def publication(
-    folder: Path, more: str = "", registry: CollectorRegistry | None = None
+    folder: Path, more: str = "", registry: CollectorRegistry | None = None, **options: Any
 ) -> tuple[RelayPublication, StaticDiscovery]:
     (folder / "mesh.yaml").write_text("networks: [{id: a}]")
     (folder / "crossnet.yaml").write_text(CONFIG % more)
     discovery = StaticDiscovery(folder / "mesh.yaml", network="a")
-    return RelayPublication(load(folder / "crossnet.yaml"), discovery, [443], ["10.0.0.9"], registry), discovery
+    config = load(folder / "crossnet.yaml")
+    return RelayPublication(config, discovery, [443], ["10.0.0.9"], registry, **options), discovery
 
 
 def spec(discovery: Discovery) -> RelaySpec | None:
     record = discovery.mesh.record(Kind.RELAY, "a", "relay-1")
     return None if record is None else record.spec
-
-
-async def until(discovery: Discovery, wanted: Callable[[], bool]) -> None:
-    changed = asyncio.Event()
-    unsubscribe = discovery.subscribe(lambda _: changed.set())
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            while not wanted():
-                await changed.wait()
-                changed.clear()
-    finally:
-        unsubscribe()
 
 
 def turn_spec(port: int) -> TurnSpec:
@@ -60,15 +49,15 @@ async def test_sources_are_asked_of_each_turn_server_and_forgotten_with_it(tmp_p
     config = TurnServerConfig(listen=(("127.0.0.1", 0),), relay_addresses=("127.0.0.1",), realm="r", secrets=("s",))
     async with TurnServer.serving(config) as server, asyncio.TaskGroup() as group:
         running = group.create_task(relay.run())
-        await until(discovery, lambda: spec(discovery) == RelaySpec(addresses=["10.0.0.9"], ports=[443]))
+        await discovery_has(discovery, lambda: spec(discovery) == RelaySpec(addresses=["10.0.0.9"], ports=[443]))
         discovery.publish(Kind.TURN, "turn-1", turn_spec(server.addresses[0][1]))
-        await until(
+        await discovery_has(
             discovery, lambda: (made := spec(discovery)) is not None and made.sources == {"turn-1": ["127.0.0.1"]}
         )
         discovery.withdraw(Kind.TURN, "turn-1")
-        await until(discovery, lambda: (made := spec(discovery)) is not None and made.sources == {})
+        await discovery_has(discovery, lambda: (made := spec(discovery)) is not None and made.sources == {})
         relay.withdraw()
-        await until(discovery, lambda: spec(discovery) is None)
+        await discovery_has(discovery, lambda: spec(discovery) is None)
         discovery.publish(Kind.TURN, "turn-2", turn_spec(1))
         running.cancel()
     assert spec(discovery) is None
@@ -79,7 +68,7 @@ async def test_configured_sources_are_not_asked(tmp_path: Path) -> None:
     discovery.publish(Kind.TURN, "turn-1", turn_spec(1))
     async with asyncio.TaskGroup() as group:
         running = group.create_task(relay.run())
-        await until(
+        await discovery_has(
             discovery, lambda: (made := spec(discovery)) is not None and made.sources == {"turn-1": ["192.0.2.7"]}
         )
         running.cancel()
@@ -90,7 +79,7 @@ async def test_a_relay_says_which_networks_it_asks_for(tmp_path: Path) -> None:
     relay, discovery = publication(tmp_path, ", asks: [b, d]" + imported)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(relay.run())
-        await until(discovery, lambda: (made := spec(discovery)) is not None and made.asks == ["b", "c", "d"])
+        await discovery_has(discovery, lambda: (made := spec(discovery)) is not None and made.asks == ["b", "c", "d"])
         running.cancel()
 
 
@@ -106,12 +95,11 @@ async def test_turn_servers_of_somebody_else_are_published_as_configured(tmp_pat
     assert record.spec == TurnSpec(url="turn:10.0.0.8", relay_addresses=["10.0.0.8"], port_min=49152, port_max=50000)
 
 
-async def test_a_turn_server_that_cannot_be_asked_is_told_of_and_asked_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+async def test_a_turn_server_that_cannot_be_asked_is_logged_once_and_asked_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "ASK_AGAIN_FIRST_S", 0.05)
     registry = CollectorRegistry()
-    relay, discovery = publication(tmp_path, registry=registry)
+    relay, discovery = publication(tmp_path, registry=registry, ask_again_first_s=0.05)
 
     def counted() -> dict[str, float | None]:
         states = ("asked", "assumed", "kept", "unknown", "configured")
@@ -121,10 +109,12 @@ async def test_a_turn_server_that_cannot_be_asked_is_told_of_and_asked_again(
             if (count := registry.get_sample_value("crossnet_relay_sources", {"state": state}))
         }
 
-    async def eventually(state: str) -> None:
-        async with asyncio.timeout(TIMEOUT_S):
-            while counted() != {state: 1.0}:
-                await asyncio.sleep(0.01)
+    async def until(state: str) -> None:
+        await eventually(lambda: counted() == {state: 1.0}, TIMEOUT_S)
+
+    async def asked_again() -> None:
+        before = relay._learned["turn-1"]
+        await eventually(lambda: relay._learned["turn-1"] is not before, TIMEOUT_S)
 
     def said() -> list[str]:
         """What the log says of it: the state, where the server was not asked."""
@@ -137,19 +127,20 @@ async def test_a_turn_server_that_cannot_be_asked_is_told_of_and_asked_again(
     async with asyncio.TaskGroup() as group:
         running = group.create_task(relay.run())
         discovery.publish(Kind.TURN, "turn-1", turn_spec(port))
-        await eventually("assumed")
+        await until("assumed")
         assert relay.sources()[0]["addresses"] == ["127.0.0.1"]
         assert "connect_failed" in str(relay.sources()[0]["detail"])
-        await asyncio.sleep(0.3)  # it goes on asking, and says no more
+        for _ in range(3):
+            await asked_again()
         assert said() == ["assumed"]
         async with TurnServer.serving(config):
-            await eventually("asked")
-        await eventually("kept")
+            await until("asked")
+        await until("kept")
         assert said() == ["assumed", "asked", "kept"]
         made = spec(discovery)
         assert made is not None
         assert made.sources == {"turn-1": ["127.0.0.1"]}
-        # Another record of it is another server: what the one before said counts no more.
+        # Another record means another server: the answer of the former one does not count any more.
         discovery.publish(Kind.TURN, "turn-1", turn_spec(1))
-        await eventually("assumed")
+        await until("assumed")
         running.cancel()

@@ -35,18 +35,15 @@ def test_nobody_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(told.splitlines()) == 1
 
 
-def test_tables_stand_straight_and_show_nothing_unprintable(monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = {
-        "/status": {
-            "version": "0", "network": "b", "roles": ["gateway"], "seconds": 61.0, "waiting_for": ["a first allocation"],
-            "listening": {"admin": ["127.0.0.1:1"]},
-            "discovery": {"synced": True, "connected": False, "age_s": 7.0, "revision": 3, "records": 4, "networks": ["a"]},
-            "registrations": [{"via": "a", "turn": None, "state": "no_turn_record"}],
-        },
-        "/streams": {"gateway": [{"stream": "ab", "sni": "x\x1b[31m" + "y" * 99, "bytes_up": 12345, "ms_total": 1.5}]},
+def test_tables_are_aligned_and_show_nothing_unprintable() -> None:
+    state = {
+        "version": "0", "network": "b", "roles": ["gateway"], "seconds": 61.0, "waiting_for": ["a first allocation"],
+        "listening": {"admin": ["127.0.0.1:1"]},
+        "discovery": {"synced": True, "connected": False, "age_s": 7.0, "revision": 3, "records": 4, "networks": ["a"]},
+        "registrations": [{"via": "a", "turn": None, "state": "no_turn_record"}],
     }  # fmt: skip
-    monkeypatch.setattr(status, "fetch", lambda admin, path: pages[path])
-    text = "\n".join(status.plain(*status.read("x")))
+    streams = {"gateway": [{"stream": "ab", "sni": "x\x1b[31m" + "y" * 99, "bytes_up": 12345, "ms_total": 1.5}]}
+    text = "\n".join(status.plain(*status.report(state, streams)))
     assert "\x1b" not in text
     assert "waits for a first allocation" in text
     assert "not confirmed for 7 s" in text

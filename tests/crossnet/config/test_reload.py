@@ -7,7 +7,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from discovery.model.mesh import Kind
 from tests.support.hellos import client_hello
 from tests.support.running import Running, free_port, running
 from tests.support.turn_client import Client, code
+from tests.support.waiting import eventually_blocking as until
 from turnreg.stun.auth import rest_credentials
 
 FILE = """
@@ -182,13 +183,6 @@ def test_a_token_is_replaced_without_a_restart(folder: Path) -> None:
         assert process.wait_for("config_read")["applied"] == ["token"]
         until(knows_itself)
         assert not any(old in line or new in line for line in process.log.read_text().splitlines())
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_what_is_the_same_in_both_files_is_no_change(folder: Path) -> None:

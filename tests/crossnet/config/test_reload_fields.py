@@ -19,6 +19,7 @@ import pytest
 
 from crossnet.app import role_configs
 from crossnet.app.app import App
+from crossnet.app.publication import RelayPublication
 from crossnet.app.roles.discovery_server import DiscoveryServerRole
 from crossnet.app.roles.dns import DnsRole
 from crossnet.app.roles.gateway import GatewayRole
@@ -33,6 +34,7 @@ from sniproxy.relay.relay import Relay
 from tests.crossnet.fields import Document, Field, Files, NoOtherValue, all_fields, value_at
 from tests.support.hellos import client_hello
 from tests.support.running import Running
+from tests.support.waiting import discovery_has, eventually_blocking, logged
 from turnreg.gateway.gateway import Gateway
 from turnreg.registrar.registrar import Registrar
 from turnreg.server.server import TurnServer
@@ -68,17 +70,20 @@ class Watched(Running):
 
     def outcome(self) -> dict[str, Any]:
         """Wait for what the process says next of its file."""
-        deadline = time.monotonic() + LIMIT_S
-        while time.monotonic() < deadline:
+        found: list[dict[str, Any]] = []
+
+        def said() -> bool:
             assert self.process.poll() is None, f"it ended:\n{self.log.read_text()[-4000:]}"
             text = self.log.read_text()
-            while (end := text.find("\n", self._read)) >= 0:
+            while not found and (end := text.find("\n", self._read)) >= 0:
                 line, self._read = text[self._read : end], end + 1
                 event = _event(line)
                 if event.get("event") in ("config_read", "config_refused"):
-                    return event
-            time.sleep(0.005)
-        raise AssertionError(f"nothing was said of the file:\n{self.log.read_text()[-4000:]}")
+                    found.append(event)
+            return bool(found)
+
+        eventually_blocking(said, LIMIT_S)
+        return found[0]
 
     def faults(self) -> list[str]:
         """Return what it has said so far to be wrong."""
@@ -231,14 +236,13 @@ class Inside:
     async def take(self, document: Document) -> None:
         """Have it read another file."""
         assert self.app.reloader is not None
-        before, faults = self.app.reloader.status["read_at"], self.app.reloader.status["faults"]
         (self._path.parent / "new").write_text(self._files.text(document))
         os.replace(self._path.parent / "new", self._path)
-        self.app.reloader.ask()
-        async with asyncio.timeout(LIMIT_S):
-            while self.app.reloader.status["read_at"] == before:
-                assert self.app.reloader.status["faults"] == faults
-                await asyncio.sleep(0.005)
+        with logged("crossnet", "config_read", "config_refused") as read:
+            self.app.reloader.ask()
+            async with asyncio.timeout(LIMIT_S):
+                await read.wait()
+        assert self.app.reloader.status["faults"] == []
 
     def holds(self) -> None:
         """Check that every role goes by what the application has as its configuration."""
@@ -318,10 +322,10 @@ async def inside(files: Files, part: str) -> AsyncIterator[Inside]:
     app = App(config, config.roles, path)
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(app.serve())
-            async with asyncio.timeout(LIMIT_S):
-                while not app.started:
-                    await asyncio.sleep(0.005)
+            with logged("crossnet", "started") as started:
+                group.create_task(app.serve())
+                async with asyncio.timeout(LIMIT_S):
+                    await started.wait()
             try:
                 yield Inside(app, path, files)
             finally:
@@ -366,45 +370,49 @@ def applies_at_once(field: Field) -> bool:
     return False
 
 
+class BrokenPublication(RelayPublication):
+    """Takes the configuration that it is made with, and fails at any other."""
+
+    def reconfigure(self, config: Config) -> None:
+        if hasattr(self, "_asks"):
+            raise ZeroDivisionError("a defect")
+        super().reconfigure(config)
+
+
 @pytest.mark.anyio
 async def test_an_error_while_it_is_applied_leaves_all_as_it_was(
-    files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with inside(files, "a") as one:
         app, document = one.app, files.documents["a"]
         assert app.reloader is not None
-        async with asyncio.timeout(LIMIT_S):
-            while app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is None:
-                await asyncio.sleep(0.005)
+
+        def has_turn_server() -> bool:
+            return app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is not None
+
+        await discovery_has(app.discovery, has_turn_server)
         before = app.config
         changed = document | {"relay": document["relay"] | {"pool": 7}, "log": {"level": "debug"}, "turn_servers": []}
         changed["turn"] = document["turn"] | {"max_streams_per_user": 5}
         role = app.roles["relay"]
         assert isinstance(role, RelayRole)
-        reconfigure, publication = role.relay.reconfigure, role.publication
-
-        def broken(config: Config) -> None:
-            raise ZeroDivisionError("a defect")
-
-        monkeypatch.setattr(publication, "reconfigure", broken)
+        publication = role.publication
+        role.publication = BrokenPublication(app.config, app.discovery, [], [])
         (files.folder / "a.yaml").write_text(files.text(changed))
-        app.reloader.ask()
-        async with asyncio.timeout(LIMIT_S):
-            while not app.reloader.status["faults"]:
-                await asyncio.sleep(0.005)
+        with logged("crossnet", "config_refused") as refused:
+            app.reloader.ask()
+            async with asyncio.timeout(LIMIT_S):
+                await refused.wait()
         assert app.reloader.status["faults"] == ["an unexpected error: ZeroDivisionError: a defect"]
         assert app.config is before
-        monkeypatch.undo()
-        assert role.relay.reconfigure == reconfigure
+        role.publication = publication
         one.holds()
-        assert app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is not None
+        assert has_turn_server()
         # The same file is taken once the defect is gone.
         await one.take(changed)
         assert role.relay.config.pool == 7
         one.holds()
-        async with asyncio.timeout(LIMIT_S):
-            while app.discovery.mesh.record(Kind.TURN, "a", "turn-2") is not None:
-                await asyncio.sleep(0.005)
+        await discovery_has(app.discovery, lambda: not has_turn_server())
     said = capsys.readouterr().err
     assert '"event":"reload_failed"' in said
     assert "ZeroDivisionError" in said

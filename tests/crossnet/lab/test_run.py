@@ -6,11 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.support.waiting import eventually_blocking
 
 pytestmark = pytest.mark.slow
 
@@ -73,10 +74,9 @@ def processes(folder: Path) -> list[str]:
 
 def assert_gone(folder: Path) -> None:
     """Hold that no process, file or namespace of the lab is left, after a while that is bounded."""
-    deadline = time.monotonic() + GONE_TIMEOUT_S
-    while (left := processes(folder)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert left == []
+    with contextlib.suppress(TimeoutError):
+        eventually_blocking(lambda: not processes(folder), GONE_TIMEOUT_S)
+    assert processes(folder) == []
     assert [place.name for place in folder.iterdir() if place.name.startswith("crossnet-lab-")] == []
     if shutil.which("ip"):
         assert "crossnet-" not in subprocess.run(["ip", "netns"], capture_output=True, text=True, check=False).stdout
@@ -169,23 +169,24 @@ def test_a_part_that_does_not_start_is_named_with_its_last_words(tmp_path: Path)
 
 
 @pytest.mark.needs("namespaces", "nft", "ip")
-@pytest.mark.parametrize("after_s", [0.15, 0.6, 1.2])
-def test_a_signal_half_way_leaves_nothing_behind(tmp_path: Path, after_s: float) -> None:
+@pytest.mark.parametrize("built", [1, 3, 6])
+def test_a_signal_during_construction_leaves_nothing_behind(tmp_path: Path, built: int) -> None:
+    """The whole lab has more processes than that: the signal comes while it is being built."""
     with lab_started(tmp_path) as process:
-        time.sleep(after_s)  # on purpose somewhere: the state to be in is "half-built"
+        eventually_blocking(lambda: len(processes(tmp_path)) >= built, TIMEOUT_S)
         process.send_signal(signal.SIGTERM)
         assert process.wait(GONE_TIMEOUT_S) in {143, -signal.SIGTERM}  # the latter before Python takes signals
     assert_gone(tmp_path)
 
 
 def wait_for_account(folder: Path) -> str:
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        text = (folder / "output").read_text()
-        if "\nok: " in text or "FAILED" in text:
-            return text
-        time.sleep(0.05)
-    raise AssertionError((folder / "output").read_text())
+    def output() -> str:
+        return (folder / "output").read_text()
+
+    with contextlib.suppress(TimeoutError):
+        eventually_blocking(lambda: "\nok: " in output() or "FAILED" in output(), TIMEOUT_S)
+        return output()
+    raise AssertionError(output())
 
 
 @pytest.mark.netns

@@ -1,6 +1,5 @@
 """Every part as a real process, and each of them killed in turn: what goes on, and what comes back by itself."""
 
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +8,7 @@ import yaml
 from crossnet.lab.clients import Attempt, Clients
 from crossnet.lab.stage import Stage
 from crossnet.lab.topology import Loopback
+from tests.support.waiting import eventually_blocking
 
 BACK_WITHIN_S = 10.0  # what issue 2 gives a gateway after its TURN server is back
 
@@ -36,11 +36,10 @@ def served(stage: Stage) -> bool:
 
 
 def within(limit_s: float, ready: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not ready():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
+    try:
+        eventually_blocking(ready, limit_s)
+    except TimeoutError:
+        return False
     return True
 
 

@@ -16,6 +16,7 @@ from tests.support.dns_authority import Asked, Authority, serving
 from tests.support.dns_meshes import DOMAIN, mesh, relay
 from tests.support.dns_packets import header, query
 from tests.support.dns_servers import Client, Connection, address, connected, running
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -173,9 +174,7 @@ async def test_answers_that_nobody_reads_do_not_pile_up(upstream: Authority) -> 
                 client.sendall(len(packet).to_bytes(2, "big") + packet)
             async with asyncio.timeout(5):
                 await upstream.heard(1)
-            async with asyncio.timeout(30):
-                while server.metrics.tcp_connections():
-                    await asyncio.sleep(0.01)
+            await eventually(lambda: not server.metrics.tcp_connections(), limit_s=30)
 
 
 async def test_more_connections_than_allowed_are_closed() -> None:
@@ -190,9 +189,7 @@ async def test_more_connections_than_allowed_are_closed() -> None:
             assert await three.ended() == b""
         one.writer.close()
         await one.writer.wait_closed()
-        async with asyncio.timeout(5):
-            while server.metrics.tcp_connections() > 1:
-                await asyncio.sleep(0)
+        await eventually(lambda: server.metrics.tcp_connections() == 1)
         async with connected(server) as four:
             assert addresses(await four.ask(query(ADDRESS))) == ["10.0.0.9"]
 
@@ -230,6 +227,4 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(upstream: Authority
             linger = struct.pack("ii", 1, 0)  # a reset, as from a client that crashed
             connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             connection.writer.transport.abort()
-        async with asyncio.timeout(5):
-            while server.metrics.tcp_connections():
-                await asyncio.sleep(0)
+        await eventually(lambda: not server.metrics.tcp_connections())

@@ -13,6 +13,8 @@ from discovery.model.imports import Imports
 from discovery.model.mesh import Deletion, Kind
 from dnsgw import Outcome
 from dnsgw.message.question import Qtype
+from dnsgw.resolver import ResolverLimits
+from dnsgw.server import ServerTiming
 from dnsgw.upstream.cache import CacheConfig
 from tests.support.dns_authority import Asked, Authority, serving
 from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay, service
@@ -24,6 +26,8 @@ pytestmark = pytest.mark.anyio
 ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
 VIEW = mesh(relay("10.0.0.9"))
 WWW = "www.example.test"
+LONG_FAILURES = ServerTiming(resolver=ResolverLimits(failure_ttl_s=60.0))
+"""A failure is remembered for longer than a test takes on a slow machine."""
 
 
 @pytest.fixture
@@ -93,11 +97,8 @@ async def test_the_last_good_answer_when_upstream_gives_none(upstream: Authority
 
 
 @pytest.mark.parametrize("said", ["cut", "something else"])
-async def test_what_cannot_be_used_is_no_answer_either(
-    upstream: Authority, monkeypatch: pytest.MonkeyPatch, said: str
-) -> None:
-    """The last good answer is given in its place, or the failure remembered, as for silence."""
-    monkeypatch.setattr("dnsgw.upstream.resolver.FAILURE_TTL_S", 60.0)
+async def test_an_unusable_answer_counts_as_none(upstream: Authority, said: str) -> None:
+    """The last good answer is given in its place, or the failure is remembered, as after silence."""
 
     def useless(asked: Asked) -> list[bytes]:
         reply = dns.message.from_wire(asked.answer)
@@ -105,7 +106,7 @@ async def test_what_cannot_be_used_is_no_answer_either(
         return [asked.answer[:-1] if said == "cut" else reply.to_wire()]
 
     upstream.script = with_ttl(1)
-    async with running(VIEW, upstream.port) as server:
+    async with running(VIEW, upstream.port, timing=LONG_FAILURES) as server:
         with Client(address(server)) as client:
             assert answers(await client.ask(query(WWW)))
             upstream.script = useless
@@ -130,20 +131,18 @@ async def test_no_answer_past_its_end_if_told_so(upstream: Authority) -> None:
                     assert answers(reply)
 
 
-async def test_a_failure_is_not_asked_for_again_at_once(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failure_is_not_asked_for_again_at_once(upstream: Authority) -> None:
     """RFC 9520."""
-    monkeypatch.setattr("dnsgw.upstream.resolver.FAILURE_TTL_S", 60.0)  # however slow the machine is
     upstream.script = lambda asked: [asked.answer[:3] + b"\x82" + asked.answer[4:]]
-    async with running(VIEW, upstream.port) as server:
+    async with running(VIEW, upstream.port, timing=LONG_FAILURES) as server:
         with Client(address(server)) as client:
             for _ in range(3):
                 assert read(await client.ask(query(WWW))).rcode() == dns.rcode.SERVFAIL
         assert len(upstream.asked) == 1
 
 
-async def test_what_is_in_use_is_asked_for_before_it_ends(upstream: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnsgw.upstream.cache.PREFETCH_SHARE", 1.0)  # all of its life
-    async with running(VIEW, upstream.port) as server:
+async def test_an_answer_in_use_is_asked_for_again_before_it_expires(upstream: Authority) -> None:
+    async with running(VIEW, upstream.port, cache=CacheConfig(prefetch_share=1.0)) as server:
         with Client(address(server)) as client:
             for _ in range(4):
                 assert answers(await client.ask(query(WWW)))
