@@ -39,7 +39,9 @@ TESTED_BY = {
     "sniproxy/transport": "sniproxy/relay/test_router",
     "sniproxy/tunnel/keys": "sniproxy/relay/test_router",
     "turnreg/client/timing": "turnreg/client/test_allocation",
+    "turnreg/gateway/config": "turnreg/gateway/test_gateway",
     "turnreg/gateway/handshake": "turnreg/gateway/test_gateway_forged",
+    "turnreg/gateway/limits": "turnreg/gateway/test_gateway",
     "turnreg/registrar/config": "turnreg/registrar/test_registrar",
     "turnreg/server": "turnreg/server/test_behaviour",
 }

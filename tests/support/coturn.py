@@ -14,9 +14,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.support.polling import eventually_true
 
 START_TIMEOUT_S = 15.0
 RELAY_PORTS = 100
@@ -84,13 +85,12 @@ class Coturn:
                 stderr=subprocess.STDOUT,
                 cwd=self._directory,
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                output_text = (self._directory / "output").read_text(errors="replace")
-                self.kill()
-                raise RuntimeError(f"coturn did not start:\n{output_text}\n{self.log}")
-            time.sleep(0.02)
+        process = self._process
+        started = eventually_true(lambda: process.poll() is not None or self._answers(), START_TIMEOUT_S)
+        if not started or process.poll() is not None:
+            output_text = (self._directory / "output").read_text(errors="replace")
+            self.kill()
+            raise RuntimeError(f"coturn did not start:\n{output_text}\n{self.log}")
 
     def stop(self) -> None:
         """End it as an operator would (SIGTERM), at the latest after two seconds by SIGKILL."""

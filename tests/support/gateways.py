@@ -8,7 +8,7 @@ async with a_gateway() as running:
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -28,7 +28,9 @@ from tests.support.fixed_discovery import FixedDiscovery, record
 from tests.support.path import LogLines
 from tests.support.preambles import KEY
 from tests.support.streams import pair
-from turnreg.gateway.gateway import Gateway, GatewayConfig
+from turnreg.gateway.config import GatewayConfig
+from turnreg.gateway.gateway import Gateway
+from turnreg.gateway.service_dialer import Dial
 
 LOOPBACK = TargetList.parse(["127.0.0.0/8"])
 ALLOCATION = "gw-1-a-turn-1"
@@ -39,11 +41,31 @@ def data(payload: bytes, *, final: bool = False) -> bytes:
     return header(CapsuleType.FINAL_DATA if final else CapsuleType.DATA, len(payload)) + payload
 
 
+class StreamLines(LogLines):
+    """The log lines of streams, as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._arrived = asyncio.Event()
+
+    def emit(self, line: logging.LogRecord) -> None:
+        super().emit(line)
+        self._arrived.set()
+
+    async def reach(self, count: int) -> None:
+        """Wait until there are so many."""
+        while len(self.events) < count:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+
 @dataclass
 class Visit:
     """A relay's connection to the gateway."""
 
     framed: CapsuleConnection
+    is_ready: bool = False
+    """The gateway has said READY."""
     waiting_s: int | None = None
     """How long the gateway said that it may take to wake the service."""
 
@@ -56,23 +78,32 @@ class Visit:
         async with asyncio.timeout(10):
             while True:
                 message = await self.framed.next_message()
+                self.is_ready = self.is_ready or message == Ready()
                 if not isinstance(message, Waiting):
                     return message
                 self.waiting_s = message.seconds
 
+    async def held(self) -> None:
+        """Wait until the gateway says that it wakes the service."""
+        assert await self.answer() == Ready()
+        async with asyncio.timeout(10):
+            message = await self.framed.next_message()
+        assert isinstance(message, Waiting), message
+        self.waiting_s = message.seconds
+
     async def refused(self, *, after_ready: bool = False) -> Refused:
         """Wait for the refusal and go, as a relay does."""
+        if after_ready and not self.is_ready:
+            assert await self.answer() == Ready()
         answer = await self.answer()
-        if after_ready:
-            assert answer == Ready()
-            answer = await self.answer()
         assert isinstance(answer, Refused), answer
         self.wire.close()
         return answer
 
     async def opened(self) -> None:
         """See that the stream is opened."""
-        assert await self.answer() == Ready()
+        if not self.is_ready:
+            assert await self.answer() == Ready()
         assert isinstance(await self.answer(), Opened)
 
 
@@ -85,6 +116,37 @@ class Service:
     """What a preamble asks for."""
     wires: list[SocketStream] = field(default_factory=list)
     got: list[bytearray] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    """How streams ended, in the order of their ends: "fin" or "reset"."""
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def echo(self, wire: SocketStream) -> None:
+        """Serve one stream."""
+        self.wires.append(wire)
+        self.got.append(got := bytearray())
+        self._changed.set()
+        try:
+            while piece := await wire.recv():
+                got += piece
+                self._changed.set()
+                await wire.send(piece)
+            wire.shutdown_write()
+            self.ends.append("fin")
+        except OSError:
+            self.ends.append("reset")
+        self._changed.set()
+
+    async def reach(self, condition: Callable[["Service"], object]) -> None:
+        """Wait until something is true of the streams that came."""
+        async with asyncio.timeout(20):
+            while not condition(self):
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def received(self, size: int) -> bytes:
+        """Wait until the first stream has brought so many bytes, and give all that it has."""
+        await self.reach(lambda service: service.got and len(service.got[0]) >= size)
+        return bytes(self.got[0])
 
 
 @dataclass
@@ -93,8 +155,9 @@ class Running:
 
     gateway: Gateway
     discovery: FixedDiscovery
-    log: LogLines
+    log: StreamLines
     registry: CollectorRegistry
+    _task: asyncio.Task[None]
     _group: asyncio.TaskGroup
     _closing: AsyncExitStack
 
@@ -106,15 +169,7 @@ class Running:
             spec = ServiceSpec(name=name, ports={"8443": [made.endpoint]})
             self.discovery.put(record(Kind.SERVICE, self.gateway.config.network, name, spec))
 
-        async def echo(wire: SocketStream) -> None:
-            made.wires.append(wire)
-            made.got.append(got := bytearray())
-            while piece := await wire.recv():
-                got += piece
-                await wire.send(piece)
-            wire.shutdown_write()
-
-        task = self._group.create_task(listener.serve(echo))
+        task = self._group.create_task(listener.serve(made.echo))
         self._closing.callback(listener.close)
         self._closing.callback(task.cancel)
         return made
@@ -144,16 +199,20 @@ class Running:
     async def ended(self, count: int = 1) -> list[dict[str, object]]:
         """Wait until so many streams have ended, and give their log lines."""
         async with asyncio.timeout(20):
-            while len(self.log.events) < count:
-                await asyncio.sleep(0.002)
+            await self.log.reach(count)
         return self.log.events
+
+    async def stopped(self) -> None:
+        """Wait until a gateway that was closed has ended."""
+        async with asyncio.timeout(20):
+            await asyncio.wait({self._task})
 
 
 @asynccontextmanager
 async def a_gateway(
-    *records: AnyRecord, keys: tuple[SigningKey, ...] = (KEY,), **config: object
+    *records: AnyRecord, keys: tuple[SigningKey, ...] = (KEY,), dial: Dial = connect, **config: object
 ) -> AsyncIterator[Running]:
-    """Run a gateway that delivers to loopback; `config` are fields of GatewayConfig."""
+    """Run a gateway that delivers to loopback by `dial`; `config` are fields of GatewayConfig."""
     fields = {
         "id": "gw-1",
         "network": "b",
@@ -167,9 +226,10 @@ async def a_gateway(
         discovery,
         {key.id: key for key in keys},
         registry=registry,
+        dial=dial,
     )
     await gateway.open()
-    logger, lines = logging.getLogger("crossnet.gateway"), LogLines()
+    logger, lines = logging.getLogger("crossnet.gateway"), StreamLines()
     logger.setLevel(logging.INFO)
     logger.addHandler(lines)
     try:
@@ -178,7 +238,7 @@ async def a_gateway(
             await asyncio.sleep(0)  # what comes by an allocation is taken once it runs
             closing = AsyncExitStack()
             try:
-                yield Running(gateway, discovery, lines, registry, group, closing)
+                yield Running(gateway, discovery, lines, registry, task, group, closing)
             finally:
                 await closing.aclose()
                 task.cancel()

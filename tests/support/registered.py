@@ -20,9 +20,11 @@ from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
 from discovery.pacing.backoff import Backoff
 from sniproxy.transport.base import Accepted
-from tests.support.turn_servers import LOGIN, RunningServer, eventually
+from tests.support.polling import eventually
+from tests.support.turn_servers import LOGIN, RunningServer
 from turnreg.client.allocation import Timing
 from turnreg.registrar import registrar as registrar_module
+from turnreg.registrar.allocation_factory import LookUp, look_up
 from turnreg.registrar.registrar import Registrar, RegistrarConfig, Retry, TurnCredentials
 from turnreg.stun.auth import rest_credentials
 
@@ -161,6 +163,10 @@ class Registered:
         assert value is not None, "every label is there from the start"
         return value
 
+    async def counts(self, name: str, **labels: str) -> None:
+        """Wait until a counter is above zero."""
+        await eventually(lambda: self.count(name, **labels) > 0)
+
     async def stream(self, port: int, source: str = "127.0.0.1") -> tuple[Accepted, asyncio.StreamWriter]:
         _, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
         async with asyncio.timeout(10):
@@ -176,6 +182,7 @@ async def registrar(
     timing: Timing | None = None,
     gateway: str = "gw-1",
     overlap_s: float = 0.0,
+    look_up: LookUp = look_up,
     **options: Any,
 ) -> AsyncIterator[Registered]:
     """Run a registrar of network b while the block runs, then close it."""
@@ -193,7 +200,7 @@ async def registrar(
     discovery = HandDiscovery(*records)
     metrics = CollectorRegistry()
     streams: asyncio.Queue[Accepted] = asyncio.Queue()
-    ours = Registrar(config, discovery, metrics)
+    ours = Registrar(config, discovery, metrics, look_up=look_up)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(ours.run(streams.put_nowait))
         try:

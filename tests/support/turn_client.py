@@ -1,13 +1,12 @@
 """A TURN client of plain blocking sockets, for tests: it says exactly what it is told, right or wrong."""
 
-import contextlib
 import os
 import secrets
 import socket
 import struct
-import time
 from typing import Self
 
+from tests.support.polling import eventually_true
 from turnreg.stun.auth import long_term_key
 from turnreg.stun.message import (
     MAX_INDICATION_BYTES,
@@ -253,12 +252,14 @@ def noise(size: int) -> bytes:
 
 def until_refused(address: tuple[str, int], within_s: float = 5.0) -> bool:
     """Whether the port is closed within that time."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ConnectionResetError):
-            try:
-                connect(address).close()
-            except ConnectionRefusedError:
-                return True
-        time.sleep(0.01)
-    return False
+
+    def is_refused() -> bool:
+        try:
+            connect(address).close()
+        except ConnectionRefusedError:
+            return True
+        except ConnectionResetError:
+            pass
+        return False
+
+    return eventually_true(is_refused, within_s)

@@ -151,14 +151,6 @@ async def held(
     assert not lost, lost
 
 
-async def eventually(condition: object, timeout_s: float = 10.0) -> None:
-    """Wait until `condition()` is true: for what happens in another process or thread, which sends us no event."""
-    assert callable(condition)
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def listens(endpoint: tuple[str, int]) -> bool:
     """Tell whether somebody accepts connections there."""
     with contextlib.suppress(OSError), socket.create_connection(endpoint, timeout=1):

@@ -19,12 +19,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.client.contract import Discovery
 from discovery.model.mesh import Mesh
-from discovery.pacing.backoff import Backoff
 from sniproxy.access.rules import NamePattern
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import Preamble
 from sniproxy.tunnel.state import LIMIT_WAITING_S
 from turnreg.gateway.activation_trigger import Command, Trigger, TriggerError, fire
+from turnreg.gateway.limits import GatewayLimits
 from turnreg.gateway.service_dialer import ServiceConnection, ServiceDialer, Undeliverable
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,8 @@ DEFAULT_MAX_HELD_PER_SERVICE = 256
 LOOK_EVERY_S = 0.1
 """How often a service is polled while streams wait: nothing announces a port that begins to accept."""
 
-MAX_RUNNING = 32
-"""Triggers at once: requests for all services of a network must not start a thousand processes. The others wait."""
-
 PAUSE_S = 0.01
 """Shortest time between two polls: a mesh that changes constantly must not make us dial constantly."""
-
-BACKOFF = Backoff(1.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +88,9 @@ class WakeState:
         self.leader_done.set()
         self.leader_done = asyncio.Event()
 
-    def is_forgettable(self, now: float) -> bool:
-        """Tell whether this state is no different from a new one."""
-        return (
-            not self.held and not self.running and now > self.rest_until + (BACKOFF.longest_s if self.failures else 0)
-        )
+    def is_forgettable(self, now: float, longest_pause_s: float) -> bool:
+        """Tell whether this state is no different from a new one. Failures count until the longest pause is over."""
+        return not self.held and not self.running and now > self.rest_until + (longest_pause_s if self.failures else 0)
 
 
 async def _nobody(_seconds: float) -> None:
@@ -115,6 +108,7 @@ class Activation:
         rules: tuple[ActivationRule, ...],
         max_held: int,
         *,
+        limits: GatewayLimits,
         registry: CollectorRegistry,
     ) -> None:
         self._dialer = dialer
@@ -123,7 +117,8 @@ class Activation:
         self.reconfigure(rules, max_held)
         self.group: asyncio.TaskGroup | None = None
         """Where triggers run: they outlive the streams that they are run for."""
-        self._slots = asyncio.Semaphore(MAX_RUNNING)
+        self._slots = asyncio.Semaphore(limits.max_triggers)
+        self._backoff = limits.trigger_backoff
         self._wake_states: dict[str, WakeState] = {}
         self._held = 0
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -216,8 +211,8 @@ class Activation:
     def _wake_state(self, service: str) -> WakeState:
         wake = self._wake_states.get(service)
         if wake is None:
-            now = asyncio.get_running_loop().time()
-            for name in [name for name, known in self._wake_states.items() if known.is_forgettable(now)]:
+            now, longest_s = asyncio.get_running_loop().time(), self._backoff.longest_s
+            for name in [name for name, known in self._wake_states.items() if known.is_forgettable(now, longest_s)]:
                 del self._wake_states[name]
             wake = self._wake_states[service] = WakeState()
         return wake
@@ -300,7 +295,7 @@ class Activation:
         else:
             wake.failures += 1
             wake.failed = True
-            rest_s = BACKOFF.pause_s(wake.failures)
+            rest_s = self._backoff.pause_s(wake.failures)
         wake.rest_until = now + rest_s
         self._runs[result].inc()
         by = "command" if isinstance(rule.trigger, Command) else "url"

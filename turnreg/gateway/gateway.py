@@ -12,17 +12,13 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
 from discovery.client.contract import Discovery
-from discovery.model.addresses import TargetList
-from sniproxy.access.rules import Policy
-from sniproxy.engine import ByteStream
-from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.engine import ByteStream, connect
 from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
 from sniproxy.transport.base import Accepted
@@ -34,63 +30,19 @@ from sniproxy.tunnel.epoch import EPOCH_SIZE
 from sniproxy.tunnel.messages import Opened, Ready, Refused, Waiting
 from sniproxy.tunnel.preamble import Preamble, SigningKey, WarmPreamble
 from sniproxy.tunnel.state import Side
-from turnreg.gateway.activation import DEFAULT_MAX_HELD, Activation, ActivationRule
+from turnreg.gateway.activation import Activation
+from turnreg.gateway.config import GatewayConfig
 from turnreg.gateway.handshake import InboundHandshakes, InboundStream, StreamRefused, read_hello
 from turnreg.gateway.metrics import GatewayMetrics
 from turnreg.gateway.second_connection import SecondConnections
-from turnreg.gateway.service_dialer import ServiceConnection, ServiceDialer, Undeliverable
+from turnreg.gateway.service_dialer import Dial, ServiceConnection, ServiceDialer, Undeliverable
 from turnreg.gateway.warm import WarmStreams
+
+__all__ = ["Gateway", "GatewayConfig"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-DEFAULT_HELLO_TIMEOUT_S = 5.0
-"""From the bind to the last byte of the ClientHello. The relay had it whole before it dialled: this covers the way here."""
-
-DEFAULT_DIAL_TIMEOUT_S = 3.0
-"""For the TCP handshake with a service in our own network: one lost SYN is sent again after 1 s."""
-
-DEFAULT_IDLE_TIMEOUT_S = 3600.0
-DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
-"""As at the relay: whichever is lower ends the stream."""
-
-DEFAULT_MAX_STREAMS = 16_384
-"""As at the relay: two descriptors a stream."""
-
-MAX_LINGERING = 1024
-"""Refused connections that are read from until REFUSED has arrived. In a larger flood it may be lost."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayConfig:
-    """What an operator decides about a gateway."""
-
-    id: str
-    network: str
-    domain: str
-    allow: TargetList
-    """What may be dialled, checked on the address that is dialled."""
-    policy: Policy = field(default_factory=Policy)
-    """Which streams may go where, by the network and client that they come from."""
-    activate: tuple[ActivationRule, ...] = ()
-    """How sleeping services are woken; the first rule that matches a name applies."""
-    max_held: int = DEFAULT_MAX_HELD
-    """Streams that wait for services to wake."""
-    listen: tuple[tuple[str, int], ...] = ()
-    """Where relays may come directly, without a TURN server."""
-    guard: tuple[tuple[str, int], ...] = ()
-    """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
-    max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
-    max_streams: int = DEFAULT_MAX_STREAMS
-    max_streams_per_network: int = 0
-    """From one network, so that none takes the others' share; 0 is no limit of its own."""
-    hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
-    dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
-    idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
-    half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
-    require_epoch: bool = False
-    """Refuse relays from before epochs (sniproxy.tunnel.epoch). Only their preambles could count again after a restart."""
 
 
 class Gateway:
@@ -103,11 +55,19 @@ class Gateway:
         keys: Mapping[str, SigningKey],
         *,
         registry: CollectorRegistry,
+        dial: Dial = connect,
     ) -> None:
+        """Make a gateway that `open` and `run` start. `dial` connects to services."""
         self.config = config
         self.epoch = os.urandom(EPOCH_SIZE)
         """What relays sign, and records tell: no preamble that was made for another process counts here."""
-        self._handshakes = InboundHandshakes(keys, config.network, epoch=self.epoch, require_epoch=config.require_epoch)
+        self._handshakes = InboundHandshakes(
+            keys,
+            config.network,
+            epoch=self.epoch,
+            require_epoch=config.require_epoch,
+            max_unproven=config.limits.max_unproven,
+        )
         self._service_dialer = ServiceDialer(
             config.network,
             config.domain,
@@ -116,12 +76,19 @@ class Gateway:
             config.policy,
             guard=config.guard,
             dial_timeout_s=config.dial_timeout_s,
+            dial=dial,
         )
         self._activation = Activation(
-            self._service_dialer, discovery, config.network, config.activate, config.max_held, registry=registry
+            self._service_dialer,
+            discovery,
+            config.network,
+            config.activate,
+            config.max_held,
+            limits=config.limits,
+            registry=registry,
         )
         self._second_connections = SecondConnections()
-        self._warm = WarmStreams()
+        self._warm = WarmStreams(config.limits)
         self.ledger = StreamLog("gateway", registry)
         self._metrics = GatewayMetrics(registry, warm=self._warm, remembered=self._handshakes.remembered)
         self._direct = DirectAcceptor(config.id, config.listen)
@@ -382,7 +349,7 @@ class Gateway:
             await framed.send(Refused(reason.value, detail))
         except OSError:
             return
-        if self._lingering < MAX_LINGERING:
+        if self._lingering < self.config.limits.max_lingering:
             self._lingering += 1
             try:
                 await framed.discard()

@@ -21,10 +21,6 @@ from sniproxy.tunnel.preamble import (
 )
 from sniproxy.tunnel.verify import PreambleVerifier, ReplayCache, check_hello
 
-MAX_UNPROVEN = 1024
-"""Connections whose preamble is not complete. A relay's is there within a round trip, a stranger's may never come: beyond this
-number the oldest is closed, so that strangers keep no relay out."""
-
 _PREAMBLE_START = 16
 """A PROXY v2 header says its length in its first 16 bytes."""
 
@@ -67,7 +63,10 @@ class InboundStream:
 class InboundHandshakes:
     """Connections that have not proven anything yet, and the proof."""
 
-    def __init__(self, keys: Mapping[str, SigningKey], network: str, *, epoch: bytes, require_epoch: bool) -> None:
+    def __init__(
+        self, keys: Mapping[str, SigningKey], network: str, *, epoch: bytes, require_epoch: bool, max_unproven: int
+    ) -> None:
+        self._max_unproven = max_unproven
         self._verifier = PreambleVerifier(keys, network, epoch=epoch, require_epoch=require_epoch)
         self._unproven: dict[int, InboundStream] = {}  # by identity, the oldest first
 
@@ -102,7 +101,7 @@ class InboundHandshakes:
         """
         self._unproven[id(arrival)] = arrival
         try:
-            if len(self._unproven) > MAX_UNPROVEN:
+            if len(self._unproven) > self._max_unproven:
                 oldest = self._unproven.pop(next(iter(self._unproven)))
                 oldest.evicted = True
                 oldest.framed.stream.close()  # wakes its task
@@ -110,7 +109,7 @@ class InboundHandshakes:
         except OSError as error:
             if not arrival.evicted:
                 raise
-            detail = f"{MAX_UNPROVEN} connections have not proven anything, and this was the oldest"
+            detail = f"{self._max_unproven} connections have not proven anything, and this was the oldest"
             raise StreamRefused(Reason.OVERLOADED, detail, tell=False) from error
         finally:
             self._unproven.pop(id(arrival), None)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from discovery.client.contract import Discovery
 from discovery.model.addresses import Address, TargetList, format_endpoint, parse_address, refusal
@@ -54,6 +55,12 @@ class ServiceConnection:
         return format_endpoint(self.address, self.port)
 
 
+class Dial(Protocol):
+    """Connect to an IP address and port. Raises OSError, TimeoutError."""
+
+    async def __call__(self, address: str, port: int, *, timeout_s: float) -> ByteStream: ...
+
+
 class ServiceDialer:
     """Dials services of one network for its gateway."""
 
@@ -67,6 +74,7 @@ class ServiceDialer:
         *,
         guard: Iterable[tuple[str, int]],
         dial_timeout_s: float,
+        dial: Dial = connect,
     ) -> None:
         self._network = network
         self._domain = domain
@@ -74,6 +82,7 @@ class ServiceDialer:
         self._reach = Reach(network, domain)
         self._guard = LoopGuard(network, guard, is_own=is_own_address)
         self.reconfigure(allow, policy, dial_timeout_s=dial_timeout_s)
+        self._connect = dial
         self._turn: dict[str, int] = {}
 
     def reconfigure(self, allow: TargetList, policy: Policy, *, dial_timeout_s: float) -> None:
@@ -158,7 +167,7 @@ class ServiceDialer:
             loop = asyncio.get_running_loop()
             started = loop.time()
             try:
-                wire = await connect(str(address), port, timeout_s=self._dial_timeout_s)
+                wire = await self._connect(str(address), port, timeout_s=self._dial_timeout_s)
             except TimeoutError:
                 failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: no answer in {self._dial_timeout_s} s")
                 continue

@@ -7,18 +7,14 @@ from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Open, Ping, Pong, Ready
 from sniproxy.tunnel.verify import share_of
-
-LIMIT_SILENT_S = 60.0
-"""A relay asks every 25 s whether we live: here two of its PINGs are missing."""
-
-MAX_WARM = 4096
-"""Kept ready at one gateway, for all relays together: eight relays' most."""
+from turnreg.gateway.limits import GatewayLimits
 
 
 class WarmStreams:
     """The connections that wait for a stream, by the network that they come from."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: GatewayLimits | None = None) -> None:
+        self._limits = limits or GatewayLimits()
         self._waiting: dict[CapsuleConnection, str] = {}
         self._of: Counter[str] = Counter()
 
@@ -27,9 +23,10 @@ class WarmStreams:
 
     def refusal(self, network: str, networks: int) -> str | None:
         """Say why one more of this network, one of so many, is not kept ready; None if it is."""
-        if len(self._waiting) >= MAX_WARM:
-            return f"{MAX_WARM} connections are kept ready"
-        share = share_of(MAX_WARM, networks)
+        most = self._limits.max_warm
+        if len(self._waiting) >= most:
+            return f"{most} connections are kept ready"
+        share = share_of(most, networks)
         return f"{share} connections of network {network!r} are kept ready" if self._of[network] >= share else None
 
     async def wait(self, framed: CapsuleConnection, network: str) -> bytes | None:
@@ -44,7 +41,7 @@ class WarmStreams:
         try:
             await framed.send(Ready())
             while True:
-                async with asyncio.timeout(LIMIT_SILENT_S):
+                async with asyncio.timeout(self._limits.warm_silence_s):
                     match await framed.next_message():
                         case Ping(token):
                             await framed.send(Pong(token))

@@ -24,6 +24,9 @@ from turnreg.stun.auth import rest_credentials
 
 T = TypeVar("T")
 
+LookUp = Callable[[str, int], Awaitable[list[str]]]
+"""Resolves a host name, for a port, to IP addresses. Raises TurnError."""
+
 REST_LIFETIME_S = 7 * 24 * 3600.0
 """Lifetime of the REST credentials that a gateway with the secret makes for itself. Nobody else ever sees them, so that short
 ones would gain nothing."""
@@ -75,12 +78,14 @@ class AllocationFactory:
         record: str,
         on_stream: Callable[[Bound], None],
         on_bind: Callable[[BindResult], None],
+        look_up: LookUp,
     ) -> None:
         """Make allocations for one registration. `via`, `turn` and `record`: network, TURN server, and the allocation's record."""
         self.config = config
         self._discovery, self._destinations, self._peers = discovery, destinations, peers
         self._via, self._turn, self._record = via, turn, record
         self._on_stream, self._on_bind = on_stream, on_bind
+        self._look_up = look_up
         self._loop = asyncio.get_running_loop()
 
     async def show(self, credentials: TurnCredentials) -> Shown:
@@ -109,7 +114,7 @@ class AllocationFactory:
         try:
             addresses = [str(ip_address(url.host))]
         except ValueError:
-            addresses = await _in_time(_look_up(url.host, url.port), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
+            addresses = await _in_time(self._look_up(url.host, url.port), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
         if not addresses:
             raise TurnError(TurnReason.UNRESOLVED, "the name has no address")
         refused = {address: refusal(address, url.port) for address in addresses}
@@ -161,7 +166,7 @@ class AllocationFactory:
 
     async def _refusals(self) -> Callable[[str, int], str | None]:
         """Look up the discovery servers that are known by name; return `refusal` with their addresses refused, too."""
-        named = await _resolved(self.config.guard_names)
+        named = await self._resolved(self.config.guard_names)
 
         def refusal(address: str, port: int) -> str | None:
             why = self.refusal(address, port)
@@ -171,15 +176,14 @@ class AllocationFactory:
 
         return refusal
 
-
-async def _resolved(names: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Return the addresses and ports behind our own names; none for a name that does not resolve in time."""
-    found = []
-    for host, port in names:
-        with contextlib.suppress(TurnError):
-            addresses = await _in_time(_look_up(host, port), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
-            found += [(address, port) for address in addresses]
-    return found
+    async def _resolved(self, names: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Return the addresses and ports of our own names; none for a name that does not resolve in time."""
+        found = []
+        for host, port in names:
+            with contextlib.suppress(TurnError):
+                addresses = await _in_time(self._look_up(host, port), RESOLVE_TIMEOUT_S, TurnReason.UNRESOLVED)
+                found += [(address, port) for address in addresses]
+        return found
 
 
 def parsed(url: str) -> TurnUrl:
@@ -242,7 +246,8 @@ async def _in_time(work: Awaitable[T], timeout_s: float, reason: TurnReason) -> 
         raise TurnError(reason, f"no answer within {timeout_s:g} s") from None
 
 
-async def _look_up(host: str, port: int) -> list[str]:
+async def look_up(host: str, port: int) -> list[str]:
+    """Ask the system's resolver for the addresses of a TCP service. Raises TurnError."""
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)

@@ -18,7 +18,7 @@ from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.transport.base import Accepted, OnStream
 from sniproxy.transport.turn import TURN
 from turnreg.client.allocation import BindResult, Bound, Credentials, TurnReason
-from turnreg.registrar.allocation_factory import Server
+from turnreg.registrar.allocation_factory import LookUp, Server, look_up
 from turnreg.registrar.allocation_lifecycle import Renewal
 from turnreg.registrar.allocation_record import record_id
 from turnreg.registrar.config import Issued, Register, RegistrarConfig, RestSecret, Retry, TurnCredentials
@@ -91,8 +91,11 @@ class Registrar:
         config: RegistrarConfig,
         discovery: Discovery,
         registry: CollectorRegistry,
+        *,
+        look_up: LookUp = look_up,
     ) -> None:
-        self._config, self._discovery = config, discovery
+        """Make a registrar that `run` starts. `look_up` resolves the names of TURN servers."""
+        self._config, self._discovery, self._look_up = config, discovery, look_up
         self._registrations: dict[_Key, Registration] = {}
         self._metrics = _Metrics(
             registry,
@@ -264,6 +267,7 @@ class Registrar:
             on_bind=lambda result: self._metrics.binds[result].inc(),
             on_outcome=lambda reason: self._metrics.registrations[reason].inc(),
             on_renewal=lambda result: self._metrics.renewals[result].inc(),
+            look_up=self._look_up,
         )
         return registration
 

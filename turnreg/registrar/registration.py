@@ -17,7 +17,7 @@ from typing import Any, assert_never
 from discovery.client.contract import Discovery
 from turnreg.client.allocation import BindResult, Bound, TurnError, TurnReason
 from turnreg.registrar.admitted_peers import AdmittedPeers
-from turnreg.registrar.allocation_factory import AllocationFactory, Server, Wanted
+from turnreg.registrar.allocation_factory import AllocationFactory, LookUp, Server, Wanted
 from turnreg.registrar.allocation_lifecycle import ManagedAllocation, Renewal
 from turnreg.registrar.allocation_record import AllocationRecord
 from turnreg.registrar.config import RegistrarConfig, TurnCredentials
@@ -59,6 +59,7 @@ class Registration:
         on_bind: Callable[[BindResult], None],
         on_outcome: Callable[[str], None],
         on_renewal: Callable[[Renewal], None],
+        look_up: LookUp,
     ) -> None:
         """Describe it; `want()` and `run()` begin it.
 
@@ -67,6 +68,7 @@ class Registration:
             on_bind: is told the result of each peer's bind.
             on_outcome: is told "ok" or the TurnReason of every attempt.
             on_renewal: is told the result of each renewal of credentials.
+            look_up: resolves the names of TURN servers.
         """
         self.via, self.turn = via, turn
         self.record = AllocationRecord(discovery, config.gateway, via, turn, replica)
@@ -83,6 +85,7 @@ class Registration:
             record=self.record.id,
             on_stream=on_stream,
             on_bind=self._bound,
+            look_up=look_up,
         )
         self.allocations: RegistrationState[ManagedAllocation] = RegistrationState(config, may_keep=self._may_keep)
         self._server: Server | None = None

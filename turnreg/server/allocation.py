@@ -122,6 +122,8 @@ class Limits:
     """RFC 8656, section 12: a channel lasts 10 minutes."""
     bind_timeout_s: float = 30.0
     """RFC 6062, section 5.2: a peer waits at least 30 s for its ConnectionBind."""
+    connect_timeout_s: float = 30.0
+    """RFC 6062, section 5.2: an active Connect is tried for at least 30 s."""
     max_allocations: int = 16_384
     """As many as the dynamic ports 49152-65535."""
     max_allocations_per_account: int = 256

@@ -11,8 +11,8 @@ from sniproxy.engine import Listener
 
 log = logging.getLogger(__name__)
 
-LOOK_INTERVAL_S = 5.0
-"""How often the files are looked at: two calls of stat."""
+POLL_INTERVAL_S = 5.0
+"""How often the files are checked, at the cost of two stat calls."""
 
 ALPN = "stun.turn"
 """RFC 7443. A client that offers others only, or none as most do, is served all the same."""
@@ -21,8 +21,9 @@ ALPN = "stun.turn"
 class Certificates:
     """Holds the TLS context for the next connection. A renewal that cannot be read leaves the last good one in use."""
 
-    def __init__(self, cert: Path, key: Path) -> None:
+    def __init__(self, cert: Path, key: Path, *, poll_interval_s: float = POLL_INTERVAL_S) -> None:
         """Read them. Raises OSError (ssl.SSLError is one) if that fails."""
+        self._poll_interval_s = poll_interval_s
         self._cert, self._key = cert, key
         self._files = FileFingerprint((cert, key))
         self.context = self._load()
@@ -30,7 +31,7 @@ class Certificates:
     async def renew(self, listeners: Iterable[Listener]) -> None:
         """Give the listeners a new context whenever the files have changed, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_INTERVAL_S)
+            await asyncio.sleep(self._poll_interval_s)
             if self.look():
                 for listener in listeners:
                     listener.tls = self.context

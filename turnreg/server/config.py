@@ -7,6 +7,7 @@ from pathlib import Path
 
 from discovery.model.addresses import TargetList
 from turnreg.server.allocation import Endpoint, Limits
+from turnreg.server.certificates import POLL_INTERVAL_S
 from turnreg.stun.auth import NONCE_LIFETIME_S
 
 DEFAULT_PORTS = (49_152, 65_535)
@@ -81,6 +82,8 @@ class TurnServerConfig:
     nonce_lifetime_s: float = NONCE_LIFETIME_S
     unauthenticated_timeout_s: float = UNAUTHENTICATED_TIMEOUT_S
     max_unauthenticated: int = MAX_UNAUTHENTICATED
+    send_timeout_s: float = SEND_TIMEOUT_S
+    certificate_poll_s: float = POLL_INTERVAL_S
     software: str | None = "crossnet"
     """What SOFTWARE says; None leaves it out. No version: it would help attackers only."""
 

@@ -18,9 +18,6 @@ log = logging.getLogger(__name__)
 REFUSED_LOG_INTERVAL_S = 1.0
 """Peers without permission are logged once a second, with their number: whoever scans the port writes no more lines."""
 
-CONNECT_TIMEOUT_S = 30.0
-"""RFC 6062, section 5.2: an active Connect is tried for at least 30 s."""
-
 
 class RelayedAddress:
     """Serves the peers of one allocation. Cancelling `serve` closes the port and cuts every stream."""
@@ -63,7 +60,7 @@ class RelayedAddress:
             peer: SocketStream | None = None
             try:
                 sock = _from_relayed(allocation.relayed)
-                peer = await connect(*address, timeout_s=CONNECT_TIMEOUT_S, sock=sock)
+                peer = await connect(*address, timeout_s=state.table.limits.connect_timeout_s, sock=sock)
             except (OSError, TimeoutError):
                 pass
             finally:

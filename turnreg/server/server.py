@@ -115,7 +115,7 @@ class TurnServer:
             for address, port in config.listen_udp:
                 listening.udp.append(DatagramSocket.open(address, port))
             if config.listen_tls and config.tls_cert and config.tls_key:
-                certificates = Certificates(config.tls_cert, config.tls_key)
+                certificates = Certificates(config.tls_cert, config.tls_key, poll_interval_s=config.certificate_poll_s)
                 for address, port in config.listen_tls:
                     listening.tls.append(await Listener.open(address, port, tls=certificates.context))
         except OSError:

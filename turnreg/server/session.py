@@ -13,7 +13,6 @@ from turnreg.server.allocation import Attempt, Drop, FiveTuple, Refusal
 from turnreg.server.config import (
     CLIENT_REQUESTS,
     MAX_REFUSALS,
-    SEND_TIMEOUT_S,
     UNAUTHENTICATED_REQUESTS,
     TurnServerConfig,
 )
@@ -243,7 +242,7 @@ class ClientSession:
                 return
         async with self._sending:
             try:
-                async with asyncio.timeout(SEND_TIMEOUT_S):
+                async with asyncio.timeout(self._config.send_timeout_s):
                     await self._wire.send(rest)
             except TimeoutError:
                 self._wire.reset()  # half a message may have gone: nothing can follow it

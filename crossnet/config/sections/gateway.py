@@ -35,7 +35,8 @@ from crossnet.config.types import (
 )
 from discovery.model.validation import Fault
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
-from turnreg.gateway import activation, gateway
+from turnreg.gateway import activation
+from turnreg.gateway import config as gateway
 from turnreg.gateway.activation import ActivationRule
 from turnreg.gateway.activation_trigger import Command, HttpCall, Trigger
 from turnreg.registrar.config import DEFAULT_REPLICAS

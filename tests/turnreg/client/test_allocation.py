@@ -7,6 +7,8 @@ import time
 import pytest
 
 from tests.support.coturn import Coturn
+from tests.support.polling import eventually, eventually_true
+from tests.support.turn_client import Client, code
 from tests.support.turn_servers import (
     BOTH,
     COTURN,
@@ -14,7 +16,6 @@ from tests.support.turn_servers import (
     LOOPBACK,
     RunningServer,
     allocation_on,
-    eventually,
     held,
     listens,
     turn_server,
@@ -91,11 +92,18 @@ async def test_three_hundred_peers_at_once(kind: str) -> None:
             assert holding.results == [BindResult.OK] * count
 
 
+def outlive_a_nonce(server: RunningServer) -> None:
+    """Take a nonce and wait until the server refuses it: every older one has ended then, too."""
+    with Client((server.address, server.port)) as client:
+        client.allocate()
+        assert eventually_true(lambda: code(client.refresh(600)) == 438, interval_s=0.05)
+
+
 @pytest.mark.parametrize("kind", BOTH)
 async def test_a_stream_after_idling_past_the_nonce(kind: str) -> None:
     with turn_server(kind, nonce_lifetime_s=1) as server:
         async with held(server) as careful, held(server, timing=Timing(nonce_fresh_s=1e9)) as careless:
-            await asyncio.sleep(2.1)  # nothing to wait for: the server tells nobody that a nonce has ended
+            await asyncio.to_thread(outlive_a_nonce, server)
             _, writer = await careful.peer()
             writer.write(b"x")
             assert await (await careful.stream()).wire.recv_exactly(1) == b"x"

@@ -1,13 +1,13 @@
 """Announced peers, against a server that does what real ones rarely do."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
+from tests.support.polling import eventually
 from tests.support.scripted_turn import KEY, Answer, Scripted, error, good, scripted, signed
-from tests.support.turn_servers import Holding, RunningServer, eventually, held
+from tests.support.turn_servers import Holding, RunningServer, held
 from turnreg.client.allocation import BindResult, Timing
 from turnreg.client.connection_bind import LOGGED_PER_PERIOD
 from turnreg.stun.message import Attribute, Message, MessageClass, Method
@@ -103,8 +103,7 @@ async def test_a_refusal_for_the_nonce_is_tried_again_with_a_proved_one(code: in
 
 
 async def test_one_proof_of_the_nonce_serves_all_who_wait_for_it() -> None:
-    async with announcing(timing=Timing(nonce_fresh_s=0.05)) as (server, holding):
-        await asyncio.sleep(0.1)
+    async with announcing(timing=Timing(nonce_fresh_s=-1)) as (server, holding):
         before = server.count(Method.CREATE_PERMISSION)
         for number in range(50):
             server.announce(number, ("127.0.0.1", 40_000 + number))

@@ -20,10 +20,11 @@ from sniproxy.tunnel.capsules import Payload
 from tests.support.fixed_discovery import record
 from tests.support.gateways import Running, Visit, a_gateway
 from tests.support.hellos import client_hello
+from tests.support.polling import eventually
 from tests.support.preambles import KEY, name_for, preamble
-from turnreg.gateway import activation
 from turnreg.gateway.activation import ActivationRule
 from turnreg.gateway.activation_trigger import Command, HttpCall, Trigger
+from turnreg.gateway.limits import GatewayLimits
 
 pytestmark = pytest.mark.anyio
 
@@ -64,13 +65,6 @@ async def visit(running: Running, target: str = f"{NAME}:8443", **changes: objec
     name = name_for(target)
     hello = client_hello(name)
     return await running.visit(preamble(target, hello, authority=name, **changes), hello)
-
-
-async def held(running: Running, count: int) -> None:
-    """Wait until so many streams are held."""
-    async with asyncio.timeout(10):
-        while sample(running, "held_streams_live") != count:
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture
@@ -115,11 +109,12 @@ async def test_a_command_starts_a_server_once_for_all_streams(tmp_path: Path, se
 async def test_a_call_has_an_endpoint_published(tmp_path: Path) -> None:
     """The service has no endpoint at all; somebody who is asked over HTTP starts one, and discovery tells of it."""
     asked: list[str] = []
+    all_held = asyncio.Event()
     async with a_gateway(asleep()) as running:
 
         async def scale(request: web.Request) -> web.Response:
             asked.append(request.headers["Crossnet-Service"])
-            await held(running, 5)
+            await all_held.wait()
             service = await running.service(known=False)
             running.discovery.put(asleep(service.endpoint))
             return web.Response(status=202)
@@ -134,6 +129,9 @@ async def test_a_call_has_an_endpoint_published(tmp_path: Path) -> None:
             # A reload brings the rule: what sleeps from now on is woken.
             running.gateway.reconfigure(replace(running.gateway.config, activate=(rule(call),)), {KEY.id: KEY})
             visits = [await visit(running) for _ in range(5)]
+            for each in visits:
+                await each.held()
+            all_held.set()
             for each in visits:
                 await each.opened()
                 each.wire.close()
@@ -157,12 +155,14 @@ async def test_a_stream_that_gives_up_leaves_its_turn_to_the_next(tmp_path: Path
     """The first one tries for all; when its time is over the second goes on with it."""
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path), timeout_s=0.4),)) as running:
         first = await visit(running)
-        await held(running, 1)
+        await first.held()
         config = running.gateway.config
         running.gateway.reconfigure(replace(config, activate=(rule(counted(tmp_path)),)), {KEY.id: KEY})
         others = [await visit(running) for _ in range(3)]
+        for each in others:
+            await each.held()
         assert (await first.refused(after_ready=True)).reason == Reason.NO_ENDPOINT
-        await held(running, 3)
+        assert sample(running, "held_streams_live") == 3
         service = await running.service(known=False)
         running.discovery.put(asleep(service.endpoint))
         for each in others:
@@ -200,9 +200,9 @@ async def test_a_command_that_fails_is_not_run_for_each_stream(
     assert event["retry_s"] > 0
 
 
-async def test_failures_in_a_row_are_further_and_further_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation, "BACKOFF", Backoff(0.05, 60.0))
-    async with a_gateway(asleep(), activate=(rule(counted(tmp_path, "exit 1")),)) as running:
+async def test_failures_in_a_row_are_further_and_further_apart(tmp_path: Path) -> None:
+    limits = GatewayLimits(trigger_backoff=Backoff(0.05, 60.0))
+    async with a_gateway(asleep(), activate=(rule(counted(tmp_path, "exit 1")),), limits=limits) as running:
         async with asyncio.timeout(20):
             while len(runs(tmp_path)) < 4:
                 await (await visit(running)).refused(after_ready=True)
@@ -245,7 +245,8 @@ async def test_no_more_streams_are_held_than_there_is_room_for(tmp_path: Path, b
     most = 2 if bound == "of all" else 100
     async with a_gateway(asleep(), activate=(one,), max_held=most) as running:
         visits = [await visit(running) for _ in range(2)]
-        await held(running, 2)
+        for each in visits:
+            await each.held()
         refused = await (await visit(running)).refused(after_ready=True)
         assert refused.reason == Reason.OVERLOADED
         assert sample(running, "held_streams_total", result="overloaded") == 1
@@ -257,17 +258,14 @@ async def test_no_more_streams_are_held_than_there_is_room_for(tmp_path: Path, b
         await running.ended(3)
 
 
-async def test_no_more_triggers_run_at_once_than_are_good_for_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(activation, "MAX_RUNNING", 2)
+async def test_no_more_triggers_run_at_once_than_are_good_for_the_machine(tmp_path: Path) -> None:
     names = [f"s{number}.shop.example" for number in range(6)]
     wake = Command(("sh", "-c", f"echo begin >>{tmp_path}/runs; sleep 0.1; echo end >>{tmp_path}/runs"))
-    async with a_gateway(*(asleep(name=name) for name in names), activate=(rule(wake, timeout_s=2.0),)) as running:
+    sleeping = [asleep(name=name) for name in names]
+    limits = GatewayLimits(max_triggers=2)
+    async with a_gateway(*sleeping, activate=(rule(wake, timeout_s=2.0),), limits=limits) as running:
         visits = [await visit(running, f"{name}:8443") for name in names]
-        async with asyncio.timeout(20):
-            while runs(tmp_path).count("end") < len(names):
-                await asyncio.sleep(0.01)
+        await eventually(lambda: runs(tmp_path).count("end") == len(names), 20)
         for each in visits:
             each.wire.close()
     at_once = most = 0
@@ -300,7 +298,7 @@ async def test_rules_by_target_are_asked_when_there_is_one(tmp_path: Path) -> No
     policy = Policy((Rule.parse(action="allow", to=["192.0.2.0/24"]),))
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path)),), policy=policy) as running:
         waiting = await visit(running)
-        await held(running, 1)
+        await waiting.held()
         service = await running.service(known=False)
         running.discovery.put(asleep(service.endpoint))
         assert (await waiting.refused(after_ready=True)).reason == Reason.DENIED
@@ -313,7 +311,7 @@ async def test_rules_by_target_are_asked_when_there_is_one(tmp_path: Path) -> No
 async def test_a_gateway_that_drains_delivers_what_it_holds(tmp_path: Path) -> None:
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path)),)) as running:
         waiting = await visit(running)
-        await held(running, 1)
+        await waiting.held()
         assert [row["state"] for row in running.gateway.ledger.rows()] == ["held"]
         service = await running.service(known=False)
         running.gateway.close()
@@ -328,9 +326,7 @@ async def test_a_gateway_that_ends_ends_its_commands(tmp_path: Path) -> None:
         asleep(), activate=(rule(counted(tmp_path, f"echo $$ >{tmp_path}/pid", "sleep 1000")),)
     ) as running:
         waiting = await visit(running)
-        async with asyncio.timeout(10):
-            while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-                await asyncio.sleep(0.01)
+        await eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     waiting.wire.close()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -12,6 +12,7 @@ import pytest
 import trustme
 from aiohttp import web
 
+from tests.support.polling import eventually
 from turnreg.gateway.activation_trigger import MAX_SAID, Command, HttpCall, TriggerError, fire
 
 pytestmark = pytest.mark.anyio
@@ -38,9 +39,7 @@ def is_over(pid: int) -> bool:
 
 async def gone(pid: int) -> None:
     """Wait until a process has ended; one whose parent has not asked for it yet counts as such."""
-    async with asyncio.timeout(10):
-        while not is_over(pid):
-            await asyncio.sleep(0.01)
+    await eventually(lambda: is_over(pid))
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -102,9 +101,7 @@ async def test_cancelled_a_command_is_ended_too(tmp_path: Path) -> None:
         task = group.create_task(
             run("sh", "-c", f"echo $$ >{tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid; sleep 1000")
         )
-        async with asyncio.timeout(10):
-            while not (tmp_path / "pid").exists():
-                await asyncio.sleep(0.01)
+        await eventually((tmp_path / "pid").exists)
         task.cancel()
     await gone(int((tmp_path / "pid").read_text()))
 
@@ -157,7 +154,7 @@ async def scaler(folder: Path) -> AsyncIterator[tuple[str, Path, list[web.Reques
             case "/no":
                 return web.Response(status=503, text="no\nroom " + "x" * 100_000)
             case "/silent":
-                await asyncio.sleep(1000)
+                await asyncio.Event().wait()
         return web.Response(status=202)
 
     authority = trustme.CA()

@@ -8,12 +8,13 @@ import os
 import secrets
 import socket
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
 from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import SocketStream
+from sniproxy.engine import SocketStream, connect
 from sniproxy.formats.proxy_protocol import ProxyHeader
 from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamRecord
@@ -26,6 +27,7 @@ from tests.support.hellos import client_hello, message, padding, records, server
 from tests.support.preambles import KEY, name_for, preamble
 from tests.support.streams import read_all, until_reset
 from turnreg.gateway.handshake import InboundStream, StreamRefused
+from turnreg.gateway.limits import GatewayLimits
 
 pytestmark = pytest.mark.anyio
 
@@ -241,9 +243,7 @@ async def test_a_service_with_a_proxy_header_and_a_dead_endpoint() -> None:
         visit = await running.visit(preamble(f"{NAME}:8443", HELLO), HELLO)
         await visit.opened()
         wanted = ProxyHeader(source=("10.0.0.77", 40000), destination=("10.0.0.9", 443)).pack() + HELLO
-        while len(service.got[0]) < len(wanted):
-            await asyncio.sleep(0.001)
-        assert service.got[0] == wanted
+        assert await service.received(len(wanted)) == wanted
         visit.wire.reset()
         assert (await running.ended())[0]["endpoint"] == service.endpoint
 
@@ -278,16 +278,11 @@ async def test_overloaded() -> None:
             visit.wire.close()
 
 
-async def test_strangers_make_room_for_relays(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_strangers_make_room_for_relays() -> None:
     """The oldest that has proven nothing goes, not the one that comes."""
-    monkeypatch.setattr("turnreg.gateway.handshake.MAX_UNPROVEN", 3)
-    async with a_gateway() as running:
+    async with a_gateway(limits=GatewayLimits(max_unproven=3)) as running:
         service = await running.service()
-        strangers = []
-        for number in range(6):
-            strangers.append(await running.connect())
-            while len(running.gateway.ledger) + len(running.log.events) <= number:
-                await asyncio.sleep(0.001)
+        strangers = [await running.connect() for _ in range(6)]
         visit = await running.visit(preamble(service.target, HELLO), HELLO)
         await visit.opened()
         lines = await running.ended(4)
@@ -298,9 +293,8 @@ async def test_strangers_make_room_for_relays(monkeypatch: pytest.MonkeyPatch) -
             gone.wire.close()
 
 
-async def test_refused_relays_that_linger_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turnreg.gateway.gateway.MAX_LINGERING", 3)
-    async with a_gateway(max_streams=1) as running:
+async def test_refused_relays_that_linger_keep_nobody_out() -> None:
+    async with a_gateway(max_streams=1, limits=GatewayLimits(max_lingering=3)) as running:
         service = await running.service()
         lingering = [await running.visit(preamble("192.0.2.1:1", HELLO), HELLO) for _ in range(1)]
         await running.ended(1)
@@ -314,38 +308,26 @@ async def test_refused_relays_that_linger_keep_nobody_out(monkeypatch: pytest.Mo
             gone.wire.close()
 
 
-async def test_a_relay_that_goes_while_we_dial(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_relay_that_goes_while_we_dial() -> None:
     """The service that is reached too late sees a reset: nothing of the stream got through."""
-    async with a_gateway() as running:
+    gone = asyncio.Event()
+
+    async def slow(address: str, port: int, *, timeout_s: float) -> SocketStream:
+        wire = await connect(address, port, timeout_s=timeout_s)
+        await gone.wait()
+        return wire
+
+    async with a_gateway(dial=slow) as running:
         service = await running.service()
-        delivery = running.gateway._service_dialer
-        connect = delivery.connect
-        gone = asyncio.Event()
-
-        async def slow(asked: Preamble) -> object:
-            delivered = await connect(asked)
-            await gone.wait()
-            return delivered
-
-        monkeypatch.setattr(delivery, "connect", slow)
         visit = await running.visit(preamble(service.target, HELLO), HELLO)
         assert await visit.answer() == Ready()
-        while not service.wires:
-            await asyncio.sleep(0.001)
+        await service.reach(lambda service: service.wires)
         visit.wire.reset()
-        await asyncio.sleep(0.01)
         gone.set()
         assert (await running.ended())[0]["reason"] == "truncated"
-        with pytest.raises(OSError, match=r"."):
-            await until_closed(service.wires[0])
+        await service.reach(lambda service: service.ends)
+        assert service.ends == ["reset"]
         assert service.got[0] in (b"", HELLO)
-
-
-async def until_closed(wire: SocketStream) -> None:
-    async with asyncio.timeout(5):
-        while True:
-            await wire.send(b"x")
-            await asyncio.sleep(0.001)
 
 
 async def test_a_gateway_that_drains_says_so_and_serves_what_is_open() -> None:
@@ -357,8 +339,7 @@ async def test_a_gateway_that_drains_says_so_and_serves_what_is_open() -> None:
         late = await running.visit(preamble(service.target, HELLO, addressee=ALLOCATION), HELLO, behind_turn=True)
         assert (await late.refused()).reason == "draining"
         await open_one.framed.send_data(b"and more")
-        while len(service.got[0]) < len(HELLO) + 8:
-            await asyncio.sleep(0.001)
+        await service.received(len(HELLO) + 8)
         open_one.wire.reset()
         await running.ended(2)
 
@@ -367,7 +348,7 @@ async def test_streams_are_taken_only_while_it_runs() -> None:
     async with a_gateway() as running:
         gateway = running.gateway
         gateway.close()
-        await asyncio.sleep(0.01)
+        await running.stopped()
         late = await running.bound()
         assert await late.wire.recv() == b"", "the last stream has ended, nobody is there to say anything"
         late.wire.close()
@@ -400,28 +381,27 @@ async def test_cancelling_closes_every_stream_in_every_state(steps: int) -> None
 
 @pytest.mark.parametrize("behind_turn", [False, True])
 async def test_a_defect_in_one_stream_ends_that_stream_alone(
-    behind_turn: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    behind_turn: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    class BrokenKeys(dict[str, SigningKey]):
+        def get(self, *arguments: object, **options: object) -> NoReturn:
+            raise ZeroDivisionError("a defect of ours")
+
     async with a_gateway() as running:
         service = await running.service()
         addressee = ALLOCATION if behind_turn else "gw-1"
         asked = preamble(service.target, HELLO, addressee=addressee)
         open_one = await running.visit(asked, HELLO, behind_turn=behind_turn)
         await open_one.opened()
-
-        def broken(*arguments: object, **options: object) -> None:
-            raise ZeroDivisionError("a defect of ours")
-
-        with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-            patch.setattr(running.gateway._handshakes._verifier.__class__, "verify", broken)
+        running.gateway.reconfigure(running.gateway.config, BrokenKeys({KEY.id: KEY}))
+        with caplog.at_level(logging.ERROR):
             hit = await running.visit(replace(asked, stream_id=bytes(16)), HELLO, behind_turn=behind_turn)
             with pytest.raises((ConnectionResetError, EOFError)):
                 await hit.answer()
             hit.wire.close()
         assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
         await open_one.framed.send_data(b"still there?")
-        while len(service.got[0]) < len(HELLO) + 12:
-            await asyncio.sleep(0.001)
+        await service.received(len(HELLO) + 12)
         open_one.wire.reset()
         assert [line["reason"] for line in await running.ended(2)] == ["other", "truncated"]
 
@@ -455,8 +435,7 @@ async def test_an_upload_goes_on_over_a_second_connection(tries: int) -> None:
             assert await second.answer() == Ready()
         await visit.framed.send(Continued())
         await second.framed.send_data(b"the rest", final=True)
-        while len(service.got[0]) < len(HELLO) + 8:
-            await asyncio.sleep(0.001)
+        await service.received(len(HELLO) + 8)
         visit.framed.ends.end_elsewhere()
         while not (visit.framed.exhausted and visit.framed.ends.finished_received):
             await visit.framed.read()
@@ -535,9 +514,12 @@ async def test_a_refused_stream_leaves_no_cycle(refused: str) -> None:
         await one(1)
         gc.collect()
         gc.disable()
+        before = asyncio.all_tasks()
         try:
             await one(2)
-            await asyncio.sleep(0.02)  # the task of the stream ends
+            if serving := asyncio.all_tasks() - before:
+                await asyncio.wait(serving)
+            del serving
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
             left = [item for item in gc.garbage if isinstance(item, StreamRecord | InboundStream | StreamRefused)]

@@ -9,13 +9,11 @@ import pytest
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, NetworkSpec, ServiceSpec
 from sniproxy.access.rules import NamePattern, Policy, Rule
-from sniproxy.engine import Listener, SocketStream
-from sniproxy.engine import connect as real_connect
+from sniproxy.engine import Listener, SocketStream, connect
 from tests.support.fixed_discovery import record
 from tests.support.gateways import Running, Service, Visit, a_gateway
 from tests.support.hellos import client_hello
 from tests.support.preambles import address_name, preamble
-from turnreg.gateway import service_dialer
 from turnreg.gateway.activation import ActivationRule
 from turnreg.gateway.activation_trigger import Command
 
@@ -251,25 +249,18 @@ async def test_an_address_name_does_not_bypass_the_imports_of_the_relays_network
 # --- what changes while a stream is being dialled -------------------------------------------------------------------
 
 
-async def while_dialling(monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
-    """Hold the next dial when it has got through: it says so by the one event, and goes on by the other."""
+@pytest.mark.parametrize("change", ["record moves", "record goes", "another takes the endpoint", "rules"])
+async def test_a_change_while_a_stream_is_dialled(change: str) -> None:
     reached, go_on = asyncio.Event(), asyncio.Event()
 
     async def held(address: str, port: int, *, timeout_s: float) -> SocketStream:
-        wire = await real_connect(address, port, timeout_s=timeout_s)
+        wire = await connect(address, port, timeout_s=timeout_s)
         reached.set()
         await go_on.wait()
         return wire
 
-    monkeypatch.setattr(service_dialer, "connect", held)
-    return reached, go_on
-
-
-@pytest.mark.parametrize("change", ["record moves", "record goes", "another takes the endpoint", "rules"])
-async def test_a_change_while_a_stream_is_dialled(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     rules = (Rule.parse(action="deny", to=[DB]), Rule.parse(action="allow", to=[ORDERS]))
-    async with gateway_of_two(*rules) as (running, orders, _):
-        reached, go_on = await while_dialling(monkeypatch)
+    async with gateway_of_two(*rules, dial=held) as (running, orders, _):
         visit = await asks(running, ORDERS, orders.target)
         async with asyncio.timeout(10):
             await reached.wait()
@@ -297,9 +288,7 @@ async def test_a_held_stream_is_asked_about_again_when_its_service_wakes() -> No
     async with gateway_of_two(*rules, activate=(woken,)) as (running, _, db):
         running.discovery.put(known(ORDERS))
         visit = await asks(running, ORDERS, f"{ORDERS}:8443")
-        async with asyncio.timeout(10):
-            while running.registry.get_sample_value("crossnet_gateway_held_streams_live") != 1:
-                await asyncio.sleep(0.005)
+        await visit.held()
         running.discovery.put(known(ORDERS, db.endpoint))
         assert (await visit.refused(after_ready=True)).reason == "denied"
         assert not db.wires

@@ -1,6 +1,5 @@
 """Warm streams at the gateway: each OPEN is proven as a preamble at the start is, and what waits is bounded."""
 
-import asyncio
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from sniproxy.tunnel.preamble import SigningKey, WarmPreamble, sign
 from tests.support.gateways import KEY, Running, Visit, a_gateway, data  # type: ignore[attr-defined]
 from tests.support.hellos import client_hello
 from tests.support.preambles import preamble
+from turnreg.gateway.limits import GatewayLimits
 
 pytestmark = pytest.mark.anyio
 
@@ -52,17 +52,18 @@ def opening(target: str) -> Open:
     return Open(sign(preamble(target, HELLO), KEY.secret))
 
 
-async def waiting(running: Running, count: int) -> None:
-    async with asyncio.timeout(10):
-        while len(running.gateway._warm) != count:
-            await asyncio.sleep(0.001)
+def waiting(running: Running) -> int:
+    """How many connections wait for a stream."""
+    value = running.registry.get_sample_value("crossnet_gateway_warm_streams")
+    assert value is not None
+    return int(value)
 
 
 async def test_pings_are_answered_and_a_stream_comes_through() -> None:
     async with a_gateway() as running:
         service = await running.service()
         visit = await warm(running)
-        await waiting(running, 1)
+        assert waiting(running) == 1
         assert len(running.gateway.ledger) == 0
         for number in range(3):
             await say(visit, Ping(bytes([number] * 8)))
@@ -72,7 +73,7 @@ async def test_pings_are_answered_and_a_stream_comes_through() -> None:
         assert await visit.answer() == Pong(TOKEN)
         assert isinstance(await visit.answer(), Opened)
         assert len(running.gateway.ledger) == 1
-        await waiting(running, 0)
+        assert waiting(running) == 0
         visit.wire.reset()
         (line,) = await running.ended()
         assert (line["warm"], line["target"]) == (True, service.target)
@@ -103,14 +104,13 @@ async def test_pings_without_end_are_cut_with_a_reason() -> None:
             while await visit.wire.recv():
                 pass
         assert running.registry.get_sample_value("crossnet_gateway_connections_refused_total", {"reason": "flood"}) == 1
-        await waiting(running, 0)
+        assert waiting(running) == 0
         visit.wire.close()
 
 
-async def test_one_network_cannot_take_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turnreg.gateway.warm.MAX_WARM", 4)
+async def test_one_network_cannot_take_all_places() -> None:
     other = SigningKey(id="cb-1", secret=bytes(range(128, 160)), from_network="c", to_network="b")
-    async with a_gateway(keys=(KEY, other)) as running:
+    async with a_gateway(keys=(KEY, other), limits=GatewayLimits(max_warm=4)) as running:
         kept = [await warm(running) for _ in range(2)]
         third = await running.connect()
         await third.wire.send(sign(warm_preamble(), KEY.secret))
@@ -182,22 +182,20 @@ async def test_data_before_open_ends_it() -> None:
         answer = await visit.answer()
         assert isinstance(answer, Refused)
         assert answer.reason == "protocol_error"
-        await waiting(running, 0)
+        assert waiting(running) == 0
         visit.wire.close()
 
 
-async def test_a_relay_that_is_silent_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turnreg.gateway.warm.LIMIT_SILENT_S", 0.05)
-    async with a_gateway() as running:
+async def test_a_relay_that_is_silent_is_let_go() -> None:
+    async with a_gateway(limits=GatewayLimits(warm_silence_s=0.05)) as running:
         visit = await warm(running)
         assert await visit.wire.recv() == b""
         assert running.log.events == [], "no stream, no line"
         visit.wire.close()
 
 
-async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turnreg.gateway.warm.MAX_WARM", 2)
-    async with a_gateway() as running:
+async def test_what_waits_is_bounded() -> None:
+    async with a_gateway(limits=GatewayLimits(max_warm=2)) as running:
         kept = [await warm(running) for _ in range(2)]
         third = await running.connect()
         await third.wire.send(sign(warm_preamble(), KEY.secret))
@@ -212,9 +210,10 @@ async def test_draining_ends_what_waits_and_takes_no_more() -> None:
         late = await running.connect()
         running.gateway.close()
         assert await visit.wire.recv() == b""
-        await waiting(running, 0)
         for gone in (visit, late):
             gone.wire.close()
+        await running.stopped()
+        assert waiting(running) == 0
 
 
 async def test_the_limit_counts_streams_and_not_what_waits() -> None:

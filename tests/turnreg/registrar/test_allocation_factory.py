@@ -12,8 +12,9 @@ import trustme
 from sniproxy.engine import TlsStream
 from tests.support.coturn import Coturn
 from tests.support.embedded_turn import embedded
+from tests.support.polling import eventually
 from tests.support.registered import ID, registrar, relay, turn
-from tests.support.turn_servers import COTURN, RunningServer, eventually
+from tests.support.turn_servers import COTURN, RunningServer
 from turnreg.client.allocation import Timing
 from turnreg.registrar.allocation_factory import dialler, parsed
 
@@ -119,7 +120,7 @@ async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: Runni
         (f"turns:localhost:{port}?transport=tcp", ca),  # it is not for that name
     ):
         async with registrar(turn(tls_server, url=url), ca={"a": trusted} if trusted else {}) as ours:
-            await eventually(lambda ours=ours: ours.count("registrations_total", reason="tls_failed") > 0)
+            await ours.counts("registrations_total", reason="tls_failed")
             assert "CERTIFICATE_VERIFY_FAILED" in ours.of()["last_error"]["detail"]
             assert ours.count("registrations_total", reason="ok") == 0
 
@@ -128,7 +129,7 @@ async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: Runni
 async def test_an_authority_that_is_none(pem: str) -> None:
     here = turn(RunningServer("127.0.0.1", 1), url="turns:127.0.0.1:1?transport=tcp")
     async with registrar(here, ca={"a": pem}) as ours:
-        await eventually(lambda: ours.count("registrations_total", reason="tls_failed") > 0)
+        await ours.counts("registrations_total", reason="tls_failed")
         assert "the file of the authority" in ours.of()["last_error"]["detail"]
 
 

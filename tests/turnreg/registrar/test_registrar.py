@@ -13,11 +13,12 @@ from discovery.model.mesh import Kind, Record, TurnSpec
 from discovery.model.spec import is_record_id
 from tests.support.coturn import Coturn
 from tests.support.embedded_turn import embedded
+from tests.support.polling import eventually
 from tests.support.registered import ID, HandDiscovery, allocation, rank, registrar, relay, turn
 from tests.support.scripted_turn import scripted
-from tests.support.turn_servers import BOTH, COTURN, LOGIN, RunningServer, eventually, listens, turn_server
+from tests.support.turn_servers import BOTH, COTURN, LOGIN, RunningServer, listens, turn_server
 from turnreg.client.allocation import Credentials, Timing, TurnReason
-from turnreg.registrar import allocation_factory, registration_state
+from turnreg.registrar import registration_state
 from turnreg.registrar.registrar import (
     Issued,
     Register,
@@ -332,7 +333,7 @@ async def test_urls_that_lead_nowhere(url: str, allowed: tuple[str, ...], reason
         assert ours.count("registrations_total", reason="ok") == 0
 
 
-async def test_a_name_is_resolved_anew_for_every_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_name_is_resolved_anew_for_every_registration() -> None:
     found = [["127.0.0.1"], ["169.254.169.254", "127.0.0.1"], ["169.254.169.254", "127.0.0.9", "127.0.0.1"]]
     calls = []
 
@@ -340,10 +341,10 @@ async def test_a_name_is_resolved_anew_for_every_registration(monkeypatch: pytes
         calls.append((host, port))
         return found[min(len(calls), len(found)) - 1]
 
-    monkeypatch.setattr(allocation_factory, "_look_up", look_up)
     with turn_server("embedded") as server:
         here = turn(server, url=f"turn:turn.example:{server.port}?transport=tcp")
-        async with registrar(here, turn={"a": Credentials(username="u", password="wrong")}) as ours:
+        wrong = Credentials(username="u", password="wrong")
+        async with registrar(here, turn={"a": wrong}, look_up=look_up) as ours:
             await eventually(lambda: ours.count("registrations_total", reason="unauthorized") > 1)
             assert ours.registrar.servers <= {("127.0.0.1", server.port)}
             await eventually(lambda: ours.count("registrations_total", reason="connect_failed") > 0)
@@ -352,7 +353,7 @@ async def test_a_name_is_resolved_anew_for_every_registration(monkeypatch: pytes
             assert len(calls) > 2
 
 
-async def test_a_change_that_is_undone_half_way_costs_no_new_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_change_that_is_undone_half_way_costs_no_new_allocation() -> None:
     """The attempt that is under way when the old address is allowed again is given up for the allocation that is still there."""
     look_up, under_way = asyncio.Event(), asyncio.Event()
 
@@ -364,8 +365,7 @@ async def test_a_change_that_is_undone_half_way_costs_no_new_allocation(monkeypa
     with turn_server("embedded") as server:
         here = turn(server, url=f"turn:turn.example:{server.port}?transport=tcp")
         look_up.set()
-        monkeypatch.setattr(allocation_factory, "_look_up", slow)
-        async with registrar(here, overlap_s=60) as ours:
+        async with registrar(here, overlap_s=60, look_up=slow) as ours:
             port = (await ours.publishes(ID)).port
             look_up.clear()
             under_way.clear()

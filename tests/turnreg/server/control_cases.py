@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 
+from tests.support.polling import eventually_true
 from tests.support.turn_client import Client, code, connect, read_all, reset, unknown_attributes, until_refused
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
 from turnreg.stun.auth import rest_credentials
@@ -37,11 +38,13 @@ def stale_nonce(server: Server) -> object:
     """The nonce expires on a living allocation; a retry with the new one works."""
     with Client(server) as client:
         client.allocate()
-        first, deadline = client.nonce, time.monotonic() + 10
-        codes = [0]
-        while codes[-1] == 0 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        first, codes = client.nonce, [0]
+
+        def is_refused() -> bool:
             codes.append(code(client.refresh(600)))
+            return codes[-1] != 0
+
+        eventually_true(is_refused)
         return codes[-1], client.nonce != first, code(client.refresh(600))
 
 
@@ -50,8 +53,7 @@ def rest_name_that_ends(server: Server) -> object:
     user, password = rest_credentials("north", "gw", time.time() + 2.9)
     with Client(server, user=user, password=password) as client:
         client.allocate()
-        while time.time() <= int(user.partition(":")[0]):
-            time.sleep(0.05)
+        assert eventually_true(lambda: time.time() > int(user.partition(":")[0]))
         late = code(client.refresh(600)), code(client.permit("127.0.0.1"))
         client.user, client.password = rest_credentials("north", "gw", time.time() + 60)
         return *late, code(client.refresh(600))
@@ -144,12 +146,17 @@ def quota(server: Server) -> object:
         third.login()
         answer = third.ask(third.allocate_request())
         first.sock.close()
-        deadline = time.monotonic() + 5
+        assert until_refused(first.relayed)
         with Client(server) as fourth:
             fourth.login()
-            while (last := code(fourth.ask(fourth.allocate_request()))) == 486 and time.monotonic() < deadline:
-                time.sleep(0.02)
-        return code(answer), answer.verify_integrity(third.key), last
+            codes = [486]
+
+            def is_answered_otherwise() -> bool:
+                codes.append(code(fourth.ask(fourth.allocate_request())))
+                return codes[-1] != 486
+
+            eventually_true(is_answered_otherwise, interval_s=0.05)  # sixteen refusals end the connection
+        return code(answer), answer.verify_integrity(third.key), codes[-1]
 
 
 def refresh_zero(server: Server) -> object:

@@ -3,14 +3,15 @@
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from discovery.model.addresses import TargetList
 from tests.support.embedded_turn import Embedded, embedded
+from tests.support.polling import eventually_true
 from tests.support.turn_client import Client, DatagramClient, code
-from tests.turnreg.server.test_server import eventually
-from turnreg.server import Limits, datagram_clients
+from turnreg.server import Limits
 from turnreg.server.pace import ANSWER_BURST
 from turnreg.stun.message import FAMILY_IPV6, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
 
@@ -86,9 +87,9 @@ class TestRelaying:
         with server() as running, client_of(running, over) as client, peer_socket() as peer, peer_socket() as other:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
             client.send_indication(name_of(peer), b"early")
-            assert eventually(lambda: dropped(running, "no_permission") == 1)
+            assert eventually_true(lambda: dropped(running, "no_permission") == 1)
             peer.sendto(b"early", relayed)
-            assert eventually(lambda: dropped(running, "no_permission") == 2)
+            assert eventually_true(lambda: dropped(running, "no_permission") == 2)
             assert code(client.permit("127.0.0.1")) == 0
             other.sendto(b"any port", relayed)
             assert client.data_indication() == (name_of(other), b"any port")
@@ -97,7 +98,7 @@ class TestRelaying:
         with server() as running, client_of(running, over) as client, peer_socket() as peer:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
             assert code(client.refresh(0)) == 0
-            assert eventually(lambda: running.metric("crossnet_turn_allocations") == 0)
+            assert eventually_true(lambda: running.metric("crossnet_turn_allocations") == 0)
             peer.connect(relayed)
             with pytest.raises(ConnectionRefusedError):
                 for _ in range(100):
@@ -112,7 +113,7 @@ class TestRelaying:
             client_of(running, over) as client,
         ):
             client.allocate(client.allocate_request(TRANSPORT_UDP))
-            assert eventually(lambda: running.metric("crossnet_turn_allocations") == 0)
+            assert eventually_true(lambda: running.metric("crossnet_turn_allocations") == 0)
 
     def test_refreshed_in_time_it_lives_on(self, over: str) -> None:
         limits = Limits(default_lifetime_s=1.0, max_lifetime_s=5.0)
@@ -121,7 +122,7 @@ class TestRelaying:
             assert client.refresh(5).number(Attribute.LIFETIME) == 5
             with client_of(running, over) as short:
                 short.allocate(short.allocate_request(TRANSPORT_UDP))
-                assert eventually(lambda: running.metric("crossnet_turn_allocations") == 1)
+                assert eventually_true(lambda: running.metric("crossnet_turn_allocations") == 1)
             client.permit("127.0.0.1")
             peer.sendto(b"still here", relayed)
             assert client.data_indication() == (name_of(peer), b"still here")
@@ -133,7 +134,7 @@ class TestRelaying:
             client.permit("127.0.0.1")
             for _ in range(5):
                 client.send_indication(name_of(peer), bytes(600))
-            assert eventually(lambda: dropped(running, "pace") == 3)
+            assert eventually_true(lambda: dropped(running, "pace") == 3)
 
     def test_an_even_port_and_the_one_above_it(self, over: str) -> None:
         with server() as running, client_of(running, over) as first, client_of(running, over) as second:
@@ -202,17 +203,18 @@ class TestOverUdp:
             assert code(client.ask(client.bare(Method.BINDING), sign=False)) == 0
             assert dropped(running, "not_stun") == 6
 
-    def test_a_fault_of_ours_ends_nobody_else(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        def fault(*_: object) -> None:
-            raise RuntimeError("no")
+    def test_a_defect_of_ours_ends_nobody_else(self, caplog: pytest.LogCaptureFixture) -> None:
+        class Broken(TargetList):
+            @property
+            def networks(self) -> NoReturn:
+                raise RuntimeError("a defect of ours")
 
-        with server() as running, DatagramClient(running.udp) as client:
-            with monkeypatch.context() as patch:
-                patch.setattr(datagram_clients, "parse_channel_data", fault)
-                client.send(b"\x40\0\0\0")
-                assert eventually(lambda: "turn_datagram_error" in caplog.messages)
+        with server(allowed_peers=Broken()) as running, DatagramClient(running.udp) as client:
+            client.allocate(client.allocate_request(TRANSPORT_UDP))
+            request = client.bare(Method.CREATE_PERMISSION)
+            request = request.with_xor_address(Attribute.XOR_PEER_ADDRESS, ("127.0.0.1", 0))
+            client.send(client.credentials(request).pack(integrity_key=client.key))
+            assert eventually_true(lambda: "turn_datagram_error" in caplog.messages)
             assert code(client.ask(client.bare(Method.BINDING), sign=False)) == 0
 
     def test_a_stranger_is_answered_up_to_a_rate(self) -> None:
@@ -221,7 +223,7 @@ class TestOverUdp:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
             for _ in range(int(ANSWER_BURST) * 3):
                 client.send(client.bare(Method.BINDING).pack())
-            assert eventually(lambda: dropped(running, "answer_rate") > ANSWER_BURST)
+            assert eventually_true(lambda: dropped(running, "answer_rate") > ANSWER_BURST)
             assert relayed
             request = client.bare(Method.REFRESH).with_number(Attribute.LIFETIME, 600)
             client.send(client.credentials(request).pack(integrity_key=client.key))
@@ -269,5 +271,5 @@ def test_a_request_whose_answer_would_not_fit_is_dropped_without_an_error(caplog
         request = client.bare(Method.BINDING)
         body = b"".join(kind.to_bytes(2, "big") + b"\0\0" for kind in range(0x1000, 0x4800))
         client.send(request.pack()[:2] + len(body).to_bytes(2, "big") + request.pack()[4:20] + body)
-        assert eventually(lambda: dropped(running, "not_stun") == 1)
+        assert eventually_true(lambda: dropped(running, "not_stun") == 1)
         assert "turn_datagram_error" not in caplog.messages

@@ -11,9 +11,10 @@ import pytest
 import trustme
 
 from tests.support.embedded_turn import embedded
+from tests.support.polling import eventually_true
 from tests.support.turn_client import Client, code, connect, noise, read_all
-from tests.turnreg.server.test_server import at, eventually
-from turnreg.server import Limits, certificates, relayed
+from tests.turnreg.server.test_server import at
+from turnreg.server import Limits
 from turnreg.stun.message import Attribute, MessageClass, Method
 
 CA = trustme.CA()
@@ -52,7 +53,7 @@ class TestConnect:
                 with connect(client.relayed) as other, client.bind(client.attempt()) as second:
                     other.sendall(b"hello")
                     assert second.sock.recv(10) == b"hello"
-            assert eventually(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
+            assert eventually_true(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
             assert code(client.ask(request)) == 0  # the first is over
 
     def test_who_is_not_there(self) -> None:
@@ -67,9 +68,12 @@ class TestConnect:
                 assert code(client.ask(request)) == 447
             assert server.metric("crossnet_turn_refusals_total", reason="connect_failed") == 2
 
-    def test_who_does_not_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(relayed, "CONNECT_TIMEOUT_S", 0.2)
-        with embedded(active_connect=True) as server, Client(at(server)) as client, socket.socket() as full:
+    def test_who_does_not_answer(self) -> None:
+        with (
+            embedded(active_connect=True, limits=Limits(connect_timeout_s=0.2)) as server,
+            Client(at(server)) as client,
+            socket.socket() as full,
+        ):
             full.bind(("127.0.0.1", 0))
             full.listen(0)
             with connect(full.getsockname()):  # its backlog is full now: SYNs are dropped
@@ -178,7 +182,7 @@ class TestTls:
         with embedded(**self.options(tmp_path)) as server, Client(server.tls) as client:
             client.send(client.bare(Method.BINDING).pack())
             assert read_all(client.sock)[1] != "silence"
-            assert eventually(lambda: server.metric("crossnet_turn_refusals_total", reason="tls_failed") == 1)
+            assert eventually_true(lambda: server.metric("crossnet_turn_refusals_total", reason="tls_failed") == 1)
 
     def test_a_handshake_that_never_comes(self, tmp_path: Path) -> None:
         with (
@@ -197,9 +201,8 @@ class TestTls:
         with embedded(**self.options(tmp_path)) as server, pytest.raises(ssl.SSLError):
             context.wrap_socket(connect(server.tls))
 
-    def test_a_new_certificate_is_taken_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(certificates, "LOOK_INTERVAL_S", 0.05)
-        with embedded(**self.options(tmp_path)) as server, TlsClient(server.tls) as client:
+    def test_a_new_certificate_is_taken_up(self, tmp_path: Path) -> None:
+        with embedded(certificate_poll_s=0.05, **self.options(tmp_path)) as server, TlsClient(server.tls) as client:
             first = client.tls.getpeercert(binary_form=True)
             (tmp_path / "next").mkdir()
             for path in certificate(tmp_path / "next").values():
@@ -209,7 +212,7 @@ class TestTls:
                 with TlsClient(server.tls) as other:
                     return other.tls.getpeercert(binary_form=True)
 
-            assert eventually(lambda: shown() != first)
+            assert eventually_true(lambda: shown() != first)
             client.allocate()  # who was connected before stays
 
 
@@ -227,4 +230,4 @@ class TestDrain:
                 assert code(client.refresh(600)) == 0
                 peer.sendall(b"still here")
                 assert data.sock.recv(100) == b"still here"
-            assert eventually(lambda: server.server.streams == 0)
+            assert eventually_true(lambda: server.server.streams == 0)
