@@ -73,6 +73,21 @@ async def test_payload_that_waits_survives_our_own_end(joined: tuple[SocketStrea
     assert await server.recv() == b""
 
 
+async def test_what_is_read_at_once_is_decrypted(joined: tuple[SocketStream, SocketStream]) -> None:
+    """Also what waits in the socket, half a record, and what was given back."""
+    client, server = joined
+    assert server.try_recv() == b""
+    await client.send(b"question")
+    await server.readable()
+    assert server.try_recv(3) == b"que"
+    server.unread(b"ques")
+    assert (server.try_recv(2), server.try_recv(), server.try_recv()) == (b"qu", b"es", b"stion")
+    assert server.try_recv() == b""
+    client.shutdown_write()
+    assert await server.recv() == b""
+    assert server.try_recv() == b""
+
+
 async def test_what_was_given_back_goes_first(joined: tuple[SocketStream, SocketStream]) -> None:
     client, server = joined
     await client.send(b"abc", b"def")
