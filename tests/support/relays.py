@@ -7,7 +7,7 @@ async with a_relay() as running:
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,9 @@ from prometheus_client import CollectorRegistry
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
 from sniproxy.engine import Listener, SocketStream, connect
-from sniproxy.relay.relay import Relay, RelayConfig
+from sniproxy.relay.relay import MAX_LINGERING, Relay, RelayConfig
+from sniproxy.transport.base import Transport, TransportConfig
+from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.keys import SigningKeys
 from tests.support.fixed_discovery import FixedDiscovery, record
 from tests.support.hellos import client_hello
@@ -95,7 +97,12 @@ class Running:
 
 
 @asynccontextmanager
-async def a_relay(*records: AnyRecord, **config: object) -> AsyncIterator[Running]:
+async def a_relay(
+    *records: AnyRecord,
+    transports: Callable[[TransportConfig], Sequence[Transport]] = make_transports,
+    max_lingering: int = MAX_LINGERING,
+    **config: object,
+) -> AsyncIterator[Running]:
     """Run a relay that delivers to loopback and dials gateways there; `config` are fields of RelayConfig."""
     fields = {
         "id": "relay-1",
@@ -110,7 +117,14 @@ async def a_relay(*records: AnyRecord, **config: object) -> AsyncIterator[Runnin
     discovery = FixedDiscovery(*networks, *records)
     registry = CollectorRegistry()
     keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
-    relay = Relay(RelayConfig(**fields), discovery, keys, registry=registry)  # type: ignore[arg-type]
+    relay = Relay(
+        RelayConfig(**fields),  # type: ignore[arg-type]
+        discovery,
+        keys,
+        registry=registry,
+        transports=transports,
+        max_lingering=max_lingering,
+    )
     await relay.open()
     logger, lines = logging.getLogger("crossnet.relay"), LogLines()
     logger.setLevel(logging.INFO)

@@ -221,11 +221,8 @@ async def test_a_handlers_error_ends_its_own_connection_alone(caplog: pytest.Log
 
 
 @pytest.mark.parametrize("code", sorted(CAPACITY_ERRNOS))
-async def test_without_descriptors_or_memory_connections_wait(
-    code: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sniproxy.engine.listener.CAPACITY_PAUSE_S", 0.001)
-    listener = await Listener.open("127.0.0.1", 0)
+async def test_without_descriptors_or_memory_connections_wait(code: int, caplog: pytest.LogCaptureFixture) -> None:
+    listener = await Listener.open("127.0.0.1", 0, capacity_pause_s=0.001)
     listener._sock = Refusing(listener._sock, *[code] * 20)  # type: ignore[assignment]
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(listener.serve(echo))

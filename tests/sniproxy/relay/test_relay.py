@@ -219,9 +219,8 @@ async def test_clients_that_linger_over_their_alert_keep_nobody_out() -> None:
             wire.close()
 
 
-async def test_a_flood_of_refused_clients_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sniproxy.relay.relay.MAX_LINGERING", 3)
-    async with a_relay() as running:
+async def test_a_flood_of_refused_clients_is_not_waited_for() -> None:
+    async with a_relay(max_lingering=3) as running:
         clients = [await running.dial("stranger.example") for _ in range(10)]
         for client in clients:
             assert await client.recv() == ALERT["unrecognized_name"]

@@ -7,6 +7,7 @@ import pathlib
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_it_refuses_what_we_refuse(vector: dict[str, str]) -> None:
 
 
 @asynccontextmanager
-async def running(gateway: StrangerGateway, **config: object) -> AsyncIterator[Running]:
+async def running(gateway: StrangerGateway, **config: Any) -> AsyncIterator[Running]:
     """Our relay in network a, and the stranger in network b: where it is dialled, or where an allocation would be."""
     async with (
         a_relay(**config) as relay,
