@@ -12,7 +12,7 @@ import pytest
 from sniproxy.engine import End, Moved, PipePool, SocketStream, Splice, connect, splice
 from sniproxy.engine.pipes import Pipe
 from sniproxy.engine.quantum import Quantum
-from tests.support.streams import nothing_large_kept, pair, read_all, until_reset
+from tests.support.streams import nothing_large_kept, pair, read_all, turns, until_reset
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +61,7 @@ async def test_an_idle_stream_keeps_nothing_of_what_it_moved(
             for near, far in ((left, right), (right, left)):
                 await near.send(bytes(50_000))
                 assert len(await far.recv_exactly(50_000)) == 50_000
-                await asyncio.sleep(0.01)
+                await turns()
         moving.cancel()
 
 

@@ -19,7 +19,7 @@ from sniproxy.tunnel.capsules import CapsuleType, Control, Payload, header
 from sniproxy.tunnel.connection import RECEIVED_BYTES, CapsuleConnection
 from sniproxy.tunnel.messages import Continued, Finished, Message, Opened, Ready, Received, parse_control
 from sniproxy.tunnel.state import LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
-from tests.support.streams import nothing_large_kept, pair, read_all, until_reset
+from tests.support.streams import nothing_large_kept, pair, read_all, turns, until_reset
 
 pytestmark = pytest.mark.anyio
 
@@ -78,7 +78,7 @@ async def test_an_idle_stream_keeps_nothing_of_what_it_moved(path: Path) -> None
             for near, far in ((path.client, path.service), (path.service, path.client)):
                 await near.send(bytes(50_000))
                 assert len(await far.recv_exactly(50_000)) == 50_000
-                await asyncio.sleep(0.01)
+                await turns()
         for end in ends:
             end.cancel()
 
@@ -198,7 +198,7 @@ async def test_a_cut_after_one_end_is_still_a_reset(path: Path) -> None:
         with pytest.raises(OSError, match=r"."):
             while True:
                 await path.service.send(b"x")
-                await asyncio.sleep(0.001)
+                await path.service.writable()
     assert [end.result() for end in ends] == [Reason.TRUNCATED, Reason.TRUNCATED]
 
 
@@ -343,12 +343,7 @@ async def test_a_lost_client_does_not_keep_an_upload_that_stands_still(half: Hal
             pass  # all buffers up to the gateway are full
         half.plain.reset()
         async with asyncio.timeout(10):
-            while not carrying.done():
-                try:
-                    await half.peer.send_data(b"x")
-                except OSError:
-                    break
-                await asyncio.sleep(0.01)
+            await half.peer.send_data(b"to nobody")
             assert await carrying is Reason.CLIENT_RESET
 
 

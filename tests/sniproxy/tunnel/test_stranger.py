@@ -20,7 +20,7 @@ from tests.support.fixed_discovery import record
 from tests.support.hellos import EARLY_DATA, client_hello
 from tests.support.relays import ALERT, Running, a_relay, name_of
 from tests.support.scripted_gateways import KEY
-from tests.support.streams import read_all
+from tests.support.streams import read_all, until
 
 pytestmark = pytest.mark.anyio
 
@@ -185,9 +185,7 @@ async def test_a_warm_connection() -> None:
             await _upload(client, b"question")
             assert await read_all(client) == b"got " + client_hello(name) + b"question"
             client.close()
-            async with asyncio.timeout(10):
-                while not relay.sample("crossnet_relay_warm_streams_ready"):
-                    await asyncio.sleep(0.005)
+            await until(lambda: relay.sample("crossnet_relay_warm_streams_ready"))
         ended = await relay.ended(2)
     assert [event["reason"] for event in ended] == ["ok", "ok"]
     assert "open" in gateway.log
