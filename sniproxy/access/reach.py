@@ -39,9 +39,11 @@ class Owner(NamedTuple):
 class Reach:
     """What names and addresses lead to, seen from `network`, whose own endpoints count alone."""
 
-    def __init__(self, network: str, domain: str) -> None:
+    def __init__(self, network: str, domain: str, *, max_recent: int = MAX_RECENT, max_named: int = MAX_NAMED) -> None:
         self._network = network
         self._domain = domain
+        self._max_recent = max_recent
+        self._max_named = max_named
         self._mesh = Mesh.EMPTY
         self._services: tuple[Record[ServiceSpec], ...] = ()
         self._records: dict[str, Record[ServiceSpec]] = {}
@@ -89,7 +91,7 @@ class Reach:
             texts = () if record is None else record.spec.ports.get(str(port), ())
             # Records are checked when they are written; what slipped through is no endpoint.
             found = tuple(endpoint for text in texts if (endpoint := _endpoint(text)) is not None)
-            if len(self._endpoints) >= MAX_NAMED:
+            if len(self._endpoints) >= self._max_named:
                 self._endpoints.clear()
             self._endpoints[owner] = found
         return found
@@ -158,7 +160,7 @@ class Reach:
                 target = ServiceTarget(self._network, owner.service, owner.port)
                 by_port.setdefault(owner.port, set()).add(target)
             found = tuple(Alias(frozenset(targets), frozenset([owned, port])) for owned, targets in by_port.items())
-            if len(self._aliases_of) >= MAX_NAMED:
+            if len(self._aliases_of) >= self._max_named:
                 self._aliases_of.clear()
             self._aliases_of[address, port] = found
         return found
@@ -174,7 +176,7 @@ class Reach:
                 if self._is_clear(short, target)
                 for name in names_of(short, self._domain)
             ]
-            if len(self._called) >= MAX_NAMED:
+            if len(self._called) >= self._max_named:
                 self._called.clear()
             found = self._called[key] = frozenset(clear)
         return found
@@ -200,7 +202,7 @@ class Reach:
             self._recent[endpoint, owner] = until
             self._recent.move_to_end((endpoint, owner))
             self._former.setdefault(endpoint, set()).add(owner)
-            if len(self._recent) > MAX_RECENT:
+            if len(self._recent) > self._max_recent:
                 self._forget_oldest()
 
     def _forget_oldest(self) -> None:

@@ -259,6 +259,8 @@ class Policy:
     """All rules of a relay or gateway, in order. Immutable: a reload makes a new one and swaps it."""
 
     rules: tuple[Rule, ...] = ()
+    max_known_sets: int = field(default=MAX_KNOWN_SETS, repr=False, compare=False, kw_only=True)
+    max_known_targets: int = field(default=MAX_KNOWN_TARGETS, repr=False, compare=False, kw_only=True)
     _tree: _NameTree = field(init=False, repr=False, compare=False, default_factory=_NameTree)
     _by_names: dict[frozenset[str], frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
     _by_target: dict[Target, frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -310,7 +312,7 @@ class Policy:
     def _named(self, flow: Flow) -> _Named:
         called = self._by_names.get(flow.called)
         if called is None:
-            if len(self._by_names) >= MAX_KNOWN_SETS:
+            if len(self._by_names) >= self.max_known_sets:
                 self._by_names.clear()
             called = self._by_names[flow.called] = frozenset().union(*map(self._tree.find, flow.called))
         return _Named(called, tuple((self._naming(alias.targets, flow.domain), alias.ports) for alias in flow.aliases))
@@ -319,9 +321,9 @@ class Policy:
         """Return the rules that may mean one of these. It is worked out once for an endpoint, not for each stream."""
         known = self._by_targets.get(targets)
         if known is None:
-            if len(self._by_targets) >= MAX_KNOWN_SETS:
+            if len(self._by_targets) >= self.max_known_sets:
                 self._by_targets.clear()
-            if len(self._by_target) >= MAX_KNOWN_TARGETS:
+            if len(self._by_target) >= self.max_known_targets:
                 self._by_target.clear()
             for target in targets - self._by_target.keys():
                 names = possible_names(target, domain)

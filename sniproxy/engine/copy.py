@@ -182,11 +182,11 @@ class IdleTimer:
 
 
 class Lost(Exception):
-    """A wire was reset or timed out. `writing`: found by writing, so that bytes it sent before may be left to read."""
+    """A stream was reset or timed out. `writing`: a write found it, so bytes that it sent before may still wait to be read."""
 
-    def __init__(self, wire: ByteStream, *, writing: bool) -> None:
-        super().__init__(f"{wire!r} lost while {'writing' if writing else 'reading'}")
-        self.wire = wire
+    def __init__(self, stream: ByteStream, *, writing: bool) -> None:
+        super().__init__(f"{stream!r} lost while {'writing' if writing else 'reading'}")
+        self.stream = stream
         self.writing = writing
 
 
@@ -283,12 +283,20 @@ async def splice(a: ByteStream, b: ByteStream, *, idle_timeout_s: float, half_cl
 class Splice:
     """Two raw wires joined both ways; counts may be read while it runs."""
 
-    def __init__(self, a: ByteStream, b: ByteStream, *, idle_timeout_s: float, half_close_timeout_s: float) -> None:
+    def __init__(
+        self,
+        a: ByteStream,
+        b: ByteStream,
+        *,
+        idle_timeout_s: float,
+        half_close_timeout_s: float,
+        pool: PipePool = POOL,
+    ) -> None:
         self.a, self.b = a, b
         self._activity = IdleTimer(idle_timeout_s)
         self._half_close_timeout_s = half_close_timeout_s
-        self.a_to_b = CopyDirection(self._activity, a, b)
-        self.b_to_a = CopyDirection(self._activity, a, b)
+        self.a_to_b = CopyDirection(self._activity, a, b, pool=pool)
+        self.b_to_a = CopyDirection(self._activity, a, b, pool=pool)
         self._lost: ByteStream | None = None
 
     async def run(self) -> Moved:
@@ -317,7 +325,7 @@ class Splice:
         try:
             await pump(source, sink, direction)
         except Lost as lost:
-            self._lost = self._lost or lost.wire
+            self._lost = self._lost or lost.stream
             if lost.writing:
                 # What the lost side sent before is still on its way through the other direction, if that moves at all.
                 self._activity.shorten(LIMIT_STALLED_S)

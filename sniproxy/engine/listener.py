@@ -20,9 +20,11 @@ DEFAULT_BACKLOG = 4096
 ACCEPT_BATCH = 16
 """Connections taken at once before others get a turn."""
 
-CAPACITY_PAUSE_S = 0.1
 CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
-"""Out of descriptors or memory: the connection stays in the backlog, accepting goes on after a pause (as trio does)."""
+"""Out of descriptors or memory: connections stay in the backlog, and accepting resumes after a pause (as in trio)."""
+
+CAPACITY_PAUSE_S = 0.1
+"""How long accepting pauses after such an error."""
 
 CAPACITY_LOG_INTERVAL_S = 1.0
 
@@ -47,12 +49,15 @@ TRANSIENT_ERRNOS = frozenset(
 class Listener:
     """A listening socket. `address` is what it is bound to, with the port that was chosen where 0 was asked."""
 
-    def __init__(self, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, tls: ssl.SSLContext | None = None, *, capacity_pause_s: float = CAPACITY_PAUSE_S
+    ) -> None:
         sock.setblocking(False)
         tune(sock)  # once, not five calls for each connection
         self.tls = tls
         """For the connections accepted from now on; another context may be set at any time."""
         self._sock = sock
+        self._capacity_pause_s = capacity_pause_s
         self._loop = asyncio.get_running_loop()
         self._fd = sock.fileno()
         self._accepting = asyncio.Event()
@@ -71,6 +76,7 @@ class Listener:
         backlog: int = DEFAULT_BACKLOG,
         reuse_port: bool = False,
         tls: ssl.SSLContext | None = None,
+        capacity_pause_s: float = CAPACITY_PAUSE_S,
     ) -> "Listener":
         """Bind and listen on an IP literal. `::` takes IPv6 only: IPv4 has its own listener.
 
@@ -93,7 +99,7 @@ class Listener:
         except OSError as error:
             sock.close()
             raise OSError(error.errno, f"cannot listen on {address} port {port}: {error.strerror}") from error
-        return cls(sock, tls)
+        return cls(sock, tls, capacity_pause_s=capacity_pause_s)
 
     def fileno(self) -> int:
         """The descriptor, to be given to another process that accepts from the same queue."""
@@ -150,7 +156,7 @@ class Listener:
             except OSError as error:
                 if error.errno in CAPACITY_ERRNOS:
                     self._log_capacity(error)
-                    return CAPACITY_PAUSE_S
+                    return self._capacity_pause_s
                 if error.errno in TRANSIENT_ERRNOS:
                     continue
                 raise

@@ -63,10 +63,11 @@ def round_robin() -> RoundRobin:
 class Quantum:
     """What one connection may still do in its turn."""
 
-    __slots__ = ("_bytes", "_messages", "_queue", "used_up")
+    __slots__ = ("_bytes", "_max_bytes", "_messages", "_queue", "used_up")
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_bytes: int = QUANTUM_BYTES) -> None:
         self._queue = round_robin()
+        self._max_bytes = max_bytes
         self._bytes = 0
         self._messages = 0.0
         self.used_up = False
@@ -76,7 +77,7 @@ class Quantum:
         """Count `size` bytes and so many messages that were handled; a part of one for what costs a part of one."""
         self._bytes += size
         self._messages += messages
-        if self._messages >= QUANTUM_MESSAGES or self._bytes >= QUANTUM_BYTES:
+        if self._messages >= QUANTUM_MESSAGES or self._bytes >= self._max_bytes:
             self.used_up = True
 
     def waited(self) -> None:

@@ -141,9 +141,7 @@ class SocketStream:
         """
         if self._unread:
             await self.take_turn()
-            data = self.take_unread()
-            if len(data) > limit:
-                data, self._unread = data[:limit], data[limit:]
+            data = self._unread_up_to(limit)
             self.quantum.spend(len(data))
             return data
         if self.quantum.used_up:
@@ -167,11 +165,19 @@ class SocketStream:
             self._check_readable()
 
     def try_recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
-        """Read what the socket has right now; b"" where that is nothing, or an end. Raises OSError as `recv`."""
+        """Read what is there right now; b"" if there is nothing, or the end. Raises OSError as `recv` does."""
+        if self._unread:
+            return self._unread_up_to(limit)
         try:
             return self._sock.recv(limit)
         except BlockingIOError:
             return b""
+
+    def _unread_up_to(self, limit: int) -> bytes:
+        data = self.take_unread()
+        if len(data) > limit:
+            data, self._unread = data[:limit], data[limit:]
+        return data
 
     async def recv_exactly(self, count: int) -> bytes:
         """Read exactly `count` bytes and not one more.

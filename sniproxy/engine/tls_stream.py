@@ -133,6 +133,16 @@ class TlsStream(SocketStream):
                 raise ConnectionAbortedError(errno.ECONNABORTED, "TLS records without payload, one after the other")
             without_payload += await self._read_net()
 
+    def try_recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
+        """Read what can be decrypted right now; b"" if that is nothing, or the end. Raises OSError as `recv` does."""
+        if self._unread:
+            return super().try_recv(limit)
+        plain = None if self._drained else self._decrypt(limit)
+        if plain is None and (ciphertext := super().try_recv()):
+            self._feed(ciphertext)
+            plain = self._decrypt(limit)
+        return plain or b""
+
     def _decrypt(self, limit: int) -> bytes | None:
         """Return what whole records hold, up to `limit` bytes; None where there is none, b"" after close_notify."""
         if self.closed:
@@ -170,10 +180,13 @@ class TlsStream(SocketStream):
             await self.readable()
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "the connection ended without close_notify")
-        self.quantum.spend(len(data))
-        self._from_net.write(data)
-        self._drained = False
+        self._feed(data)
         return len(data)
+
+    def _feed(self, ciphertext: bytes) -> None:
+        self.quantum.spend(len(ciphertext))
+        self._from_net.write(ciphertext)
+        self._drained = False
 
     # Writing
 

@@ -55,6 +55,7 @@ class UpstreamHealth:
         *,
         is_ready: Callable[[Candidate], bool] = lambda _way: False,
         rng: random.Random | None = None,
+        max_tracked: int = MAX_TRACKED,
     ) -> None:
         """Start with every way counted as healthy.
 
@@ -65,6 +66,7 @@ class UpstreamHealth:
         self._clock = clock
         self._is_ready = is_ready
         self._random = rng or random.Random()
+        self._max_tracked = max_tracked
         self._ways: OrderedDict[CandidateKey, _Way] = OrderedDict()
 
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -130,7 +132,7 @@ class UpstreamHealth:
         key = way.key
         known = self._ways.setdefault(key, _Way())
         self._ways.move_to_end(key)
-        if len(self._ways) > MAX_TRACKED:
+        if len(self._ways) > self._max_tracked:
             idle = next((key for key, way in self._ways.items() if not way.streams and way is not known), None)
             if idle is not None:
                 del self._ways[idle]

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -41,7 +41,7 @@ from sniproxy.relay.router import Router
 from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S, Connected, Upstreams
 from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
-from sniproxy.transport.base import TransportConfig
+from sniproxy.transport.base import Transport, TransportConfig
 from sniproxy.transport.errors import DialError, Unroutable
 from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.bridge import StreamBridge
@@ -131,9 +131,28 @@ class Relay:
     """One relay: listeners, routing, streams. `open` binds, `run` serves, `close` stops accepting, `drain` waits."""
 
     def __init__(
-        self, config: RelayConfig, discovery: Discovery, keys: SigningKeys, *, registry: CollectorRegistry
+        self,
+        config: RelayConfig,
+        discovery: Discovery,
+        keys: SigningKeys,
+        *,
+        registry: CollectorRegistry,
+        transports: Callable[[TransportConfig], Sequence[Transport]] = make_transports,
+        max_lingering: int = MAX_LINGERING,
     ) -> None:
+        """Prepare a relay; nothing is opened yet.
+
+        Args:
+            config: may be replaced by `reconfigure`, and so may `keys`.
+            discovery: the view of the mesh to route by.
+            keys: sign the streams to other networks.
+            registry: gets the metrics.
+            transports: makes the transports, again for each configuration.
+            max_lingering: refused clients that are read from at once until they have their alert.
+        """
         self._discovery = discovery
+        self._make_transports = transports
+        self._max_lingering = max_lingering
         self.ledger = StreamLog("relay", registry)
         self._upstreams = Upstreams(registry)
         self._reach = Reach(config.network, config.domain)
@@ -157,7 +176,7 @@ class Relay:
         self._hellos.limit = config.max_hello_held_bytes
         self._permit = Permit(config.network, config.imports, config.policy, self._reach)
         self._guard = LoopGuard(config.network, [*config.guard, *self.addresses], is_own=is_own_address)
-        transports = make_transports(
+        transports = self._make_transports(
             TransportConfig(
                 network=config.network,
                 deliver=config.deliver,
@@ -394,7 +413,7 @@ class Relay:
             await client.send(alert_record(_ALERTS.get(reason, AlertDescription.INTERNAL_ERROR)))
         except OSError:
             return  # it is gone: nobody to tell
-        if self._lingering < MAX_LINGERING:
+        if self._lingering < self._max_lingering:
             self._lingering += 1
             try:
                 await client.drain_and_close()

@@ -7,7 +7,7 @@ delivered them (before READY, or after a refusal that says so), never after sile
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -61,7 +61,15 @@ class Upstreams:
     _transports: Mapping[str, Transport]
     _dial_timeout_s: float
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
+        """Register the metrics.
+
+        Args:
+            sleep: waits for so many seconds before an attempt is made again.
+        """
+        self._sleep = sleep
         self._metrics = UpstreamMetrics(registry)
         self.pool = WarmPool(self._warm_up, size=0, count=self._metrics.fate)
         self.health = UpstreamHealth(time.monotonic, is_ready=self.pool.has)
@@ -152,7 +160,7 @@ class Upstreams:
                 if pause is None or not may_pass:
                     raise ConnectionError(str(error)) from error
                 if not is_stale:
-                    await asyncio.sleep(pause)
+                    await self._sleep(pause)
         raise AssertionError("the last try returns or raises")
 
     async def _reach(
@@ -179,7 +187,7 @@ class Upstreams:
             try:
                 return await self._signed_anew(request, candidate, attempts)
             except ResetBeforeReady:
-                await asyncio.sleep(pause)
+                await self._sleep(pause)
         try:
             return await self._signed_anew(request, candidate, attempts)
         except ResetBeforeReady as error:

@@ -24,8 +24,6 @@ class LocalTransport(DialsTcp):
 
     def candidates(self, place: Place, mesh: Mesh) -> list[Candidate]:
         """Find the endpoints. Raises Unroutable: no_endpoint, denied."""
-        if place.network != self._config.network:
-            return []
         target = place.target
         header = None
         if isinstance(target, AddressTarget):

@@ -1,13 +1,14 @@
-"""Carry the stream of a plain wire over a framed one.
+"""Carries a plain byte stream over a capsule connection.
 
-Relay and gateway are mirror images: each has one plain wire (client or service) and one framed wire to the other, and moves bytes
-both ways by the same rules (sniproxy.tunnel.state). Only the relay's upload may move on to a second connection.
+Relay and gateway are mirror images: each has one plain stream (to the client or the service) and one capsule connection to the
+other, and moves bytes both ways by the same rules (sniproxy.tunnel.state). Only the relay's upload may move to a second connection.
 """
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from sniproxy.engine import ByteStream, CopyDirection, IdleTimer, Lost, drain, fill
 from sniproxy.engine.copy import LIMIT_STALLED_S
@@ -21,63 +22,87 @@ from sniproxy.tunnel.state import LIMIT_DONE_S, LIMIT_UNRECEIVED, RECEIVED_INTER
 log = logging.getLogger(__name__)
 
 LINGER_S = 1.0
-"""Before a cut, how long bytes that are on their way may take through a TURN server that drops them at a close."""
+"""Time for bytes in flight to get through a TURN server before a reset: it drops what it holds at a close."""
 
-SECOND_AGAIN_S = (2.0, 8.0, 30.0)
-"""Pauses after a second connection was not to be had, as on a link that is full; then the upload stays where it is."""
+SECOND_RETRY_S = (2.0, 8.0, 30.0)
+"""Pauses between attempts to get a second connection, which can fail on a saturated link."""
 
 MIN_ROOM = 16 * 1024
-"""An upload waits for this much room rather than send in ever smaller pieces."""
+"""An upload waits for this much room instead of sending ever smaller pieces."""
 
 Second = Callable[[], Awaitable[CapsuleConnection]]
-"""Gives the second connection: the relay dials it, the gateway waits for it. OSError, EOFError or TimeoutError if there is none."""
+"""Gets the second connection: the relay dials it, the gateway waits for it. OSError, EOFError or TimeoutError if there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeTiming:
+    """How long a bridge waits, in seconds."""
+
+    linger_s: float = LINGER_S
+    """Before a reset, for bytes in flight to arrive."""
+    stalled_s: float = LIMIT_STALLED_S
+    """After one side was lost, for what it had sent before to make progress towards the other."""
+    second_retry_s: tuple[float, ...] = SECOND_RETRY_S
+    """Pauses between attempts to get a second connection. After the last one the upload stays on the first."""
+    done_s: float = LIMIT_DONE_S
+    """From the last FINISHED to the close, and from CONTINUED to the second connection."""
+
+
+DEFAULT_TIMING: Final = BridgeTiming()
 
 
 class StreamBridge:
-    """A plain wire's stream carried over a framed wire until both directions have ended; counts may be read meanwhile."""
+    """Carries a plain stream over a capsule connection until both directions have ended; counts may be read meanwhile."""
 
     def __init__(
         self,
         plain: ByteStream,
-        framed: CapsuleConnection,
+        connection: CapsuleConnection,
         side: Side,
         *,
         idle_timeout_s: float,
         half_close_timeout_s: float,
         first: bytes = b"",
         second: Second | None = None,
+        timing: BridgeTiming = DEFAULT_TIMING,
     ) -> None:
-        """Carry between these two.
+        """Prepare to carry `plain` over `connection`; `run` does it.
 
         Args:
+            plain: to the client at a relay, to the service at a gateway.
+            connection: to the other side.
+            side: which side this is.
             idle_timeout_s: seconds without a byte in either direction.
             half_close_timeout_s: the same, once one direction has ended.
-            first: payload that was read from the framed wire already, to be delivered first.
-            second: through a TURN server, how an upload gets a connection of its own; None where nothing is between us.
+            first: payload that was already read from the connection, to be delivered first.
+            second: gets a connection for the upload alone, where a TURN server is in between; None on a direct connection.
+            timing: how long to wait for the other side.
         """
         self._plain = plain
-        self._framed = framed
+        self._connection = connection
         self._side = side
         self._first = first
+        self._timing = timing
         self._activity = IdleTimer(idle_timeout_s)
         self._half_close_timeout_s = half_close_timeout_s
-        self.outbound = CopyDirection(self._activity, plain, framed.stream)
-        """From the plain wire to the framed one."""
-        self.inbound = CopyDirection(self._activity, plain, framed.stream)
+        self.outbound = CopyDirection(self._activity, plain, connection.stream)
+        """From the plain stream to the connection."""
+        self.inbound = CopyDirection(self._activity, plain, connection.stream)
+        """From the connection to the plain stream."""
         self._cut: Reason | None = None
         self._group: asyncio.TaskGroup | None = None
         self._get_second = second
         self._second: CapsuleConnection | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._delivered = False
-        self._received = 0  # bytes of ours that the gateway has, as far as it has said
-        self._reported = 0  # bytes of the relay that we have said we have
-        self._news = asyncio.Event()  # there is room, or there may be
+        self._received = 0  # at the relay: bytes that the gateway has confirmed
+        self._reported = 0  # at the gateway: bytes that we have confirmed
+        self._news = asyncio.Event()  # at the relay there may be room; at the gateway there is something to confirm
 
     async def run(self) -> Reason:
-        """Move bytes until the stream is over, close all wires, say how it ended.
+        """Move bytes until the stream is over, close everything, and return how it ended.
 
-        Anything but a confirmed end resets the plain wire: its peer must not take a cut for an end.
+        Anything but a confirmed end resets the plain stream: its peer must not mistake a cut for an end.
         """
         reason = Reason.IDLE_TIMEOUT
         try:
@@ -92,23 +117,23 @@ class StreamBridge:
             reason = self._cut or reason
         finally:
             self._group = None
-            for wire in self._wires():
+            for stream in self._streams():
                 if reason is Reason.OK:
-                    wire.close()
+                    stream.close()
                 else:
-                    wire.reset()
+                    stream.reset()
         return reason
 
     async def _way(self, move: Callable[[], Awaitable[None]]) -> None:
-        """Run one direction; where it is cut, note why and stop the other one."""
+        """Run one direction. If it is cut, note why and stop the other one."""
         try:
             await move()
         except Lost as lost:
             self._cut_by(lost)
             self._news.set()
             if lost.writing:
-                # What the lost side sent before may be on its way; the other direction finds its end, if it moves at all.
-                self._activity.shorten(LIMIT_STALLED_S)
+                # What the lost side sent before may be in flight: the other direction delivers it, unless it stalls.
+                self._activity.shorten(self._timing.stalled_s)
                 return
         except CapsuleError as error:
             log.debug("stream broken: %s", error)
@@ -116,30 +141,30 @@ class StreamBridge:
         except EOFError:
             self._cut = self._cut or Reason.TRUNCATED
         if self._cut is not None:
-            for wire in self._wires():  # wakes whoever waits on one of them
-                wire.reset()
+            for stream in self._streams():  # wakes every task that waits on one of them
+                stream.reset()
             self._news.set()
 
-    def _wires(self) -> list[ByteStream]:
+    def _streams(self) -> list[ByteStream]:
         second = [] if self._second is None else [self._second.stream]
-        return [self._plain, self._framed.stream, *second]
+        return [self._plain, self._connection.stream, *second]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside the two directions, not longer than they."""
+        """Run a task beside the two directions, for no longer than they run."""
         assert self._group is not None, "only while running"
         self._tasks.append(self._group.create_task(work))
 
     def _cut_by(self, lost: Lost) -> None:
         if self._cut is None:
             plain = Reason.CLIENT_RESET if self._side is Side.RELAY else Reason.SERVER_RESET
-            self._cut = plain if lost.wire is self._plain else Reason.TRUNCATED
+            self._cut = plain if lost.stream is self._plain else Reason.TRUNCATED
 
-    # Out: from the plain wire to the framed one
+    # Out: from the plain stream to the connection
 
     async def _send_out(self) -> None:
-        """Carry the plain wire's bytes to its end, then say FINAL_DATA."""
+        """Send the plain stream's bytes up to its end, then FINAL_DATA."""
         plain, direction = self._plain, self.outbound
-        out = self._framed
+        out = self._connection
         try:
             while True:
                 out, room = await self._room(out)
@@ -153,7 +178,7 @@ class StreamBridge:
                 try:
                     if direction.pipe is None:
                         await out.send_data(data)
-                        data = b""  # an idle stream holds nothing of what it has moved
+                        data = b""  # an idle stream keeps nothing of what it has moved
                     else:
                         await out.send_spliced(direction)
                 except OSError as error:
@@ -162,18 +187,18 @@ class StreamBridge:
         finally:
             direction.release()
         if self._cut is not None:
-            await self._linger(out)  # a clean end after a failed write is the kernel's, not the peer's
+            await self._linger(out)  # after a failed write, a clean end comes from the kernel and not from the peer
             return
         try:
             await out.send_data(b"", final=True)
         except OSError as error:
             raise Lost(out.stream, writing=True) from error
-        if out is not self._framed:
-            self._framed.ends.end_elsewhere()
+        if out is not self._connection:
+            self._connection.ends.end_elsewhere()
         self._activity.limit(self._half_close_timeout_s)
 
     async def _room(self, out: CapsuleConnection) -> tuple[CapsuleConnection, int]:
-        """Say where the next bytes go, and how many at most."""
+        """Return the connection that the next bytes go to, and how many may be sent."""
         if self._side is Side.GATEWAY or self._get_second is None or out is self._second:
             return out, PIPE_BYTES
         while True:
@@ -195,14 +220,16 @@ class StreamBridge:
             await self._news.wait()
 
     async def _fetch_second(self) -> None:
-        """The relay's: dial. Without one the upload goes on as the gateway takes it."""
+        """Dial the second connection, at the relay. If that fails, the upload goes on at the pace of the gateway's reports."""
         assert self._get_second is not None
-        for pause in (*SECOND_AGAIN_S, None):
+        for pause in (*self._timing.second_retry_s, None):
             try:
                 self._second = await self._get_second()
             except (OSError, EOFError) as error:  # TimeoutError is an OSError
                 if pause is None:
-                    log.warning("an upload stays on its first connection, and slow: %s", error)
+                    log.warning(
+                        "an upload stays on its first connection and is slow, there is no second one: %s", error
+                    )
                     return
                 await asyncio.sleep(pause)
             else:
@@ -210,31 +237,32 @@ class StreamBridge:
                 return
 
     async def _linger(self, out: CapsuleConnection) -> None:
-        """Before a cut, let what was sent get through a TURN server, which drops what it holds at a close."""
+        """Before a reset, let what was sent get through a TURN server, which drops what it holds at a close."""
         if self.outbound.moved and not out.stream.closed:
-            await out.stream.flushed(LINGER_S)
-            await asyncio.sleep(LINGER_S - self._activity.idle_s())
+            linger_s = self._timing.linger_s
+            await out.stream.flushed(linger_s)
+            await asyncio.sleep(linger_s - self._activity.idle_s())
 
-    # In: from the framed wire to the plain one
+    # In: from the connection to the plain stream
 
     async def _bring_in(self) -> None:
-        """Deliver the payload to its end, confirm it, and see the stream off."""
+        """Deliver the payload up to its end, confirm it, and finish the stream."""
         try:
             if self._first:
                 await self._deliver(self._first)
                 self.inbound.moved += len(self._first)
                 self._first = b""  # for as long as the stream lives
-            while not self._framed.ends.complete:
-                await self._take(self._framed)
+            while not self._connection.ends.complete:
+                await self._take(self._connection)
         finally:
             self.inbound.release()
-        await self._see_off()
+        await self._finish()
 
     async def _bring_in_rest(self) -> None:
-        """The gateway's: deliver what comes over the second connection."""
+        """Deliver what comes over the second connection, at the gateway."""
         assert self._get_second is not None
         try:
-            async with asyncio.timeout(LIMIT_DONE_S):
+            async with asyncio.timeout(self._timing.done_s):
                 self._second = second = await self._get_second()
                 self.inbound.joins(second.stream)
         except TimeoutError:
@@ -243,26 +271,26 @@ class StreamBridge:
             await self._take(second)
 
     async def _take(self, source: CapsuleConnection) -> None:
-        """Move what comes next, or confirm that nothing more does."""
+        """Move what comes next, or confirm the end."""
         if source.exhausted and not self._delivered:
             self._delivered = True
             self._plain.shutdown_write()
-            if source is not self._framed:
-                self._framed.ends.end_elsewhere()
+            if source is not self._connection:
+                self._connection.ends.end_elsewhere()
             try:
-                await self._framed.send(Finished())
-            except OSError as error:  # and nobody else may be reading there
-                raise Lost(self._framed.stream, writing=False) from error
+                await self._connection.send(Finished())
+            except OSError as error:  # as if found by reading: perhaps no task reads there that would find out
+                raise Lost(self._connection.stream, writing=False) from error
             self._activity.limit(self._half_close_timeout_s)
         elif self.inbound.pipe is not None and source.payload_left:
             await self._splice_in(source)
         else:
             await self._copy_in(source)
-        if self._side is Side.GATEWAY and source is self._framed:
+        if self._side is Side.GATEWAY and source is self._connection:
             self._report()
 
     async def _copy_in(self, source: CapsuleConnection) -> None:
-        """Read once and deliver what came."""
+        """Read once and deliver what was read."""
         size = 0
         try:
             events = await source.read(exact=self.inbound.pipe is not None)
@@ -273,7 +301,7 @@ class StreamBridge:
                 size += len(event.data)
                 await self._deliver(event.data)
             elif type(event) is Control:
-                self._heed(parse_control(event))
+                self._handle(parse_control(event))
         if size:
             self.inbound.copied(size)
 
@@ -300,25 +328,25 @@ class StreamBridge:
         except OSError as error:
             raise Lost(self._plain, writing=True) from error
 
-    def _heed(self, message: Message) -> None:
-        """Take in a control capsule that the end rules have let through."""
+    def _handle(self, message: Message) -> None:
+        """Handle a control capsule that the state machines allow."""
         if isinstance(message, Received):
-            if not self._received <= message.count <= self._framed.sent:
+            if not self._received <= message.count <= self._connection.sent:
                 raise CapsuleError("RECEIVED of bytes that were not sent")
             self._received = message.count
             self._news.set()
         elif isinstance(message, Continued):
             if self._get_second is None:
-                raise CapsuleError("CONTINUED where nothing is between us")
+                raise CapsuleError("CONTINUED on a direct connection")
             self._spawn(self._way(self._bring_in_rest))
 
     def _report(self) -> None:
-        """Say now and then how much has arrived; in a task of its own, for the other direction may be full."""
-        if self._get_second is None or self._framed.received - self._reported < RECEIVED_INTERVAL:
+        """Report now and then how much has arrived, in a separate task, because the other direction may be full."""
+        if self._get_second is None or self._connection.received - self._reported < RECEIVED_INTERVAL:
             return
         if not self._reported:
             self._spawn(self._keep_reporting())
-        self._reported = self._framed.received
+        self._reported = self._connection.received
         self._news.set()
 
     async def _keep_reporting(self) -> None:
@@ -326,20 +354,20 @@ class StreamBridge:
             await self._news.wait()
             self._news.clear()
             try:
-                await self._framed.send(Received(self._reported))
+                await self._connection.send(Received(self._reported))
             except OSError:
-                return  # the directions notice by themselves
+                return  # both directions find out by themselves
 
-    async def _see_off(self) -> None:
-        """Everything is delivered and confirmed both ways: relay says DONE, gateway closes first, nothing can be lost."""
+    async def _finish(self) -> None:
+        """Close in order, once all is delivered and confirmed both ways: the relay sends DONE, the gateway closes first."""
         try:
-            async with asyncio.timeout(LIMIT_DONE_S):
+            async with asyncio.timeout(self._timing.done_s):
                 if self._side is Side.RELAY:
-                    await self._framed.send(Done())
-                    while await self._framed.stream.recv():
+                    await self._connection.send(Done())
+                    while await self._connection.stream.recv():
                         pass
                 else:
-                    while not self._framed.ends.done:
-                        await self._framed.read()
+                    while not self._connection.ends.done:
+                        await self._connection.read()
         except (OSError, EOFError, CapsuleError, TimeoutError):
-            pass  # both have confirmed: a lost DONE costs nobody anything
+            pass  # both sides have confirmed, so nothing is lost without DONE

@@ -7,7 +7,7 @@ async with a_relay() as running:
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -16,12 +16,15 @@ from prometheus_client import CollectorRegistry
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
 from sniproxy.engine import Listener, SocketStream, connect
-from sniproxy.relay.relay import Relay, RelayConfig
+from sniproxy.relay.relay import MAX_LINGERING, Relay, RelayConfig
+from sniproxy.transport.base import Transport, TransportConfig
+from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.keys import SigningKeys
 from tests.support.fixed_discovery import FixedDiscovery, record
 from tests.support.hellos import client_hello
 from tests.support.path import LogLines
 from tests.support.scripted_gateways import KEY, KEY_C, ScriptedGateway
+from tests.support.streams import until
 
 DOMAIN = "svc.mesh.internal"
 LOOPBACK = TargetList.parse(["127.0.0.0/8", "[::1/128]"])
@@ -37,13 +40,32 @@ def name_of(port: int, network: str = "a", address: str = "127.0.0.1") -> str:
     return f"p{port}-{address.replace('.', '-')}.{network}.{DOMAIN}"
 
 
+class StreamLines(LogLines):
+    """The log lines of streams that have ended, and an event for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written = asyncio.Event()
+
+    def emit(self, line: logging.LogRecord) -> None:
+        super().emit(line)
+        self._written.set()
+
+    async def until(self, holds: Callable[[], bool], limit_s: float = 20) -> None:
+        """Wait until something holds that only changes with a line."""
+        async with asyncio.timeout(limit_s):
+            while not holds():
+                self._written.clear()
+                await self._written.wait()
+
+
 @dataclass
 class Running:
-    """A relay that runs, and what it says."""
+    """A running relay, with its log and metrics."""
 
     relay: Relay
     discovery: FixedDiscovery
-    log: LogLines
+    log: StreamLines
     registry: CollectorRegistry
     _group: asyncio.TaskGroup
     _closing: AsyncExitStack
@@ -73,17 +95,17 @@ class Running:
         return client
 
     async def ended(self, count: int = 1) -> list[dict[str, object]]:
-        """Wait until so many streams have ended, and give their log lines."""
-        async with asyncio.timeout(20):
-            while len(self.log.events) < count:
-                await asyncio.sleep(0.002)
+        """Wait until so many streams have ended, and return their log lines."""
+        await self.log.until(lambda: len(self.log.events) >= count)
         return self.log.events
 
-    async def opened(self) -> None:
-        """Wait until a stream is open."""
-        async with asyncio.timeout(20):
-            while not any(row["state"] == "open" for row in self.relay.ledger.rows()):
-                await asyncio.sleep(0.001)
+    async def settled(self, streams: int = 0) -> None:
+        """Wait until no more than so many streams are left."""
+        await self.log.until(lambda: len(self.relay.ledger) <= streams)
+
+    async def opened(self, count: int = 1, *, state: str = "open") -> None:
+        """Wait until so many streams are open, or in another state."""
+        await until(lambda: sum(row["state"] == state for row in self.relay.ledger.rows()) >= count)
 
     def sample(self, name: str, **labels: str) -> float:
         """A metric's value."""
@@ -95,7 +117,12 @@ class Running:
 
 
 @asynccontextmanager
-async def a_relay(*records: AnyRecord, **config: object) -> AsyncIterator[Running]:
+async def a_relay(
+    *records: AnyRecord,
+    transports: Callable[[TransportConfig], Sequence[Transport]] = make_transports,
+    max_lingering: int = MAX_LINGERING,
+    **config: object,
+) -> AsyncIterator[Running]:
     """Run a relay that delivers to loopback and dials gateways there; `config` are fields of RelayConfig."""
     fields = {
         "id": "relay-1",
@@ -110,9 +137,16 @@ async def a_relay(*records: AnyRecord, **config: object) -> AsyncIterator[Runnin
     discovery = FixedDiscovery(*networks, *records)
     registry = CollectorRegistry()
     keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
-    relay = Relay(RelayConfig(**fields), discovery, keys, registry=registry)  # type: ignore[arg-type]
+    relay = Relay(
+        RelayConfig(**fields),  # type: ignore[arg-type]
+        discovery,
+        keys,
+        registry=registry,
+        transports=transports,
+        max_lingering=max_lingering,
+    )
     await relay.open()
-    logger, lines = logging.getLogger("crossnet.relay"), LogLines()
+    logger, lines = logging.getLogger("crossnet.relay"), StreamLines()
     logger.setLevel(logging.INFO)
     logger.addHandler(lines)
     try:

@@ -1,7 +1,9 @@
 """What a client brought, as the relay's dialler gets it."""
 
+import asyncio
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 
 from prometheus_client import CollectorRegistry
 
@@ -43,10 +45,11 @@ def upstreams(
     *,
     registry: CollectorRegistry | None = None,
     dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     **limits: float,
 ) -> Upstreams:
-    """The upstreams of such a relay, which keeps nothing ready."""
-    made = Upstreams(registry or CollectorRegistry())
+    """The upstreams of such a relay, which keeps no warm connections."""
+    made = Upstreams(registry or CollectorRegistry(), sleep=sleep)
     config = TransportConfig(network="a", deliver=TargetList(), direct=TargetList(), guard=LoopGuard("a"))
     made.reconfigure(connects or connector(**limits), make_transports(config), pool=0, dial_timeout_s=dial_timeout_s)
     return made

@@ -6,13 +6,15 @@ import gc
 import socket
 import ssl
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import trustme
 
 from sniproxy.engine import ByteStream, SocketStream, TlsStream
+from sniproxy.engine.byte_stream import Buffer
 
 TLS_NAME = "turn.example"
 
@@ -27,17 +29,39 @@ def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return client, server
 
 
+class RecordingSocket(socket.socket):
+    """A socket that adds to a list what each call to write has written."""
+
+    def __init__(self, sock: socket.socket, writes: list[bytes]) -> None:
+        """Take over `sock`."""
+        super().__init__(fileno=sock.detach())
+        self._writes = writes
+
+    def sendmsg(self, buffers: Iterable[Buffer], *arguments: Any) -> int:  # type: ignore[override]
+        """Write as `socket.sendmsg` does, and add what was written."""
+        data = b"".join(buffers)
+        size = super().sendmsg([data], *arguments)
+        self._writes.append(data[:size])
+        return size
+
+
 def sockets() -> tuple[socket.socket, socket.socket]:
-    """Give the two ends of a TCP connection over loopback."""
+    """Return the two ends of a TCP connection over loopback."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         one = socket.create_connection(server.getsockname())
         other, _ = server.accept()
     return one, other
 
 
-async def pair(kind: str = "plain") -> tuple[SocketStream, SocketStream]:
-    """Give the two ends of a TCP connection over loopback; `kind` "tls": with TLS over it."""
+async def pair(kind: str = "plain", *, writes: list[bytes] | None = None) -> tuple[SocketStream, SocketStream]:
+    """Return the two ends of a TCP connection over loopback; `kind` "tls": with TLS over it.
+
+    Args:
+        writes: gets what each call to write has written, at either end.
+    """
     one, other = sockets()
+    if writes is not None:
+        one, other = RecordingSocket(one, writes), RecordingSocket(other, writes)
     if kind == "plain":
         return SocketStream(one), SocketStream(other)
     contexts = tls_contexts()
@@ -75,6 +99,19 @@ async def read_all(wire: ByteStream, limit_s: float = 20) -> bytes:
         while data := await wire.recv():
             chunks.append(data)
     return b"".join(chunks)
+
+
+async def turns(count: int = 10) -> None:
+    """Let the event loop make so many passes."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until(holds: Callable[[], object], limit_s: float = 20) -> None:
+    """Wait until something holds that offers no event, such as a count of open descriptors."""
+    async with asyncio.timeout(limit_s):
+        while not holds():
+            await asyncio.sleep(0.001)
 
 
 async def until_reset(wire: ByteStream, limit_s: float = 20) -> None:

@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.model.addresses import parse_endpoint, spellings
+from discovery.model.addresses import Address, parse_endpoint, spellings
 from discovery.model.lookup import Unresolved, reached
 from discovery.model.mesh import AnyRecord, Deletion, Kind, Mesh, ServiceSpec
 from discovery.model.names import AddressTarget, ServiceTarget, names_of
-from sniproxy.access import reach as module
-from sniproxy.access.reach import RECENT_S, Owner, Reach
+from sniproxy.access.reach import RECENT_S, Endpoint, Owner, Reach
 from sniproxy.access.rules import Flow, NameKind, Policy, Rule
 from tests.support.fixed_discovery import record
 
@@ -293,10 +292,8 @@ def test_what_is_no_endpoint_in_a_record_is_left_out() -> None:
     assert made.endpoints(ORDERS, 443) == ()
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_RECENT", 10)
-    monkeypatch.setattr(module, "MAX_NAMED", 4)
-    made = Reach("b", D)
+def test_what_is_remembered_is_bounded() -> None:
+    made = Reach("b", D, max_recent=10, max_named=4)
     for number in range(100):
         made.follow(Mesh.of([service(f"s{number}.shop.example", f"10.1.0.{number}:443")], number), float(number))
         for port in range(1, 10):
@@ -311,20 +308,28 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not owners(made, "10.1.0.1:443")
 
 
-def test_a_stream_asks_no_pattern_that_was_asked_for_its_target_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = reach(*(service(f"s{number}.shop.example", f"10.1.0.{number}:443") for number in range(200)))
+def test_a_second_stream_to_the_same_target_searches_neither_records_nor_patterns() -> None:
+    asked: list[Endpoint] = []
+
+    class Noting(Reach):
+        def owners(self, address: Address, port: int) -> set[Owner]:
+            asked.append((address, port))
+            return super().owners(address, port)
+
+    made = Noting("b", D)
+    made.follow(Mesh.of(service(f"s{number}.shop.example", f"10.1.0.{number}:443") for number in range(200)), 0.0)
     rules = Policy((Rule.parse(action="deny", to=["*.other.example", "s7.shop.example"]), Rule.parse(action="allow")))
     assert not rules.decide(by_address(made, "10.1.0.7:443")).allowed
-    monkeypatch.setattr("sniproxy.access.rules._NameTree.find", None)
-    monkeypatch.setattr(Mesh, "services", None)
-    monkeypatch.setattr(Reach, "owners", None)
+    found = {targets: id(rules_of) for targets, rules_of in rules._by_targets.items()}
+    assert (len(asked), len(found)) == (1, 2)
     assert not rules.decide(by_address(made, "10.1.0.7:443")).allowed
+    assert len(asked) == 1
+    assert {targets: id(rules_of) for targets, rules_of in rules._by_targets.items()} == found, "none was made anew"
 
 
-def test_what_a_policy_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sniproxy.access.rules.MAX_KNOWN_SETS", 4)
-    monkeypatch.setattr("sniproxy.access.rules.MAX_KNOWN_TARGETS", 8)
-    rules = Policy((Rule.parse(action="deny", to=[ORDERS]), Rule.parse(action="allow")))
+def test_what_a_policy_remembers_is_bounded() -> None:
+    given = (Rule.parse(action="deny", to=[ORDERS]), Rule.parse(action="allow"))
+    rules = Policy(given, max_known_sets=4, max_known_targets=8)
     made = reach(service(ORDERS, *(f"10.1.0.{number}:443" for number in range(100))))
     for number in range(200):
         assert rules.decide(by_address(made, f"10.1.0.{number}:443")).allowed is (number >= 100)

@@ -5,15 +5,18 @@ import hashlib
 import os
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from sniproxy.engine import End, Moved, PipePool, SocketStream, Splice, connect, quantum, splice
-from tests.support.streams import nothing_large_kept, pair, read_all, until_reset
+from sniproxy.engine import End, Moved, PipePool, SocketStream, Splice, connect, splice
+from sniproxy.engine.pipes import Pipe
+from sniproxy.engine.quantum import Quantum
+from tests.support.streams import nothing_large_kept, pair, read_all, turns, until_reset
 
 pytestmark = pytest.mark.anyio
 
-LIMITS = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
+LIMITS: dict[str, Any] = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
 
 
 PLAIN = pytest.mark.parametrize("joined", [("plain", "plain")], indirect=True, ids=["plain"])
@@ -58,7 +61,7 @@ async def test_an_idle_stream_keeps_nothing_of_what_it_moved(
             for near, far in ((left, right), (right, left)):
                 await near.send(bytes(50_000))
                 assert len(await far.recv_exactly(50_000)) == 50_000
-                await asyncio.sleep(0.01)
+                await turns()
         moving.cancel()
 
 
@@ -144,17 +147,19 @@ async def test_an_answer_sent_before_a_reset_still_arrives(
 
 @PLAIN
 async def test_bulk_goes_through_a_pipe_that_is_given_back(
-    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream], monkeypatch: pytest.MonkeyPatch
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
 ) -> None:
     left, a, b, right = joined
-    pool = PipePool(limit=2)
-    joining = Splice(a, b, **LIMITS)
-    monkeypatch.setattr(joining.a_to_b, "_pool", pool)
-    monkeypatch.setattr(joining.b_to_a, "_pool", pool)
-    payload = os.urandom(1 << 20) * 24
     used: list[int] = []
-    give_back = pool.give_back
-    monkeypatch.setattr(pool, "give_back", lambda pipe: (used.append(pipe.held), give_back(pipe)))  # type: ignore[func-returns-value]
+
+    class Noting(PipePool):
+        def give_back(self, pipe: Pipe) -> None:
+            used.append(pipe.held)
+            super().give_back(pipe)
+
+    pool = Noting(limit=2)
+    joining = Splice(a, b, **LIMITS, pool=pool)
+    payload = os.urandom(1 << 20) * 24
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(joining.run())
         for source in (left, right):
@@ -171,12 +176,11 @@ async def test_bulk_goes_through_a_pipe_that_is_given_back(
 
 @PLAIN
 async def test_without_a_pipe_bulk_is_copied(
-    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream], monkeypatch: pytest.MonkeyPatch
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
 ) -> None:
     left, a, b, right = joined
     pool = PipePool(limit=0)
-    joining = Splice(a, b, **LIMITS)
-    monkeypatch.setattr(joining.a_to_b, "_pool", pool)
+    joining = Splice(a, b, **LIMITS, pool=pool)
     payload = os.urandom(1 << 20) * 8
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(joining.run())
@@ -189,14 +193,11 @@ async def test_without_a_pipe_bulk_is_copied(
 
 @pytest.mark.parametrize("joined", [("plain", "tls"), ("tls", "plain"), ("tls", "tls")], indirect=True, ids="-".join)
 async def test_bulk_with_tls_at_either_end_never_takes_a_pipe(
-    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream], monkeypatch: pytest.MonkeyPatch
+    joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
 ) -> None:
     left, a, b, right = joined
-    pool = PipePool()
-    monkeypatch.setattr(pool, "take", lambda: pytest.fail("a pipe was asked for"))
-    joining = Splice(a, b, **LIMITS)
-    monkeypatch.setattr(joining.a_to_b, "_pool", pool)
-    monkeypatch.setattr(joining.b_to_a, "_pool", pool)
+    pool = PipePool(limit=0)
+    joining = Splice(a, b, **LIMITS, pool=pool)
     payload = os.urandom(1 << 20) * 12
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(joining.run())
@@ -206,6 +207,7 @@ async def test_bulk_with_tls_at_either_end_never_takes_a_pipe(
         assert await _digest(right) == hashlib.sha256(payload).digest()
     assert down.result() == hashlib.sha256(payload).digest()
     assert moving.result() == Moved(a_to_b=len(payload), b_to_a=len(payload), end=End.OK)
+    assert pool.denied == 0, "none was asked for"
 
 
 async def test_a_reader_that_stops_stops_the_sender(
@@ -263,11 +265,11 @@ async def test_cancelling_closes_both(joined: tuple[SocketStream, SocketStream, 
     await until_reset(right)
 
 
-async def test_a_busy_stream_lets_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_busy_stream_lets_others_run() -> None:
     """The quantum is counted in bytes, whether or not the kernel ever makes the stream wait."""
-    monkeypatch.setattr(quantum, "QUANTUM_BYTES", 1)
     left, a = await pair()
     right, b = await pair()
+    a.quantum = Quantum(max_bytes=1)
     ran = 0
 
     async def other() -> None:

@@ -6,7 +6,6 @@ import socket
 
 import pytest
 
-from sniproxy.engine import host_addresses
 from sniproxy.engine.host_addresses import is_own_address
 
 OWN = ["127.0.0.1", "127.8.9.10", "::1", "::", "0.0.0.0", "::ffff:127.0.0.1"]
@@ -41,7 +40,7 @@ def test_a_sandbox_without_netlink(address: str, own: bool, monkeypatch: pytest.
             raise PermissionError(errno.EPERM, "not in this sandbox")
         return make(family, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(host_addresses.socket, "socket", without_netlink)  # type: ignore[attr-defined]
+    monkeypatch.setattr(socket, "socket", without_netlink)
     assert is_own_address(ipaddress.ip_address(address)) is own
 
 

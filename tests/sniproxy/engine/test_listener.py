@@ -11,7 +11,7 @@ import struct
 import pytest
 
 from sniproxy.engine import Listener, SocketStream, connect
-from sniproxy.engine.listener import CAPACITY_ERRNOS, TRANSIENT_ERRNOS
+from sniproxy.engine.listener import CAPACITY_ERRNOS, TRANSIENT_ERRNOS, log
 from sniproxy.engine.socket_stream import KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES
 from tests.support.streams import read_all, until_reset
 
@@ -163,16 +163,18 @@ async def test_both_ends_find_a_peer_that_vanished_and_delay_nothing(address: st
 async def test_cancelling_closes_every_connection() -> None:
     listener = await Listener.open("127.0.0.1", 0)
     served: list[SocketStream] = []
+    arrived = asyncio.Semaphore(0)
 
     async def hold(wire: SocketStream) -> None:
         served.append(wire)
+        arrived.release()
         await asyncio.get_running_loop().create_future()
 
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(listener.serve(hold))
         clients = [await connect(*listener.address, timeout_s=5) for _ in range(5)]
-        while len(served) < 4:
-            await asyncio.sleep(0)
+        for _ in range(4):
+            await arrived.acquire()
         serving.cancel()
     assert all(wire.closed for wire in served)
     for client in clients:
@@ -221,11 +223,8 @@ async def test_a_handlers_error_ends_its_own_connection_alone(caplog: pytest.Log
 
 
 @pytest.mark.parametrize("code", sorted(CAPACITY_ERRNOS))
-async def test_without_descriptors_or_memory_connections_wait(
-    code: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sniproxy.engine.listener.CAPACITY_PAUSE_S", 0.001)
-    listener = await Listener.open("127.0.0.1", 0)
+async def test_without_descriptors_or_memory_connections_wait(code: int, caplog: pytest.LogCaptureFixture) -> None:
+    listener = await Listener.open("127.0.0.1", 0, capacity_pause_s=0.001)
     listener._sock = Refusing(listener._sock, *[code] * 20)  # type: ignore[assignment]
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(listener.serve(echo))
@@ -237,12 +236,25 @@ async def test_without_descriptors_or_memory_connections_wait(
     assert caplog.records[0].getMessage().startswith(said)
 
 
+class Complaints(logging.Handler):
+    """Sets an event at the first line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = asyncio.Event()
+
+    def emit(self, line: logging.LogRecord) -> None:
+        self.heard.set()
+
+
 async def test_out_of_descriptors_for_real() -> None:
+    complaints = Complaints()
     listener = await Listener.open("127.0.0.1", 0)
     clients = [await connect(*listener.address, timeout_s=5) for _ in range(3)]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, limits[1]))
     held = []
+    log.addHandler(complaints)
     try:
         with pytest.raises(OSError, match="Too many open files"):
             while True:
@@ -251,8 +263,7 @@ async def test_out_of_descriptors_for_real() -> None:
             serving = group.create_task(listener.serve(echo))
             for client in clients:
                 await client.send(b"are you there?")
-            while listener._capacity_logged < 0:
-                await asyncio.sleep(0)
+            await complaints.heard.wait()
             for descriptor in held:
                 os.close(descriptor)
             held.clear()
@@ -263,6 +274,7 @@ async def test_out_of_descriptors_for_real() -> None:
             listener.close()
             await serving
     finally:
+        log.removeHandler(complaints)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for descriptor in held:
             os.close(descriptor)

@@ -71,7 +71,7 @@ def test_where_the_users_pages_are_used_up_there_is_no_pipe(monkeypatch: pytest.
 
     pool = PipePool()
     with monkeypatch.context() as patch:
-        patch.setattr("sniproxy.engine.pipes.fcntl.fcntl", denied)
+        patch.setattr(fcntl, "fcntl", denied)
         assert pool.take() is None
     assert (pool.taken, pool.denied) == (0, 1)
     pipe = pool.take()

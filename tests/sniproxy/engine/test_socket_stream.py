@@ -10,7 +10,7 @@ import pytest
 
 from sniproxy.engine import SocketStream, StreamClosed, connect
 from sniproxy.engine.socket_stream import plain_address
-from tests.support.streams import pair, read_all, until_reset
+from tests.support.streams import pair, read_all, until, until_reset
 
 pytestmark = pytest.mark.anyio
 
@@ -124,12 +124,8 @@ async def test_bytes_that_nobody_waits_for_do_not_spin() -> None:
         await reading
     assert one._reading
     await other.send(b"second")
-    turns = 0
-    while one._reading:
-        await asyncio.sleep(0.001)
-        turns += 1
-        assert turns < 5000
-    assert await one.recv() == b"second"  # type: ignore[unreachable]
+    await until(lambda: not one._reading)
+    assert await one.recv() == b"second"
     one.close()
     other.close()
 
@@ -275,7 +271,7 @@ async def test_a_reset_after_a_fin_is_still_a_reset() -> None:
         async with asyncio.timeout(5):
             while True:
                 await other.send(b"x")
-                await asyncio.sleep(0.001)
+                await other.writable()
     other.close()
 
 

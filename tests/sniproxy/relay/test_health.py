@@ -6,7 +6,6 @@ from contextlib import ExitStack
 
 import pytest
 
-from sniproxy.relay import health
 from sniproxy.relay.health import FAILURES, FIRST_EJECTION_S, MAX_EJECTION_S, MAX_TRACKED, Failed, UpstreamHealth
 from sniproxy.transport.base import Candidate, Traits
 from sniproxy.transport.direct import DIRECT
@@ -33,8 +32,8 @@ def way(name: str, *, traits: Traits = TURN, weight: int = 1, near: bool = False
     )
 
 
-def a_balance(clock: Clock | None = None) -> UpstreamHealth:
-    return UpstreamHealth(clock or Clock(), rng=random.Random(1))
+def a_balance(clock: Clock | None = None, **options: int) -> UpstreamHealth:
+    return UpstreamHealth(clock or Clock(), rng=random.Random(1), **options)  # type: ignore[arg-type]
 
 
 def firsts(balance: UpstreamHealth, ways: list[Candidate], times: int = 2000) -> Counter[str]:
@@ -145,9 +144,8 @@ def test_an_allocation_that_was_made_anew_is_another_one() -> None:
     assert balance.order([lost, again])[0] is again
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "MAX_TRACKED", 10)
-    known = a_balance()
+def test_what_is_remembered_is_bounded() -> None:
+    known = a_balance(max_tracked=10)
     busy = way("busy")
     with known.carrying(busy):
         for number in range(100):

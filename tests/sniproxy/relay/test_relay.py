@@ -38,7 +38,7 @@ from tests.support.hellos import (
 )
 from tests.support.relays import ALERT, DOMAIN, a_relay, name_of
 from tests.support.scripted_gateways import Visit, opens, refuses, reset, scripted, silent_behind_ready
-from tests.support.streams import read_all, until_reset
+from tests.support.streams import read_all, turns, until, until_reset
 
 pytestmark = pytest.mark.anyio
 
@@ -219,17 +219,15 @@ async def test_clients_that_linger_over_their_alert_keep_nobody_out() -> None:
             wire.close()
 
 
-async def test_a_flood_of_refused_clients_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sniproxy.relay.relay.MAX_LINGERING", 3)
-    async with a_relay() as running:
+async def test_a_flood_of_refused_clients_is_not_waited_for() -> None:
+    async with a_relay(max_lingering=3) as running:
         clients = [await running.dial("stranger.example") for _ in range(10)]
         for client in clients:
             assert await client.recv() == ALERT["unrecognized_name"]
         assert running.relay._lingering == 3
         for client in clients:
             client.close()
-        while running.relay._lingering:
-            await asyncio.sleep(0.001)
+        await until(lambda: not running.relay._lingering)
 
 
 async def test_clients_from_elsewhere() -> None:
@@ -265,8 +263,7 @@ async def test_max_streams() -> None:
     async with a_relay(max_streams=2) as running:
         port = await running.serve(count)
         first, second = [await running.dial(name_of(port)) for _ in range(2)]
-        while sum(row["state"] == "open" for row in running.relay.ledger.rows()) < 2:
-            await asyncio.sleep(0.001)
+        await running.opened(2)
         third = await running.connect()
         assert await read_all(third) == ALERT["internal_error"], "at once, without a hello"
         assert (await running.ended())[0]["reason"] == "overloaded"
@@ -448,9 +445,7 @@ async def test_a_name_of_two_networks_is_where_the_import_says_first_and_nobody_
             running.add(of_b)
             running.add(of_c, network="c")
             client = await running.dial(NAME)
-            async with asyncio.timeout(10):
-                while not any(account.up for account in running.relay.ledger._live):
-                    await asyncio.sleep(0.001)
+            await running.opened()
             assert (len(of_b.visits), len(of_c.visits)) == ((1, 0) if sources[0] == "b" else (0, 1))
             client.close()
             stranger = await running.dial("pay.shop.example")
@@ -517,8 +512,7 @@ async def test_the_next_gateway_gets_the_same_stream() -> None:
         running.add(first, zone="near")
         running.add(second, name="gw-2")
         client = await running.dial(f"p8443-10-1-0-5.b.{DOMAIN}")
-        while not any(row["state"] == "open" for row in running.relay.ledger.rows()):
-            await asyncio.sleep(0.001)
+        await running.opened()
         client.reset()
         line = (await running.ended())[0]
     assert (line["candidate"], line["attempts"], line["reason"]) == ("direct:gw-2", 2, "client_reset")
@@ -532,8 +526,7 @@ async def test_close_lets_streams_go_on() -> None:
     async with a_relay() as running:
         port = await running.serve(count)
         client = await running.dial(name_of(port))
-        while not running.relay.ledger.rows():
-            await asyncio.sleep(0.001)
+        await running.opened()
         running.relay.close()
         with pytest.raises(ConnectionRefusedError):
             await running.connect()
@@ -545,8 +538,7 @@ async def test_close_lets_streams_go_on() -> None:
 async def test_a_stream_can_be_ended_from_outside() -> None:
     async with a_relay() as running:
         client = await running.dial(name_of(await running.serve(hold)))
-        while not any(row["state"] == "open" for row in running.relay.ledger.rows()):
-            await asyncio.sleep(0.001)
+        await running.opened()
         (account,) = running.relay.ledger._live
         assert account.end is not None
         account.end()
@@ -563,8 +555,7 @@ async def test_cancelling_ends_every_stream_in_every_state(state: str) -> None:
             running.add(gateway)
             names = {"dialling": f"p8443-10-1-0-5.b.{DOMAIN}", "open": name_of(await running.serve(hold))}
             client = await (running.connect() if state == "hello" else running.dial(names[state]))
-            while not any(row["state"] == state for row in running.relay.ledger.rows()):
-                await asyncio.sleep(0.001)
+            await running.opened(state=state)
         try:
             assert await client.recv() == b""
             assert state != "open", "a stream that was cut must not look complete"
@@ -641,7 +632,7 @@ async def test_relays_share_a_port_where_they_are_told_to() -> None:
         clients = []
         while not (len(one.relay.ledger) and len(other.relay.ledger)):
             clients.append(await one.connect())
-            await asyncio.sleep(0.001)
+            await turns()
         for client in clients:
             client.close()
     async with a_relay() as alone:

@@ -15,7 +15,7 @@ from sniproxy.streams.stream_log import StreamRecord
 from tests.support.hellos import client_hello, padding
 from tests.support.relays import DOMAIN, Running, a_relay, name_of
 from tests.support.scripted_gateways import scripted, silent
-from tests.support.streams import read_all
+from tests.support.streams import read_all, turns, until
 
 pytestmark = pytest.mark.anyio
 
@@ -54,13 +54,6 @@ async def ask(running: Running, name: str) -> None:
     client.close()
 
 
-async def settled(running: Running, streams: int) -> None:
-    """Wait until the relay has only so many streams left."""
-    async with asyncio.timeout(20):
-        while len(running.relay.ledger) > streams:
-            await asyncio.sleep(0.002)
-
-
 async def test_slow_hellos_keep_no_real_client_out() -> None:
     """500 clients that send a byte now and then, for ever if they were let: each is ended by its deadline."""
     hello = client_hello("orders.shop.example", padding(5000))
@@ -82,7 +75,6 @@ async def test_slow_hellos_keep_no_real_client_out() -> None:
             while len(running.relay.ledger) > 1:
                 await ask(running, name)
                 served += 1
-                await asyncio.sleep(0)
             for task in dripping:
                 task.cancel()
         assert served > 20, "while they dripped"
@@ -98,27 +90,23 @@ async def test_idle_streams_leave_nothing_behind(ended_by: str, many_files: int)
     """Opened, idle, ended, in all the thousands: as many descriptors and tasks as before."""
     total = min(2000 if ended_by == "client's end" else 300, many_files // 4)
     served: list[SocketStream] = []
+    arrived = asyncio.Semaphore(0)
 
     async def hold(wire: SocketStream) -> None:
         served.append(wire)
-        await read_all(wire)
-
-    async def drop(wire: SocketStream) -> None:
-        served.append(wire)
-        try:
-            await read_all(wire)
-        except OSError:
-            pass
+        arrived.release()
+        await (read_all(wire) if ended_by == "client's end" else drop(wire))
 
     async with a_relay() as running:
-        name = name_of(await running.serve(hold if ended_by == "client's end" else drop))
+        name = name_of(await running.serve(hold))
         await ask_once(running, name)
         before = descriptors(), len(asyncio.all_tasks())
+        await arrived.acquire()
         served.clear()
         clients = [await running.dial(name) for _ in range(total)]
         async with asyncio.timeout(20):
-            while len(served) < total:
-                await asyncio.sleep(0.005)
+            for _ in range(total):
+                await arrived.acquire()
         assert len(running.relay.ledger) == total
         assert descriptors() == before[0] + 4 * total
         for client, service in zip(clients, served, strict=True):
@@ -130,12 +118,10 @@ async def test_idle_streams_leave_nothing_behind(ended_by: str, many_files: int)
                 case _:
                     service.shutdown_write()
                     client.shutdown_write()
-        await settled(running, 0)
+        await running.settled()
         for client in clients:
             client.close()
-        async with asyncio.timeout(20):
-            while (descriptors(), len(asyncio.all_tasks())) != before:
-                await asyncio.sleep(0.005)
+        await until(lambda: (descriptors(), len(asyncio.all_tasks())) == before)
         assert {line["reason"] for line in running.log.events[1:]} == {
             "client_reset" if ended_by == "client's reset" else "ok"
         }
@@ -168,24 +154,23 @@ async def test_an_ended_stream_leaves_no_cycle_for_the_garbage_collector(kind: s
             client = await running.connect()
             await client.send(says.get(kind, client_hello(name)))
             if kind == "reset":
-                async with asyncio.timeout(10):
-                    while not any(account.up for account in running.relay.ledger._live):
-                        await asyncio.sleep(0.001)
+                await running.opened()
                 client.reset()
             else:
                 if kind == "served":
                     client.shutdown_write()
                 await read_all(client)
                 client.close()
+            await running.settled()
+            await until(lambda: len(asyncio.all_tasks()) == tasks)
 
+        await turns()  # all tasks of the relay have begun
+        tasks = len(asyncio.all_tasks())
         await one()
-        await settled(running, 0)
         gc.collect()
         gc.disable()
         try:
             await one()
-            await settled(running, 0)
-            await asyncio.sleep(0.02)  # tasks and transports of the test's own end
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
             left = [item for item in gc.garbage if isinstance(item, SocketStream | StreamRecord | HelloReader)]
@@ -202,19 +187,16 @@ async def test_clients_that_go_while_their_stream_is_opened_leave_nothing() -> N
         name = f"p8443-10-1-0-5.b.{DOMAIN}"
         before = descriptors()
         clients = [await running.dial(name) for _ in range(100)]
-        while gateway.connections < 100:
-            await asyncio.sleep(0.002)
+        await until(lambda: gateway.connections == 100)
         for client in clients:
             client.reset()
         for account in tuple(running.relay.ledger._live):
             assert account.end is not None
             account.end()
-        await settled(running, 0)
+        await running.settled()
         for visit in gateway.visits:
             visit.wire.close()
-        async with asyncio.timeout(10):
-            while descriptors() > before:
-                await asyncio.sleep(0.002)
+        await until(lambda: descriptors() <= before)
 
 
 async def test_floods_of_what_is_no_hello() -> None:
@@ -236,10 +218,8 @@ async def test_floods_of_what_is_no_hello() -> None:
             client.close()
             if number % 100 == 50:
                 await ask(running, name)
-        await settled(running, 0)
+        await running.settled()
         await ask(running, name)
-        async with asyncio.timeout(10):
-            while descriptors() > before:
-                await asyncio.sleep(0.002)
+        await until(lambda: descriptors() <= before)
         counted = {line["reason"] for line in running.log.events}
     assert counted <= {"ok", "not_tls", "bad_hello", "unknown_name", "client_reset"}

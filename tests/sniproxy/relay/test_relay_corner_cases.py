@@ -1,6 +1,5 @@
 """Every corner case of a ClientHello over real sockets: the exact bytes arrive, or the exact alert comes."""
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -22,7 +21,7 @@ from tests.support.corner_cases import (
 from tests.support.fixed_discovery import record
 from tests.support.hellos import BROKEN, CHANGE_CIPHER_SPEC, EARLY_DATA, client_hello, ech, records
 from tests.support.relays import ALERT, Running, a_relay
-from tests.support.streams import read_all
+from tests.support.streams import read_all, turns
 
 pytestmark = pytest.mark.anyio
 
@@ -60,8 +59,7 @@ async def test_what_is_routed_arrives_byte_for_byte(relay: Running) -> None:
         client = await relay.connect()
         for piece in pieces:
             await client.send(piece)
-            if len(pieces) < 20:
-                await asyncio.sleep(0.002)  # a segment of its own
+            await turns()  # the relay reads each piece by itself
         client.shutdown_write()
         assert await read_all(client) == b"".join(pieces), what
         client.close()

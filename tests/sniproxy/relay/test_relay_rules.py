@@ -3,13 +3,16 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
+from typing import Any
 
 import pytest
 
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import SocketStream
+from sniproxy.engine import ByteStream, SocketStream
+from sniproxy.transport.base import Candidate
+from sniproxy.transport.local import LocalTransport
 from sniproxy.tunnel.messages import Opened, Ready
 from tests.support.fixed_discovery import record
 from tests.support.hellos import client_hello
@@ -81,9 +84,9 @@ async def opens(visit: Visit) -> None:
 
 
 @asynccontextmanager
-async def local(*rules: Rule, imports: Imports = OWN) -> AsyncIterator[tuple[Running, str, str]]:
-    """A relay with two services of its own network, and the address names of both."""
-    async with a_relay(policy=Policy(rules), imports=imports) as running:
+async def local(*rules: Rule, imports: Imports = OWN, **options: Any) -> AsyncIterator[tuple[Running, str, str]]:
+    """A relay with two services of its own network, and the address names of both; `options` are for `a_relay`."""
+    async with a_relay(policy=Policy(rules), imports=imports, **options) as running:
         orders, db = [await running.serve(echo) for _ in range(2)]
         running.discovery.put(service(ORDERS, f"127.0.0.1:{orders}"), service(DB, f"127.0.0.1:{db}"))
         yield running, name_of(orders), name_of(db)
@@ -241,15 +244,14 @@ async def test_without_a_view_of_discovery() -> None:
         assert [line["reason"] for line in await running.ended(2)] == ["no_view"] * 2
 
 
-async def test_rules_that_change_while_a_local_service_is_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with local(Rule.parse(action="allow", to=[ORDERS])) as (running, _, _):
-        real = running.relay._upstreams.connect
-
-        async def late(*arguments: object) -> object:
-            connected = await real(*arguments)  # type: ignore[arg-type]
+async def test_rules_that_change_while_a_local_service_is_dialled() -> None:
+    class Late(LocalTransport):
+        async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
+            stream = await super().dial(candidate, timeout_s=timeout_s)
             running.discovery.put(service(ORDERS, "127.0.0.1:1"))
-            return connected
+            return stream
 
-        monkeypatch.setattr(running.relay._upstreams, "connect", late)
+    allow = Rule.parse(action="allow", to=[ORDERS])
+    async with local(allow, transports=lambda config: (Late(config),)) as (running, _, _):
         assert not await is_served(running, ORDERS)
         assert (await running.ended())[0]["reason"] == "denied"

@@ -155,18 +155,14 @@ async def test_a_cut_before_ready_is_tried_again(cut: object) -> None:
         assert len({visit.preamble.stream_id for visit in gateway.visits}) == 1
 
 
-async def test_pauses_grow_and_then_it_is_no_permission(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept = []
-    sleep = asyncio.sleep
+async def test_pauses_grow_and_then_it_is_no_permission() -> None:
+    slept: list[float] = []
 
     async def noting(seconds: float) -> None:
-        if seconds in PAUSES:
-            slept.append(seconds)
-        await sleep(0)
+        slept.append(seconds)
 
-    monkeypatch.setattr("sniproxy.relay.upstreams.asyncio.sleep", noting)
     async with scripted(reset) as gateway:
-        error = await failed(upstreams(), [candidate(gateway)])
+        error = await failed(upstreams(sleep=noting), [candidate(gateway)])
         assert gateway.connections == 1 + len(PAUSES)
     assert slept == list(PAUSES)
     assert error.reason is Reason.NO_PERMISSION

@@ -5,7 +5,8 @@ import hashlib
 import os
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -13,22 +14,19 @@ import pytest
 
 from sniproxy.engine import SocketStream
 from sniproxy.streams.end_reason import Reason
-from sniproxy.tunnel.bridge import StreamBridge
+from sniproxy.tunnel.bridge import BridgeTiming, StreamBridge
 from sniproxy.tunnel.capsules import CapsuleType, Control, Payload, header
 from sniproxy.tunnel.connection import RECEIVED_BYTES, CapsuleConnection
-from sniproxy.tunnel.messages import Continued, Finished, Opened, Ready, Received, parse_control
+from sniproxy.tunnel.messages import Continued, Finished, Message, Opened, Ready, Received, parse_control
 from sniproxy.tunnel.state import LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
-from tests.support.streams import nothing_large_kept, pair, read_all, until_reset
+from tests.support.streams import nothing_large_kept, pair, read_all, turns, until_reset
 
 pytestmark = pytest.mark.anyio
 
-LIMITS: dict[str, Any] = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0}
+TIMING = BridgeTiming(linger_s=0.02)
+"""No TURN server is between the two here that would drop what it holds at a close."""
 
-
-@pytest.fixture(autouse=True)
-def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No TURN server is between the two here that would drop what it holds at a cut."""
-    monkeypatch.setattr("sniproxy.tunnel.bridge.LINGER_S", 0.02)
+LIMITS: dict[str, Any] = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0, "timing": TIMING}
 
 
 @dataclass
@@ -45,11 +43,17 @@ class Path:
         return group.create_task(self.relay.run()), group.create_task(self.gateway.run())
 
 
+@pytest.fixture
+def writes() -> list[bytes] | None:
+    """Return None, or a list that gets what each write on the path has written."""
+    return None
+
+
 @pytest.fixture(params=["plain", "tls"])
-async def path(request: pytest.FixtureRequest) -> AsyncIterator[Path]:
-    client, relay_plain = await pair()
-    service, gateway_plain = await pair()
-    relay_wire, gateway_wire = await pair(request.param)
+async def path(request: pytest.FixtureRequest, writes: list[bytes] | None) -> AsyncIterator[Path]:
+    client, relay_plain = await pair(writes=writes)
+    service, gateway_plain = await pair(writes=writes)
+    relay_wire, gateway_wire = await pair(request.param, writes=writes)
     relay, gateway = CapsuleConnection(relay_wire, Side.RELAY), CapsuleConnection(gateway_wire, Side.GATEWAY)
     await gateway.send(Ready())
     await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
@@ -74,7 +78,7 @@ async def test_an_idle_stream_keeps_nothing_of_what_it_moved(path: Path) -> None
             for near, far in ((path.client, path.service), (path.service, path.client)):
                 await near.send(bytes(50_000))
                 assert len(await far.recv_exactly(50_000)) == 50_000
-                await asyncio.sleep(0.01)
+                await turns()
         for end in ends:
             end.cancel()
 
@@ -194,7 +198,7 @@ async def test_a_cut_after_one_end_is_still_a_reset(path: Path) -> None:
         with pytest.raises(OSError, match=r"."):
             while True:
                 await path.service.send(b"x")
-                await asyncio.sleep(0.001)
+                await path.service.writable()
     assert [end.result() for end in ends] == [Reason.TRUNCATED, Reason.TRUNCATED]
 
 
@@ -256,25 +260,18 @@ async def test_a_broken_protocol_ends_the_stream(wrong: bytes) -> None:
     peer.close()
 
 
-async def test_a_small_message_costs_one_write_each_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Header and payload leave in one send: counted, not timed."""
-    writes = 0
-    try_send = SocketStream.try_send
-
-    def counting(self: SocketStream, *arguments: object, **options: object) -> int:
-        nonlocal writes
-        writes += 1
-        return try_send(self, *arguments, **options)  # type: ignore[arg-type]
-
+@pytest.mark.parametrize("writes", [[]])
+async def test_a_small_message_costs_one_write_each_way(path: Path, writes: list[bytes]) -> None:
+    """Header and payload leave in one write: counted, not timed."""
     async with asyncio.TaskGroup() as group:
         await path.run(group)
-        monkeypatch.setattr(SocketStream, "try_send", counting)
+        writes.clear()
         for _ in range(10):
             await path.client.send(b"ping")
             await path.service.recv_exactly(4)
             await path.service.send(b"pong")
             await path.client.recv_exactly(4)
-        assert writes == 10 * 6
+        assert len(writes) == 10 * 6
         path.client.close()
         path.service.close()
 
@@ -295,20 +292,26 @@ class Half:
         return StreamBridge(self.our_plain, self.ours, side, **{**LIMITS, **options})
 
 
-@pytest.fixture(params=[Side.RELAY, Side.GATEWAY], ids=["relay", "gateway"])
-async def half(request: pytest.FixtureRequest) -> AsyncIterator[Half]:
-    """An opened stream with the carry of this side to be made by the test."""
+@asynccontextmanager
+async def a_half(side: Side, kind: type[CapsuleConnection] = CapsuleConnection) -> AsyncIterator[Half]:
+    """An opened stream; the test makes the bridge of this side, over a connection of this kind."""
     plain, our_plain = await pair()
-    relay_wire, gateway_wire = await pair()
-    relay, gateway = CapsuleConnection(relay_wire, Side.RELAY), CapsuleConnection(gateway_wire, Side.GATEWAY)
+    relay_stream, gateway_stream = await pair()
+    relay, gateway = kind(relay_stream, Side.RELAY), kind(gateway_stream, Side.GATEWAY)
     await gateway.send(Ready())
     await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
     await relay.next_message()
     await relay.next_message()
-    ours, peer = (relay, gateway) if request.param is Side.RELAY else (gateway, relay)
+    ours, peer = (relay, gateway) if side is Side.RELAY else (gateway, relay)
     yield Half(plain, peer, ours, our_plain)
-    for wire in (plain, our_plain, relay_wire, gateway_wire):
-        wire.close()
+    for stream in (plain, our_plain, relay_stream, gateway_stream):
+        stream.close()
+
+
+@pytest.fixture(params=[Side.RELAY, Side.GATEWAY], ids=["relay", "gateway"])
+async def half(request: pytest.FixtureRequest) -> AsyncIterator[Half]:
+    async with a_half(request.param) as half:
+        yield half
 
 
 RELAY = pytest.mark.parametrize("half", [Side.RELAY], indirect=True, ids=["relay"])
@@ -328,13 +331,10 @@ async def payload_of(framed: CapsuleConnection, *, until: type[object] | None = 
 
 
 @RELAY
-async def test_a_lost_client_does_not_keep_an_upload_that_stands_still(
-    half: Half, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_lost_client_does_not_keep_an_upload_that_stands_still(half: Half) -> None:
     """Its reset is found by writing to it, while what it sent before waits for a gateway that takes nothing."""
-    monkeypatch.setattr("sniproxy.tunnel.bridge.LIMIT_STALLED_S", 0.05)
     async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(Side.RELAY).run())
+        carrying = group.create_task(half.carry(Side.RELAY, timing=replace(TIMING, stalled_s=0.05)).run())
         try:
             async with asyncio.timeout(0.3):
                 while True:
@@ -343,29 +343,26 @@ async def test_a_lost_client_does_not_keep_an_upload_that_stands_still(
             pass  # all buffers up to the gateway are full
         half.plain.reset()
         async with asyncio.timeout(10):
-            while not carrying.done():
-                try:
-                    await half.peer.send_data(b"x")
-                except OSError:
-                    break
-                await asyncio.sleep(0.01)
+            await half.peer.send_data(b"to nobody")
             assert await carrying is Reason.CLIENT_RESET
 
 
-async def test_where_the_confirmation_fails_the_stream_is_cut(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody reads on there, so nobody else would notice."""
-    send = CapsuleConnection.send
+class Unconfirmed(CapsuleConnection):
+    """A connection that is gone when the end is to be confirmed."""
 
-    async def failing(self: CapsuleConnection, message: object) -> None:
-        if isinstance(message, Finished):
+    async def send(self, *messages: Message, data: bytes = b"") -> None:
+        if any(isinstance(message, Finished) for message in messages):
             raise ConnectionResetError("the connection is gone")
-        await send(self, message)  # type: ignore[arg-type]
+        await super().send(*messages, data=data)
 
-    monkeypatch.setattr(CapsuleConnection, "send", failing)
-    await half.peer.send_data(b"all", final=True)
-    side = half.ours.ends._side
-    async with asyncio.timeout(5):
-        assert await half.carry(side).run() is Reason.TRUNCATED
+
+@pytest.mark.parametrize("side", list(Side))
+async def test_where_the_confirmation_fails_the_stream_is_cut(side: Side) -> None:
+    """Nobody reads on there, so nobody else would notice."""
+    async with a_half(side, Unconfirmed) as half:
+        await half.peer.send_data(b"all", final=True)
+        async with asyncio.timeout(5):
+            assert await half.carry(side).run() is Reason.TRUNCATED
 
 
 async def test_cancelled_before_the_first_step(half: Half) -> None:
@@ -403,11 +400,9 @@ async def test_bytes_that_were_read_with_the_preamble_go_first(half: Half) -> No
 
 @RELAY
 @pytest.mark.parametrize("failures", [0, 3])
-async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(
-    half: Half, failures: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(half: Half, failures: int) -> None:
     """Where it is not to be had at once, as on a link that is full, it is asked for again."""
-    monkeypatch.setattr("sniproxy.tunnel.bridge.SECOND_AGAIN_S", (0.01, 0.02, 0.03))
+    timing = replace(TIMING, second_retry_s=(0.01, 0.02, 0.03))
     ours, theirs = await pair()
     second = CapsuleConnection(theirs, Side.GATEWAY)
     payload = os.urandom(1 << 20)
@@ -419,7 +414,7 @@ async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(
         return CapsuleConnection(ours, Side.RELAY)
 
     async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(Side.RELAY, second=dial).run())
+        carrying = group.create_task(half.carry(Side.RELAY, second=dial, timing=timing).run())
         group.create_task(_send_and_end(half.plain, payload))
         before = await payload_of(half.peer, until=Continued)
         assert 0 < half.peer.received <= LIMIT_UNRECEIVED + 8, "what a TURN server may hold"
@@ -506,15 +501,15 @@ async def test_continued_on_the_second_connection(half: Half) -> None:
 
 
 @GATEWAY
-async def test_continued_and_then_nothing(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sniproxy.tunnel.bridge.LIMIT_DONE_S", 0.05)
+async def test_continued_and_then_nothing(half: Half) -> None:
     await half.peer.send(Continued())
 
     async def never() -> CapsuleConnection:
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 
+    timing = replace(TIMING, done_s=0.05)
     async with asyncio.timeout(5):
-        assert await half.carry(Side.GATEWAY, second=never).run() is Reason.TRUNCATED
+        assert await half.carry(Side.GATEWAY, second=never, timing=timing).run() is Reason.TRUNCATED
 
 
 @GATEWAY

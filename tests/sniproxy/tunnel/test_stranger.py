@@ -7,6 +7,7 @@ import pathlib
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.support.fixed_discovery import record
 from tests.support.hellos import EARLY_DATA, client_hello
 from tests.support.relays import ALERT, Running, a_relay, name_of
 from tests.support.scripted_gateways import KEY
-from tests.support.streams import read_all
+from tests.support.streams import read_all, until
 
 pytestmark = pytest.mark.anyio
 
@@ -74,7 +75,7 @@ def test_it_refuses_what_we_refuse(vector: dict[str, str]) -> None:
 
 
 @asynccontextmanager
-async def running(gateway: StrangerGateway, **config: object) -> AsyncIterator[Running]:
+async def running(gateway: StrangerGateway, **config: Any) -> AsyncIterator[Running]:
     """Our relay in network a, and the stranger in network b: where it is dialled, or where an allocation would be."""
     async with (
         a_relay(**config) as relay,
@@ -184,9 +185,7 @@ async def test_a_warm_connection() -> None:
             await _upload(client, b"question")
             assert await read_all(client) == b"got " + client_hello(name) + b"question"
             client.close()
-            async with asyncio.timeout(10):
-                while not relay.sample("crossnet_relay_warm_streams_ready"):
-                    await asyncio.sleep(0.005)
+            await until(lambda: relay.sample("crossnet_relay_warm_streams_ready"))
         ended = await relay.ended(2)
     assert [event["reason"] for event in ended] == ["ok", "ok"]
     assert "open" in gateway.log
