@@ -1,13 +1,15 @@
 """Polling, for state that a real process or a kernel object does not announce. Where there is an event, wait for the event instead.
 
     wait_until("the relay is ready", lambda: mesh.ready("relay"))
-    await eventually("the stream is logged", lambda: log.events)
+    await eventually("the socket is closed", lambda: wire.closed)
 
 No test asserts how long a wait took: the limit only ends a test that would otherwise hang.
 """
 
 import asyncio
+import contextlib
 import inspect
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -15,14 +17,14 @@ from typing import TypeVar
 Found = TypeVar("Found")
 
 LIMIT_S = 30.0
-"""Far longer than anything that works takes, even on a loaded machine; below pytest's limit of 60 s, so that the message names the wait."""
+"""Far longer than anything that works takes, even under load. Below pytest's limit of 60 s, so that the error names the wait."""
 
 POLL_INTERVAL_S = 0.01
 
 
 def wait_until(
     what: str,
-    holds: Callable[[], Found],
+    holds: Callable[[], Found | None],
     limit_s: float = LIMIT_S,
     *,
     details: Callable[[], str] | None = None,
@@ -69,6 +71,13 @@ async def eventually(
         if expired:
             raise _expired(what, limit_s, details)
         await asyncio.sleep(POLL_INTERVAL_S)
+
+
+def listens(address: str, port: int) -> bool:
+    """Return whether a connection to this port is accepted, within a second."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), 1):
+        return True
+    return False
 
 
 def _expired(what: str, limit_s: float, details: Callable[[], str] | None) -> AssertionError:
