@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from bench.__main__ import choose
 from bench.worker import ROOT
+from tests.support.waiting import wait_until
 
 COMMAND = [sys.executable, "-m", "bench"]
 TINY = ["--rounds", "1", "--seconds", "0.05", "--idle", "4"]
@@ -93,15 +93,13 @@ def test_nothing_is_left_behind_by_a_signal(tmp_path: Path, number: signal.Signa
     arguments = ["--seconds", "30", "--only", "up-1", "relay", "--json", str(tmp_path / "it.json")]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE) as process:
-        while not any("crossnet run" in command for command in processes(tmp_path)):
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_until(lambda: any("crossnet run" in command for command in processes(tmp_path)), what="a role runs")
+        assert process.poll() is None
         process.send_signal(number)
         process.communicate(timeout=20)
-    deadline = time.monotonic() + 10
-    while processes(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert processes(tmp_path) == []
+    wait_until(
+        lambda: not processes(tmp_path), what="no process is left", details=lambda: "\n".join(processes(tmp_path))
+    )
 
 
 def test_a_name_that_means_nothing_is_an_error(tmp_path: Path) -> None:

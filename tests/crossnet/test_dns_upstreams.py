@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.dns_servers import free_port
 from tests.support.running import Running, running
-from tests.support.waiting import eventually_blocking
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.interop, pytest.mark.needs("named", "dig")]
 
@@ -54,7 +54,7 @@ zone "example.test" {{ type primary; file "zone"; }};
             assert process.poll() is None, log.read_text()
             return re.search(r"\d running\n", log.read_text()) is not None
 
-        eventually_blocking(runs, limit_s=20)
+        wait_until(runs, limit_s=20)
         yield port
     finally:
         process.terminate()

@@ -13,8 +13,8 @@ from discovery.client.client import DiscoveryClient
 from discovery.client.config import DiscoveryClientConfig
 from discovery.model.mesh import Kind, RelaySpec
 from discovery.store import EtcdAccess, EtcdStore, EtcdTiming
-from tests.discovery.waiting import eventually
 from tests.support.etcd_cluster import Member, etcd_cluster, etcd_hosts
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop, pytest.mark.slow]
 

@@ -1,15 +1,13 @@
-"""Waiting in tests: for a log line, for a state of a store, and, where nothing tells of a change, by looking again."""
+"""Waiting for what discovery does: for a log line, and for a state of a store. For the rest see `tests.support.waiting`."""
 
 import asyncio
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from discovery.store import Store
 
 DEADLINE_S = 20.0
-LOOK_EVERY_S = 0.02
 
 
 class LogWaiter(logging.Handler):
@@ -60,14 +58,6 @@ async def stored(store: Store, holds: Callable[[], object]) -> None:
                 changed.clear()
     finally:
         stop()
-
-
-async def eventually(holds: Callable[[], object], limit_s: float = DEADLINE_S) -> Any:
-    """Call until the result is true, and return it: for the state of other processes and of sockets, which give no event."""
-    async with asyncio.timeout(limit_s):
-        while not (found := await _value(holds())):
-            await asyncio.sleep(LOOK_EVERY_S)
-    return found
 
 
 async def _value(found: object) -> object:

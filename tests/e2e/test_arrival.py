@@ -1,6 +1,5 @@
 """How clients arrive at a relay: behind a load balancer that speaks PROXY, and over a limit."""
 
-import asyncio
 from dataclasses import replace
 from ipaddress import IPv4Network
 from typing import Any
@@ -12,6 +11,7 @@ from sniproxy.formats.proxy_protocol import Command, ProxyHeader
 from tests.support.hellos import client_hello, padding
 from tests.support.path import Path, a_path, name_of
 from tests.support.streams import read_all
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -32,10 +32,7 @@ def reconfigure(path: Path, **changes: Any) -> None:
 
 
 async def relay_line(path: Path, count: int = 1) -> dict[str, object]:
-    async with asyncio.timeout(10):
-        while len(path.relay_log.events) < count:
-            await asyncio.sleep(0.01)
-    return path.relay_log.events[count - 1]
+    return (await path.relay_log.wait_for(count))[count - 1]
 
 
 @pytest.mark.parametrize("header", [V1, V2])
@@ -207,8 +204,7 @@ async def test_unfinished_hellos_are_bounded_together() -> None:
         large = client_hello("a.example", padding(30_000))
         waiting = await path.connect()
         await waiting.send(large[:-1])
-        while path.relay._hellos.held < len(large) - 1:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: path.relay._hellos.held == len(large) - 1, what="the relay has read all but one byte")
         refused = await path.connect()
         await refused.send(large)
         assert await read_all(refused) == INTERNAL_ERROR

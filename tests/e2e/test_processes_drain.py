@@ -52,8 +52,7 @@ async def test_a_relay_that_is_asked_to_end_lets_its_streams_end(tmp_path: Path)
             mesh["relay"].send_signal(signal.SIGTERM)
             await mesh.eventually("it says that it is not ready", lambda: not mesh.ready("relay"))
             await mesh.eventually("no resolver names it any more", lambda: not mesh.records("gateway", "relay"))
-            while not await refused(mesh):
-                await asyncio.sleep(0.05)
+            await mesh.eventually("it accepts no more connections", lambda: refused(mesh))
             assert mesh["relay"].alive
             for one in held:
                 await one.ping()

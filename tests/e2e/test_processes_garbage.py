@@ -12,8 +12,9 @@ import pytest
 from discovery.model.addresses import parse_endpoint
 from sniproxy.engine import SocketStream, connect
 from tests.support.hellos import client_hello, message, records, supported_versions
-from tests.support.processes import LIMIT_S, Loopback, Mesh, standing
+from tests.support.processes import Loopback, Mesh, standing
 from tests.support.talk import talking
+from tests.support.waiting import LIMIT_S
 
 pytestmark = pytest.mark.anyio
 

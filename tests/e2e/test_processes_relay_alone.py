@@ -1,9 +1,7 @@
 """`crossnet run -c FILE` with a static mesh and nothing around it, before real TLS services and with real clients."""
 
 import contextlib
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +9,9 @@ import pytest
 
 from crossnet.lab import service
 from crossnet.lab.certificates import Authority
-from tests.support.processes import LIMIT_S, LOOK_EVERY_S, Part
+from tests.support.processes import Part
 from tests.support.running import curl, free_port, running
+from tests.support.waiting import LIMIT_S, listens, wait_until
 
 pytestmark = pytest.mark.interop
 
@@ -40,12 +39,7 @@ def served(kind: str, folder: Path) -> Iterator[int]:
     program = Part("service", service.command(kind, "127.0.0.1", port, certificate, authority.path, folder), folder)
     try:
         program.start()
-        deadline = time.monotonic() + LIMIT_S
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert time.monotonic() < deadline, program.tail()
-            time.sleep(LOOK_EVERY_S)
+        wait_until(lambda: listens("127.0.0.1", port), what="the service listens", details=program.tail)
         yield port
     finally:
         program.kill()

@@ -30,6 +30,7 @@ from sniproxy.tunnel.state import Side
 from tests.support.hellos import client_hello
 from tests.support.running import Running
 from tests.support.stream_requests import upstreams
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
@@ -235,13 +236,12 @@ async def test_an_upgrade_takes_no_replay_and_loses_no_stream(site: Site) -> Non
         for number in range(len(relays)):
             group.create_task(honest(number))
         group.create_task(replaying())
-        await asyncio.sleep(0.2)
+        await eventually(lambda: streams >= 20 and words, what="streams before the upgrade")
         second = site.start()
         await asyncio.to_thread(second.started)
         await asyncio.to_thread(first.wait_for, "handed_over")
         before = streams
-        while streams < before + 20:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: streams >= before + 20, what="streams after the upgrade")
         over.set()
     assert words == {"replay", "stale_epoch"}
     assert first.process.wait(20) == 0

@@ -108,14 +108,17 @@ async def test_streams_go_on_while_discovery_is_dead_and_all_settles_when_it_is_
 async def test_a_discovery_server_that_comes_back_empty_is_told_everything_anew(steady: Mesh) -> None:
     kinds = ("turn", "relay", "allocation")
     before = {kind: steady.records("gateway", kind)[0]["spec"] for kind in kinds}
+
+    async def written_again() -> bool:
+        records = await asyncio.to_thread(steady.records_at_the_server)
+        return {record["kind"] for record in records} >= {*kinds}
+
     async with talking(steady) as talk, all_ended_well(steady):
         steady["discovery"].kill()
         steady.forget_all()
         steady.start("discovery")
         async with talk.going_on():
-            # The test's time-out is the limit.
-            while {record["kind"] for record in await asyncio.to_thread(steady.records_at_the_server)} < {*kinds}:
-                await asyncio.sleep(0.1)
+            await steady.eventually("the server has the records again", written_again)
             await steady.eventually("the relay has the new view", lambda: connected(steady, "relay"))
         after = {kind: steady.records("gateway", kind)[0]["spec"] for kind in kinds}
         assert after == before

@@ -20,6 +20,7 @@ from discovery.model.mesh import Kind
 from sniproxy.engine import SocketStream
 from tests.support.processes import Loopback, Mesh, standing
 from tests.support.running import Running, free_port, running
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -272,10 +273,7 @@ class Led:
         return [line for line in self.gateway.events("registration_failed") if line["reason"] == reason]
 
     def until(self, what: str, holds: Any) -> None:
-        deadline = time.monotonic() + 20
-        while not holds():
-            assert time.monotonic() < deadline, f"{what}\n{self.gateway.log.read_text()[-3000:]}"
-            time.sleep(0.02)
+        wait_until(holds, what=what, details=lambda: self.gateway.log.read_text()[-3000:])
 
 
 PIN = {"allow": ["127.0.0.0/8"]}

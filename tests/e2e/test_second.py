@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from sniproxy.engine import SocketStream
-from sniproxy.relay.upstreams import Connected, Upstreams
+from sniproxy.relay.upstreams import Connected
 from sniproxy.transport.base import Candidate
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.relay_handshake import StreamRequest
@@ -81,12 +81,12 @@ async def test_a_stream_of_many_small_messages_keeps_one_connection(turn: str) -
     assert "second" not in relay[0]
 
 
-async def test_without_a_second_connection_an_upload_still_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_second_connection_an_upload_still_arrives() -> None:
     async def none(*_: object) -> CapsuleConnection:
         raise ConnectionError("refused by the test")
 
-    monkeypatch.setattr(Upstreams, "second", none)
     async with a_path("embedded") as path:
+        path.relay._upstreams.second = none  # type: ignore[assignment, method-assign]
 
         async def service(wire: SocketStream) -> None:
             await wire.recv_exactly(len(client_hello(name)))
@@ -111,20 +111,18 @@ async def _cut_while_sending(client: SocketStream) -> bool:
 
 
 @pytest.mark.parametrize("turn", TURNS)
-async def test_a_cut_second_connection_is_a_cut_stream(turn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cut_second_connection_is_a_cut_stream(turn: str) -> None:
     seconds: list[CapsuleConnection] = []
     dialled = asyncio.Event()
-    dial = Upstreams.second
-
-    async def kept(
-        self: Upstreams, call: StreamRequest, candidate: Candidate, attempts: Iterator[int]
-    ) -> CapsuleConnection:
-        seconds.append(await dial(self, call, candidate, attempts))
-        dialled.set()
-        return seconds[0]
-
-    monkeypatch.setattr(Upstreams, "second", kept)
     async with a_path(turn) as path:
+        dial = path.relay._upstreams.second
+
+        async def kept(call: StreamRequest, candidate: Candidate, attempts: Iterator[int]) -> CapsuleConnection:
+            seconds.append(await dial(call, candidate, attempts))
+            dialled.set()
+            return seconds[0]
+
+        path.relay._upstreams.second = kept  # type: ignore[assignment, method-assign]
         arrived: asyncio.Future[SocketStream] = asyncio.get_running_loop().create_future()
         done = asyncio.Event()
 

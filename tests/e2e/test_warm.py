@@ -11,6 +11,7 @@ from sniproxy.engine import SocketStream
 from tests.support.hellos import client_hello
 from tests.support.path import ALLOCATION, Path, a_path, name_of
 from tests.support.streams import read_all
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 
@@ -41,9 +42,7 @@ async def ask(path: Path, name: str, question: bytes = b"question") -> None:
 
 
 async def filled(path: Path, count: int = 2) -> None:
-    async with asyncio.timeout(10):
-        while path.relay._upstreams.pool.ready < count:
-            await asyncio.sleep(0.005)
+    await eventually(lambda: path.relay._upstreams.pool.ready >= count, what=f"{count} warm streams are ready")
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -86,9 +85,7 @@ async def test_a_gateway_that_drains_lets_go_what_is_kept_ready(turn: str) -> No
         await ask(path, name)
         await filled(path)
         path.gateway.close()
-        async with asyncio.timeout(10):
-            while path.relay._upstreams.pool.ready:
-                await asyncio.sleep(0.005)
+        await eventually(lambda: not path.relay._upstreams.pool.ready, what="no warm stream is left at the relay")
         assert len(path.gateway._warm) == 0
 
 
@@ -102,6 +99,4 @@ async def test_a_record_that_goes_ends_what_was_kept_ready_for_it(turn: str) -> 
             path.discovery.remove(Kind.GATEWAY, "b", "gw-1")
         else:
             path.discovery.remove(Kind.ALLOCATION, "b", ALLOCATION)
-        async with asyncio.timeout(10):
-            while len(path.gateway._warm):
-                await asyncio.sleep(0.005)
+        await eventually(lambda: not len(path.gateway._warm), what="no warm stream is left at the gateway")

@@ -11,6 +11,7 @@ import pytest
 import trustme
 
 from tests.support.embedded_turn import Embedded, embedded
+from tests.support.waiting import eventually
 from turnreg.server import Limits
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -122,8 +123,7 @@ async def test_aioice(server: Embedded, over: str) -> None:
         peer_transport.sendto(b"to the client", relayed)
         assert await client.queue.get() == (b"to the client", peer_transport.get_extra_info("sockname"))
         transport.close()
-        while server.metric("crossnet_turn_allocations"):
-            await asyncio.sleep(0.01)
+        await eventually(lambda: not server.metric("crossnet_turn_allocations"), what="the allocation is deleted")
     peer_transport.close()
 
 

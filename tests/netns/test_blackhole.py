@@ -12,9 +12,9 @@ import uvloop
 
 from tests.support.embedded_turn import embedded
 from tests.support.hosts import Namespace
-from tests.support.polling import eventually
 from tests.support.registered import ID, registrar, relay, turn
 from tests.support.turn_servers import RunningServer
+from tests.support.waiting import eventually
 from turnreg.client.allocation import Timing
 
 HERE, THERE = "198.18.7.1", "198.18.7.2"

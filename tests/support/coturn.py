@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.support.polling import eventually_true
+from tests.support.waiting import wait_until
 
 START_TIMEOUT_S = 15.0
 RELAY_PORTS = 100
@@ -86,11 +86,21 @@ class Coturn:
                 cwd=self._directory,
             )
         process = self._process
-        started = eventually_true(lambda: process.poll() is not None or self._answers(), START_TIMEOUT_S)
-        if not started or process.poll() is not None:
-            output_text = (self._directory / "output").read_text(errors="replace")
+
+        def output_text() -> str:
+            return f"coturn did not start:\n{(self._directory / 'output').read_text(errors='replace')}\n{self.log}"
+
+        try:
+            wait_until(
+                lambda: process.poll() is not None or self._answers(),
+                START_TIMEOUT_S,
+                what="start",
+                details=output_text,
+            )
+            assert process.poll() is None, output_text()
+        except AssertionError:
             self.kill()
-            raise RuntimeError(f"coturn did not start:\n{output_text}\n{self.log}")
+            raise
 
     def stop(self) -> None:
         """End it as an operator would (SIGTERM), at the latest after two seconds by SIGKILL."""

@@ -50,11 +50,24 @@ class LogLines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.events: list[dict[str, object]] = []
+        self._changed = asyncio.Event()
 
     def emit(self, line: logging.LogRecord) -> None:
         event = getattr(line, "event", None)
         if event is not None:
             self.events.append(event)
+            self._changed.set()
+
+    async def wait_for(self, count: int, limit_s: float = 20) -> list[dict[str, object]]:
+        """Wait until `count` events are logged, and return all. AssertionError if they do not come in time."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while len(self.events) < count:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise AssertionError(f"not within {limit_s:g} s: {count} log events; logged: {self.events}") from None
+        return self.events
 
 
 @dataclass
@@ -93,10 +106,7 @@ class Path:
         self, count: int = 1, limit_s: float = 20
     ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
         """Wait until both ends have logged the end of `count` streams, and give their lines."""
-        async with asyncio.timeout(limit_s):
-            while len(self.relay_log.events) < count or len(self.gateway_log.events) < count:
-                await asyncio.sleep(0.01)
-        return self.relay_log.events, self.gateway_log.events
+        return await self.relay_log.wait_for(count, limit_s), await self.gateway_log.wait_for(count, limit_s)
 
 
 def name_of(port: int, address: str = "127.0.0.1") -> str:

@@ -19,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
@@ -35,6 +34,7 @@ from crossnet.lab.program import Program
 from sniproxy.engine import Listener, SocketStream
 from sniproxy.engine import connect as connect_wire
 from tests.support.hellos import client_hello
+from tests.support.waiting import LIMIT_S, eventually, wait_until
 
 TURNS = [
     pytest.param("coturn", marks=[pytest.mark.interop, pytest.mark.needs("turnserver")]),
@@ -43,11 +43,7 @@ TURNS = [
 """The TURN servers, of which each must hold what the other does."""
 
 DOMAIN = "svc.mesh.internal"
-LIMIT_S = 30.0
-"""How long a test waits for what must come; nothing is asserted of how long it took."""
-
 ASK_TIMEOUT_S = 2.0
-LOOK_EVERY_S = 0.02
 END_TIMEOUT_S = 20.0
 
 SECOND_ADMIN_PORT = 8795
@@ -341,21 +337,24 @@ class Mesh:
         ]
 
     def until(self, part: str, what: str, holds: Callable[[], bool]) -> None:
-        """Wait, without a loop, until something holds of a part that runs."""
-        deadline = time.monotonic() + LIMIT_S
-        while not holds():
-            assert self[part].alive, f"{part} has ended:\n{self[part].tail()}"
-            assert time.monotonic() < deadline, f"{part}: not within {LIMIT_S:g} s: {what}\n{self[part].tail()}"
-            time.sleep(LOOK_EVERY_S)
+        """Block until a condition holds. Raises AssertionError if the part ends before that."""
 
-    async def eventually(self, what: str, holds: Callable[[], object], limit_s: float = LIMIT_S) -> None:
-        """Wait in the loop until something holds."""
-        deadline = time.monotonic() + limit_s
-        while not holds():
-            if time.monotonic() > deadline:
-                logs = (f"\n  {part}: {line[:300]}" for part in self._started for line in self.lines(part)[-3:])
-                raise AssertionError(f"not within {limit_s:g} s: {what}{''.join(logs)}")
-            await asyncio.sleep(LOOK_EVERY_S)
+        def holds_while_alive() -> bool:
+            held = holds()
+            assert held or self[part].alive, f"{part} has ended:\n{self[part].tail()}"
+            return held
+
+        wait_until(holds_while_alive, what=f"{part}: {what}", details=lambda: self[part].tail())
+
+    async def eventually(
+        self, what: str, holds: Callable[[], Awaitable[object] | object], limit_s: float = LIMIT_S
+    ) -> None:
+        """Wait in the event loop until a condition holds. The error has the last lines of every part's log."""
+
+        def logs() -> str:
+            return "\n".join(f"  {part}: {line[:300]}" for part in self._started for line in self.lines(part)[-3:])
+
+        await eventually(holds, limit_s, what=what, details=logs)
 
     # Streams
 

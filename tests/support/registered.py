@@ -20,8 +20,8 @@ from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, RelaySpec, Spec, TurnSpec
 from discovery.pacing.backoff import Backoff
 from sniproxy.transport.base import Accepted
-from tests.support.polling import eventually
 from tests.support.turn_servers import LOGIN, RunningServer
+from tests.support.waiting import eventually
 from turnreg.client.allocation import Timing
 from turnreg.registrar import registrar as registrar_module
 from turnreg.registrar.allocation_factory import LookUp, look_up

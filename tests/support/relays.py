@@ -24,7 +24,7 @@ from tests.support.fixed_discovery import FixedDiscovery, record
 from tests.support.hellos import client_hello
 from tests.support.path import LogLines
 from tests.support.scripted_gateways import KEY, KEY_C, ScriptedGateway
-from tests.support.streams import until
+from tests.support.waiting import eventually
 
 DOMAIN = "svc.mesh.internal"
 LOOPBACK = TargetList.parse(["127.0.0.0/8", "[::1/128]"])
@@ -105,7 +105,7 @@ class Running:
 
     async def opened(self, count: int = 1, *, state: str = "open") -> None:
         """Wait until so many streams are open, or in another state."""
-        await until(lambda: sum(row["state"] == state for row in self.relay.ledger.rows()) >= count)
+        await eventually(lambda: sum(row["state"] == state for row in self.relay.ledger.rows()) >= count)
 
     def sample(self, name: str, **labels: str) -> float:
         """A metric's value."""

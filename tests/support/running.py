@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from crossnet.lab.certificates import Authority
 from crossnet.lab.service import command as service_command
+from tests.support.waiting import listens, wait_until
 
 START_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 20.0
@@ -43,15 +43,16 @@ class Running:
 
     def wait_for(self, name: str, count: int = 1) -> dict[str, Any]:
         """Wait until it has logged so many events of this name; return the last."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            with contextlib.suppress(ValueError):  # half a line so far
-                if len(found := self.events(name)) >= count:
-                    return found[-1]
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.02)
-        raise AssertionError(f"no event {name}:\n{self.log.read_text()}")
+
+        def found() -> dict[str, Any] | None:
+            ended = self.process.poll() is not None  # asked first: what it logged at its end still counts
+            with contextlib.suppress(ValueError):  # the last line is not complete yet
+                if len(events := self.events(name)) >= count:
+                    return events[-1]
+            assert not ended, f"the process ended without event {name}:\n{self.log.read_text()}"
+            return None
+
+        return wait_until(found, START_TIMEOUT_S, what=f"event {name}", details=self.log.read_text)
 
     def started(self) -> dict[str, list[str]]:
         """Wait until it has started; return where it listens."""
@@ -106,13 +107,14 @@ def mutual_tls_service(folder: Path, *names: str) -> Iterator[tuple[int, list[st
             stderr=subprocess.STDOUT,
         )
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert process.poll() is None, (folder / "service.log").read_text()
-            assert time.monotonic() < deadline, "the service does not start"
-            time.sleep(0.02)
+        log = folder / "service.log"
+        wait_until(
+            lambda: listens("127.0.0.1", port) or process.poll() is not None,
+            START_TIMEOUT_S,
+            what="the service listens",
+            details=log.read_text,
+        )
+        assert process.poll() is None, log.read_text()
         trust = ["--cacert", str(authority.path), "--cert", str(client.certificate), "--key", str(client.key)]
         yield port, trust
     finally:

@@ -6,7 +6,7 @@ import gc
 import socket
 import ssl
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,13 +105,6 @@ async def turns(count: int = 10) -> None:
     """Let the event loop make so many passes."""
     for _ in range(count):
         await asyncio.sleep(0)
-
-
-async def until(holds: Callable[[], object], limit_s: float = 20) -> None:
-    """Wait until something holds that offers no event, such as a count of open descriptors."""
-    async with asyncio.timeout(limit_s):
-        while not holds():
-            await asyncio.sleep(0.001)
 
 
 async def until_reset(wire: ByteStream, limit_s: float = 20) -> None:

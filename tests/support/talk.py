@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager, suppress
 
 from sniproxy.engine import SocketStream
 from tests.support.hellos import client_hello
-from tests.support.processes import LIMIT_S, Mesh
+from tests.support.processes import Mesh
 from tests.support.streams import read_all, until_reset
+from tests.support.waiting import LIMIT_S
 
 
 class Held:

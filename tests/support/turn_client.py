@@ -6,7 +6,7 @@ import socket
 import struct
 from typing import Self
 
-from tests.support.polling import eventually_true
+from tests.support.waiting import wait_until
 from turnreg.stun.auth import long_term_key
 from turnreg.stun.message import (
     MAX_INDICATION_BYTES,
@@ -250,8 +250,8 @@ def noise(size: int) -> bytes:
     return os.urandom(size)
 
 
-def until_refused(address: tuple[str, int], within_s: float = 5.0) -> bool:
-    """Whether the port is closed within that time."""
+def until_refused(address: tuple[str, int]) -> bool:
+    """Wait until the port is closed; never False."""
 
     def is_refused() -> bool:
         try:
@@ -262,4 +262,4 @@ def until_refused(address: tuple[str, int], within_s: float = 5.0) -> bool:
             pass
         return False
 
-    return eventually_true(is_refused, within_s)
+    return wait_until(is_refused)

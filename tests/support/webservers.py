@@ -6,16 +6,15 @@ The answer to any request is one line: the client's address and port, and the ad
 """
 
 import contextlib
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from crossnet.lab.certificates import Credential
-from tests.support.processes import LIMIT_S, LOOK_EVERY_S, Part
+from tests.support.processes import Part
 from tests.support.running import free_port
+from tests.support.waiting import listens, wait_until
 
 WEBSERVERS = [
     pytest.param("nginx", marks=pytest.mark.needs("nginx")),
@@ -84,13 +83,10 @@ def webserver(kind: str, folder: Path, certificate: Credential | None = None) ->
     program = Part(kind, command, folder)
     try:
         program.start()
-        deadline = time.monotonic() + LIMIT_S
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert program.alive, program.tail()
-            assert time.monotonic() < deadline, program.tail()
-            time.sleep(LOOK_EVERY_S)
+        wait_until(
+            lambda: listens("127.0.0.1", port) or not program.alive, what=f"{kind} listens", details=program.tail
+        )
+        assert program.alive, program.tail()
         yield port
     finally:
         program.kill()

@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AllocationSpec, AnyRecord, Kind, Mesh, Record, Spec
 from sniproxy.transport.base import Accepted
-from tests.support.polling import eventually
 from tests.support.registered import QUICK, HandDiscovery, rank, relay, turn
 from tests.support.turn_servers import LOGIN, turn_server
+from tests.support.waiting import eventually
 from turnreg.registrar.registrar import Registrar, RegistrarConfig
 
 pytestmark = pytest.mark.anyio

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.running import Running, curl, free_port, mutual_tls_service, running
-from tests.support.waiting import eventually_blocking
+from tests.support.waiting import wait_until
 
 NAME = "orders.shop.example"
 RELAY = """
@@ -113,7 +113,7 @@ def test_a_draining_relay_ends_its_streams_well(tmp_path: Path, service: tuple[P
     with running(tmp_path, RELAY.format(port=service[1], drain="200ms")) as process:
         with connect(process) as client:
             client.sendall(b"\x16\x03\x01")  # a hello that never gets whole: a stream that is open
-            eventually_blocking(lambda: '"state"' in process.ask("/streams")[1])
+            wait_until(lambda: '"state"' in process.ask("/streams")[1])
             assert process.end() == 143
         assert process.events("cut")[0]["streams"] == 1
         assert process.events("draining")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.hellos import client_hello
 from tests.support.running import running
-from tests.support.waiting import eventually_blocking
+from tests.support.waiting import wait_until
 
 FILE = """
 network: a
@@ -47,4 +47,4 @@ def test_a_service_is_reached_on_its_own_port(tmp_path: Path) -> None:
                 ports: list[int] = next(record["spec"]["ports"] for record in records if record["kind"] == "relay")
                 return ports
 
-            eventually_blocking(lambda: published() == sorted({own, inside}))
+            wait_until(lambda: published() == sorted({own, inside}))

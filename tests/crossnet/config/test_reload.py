@@ -19,7 +19,7 @@ from discovery.model.mesh import Kind
 from tests.support.hellos import client_hello
 from tests.support.running import Running, free_port, running
 from tests.support.turn_client import Client, code
-from tests.support.waiting import eventually_blocking as until
+from tests.support.waiting import wait_until as until
 from turnreg.stun.auth import rest_credentials
 
 FILE = """

@@ -34,7 +34,7 @@ from sniproxy.relay.relay import Relay
 from tests.crossnet.fields import Document, Field, Files, NoOtherValue, all_fields, value_at
 from tests.support.hellos import client_hello
 from tests.support.running import Running
-from tests.support.waiting import discovery_has, eventually_blocking, logged
+from tests.support.waiting import discovery_has, logged, wait_until
 from turnreg.gateway.gateway import Gateway
 from turnreg.registrar.registrar import Registrar
 from turnreg.server.server import TurnServer
@@ -82,7 +82,7 @@ class Watched(Running):
                     found.append(event)
             return bool(found)
 
-        eventually_blocking(said, LIMIT_S)
+        wait_until(said, LIMIT_S)
         return found[0]
 
     def faults(self) -> list[str]:

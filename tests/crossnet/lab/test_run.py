@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.waiting import eventually_blocking
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def processes(folder: Path) -> list[str]:
 def assert_gone(folder: Path) -> None:
     """Hold that no process, file or namespace of the lab is left, after a while that is bounded."""
     with contextlib.suppress(TimeoutError):
-        eventually_blocking(lambda: not processes(folder), GONE_TIMEOUT_S)
+        wait_until(lambda: not processes(folder), GONE_TIMEOUT_S)
     assert processes(folder) == []
     assert [place.name for place in folder.iterdir() if place.name.startswith("crossnet-lab-")] == []
     if shutil.which("ip"):
@@ -173,7 +173,7 @@ def test_a_part_that_does_not_start_is_named_with_its_last_words(tmp_path: Path)
 def test_a_signal_during_construction_leaves_nothing_behind(tmp_path: Path, built: int) -> None:
     """The whole lab has more processes than that: the signal comes while it is being built."""
     with lab_started(tmp_path) as process:
-        eventually_blocking(lambda: len(processes(tmp_path)) >= built, TIMEOUT_S)
+        wait_until(lambda: len(processes(tmp_path)) >= built, TIMEOUT_S)
         process.send_signal(signal.SIGTERM)
         assert process.wait(GONE_TIMEOUT_S) in {143, -signal.SIGTERM}  # the latter before Python takes signals
     assert_gone(tmp_path)
@@ -184,7 +184,7 @@ def wait_for_account(folder: Path) -> str:
         return (folder / "output").read_text()
 
     with contextlib.suppress(TimeoutError):
-        eventually_blocking(lambda: "\nok: " in output() or "FAILED" in output(), TIMEOUT_S)
+        wait_until(lambda: "\nok: " in output() or "FAILED" in output(), TIMEOUT_S)
         return output()
     raise AssertionError(output())
 

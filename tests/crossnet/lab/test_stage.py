@@ -8,7 +8,7 @@ import yaml
 from crossnet.lab.clients import Attempt, Clients
 from crossnet.lab.stage import Stage
 from crossnet.lab.topology import Loopback
-from tests.support.waiting import eventually_blocking
+from tests.support.waiting import wait_until
 
 BACK_WITHIN_S = 10.0  # what issue 2 gives a gateway after its TURN server is back
 
@@ -37,7 +37,7 @@ def served(stage: Stage) -> bool:
 
 def within(limit_s: float, ready: Callable[[], bool]) -> bool:
     try:
-        eventually_blocking(ready, limit_s)
+        wait_until(ready, limit_s)
     except TimeoutError:
         return False
     return True

@@ -28,7 +28,7 @@ from discovery.model.mesh import (
     TurnSpec,
 )
 from discovery.store import Store
-from tests.discovery.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 

@@ -8,7 +8,8 @@ import pytest
 
 from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, VipSpec
 from tests.discovery.client.clients import OTHER, RELAY, CountingStore, WallClock, client_of
-from tests.discovery.waiting import LogWaiter, eventually, stored
+from tests.discovery.waiting import LogWaiter, stored
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 

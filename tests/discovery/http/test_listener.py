@@ -12,7 +12,7 @@ import trustme
 
 from discovery.api.timing import ServerTiming
 from discovery.http.listener import ListenerTiming
-from tests.discovery.waiting import eventually
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 

@@ -27,7 +27,7 @@ from aiohttp import web
 from discovery.client.mesh_file import StaticDiscovery
 from discovery.pacing.backoff import Backoff
 from discovery.publisher import Publisher, PublisherConfig
-from tests.discovery.waiting import eventually
+from tests.support.waiting import eventually
 
 RECORDING = Path(__file__).with_name("recording.json")
 PAGE = 2

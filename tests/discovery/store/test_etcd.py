@@ -17,8 +17,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from discovery.model.mesh import Deletion, Kind, NetworkSpec, VipSpec
 from discovery.store import Change, EtcdAccess, EtcdStore, EtcdTiming, PreconditionFailed, StoreError, UnknownLease
 from discovery.store.etcdapi import range_end
-from tests.discovery.waiting import eventually, stored
+from tests.discovery.waiting import stored
 from tests.support.etcd_cluster import Member, etcd_cluster, free_ports
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("etcd"), pytest.mark.interop]
 

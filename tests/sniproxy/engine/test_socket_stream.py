@@ -10,7 +10,8 @@ import pytest
 
 from sniproxy.engine import SocketStream, StreamClosed, connect
 from sniproxy.engine.socket_stream import plain_address
-from tests.support.streams import pair, read_all, until, until_reset
+from tests.support.streams import pair, read_all, until_reset
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -124,7 +125,7 @@ async def test_bytes_that_nobody_waits_for_do_not_spin() -> None:
         await reading
     assert one._reading
     await other.send(b"second")
-    await until(lambda: not one._reading)
+    await eventually(lambda: not one._reading)
     assert await one.recv() == b"second"
     one.close()
     other.close()

@@ -38,7 +38,8 @@ from tests.support.hellos import (
 )
 from tests.support.relays import ALERT, DOMAIN, a_relay, name_of
 from tests.support.scripted_gateways import Visit, opens, refuses, reset, scripted, silent_behind_ready
-from tests.support.streams import read_all, turns, until, until_reset
+from tests.support.streams import read_all, turns, until_reset
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -227,7 +228,7 @@ async def test_a_flood_of_refused_clients_is_not_waited_for() -> None:
         assert running.relay._lingering == 3
         for client in clients:
             client.close()
-        await until(lambda: not running.relay._lingering)
+        await eventually(lambda: not running.relay._lingering)
 
 
 async def test_clients_from_elsewhere() -> None:

@@ -15,7 +15,8 @@ from sniproxy.streams.stream_log import StreamRecord
 from tests.support.hellos import client_hello, padding
 from tests.support.relays import DOMAIN, Running, a_relay, name_of
 from tests.support.scripted_gateways import scripted, silent
-from tests.support.streams import read_all, turns, until
+from tests.support.streams import read_all, turns
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -121,7 +122,7 @@ async def test_idle_streams_leave_nothing_behind(ended_by: str, many_files: int)
         await running.settled()
         for client in clients:
             client.close()
-        await until(lambda: (descriptors(), len(asyncio.all_tasks())) == before)
+        await eventually(lambda: (descriptors(), len(asyncio.all_tasks())) == before)
         assert {line["reason"] for line in running.log.events[1:]} == {
             "client_reset" if ended_by == "client's reset" else "ok"
         }
@@ -162,7 +163,7 @@ async def test_an_ended_stream_leaves_no_cycle_for_the_garbage_collector(kind: s
                 await read_all(client)
                 client.close()
             await running.settled()
-            await until(lambda: len(asyncio.all_tasks()) == tasks)
+            await eventually(lambda: len(asyncio.all_tasks()) == tasks)
 
         await turns()  # all tasks of the relay have begun
         tasks = len(asyncio.all_tasks())
@@ -187,7 +188,7 @@ async def test_clients_that_go_while_their_stream_is_opened_leave_nothing() -> N
         name = f"p8443-10-1-0-5.b.{DOMAIN}"
         before = descriptors()
         clients = [await running.dial(name) for _ in range(100)]
-        await until(lambda: gateway.connections == 100)
+        await eventually(lambda: gateway.connections == 100)
         for client in clients:
             client.reset()
         for account in tuple(running.relay.ledger._live):
@@ -196,7 +197,7 @@ async def test_clients_that_go_while_their_stream_is_opened_leave_nothing() -> N
         await running.settled()
         for visit in gateway.visits:
             visit.wire.close()
-        await until(lambda: descriptors() <= before)
+        await eventually(lambda: descriptors() <= before)
 
 
 async def test_floods_of_what_is_no_hello() -> None:
@@ -220,6 +221,6 @@ async def test_floods_of_what_is_no_hello() -> None:
                 await ask(running, name)
         await running.settled()
         await ask(running, name)
-        await until(lambda: descriptors() <= before)
+        await eventually(lambda: descriptors() <= before)
         counted = {line["reason"] for line in running.log.events}
     assert counted <= {"ok", "not_tls", "bad_hello", "unknown_name", "client_reset"}

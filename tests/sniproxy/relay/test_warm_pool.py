@@ -20,7 +20,8 @@ from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Ping, Pong, Ready, Refused
 from sniproxy.tunnel.state import Side
-from tests.support.streams import pair, until
+from tests.support.streams import pair
+from tests.support.waiting import eventually
 from turnreg.gateway.warm import WarmStreams
 
 pytestmark = pytest.mark.anyio
@@ -111,10 +112,10 @@ async def test_nothing_is_kept_before_the_first_use() -> None:
 async def test_what_is_taken_is_made_anew() -> None:
     async with a_pool() as running:
         running.pool.used(way())
-        await until(lambda: running.pool.ready == 2)
+        await eventually(lambda: running.pool.ready == 2)
         framed = await running.pool.take(way())
         assert framed is not None
-        await until(lambda: running.pool.ready == 2)
+        await eventually(lambda: running.pool.ready == 2)
         assert running.dialled == 3
         assert running.fates == {Fate.TAKEN: 1}
         assert await running.pool.take(way("gw-2")) is None, "another allocation's"
@@ -134,7 +135,7 @@ async def test_use_does_not_make_more_than_its_size() -> None:
     async with a_pool() as running:
         for _ in range(50):
             running.pool.used(way())
-        await until(lambda: running.pool.ready == 2)
+        await eventually(lambda: running.pool.ready == 2)
         assert running.dialled == 2
 
 
@@ -142,14 +143,14 @@ async def test_the_number_in_all_is_bounded() -> None:
     async with a_pool(max_warm=3) as running:
         for number in range(10):
             running.pool.used(way(f"gw-{number}"))
-        await until(lambda: running.pool.ready == 3)
+        await eventually(lambda: running.pool.ready == 3)
         assert running.dialled == 3
 
 
 async def test_signs_of_life_are_asked_for() -> None:
     async with a_pool(1) as running:
         running.pool.used(way(traits=RESTLESS))
-        await until(lambda: bool(running.fars) and running.fars[0].sent > 20 * 16)
+        await eventually(lambda: bool(running.fars) and running.fars[0].sent > 20 * 16)
         assert running.fates == {}
         assert running.dialled == 1
 
@@ -157,15 +158,15 @@ async def test_signs_of_life_are_asked_for() -> None:
 async def test_one_that_does_not_answer_is_replaced() -> None:
     async with a_pool(1, mute, pong_s=0.01) as running:
         running.pool.used(way(traits=RESTLESS))
-        await until(lambda: running.fates[Fate.LOST] >= 2)
+        await eventually(lambda: running.fates[Fate.LOST] >= 2)
         assert running.dialled >= 2
 
 
 async def test_one_that_waits_for_an_answer_is_not_given_away() -> None:
     async with a_pool(1, mute) as running:
         running.pool.used(way(traits=RESTLESS))
-        await until(lambda: running.pool.ready == 1)
-        await until(lambda: running.fars[0].stream.holds_unread or _asked(running))
+        await eventually(lambda: running.pool.ready == 1)
+        await eventually(lambda: running.fars[0].stream.holds_unread or _asked(running))
         assert await running.pool.take(way(traits=RESTLESS)) is None
 
 
@@ -181,28 +182,28 @@ async def test_one_that_says_something_else_is_replaced(says: Refused | Pong) ->
 
     async with a_pool(1, wrong) as running:
         running.pool.used(way())
-        await until(lambda: running.fates[Fate.LOST] + running.fates[Fate.FAILED] >= 3)
+        await eventually(lambda: running.fates[Fate.LOST] + running.fates[Fate.FAILED] >= 3)
 
 
 async def test_one_that_is_cut_is_replaced() -> None:
     async with a_pool(1) as running:
         running.pool.used(way())
-        await until(lambda: running.pool.ready == 1)
+        await eventually(lambda: running.pool.ready == 1)
         running.fars[0].stream.reset()
-        await until(lambda: running.dialled == 2 and running.pool.ready == 1)
+        await eventually(lambda: running.dialled == 2 and running.pool.ready == 1)
         assert running.fates == {Fate.LOST: 1}
 
 
 async def test_old_ones_are_renewed() -> None:
     async with a_pool(1, max_age_s=0.01) as running:
         running.pool.used(way())
-        await until(lambda: running.fates[Fate.OVER] >= 3)
+        await eventually(lambda: running.fates[Fate.OVER] >= 3)
 
 
 async def test_an_allocation_that_nobody_uses_is_let_go() -> None:
     async with a_pool(max_age_s=0.01, kept_for_s=0.0) as running:
         running.pool.used(way())
-        await until(lambda: not running.pool._shelves)
+        await eventually(lambda: not running.pool._shelves)
         assert running.pool.ready == 0
 
 
@@ -210,19 +211,19 @@ async def test_where_none_can_be_made_it_is_tried_again_and_again() -> None:
     async with a_pool(1) as running:
         running.refusing = True
         running.pool.used(way())
-        await until(lambda: running.fates[Fate.FAILED] >= 3)
+        await eventually(lambda: running.fates[Fate.FAILED] >= 3)
         running.refusing = False
-        await until(lambda: running.pool.ready == 1)
+        await eventually(lambda: running.pool.ready == 1)
 
 
 async def test_a_record_that_goes_takes_its_connections_along() -> None:
     async with a_pool() as running:
         running.pool.used(way())
-        await until(lambda: running.pool.ready == 2)
+        await eventually(lambda: running.pool.ready == 2)
         running.pool.keep(lambda candidate: candidate.addressee == "gw-1")
         assert running.pool.ready == 2
         running.pool.keep(lambda _candidate: False)
-        await until(lambda: running.fates == {Fate.OVER: 2})
+        await eventually(lambda: running.fates == {Fate.OVER: 2})
         assert await running.pool.take(way()) is None
         assert running.dialled == 2
 
@@ -230,40 +231,40 @@ async def test_a_record_that_goes_takes_its_connections_along() -> None:
 async def test_the_others_of_one_that_was_dead_are_not_trusted() -> None:
     async with a_pool() as running:
         running.pool.used(way())
-        await until(lambda: running.pool.ready == 2)
+        await eventually(lambda: running.pool.ready == 2)
         running.pool.distrust(way())
         assert running.pool.ready == 0
-        await until(lambda: running.pool.ready == 2)
+        await eventually(lambda: running.pool.ready == 2)
         assert running.fates == {Fate.OVER: 2}
 
 
 async def test_a_smaller_pool_from_now_on() -> None:
     async with a_pool() as running:
         running.pool.used(way())
-        await until(lambda: running.pool.ready == 2)
+        await eventually(lambda: running.pool.ready == 2)
         running.pool.size = 1
         running.pool.distrust(way())
-        await until(lambda: running.pool.ready == 1 and running.dialled == 3)
+        await eventually(lambda: running.pool.ready == 1 and running.dialled == 3)
 
 
 async def test_another_size_counts_at_once() -> None:
     async with a_pool(size=3) as running:
         running.pool.used(way())
-        await until(lambda: running.pool.ready == 3)
+        await eventually(lambda: running.pool.ready == 3)
         running.pool.resize(1)
-        await until(lambda: running.fates.get(Fate.OVER) == 2)
+        await eventually(lambda: running.fates.get(Fate.OVER) == 2)
         assert running.pool.ready == 1
         running.pool.resize(4)
-        await until(lambda: running.pool.ready == 4)
+        await eventually(lambda: running.pool.ready == 4)
         running.pool.resize(0)
-        await until(lambda: running.fates.get(Fate.OVER) == 6)
+        await eventually(lambda: running.fates.get(Fate.OVER) == 6)
         assert running.pool.ready == 0
 
 
 async def test_many_take_at_once_and_none_is_given_twice() -> None:
     async with a_pool(8) as running:
         running.pool.used(way())
-        await until(lambda: running.pool.ready == 8)
+        await eventually(lambda: running.pool.ready == 8)
         taken: list[SocketStream] = []
 
         async def take() -> None:
@@ -282,11 +283,11 @@ async def test_many_take_at_once_and_none_is_given_twice() -> None:
 async def test_one_that_is_taken_by_who_goes_at_that_moment_is_closed() -> None:
     async with a_pool(1) as running:
         running.pool.used(way())
-        await until(lambda: running.pool.ready == 1)
+        await eventually(lambda: running.pool.ready == 1)
         assert running.group is not None
         taking = running.group.create_task(running.pool.take(way()))
         await asyncio.sleep(0)
         taking.cancel()
-        await until(lambda: running.fates[Fate.TAKEN] == 1)
+        await eventually(lambda: running.fates[Fate.TAKEN] == 1)
         async with asyncio.timeout(10):
             assert await running.fars[0].stream.recv() == b""

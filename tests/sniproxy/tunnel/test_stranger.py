@@ -20,7 +20,8 @@ from tests.support.fixed_discovery import record
 from tests.support.hellos import EARLY_DATA, client_hello
 from tests.support.relays import ALERT, Running, a_relay, name_of
 from tests.support.scripted_gateways import KEY
-from tests.support.streams import read_all, until
+from tests.support.streams import read_all
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -185,7 +186,7 @@ async def test_a_warm_connection() -> None:
             await _upload(client, b"question")
             assert await read_all(client) == b"got " + client_hello(name) + b"question"
             client.close()
-            await until(lambda: relay.sample("crossnet_relay_warm_streams_ready"))
+            await eventually(lambda: relay.sample("crossnet_relay_warm_streams_ready"))
         ended = await relay.ended(2)
     assert [event["reason"] for event in ended] == ["ok", "ok"]
     assert "open" in gateway.log

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from tests.support.coturn import Coturn
-from tests.support.polling import eventually, eventually_true
 from tests.support.turn_client import Client, code
 from tests.support.turn_servers import (
     BOTH,
@@ -20,6 +19,7 @@ from tests.support.turn_servers import (
     listens,
     turn_server,
 )
+from tests.support.waiting import eventually, wait_until
 from turnreg.client.allocation import BindResult, Bound, Credentials, Timing, TurnError, TurnReason
 from turnreg.stun.auth import rest_credentials
 from turnreg.stun.message import FAMILY_IPV6
@@ -96,7 +96,7 @@ def outlive_a_nonce(server: RunningServer) -> None:
     """Take a nonce and wait until the server refuses it: every older one has ended then, too."""
     with Client((server.address, server.port)) as client:
         client.allocate()
-        assert eventually_true(lambda: code(client.refresh(600)) == 438, interval_s=0.05)
+        assert wait_until(lambda: code(client.refresh(600)) == 438, interval_s=0.05)
 
 
 @pytest.mark.parametrize("kind", BOTH)

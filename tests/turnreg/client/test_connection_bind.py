@@ -5,9 +5,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.support.polling import eventually
 from tests.support.scripted_turn import KEY, Answer, Scripted, error, good, scripted, signed
 from tests.support.turn_servers import Holding, RunningServer, held
+from tests.support.waiting import eventually
 from turnreg.client.allocation import BindResult, Timing
 from turnreg.client.connection_bind import LOGGED_PER_PERIOD
 from turnreg.stun.message import Attribute, Message, MessageClass, Method

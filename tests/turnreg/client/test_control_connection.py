@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from sniproxy.engine import SocketStream
-from tests.support.polling import eventually
 from tests.support.scripted_turn import KEY, RELAYED, Answer, allocated, error, good, scripted, signed
 from tests.support.turn_servers import LOGIN, RunningServer, allocation_on, held
+from tests.support.waiting import eventually
 from turnreg.client.allocation import Timing, TurnError, TurnReason
 from turnreg.client.control_connection import ControlConnection
 from turnreg.stun.message import Attribute, Message, MessageClass, Method

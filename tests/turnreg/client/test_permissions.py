@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.polling import eventually
+from tests.support.waiting import eventually
 from turnreg.client.control_connection import TurnError, TurnReason, request
 from turnreg.client.permissions import MAX_PERMISSIONS, PERMISSIONS_PER_REQUEST, Permissions
 from turnreg.stun.message import Attribute, Message, Method

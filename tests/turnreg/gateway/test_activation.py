@@ -20,8 +20,8 @@ from sniproxy.tunnel.capsules import Payload
 from tests.support.fixed_discovery import record
 from tests.support.gateways import Running, Visit, a_gateway
 from tests.support.hellos import client_hello
-from tests.support.polling import eventually
 from tests.support.preambles import KEY, name_for, preamble
+from tests.support.waiting import eventually
 from turnreg.gateway.activation import ActivationRule
 from turnreg.gateway.activation_trigger import Command, HttpCall, Trigger
 from turnreg.gateway.limits import GatewayLimits

@@ -12,7 +12,7 @@ import pytest
 import trustme
 from aiohttp import web
 
-from tests.support.polling import eventually
+from tests.support.waiting import eventually
 from turnreg.gateway.activation_trigger import MAX_SAID, Command, HttpCall, TriggerError, fire
 
 pytestmark = pytest.mark.anyio

@@ -12,9 +12,9 @@ import trustme
 from sniproxy.engine import TlsStream
 from tests.support.coturn import Coturn
 from tests.support.embedded_turn import embedded
-from tests.support.polling import eventually
 from tests.support.registered import ID, registrar, relay, turn
 from tests.support.turn_servers import COTURN, RunningServer
+from tests.support.waiting import eventually
 from turnreg.client.allocation import Timing
 from turnreg.registrar.allocation_factory import dialler, parsed
 

@@ -13,10 +13,10 @@ from discovery.model.mesh import AnyRecord, Kind, Record, TurnSpec
 from sniproxy.engine import SocketStream
 from tests.support.coturn import Coturn
 from tests.support.embedded_turn import embedded
-from tests.support.polling import eventually
 from tests.support.registered import ID, Registered, registrar, relay, turn
 from tests.support.scripted_turn import Answer, Scripted, error, good, scripted, signed
 from tests.support.turn_servers import RunningServer
+from tests.support.waiting import eventually
 from turnreg.client.allocation import Timing, TurnReason
 from turnreg.stun.message import Attribute, Message, Method
 

@@ -13,10 +13,10 @@ from discovery.model.mesh import Kind, Record, TurnSpec
 from discovery.model.spec import is_record_id
 from tests.support.coturn import Coturn
 from tests.support.embedded_turn import embedded
-from tests.support.polling import eventually
 from tests.support.registered import ID, HandDiscovery, allocation, rank, registrar, relay, turn
 from tests.support.scripted_turn import scripted
 from tests.support.turn_servers import BOTH, COTURN, LOGIN, RunningServer, listens, turn_server
+from tests.support.waiting import eventually
 from turnreg.client.allocation import Credentials, Timing, TurnReason
 from turnreg.registrar import registration_state
 from turnreg.registrar.registrar import (

@@ -7,8 +7,8 @@ import socket
 import time
 from collections.abc import Callable
 
-from tests.support.polling import eventually_true
 from tests.support.turn_client import Client, code, connect, read_all, reset, unknown_attributes, until_refused
+from tests.support.waiting import wait_until
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
 from turnreg.stun.auth import rest_credentials
 from turnreg.stun.message import FAMILY_IPV6, Attribute, Message, MessageClass, Method
@@ -44,7 +44,7 @@ def stale_nonce(server: Server) -> object:
             codes.append(code(client.refresh(600)))
             return codes[-1] != 0
 
-        eventually_true(is_refused)
+        wait_until(is_refused)
         return codes[-1], client.nonce != first, code(client.refresh(600))
 
 
@@ -53,7 +53,7 @@ def rest_name_that_ends(server: Server) -> object:
     user, password = rest_credentials("north", "gw", time.time() + 2.9)
     with Client(server, user=user, password=password) as client:
         client.allocate()
-        assert eventually_true(lambda: time.time() > int(user.partition(":")[0]))
+        assert wait_until(lambda: time.time() > int(user.partition(":")[0]))
         late = code(client.refresh(600)), code(client.permit("127.0.0.1"))
         client.user, client.password = rest_credentials("north", "gw", time.time() + 60)
         return *late, code(client.refresh(600))
@@ -155,7 +155,7 @@ def quota(server: Server) -> object:
                 codes.append(code(fourth.ask(fourth.allocate_request())))
                 return codes[-1] != 486
 
-            eventually_true(is_answered_otherwise, interval_s=0.05)  # sixteen refusals end the connection
+            wait_until(is_answered_otherwise, interval_s=0.05)  # sixteen refusals end the connection
         return code(answer), answer.verify_integrity(third.key), codes[-1]
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from discovery.model.addresses import TargetList
 from tests.support.embedded_turn import Embedded, embedded
-from tests.support.polling import eventually_true
 from tests.support.turn_client import Client, DatagramClient, code
+from tests.support.waiting import wait_until
 from turnreg.server import Limits
 from turnreg.server.pace import ANSWER_BURST
 from turnreg.stun.message import FAMILY_IPV6, TRANSPORT_UDP, Attribute, Message, MessageClass, Method
@@ -87,9 +87,9 @@ class TestRelaying:
         with server() as running, client_of(running, over) as client, peer_socket() as peer, peer_socket() as other:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
             client.send_indication(name_of(peer), b"early")
-            assert eventually_true(lambda: dropped(running, "no_permission") == 1)
+            assert wait_until(lambda: dropped(running, "no_permission") == 1)
             peer.sendto(b"early", relayed)
-            assert eventually_true(lambda: dropped(running, "no_permission") == 2)
+            assert wait_until(lambda: dropped(running, "no_permission") == 2)
             assert code(client.permit("127.0.0.1")) == 0
             other.sendto(b"any port", relayed)
             assert client.data_indication() == (name_of(other), b"any port")
@@ -98,7 +98,7 @@ class TestRelaying:
         with server() as running, client_of(running, over) as client, peer_socket() as peer:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
             assert code(client.refresh(0)) == 0
-            assert eventually_true(lambda: running.metric("crossnet_turn_allocations") == 0)
+            assert wait_until(lambda: running.metric("crossnet_turn_allocations") == 0)
             peer.connect(relayed)
             with pytest.raises(ConnectionRefusedError):
                 for _ in range(100):
@@ -113,7 +113,7 @@ class TestRelaying:
             client_of(running, over) as client,
         ):
             client.allocate(client.allocate_request(TRANSPORT_UDP))
-            assert eventually_true(lambda: running.metric("crossnet_turn_allocations") == 0)
+            assert wait_until(lambda: running.metric("crossnet_turn_allocations") == 0)
 
     def test_refreshed_in_time_it_lives_on(self, over: str) -> None:
         limits = Limits(default_lifetime_s=1.0, max_lifetime_s=5.0)
@@ -122,7 +122,7 @@ class TestRelaying:
             assert client.refresh(5).number(Attribute.LIFETIME) == 5
             with client_of(running, over) as short:
                 short.allocate(short.allocate_request(TRANSPORT_UDP))
-                assert eventually_true(lambda: running.metric("crossnet_turn_allocations") == 1)
+                assert wait_until(lambda: running.metric("crossnet_turn_allocations") == 1)
             client.permit("127.0.0.1")
             peer.sendto(b"still here", relayed)
             assert client.data_indication() == (name_of(peer), b"still here")
@@ -134,7 +134,7 @@ class TestRelaying:
             client.permit("127.0.0.1")
             for _ in range(5):
                 client.send_indication(name_of(peer), bytes(600))
-            assert eventually_true(lambda: dropped(running, "pace") == 3)
+            assert wait_until(lambda: dropped(running, "pace") == 3)
 
     def test_an_even_port_and_the_one_above_it(self, over: str) -> None:
         with server() as running, client_of(running, over) as first, client_of(running, over) as second:
@@ -214,7 +214,7 @@ class TestOverUdp:
             request = client.bare(Method.CREATE_PERMISSION)
             request = request.with_xor_address(Attribute.XOR_PEER_ADDRESS, ("127.0.0.1", 0))
             client.send(client.credentials(request).pack(integrity_key=client.key))
-            assert eventually_true(lambda: "turn_datagram_error" in caplog.messages)
+            assert wait_until(lambda: "turn_datagram_error" in caplog.messages)
             assert code(client.ask(client.bare(Method.BINDING), sign=False)) == 0
 
     def test_a_stranger_is_answered_up_to_a_rate(self) -> None:
@@ -223,7 +223,7 @@ class TestOverUdp:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
             for _ in range(int(ANSWER_BURST) * 3):
                 client.send(client.bare(Method.BINDING).pack())
-            assert eventually_true(lambda: dropped(running, "answer_rate") > ANSWER_BURST)
+            assert wait_until(lambda: dropped(running, "answer_rate") > ANSWER_BURST)
             assert relayed
             request = client.bare(Method.REFRESH).with_number(Attribute.LIFETIME, 600)
             client.send(client.credentials(request).pack(integrity_key=client.key))
@@ -271,5 +271,5 @@ def test_a_request_whose_answer_would_not_fit_is_dropped_without_an_error(caplog
         request = client.bare(Method.BINDING)
         body = b"".join(kind.to_bytes(2, "big") + b"\0\0" for kind in range(0x1000, 0x4800))
         client.send(request.pack()[:2] + len(body).to_bytes(2, "big") + request.pack()[4:20] + body)
-        assert eventually_true(lambda: dropped(running, "not_stun") == 1)
+        assert wait_until(lambda: dropped(running, "not_stun") == 1)
         assert "turn_datagram_error" not in caplog.messages

@@ -11,8 +11,8 @@ import pytest
 import trustme
 
 from tests.support.embedded_turn import embedded
-from tests.support.polling import eventually_true
 from tests.support.turn_client import Client, code, connect, noise, read_all
+from tests.support.waiting import wait_until
 from tests.turnreg.server.test_server import at
 from turnreg.server import Limits
 from turnreg.stun.message import Attribute, MessageClass, Method
@@ -53,7 +53,7 @@ class TestConnect:
                 with connect(client.relayed) as other, client.bind(client.attempt()) as second:
                     other.sendall(b"hello")
                     assert second.sock.recv(10) == b"hello"
-            assert eventually_true(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
+            assert wait_until(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
             assert code(client.ask(request)) == 0  # the first is over
 
     def test_who_is_not_there(self) -> None:
@@ -182,7 +182,7 @@ class TestTls:
         with embedded(**self.options(tmp_path)) as server, Client(server.tls) as client:
             client.send(client.bare(Method.BINDING).pack())
             assert read_all(client.sock)[1] != "silence"
-            assert eventually_true(lambda: server.metric("crossnet_turn_refusals_total", reason="tls_failed") == 1)
+            assert wait_until(lambda: server.metric("crossnet_turn_refusals_total", reason="tls_failed") == 1)
 
     def test_a_handshake_that_never_comes(self, tmp_path: Path) -> None:
         with (
@@ -212,7 +212,7 @@ class TestTls:
                 with TlsClient(server.tls) as other:
                     return other.tls.getpeercert(binary_form=True)
 
-            assert eventually_true(lambda: shown() != first)
+            assert wait_until(lambda: shown() != first)
             client.allocate()  # who was connected before stays
 
 
@@ -230,4 +230,4 @@ class TestDrain:
                 assert code(client.refresh(600)) == 0
                 peer.sendall(b"still here")
                 assert data.sock.recv(100) == b"still here"
-            assert eventually_true(lambda: server.server.streams == 0)
+            assert wait_until(lambda: server.server.streams == 0)

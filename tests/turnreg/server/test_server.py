@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from tests.support.embedded_turn import Embedded, embedded
-from tests.support.polling import eventually_true
 from tests.support.turn_client import Client, code, connect, noise, read_all, until_refused
+from tests.support.waiting import wait_until
 from turnreg.server import Limits, TurnServer, TurnServerConfig
 from turnreg.server.config import CLIENT_REQUESTS, MAX_REFUSALS, UNAUTHENTICATED_REQUESTS
 from turnreg.stun.auth import rest_credentials
@@ -34,8 +34,8 @@ class TestStrangers:
         with embedded(unauthenticated_timeout_s=0.2) as server, Client(at(server)) as idle, Client(at(server)) as busy:
             assert [code(busy.ask(busy.bare(Method.BINDING), sign=False)) for _ in range(3)] == [0, 0, 0]
             assert read_all(idle.sock) == (b"", "fin")
-            assert eventually_true(lambda: server.metric("crossnet_turn_refusals_total", reason="too_slow") == 2)
-            assert eventually_true(lambda: server.metric("crossnet_turn_connections", state="unauthenticated") == 0)
+            assert wait_until(lambda: server.metric("crossnet_turn_refusals_total", reason="too_slow") == 2)
+            assert wait_until(lambda: server.metric("crossnet_turn_connections", state="unauthenticated") == 0)
 
     def test_who_has_an_allocation_stays(self) -> None:
         with (
@@ -94,7 +94,7 @@ class TestStrangers:
                     for _ in range(10_000):
                         client.send(requests)
                 assert until_refused(client.relayed)
-                assert eventually_true(lambda: server.metric("crossnet_turn_allocations") == 0)
+                assert wait_until(lambda: server.metric("crossnet_turn_allocations") == 0)
 
 
 class TestFloods:
@@ -220,7 +220,7 @@ class TestPeers:
             with connect(client.relayed) as peer:
                 client.bind(client.attempt()).sock.close()
                 assert read_all(peer)[0] == b""
-            assert eventually_true(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
+            assert wait_until(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
             assert code(client.refresh(600)) == 0
 
     @pytest.mark.parametrize("permitted", ["127.0.0.1", "169.254.169.254", "224.0.0.1", "0.0.0.0"])
@@ -261,7 +261,7 @@ class TestPeers:
                 "up": hashlib.sha256(up).hexdigest() + "fin",
                 "down": hashlib.sha256(down).hexdigest() + "fin",
             }
-            assert eventually_true(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
+            assert wait_until(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
             assert server.metric("crossnet_turn_bytes_total", direction="to_client") == 24_000_000
             assert server.metric("crossnet_turn_bytes_total", direction="to_peer") == 24_000_000
 
@@ -287,7 +287,7 @@ class TestPorts:
                 second.login()
                 assert code(second.ask(second.allocate_request())) == 508
             assert until_refused(("127.0.0.1", port))
-            assert eventually_true(lambda: code(second.ask(second.allocate_request())) == 0)
+            assert wait_until(lambda: code(second.ask(second.allocate_request())) == 0)
 
 
 class TestFamilies:
@@ -421,7 +421,7 @@ class TestAccounts:
                 peer.sendall(b"12345")
                 assert data.sock.recv(10) == b"12345"
                 assert server.metric("crossnet_turn_connections", state="bound") == 1
-                assert eventually_true(lambda: server.metric("crossnet_turn_bytes_total", direction="to_client") == 5)
+                assert wait_until(lambda: server.metric("crossnet_turn_bytes_total", direction="to_client") == 5)
                 assert server.metric("crossnet_turn_bytes_total", direction="to_peer") == 0
 
     def test_every_reason_is_registered_at_the_start(self) -> None:
@@ -447,7 +447,7 @@ class TestAccounts:
                 data.sock.recv(20)
                 data.sock.close()
                 peer.close()
-                assert eventually_true(lambda: "turn_stream" in caplog.messages)
+                assert wait_until(lambda: "turn_stream" in caplog.messages)
             with socket.socket() as stranger:
                 stranger.bind(("127.0.0.2", 0))
                 source = stranger.getsockname()
@@ -457,7 +457,7 @@ class TestAccounts:
             client.password = "wrong"
             client.refresh(600)
             client.sock.close()
-            assert eventually_true(lambda: "turn_allocation_ended" in caplog.messages)
+            assert wait_until(lambda: "turn_allocation_ended" in caplog.messages)
         events = {record.message: vars(record).get("event", {}) for record in caplog.records}
         assert events["turn_allocation"]["account"] == "user-1"
         assert events["turn_allocation"]["lifetime_s"] == 600
