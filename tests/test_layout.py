@@ -41,7 +41,7 @@ TESTED_BY = {
     "turnreg/client/timing": "turnreg/client/test_allocation",
     "turnreg/gateway/config": "turnreg/gateway/test_gateway",
     "turnreg/gateway/handshake": "turnreg/gateway/test_gateway_forged",
-    "turnreg/gateway/limits": "turnreg/gateway/test_gateway",
+    "turnreg/gateway/limits": "turnreg/gateway/test_gateway_limits",
     "turnreg/registrar/config": "turnreg/registrar/test_registrar",
     "turnreg/server": "turnreg/server/test_behaviour",
 }

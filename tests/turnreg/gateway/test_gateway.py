@@ -3,20 +3,15 @@
 import asyncio
 import gc
 import hashlib
-import logging
-import os
 import secrets
 import socket
 from dataclasses import replace
-from typing import NoReturn
 
 import pytest
 
 from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import SocketStream, connect
 from sniproxy.formats.proxy_protocol import ProxyHeader
-from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamRecord
 from sniproxy.tunnel.capsules import CapsuleType, Payload, header
 from sniproxy.tunnel.messages import Continued, Done, Finished, Opened, Ready
@@ -25,9 +20,8 @@ from tests.support.fixed_discovery import record
 from tests.support.gateways import ALLOCATION, Running, Service, Visit, a_gateway, data
 from tests.support.hellos import client_hello, message, padding, records, server_name
 from tests.support.preambles import KEY, name_for, preamble
-from tests.support.streams import read_all, until_reset
+from tests.support.streams import until_reset
 from turnreg.gateway.handshake import InboundStream, StreamRefused
-from turnreg.gateway.limits import GatewayLimits
 
 pytestmark = pytest.mark.anyio
 
@@ -257,159 +251,6 @@ async def test_rules() -> None:
         visit = await running.visit(preamble(service.target, HELLO, client=("192.0.2.9", 1)), HELLO)
         await visit.opened()
         visit.wire.reset()
-
-
-# --- limits and ends ------------------------------------------------------------------------------------------------
-
-
-async def test_overloaded() -> None:
-    async with a_gateway(max_streams=1) as running:
-        service = await running.service()
-        strangers = [await running.connect() for _ in range(5)]
-        first = await running.visit(preamble(service.target, HELLO), HELLO)
-        await first.opened()
-        second = await running.visit(preamble(service.target, HELLO), HELLO)
-        assert (await second.refused()).reason == "overloaded"
-        first.wire.reset()
-        await running.ended(2)
-        third = await running.visit(preamble(service.target, HELLO), HELLO)
-        await third.opened()
-        for visit in [*strangers, third]:
-            visit.wire.close()
-
-
-async def test_strangers_make_room_for_relays() -> None:
-    """The oldest that has proven nothing goes, not the one that comes."""
-    async with a_gateway(limits=GatewayLimits(max_unproven=3)) as running:
-        service = await running.service()
-        strangers = [await running.connect() for _ in range(6)]
-        visit = await running.visit(preamble(service.target, HELLO), HELLO)
-        await visit.opened()
-        lines = await running.ended(4)
-        assert {line["reason"] for line in lines} == {"overloaded"}
-        for stranger in strangers[:4]:
-            assert await stranger.wire.recv() == b""
-        for gone in [*strangers, visit]:
-            gone.wire.close()
-
-
-async def test_refused_relays_that_linger_keep_nobody_out() -> None:
-    async with a_gateway(max_streams=1, limits=GatewayLimits(max_lingering=3)) as running:
-        service = await running.service()
-        lingering = [await running.visit(preamble("192.0.2.1:1", HELLO), HELLO) for _ in range(1)]
-        await running.ended(1)
-        for _ in range(9):
-            lingering.append(await running.visit(preamble("192.0.2.1:1", HELLO), HELLO))
-            await running.ended(len(lingering))
-        assert running.gateway._lingering == 3
-        visit = await running.visit(preamble(service.target, HELLO), HELLO)
-        await visit.opened()
-        for gone in [*lingering, visit]:
-            gone.wire.close()
-
-
-async def test_a_relay_that_goes_while_we_dial() -> None:
-    """The service that is reached too late sees a reset: nothing of the stream got through."""
-    gone = asyncio.Event()
-
-    async def slow(address: str, port: int, *, timeout_s: float) -> SocketStream:
-        wire = await connect(address, port, timeout_s=timeout_s)
-        await gone.wait()
-        return wire
-
-    async with a_gateway(dial=slow) as running:
-        service = await running.service()
-        visit = await running.visit(preamble(service.target, HELLO), HELLO)
-        assert await visit.answer() == Ready()
-        await service.reach(lambda service: service.wires)
-        visit.wire.reset()
-        gone.set()
-        assert (await running.ended())[0]["reason"] == "truncated"
-        await service.reach(lambda service: service.ends)
-        assert service.ends == ["reset"]
-        assert service.got[0] in (b"", HELLO)
-
-
-async def test_a_gateway_that_drains_says_so_and_serves_what_is_open() -> None:
-    async with a_gateway() as running:
-        service = await running.service()
-        open_one = await running.visit(preamble(service.target, HELLO), HELLO)
-        await open_one.opened()
-        running.gateway.close()
-        late = await running.visit(preamble(service.target, HELLO, addressee=ALLOCATION), HELLO, behind_turn=True)
-        assert (await late.refused()).reason == "draining"
-        await open_one.framed.send_data(b"and more")
-        await service.received(len(HELLO) + 8)
-        open_one.wire.reset()
-        await running.ended(2)
-
-
-async def test_streams_are_taken_only_while_it_runs() -> None:
-    async with a_gateway() as running:
-        gateway = running.gateway
-        gateway.close()
-        await running.stopped()
-        late = await running.bound()
-        assert await late.wire.recv() == b"", "the last stream has ended, nobody is there to say anything"
-        late.wire.close()
-    after = await running.bound()
-    assert await after.wire.recv() == b""
-    after.wire.close()
-
-
-@pytest.mark.parametrize("steps", [0, 1, 3])
-async def test_cancelling_closes_every_stream_in_every_state(steps: int) -> None:
-    """Also one whose task has not made its first step."""
-    before = len(os.listdir("/proc/self/fd"))
-    async with a_gateway() as running:
-        service = await running.service()
-        visits = [await running.connect(), await running.bound()]
-        visits.append(await running.visit(preamble(service.target, HELLO), HELLO[:-1]))
-        visits.append(await running.visit(preamble(service.target, HELLO), HELLO))
-        await visits[-1].opened()
-        visits.append(await running.bound())
-        for _ in range(steps):
-            await asyncio.sleep(0)
-    for visit in visits:
-        try:
-            await read_all(visit.wire)
-        except ConnectionResetError:
-            pass
-        visit.wire.close()
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.parametrize("behind_turn", [False, True])
-async def test_a_defect_in_one_stream_ends_that_stream_alone(
-    behind_turn: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    class BrokenKeys(dict[str, SigningKey]):
-        def get(self, *arguments: object, **options: object) -> NoReturn:
-            raise ZeroDivisionError("a defect of ours")
-
-    async with a_gateway() as running:
-        service = await running.service()
-        addressee = ALLOCATION if behind_turn else "gw-1"
-        asked = preamble(service.target, HELLO, addressee=addressee)
-        open_one = await running.visit(asked, HELLO, behind_turn=behind_turn)
-        await open_one.opened()
-        running.gateway.reconfigure(running.gateway.config, BrokenKeys({KEY.id: KEY}))
-        with caplog.at_level(logging.ERROR):
-            hit = await running.visit(replace(asked, stream_id=bytes(16)), HELLO, behind_turn=behind_turn)
-            with pytest.raises((ConnectionResetError, EOFError)):
-                await hit.answer()
-            hit.wire.close()
-        assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
-        await open_one.framed.send_data(b"still there?")
-        await service.received(len(HELLO) + 12)
-        open_one.wire.reset()
-        assert [line["reason"] for line in await running.ended(2)] == ["other", "truncated"]
-
-
-async def test_every_reason_is_there_from_the_start() -> None:
-    async with a_gateway() as running:
-        for reason in Reason:
-            assert running.registry.get_sample_value("crossnet_gateway_streams_total", {"reason": reason.value}) == 0
 
 
 # --- second connections ---------------------------------------------------------------------------------------------

@@ -138,11 +138,13 @@ async def test_a_stock_server_without_a_port_left() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with stock(relay_range=(port, port)) as (_, at):
-            async with registrar(turn(at)) as ours:
-                await eventually(lambda: ours.count("registrations_total", reason="capacity") > 1)
+            # coturn tries its only port again and again before it answers 508: seconds of its processor.
+            async with registrar(turn(at), timing=Timing(transaction_s=60.0)) as ours:
+                await eventually(lambda: ours.count("registrations_total", reason="capacity") > 0, 60)
                 assert "508" in ours.of()["last_error"]["detail"]
                 taken.close()
-                assert (await ours.publishes(ID)).port == port
+                await eventually(lambda: ours.discovery.published, 60)
+                assert ours.discovery.published[ID].port == port
 
 
 @pytest.mark.interop

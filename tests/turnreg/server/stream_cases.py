@@ -5,15 +5,31 @@ Each takes the server's address and returns what it saw.
 
 import hashlib
 import socket
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from tests.support.turn_client import Client, code, connect, noise, read_all, reset
+from tests.support.waiting import wait_until
 from tests.turnreg.server.situations import Server, control, sees_reset, stream
 from turnreg.stun.message import Attribute, Message, Method
 
 # -- streams
+
+
+def unread(sock: socket.socket) -> int:
+    """Bytes that the process at the other end of a connection within this host has not read yet."""
+    ends = [
+        f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+        for host, port in (sock.getpeername(), sock.getsockname())
+    ]
+    for line in Path("/proc/net/tcp").read_text().splitlines():
+        fields = line.split()
+        if fields[1:3] == ends:
+            return int(fields[4].partition(":")[2], 16)
+    raise LookupError(ends)
 
 
 def attempt_and_bind(server: Server) -> object:
@@ -61,13 +77,16 @@ def early(size: int) -> Callable[[Server], object]:
 
 
 def dribbled(server: Server) -> object:
-    """Twenty small writes before the bind, each a read of its own: coturn keeps sixteen."""
+    """Twenty small writes before the bind, each a read of its own: coturn keeps sixteen, the embedded server reads none."""
     with control(server) as client, connect(client.relayed) as peer:
         attempt = client.attempt()
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for number in range(20):
             peer.sendall(b"%03d\n" % number)
-            time.sleep(0.01)
+            if number == 0:
+                reads_early = wait_until(lambda: unread(peer) == 0, 1.0)
+            elif reads_early:
+                assert wait_until(lambda: unread(peer) == 0)
         with client.bind(attempt) as data:
             got = data.rest()
             data.sock.settimeout(0.5)
@@ -99,7 +118,7 @@ def close_after(size: int, who: str) -> Callable[[Server], object]:
             source, sink = (peer, data) if who == "peer" else (data, peer)
             source.sendall(sent)
             source.close()
-            time.sleep(0.2)
+            time.sleep(0.2)  # for coturn to close the connection before all is read: nothing announces that it does not
             got, end = read_all(sink)
             return end if got == sent else "truncated"
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from discovery.model.addresses import TargetList
-from tests.turnreg.server.test_transaction import NOW, RELAYED, UNIX, Server
+from tests.turnreg.server.decisions import NOW, RELAYED, UNIX, Server
 from turnreg.server.allocation import Allocation, Drop, FiveTuple, Refusal
 from turnreg.server.outcome import Connect, Open, Relay, Reply
 from turnreg.server.transaction import Transactions
