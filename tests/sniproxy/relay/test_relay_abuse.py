@@ -34,16 +34,16 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-async def echo(wire: SocketStream) -> None:
-    while data := await wire.recv():
-        await wire.send(data)
-    wire.shutdown_write()
+async def echo(stream: SocketStream) -> None:
+    while data := await stream.recv():
+        await stream.send(data)
+    stream.shutdown_write()
 
 
-async def drop(wire: SocketStream) -> None:
+async def drop(stream: SocketStream) -> None:
     """Read whatever comes, to whatever end."""
     with contextlib.suppress(OSError):
-        await read_all(wire)
+        await read_all(stream)
 
 
 async def ask(running: Running, name: str) -> None:
@@ -92,10 +92,10 @@ async def test_idle_streams_leave_nothing_behind(ended_by: str, many_files: int)
     served: list[SocketStream] = []
     arrived = asyncio.Semaphore(0)
 
-    async def hold(wire: SocketStream) -> None:
-        served.append(wire)
+    async def hold(stream: SocketStream) -> None:
+        served.append(stream)
         arrived.release()
-        await (read_all(wire) if ended_by == "client's end" else drop(wire))
+        await (read_all(stream) if ended_by == "client's end" else drop(stream))
 
     async with a_relay() as running:
         name = name_of(await running.serve(hold))
