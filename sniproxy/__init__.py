@@ -1,1 +1,1 @@
-"""The client side: reads the name in the ClientHello, picks a route and carries the stream there."""
+"""The client side: reads the server name in a ClientHello, chooses a route and carries the stream there."""

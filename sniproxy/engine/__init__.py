@@ -1,7 +1,7 @@
-"""What moves bytes: one interface, a portable implementation (asyncio and splice).
+"""Moves bytes: one interface for streams, implemented with asyncio and splice(2).
 
-Not here: names, routes, capsules. The engine knows sockets, byte counts, deadlines and ends, nothing else. A file descriptor that
-the engine owns is never given to an asyncio transport: uvloop refuses to watch a transport's descriptor.
+The engine knows sockets, byte counts, deadlines and ends of streams. It knows no names, routes or capsules. A file descriptor that
+it owns is never given to an asyncio transport, because uvloop refuses to watch the descriptor of a transport.
 """
 
 from sniproxy.engine.byte_stream import ByteStream, StreamClosed

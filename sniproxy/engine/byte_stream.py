@@ -1,7 +1,7 @@
-"""What a stream of bytes can do, whatever carries it: a socket, TLS over one, or something that is no socket at all.
+"""The interface of a byte stream, whatever carries it: a socket, TLS over a socket, or something without a socket.
 
-Everything above the engine is written against this. `SocketStream` and `TlsStream` fulfil it, and so does a transport's own stream,
-whether it has a descriptor or not: only where `spliceable` is true are `fd` and os.splice used.
+All code above the engine uses this interface. `SocketStream` and `TlsStream` implement it, and so does a transport's own stream,
+with or without a descriptor: `fd` and os.splice are used only if `spliceable` is true.
 """
 
 from collections.abc import Iterable
@@ -10,100 +10,101 @@ from typing import Protocol
 from sniproxy.engine.quantum import Quantum
 
 Buffer = bytes | bytearray | memoryview
-"""What may be written."""
+"""Data that can be written."""
 
 DEFAULT_READ_BYTES = 64 * 1024
-"""One read of a stream that is copied: what a default-sized socket buffer hands over at once."""
+"""The most that one read of a copied stream returns: about what a socket buffer of default size holds."""
 
 
 class StreamClosed(ConnectionError):
-    """Our own side has closed the stream that a read or write waits for."""
+    """Our own side has closed the stream."""
 
 
 class ByteStream(Protocol):
-    """One connection: bytes both ways, in order, with an end for each way. One reader and one writer at a time."""
+    """A connection that carries bytes both ways, in order, and ends each way separately. One reader and one writer at a time."""
 
     @property
     def spliceable(self) -> bool:
-        """Whether what is on the descriptor is the stream itself, so that os.splice may move it."""
+        """Whether the descriptor carries the stream's own bytes, so that os.splice may move them."""
 
     @property
     def fd(self) -> int:
-        """The descriptor, where the stream is spliceable."""
+        """The file descriptor, if the stream is spliceable."""
 
     @property
     def peer(self) -> tuple[str, int]:
-        """Address and port of the far end, as far as they are known."""
+        """Address and port of the far end, as far as known."""
 
     @property
     def local(self) -> tuple[str, int]:
-        """Address and port of our end, likewise."""
+        """Address and port of our end, as far as known."""
 
     @property
     def closed(self) -> bool:
-        """Whether our own side has closed it."""
+        """Whether our own side has closed the stream."""
 
     @property
     def quantum(self) -> Quantum:
-        """What may still be read before others run. Whoever parses messages out of what was read spends from it, too."""
+        """What may still be read before other connections run. Code that parses messages from it spends the quantum too."""
 
     @property
     def holds_unread(self) -> bool:
-        """Whether bytes that were given back wait to be read."""
+        """Whether bytes were given back by `unread` and not read again."""
 
     def unread(self, data: Buffer) -> None:
         """Give bytes back: the next read returns them first."""
 
     def take_unread(self) -> bytes:
-        """Take what was given back, without reading on."""
+        """Remove and return the bytes that were given back, without reading more."""
 
     async def recv(self, limit: int = DEFAULT_READ_BYTES, *, low: int = 1) -> bytes:
-        """Read what is there, up to `limit` bytes, waiting for the first one; b"" at the end of the stream.
+        """Read what is available, up to `limit` bytes, and wait for the first byte if nothing is; b"" at the end of the stream.
 
         Args:
-            low: where nothing is there, wait for that many, if the stream can.
+            limit: the most bytes to return.
+            low: if nothing is available, wait for this many bytes, provided that the stream can.
 
         Raises:
-            OSError: the peer reset the connection, or was found gone.
+            OSError: the peer reset the connection, or is gone.
             TimeoutError: `expire` was called.
-            StreamClosed: our own side closed it meanwhile.
+            StreamClosed: our own side closed the stream meanwhile.
         """
 
     async def recv_exactly(self, count: int) -> bytes:
-        """Read exactly `count` bytes. Raises EOFError if the stream ends before, and what `recv` raises."""
+        """Read exactly `count` bytes. Raises EOFError if the stream ends earlier, otherwise as `recv`."""
 
     def try_recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
-        """Read what is there right now; b"" where that is nothing, or an end."""
+        """Read what is available right now; b"" if that is nothing, or at the end of the stream."""
 
     async def readable(self, low: int = 1) -> None:
-        """Wait until a read would return something: bytes, the end, or an error."""
+        """Wait until a read would return at once: with bytes, the end, or an error."""
 
     async def take_turn(self) -> None:
-        """Let others run where the quantum is used up. Errors as for `readable`."""
+        """Let other connections run if the quantum is used up. Raises as `readable`."""
 
     def expire(self) -> None:
         """Make pending and later reads raise TimeoutError."""
 
     def try_send(self, buffers: Iterable[Buffer], flags: int = 0) -> int:
-        """Write what the stream takes right now, and say how many bytes it took. Errors as for `send`."""
+        """Write what the stream takes right now, and return how many bytes it took. Raises as `send`."""
 
     async def send(self, *buffers: Buffer, more: bool = False) -> None:
-        """Write all of `buffers`. `more`: more follows at once. Raises OSError where the connection is gone."""
+        """Write all of `buffers`. `more`: more data follows at once. Raises OSError if the connection is gone."""
 
     async def writable(self) -> None:
-        """Wait until the stream takes more bytes, or is gone."""
+        """Wait until the stream takes more bytes, or the connection is gone."""
 
     async def flushed(self, limit_s: float) -> bool:
-        """Wait until the far end has everything that we wrote, or `limit_s` seconds; say whether it has."""
+        """Wait at most `limit_s` seconds until the far end has received everything we wrote; return whether it has."""
 
     def shutdown_write(self) -> None:
-        """Say that we write no more; reading goes on. Quietly nothing where the connection is gone already."""
+        """End our sending direction; reading goes on. Does nothing if the connection is already gone."""
 
     def close(self) -> None:
         """Close; pending reads and writes raise StreamClosed."""
 
     def reset(self) -> None:
-        """Close so that the far end cannot mistake it for an end. Unsent bytes are dropped."""
+        """Close so that the far end cannot mistake it for a regular end. Unsent bytes are dropped."""
 
     async def drain_and_close(self, *, limit_bytes: int = 64 * 1024, limit_s: float = 1.0) -> None:
-        """Say the end, read and discard for a bounded while, then close: our last bytes arrive."""
+        """End our direction, read and discard within these limits, then close, so that our last bytes arrive."""

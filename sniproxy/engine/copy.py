@@ -1,6 +1,6 @@
-"""Move bytes: one direction of a stream, copied while it is small, spliced through a pipe while it is bulk.
+"""Moves the bytes of a stream: copied while there are few, spliced through a pipe in bulk.
 
-`splice` joins two raw wires both ways; the framed streams of sniproxy.tunnel use the same pieces one direction at a time.
+`splice` joins two streams both ways. The bridge of sniproxy.tunnel uses the same parts, one direction at a time.
 """
 
 import asyncio
@@ -15,22 +15,22 @@ from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, ByteStream
 from sniproxy.engine.pipes import PIPE_BYTES, Pipe, PipePool
 
 BULK_READS = 4
-"""Full reads in a row that make a direction bulk: 256 KiB, past any handshake or ordinary answer."""
+"""Full reads in a row after which a direction is spliced: 256 KiB, more than any handshake or ordinary answer."""
 
 SMALL_SPLICES = 16
-"""Splices under a read's size in a row after which a direction gives its pipe back."""
+"""Splices in a row, each smaller than a full read, after which a direction gives its pipe back."""
 
 LIMIT_STALLED_S = 10.0
-"""Once one side is gone: how long what it sent before may stand still on its way to the other."""
+"""After one side was lost: how long the bytes that it had sent may make no progress towards the other."""
 
 POOL = PipePool()
-"""The process's pipes. The kernel's limit on them is per user, so one pool serves every stream."""
+"""The pipes of this process. The kernel limits them per user, so all streams share one pool."""
 
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 class CopyDirection:
-    """What one direction of a stream has moved, and whether it has been worth a pipe of late."""
+    """One direction of a stream: what it has moved, and its pipe while it is worth one."""
 
     __slots__ = (
         "_full_reads",
@@ -47,37 +47,43 @@ class CopyDirection:
     def __init__(
         self,
         activity: "IdleTimer",
-        *wires: ByteStream,
+        *streams: ByteStream,
         pool: PipePool = POOL,
         pace: Callable[[int], float] | None = None,
     ) -> None:
-        """Copy between these streams.
+        """Prepare one direction between these streams.
 
         Args:
-            pace: told how many bytes were moved; returns for how many seconds to move no more.
+            activity: is touched for every move.
+            streams: both ends; a pipe is used only if all of them are spliceable.
+            pool: the pool that the pipe comes from.
+            pace: gets the number of bytes moved, and returns for how many seconds to pause.
         """
         self.moved = 0
-        """Payload bytes read from the source. Written before it is delivered, final once the direction has ended."""
+        """Payload bytes moved. Final once the direction has ended."""
         self.first_at: float | None = None
-        """When the first byte was moved, as time.monotonic() says it."""
+        """When the first byte was moved, by time.monotonic()."""
         self.activity = activity
         self.pipe: Pipe | None = None
         self._pool = pool
         self._full_reads = 0
         self._small_splices = 0
         self.pace = pace
-        self._spliceable = all(wire.spliceable for wire in wires)
+        self._spliceable = all(stream.spliceable for stream in streams)
 
-    def joins(self, wire: ByteStream) -> None:
-        """Note that this wire, too, is at one end from now on. Call it while no move is under way."""
-        if not wire.spliceable:
+    def joins(self, stream: ByteStream) -> None:
+        """Note that this stream is at one end from now on. Not to be called during a move."""
+        if not stream.spliceable:
             self._spliceable = False
             self.release()
 
     async def read(self, source: ByteStream, limit: int = PIPE_BYTES) -> tuple[int, bytes]:
-        """Read what is there, up to `limit` bytes: into the pipe where there is one. Returns how many, 0 at the end, and the bytes.
+        """Read what is available, up to `limit` bytes, into the pipe if there is one.
 
-        Errors as for `ByteStream.recv`.
+        Returns:
+            the number of bytes, 0 at the end of the stream, and the bytes themselves unless they are in the pipe.
+
+        Raises as `ByteStream.recv`.
         """
         if self.pipe is not None:
             return await fill(source, self.pipe, limit), b""
@@ -85,14 +91,14 @@ class CopyDirection:
         return len(data), data
 
     def passed(self, size: int) -> None:
-        """Count bytes that were read by `read` and have been written."""
+        """Count bytes that came from `read` and have been written."""
         if self.pipe is None:
             self.copied(size)
         else:
             self.spliced(size)
 
     def copied(self, size: int) -> None:
-        """Count bytes that were read into memory; take a pipe when they keep filling whole reads."""
+        """Count bytes that were copied; take a pipe after enough full reads in a row."""
         self._count(size)
         if size < DEFAULT_READ_BYTES or not self._spliceable:
             self._full_reads = 0
@@ -104,7 +110,7 @@ class CopyDirection:
             self._small_splices = 0
 
     def spliced(self, size: int) -> None:
-        """Count bytes that went through the pipe; give it back when they come in small pieces."""
+        """Count bytes that went through the pipe; give it back after enough small pieces in a row."""
         self._count(size)
         self._small_splices = self._small_splices + 1 if size < DEFAULT_READ_BYTES else 0
         if self._small_splices >= SMALL_SPLICES:
@@ -125,7 +131,7 @@ class CopyDirection:
 
 
 class IdleTimer:
-    """When a stream last moved a byte, on the loop's clock, and the timer that ends it when that is too long ago."""
+    """Knows when a stream last moved a byte, on the loop's clock, and ends the stream after too much silence."""
 
     __slots__ = ("_limit_s", "_loop", "_scope", "_timer", "last")
 
@@ -137,15 +143,15 @@ class IdleTimer:
         self.last = self._loop.time()
 
     def touch(self) -> None:
-        """Note that a byte moved."""
+        """Note that a byte was moved."""
         self.last = self._loop.time()
 
     def idle_s(self) -> float:
-        """Say for how many seconds nothing has moved."""
+        """Return for how many seconds nothing has moved."""
         return self._loop.time() - self.last
 
     def limit(self, limit_s: float) -> None:
-        """Change the seconds of silence in both directions after which `watched` ends; they count from now."""
+        """Change the limit: seconds without a byte in either direction, counted from now."""
         self._limit_s = limit_s
         self.touch()
         if self._timer is not None:
@@ -153,12 +159,12 @@ class IdleTimer:
             self._timer = self._loop.call_later(limit_s, self._look)
 
     def shorten(self, limit_s: float) -> None:
-        """Lower the limit to this, if it is not lower already."""
+        """Lower the limit, unless it is already lower."""
         if limit_s < self._limit_s:
             self.limit(limit_s)
 
     def _look(self) -> None:
-        # One timer a stream, moved only when it fires: a byte costs a clock reading and no timer work.
+        # One timer for each stream, set again only when it fires: a byte costs one clock reading and no timer operation.
         left = self.last + self._limit_s - self._loop.time()
         if left > 0:
             self._timer = self._loop.call_later(left, self._look)
@@ -167,7 +173,7 @@ class IdleTimer:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Run the block, once, under the limit.
+        """Run the block under the limit. To be used once.
 
         Raises:
             TimeoutError: nothing moved for that long.
@@ -191,7 +197,7 @@ class Lost(Exception):
 
 
 async def fill(source: ByteStream, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
-    """Splice what is there from `source` into the empty pipe, up to `limit`, waiting for the first byte; 0 at the end."""
+    """Splice up to `limit` available bytes from `source` into the empty pipe, and wait for the first; return 0 at the end."""
     if source.holds_unread:
         data = source.take_unread()
         size = os.write(pipe.writer, data[:limit])
@@ -212,7 +218,7 @@ async def fill(source: ByteStream, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
 
 
 async def drain(pipe: Pipe, sink: ByteStream) -> None:
-    """Splice all that the pipe holds into `sink`."""
+    """Splice everything in the pipe into `sink`."""
     while pipe.held:
         try:
             pipe.held -= os.splice(pipe.reader, sink.fd, pipe.held, flags=_FLAGS)
@@ -221,10 +227,10 @@ async def drain(pipe: Pipe, sink: ByteStream) -> None:
 
 
 async def pump(source: ByteStream, sink: ByteStream, direction: CopyDirection) -> None:
-    """Move everything from `source` to `sink` up to the end of the stream. The end itself is the caller's to pass on.
+    """Move everything from `source` to `sink` up to the end of the stream. Passing on the end itself is up to the caller.
 
     Raises:
-        Lost: which side was reset.
+        Lost: a side was reset, and which.
     """
     try:
         while True:
@@ -237,7 +243,7 @@ async def pump(source: ByteStream, sink: ByteStream, direction: CopyDirection) -
             try:
                 if direction.pipe is None:
                     await sink.send(data)
-                    data = b""  # an idle stream holds nothing of what it has moved
+                    data = b""  # an idle stream keeps nothing of what it has moved
                 else:
                     await drain(direction.pipe, sink)
             except OSError as error:
@@ -250,7 +256,7 @@ async def pump(source: ByteStream, sink: ByteStream, direction: CopyDirection) -
 
 
 class End(StrEnum):
-    """How two wires that were joined came apart."""
+    """How two joined streams ended."""
 
     OK = "ok"
     A_RESET = "a_reset"
@@ -260,7 +266,7 @@ class End(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """What `splice` did: payload bytes each way and how it ended."""
+    """The result of `splice`: payload bytes each way, and how the streams ended."""
 
     a_to_b: int
     b_to_a: int
@@ -268,10 +274,10 @@ class Moved:
 
 
 async def splice(a: ByteStream, b: ByteStream, *, idle_timeout_s: float, half_close_timeout_s: float) -> Moved:
-    """Join two raw wires both ways until both have ended, and close them.
+    """Join two streams both ways until both directions have ended, and close them.
 
-    A FIN is passed on while the other direction goes on. A reset is passed on as a reset, after what the wire had sent before it
-    was delivered. Bytes given back with `unread` go first.
+    A FIN is passed on while the other direction goes on. A reset is passed on as a reset, after the bytes that were sent before it.
+    Bytes given back with `unread` go first.
 
     Args:
         idle_timeout_s: seconds without a byte in either direction.
@@ -281,7 +287,7 @@ async def splice(a: ByteStream, b: ByteStream, *, idle_timeout_s: float, half_cl
 
 
 class Splice:
-    """Two raw wires joined both ways; counts may be read while it runs."""
+    """Two streams joined both ways; counts may be read while it runs."""
 
     def __init__(
         self,
@@ -300,7 +306,7 @@ class Splice:
         self._lost: ByteStream | None = None
 
     async def run(self) -> Moved:
-        """Move bytes until both directions have ended; closes both wires in any case."""
+        """Move bytes until both directions have ended, and close both streams in any case."""
         end = End.IDLE_TIMEOUT
         try:
             async with self._activity.watched(), asyncio.TaskGroup() as group:
@@ -327,13 +333,13 @@ class Splice:
         except Lost as lost:
             self._lost = self._lost or lost.stream
             if lost.writing:
-                # What the lost side sent before is still on its way through the other direction, if that moves at all.
+                # What the lost side sent before is still in flight through the other direction, unless that stalls.
                 self._activity.shorten(LIMIT_STALLED_S)
                 return
         if self._lost is None:
             sink.shutdown_write()
             self._activity.limit(self._half_close_timeout_s)
         else:
-            # The end of a wire that was lost is a cut, even where the kernel reports a clean end after the error was fetched once.
+            # The end of a lost stream is a cut, even if the kernel reports a clean end once the error was fetched.
             source.reset()
             sink.reset()

@@ -1,4 +1,4 @@
-"""Which addresses are this host's own, as the kernel's routing table has it."""
+"""Finds out which addresses belong to this host, from the kernel's routing table."""
 
 import socket
 import struct
@@ -10,13 +10,13 @@ _ATTRIBUTE = struct.Struct("=HH")
 _RTM_NEWROUTE, _RTM_GETROUTE, _NLM_F_REQUEST, _RTA_DST, _RTN_LOCAL = 24, 26, 1, 1, 2
 _ANSWER_BYTES = 8192
 _ANSWER_LIMIT_S = 1.0
-"""The kernel answers within the call that asks; the limit is for whatever may stand in for a kernel."""
+"""The kernel answers within the call; the limit is for sandboxes that emulate it."""
 
 
 def is_own_address(address: IPv4Address | IPv6Address) -> bool:
-    """Tell whether a connection to this address ends on this host, on whatever interface and in whatever role it has it.
+    """Return whether a connection to this address ends on this host, whichever interface has the address.
 
-    The unspecified address leads to loopback, and an IPv4-mapped one where its IPv4 address does.
+    The unspecified address leads to loopback, and an IPv4-mapped address to its IPv4 address.
     """
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
@@ -30,7 +30,7 @@ def is_own_address(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _route_type(family: int, packed: bytes) -> int | None:
-    """Ask for the route to an address; None where there is none."""
+    """Return the type of the route to an address; None if there is no route."""
     route = _ROUTE.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
     attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(packed), _RTA_DST) + packed
     body = route + attribute
@@ -44,7 +44,7 @@ def _route_type(family: int, packed: bytes) -> int | None:
 
 
 def _source_towards(family: int, address: str) -> str | None:
-    """Return the address that we would come from; on the way to ourselves that is the one we go to."""
+    """Return the source address towards an address; if that is our own, both are the same."""
     with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
         try:
             probe.connect((address, 9))  # sends nothing

@@ -1,4 +1,4 @@
-"""Accept connections on raw sockets and run each in a task of its own."""
+"""Accepts connections on raw sockets and runs each in its own task."""
 
 import asyncio
 import errno
@@ -15,10 +15,10 @@ from sniproxy.engine.tls_stream import TlsStream
 log = logging.getLogger(__name__)
 
 DEFAULT_BACKLOG = 4096
-"""What net.core.somaxconn allows by default on Linux since 5.4; a burst of clients waits in the kernel, not in SYN retries."""
+"""The default of net.core.somaxconn on Linux since 5.4. A burst of clients waits in the kernel instead of retrying SYNs."""
 
 ACCEPT_BATCH = 16
-"""Connections taken at once before others get a turn."""
+"""Connections accepted in a row before other work runs."""
 
 CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 """Out of descriptors or memory: connections stay in the backlog, and accepting resumes after a pause (as in trio)."""
@@ -27,6 +27,7 @@ CAPACITY_PAUSE_S = 0.1
 """How long accepting pauses after such an error."""
 
 CAPACITY_LOG_INTERVAL_S = 1.0
+"""Such an error is logged once in this time."""
 
 TRANSIENT_ERRNOS = frozenset(
     {
@@ -43,19 +44,26 @@ TRANSIENT_ERRNOS = frozenset(
         errno.ETIMEDOUT,
     }
 )
-"""Errors of the one connection that was about to be accepted (accept(2)); the next may be well."""
+"""Errors of the connection that was about to be accepted (accept(2)). The next one may be fine."""
 
 
 class Listener:
-    """A listening socket. `address` is what it is bound to, with the port that was chosen where 0 was asked."""
+    """A listening socket. `address` is what it is bound to, with the port that the kernel chose for port 0."""
 
     def __init__(
         self, sock: socket.socket, tls: ssl.SSLContext | None = None, *, capacity_pause_s: float = CAPACITY_PAUSE_S
     ) -> None:
+        """Take ownership of a listening socket.
+
+        Args:
+            sock: already listens.
+            tls: see `open`.
+            capacity_pause_s: seconds without accepting after the process ran out of descriptors or memory.
+        """
         sock.setblocking(False)
-        tune(sock)  # once, not five calls for each connection
+        tune(sock)  # once, instead of five system calls for each connection
         self.tls = tls
-        """For the connections accepted from now on; another context may be set at any time."""
+        """For connections accepted from now on; may be replaced at any time."""
         self._sock = sock
         self._capacity_pause_s = capacity_pause_s
         self._loop = asyncio.get_running_loop()
@@ -78,10 +86,10 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         capacity_pause_s: float = CAPACITY_PAUSE_S,
     ) -> "Listener":
-        """Bind and listen on an IP literal. `::` takes IPv6 only: IPv4 has its own listener.
+        """Bind and listen on an IP literal. `::` takes IPv6 only; IPv4 needs its own listener.
 
-        With `tls` the handler gets each connection as a TlsStream and begins with its `handshake`, which has a deadline: so
-        the handler's own bound on connections counts those that have not shaken hands, too.
+        With `tls`, the handler gets each connection as a TlsStream and must begin with its `handshake`, which has a deadline. So
+        the handler's own bound on connections includes those whose handshake is not complete.
 
         Raises:
             OSError: the address is not ours, or the port is taken; the message names both.
@@ -102,37 +110,37 @@ class Listener:
         return cls(sock, tls, capacity_pause_s=capacity_pause_s)
 
     def fileno(self) -> int:
-        """The descriptor, to be given to another process that accepts from the same queue."""
+        """Return the descriptor, to pass it to another process that accepts from the same queue."""
         return self._fd
 
     async def serve(self, handle: Callable[[SocketStream], Awaitable[None]]) -> None:
-        """Accept until `close`, then wait for the connections that are open. Cancelling cancels those too.
+        """Accept until `close`, then wait for the open connections to end. Cancelling cancels those too.
 
-        `handle` owns its stream; an exception out of it is logged and ends that connection alone.
+        `handle` owns its stream. An exception that it raises is logged and ends only that connection.
         """
         async with asyncio.TaskGroup() as group:
 
             def take(stream: SocketStream) -> None:
                 task = group.create_task(self._run(stream, handle))
-                # A task that is cancelled before its first step never reaches its own finally.
+                # A task that is cancelled before its first step never reaches its own `finally`.
                 task.add_done_callback(partial(_close, stream))
 
             await self.run(take)
 
     async def run(self, take: Callable[[SocketStream], None]) -> None:
-        """Accept until `close`. `take` owns each connection from then on, and must not block."""
+        """Accept until `close`. `take` owns each connection it gets, and must not block."""
         try:
             while not self._closed.is_set():
                 await self._acceptable()
                 pause = self._accept_batch(take)
                 if pause:
-                    self._unwatch()  # level-triggered: what waits would keep the loop busy
+                    self._unwatch()  # level-triggered: waiting connections would keep the loop busy
                     await asyncio.sleep(pause)
         finally:
             self.close()
 
     async def _acceptable(self) -> None:
-        """Wait for a connection. The descriptor stays watched in between: two calls of epoll_ctl a connection less."""
+        """Wait for a connection. The descriptor stays watched meanwhile, which saves two epoll_ctl calls for each connection."""
         self._accepting.clear()
         if not self._watched:
             self._loop.add_reader(self._fd, self._accepting.set)
@@ -145,7 +153,7 @@ class Listener:
             self._watched = False
 
     def _accept_batch(self, take: Callable[[SocketStream], None]) -> float:
-        """Take what waits; returns for how many seconds to pause."""
+        """Accept waiting connections; return for how many seconds to pause then."""
         for _ in range(ACCEPT_BATCH):
             if self._closed.is_set():
                 break
@@ -162,7 +170,7 @@ class Listener:
                 raise
             try:
                 stream = SocketStream(sock, peer) if self.tls is None else TlsStream(sock, self.tls, server_side=True)
-            except OSError:  # gone before we could set an option
+            except OSError:  # it is already gone
                 sock.close()
                 continue
             take(stream)
@@ -178,14 +186,14 @@ class Listener:
                 *self.address,
             )
 
-    async def _run(self, wire: SocketStream, handle: Callable[[SocketStream], Awaitable[None]]) -> None:
+    async def _run(self, stream: SocketStream, handle: Callable[[SocketStream], Awaitable[None]]) -> None:
         try:
-            await handle(wire)
+            await handle(stream)
         except Exception:
-            log.exception("unexpected error while serving %s", wire.peer)
+            log.exception("unexpected error while serving %s", stream.peer)
 
     def close(self) -> None:
-        """Stop accepting; connections that are open go on."""
+        """Stop accepting. Open connections go on."""
         if not self._closed.is_set():
             self._closed.set()
             self._unwatch()
@@ -193,5 +201,5 @@ class Listener:
             self._accepting.set()
 
 
-def _close(wire: SocketStream, _: asyncio.Task[None]) -> None:
-    wire.close()
+def _close(stream: SocketStream, _: asyncio.Task[None]) -> None:
+    stream.close()

@@ -1,7 +1,7 @@
-"""Pipes for splice: large, few, and given back.
+"""A pool of large pipes for splice(2).
 
-Measured: splice saves CPU only with a 1 MiB pipe. A plain user gets 64 of those (fs.pipe-user-pages-soft), then EPERM: whoever
-gets none goes on copying.
+Measured: splice saves CPU only with a 1 MiB pipe. An unprivileged user gets 64 of those (fs.pipe-user-pages-soft), then EPERM. A
+stream that gets none is copied.
 """
 
 import fcntl
@@ -11,11 +11,11 @@ PIPE_BYTES = 1024 * 1024
 """The size from which splice halves the CPU time per byte (64 KiB pipes do not); fs.pipe-max-size is 1 MiB by default."""
 
 DEFAULT_MAX_PIPES = 256
-"""Pipes open at once, a quarter of a gigabyte of pages if all were full. A plain user's own limit (64) comes before."""
+"""Pipes open at once: a quarter of a gigabyte if all were full. An unprivileged user reaches the kernel's limit (64) first."""
 
 
 class Pipe:
-    """An empty 1 MiB pipe, non-blocking at both ends. `held` counts the bytes in it."""
+    """A 1 MiB pipe, non-blocking at both ends. `held` is the number of bytes in it."""
 
     __slots__ = ("held", "reader", "writer")
 
@@ -35,17 +35,17 @@ class Pipe:
 
 
 class PipePool:
-    """At most `limit` pipes; those given back empty are used again."""
+    """At most `limit` pipes. Those given back empty are reused."""
 
     def __init__(self, limit: int = DEFAULT_MAX_PIPES) -> None:
         self._limit = limit
         self._idle: list[Pipe] = []
         self.taken = 0
         self.denied = 0
-        """How often nothing was to be had: the number behind "why is this stream copied?"."""
+        """How often no pipe was available, so that a stream was copied."""
 
     def take(self) -> Pipe | None:
-        """Give a pipe, or None where the pool's or the system's limit is reached."""
+        """Return a pipe, or None if the limit of the pool or of the system is reached."""
         if self._idle:
             pipe = self._idle.pop()
         elif self.taken >= self._limit:
@@ -54,14 +54,14 @@ class PipePool:
         else:
             try:
                 pipe = Pipe()
-            except OSError:  # EPERM past the user's pages, EMFILE past its descriptors
+            except OSError:  # EPERM: the user's limit of pipe pages; EMFILE: the limit of descriptors
                 self.denied += 1
                 return None
         self.taken += 1
         return pipe
 
     def give_back(self, pipe: Pipe) -> None:
-        """Take a pipe back; one that still holds bytes is closed, for they belong to a stream that ended."""
+        """Return a pipe to the pool. One that still holds bytes is closed: they belong to a stream that has ended."""
         self.taken -= 1
         if pipe.held:
             pipe.close()

@@ -1,11 +1,11 @@
-"""Fair turns on one event loop: how much a connection may do before the others run.
+"""Fair scheduling on one event loop: how much a connection may do before the others run.
 
-A loop over input that is fed faster than it works never has to wait, so it would never let anybody else run: no timer, no accept,
-no signal, no other stream. So each connection has a quantum, counted in bytes and in messages. Once it is used up, the
-connection queues, and **one** connection of that queue goes on in each pass of the event loop (deficit round robin). However
-many connections flood us, everybody else waits for one quantum a pass, and not for all of theirs.
+A task that reads input which arrives faster than it works never has to wait, so it would never let anything else run: no timer, no
+accept, no signal, no other stream. So each connection has a quantum, counted in bytes and in messages. Once it is used up, the
+connection queues, and **one** connection of that queue resumes in each pass of the event loop (deficit round robin). However many
+connections flood us, all others wait for one quantum in each pass, and not for the quanta of all.
 
-`SocketStream` and the readers built on it spend from here, so a loop that reads from a wire is bounded without knowing of it.
+`SocketStream` and the readers built on it spend the quantum, so every loop that reads from a stream is bounded.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 QUANTUM_BYTES = 4 * 1024 * 1024
-"""Four full pipes: about a millisecond. What is copied meets the number of reads before."""
+"""Four full pipes, about a millisecond. A copied stream reaches the limit of reads first."""
 
 QUANTUM_MESSAGES = 8
-"""Messages, or reads that did not have to wait. The dearest one, a signed STUN request, costs some 100 µs."""
+"""Messages, or reads that did not have to wait. The most expensive message, a signed STUN request, costs some 100 µs."""
 
 
 class RoundRobin:
@@ -31,7 +31,7 @@ class RoundRobin:
         return len(self._waiting)
 
     def turn(self) -> asyncio.Future[None]:
-        """Queue for the next turn: at least one pass of the event loop, in which it polls and runs timers."""
+        """Queue for a turn, which comes after at least one pass of the event loop (polling and timers)."""
         turn = self._loop.create_future()
         self._waiting.append(turn)
         if len(self._waiting) == 1:
@@ -41,7 +41,7 @@ class RoundRobin:
     def _next(self) -> None:
         while self._waiting:
             turn = self._waiting.popleft()
-            if not turn.done():  # else cancelled while it waited
+            if not turn.done():  # done: it was cancelled while it waited
                 turn.set_result(None)
                 break
         if self._waiting:
@@ -61,7 +61,7 @@ def round_robin() -> RoundRobin:
 
 
 class Quantum:
-    """What one connection may still do in its turn."""
+    """What one connection may still do in its turn. `max_bytes` bounds the bytes of a turn."""
 
     __slots__ = ("_bytes", "_max_bytes", "_messages", "_queue", "used_up")
 
@@ -71,27 +71,27 @@ class Quantum:
         self._bytes = 0
         self._messages = 0.0
         self.used_up = False
-        """Whether others are to run first: `await renew()` before doing more."""
+        """Whether other connections have to run first: `await renew()` before doing more."""
 
     def spend(self, size: int, messages: float = 1) -> None:
-        """Count `size` bytes and so many messages that were handled; a part of one for what costs a part of one."""
+        """Count `size` bytes and `messages` messages; a fraction for what costs a fraction of a message."""
         self._bytes += size
         self._messages += messages
         if self._messages >= QUANTUM_MESSAGES or self._bytes >= self._max_bytes:
             self.used_up = True
 
     def waited(self) -> None:
-        """Note that the connection had to wait for input: others ran meanwhile, and the next message is free."""
+        """Note that the connection had to wait for input: others ran meanwhile, so the next message is free."""
         if self._messages >= 1:
             self._messages -= 1
 
     async def renew(self) -> None:
-        """Let the others run, then begin a new quantum."""
+        """Let other connections run, then begin a new quantum."""
         await self._queue.turn()
         self._begin()
 
     def renew_then(self, go_on: Callable[[], None]) -> None:
-        """As `renew`, for a protocol that is driven by callbacks: `go_on` is called in its turn, with a new quantum."""
+        """As `renew`, for callback-driven protocols: calls `go_on` when the turn comes, with a new quantum."""
 
         def begin(_: asyncio.Future[None]) -> None:
             self._begin()

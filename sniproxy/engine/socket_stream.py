@@ -1,7 +1,7 @@
-"""One connected TCP socket, raw and non-blocking, on the running loop.
+"""A connected TCP socket, raw and non-blocking, on the running loop.
 
-Reads and writes are tried at once and wait for readiness only when the kernel says so. A watched descriptor stays watched
-between two waits and is given up when it fires with nobody waiting: in steady state a stream costs no epoll_ctl calls.
+Reads and writes are tried at once and wait for readiness only if the kernel has or takes nothing. A watched descriptor stays
+watched between two waits, and is unwatched when it fires while nothing waits: a stream in steady state makes no epoll_ctl calls.
 """
 
 import asyncio
@@ -21,17 +21,18 @@ from sniproxy.engine.quantum import Quantum
 KEEPALIVE_IDLE_S = 15
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
-"""An open stream whose far end vanished is found after 15 + 3 × 5 = 30 s of silence. TCP_USER_TIMEOUT is not set: Linux counts a
-reader that pauses (zero window, probes answered) against it, so that it would cut streams whose client merely waits."""
+"""A far end that vanished is detected after 15 + 3 × 5 = 30 s of silence. TCP_USER_TIMEOUT is not set: Linux counts the time that a
+reader pauses (zero window, probes answered) against it, so it would cut streams whose client merely waits."""
 
 FLUSH_POLL_S = 0.02
+"""How often `flushed` looks at the kernel's send queue."""
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _GONE = (errno.ENOTCONN, errno.EINVAL, errno.EBADF)
 
 
 def plain_address(text: str) -> str:
-    """Write an address as the system gives it without scope, an IPv4-mapped one as the IPv4 address it is."""
+    """Return an address from the system without its scope, and an IPv4-mapped one as IPv4."""
     if ":" not in text:
         return text
     address = ipaddress.IPv6Address(text.partition("%")[0])
@@ -45,7 +46,7 @@ def _endpoint(name: object) -> tuple[str, int]:
 
 
 def tune(sock: socket.socket) -> None:
-    """Set what every stream socket has: no Nagle delay, keep-alive. What a listening socket has, Linux gives to all it accepts."""
+    """Turn off Nagle's algorithm and turn on keep-alive. On Linux, accepted sockets inherit these from the listening socket."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -56,14 +57,14 @@ def tune(sock: socket.socket) -> None:
 
 
 class SocketStream:
-    """A connected stream socket. One reader and one writer at a time; two tasks may use the two halves.
+    """A connected stream socket. One reader and one writer at a time, which may be two tasks.
 
-    `peer` and `local` are (address, port); an IPv4-mapped address is written as IPv4. Reading lets other connections run whenever
+    `peer` and `local` are (address, port), with IPv4-mapped addresses written as IPv4. Reading lets other connections run whenever
     this one has used up its quantum, however fast the peer sends.
     """
 
     spliceable: ClassVar[bool] = True
-    """What is on the descriptor is the stream itself: os.splice may move it."""
+    """The descriptor carries the stream's own bytes, so os.splice may move them."""
 
     __slots__ = (
         "_expired",
@@ -83,14 +84,14 @@ class SocketStream:
     )
 
     def __init__(self, sock: socket.socket, peer: object = None) -> None:
-        """Own a connected socket.
+        """Take ownership of a connected socket.
 
         Args:
-            sock: not used by anybody else from now on. `tune` is its maker's: what a listener accepts has it from there.
-            peer: its address as accept(2) or connect(2) had it: getpeername(2) fails once the peer has reset.
+            sock: used by nothing else from now on. The caller has called `tune`; accepted sockets inherit it from the listener.
+            peer: the address from accept(2) or connect(2), because getpeername(2) fails once the peer has reset.
 
         Raises:
-            OSError: it is gone already; it stays the caller's.
+            OSError: the connection is already gone; the socket stays the caller's.
         """
         sock.setblocking(False)
         self._loop = asyncio.get_running_loop()
@@ -102,7 +103,7 @@ class SocketStream:
         self._read_waiter: asyncio.Future[None] | None = None
         self._write_waiter: asyncio.Future[None] | None = None
         self.quantum = Quantum()
-        """What may still be read before others run. Whoever parses messages out of what was read spends from it, too."""
+        """What may still be read before other connections run. Code that parses messages from it spends the quantum too."""
         self.closed = False
         self.fd = sock.fileno()
         self.local = _endpoint(sock.getsockname())
@@ -119,25 +120,26 @@ class SocketStream:
 
     @property
     def holds_unread(self) -> bool:
-        """Whether bytes that were given back wait to be read."""
+        """Whether bytes were given back by `unread` and not read again."""
         return bool(self._unread)
 
     def take_unread(self) -> bytes:
-        """Take what was given back, without reading the socket."""
+        """Remove and return the bytes that were given back, without reading the socket."""
         data, self._unread = bytes(self._unread), b""
         return data
 
     async def recv(self, limit: int = DEFAULT_READ_BYTES, *, low: int = 1) -> bytes:
-        """Read what is there, up to `limit` bytes, waiting for the first one; b"" at the end of the stream.
+        """Read what is available, up to `limit` bytes, and wait for the first byte if nothing is; b"" at the end of the stream.
 
         Args:
-            low: where nothing is there, wait for that many. A reader that can do nothing with fewer is not woken for each byte
-                of a peer that sends them one by one. What is there already is returned, however little.
+            limit: the most bytes to return.
+            low: if nothing is available, wait for this many bytes. So a reader that needs them is not woken for each byte of a
+                peer that sends them one by one. What is already available is returned, however little.
 
         Raises:
             OSError: the peer reset the connection, or keep-alive found it gone.
             TimeoutError: `expire` was called.
-            WireClosed: our own side closed it meanwhile.
+            StreamClosed: our own side closed the stream meanwhile.
         """
         if self._unread:
             await self.take_turn()
@@ -147,8 +149,8 @@ class SocketStream:
         if self.quantum.used_up:
             await self.take_turn()
         while True:
-            # Asked even after a short read: a reset behind those bytes has ended the watch already (uvloop gives up a descriptor
-            # that reports an error), and only the socket itself still tells of it.
+            # Read again even after a short read: a reset behind those bytes has already ended the watch (uvloop stops watching a
+            # descriptor that reports an error), and then only the socket itself reports it.
             try:
                 data = self._sock.recv(limit)
             except BlockingIOError:
@@ -159,13 +161,13 @@ class SocketStream:
             await self.readable(low)
 
     async def take_turn(self) -> None:
-        """Let others run where this wire's quantum is used up. Errors as for `readable`."""
+        """Let other connections run if the quantum is used up. Raises as `readable`."""
         if self.quantum.used_up:
             await self.quantum.renew()
             self._check_readable()
 
     def try_recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
-        """Read what is there right now; b"" if there is nothing, or the end. Raises OSError as `recv` does."""
+        """Read what is available right now; b"" if that is nothing, or at the end of the stream. Raises OSError as `recv`."""
         if self._unread:
             return self._unread_up_to(limit)
         try:
@@ -183,7 +185,7 @@ class SocketStream:
         """Read exactly `count` bytes and not one more.
 
         Raises:
-            EOFError: the stream ended before.
+            EOFError: the stream ended earlier.
             OSError: as for `recv`.
         """
         data = b""
@@ -195,15 +197,15 @@ class SocketStream:
         return data
 
     async def readable(self, low: int = 1) -> None:
-        """Wait until a read would return something: `low` bytes, the end, or an error.
+        """Wait until a read would return at once: with `low` bytes, the end, or an error.
 
         Raises:
             TimeoutError: `expire` was called.
-            WireClosed: our own side closed it.
+            StreamClosed: our own side closed the stream.
         """
         self._check_readable()
         if low != self._low:
-            # The kernel wakes for less where its buffer cannot hold so much, and at the end and at errors always.
+            # The kernel wakes us for fewer bytes if its buffer cannot hold so many, and always at the end and for errors.
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
             self._low = low
         assert self._read_waiter is None or self._read_waiter.done(), (
@@ -216,9 +218,9 @@ class SocketStream:
         try:
             await waiter
         finally:
-            if self._read_waiter is waiter:  # not that of the next reader, where this one was cancelled
+            if self._read_waiter is waiter:  # not the next reader's, if this one was cancelled
                 self._read_waiter = None
-            del waiter  # holds the exception that holds this frame: a cycle for each stream that is cut
+            del waiter  # it holds the exception, which holds this frame: a reference cycle for each stream that is cut
         self.quantum.waited()
 
     def _check_readable(self) -> None:
@@ -228,7 +230,7 @@ class SocketStream:
             raise TimeoutError
 
     def expire(self) -> None:
-        """Make pending and later reads raise TimeoutError: this stream's time is over."""
+        """Make pending and later reads raise TimeoutError."""
         self._expired = True
         if self._read_waiter is not None and not self._read_waiter.done():
             self._read_waiter.set_exception(TimeoutError())
@@ -236,7 +238,7 @@ class SocketStream:
     def _on_readable(self) -> None:
         waiter = self._read_waiter
         if waiter is None:
-            # Level-triggered: staying registered with nobody reading would spin.
+            # Level-triggered: if it stayed registered while nothing reads, the loop would spin.
             self._loop.remove_reader(self.fd)
             self._reading = False
         elif not waiter.done():
@@ -245,11 +247,11 @@ class SocketStream:
     # Writing
 
     def try_send(self, buffers: Iterable[Buffer], flags: int = 0) -> int:
-        """Write what the socket takes right now, gathered in one call, and say how many bytes it took.
+        """Write what the socket takes right now, in one system call, and return how many bytes it took.
 
         Raises:
             OSError: the connection is gone.
-            WireClosed: our own side closed it.
+            StreamClosed: our own side closed the stream.
         """
         if self.closed:
             raise StreamClosed(errno.EBADF, "closed on our side")
@@ -259,11 +261,11 @@ class SocketStream:
             return 0
 
     async def send(self, *buffers: Buffer, more: bool = False) -> None:
-        """Write all of `buffers`, in one call where the socket takes it. `more`: more follows at once (MSG_MORE).
+        """Write all of `buffers`, in one system call if the socket takes it. `more`: more data follows at once (MSG_MORE).
 
         Raises:
             OSError: the connection is gone.
-            WireClosed: our own side closed it.
+            StreamClosed: our own side closed the stream.
         """
         flags = socket.MSG_MORE if more else 0
         total = sum(map(len, buffers))
@@ -276,7 +278,7 @@ class SocketStream:
             rest = rest[self.try_send((rest,), flags) :]
 
     async def writable(self) -> None:
-        """Wait until the socket takes more bytes, or is gone."""
+        """Wait until the socket takes more bytes, or the connection is gone."""
         if self.closed:
             raise StreamClosed(errno.EBADF, "closed on our side")
         assert self._write_waiter is None or self._write_waiter.done(), "one writer at a time"
@@ -292,7 +294,7 @@ class SocketStream:
             del waiter
 
     async def flushed(self, limit_s: float) -> bool:
-        """Wait until the peer's kernel has acknowledged everything we wrote, or `limit_s` seconds; say whether it has."""
+        """Wait at most `limit_s` seconds until the peer's kernel has acknowledged everything we wrote; return whether it has."""
         deadline = self._loop.time() + limit_s
         while not self.closed:
             unsent = struct.unpack("i", fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0"))[0]
@@ -300,7 +302,7 @@ class SocketStream:
                 return True
             if self._loop.time() >= deadline:
                 return False
-            await asyncio.sleep(FLUSH_POLL_S)  # the kernel offers no event for it
+            await asyncio.sleep(FLUSH_POLL_S)  # the kernel has no event for this
         return False
 
     def _on_writable(self) -> None:
@@ -314,7 +316,7 @@ class SocketStream:
     # Ending
 
     def shutdown_write(self) -> None:
-        """Send FIN; reading goes on. Quietly nothing where the connection is gone already."""
+        """Send FIN; reading goes on. Does nothing if the connection is already gone."""
         if not self.closed:
             try:
                 self._sock.shutdown(socket.SHUT_WR)
@@ -323,7 +325,7 @@ class SocketStream:
                     raise
 
     def close(self) -> None:
-        """Close; pending reads and writes raise StreamClosed. The kernel sends a reset if unread bytes are left."""
+        """Close; pending reads and writes raise StreamClosed. The kernel sends RST if unread bytes are left."""
         if self.closed:
             return
         self.closed = True
@@ -335,19 +337,19 @@ class SocketStream:
             if waiter is not None and not waiter.done():
                 waiter.set_exception(StreamClosed(errno.EBADF, "closed on our side"))
         self._sock.close()
-        self.fd = -1  # the number may be another socket's at once
+        self.fd = -1  # another socket may get the number at once
 
     def reset(self) -> None:
-        """Close with RST, so that the peer cannot mistake a cut for an end. Unsent bytes are dropped."""
+        """Close with RST, so that the peer cannot mistake a cut for a regular end. Unsent bytes are dropped."""
         if not self.closed:
             try:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             except OSError:
-                pass  # already gone: closing is all that is left
+                pass  # already gone, so only closing is left
             self.close()
 
     async def drain_and_close(self, *, limit_bytes: int = 64 * 1024, limit_s: float = 1.0) -> None:
-        """Send FIN, read and discard for a bounded while, then close: our last bytes arrive instead of a reset."""
+        """Send FIN, read and discard within these limits, then close, so that our last bytes arrive instead of a reset."""
         try:
             self.shutdown_write()
             self._unread = b""
@@ -356,7 +358,7 @@ class SocketStream:
                 while left > 0 and (data := await self.recv(left)):
                     left -= len(data)
         except (OSError, TimeoutError):
-            pass  # the peer is gone or does not stop: we owe it nothing more
+            pass  # the peer is gone, or does not stop sending
         finally:
             self.close()
 
@@ -367,12 +369,12 @@ async def connect(
     """Connect to an IP literal and port.
 
     Args:
-        sock: a non-blocking socket to use, for callers that set options before the handshake, or have begun it.
+        sock: a non-blocking socket to use, for callers that set options before the handshake, or have already begun it.
 
     Raises:
-        OSError: refused, unreachable, reset; or no port that anything listens on.
+        OSError: refused, unreachable or reset, or `port` is out of range.
         TimeoutError: no answer within `timeout_s` seconds.
-        ValueError: `address` is not an IP literal: names are resolved elsewhere, on purpose.
+        ValueError: `address` is not an IP literal. Names are resolved elsewhere, on purpose.
     """
     own = await connect_socket(address, port, timeout_s=timeout_s, local_address=local_address, sock=sock)
     try:
@@ -385,7 +387,7 @@ async def connect(
 async def connect_socket(
     address: str, port: int, *, timeout_s: float, local_address: str | None = None, sock: socket.socket | None = None
 ) -> socket.socket:
-    """Connect as `connect` does, and return the bare socket."""
+    """Connect as `connect` does, and return the socket itself."""
     family = socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
     if not 0 < port < 1 << 16:
         if sock is not None:

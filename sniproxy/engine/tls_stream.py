@@ -1,11 +1,11 @@
-"""TLS over a raw descriptor: a wire with the same methods whose bytes are ciphertext, copied and never spliced.
+"""TLS over a raw socket: a stream with the same methods, copied and never spliced.
 
-An `ssl.SSLObject` between two memory buffers does the cryptography; the socket stays ours, as with any other wire. What differs:
+An `ssl.SSLObject` between two memory buffers does the cryptography, and the socket stays ours, as with a plain stream. Differences:
 
-- an end is close_notify, then FIN; reading may go on after writing has ended. A FIN without close_notify is a cut (RFC 8446,
-  section 6.1) and reads as a reset;
-- `try_send` may take bytes whose ciphertext the socket does not take at once: it goes out as the socket can, and nothing more is
-  taken before. `send` returns when the socket has all of it, so that a `close` behind it loses nothing.
+- An end is close_notify, then FIN; reading may go on after writing has ended. A FIN without close_notify is a cut (RFC 8446,
+  section 6.1) and is reported as a reset.
+- `try_send` may take bytes whose ciphertext the socket does not take at once. The rest goes out as the socket becomes writable, and
+  nothing more is taken before. `send` returns when the socket has all of it, so that a following `close` loses nothing.
 """
 
 import asyncio
@@ -19,27 +19,26 @@ from sniproxy.engine.quantum import QUANTUM_MESSAGES
 from sniproxy.engine.socket_stream import FLUSH_POLL_S, SocketStream, connect_socket
 
 HANDSHAKE_TIMEOUT_S = 5.0
-"""For a listener: as long as a client gets for its ClientHello, and two round trips over any network."""
+"""For a listener: as long as a client has for its ClientHello; enough for two round trips over any network."""
 
 MAX_RECORDS_AT_ONCE = 32
-"""Records that one read opens: two full reads' worth of full ones. A peer that sends a byte in each gets no more of our time."""
+"""Records that one read decrypts: as many full ones as two full reads hold. Bounds the cost of records of one byte."""
 
 _MESSAGES_A_HANDSHAKE = QUANTUM_MESSAGES
-"""A step of a handshake costs a millisecond or two, where it signs or verifies: as much as a whole quantum."""
+"""A step of a handshake that signs or verifies costs a millisecond or two: as much as a whole quantum."""
 
 _MESSAGES_A_RECORD = 0.25
-"""What opening a small record costs beside handling a message."""
+"""The cost of decrypting a small record, relative to handling a message."""
 
 MAX_WITHOUT_PAYLOAD = 64 * 1024
-"""Bytes in a row that bring no payload, such as new keys again and again: four of the largest records.
-No honest peer sends more."""
+"""Bytes in a row without payload, such as repeated KeyUpdates: four records of the largest size. No honest peer sends more."""
 
 MAX_ENCRYPTED_AT_ONCE = 64 * 1024
-"""Plaintext that is encrypted before the socket has taken what was encrypted before: the bound of the queue."""
+"""Plaintext that is encrypted at once. Nothing more is until the socket has taken it, so this bounds the queue."""
 
 
 class TlsStream(SocketStream):
-    """A connected stream socket that speaks TLS. `await handshake()` before anything else."""
+    """A connected stream socket with TLS. `await handshake()` before anything else."""
 
     spliceable = False
 
@@ -64,34 +63,37 @@ class TlsStream(SocketStream):
         server_hostname: str | None = None,
         resume: ssl.SSLSession | None = None,
     ) -> None:
-        """Take a connected socket; nothing is sent yet.
+        """Take ownership of a connected socket; nothing is sent yet.
 
         Args:
-            server_hostname: what the client side asks for, and verifies where the context says so: a name or an IP address.
-            resume: a session of an earlier connection to this server by the same context, whose certificate was verified then.
+            sock: as for `SocketStream`.
+            context: how to speak TLS.
+            server_side: this is the server's side.
+            server_hostname: what the client asks for, and verifies if the context says so: a name or an IP address.
+            resume: a session of an earlier connection to this server with the same context, which verified the certificate.
         """
         super().__init__(sock)
         self._from_net, self._to_net = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(
             self._from_net, self._to_net, server_side=server_side, server_hostname=server_hostname, session=resume
         )
-        self._queue = b""  # ciphertext that the socket did not take yet
+        self._queue = b""  # ciphertext that the socket has not taken yet
         self._established = self._said_end = self._fin_due = False
-        self._drained = False  # TLS has said that it needs more of the connection's bytes
+        self._drained = False  # TLS needs more ciphertext
         self._write_error: OSError | None = None
 
     @property
     def session(self) -> ssl.SSLObject:
-        """The TLS session, to ask for version, cipher, certificate."""
+        """The TLS session: version, cipher, certificate."""
         return self._tls
 
     async def handshake(self, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> None:
-        """Shake hands. After an error the wire is of no use but to be closed; the peer has been sent the alert.
+        """Complete the handshake. After an error the stream can only be closed; the alert has been sent to the peer.
 
         Raises:
-            ssl.SSLError: (an OSError) no agreement, or a certificate that does not verify.
+            ssl.SSLError: (an OSError) no agreement, or the certificate does not verify.
             OSError: the connection was cut.
-            TimeoutError: not done within `timeout_s` seconds.
+            TimeoutError: not complete within `timeout_s` seconds.
         """
         async with asyncio.timeout(timeout_s):
             while not self._established:
@@ -113,11 +115,12 @@ class TlsStream(SocketStream):
     # Reading
 
     async def recv(self, limit: int = DEFAULT_READ_BYTES, *, low: int = 1) -> bytes:
-        """Read what is there, as `SocketStream.recv`; b"" at the peer's close_notify. `low` changes nothing: TLS has records.
+        """Read what is available, as `SocketStream.recv`; b"" after the peer's close_notify. `low` has no effect.
 
         Raises:
-            OSError: reset, cut without close_notify, or bytes that are no TLS.
-            WireClosed: our own side closed it meanwhile.
+            OSError: reset, cut without close_notify, or not TLS.
+            TimeoutError: `expire` was called.
+            StreamClosed: our own side closed the stream meanwhile.
         """
         del low
         if self._unread:
@@ -130,11 +133,11 @@ class TlsStream(SocketStream):
                 if plain is not None:
                     return plain
             if without_payload > MAX_WITHOUT_PAYLOAD:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "TLS records without payload, one after the other")
+                raise ConnectionAbortedError(errno.ECONNABORTED, "too many TLS records without payload in a row")
             without_payload += await self._read_net()
 
     def try_recv(self, limit: int = DEFAULT_READ_BYTES) -> bytes:
-        """Read what can be decrypted right now; b"" if that is nothing, or the end. Raises OSError as `recv` does."""
+        """Read what can be decrypted right now; b"" if that is nothing, or at the end of the stream. Raises OSError as `recv`."""
         if self._unread:
             return super().try_recv(limit)
         plain = None if self._drained else self._decrypt(limit)
@@ -144,7 +147,7 @@ class TlsStream(SocketStream):
         return plain or b""
 
     def _decrypt(self, limit: int) -> bytes | None:
-        """Return what whole records hold, up to `limit` bytes; None where there is none, b"" after close_notify."""
+        """Return the payload of complete records, up to `limit` bytes; None if there is none, b"" after close_notify."""
         if self.closed:
             raise StreamClosed(errno.EBADF, "closed on our side")
         parts: list[bytes] = []
@@ -158,16 +161,16 @@ class TlsStream(SocketStream):
             except ssl.SSLZeroReturnError:
                 part = b""
             if not part:
-                return b"".join(parts)  # the end itself is seen again by the next read
+                return b"".join(parts)  # the next read sees the end again
             parts.append(part)
             left -= len(part)
         self.quantum.spend(0, len(parts) * _MESSAGES_A_RECORD)
         if self._to_net.pending:
-            self._push_later()  # what reading made TLS answer, such as new keys
+            self._push_later()  # what TLS answers to what was read, such as new keys
         return b"".join(parts) if parts else None
 
     async def _read_net(self) -> int:
-        """Wait for bytes of the connection, and say how many came."""
+        """Wait for ciphertext, and return how many bytes came."""
         self._check_readable()
         await self.take_turn()
         while True:
@@ -190,12 +193,12 @@ class TlsStream(SocketStream):
 
     # Writing
 
-    def try_send(self, buffers: Iterable[Buffer], flags: int = 0) -> int:  # noqa: ARG002 - records take no flags
-        """Encrypt what may be taken right now and say how many bytes that were; 0 while the socket is full.
+    def try_send(self, buffers: Iterable[Buffer], flags: int = 0) -> int:  # noqa: ARG002 - records have no flags
+        """Encrypt what can be taken right now and return how many bytes that were; 0 while the socket is full.
 
         Raises:
-            OSError: the connection is gone, or its sending side has ended.
-            WireClosed: our own side closed it.
+            OSError: the connection is gone, or our direction has ended.
+            StreamClosed: our own side closed the stream.
         """
         if self.closed:
             raise StreamClosed(errno.EBADF, "closed on our side")
@@ -212,8 +215,8 @@ class TlsStream(SocketStream):
         self._push()
         return taken
 
-    async def send(self, *buffers: Buffer, more: bool = False) -> None:  # noqa: ARG002 - a record is sent as it is made
-        """Write all of `buffers`; errors as for `try_send`."""
+    async def send(self, *buffers: Buffer, more: bool = False) -> None:  # noqa: ARG002 - each record is sent at once
+        """Write all of `buffers`. Raises as `try_send`."""
         data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
         rest = memoryview(data)
         while rest:
@@ -224,7 +227,7 @@ class TlsStream(SocketStream):
                     raise self._write_error
 
     def _push(self) -> bool:
-        """Give the socket what it takes of the ciphertext; say whether that was all. The rest goes as it can."""
+        """Write what the socket takes of the ciphertext; return whether that was all. The rest follows when it is writable."""
         data = self._queue + self._to_net.read() if self._queue else self._to_net.read()
         if data:
             sent = super().try_send((data,))
@@ -234,7 +237,7 @@ class TlsStream(SocketStream):
         return not self._queue
 
     def _push_later(self) -> None:
-        """Push from inside a read, where an error of writing is not to be told."""
+        """Push during a read, which must not raise an error of writing: keep it for the next write."""
         try:
             self._push()
         except OSError as error:
@@ -268,7 +271,7 @@ class TlsStream(SocketStream):
     # Ending
 
     def shutdown_write(self) -> None:
-        """Send close_notify and FIN; reading goes on. Quietly nothing where the connection is gone already."""
+        """Send close_notify and FIN; reading goes on. Does nothing if the connection is already gone."""
         if self.closed or self._said_end:
             return
         self._said_end = True
@@ -280,22 +283,22 @@ class TlsStream(SocketStream):
             super().shutdown_write()
 
     def _say_end(self) -> None:
-        # SSL_shutdown, asked twice by `unwrap`, would take payload that waits in its way for an error: out of its way with it.
+        # `unwrap` calls SSL_shutdown twice, which fails if payload waits to be read: take it out first.
         while self._tls.pending():
             self._unread = bytes(self._unread) + self._tls.read(self._tls.pending())
         waiting = self._from_net.read()
         try:
             self._tls.unwrap()
         except ssl.SSLError:
-            pass  # SSLWantReadError: said, and the peer's own end is still to come; else the session is broken already
+            pass  # SSLWantReadError: sent, and the peer's own end is still to come; otherwise the session is already broken
         self._from_net.write(waiting)
         self._drained = False
         self._push_later()
 
     def close(self) -> None:
-        """Close with close_notify, unless it was sent; what the socket does not take at once is dropped.
+        """Close with close_notify, unless it was already sent. What the socket does not take at once is dropped.
 
-        As with any wire, unread payload makes it a reset.
+        Unread payload makes it a reset, as for a plain stream.
         """
         if self.closed:
             return
@@ -306,7 +309,7 @@ class TlsStream(SocketStream):
             super().close()
 
     def _has_payload(self) -> bool:
-        """Tell payload from what TLS says to itself: tickets left in the socket would make the kernel reset what we sent."""
+        """Return whether unread payload is left. Reads the socket, because unread session tickets would make the kernel reset."""
         try:
             self._from_net.write(self._sock.recv(DEFAULT_READ_BYTES))
         except OSError:
@@ -318,7 +321,7 @@ class TlsStream(SocketStream):
 
     def reset(self) -> None:
         """Close with RST and without close_notify."""
-        self._said_end, self._established = True, False  # `close`, which the base ends with, has nothing left to say
+        self._said_end, self._established = True, False  # `close`, which the base class calls, sends nothing more
         super().reset()
 
 
@@ -332,29 +335,29 @@ async def connect_tls(
     sock: socket.socket | None = None,
     resume: ssl.SSLSession | None = None,
 ) -> TlsStream:
-    """Connect to an IP literal and port, and shake hands; both within `timeout_s`.
+    """Connect to an IP literal and port, and complete the handshake, both within `timeout_s` seconds.
 
     Args:
-        server_hostname: asked for by SNI, and what the certificate must be for: a name or an IP address.
+        server_hostname: sent as SNI, and what the certificate must be for: a name or an IP address.
         sock: as for `connect`.
         resume: as for `TlsStream`.
 
     Raises:
-        ssl.SSLError: no agreement, or a certificate that does not verify.
-        OSError: refused, unreachable, reset.
-        TimeoutError: not there in time.
-        ValueError: `address` is not an IP literal, or `server_hostname` is no name.
+        ssl.SSLError: no agreement, or the certificate does not verify.
+        OSError: refused, unreachable or reset.
+        TimeoutError: not complete in time.
+        ValueError: `address` is not an IP literal, or `server_hostname` is not a name.
     """
     async with asyncio.timeout(timeout_s):
         raw = await connect_socket(address, port, timeout_s=timeout_s, sock=sock)
         try:
-            wire = TlsStream(raw, context, server_hostname=server_hostname, resume=resume)
+            stream = TlsStream(raw, context, server_hostname=server_hostname, resume=resume)
         except BaseException:
             raw.close()
             raise
         try:
-            await wire.handshake(timeout_s)
+            await stream.handshake(timeout_s)
         except BaseException:
-            wire.close()
+            stream.close()
             raise
-        return wire
+        return stream

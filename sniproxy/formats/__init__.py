@@ -1,1 +1,1 @@
-"""Formats that are not ours, each parsed and written without a socket: ClientHello, TLS alert, PROXY protocol."""
+"""Standard formats, parsed and written without sockets: ClientHello, TLS alert, PROXY protocol."""

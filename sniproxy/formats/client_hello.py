@@ -1,10 +1,10 @@
-"""The ClientHello: joins it over TLS records and reads the name that the client asks for.
+"""Parses the ClientHello: reassembles it from TLS records and reads the server name that the client asks for.
 
-Relay and server must see the same name, so this reader is as strict as a careful TLS server: whatever two parsers could read
-in two ways is refused, and refused as soon as the bytes at hand show it. It works in linear time over any number of records
-and segments, and never changes a byte: what it was fed is there in `raw`, to be forwarded as it came.
+Relay and server must see the same name, so this parser is as strict as a careful TLS server: anything that two parsers could read
+differently is refused, as soon as the bytes show it. It works in linear time over any number of records and segments, and never
+changes a byte: everything it was fed is in `raw`, to be forwarded unchanged.
 
-Section numbers are those of RFC 8446 unless another RFC is named.
+Section numbers refer to RFC 8446 unless another RFC is named.
 """
 
 import enum
@@ -18,12 +18,12 @@ from discovery.model.names import BadName, normalise
 from sniproxy.formats.tls_alert import AlertDescription
 
 DEFAULT_MAX_HELLO_BYTES: Final = 65536
-"""Session tickets that hold client certificates make hellos of 20 KiB and more; Go's crypto/tls stops at 64 KiB too."""
+"""Session tickets with client certificates make hellos of 20 KiB and more. Go's crypto/tls has the same limit of 64 KiB."""
 MAX_RECORD: Final = 16384 + 256
-"""Largest record length that TLS 1.3 has (section 5.2); a plaintext record is not above 16,384, but servers take it."""
+"""Largest record length in TLS 1.3 (section 5.2). Plaintext records are limited to 16,384, but servers accept more."""
 
 MAX_RECORD_HEADERS: Final = 65536
-"""Bytes of record headers in one ClientHello, of 13,107 records: far more than any client makes, and a bound on what is held."""
+"""Bytes of record headers in one ClientHello, those of 13,107 records. Far more than any client sends; bounds the memory."""
 
 _RECORD_HEADER: Final = 5
 _MESSAGE_HEADER: Final = 4
@@ -37,8 +37,8 @@ _ALPN: Final = 16  # RFC 7301 section 3.1
 _SUPPORTED_VERSIONS: Final = 43  # section 4.2.1
 _ECH: Final = 0xFE0D  # encrypted_client_hello, RFC 9849
 
-# How the last label of an address looks, in any spelling that a resolver might take for one (10.0.0.5, 010.1, 0x7f.1).
-# No name of the DNS ends so: there is no such top-level domain.
+# The last label of an address, in any spelling that a resolver might take for an address (10.0.0.5, 010.1, 0x7f.1).
+# No DNS name ends like this: there is no such top-level domain.
 _ENDS_IN_NUMBER: Final = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 
 
@@ -59,7 +59,7 @@ _ALERTS: Final = {
 
 
 class HelloError(ValueError):
-    """Bytes that are no ClientHello, or one that cannot be routed; `detail` holds no raw bytes of the peer."""
+    """Bytes that are not a ClientHello, or a ClientHello that cannot be routed. `detail` has no raw bytes from the peer."""
 
     def __init__(self, reason: HelloReason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -68,7 +68,7 @@ class HelloError(ValueError):
 
     @property
     def alert(self) -> AlertDescription | None:
-        """Return the alert to refuse with, None for what is not TLS and would not understand one."""
+        """Return the alert to refuse with, None for clients that do not speak TLS."""
         return _ALERTS.get(self.reason)
 
 
@@ -77,36 +77,36 @@ class Hello:
     """What a relay needs to know of a ClientHello."""
 
     server_name: str
-    """The name: lower case, without trailing dot, checked."""
+    """The validated name, in lower case and without trailing dot."""
     raw_name: bytes
     """The name as it was sent."""
     digest: bytes
-    """SHA-256 of the handshake message from its type byte, joined over records."""
+    """SHA-256 of the reassembled handshake message, from its type byte on."""
     alpn: tuple[bytes, ...]
     versions: tuple[int, ...]
     """TLS versions that the client offers, without GREASE."""
     ech: bool
-    """Whether encrypted_client_hello is there, real or GREASE: then `server_name` is the outer name."""
+    """Whether there is an encrypted_client_hello extension, real or GREASE. If it is real, `server_name` is the outer name."""
     size: int
-    """Bytes of the handshake message, its four-byte header included."""
+    """Bytes of the handshake message, including its four-byte header."""
 
 
 class HelloReader:
-    """Reads the ClientHello at the start of a connection from bytes that arrive in any pieces.
+    """Reads the ClientHello at the start of a connection, from bytes that arrive in any pieces.
 
-    It holds at most `max_hello_bytes` and MAX_RECORD_HEADERS bytes, a record, and the last piece fed.
+    It holds at most `max_hello_bytes` plus MAX_RECORD_HEADERS bytes, one record, and the piece fed last.
     """
 
     __slots__ = ("_at", "_hello", "_max_hello_bytes", "_message", "_raw", "_record_left", "_refused", "_size")
 
     def __init__(self, max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES) -> None:
-        """`max_hello_bytes` bounds the length field of the handshake message."""
+        """Start reading. `max_hello_bytes` bounds the length field of the handshake message."""
         self._max_hello_bytes = max_hello_bytes
         self._raw = bytearray()
-        self._at = 0  # where in `_raw` reading goes on
+        self._at = 0  # offset in `_raw` of the next byte to read
         self._record_left = 0  # bytes of the current record that have not been read
-        self._message = bytearray()  # the handshake message, joined
-        self._size = 0  # of the handshake message with its header; 0: not known yet
+        self._message = bytearray()  # the reassembled handshake message
+        self._size = 0  # of the handshake message with its header; 0 while unknown
         self._hello: Hello | None = None
         self._refused: tuple[HelloReason, str] | None = None  # not the exception: its traceback holds this reader
 
@@ -117,9 +117,9 @@ class HelloReader:
 
     @property
     def missing(self) -> int:
-        """Return how many bytes it takes at least to come nearer to a hello, 1 to MAX_RECORD; fewer are worth no look.
+        """Return the least number of further bytes that is worth feeding, from 1 to MAX_RECORD.
 
-        The very first byte is worth one (other protocols show it there), then headers are, then whole records.
+        The first byte is worth it (it shows other protocols), then complete headers, then complete records.
         """
         if not self._record_left:
             return _RECORD_HEADER - (len(self._raw) - self._at) if self._raw else 1
@@ -128,10 +128,10 @@ class HelloReader:
         return self._record_left
 
     def feed(self, data: bytes | bytearray | memoryview) -> Hello | None:
-        """Take more bytes; return the hello once it is complete, None before.
+        """Read more bytes; return the hello once it is complete, None until then.
 
-        What comes behind the record that completes it (early data, say) is kept in `raw` and not looked at.
-        Raises HelloError, and after that always.
+        Anything behind the record that completes it, such as early data, is kept in `raw` and not parsed.
+        Raises HelloError, and again for every later call.
         """
         self._raw += data
         if self._refused is not None:
@@ -165,13 +165,13 @@ class HelloReader:
                 self._size = self._message_size()
             if self._size and len(message) >= self._size:
                 if left or len(message) > self._size:
-                    raise _bad("the record goes on behind the ClientHello")  # section 5.1
+                    raise _bad("the record continues behind the ClientHello")  # section 5.1
                 self._hello = parse_client_hello(bytes(message))
                 break
         self._at, self._record_left = at, left
 
     def _message_size(self) -> int:
-        """Return the size of the message with its header, 0 while the header is not there."""
+        """Return the size of the message with its header, 0 while the header is incomplete."""
         message = self._message
         if message[0] != _CLIENT_HELLO:
             raise _bad(f"handshake message of type {message[0]}, not a ClientHello")
@@ -179,12 +179,12 @@ class HelloReader:
             return 0
         length = int.from_bytes(message[1:_MESSAGE_HEADER], "big")
         if length > self._max_hello_bytes:
-            raise _bad(f"a ClientHello of {length} bytes, {self._max_hello_bytes} is the most")
+            raise _bad(f"a ClientHello of {length} bytes, the limit is {self._max_hello_bytes}")
         return _MESSAGE_HEADER + length
 
 
 def _record_length(raw: bytearray, at: int, end: int) -> int:
-    """Return the length of the record whose header is at `at`, 0 while the header is not there in full."""
+    """Return the length of the record whose header is at `at`, 0 while the header is incomplete."""
     content_type = raw[at]
     if content_type != _HANDSHAKE or (at + 1 < end and raw[at + 1] != 3):
         if at:
@@ -199,7 +199,7 @@ def _record_length(raw: bytearray, at: int, end: int) -> int:
 
 
 def parse_client_hello(message: bytes) -> Hello:
-    """Return what a complete handshake message says. Raises HelloError."""
+    """Parse a complete handshake message. Raises HelloError."""
     if message[:1] != bytes([_CLIENT_HELLO]) or int.from_bytes(message[1:4], "big") != len(message) - _MESSAGE_HEADER:
         raise _bad("not exactly one ClientHello")
     version = int.from_bytes(message[4:6], "big")
@@ -239,7 +239,7 @@ def parse_client_hello(message: bytes) -> Hello:
 
 
 def _vector(data: bytes, at: int, prefix: int, what: str) -> tuple[bytes, int]:
-    """Return the vector at `at`, whose length field has `prefix` bytes, and the offset behind it (section 3.4)."""
+    """Return the vector at `at`, whose length field has `prefix` bytes, and the offset after it (section 3.4)."""
     start = at + prefix
     end = start + int.from_bytes(data[at:start], "big")
     if start > len(data) or end > len(data):
@@ -248,7 +248,7 @@ def _vector(data: bytes, at: int, prefix: int, what: str) -> tuple[bytes, int]:
 
 
 def _whole(data: bytes, prefix: int, what: str) -> bytes:
-    """Return the vector that all of `data` is; it must not be empty."""
+    """Return the vector that fills all of `data`. It must not be empty."""
     vector, end = _vector(data, 0, prefix, what)
     if end != len(data):
         raise _bad(f"{what}: {len(data) - end} bytes too many")
@@ -258,7 +258,7 @@ def _whole(data: bytes, prefix: int, what: str) -> bytes:
 
 
 def _extensions(message: bytes, at: int) -> dict[int, bytes]:
-    """Return all extensions, in order; the message may end before their length field (section 4.1.2)."""
+    """Return all extensions, in order. The message may end before their length field (section 4.1.2)."""
     if at == len(message):
         return {}
     block, at = _vector(message, at, 2, "extensions")
@@ -309,13 +309,13 @@ def _versions(value: bytes) -> Iterator[int]:
 
 
 def _check_name(raw_name: bytes) -> str:
-    """Return the name in the form that routes, if it is one."""
+    """Return the name in the form used for routing. Raises HelloError if it is not a valid name."""
     try:
         name = normalise(raw_name)
     except BadName as error:
         raise HelloError(HelloReason.BAD_NAME, error.detail) from error
     if _ENDS_IN_NUMBER.fullmatch(name):
-        raise HelloError(HelloReason.BAD_NAME, "an address in place of a name")  # RFC 6066 section 3
+        raise HelloError(HelloReason.BAD_NAME, "an address instead of a name")  # RFC 6066 section 3
     return name
 
 

@@ -1,8 +1,7 @@
-"""PROXY protocol: the header in front of a connection that says whose it is, in both versions.
+"""PROXY protocol, versions 1 and 2: the header in front of a connection that names its client.
 
-Written and read as the specification by its inventor says (haproxy.org, doc/proxy-protocol.txt, section 2), for TCP over
-IPv4 and IPv6 only, and strictly: the lengths of the TLVs add up to the header exactly, and a checksum that is there is
-right. Layout:
+As specified by HAProxy (haproxy.org, doc/proxy-protocol.txt, section 2), for TCP over IPv4 and IPv6 only, and strictly: the lengths
+of the TLVs must add up to the header exactly, and a checksum, if present, must be right. Layout:
 
     "PROXY TCP4 192.0.2.1 192.0.2.2 56324 443\\r\\n"                                               version 1, 107 bytes at most
     signature(12) | version and command(1) | family(1) | length(2) | addresses(0, 12 or 36) | TLVs: type(1) length(2) value
@@ -17,12 +16,12 @@ from typing import Final, TypeAlias
 
 SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
 PREFIX_SIZE: Final = 16
-"""Bytes up to and with the length field."""
+"""Bytes up to and including the length field."""
 MAX_HEADER: Final = 1024
-"""Default bound of a whole header: every TLV in use fits twice, and a peer cannot make us hold the 64 KiB possible."""
+"""Default limit of a whole header: every TLV in use fits twice, and a peer cannot make us hold the 64 KiB that are possible."""
 
 MAX_V1: Final = 107
-"""Of a version 1 header with its CR LF, as the specification counts it."""
+"""Largest version 1 header with its CR LF, as the specification counts it."""
 
 _V1_START: Final = b"PROXY "
 _V1_VERSIONS: Final = {"TCP4": 4, "TCP6": 6}
@@ -32,7 +31,7 @@ TLV_CRC32C: Final = 0x03
 TLV_UNIQUE_ID: Final = 0x05
 
 Endpoint: TypeAlias = tuple[str, int]
-"""Address text and port; the text of an IPv4-mapped IPv6 address is the IPv4 one."""
+"""Address as text, and port. An IPv4-mapped IPv6 address is written as IPv4."""
 
 _PREFIX: Final = struct.Struct(">12sBBH")
 _TLV: Final = struct.Struct(">BH")
@@ -45,18 +44,18 @@ class Command(enum.IntEnum):
     """Who the connection belongs to."""
 
     LOCAL = 0
-    """The sender itself; the header carries no addresses."""
+    """The sender itself. The header has no addresses."""
     PROXY = 1
-    """Somebody else, whose addresses the header carries."""
+    """A client of the sender, whose addresses the header has."""
 
 
 class ProxyError(ValueError):
-    """Raised for bytes that are not a header as described above, and for a header that cannot be written."""
+    """Bytes that are not a header as described above, or a header that cannot be written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyHeader:
-    """One header. `source` and `destination` are both there or both None (LOCAL, or a sender that does not know)."""
+    """One header. `source` and `destination` are both present or both None (LOCAL, or unknown to the sender)."""
 
     command: Command = Command.PROXY
     source: Endpoint | None = None
@@ -64,10 +63,10 @@ class ProxyHeader:
     tlvs: tuple[tuple[int, bytes], ...] = ()
 
     def pack(self, *, max_size: int = MAX_HEADER) -> bytes:
-        """Return the header's bytes.
+        """Return the header in version 2.
 
-        Where only one of the addresses is IPv4 it is written as IPv4-mapped. Raises ProxyError if an address or port
-        is none or the header would be longer than `max_size`.
+        If only one of the addresses is IPv4, it is written as IPv4-mapped. Raises ProxyError if an address or port is invalid, or
+        the header would be longer than `max_size` bytes.
         """
         family, addresses = _UNSPEC, b""
         if self.command is Command.PROXY and self.source is not None and self.destination is not None:
@@ -83,16 +82,16 @@ class ProxyHeader:
         return _PREFIX.pack(SIGNATURE, 0x20 | self.command, family, len(body)) + body
 
     def packed(self, version: int | None) -> bytes:
-        """Return the bytes of that version, none for None. Raises ProxyError as `pack`."""
+        """Return the header in this version, or b"" for None. Raises ProxyError as `pack`."""
         if version is None:
             return b""
         return self.pack_v1() if version == 1 else self.pack()
 
     def pack_v1(self) -> bytes:
-        """Return the header as a line of version 1, which has neither commands nor TLVs.
+        """Return the header in version 1, a line without commands and TLVs.
 
-        Where only one of the addresses is IPv4 it is written as IPv4-mapped: a line has one family. Without addresses it is
-        UNKNOWN. Raises ProxyError if an address or port is none.
+        If only one of the addresses is IPv4, it is written as IPv4-mapped, because a line has one family. Without addresses the
+        line says UNKNOWN. Raises ProxyError if an address or port is invalid.
         """
         if self.source is None or self.destination is None:
             return b"PROXY UNKNOWN\r\n"
@@ -104,9 +103,9 @@ class ProxyHeader:
 
 
 def read_length(data: bytes | bytearray | memoryview, *, max_size: int = MAX_HEADER) -> int | None:
-    """Return the length of the whole header that `data` begins with, None if its 16 first bytes are not all there.
+    """Return the length of the header that `data` begins with, None while its first 16 bytes are incomplete.
 
-    Raises ProxyError as soon as it cannot be a header, or is one longer than `max_size`.
+    Raises ProxyError as soon as it cannot be a header, or is longer than `max_size` bytes.
     """
     if bytes(data[:12]) != SIGNATURE[: len(data)]:
         raise ProxyError("no PROXY v2 signature")
@@ -121,10 +120,10 @@ def read_length(data: bytes | bytearray | memoryview, *, max_size: int = MAX_HEA
 
 
 def parse(data: bytes, *, max_size: int = MAX_HEADER) -> tuple[ProxyHeader, int] | None:
-    """Return the header that `data` begins with and its length, None if more bytes are needed.
+    """Return the version 2 header that `data` begins with and its length, None if more bytes are needed.
 
-    A LOCAL header's addresses are skipped, as the specification wants. Raises ProxyError as soon as it cannot be a
-    header of TCP, or is one longer than `max_size`.
+    The addresses of a LOCAL header are skipped, as the specification demands. Raises ProxyError as soon as it cannot be a header
+    for TCP, or is longer than `max_size` bytes.
     """
     length = read_length(data, max_size=max_size)
     if length is None:
@@ -152,8 +151,8 @@ def parse(data: bytes, *, max_size: int = MAX_HEADER) -> tuple[ProxyHeader, int]
 def parse_any(data: bytes) -> tuple[ProxyHeader, int] | None:
     """Return the header of either version that `data` begins with and its length, None if more bytes are needed.
 
-    A sender that does not know its client (UNKNOWN, UNSPEC) gives no addresses. Raises ProxyError as soon as it cannot be
-    a header of TCP.
+    A header from a sender that does not know its client (UNKNOWN, UNSPEC) has no addresses. Raises ProxyError as soon as it cannot
+    be a header for TCP.
     """
     return parse_v1(data) if data[:1] == b"P" else parse(data)
 
@@ -161,7 +160,7 @@ def parse_any(data: bytes) -> tuple[ProxyHeader, int] | None:
 def parse_v1(data: bytes) -> tuple[ProxyHeader, int] | None:
     """Return the version 1 header that `data` begins with and its length, None if more bytes are needed (section 2.1).
 
-    Raises ProxyError as soon as it cannot be one.
+    Raises ProxyError as soon as it cannot be a header.
     """
     if data[: len(_V1_START)] != _V1_START[: len(data)]:
         raise ProxyError("no PROXY v1 header")
@@ -172,7 +171,7 @@ def parse_v1(data: bytes) -> tuple[ProxyHeader, int] | None:
         return None
     words = data[:end].decode("latin-1").split(" ")
     if words[1:2] == ["UNKNOWN"]:
-        return ProxyHeader(), end + 2  # what follows is to be ignored
+        return ProxyHeader(), end + 2  # the rest of the line is to be ignored
     if len(words) != 6 or words[1] not in _V1_VERSIONS:
         raise ProxyError("a PROXY v1 header has TCP4 or TCP6, two addresses and two ports")
     source, destination = (_v1_endpoint(words[at], words[at + 2], _V1_VERSIONS[words[1]]) for at in (2, 3))
@@ -229,7 +228,7 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _spelled(packed: bytes) -> str:
-    """Spell an address in groups of digits only: a version 1 line knows no IPv6 address that ends like an IPv4 one."""
+    """Write an address in hexadecimal groups only: version 1 has no IPv6 addresses that end in dotted decimal."""
     if packed[:12] == bytes(10) + b"\xff\xff":
         return f"::ffff:{int.from_bytes(packed[12:14], 'big'):x}:{int.from_bytes(packed[14:], 'big'):x}"
     return str(ipaddress.ip_address(packed))

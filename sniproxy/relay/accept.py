@@ -26,7 +26,7 @@ class StreamRefused(Exception):
 
 
 async def read_endpoints(
-    client: ByteStream, account: StreamRecord, proxy_from: Sequence[Network], limit_s: float
+    client: ByteStream, record: StreamRecord, proxy_from: Sequence[Network], limit_s: float
 ) -> tuple[Endpoint, Endpoint]:
     """Say who the client is and where it connected to: by the PROXY header that a load balancer of ours sends first.
 
@@ -56,7 +56,7 @@ async def read_endpoints(
     client.unread(data[length:])
     if header.source is None or header.destination is None:
         return client.peer, client.local  # the load balancer itself, asking whether we live
-    account.fields |= {
+    record.fields |= {
         "client": header.source[0],
         "local": f"{header.destination[0]}:{header.destination[1]}",
         "proxy": client.peer[0],
@@ -65,7 +65,7 @@ async def read_endpoints(
 
 
 async def read_hello(
-    client: ByteStream, account: StreamRecord, share: Share, max_hello_bytes: int, limit_s: float
+    client: ByteStream, record: StreamRecord, share: Share, max_hello_bytes: int, limit_s: float
 ) -> tuple[Hello, bytes]:
     """Read up to the end of the ClientHello, and what came along with it.
 
@@ -84,7 +84,7 @@ async def read_hello(
             hello = reader.feed(data)
             if hello is not None:
                 if hello.ech:
-                    account.fields["ech"] = True
+                    record.fields["ech"] = True
                 return hello, reader.raw
     except HelloError as error:
         raise StreamRefused(Reason(error.reason.value), error.detail) from error

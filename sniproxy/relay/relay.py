@@ -284,52 +284,52 @@ class Relay:
 
     async def _serve(self, client: SocketStream) -> None:
         stream = os.urandom(16)
-        account = self.ledger.open(stream, client=client.peer[0], local=f"{client.local[0]}:{client.local[1]}")
+        record = self.ledger.open(stream, client=client.peer[0], local=f"{client.local[0]}:{client.local[1]}")
         reason = Reason.OTHER
         refused = False
         task = asyncio.current_task()
         assert task is not None
-        account.end = task.cancel
+        record.end = task.cancel
         deadlines = self._deadlines  # a reload may bring others
         deadlines.begin(client)
         try:
             try:
-                reason = await self._carry(client, account, deadlines)
+                reason = await self._carry(client, record, deadlines)
             except StreamRefused as refusal:
-                refused, reason, account.detail = True, refusal.reason, refusal.detail
+                refused, reason, record.detail = True, refusal.reason, refusal.detail
             finally:
                 deadlines.end(client)
-                self.ledger.close(account, reason)
+                self.ledger.close(record, reason)
             if refused:  # no stream any more: clients that linger over their alert keep nobody else out
                 await self._refuse(client, reason)
         finally:
             client.close()
 
-    async def _carry(self, client: SocketStream, account: StreamRecord, deadlines: Deadlines) -> Reason:
+    async def _carry(self, client: SocketStream, record: StreamRecord, deadlines: Deadlines) -> Reason:
         """Take one stream from accept to its end. What comes up to the end of the ClientHello has one time limit, from accept."""
         if len(self.ledger) > self.config.max_streams:
             raise StreamRefused(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
-        peer, local = await read_endpoints(client, account, self.config.proxy_from, deadlines.limit_s)
+        peer, local = await read_endpoints(client, record, self.config.proxy_from, deadlines.limit_s)
         source = ip_address(peer[0])
         refused = self._admission.admit(source, time.monotonic())
         if refused is not None:
             raise StreamRefused(Reason.OVERLOADED, refused)
         try:
             with self._hellos.share() as share:
-                hello, data = await read_hello(client, account, share, self.config.max_hello_bytes, deadlines.limit_s)
+                hello, data = await read_hello(client, record, share, self.config.max_hello_bytes, deadlines.limit_s)
                 deadlines.end(client)
-                call = StreamRequest(stream=account.stream, client=peer, local=local, hello=hello, data=data)
-                connected = await self._connect(account, call, source)
+                call = StreamRequest(stream=record.stream, client=peer, local=local, hello=hello, data=data)
+                connected = await self._connect(record, call, source)
             with self._upstreams.carrying(connected.candidate):
-                return await self._move(client, account, call, connected)
+                return await self._move(client, record, call, connected)
         finally:
             self._admission.leave(source)
 
-    async def _connect(self, account: StreamRecord, call: StreamRequest, source: Address) -> Connected:
+    async def _connect(self, record: StreamRecord, call: StreamRequest, source: Address) -> Connected:
         """From a client's ClientHello to a service, or a gateway that has reached one."""
         name = call.hello.server_name
-        account.mark("hello")
-        account.fields["sni"] = name
+        record.mark("hello")
+        record.fields["sni"] = name
         if not any(source in network for network in self.config.allow):
             raise StreamRefused(Reason.DENIED, "relay.allow does not have this client's address")
         mesh = self._discovery.mesh
@@ -346,20 +346,20 @@ class Relay:
         candidates, why = self._permit.permitted(candidates, source, name)
         if not candidates:
             raise StreamRefused(Reason.DENIED, why)
-        account.mark("route")
-        account.fields["network"] = candidates[0].network
-        account.fields["target"] = candidates[0].target
-        account.state = "dialling"
+        record.mark("route")
+        record.fields["network"] = candidates[0].network
+        record.fields["target"] = candidates[0].target
+        record.state = "dialling"
         try:
             connected = await self._upstreams.connect(call, candidates)
         except DialError as error:
-            account.fields["attempts"] = error.attempts
+            record.fields["attempts"] = error.attempts
             raise StreamRefused(error.reason, error.detail) from error
-        account.mark("connect")
+        record.mark("connect")
         candidate = connected.candidate
         if not candidate.traits.to_gateway:
             self._check_again(connected, source, name)
-        account.fields |= {
+        record.fields |= {
             "network": candidate.network,
             "target": candidate.target,
             "route": candidate.traits.name,
@@ -367,7 +367,7 @@ class Relay:
             "attempts": connected.attempts,
         }
         if connected.was_warm:
-            account.fields["warm"] = True
+            record.fields["warm"] = True
         return connected
 
     def _check_again(self, connected: Connected, source: Address, name: str) -> None:
@@ -379,7 +379,7 @@ class Relay:
             raise StreamRefused(Reason.DENIED, why)
 
     async def _move(
-        self, client: SocketStream, account: StreamRecord, call: StreamRequest, connected: Connected
+        self, client: SocketStream, record: StreamRecord, call: StreamRequest, connected: Connected
     ) -> Reason:
         idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
         client.unread(call.data[connected.sent :])
@@ -387,7 +387,7 @@ class Relay:
             attempts = itertools.count(connected.attempts + 1)
 
             async def second() -> CapsuleConnection:
-                account.fields["second"] = True
+                record.fields["second"] = True
                 return await self._upstreams.second(call, connected.candidate, attempts)
 
             carry = StreamBridge(
@@ -399,10 +399,10 @@ class Relay:
                 second=second if connected.candidate.traits.needs_second_connection else None,
             )
             carry.outbound.moved = connected.sent
-            account.carry(up=carry.outbound, down=carry.inbound)
+            record.carry(up=carry.outbound, down=carry.inbound)
             return await carry.run()
         splice = Splice(client, connected.stream, idle_timeout_s=idle, half_close_timeout_s=half_close)
-        account.carry(up=splice.a_to_b, down=splice.b_to_a)
+        record.carry(up=splice.a_to_b, down=splice.b_to_a)
         return _ENDS[(await splice.run()).end]
 
     async def _refuse(self, client: SocketStream, reason: Reason) -> None:

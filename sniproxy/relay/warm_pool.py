@@ -54,8 +54,8 @@ class Fate(StrEnum):
 class _Ready:
     """One connection that waits for a stream."""
 
-    def __init__(self, framed: CapsuleConnection, idle_limit_s: float, timing: WarmTiming) -> None:
-        self.framed = framed
+    def __init__(self, connection: CapsuleConnection, idle_limit_s: float, timing: WarmTiming) -> None:
+        self.connection = connection
         self._ping_interval_s = max(idle_limit_s - timing.pong_s, idle_limit_s / 2)
         self._timing = timing
         self.wanted: bool | None = None
@@ -84,7 +84,7 @@ class _Ready:
                 due = loop.time() + (self._timing.pong_s if self.asked else self._ping_interval_s)
                 try:
                     async with asyncio.timeout_at(min(due, old)) as self._scope:
-                        message = await self.framed.next_message()
+                        message = await self.connection.next_message()
                     if message != Pong(self.asked or b""):
                         return Fate.LOST  # REFUSED, as when the gateway drains
                     self.asked = None
@@ -97,7 +97,7 @@ class _Ready:
                         return Fate.LOST
                     self.asked = os.urandom(TOKEN_SIZE)
                     async with asyncio.timeout(self._timing.pong_s):
-                        await self.framed.send(Ping(self.asked))
+                        await self.connection.send(Ping(self.asked))
                 finally:
                     self._scope = None
                 if self.wanted is not None:
@@ -216,10 +216,10 @@ class WarmPool:
             try:
                 await ready.left()
             except BaseException:  # the client has gone, say: nobody owns it now
-                ready.framed.stream.close()
+                ready.connection.stream.close()
                 raise
-            if not ready.framed.stream.closed:
-                return ready.framed
+            if not ready.connection.stream.closed:
+                return ready.connection
         return None
 
     def distrust(self, candidate: Candidate) -> None:
@@ -257,10 +257,10 @@ class WarmPool:
     async def _hold(self, shelf: _Shelf) -> Fate:
         """Make one connection and keep it ready."""
         try:
-            framed = await self._dial(shelf.candidate)
+            connection = await self._dial(shelf.candidate)
         except DialError:
             return Fate.FAILED
-        ready = _Ready(framed, shelf.candidate.traits.idle_limit_s, self._timing)
+        ready = _Ready(connection, shelf.candidate.traits.idle_limit_s, self._timing)
         fate = Fate.OVER
         try:
             if not shelf.gone:
@@ -271,4 +271,4 @@ class WarmPool:
             with suppress(ValueError):
                 shelf.ready.remove(ready)
             if fate is not Fate.TAKEN:
-                framed.stream.close()
+                connection.stream.close()

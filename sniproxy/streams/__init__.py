@@ -1,1 +1,1 @@
-"""What every stream has, whatever carries it: a reason for its end, and its line in the log."""
+"""What all streams have in common, whatever carries them: a reason for the end, and a log line."""

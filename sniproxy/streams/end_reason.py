@@ -1,10 +1,10 @@
-"""Why a stream ended: one list for log lines, metric labels and the REFUSED capsule."""
+"""Why a stream ended: one list for log lines, metric labels and REFUSED capsules."""
 
 from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """The end of a stream. Every value is a pre-registered metric label."""
+    """Why a stream ended. Every value is a metric label that exists from the start."""
 
     OK = "ok"
     CLIENT_RESET = "client_reset"
@@ -23,9 +23,9 @@ class Reason(StrEnum):
     AMBIGUOUS_PORT = "ambiguous_port"
     DENIED = "denied"
     WRONG_TARGET = "wrong_target"
-    """The relay asks the gateway for a target that the stream's name does not have."""
+    """The relay asked the gateway for a target to which the stream's name does not lead."""
     NO_VIEW = "no_view"
-    """Discovery has not been heard from, and there is no snapshot: what a name leads to is not known."""
+    """There is no answer from discovery yet and no snapshot, so it is not known where a name leads."""
     NO_KEY = "no_key"
     NO_ROUTE = "no_route"
     NO_PERMISSION = "no_permission"
@@ -37,7 +37,7 @@ class Reason(StrEnum):
     CLOCK_SKEW = "clock_skew"
     REPLAY = "replay"
     STALE_EPOCH = "stale_epoch"
-    """Signed for a gateway process that is gone, or for none."""
+    """Signed for a gateway process that no longer runs, or for none."""
     PROTOCOL_ERROR = "protocol_error"
     FLOOD = "flood"
     """The peer sent more control messages than any honest one does."""
@@ -47,4 +47,4 @@ class Reason(StrEnum):
 
 
 RETRYABLE = frozenset({Reason.DIAL_FAILED, Reason.OVERLOADED, Reason.DRAINING, Reason.NO_ENDPOINT, Reason.NO_VIEW})
-"""Refusals after which another gateway may be asked: nothing has reached a service yet."""
+"""Refusals after which another gateway may be tried: nothing has reached a service yet."""

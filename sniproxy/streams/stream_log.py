@@ -1,6 +1,6 @@
-"""The account of each stream: one log line and one metric sample at its end, and a row while it lives.
+"""The record of each stream: a row while it is open, one log line and one metric sample at its end.
 
-Relay and gateway keep the same books, under their own metric prefix and with the same stream id.
+Relay and gateway keep the same records, each with its own metric prefix, and with the same stream id.
 """
 
 import logging
@@ -15,10 +15,10 @@ from sniproxy.engine import CopyDirection
 from sniproxy.streams.end_reason import Reason
 
 MAX_ENDED = 256
-"""Ended streams that are kept to be looked at: enough to see what just went wrong, a few hundred kilobytes."""
+"""Ended streams kept for inspection: enough to see what just went wrong, in a few hundred kilobytes."""
 
 MAX_NETWORKS = 256
-"""Networks with samples of their own, as many as a large mesh has; later ones are counted together as `_other`."""
+"""Networks with their own metric samples, as many as a large mesh has. Further ones are counted together as `_other`."""
 
 STEPS = {
     "hello": "From accept to the end of the ClientHello.",
@@ -27,12 +27,12 @@ STEPS = {
     "first_byte": "From accept to the first byte for the client.",
 }
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Half a millisecond is a hop on one machine, 3, 5 and 10 s are the deadlines of a dial, a ClientHello and a gateway's answer."""
+"""Half a millisecond is a hop on one machine; 3, 5 and 10 s are the deadlines of a dial, a ClientHello and a gateway's answer."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StreamRecord:
-    """One stream's account. `fields` are its log fields, in order; the times are milliseconds since it was opened."""
+    """The record of one stream. `fields` are its log fields, in order; times are milliseconds since the record was opened."""
 
     stream: bytes
     fields: dict[str, object]
@@ -43,25 +43,25 @@ class StreamRecord:
     down: CopyDirection | None = None
     detail: str = ""
     end: Callable[[], object] | None = None
-    """Ends the stream from outside; set by its owner."""
+    """Ends the stream from outside; set by the owner of the stream."""
     _times: dict[str, float] = field(default_factory=dict)
 
     def mark(self, step: str) -> None:
-        """Note when a step was done, as `ms_STEP`; the last time counts."""
+        """Note that a step is complete, as `ms_STEP`. A repeated step replaces the time."""
         self._times[f"ms_{step}"] = self._ms(self._clock())
 
     def carry(self, *, up: CopyDirection, down: CopyDirection) -> None:
-        """Take the byte counts from these from now on: `up` from the client, `down` to it."""
+        """Take the byte counts from these directions: `up` from the client, `down` to the client."""
         self.up, self.down, self.state = up, down, "open"
 
     def stop(self, detail: str) -> None:
-        """End the stream from outside: both of its peers see a reset, and the log says why."""
+        """End the stream from outside: both peers see a reset, and the log says why."""
         if self.end is not None:
             self.detail = self.detail or detail
             self.end()
 
     def seconds(self) -> dict[str, float]:
-        """How long each step took that was reached, by the names of STEPS."""
+        """Return how long each completed step took, in seconds, by the names in STEPS."""
         took = {}
         before = 0.0
         for step in ("hello", "route", "connect"):
@@ -78,11 +78,11 @@ class StreamRecord:
 
     @property
     def moved(self) -> tuple[int, int]:
-        """Bytes from the client and to it."""
+        """Bytes from the client and to the client."""
         return (self.up.moved if self.up else 0, self.down.moved if self.down else 0)
 
     def row(self) -> dict[str, object]:
-        """What is known of the stream now, as the log will say it."""
+        """Return what is known of the stream now, in the form of its log line."""
         row: dict[str, object] = {"stream": self.stream.hex(), **self.fields}
         row["bytes_up"], row["bytes_down"] = self.moved
         row |= self._times
@@ -93,11 +93,11 @@ class StreamRecord:
 
 
 class StreamLog:
-    """All streams of one role: those that live, and the metrics of those that ended."""
+    """The records of all streams of one role: the open ones, and the metrics of those that have ended."""
 
     def __init__(self, role: str, registry: CollectorRegistry) -> None:
         self._log = logging.getLogger(f"crossnet.{role}")
-        # Not the loop's clock: uvloop's has whole milliseconds, and is the time at which its turn began.
+        # Not the loop's clock: uvloop's has whole milliseconds, and stands still during a pass of the loop.
         self._clock = time.monotonic
         self._live: set[StreamRecord] = set()
         ended = Counter(f"crossnet_{role}_streams", "Streams that ended, by reason.", ["reason"], registry=registry)
@@ -113,7 +113,7 @@ class StreamLog:
             step: Histogram(f"crossnet_{role}_{step}_seconds", text, buckets=BUCKETS, registry=registry)
             for step, text in STEPS.items()
         }
-        # The names of networks come from records, never from what a peer says, so their number is the mesh's.
+        # Names of networks come from records and never from peers, so there are as many as the mesh has.
         self._by_network = Counter(
             f"crossnet_{role}_network_streams",
             "Streams that ended, by the network at the other end and whether they ended well.",
@@ -136,31 +136,31 @@ class StreamLog:
         return len(self._live)
 
     def open(self, stream: bytes, **fields: object) -> StreamRecord:
-        """Begin an account."""
-        account = StreamRecord(stream=stream, fields=fields, _clock=self._clock, _started=self._clock())
-        self._live.add(account)
-        return account
+        """Begin a record with these log fields."""
+        record = StreamRecord(stream=stream, fields=fields, _clock=self._clock, _started=self._clock())
+        self._live.add(record)
+        return record
 
-    def close(self, account: StreamRecord, reason: Reason) -> None:
-        """End an account: count it and write its log line."""
-        self._live.discard(account)
+    def close(self, record: StreamRecord, reason: Reason) -> None:
+        """End a record: count the stream and write its log line."""
+        self._live.discard(record)
         self._ended[reason].inc()
-        for counter, moved in zip(self._moved, account.moved, strict=True):
+        for counter, moved in zip(self._moved, record.moved, strict=True):
             counter.inc(moved)
-        for step, seconds in account.seconds().items():
+        for step, seconds in record.seconds().items():
             self._steps[step].observe(seconds)
-        network = account.fields.get("from_network") or account.fields.get("network")
+        network = record.fields.get("from_network") or record.fields.get("network")
         if network is not None:
-            self._count_network(str(network), reason, account.moved)
-        row = {**account.row(), "reason": reason.value}
-        if account.detail:
-            row["detail"] = account.detail
+            self._count_network(str(network), reason, record.moved)
+        row = {**record.row(), "reason": reason.value}
+        if record.detail:
+            row["detail"] = record.detail
         self._over.append(row)
         self._log.info("stream", extra={"event": row})
 
-    def drop(self, account: StreamRecord) -> None:
-        """Forget an account that turned out to be part of another stream's."""
-        self._live.discard(account)
+    def drop(self, record: StreamRecord) -> None:
+        """Discard a record that turned out to be part of another stream."""
+        self._live.discard(record)
 
     def _count_network(self, network: str, reason: Reason, moved: tuple[int, int]) -> None:
         if network not in self._networks:
@@ -172,14 +172,14 @@ class StreamLog:
             self._network_bytes.labels(network, direction).inc(size)
 
     def find(self, stream: bytes) -> StreamRecord | None:
-        """The account of a stream that lives, by its id."""
-        return next((account for account in self._live if account.stream == stream), None)
+        """Return the record of an open stream by its id, None if there is none."""
+        return next((record for record in self._live if record.stream == stream), None)
 
     def ended(self) -> list[dict[str, object]]:
-        """The last streams that ended, the latest last."""
+        """Return the rows of the streams that ended last, the latest at the end."""
         return list(self._over)
 
     def rows(self) -> list[dict[str, object]]:
-        """The streams that live, the oldest first."""
-        live = sorted(self._live, key=lambda account: account._started)
-        return [{**account.row(), "state": account.state} for account in live]
+        """Return the rows of the open streams, the oldest first."""
+        live = sorted(self._live, key=lambda record: record._started)
+        return [{**record.row(), "state": record.state} for record in live]

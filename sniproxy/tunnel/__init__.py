@@ -1,4 +1,4 @@
-"""The protocol between relay and gateway: preamble, capsules, the states of a stream, and the relay's side of its handshake.
+"""The protocol between relay and gateway: preamble, capsules, the states of a stream, and the relay's side of the handshake.
 
-PROTOCOL.md says what goes over the wire.
+PROTOCOL.md describes the wire format.
 """

@@ -1,4 +1,4 @@
-"""A stream that speaks capsules, in the order that the end rules allow (sniproxy.tunnel.state), and not too many of them."""
+"""Capsules over a byte stream, in the order that the state machines allow (sniproxy.tunnel.state), and at a limited rate."""
 
 import asyncio
 
@@ -22,15 +22,15 @@ from sniproxy.tunnel.state import LIMIT_REFUSED_S, Side, StreamState
 
 CONTROL_PER_S = 4.0
 CONTROL_BURST = 64
-"""Capsules without payload that a peer may send: control capsules, empty DATA, and types that we do not know. A stream has eight
-in its whole life, a warm connection a PING every 25 s; the rest is room for later versions."""
+"""Capsules without payload that a peer may send: control capsules, empty DATA, and unknown types. A stream has eight in its whole
+life, a warm connection a PING every 25 s. The rest is room for later versions."""
 
 RECEIVED_BYTES = 16 * 1024
-"""RECEIVED has a bound of its own: one for so many bytes that were sent. Gateways say it every 32 KiB (RECEIVED_INTERVAL)."""
+"""RECEIVED has its own limit: one for so many bytes sent. Gateways send it every 32 KiB (RECEIVED_INTERVAL)."""
 
 
 class CapsuleConnection:
-    """Capsules over a byte stream, in the order that the end rules allow."""
+    """One side of a connection that carries capsules. Checks their order and rate."""
 
     __slots__ = (
         "_control",
@@ -50,19 +50,19 @@ class CapsuleConnection:
         self.ends = StreamState(side)
         self._reader = CapsuleReader()
         self._pending: list[Event] = []
-        self._rest = memoryview(b"")  # bytes of the last read that have not been parsed yet
-        self._control: TokenBucket | None = None  # made for the first control capsule
+        self._rest = memoryview(b"")  # bytes of the last read that are not parsed yet
+        self._control: TokenBucket | None = None  # made when the first control capsule comes
         self._receipts = 0
         self._writing = asyncio.Lock()
         self.sent = 0
-        """Bytes written to the stream since its first one, preamble and headers included."""
+        """Bytes written to the stream from its first one on, including preamble and headers."""
         self.received = 0
-        """Bytes read from it, likewise."""
+        """Bytes read from the stream, counted in the same way."""
 
     async def send(self, *messages: Message, data: bytes = b"") -> None:
-        """Send control capsules, and DATA if there is any, in one write and never inside another capsule.
+        """Send control capsules, then DATA if there is any, in one write and never inside another capsule.
 
-        OSError where the stream is gone.
+        Raises OSError if the connection is gone.
         """
         async with self._writing:
             for message in messages:
@@ -74,9 +74,9 @@ class CapsuleConnection:
             await self._write(*buffers)
 
     async def begin(self, preamble: bytes, data: bytes) -> None:
-        """Send the preamble and a first DATA capsule in one write, so that a TURN server keeps both before the bind.
+        """Send the preamble and the first DATA capsule in one write, so that a TURN server buffers both until the bind.
 
-        Without data the preamble goes alone.
+        Without data, the preamble is sent alone.
         """
         async with self._writing:
             if not data:
@@ -93,7 +93,7 @@ class CapsuleConnection:
             await self._write(header(kind, len(data)), data)
 
     async def send_spliced(self, direction: CopyDirection) -> None:
-        """Send what the direction's pipe holds as one DATA capsule."""
+        """Send the content of the direction's pipe as one DATA capsule."""
         pipe = direction.pipe
         assert pipe is not None
         async with self._writing:
@@ -107,10 +107,10 @@ class CapsuleConnection:
         await self.stream.send(*buffers, more=more)
 
     async def read(self, *, exact: bool = False) -> list[Event]:
-        """Wait for bytes and return the events they complete, perhaps none; checked against the end rules.
+        """Wait for bytes and return the events that they complete, perhaps none, checked against the state machines.
 
         Args:
-            exact: read no payload along with a header, so that it can be spliced.
+            exact: read no payload together with a header, so that it can be spliced.
 
         Raises:
             EOFError: the connection ended.
@@ -132,7 +132,7 @@ class CapsuleConnection:
             self._rest = memoryview(data)
         unknown = self._reader.unknown
         events, used = self._reader.take(self._rest, QUANTUM_MESSAGES)
-        # A view of nothing would keep the bytes of an idle stream.
+        # An empty view of the last read would keep its bytes in memory while the stream is idle.
         self._rest = self._rest[used:] if used < len(self._rest) else memoryview(b"")
         capsules = control = self._reader.unknown - unknown
         for event in events:
@@ -156,20 +156,20 @@ class CapsuleConnection:
             self._control = TokenBucket(CONTROL_PER_S, CONTROL_BURST, now)
         if not self._control.take(count, now):
             raise CapsuleFlood(
-                f"over {CONTROL_BURST} capsules without payload at once and {CONTROL_PER_S:g} a second after that"
+                f"more than {CONTROL_BURST} capsules without payload at once and {CONTROL_PER_S:g} per second after that"
             )
 
     def _count_receipt(self) -> None:
         self._receipts += 1
         if self._receipts > 1 + self.sent // RECEIVED_BYTES:
-            raise CapsuleFlood(f"{self._receipts} times RECEIVED for {self.sent} bytes")
+            raise CapsuleFlood(f"{self._receipts} RECEIVED capsules for {self.sent} bytes")
 
     def put_back(self, events: list[Event]) -> None:
-        """Give events back in front of what the next `read` returns."""
+        """Give events back: the next `read` returns them first."""
         self._pending = events + self._pending
 
     async def next_message(self) -> Message:
-        """Wait for the next capsule, which must be a control capsule. Errors as for `read`."""
+        """Wait for the next capsule, which must be a control capsule. Raises as `read`."""
         while True:
             events = await self.read()
             if events:
@@ -180,26 +180,26 @@ class CapsuleConnection:
 
     @property
     def exhausted(self) -> bool:
-        """Everything up to the end of FINAL_DATA has been handed out."""
+        """Whether everything up to the end of FINAL_DATA has been returned by `read` or skipped."""
         return self.ends.final_received and not self._holds_input and not self._reader.payload_left
 
     @property
     def payload_left(self) -> int:
-        """Bytes of the current capsule that are still in the stream and may be moved past `read`."""
+        """Bytes of the current capsule that are still in the stream and may be spliced instead of read."""
         return 0 if self._holds_input else self._reader.payload_left
 
     @property
     def _holds_input(self) -> bool:
-        """Whether something that was read from the stream has not been handed out."""
+        """Whether something was read from the stream that `read` has not returned yet."""
         return bool(self._pending or self._rest)
 
     def skip_payload(self, count: int) -> None:
-        """Note that `count` bytes of payload were spliced past `read`."""
+        """Note that `count` bytes of payload were spliced instead of read."""
         self.received += count
         self._reader.skip_payload(count)
 
     async def discard(self, limit_s: float = LIMIT_REFUSED_S) -> None:
-        """Read and discard for a bounded while, then close: what we said last arrives."""
+        """Read and discard for at most `limit_s` seconds, then close, so that the last capsule arrives."""
         try:
             async with asyncio.timeout(limit_s):
                 while await self.stream.recv():

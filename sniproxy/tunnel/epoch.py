@@ -1,14 +1,14 @@
-"""Epochs: what ties a preamble to the one process that it was made for (PROTOCOL.md, section 4).
+"""Epochs tie a preamble to the one gateway process that it was made for (PROTOCOL.md, section 4).
 
-Each gateway process draws 16 random bytes at its start and publishes them in the records of its allocations and of itself. A relay
-signs them, and the gateway takes no others: a captured preamble is of no use to the process that comes after it, whatever any
-clock says. A relay that has another epoch is refused before anything is delivered (`stale_epoch`), is told the right one, and
-signs anew. That answer is signed as well: a TURN server in between cannot make a relay send its first bytes a second time.
+Each gateway process draws 16 random bytes at its start, its epoch, and publishes it in its own record and in those of its
+allocations. A relay signs it, and the gateway accepts no other: a captured preamble is useless against a later process, whatever
+the clocks say. A relay that signed another epoch is refused before anything is delivered (`stale_epoch`). The refusal contains
+the right one, and the relay signs again. That answer is signed too, so a TURN server in between cannot make a relay send its
+first bytes twice.
 
-Between different versions: an epoch is one more entry of a record's `proto`, which those that do not know it skip, and an ignored
-TLV in the preamble. A gateway takes a preamble without the TLV, which only a relay from before epochs makes, unless told not to
-(`gateway.require_epoch`); a relay that knows epochs always signs one, zeros where it does not know which, so that nothing can make
-it leave it out.
+Compatibility: an epoch is one more entry in a record's `proto`, which older versions skip, and a TLV in the preamble, which they
+ignore. A gateway accepts a preamble without this TLV, which only a relay from before epochs makes, unless `gateway.require_epoch`
+is set. A relay that knows epochs always signs one, zeros if it does not know the gateway's, so nothing can make it omit the TLV.
 """
 
 import base64
@@ -18,7 +18,7 @@ from typing import Final
 
 EPOCH_SIZE: Final = 16
 UNKNOWN_EPOCH: Final = bytes(EPOCH_SIZE)
-"""What a relay signs that has not heard of the gateway's epoch; no gateway has it."""
+"""What a relay signs if it does not know the gateway's epoch. No gateway has this epoch."""
 
 _PREFIX: Final = "epoch-"
 _SUFFIX: Final = "/1"
@@ -27,12 +27,12 @@ _PROOF_LABEL: Final = b"crossnet stale_epoch"
 
 
 def proto_of(epoch: bytes) -> str:
-    """Return the entry of a record's `proto` that tells this epoch."""
+    """Return the entry for a record's `proto` that contains this epoch."""
     return f"{_PREFIX}{_text(epoch)}{_SUFFIX}"
 
 
 def epoch_in(proto: Iterable[str]) -> bytes | None:
-    """Return the epoch that a record tells, None where it tells none."""
+    """Return the epoch in a record's `proto`, None if there is none."""
     for entry in proto:
         if entry.startswith(_PREFIX) and entry.endswith(_SUFFIX):
             epoch = _parse(entry[len(_PREFIX) : -len(_SUFFIX)])
@@ -42,17 +42,18 @@ def epoch_in(proto: Iterable[str]) -> bytes | None:
 
 
 def stale_detail(epoch: bytes, key: bytes, once: bytes) -> str:
-    """Return what a refusal says to the relay that signed another epoch: ours, proven.
+    """Return the detail of a refusal for a relay that signed another epoch: our epoch, and a proof of it.
 
     Args:
-        key: the secret that the refused preamble was signed with.
-        once: `Preamble.once` of that preamble, so that an answer is good for it alone.
+        epoch: our epoch.
+        key: the secret that signed the refused preamble.
+        once: `Preamble.once` of that preamble, so that the answer is valid for it alone.
     """
     return f"{_text(epoch)} {_proof(epoch, key, once)}"
 
 
 def told_epoch(detail: str, key: bytes, once: bytes) -> bytes | None:
-    """Return the epoch that such a detail tells, None where it is not proven. Arguments as for `stale_detail`."""
+    """Return the epoch in such a detail, None if the proof is wrong. Arguments as for `stale_detail`."""
     text, _, proof = detail.partition(" ")
     epoch = _parse(text)
     if epoch is None or not hmac.compare_digest(proof.encode(), _proof(epoch, key, once).encode()):

@@ -1,16 +1,16 @@
-"""The relay's side of a handshake with a gateway, without I/O: it is told what happens, and says what to do.
+"""The relay's side of the handshake with a gateway, without I/O: it takes events and returns the next step.
 
     handshake = opening(candidate, signed, timing, data)
     step = handshake.start(now)
-    while isinstance(step, Wait):           write step.send, if there is one; then wait until step.until at most
+    while isinstance(step, Wait):           write step.send, if there is one; then wait, at most until step.until
         step = handshake.heard(message, now)        or handshake.cut(), silent(), broken(error)
 
-It ends with Established, or with Failed and an error that says whether another gateway may be asked. No client's byte may arrive
-twice but a ClientHello's: PROTOCOL.md has the rules in section 6, "What may be sent twice".
+It ends with Established, or with Failed and an error that says whether another gateway may be tried. No byte of a client may arrive
+twice, except those of a ClientHello: PROTOCOL.md has the rules in section 6, "What may be sent twice".
 
     opening           preamble, DATA ──▶ READY ──▶ the rest ──▶ OPENED
     opening_on_warm   PING, OPEN, DATA ──▶ PONG ──▶ the rest ──▶ OPENED
-    greeting          preamble ──▶ READY                                a connection to be kept ready, or a stream's second one
+    greeting          preamble ──▶ READY                                a warm connection, or the second one of a stream
 """
 
 from enum import Enum
@@ -34,11 +34,11 @@ class Timing(NamedTuple):
     opened_s: float = LIMIT_OPENED_S
     """From that answer to OPENED or REFUSED."""
     waiting_s: float = LIMIT_WAITING_S
-    """How much longer at most, if it says WAITING."""
+    """The most that WAITING can add to this."""
 
 
 class Signed(NamedTuple):
-    """A preamble, and its header signed with this key."""
+    """A preamble, its signed header, and the key that signed it."""
 
     preamble: Preamble | WarmPreamble
     header: bytes
@@ -46,7 +46,7 @@ class Signed(NamedTuple):
 
 
 class Send(NamedTuple):
-    """One write: a preamble or control capsules, and then a DATA capsule if there is data."""
+    """One write: a preamble or control capsules, then a DATA capsule if there is data."""
 
     preamble: bytes = b""
     messages: tuple[Message, ...] = ()
@@ -54,18 +54,18 @@ class Send(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Send this, if anything, and wait for an answer until then."""
+    """Send `send`, if any, and wait for an answer until `until`."""
 
     until: float
     send: Send | None = None
 
 
 class Established(NamedTuple):
-    """The gateway has answered as wanted."""
+    """The gateway has accepted."""
 
 
 class Failed(NamedTuple):
-    """It has not. Reset the connection."""
+    """The handshake has failed. Reset the connection."""
 
     error: DialError | ResetBeforeReady | WarmLost
 
@@ -74,7 +74,7 @@ Step = Wait | Established | Failed
 
 
 class Awaits(Enum):
-    """Which answer is due."""
+    """The answer that is expected next."""
 
     READY = Ready
     PONG = Pong
@@ -82,7 +82,7 @@ class Awaits(Enum):
 
 
 class RelayHandshake:
-    """One handshake. Times are seconds of one clock, such as the event loop's."""
+    """One handshake. Times are in seconds of one clock, such as the event loop's."""
 
     __slots__ = ("_awaits", "_began", "_candidate", "_first", "_opens", "_rest", "_signed", "_timing", "_warm", "told")
 
@@ -97,11 +97,16 @@ class RelayHandshake:
         awaits: Awaits = Awaits.READY,
         opens: bool = True,
     ) -> None:
-        """Use `opening`, `opening_on_warm` or `greeting`.
+        """Use `opening`, `opening_on_warm` or `greeting` instead.
 
         Args:
-            rest: payload that is sent once the gateway has answered.
-            opens: OPENED follows the first answer.
+            candidate: the way to the gateway, for error texts.
+            signed: the preamble that is sent.
+            timing: how long the gateway may take.
+            first: the first write.
+            rest: payload to send after the first answer.
+            awaits: the first answer expected.
+            opens: whether OPENED follows the first answer.
         """
         self._candidate = candidate
         self._signed = signed
@@ -113,15 +118,15 @@ class RelayHandshake:
         self._opens = opens
         self._began = 0.0
         self.told: bytes | None = None
-        """The gateway's epoch, where the error is StaleEpoch."""
+        """The gateway's epoch, if the error is StaleEpoch."""
 
     def start(self, now: float) -> Wait:
-        """Begin."""
+        """Return the first step."""
         self._began = now
         return Wait(now + self._timing.ready_s, self._first)
 
     def heard(self, message: Message, now: float) -> Step:
-        """Take in what the gateway says."""
+        """Handle a message from the gateway."""
         if isinstance(message, Waiting):
             longest = self._began + self._timing.waiting_s
             return Wait(min(now + message.seconds, longest) + self._limit_s)
@@ -133,12 +138,12 @@ class RelayHandshake:
             return Failed(DialError(Reason.PROTOCOL_ERROR, said, final=True))
         if self._awaits is Awaits.OPENED or not self._opens:
             return Established()
-        # From here on the gateway may deliver what we send: neither silence nor a cut may bring it to another one.
+        # From here on the gateway may deliver what we send: after silence or a cut, it must not be sent to another one.
         self._awaits, self._began = Awaits.OPENED, now
         return Wait(now + self._timing.opened_s, Send(data=self._rest) if self._rest else None)
 
     def silent(self) -> Failed:
-        """Give up: the time is over."""
+        """Fail because the time is over."""
         match self._awaits:
             case Awaits.READY:
                 detail = f"{self._candidate}: no gateway answered in {self._timing.ready_s} s"
@@ -150,7 +155,7 @@ class RelayHandshake:
                 return Failed(DialError(Reason.OPEN_TIMEOUT, detail, final=True))
 
     def cut(self) -> Failed:
-        """Give up: the connection has ended."""
+        """Fail because the connection has ended."""
         match self._awaits:
             case Awaits.READY:
                 return Failed(ResetBeforeReady(f"{self._candidate}: cut before a gateway answered"))
@@ -161,8 +166,8 @@ class RelayHandshake:
                 return Failed(DialError(Reason.TRUNCATED, detail, final=True))
 
     def broken(self, error: CapsuleError) -> Failed:
-        """Give up: the gateway broke the protocol."""
-        # READY may have come in the same read as what is wrong, and the gateway may have taken our bytes.
+        """Fail because the gateway violated the protocol."""
+        # READY may have come in the same read as the violation, and the gateway may have delivered our bytes.
         return Failed(DialError(error.reason, str(error), final=True))
 
     @property
@@ -170,7 +175,7 @@ class RelayHandshake:
         return self._timing.opened_s if self._awaits is Awaits.OPENED else self._timing.ready_s
 
     def _refused(self, message: Refused) -> DialError:
-        """Say what a refusal means. Before READY nothing was delivered; later only some reasons say so."""
+        """Return what a refusal means. Before READY nothing was delivered; later, only some reasons guarantee that."""
         reason = Reason(message.reason) if message.reason in _REASONS else Reason.OTHER
         if reason is Reason.STALE_EPOCH and (self._warm or self._awaits is Awaits.READY):
             preamble = self._signed.preamble
@@ -178,7 +183,7 @@ class RelayHandshake:
             if told is not None and told != preamble.epoch:
                 self.told = told
                 return StaleEpoch(
-                    reason, f"{self._candidate}: another process of the gateway is there now", answered=True
+                    reason, f"{self._candidate}: signed for another process of the gateway", answered=True
                 )
         final = self._awaits is not Awaits.READY and reason not in RETRYABLE
         error = DialError(reason, f"the gateway refused: {message.detail}", final=final, answered=True)
@@ -190,7 +195,7 @@ _REASONS: Final = frozenset(Reason)
 
 
 def opening(candidate: Candidate, signed: Signed, timing: Timing, data: bytes) -> RelayHandshake:
-    """Open a stream on a new connection: what does not fit the first write follows READY."""
+    """Open a stream on a new connection. What does not fit into the first write follows READY."""
     room = candidate.traits.first_write_limit - len(signed.header) - HEADER_SIZE
     first = Send(preamble=signed.header, data=data[:room])
     return RelayHandshake(candidate, signed, timing, first, rest=data[room:])
@@ -199,11 +204,11 @@ def opening(candidate: Candidate, signed: Signed, timing: Timing, data: bytes) -
 def opening_on_warm(
     candidate: Candidate, signed: Signed, timing: Timing, hello: bytes, rest: bytes, *, token: bytes
 ) -> RelayHandshake:
-    """Open a stream on a connection that was kept ready. It may be dead: only the ClientHello goes before PONG."""
+    """Open a stream on a warm connection. It may be dead, so only the ClientHello is sent before PONG."""
     first = Send(messages=(Ping(token), Open(signed.header)), data=hello)
     return RelayHandshake(candidate, signed, timing, first, rest=rest, awaits=Awaits.PONG)
 
 
 def greeting(candidate: Candidate, signed: Signed, timing: Timing) -> RelayHandshake:
-    """Greet with the preamble alone: a connection to be kept ready, or the second one of a stream."""
+    """Send only the preamble: for a warm connection, or for the second connection of a stream."""
     return RelayHandshake(candidate, signed, timing, Send(preamble=signed.header), opens=False)

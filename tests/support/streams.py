@@ -71,11 +71,11 @@ async def pair(kind: str = "plain", *, writes: list[bytes] | None = None) -> tup
     return client, server
 
 
-async def shake(*wires: TlsStream) -> None:
+async def shake(*streams: TlsStream) -> None:
     """Let both ends shake hands."""
     async with asyncio.TaskGroup() as group:
-        for wire in wires:
-            group.create_task(wire.handshake(20))
+        for stream in streams:
+            group.create_task(stream.handshake(20))
 
 
 @contextmanager
@@ -92,11 +92,11 @@ def nothing_large_kept() -> Iterator[None]:
     assert [str(trace) for trace in kept.traces if trace.size >= 16 * 1024] == []
 
 
-async def read_all(wire: ByteStream, limit_s: float = 20) -> bytes:
+async def read_all(stream: ByteStream, limit_s: float = 20) -> bytes:
     """Read to the end of the stream; a reset is an error."""
     chunks = []
     async with asyncio.timeout(limit_s):
-        while data := await wire.recv():
+        while data := await stream.recv():
             chunks.append(data)
     return b"".join(chunks)
 
@@ -107,10 +107,10 @@ async def turns(count: int = 10) -> None:
         await asyncio.sleep(0)
 
 
-async def until_reset(wire: ByteStream, limit_s: float = 20) -> None:
+async def until_reset(stream: ByteStream, limit_s: float = 20) -> None:
     """Read until the peer's reset; a clean end fails the test."""
     async with asyncio.timeout(limit_s):
         with pytest.raises(ConnectionResetError):
-            while await wire.recv():
+            while await stream.recv():
                 pass
             pytest.fail("a clean end instead of a reset")

@@ -62,7 +62,7 @@ HESITANT = Pace(pieces=(1, 700, 20_000, 100_000), pause_probability=0.3)
 SLOW = Pace(pieces=(1000, 65_536), pause_probability=0.1)
 
 
-async def send(wire: SocketStream, size: int, seed: int, pace: Pace = FLAT_OUT) -> Sum:
+async def send(stream: SocketStream, size: int, seed: int, pace: Pace = FLAT_OUT) -> Sum:
     """Send that many bytes and end the direction."""
     dice = random.Random(seed)
     digest = hashlib.sha256()
@@ -71,18 +71,18 @@ async def send(wire: SocketStream, size: int, seed: int, pace: Pace = FLAT_OUT) 
         rest = memoryview(block)
         while rest:
             piece = dice.choice(pace.pieces)
-            await wire.send(rest[:piece])
+            await stream.send(rest[:piece])
             rest = rest[piece:]
             await pace.hesitate(dice)
-    wire.shutdown_write()
+    stream.shutdown_write()
     return Sum(size, digest.hexdigest())
 
 
-async def receive(wire: SocketStream, seed: int = 0, pace: Pace = FLAT_OUT) -> Sum:
+async def receive(stream: SocketStream, seed: int = 0, pace: Pace = FLAT_OUT) -> Sum:
     """Read to the end."""
     dice = random.Random(seed)
     digest, size = hashlib.sha256(), 0
-    while data := await wire.recv(dice.choice(pace.pieces)):
+    while data := await stream.recv(dice.choice(pace.pieces)):
         digest.update(data)
         size += len(data)
         await pace.hesitate(dice)

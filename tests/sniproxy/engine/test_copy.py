@@ -27,12 +27,12 @@ PLAIN = pytest.mark.parametrize("joined", [("plain", "plain")], indirect=True, i
 async def joined(
     request: pytest.FixtureRequest,
 ) -> AsyncIterator[tuple[SocketStream, SocketStream, SocketStream, SocketStream]]:
-    """Four wires: `left` speaks to `a`, `right` to `b`; a and b are to be joined by the test."""
+    """Four streams: `left` speaks to `a`, `right` to `b`; a and b are to be joined by the test."""
     left, a = await pair(request.param[0])
     right, b = await pair(request.param[1])
     yield left, a, b, right
-    for wire in (left, a, b, right):
-        wire.close()
+    for stream in (left, a, b, right):
+        stream.close()
 
 
 async def test_bytes_pass_both_ways_and_each_end_passes_alone(
@@ -302,13 +302,13 @@ async def test_connect_takes_no_names() -> None:
         await connect("localhost", 1, timeout_s=5)
 
 
-async def _send_and_end(wire: SocketStream, payload: bytes) -> None:
-    await wire.send(payload)
-    wire.shutdown_write()
+async def _send_and_end(stream: SocketStream, payload: bytes) -> None:
+    await stream.send(payload)
+    stream.shutdown_write()
 
 
-async def _digest(wire: SocketStream) -> bytes:
+async def _digest(stream: SocketStream) -> bytes:
     digest = hashlib.sha256()
-    while data := await wire.recv(1 << 18):
+    while data := await stream.recv(1 << 18):
         digest.update(data)
     return digest.digest()

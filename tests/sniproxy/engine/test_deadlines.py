@@ -1,4 +1,4 @@
-"""One time limit for many wires."""
+"""One time limit for many streams."""
 
 import asyncio
 
@@ -11,17 +11,17 @@ from tests.support.streams import pair
 pytestmark = pytest.mark.anyio
 
 
-async def ends(wire: SocketStream) -> str:
+async def ends(stream: SocketStream) -> str:
     """Read to the end, whichever comes."""
     try:
-        while await wire.recv():
+        while await stream.recv():
             pass
     except TimeoutError:
         return "time"
     return "end"
 
 
-async def test_a_wire_whose_time_is_over_is_read_no_more() -> None:
+async def test_a_stream_whose_time_is_over_is_read_no_more() -> None:
     deadlines = Deadlines(0.05)
     one, other = await pair()
     deadlines.begin(one)
@@ -51,7 +51,7 @@ async def test_what_came_before_the_end_is_read_all_the_same() -> None:
     other.close()
 
 
-async def test_a_wire_that_was_in_time_is_left_alone() -> None:
+async def test_a_stream_that_was_in_time_is_left_alone() -> None:
     deadlines = Deadlines(0.05)
     late, last, fine = [await pair() for _ in range(3)]
     for one, _ in (late, fine, last):
@@ -64,8 +64,8 @@ async def test_a_wire_that_was_in_time_is_left_alone() -> None:
         await fine[1].send(b"more")
         fine[1].shutdown_write()
     assert [task.result() for task in tasks] == ["time", "time", "end"]
-    for wire in (*late, *last, *fine):
-        wire.close()
+    for stream in (*late, *last, *fine):
+        stream.close()
 
 
 async def test_it_begins_again_after_it_had_nothing_to_watch() -> None:
@@ -81,20 +81,20 @@ async def test_it_begins_again_after_it_had_nothing_to_watch() -> None:
 async def test_those_that_fall_due_together_are_ended_a_few_a_turn() -> None:
     """Whoever comes meanwhile has a turn between."""
     deadlines = Deadlines(0.01)
-    wires = [await pair() for _ in range(3 * EXPIRED_A_TURN)]
-    for one, _ in wires:
+    streams = [await pair() for _ in range(3 * EXPIRED_A_TURN)]
+    for one, _ in streams:
         deadlines.begin(one)
     left: list[int] = []
     async with asyncio.TaskGroup() as group:
-        for one, _ in wires:
+        for one, _ in streams:
             group.create_task(ends(one))
         while len(deadlines):
             await asyncio.sleep(0)
             if not left or left[-1] != len(deadlines):
                 left.append(len(deadlines))
-    steps = [before - after for before, after in zip([len(wires), *left], left, strict=False) if before != after]
-    assert sum(steps) == len(wires)
+    steps = [before - after for before, after in zip([len(streams), *left], left, strict=False) if before != after]
+    assert sum(steps) == len(streams)
     assert max(steps) <= 2 * EXPIRED_A_TURN, "a turn of ours may see two of the loop's"
-    for one, other in wires:
+    for one, other in streams:
         one.close()
         other.close()

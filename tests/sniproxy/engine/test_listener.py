@@ -18,22 +18,22 @@ from tests.support.streams import read_all, until_reset
 pytestmark = pytest.mark.anyio
 
 
-async def echo(wire: SocketStream) -> None:
-    while data := await wire.recv():
-        await wire.send(data)
-    wire.shutdown_write()
+async def echo(stream: SocketStream) -> None:
+    while data := await stream.recv():
+        await stream.send(data)
+    stream.shutdown_write()
 
 
 async def ask(listener: Listener, question: bytes = b"ping") -> bytes:
     """Be a client of `echo`."""
     async with asyncio.timeout(10):
-        wire = await connect(*listener.address, timeout_s=10)
+        stream = await connect(*listener.address, timeout_s=10)
         try:
-            await wire.send(question)
-            wire.shutdown_write()
-            return await read_all(wire)
+            await stream.send(question)
+            stream.shutdown_write()
+            return await read_all(stream)
         finally:
-            wire.close()
+            stream.close()
 
 
 class Refusing:
@@ -87,8 +87,8 @@ async def test_the_port_can_be_used_again_at_once() -> None:
     port = first.address[1]
     async with asyncio.TaskGroup() as group:
 
-        async def end_first(wire: SocketStream) -> None:
-            wire.close()
+        async def end_first(stream: SocketStream) -> None:
+            stream.close()
 
         serving = group.create_task(first.serve(end_first))
         client = await connect("127.0.0.1", port, timeout_s=5)
@@ -143,19 +143,19 @@ async def test_both_ends_find_a_peer_that_vanished_and_delay_nothing(address: st
 
     accepted: list[SocketStream] = []
 
-    async def note(wire: SocketStream) -> None:
-        accepted.append(wire)
-        assert options(wire._sock) == [1, 1, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]
-        await echo(wire)
+    async def note(stream: SocketStream) -> None:
+        accepted.append(stream)
+        assert options(stream._sock) == [1, 1, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]
+        await echo(stream)
 
     listener = await Listener.open(address, 0)
     async with asyncio.TaskGroup() as group:
         group.create_task(listener.serve(note))
-        wire = await connect(*listener.address, timeout_s=5)
-        assert options(wire._sock) == [1, 1, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]
-        await wire.send(b"ping")
-        assert await wire.recv() == b"ping", "else the options of the accepted one are wrong"
-        wire.close()
+        stream = await connect(*listener.address, timeout_s=5)
+        assert options(stream._sock) == [1, 1, KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES]
+        await stream.send(b"ping")
+        assert await stream.recv() == b"ping", "else the options of the accepted one are wrong"
+        stream.close()
         listener.close()
     assert len(accepted) == 1
 
@@ -165,8 +165,8 @@ async def test_cancelling_closes_every_connection() -> None:
     served: list[SocketStream] = []
     arrived = asyncio.Semaphore(0)
 
-    async def hold(wire: SocketStream) -> None:
-        served.append(wire)
+    async def hold(stream: SocketStream) -> None:
+        served.append(stream)
         arrived.release()
         await asyncio.get_running_loop().create_future()
 
@@ -176,7 +176,7 @@ async def test_cancelling_closes_every_connection() -> None:
         for _ in range(4):
             await arrived.acquire()
         serving.cancel()
-    assert all(wire.closed for wire in served)
+    assert all(stream.closed for stream in served)
     for client in clients:
         async with asyncio.timeout(5):
             try:
@@ -206,10 +206,10 @@ async def test_a_connection_whose_task_never_ran_is_closed() -> None:
 
 
 async def test_a_handlers_error_ends_its_own_connection_alone(caplog: pytest.LogCaptureFixture) -> None:
-    async def broken(wire: SocketStream) -> None:
-        if await wire.recv() == b"boom":
+    async def broken(stream: SocketStream) -> None:
+        if await stream.recv() == b"boom":
             raise ZeroDivisionError("a defect of ours")
-        await wire.send(b"fine")
+        await stream.send(b"fine")
 
     listener = await Listener.open("127.0.0.1", 0)
     async with asyncio.TaskGroup() as group:
@@ -308,12 +308,12 @@ async def test_a_peer_that_is_gone_at_accept_is_known_by_its_address() -> None:
     seen: list[tuple[tuple[str, int], bytes]] = []
     done = asyncio.Event()
 
-    async def read(wire: SocketStream) -> None:
-        seen.append((wire.peer, await wire.recv()))
+    async def read(stream: SocketStream) -> None:
+        seen.append((stream.peer, await stream.recv()))
         with pytest.raises(OSError, match=r"."):
-            await wire.send(b"x")
-            await until_reset(wire)
-            await wire.send(b"x")
+            await stream.send(b"x")
+            await until_reset(stream)
+            await stream.send(b"x")
         done.set()
 
     listener = await Listener.open("127.0.0.1", 0)

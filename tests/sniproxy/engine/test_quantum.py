@@ -19,40 +19,40 @@ FLOOD = 2000
 
 
 async def flooded(count: int = FLOOD) -> tuple[SocketStream, SocketStream]:
-    """Return a wire that bytes wait for, and its other end."""
-    peer, wire = await pair()
+    """Return a stream that bytes wait for, and its other end."""
+    peer, stream = await pair()
     await peer.send(bytes(count))
-    return wire, peer
+    return stream, peer
 
 
-async def read_one_by_one(wire: SocketStream, got: list[int], who: int) -> None:
+async def read_one_by_one(stream: SocketStream, got: list[int], who: int) -> None:
     for _ in range(FLOOD):
-        await wire.recv(1)
+        await stream.recv(1)
         got.append(who)
 
 
 async def test_others_run_after_each_quantum_of_messages() -> None:
-    wire, peer = await flooded()
+    stream, peer = await flooded()
     got: list[int] = []
     at_each_pass = []
     async with asyncio.TaskGroup() as group:
-        reading = group.create_task(read_one_by_one(wire, got, 0))
+        reading = group.create_task(read_one_by_one(stream, got, 0))
         while not reading.done():
             at_each_pass.append(len(got))
             await asyncio.sleep(0)
     steps = [after - before for before, after in itertools.pairwise(at_each_pass)]
     assert max(steps) <= QUANTUM_MESSAGES
     assert len(steps) >= FLOOD / QUANTUM_MESSAGES
-    wire.close()
+    stream.close()
     peer.close()
 
 
 async def test_many_that_are_flooded_take_one_quantum_a_pass_together() -> None:
-    wires = [await flooded() for _ in range(16)]
+    streams = [await flooded() for _ in range(16)]
     got: list[int] = []
     at_each_pass = []
     async with asyncio.TaskGroup() as group:
-        reading = [group.create_task(read_one_by_one(wire, got, who)) for who, (wire, _) in enumerate(wires)]
+        reading = [group.create_task(read_one_by_one(stream, got, who)) for who, (stream, _) in enumerate(streams)]
         while not all(task.done() for task in reading):
             at_each_pass.append(len(got))
             await asyncio.sleep(0)
@@ -62,42 +62,42 @@ async def test_many_that_are_flooded_take_one_quantum_a_pass_together() -> None:
     # Fair: when the first one has finished, the last one has come nearly as far.
     first_done = max(index for index, who in enumerate(got) if who == 0)
     assert got[: first_done + 1].count(15) >= FLOOD - 2 * QUANTUM_MESSAGES
-    for wire, peer in wires:
-        wire.close()
+    for stream, peer in streams:
+        stream.close()
         peer.close()
 
 
 async def test_timers_fire_beside_a_flood() -> None:
-    wire, peer = await flooded()
+    stream, peer = await flooded()
     fired: list[int] = []
     got: list[int] = []
     asyncio.get_running_loop().call_later(0, lambda: fired.append(len(got)))
-    await read_one_by_one(wire, got, 0)
+    await read_one_by_one(stream, got, 0)
     assert fired
     assert fired[0] < FLOOD
-    wire.close()
+    stream.close()
     peer.close()
 
 
 async def test_a_reader_that_never_waits_is_told_that_its_time_is_over() -> None:
-    wire, peer = await flooded()
-    asyncio.get_running_loop().call_soon(wire.expire)
+    stream, peer = await flooded()
+    asyncio.get_running_loop().call_soon(stream.expire)
     with pytest.raises(TimeoutError):
-        await read_one_by_one(wire, [], 0)
-    wire.close()
+        await read_one_by_one(stream, [], 0)
+    stream.close()
     peer.close()
 
 
 async def test_a_reader_that_never_waits_finds_out_that_we_closed() -> None:
-    wire, peer = await flooded()
-    asyncio.get_running_loop().call_soon(wire.close)
+    stream, peer = await flooded()
+    asyncio.get_running_loop().call_soon(stream.close)
     with pytest.raises(OSError, match="closed on our side"):
-        await read_one_by_one(wire, [], 0)
+        await read_one_by_one(stream, [], 0)
     peer.close()
 
 
 async def test_bytes_that_were_given_back_count_too() -> None:
-    wire, peer = await pair()
+    stream, peer = await pair()
     ran = 0
     async with asyncio.TaskGroup() as group:
 
@@ -109,28 +109,28 @@ async def test_bytes_that_were_given_back_count_too() -> None:
 
         others = group.create_task(other())
         for _ in range(10 * QUANTUM_MESSAGES):
-            wire.unread(b"again")
-            await wire.recv()
+            stream.unread(b"again")
+            await stream.recv()
         others.cancel()
     assert ran >= 9
-    wire.close()
+    stream.close()
     peer.close()
 
 
 async def test_spliced_bytes_count() -> None:
     """`fill` moves them past `recv`."""
-    wire, peer = await pair()
+    stream, peer = await pair()
     pool = PipePool()
     pipe = pool.take()
     assert isinstance(pipe, Pipe)
-    wire.quantum.spend(QUANTUM_BYTES)
+    stream.quantum.spend(QUANTUM_BYTES)
     await peer.send(b"some")
     passed: list[bool] = []
     asyncio.get_running_loop().call_soon(passed.append, True)
-    assert await fill(wire, pipe) == 4
+    assert await fill(stream, pipe) == 4
     assert passed
     pool.give_back(pipe)
-    wire.close()
+    stream.close()
     peer.close()
 
 
@@ -221,16 +221,16 @@ async def test_one_queue_for_each_loop() -> None:
     assert other is not round_robin()
 
 
-async def test_a_wire_of_a_flood_leaves_no_descriptor_behind() -> None:
-    """A queued reader that is cancelled owns its wire to the end."""
+async def test_a_stream_of_a_flood_leaves_no_descriptor_behind() -> None:
+    """A queued reader that is cancelled owns its stream to the end."""
     ours, theirs = socket.socketpair()
-    wire = SocketStream(ours)
+    stream = SocketStream(ours)
     theirs.sendall(bytes(FLOOD))
     async with asyncio.TaskGroup() as group:
-        reading = group.create_task(read_one_by_one(wire, [], 0))
+        reading = group.create_task(read_one_by_one(stream, [], 0))
         await asyncio.sleep(0)
         reading.cancel()
-    wire.close()
+    stream.close()
     theirs.settimeout(5)
     with pytest.raises(ConnectionResetError):  # unread bytes: the kernel tells the peer of a cut
         while theirs.recv(1):

@@ -1,4 +1,4 @@
-"""One wire: what it reads and writes, who waits, and how it ends. Everything on real sockets."""
+"""One stream: what it reads and writes, who waits, and how it ends. Everything on real sockets."""
 
 import asyncio
 import errno
@@ -16,10 +16,10 @@ from tests.support.waiting import eventually
 pytestmark = pytest.mark.anyio
 
 
-async def fill_up(wire: SocketStream) -> int:
+async def fill_up(stream: SocketStream) -> int:
     """Write until the socket takes no more; says how much it took."""
     sent = 0
-    while taken := wire.try_send((bytes(1 << 20),)):
+    while taken := stream.try_send((bytes(1 << 20),)):
         sent += taken
     return sent
 
@@ -61,7 +61,7 @@ async def test_recv_exactly_takes_not_one_byte_more() -> None:
 async def test_nothing_is_read_at_once_although_the_socket_is_empty() -> None:
     one, other = await pair()
     await other.send(b"x")
-    assert await one.recv() == b"x"  # a short read: the wire knows that the socket is empty
+    assert await one.recv() == b"x"  # a short read: the stream knows that the socket is empty
     async with asyncio.timeout(5):
         assert await one.recv_exactly(0) == b""
     one.close()
@@ -69,7 +69,7 @@ async def test_nothing_is_read_at_once_although_the_socket_is_empty() -> None:
 
 
 async def test_one_end_reads_while_it_writes() -> None:
-    """A reader and a writer wait on the same wire; each is woken by its own readiness."""
+    """A reader and a writer wait on the same stream; each is woken by its own readiness."""
     one, other = await pair()
     sent = await fill_up(one)
     async with asyncio.TaskGroup() as group:
@@ -234,7 +234,7 @@ async def test_closing_wakes_reader_and_writer() -> None:
     other.close()
 
 
-async def test_a_closed_wire_takes_nothing_and_bears_a_second_close() -> None:
+async def test_a_closed_stream_takes_nothing_and_bears_a_second_close() -> None:
     one, other = await pair()
     one.close()
     one.close()
@@ -285,7 +285,7 @@ async def test_a_fin_to_a_peer_that_has_reset_is_no_error() -> None:
     one.close()
 
 
-async def test_a_wire_knows_a_peer_that_is_gone() -> None:
+async def test_a_stream_knows_a_peer_that_is_gone() -> None:
     """Between connect and accept the peer may reset: getpeername(2) fails then, and the log still has to say who it was."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())
@@ -296,9 +296,9 @@ async def test_a_wire_knows_a_peer_that_is_gone() -> None:
         sock, peer = server.accept()
     with pytest.raises(OSError, match=r"."):
         sock.getpeername()
-    wire = SocketStream(sock, peer)
-    assert wire.peer == address
-    wire.close()
+    stream = SocketStream(sock, peer)
+    assert stream.peer == address
+    stream.close()
 
 
 # --- alerts arrive --------------------------------------------------------------------------------------------------
@@ -357,8 +357,8 @@ async def test_connect_gives_up_in_time() -> None:
         with pytest.raises(TimeoutError):
             while len(waiting) < 8:
                 waiting += [await connect(address, port, timeout_s=0.1)]
-        for wire in waiting:
-            wire.close()
+        for stream in waiting:
+            stream.close()
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
@@ -370,9 +370,9 @@ async def test_a_port_that_is_none_is_an_error_like_any_other(port: int) -> None
 
 async def test_connect_over_ipv6() -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
-        wire = await connect("::1", server.getsockname()[1], timeout_s=5)
-        assert wire.peer == ("::1", server.getsockname()[1])
-        wire.close()
+        stream = await connect("::1", server.getsockname()[1], timeout_s=5)
+        assert stream.peer == ("::1", server.getsockname()[1])
+        stream.close()
 
 
 @pytest.mark.parametrize(

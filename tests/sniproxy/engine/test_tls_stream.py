@@ -1,4 +1,4 @@
-"""TLS wires against each other, against the openssl of the system, and against peers that misbehave."""
+"""TLS streams against each other, against the openssl of the system, and against peers that misbehave."""
 
 import asyncio
 import fcntl
@@ -184,12 +184,12 @@ class Server:
         self.listener = listener
         self.errors: asyncio.Queue[str] = asyncio.Queue()
 
-    async def handle(self, wire: SocketStream) -> None:
-        assert isinstance(wire, TlsStream)
+    async def handle(self, stream: SocketStream) -> None:
+        assert isinstance(stream, TlsStream)
         try:
-            await wire.handshake(0.3)
-            await wire.send(await wire.recv())
-            wire.shutdown_write()
+            await stream.handshake(0.3)
+            await stream.send(await stream.recv())
+            stream.shutdown_write()
         except (OSError, TimeoutError) as error:
             self.errors.put_nowait(type(error).__name__)
 
@@ -204,12 +204,12 @@ async def server() -> AsyncIterator[Server]:
 
 
 async def test_a_listener_and_connect(server: Server) -> None:
-    wire = await connect_tls(
+    stream = await connect_tls(
         *server.listener.address, context=tls_contexts()[0], server_hostname=TLS_NAME, timeout_s=20
     )
-    await wire.send(b"hello")
-    assert await read_all(wire) == b"hello"
-    wire.close()
+    await stream.send(b"hello")
+    assert await read_all(stream) == b"hello"
+    stream.close()
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ async def test_a_server_that_shakes_no_hands_is_given_up() -> None:
 
 
 async def test_a_server_that_hangs_up_in_the_handshake() -> None:
-    async def hang_up(wire: SocketStream) -> None:
-        await wire.recv()
+    async def hang_up(stream: SocketStream) -> None:
+        await stream.recv()
 
     listener = await Listener.open("127.0.0.1", 0)
     async with asyncio.TaskGroup() as group:
@@ -291,17 +291,17 @@ async def test_new_keys_again_and_again_end_the_connection() -> None:
     listener = await Listener.open("127.0.0.1", 0, tls=context)
     ended: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
 
-    async def read(wire: SocketStream) -> None:
-        assert isinstance(wire, TlsStream)
-        await wire.handshake()
+    async def read(stream: SocketStream) -> None:
+        assert isinstance(stream, TlsStream)
+        await stream.handshake()
         try:
-            while await wire.recv():
+            while await stream.recv():
                 pass
             ended.set_result(None)
         except OSError as error:
             ended.set_result(error)
         finally:
-            wire.close()
+            stream.close()
 
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(listener.serve(read))

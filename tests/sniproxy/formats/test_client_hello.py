@@ -192,7 +192,7 @@ def test_bad_names(name: bytes) -> None:
 
 def test_the_limit_is_a_parameter() -> None:
     assert read(records(grow(1004, SNI)), max_hello_bytes=1000)
-    with pytest.raises(HelloError, match="1001 bytes, 1000 is the most"):
+    with pytest.raises(HelloError, match="1001 bytes, the limit is 1000"):
         read(records(grow(1005, SNI)), max_hello_bytes=1000)
 
 

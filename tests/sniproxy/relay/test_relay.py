@@ -53,16 +53,16 @@ IMPORTS = Imports([ImportRule(names=("two.shop.example",), sources=("b",), prefe
 HTTP = b"GET / HTTP/1.1\r\nHost: orders.shop.example\r\n\r\n"
 
 
-async def hold(wire: SocketStream) -> None:
+async def hold(stream: SocketStream) -> None:
     """A service that answers nothing and reads on."""
-    while await wire.recv():
+    while await stream.recv():
         pass
 
 
-async def count(wire: SocketStream) -> None:
+async def count(stream: SocketStream) -> None:
     """A service that reads to the end and gives everything back."""
-    await wire.send(await read_all(wire))
-    wire.shutdown_write()
+    await stream.send(await read_all(stream))
+    stream.shutdown_write()
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -216,8 +216,8 @@ async def test_clients_that_linger_over_their_alert_keep_nobody_out() -> None:
         client = await running.dial(name_of(port))
         client.shutdown_write()
         assert await read_all(client) == client_hello(name_of(port))
-        for wire in [*lingering, client]:
-            wire.close()
+        for stream in [*lingering, client]:
+            stream.close()
 
 
 async def test_a_flood_of_refused_clients_is_not_waited_for() -> None:
@@ -274,8 +274,8 @@ async def test_max_streams() -> None:
         fourth = await running.dial(name_of(port))
         fourth.shutdown_write()
         assert await read_all(fourth) == client_hello(name_of(port))
-        for wire in (first, second, third, fourth):
-            wire.close()
+        for stream in (first, second, third, fourth):
+            stream.close()
 
 
 async def test_a_relay_is_no_service_of_its_own() -> None:
@@ -355,11 +355,11 @@ async def test_every_good_hello_reaches_its_service_unchanged() -> None:
 async def test_half_closes_pass_both_ways() -> None:
     async with a_relay() as running:
 
-        async def first_to_end(wire: SocketStream) -> None:
-            await wire.recv_exactly(hello_bytes)
-            await wire.send(b"greeting")
-            wire.shutdown_write()
-            got.set_result(await read_all(wire))
+        async def first_to_end(stream: SocketStream) -> None:
+            await stream.recv_exactly(hello_bytes)
+            await stream.send(b"greeting")
+            stream.shutdown_write()
+            got.set_result(await read_all(stream))
 
         got: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         name = name_of(await running.serve(first_to_end))
@@ -395,14 +395,14 @@ async def test_a_reset_passes_as_a_reset(who: str) -> None:
     async with a_relay() as running:
         served: asyncio.Future[SocketStream] = asyncio.get_running_loop().create_future()
 
-        async def service(wire: SocketStream) -> None:
-            served.set_result(wire)
+        async def service(stream: SocketStream) -> None:
+            served.set_result(stream)
             await asyncio.get_running_loop().create_future()
 
         client = await running.dial(name_of(await running.serve(service)))
-        wire = await served
-        await wire.recv()
-        near, far = (client, wire) if who == "client" else (wire, client)
+        stream = await served
+        await stream.recv()
+        near, far = (client, stream) if who == "client" else (stream, client)
         near.reset()
         await until_reset(far)
         assert (await running.ended())[0]["reason"] == f"{'client' if who == 'client' else 'server'}_reset"
@@ -420,8 +420,8 @@ async def test_an_idle_stream_ends() -> None:
 async def test_a_stream_whose_client_has_ended_is_given_its_own_time() -> None:
     async with a_relay(half_close_timeout_s=0.05) as running:
 
-        async def never_answer(wire: SocketStream) -> None:
-            await read_all(wire)
+        async def never_answer(stream: SocketStream) -> None:
+            await read_all(stream)
             await asyncio.get_running_loop().create_future()
 
         client = await running.dial(name_of(await running.serve(never_answer)))

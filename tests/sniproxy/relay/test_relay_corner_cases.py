@@ -32,9 +32,9 @@ IMPORTS = Imports([ImportRule(names=(NAME.decode(),), sources=("a",), prefer="lo
 async def relay() -> AsyncIterator[Running]:
     """A relay that reaches NAME in its own network; the service gives back all that it reads to the end."""
 
-    async def give_back(wire: SocketStream) -> None:
-        await wire.send(await read_all(wire))
-        wire.shutdown_write()
+    async def give_back(stream: SocketStream) -> None:
+        await stream.send(await read_all(stream))
+        stream.shutdown_write()
 
     async with a_relay(imports=IMPORTS) as running:
         port = await running.serve(give_back)

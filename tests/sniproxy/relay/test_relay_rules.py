@@ -50,9 +50,9 @@ def service(name: str, *endpoints: str, network: str = "a") -> AnyRecord:
     return record(Kind.SERVICE, network, name, ServiceSpec(name=name, ports={"8443": list(endpoints)}))
 
 
-async def echo(wire: SocketStream) -> None:
-    while data := await wire.recv():
-        await wire.send(data)
+async def echo(stream: SocketStream) -> None:
+    while data := await stream.recv():
+        await stream.send(data)
 
 
 async def is_served(running: Running, name: str) -> bool:

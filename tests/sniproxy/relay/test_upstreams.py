@@ -432,9 +432,9 @@ async def test_cancelling_leaves_no_connection(script: object) -> None:
 async def test_a_second_connection_continues_the_stream() -> None:
     async with scripted(reset, opens) as gateway:
         calling = call()
-        framed = await upstreams().second(calling, candidate(gateway), itertools.count(3))
+        connection = await upstreams().second(calling, candidate(gateway), itertools.count(3))
         preambles = [visit.preamble for visit in gateway.visits]
-        framed.stream.close()
+        connection.stream.close()
     assert [preamble.continues for preamble in preambles] == [True, True]
     assert {preamble.stream_id for preamble in preambles} == {calling.stream}
     assert [preamble.attempt for preamble in preambles] == [3, 4], "none that the first connection had"

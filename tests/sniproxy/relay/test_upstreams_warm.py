@@ -105,7 +105,7 @@ async def attempt(
     answer: Answer, *cold: ScriptedGateway, calling: StreamRequest | None = None
 ) -> tuple[Attempt, Connected]:
     """Dial with one connection ready at the first candidate; the others' gateways are `cold`, the first one's included."""
-    near, far = (CapsuleConnection(wire, side) for wire, side in zip(await pair(), Side, strict=True))
+    near, far = (CapsuleConnection(stream, side) for stream, side in zip(await pair(), Side, strict=True))
     near.ends.warm = far.ends.warm = True
     await far.send(Ready())
     assert await near.next_message() == Ready()
@@ -157,10 +157,10 @@ async def test_ready_means_a_header_without_a_client() -> None:
         await visit.framed.send(Ready())
 
     async with scripted(stand_by) as gateway:
-        framed = await upstreams()._warm_up(candidate(gateway.address))
-        assert framed.ends.warm
-        assert framed.ends.ready
-        framed.stream.close()
+        connection = await upstreams()._warm_up(candidate(gateway.address))
+        assert connection.ends.warm
+        assert connection.ends.ready
+        connection.stream.close()
         for unknown in (
             candidate(),
             Candidate(traits=TURN, network="z", target="", address="127.0.0.1", port=1),

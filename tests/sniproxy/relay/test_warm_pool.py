@@ -61,17 +61,17 @@ class Running:
         self.fars.append(gateway)
         assert self.group is not None
         self.group.create_task(self._run_far(gateway))
-        framed = CapsuleConnection(near, Side.RELAY)
-        framed.ends.warm = True
+        connection = CapsuleConnection(near, Side.RELAY)
+        connection.ends.warm = True
         try:
-            assert await framed.next_message() == Ready()
+            assert await connection.next_message() == Ready()
         except CapsuleError as error:
             near.close()
             raise DialError(Reason.PROTOCOL_ERROR, "said the test") from error
         except BaseException:
             near.close()
             raise
-        return framed
+        return connection
 
     async def _run_far(self, gateway: CapsuleConnection) -> None:
         await self._far(gateway)
@@ -113,15 +113,15 @@ async def test_what_is_taken_is_made_anew() -> None:
     async with a_pool() as running:
         running.pool.used(way())
         await eventually(lambda: running.pool.ready == 2)
-        framed = await running.pool.take(way())
-        assert framed is not None
+        connection = await running.pool.take(way())
+        assert connection is not None
         await eventually(lambda: running.pool.ready == 2)
         assert running.dialled == 3
         assert running.fates == {Fate.TAKEN: 1}
         assert await running.pool.take(way("gw-2")) is None, "another allocation's"
-        await framed.send(Ping(b"12345678"))
-        assert await framed.next_message() == Pong(b"12345678"), "nobody else reads there any more"
-        framed.stream.close()
+        await connection.send(Ping(b"12345678"))
+        assert await connection.next_message() == Pong(b"12345678"), "nobody else reads there any more"
+        connection.stream.close()
 
 
 async def test_a_pool_of_none() -> None:
@@ -268,16 +268,16 @@ async def test_many_take_at_once_and_none_is_given_twice() -> None:
         taken: list[SocketStream] = []
 
         async def take() -> None:
-            framed = await running.pool.take(way())
-            if framed is not None:
-                taken.append(framed.stream)  # type: ignore[arg-type]
+            connection = await running.pool.take(way())
+            if connection is not None:
+                taken.append(connection.stream)  # type: ignore[arg-type]
 
         async with asyncio.TaskGroup() as group:
             for _ in range(20):
                 group.create_task(take())
         assert len(taken) == len(set(map(id, taken))) >= 8
-        for wire in taken:
-            wire.close()
+        for stream in taken:
+            stream.close()
 
 
 async def test_one_that_is_taken_by_who_goes_at_that_moment_is_closed() -> None:

@@ -53,8 +53,8 @@ def writes() -> list[bytes] | None:
 async def path(request: pytest.FixtureRequest, writes: list[bytes] | None) -> AsyncIterator[Path]:
     client, relay_plain = await pair(writes=writes)
     service, gateway_plain = await pair(writes=writes)
-    relay_wire, gateway_wire = await pair(request.param, writes=writes)
-    relay, gateway = CapsuleConnection(relay_wire, Side.RELAY), CapsuleConnection(gateway_wire, Side.GATEWAY)
+    relay_stream, gateway_stream = await pair(request.param, writes=writes)
+    relay, gateway = CapsuleConnection(relay_stream, Side.RELAY), CapsuleConnection(gateway_stream, Side.GATEWAY)
     await gateway.send(Ready())
     await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
     assert await relay.next_message() == Ready()
@@ -64,10 +64,10 @@ async def path(request: pytest.FixtureRequest, writes: list[bytes] | None) -> As
         service=service,
         relay=StreamBridge(relay_plain, relay, Side.RELAY, **LIMITS),
         gateway=StreamBridge(gateway_plain, gateway, Side.GATEWAY, **LIMITS),
-        between=(relay_wire, gateway_wire),
+        between=(relay_stream, gateway_stream),
     )
-    for wire in (client, service, relay_plain, gateway_plain, relay_wire, gateway_wire):
-        wire.close()
+    for stream in (client, service, relay_plain, gateway_plain, relay_stream, gateway_stream):
+        stream.close()
 
 
 @pytest.mark.parametrize("path", ["plain"], indirect=True)
@@ -113,9 +113,9 @@ async def test_bulk_both_ways_is_spliced_and_intact(path: Path) -> None:
     expected = hashlib.sha256(payload).hexdigest()
     async with asyncio.TaskGroup() as group:
         ends = await path.run(group)
-        for wire in (path.client, path.service):
-            group.create_task(_send_and_end(wire, payload))
-        digests = [group.create_task(_digest(wire)) for wire in (path.client, path.service)]
+        for stream in (path.client, path.service):
+            group.create_task(_send_and_end(stream, payload))
+        digests = [group.create_task(_digest(stream)) for stream in (path.client, path.service)]
     assert [digest.result() for digest in digests] == [expected, expected]
     assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
 
@@ -126,19 +126,19 @@ async def test_any_pace_of_both_sides(path: Path, seed: int) -> None:
     dice = random.Random(seed)
     payloads = [dice.randbytes(dice.choice((0, 1, 7, 70_000, 3_000_000))) for _ in range(2)]
 
-    async def send(wire: SocketStream, payload: bytes, dice: random.Random) -> None:
+    async def send(stream: SocketStream, payload: bytes, dice: random.Random) -> None:
         at = 0
         while at < len(payload):
             size = dice.choice((1, 100, 65536, 400_000))
-            await wire.send(payload[at : at + size])
+            await stream.send(payload[at : at + size])
             at += size
             if dice.random() < 0.2:
                 await asyncio.sleep(dice.random() / 100)
-        wire.shutdown_write()
+        stream.shutdown_write()
 
-    async def receive(wire: SocketStream, dice: random.Random) -> bytes:
+    async def receive(stream: SocketStream, dice: random.Random) -> bytes:
         got = bytearray()
-        while data := await wire.recv(dice.choice((1000, 65536, 1 << 20))):
+        while data := await stream.recv(dice.choice((1000, 65536, 1 << 20))):
             got += data
             if dice.random() < 0.2:
                 await asyncio.sleep(dice.random() / 100)
@@ -146,9 +146,11 @@ async def test_any_pace_of_both_sides(path: Path, seed: int) -> None:
 
     async with asyncio.TaskGroup() as group:
         ends = await path.run(group)
-        for wire, payload in zip((path.client, path.service), payloads, strict=True):
-            group.create_task(send(wire, payload, random.Random(dice.random())))
-        got = [group.create_task(receive(wire, random.Random(dice.random()))) for wire in (path.client, path.service)]
+        for stream, payload in zip((path.client, path.service), payloads, strict=True):
+            group.create_task(send(stream, payload, random.Random(dice.random())))
+        got = [
+            group.create_task(receive(stream, random.Random(dice.random()))) for stream in (path.client, path.service)
+        ]
     assert [task.result() for task in got] == payloads[::-1]
     assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
 
@@ -246,8 +248,8 @@ async def test_idle(path: Path) -> None:
 )
 async def test_a_broken_protocol_ends_the_stream(wrong: bytes) -> None:
     client, plain = await pair()
-    relay_wire, peer = await pair()
-    relay, gateway = CapsuleConnection(relay_wire, Side.RELAY), CapsuleConnection(peer, Side.GATEWAY)
+    relay_stream, peer = await pair()
+    relay, gateway = CapsuleConnection(relay_stream, Side.RELAY), CapsuleConnection(peer, Side.GATEWAY)
     await gateway.send(Ready())
     await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
     await relay.next_message()
@@ -318,11 +320,11 @@ RELAY = pytest.mark.parametrize("half", [Side.RELAY], indirect=True, ids=["relay
 GATEWAY = pytest.mark.parametrize("half", [Side.GATEWAY], indirect=True, ids=["gateway"])
 
 
-async def payload_of(framed: CapsuleConnection, *, until: type[object] | None = None) -> bytes:
+async def payload_of(connection: CapsuleConnection, *, until: type[object] | None = None) -> bytes:
     """Read payload up to the end, or up to a control capsule of this type."""
     got = bytearray()
-    while not framed.exhausted:
-        for event in await framed.read():
+    while not connection.exhausted:
+        for event in await connection.read():
             if isinstance(event, Payload):
                 got += event.data
             elif isinstance(event, Control) and until is not None and isinstance(parse_control(event), until):
@@ -532,13 +534,13 @@ async def test_a_gateway_tells_what_it_has_received(half: Half) -> None:
     assert counts[-1] <= half.peer.sent
 
 
-async def _send_and_end(wire: SocketStream, payload: bytes) -> None:
-    await wire.send(payload)
-    wire.shutdown_write()
+async def _send_and_end(stream: SocketStream, payload: bytes) -> None:
+    await stream.send(payload)
+    stream.shutdown_write()
 
 
-async def _digest(wire: SocketStream) -> str:
+async def _digest(stream: SocketStream) -> str:
     digest = hashlib.sha256()
-    while data := await wire.recv(1 << 18):
+    while data := await stream.recv(1 << 18):
         digest.update(data)
     return digest.hexdigest()

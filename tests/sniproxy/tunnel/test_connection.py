@@ -1,4 +1,4 @@
-"""Capsules over a wire: what goes out in one piece, what comes back as events, and what is an error."""
+"""Capsules over a stream: what goes out in one piece, what comes back as events, and what is an error."""
 
 import asyncio
 import os

@@ -96,11 +96,11 @@ async def running(gateway: StrangerGateway, **config: Any) -> AsyncIterator[Runn
         yield relay
 
 
-async def echo(wire: SocketStream) -> None:
+async def echo(stream: SocketStream) -> None:
     """Answer when the client has ended, as many an HTTP/1.0 server."""
-    got = await read_all(wire)
-    await wire.send(b"got " + got)
-    wire.shutdown_write()
+    got = await read_all(stream)
+    await stream.send(b"got " + got)
+    stream.shutdown_write()
 
 
 async def test_a_stream_with_a_half_close() -> None:
@@ -118,10 +118,10 @@ async def test_a_stream_with_a_half_close() -> None:
 
 
 async def test_the_service_ends_first() -> None:
-    async def speaks(wire: SocketStream) -> None:
-        await wire.send(b"bye")
-        wire.shutdown_write()
-        got.set_result(await read_all(wire))
+    async def speaks(stream: SocketStream) -> None:
+        await stream.send(b"bye")
+        stream.shutdown_write()
+        got.set_result(await read_all(stream))
 
     got: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
     gateway = StrangerGateway("b", "gw-1", KEY_OF_TESTS)
