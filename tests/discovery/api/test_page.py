@@ -211,4 +211,4 @@ async def test_a_real_browser_shows_it_live_by_keyboard_and_without_a_script(ser
             await browser.open(f"{at.url}/?network=c")
             text = await browser.value("document.body.textContent")
             assert "appeared" in text
-            assert "As it was when the page was loaded" in text
+            assert "As of when the page was loaded" in text

@@ -195,4 +195,4 @@ async def test_a_certificate_that_fails_for_a_clock_says_by_how_much(
         serve(tokens_file=tokens.path, tls_cert=tmp_path / "server.pem") as at,
         run(client_of(at, network="b", token=tokens["b"], ca_file=tmp_path / "ca.pem")),
     ):
-        await logged.until("it ended 36")
+        await logged.until("it expired 36")

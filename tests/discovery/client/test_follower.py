@@ -210,7 +210,7 @@ async def test_a_server_that_talks_nonsense_is_another_that_is_away(run: Any, ca
             await done.wait()
             assert not client.synced
     told = " ".join(str(getattr(record, "event", "")) for record in caplog.records)
-    for word in ("no change", "302", "500", "SSH"):
+    for word in ("not a valid change", "302", "500", "SSH"):
         assert word in told
 
 

@@ -30,7 +30,7 @@ async def test_refusals_are_told_and_hinder_nothing_else(
                 record.event["why"] for record in caplog.records if hasattr(record, "event") and "why" in record.event
             ]
             assert any("may not write vip" in why for why in whys)
-            assert any("of network 'b', not 'c'" in why for why in whys)
+            assert any("belongs to network 'b', not 'c'" in why for why in whys)
             assert any("loopback" in why for why in whys)
             assert any("too_large" in why for why in whys)
             for kind, name in ((Kind.VIP, "v"), (Kind.RELAY, "bad"), (Kind.SERVICE, "s")):

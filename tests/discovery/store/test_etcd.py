@@ -193,7 +193,7 @@ async def test_an_etcd_that_hangs_makes_reads_stale_and_refuses_writes(
             alone.signal(signal.SIGCONT)
             await eventually(lambda: store.stale_s == 0)
             assert (await store.put(KEY, SPEC)).revision > record.revision
-    assert sum("does not answer" in entry.message for entry in caplog.records) <= 2
+    assert sum("unexpected answer" in entry.message for entry in caplog.records) <= 2
 
 
 async def test_etcd_over_mutual_tls(tmp_path: Path) -> None:
@@ -257,13 +257,16 @@ async def test_a_cluster_that_wants_a_password(tmp_path: Path, prefix: str, sign
         await asyncio.to_thread(with_users, member, prefix)
         ours = EtcdAccess(endpoints=(member.url,), prefix=prefix, username="crossnet", password=PASSWORD)
         assert PASSWORD not in repr(ours)
-        for bad, why in (
-            (dataclasses.replace(ours, username=None), "user name is empty"),
-            (dataclasses.replace(ours, password="wrong"), "invalid user ID or password"),
-            (dataclasses.replace(ours, prefix="/other/"), "permission denied"),
-        ):
+
+        async def refused(bad: EtcdAccess, why: str) -> None:
+            # Long enough for an answer on a busy machine: etcd hashes the password on purpose slowly.
             with pytest.raises(StoreError, match=why):
-                await EtcdStore(bad, timing=EtcdTiming(open_s=1.0)).open()
+                await EtcdStore(bad, timing=EtcdTiming(open_s=4.0)).open()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(refused(dataclasses.replace(ours, username=None), "user name is empty"))
+            group.create_task(refused(dataclasses.replace(ours, password="wrong"), "invalid user ID or password"))
+            group.create_task(refused(dataclasses.replace(ours, prefix="/other/"), "permission denied"))
         async with running(EtcdStore(ours), EtcdStore(ours)) as (one, two):
             lease = await one.grant(30, "somebody")
             await one.put(KEY, SPEC, lease=lease.id)

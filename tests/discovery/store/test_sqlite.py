@@ -40,7 +40,7 @@ async def test_everything_is_there_after_a_restart(path: Path) -> None:
     epoch = store.epoch
     await store.close()
 
-    now = 1_000_000.0  # the clock of another boot: deadlines are not stored, leases begin anew
+    now = 1_000_000.0  # the clock of another boot: deadlines are not stored, leases start with their full TTL
     store = SqliteStore(path, clock=lambda: now)
     await store.open()
     try:
@@ -148,12 +148,12 @@ async def test_the_file_is_not_open_to_others(path: Path) -> None:
 
 async def test_files_that_are_none_of_ours(path: Path) -> None:
     (path.parent / "other").write_bytes(b"not a database" * 100)
-    with pytest.raises(StoreError, match="no SQLite database"):
+    with pytest.raises(StoreError, match="not an SQLite database"):
         await SqliteStore(path.parent / "other").open()
     database = sqlite3.connect(path)
     database.execute("CREATE TABLE other (x)")
     database.close()
-    with pytest.raises(StoreError, match="not one of discovery's"):
+    with pytest.raises(StoreError, match="not one of a discovery server"):
         await SqliteStore(path).open()
     with pytest.raises(StoreError, match="cannot be opened"):
         await SqliteStore(path.parent / "missing" / "discovery.db").open()
