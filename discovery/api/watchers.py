@@ -168,7 +168,7 @@ class WatchHub:
         self.on_displaced: Callable[[], None] = lambda: None
         # Cache of what new readers get, by network: after a restart all readers connect at once.
         self._groups: dict[str, list[AnyRecord]] | None = None
-        self._told: dict[tuple[str, bool], bytes] = {}
+        self._encoded: dict[tuple[str, bool], bytes] = {}
         self._stop = store.subscribe(self._on_changes)
 
     def __len__(self) -> int:
@@ -251,12 +251,12 @@ class WatchHub:
         pieces = []
         for network, records in self._groups.items():
             place = (network, principal.sees_all_of(network))
-            told = self._told.get(place)
-            if told is None:
-                told = self._told[place] = b"".join(
+            encoded = self._encoded.get(place)
+            if encoded is None:
+                encoded = self._encoded[place] = b"".join(
                     _Lines(record, False).for_principal(principal) for record in records
                 )
-            pieces.append(told)
+            pieces.append(encoded)
         return pieces
 
     def _batches(self, pieces: Iterable[bytes], revision: int) -> Iterator[bytes]:
@@ -275,7 +275,7 @@ class WatchHub:
         self._groups = None
         for change in changes:
             for whole in (True, False):
-                self._told.pop((change.key[1], whole), None)
+                self._encoded.pop((change.key[1], whole), None)
         for lines in _lines(changes):
             for watcher in self._watchers:
                 line = lines.for_principal(watcher.principal)

@@ -170,7 +170,7 @@ class Servers:
         """Send a request to one server. Raises ServerUnavailable, RequestRefused."""
         data = msgspec.json.encode(body) if body is not None else None
         if data is not None and len(data) > MAX_BODY:
-            raise RequestRefused(413, "too_large", f"the record has {len(data)} bytes, {MAX_BODY} is the most")
+            raise RequestRefused(413, "too_large", f"the record has {len(data)} bytes, the limit is {MAX_BODY}")
         try:
             async with self._open().request(
                 method,
