@@ -1,4 +1,4 @@
-"""Waiting in tests: for a log line, for a state of a store, and, where nothing tells of a change, by looking again."""
+"""Waiting in tests: for a log record, for a state of a store, or, where there is no event, by polling."""
 
 import asyncio
 import inspect
@@ -13,7 +13,7 @@ LOOK_EVERY_S = 0.02
 
 
 class LogWaiter(logging.Handler):
-    """Waits for log records, those from before the call included."""
+    """Waits for log records, including those from before the call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,11 +26,11 @@ class LogWaiter(logging.Handler):
             wake()
 
     def count(self, text: str) -> int:
-        """Return how many records have this text in their message or event."""
+        """Return the number of records with this text in their message or event."""
         return sum(text in line for line in self._lines)
 
     async def until(self, text: str, count: int = 1) -> None:
-        """Wait until so many records have this text in their message or event."""
+        """Wait until this many records have this text in their message or event."""
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
 
@@ -50,7 +50,7 @@ class LogWaiter(logging.Handler):
 
 
 async def stored(store: Store, holds: Callable[[], object]) -> None:
-    """Wait until a condition holds, which is checked after each write. It may be a coroutine function, like all of a store's."""
+    """Wait until a condition holds, which is checked after each write. It may be a coroutine function, as a store's methods are."""
     changed = asyncio.Event()
     stop = store.subscribe(lambda _: changed.set())
     try:
@@ -63,7 +63,7 @@ async def stored(store: Store, holds: Callable[[], object]) -> None:
 
 
 async def eventually(holds: Callable[[], object], limit_s: float = DEADLINE_S) -> Any:
-    """Call until the result is true, and return it: for the state of other processes and of sockets, which give no event."""
+    """Poll until the result is true, and return it: for other processes and sockets, which give no event."""
     async with asyncio.timeout(limit_s):
         while not (found := await _value(holds())):
             await asyncio.sleep(LOOK_EVERY_S)

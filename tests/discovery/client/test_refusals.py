@@ -1,4 +1,4 @@
-"""What servers refuse."""
+"""Requests that servers refuse."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.discovery.client.clients import RELAY, client_of
 pytestmark = pytest.mark.anyio
 
 
-async def test_refusals_are_told_and_hinder_nothing_else(
+async def test_refusals_are_logged_and_delay_nothing_else(
     serve: Any, run: Any, until: Any, tokens: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve(tokens_file=tokens.path) as at:
@@ -45,7 +45,7 @@ async def test_refusals_are_told_and_hinder_nothing_else(
     assert any("the token is not known here" in str(getattr(record, "event", "")) for record in caplog.records)
 
 
-def test_a_refusal_is_logged_once_until_it_is_another_or_has_been_cleared(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refusal_is_logged_once_until_it_changes_or_is_cleared(caplog: pytest.LogCaptureFixture) -> None:
     refusals, url = Refusals(), URL("https://10.0.0.1:8600")
     unknown, expired = (RequestRefused(401, "unauthorized", why) for why in ("not known", "expired"))
     for error in (unknown, unknown, expired):
