@@ -75,13 +75,10 @@ class RelaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     addresses: list[str]
     """IP addresses under which clients reach it. DNS answers with them."""
-
     ports: list[int]
     """Ports that it listens on."""
-
     sources: dict[str, list[str]] = {}
     """For each TURN server of this network (by id), the source addresses that the server sees for connections of this relay."""
-
     asks: list[str] = []
     """Networks that this relay imports names from. This is a hint for gateways that register only with networks that import
     from them; a relay may use other networks, too."""
@@ -92,14 +89,11 @@ class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     url: str
     """URL under which gateways of other networks reach it: turn:HOST:PORT?transport=tcp, or turns:."""
-
     relay_addresses: list[str]
     """Addresses of allocations, as reached by this network's relays."""
-
     port_min: int
     port_max: int
     """Ports of allocations, from `port_min` to `port_max` inclusive."""
-
     zone: str = ""
     """Zone of the server. Relays in the same zone prefer its allocations."""
 
@@ -109,16 +103,12 @@ class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     via: str
     """Network of the TURN server, whose relays may use the allocation."""
-
     turn: str
     """Id of the TURN server's record."""
-
     port: int
     """Port of the relayed address."""
-
     gateway: str
     """Id of the gateway."""
-
     proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
     weight: int = 1
     """Relative share of streams."""
