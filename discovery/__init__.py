@@ -1,8 +1,8 @@
-"""Who is where: names, records, stores, the HTTP API and its client. Sees no traffic.
+"""Discovery: names, records, stores, the HTTP API and its client. It never sees traffic.
 
-Begin with `names` (what a name means), `model` (records and the mesh that they make) and `lookup` (from one to the
-other). Roles are given a `contract.Discovery`: `client.DiscoveryClient` for a server, `static.StaticDiscovery` for a
-file. The server is `api.DiscoveryServer` over a `store`.
+Start with `model.names` (what a name means), `model.mesh` (records, and the mesh of all records) and `model.lookup` (from
+names to records). Roles get a `client.contract.Discovery`: a `client.client.DiscoveryClient` for servers, or a
+`client.mesh_file.StaticDiscovery` for a file. The server is `api.DiscoveryServer` over a `store`.
 
-Nothing is exported from here, so that the sans-IO modules can be had without an HTTP library.
+Nothing is exported from here, so that the sans-IO modules can be imported without an HTTP library.
 """

@@ -1,6 +1,6 @@
 """The discovery server: records, leases and watches over HTTP.
 
-`discovery/API.md` explains the API, `openapi.yaml` beside this file is its reference. Tests hold both against the server.
+`discovery/API.md` explains the API, `openapi.yaml` in this directory is its reference. Tests check both against the server.
 """
 
 from discovery.api.config import DiscoveryServerConfig, ServerRefused, start_refusals

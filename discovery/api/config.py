@@ -1,4 +1,4 @@
-"""The configuration of a discovery server, and the configurations that it refuses."""
+"""Configuration of a discovery server, and the reasons for which it refuses one."""
 
 import ssl
 from collections.abc import Mapping
@@ -12,7 +12,8 @@ from discovery.model.validation import shown
 from discovery.store import EtcdAccess, EtcdStore, MemoryStore, SqliteStore, Store, StoreError
 from discovery.store.etcdapi import DEFAULT_PREFIX, parse_endpoints
 
-MAX_BODY = 1024 * 1024  # a service with its most endpoints has some 25 kB a port
+MAX_BODY = 1024 * 1024
+"""The largest service, with 1000 endpoints on each port, has some 25 kB a port."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +21,13 @@ class DiscoveryServerConfig:
     """Configuration of a discovery server."""
 
     listen: tuple[tuple[str, int], ...]
-    """IP addresses and ports; port 0 means any."""
+    """IP addresses and ports; port 0 means any free port."""
 
     store: str = "memory"
-    """`memory`, `sqlite:` and a path, or `etcd:` and a comma list of URLs."""
+    """`memory`, `sqlite:PATH`, or `etcd:` and a comma-separated list of URLs."""
 
     etcd_prefix: str = DEFAULT_PREFIX
-    """Prefix of our keys in etcd; several meshes can share a cluster."""
+    """Prefix of our keys in etcd, so that several meshes can share a cluster."""
 
     etcd_ca: Path | None = None
     etcd_cert: Path | None = None
@@ -45,20 +46,21 @@ class DiscoveryServerConfig:
     """CA that verifies client certificates, which can be used instead of tokens."""
 
     tokens_file: Path | None = None
-    """Without one everybody may do everything, which is allowed on loopback or with `insecure` only."""
+    """Without one every client may do everything. That is allowed only on loopback or with `insecure`."""
 
     turn_secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """REST secret of the TURN servers of each network, to issue credentials from."""
+    """REST secret of the TURN servers of each network, from which credentials are made."""
 
     turn_credential_ttl_s: int = 3600
-    """How long issued credentials live. Gateways get new ones after two thirds of it: the embedded server lets an allocation go
-    on with them; coturn, which looks at the expiry at Allocate only, does not (441), and they make another one first."""
+    """Lifetime of issued credentials. Gateways get new ones after two thirds of it. The embedded server accepts them for an
+    existing allocation. coturn, which checks the expiry only at Allocate, refuses them (441), so gateways first make another
+    allocation there."""
 
     allow_addresses: TargetList | None = None
-    """Lifts the refusal of ranges such as loopback in records; for tests and the lab."""
+    """Addresses that records may contain although they are in a refused range such as loopback; for tests and the lab."""
 
     insecure: bool = False
-    """Serve other hosts without TLS or without tokens."""
+    """Allow to serve other hosts without TLS or without tokens."""
 
     max_body_bytes: int = MAX_BODY
     max_records_per_network: int = 20_000
@@ -67,16 +69,17 @@ class DiscoveryServerConfig:
     max_watchers_per_network: int = 1000
     max_connections: int = 8192
     max_connections_per_address: int = 2048
-    """A network behind one address has two connections for each process. Both are lowered to what the descriptors allow."""
+    """A network behind one address has two connections for each process. Both limits are lowered if the process may not open
+    enough file descriptors."""
 
     requests_per_s: float = 200.0
-    """Requests of one network in the long run: enough for six hundred clients that renew their leases."""
+    """Average rate of requests of one network: enough for six hundred clients that renew their leases."""
 
     request_burst: int = 5000
-    """Requests of one network at once: a gateway that registers in a thousand networks writes as many records at its start."""
+    """Burst of requests of one network: a gateway that registers in a thousand networks writes as many records at its start."""
 
     credentials_per_s: float = 5.0
-    """TURN credentials of one network: each is a new secret and a line in the log."""
+    """Average rate of TURN credentials of one network: each is a new secret and a line in the log."""
 
     credentials_burst: int = 1000
 
@@ -90,7 +93,7 @@ class ServerRefused(Exception):
 
 
 def listener_limits(config: DiscoveryServerConfig) -> ListenerLimits:
-    """Return the listener's limits. Requests may be larger than is accepted, so that the client can read the 413."""
+    """Return the listener's limits. It lets larger requests through than are accepted, so that clients can read the 413."""
     return ListenerLimits(
         connections=config.max_connections,
         connections_per_address=config.max_connections_per_address,
@@ -100,7 +103,7 @@ def listener_limits(config: DiscoveryServerConfig) -> ListenerLimits:
 
 
 def start_refusals(config: DiscoveryServerConfig) -> list[str]:
-    """Return why a server must not start with this configuration. `crossnet check` uses it too."""
+    """Return the reasons why a server must not start with this configuration. `crossnet check` uses it too."""
     public = [f"{host}:{port}" for host, port in config.listen if not ip_address(host).is_loopback]
     if config.insecure or not public:
         return []
@@ -108,7 +111,7 @@ def start_refusals(config: DiscoveryServerConfig) -> list[str]:
     if config.tokens_file is None:
         reasons.append(f"no tokens, but listens on {', '.join(public)}: anybody there could write any record")
     if config.tls_cert is None:
-        reasons.append(f"no tls, but listens on {', '.join(public)}: tokens would be readable on the way")
+        reasons.append(f"no tls, but listens on {', '.join(public)}: tokens would be sent in clear text")
     return [f"{reason}; listen on loopback only, or set insecure: true" for reason in reasons]
 
 
@@ -145,5 +148,5 @@ def tls_context(config: DiscoveryServerConfig) -> ssl.SSLContext | None:
     context.load_cert_chain(config.tls_cert, config.tls_key)
     if config.tls_client_ca is not None:
         context.load_verify_locations(config.tls_client_ca)
-        context.verify_mode = ssl.CERT_OPTIONAL  # who shows none needs a token
+        context.verify_mode = ssl.CERT_OPTIONAL  # a client without a certificate needs a token
     return context

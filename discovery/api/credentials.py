@@ -1,4 +1,4 @@
-"""Short-lived TURN credentials, made from the secret that we share with a TURN server (the REST scheme)."""
+"""Short-lived TURN credentials, made from the secret that this server shares with a TURN server (the REST scheme)."""
 
 import base64
 import hashlib
@@ -40,6 +40,7 @@ class CredentialsRoute:
         self._config = config
 
     async def issue(self, request: web.Request, principal: Principal) -> web.Response:
+        """Make credentials for the TURN servers of a network. Raises ApiError."""
         body = await read_body(request, _TurnBody)
         why = principal.refusal_of_credentials()
         if why is not None:
@@ -49,11 +50,11 @@ class CredentialsRoute:
         secret = self._config.turn_secrets.get(body.network)
         if secret is None:
             raise ApiError(
-                404, "not_found", f"there is no secret to issue credentials for network {body.network!r} from"
+                404, "not_found", f"this server has no secret for the TURN servers of network {body.network!r}"
             )
         wait_s = self._limit.wait_s(principal.network, time.monotonic())
         if wait_s:
-            raise RateLimited(f"network {principal.network!r} asks for credentials too often", wait_s)
+            raise RateLimited(f"network {principal.network!r} requests credentials too often", wait_s)
         ttl_s = self._config.turn_credential_ttl_s
         username = f"{int(self._wall_clock()) + ttl_s}:{principal.network or 'admin'}.{principal.name}"
         digest = hmac.digest(secret.encode(), username.encode(), hashlib.sha1)

@@ -1,4 +1,4 @@
-"""What is asked of leases: to be granted, renewed and ended."""
+"""The routes under /v1/leases: grant, renew and revoke leases."""
 
 import msgspec
 from aiohttp import web
@@ -28,15 +28,17 @@ class LeaseRoutes:
         self._config = config
 
     async def grant(self, request: web.Request, principal: Principal) -> web.Response:
+        """Grant a lease to this token. Raises ApiError."""
         body = await read_body(request, _LeaseBody)
         if not 1 <= body.ttl_s <= MAX_LEASE_S:
             raise ApiError(400, "bad_request", f"$.ttl_s: expected 1 to {MAX_LEASE_S} seconds, got {shown(body.ttl_s)}")
         if len(await self._store.leases(principal.owner)) >= self._config.max_leases_per_token:
-            raise ApiError(429, "too_many", f"the token has {self._config.max_leases_per_token} leases, the most")
+            raise ApiError(429, "too_many", f"the token has {self._config.max_leases_per_token} leases, the limit")
         lease = await self._store.grant(body.ttl_s, principal.owner)
         return json_answer({"id": lease.id, "ttl_s": lease.ttl_s}, status=201)
 
     async def renew(self, request: web.Request, principal: Principal) -> web.Response:
+        """Reset a lease of this token to its full TTL. Raises ApiError."""
         try:
             lease = await lease_of(self._store, principal, request.match_info["id"])
             await self._store.renew(lease.id)
@@ -45,6 +47,7 @@ class LeaseRoutes:
         return json_answer({"id": lease.id, "ttl_s": lease.ttl_s})
 
     async def revoke(self, request: web.Request, principal: Principal) -> web.Response:
+        """End a lease of this token and delete its records. Raises ApiError."""
         try:
             lease = await lease_of(self._store, principal, request.match_info["id"])
             deletions = await self._store.revoke(lease.id)
@@ -54,10 +57,10 @@ class LeaseRoutes:
 
 
 async def lease_of(store: Store, principal: Principal, lease_id: str) -> Lease:
-    """Return a lease of this token's. Raises UnknownLease; ApiError if it is another token's."""
+    """Return a lease of this token. Raises UnknownLease, and ApiError if it belongs to another token."""
     lease = await store.lease(lease_id[:64])
     if lease is None:
         raise UnknownLease(lease_id[:64])
     if lease.owner != principal.owner:
-        raise ApiError(403, "forbidden", "the lease is another token's")
+        raise ApiError(403, "forbidden", "the lease belongs to another token")
     return lease

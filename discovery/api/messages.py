@@ -1,4 +1,4 @@
-"""Requests and answers of the HTTP API: how they are parsed, and how answers are built."""
+"""Requests and answers of the HTTP API: parsing requests, building answers."""
 
 import asyncio
 import base64
@@ -21,7 +21,7 @@ BodyT = TypeVar("BodyT")
 
 
 class ApiError(Exception):
-    """A request that is answered with an error: HTTP status, code for programs, sentence for people."""
+    """A request that is answered with an error: an HTTP status, a code for programs, and a sentence for people."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -39,7 +39,7 @@ class RateLimited(ApiError):
 
 
 def parse_token(request: web.Request) -> str | None:
-    """Return the token: Bearer or, for GET, the password of Basic, since that is what a browser sends."""
+    """Return the token: Bearer or, for GET, the password of Basic, since browsers can send only that."""
     scheme, _, rest = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if scheme.lower() == "bearer":
         return rest.strip()
@@ -58,13 +58,13 @@ def certificate_names(request: web.Request) -> list[str]:
 
 
 def check_browser(request: web.Request, *, named: bool) -> None:
-    """Refuse requests that another site's page makes with its visitor's rights. Raises ApiError.
+    """Refuse requests that a page of another site makes with its visitor's rights. Raises ApiError.
 
-    Without tokens (not `named`) everybody who reaches us has all rights, so a DNS name that an attacker points here is
-    refused too.
+    Without tokens (not `named`) every client that reaches this server has all rights. Then only addresses and localhost are
+    accepted as the host, so that an attacker cannot point a DNS name here (DNS rebinding).
     """
     if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-        raise ApiError(403, "forbidden", "another site's page asks")
+        raise ApiError(403, "forbidden", "the request was made by a page of another site")
     if not named:
         host = ""
         try:
@@ -72,19 +72,23 @@ def check_browser(request: web.Request, *, named: bool) -> None:
             ip_address(host)
         except ValueError:
             if host != "localhost":
-                raise ApiError(403, "forbidden", "without tokens, ask by address or as localhost") from None
+                raise ApiError(
+                    403, "forbidden", "a server without tokens must be addressed by IP address or as localhost"
+                ) from None
 
 
 async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
-    """Read and decode the body. Raises ApiError, and what aiohttp raises for a body that is too large."""
+    """Read and decode the body. Raises ApiError, and web.HTTPRequestEntityTooLarge."""
     try:
         with waiting(request):
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 data = await request.read()
     except TimeoutError:
-        raise ApiError(400, "bad_request", f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
+        raise ApiError(400, "bad_request", f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
     except web.RequestPayloadError:
-        raise ApiError(400, "bad_request", "the body: its Transfer-Encoding or Content-Encoding is broken") from None
+        raise ApiError(
+            400, "bad_request", "the body does not match its Transfer-Encoding or Content-Encoding"
+        ) from None
     try:
         return msgspec.json.decode(data, type=shape)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -92,7 +96,7 @@ async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
 
 
 def marks(store: Store) -> dict[str, str]:
-    """Return the headers of every answer: the store's epoch and, if it is stale, for how long."""
+    """Return the headers of every answer: the store's epoch and, if the store is stale, for how many seconds."""
     stale_s = store.stale_s
     return {EPOCH_HEADER: store.epoch} | ({STALE_HEADER: f"{stale_s:.0f}"} if stale_s else {})
 
@@ -106,7 +110,7 @@ def json_answer(value: object, *, status: int = 200, etag: int | None = None) ->
 
 
 def error_answer(status: int, code: str, detail: str) -> web.Response:
-    """Build an error answer."""
+    """Build an error answer: a status, a code for programs, and a sentence for people."""
     response = json_answer({"error": code, "detail": detail}, status=status)
     if status == 401:
         response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
@@ -114,7 +118,7 @@ def error_answer(status: int, code: str, detail: str) -> web.Response:
 
 
 def http_error_answer(error: web.HTTPException, max_body_bytes: int) -> web.Response:
-    """Build the answer for an error that aiohttp found: in the path, the method or the length of the body."""
+    """Build the answer to an error that aiohttp raised: a bad path, method or length of the body."""
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return error_answer(413, "too_large", f"the body has more than {max_body_bytes} bytes")
     if isinstance(error, web.HTTPMethodNotAllowed):
@@ -128,12 +132,12 @@ def http_error_answer(error: web.HTTPException, max_body_bytes: int) -> web.Resp
 
 
 def not_found(key: Key) -> ApiError:
-    """Make the error for a record that does not exist, or that the client may not see."""
+    """Return the error for a record that does not exist, or that the client may not see."""
     return ApiError(404, "not_found", f"there is no record {'/'.join(key)}")
 
 
 def parse_kind(text: str) -> Kind:
-    """Read a kind. Raises ApiError."""
+    """Parse a kind. Raises ApiError."""
     try:
         return Kind(text)
     except ValueError:
@@ -141,7 +145,7 @@ def parse_kind(text: str) -> Kind:
 
 
 def parse_key(request: web.Request) -> Key:
-    """Read the key in a path. Raises ApiError."""
+    """Parse the key in a path. Raises ApiError."""
     kind = parse_kind(request.match_info["kind"])
     network, record_id = request.match_info["network"], request.match_info["id"]
     try:
@@ -152,7 +156,7 @@ def parse_key(request: web.Request) -> Key:
 
 
 def parse_revision(text: str | None) -> int | None:
-    """Read a revision; None when there is none. Raises ApiError."""
+    """Parse a revision; None if the text is empty or missing. Raises ApiError."""
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 19):
@@ -161,13 +165,13 @@ def parse_revision(text: str | None) -> int | None:
 
 
 def parse_if_match(request: web.Request) -> int | None:
-    """Read the header If-Match, with quotes or without. Raises ApiError."""
+    """Parse the header If-Match, with or without quotes. Raises ApiError."""
     text = request.headers.get(hdrs.IF_MATCH)
     return parse_revision(text.strip().removeprefix('"').removesuffix('"')) if text else None
 
 
 def parse_if_none_match(request: web.Request) -> bool:
-    """Read the header If-None-Match, of which only `*` makes sense here. Raises ApiError."""
+    """Parse the header If-None-Match, of which only `*` is supported. Raises ApiError."""
     text = request.headers.get(hdrs.IF_NONE_MATCH)
     if text not in (None, "*"):
         raise ApiError(400, "bad_request", "expected If-None-Match: *")

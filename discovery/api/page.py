@@ -1,8 +1,8 @@
-"""The page that a discovery server shows to people: plain HTML that is complete without a script.
+"""The page that a discovery server shows to people: plain HTML that works without a script.
 
-A graph of the networks (inline SVG), and tables. The script that comes along only fetches the page anew when the watch
-tells of a change; everything can be reached with the keyboard, since everything that can be chosen is a link. What a
-reader may not see is not in the records that the page is made from. Sans-IO.
+It has a graph of the networks (inline SVG), and tables. Its script only fetches the page again when the watch reports a change.
+Everything that can be selected is a link, so the page can be used with the keyboard alone. It is rendered only from records that
+the reader may see. Sans-IO.
 """
 
 import math
@@ -12,8 +12,12 @@ from html import escape
 
 from discovery.model.mesh import AllocationSpec, AnyRecord, Key, Kind, Mesh, Record
 
-MAX_NODES = 40  # more are a tangle; the table has them all
-MAX_ROWS = 200  # of each table; a network can be chosen
+MAX_NODES = 40
+"""Networks in the graph: more are unreadable, and the table has them all."""
+
+MAX_ROWS = 200
+"""Rows of each table. The page of one network shows more of it."""
+
 WIDTH, HEIGHT = 880, 420
 
 SECURITY_HEADERS = {
@@ -27,24 +31,24 @@ SECURITY_HEADERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageState:
-    """What the page says about the server."""
+    """The state of the server and its store, as shown on the page."""
 
     epoch: str
     revision: int
     stale_s: float
     reader: str
     ages: Mapping[Key, float]
-    """Age of each record in seconds, if it was written while this server ran."""
+    """Age of each record in seconds, if it was created while this server was running."""
 
 
 def render_page(mesh: Mesh, state: PageState, network: str | None) -> str:
-    """Render the page; with a network, only what concerns it."""
+    """Render the page. With a network, the tables show only records that concern it."""
     networks = sorted(mesh.networks)
     shown = [network] if network in mesh.networks else networks
     chosen = f' <a href="/">all networks</a> · only <b>{escape(network)}</b>' if network else ""
     stale = (
         f'<p class="stale" role="alert">This server has been cut off from its store for {age_text(state.stale_s)}: '
-        "what it shows may be old.</p>"
+        "its records may be out of date.</p>"
         if state.stale_s
         else ""
     )
@@ -67,7 +71,7 @@ def render_page(mesh: Mesh, state: PageState, network: str | None) -> str:
         '<link rel="stylesheet" href="/page.css"><script src="/page.js" defer></script></head>'
         f'<body data-epoch="{escape(state.epoch)}" data-revision="{state.revision}">'
         '<a class="skip" href="#live">To the tables</a><header><h1>crossnet discovery</h1>'
-        '<p id="status" role="status">As it was when the page was loaded; <a href="">load it anew</a>.</p></header>'
+        '<p id="status" role="status">As of when the page was loaded; <a href="">reload</a>.</p></header>'
         f'<main id="live" tabindex="-1">{body}</main></body></html>\n'
     )
 
@@ -83,11 +87,11 @@ def age_text(seconds: float | None) -> str:
 
 
 def allocation_state(mesh: Mesh, allocation: Record[AllocationSpec]) -> str:
-    """Return whether relays can use an allocation, judging by the records."""
+    """Return a description of whether relays can use an allocation, according to the records."""
     spec = allocation.spec
     turn = mesh.record(Kind.TURN, spec.via, spec.turn)
     if turn is None:
-        return "no TURN server of that id"
+        return "no TURN server with that id"
     if not turn.spec.port_min <= spec.port <= turn.spec.port_max:
         return "port outside the TURN server's range"
     if not mesh.relays(spec.via):
@@ -118,7 +122,7 @@ def _graph(mesh: Mesh, networks: Sequence[str]) -> str:
         if via in places and network in places:
             (x1, y1), (x2, y2) = places[via], places[network]
             length = math.hypot(x2 - x1, y2 - y1) or 1.0
-            # Ends at the node's edge; bent, so that the way back is another line.
+            # The line ends at the edge of the node. It is curved, so that it does not cover the line in the other direction.
             x2, y2 = x2 - (x2 - x1) / length * 26, y2 - (y2 - y1) / length * 26
             bend_x, bend_y = (x1 + x2) / 2 - (y2 - y1) * 0.12, (y1 + y2) / 2 + (x2 - x1) * 0.12
             lines.append(
@@ -133,12 +137,12 @@ def _graph(mesh: Mesh, networks: Sequence[str]) -> str:
         for network, (x, y) in places.items()
     ]
     more = (
-        f"<p>The {MAX_NODES} best connected of {len(networks)} networks are drawn.</p>"
+        f"<p>Only the {MAX_NODES} networks with the most connections, of {len(networks)}, are drawn.</p>"
         if len(networks) > MAX_NODES
         else ""
     )
     return (
-        '<section><h2 id="graph">Networks and the ways between them</h2>'
+        '<section><h2 id="graph">Networks and their connections</h2>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-labelledby="graph"><defs><marker id="arrow" '
         'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto-start-reverse">'
         '<path class="head" d="M0 0L10 5L0 10z"></path></marker></defs>'
@@ -287,7 +291,7 @@ svg text{text-anchor:middle;font-size:13px;fill:currentColor}svg a:focus-visible
 
 SCRIPT = """
 "use strict";
-// Fetches the page anew when the watch tells of a change, once a second at most. Without this script it is complete.
+// Fetches the page again when the watch reports a change, at most once a second. The page works without this script.
 const status = document.getElementById("status");
 let due = null;
 function say(text) { if (status.textContent !== text) status.textContent = text; }
@@ -299,7 +303,7 @@ async function refresh() {
   const active = document.activeElement && document.activeElement.closest("main a");
   const href = active && active.getAttribute("href");
   const alike = () => [...document.querySelectorAll("main a")].filter(a => a.getAttribute("href") === href);
-  const index = active ? alike().indexOf(active) : -1;  // who goes through it by keyboard stays where they are
+  const index = active ? alike().indexOf(active) : -1;  // keep the keyboard focus on the same link
   document.getElementById("live").replaceChildren(...fresh.getElementById("live").childNodes);
   if (index >= 0) {
     const same = alike();
@@ -333,7 +337,7 @@ async function follow() {
         }
       }
     } catch (error) {
-      say("Not live: " + error.message + "; trying again.");
+      say("Not live: " + error.message + "; retrying.");
     }
     await new Promise(resolve => setTimeout(resolve, 2000));
   }

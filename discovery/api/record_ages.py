@@ -1,4 +1,4 @@
-"""How old records are, if they were written while this server ran. Sans-IO: time comes from a clock given."""
+"""The ages of records that were created while this server was running. Sans-IO: the clock is passed in."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,7 +7,7 @@ from discovery.store import Change
 
 
 class RecordAges:
-    """When each record was created. A rewrite does not change it; records older than this server have none."""
+    """The creation time of each record. Overwriting a record does not change it; records from before the start have none."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

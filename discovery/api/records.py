@@ -27,11 +27,13 @@ from discovery.store import PreconditionFailed, Store, UnknownLease
 log = logging.getLogger(__name__)
 
 LIST_PIECE = 200
-"""Records that are encoded at once, which takes less than a millisecond."""
+"""Records that are encoded at once. That takes less than a millisecond."""
 
 LIST_TIMEOUT_S = 300.0
+"""For sending a long list, including the waits for other clients."""
 
-MAX_CONFLICTS = 5  # retries after concurrent writes of the same record
+MAX_CONFLICTS = 5
+"""Attempts to write a record while others write it, too."""
 
 
 class _PutBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -53,6 +55,7 @@ class RecordRoutes:
         self._config = config
 
     async def list(self, request: web.Request, principal: Principal) -> web.StreamResponse:
+        """List the records of a kind or network, or all, as this client may see them. Raises ApiError."""
         kind_text, network = request.query.get("kind"), request.query.get("network")
         kind = parse_kind(kind_text) if kind_text else None
         # Finding and sorting thousands of records takes milliseconds: lists take turns.
@@ -70,7 +73,7 @@ class RecordRoutes:
     async def _list_in_pieces(
         self, request: web.Request, principal: Principal, revision: int, records: tuple[AnyRecord, ...]
     ) -> web.StreamResponse:
-        """Send a long list in pieces: others get their turn in between, and nothing is encoded that the client does not read."""
+        """Send a long list in pieces, so that other clients get a turn in between, and nothing is encoded before it can be sent."""
         response = web.StreamResponse(headers=marks(self._store))
         response.content_type = "application/json"
         begin = {"epoch": self._store.epoch, "revision": revision}
@@ -93,6 +96,7 @@ class RecordRoutes:
         return response
 
     async def get(self, request: web.Request, principal: Principal) -> web.Response:
+        """Return one record as this client may see it. Raises ApiError."""
         key = parse_key(request)
         record = await self._store.get(key)
         view = principal.view(record) if record is not None else None
@@ -101,6 +105,7 @@ class RecordRoutes:
         return json_answer(view, etag=view.revision)
 
     async def put(self, request: web.Request, principal: Principal) -> web.Response:
+        """Write a record. Raises ApiError."""
         key = parse_key(request)
         _check_may_write(principal, key)
         body = await read_body(request, _PutBody)
@@ -120,8 +125,8 @@ class RecordRoutes:
             _check_may_write(principal, key, spec, *([old.spec] if old is not None else []))
             if old is None and await self._store.count(key[1]) >= self._config.max_records_per_network:
                 limit = self._config.max_records_per_network
-                raise ApiError(429, "too_many", f"network {key[1]!r} has {limit} records, which is the most")
-            # Pinned to the record that was checked: nobody can slip in one that the writer may not replace.
+                raise ApiError(429, "too_many", f"network {key[1]!r} has {limit} records, which is the limit")
+            # Only the record that was checked may be replaced, not one that was written since, for which there may be no right.
             pin = old.revision if old is not None and if_match is None and not if_none_match else if_match
             try:
                 record = await self._store.put(
@@ -135,16 +140,17 @@ class RecordRoutes:
                 raise ApiError(409, "no_lease", str(error)) from None
             _log_write("put", principal, key, record.revision)
             return json_answer(record, status=201 if old is None else 200, etag=record.revision)
-        raise ApiError(503, "unavailable", "others write this record at the same time")
+        raise ApiError(503, "unavailable", "other clients are writing this record at the same time")
 
     async def delete(self, request: web.Request, principal: Principal) -> web.Response:
+        """Delete a record. Raises ApiError."""
         key = parse_key(request)
         _check_may_write(principal, key)
         if_match = parse_if_match(request)
         for _ in range(MAX_CONFLICTS):
             old = await self._store.get(key)
             if old is None and key[0] is Kind.SERVICE:
-                raise not_found(key)  # who may delete it depends on its name
+                raise not_found(key)  # whether it may be deleted depends on its name
             pin = if_match
             if old is not None:
                 _check_may_write(principal, key, old.spec)
@@ -159,7 +165,7 @@ class RecordRoutes:
                 raise not_found(key)
             _log_write("delete", principal, key, deletion.revision)
             return json_answer({"revision": deletion.revision})
-        raise ApiError(503, "unavailable", "others write this record at the same time")
+        raise ApiError(503, "unavailable", "other clients are writing this record at the same time")
 
 
 def _check_may_write(principal: Principal, key: Key, *specs: object) -> None:

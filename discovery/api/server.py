@@ -1,4 +1,4 @@
-"""The discovery server: start and end, routes, authentication, rate limits, error answers."""
+"""The discovery server: its life cycle, routes, authentication, rate limits and error answers."""
 
 import asyncio
 import logging
@@ -49,11 +49,11 @@ SHUTDOWN_TIMEOUT_S = 2.0
 
 STRANGER_REQUESTS_PER_S = 10.0
 STRANGER_BURST = 20
-"""Requests of an address without a valid token before it has to wait in turn."""
+"""Requests of an address without a valid token before it has to take turns."""
 
 STRANGERS_PER_S = 100.0
 STRANGERS_BURST = 100
-"""The same for all such addresses together."""
+"""The same, for all such addresses together."""
 
 _CODES = (200, 201, 400, 401, 403, 404, 405, 409, 410, 412, 413, 429, 500, 503)
 
@@ -91,7 +91,7 @@ class DiscoveryServer:
         timing: ServerTiming = TIMING,
         watch_limits: WatchLimits = LIMITS,
     ) -> None:
-        """Use this store, or make the one that the configuration names. Raises StoreError."""
+        """`store` replaces the store that the configuration names. Raises StoreError."""
         self._config = config
         self._timing = timing
         self._store = store if store is not None else make_store(config)
@@ -112,7 +112,7 @@ class DiscoveryServer:
         self._credentials = CredentialsRoute(self._store, config, wall_clock)
         self._requests = RateLimit(config.requests_per_s, config.request_burst)
         self._warnings = RateLimit(0.1, 1)  # a flood of requests must not become a flood of log lines
-        # Faster clients are not refused yet, but wait in turn.
+        # Clients above this rate take turns. They are refused only when their burst is used up.
         self._shares = RateLimit(config.requests_per_s, int(config.requests_per_s) or 1)
         self._strangers = RateLimit(STRANGER_REQUESTS_PER_S, STRANGER_BURST)
         self._all_strangers = RateLimit(STRANGERS_PER_S, STRANGERS_BURST)
@@ -128,7 +128,7 @@ class DiscoveryServer:
 
     @property
     def config(self) -> DiscoveryServerConfig:
-        """The present configuration."""
+        """The current configuration."""
         return self._config
 
     @property
@@ -143,7 +143,7 @@ class DiscoveryServer:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[tuple[tuple[str, int], ...]]:
-        """Serve within the context, which gives the addresses listened on, in the order of the configuration."""
+        """Serve within the context, which yields the listening addresses in the order of the configuration."""
         config = self._config
         reasons = start_refusals(config)
         if reasons:
@@ -173,7 +173,7 @@ class DiscoveryServer:
                 tasks.append(group.create_task(self._keep_certificates(certificates, authorities)))
                 try:
                     yield listening.addresses
-                except BaseException as error:  # noqa: BLE001 - raised below, and not inside an exception group
+                except BaseException as error:  # noqa: BLE001 - raised below, outside of the exception group
                     failure = error
                 finally:
                     for task in tasks:
@@ -192,7 +192,7 @@ class DiscoveryServer:
             event = {"address": host, "port": port, "tls": config.tls_cert is not None, "epoch": self._store.epoch}
             log.info("discovery server listens", extra={"event": event})
         if self._tokens is None:
-            log.warning("discovery server has no tokens: everybody who reaches it may write any record")
+            log.warning("discovery server has no tokens: every client that reaches it may write any record")
         if config.insecure:
             log.warning("discovery server is insecure by configuration")
 
@@ -202,7 +202,7 @@ class DiscoveryServer:
         return application
 
     def routes(self) -> tuple[web.RouteDef, ...]:
-        """Every method and path that is served. `openapi.yaml` describes them; a test compares the two."""
+        """All routes. `openapi.yaml` describes them; a test compares the two."""
         records, leases = self._records, self._leases
         record = "/v1/records/{kind}/{network}/{id}"
         return (
@@ -223,7 +223,7 @@ class DiscoveryServer:
 
     async def _sweep(self) -> None:
         while True:
-            # The first time at once: from then on the store can tell how long it was paused.
+            # The first sweep is done at once: the store measures from then on whether this process was stopped.
             try:
                 for deletion in await self._store.expire():
                     kind, network, record_id = deletion.key
@@ -262,7 +262,7 @@ class DiscoveryServer:
                 ended = self._listening.cut_certified() if theirs else 0
                 log.info("the certificate was reloaded", extra={"event": {"ended": ended}})
 
-    # Around every request.
+    # Around each request.
 
     @web.middleware
     async def _answer(
@@ -307,7 +307,7 @@ class DiscoveryServer:
             )
         except Exception:
             log.exception("a request failed")
-            response = error_answer(500, "internal", "this is a fault of the server; its log has more")
+            response = error_answer(500, "internal", "internal error; the server's log has the details")
         if not response.prepared:
             response.headers.update(marks(self._store))
         self._metrics.requests[response.status].inc()
@@ -320,7 +320,7 @@ class DiscoveryServer:
             log.warning("a request exceeded its rate limit", extra={"event": event})
 
     async def _turn(self, request: web.Request, who: Principal | ApiError) -> None:
-        """Wait for the request's turn, if its client asks for more than its share."""
+        """Wait for the request's turn if its client sends more than its share."""
         now = time.monotonic()
         # Both are counted: a network with many connections is as heavy as one busy connection.
         crowd = self._listening.crowds(request)
@@ -337,7 +337,7 @@ class DiscoveryServer:
             who = self._principal(request)
             wait_s = self._requests.wait_s(who.network, time.monotonic())
             if wait_s:
-                raise RateLimited(f"network {who.network!r} asks too often", wait_s)
+                raise RateLimited(f"network {who.network!r} sends too many requests", wait_s)
             return await handler(request, who)
 
         return authenticate
@@ -351,7 +351,9 @@ class DiscoveryServer:
             names = certificate_names(request)
             principal = self._tokens.find_certificate(names)
             if principal is None and names:
-                raise ApiError(401, "unauthorized", f"no entry names the certificate of {shown(names[0])}")
+                raise ApiError(
+                    401, "unauthorized", f"no entry of the tokens file names the certificate of {shown(names[0])}"
+                )
         else:
             token = parse_token(request)
             principal = self._tokens.find(token) if token is not None else None
@@ -366,11 +368,13 @@ class DiscoveryServer:
 
 
 def _log_refusal(request: web.Request, who: Principal | ApiError, error: ApiError) -> None:
-    """Log a refusal. The log's own rate limit bounds the lines, since anybody can cause them."""
+    """Log a refusal. Any client can cause one; the log has its own rate limit."""
     event: dict[str, object] = {"status": error.status, "remote": request.remote}
     if isinstance(who, Principal):
         event |= {"token": who.name, "of_network": who.network}
     elif token := parse_token(request):
-        event["token_hash"] = hash_token(token)[:12]  # finds its line in a tokens file, and is no token
+        event["token_hash"] = hash_token(token)[
+            :12
+        ]  # identifies the entry of a tokens file without revealing the token
     event |= {"method": request.method, "path": request.path[:200], "why": error.detail}
     log.warning("request_refused", extra={"event": event})

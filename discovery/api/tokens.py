@@ -1,4 +1,4 @@
-"""Tokens: who may write which records, and what each reader sees.
+"""Tokens: which records a client may write, and what it may see.
 
 A tokens file is a list (YAML, of which JSON is a part):
 
@@ -7,9 +7,9 @@ A tokens file is a list (YAML, of which JSON is a part):
     - {name: operator, hash: 77d0…, admin: true}
     - {name: gw-2, certificate: "spiffe://mesh.example/b/gw-2", network: b, kinds: [allocation, gateway]}
 
-It holds SHA-256 hashes of tokens; the tokens themselves are 256 random bits, so a plain hash is enough. In place of a hash
-an entry can name a client certificate by a URI (a SPIFFE id, say; a last segment `*` stands for all below) or a DNS name
-among its subjectAltNames.
+It holds SHA-256 hashes of tokens. Tokens are 256 random bits, so a plain hash is enough. Instead of a hash an entry can name a
+client certificate, by a URI (such as a SPIFFE id; `*` as the last segment matches everything below) or a DNS name among its
+subjectAltNames.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from discovery.model.names import is_ldh_label, is_service_name
 from discovery.model.validation import Fault, shape_faults, shown
 
 MAX_TOKENS = 10_000
-TOKEN_PREFIX = "crossnet-"  # noqa: S105 - so that scanners for leaked secrets can know one when they see it
+TOKEN_PREFIX = "crossnet-"  # noqa: S105 - lets secret scanners recognise leaked tokens
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{0,63}")  # goes into TURN usernames, where ':' is a separator
 
 _CERTIFICATE = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9._/-]{1,200}(?:/\*)?|[a-z0-9-]+(?:\.[a-z0-9-]+)+")
 
-# What networks other than its own may read of a network. Of services they see names and ports, never endpoints.
 SEEN_BY_ALL = frozenset({Kind.NETWORK, Kind.RELAY, Kind.TURN, Kind.ALLOCATION, Kind.GATEWAY, Kind.SERVICE})
+"""Kinds of records that other networks may read. Of services they see names and ports, never endpoints."""
 
 
 class TokenEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -44,22 +44,22 @@ class TokenEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """SHA-256 of the token, 64 hexadecimal digits."""
 
     certificate: str | None = None
-    """URI or DNS name in a client certificate, in place of a token."""
+    """URI or DNS name in a client certificate, instead of a token."""
 
     name: str = ""
-    """For logs. The default is the beginning of the hash, or the certificate's name."""
+    """Name in logs and TURN usernames. The default is the first 12 digits of the hash, or the certificate's name."""
 
     network: str | None = None
-    """The network whose records it may write and whose endpoints it may read. Only an admin has none."""
+    """Network whose records it may write and whose endpoints it may read. Only an admin needs none."""
 
     kinds: list[str] = []
-    """The kinds of records that it may write."""
+    """Kinds of records that it may write."""
 
     names: list[str] = []
     """Globs of the services that it may write: `*` is one label, a leading `**` is one or more."""
 
     admin: bool = False
-    """May read everything and write everything."""
+    """May read and write everything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,19 +72,19 @@ class Principal:
     names: tuple[str, ...] = ()
     admin: bool = False
     owner: str
-    """Owner of its leases: stays the same when the token is renamed, differs between tokens."""
+    """Owner of its leases. Differs between tokens, and does not change when a token is renamed."""
 
     def refusal_to_write(self, key: Key, specs: Iterable[Spec] = ()) -> str | None:
         """Return why it may not write under this key, None if it may.
 
-        `specs` are the record as it is and as it shall be: a service may be neither taken over nor renamed to a name
-        that the token does not cover.
+        `specs` are the current and the new spec: both must have a name that the token covers, so that it can neither take over a
+        service nor rename one.
         """
         if self.admin:
             return None
         kind, network, _ = key
         if network != self.network:
-            return f"the token is of network {self.network!r}, not {network!r}"
+            return f"the token belongs to network {self.network!r}, not {network!r}"
         if kind not in self.kinds:
             return f"the token may not write {kind} records"
         for spec in specs:
@@ -93,13 +93,13 @@ class Principal:
         return None
 
     def refusal_of_credentials(self) -> str | None:
-        """Return why it may not have TURN credentials, None if it may: clients that register allocations need them."""
+        """Return why it may not have TURN credentials, None if it may. Only clients that register allocations need them."""
         if self.admin or Kind.ALLOCATION in self.kinds:
             return None
-        return "the token may not write allocation records, which is what TURN credentials are for"
+        return "TURN credentials are only for tokens that may write allocation records"
 
     def sees_all_of(self, network: str) -> bool:
-        """Tell whether it may read everything of a network, endpoints included."""
+        """Return whether it may read everything of a network, including endpoints."""
         return self.admin or network == self.network
 
     def view(self, record: AnyRecord) -> AnyRecord | None:
@@ -108,11 +108,11 @@ class Principal:
 
 
 OPEN = Principal(name="anyone", network=None, kinds=frozenset(Kind), admin=True, owner="anyone")
-"""Every client, if no tokens are configured."""
+"""The principal of every client if no tokens are configured."""
 
 
 def redacted(record: AnyRecord) -> AnyRecord | None:
-    """Return a record as other networks see it: services without endpoints, no lease ids, no vips (None)."""
+    """Return a record as other networks see it: without lease id, and services without endpoints. None for a vip."""
     if record.kind not in SEEN_BY_ALL:
         return None
     spec = record.spec
@@ -122,7 +122,7 @@ def redacted(record: AnyRecord) -> AnyRecord | None:
 
 
 def matches(glob: str, name: str) -> bool:
-    """Tell whether a glob covers a service name: `*` is exactly one label, a leading `**` one or more."""
+    """Return whether a glob matches a service name: `*` is exactly one label, a leading `**` one or more."""
     pattern, labels = glob.split("."), name.split(".")
     if pattern[0] == "**":
         pattern = pattern[1:]
@@ -140,7 +140,7 @@ def make_token() -> str:
 
 
 def hash_token(token: str) -> str:
-    """Hash a token as a tokens file holds it."""
+    """Return the hash of a token as in a tokens file."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -154,7 +154,7 @@ def make_entry(
     names: Sequence[str] = (),
     admin: bool = False,
 ) -> TokenEntry:
-    """Make the entry of a token or a certificate for a tokens file. Raises BadFile for one that no file may hold."""
+    """Make the entry of a token or a certificate for a tokens file. Raises BadFile if it is invalid."""
     entry = TokenEntry(
         hash=hash_token(token) if token is not None else None,
         certificate=certificate,
@@ -171,15 +171,15 @@ def make_entry(
 
 
 def format_entry(entry: TokenEntry) -> str:
-    """Write an entry as one line of a tokens file."""
+    """Format an entry as one line of a tokens file."""
     return "- " + msgspec.json.encode(entry).decode()
 
 
 class Tokens:
-    """All tokens that a server knows."""
+    """All tokens and certificates that a server accepts."""
 
     def __init__(self, entries: Iterable[TokenEntry] = ()) -> None:
-        """The entries must have been checked; `Tokens.load` reads and checks a file."""
+        """The entries must be valid; `Tokens.load` reads and checks a file."""
         entries = list(entries)
         self._known = {
             bytes.fromhex(entry.hash): _principal(entry, entry.hash) for entry in entries if entry.hash is not None
@@ -192,7 +192,7 @@ class Tokens:
 
     @classmethod
     def load(cls, path: Path) -> "Tokens":
-        """Read a tokens file. Raises BadFile with every fault in it."""
+        """Read a tokens file. Raises BadFile with all errors in it."""
         data = read_records(path)
         entries: list[TokenEntry] = []
         if data is None:
@@ -206,15 +206,15 @@ class Tokens:
         return cls(entries)
 
     def find(self, token: str) -> Principal | None:
-        """Return the owner of a token.
+        """Return the principal of a token, None if it is unknown.
 
-        A dictionary look-up by hash: nobody can choose the digests that are compared, so its time reveals nothing, and
-        10,000 tokens cost no more than one.
+        This is a dictionary lookup by hash. A client cannot choose the digests that are compared, so the time it takes reveals
+        nothing; and it takes no longer with 10,000 tokens than with one.
         """
         return self._known.get(hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest())
 
     def find_certificate(self, names: Iterable[str]) -> Principal | None:
-        """Return the owner of a verified certificate, by the longest of its URIs and DNS names that is listed."""
+        """Return the principal of a verified certificate, by the longest of its URIs and DNS names that is listed."""
         found: str | None = None
         for name in names:
             for listed in (name, *_above(name)):
@@ -224,7 +224,7 @@ class Tokens:
         return self._certificates[found] if found is not None else None
 
     def still(self, principal: Principal) -> bool:
-        """Tell whether a principal found earlier still has the same rights."""
+        """Return whether a principal found earlier still has the same rights."""
         return principal in self._known.values() or principal in self._certificates.values()
 
     def __len__(self) -> int:
@@ -273,7 +273,7 @@ def _entry_faults(entry: TokenEntry, path: str) -> Iterator[Fault]:
             f"{path}.certificate", "a URI such as spiffe://mesh.example/b/gw, or a DNS name", shown(entry.certificate)
         )
     if entry.hash is not None and (len(entry.hash) != 64 or not set(entry.hash) <= set("0123456789abcdef")):
-        # Not shown: it may be the token itself, put here by mistake, and must not get into a log.
+        # Not shown: it may be the token itself, put here by mistake, and must not be logged.
         yield Fault(f"{path}.hash", "the SHA-256 of a token, 64 lower-case hexadecimal digits", "something else")
     if not _NAME.fullmatch(entry.name):
         yield Fault(f"{path}.name", "letters, digits, '-', '.' and '_', 63 at most", shown(entry.name))

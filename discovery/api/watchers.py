@@ -1,7 +1,7 @@
-"""Watchers: every change of the store, as each reader may see it, to any number of readers of any speed.
+"""Watchers: send each change of the store to all readers, as each of them may see it.
 
-A watcher's queue is bounded. One that does not keep up gets `reset` and is cut off: it reads everything anew, and costs
-the others nothing. A line is encoded once for all readers.
+A watcher's queue is bounded. A reader that does not keep up gets `reset` and is cut off; it then reads everything again, and
+the others are not affected. A line is encoded once for all readers.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class WatchLimits:
     queued_lines: int = 10_000
     queued_bytes: int = 8 * 1024 * 1024
     batch_bytes: int = 64 * 1024
-    """Size of one write, give or take a line: what one slow write holds up."""
+    """Size of one write, exceeded by one line at most. A slow reader holds up this much."""
 
 
 LIMITS = WatchLimits()
@@ -46,7 +46,7 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
     record: AnyRecord | _Name | None = None
     epoch: str | None = None
     more: bool = False
-    """More lines of the same revision follow: a reader that resumed from here would miss them."""
+    """More lines of the same revision follow. A reader that resumed from this revision would miss them."""
 
     age_s: float | None = None
 
@@ -57,7 +57,7 @@ def mark_stale(revision: int, age_s: float) -> bytes:
 
 
 def mark(kind: Literal["sync", "reset"], revision: int, epoch: str) -> bytes:
-    """Encode the line that ends a backlog (`sync`), or that everything is told again from here (`reset`)."""
+    """Encode the line that ends a backlog (`sync`), or that announces that everything is sent again (`reset`)."""
     return msgspec.json.encode(_Line(revision=revision, type=kind, epoch=epoch)) + b"\n"
 
 
@@ -75,7 +75,7 @@ class _Lines:
         self.revision = change.revision
 
     def for_principal(self, principal: Principal) -> bytes:
-        """Return the line as a reader may see it; empty if they may not."""
+        """Return the line as a reader may see it; empty if the reader may not see the change."""
         if principal.sees_all_of(self.network):
             if self._full is None:
                 self._full = _encode(self._change, self._more)
@@ -159,16 +159,16 @@ class WatchHub:
     def __init__(
         self, store: Store, *, most: int = 2000, most_per_network: int = 1000, limits: WatchLimits = LIMITS
     ) -> None:
-        """Subscribes to the store. `most` and `most_per_network` bound the number of readers."""
+        """Subscribe to the store. `most` and `most_per_network` limit the number of readers."""
         self.most, self.most_per_network = most, most_per_network
-        """They may be changed at any time; open watches stay."""
+        """May be changed at any time; open watches stay."""
         self._limits = limits
         self._store = store
-        self._watchers: dict[Watcher, None] = {}  # in the order in which they came
+        self._watchers: dict[Watcher, None] = {}  # in order of arrival
         self.on_displaced: Callable[[], None] = lambda: None
-        # Cache of what new readers get, by network: after a restart they all come at once.
+        # Cache of what new readers get, by network: after a restart all readers connect at once.
         self._groups: dict[str, list[AnyRecord]] | None = None
-        self._told: dict[tuple[str, bool], bytes] = {}
+        self._encoded: dict[tuple[str, bool], bytes] = {}
         self._stop = store.subscribe(self._on_changes)
 
     def __len__(self) -> int:
@@ -177,8 +177,8 @@ class WatchHub:
     def add(self, principal: Principal) -> Watcher:
         """Start to queue changes for a reader. Raises NoRoom.
 
-        If a limit is reached, the token (within its network) or the network (in all) with the most watches loses its latest
-        one to a newcomer that has fewer: nobody can shut others out.
+        If a limit is reached, a newcomer that has fewer watches replaces the latest watch of the token (within its network) or
+        network (in total) that has the most. So no client can keep others out.
         """
         self._make_room(principal, [each for each in self._watchers if not each.closed])
         watcher = Watcher(principal, self._limits)
@@ -200,7 +200,7 @@ class WatchHub:
         counts = Counter(group(watcher.principal) for watcher in among)
         largest, count = counts.most_common(1)[0]
         if counts[newcomer] + 1 >= count:
-            raise NoRoom(f"{what} are open, which is the most")
+            raise NoRoom(f"{what} are open, which is the limit")
         latest = next(each for each in reversed(among) if group(each.principal) == largest)
         latest.close()
         self.on_displaced()
@@ -210,7 +210,7 @@ class WatchHub:
         self._watchers.pop(watcher, None)
 
     def keep(self, wanted: Callable[[Principal], bool]) -> int:
-        """End the watches of all readers that are not wanted. Returns how many."""
+        """End the watches of all readers for which `wanted` returns False. Returns their number."""
         ended = [watcher for watcher in self._watchers if not wanted(watcher.principal)]
         for watcher in ended:
             watcher.close()
@@ -225,10 +225,10 @@ class WatchHub:
     async def backlog(
         self, principal: Principal, revision: int | None, epoch: str | None
     ) -> tuple[int, Iterator[bytes]]:
-        """Return the revision that the reader will be at, and what it has missed, in batches that end with `sync`.
+        """Return the revision that the reader will have, and the lines that it has missed, in batches that end with `sync`.
 
-        A reader without a revision, with another epoch, or with a revision from which the store has no history, gets
-        `reset` and then everything.
+        A reader without a revision, with another epoch, or with a revision for which the store has no history gets
+        `reset` and then all records.
         """
         changes: Sequence[Change] | None = None
         if revision is not None and epoch in (None, self._store.epoch):
@@ -243,7 +243,7 @@ class WatchHub:
         )
 
     def _everything(self, principal: Principal, snapshot: Snapshot) -> list[bytes]:
-        """Return all lines, one piece a network. Does not await: a cached piece must be current."""
+        """Return all lines, in one piece for each network. Never awaits, so that cached pieces stay current."""
         if self._groups is None:
             self._groups = {}
             for record in snapshot.records:
@@ -251,12 +251,12 @@ class WatchHub:
         pieces = []
         for network, records in self._groups.items():
             place = (network, principal.sees_all_of(network))
-            told = self._told.get(place)
-            if told is None:
-                told = self._told[place] = b"".join(
+            encoded = self._encoded.get(place)
+            if encoded is None:
+                encoded = self._encoded[place] = b"".join(
                     _Lines(record, False).for_principal(principal) for record in records
                 )
-            pieces.append(told)
+            pieces.append(encoded)
         return pieces
 
     def _batches(self, pieces: Iterable[bytes], revision: int) -> Iterator[bytes]:
@@ -275,7 +275,7 @@ class WatchHub:
         self._groups = None
         for change in changes:
             for whole in (True, False):
-                self._told.pop((change.key[1], whole), None)
+                self._encoded.pop((change.key[1], whole), None)
         for lines in _lines(changes):
             for watcher in self._watchers:
                 line = lines.for_principal(watcher.principal)

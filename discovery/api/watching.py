@@ -1,4 +1,4 @@
-"""GET /v1/watch: all records, or the changes since a revision, and then every change as it comes."""
+"""GET /v1/watch: all records, or the changes since a revision, followed by each change as it is made."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from discovery.store import Store
 log = logging.getLogger(__name__)
 
 BATCHES_AT_ONCE = 16
-"""Batches of a backlog, a megabyte together, before other clients get their turn."""
+"""Batches of a backlog, one megabyte in total, before other clients get a turn."""
 
 
 class WatchRoute:
@@ -43,6 +43,7 @@ class WatchRoute:
         )
 
     async def watch(self, request: web.Request, principal: Principal) -> web.StreamResponse:
+        """Stream records and changes until the client, the server or a timeout ends it. Raises ApiError."""
         revision = parse_revision(request.query.get("from"))
         response = web.StreamResponse(headers={**marks(self._store), hdrs.CACHE_CONTROL: "no-store"})
         response.content_type = "application/x-ndjson"
@@ -54,10 +55,9 @@ class WatchRoute:
             raise ApiError(429, "too_many", str(error)) from None
         self._open.set(len(self._hub))
         try:
-            # Changes are queued from here on; those that the backlog has already are skipped by their revision.
-            await self._gate.enter(
-                ("watch", principal.network), crowd=True
-            )  # after a restart all watchers come at once
+            # Changes are queued from here on; those that the backlog already has are skipped by their revision.
+            # After a restart all watchers connect at once: they take turns.
+            await self._gate.enter(("watch", principal.network), crowd=True)
             current, backlog = await self._hub.backlog(principal, revision, request.query.get("epoch"))
             async with asyncio.timeout(self._timing.write_timeout_s) as deadline:
                 await response.prepare(request)
@@ -71,14 +71,14 @@ class WatchRoute:
             if request.transport is not None:
                 request.transport.abort()
         except ConnectionResetError:
-            pass  # the reader has gone, as readers do
+            pass  # the reader has disconnected, which is normal
         finally:
             self._hub.remove(watcher)
             self._open.set(len(self._hub))
         return response
 
     async def _send_backlog(self, stream: "_Stream", backlog: Iterator[bytes], principal: Principal) -> None:
-        """Encode and write a backlog piece by piece, so that others get their turn in between."""
+        """Encode and write a backlog in batches, so that other clients get a turn in between."""
         for number, batch in enumerate(backlog, 1):
             await stream.write(batch)
             if number % BATCHES_AT_ONCE == 0:
@@ -88,7 +88,7 @@ class WatchRoute:
                 await asyncio.sleep(0)
 
     async def _send_changes(self, stream: "_Stream", watcher: Watcher, current: int, gives_up_at: float) -> None:
-        """Write changes as they come, and heartbeats between them, until the watch ends."""
+        """Write changes as they are made, with heartbeats in between, until the watch ends."""
         while not watcher.overrun:
             data = watcher.next_batch(current)
             if data:
@@ -98,13 +98,13 @@ class WatchRoute:
             elif not await self._changed(stream, watcher):
                 stale_s = self._store.stale_s
                 if stale_s and time.monotonic() > gives_up_at:
-                    return  # another server may not be cut off
+                    return  # the client tries another server, which may not be cut off
                 await stream.write(mark_stale(self._store.revision, stale_s) if stale_s else b"\n")
         await stream.write(mark("reset", self._store.revision, self._store.epoch))
         log.info("a slow watcher was cut off", extra={"event": {"token": watcher.principal.name}})
 
     async def _changed(self, stream: "_Stream", watcher: Watcher) -> bool:
-        """Wait for the next change; False when a heartbeat is due first."""
+        """Wait for the next change. Returns False if a heartbeat is due first."""
         stream.pause_deadline()
         try:
             async with asyncio.timeout(self._timing.heartbeat_s):
@@ -115,7 +115,7 @@ class WatchRoute:
 
 
 class _Stream:
-    """The body of one watch: each write has to be read in time."""
+    """The body of one watch, with a deadline for each write."""
 
     __slots__ = ("_deadline", "_response", "_write_timeout_s")
 
@@ -125,10 +125,10 @@ class _Stream:
         self._write_timeout_s = write_timeout_s
 
     async def write(self, data: bytes) -> None:
-        """Write a piece. The enclosing asyncio.timeout raises TimeoutError if the reader does not take it."""
+        """Write data. The enclosing asyncio.timeout raises TimeoutError if the reader does not read it in time."""
         self._deadline.reschedule(asyncio.get_running_loop().time() + self._write_timeout_s)
         await self._response.write(data)
 
     def pause_deadline(self) -> None:
-        """Stop the clock while the server itself waits."""
+        """Suspend the deadline while the server itself waits."""
         self._deadline.reschedule(None)

@@ -1,1 +1,1 @@
-"""What a role has of discovery: the current mesh, and its own records kept true, from servers, a file, or both."""
+"""Discovery for roles: the current mesh, and their own records, by servers, a file, or both."""

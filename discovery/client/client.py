@@ -1,8 +1,8 @@
-"""The client of discovery servers: a live view of the mesh, and our own records kept true in it.
+"""The client of discovery servers: a live view of the mesh, and our own records in it.
 
-It has several URLs and uses one as long as that works. When none does, the last view stays, in memory and on disk, and
-everything that runs keeps running with it. The parts: `follower` keeps the view, `writer` our records, `snapshot_file` the
-copy on disk.
+It has the URLs of several servers and uses one as long as that works. If none works, the last view stays, in memory and on disk,
+and running processes continue with it. `follower` keeps the view current, `writer` writes our records, and `snapshot_file`
+keeps the copy on disk.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class DiscoveryClient(Discovery):
-    """Discovery by way of servers."""
+    """Discovery by servers."""
 
     def __init__(
         self,
@@ -83,14 +83,14 @@ class DiscoveryClient(Discovery):
 
     @property
     def age_s(self) -> float | None:
-        """For how many seconds no server has confirmed the view; None before there is one."""
+        """Seconds since a server last confirmed the view; None before there is one."""
         return self._follower.age_s
 
     @property
     def troubles(self) -> tuple[tuple[str, str], ...]:
-        """What keeps our records from standing as we want them: `discovery_access` or `discovery_records`, and a sentence.
+        """Reasons why our records are not as wanted: `discovery_access` or `discovery_records`, and a sentence.
 
-        Servers that are down are no trouble: everything that runs keeps running.
+        Servers that are down are not a reason: running processes are not affected.
         """
         access = [("discovery_access", words) for words in self._refusals.words()]
         lacking = self._writer.lacking(self.connected)
@@ -98,25 +98,25 @@ class DiscoveryClient(Discovery):
 
     @property
     def rivals(self) -> tuple[str, ...]:
-        """Records of ours that another process has written lately."""
+        """Our records that another process has recently overwritten."""
         return tuple("/".join(key) for key in self._writer.rivals())
 
     @property
     def clock_ahead_s(self) -> float | None:
-        """By how much the server's clock is ahead of ours; None before it has said."""
+        """Seconds by which the server's clock is ahead of ours; None before the first answer."""
         return self._servers.clock_ahead_s
 
     def expect_successor(self, expected: bool) -> None:
-        """Take it as right, while this lasts, that the process that replaces us overwrites our records."""
+        """Set whether the process that replaces this one may overwrite our records. Then they do not count as taken."""
         self._writer.expect_successor(expected)
 
     def use_token(self, token: str | None) -> None:
-        """Show this token from the next request on. Records on a lease of the one before are written again."""
+        """Use this token from the next request on. Records on a lease of the previous token are written again."""
         self._servers.use_token(token)
         self._writer.retry()
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
-        """Have `callback` called with each new mesh."""
+        """Call `callback` with each new mesh. Returns a function that unsubscribes."""
         return self._subscribers.add(callback)
 
     def publish(
@@ -129,15 +129,15 @@ class DiscoveryClient(Discovery):
         leased: bool = True,
         if_absent: bool = False,
     ) -> None:
-        """Want this record to be there."""
+        """Keep this record published."""
         self._writer.publish(Put((kind, network or self._network, id), spec, leased, if_absent))
 
     def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
-        """No longer want a record."""
+        """Stop publishing a record, and delete it."""
         self._writer.withdraw((kind, network or self._network, id))
 
     async def settled(self, timeout_s: float) -> bool:
-        """Wait until the server has acknowledged all desired state."""
+        """Wait until a server has acknowledged all our records. Returns False if that takes longer than `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._writer.settled()
@@ -146,7 +146,7 @@ class DiscoveryClient(Discovery):
         return True
 
     async def run(self) -> None:
-        """Keep the view and the desired state true until cancelled."""
+        """Keep the view and our records up to date until cancelled."""
         if await self._snapshot.restore():
             self._follower.report(News(mesh_changed=True))
         async with self._servers.connected(), asyncio.TaskGroup() as group:
@@ -155,12 +155,12 @@ class DiscoveryClient(Discovery):
             group.create_task(self._snapshot.run(), name="discovery-save")
 
     async def close(self) -> None:
-        """End the lease, which withdraws all that hangs on it, and save the mesh. Records without a lease stay."""
+        """End the lease, which deletes our leased records, and save the mesh. Records without a lease stay."""
         await self._writer.close()
         await self._snapshot.save_if_needed()
 
     async def turn_credentials(self, network: str) -> IssuedCredentials:
-        """Have the server issue credentials for that network's TURN servers. Raises DiscoveryError."""
+        """Request credentials for the TURN servers of a network. Raises DiscoveryError."""
         try:
             async with self._servers.connected():
                 answer = await self._servers.anywhere("POST", "/v1/turn-credentials", {"network": network})

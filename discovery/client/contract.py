@@ -1,6 +1,6 @@
-"""The interface of discovery to a role: the current mesh, and a way to publish records of its own.
+"""The interface of discovery for roles: the current mesh, and a way to publish records.
 
-DiscoveryClient (a server) and StaticDiscovery (a mesh.yaml) both fulfil it; tests of roles bring their own.
+DiscoveryClient (servers), StaticDiscovery (a mesh.yaml) and MergedDiscovery (both) implement it; tests of roles have their own.
 """
 
 import logging
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class DiscoveryError(Exception):
-    """Discovery cannot do what was asked: no server, no permission, or a static file in place of a server."""
+    """Discovery cannot carry out a request: no server, no permission, or a static file instead of a server."""
 
     def __init__(self, code: str, detail: str) -> None:
-        """`code` is the server's error code, `unavailable` or `static`; `detail` a sentence for people."""
+        """`code` is the server's error code, `unavailable` or `static`; `detail` is a sentence for people."""
         super().__init__(f"{code}: {detail}")
         self.code = code
         self.detail = detail
@@ -25,30 +25,30 @@ class DiscoveryError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IssuedCredentials:
-    """Short-lived TURN credentials that the discovery server made."""
+    """Short-lived TURN credentials issued by a discovery server."""
 
     username: str
     password: str
     ttl_s: int
     urls: tuple[str, ...]
-    """The TURN servers that they are for."""
+    """URLs of the TURN servers that accept them."""
 
 
 class Discovery(Protocol):
-    """The current mesh, and desired state of our own that is kept true in the background."""
+    """The current mesh, and our own records, which are kept as wanted in the background."""
 
     @property
     def mesh(self) -> Mesh:
-        """The current view: swapped whole, never None."""
+        """The current mesh. It is immutable, and replaced as a whole."""
 
     @property
     def synced(self) -> bool:
         """Whether a snapshot, live or from disk, has been loaded."""
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
-        """Have `callback` called on the loop with each new mesh; what is returned ends that.
+        """Call `callback` on the event loop with each new mesh. Returns a function that unsubscribes.
 
-        It is not called with the mesh that is there already.
+        It is not called with the current mesh.
         """
 
     def publish(
@@ -61,31 +61,31 @@ class Discovery(Protocol):
         leased: bool = True,
         if_absent: bool = False,
     ) -> None:
-        """Want this record to be there, in our network unless another is named. Idempotent; returns at once.
+        """Keep this record published, in our network unless another is given. Idempotent; returns at once.
 
-        A leased record is deleted when we end; another one stays until somebody deletes it. With `if_absent` it is written
-        only if there is none: the first writer's record stands. When that is deleted, ours is tried again. Withdrawing
-        deletes it only if it is still as we wrote it.
+        A leased record is deleted when this process ends; others stay until somebody deletes them. With `if_absent` the record is
+        written only if there is none, so the first writer wins. When that record is deleted, ours is tried again; and
+        `withdraw` deletes the record only if it is still as we wrote it.
         """
 
     def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
-        """Take back what `publish` asked for. Idempotent; returns at once."""
+        """Stop publishing a record, and delete it. Idempotent; returns at once."""
 
     async def settled(self, timeout_s: float) -> bool:
-        """Wait until the server has acknowledged all desired state; False when that takes longer."""
+        """Wait until a server has acknowledged all our records. Returns False if that takes longer than `timeout_s`."""
 
     async def run(self) -> None:
-        """Keep the view and the desired state true until cancelled."""
+        """Keep the mesh and our records up to date until cancelled."""
 
     async def close(self) -> None:
-        """Withdraw what was published and end the lease; bounded in time, call it after `run` has ended."""
+        """End the lease, which deletes our leased records. Takes a limited time. Call it after `run` has ended."""
 
     async def turn_credentials(self, network: str) -> IssuedCredentials:
-        """Have the server issue credentials for that network's TURN servers. Raises DiscoveryError."""
+        """Request credentials for the TURN servers of a network. Raises DiscoveryError."""
 
 
 class Subscribers:
-    """Callbacks for each new mesh. If one fails, that is logged and the others are still called."""
+    """Callbacks for each new mesh. If one raises, that is logged and the others are still called."""
 
     __slots__ = ("_callbacks",)
 
@@ -93,7 +93,7 @@ class Subscribers:
         self._callbacks: dict[object, Callable[[Mesh], None]] = {}
 
     def add(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
-        """Add a callback. Call the result, once or more often, to remove it."""
+        """Add a callback. Returns a function that removes it, and that may be called repeatedly."""
         token = object()
         self._callbacks[token] = callback
 
@@ -103,9 +103,9 @@ class Subscribers:
         return remove
 
     def notify(self, mesh: Mesh) -> None:
-        """Call them all, in the order in which they were added."""
+        """Call all callbacks, in the order in which they were added."""
         for callback in tuple(self._callbacks.values()):
             try:
                 callback(mesh)
-            except Exception:  # a role's fault must stop neither the other roles nor discovery
+            except Exception:  # an error in one role must stop neither the other roles nor discovery
                 log.exception("a subscriber to the mesh failed")

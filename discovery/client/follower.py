@@ -1,4 +1,4 @@
-"""Follows the mesh as the servers tell it: one watch at a time, at the next server when it ends."""
+"""Follows the mesh by watches: one at a time, at the next server when it ends."""
 
 import asyncio
 import logging
@@ -23,17 +23,17 @@ THE_WATCH = "the watch"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class News:
-    """What has just become different."""
+    """What has just changed."""
 
     live_again: bool = False
-    """A server has told everything, after a time in which none had."""
+    """The view is complete and live again, after it was not."""
 
     deletions: Sequence[Deletion] = ()
     mesh_changed: bool = False
-    """There is another mesh, or the first one."""
+    """There is a new mesh, or the first one."""
 
     to_save: bool = False
-    """A saved copy of the view would be out of date."""
+    """A copy of the view on disk is out of date."""
 
 
 class _Metrics:
@@ -77,12 +77,12 @@ class ViewFollower:
 
     @property
     def connected(self) -> bool:
-        """Whether a server has told everything, and goes on to tell changes."""
+        """Whether a server has sent all records and keeps sending changes."""
         return self._connected
 
     @property
     def age_s(self) -> float | None:
-        """For how many seconds no server has confirmed the view; None before there is one."""
+        """Seconds since a server last confirmed the view; None before there is one."""
         if not self._view.synced:
             return None
         return self._view.stale_s if self._connected else max(0.0, self._wall_clock() - self._view.known_at)
@@ -97,7 +97,7 @@ class ViewFollower:
                 self._grace_timer.cancel()
 
     def report(self, news: News) -> None:
-        """Count the records and pass news on."""
+        """Update the metric and pass the news on."""
         self._metrics.records.set(len(self._view.mesh))
         self._on_news(news)
 
@@ -119,7 +119,7 @@ class ViewFollower:
             if self._connected and loop.time() - begun > self._backoff.longest_s:
                 retries.succeeded()
             if self._connected or why != said:
-                # Once for each state and each new reason, not once for each attempt.
+                # Logged once for each state and each new reason, not for each attempt.
                 log.warning("discovery is away", extra={"event": {"url": str(url), "why": why}})
                 said = why
             self._set_connected(False)
@@ -168,7 +168,7 @@ class ViewFollower:
         self._connected = connected
         self._metrics.connected.set(connected)
         if lost:
-            self.report(News(to_save=True))  # so that the file's age counts from now
+            self.report(News(to_save=True))  # so that the age of the copy counts from now
 
     def _arm_grace(self) -> None:
         if self._grace_timer is not None:

@@ -1,7 +1,7 @@
-"""A mesh.yaml beside discovery servers: both views in one, where what the file says wins.
+"""A mesh.yaml in addition to discovery servers: one view of both, in which the file wins.
 
-A record of the file takes the place of the servers' under its key, and a service of the file that of every other service
-of its name in its network. What a role publishes goes to the servers.
+A record of the file replaces the servers' record with the same key, and a service of the file replaces all services with the
+same name in its network. Records that roles publish go to the servers.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from discovery.model.mesh import Deletion, Kind, Mesh, Spec
 
 
 class MergedDiscovery(Discovery):
-    """Discovery by way of servers and a file."""
+    """Discovery by servers and a file."""
 
     def __init__(self, client: DiscoveryClient, file: StaticDiscovery) -> None:
-        """Take both; neither runs yet."""
+        """Neither may be running yet: `run` runs both."""
         self._client = client
         self._file = file
         self._subscribers = Subscribers()
@@ -27,12 +27,12 @@ class MergedDiscovery(Discovery):
 
     @property
     def mesh(self) -> Mesh:
-        """The servers' view with the file's records over it."""
+        """The servers' mesh, overlaid with the file's records."""
         return self._mesh
 
     @property
     def synced(self) -> bool:
-        """Whether the servers' view has been loaded; the file's was at the start."""
+        """Whether the servers' view has been loaded; the file was read at the start."""
         return self._client.synced
 
     @property
@@ -42,34 +42,34 @@ class MergedDiscovery(Discovery):
 
     @property
     def age_s(self) -> float | None:
-        """For how long the servers' view has not been confirmed."""
+        """Seconds since a server last confirmed the view; None before there is one."""
         return self._client.age_s
 
     @property
     def troubles(self) -> tuple[tuple[str, str], ...]:
-        """What the servers refuse us."""
+        """Reasons why our records are not at the servers as wanted."""
         return self._client.troubles
 
     @property
     def rivals(self) -> tuple[str, ...]:
-        """Records of ours that another process has written."""
+        """Our records that another process has recently overwritten."""
         return self._client.rivals
 
     @property
     def clock_ahead_s(self) -> float | None:
-        """By how much the servers' clock is ahead of ours."""
+        """Seconds by which the server's clock is ahead of ours; None before the first answer."""
         return self._client.clock_ahead_s
 
     def expect_successor(self, expected: bool) -> None:
-        """Have what is written in place of our records be as it should."""
+        """Set whether the process that replaces this one may overwrite our records."""
         self._client.expect_successor(expected)
 
     def use_token(self, token: str | None) -> None:
-        """Show the servers this token from the next request on."""
+        """Use this token for the servers from the next request on."""
         self._client.use_token(token)
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
-        """Have `callback` called with each new mesh."""
+        """Call `callback` with each new mesh. Returns a function that unsubscribes."""
         return self._subscribers.add(callback)
 
     def publish(
@@ -82,29 +82,29 @@ class MergedDiscovery(Discovery):
         leased: bool = True,
         if_absent: bool = False,
     ) -> None:
-        """Want this record to be there, at the servers."""
+        """Keep this record published at the servers."""
         self._client.publish(kind, id, spec, network=network, leased=leased, if_absent=if_absent)
 
     def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
-        """No longer want a record."""
+        """Stop publishing a record, and delete it."""
         self._client.withdraw(kind, id, network=network)
 
     async def settled(self, timeout_s: float) -> bool:
-        """Wait until a server has acknowledged all desired state."""
+        """Wait until a server has acknowledged all our records. Returns False if that takes longer than `timeout_s`."""
         return await self._client.settled(timeout_s)
 
     async def run(self) -> None:
-        """Keep both true until cancelled."""
+        """Keep both views and our records up to date until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._client.run(), name="discovery-client")
             group.create_task(self._file.run(), name="discovery-file")
 
     async def close(self) -> None:
-        """Withdraw what was published."""
+        """End the lease, which deletes our leased records."""
         await self._client.close()
 
     async def turn_credentials(self, network: str) -> IssuedCredentials:
-        """Have a server issue credentials."""
+        """Request credentials for the TURN servers of a network. Raises DiscoveryError."""
         return await self._client.turn_credentials(network)
 
     def _changed(self, _: Mesh) -> None:
@@ -113,7 +113,7 @@ class MergedDiscovery(Discovery):
 
 
 def merged(servers: Mesh, file: Mesh) -> Mesh:
-    """Lay the records of a file over the servers'."""
+    """Return the servers' mesh, overlaid with the records of a file."""
     hidden = [
         Deletion(other.key, 0)
         for record in file
@@ -121,5 +121,5 @@ def merged(servers: Mesh, file: Mesh) -> Mesh:
         for other in servers.services(record.network)
         if other.spec.name == record.spec.name
     ]
-    # The file's revisions count the times that it was read; those of the mesh are the servers'.
+    # The file's revision counts how often it was read. The merged mesh has the servers' revision.
     return servers.apply([*hidden, *file]).at(servers.revision)

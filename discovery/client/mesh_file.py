@@ -1,4 +1,4 @@
-"""A mesh.yaml in place of a discovery server.
+"""A mesh.yaml instead of a discovery server.
 
     networks: [{id: a}, {id: b}]
     services: [{name: orders.shop.example, network: b, ports: {8443: ["10.1.0.5:8443"]}}]
@@ -6,8 +6,8 @@
     relays:   [{network: a, id: relay-1, addresses: ["10.0.0.9"], ports: [443]}]
     vips:     [{network: a, id: v1, name: orders.shop.example, address: 10.200.0.1}]
 
-Local and direct routes work with it. Allocations come and go, so they need a server. What a role of this process
-publishes is merged in, so that one process with a relay and a resolver needs no more than its file says.
+Local and direct routes work with it. Allocations change all the time, so they need a server. Records that roles of this
+process publish are merged in, so that one process with a relay and a resolver needs no records of itself in the file.
 """
 
 import asyncio
@@ -30,7 +30,8 @@ __all__ = ["BadFile", "StaticDiscovery", "format_mesh", "load_mesh"]
 
 log = logging.getLogger(__name__)
 
-RELOAD_S = 2.0  # how soon a changed file counts
+RELOAD_S = 2.0
+"""How often the file is checked for changes."""
 
 _SECTIONS = {
     "networks": Kind.NETWORK,
@@ -42,9 +43,9 @@ _SECTIONS = {
 
 
 def load_mesh(path: Path, allowed: TargetList | None = None) -> Mesh:
-    """Read a mesh.yaml. Raises BadFile with every fault in it.
+    """Read a mesh.yaml. Raises BadFile with all errors in it.
 
-    A CIDR of `allowed` that lies wholly inside a refused range (loopback, say) lifts the refusal of its addresses.
+    A CIDR of `allowed` that lies completely inside a refused range (such as loopback) permits its addresses.
     """
     records, faults = _parse(read_records(path), allowed)
     if faults:
@@ -53,7 +54,7 @@ def load_mesh(path: Path, allowed: TargetList | None = None) -> Mesh:
 
 
 def format_mesh(records: Iterable[AnyRecord]) -> str:
-    """Format these records as a mesh.yaml. Kinds that a file cannot hold are left out."""
+    """Format records as a mesh.yaml. Kinds that a file cannot have are left out."""
     lines: dict[Kind, list[str]] = {kind: [] for kind in _SECTIONS.values()}
     networks = set()
     for record in sorted(records, key=lambda record: record.key):
@@ -67,13 +68,13 @@ def format_mesh(records: Iterable[AnyRecord]) -> str:
     lines[Kind.NETWORK] = sorted(declared.union(lines[Kind.NETWORK]))
     text = ""
     for section, kind in _SECTIONS.items():
-        if lines[kind] or kind is Kind.NETWORK:  # JSON is YAML; one record a line, so that changes can be read
+        if lines[kind] or kind is Kind.NETWORK:  # JSON is YAML; one record on each line gives readable diffs
             text += f"{section}:{'' if lines[kind] else ' []'}\n" + "".join(f"  - {line}\n" for line in lines[kind])
     return text
 
 
 class StaticDiscovery(Discovery):
-    """Discovery by way of a file, which is read again when it changes."""
+    """Discovery by a file, which is read again when it changes."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class StaticDiscovery(Discovery):
         allowed: TargetList | None = None,
         reload_s: float = RELOAD_S,
     ) -> None:
-        """Read the file; `network` is the one that roles publish in. Raises BadFile with every fault in it."""
+        """Read the file. Roles publish in `network` by default. Raises BadFile with all errors in it."""
         self._path = path
         self._network = network
         self._allowed = allowed
@@ -96,22 +97,22 @@ class StaticDiscovery(Discovery):
 
     @property
     def mesh(self) -> Mesh:
-        """What the file says, and what was published in this process."""
+        """The records of the file, and those published in this process."""
         return self._mesh
 
     @property
     def synced(self) -> bool:
-        """Always: the file was read."""
+        """Always True: the file was read at the start."""
         return True
 
     def _replace(self, file: Mesh) -> None:
         self._file = file
-        # A record that is in the file counts before one that was published here: somebody wrote it on purpose.
+        # The file takes precedence over published records: somebody wrote it on purpose.
         own = (record for key, record in self._own.items() if self._file.record(*key) is None)
         self._swap(self._file.apply(own).at(self._mesh.revision + 1))
 
     def subscribe(self, callback: Callable[[Mesh], None]) -> Callable[[], None]:
-        """Have `callback` called when a role of this process publishes or withdraws something, or the file changes."""
+        """Call `callback` when a role of this process publishes or withdraws something, or when the file changes."""
         return self._subscribers.add(callback)
 
     def publish(
@@ -124,7 +125,7 @@ class StaticDiscovery(Discovery):
         leased: bool = True,  # noqa: ARG002 - nothing here outlives the process
         if_absent: bool = False,
     ) -> None:
-        """Merge a record in, unless the file has one under its key."""
+        """Merge a record into the mesh, unless the file has one with its key."""
         key = self._key(kind, id, network)
         known = self._own.get(key)
         if known is not None and (if_absent or known.spec == spec):
@@ -136,17 +137,17 @@ class StaticDiscovery(Discovery):
             self._swap(self._mesh.apply([record]))
 
     def withdraw(self, kind: Kind, id: str, *, network: str | None = None) -> None:  # noqa: A002
-        """Take a record out that `publish` merged in."""
+        """Remove a record that `publish` merged in."""
         key = self._key(kind, id, network)
         if self._own.pop(key, None) is not None and self._file.record(*key) is None:
             self._swap(self._mesh.apply([Deletion(key, self._mesh.revision + 1)]))
 
     async def settled(self, timeout_s: float) -> bool:  # noqa: ARG002
-        """Say at once that all is true."""
+        """Return True at once: records are published immediately."""
         return True
 
     async def run(self) -> None:
-        """Read the file anew when it changes, until cancelled. One with faults changes nothing and is told of."""
+        """Read the file again when it changes, until cancelled. A file with errors is logged and not used."""
         while True:
             await asyncio.sleep(self._reload_s)
             if not self._stamp.changed():
@@ -160,13 +161,13 @@ class StaticDiscovery(Discovery):
                 log.info("the mesh file was reloaded", extra={"event": {"file": self._path, "records": len(file)}})
 
     async def close(self) -> None:
-        """Forget what was published."""
+        """Remove the published records."""
         self._own.clear()
         self._mesh = self._file
 
     async def turn_credentials(self, network: str) -> IssuedCredentials:
-        """Refuse: a file issues nothing."""
-        raise DiscoveryError("static", f"{self._path} issues no TURN credentials for {network!r}: that needs a server")
+        """Raise DiscoveryError: a file cannot issue credentials."""
+        raise DiscoveryError("static", f"{self._path} cannot issue TURN credentials for {network!r}: only a server can")
 
     def _key(self, kind: Kind, record_id: str, network: str | None) -> Key:
         network = network or self._network

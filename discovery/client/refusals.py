@@ -1,4 +1,4 @@
-"""What servers refuse us, in their words: kept until it works again, logged once."""
+"""Requests that servers refuse: remembered until they succeed, and logged once."""
 
 import logging
 
@@ -10,15 +10,15 @@ log = logging.getLogger(__name__)
 
 
 class Refusals:
-    """Requests that a server refuses for a reason that an operator has to remove, such as an unknown token."""
+    """Requests that a server refuses for a reason that an operator has to fix, such as an unknown token."""
 
     __slots__ = ("_words",)
 
     def __init__(self) -> None:
-        self._words: dict[str, str] = {}  # by what was asked for
+        self._words: dict[str, str] = {}  # by the request
 
     def note(self, what: str, url: URL, error: RequestRefused) -> None:
-        """Keep a refusal, and log it unless the same one is known. A rate limit passes by itself and is not kept."""
+        """Remember a refusal, and log it if it is new. Rate limits end by themselves and are ignored."""
         if error.code == "rate_limited":
             return
         words = f"discovery at {url} refuses {what}: {error}"
@@ -32,7 +32,7 @@ class Refusals:
         self._words.pop(what, None)
 
     def words(self) -> list[str]:
-        """Return all that is refused, each sentence once."""
+        """Return a sentence for each refused request, without duplicates."""
         return list(dict.fromkeys(self._words.values()))
 
     def __bool__(self) -> bool:

@@ -1,4 +1,4 @@
-"""The discovery servers that a client may use: one at a time, the next one when it fails."""
+"""The discovery servers of a client: it uses one at a time, and the next one when that fails."""
 
 import asyncio
 import logging
@@ -22,17 +22,32 @@ log = logging.getLogger(__name__)
 
 EPOCH_HEADER = "Crossnet-Epoch"
 CLOCK_PRECISION_S = 2.0
+"""Differences up to this count as none: the Date header has whole seconds, and was written a moment ago."""
+
+CLOCKS_APART_S = 10.0
+"""A larger difference is logged. It is well below the tolerance of credentials and signatures."""
+
 DATES_AGAIN_S = 600.0
-CLOCKS_APART_S = 10.0  # well below what credentials and signatures allow
-REQUEST_TIMEOUT_S = 3.0  # below a third of a lease: one server that hangs costs one renewal
-WATCH_SILENCE_S = 25.0  # the server sends an empty line every 10 s: two may be lost
-BACKOFF = Backoff(0.1, 3.0)  # a restarted server rearms leases for 10 s; by then we must have been heard
-MAX_BODY = 1024 * 1024  # what servers take
-MAX_ANSWER = 64 * 1024 * 1024  # a list of all records; one of a hundred thousand has some 20 MB
+"""How long the dates of a server's certificate are remembered, once it has failed because of a clock."""
+
+REQUEST_TIMEOUT_S = 3.0
+"""Below a third of a lease, so that a server that hangs costs one renewal only."""
+
+WATCH_SILENCE_S = 25.0
+"""The server sends an empty line every 10 s, so two may be lost."""
+
+BACKOFF = Backoff(0.1, 3.0)
+"""A restarted server gives leases their full TTL, 10 s by default, and they have to be renewed within that time."""
+
+MAX_BODY = 1024 * 1024
+"""Servers accept bodies up to this size."""
+
+MAX_ANSWER = 64 * 1024 * 1024
+"""The list of a hundred thousand records has some 20 MB."""
 
 
 class ServerUnavailable(Exception):
-    """The server cannot be used now. Try another one, or this one later."""
+    """The server cannot be used now. Try another one, or the same one later."""
 
 
 class RequestRefused(Exception):
@@ -46,7 +61,7 @@ class RequestRefused(Exception):
 
 
 def parse_server_url(text: str, *, insecure: bool = False) -> URL:
-    """Read the URL of a discovery server. Raises ValueError; `http` to other hosts than loopback needs `insecure`."""
+    """Parse the URL of a discovery server. Raises ValueError. `http` to hosts other than loopback needs `insecure`."""
     expected = "expected https://HOST:PORT, or http:// to loopback"
     try:
         url = URL(text)
@@ -57,7 +72,7 @@ def parse_server_url(text: str, *, insecure: bool = False) -> URL:
     if url.scheme not in ("http", "https") or not host or not port or not bare or url.password is not None:
         raise ValueError(f"{expected}, got {text[:200]!r}")
     if url.scheme == "http" and not insecure and not _is_loopback(host):
-        raise ValueError(f"{expected}; {text[:200]!r} would show the token on the way (insecure: true permits it)")
+        raise ValueError(f"{expected}; {text[:200]!r} would send the token in clear text (insecure: true permits it)")
     return url.origin()
 
 
@@ -69,7 +84,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class Servers:
-    """The servers, and requests to them."""
+    """The servers of a client, and requests to them."""
 
     def __init__(
         self,
@@ -91,7 +106,7 @@ class Servers:
         self._session: aiohttp.ClientSession | None = None
         self._users = 0
         self.clock_ahead_s: float | None = None
-        """By how much the clock of the server that answered last is ahead of ours, in whole seconds."""
+        """Whole seconds by which the clock of the server that answered last is ahead of ours."""
         self._clocks_apart = False
         self._dates: tuple[float, str] | None = None
 
@@ -108,7 +123,7 @@ class Servers:
         on_epoch: Callable[[str], None] = lambda _: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> "Servers":
-        """Take URLs as a configuration has them. Raises ValueError, OSError, ssl.SSLError."""
+        """Parse URLs and load certificates. Raises ValueError, OSError, ssl.SSLError."""
         if not urls:
             raise ValueError("expected the URL of a discovery server")
         parsed = [parse_server_url(url, insecure=insecure) for url in urls]
@@ -122,21 +137,21 @@ class Servers:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of servers."""
         return len(self._urls)
 
     def use_token(self, token: str | None) -> None:
-        """Show this token from the next request on."""
+        """Use this token from the next request on."""
         self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
 
     def failed(self, url: URL) -> None:
-        """Move on from this server, unless we already have."""
+        """Switch from this server to the next, unless that has already been done."""
         if self._urls[self._index] == url:
             self._index = (self._index + 1) % len(self._urls)
 
     @asynccontextmanager
     async def connected(self) -> AsyncIterator[None]:
-        """Keep connections open; contexts may overlap. Requests are made inside of one."""
+        """Keep connections open. Requests need such a context; contexts may overlap."""
         if self._session is None:
             connector = aiohttp.TCPConnector(limit=8)
             self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
@@ -152,10 +167,10 @@ class Servers:
     async def request(
         self, method: str, url: URL, path: str, body: object = None, *, headers: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        """Ask one server. Raises ServerUnavailable, RequestRefused."""
+        """Send a request to one server. Raises ServerUnavailable, RequestRefused."""
         data = msgspec.json.encode(body) if body is not None else None
         if data is not None and len(data) > MAX_BODY:
-            raise RequestRefused(413, "too_large", f"the record has {len(data)} bytes, {MAX_BODY} is the most")
+            raise RequestRefused(413, "too_large", f"the record has {len(data)} bytes, the limit is {MAX_BODY}")
         try:
             async with self._open().request(
                 method,
@@ -176,20 +191,20 @@ class Servers:
             raise ServerUnavailable(f"{url}: {await self._explained(url, error)}") from None
 
     async def anywhere(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        """Ask the servers one after the other, each once, until one answers. Raises ServerUnavailable, RequestRefused."""
-        away: ServerUnavailable | None = None
+        """Send a request to one server after the other, each once, until one answers. Raises ServerUnavailable, RequestRefused."""
+        unavailable: ServerUnavailable | None = None
         for _ in range(self.count):
             url = self.current
             try:
                 return await self.request(method, url, path, body)
             except ServerUnavailable as error:
-                away = error
+                unavailable = error
                 self.failed(url)
-        assert away is not None
-        raise away
+        assert unavailable is not None
+        raise unavailable
 
     async def lines(self, url: URL, path: str, query: dict[str, str]) -> AsyncGenerator[bytes, None]:
-        """Yield what a server streams, piece by piece, until it ends. Raises ServerUnavailable, RequestRefused."""
+        """Yield the data that a server streams, until it ends the stream. Raises ServerUnavailable, RequestRefused."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=WATCH_SILENCE_S)
         try:
             async with self._open().get(
@@ -207,7 +222,7 @@ class Servers:
             raise ServerUnavailable(f"{url}: {await self._explained(url, error)}") from None
 
     async def _explained(self, url: URL, error: BaseException) -> str:
-        """Describe an error; of a certificate that fails because of a clock, by how much."""
+        """Describe an error. If a certificate fails because of a clock, say by how much."""
         if not is_out_of_time(error):
             return explained(error)
         now = asyncio.get_running_loop().time()
@@ -218,7 +233,7 @@ class Servers:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            raise RuntimeError("requests are made inside of connected()")
+            raise RuntimeError("requests must be made inside connected()")
         return self._session
 
     def _note_clock(self, response: aiohttp.ClientResponse) -> None:
@@ -227,7 +242,6 @@ class Servers:
             ahead_s = parsedate_to_datetime(response.headers["Date"]).timestamp() - self._wall_clock()
         except (KeyError, ValueError, TypeError, OverflowError):
             return
-        # The header has whole seconds, and was written a moment ago.
         self.clock_ahead_s = round(ahead_s) if abs(ahead_s) > CLOCK_PRECISION_S else 0
         apart = abs(ahead_s) > CLOCKS_APART_S
         if apart and not self._clocks_apart:
@@ -255,7 +269,7 @@ class Servers:
 
 
 class ServerRetries:
-    """Pauses between attempts: growing and random; none until every server has been tried."""
+    """Growing random pauses between attempts. There is no pause until every server has been tried."""
 
     def __init__(self, servers: Servers, backoff: Backoff = BACKOFF) -> None:
         self._servers = servers
@@ -263,7 +277,7 @@ class ServerRetries:
         self._failures = 0
 
     def succeeded(self) -> None:
-        """Start over, without a failure."""
+        """Reset the number of failures."""
         self._failures = 0
 
     def next_pause_s(self) -> float:

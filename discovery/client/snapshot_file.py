@@ -1,7 +1,7 @@
 """The copy of the mesh on disk, from which a client starts while discovery is down.
 
-The first line is the SHA-256 of the rest: a header in JSON, then one record a line. A file that was cut short or changed
-is set aside, never half believed.
+The first line is the SHA-256 of the rest: a header in JSON, then one record on each line. A truncated or modified file is
+renamed and not used at all.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class DiskCopy:
     """A mesh as it was saved."""
 
     network: str
-    """Whose view it is: what a network sees of the others is not what they see of it."""
+    """Network of the process that saved it. Each network sees others differently than they see themselves."""
 
     epoch: str
     revision: int
@@ -49,12 +49,12 @@ class DiskCopy:
     records: tuple[AnyRecord, ...]
 
     def mesh(self) -> Mesh:
-        """Make the mesh that was saved."""
+        """Return the mesh that was saved."""
         return Mesh.of(self.records)
 
 
 def save(path: Path, network: str, epoch: str, mesh: Iterable[AnyRecord], revision: int, now: float) -> None:
-    """Write a copy in place of an older one, whole or not at all. Raises OSError. Takes a while: run it in a thread."""
+    """Replace the copy atomically. `now` is Unix time. Raises OSError. Blocks: run it in a thread."""
     encode = msgspec.json.Encoder().encode
     header = _Header(format=FORMAT, network=network, epoch=epoch, revision=revision, saved_at=now)
     body = b"".join([encode(header), b"\n", *(encode(record) + b"\n" for record in mesh)])
@@ -63,7 +63,7 @@ def save(path: Path, network: str, epoch: str, mesh: Iterable[AnyRecord], revisi
         _replace(path, unfinished, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
-# A save that was given up on may still run in its thread when the last one begins.
+# A save that was cancelled may still be running in its thread when the next one starts.
 _saving = threading.Lock()
 
 
@@ -81,13 +81,13 @@ def _replace(path: Path, unfinished: Path, data: bytes) -> None:
 
 
 def load(path: Path, network: str, *, set_aside: bool = True) -> DiskCopy | None:
-    """Read a copy of this network's view; None, and a line in the log, when there is none to be had.
+    """Load the copy. Returns None if there is none, or, with a line in the log, if it is unusable or of another network.
 
-    A damaged file is renamed to end in `.bad`, so that the next save does not hide what happened; without `set_aside` it stays.
+    A damaged file gets the suffix `.bad`, so that the next save does not overwrite the evidence; without `set_aside` it stays.
     """
     try:
         if path.stat().st_size > MAX_SNAPSHOT:
-            raise _Damaged("is larger than any that was saved here")
+            raise _Damaged(f"has more than {MAX_SNAPSHOT} bytes")
         data = path.read_bytes()
         copy = _parse(data)
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def load(path: Path, network: str, *, set_aside: bool = True) -> DiskCopy | None
 
 
 class SnapshotKeeper:
-    """Keeps a copy of a view on disk while `run` runs. Without a path it does nothing."""
+    """Saves a view to disk while `run` runs. Without a path it does nothing."""
 
     def __init__(
         self, path: Path | None, network: str, view: View, wall_clock: Callable[[], float] = time.time
@@ -126,7 +126,7 @@ class SnapshotKeeper:
         self._changed = asyncio.Event()
 
     async def restore(self) -> bool:
-        """Start the view from the saved copy, if there is one and no server has been faster. Tells whether it did."""
+        """Restore the view from the copy, if there is one and no server was faster. Returns whether it was restored."""
         copy = await asyncio.to_thread(load, self._path, self._network) if self._path is not None else None
         if copy is None or self._view.synced:
             return False
@@ -141,7 +141,7 @@ class SnapshotKeeper:
         self._changed.set()
 
     async def run(self) -> None:
-        """Save after changes, at most every SAVE_EVERY_S, until cancelled."""
+        """Save after changes, at most once every SAVE_EVERY_S, until cancelled."""
         while self._path is not None:
             await self._changed.wait()
             await self._save(self._path)
@@ -165,7 +165,7 @@ class SnapshotKeeper:
 
 
 class _Damaged(Exception):
-    """A file that no save has written so."""
+    """A file that `save` has not written in this form."""
 
 
 def _parse(data: bytes) -> DiskCopy:
@@ -182,7 +182,7 @@ def _parse(data: bytes) -> DiskCopy:
     try:
         records = tuple(decode_record(line) for line in lines.splitlines())
     except BadRecord as error:
-        raise _Damaged(f"holds what this version cannot read: {error}") from None
+        raise _Damaged(f"has content that this version cannot read: {error}") from None
     return DiskCopy(
         network=header.network,
         epoch=header.epoch,

@@ -1,9 +1,9 @@
-"""The mesh as seen through a watch: lines in, a new mesh out.
+"""The mesh as built from the lines of a watch.
 
-After `reset` everything is told anew and takes the place of the old view at `sync`, at once. When that is another epoch
-(the store was lost, or is another), records that it does not have stay for a grace period: most likely their writers are
-about to write them again. The same holds, for a shorter time, for records that were deleted while we were cut off for
-longer than a lease: their writers may have been cut off as well. Sans-IO: time comes in as an argument.
+After `reset` all records are sent again, and at `sync` they replace the old view at once. If the epoch has changed (the store
+was lost or replaced), records that the new store lacks stay for a grace period: most likely their writers are about to write
+them again. The same holds, for a shorter time, for records that were deleted during an outage that was about as long as a lease
+or longer: their writers may have been cut off, too. Sans-IO: the caller passes the time.
 """
 
 from collections.abc import Iterable
@@ -12,17 +12,25 @@ import msgspec
 
 from discovery.model.mesh import AnyRecord, BadRecord, Deletion, Key, Kind, Mesh, decode_record
 
-GRACE_S = 60.0  # six leases: time for every writer to find the new store
-OUTAGE_S = 8.0  # shorter than a lease: after a longer outage writers may have lost theirs
-OUTAGE_GRACE_S = 10.0  # writers look for a server every 3 s at most, and write again at once
-MAX_LINE = 4 * 1024 * 1024  # a service with the most ports and endpoints has 2 MB
+GRACE_S = 60.0
+"""Six leases: enough time for every writer to find the new store."""
+
+OUTAGE_S = 8.0
+"""Shorter than a lease: after a longer outage writers may have lost theirs."""
+
+OUTAGE_GRACE_S = 10.0
+"""Writers look for a server at least every 3 s, and then write again at once."""
+
+MAX_LINE = 4 * 1024 * 1024
+"""A service with the maximum of ports and endpoints has 2 MB."""
+
 MAX_RECORDS = 500_000
 
 _KINDS = frozenset(map(str, Kind))
 
 
 class BadWatch(ValueError):
-    """A server sent something that is not a watch."""
+    """A server sent data that is not a valid watch."""
 
 
 class _Name(msgspec.Struct, frozen=True):
@@ -41,7 +49,7 @@ class _Line(msgspec.Struct, frozen=True):
 
 
 class View:
-    """The client's view of the mesh, and the revision at which it resumes."""
+    """The client's view of the mesh, and the revision from which it resumes."""
 
     def __init__(
         self, grace_s: float = GRACE_S, outage_grace_s: float = OUTAGE_GRACE_S, max_records: int = MAX_RECORDS
@@ -50,21 +58,21 @@ class View:
         self._max_records = max_records
         self._outage_grace_s = outage_grace_s
         self._lost_at: float | None = None
-        self._after_outage = False  # between the first line after an outage and its `sync`
+        self._after_outage = False  # from the first line after an outage until `sync`
         self.mesh = Mesh.EMPTY
         self.synced = False
         self.epoch: str | None = None
         self.revision: int | None = None
-        """Where to resume; None to be told everything."""
+        """Revision to resume from; None to get all records."""
 
         self.live = False
-        """Whether the watch has told all there is."""
+        """Whether the watch has sent everything up to now."""
 
         self.known_at = 0.0
         """Unix time at which a server last confirmed the mesh; the owner sets it."""
 
         self.stale_s = 0.0
-        """For how many seconds the server itself has not had what it tells confirmed."""
+        """Seconds for which the server's store has not been confirmed to be current."""
 
         self.skipped = 0
         """Records that this version could not read."""
@@ -82,9 +90,9 @@ class View:
         self.synced = True
 
     def feed(self, data: bytes, now: float) -> list[Deletion]:
-        """Apply a piece of the stream. Returns the deletions in it. Raises BadWatch.
+        """Apply a chunk of the stream. Returns the deletions in it. Raises BadWatch.
 
-        The mesh is rebuilt once for the whole piece.
+        The mesh is rebuilt once for the whole chunk.
         """
         deletions: list[Deletion] = []
         self._after_outage = not self.live and self._lost_at is not None and now - self._lost_at > OUTAGE_S
@@ -100,7 +108,7 @@ class View:
         return deletions
 
     def ended(self, now: float = 0.0) -> None:
-        """Note that the watch has ended; an incomplete `reset` is dropped."""
+        """Note that the watch has ended. An incomplete `reset` is dropped."""
         if self.live:
             self._lost_at = now
         self.live = False
@@ -109,11 +117,11 @@ class View:
         self._fresh = None
 
     def confirmed(self) -> Iterable[AnyRecord]:
-        """Return the records that the store of this epoch has."""
+        """Return the records that the current store has, without those in a grace period."""
         return (record for record in self.mesh if record.key not in self._unconfirmed)
 
     def next_expiry(self) -> float | None:
-        """Return when the first grace period ends."""
+        """Return when the first grace period ends, None if there is none."""
         return min(self._unconfirmed.values(), default=None)
 
     def expire(self, now: float) -> None:
@@ -145,10 +153,10 @@ class View:
                 self.stale_s = max(0.0, line.age_s)
                 return
         except BadRecord:
-            # A kind or a field of a newer server: the rest of what it says is good all the same.
+            # A kind or field of a newer server. The other lines are valid all the same.
             self.skipped += 1
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise BadWatch(f"a line is no change: {str(error)[:200]}") from None
+            raise BadWatch(f"a line is not a valid change: {str(error)[:200]}") from None
         if self._fresh is None and self.revision is not None and not line.more:
             self.revision = max(self.revision, line.revision)
 

@@ -1,4 +1,4 @@
-"""Keeps records of our own true at the servers: written, leased, renewed, written again when they are lost."""
+"""Keeps our records at the servers as wanted: writes them, renews their lease, and writes them again if they are lost."""
 
 import asyncio
 import logging
@@ -17,12 +17,15 @@ from discovery.model.mesh import Deletion, Key
 log = logging.getLogger(__name__)
 
 OUR_RECORDS = "our lease and records"
-LATE_S = 5.0  # a record may take this long to be written before it counts as lacking
+LATE_S = 5.0
+"""A record that is not written after this time counts as lacking."""
+
 RIVAL_LOG_S = 60.0
+"""Pause between two log lines about the same record and another process that writes it."""
 
 
 class RecordWriter:
-    """Carries out a desired state while `run` runs. The view tells it what others do to our records."""
+    """Writes our records while `run` runs. Its owner reports changes of the view, so that it notices what others do to them."""
 
     def __init__(self, servers: Servers, view: View, refusals: Refusals, config: DiscoveryClientConfig) -> None:
         self._servers = servers
@@ -42,55 +45,55 @@ class RecordWriter:
         self._successor_expected = False
         self._rival_logged_at: dict[Key, float] = {}
 
-    # What is wanted.
+    # Wanted records.
 
     def publish(self, put: Put) -> None:
-        """Want a record."""
+        """Keep a record published."""
         if self._desired.publish(put):
             self._wanted_changed()
 
     def withdraw(self, key: Key) -> None:
-        """No longer want a record."""
+        """Stop publishing a record, and delete it."""
         if self._desired.withdraw(key):
             self._wanted_changed()
 
     def retry(self) -> None:
-        """Try at once what was refused: the server or our token has changed."""
+        """Retry refused requests at once: the server or our token has changed."""
         self._desired.retry()
         self._work.set()
 
     async def settled(self) -> None:
-        """Wait until a server has acknowledged everything."""
+        """Wait until a server has acknowledged all our records."""
         await self._settled.wait()
 
     def expect_successor(self, expected: bool) -> None:
-        """Take it as right, while this lasts, that another process overwrites our records."""
+        """Set whether another process may overwrite our records without being reported."""
         self._successor_expected = expected
         if not expected:
             self.find_rivals()
 
     def lacking(self, connected: bool) -> list[tuple[Key, str]]:
-        """Return the records that are not at the servers as we want them, and why.
+        """Return the records that are not at the servers as wanted, and why.
 
-        One that is only not written yet counts after some seconds, and only while we are connected and nothing is refused.
+        A record that is merely not written yet counts only after LATE_S, while we are connected and nothing is refused.
         """
         late = connected and not self._refusals and self._late()
         return [(key, why) for key, why in self._desired.lacking() if why != NOT_YET or late]
 
     def rivals(self) -> list[Key]:
-        """Return the records of ours that another process has written lately."""
+        """Return our records that another process has recently overwritten."""
         return self._desired.rivals(asyncio.get_running_loop().time())
 
-    # What happens at the servers.
+    # Changes at the servers.
 
     def deleted(self, deletions: Sequence[Deletion]) -> None:
-        """Write records of ours again that somebody deleted."""
+        """Write our records again that somebody has deleted."""
         if [deletion for deletion in deletions if self._desired.deleted(deletion)]:
             log.warning("a record of ours was deleted and is written again")
             self._wanted_changed()
 
     def find_rivals(self, keys: Iterable[Key] | None = None) -> None:
-        """Find records of ours, all by default, that another process has written: most likely it has our id."""
+        """Look for records of ours (`keys`, or all) that another process has overwritten: most likely it has our id."""
         if self._successor_expected or self._closed:
             return
         now = asyncio.get_running_loop().time()
@@ -102,12 +105,12 @@ class RecordWriter:
             if now - self._rival_logged_at.get(key, -RIVAL_LOG_S) >= RIVAL_LOG_S:
                 self._rival_logged_at[key] = now
                 kind, network, record_id = key
-                why = "another process writes this record of ours: give each process an id of its own"
+                why = "another process writes this record, too: give each process its own id"
                 event = {"kind": kind, "network": network, "id": record_id, "lease": record.lease, "why": why}
                 log.error("id_in_use", extra={"event": event})
 
     def note_epoch(self, epoch: str) -> None:
-        """Write everything again if the answer comes from another store than the one before."""
+        """Write everything again if the store is a different one than before."""
         if epoch == self._epoch:
             return
         if self._epoch is not None:
@@ -147,7 +150,7 @@ class RecordWriter:
                 pass
 
     async def close(self) -> None:
-        """End the lease, which deletes all records that hang on it. Others stay. Bounded in time."""
+        """End the lease, which deletes the records attached to it. Others stay. Takes at most `close_timeout_s`."""
         self._closed = True
         lease, self._lease = self._lease, None
         try:
@@ -156,10 +159,10 @@ class RecordWriter:
                     async with self._servers.connected():
                         await self._servers.anywhere("DELETE", f"/v1/leases/{lease}")
         except (TimeoutError, ServerUnavailable, RequestRefused) as error:
-            log.info("the lease could not be ended, it will run out: %s", error or "no answer in time")
+            log.info("the lease could not be ended, it will expire: %s", error or "no answer in time")
 
     async def _do_next(self, url: URL, now: float) -> bool:
-        """Do the most urgent thing; False when there is nothing to do. Raises ServerUnavailable, RequestRefused."""
+        """Send the most urgent request. Returns False if there is none. Raises ServerUnavailable, RequestRefused."""
         lease = self._lease
         if lease is not None and now >= self._renew_at:
             await self._renew(lease, url, now)
@@ -187,13 +190,13 @@ class RecordWriter:
             self._renew_at = now + self._config.lease_ttl_s / 3
 
     async def _do(self, work: Put | Delete, lease: str | None, url: URL, now: float) -> None:
-        """Write or delete a record, and note how it went."""
+        """Write or delete a record, and note the result."""
         try:
             revision, ours = await self._carry_out(work, url)
         except RequestRefused as error:
             if error.code == "no_lease":
                 self._lose_lease(lease)
-                # Not tried again at once: a store that forgets leases would be flooded.
+                # Not retried at once: a store that forgets leases would be flooded with requests.
                 raise ServerUnavailable(str(error)) from None
             if error.status == 401 or error.code == "rate_limited":
                 raise
@@ -207,14 +210,14 @@ class RecordWriter:
             self._update_settled()
 
     async def _carry_out(self, work: Put | Delete, url: URL) -> tuple[int, bool]:
-        """Write or delete; return the revision of the record that stands there now, and whether it is ours."""
+        """Write or delete. Returns the revision of the record that is there now, and whether it is ours."""
         path = "/v1/records/" + "/".join(work.key)
         if isinstance(work, Delete):
             headers = {"If-Match": str(work.if_match)} if work.if_match is not None else {}
             try:
                 await self._servers.request("DELETE", url, path, headers=headers)
             except RequestRefused as error:
-                if error.status not in (404, 412):  # gone, or another one: neither is ours to delete any more
+                if error.status not in (404, 412):  # already deleted, or replaced by another writer
                     raise
             return 0, True
         body = {"spec": work.spec, "lease": self._lease if work.leased else None}
@@ -229,11 +232,11 @@ class RecordWriter:
         except RequestRefused as error:
             if error.status != 404:
                 raise
-            raise ServerUnavailable(f"{'/'.join(work.key)} was there and is gone again") from None
+            raise ServerUnavailable(f"{'/'.join(work.key)} existed and has just been deleted") from None
 
     def _lose_lease(self, lease: str | None) -> None:
         if self._lease != lease:
-            return  # a change of epoch has seen to it
+            return  # already handled by a change of epoch
         self._lease = None
         self._desired.lease_lost()
         self._update_settled()

@@ -1,1 +1,1 @@
-"""Files that people and tools replace while we run: YAML, TLS, and whether any has changed."""
+"""Files that people and tools replace at run time: YAML files, TLS files, and the detection of changes."""

@@ -1,23 +1,23 @@
-"""Whether files have changed since they were last read, by what the file system says of them."""
+"""Detects changed files by their metadata in the file system."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 Fingerprint = tuple[int, int, int]
-"""Inode, time of the last change in nanoseconds, size: of the file behind a link."""
+"""Inode, modification time in nanoseconds, and size of a file; links are followed."""
 
 
 class FileFingerprint:
-    """Detects changes of files: written, replaced, removed, or linked elsewhere."""
+    """Detects whether files were written, replaced, removed, or linked to other files."""
 
     def __init__(self, paths: Iterable[Path | None]) -> None:
-        """Note the present state of the files; None stands for no file."""
+        """Note the current state of the files. None is ignored."""
         self._paths = [path for path in paths if path is not None]
         self._seen = self._read()
 
     def changed(self) -> bool:
-        """Tell whether they have changed since the last call, or since the start."""
+        """Return whether they have changed since the last call, or since the object was created."""
         seen, self._seen = self._seen, self._read()
         return seen != self._seen
 
@@ -26,9 +26,9 @@ class FileFingerprint:
 
 
 def fingerprint(path: Path) -> Fingerprint | None:
-    """Return the present state of a file, None if there is none."""
+    """Return the current state of a file, None if it cannot be found."""
     try:
-        found = os.stat(path)  # follows links, as mounted secrets have them
+        found = os.stat(path)  # follows links, which mounted secrets consist of
     except OSError:
         return None
     return (found.st_ino, found.st_mtime_ns, found.st_size)

@@ -1,4 +1,4 @@
-"""A client's side of TLS by files that are replaced while it runs."""
+"""TLS for clients, with certificate files that may be replaced at run time."""
 
 import logging
 import ssl
@@ -13,13 +13,13 @@ class TlsFiles:
     """The CA that verifies servers and our client certificate, read again when their files change."""
 
     def __init__(self, ca: Path | None = None, certificate: Path | None = None, key: Path | None = None) -> None:
-        """Without a CA the system's are used. Raises OSError, ssl.SSLError."""
+        """Without a CA the system's CAs are used. Raises OSError, ssl.SSLError."""
         self._files = ca, certificate, key
         self._stamp = FileFingerprint(self._files)
         self._context = self._read()
 
     def current(self) -> ssl.SSLContext:
-        """Return the context for the next connection. Files that cannot be used change nothing, and are logged."""
+        """Return the context for the next connection. Invalid files are logged and not used."""
         if self._stamp.changed():
             try:
                 self._context = self._read()

@@ -1,8 +1,8 @@
-"""YAML files that people write: bounded, nothing in them but mappings, lists and plain values, every fault with its place.
+"""YAML files that people write: of limited size, with only mappings, lists and plain values. Each error has its place.
 
-YAML's surprises are left out, since each has broken somebody's configuration: `no` stays the text "no", `10:30` and
-`017` stay text, `8443:` is the key "8443", aliases are refused (a few lines of them unfold into gigabytes), and so is a key
-that is there twice. The configuration, tokens files and mesh.yaml are all read here.
+YAML's surprising features are disabled, since they break configurations: `no` is the text "no", `10:30` and `017` are text,
+`8443:` is the key "8443". Aliases are refused (a few lines can expand to gigabytes), and so are duplicate keys. The
+configuration, tokens files and mesh.yaml are all read by this module.
 """
 
 import re
@@ -15,7 +15,7 @@ import yaml
 from discovery.model.validation import Fault, child, shown
 
 MAX_FILE_BYTES = 1024 * 1024
-"""A configuration of a thousand lines has 50 KiB; more than this is the wrong file."""
+"""A configuration of a thousand lines has 50 KiB; a file larger than this is the wrong one."""
 
 MAX_NODES = 50_000
 
@@ -25,16 +25,16 @@ MAX_RECORDS_BYTES = 16 * 1024 * 1024
 MAX_RECORDS_NODES = 2_000_000
 
 MAX_DEPTH = 32
-"""The deepest path of our files has 6 steps; libyaml's composer crashes far beyond."""
+"""The deepest path in our files has 6 steps. libyaml's composer crashes at a depth far beyond this limit."""
 
 Plain: TypeAlias = "bool | int | str | list[Plain] | dict[str, Plain] | None"
 
 
 class BadFile(ValueError):
-    """A file that is refused, with every fault in it; `str()` has one line for each."""
+    """A file that is refused, with all errors in it. `str()` has one line for each."""
 
     def __init__(self, path: str, faults: Sequence[Fault]) -> None:
-        """Hold all faults of a file."""
+        """`faults` are all errors of the file."""
         super().__init__("\n".join(f"{path}: {fault}" for fault in faults))
         self.path = path
         self.faults = tuple(faults)
@@ -43,10 +43,10 @@ class BadFile(ValueError):
 def read_document(
     path: Path, *, max_bytes: int = MAX_FILE_BYTES, max_nodes: int = MAX_NODES
 ) -> tuple[Plain, list[Fault]]:
-    """Read one YAML file; the faults are the places where it is not of the kind above.
+    """Read one YAML file. Returns its value, and the places that break the rules above but do not prevent reading the rest.
 
     Raises:
-        BadFile: there is no value to look at: it cannot be read, is too large, or is not YAML at all.
+        BadFile: there is no value: the file cannot be read, is too large, or is not valid YAML.
     """
     try:
         with path.open("rb") as file:
@@ -59,7 +59,7 @@ def read_document(
 
 
 def read_records(path: Path) -> Plain:
-    """Read a YAML file that may be large; None if it is empty. Raises BadFile with every fault in it."""
+    """Read a YAML file that may be large. Returns None if it is empty. Raises BadFile with all errors in it."""
     value, faults = read_document(path, max_bytes=MAX_RECORDS_BYTES, max_nodes=MAX_RECORDS_NODES)
     if faults:
         raise BadFile(str(path), faults)
@@ -67,7 +67,7 @@ def read_records(path: Path) -> Plain:
 
 
 def parse_document(data: bytes, name: str, *, max_nodes: int = MAX_NODES) -> tuple[Plain, list[Fault]]:
-    """As `read_document`, of bytes; `name` says whose they are."""
+    """Parse bytes as `read_document` does; `name` is used in errors."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -90,7 +90,7 @@ def parse_document(data: bytes, name: str, *, max_nodes: int = MAX_NODES) -> tup
 
 
 def _refused(text: str, max_nodes: int) -> Fault | None:
-    """Say what must not reach the composer, which recurses, and unfolds aliases."""
+    """Return what must not reach the composer, since it recurses and expands aliases; None if there is nothing."""
     depth = nodes = 0
     for event in yaml.parse(text, yaml.CSafeLoader):
         if isinstance(event, yaml.AliasEvent):

@@ -1,1 +1,1 @@
-"""HTTP servers and clients of ours: bounded listeners, fair turns, rates, and failures in words."""
+"""Shared parts of our HTTP servers and clients: bounded listeners, fair scheduling, rate limits, error descriptions."""

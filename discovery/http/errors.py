@@ -1,4 +1,4 @@
-"""Descriptions of failed HTTP requests. The same cause gives the same words, so that it is logged once."""
+"""Descriptions of failed HTTP requests. The same cause always gives the same text, so that it can be logged once."""
 
 import ssl
 from datetime import UTC, datetime
@@ -23,15 +23,15 @@ def explained(error: BaseException) -> str:
 
 
 def is_out_of_time(error: BaseException) -> bool:
-    """Tell whether a certificate is not valid yet, or has expired, by our clock."""
+    """Return whether a certificate is not yet valid, or has expired, by our clock."""
     why = error.certificate_error if isinstance(error, aiohttp.ClientConnectorCertificateError) else error
     return isinstance(why, ssl.SSLCertVerificationError) and why.verify_code in _OUT_OF_TIME
 
 
 def certificate_dates(host: str, port: int) -> str:
-    """Ask a server for its certificate once more, trusting nothing, and say by how much our clock misses its dates.
+    """Fetch a server's certificate again, without verification, and describe how far our clock is outside its validity period.
 
-    Blocks for a few seconds at most; gives an empty text where there is nothing to say.
+    Blocks for a few seconds at most. Returns an empty string if the certificate cannot be read or is valid now.
     """
     try:
         pem = ssl.get_server_certificate((host, port), timeout=ASK_TIMEOUT_S)
@@ -42,9 +42,8 @@ def certificate_dates(host: str, port: int) -> str:
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     said = f"our clock says {now:%Y-%m-%dT%H:%M:%SZ}"
     if now < begins:
-        return (
-            f"it is valid in {(begins - now).total_seconds():.0f} s only, from {begins:%Y-%m-%dT%H:%M:%SZ} on; {said}"
-        )
+        wait_s = (begins - now).total_seconds()
+        return f"it becomes valid in {wait_s:.0f} s, at {begins:%Y-%m-%dT%H:%M:%SZ}; {said}"
     if now > ends:
-        return f"it ended {(now - ends).total_seconds():.0f} s ago, at {ends:%Y-%m-%dT%H:%M:%SZ}; {said}"
+        return f"it expired {(now - ends).total_seconds():.0f} s ago, at {ends:%Y-%m-%dT%H:%M:%SZ}; {said}"
     return ""

@@ -1,4 +1,4 @@
-"""Fair scheduling of requests: light clients are served at once, heavy ones take turns and get half of the time at most."""
+"""Fair scheduling of requests: light clients are served at once; heavy ones take turns and get at most half of the time."""
 
 import asyncio
 from collections import deque
@@ -9,10 +9,10 @@ MAX_PAUSE_S = 0.1
 
 
 class Gate:
-    """Admits requests. Those of heavy clients (crowds) wait in a queue for each client; the queues take turns.
+    """Admits requests. Those of heavy clients (`crowd`) wait in one queue for each client; the queues take turns.
 
-    After each such request there is a pause as long as the request took, so that crowds together get at most half of the
-    process's time. The queues are bounded by the limit of connections.
+    After each such request there is a pause as long as the request took, so that heavy clients together get at most half of
+    the process's time. The limit of connections bounds the queues.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Gate:
         self._serving = False
 
     async def enter(self, who: Hashable, *, crowd: bool) -> None:
-        """Wait until the request may be handled. `crowd`: this client asks for more than its share."""
+        """Wait until the request may be handled. `crowd`: this client sends more than its share."""
         if not crowd:
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -38,13 +38,13 @@ class Gate:
             waiter = queue.popleft()
             if queue:
                 self._queues[who] = queue  # behind all others
-            if not waiter.done():  # else its connection has gone
+            if not waiter.done():  # otherwise its connection was closed
                 waiter.set_result(None)
                 loop.call_soon(self._pause, loop.time())
                 return
         self._serving = False
 
     def _pause(self, begun: float) -> None:
-        """Leave others as much time as this request took. It has finished by now: callbacks run in order."""
+        """Leave as much time to others as this request took. It has finished by now: callbacks run in order."""
         loop = asyncio.get_running_loop()
         loop.call_later(min(max(loop.time() - begun, MIN_PAUSE_S), MAX_PAUSE_S), self._serve)

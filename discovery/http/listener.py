@@ -1,9 +1,10 @@
-"""Listening sockets of an HTTP server of ours: how many connections there may be, and how long each may take.
+"""The listening sockets of our HTTP servers: limits on the number of connections, and on how long each may take.
 
-aiohttp waits for a request for as long as its client likes, on any number of connections. Here every connection counts from accept
-on, before TLS; the listener has a limit in all and for each address, and never more than a share of the process's descriptors. At
-a limit the oldest connection that is not being answered goes, of the address that has the most. A request has a deadline from its
-first byte on, an answer has to be taken, and addresses that connect or ask too fast wait for one another (`fairness.py`).
+aiohttp by itself accepts any number of connections and waits for requests without a limit. Here a connection counts from
+accept on, before TLS. There is a limit in total and for each address, and connections never use more than a share of the
+process's file descriptors. At a limit the oldest connection that is not being served is closed, of the address that has the most.
+A request has a deadline from its first byte on, a client must read its answer, and addresses that connect or send requests too
+fast take turns (`fairness.py`).
 """
 
 import asyncio
@@ -46,14 +47,14 @@ class ListenerLimits:
 
     connects_per_s: float = 5.0
     connects_burst: int = 20
-    """Connections of one address that are accepted before it has to wait in turn."""
+    """Connections of one address that are accepted before it has to take turns."""
 
     requests_per_s: float = 12.0
     requests_burst: int = 24
-    """Requests of one connection that are served before it has to wait in turn."""
+    """Requests of one connection that are served before it has to take turns."""
 
     def effective(self) -> tuple[int, int]:
-        """Return the connections in all and of one address that the process's present file descriptors allow."""
+        """Return the limits in total and for one address, given the process's current limit of file descriptors."""
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         files = files if files != resource.RLIM_INFINITY else 1 << 20
         most = max(1, min(self.connections, files // self.files_share))
@@ -100,7 +101,7 @@ class _Peer:
 
     @property
     def busy(self) -> bool:
-        """Whether a handler is working for it, and not only waiting for the client."""
+        """Whether a handler is working on a request, and not only waiting for the client."""
         return self.protocol is not None and self.protocol.busy
 
     def end(self) -> None:
@@ -130,7 +131,7 @@ class Connection(web.RequestHandler):
         self._unsent: int | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser; a request that is too large ends the connection."""
+        """Feed the parser. A request that is too large closes the connection."""
         requests = self._request_count
         super().data_received(data)
         if self._request_count != requests:
@@ -159,7 +160,7 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def overdue(self, now: float) -> str | None:
-        """Return why the connection is to be ended, None if it is not."""
+        """Return why the connection has to be closed, None if it may stay."""
         if self._partial_since is not None and now - self._partial_since > self._listener.timing.header_s:
             return "header_timeout"
         if self._unsent is not None:
@@ -175,12 +176,12 @@ class Connection(web.RequestHandler):
 
 
 class Listener:
-    """The listening sockets of one server. `open` it, `run` it, `close` it before the runner's cleanup."""
+    """The listening sockets of one server: `open`, then `run`, then `close` before the runner's cleanup."""
 
     def __init__(
         self, name: str, limits: ListenerLimits, registry: CollectorRegistry, timing: ListenerTiming = TIMING
     ) -> None:
-        """`name` is part of its metrics (`crossnet_NAME_connections`) and of its log events."""
+        """`name` is used in metrics (`crossnet_NAME_connections`) and log events."""
         self.name = name
         self.limits = limits
         self.timing = timing
@@ -224,7 +225,7 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         inherited: socket.socket | None = None,
     ) -> None:
-        """Listen for a runner that has been set up. Raises OSError, and then nothing is open."""
+        """Listen for a runner that has been set up. Raises OSError, with no socket left open."""
         self._runner, self._tls = runner, tls
         try:
             for host, port in places:
@@ -237,7 +238,7 @@ class Listener:
             raise
 
     def renew(self, tls: ssl.SSLContext | None) -> None:
-        """Use this TLS context for later connections. Sessions that the one before issued cannot be resumed."""
+        """Use this TLS context for later connections. Sessions of the previous context cannot be resumed."""
         self._tls = tls
 
     async def run(self) -> None:
@@ -258,7 +259,7 @@ class Listener:
         self._sockets.clear()
 
     def cut_certified(self) -> int:
-        """End every connection with a client certificate, so that it is verified again. Returns how many there were."""
+        """Close every connection with a client certificate, so that it is verified again. Returns their number."""
         protocols = [peer.protocol for peers in self._peers.values() for peer in peers]
         found = [protocol.transport for protocol in protocols if protocol is not None]
         certified = [transport for transport in found if transport and transport.get_extra_info("peercert")]
@@ -267,11 +268,11 @@ class Listener:
         return len(certified)
 
     def crowds(self, request: web.Request) -> bool:
-        """Count a request. Returns whether its connection asks for more than its share."""
+        """Count a request. Returns whether its connection sends more than its share."""
         return self._requests.wait_s(id(request.protocol), asyncio.get_running_loop().time()) > 0
 
     def note(self, peer: _Peer, reason: str) -> None:
-        """Count and log a connection that is ended by a limit."""
+        """Count and log a connection that is closed because of a limit."""
         self._ended.labels(reason).inc()
         event = {"listener": self.name, "remote": peer.address, "reason": reason, "open": self._count}
         log.warning("http_connection_refused", extra={"event": event})
@@ -300,13 +301,13 @@ class Listener:
             peer = _Peer(str(name[0]))
             if self._admit(peer):
                 peer.task = group.create_task(self._begin(connection, peer))
-                await asyncio.sleep(0)  # a connection that waits already is taken without a turn of the loop
+                await asyncio.sleep(0)  # sock_accept does not yield to the loop if a connection is already waiting
             else:
                 connection.close()
                 await asyncio.sleep(FULL_PAUSE_S)
 
     def _admit(self, peer: _Peer) -> bool:
-        """Give a connection a place, if need be another one's. Returns False if there is none."""
+        """Make room for a connection, by closing another one if necessary. Returns False if that is not possible."""
         reason = None
         if len(self._peers.get(peer.address, ())) >= self._most_per_address:
             reason, crowded = "address_full", peer.address
@@ -352,7 +353,7 @@ class Listener:
             peer.task = None
 
     async def _end_overdue(self) -> None:
-        """End connections that are overdue."""
+        """Close connections that have missed a deadline."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.timing.overdue_check_s)
@@ -365,7 +366,7 @@ class Listener:
 
 
 def _network_of(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or an IPv6 /64, which one host may have to itself."""
+    """Return what identifies a client: an IPv4 address, or an IPv6 /64, since one host may use a whole /64."""
     bare = address.partition("%")[0]
     if ":" not in bare:
         return bare
@@ -379,8 +380,8 @@ def address_of(request: web.Request) -> str:
     return _network_of(protocol.peer.address if isinstance(protocol, Connection) else request.remote or "")
 
 
-class waiting:  # noqa: N801 - reads as what it is: `with waiting(request): body = await request.read()`
-    """Context in which a handler only waits for the client, so that the connection may be ended to make room."""
+class waiting:  # noqa: N801 - used as a statement: `with waiting(request): body = await request.read()`
+    """Context in which a handler only waits for the client, so that the connection may be closed to make room."""
 
     def __init__(self, request: web.Request) -> None:
         self._protocol = request.protocol

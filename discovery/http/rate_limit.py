@@ -1,23 +1,24 @@
-"""Rate limits by client: a token bucket each. Sans-IO: time comes in as an argument."""
+"""Rate limits by client: one token bucket for each. Sans-IO: the caller passes the time."""
 
 from collections.abc import Hashable
 
 from discovery.pacing.token_bucket import TokenBucket
 
-MAX_BUCKETS = 10_000  # of networks that tokens name; full ones are forgotten first
+MAX_BUCKETS = 10_000
+"""Clients that are remembered at once. Full buckets are dropped first."""
 
 
 class RateLimit:
     """Allows each client `burst` requests at once, and `per_s` a second in the long run."""
 
     def __init__(self, per_s: float, burst: int) -> None:
-        """Buckets start full. A rate of 0 is no limit."""
+        """Buckets start full. A rate of 0 means no limit."""
         self.per_s = per_s
         self.burst = burst
         self._buckets: dict[Hashable, TokenBucket] = {}
 
     def wait_s(self, who: Hashable, now: float) -> float:
-        """Take a token and return 0; if there is none, return in how many seconds there will be one."""
+        """Take a token and return 0. If there is none, return the seconds until there is one."""
         if not self.per_s:
             return 0.0
         bucket = self._buckets.get(who)

@@ -1,8 +1,7 @@
-"""Addresses and ports: endpoints as text, lists of allowed targets, and what may never be dialled.
+"""Addresses and ports: endpoints as text, lists of allowed targets, and addresses that are never dialled.
 
-Refused ranges are refused in every spelling: an IPv6 address that a NAT64 or 6to4 router would turn into a refused IPv4
-address is refused too, and so is one whose IPv4 address cannot be known. Sans-IO. The one
-error is BadAddress.
+Refused ranges are refused in every representation: also as an IPv6 address that a NAT64 or 6to4 router would translate to a
+refused IPv4 address, or whose IPv4 address cannot be determined. Sans-IO. The only error is BadAddress.
 """
 
 import re
@@ -17,8 +16,8 @@ Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
 
 MAX_ENDPOINT_TEXT = 64  # "[" + 45 characters of the longest IPv6 text + "]:65535", rounded up
-MAX_TARGET_TEXT = 1024  # one CIDR and some hundred ports
-MAX_TARGETS = 4096  # a list longer than this wants a CIDR
+MAX_TARGET_TEXT = 1024  # one CIDR and about a hundred ports
+MAX_TARGETS = 4096  # a longer list should use CIDRs
 MAX_TURN_URL = 512
 
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
@@ -39,16 +38,16 @@ PRIVATE_RANGES: tuple[Network, ...] = tuple(
         "fe80::/10",
     )
 )
-"""Who may use a relay or a resolver unless told otherwise: this host, RFC 1918, RFC 6598, RFC 4193, link-local addresses."""
+"""Clients that may use a relay or a resolver by default: this host, RFC 1918, RFC 6598, RFC 4193, link-local addresses."""
 
 
 class BadAddress(ValueError):
-    """Text that is not the address, endpoint, target or TURN URL it should be; the message says what was expected."""
+    """Text that is not a valid address, endpoint, target or TURN URL. The message says what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class TurnUrl:
-    """A TURN server as RFC 7065 writes it, over TCP or, with `tls`, over TLS."""
+    """A TURN server's URL (RFC 7065), over TCP or, with `tls`, over TLS."""
 
     host: str
     port: int
@@ -56,7 +55,7 @@ class TurnUrl:
 
 
 def parse_address(text: str) -> Address:
-    """Read an IP address without a zone. Raises BadAddress."""
+    """Parse an IP address without a zone. Raises BadAddress."""
     if len(text) > MAX_ENDPOINT_TEXT:
         raise BadAddress(f"expected an IP address, got {len(text)} characters")
     try:
@@ -69,7 +68,7 @@ def parse_address(text: str) -> Address:
 
 
 def parse_port(text: str, *, zero: bool = False) -> int:
-    """Read a port, 1-65535 without leading zeros, and 0 too when `zero`. Raises BadAddress."""
+    """Parse a port, 1-65535 without leading zeros. `zero` also permits 0. Raises BadAddress."""
     if zero and text == "0":
         return 0
     if not _PORT.fullmatch(text) or int(text) > MAX_PORT:
@@ -78,7 +77,7 @@ def parse_port(text: str, *, zero: bool = False) -> int:
 
 
 def parse_endpoint(text: str, *, zero_port: bool = False) -> tuple[Address, int]:
-    """Read "ip:port" or "[v6]:port"; port 0 ("any") only where `zero_port` says so. Raises BadAddress."""
+    """Parse "ip:port" or "[v6]:port". `zero_port` also permits port 0 ("any"). Raises BadAddress."""
     if len(text) > MAX_ENDPOINT_TEXT:
         raise BadAddress(f"expected ip:port, got {len(text)} characters")
     host, colon, port = text.rpartition(":")
@@ -92,14 +91,14 @@ def parse_endpoint(text: str, *, zero_port: bool = False) -> tuple[Address, int]
 
 
 def format_endpoint(address: Address, port: int) -> str:
-    """Write "ip:port" or "[v6]:port"."""
+    """Format "ip:port" or "[v6]:port"."""
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
 def parse_turn_url(text: str) -> TurnUrl:
-    """Read "turn:HOST[:PORT][?transport=tcp]" or "turns:…" (RFC 7065). Raises BadAddress.
+    """Parse "turn:HOST[:PORT][?transport=tcp]" or "turns:…" (RFC 7065). Raises BadAddress.
 
-    HOST is an IP address or a DNS name. UDP is no transport for TCP allocations (RFC 6062 section 4.1) and is refused.
+    HOST is an IP address or a DNS name. UDP is refused: TCP allocations cannot be made over it (RFC 6062 section 4.1).
     """
     expected = "expected turn:HOST:PORT?transport=tcp or turns:HOST:PORT?transport=tcp"
     if len(text) > MAX_TURN_URL:
@@ -122,7 +121,7 @@ def parse_turn_url(text: str) -> TurnUrl:
 
 
 def parse_cidrs(items: Iterable[str]) -> tuple[Network, ...]:
-    """Read CIDRs or single addresses, without ports. Raises BadAddress."""
+    """Parse CIDRs or single addresses, without ports. Raises BadAddress."""
     return tuple(_parse_cidr(item) for item in _bounded(items))
 
 
@@ -142,21 +141,21 @@ _ALL_PORTS = ((1, MAX_PORT),)
 
 
 class TargetList:
-    """Addresses and ports that may be dialled: `CIDR[:PORTS]`, IPv6 `[CIDR]:PORTS`; PORTS is a list of N, N-M, *."""
+    """Addresses and ports that may be dialled: `CIDR[:PORTS]`, or `[CIDR]:PORTS` for IPv6; PORTS is a list of N, N-M or *."""
 
     __slots__ = ("_entries",)
 
     def __init__(self, entries: Iterable[_Entry] = ()) -> None:
-        """Make a list of parsed entries; use `parse`. Without entries it allows nothing."""
+        """Use `parse` to make a list. Without entries it allows nothing."""
         self._entries = tuple(entries)
 
     @classmethod
     def parse(cls, items: Iterable[str]) -> "TargetList":
-        """Read a list as the configuration file holds it. Raises BadAddress at the first bad item."""
+        """Parse a list as in the configuration file. Raises BadAddress at the first invalid item."""
         return cls(_parse_target(item) for item in _bounded(items))
 
     def allows(self, address: Address, port: int) -> bool:
-        """Tell whether one of the items covers this address with this port."""
+        """Return whether one of the items contains this address and port."""
         return any(
             address in entry.network and any(low <= port <= high for low, high in entry.ports)
             for entry in self._entries
@@ -187,10 +186,10 @@ class TargetList:
 
 
 def refusal(address: Address, allowed: TargetList | None = None) -> str | None:
-    """Say why this address may never be dialled or stand in a record; None if it may.
+    """Return why an address must not be dialled or used in a record, None if it may.
 
-    A CIDR of `allowed` that holds the address and lies wholly inside the refused range lifts that refusal: 127.0.0.0/8
-    lets a test use loopback, while 0.0.0.0/0 lifts nothing.
+    A CIDR of `allowed` permits an address if it contains the address and lies completely inside the refused range: a test can use
+    loopback by 127.0.0.0/8, while 0.0.0.0/0 permits nothing.
     """
     if isinstance(address, IPv6Address) and address.scope_id is not None:
         return "has a zone"
@@ -208,12 +207,12 @@ def refusal(address: Address, allowed: TargetList | None = None) -> str | None:
 _REFUSED_IPV4 = (
     (IPv4Network("0.0.0.0/8"), "unspecified"),  # RFC 6890: "this network"; Linux dials 0.0.0.0 as loopback
     (IPv4Network("127.0.0.0/8"), "loopback"),
-    (IPv4Network("169.254.0.0/16"), "link-local"),  # most cloud metadata services live here
+    (IPv4Network("169.254.0.0/16"), "link-local"),  # most cloud metadata services are here
     (IPv4Network("100.100.100.200/32"), "cloud metadata"),  # Alibaba
     (IPv4Network("168.63.129.16/32"), "cloud metadata"),  # Azure's WireServer
     (IPv4Network("192.0.0.192/32"), "cloud metadata"),  # Oracle, formerly
     (IPv4Network("224.0.0.0/4"), "multicast"),
-    (IPv4Network("240.0.0.0/4"), "reserved"),  # 255.255.255.255 among them
+    (IPv4Network("240.0.0.0/4"), "reserved"),  # includes 255.255.255.255
 )
 _REFUSED_IPV6 = (
     (IPv6Network("::/128"), "unspecified"),
@@ -221,10 +220,8 @@ _REFUSED_IPV6 = (
     (IPv6Network("::ffff:0:0/96"), "IPv4-mapped"),
     (IPv6Network("::/96"), "IPv4-compatible"),  # RFC 4291 section 2.5.5.1, deprecated
     (IPv6Network("::ffff:0:0:0/96"), "IPv4-translated"),  # RFC 2765 section 2.1
-    (
-        IPv6Network("64:ff9b:1::/48"),
-        "behind a local NAT64",
-    ),  # RFC 8215: where the IPv4 address stands in it, each site decides
+    # RFC 8215: each site decides where the IPv4 address is in it.
+    (IPv6Network("64:ff9b:1::/48"), "behind a local NAT64"),
     (IPv6Network("2001::/32"), "Teredo"),  # RFC 4380: a tunnel to any IPv4 address
     (IPv6Network("fd00:ec2::254/128"), "cloud metadata"),  # AWS
     (IPv6Network("fd20:ce::254/128"), "cloud metadata"),  # Google
@@ -249,7 +246,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 
 
 def spellings(address: Address) -> tuple[Address, ...]:
-    """Return the address and, for a NAT64 or 6to4 address, the IPv4 address that a router makes of it."""
+    """Return the address and, for a NAT64 or 6to4 address, the IPv4 address that a router translates it to."""
     if isinstance(address, IPv4Address):
         return (address,)
     within = IPv4Address(int(address) & 0xFFFF_FFFF) if address in _NAT64 else address.ipv4_mapped or address.sixtofour
@@ -274,7 +271,7 @@ def _parse_cidr(text: str) -> Network:
         raise BadAddress(f"expected a CIDR without a zone, got {text!r}")
     _, slash, length = text.partition("/")
     try:
-        # A mask in place of a length ("10.0.0.0/255.0.0.0", or a host mask by mistake) reads too easily as another.
+        # A mask instead of a length ("10.0.0.0/255.0.0.0") is refused: a host mask, written by mistake, would be accepted, too.
         if slash and not (length.isascii() and length.isdigit() and len(length) <= 3):
             raise ValueError(length)
         network = ip_network(text, strict=False)
@@ -314,6 +311,6 @@ def _parse_ports(ports: str, text: str) -> tuple[tuple[int, int], ...]:
         except BadAddress:
             raise BadAddress(f"expected PORTS as N, N-M or *, got {item[:16]!r} in {text!r}") from None
         if last < first:
-            raise BadAddress(f"expected PORTS that rise, got {item!r} in {text!r}")
+            raise BadAddress(f"expected PORTS in ascending order, got {item!r} in {text!r}")
         ranges.append((first, last))
     return tuple(ranges)

@@ -1,7 +1,7 @@
-"""Imports: which plain service names this network takes from which other networks.
+"""Imports: which plain service names this network imports, and from which networks.
 
-A service name means something only where the using network imports it: no network can take over another's names.
-Sans-IO. The one error is BadImport.
+A plain service name is resolved only if the client's own network imports it, so no network can take over names of another.
+Sans-IO. The only error is BadImport.
 """
 
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ MAX_PATTERNS = 1024  # in one rule
 
 
 class BadImport(ValueError):
-    """A rule that cannot be meant; `path` says where in the rule."""
+    """An invalid rule. `path` is the place in the rule."""
 
     def __init__(self, path: str, expected: str) -> None:
-        """Say where in the rule, and what was expected."""
+        """`expected` is a sentence that says what was expected at `path`."""
         super().__init__(f"{path}: {expected}")
         self.path = path
         self.expected = expected
@@ -26,23 +26,23 @@ class BadImport(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportRule:
-    """One item of `import:`. Raises BadImport when made of anything but good patterns and network ids."""
+    """One item of `import:`. Raises BadImport for invalid patterns or network ids."""
 
     names: tuple[str, ...]
-    """Service names; a label `*` stands for exactly one label."""
+    """Service names; the label `*` matches exactly one label."""
 
     sources: tuple[str, ...]
-    """Networks, the preferred one first; the later ones are for failover."""
+    """Networks, the preferred one first; the others are for failover."""
 
     prefer: Literal["local", "remote"] = "local"
-    """`local`: upstream DNS is asked first and the import answers on NXDOMAIN or NODATA; `remote`: it is not asked."""
+    """`local`: upstream DNS is asked first, and the import is used on NXDOMAIN or NODATA; `remote`: upstream is not asked."""
 
     def __post_init__(self) -> None:
-        """Check every part."""
+        """Validate all fields."""
         if not 0 < len(self.names) <= MAX_PATTERNS:
             raise BadImport("names", f"expected 1 to {MAX_PATTERNS} names, got {len(self.names)}")
         for index, pattern in enumerate(self.names):
-            # A `*` stands for a label, so the pattern is good when it is good with a label in its place.
+            # `*` stands for a label, so the pattern is valid if it is valid with a label instead of `*`.
             if not is_service_name(pattern.replace("*", "x")) or any(
                 "*" in label and label != "*" for label in pattern.split(".")
             ):
@@ -62,7 +62,7 @@ class ImportRule:
 
 
 class Imports:
-    """All rules of a network. The first rule that matches a name decides."""
+    """All rules of a network. The first rule that matches a name is used."""
 
     __slots__ = ("_exact", "_wild", "rules", "sources")
 
@@ -72,9 +72,9 @@ class Imports:
         if len(self.rules) > MAX_RULES:
             raise BadImport("import", f"expected at most {MAX_RULES} rules, got {len(self.rules)}")
         self.sources = frozenset(source for rule in self.rules for source in rule.sources)
-        """Every network that anything is imported from."""
+        """All networks from which names are imported."""
         self._exact: dict[str, int] = {}
-        self._wild: dict[int, list[tuple[tuple[str, ...], int]]] = {}  # by count of labels, in the order of rules
+        self._wild: dict[int, list[tuple[tuple[str, ...], int]]] = {}  # by number of labels, in the order of the rules
         for index, rule in enumerate(self.rules):
             for pattern in rule.names:
                 labels = tuple(pattern.split("."))
@@ -84,7 +84,7 @@ class Imports:
                     self._exact.setdefault(pattern, index)
 
     def rule_for(self, name: str) -> ImportRule | None:
-        """Find the rule that imports this name, in any case and with or without a trailing dot; None if none does."""
+        """Return the rule that imports this name, None if there is none. Case and a trailing dot do not matter."""
         try:
             name = normalise(name)
         except BadName:

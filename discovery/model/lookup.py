@@ -1,7 +1,7 @@
-"""From a name to the places that it may mean: the one resolution that relay and resolver share.
+"""Resolves a name to the places that can serve it, for relay and resolver.
 
-It answers who could serve a name, in order of preference. Whether a route leads there, and whether policy allows it, is
-decided elsewhere. Sans-IO. The one error is Unresolved.
+The places are in order of preference. Whether there is a route to them, and whether policy allows it, is decided elsewhere.
+Sans-IO. The only error is Unresolved.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from discovery.model.names import AddressTarget, BadName, PlainName, ServiceTarg
 
 
 class UnresolvedReason(StrEnum):
-    """Why a name leads nowhere; the words are those of the streams' end reasons."""
+    """Why a name does not resolve. The values are also end reasons of streams."""
 
     BAD_NAME = "bad_name"
     UNKNOWN_NETWORK = "unknown_network"
@@ -25,10 +25,10 @@ class UnresolvedReason(StrEnum):
 
 
 class Unresolved(LookupError):
-    """A name that leads nowhere. `bad_name` is the error behind BAD_NAME, None otherwise."""
+    """A name that does not resolve. `bad_name` is the cause of BAD_NAME, None for other reasons."""
 
     def __init__(self, reason: UnresolvedReason, detail: str, bad_name: BadName | None = None) -> None:
-        """Say why, as an enum for metrics and as a sentence for people."""
+        """`reason` is for metrics, `detail` is a sentence for people."""
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -37,24 +37,26 @@ class Unresolved(LookupError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """One place that a name may mean."""
+    """One place that can serve a name."""
 
     network: str
     target: AddressTarget | ServiceTarget
-    """What to ask that network for. A service stands under its whole name, whatever beginning of it was asked for."""
+    """The target in that network. A service has its full name here, even if the name that was asked for is a prefix of it."""
 
     service: Record[ServiceSpec] | None
-    """The service's record; its endpoints are known for the own network alone. None for an address."""
+    """The service's record, which has endpoints only in the own network. None for an address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolution:
-    """All places that a name may mean, the preferred one first; never none."""
+    """All places that can serve a name."""
 
     asked: AddressTarget | ServiceTarget | PlainName
     candidates: tuple[Place, ...]
+    """At least one, the preferred one first."""
+
     rule: ImportRule | None = None
-    """The import that a plain name came in by."""
+    """The rule that imports a plain name, None for other names."""
 
 
 def resolve(
@@ -65,10 +67,10 @@ def resolve(
     *,
     local_port: int | None = None,
 ) -> Resolution:
-    """Find what a name means. Raises Unresolved.
+    """Resolve a name. Raises Unresolved.
 
-    A plain name takes the port that the client dialled, `local_port`, if the service has it, else the service's only
-    port, else it is AMBIGUOUS_PORT. Without a `local_port` (a resolver does not know it) the lowest port stands for all.
+    The port of a plain name is the port that the client dialled, `local_port`, if the service has it, or else the service's
+    only port; otherwise it is AMBIGUOUS_PORT. Without `local_port` (a resolver does not know it) it is the lowest port.
     """
     if isinstance(asked, str | bytes):
         try:
@@ -86,12 +88,12 @@ def resolve(
 
 
 def reached(name: str, where: Address | str, port: int, mesh: Mesh, network: str, domain: str) -> Place:
-    """Check that a name leads to a target in `network`, by that network's own records. No import is needed for it.
+    """Check that a name resolves to a target in `network`, by that network's records. This needs no import.
 
-    A gateway asks this about the name that a stream has proven and the target that its relay asks for. A plain name says no port,
-    so any port will do; whether the service has that port is left to the caller.
+    A gateway checks the proven name of a stream against the target that the relay requests. A plain name has no port, so it
+    matches any port; the caller checks whether the service has that port.
 
-    Raises Unresolved: WRONG_TARGET where the name leads to another target, or to another network.
+    Raises Unresolved: WRONG_TARGET if the name resolves to another target or network.
     """
     try:
         asked = decode(name, domain)
@@ -120,8 +122,8 @@ def reached(name: str, where: Address | str, port: int, mesh: Mesh, network: str
             raise Unresolved(UnresolvedReason.UNKNOWN_NAME, f"network {network!r} has no service {asked.name!r}")
         meant = ServiceTarget(network, asked.name, port)
     if meant != target:
-        told = meant.service if isinstance(meant, ServiceTarget) else str(meant.address)
-        detail = f"the relay asks for {shown}, but {name!r} leads to {told}, port {meant.port}"
+        actual = meant.service if isinstance(meant, ServiceTarget) else str(meant.address)
+        detail = f"the relay asks for {shown}, but {name!r} leads to {actual}, port {meant.port}"
         raise Unresolved(UnresolvedReason.WRONG_TARGET, detail)
     return Place(network=network, target=meant, service=service)
 

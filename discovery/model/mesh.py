@@ -1,7 +1,7 @@
-"""Records, and the mesh that they make together.
+"""Records, and the mesh of all records.
 
-A Mesh is an immutable view of all records. Applying changes gives a new one that shares everything untouched with the
-old, so readers never lock and never see half a change. Sans-IO.
+A Mesh is an immutable view of all records. Applying changes returns a new one that shares all unchanged parts with the old one,
+so readers need no locks and never see half a change. Sans-IO.
 """
 
 from bisect import bisect_left
@@ -55,14 +55,14 @@ __all__ = [
 ]
 
 Key: TypeAlias = tuple[Kind, str, str]
-"""Kind, network and id: what a record is found by."""
+"""Kind, network and id, which identify a record."""
 
 SpecT = TypeVar("SpecT")
 SpecT_co = TypeVar("SpecT_co", covariant=True)
 
 
 class Record(msgspec.Struct, Generic[SpecT_co], frozen=True, kw_only=True):
-    """One record. The revision is the store's when it was written; without a lease it stays until deleted."""
+    """One record. `revision` is the store's revision of its last write. Without a lease it stays until it is deleted."""
 
     kind: Kind
     network: str
@@ -73,7 +73,7 @@ class Record(msgspec.Struct, Generic[SpecT_co], frozen=True, kw_only=True):
 
     @property
     def key(self) -> Key:
-        """What the record is found by."""
+        """Kind, network and id."""
         return (self.kind, self.network, self.id)
 
 
@@ -82,7 +82,7 @@ AnyRecord: TypeAlias = Record[Any]
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """A record that is gone, as a change."""
+    """The deletion of a record, as a change."""
 
     key: Key
     revision: int
@@ -100,8 +100,8 @@ class _Undecoded(msgspec.Struct, frozen=True):
 def decode_record(data: bytes | msgspec.Raw) -> AnyRecord:
     """Decode a record from JSON, with the spec type of its kind. Raises BadRecord.
 
-    Unknown fields beside the known ones of the record itself are skipped, so that a newer server can add some. Keys are
-    checked, the meaning of specs is not: the server did that with addresses that it was told to allow.
+    Unknown fields of the record itself are ignored, so that newer servers can add some. The key is checked. The values of the
+    spec are not: the server has checked them, with the addresses that it was configured to allow.
     """
     try:
         raw = msgspec.json.decode(data, type=_Undecoded)
@@ -119,7 +119,7 @@ def decode_record(data: bytes | msgspec.Raw) -> AnyRecord:
 
 
 class _Bucket:
-    """The records of one kind and network, with indexes that are made when first asked for."""
+    """The records of one kind and network, with indexes that are built on first use."""
 
     def __init__(self, records: dict[str, AnyRecord]) -> None:
         self.records = records
@@ -131,7 +131,7 @@ class _Bucket:
     @cached_property
     def by_name(self) -> dict[str, Record[ServiceSpec]]:
         names: dict[str, Record[ServiceSpec]] = {}
-        for record in self.ordered:  # of two records with one name, the first by id counts, everywhere alike
+        for record in self.ordered:  # of two records with the same name the first by id is used, by all processes
             names.setdefault(record.spec.name, record)
         return names
 
@@ -144,25 +144,25 @@ _NONE = _Bucket({})
 
 
 class Mesh:
-    """All records at one revision, indexed. Immutable: `apply` makes the next one."""
+    """All records at one revision, with indexes. Immutable: `apply` returns the next one."""
 
     EMPTY: ClassVar["Mesh"]
 
     __slots__ = ("_buckets", "_networks", "revision")
 
     def __init__(self, buckets: dict[tuple[Kind, str], _Bucket], revision: int) -> None:
-        """Hold indexed records; use `Mesh.of` or `apply`."""
+        """Use `Mesh.of` or `apply` to make a mesh."""
         self._buckets = buckets
         self._networks: frozenset[str] | None = None
         self.revision = revision
 
     @classmethod
     def of(cls, records: Iterable[AnyRecord], revision: int = 0) -> "Mesh":
-        """Make a mesh of these records; its revision is the highest of theirs and `revision`."""
+        """Return a mesh of these records. Its revision is the highest of theirs and `revision`."""
         return cls.EMPTY.apply(records, revision)
 
     def apply(self, changes: Iterable[AnyRecord | Deletion], revision: int = 0) -> "Mesh":
-        """Make the mesh after these changes. Costs what the kinds and networks touched cost, not what the whole does."""
+        """Return the mesh after these changes. The cost depends on the size of the changed kinds and networks, not of the mesh."""
         touched: dict[tuple[Kind, str], dict[str, AnyRecord]] = {}
         highest = max(self.revision, revision)
         for change in changes:
@@ -187,12 +187,12 @@ class Mesh:
         return Mesh(buckets, highest)
 
     def at(self, revision: int) -> "Mesh":
-        """Give the same records at another revision, which after a change of epoch may be a lower one."""
+        """Return the same records with another revision, which may be lower after a change of epoch."""
         return self if revision == self.revision else Mesh(self._buckets, revision)
 
     @property
     def networks(self) -> frozenset[str]:
-        """All networks that any record declares, belongs to or leads through."""
+        """All networks that have a record, or whose TURN servers have an allocation."""
         if self._networks is None:
             found = {network for _, network in self._buckets}
             for (kind, _), bucket in self._buckets.items():
@@ -202,15 +202,15 @@ class Mesh:
         return self._networks
 
     def relays(self, network: str) -> tuple[Record[RelaySpec], ...]:
-        """The relays of a network, by id; likewise the methods below."""
+        """The relays of a network, in order of id, as in the methods below."""
         return self._all(Kind.RELAY, network)
 
     def turns(self, network: str) -> tuple[Record[TurnSpec], ...]:
-        """The TURN servers that stand in a network."""
+        """The TURN servers in a network."""
         return self._all(Kind.TURN, network)
 
     def allocations(self, network: str) -> tuple[Record[AllocationSpec], ...]:
-        """The allocations that lead into a network."""
+        """The allocations through which a network can be reached."""
         return self._all(Kind.ALLOCATION, network)
 
     def gateways(self, network: str) -> tuple[Record[GatewaySpec], ...]:
@@ -218,7 +218,7 @@ class Mesh:
         return self._all(Kind.GATEWAY, network)
 
     def vips(self, network: str) -> tuple[Record[VipSpec], ...]:
-        """The stable addresses that a network gave to services."""
+        """The stable addresses of services in a network."""
         return self._all(Kind.VIP, network)
 
     def services(self, network: str) -> tuple[Record[ServiceSpec], ...]:
@@ -226,19 +226,19 @@ class Mesh:
         return self._all(Kind.SERVICE, network)
 
     def record(self, kind: Kind, network: str, id: str) -> AnyRecord | None:  # noqa: A002 - the API's word
-        """Find one record by its key."""
+        """Return one record, None if there is none."""
         return self._buckets.get((kind, network), _NONE).records.get(id)
 
     def service(self, network: str, name: str) -> Record[ServiceSpec] | None:
-        """Find the service of a network with exactly this name."""
+        """Return the service of a network with exactly this name, None if there is none."""
         return self._buckets.get((Kind.SERVICE, network), _NONE).by_name.get(name)
 
     def services_beginning(self, network: str, prefix: str) -> tuple[Record[ServiceSpec], ...]:
-        """Find the services of a network whose name is `prefix` or begins with it and a dot, by name."""
+        """Return the services of a network whose name is `prefix` or starts with `prefix` and a dot, in order of name."""
         bucket = self._buckets.get((Kind.SERVICE, network), _NONE)
         names = bucket.names
         exact = bucket.by_name.get(prefix)
-        # All names that begin with "prefix." lie together, up to "prefix/": '/' follows '.' in ASCII.
+        # In the sorted list the names that start with "prefix." end before "prefix/", since '/' follows '.' in ASCII.
         begin, end = bisect_left(names, prefix + "."), bisect_left(names, prefix + "/")
         beginning = tuple(bucket.by_name[name] for name in names[begin:end])
         return beginning if exact is None else (exact, *beginning)

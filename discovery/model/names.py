@@ -1,4 +1,4 @@
-"""Names that say where a connection shall go: mangled and compact names under the mesh domain, both directions.
+"""Names of targets: encodes and decodes the mangled and compact names under the mesh domain.
 
 Six forms (D is the mesh domain):
 
@@ -6,14 +6,14 @@ Six forms (D is the mesh domain):
     _8443._fd00--5._b.D         the same for IPv6: RFC 5952 text with '-' for ':'
     _8443.orders.shop._b.D      service `orders.shop` of network b, port 8443
     p8443-10-1-0-5.b.D          compact address; IPv6 is p8443-x and 32 hexadecimal digits
-    p8443-orders.shop.b.D       compact service: three labels or more before D
+    p8443-orders.shop.b.D       compact service: at least three labels before D
     orders.shop.example         any name outside D: a candidate service name
 
-The compact forms exist because an underscore costs clients: OpenSSL matches no wildcard against such a label and Java
-sends no SNI for it at all. One target has exactly one name in each form, so that two parties that compare names never
-disagree: whatever is not canonical is refused with a reason.
+The compact forms exist because some clients do not support underscores: OpenSSL matches no wildcard against such a label, and
+Java sends no SNI for it at all. A target has exactly one name in each form, so that two parties that compare names never
+disagree: a name that is not canonical is refused with a reason.
 
-Sans-IO: text in, values out. The one error is BadName.
+Sans-IO: text in, values out. The only error is BadName.
 """
 
 import re
@@ -30,7 +30,7 @@ MAX_PORT = 65535
 
 
 class NameReason(StrEnum):
-    """Why a name is none of ours. `incomplete` alone means that valid names lie at or below it (DNS: NODATA)."""
+    """Why a name is invalid. Only INCOMPLETE means that there may be valid names at or below it (DNS: NODATA)."""
 
     EMPTY = "empty"
     TOO_LONG = "too_long"
@@ -44,20 +44,20 @@ class NameReason(StrEnum):
 
 
 class BadName(ValueError):
-    """A name, or a target to make a name of, that is refused.
+    """An invalid name, or a target that has no name.
 
-    `detail` is a sentence for an operator. It holds only characters that were checked, never raw bytes of a peer.
+    `detail` is a sentence for an operator. It contains only characters that were checked, never raw bytes from a peer.
     """
 
     def __init__(self, reason: NameReason, detail: str) -> None:
-        """Say why, as an enum for metrics and as a sentence for people."""
+        """`reason` is for metrics, `detail` is a sentence for people."""
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
 
 
 class Form(StrEnum):
-    """The two spellings of a target under the mesh domain."""
+    """The two forms of a target's name under the mesh domain."""
 
     MANGLED = "mangled"
     COMPACT = "compact"
@@ -65,7 +65,7 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AddressTarget:
-    """An address and port as network `network` knows them."""
+    """An address and port, as seen in network `network`."""
 
     network: str
     address: IPv4Address | IPv6Address
@@ -74,7 +74,7 @@ class AddressTarget:
 
 @dataclass(frozen=True, slots=True)
 class ServiceTarget:
-    """A port of the service of `network` whose name is `service` or begins with it and a dot."""
+    """A port of the service of `network` whose name is `service` or starts with `service` and a dot."""
 
     network: str
     service: str
@@ -95,18 +95,18 @@ _LDH = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _DECIMAL_QUAD = re.compile(r"(?:[0-9]+-){3}[0-9]+")
 _COMPACT = re.compile(r"p([0-9]+)-(.+)")
-# What an operator who mistypes a compact address writes. No service name may end in such a label, so that the mistake
-# can be told as one without hiding a service below it.
+# A label that is or looks like a compact address. No service name may end in such a label, so that a mistyped address can be
+# reported as an error without hiding a service below it.
 _COMPACT_ADDRESS_LIKE = re.compile(r"p[0-9]+-(?:[0-9][0-9-]*|x[0-9a-f]*)")
 
 
 def is_ldh_label(text: str) -> bool:
-    """Tell whether this is a label of lower-case letters, digits and inner hyphens, 1 to 63 long."""
+    """Return whether this is a label of 1 to 63 lower-case letters, digits and inner hyphens."""
     return _LDH.fullmatch(text) is not None
 
 
 def is_service_name(text: str) -> bool:
-    """Tell whether discovery may hold a service under this name: two LDH labels or more, 253 characters at most."""
+    """Return whether a service may have this name: at least two LDH labels, at most 253 characters, the last label no number."""
     if len(text) > MAX_NAME:
         return False
     labels = text.split(".")
@@ -114,18 +114,18 @@ def is_service_name(text: str) -> bool:
 
 
 def is_under(name: str, domain: str) -> bool:
-    """Tell whether a normalised name is the normalised domain or lies under it."""
+    """Return whether a normalised name is the normalised domain or is under it."""
     return name == domain or name.endswith("." + domain)
 
 
 def normalise(name: str | bytes) -> str:
     """Lower-case a name, strip one trailing dot and check its characters and lengths.
 
-    Letters, digits, hyphen and underscore may stand anywhere in a label here: what a label must be is decided where its
-    meaning is known. Raises BadName.
+    Letters, digits, hyphens and underscores are accepted anywhere in a label: stricter rules are applied where the meaning of
+    the label is known. Raises BadName.
     """
     if len(name) > MAX_NAME + 1:
-        raise BadName(NameReason.TOO_LONG, f"the name has {len(name)} characters, {MAX_NAME} is the most")
+        raise BadName(NameReason.TOO_LONG, f"the name has {len(name)} characters, the limit is {MAX_NAME}")
     text = name.decode("latin-1") if isinstance(name, bytes) else name
     if text.isascii():
         text = text.lower().removesuffix(".")
@@ -140,13 +140,14 @@ def normalise(name: str | bytes) -> str:
             "names have letters, digits, '-', '_' and '.'",
         )
     if len(text) > MAX_NAME:
-        raise BadName(NameReason.TOO_LONG, f"the name has {len(text)} characters, {MAX_NAME} is the most")
+        raise BadName(NameReason.TOO_LONG, f"the name has {len(text)} characters, the limit is {MAX_NAME}")
     for label in text.split("."):
         if not label:
             raise BadName(NameReason.BAD_LABEL, f"{text!r} has an empty label")
         if len(label) > MAX_LABEL:
             raise BadName(
-                NameReason.LABEL_TOO_LONG, f"label {label[:20]!r}… has {len(label)} characters, {MAX_LABEL} is the most"
+                NameReason.LABEL_TOO_LONG,
+                f"label {label[:20]!r}… has {len(label)} characters, the limit is {MAX_LABEL}",
             )
     return text
 
@@ -161,7 +162,7 @@ def normalise_domain(domain: str) -> str:
 
 
 def decode(name: str | bytes, domain: str) -> AddressTarget | ServiceTarget | PlainName:
-    """Read a name of any form. Raises BadName for every name that is not exactly one of them."""
+    """Decode a name of any form. Raises BadName for names that are not exactly in one of the forms."""
     domain = normalise_domain(domain)
     text = normalise(name)
     if not is_under(text, domain):
@@ -176,9 +177,9 @@ def decode(name: str | bytes, domain: str) -> AddressTarget | ServiceTarget | Pl
 
 
 def encode(target: AddressTarget | ServiceTarget | PlainName, domain: str, form: Form = Form.COMPACT) -> str:
-    """Make the one name that this target has in this form. Raises BadName when it can have none.
+    """Return the name of a target in this form. Raises BadName if it has none.
 
-    A label of 58 characters or more at the head of a service name fits the mangled form only.
+    If the first label of a service name has 58 characters or more (with a port of four digits), only the mangled form fits.
     """
     domain = normalise_domain(domain)
     if isinstance(target, PlainName):
@@ -204,26 +205,26 @@ def encode(target: AddressTarget | ServiceTarget | PlainName, domain: str, form:
 
 
 def names_of(target: AddressTarget | ServiceTarget, domain: str) -> Iterator[str]:
-    """Yield the names that a target has under the mesh domain, one for each form in which it can be written."""
+    """Yield the names of a target under the mesh domain, one for each form that it has."""
     for form in Form:
-        with suppress(BadName):  # a long label fits one form only, and a long service name none
+        with suppress(BadName):  # a long first label fits only one form, and a long service name none
             yield encode(target, domain, form)
 
 
 def beginnings(target: ServiceTarget) -> Iterator[ServiceTarget]:
-    """Yield a service under each beginning of its name that a name may have, the whole one last."""
+    """Yield the service with each prefix of at least two labels of its name, the full name last."""
     labels = target.service.split(".")
     for count in range(2, len(labels) + 1):
         yield ServiceTarget(target.network, ".".join(labels[:count]), target.port)
 
 
 def possible_names(target: AddressTarget | ServiceTarget, domain: str) -> Iterator[str]:
-    """Yield every name that may lead to a target. Names of services may lead to others as well, or be too long to be asked for."""
+    """Yield all names that may resolve to a target. Those of services may also resolve to others, or be too long for DNS."""
     if isinstance(target, AddressTarget):
         yield from names_of(target, domain)
         return
     yield target.service
-    for short in beginnings(target):  # written out, since it is done for every service that shares an endpoint
+    for short in beginnings(target):  # not by `encode`: this runs for every service that shares an endpoint
         yield f"p{short.port}-{short.service}.{short.network}.{domain}"
         yield f"_{short.port}.{short.service}._{short.network}.{domain}"
 
@@ -239,7 +240,7 @@ def _decode_mangled(labels: list[str], network: str, text: str) -> AddressTarget
         raise BadName(NameReason.INCOMPLETE, f"{text!r} has no port: expected _PORT.SERVICE._{network}")
     port = _port(labels[0][1:])
     if len(labels) == 2:
-        raise BadName(NameReason.NOT_A_TARGET, f"service name {labels[1]!r} has one label, two are the least")
+        raise BadName(NameReason.NOT_A_TARGET, f"service name {labels[1]!r} has one label, expected at least two")
     _check_service(labels[1:])
     return ServiceTarget(network, ".".join(labels[1:]), port)
 
@@ -266,7 +267,7 @@ def _decode_compact(labels: list[str], network: str, text: str) -> AddressTarget
     compact = _COMPACT.fullmatch(labels[0])
     if len(labels) == 1:
         if compact is None or not _COMPACT_ADDRESS_LIKE.fullmatch(labels[0]):
-            # Not a mistake in DNS: p8443-orders.shop.b.D lies below shop.b.D, and p8443-orders.p1-x.b.D below p1-x.b.D.
+            # Not an error in DNS: p8443-orders.shop.b.D is below shop.b.D, and p8443-orders.p1-x.b.D is below p1-x.b.D.
             raise BadName(NameReason.INCOMPLETE, f"{text!r} is neither pPORT-ADDRESS nor a service of two labels")
         port = _port(compact[1])
         return AddressTarget(network, _compact_address(compact[2]), port)
@@ -276,7 +277,7 @@ def _decode_compact(labels: list[str], network: str, text: str) -> AddressTarget
     try:
         port = _port(compact[1])
     except BadName as error:
-        # A namespace may be called p0-team: names below this one can be valid, so it must not look absent.
+        # A namespace may be called p0-team. Names below this one can be valid, so DNS must not answer NXDOMAIN.
         raise BadName(NameReason.INCOMPLETE, f"{text!r} names no target: {error.detail}") from None
     service = [compact[2], *labels[1:]]
     try:
@@ -298,7 +299,7 @@ def _check_ldh(label: str, what: str = "") -> None:
     if not is_ldh_label(label):
         subject = f"{what} label {label[:MAX_LABEL]!r}" if what else f"label {label[:MAX_LABEL]!r}"
         if len(label) > MAX_LABEL:
-            raise BadName(NameReason.LABEL_TOO_LONG, f"{subject} has {len(label)} characters, {MAX_LABEL} is the most")
+            raise BadName(NameReason.LABEL_TOO_LONG, f"{subject} has {len(label)} characters, the limit is {MAX_LABEL}")
         raise BadName(NameReason.BAD_LABEL, f"{subject} is not lower-case letters, digits and hyphens between them")
 
 
@@ -306,7 +307,7 @@ def _check_service(labels: list[str], least: int = 2) -> None:
     for label in labels:
         _check_ldh(label)
     if len(labels) < least:
-        raise BadName(NameReason.NOT_A_TARGET, f"service name {labels[0]!r} has one label, two are the least")
+        raise BadName(NameReason.NOT_A_TARGET, f"service name {labels[0]!r} has one label, expected at least two")
     if _COMPACT_ADDRESS_LIKE.fullmatch(labels[-1]):
         raise BadName(NameReason.BAD_LABEL, f"{labels[-1]!r} ends a service name but reads as a compact address")
 
@@ -333,7 +334,7 @@ def _check_address(address: IPv4Address | IPv6Address) -> None:
 
 
 def _address(text: str) -> IPv4Address | IPv6Address:
-    """Read the hyphenated text of an address. Four groups are never IPv6, which has eight or an empty one."""
+    """Parse the hyphenated text of an address. Four groups are never IPv6, which has eight groups or an empty one."""
     address: IPv4Address | IPv6Address
     try:
         address = IPv4Address(text.replace("-", ".")) if _DECIMAL_QUAD.fullmatch(text) else _ipv6(text)

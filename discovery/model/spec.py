@@ -1,7 +1,7 @@
 """The specs of records: seven kinds, and the rules for each.
 
-Decoding proves the shape, `spec_faults` proves the meaning: addresses that may be dialled, ports, ids, bounded lengths
-and counts. Sans-IO. The one error is BadRecord.
+Decoding checks the structure. `spec_faults` checks the values: addresses that may be dialled, ports, ids, lengths and counts.
+Sans-IO. The only error is BadRecord.
 """
 
 import hashlib
@@ -26,21 +26,22 @@ from discovery.model.names import MAX_PORT, is_ldh_label, is_service_name
 from discovery.model.validation import Fault, child, shown
 
 MAX_ID = 63
-MAX_ADDRESSES = 64  # of one relay or TURN server; hosts have a handful
+MAX_ADDRESSES = 64  # of one relay or TURN server; hosts have only a few
 MAX_PORTS = 64  # of one relay or service
-MAX_TURN_SERVERS = 256  # that one relay publishes its sources for
+MAX_TURN_SERVERS = 256  # for which one relay publishes its sources
 MAX_ENDPOINTS = 1000  # of one port; a Kubernetes EndpointSlice holds 100 by default and 1000 at most
 MAX_PROTO = 16
 MAX_WEIGHT = 1000  # from the smallest gateway to the largest machine
 MAX_ASKED = 1000  # networks that one relay imports from
-FRAMED = "framed/1"  # capsules behind a signed preamble, the one stream protocol that loses nothing
+FRAMED = "framed/1"
+"""Capsules after a signed preamble: the only stream protocol that loses no data."""
 
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 _PROTO = re.compile(r"[a-z0-9-]{1,32}/[0-9]{1,3}")
 
 
 class Kind(StrEnum):
-    """What a record is about."""
+    """The kind of a record."""
 
     NETWORK = "network"
     RELAY = "relay"
@@ -52,100 +53,98 @@ class Kind(StrEnum):
 
 
 class BadRecord(ValueError):
-    """An invalid record: `path` says where, `expected` what was expected there."""
+    """An invalid record. `path` is the place of the error."""
 
     def __init__(self, path: str, expected: str) -> None:
-        """Say where, and what was expected."""
+        """`expected` is a sentence that says what was expected at `path`."""
         super().__init__(f"{path}: {expected}")
         self.path = path
         self.expected = expected
 
 
-# A field at its default is not written, so that versions that do not know it can read the record. So no default may ever
-# change.
+# A field with its default value is not written, so that versions that do not know the field can read the record. Therefore a
+# default must never change.
 
 
 class NetworkSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A network exists. Its record's id is the network's."""
+    """Declares a network. The record's id is the network's."""
 
 
 class RelaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A relay of the network, as its clients reach it."""
+    """A relay of the network."""
 
     addresses: list[str]
-    """IP addresses that DNS answers with."""
-
+    """IP addresses under which clients reach it. DNS answers with them."""
     ports: list[int]
+    """Ports that it listens on."""
     sources: dict[str, list[str]] = {}
-    """For each TURN server of this network (by id) the addresses that it sees this relay come from."""
-
+    """For each TURN server of this network (by id), the source addresses that the server sees for connections of this relay."""
     asks: list[str] = []
-    """Networks that this relay asks for: those that it imports names from. A hint for gateways that register only where they
-    are asked for; a relay may ask for others all the same."""
+    """Networks that this relay imports names from. This is a hint for gateways that register only with networks that import
+    from them; a relay may use other networks, too."""
 
 
 class TurnSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A TURN server that stands in this network."""
+    """A TURN server in this network."""
 
     url: str
-    """As gateways of other networks reach it: turn:HOST:PORT?transport=tcp, or turns:."""
-
+    """URL under which gateways of other networks reach it: turn:HOST:PORT?transport=tcp, or turns:."""
     relay_addresses: list[str]
-    """The addresses that allocations are made on, as this network's relays reach them."""
-
+    """Addresses of allocations, as reached by this network's relays."""
     port_min: int
     port_max: int
+    """Ports of allocations, from `port_min` to `port_max` inclusive."""
     zone: str = ""
-    """Zone of the server; relays of the same zone prefer its allocations."""
+    """Zone of the server. Relays in the same zone prefer its allocations."""
 
 
 class AllocationSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A way into the record's network: an allocation that its gateway holds on another network's TURN server."""
+    """A route into the record's network: an allocation of its gateway on a TURN server of another network."""
 
     via: str
-    """The network whose TURN server it is, and whose relays may use it."""
-
+    """Network of the TURN server, whose relays may use the allocation."""
     turn: str
-    """Id of that TURN server's record."""
-
+    """Id of the TURN server's record."""
     port: int
+    """Port of the relayed address."""
     gateway: str
+    """Id of the gateway."""
     proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
     weight: int = 1
     """Relative share of streams."""
 
 
 class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A gateway of the network that can be reached without a TURN server."""
+    """A gateway of the network that can be reached directly, without a TURN server."""
 
     address: str
-    """ip:port"""
+    """ip:port under which relays of other networks reach it."""
 
     proto: list[str] = msgspec.field(default_factory=lambda: [FRAMED])
     weight: int = 1
-    """As an allocation's."""
+    """Relative share of streams."""
     zone: str = ""
-    """As a TURN server's."""
+    """Zone of the gateway. Relays in the same zone prefer it."""
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A service of the network. What other networks read has the ports, with empty lists of endpoints."""
+    """A service of the network. Other networks see its ports with empty lists of endpoints."""
 
     name: str
     ports: dict[str, list[str]]
-    """Port as a decimal string, and the endpoints (ip:port) behind it."""
+    """For each port, as a decimal string, its endpoints (ip:port)."""
 
     proxy_protocol: bool | Literal["v1", "v2"] = False
-    """Which PROXY protocol header the service wants first; `true` is v2."""
+    """The PROXY protocol header that the service expects; `true` means v2."""
 
     @property
     def proxy_version(self) -> int | None:
-        """The version of that header, None for none."""
+        """The version of that header, None if the service expects none."""
         return {False: None, True: 2, "v1": 1, "v2": 2}[self.proxy_protocol]
 
 
 class VipSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The one stable address under which clients of this network see a service."""
+    """The stable address under which clients of this network reach a service."""
 
     name: str
     address: str
@@ -165,12 +164,12 @@ SPEC_TYPES: Mapping[Kind, type[Spec]] = {
 
 
 def is_record_id(text: str) -> bool:
-    """Tell whether this can be a record's id: lower-case letters, digits, inner `-`, `.` and `_`, 63 at most."""
+    """Return whether this is a valid id: lower-case letters, digits, inner `-`, `.` and `_`, at most 63 characters."""
     return _ID.fullmatch(text) is not None
 
 
 def service_id(name: str) -> str:
-    """Make the id that a service's record has when nobody chose one: its name, shortened with a hash if too long."""
+    """Return the default id of a service's record: its name, shortened with a hash if it is too long."""
     if len(name) <= MAX_ID:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -178,9 +177,9 @@ def service_id(name: str) -> str:
 
 
 def check_spec(kind: Kind, network: str, spec: Spec, allowed: TargetList | None = None) -> None:
-    """Raise BadRecord at the first fault of a spec that is to stand in a record of this network.
+    """Raise BadRecord for the first error of a spec in a record of this network.
 
-    A CIDR of `allowed` that lies wholly inside a refused range lifts the refusal of its addresses.
+    A CIDR of `allowed` that lies completely inside a refused range permits its addresses.
     """
     for fault in spec_faults(kind, network, spec, allowed):
         raise BadRecord(fault.path, f"expected {fault.expected}, got {fault.got}")
@@ -193,7 +192,7 @@ def check_key(kind: Kind, network: str, record_id: str) -> None:
 
 
 def key_faults(kind: Kind, network: str, record_id: str, path: str = "$") -> Iterator[Fault]:
-    """Yield every fault of a record's network and id."""
+    """Yield all errors of a record's network and id."""
     if not is_ldh_label(network):
         yield Fault(f"{path}.network", "a network id: lower-case letters, digits, inner hyphens", shown(network))
     if not is_record_id(record_id):
@@ -207,7 +206,7 @@ def key_faults(kind: Kind, network: str, record_id: str, path: str = "$") -> Ite
 def spec_faults(
     kind: Kind, network: str, spec: Spec, allowed: TargetList | None = None, path: str = "$.spec"
 ) -> Iterator[Fault]:
-    """Yield every fault of a spec that has the right shape."""
+    """Yield all errors of a spec whose structure is valid."""
     if not isinstance(spec, SPEC_TYPES[kind]):
         yield Fault(path, f"the spec of a {kind}", type(spec).__name__)
         return
@@ -216,11 +215,11 @@ def spec_faults(
 
 
 def decode_spec(kind: Kind, data: bytes | msgspec.Raw) -> Spec:
-    """Decode a spec from JSON. Raises BadRecord; meaning is checked by `check_spec`."""
+    """Decode a spec from JSON, without checking its values (see `check_spec`). Raises BadRecord."""
     try:
         return msgspec.json.decode(data, type=SPEC_TYPES[kind])
     except msgspec.ValidationError as error:
-        # msgspec's sentence ends in " - at `$.port`", unless the fault is the whole.
+        # msgspec's message ends in " - at `$.port`", unless the error concerns the whole value.
         sentence, _, path = str(error).partition(" - at `$")
         raise BadRecord(f"$.spec{path.removesuffix('`')}", sentence[:1].lower() + sentence[1:]) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -313,7 +312,7 @@ def _turn_url_faults(path: str, text: str, allowed: TargetList | None) -> Iterat
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The network that a spec is for, and the refused addresses that are allowed in it."""
+    """The network of a record, and the refused addresses that are permitted in it."""
 
     network: str
     allowed: TargetList | None
@@ -382,7 +381,7 @@ def _service_faults(path: str, spec: ServiceSpec, place: _Place) -> Iterator[Fau
 
 def _vip_faults(path: str, spec: VipSpec, place: _Place) -> Iterator[Fault]:
     yield from _name_faults(f"{path}.name", spec.name)
-    # No host is dialled at a vip: the relay answers for it. So it may come from the range reserved for future use.
+    # No host has the address of a vip: the relay answers for it. So it may be in the range that is reserved for future use.
     if any(_address_faults(f"{path}.address", spec.address, _NO_HOSTS)):
         yield from place.address_faults(f"{path}.address", spec.address)
 

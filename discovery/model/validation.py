@@ -1,6 +1,6 @@
-"""Check data decoded from JSON or YAML against a Struct, and report every fault, not only the first.
+"""Validates data decoded from JSON or YAML against a Struct, and reports all errors, not only the first.
 
-A fault names a path and what was expected there. Sans-IO.
+An error has a path and what was expected there. Sans-IO.
 """
 
 import types
@@ -10,7 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-MAX_SHOWN = 80  # characters of a bad value that a fault repeats
+MAX_SHOWN = 80
+"""Characters of an invalid value that an error repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Fault:
 
 
 def shown(value: object) -> str:
-    """Show a value in a message: short, on one line, whatever it holds."""
+    """Format any value for a message: short, and on one line."""
     match value:
         case None:
             return "null"
@@ -35,7 +36,7 @@ def shown(value: object) -> str:
         case str():
             text = repr(value[: MAX_SHOWN + 1])
         case int() | float():
-            # An integer of a million digits would take Python a second and a refusal to print.
+            # Python needs a second to convert an integer of a million digits, and may refuse to.
             text = str(value) if not isinstance(value, int) or value.bit_length() < 256 else "a huge number"
         case dict():
             text = "a mapping"
@@ -47,16 +48,17 @@ def shown(value: object) -> str:
 
 
 def child(path: str, key: object) -> str:
-    """Name a member of what `path` names: `$.a` for plain keys, `$["a b"]` for the rest."""
+    """Return the path of a member: `$.a` for plain keys, `$["a b"]` for others."""
     if isinstance(key, str) and key and key.replace("_", "a").isalnum() and key.isascii():
         return f"{path}.{key}"
     return f'{path}["{shown(key)[1:-1]}"]' if isinstance(key, str) else f"{path}[{shown(key)}]"
 
 
 def shape_faults(value: object, expected: Any, path: str = "$") -> Iterator[Fault]:
-    """Hold a value against str, int, bool, Literal, list[T], dict[str, T], T | None, unions of plain ones, or a Struct.
+    """Yield all errors of a value. `expected` is str, int, bool, Literal, list[T], dict[str, T], T | None, a union of plain types,
+    or a Struct.
 
-    Yields every fault. A value without faults can be given to msgspec.convert(value, expected).
+    A value without errors can be passed to msgspec.convert(value, expected).
     """
     if isinstance(expected, type) and issubclass(expected, msgspec.Struct):
         return _struct_faults(value, expected, path)
@@ -64,7 +66,7 @@ def shape_faults(value: object, expected: Any, path: str = "$") -> Iterator[Faul
 
 
 def _words(expected: Any) -> str:
-    """Say what a plain value has to be."""
+    """Describe a plain type."""
     if get_origin(expected) is Literal:
         return " or ".join(get_args(expected))
     return {str: "a string", int: "an integer", bool: "true or false"}.get(expected, str(expected))
@@ -135,4 +137,4 @@ _CHECKERS: Mapping[Any, Callable[[object, Any, str], Iterator[Fault]]] = {
     dict: _mapping_faults,
     Literal: _literal_faults,
 }
-"""By the origin of the expected type; a type without one is plain."""
+"""By the origin of the expected type. Types without an origin are plain."""

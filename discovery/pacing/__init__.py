@@ -1,1 +1,1 @@
-"""How often: rates, and pauses between attempts. Shared by all packages, since all stand on this one. Sans-IO."""
+"""Rate limits and backoff. All packages use them, since all may import this one. Sans-IO."""

@@ -1,4 +1,4 @@
-"""Pauses between attempts that fail: twice as long with each failure in a row, up to a longest one."""
+"""Exponential backoff: the pause doubles with each failure in a row, up to a limit."""
 
 import random
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ _MOST_DOUBLINGS = 32
 class Backoff:
     """Pauses from `first_s` to `longest_s` seconds.
 
-    A drawn pause is shortened by up to `jitter` of itself, so that those who failed together do not come back together. With 1.0
-    it may be any up to the bound ("full jitter").
+    Each pause is randomly shortened by up to this fraction (`jitter`), so that clients that failed together do not retry
+    together. With 1.0 it can be anything up to the bound ("full jitter").
     """
 
     first_s: float
@@ -19,10 +19,10 @@ class Backoff:
     jitter: float = 0.5
 
     def bound_s(self, failures: int) -> float:
-        """Return the longest pause after so many failures in a row, the first one included."""
+        """Return the longest possible pause after this many failures in a row; the first failure counts as 1."""
         return min(self.first_s * 2.0 ** min(max(failures, 1) - 1, _MOST_DOUBLINGS), self.longest_s)
 
     def pause_s(self, failures: int) -> float:
-        """Draw a pause after so many failures in a row."""
+        """Return a random pause after this many failures in a row."""
         bound_s = self.bound_s(failures)
         return random.uniform(bound_s * (1 - self.jitter), bound_s)

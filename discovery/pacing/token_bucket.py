@@ -1,4 +1,4 @@
-"""A token bucket: so many at once, and so many a second on average. No clock of its own."""
+"""A token bucket: limits a burst and an average rate. Sans-IO: the caller passes the time."""
 
 
 class TokenBucket:
@@ -7,14 +7,14 @@ class TokenBucket:
     __slots__ = ("_at", "_left", "burst", "rate")
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
-        """`now` is seconds of any clock that does not go back; the same one for every call."""
+        """`now` is in seconds, of any monotonic clock; use the same clock for every call."""
         self.rate = rate
         self.burst = burst
         self._left = burst
         self._at = now
 
     def left(self, now: float) -> float:
-        """Return how many tokens there are; a negative number are owed."""
+        """Return the number of tokens; negative if tokens are owed."""
         self._left = min(self.burst, self._left + max(0.0, now - self._at) * self.rate)
         self._at = now
         return self._left
@@ -27,10 +27,10 @@ class TokenBucket:
         return True
 
     def spend(self, count: float, now: float) -> float:
-        """Take `count` tokens, going into debt if need be. Returns for how many seconds to take no more."""
+        """Take `count` tokens, going into debt if necessary. Returns the seconds until the debt is paid."""
         self._left = self.left(now) - count
         return self.wait_s(0, now)
 
     def wait_s(self, count: float, now: float) -> float:
-        """Return in how many seconds there will be `count` tokens."""
+        """Return the seconds until there are `count` tokens."""
         return max(0.0, count - self.left(now)) / self.rate

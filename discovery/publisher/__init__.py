@@ -1,4 +1,4 @@
-"""Publishers: what a network's own registry of services knows, as service records. Kubernetes is the one there is."""
+"""Publishers: they write the services of another registry as service records. The only one so far is for Kubernetes."""
 
 from discovery.publisher.config import PublisherConfig
 from discovery.publisher.role import Publisher

@@ -16,26 +16,29 @@ class PublisherConfig:
 
     network: str
     id: str = "k8s"
-    """What the ids of its records begin with. Publishers of one cluster share it, those of two clusters must not: each
-    takes away what stands under its own and is not exported any more."""
+    """Prefix of the ids of its records. Publishers of one cluster must share it, and publishers of different clusters must not:
+    each publisher deletes records with its prefix that its cluster does not export."""
 
     api: str | None = None
-    """URL of the Kubernetes API; by default from the pod's environment."""
+    """URL of the Kubernetes API; the default comes from the pod's environment."""
 
     token_file: Path | None = None
-    """Read again when it changes; by default the pod's service account token."""
+    """File with the token, read again when it changes; by default the pod's service account token."""
 
     ca_file: Path | None = None
+    """CA that verifies the API server; by default the one of the pod's service account, if `api` is not set."""
+
     namespaces: tuple[str, ...] = ()
-    """Namespaces to publish; by default all, which needs the right to list and watch cluster-wide."""
+    """Namespaces to publish. The default is all, which needs the right to list and watch in the whole cluster."""
 
     cluster_domain: str = DEFAULT_CLUSTER_DOMAIN
+    """Domain of the names of the cluster's services."""
 
     page: int = PAGE
-    """Objects that a list asks for at once."""
+    """Objects in one request of a list."""
 
     watch_s: int = WATCH_S
-    """How long the server is asked to keep a watch open, in seconds."""
+    """Seconds for which the API server is asked to keep a watch open."""
 
     def resolved(self, environment: dict[str, str] | None = None) -> "PublisherConfig":
         """Fill in the defaults from the pod's environment. Raises ValueError outside of a pod."""
@@ -44,7 +47,7 @@ class PublisherConfig:
         found = os.environ if environment is None else environment
         host, port = found.get("KUBERNETES_SERVICE_HOST"), found.get("KUBERNETES_SERVICE_PORT", "443")
         if not host:
-            raise ValueError("expected publisher.api, since this is no pod: KUBERNETES_SERVICE_HOST is not set")
+            raise ValueError("expected publisher.api, since this is not a pod: KUBERNETES_SERVICE_HOST is not set")
         return replace(
             self,
             api=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",

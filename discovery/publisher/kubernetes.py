@@ -1,4 +1,4 @@
-"""The Kubernetes API over aiohttp: list everything, then watch from there, and list again when the history is gone."""
+"""A client of the Kubernetes API: lists objects, then watches them from that version on."""
 
 import logging
 from collections.abc import AsyncGenerator
@@ -17,24 +17,28 @@ from discovery.publisher.table import resource_version
 log = logging.getLogger(__name__)
 
 PAGE = 500
-MAX_PAGES = 1000  # half a million objects; Kubernetes is tested with a tenth of that
+MAX_PAGES = 1000
+"""Half a million objects; Kubernetes itself is tested with a tenth of that."""
+
 REQUEST_TIMEOUT_S = 30.0
-WATCH_S = 240  # asked of the server, so that a watch that hangs is noticed soon after
+WATCH_S = 240
+"""The server is asked to end watches after this time, so that one that hangs is noticed soon afterwards."""
+
 MAX_ANSWER = 64 * 1024 * 1024
 MAX_TOKEN = 64 * 1024
-MAX_LINE = 4 * 1024 * 1024  # etcd holds objects of 1.5 MiB at most
+MAX_LINE = 4 * 1024 * 1024  # objects in etcd have 1.5 MiB at most
 
 
 class KubeError(Exception):
-    """The Kubernetes API cannot be reached, or answers with an error."""
+    """The Kubernetes API cannot be reached, or answered with an error."""
 
 
 class Gone(KubeError):
-    """The history from this resourceVersion on is gone (HTTP 410): everything has to be listed again."""
+    """The history after this resourceVersion is no longer available (HTTP 410): all objects must be listed again."""
 
 
 class KubeApi:
-    """Lists and watches. `async with` holds its connections."""
+    """Lists and watches objects, inside of `async with`."""
 
     def __init__(
         self, url: str, *, token_file: Path | None, ca_file: Path | None, page: int = PAGE, watch_s: int = WATCH_S
@@ -53,7 +57,7 @@ class KubeApi:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        """Make ready."""
+        """Prepare to connect."""
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=8), trust_env=False)
         return self
 
@@ -80,9 +84,9 @@ class KubeApi:
         raise KubeError(f"{path}: the list has more than {MAX_PAGES} pages")
 
     async def watch(self, path: str, version: str) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Give changes after a resourceVersion: ADDED, MODIFIED, DELETED or BOOKMARK, and the object.
+        """Yield the changes after a resourceVersion: ADDED, MODIFIED, DELETED or BOOKMARK, and the object.
 
-        It ends when the server ends it. Raises KubeError, Gone.
+        Returns when the server ends the watch. Raises KubeError, Gone.
         """
         query = {
             "watch": "true",
@@ -119,7 +123,7 @@ class KubeApi:
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """Send a GET. Raises OSError, and KubeError for an unusable token."""
         if self._session is None:
-            raise RuntimeError("requests are made inside of `async with`")
+            raise RuntimeError("requests must be made inside `async with`")
         return self._session.get(
             self._url.join(URL(path)),
             params=query,
@@ -132,11 +136,11 @@ class KubeApi:
     def _headers(self) -> dict[str, str]:
         if self._token_file is None:
             return {}
-        # Read each time: the kubelet renews it, and the old one ends within the hour.
+        # Read for each request: the kubelet renews it, and the old token expires within the hour.
         with self._token_file.open("rb") as file:
             token = file.read(MAX_TOKEN).strip()
         if not token.isascii() or not (text := token.decode()).isprintable():
-            raise KubeError(f"{self._token_file}: what is in it is no token")
+            raise KubeError(f"{self._token_file}: does not contain a valid token")
         return {"Authorization": f"Bearer {text}"}
 
 
@@ -145,7 +149,7 @@ def _change(line: bytes, path: str) -> tuple[str, dict[str, Any]]:
         change = msgspec.json.decode(line, type=dict[str, Any])
         kind, found = str(change["type"]), msgspec.convert(change["object"], dict[str, Any])
     except (msgspec.MsgspecError, KeyError) as error:
-        raise KubeError(f"{path}: a line of the watch is none: {str(error)[:100]}") from None
+        raise KubeError(f"{path}: the watch sent an invalid line: {str(error)[:100]}") from None
     if kind == "ERROR":
         if found.get("code") == 410:
             raise Gone(f"{path}: {str(found.get('message'))[:200]}")
@@ -156,14 +160,14 @@ def _change(line: bytes, path: str) -> tuple[str, dict[str, Any]]:
 async def _check(response: aiohttp.ClientResponse, path: str) -> None:
     if response.status == 200:
         return
-    told = (await response.content.read(2000)).decode(errors="replace")
+    detail = (await response.content.read(2000)).decode(errors="replace")
     try:
-        told = str(msgspec.json.decode(told, type=dict[str, Any]).get("message"))
+        detail = str(msgspec.json.decode(detail, type=dict[str, Any]).get("message"))
     except msgspec.MsgspecError:
         pass
     if response.status == 410:
-        raise Gone(f"{path}: {told[:200]}")
-    raise KubeError(f"{path}: status {response.status}: {told[:200]}")
+        raise Gone(f"{path}: {detail[:200]}")
+    raise KubeError(f"{path}: status {response.status}: {detail[:200]}")
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -1,7 +1,7 @@
-"""The publisher: keeps the service records of its network in step with the exported Services of a Kubernetes cluster.
+"""The publisher: keeps the service records of its network in sync with the exported Services of a Kubernetes cluster.
 
-Records have no lease: services must not vanish because their publisher restarts. Services that the cluster withdrew in the
-meantime are found once both sides are known again, by the record ids that only this publisher makes.
+The records have no lease, so that services do not vanish while their publisher restarts. Services that the cluster removed in
+the meantime are deleted once the cluster has been listed and discovery is synced; their ids have this publisher's prefix.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 BACKOFF = Backoff(0.2, 15.0)
 GIVEN_UP_AFTER = 5
-"""Failures to watch from one version: it may never be understood again, as after a cluster was replaced by another."""
+"""Failures in a row to watch from a version before all is listed again. Another cluster, for one, never accepts the version."""
 
 ObjectT = TypeVar("ObjectT", ServiceObject, SliceObject)
 
@@ -48,7 +48,7 @@ class _Metrics:
 
 @dataclass
 class _Resource(Generic[ObjectT]):
-    """One path of the Kubernetes API that is listed and then watched, and what the table does with its objects."""
+    """One path of the Kubernetes API that is listed and then watched, and the table's methods for its objects."""
 
     path: str
     shape: type[ObjectT]
@@ -56,17 +56,17 @@ class _Resource(Generic[ObjectT]):
     delete: Callable[[ObjectT], Name | None]
     retain: Callable[[Iterable[Name]], set[Name]]
     known: Callable[[], set[Name]]
-    """All names of this shape in the table, those of other paths too: each namespace has its own path."""
+    """Returns all names of this type in the table, including those of other paths: each namespace has its own path."""
 
     version: str = ""
-    """Where the watch resumes; empty while everything has to be listed."""
+    """Version from which the watch resumes; empty if all objects have to be listed."""
 
     names: set[Name] = field(default_factory=set)
     failures: int = 0
-    """Since the watch last told of a change."""
+    """Failures since the watch last reported a change."""
 
     def replace(self, items: Iterable[dict[str, Any]]) -> set[Name]:
-        """Apply a complete list; gives the Services that may have to be published again."""
+        """Apply a complete list. Returns the Services that may have to be published again."""
         found = [item for item in (_decoded(item, self.shape) for item in items) if item is not None]
         gone = self.names - {_name(item) for item in found}
         self.names = {_name(item) for item in found}
@@ -74,7 +74,7 @@ class _Resource(Generic[ObjectT]):
         return touched | {name for item in found if (name := self.put(item)) is not None}
 
     def change(self, kind: str, data: dict[str, Any]) -> Name | None:
-        """Apply one event of the watch; gives the Service that may have to be published again."""
+        """Apply one event of the watch. Returns the Service that may have to be published again."""
         self.version = resource_version(data) or self.version
         item = _decoded(data, self.shape) if kind != "BOOKMARK" else None
         if item is None:
@@ -123,7 +123,7 @@ class Publisher:
         return self._complete
 
     async def run(self) -> None:
-        """Publish until cancelled."""
+        """List, watch and publish until cancelled."""
         scopes = [f"/namespaces/{namespace}" for namespace in self._config.namespaces] or [""]
         services = [f"/api/v1{scope}/services" for scope in scopes]
         slices = [f"/apis/discovery.k8s.io/v1{scope}/endpointslices" for scope in scopes]
@@ -168,9 +168,9 @@ class Publisher:
                 if not resource.version:
                     await self._list(resource)
                 await self._watch(resource)
-                continue  # the server ends a watch when its time is over: resumed at once
+                continue  # the server ends a watch after `watch_s`; it is resumed at once
             except Gone as error:
-                log.info("the cluster's history is gone, everything is listed again: %s", error)
+                log.info("the cluster's history is no longer available, everything is listed again: %s", error)
                 resource.version = ""
             except (KubeError, OSError) as error:
                 self._metrics.errors.inc()
@@ -182,32 +182,32 @@ class Publisher:
             await asyncio.sleep(self._backoff.pause_s(resource.failures + 1))
 
     async def _list(self, resource: _Resource[ObjectT]) -> None:
-        """Read everything that is there now, and the version to watch from. Raises KubeError, OSError."""
+        """List all objects, and note the version to watch from. Raises KubeError, OSError."""
         items, version = await self._api.list_all(resource.path)
         resource.version = version
         touched = resource.replace(items)
         self._metrics.lists.inc()
         self._unlisted.discard(resource.path)
-        # When all paths have been listed for the first time, everything is published: earlier changes waited for that.
+        # Nothing is published before all paths have been listed for the first time; then everything is.
         self._publish(touched if self._complete else touched | self._table.exported())
         self._complete = not self._unlisted
         self._reconcile(self._discovery.mesh)
 
     async def _watch(self, resource: _Resource[ObjectT]) -> None:
-        """Publish changes until the server ends the watch. Raises KubeError, OSError; Gone where it has to be listed again."""
+        """Publish changes until the server ends the watch. Raises KubeError, OSError; Gone if the path has to be listed again."""
         loop = asyncio.get_running_loop()
-        began, told = loop.time(), False
+        started, seen = loop.time(), False
         async with aclosing(self._api.watch(resource.path, resource.version)) as changes:
             async for kind, data in changes:
-                resource.failures, told = 0, True
+                resource.failures, seen = 0, True
                 name = resource.change(kind, data)
                 self._publish({name} if name is not None else ())
-        if not told and loop.time() - began <= self._backoff.first_s:
-            raise KubeError(f"{resource.path}: the watch ended as soon as it began")
+        if not seen and loop.time() - started <= self._backoff.first_s:
+            raise KubeError(f"{resource.path}: the watch ended as soon as it started")
 
     def _publish(self, names: Iterable[Name]) -> None:
         if self._unlisted:
-            # Half of a cluster is worse than what stands there: endpoints would be missing.
+            # The existing records are better than those of a cluster that is listed only in part: endpoints would be missing.
             return
         for name in names:
             key, spec = record_id(self._config.id, name), self._table.spec(name)
@@ -220,7 +220,7 @@ class Publisher:
         self._metrics.services.set(len(self._published))
 
     def _reconcile(self, mesh: Mesh) -> None:
-        """Withdraw, once both sides are known, the records that an earlier run left behind."""
+        """Withdraw records of an earlier run, once the cluster has been listed and discovery is synced."""
         if self._reconciled or not self._complete or not self._discovery.synced:
             return
         self._reconciled = True
@@ -229,7 +229,7 @@ class Publisher:
                 log.info(
                     "a service is no longer exported", extra={"event": {"id": record.id, "name": record.spec.name}}
                 )
-                # Desired for a moment, so that it can be withdrawn.
+                # Only published records can be withdrawn.
                 where = self._config.network
                 self._discovery.publish(Kind.SERVICE, record.id, record.spec, network=where, leased=False)
                 self._discovery.withdraw(Kind.SERVICE, record.id, network=where)

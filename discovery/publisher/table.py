@@ -1,8 +1,8 @@
-"""From Kubernetes' Services and EndpointSlices to service records. Sans-IO.
+"""Converts Kubernetes Services and EndpointSlices to service records. Sans-IO.
 
-A Service is exported by the annotation crossnet.io/export: `true` for all its TCP ports, or a comma list of port names or
-numbers. crossnet.io/proxy-protocol: `v1`, `v2` or `true`, which is v2, says which PROXY protocol header it wants. Only endpoints
-that are ready count.
+The annotation crossnet.io/export exports a Service: `true` for all its TCP ports, or a comma-separated list of port names or
+numbers. crossnet.io/proxy-protocol is the PROXY protocol header that it expects: `v1`, `v2`, or `true` for v2. Only endpoints that
+are ready are published.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ EXPORT = "crossnet.io/export"
 PROXY_PROTOCOL = "crossnet.io/proxy-protocol"
 SERVICE_NAME = "kubernetes.io/service-name"
 _HEADERS: Mapping[str, bool | Literal["v1", "v2"]] = {"true": True, "v1": "v1", "v2": "v2"}
-MAX_OBJECTS = 100_000  # of each kind; a cluster is tested with 10,000 services
+MAX_OBJECTS = 100_000
+"""Objects of each kind. Kubernetes itself is tested with 10,000 services."""
 
 Name: TypeAlias = tuple[str, str]
 """Namespace and name."""
@@ -49,7 +50,7 @@ class _ServiceSpec(msgspec.Struct):
 
 
 class ServiceObject(msgspec.Struct):
-    """A Service; only the fields that are used here."""
+    """A Service, with only the fields that are used here."""
 
     metadata: _Meta
     spec: _ServiceSpec = msgspec.field(default_factory=_ServiceSpec)
@@ -65,7 +66,7 @@ class _Endpoint(msgspec.Struct):
 
 
 class SliceObject(msgspec.Struct):
-    """An EndpointSlice; only the fields that are used here."""
+    """An EndpointSlice, with only the fields that are used here."""
 
     metadata: _Meta
     addressType: str = "IPv4"  # noqa: N815
@@ -98,7 +99,7 @@ class ServiceTable:
         self._slices_of: dict[Name, set[Name]] = {}
 
     def put_service(self, found: ServiceObject) -> Name:
-        """Store a Service as it is now. Returns the Service whose record may change."""
+        """Store the current state of a Service. Returns its name, since its record may change."""
         name = (found.metadata.namespace, found.metadata.name)
         asked = (found.metadata.annotations or {}).get(EXPORT, "")
         ports = tuple(_exported(found, asked))
@@ -110,13 +111,13 @@ class ServiceTable:
         return name
 
     def delete_service(self, found: ServiceObject) -> Name:
-        """Forget a Service. Returns it, since its record may change."""
+        """Remove a Service. Returns its name, since its record may change."""
         name = (found.metadata.namespace, found.metadata.name)
         self._services.pop(name, None)
         return name
 
     def put_slice(self, found: SliceObject) -> Name | None:
-        """Store an EndpointSlice as it is now. Returns the Service that it belongs to."""
+        """Store the current state of an EndpointSlice. Returns the name of the Service whose record may change."""
         service = (found.metadata.labels or {}).get(SERVICE_NAME)
         name = (found.metadata.namespace, found.metadata.name)
         if not service or found.addressType not in ("IPv4", "IPv6"):
@@ -130,31 +131,31 @@ class ServiceTable:
         return of
 
     def delete_slice(self, found: SliceObject) -> Name | None:
-        """Forget an EndpointSlice. Returns the Service that it belonged to."""
+        """Remove an EndpointSlice. Returns the name of the Service that it belonged to."""
         return self._drop_slice((found.metadata.namespace, found.metadata.name))
 
     def retain_services(self, names: Iterable[Name]) -> set[Name]:
-        """Forget all other Services, after everything was listed. Returns the forgotten ones."""
+        """Remove all other Services, after a complete list. Returns the removed names."""
         gone = set(self._services) - set(names)
         for name in gone:
             del self._services[name]
         return gone
 
     def retain_slices(self, names: Iterable[Name]) -> set[Name]:
-        """Forget all other EndpointSlices, after everything was listed. Returns their Services."""
+        """Remove all other EndpointSlices, after a complete list. Returns the names of their Services."""
         gone = set(self._slices) - set(names)
         return {of for name in gone if (of := self._drop_slice(name)) is not None}
 
     def exported(self) -> set[Name]:
-        """Return all Services that are to be published."""
+        """Return the names of all exported Services."""
         return set(self._services)
 
     def slice_names(self) -> set[Name]:
-        """Return all EndpointSlices."""
+        """Return the names of all EndpointSlices."""
         return set(self._slices)
 
     def spec(self, name: Name) -> ServiceSpec | None:
-        """Return the spec to publish for a Service, None if it is not exported."""
+        """Return the spec to publish for a Service, None if it is not exported or its name cannot be published."""
         service = self._services.get(name)
         full = f"{name[1]}.{name[0]}.svc.{self._domain}"
         if service is None or not is_service_name(full):
@@ -189,7 +190,7 @@ class ServiceTable:
 
 
 def record_id(publisher: str, name: Name) -> str:
-    """Make the id of a Service's record: unique, readable, and recognisable as this publisher's."""
+    """Return the id of a Service's record: unique, readable, and with the publisher's prefix."""
     digest = hashlib.sha256("/".join(name).encode()).hexdigest()[:12]
     readable = re.sub(r"[^a-z0-9-]", "-", f"{name[1]}-{name[0]}")[: MAX_ID - len(publisher) - 14].strip("-")
     return f"{publisher}-{readable}-{digest}"
@@ -215,7 +216,7 @@ def _named(ports: Iterable[_Port]) -> Iterable[tuple[str, int]]:
 
 def _ready(found: SliceObject) -> Iterable[str]:
     for endpoint in found.endpoints or ():
-        # Kubernetes: ready that is not known is to be taken as true.
+        # Kubernetes: an unknown `ready` should be interpreted as true.
         if endpoint.conditions is not None and endpoint.conditions.ready is False:
             continue
         for address in endpoint.addresses:
@@ -227,7 +228,7 @@ def _ready(found: SliceObject) -> Iterable[str]:
 
 
 def resource_version(item: Mapping[str, Any]) -> str:
-    """Read an object's or list's resourceVersion: opaque, for the API server alone to make sense of."""
+    """Return the resourceVersion of an object or list, empty if it has none. It is opaque: only the API server interprets it."""
     metadata = item.get("metadata")
     found = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
     return found if isinstance(found, str) else ""

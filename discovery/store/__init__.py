@@ -1,4 +1,4 @@
-"""Where records live: memory, SQLite and etcd, behind one interface and one contract test."""
+"""Stores of records: memory, SQLite and etcd, behind one interface that one contract test checks."""
 
 from discovery.store.base import (
     Change,

@@ -1,8 +1,8 @@
-"""What a store is: records under revisions, leases that records hang on, and a history that watchers resume from.
+"""The interface of a store: records with revisions, leases that records are attached to, and a history for watchers.
 
-Every write raises the revision and is told to subscribers in order; changes that were made as one have one revision and
-are told together. A store that kept no trace of something
-deleted cannot tell what a watcher missed; it says so (`since` gives None) and the watcher reads everything anew.
+Each write increases the revision and is reported to subscribers in order. Changes that are made together have one revision and
+are reported together. A store forgets old deletions. If a watcher asks for changes from before that, `since` returns None and
+the watcher reads everything again.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ Listener: TypeAlias = Callable[[Sequence[Change]], None]
 
 
 class StoreError(Exception):
-    """The store cannot be opened, read or written; the message is for an operator."""
+    """The store cannot be opened, read or written. The message is for an operator."""
 
 
 class PreconditionFailed(Exception):
-    """The record is not at the revision that the writer expects; `revision` is the actual one, None if there is no record."""
+    """The record does not have the revision that the writer expects. `revision` is the actual one, None if there is no record."""
 
     def __init__(self, revision: int | None) -> None:
         super().__init__(f"the record is at revision {revision}" if revision else "there is no such record")
@@ -28,7 +28,7 @@ class PreconditionFailed(Exception):
 
 
 class UnknownLease(Exception):
-    """There is no such lease: it ended, or never was."""
+    """There is no such lease: it has ended or never existed."""
 
     def __init__(self, lease_id: str) -> None:
         super().__init__(f"there is no lease {lease_id!r}")
@@ -36,31 +36,31 @@ class UnknownLease(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """Records that hang on a lease are deleted when it has not been renewed for `ttl_s` seconds."""
+    """A lease. Records attached to it are deleted when it has not been renewed for `ttl_s` seconds."""
 
     id: str
     ttl_s: int
     owner: str
-    """Who made it, in the caller's terms. Stores do not check it."""
+    """Identifies the client that it was granted to. Stores do not check it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All records, at one revision."""
+    """The records at one revision."""
 
     revision: int
     records: tuple[AnyRecord, ...]
 
 
 class Store(Protocol):
-    """Where records live. All methods raise StoreError when the store fails.
+    """A store of records. All methods raise StoreError if the store fails.
 
-    A failed write has changed nothing, unless the store is on other machines and its answer was lost on the way.
+    A failed write has changed nothing, unless the store is on other machines and its answer was lost.
     """
 
     @property
     def epoch(self) -> str:
-        """Identity of the store, made with it. Revisions of different epochs cannot be compared."""
+        """Identity of the store, generated when it is created. Revisions of different epochs cannot be compared."""
 
     @property
     def revision(self) -> int:
@@ -68,10 +68,10 @@ class Store(Protocol):
 
     @property
     def stale_s(self) -> float:
-        """For how many seconds reads have not been confirmed to be current; 0 while they are."""
+        """Number of seconds for which reads have not been confirmed to be current; 0 while they are."""
 
     async def open(self) -> None:
-        """Make ready; stored leases get their whole TTL anew."""
+        """Open files or connections and load the records. Stored leases get their full TTL again."""
 
     async def run(self) -> None:
         """Do background work between `open` and `close`, until cancelled."""
@@ -80,10 +80,10 @@ class Store(Protocol):
         """Close files and connections. Idempotent."""
 
     async def get(self, key: Key) -> AnyRecord | None:
-        """Find one record."""
+        """Return one record, None if there is none."""
 
     async def snapshot(self, kind: Kind | None = None, network: str | None = None) -> Snapshot:
-        """Find all records, of one kind or network where given."""
+        """Return all records, or those of one kind or network."""
 
     async def count(self, network: str) -> int:
         """Count the records of a network."""
@@ -97,34 +97,35 @@ class Store(Protocol):
         if_match: int | None = None,
         if_none_match: bool = False,
     ) -> AnyRecord:
-        """Write a record; with `if_match` only over that revision, with `if_none_match` only where there is none.
+        """Write a record. `if_match`: only if it has that revision; `if_none_match`: only if there is none.
 
-        Without a lease the record stays until deleted, also when it had one. Raises PreconditionFailed, UnknownLease.
+        Without a lease the record stays until it is deleted, even if it was attached to a lease before. Raises
+        PreconditionFailed, UnknownLease.
         """
 
     async def delete(self, key: Key, *, if_match: int | None = None) -> Deletion | None:
-        """Delete a record; None if there was none. Raises PreconditionFailed."""
+        """Delete a record. Returns None if there was none. Raises PreconditionFailed."""
 
     async def since(self, revision: int) -> Sequence[Change] | None:
-        """Return the last change of each record after a revision, by revision; None if there is no history from there."""
+        """Return the last change of each record after a revision, in order of revision; None if that history is not available."""
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener` with every later write, in order, on the loop. Call the result to unsubscribe."""
+        """Call `listener` with each later write, in order, on the event loop. Returns a function that unsubscribes."""
 
     async def grant(self, ttl_s: int, owner: str) -> Lease:
-        """Make a lease."""
+        """Grant a lease."""
 
     async def lease(self, lease_id: str) -> Lease | None:
-        """Find a lease."""
+        """Return a lease, None if there is none."""
 
     async def leases(self, owner: str) -> Sequence[Lease]:
         """Return the leases of an owner."""
 
     async def renew(self, lease_id: str) -> Lease:
-        """Reset a lease to its whole TTL. Raises UnknownLease."""
+        """Reset a lease to its full TTL. Raises UnknownLease."""
 
     async def revoke(self, lease_id: str) -> Sequence[Deletion]:
-        """End a lease and delete the records that hang on it. Raises UnknownLease."""
+        """End a lease and delete the records attached to it. Raises UnknownLease."""
 
     async def expire(self) -> Sequence[Deletion]:
-        """End every lease whose time has run out, as `revoke` does; to be called once a second or more often."""
+        """End all leases that have expired, as `revoke` does. Call this at least once a second."""

@@ -40,6 +40,7 @@ from discovery.store.memory import MAX_TOMBSTONES, Batch, MemoryStore
 log = logging.getLogger(__name__)
 
 PAGE = 500
+"""Keys that are read at once."""
 
 
 class EtcdStore(MemoryStore):
@@ -54,7 +55,7 @@ class EtcdStore(MemoryStore):
         timing: EtcdTiming = TIMING,
         page: int = PAGE,
     ) -> None:
-        """`open` connects; `page` is how many keys it reads at once. Raises OSError, ssl.SSLError for files that cannot be used."""
+        """`page` is the number of keys that are read at once. Raises OSError, ssl.SSLError for files that cannot be used."""
         super().__init__(clock=clock, max_tombstones=max_tombstones)
         self._etcd = Etcd(access, timing)
         self._timing = timing
@@ -66,12 +67,12 @@ class EtcdStore(MemoryStore):
 
     @property
     def stale_s(self) -> float:
-        """For how many seconds etcd has not confirmed what is read here; 0 while it does."""
+        """Number of seconds for which etcd has not confirmed the copy; 0 while it does."""
         age = self._clock() - self._confirmed_at
         return age if age > self._timing.stale_after_s else 0.0
 
     async def open(self) -> None:
-        """Read everything. Raises StoreError where etcd cannot be reached within `open_s`."""
+        """Connect and read everything. Raises StoreError if etcd cannot be reached within `open_s`."""
         self._etcd.open()
         error = EtcdError("no answer in time")
         try:
@@ -95,7 +96,7 @@ class EtcdStore(MemoryStore):
         await self._etcd.close()
 
     async def run(self) -> None:
-        """Keep the copy true until cancelled."""
+        """Keep the copy current until cancelled."""
         while True:
             url = self._etcd.current
             error = await self._follow(url)
@@ -104,13 +105,13 @@ class EtcdStore(MemoryStore):
                 await self._reload()
                 continue
             if not self.stale_s:
-                # Once when it begins and at each new member, not once for each attempt while all are away.
+                # Logged once for each member when the trouble starts, not for each attempt while none can be reached.
                 log.warning("etcd gave an unexpected answer", extra={"event": {"why": str(error)[:300]}})
             self._etcd.failed(url)
             await asyncio.sleep(self._timing.retry_s)
 
     async def _follow(self, url: URL) -> EtcdError:
-        """Watch and probe one member until one of both fails; gives why."""
+        """Watch and probe one member until either fails. Returns the error."""
         failure: asyncio.Future[EtcdError] = asyncio.get_running_loop().create_future()
 
         async def until_failure(doing: Awaitable[None]) -> None:
@@ -170,24 +171,28 @@ class EtcdStore(MemoryStore):
         return Deletion(key, revision)
 
     async def since(self, revision: int) -> Sequence[Change] | None:
-        """Tell what changed after a revision."""
+        """Return the changes after a revision; None if some of them may have been forgotten."""
         if revision > self._revision:
-            # A client that comes from another server may be ahead of us by what is on its way.
+            # A client that comes from another server may be ahead of this copy for a moment.
             await self._reach(revision)
             if revision > self._revision and self.stale_s:
-                raise StoreError("etcd: the copy here is older than what the watcher has")
+                raise StoreError("etcd: this server's copy is older than the revision that the watcher has")
         return await super().since(revision)
 
     async def _transact(
         self, where: str, operation: Mapping[str, Any], revision: int | None, *, delete: bool = False
     ) -> int:
-        """Do it if the key is at that revision (0: if there is none); gives the new one, 0 if nothing was deleted."""
+        """Carry out an operation if the key has that revision (0: if it does not exist).
+
+        Returns the new revision, 0 if there was nothing to delete. Raises EtcdError, PreconditionFailed.
+        """
         compare = [{"key": where, "target": "MOD", "mod_revision": str(revision)}] if revision is not None else []
         request = {"compare": compare, "success": [operation], "failure": [{"request_range": {"key": where}}]}
         answer = await self._etcd.call("kv/txn", request)
         at = number_of(answer.get("header", {}), "revision")
         if not answer.get("succeeded"):
-            # So that the copy shows why. `at` is the cluster's revision, which may be that of a key that is none of ours.
+            # So that the copy has the conflicting record. Only a short wait: `at` is the revision of the whole cluster, which
+            # the copy never reaches if it belongs to a key that is not ours.
             await self._reach(at, self._timing.reach_s / 7)
             found = _response(answer, "response_range").get("kvs")
             raise PreconditionFailed(number_of(found[0], "mod_revision") if found else None)
@@ -198,7 +203,7 @@ class EtcdStore(MemoryStore):
     # Leases.
 
     async def grant(self, ttl_s: int, owner: str) -> Lease:
-        """Make a lease. etcd has a least TTL, some two seconds by default; the lease says what it has."""
+        """Grant a lease. etcd has a minimum TTL, some two seconds by default; the lease has the TTL that etcd granted."""
         try:
             granted = await self._etcd.call("lease/grant", {"TTL": str(ttl_s)})
             number = number_of(granted, "ID")
@@ -211,7 +216,7 @@ class EtcdStore(MemoryStore):
         return lease
 
     async def lease(self, lease_id: str) -> Lease | None:
-        """Find a lease. One that is not in the copy is looked for in etcd: another server may just have made it."""
+        """Return a lease. One that is not in the copy is looked up in etcd: another server may just have granted it."""
         known = self._leases.get(lease_id)
         if known is not None:
             return known
@@ -223,7 +228,7 @@ class EtcdStore(MemoryStore):
         return lease_of(lease_id, kvs[0]) if kvs else None
 
     async def renew(self, lease_id: str) -> Lease:
-        """Give a lease its whole TTL anew."""
+        """Reset a lease to its full TTL."""
         lease = await self.lease(lease_id)
         if lease is None:
             raise UnknownLease(lease_id)
@@ -236,7 +241,7 @@ class EtcdStore(MemoryStore):
         return lease
 
     async def revoke(self, lease_id: str) -> Sequence[Deletion]:
-        """End a lease and delete the records that hang on it."""
+        """End a lease and delete the records attached to it."""
         try:
             answer = await self._etcd.call("lease/revoke", {"ID": str(lease_number(lease_id))})
         except EtcdError as error:
@@ -248,13 +253,13 @@ class EtcdStore(MemoryStore):
         return [Deletion(key, deleted) for key, deleted in self._tombstones.items() if deleted == revision]
 
     async def expire(self) -> Sequence[Deletion]:
-        """Do nothing: etcd ends leases, and the watch tells."""
+        """Do nothing: etcd ends leases, and the watch reports it."""
         return ()
 
     # The copy.
 
     async def _load(self) -> None:
-        """Read everything and hold it in place of what is held; tell of the difference."""
+        """Read everything and replace the copy with it. Subscribers get the differences."""
         began = self._clock()
         await self._find_epoch()
         records: dict[Key, AnyRecord] = {}
@@ -312,7 +317,7 @@ class EtcdStore(MemoryStore):
         if not answer.get("succeeded"):
             found = _response(answer, "response_range").get("kvs") or [{}]
             made = bytes_of(found[0].get("value")).decode(errors="replace")
-        # With the cluster's own id: one that was made from a backup has another, and its history is another's too.
+        # Includes the cluster's id: a cluster that was restored from a backup has another id, and another history.
         cluster = number_of(answer.get("header", {}), "cluster_id")
         self._epoch = f"{made[:8]}{cluster & 0xFFFFFFFF:08x}"
 
@@ -336,7 +341,7 @@ class EtcdStore(MemoryStore):
                 self._apply_events(result.get("events", ()))
 
     def _apply_events(self, events: Iterable[Mapping[str, Any]]) -> None:
-        """Apply events, all of one revision at once."""
+        """Apply events, those of one revision together."""
         by_revision: dict[int, Batch] = {}
         for event in events:
             kv = event.get("kv", {})
@@ -367,18 +372,18 @@ class EtcdStore(MemoryStore):
         self._applied = asyncio.Event()
 
     async def _probe(self, url: URL) -> None:
-        """Have the member that we watch confirm, by a read that takes a majority, that it is not behind."""
+        """Confirm regularly, by reads that need a majority, that the watched member is not behind."""
         request = {"key": self._keys.epoch, "keys_only": True}
         while True:
             began = self._clock()
             await self._etcd.call_at(url, "kv/range", request)
             self._confirmed_at = began
             if self._etcd.current != url:
-                raise EtcdError(f"{url}: a call could not be made there")
+                raise EtcdError(f"{url}: a call to this member has failed")
             await asyncio.sleep(self._timing.probe_s)
 
     async def _reach(self, revision: int, timeout_s: float | None = None) -> None:
-        """Wait until the copy is at a revision, for a moment: what is written is written, the copy follows."""
+        """Wait until the copy has a revision, but not for long: the write is done, and the copy will follow."""
         try:
             async with asyncio.timeout(self._timing.reach_s if timeout_s is None else timeout_s):
                 while self._revision < revision:
@@ -388,7 +393,7 @@ class EtcdStore(MemoryStore):
 
 
 def _response(answer: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """Give what a transaction's only operation answered; nothing where it has no such answer."""
+    """Return the result of a transaction's only operation, empty if there is none of that kind."""
     try:
         return msgspec.convert(answer["responses"][0][kind], dict[str, Any])
     except (KeyError, IndexError, TypeError, msgspec.MsgspecError):

@@ -24,7 +24,7 @@ class _LeaseValue(msgspec.Struct):
 
 
 class EtcdKeys:
-    """Keys and values below one prefix, as etcd's JSON gateway has them: in base64."""
+    """The keys below one prefix. Keys and values are in base64, as in etcd's JSON gateway."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -39,14 +39,14 @@ class EtcdKeys:
         return text_of(f"{self._prefix}leases/{lease_id}")
 
     def lease_or_record(self, kv: Mapping[str, Any]) -> str | Key | None:
-        """Return the lease id or the record key that a key stands for, None if it is neither."""
+        """Return the lease id (str) or record key (tuple) that an etcd key belongs to, None if neither."""
         parts = self._parts(kv)
         if parts[0] == "leases" and len(parts) == 2:
             return parts[1]
         return _record_key(parts)
 
     def item(self, kv: Mapping[str, Any]) -> AnyRecord | Lease | None:
-        """Decode what is stored under a key. Returns None for the epoch, and for a key that we did not write, which is logged."""
+        """Decode the lease or record under a key. Returns None for the epoch, and for invalid or foreign keys, which are logged."""
         parts = self._parts(kv)
         if parts == ["epoch"]:
             return None

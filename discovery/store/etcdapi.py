@@ -1,7 +1,7 @@
-"""etcd v3 by way of its JSON gateway: calls, and the stream of a watch, at one of several endpoints.
+"""A client of etcd v3 over its JSON gateway: calls and watches, at one of several endpoints.
 
-The gateway carries the same messages as gRPC: bytes as base64, 64-bit numbers as strings, fields that are zero left out.
-Checked against etcd 3.4, whose gateway is at /v3.
+The gateway carries the same messages as gRPC: bytes as base64, 64-bit numbers as strings, and without fields that are zero.
+Tested with etcd 3.4, whose gateway is at /v3.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ MAX_ANSWER = 64 * 1024 * 1024  # a page of 500 records of the largest kind has s
 MAX_LINE = 64 * 1024 * 1024  # etcd puts up to 1,000 changes into one line when a watch catches up
 
 UNAVAILABLE = 14
-COMPACTED = 11  # gRPC's OUT_OF_RANGE: what was asked for is history that etcd has let go
+COMPACTED = 11  # gRPC's OUT_OF_RANGE: the history that was asked for has been compacted
 NOT_FOUND = 5
 UNAUTHENTICATED = 16
 OLD_REVISION = "revision of auth store is old"
-"""What etcd says when users or rights have changed since a token was made; its code says no more than «bad request»."""
+"""Text of etcd's error if users or rights have changed since a token was issued. Its code is only "bad request"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,8 @@ class EtcdTiming:
     """For one call, at all members together. Below the 3 s that our clients wait, so that they get an error, not a timeout."""
 
     connect_s: float = 1.0
+    """For one TCP connect, so that there is time to try another member."""
+
     open_s: float = 10.0
     """How long `EtcdStore.open` tries to reach the cluster."""
 
@@ -58,10 +60,10 @@ TIMING = EtcdTiming()
 
 
 class EtcdError(Exception):
-    """etcd cannot be reached, or says no; `code` is gRPC's, None when there was no answer."""
+    """etcd cannot be reached or returned an error. `code` is gRPC's, None if there was no answer."""
 
     def __init__(self, detail: str, code: int | None = None, *, unsent: bool = False) -> None:
-        """Say why. `unsent`: etcd has not seen the question, so that it can be asked elsewhere, whatever it was."""
+        """`unsent`: the request has not reached etcd, so even a write can be sent to another member."""
         super().__init__(detail)
         self.code = code
         self.unsent = unsent
@@ -69,28 +71,28 @@ class EtcdError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EtcdAccess:
-    """Where an etcd cluster is and how it is spoken to."""
+    """Where an etcd cluster is, and how to authenticate to it."""
 
     endpoints: tuple[str, ...]
-    """URLs of its members, the nearest first."""
+    """URLs of its members, the preferred one first."""
 
     prefix: str = DEFAULT_PREFIX
-    """What our keys begin with; several meshes can share a cluster."""
+    """Prefix of our keys, so that several meshes can share a cluster."""
 
     ca: Path | None = None
-    """Verifies the members; the system's authorities by default."""
+    """CA that verifies the members; the system's CAs by default."""
 
     cert: Path | None = None
     key: Path | None = None
-    """What we show to a cluster that wants certificates of its clients."""
+    """Our client certificate, for a cluster that requires one."""
 
     username: str | None = None
     password: str | None = field(default=None, repr=False)
-    """Who we are to a cluster with authentication enabled. It does not go by certificates where the gateway asks."""
+    """User of a cluster with authentication enabled. etcd does not accept certificates for that through the gateway."""
 
 
 def parse_endpoints(text: str) -> tuple[str, ...]:
-    """Read a comma list of URLs. Raises ValueError."""
+    """Parse a comma-separated list of URLs. Raises ValueError."""
     found = []
     for item in text.split(","):
         expected = f"expected http(s)://HOST:PORT, got {item[:80]!r}"
@@ -106,12 +108,12 @@ def parse_endpoints(text: str) -> tuple[str, ...]:
 
 
 def text_of(value: str | bytes) -> str:
-    """Write bytes as the gateway has them."""
+    """Encode bytes for the gateway."""
     return base64.b64encode(value.encode() if isinstance(value, str) else value).decode()
 
 
 def bytes_of(value: object) -> bytes:
-    """Read bytes as the gateway writes them; nothing is empty. Raises EtcdError."""
+    """Decode bytes from the gateway; a missing value is empty. Raises EtcdError."""
     try:
         return base64.b64decode(str(value or ""), validate=True)
     except ValueError:
@@ -119,7 +121,7 @@ def bytes_of(value: object) -> bytes:
 
 
 def number_of(message: Mapping[str, Any], name: str) -> int:
-    """Read a 64-bit number; what is left out is 0. Raises EtcdError."""
+    """Return a 64-bit number of a message; a missing one is 0. Raises EtcdError."""
     try:
         return int(message.get(name) or 0)
     except (TypeError, ValueError):
@@ -127,13 +129,13 @@ def number_of(message: Mapping[str, Any], name: str) -> int:
 
 
 def range_end(prefix: str) -> str:
-    """Give the end of the range of keys that begin with a prefix: its last byte is one more."""
+    """Return the end of the range of keys with a prefix: the prefix with its last byte increased by one."""
     data = prefix.encode()
     return text_of(data[:-1] + bytes([data[-1] + 1]))
 
 
 class Etcd:
-    """Calls to one member as long as that works, then to the next."""
+    """Sends calls to one member as long as that works, then to the next."""
 
     def __init__(self, access: EtcdAccess, timing: EtcdTiming = TIMING) -> None:
         """Call `open` before anything else. Raises OSError, ssl.SSLError for files that cannot be used."""
@@ -153,12 +155,12 @@ class Etcd:
         return self._urls[self._index]
 
     def failed(self, url: URL) -> None:
-        """Move on from a member, unless that has been done already."""
+        """Switch from this member to the next, unless that has already been done."""
         if self.current == url:
             self._index = (self._index + 1) % len(self._urls)
 
     def open(self) -> None:
-        """Make ready to connect."""
+        """Prepare to connect."""
         connector = aiohttp.TCPConnector(limit=64)
         self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
 
@@ -169,10 +171,10 @@ class Etcd:
             await session.close()
 
     async def call(self, path: str, message: Mapping[str, Any], *, repeatable: bool = False) -> dict[str, Any]:
-        """Ask, in `call_s` altogether, and at the next member where one cannot be reached. Raises EtcdError.
+        """Call a member, or the next one if it cannot be reached, all within `call_s`. Raises EtcdError.
 
-        A write that may have arrived is not repeated elsewhere: it could be done twice, and a condition that it met the
-        first time would fail the second time. What only reads is `repeatable`.
+        A write that may have arrived is not sent to another member: it could be done twice, and a condition that was true the
+        first time would be false the second time. Calls that only read are `repeatable`.
         """
         error = EtcdError("no member of etcd answered in time")
         try:
@@ -193,7 +195,7 @@ class Etcd:
         raise error
 
     async def call_at(self, url: URL, path: str, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Ask one member and no other. Raises EtcdError."""
+        """Call this member only. Raises EtcdError."""
         try:
             async with asyncio.timeout(self._timing.call_s):
                 return await self._call(url, path, message)
@@ -201,7 +203,7 @@ class Etcd:
             raise EtcdError(f"{url}: no answer within {self._timing.call_s:g} s") from None
 
     async def watch(self, url: URL, prefix: str, revision: int) -> AsyncGenerator[dict[str, Any], None]:
-        """Give every result of a watch of a prefix from a revision on. Raises EtcdError when it ends."""
+        """Yield the results of a watch on a prefix, starting at a revision. Raises EtcdError when the watch ends."""
         create = {"key": text_of(prefix), "range_end": range_end(prefix), "start_revision": str(revision)}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timing.connect_s)
         token = await self._token_from(url, None) if self._token is None else self._token
@@ -224,7 +226,7 @@ class Etcd:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EtcdError(f"{url}: {explained(error)}") from None
         finally:
-            # Why it ended may have been the token: etcd says that in several ways. Another one costs little.
+            # The token may have been the reason, which etcd reports in several ways. A new one costs little.
             if self._token == token:
                 self._token = None
         raise EtcdError(f"{url}: the watch ended")
@@ -236,23 +238,23 @@ class Etcd:
         except EtcdError as error:
             if token is None or (error.code != UNAUTHENTICATED and OLD_REVISION not in str(error)):
                 raise
-        # It has run out, or the member was started anew: nothing was done.
+        # The token has expired, or the member was restarted. The call was not carried out.
         return await self._post(url, path, message, await self._token_from(url, token))
 
-    async def _token_from(self, url: URL, worn: str | None) -> str | None:
-        """Have a token made in place of a worn one; None where we have no name. Raises EtcdError.
+    async def _token_from(self, url: URL, expired: str | None) -> str | None:
+        """Request a token that replaces an expired one. Returns None if there is no username. Raises EtcdError.
 
-        One at a time, and one for all who wait: it costs etcd a tenth of a second of hashing.
+        Only one is requested at a time, and all callers that wait share it: each costs etcd a tenth of a second of hashing.
         """
         name = self._access.username
         if name is None:
             return None
         async with self._authenticating:
-            if self._token is None or self._token == worn:
+            if self._token is None or self._token == expired:
                 asked = {"name": name, "password": self._access.password or ""}
                 token = (await self._post(url, "auth/authenticate", asked, None)).get("token")
                 if not isinstance(token, str) or not token.isprintable():
-                    raise EtcdError(f"{url}: an authentication that gives no token")
+                    raise EtcdError(f"{url}: the answer to an authentication has no token")
                 self._token = token
             return self._token
 
@@ -300,5 +302,5 @@ def _result(line: bytes, url: URL) -> dict[str, Any]:
                 f"{url}: {str(error)[:200]}", number_of(error, "grpc_code") if isinstance(error, dict) else None
             )
         return msgspec.convert(message["result"], dict[str, Any])
-    except (msgspec.MsgspecError, KeyError) as fault:
-        raise EtcdError(f"{url}: a line of the watch is none: {str(fault)[:100]}") from None
+    except (msgspec.MsgspecError, KeyError) as bad:
+        raise EtcdError(f"{url}: the watch sent an invalid line: {str(bad)[:100]}") from None

@@ -1,4 +1,4 @@
-"""The store that lives in memory, and that stores with a file behind them extend."""
+"""The store in memory, and the base class of the stores that are backed by a file or by etcd."""
 
 import asyncio
 import secrets
@@ -20,41 +20,44 @@ from discovery.store.base import (
     UnknownLease,
 )
 
-MAX_TOMBSTONES = 10_000  # deletions remembered: an hour of three a second, some 2 MB
-STALL_S = 2.0  # a longer gap between two expire() calls is ours, and no lease pays for it
+MAX_TOMBSTONES = 10_000
+"""Deletions that are remembered: about an hour at three a second, some 2 MB."""
+
+STALL_S = 2.0
+"""After a longer gap between two calls of `expire` this process was stopped, and all leases are extended by the gap."""
 
 
 @dataclass(slots=True)
 class Batch:
-    """One write, whole or not at all: what a store with a file behind it makes durable before anybody sees it."""
+    """One atomic write. A store with a file makes it durable before any reader sees it."""
 
     revision: int
     compacted: int
     puts: list[AnyRecord] = field(default_factory=list)
     deletions: list[Deletion] = field(default_factory=list)
     forgotten: list[Key] = field(default_factory=list)
-    """Keys whose deletion is no longer remembered."""
+    """Keys whose deletion is forgotten with this write."""
 
     granted: Lease | None = None
     revoked: list[str] = field(default_factory=list)
 
 
 class MemoryStore(Store):
-    """Records in dictionaries. Writes are one after the other; each is made durable (by a subclass), then applied."""
+    """Records in dictionaries. Writes are sequential; each is made durable (by a subclass) and then applied."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, max_tombstones: int = MAX_TOMBSTONES) -> None:
-        """Make an empty store with an epoch of its own. `clock` gives seconds that only ever rise."""
+        """Create an empty store with a new epoch. `clock` returns monotonic seconds."""
         self._clock = clock
         self._max_tombstones = max_tombstones
         self._epoch = secrets.token_hex(8)
         self._revision = 0
-        self._compacted = 0  # what was deleted up to this revision may be forgotten
+        self._compacted = 0  # deletions up to this revision may have been forgotten
         self._records: dict[Key, AnyRecord] = {}
-        self._tombstones: dict[Key, int] = {}  # key to the revision of its deletion, in that order
+        self._tombstones: dict[Key, int] = {}  # key to the revision of its deletion, in order of revision
         self._counts: Counter[str] = Counter()
         self._leases: dict[str, Lease] = {}
         self._deadlines: dict[str, float] = {}
-        self._hanging: dict[str, set[Key]] = {}  # lease to the keys of its records
+        self._attached: dict[str, set[Key]] = {}  # lease to the keys of its records
         self._listeners: dict[object, Listener] = {}
         self._expired_at: float | None = None
         self._writing = asyncio.Lock()
@@ -71,25 +74,25 @@ class MemoryStore(Store):
 
     @property
     def stale_s(self) -> float:
-        """Never: what is here is the truth."""
+        """Always 0: memory is the only copy."""
         return 0.0
 
     async def open(self) -> None:
-        """Make ready: nothing to do in memory."""
+        """Do nothing."""
 
     async def run(self) -> None:
-        """Wait to be cancelled: nothing to do in memory."""
+        """Wait to be cancelled: there is no background work."""
         await asyncio.get_running_loop().create_future()
 
     async def close(self) -> None:
-        """Let go: nothing to do in memory."""
+        """Do nothing."""
 
     async def get(self, key: Key) -> AnyRecord | None:
-        """Find one record."""
+        """Return one record, None if there is none."""
         return self._records.get(key)
 
     async def snapshot(self, kind: Kind | None = None, network: str | None = None) -> Snapshot:
-        """Find all records, of one kind or network where given."""
+        """Return all records, or those of one kind or network."""
         records = tuple(
             record
             for record in self._records.values()
@@ -143,7 +146,7 @@ class MemoryStore(Store):
             return deletion
 
     async def since(self, revision: int) -> Sequence[Change] | None:
-        """Tell what changed after a revision."""
+        """Return the changes after a revision; None if some of them may have been forgotten."""
         if not self._compacted <= revision <= self._revision:
             return None
         changes: list[Change] = [record for record in self._records.values() if record.revision > revision]
@@ -152,7 +155,7 @@ class MemoryStore(Store):
         return changes
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
-        """Have every later write told."""
+        """Call `listener` with each later write."""
         token = object()
         self._listeners[token] = listener
 
@@ -162,7 +165,7 @@ class MemoryStore(Store):
         return remove
 
     async def grant(self, ttl_s: int, owner: str) -> Lease:
-        """Make a lease."""
+        """Grant a lease."""
         async with self._writing:
             lease = Lease(id=secrets.token_hex(8), ttl_s=ttl_s, owner=owner)
             batch = self._batch(0)
@@ -171,15 +174,15 @@ class MemoryStore(Store):
             return lease
 
     async def lease(self, lease_id: str) -> Lease | None:
-        """Find a lease."""
+        """Return a lease, None if there is none."""
         return self._leases.get(lease_id)
 
     async def leases(self, owner: str) -> Sequence[Lease]:
-        """Find the leases that somebody made."""
+        """Return the leases of an owner."""
         return [lease for lease in self._leases.values() if lease.owner == owner]
 
     async def renew(self, lease_id: str) -> Lease:
-        """Give a lease its whole TTL anew."""
+        """Reset a lease to its full TTL."""
         lease = self._leases.get(lease_id)
         if lease is None:
             raise UnknownLease(lease_id)
@@ -187,29 +190,29 @@ class MemoryStore(Store):
         return lease
 
     async def revoke(self, lease_id: str) -> Sequence[Deletion]:
-        """End a lease and delete the records that hang on it."""
+        """End a lease and delete the records attached to it."""
         async with self._writing:
             if lease_id not in self._leases:
                 raise UnknownLease(lease_id)
             return await self._revoke([lease_id])
 
     async def expire(self) -> Sequence[Deletion]:
-        """End every lease whose time has run out."""
+        """End all leases that have expired."""
         now = self._clock()
         if self._expired_at is not None and now - self._expired_at > STALL_S:
-            # We stood still (a stopped process, a starved machine): renewals could not reach us in that time.
+            # This process did not run for a while (it was stopped, or the machine was overloaded), so renewals could not arrive.
             for lease_id in self._deadlines:
                 self._deadlines[lease_id] += now - self._expired_at
         self._expired_at = now
         if all(deadline > now for deadline in self._deadlines.values()):
             return ()
         async with self._writing:
-            # Looked at again under the lock: a lease may have been renewed or revoked meanwhile.
+            # Checked again under the lock: a lease may have been renewed or revoked in the meantime.
             ended = [lease_id for lease_id, deadline in self._deadlines.items() if deadline <= now]
             return await self._revoke(ended) if ended else ()
 
     async def _revoke(self, lease_ids: Sequence[str]) -> Sequence[Deletion]:
-        keys = sorted(key for lease_id in lease_ids for key in self._hanging.get(lease_id, ()))
+        keys = sorted(key for lease_id in lease_ids for key in self._attached.get(lease_id, ()))
         batch = self._batch(len(keys))
         first = self._revision + 1
         batch.deletions.extend(Deletion(key, first + index) for index, key in enumerate(keys))
@@ -221,7 +224,7 @@ class MemoryStore(Store):
         return Batch(revision=self._revision + changes, compacted=self._compacted)
 
     async def _write(self, batch: Batch) -> None:
-        """Make a batch durable, then true. Once begun it ends, even if who asked for it is cancelled meanwhile."""
+        """Make a batch durable, then apply it. Once started it completes, even if the caller is cancelled in the meantime."""
         self._forget(batch)
         cancelled: asyncio.CancelledError | None = None
         durable = self._persist(batch)
@@ -230,7 +233,7 @@ class MemoryStore(Store):
                 await asyncio.shield(durable)
             except asyncio.CancelledError as error:
                 cancelled = error
-            except Exception:  # noqa: BLE001 - told below, where it is told for a future that was done at once too
+            except Exception:  # noqa: BLE001 - raised below, as for a future that was already done
                 break
         failure = durable.exception() if durable is not None else None
         if failure is not None:
@@ -240,14 +243,14 @@ class MemoryStore(Store):
             raise cancelled
 
     def _forget(self, batch: Batch) -> None:
-        """Have a batch forget as many deletions as it brings too many."""
+        """Add the oldest deletions to the batch's `forgotten`, as many as exceed the limit with this batch."""
         excess = len(self._tombstones) + len(batch.deletions) - self._max_tombstones
         for key, revision in islice(self._tombstones.items(), max(excess, 0)):
             batch.forgotten.append(key)
             batch.compacted = revision
 
     def _persist(self, batch: Batch) -> asyncio.Future[None] | None:  # noqa: ARG002 - for stores with a file
-        """Begin to make a batch durable; None when there is nothing to wait for."""
+        """Start to make a batch durable. Returns None if there is nothing to wait for."""
         return None
 
     def _apply(self, batch: Batch) -> None:
@@ -266,7 +269,7 @@ class MemoryStore(Store):
             self._tombstones[deletion.key] = deletion.revision
         for lease_id in batch.revoked:
             del self._leases[lease_id], self._deadlines[lease_id]
-            self._hanging.pop(lease_id, None)
+            self._attached.pop(lease_id, None)
         changes: Sequence[Change] = (*batch.puts, *batch.deletions)
         if changes:
             for listener in tuple(self._listeners.values()):
@@ -280,7 +283,7 @@ class MemoryStore(Store):
         self._records[record.key] = record
         self._counts[record.network] += 1
         if record.lease is not None:
-            self._hanging.setdefault(record.lease, set()).add(record.key)
+            self._attached.setdefault(record.lease, set()).add(record.key)
 
     def _remove(self, key: Key) -> None:
         record = self._records.pop(key, None)
@@ -290,4 +293,4 @@ class MemoryStore(Store):
         if not self._counts[record.network]:
             del self._counts[record.network]
         if record.lease is not None:
-            self._hanging.get(record.lease, set()).discard(key)
+            self._attached.get(record.lease, set()).discard(key)

@@ -1,8 +1,8 @@
-"""The store in one SQLite file: everything is in memory too, and every write is on disk before anybody sees it.
+"""The store in one SQLite file. All records are also in memory, and each write is on disk before any reader sees it.
 
-The file is locked for as long as the store is open, since two servers over one file would not see each other's writes.
-WAL mode with synchronous=FULL: a commit survives kill -9 and a power cut. Renewals of leases are not written; after a
-start every lease has its whole TTL anew.
+The file is locked while the store is open, since two servers with one file would not see each other's writes. It is in WAL
+mode with synchronous=FULL: a commit survives kill -9 and a power cut. Renewals of leases are not written; after a start all
+leases have their full TTL.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from discovery.store.memory import MAX_TOMBSTONES, Batch, MemoryStore
 
 log = logging.getLogger(__name__)
 
-APPLICATION_ID = 0x63_6E_65_74  # "cnet": tells the file from any other SQLite database
+APPLICATION_ID = 0x63_6E_65_74  # "cnet": identifies the file among SQLite databases
 SCHEMA_VERSION = 1
 
 _SCHEMA = (
@@ -45,15 +45,15 @@ class SqliteStore(MemoryStore):
     def __init__(
         self, path: Path, *, clock: Callable[[], float] = time.monotonic, max_tombstones: int = MAX_TOMBSTONES
     ) -> None:
-        """Name the file; `open` makes it when it is not there."""
+        """`open` creates the file if it does not exist."""
         super().__init__(clock=clock, max_tombstones=max_tombstones)
         self._path = path
         self._database: sqlite3.Connection | None = None
-        # One thread: a connection is used by one thread at a time, and a slow disk must not stop the loop.
+        # One thread: a connection may be used by only one at a time. Not the loop's, which a slow disk must not block.
         self._thread: ThreadPoolExecutor | None = None
 
     async def open(self) -> None:
-        """Open or make the file and load it. Raises StoreError, which says what to do about it."""
+        """Open or create the file and load it. Raises StoreError."""
         self._thread = ThreadPoolExecutor(1, "discovery-store")
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
@@ -66,7 +66,7 @@ class SqliteStore(MemoryStore):
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        async with self._writing:  # a write that was begun is ended first
+        async with self._writing:  # wait for a write in progress
             await asyncio.get_running_loop().run_in_executor(thread, self._close)
         thread.shutdown(wait=False)
 
@@ -75,7 +75,7 @@ class SqliteStore(MemoryStore):
             raise StoreError(f"{self._path} is closed")
         return asyncio.get_running_loop().run_in_executor(self._thread, self._commit, batch)
 
-    # What follows runs in the thread.
+    # The methods below run in the thread.
 
     def _load(self) -> None:
         try:
@@ -104,10 +104,10 @@ class SqliteStore(MemoryStore):
         except OSError as error:
             raise StoreError(f"{self._path}: cannot be opened: {error.strerror or error}") from error
         except (BadRecord, KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{self._path}: holds what this version cannot read: {error}") from error
+            raise StoreError(f"{self._path}: has content that this version cannot read: {error}") from error
 
     def _connect(self) -> sqlite3.Connection:
-        # Made here and not by SQLite, so that neither the file nor the log beside it is ever open to others.
+        # Created here and not by SQLite, so that other users can never read the file, nor SQLite's log next to it.
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         database = sqlite3.connect(self._path, timeout=0.2, isolation_level=None, check_same_thread=False)
         self._database = database
@@ -118,7 +118,7 @@ class SqliteStore(MemoryStore):
         version = database.execute("PRAGMA user_version").fetchone()[0]
         tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables == 0:
-            # Everything appears in one transaction: a kill in the middle leaves an empty file.
+            # All in one transaction: if the process is killed in between, the file stays empty.
             database.execute("BEGIN IMMEDIATE")
             for statement in _SCHEMA:
                 database.execute(statement)
@@ -128,7 +128,7 @@ class SqliteStore(MemoryStore):
             database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             database.execute("COMMIT")
         elif application != APPLICATION_ID:
-            raise StoreError(f"{self._path}: is a SQLite database, but not one of discovery's")
+            raise StoreError(f"{self._path}: is an SQLite database, but not one of a discovery server")
         elif version != SCHEMA_VERSION:
             raise StoreError(f"{self._path}: has schema {version}, this version reads {SCHEMA_VERSION}")
         return database
@@ -145,7 +145,7 @@ class SqliteStore(MemoryStore):
             log.error("the store cannot be written: %s", error)
             raise StoreError(f"{self._path}: {_explained(error)}") from error
         finally:
-            if database.in_transaction:  # a full disk makes SQLite roll back by itself
+            if database.in_transaction:  # SQLite has already rolled back if the disk is full
                 database.execute("ROLLBACK")
 
     def _execute(self, database: sqlite3.Connection, batch: Batch) -> None:
@@ -179,10 +179,12 @@ class SqliteStore(MemoryStore):
 
 
 def _explained(error: sqlite3.Error) -> str:
-    """Say in an operator's words what SQLite said in its own."""
+    """Describe an error of SQLite for an operator."""
     text = str(error)
     if "locked" in text:
         return "is in use by another process"
     if "not a database" in text or "malformed" in text:
-        return f"is damaged or no SQLite database ({text}): restore it, or move it away to begin anew"
+        return (
+            f"is damaged or not an SQLite database ({text}): restore it, or move it away to start with an empty store"
+        )
     return text

@@ -1,4 +1,4 @@
-"""A real server on loopback, real clients, and raw requests beside them."""
+"""A real server on loopback, real clients, and raw requests."""
 
 import asyncio
 import io
@@ -30,7 +30,7 @@ DEADLINE_S = 10.0
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -41,7 +41,7 @@ class Clock:
 
 @dataclass
 class Answer:
-    """An answer as it came."""
+    """An answer."""
 
     status: int
     body: Any
@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass
 class Running:
-    """A server that runs."""
+    """A running server."""
 
     server: DiscoveryServer
     port: int
@@ -74,7 +74,7 @@ class Running:
         token: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> Answer:
-        """Ask, and check what every answer must have."""
+        """Send a request, and check what all answers must have."""
         text = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         data = io.BytesIO(text) if text is not None else None
         all_headers = dict(headers or {})
@@ -92,7 +92,7 @@ class Running:
     async def watch(
         self, query: str = "", token: str | None = None
     ) -> AsyncIterator[AsyncGenerator[dict[str, Any], None]]:
-        """Watch: gives the lines, without the empty ones."""
+        """Watch. Yields the lines, without the empty ones."""
         headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         async with self.session.get(f"{self.url}/v1/watch{query}", headers=headers) as response:
             assert response.status == 200
@@ -109,7 +109,7 @@ async def _lines(response: aiohttp.ClientResponse) -> AsyncGenerator[dict[str, A
 
 
 def free_port() -> int:
-    """Find a port that a server can come back to: below the range that clients take theirs from."""
+    """Return a port for a server that is restarted: below the range of ephemeral ports, so that no client gets it in between."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe:
@@ -154,7 +154,7 @@ def serve() -> Any:
 
 @asynccontextmanager
 async def running(client: DiscoveryClient) -> AsyncIterator[DiscoveryClient]:
-    """Run a client as long as the context lasts, then close it."""
+    """Run a client while the context lasts, then close it."""
     failure: BaseException | None = None
     async with asyncio.TaskGroup() as group:
         task = group.create_task(client.run())
@@ -175,7 +175,7 @@ def run() -> Any:
 
 
 async def until(client: DiscoveryClient, condition: Callable[[Mesh], bool]) -> Mesh:
-    """Wait for a mesh that fulfils a condition."""
+    """Wait for a mesh that meets a condition."""
     seen = asyncio.Event()
     stop = client.subscribe(lambda mesh: seen.set() if condition(mesh) else None)
     try:
@@ -205,7 +205,7 @@ class TokensFile:
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> TokensFile:
-    """Tokens of two networks, of one gateway, and of an operator."""
+    """Tokens for two networks, a gateway, a relay and an operator."""
     every = list(Kind)
     given: dict[str, dict[str, Any]] = {
         "b": {"network": "b", "kinds": every, "names": ["*.shop.svc", "**.open"]},
@@ -227,7 +227,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def logged() -> Iterator[LogWaiter]:
-    """Wait for log records of the level that the test has set, warnings by default."""
+    """Waits for log records. Only warnings are seen unless the test sets another level."""
     waiter = LogWaiter()
     logging.getLogger().addHandler(waiter)
     yield waiter

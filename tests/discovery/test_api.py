@@ -1,4 +1,4 @@
-"""The server over real HTTP: records, conditions, leases, and the server's own life."""
+"""The server over real HTTP: records, conditions, leases, errors, start and end."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ from tests.discovery.waiting import LogWaiter, stored
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_record_from_its_making_to_its_end(serve: Any) -> None:
+async def test_the_life_of_a_record(serve: Any) -> None:
     async with serve() as at:
         path = "/v1/records/relay/a/relay-1"
         made = await at.ask("PUT", path, RELAY)
@@ -106,7 +106,7 @@ async def test_bad_writes(serve: Any, path: str, body: Any, status: int, code: s
         assert at.store.revision == 0
 
 
-async def test_a_body_that_is_not_what_its_encoding_says_is_bad(serve: Any) -> None:
+async def test_a_body_that_does_not_match_its_encoding_is_refused(serve: Any) -> None:
     async with serve() as at:
         answer = await at.ask("POST", "/v1/leases", b'{"ttl_s": 10}', headers={"Content-Encoding": "gzip"})
         assert (answer.status, answer.body["error"]) == (400, "bad_request")
@@ -145,7 +145,7 @@ async def test_limits(serve: Any) -> None:
 # Leases.
 
 
-async def test_a_lease_from_its_making_to_its_end(serve: Any) -> None:
+async def test_the_life_of_a_lease(serve: Any) -> None:
     async with serve() as at:
         made = await at.ask("POST", "/v1/leases", {"ttl_s": 10})
         assert made.status == 201
@@ -162,7 +162,7 @@ async def test_a_lease_from_its_making_to_its_end(serve: Any) -> None:
             assert (await at.ask("POST", "/v1/leases", {"ttl_s": ttl_s})).status == 400
 
 
-async def test_a_lease_that_ends_withdraws_its_records(serve: Any) -> None:
+async def test_records_are_deleted_when_their_lease_expires(serve: Any) -> None:
     async with serve() as at:
         lease = (await at.ask("POST", "/v1/leases", {"ttl_s": 1})).body["id"]
         await at.ask("PUT", "/v1/records/relay/a/r", RELAY | {"lease": lease})
@@ -179,7 +179,7 @@ async def test_a_lease_that_ends_withdraws_its_records(serve: Any) -> None:
 
 
 class FailingStore(MemoryStore):
-    """A store that raises what it is given, in reads, writes or sweeps."""
+    """A store that raises the given errors in reads, writes or sweeps."""
 
     def __init__(self) -> None:
         super().__init__()

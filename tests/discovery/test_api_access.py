@@ -1,4 +1,4 @@
-"""Who may do what at a server: tokens, certificates, rates, browsers."""
+"""Access control of a server: tokens, certificates, rate limits, browsers."""
 
 import asyncio
 import base64
@@ -29,13 +29,13 @@ RELOADING = ServerTiming(reload_s=0.02)
 
 
 def replace(path: Path, text: str) -> None:
-    """Replace a file at once: the server must not read half of it."""
+    """Replace a file atomically: the server must not read half of it."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(text)
     new.replace(path)
 
 
-async def test_who_is_not_known_gets_nothing(serve: Any, tokens: Any) -> None:
+async def test_unknown_clients_are_refused(serve: Any, tokens: Any) -> None:
     async with serve(tokens_file=tokens.path) as at:
         assert (await at.ask("GET", "/healthz")).status == 200
         for headers in (
@@ -57,7 +57,7 @@ async def test_who_is_not_known_gets_nothing(serve: Any, tokens: Any) -> None:
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 
-async def test_a_token_writes_for_its_network_only(serve: Any, tokens: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_token_writes_only_for_its_network(serve: Any, tokens: Any, caplog: pytest.LogCaptureFixture) -> None:
     async with serve(tokens_file=tokens.path) as at:
         assert (await at.ask("PUT", "/v1/records/relay/b/r", RELAY, token=tokens["b"])).status == 201
         with caplog.at_level(logging.WARNING):
@@ -72,7 +72,7 @@ async def test_a_token_writes_for_its_network_only(serve: Any, tokens: Any, capl
         assert tokens["b"] not in caplog.text
 
 
-async def test_a_token_writes_its_kinds_and_names_only(serve: Any, tokens: Any) -> None:
+async def test_a_token_writes_only_its_kinds_and_names(serve: Any, tokens: Any) -> None:
     async with serve(tokens_file=tokens.path) as at:
 
         async def put(token: str, path: str, body: Any) -> int:
@@ -85,12 +85,12 @@ async def test_a_token_writes_its_kinds_and_names_only(serve: Any, tokens: Any) 
         assert await put("b", "service/b/s", service("bank.example")) == 403
         assert await put("b", "service/b/t", service("a.b.open")) == 201
         assert await put("operator", "service/b/u", service("bank.example")) == 201
-        # Neither taken over nor deleted by who does not cover the name that stands there.
+        # A token that does not cover the current name can neither take the record over nor delete it.
         assert await put("b", "service/b/u", service("orders.shop.svc")) == 403
         assert (await at.ask("DELETE", "/v1/records/service/b/u", token=tokens["b"])).status == 403
 
 
-async def test_others_see_no_endpoints_and_no_vips(serve: Any, tokens: Any) -> None:
+async def test_other_networks_see_no_endpoints_and_no_vips(serve: Any, tokens: Any) -> None:
     async with serve(tokens_file=tokens.path) as at:
         lease = (await at.ask("POST", "/v1/leases", {}, token=tokens["b"])).body["id"]
         written = service("orders.shop.svc") | {"lease": lease}
@@ -121,7 +121,7 @@ async def test_others_see_no_endpoints_and_no_vips(serve: Any, tokens: Any) -> N
                         break
                 assert sorted(line["record"]["kind"] for line in told if line["type"] == "put") == seen
                 assert [endpoints(line["record"]) for line in told if "8443" in str(line)] == [ports]
-                # Live changes are told by the same rule; the relay's shows that nothing came between.
+                # Live changes follow the same rule. The relay's comes last, so nothing else can arrive after it.
                 await at.ask("PUT", "/v1/records/vip/b/v", VIP, token=tokens["b"])
                 await at.ask("DELETE", "/v1/records/vip/b/v", token=tokens["b"])
                 await at.ask("PUT", "/v1/records/service/b/s", written, token=tokens["b"])
@@ -140,7 +140,7 @@ async def test_others_see_no_endpoints_and_no_vips(serve: Any, tokens: Any) -> N
         assert (await at.ask("GET", "/v1/records/vip/b/v", token=tokens["c"])).status == 404
 
 
-async def test_a_lease_is_its_makers_alone(serve: Any, tokens: Any) -> None:
+async def test_a_lease_can_be_used_only_by_its_own_token(serve: Any, tokens: Any) -> None:
     async with serve(tokens_file=tokens.path) as at:
         lease = (await at.ask("POST", "/v1/leases", {}, token=tokens["b"])).body["id"]
         for other in ("c", "relay-b", "operator"):
@@ -169,9 +169,7 @@ async def test_turn_credentials(serve: Any, tokens: Any) -> None:
             assert answer.status == status
 
 
-async def test_a_network_that_asks_too_often_waits_and_no_other(
-    serve: Any, tokens: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_rate_limit_affects_only_its_network(serve: Any, tokens: Any, caplog: pytest.LogCaptureFixture) -> None:
     async with serve(tokens_file=tokens.path, requests_per_s=0.01, request_burst=3) as at:
         for _ in range(3):
             assert (await at.ask("GET", "/v1/records", token=tokens["b"])).status == 200
@@ -209,13 +207,13 @@ async def test_a_browser_reads_with_basic_and_writes_nothing(serve: Any, tokens:
             answer = await at.ask("GET", "/v1/records", headers=basic | {"Sec-Fetch-Site": site})
             assert answer.status == status
         assert (await at.ask("GET", "/v1/records", headers=basic | {"Host": "any.example"})).status == 200
-    async with serve() as at:  # without tokens a name that somebody points here must not give them our rights
+    async with serve() as at:  # without tokens, DNS rebinding must not give a page our rights
         assert (await at.ask("GET", "/v1/records", headers={"Host": "rebound.example"})).status == 403
         assert (await at.ask("GET", "/v1/records", headers={"Host": "localhost"})).status == 200
         assert (await at.ask("GET", "/v1/records", headers={"Host": "localhost:99999"})).status == 403
 
 
-async def test_a_changed_tokens_file_counts_at_once(
+async def test_a_changed_tokens_file_is_used_at_once(
     serve: Any, tokens: Any, logged: LogWaiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -242,7 +240,7 @@ async def test_a_changed_tokens_file_counts_at_once(
         assert (await at.ask("GET", "/v1/records", token=tokens["c"])).status == 200
 
 
-async def test_certificates_in_place_of_tokens_and_both_renewed(
+async def test_client_certificates_and_their_renewal(
     tmp_path: Path, run: Any, until: Any, logged: LogWaiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -295,14 +293,14 @@ async def test_certificates_in_place_of_tokens_and_both_renewed(
         async with run(DiscoveryClient(DiscoveryClientConfig(urls=[url], network="b", **files))) as client:
             client.publish(Kind.GATEWAY, "gw-1", GatewaySpec(address="10.9.0.1:7443"))
             assert await client.settled(5)
-        # A renewed certificate is shown to whoever comes next; one that does not fit its key changes nothing.
+        # A renewed certificate is used for new connections. An invalid one is not used.
         (tmp_path / "server.pem").write_text("nonsense")
         await logged.until("the certificate cannot be used")
         assert (await ask("gw"))[1] == before
         issue("server", "127.0.0.1")
         await logged.until("the certificate was reloaded")
         assert (await ask("gw"))[1] != before
-        # An authority that is taken out is trusted no more, nor is who came in by it and is still there.
+        # A removed CA is no longer trusted, and open connections with its certificates are closed.
         async with run(DiscoveryClient(DiscoveryClientConfig(urls=[url], network="b", **files))) as client:
             await until(client, lambda _: client.connected)
             other.cert_pem.write_to_path(tmp_path / "ca.pem")

@@ -24,17 +24,17 @@ LIMIT_S = 50.0
 
 @dataclass(frozen=True)
 class Example:
-    """A command, and what it prints."""
+    """A command and its expected output."""
 
     command: str
     language: str
-    """Of what it prints; empty where nothing is said of that."""
+    """Language of the block with the output; empty if there is none."""
 
     printed: str
 
 
 def examples() -> list[Example]:
-    """Find the shell commands of the document, each with the block that follows it."""
+    """Return the shell commands of the document, each with the block that follows it."""
     blocks = re.findall(r"(<!-- not run -->\n)?^```(\w+)\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
     found = []
     for index, (skipped, language, text) in enumerate(blocks):
@@ -45,7 +45,7 @@ def examples() -> list[Example]:
 
 
 def alike(expected: Any, found: Any) -> bool:
-    """Compare two values, of which the expected one may say that anything will do."""
+    """Compare two values. The expected one may contain wildcards."""
     if isinstance(expected, dict) and isinstance(found, dict):
         return expected.keys() == found.keys() and all(alike(expected[key], found[key]) for key in expected)
     if isinstance(expected, list) and isinstance(found, list):
@@ -54,7 +54,7 @@ def alike(expected: Any, found: Any) -> bool:
 
 
 def printed_as(example: Example, output: str) -> bool:
-    """Tell whether a command printed what its example says."""
+    """Return whether a command's output matches its example."""
     match example.language:
         case "":
             return output == ""
@@ -86,7 +86,9 @@ async def test_every_example_does_what_it_says(serve: Any, tmp_path: Path) -> No
     (tmp_path / "tokens.yaml").write_text("\n".join(map(format_entry, entries)))
     asked = examples()
     assert len(asked) > 10
-    for number, example in enumerate(asked):  # in braces: what one sets, the next ones use
+    for number, example in enumerate(
+        asked
+    ):  # in braces, not parentheses: later commands use variables that earlier ones set
         (tmp_path / f"{number}.sh").write_text(f"{{\n{example.command}}} >{number}.out 2>{number}.err\n")
     (tmp_path / "all.sh").write_text("".join(f". ./{number}.sh\n" for number in range(len(asked))))
     async with serve(
@@ -95,7 +97,9 @@ async def test_every_example_does_what_it_says(serve: Any, tmp_path: Path) -> No
         tls_client_ca=tmp_path / "ca.pem",
         tokens_file=tmp_path / "tokens.yaml",
         turn_secrets={"a": "secret"},
-        timing=ServerTiming(watch=WatchTiming(heartbeat_s=0.05)),  # curl notices at its next write that nobody reads on
+        timing=ServerTiming(
+            watch=WatchTiming(heartbeat_s=0.05)
+        ),  # curl notices at its next write that the pipe was closed
     ) as at:
         surroundings = {"SERVER": at.url, "TOKEN": token, "ADMIN": admin, "CURL_CA_BUNDLE": str(tmp_path / "ca.pem")}
         shell = await asyncio.create_subprocess_exec(

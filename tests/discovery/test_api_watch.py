@@ -17,7 +17,7 @@ from tests.discovery.waiting import LogWaiter
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_watch_tells_everything_and_then_every_change(serve: Any) -> None:
+async def test_a_watch_sends_all_records_and_then_each_change(serve: Any) -> None:
     async with serve() as at:
         made = await at.ask("PUT", "/v1/records/relay/a/r", RELAY)
         epoch = at.store.epoch
@@ -57,7 +57,7 @@ async def test_a_watch_resumes_from_a_revision(serve: Any) -> None:
         for name in ("v1", "v2"):
             await at.ask("DELETE", f"/v1/records/vip/b/{name}")
         assert await told("?from=3") == [("delete", 4), ("sync", 4)]
-        assert await told("?from=2") == [("reset", 4), ("sync", 4)]  # what was deleted at 3 is forgotten
+        assert await told("?from=2") == [("reset", 4), ("sync", 4)]  # the deletion at revision 3 is forgotten
 
 
 async def test_a_watcher_that_does_not_keep_up_is_reset(serve: Any) -> None:
@@ -65,7 +65,7 @@ async def test_a_watcher_that_does_not_keep_up_is_reset(serve: Any) -> None:
         async with at.watch() as lines:
             assert (await anext(lines))["type"] == "reset"
             assert (await anext(lines))["type"] == "sync"
-            # Nothing is read while far more is written than socket buffers and the queue hold together.
+            # The client reads nothing while the server writes far more than socket buffers and queue can hold.
             big = ServiceSpec(name="o.s", ports={"1": ["10.1.0.5:8443"] * 1000})
             for _ in range(600):
                 await at.store.put((Kind.SERVICE, "b", "s"), big)
@@ -94,7 +94,7 @@ async def test_watches_end_when_the_server_does(serve: Any) -> None:
         assert await response.content.read() == b""
 
 
-async def test_a_watcher_that_takes_nothing_is_cut_off(
+async def test_a_watcher_that_reads_nothing_is_cut_off(
     serve: Any, logged: LogWaiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -111,6 +111,6 @@ async def test_a_watcher_that_takes_nothing_is_cut_off(
                 data = piece
         except ConnectionResetError:
             pass
-        assert not data.endswith(b"0\r\n\r\n")  # a whole answer would end so: this one was cut
+        assert not data.endswith(b"0\r\n\r\n")  # a complete answer would end like this, but this one was cut off
         writer.close()
         assert len(at.server._hub) == 0

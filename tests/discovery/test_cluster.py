@@ -1,4 +1,4 @@
-"""Several discovery servers over one etcd cluster: whichever part goes away, clients go on."""
+"""Several discovery servers with one etcd cluster: clients keep working when any part of it fails."""
 
 import asyncio
 import signal
@@ -54,12 +54,12 @@ async def stale_records(at: Any) -> Any:
     return await eventually(stale)
 
 
-async def test_clients_outlive_a_server_the_leader_and_a_minority(
+async def test_clients_survive_the_loss_of_a_server_the_leader_and_the_majority(
     tmp_path: Path, serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with etcd_cluster(tmp_path, 3) as members:
         async with AsyncExitStack() as servers, AsyncExitStack() as first:
-            # The first two reach every member, the third only its own: a server on the far side of a partition.
+            # Both servers can reach every member.
             one = await first.enter_async_context(serve(store_at(*members), timing=TIMING))
             two = await servers.enter_async_context(serve(store_at(*members), timing=TIMING))
             urls = [one.url, two.url]
@@ -71,7 +71,7 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
                 assert await client.settled(10)
                 await until(other, lambda mesh: mesh.relays("a"))
 
-                # A discovery server is killed: its clients move on, and resume rather than read anew.
+                # A discovery server ends: its clients switch to the other one, and resume there.
                 await first.aclose()
                 client.publish(Kind.RELAY, "r", relay(2))
                 assert await client.settled(10)
@@ -84,7 +84,7 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
                 assert await client.settled(20)
                 await until(other, lambda mesh: mesh.relays("a")[0].spec == relay(3))
 
-                # A second member hangs: what is left is a minority. It refuses writes and is read, marked as stale.
+                # A second member hangs, so a minority is left. It refuses writes; reads are answered, but marked as stale.
                 rest = [member for member in members if member is not leader]
                 rest[1].signal(signal.SIGSTOP)
                 answer = await stale_records(two)
@@ -95,10 +95,10 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
                     told = [await anext(lines) for _ in range(5)]
                 assert [line["type"] for line in told[:4]] == ["reset", "put", "sync", "stale"]
                 assert told[4]["age_s"] > 0
-                assert client.mesh.relays("a")  # nobody has lost the relay
+                assert client.mesh.relays("a")  # no client has lost the relay
                 await eventually(lambda: client.age_s)
 
-                # And back: the record was leased, its writer lives, and writes again what ended meanwhile.
+                # The member continues. The writer of the leased record is alive, and writes it again if its lease has ended.
                 rest[1].signal(signal.SIGCONT)
                 client.publish(Kind.RELAY, "r", relay(4))
                 assert await client.settled(20)
@@ -110,7 +110,7 @@ async def test_clients_outlive_a_server_the_leader_and_a_minority(
 @pytest.mark.needs("netns", "ip")
 @pytest.mark.netns
 async def test_a_real_partition(tmp_path: Path, serve: Any, run: Any, until: Any) -> None:
-    """The majority goes on; the minority refuses writes, is read as stale, and catches up when it is back."""
+    """The majority keeps working. The minority refuses writes, marks reads as stale, and catches up after the partition."""
     with etcd_hosts(tmp_path) as (members, cut):
         async with (
             serve(store_at(*members[:2]), timing=TIMING) as inside,
@@ -121,13 +121,13 @@ async def test_a_real_partition(tmp_path: Path, serve: Any, run: Any, until: Any
             assert await client.settled(10)
             cut(True)
             client.publish(Kind.RELAY, "r", relay(2))
-            assert await client.settled(30)  # refused here, taken there
+            assert await client.settled(30)  # refused by one server, accepted by the other
             assert (await inside.store.get((Kind.RELAY, "a", "r"))).spec == relay(2)
             answer = await stale_records(outside)
             assert [record["spec"]["addresses"] for record in answer.body["records"]] == [["10.0.0.1"]]
             assert (await outside.ask("PUT", "/v1/records/network/c/c", {"spec": {}})).status == 503
             assert inside.store.stale_s == 0
-            # The client's watch ended at the one that is cut off, and it follows the other.
+            # The server that is cut off has ended the client's watch, and the client follows the other one.
             await until(client, lambda mesh: mesh.relays("a")[0].spec == relay(2))
             cut(False)
 
@@ -137,5 +137,5 @@ async def test_a_real_partition(tmp_path: Path, serve: Any, run: Any, until: Any
 
             await eventually(caught_up, 30)
             assert outside.store.epoch == inside.store.epoch
-            # 200: what was refused for want of an answer was on its way to the leader, and has arrived since.
+            # 200: the write that failed without an answer was on its way to the leader, and has arrived in the meantime.
             assert (await outside.ask("PUT", "/v1/records/network/c/c", {"spec": {}})).status in (200, 201)

@@ -11,7 +11,7 @@ DEADLINE_S = 20.0
 
 
 class LogWaiter(logging.Handler):
-    """Waits for log records, those from before the call included."""
+    """Waits for log records, including those from before the call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,11 +24,11 @@ class LogWaiter(logging.Handler):
             wake()
 
     def count(self, text: str) -> int:
-        """Return how many records have this text in their message or event."""
+        """Return the number of records with this text in their message or event."""
         return sum(text in line for line in self._lines)
 
     async def until(self, text: str, count: int = 1) -> None:
-        """Wait until so many records have this text in their message or event."""
+        """Wait until this many records have this text in their message or event."""
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
 
@@ -48,7 +48,7 @@ class LogWaiter(logging.Handler):
 
 
 async def stored(store: Store, holds: Callable[[], object]) -> None:
-    """Wait until a condition holds, which is checked after each write. It may be a coroutine function, like all of a store's."""
+    """Wait until a condition holds, which is checked after each write. It may be a coroutine function, as a store's methods are."""
     changed = asyncio.Event()
     stop = store.subscribe(lambda _: changed.set())
     try:

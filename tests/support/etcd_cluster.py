@@ -1,4 +1,4 @@
-"""Debian's etcd, one member or several, started for a test and ended by their pids."""
+"""Debian's etcd with one or more members, which are started for a test and ended by pid."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ START_TIMEOUT_S = 20.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Find ports below the range that clients take theirs from, so that a member can come back to its own."""
+    """Return ports below the range of ephemeral ports, so that a restarted member gets its port again."""
     found: list[int] = []
     with contextlib.ExitStack() as held:
         while len(found) < count:
@@ -52,7 +52,7 @@ class Member:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, cluster: str) -> None:
-        """Start it; a second time with the data of the first."""
+        """Start it. After a restart it has its data again."""
         command = [*self._prefix, "etcd", "--name", self.name, "--data-dir", str(self._directory)]
         command += ["--listen-client-urls", self.url, "--advertise-client-urls", self.url]
         command += ["--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url]
@@ -62,7 +62,7 @@ class Member:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def kill(self) -> None:
-        """End it as a power cut does."""
+        """Kill it."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
             self._process.kill()
@@ -70,7 +70,7 @@ class Member:
             self._process = None
 
     def signal(self, number: int) -> None:
-        """Stop or continue it."""
+        """Send it a signal, to stop or continue it."""
         assert self._process is not None
         self._process.send_signal(number)
 
@@ -83,7 +83,7 @@ class Member:
         return found
 
     def leads(self) -> bool:
-        """Tell whether it is the leader."""
+        """Return whether it is the leader."""
         try:
             status = self.ask("maintenance/status", {}, 1.0)
         except OSError:
@@ -102,9 +102,10 @@ def etcd_cluster(directory: Path, count: int = 1, extra: Sequence[str] = ()) -> 
 
 @contextlib.contextmanager
 def etcd_hosts(directory: Path) -> Iterator[tuple[list[Member], Callable[[bool], None]]]:
-    """Run three members, each on a host of its own: a network namespace on a bridge.
+    """Run three members, each in its own network namespace on a bridge.
 
-    What else is given cuts the third off from the other two, or lets it back; all three can be reached from here.
+    Yields the members, and a function that cuts the third off from the other two (True) or reconnects it (False). All three
+    can always be reached from here.
     """
     tag = f"{os.getpid() % 100_000}"
     bridge, hosts = f"xb{tag}", [f"xh{tag}-{number}" for number in (1, 2, 3)]
@@ -115,7 +116,7 @@ def etcd_hosts(directory: Path) -> Iterator[tuple[list[Member], Callable[[bool],
         subprocess.run(["ip", *words], check=check, capture_output=True, timeout=10)
 
     def cut(away: bool) -> None:
-        # Both ways: what one side sends would arrive for as long as it needs no answer.
+        # In both directions: otherwise packets that need no answer would still arrive.
         for host, address in zip(hosts[:2], addresses[:2], strict=True):
             for at, other in ((hosts[2], address), (host, addresses[2])):
                 ip("-n", at, "route", "add" if away else "del", "blackhole", f"{other}/32")

@@ -12,7 +12,7 @@ def record(kind: Kind, network: str, id: str, spec: Spec) -> AnyRecord:  # noqa:
 
 
 class FixedDiscovery:
-    """Fulfils discovery.client.contract.Discovery with the mesh that the test gives it."""
+    """Implements discovery.client.contract.Discovery with a mesh that the test sets."""
 
     def __init__(self, *records: AnyRecord) -> None:
         self.mesh = Mesh.of(records)

@@ -1,10 +1,10 @@
-"""An API server of the tests' own: it keeps the rules of resourceVersions that a publisher must live with.
+"""A Kubernetes API server for tests, which follows the rules of resourceVersions that matter to a publisher.
 
-Versions are opaque text that only this server compares. A list is told in pages, all of one version, and its continuation
-ends with compaction (410). A watch tells every change after its version once, in order, until the time that was asked for is
-over; from a version that was compacted it fails with 410, as an ERROR in the stream, which is what a kube-apiserver does, or
-as a status, which is allowed too. One token is known. Its answers have the shape of a real server's (`test_recording.py`
-compares them), and enough is told of its resources that kubectl finds its way.
+Versions are opaque text that only this server compares. A list is sent in pages of the same version, whose continuation fails
+after compaction (410). A watch sends each change after its version once, in order, until its timeout; from a compacted version
+it fails with 410, either as an ERROR in the stream, as a kube-apiserver does, or as a status, which is also allowed. One token
+is accepted. Its answers have the structure of a real server's (`test_recording.py` compares them), and it describes its
+resources well enough for kubectl.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class KubeServer:
 
     @property
     def version(self) -> str:
-        """The version that the last change has."""
+        """The version of the last change."""
         return f"{self._letter}{self._version}"
 
     def put(self, resource: str, namespace: str, name: str, **fields: Any) -> None:
@@ -57,28 +57,28 @@ class KubeServer:
         self._record("DELETED", key, self._objects[key])
 
     def bookmark(self) -> None:
-        """Tell watchers of a version at which nothing of theirs changed."""
+        """Send watchers a version without a change of their objects."""
         self._record("BOOKMARK", ("", "", ""), {"metadata": {}})
 
     def compact(self) -> None:
-        """Forget all history."""
+        """Compact: forget all history."""
         self._compacted = self._version
         self._history.clear()
 
     def forget(self) -> None:
-        """Be another cluster from now on, with nothing in it and versions of another kind."""
+        """Become another cluster: without objects, and with versions of another form."""
         self._objects.clear()
         self.compact()
         self._letter = "w"
         self.end_watches()
 
     def end_watches(self) -> None:
-        """End every watch, as a server does when their time is over."""
+        """End all watches, as a server does at their timeout."""
         self._ended += 1
         self._notify()
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Wait until a condition on what was asked, what changed or who watches holds."""
+        """Wait until a condition on requests, changes or watches holds."""
         async with asyncio.timeout(LIMIT_S):
             while not holds():
                 await self._changed.wait()
@@ -89,7 +89,7 @@ class KubeServer:
         self._changed = asyncio.Event()
 
     def _record(self, kind: str, key: tuple[str, str, str], found: dict[str, Any]) -> None:
-        self._version += 7  # never by one: nobody may count on that
+        self._version += 7  # not by one, which clients must not rely on
         found = {**found, "metadata": {**found["metadata"], "resourceVersion": self.version}}
         if kind == "DELETED":
             del self._objects[key]
@@ -106,7 +106,7 @@ class KubeServer:
         return answer
 
     async def _tell_resources(self, request: web.Request) -> web.StreamResponse:
-        """What kubectl asks before anything else."""
+        """Answer the requests with which kubectl discovers resources."""
         group = {"groupVersion": "discovery.k8s.io/v1", "version": "v1"}
         groups = [{"name": "discovery.k8s.io", "versions": [group], "preferredVersion": group}]
         told: dict[str, dict[str, Any]] = {

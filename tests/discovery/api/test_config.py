@@ -1,4 +1,4 @@
-"""The configuration of a server: what it refuses to be."""
+"""The configuration of a server, and which ones it refuses."""
 
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ FILE = Path("x")
         (DiscoveryServerConfig(listen=(("::", 8600),)), 2),
     ],
 )
-def test_nothing_is_served_openly_by_mistake(config: DiscoveryServerConfig, reasons: int) -> None:
+def test_serving_openly_must_be_configured(config: DiscoveryServerConfig, reasons: int) -> None:
     assert len(start_refusals(config)) == reasons
     assert all("insecure: true" in reason for reason in start_refusals(config))
 
 
 @pytest.mark.anyio
-async def test_a_server_that_refuses_opens_no_store() -> None:
+async def test_a_refused_configuration_opens_no_store() -> None:
     server = DiscoveryServer(DiscoveryServerConfig(listen=PUBLIC, store="sqlite:/nowhere/discovery.db"))
     with pytest.raises(ServerRefused) as caught:
         async with server.serving():
@@ -59,6 +59,6 @@ def test_stores() -> None:
         stored("etcd:https://10.0.0.2:2379", etcd_ca=Path("/nowhere/ca.pem"))
 
 
-def test_secrets_are_not_shown() -> None:
+def test_secrets_are_not_in_repr() -> None:
     config = DiscoveryServerConfig(listen=LOOPBACK, turn_secrets={"d": "s3cret"})
     assert "s3cret" not in repr(config)

@@ -1,4 +1,4 @@
-"""The API document beside a real server: routes, fields and answers."""
+"""The API document compared with a real server: routes, fields and answers."""
 
 import asyncio
 import json
@@ -35,11 +35,11 @@ pytestmark = pytest.mark.anyio
 DOCUMENT: dict[str, Any] = yaml.safe_load(resources.files("discovery.api").joinpath("openapi.yaml").read_text())
 METHODS = {"get", "put", "post", "delete", "patch", "head", "options", "trace"}
 OPERATIONS = [(method, path) for path, item in DOCUMENT["paths"].items() for method in item if method in METHODS]
-ANSWERED = [each for each in OPERATIONS if each != ("get", "/v1/watch")]  # that answer has no end
+ANSWERED = [each for each in OPERATIONS if each != ("get", "/v1/watch")]  # that answer never ends
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 
 EXAMPLES = 8
-"""Generated requests of each operation, good ones and bad ones each: more would take longer than they find."""
+"""Generated valid requests of each operation, and as many invalid ones. More take longer without finding more."""
 
 CHECKED = [
     not_a_server_error,
@@ -51,12 +51,12 @@ CHECKED = [
 
 
 def takes_something(method: str, path: str) -> bool:
-    """Whether the operation has anything that a request can get wrong."""
+    """Whether there can be invalid requests for the operation."""
     item = DOCUMENT["paths"][path]
     return bool(item.get("parameters") or item[method].get("parameters") or item[method].get("requestBody"))
 
 
-def test_every_route_is_in_the_document_and_the_other_way_round() -> None:
+def test_routes_and_document_agree() -> None:
     server = DiscoveryServer(DiscoveryServerConfig(listen=(("127.0.0.1", 0),)))
     assert sorted((route.method.lower(), route.path) for route in server.routes()) == sorted(OPERATIONS)
 
@@ -79,7 +79,7 @@ async def at(serve: Any, tokens: Any) -> AsyncIterator[Any]:
 def ask_generated(
     operation: Any, mode: GenerationMode, url: str, token: str, checks: list[Any], examples: int = EXAMPLES
 ) -> None:
-    """Send generated requests, and hold each answer against the document."""
+    """Send generated requests, and check each answer against the document."""
 
     @settings(
         max_examples=examples,
@@ -95,7 +95,7 @@ def ask_generated(
 
     try:
         ask()
-    except FailureGroup as failure:  # no Exception: it would end the task that runs the fixtures
+    except FailureGroup as failure:  # not an Exception: it would end the task that runs the fixtures
         raise AssertionError(str(failure)) from None
 
 
@@ -106,15 +106,15 @@ async def test_answers_are_as_documented(at: Any, tokens: Any, method: str, path
 
 
 @pytest.mark.parametrize(("method", "path"), [each for each in ANSWERED if takes_something(*each)])
-async def test_what_the_document_forbids_is_refused(at: Any, tokens: Any, method: str, path: str) -> None:
+async def test_undocumented_requests_are_refused(at: Any, tokens: Any, method: str, path: str) -> None:
     operation = SCHEMA[path][method.upper()]
-    # Of a query parameter that is given twice the first counts, which this check would call wrong.
+    # If a query parameter is given twice the first one is used, which this check would report as an error.
     checks = [*CHECKED, negative_data_rejection] if method != "get" else CHECKED
     await asyncio.to_thread(ask_generated, operation, GenerationMode.NEGATIVE, at.url, tokens["operator"], checks)
 
 
 @pytest.mark.parametrize("kind", Kind)
-async def test_the_examples_are_taken_and_answered_as_documented(at: Any, tokens: Any, kind: Kind) -> None:
+async def test_the_documented_examples_work(at: Any, tokens: Any, kind: Kind) -> None:
     token = tokens["operator"]
     path = f"/v1/records/{kind}/b/{'b' if kind is Kind.NETWORK else 'one'}"
     for spec in DOCUMENT["components"]["schemas"][SPEC_TYPES[kind].__name__]["examples"]:
@@ -151,7 +151,7 @@ async def test_a_watch_is_as_documented(serve: Any, tokens: Any) -> None:
                 valid("WatchLine", wrong)
 
 
-async def test_a_method_that_is_not_documented_is_refused_with_those_that_are(at: Any) -> None:
+async def test_an_undocumented_method_is_refused_and_the_documented_ones_are_listed(at: Any) -> None:
     for path, item in DOCUMENT["paths"].items():
         documented = {method.upper() for method in item if method in METHODS}
         for method in {"GET", "PUT", "POST", "DELETE", "PATCH", "OPTIONS"} - documented:
@@ -161,5 +161,5 @@ async def test_a_method_that_is_not_documented_is_refused_with_those_that_are(at
 
 
 def valid(name: str, value: object) -> None:
-    """Hold a value against a schema of the document. Raises ValidationError."""
+    """Check a value against a schema of the document. Raises ValidationError."""
     Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}).validate(value)

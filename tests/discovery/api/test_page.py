@@ -1,4 +1,4 @@
-"""The page: complete without a script, true to what its reader may see, and live in a real browser."""
+"""The page: complete without its script, limited to what its reader may see, and live in a real browser."""
 
 import asyncio
 import base64
@@ -37,7 +37,7 @@ STATE = PageState(epoch="e", revision=7, stale_s=0, reader="operator", ages={})
 
 
 class Text(HTMLParser):
-    """The text of a page, and that its tags fit together."""
+    """The text of a page. Also checks that its tags are balanced."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ async def fill(store: Store) -> None:
         await store.put((Kind.ALLOCATION, network, f"al-{index}"), spec)
 
 
-async def test_a_page_without_a_script_tells_everything(serve: Any, tokens: Any) -> None:
+async def test_the_page_is_complete_without_its_script(serve: Any, tokens: Any) -> None:
     async with serve(tokens_file=tokens.path) as at:
         await fill(at.store)
         async with at.session.get(f"{at.url}/") as answer:
@@ -98,7 +98,7 @@ async def test_a_page_without_a_script_tells_everything(serve: Any, tokens: Any)
                 assert answer.status == 200
 
 
-def test_a_page_of_a_thousand_networks_is_bounded() -> None:
+def test_the_page_of_a_thousand_networks_is_limited() -> None:
     records = [
         Record(kind=Kind.NETWORK, network=f"n{n}", id=f"n{n}", revision=n, spec=NetworkSpec()) for n in range(1000)
     ]
@@ -110,7 +110,7 @@ def test_a_page_of_a_thousand_networks_is_bounded() -> None:
     Text(html)
 
 
-def test_nothing_from_a_record_is_markup() -> None:
+def test_records_are_escaped() -> None:
     evil = '"><script>alert(1)</script>'
     record = Record(kind=Kind.RELAY, network=evil, id=evil, revision=1, spec=RelaySpec(addresses=[evil], ports=[1]))
     html = render_page(Mesh.of([record]), STATE, evil)
@@ -124,7 +124,7 @@ def test_a_server_that_is_cut_off_says_so() -> None:
 
 
 class Browser:
-    """One page of a headless Chromium, spoken to by its DevTools protocol."""
+    """One page of a headless Chromium, controlled by its DevTools protocol."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -156,7 +156,7 @@ class Browser:
 
 @contextlib.asynccontextmanager
 async def chromium(folder: Path) -> AsyncIterator[Browser]:
-    """Run a browser with a profile of its own; it and all its processes end with the block."""
+    """Run a browser with its own profile. All its processes end with the block."""
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += ["--disable-dev-shm-usage", f"--user-data-dir={folder / 'profile'}", "--remote-debugging-port=0"]
@@ -182,7 +182,7 @@ async def chromium(folder: Path) -> AsyncIterator[Browser]:
 
 @pytest.mark.interop
 @pytest.mark.needs("chromium")
-async def test_a_real_browser_shows_it_live_by_keyboard_and_without_a_script(serve: Any, tmp_path: Path) -> None:
+async def test_a_real_browser_live_by_keyboard_and_without_script(serve: Any, tmp_path: Path) -> None:
     async with serve() as at:
         await fill(at.store)
         async with chromium(tmp_path) as browser:
@@ -190,12 +190,12 @@ async def test_a_real_browser_shows_it_live_by_keyboard_and_without_a_script(ser
             await browser.until("document.getElementById('status').textContent === 'Live.'")
             assert await browser.value("document.querySelectorAll('svg circle').length") == 3
 
-            # By keyboard: the first link leads to the tables, a node of the graph to its network.
+            # By keyboard: the first link leads to the tables, and a node of the graph to its network.
             await browser.press("Tab", 9)
             assert await browser.value("document.activeElement.className") == "skip"
             await browser.value("document.querySelector('svg a[href=\"/?network=b\"]').focus()")
 
-            # A change comes by itself, and whoever is at a link stays there.
+            # A change appears by itself, and the focus stays on the same link.
             await at.store.put((Kind.RELAY, "c", "appeared"), RelaySpec(addresses=["10.0.0.10"], ports=[443]))
             await at.store.delete((Kind.GATEWAY, "b", "gw-1"))
             await browser.until("document.body.textContent.includes('appeared')")
@@ -211,4 +211,4 @@ async def test_a_real_browser_shows_it_live_by_keyboard_and_without_a_script(ser
             await browser.open(f"{at.url}/?network=c")
             text = await browser.value("document.body.textContent")
             assert "appeared" in text
-            assert "As it was when the page was loaded" in text
+            assert "As of when the page was loaded" in text

@@ -1,4 +1,4 @@
-"""For how long records have been there."""
+"""The ages of records."""
 
 from discovery.api.record_ages import RecordAges
 from discovery.model.mesh import Deletion, Kind, NetworkSpec, Record
@@ -7,7 +7,7 @@ A = Record(kind=Kind.NETWORK, network="a", id="a", revision=1, spec=NetworkSpec(
 B = Record(kind=Kind.NETWORK, network="b", id="b", revision=2, spec=NetworkSpec())
 
 
-def test_the_age_of_what_was_seen_to_come() -> None:
+def test_ages_of_records_created_since_the_start() -> None:
     now = 100.0
     ages = RecordAges(lambda: now)
     ages.known([A.key])

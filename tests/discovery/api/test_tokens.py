@@ -1,4 +1,4 @@
-"""Tokens: the file, the comparison, and what each may write and see."""
+"""Tokens: the file, the lookup, and the rights of each token."""
 
 from pathlib import Path
 
@@ -58,18 +58,18 @@ def test_a_token_is_found_by_its_hash(tmp_path: Path) -> None:
         assert find(path, other) is None
 
 
-def test_tokens_are_long_and_never_the_same() -> None:
+def test_tokens_are_long_and_unique() -> None:
     assert len({make_token() for _ in range(100)}) == 100
     assert len(make_token()) >= len("crossnet-") + 43
 
 
-def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:
+def test_an_empty_file_accepts_no_token(tmp_path: Path) -> None:
     (tmp_path / "tokens.yaml").write_text("# none yet\n")
     assert len(Tokens.load(tmp_path / "tokens.yaml")) == 0
     assert Tokens().find("x") is None
 
 
-def test_every_fault_of_a_file_is_told(tmp_path: Path) -> None:
+def test_all_errors_of_a_file_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "tokens.yaml"
     good = hash_token("x")
     path.write_text(
@@ -120,7 +120,7 @@ def test_globs(glob: str, yes: list[str], no: list[str]) -> None:
     assert not any(matches(glob, name) for name in no)
 
 
-def test_what_may_be_written() -> None:
+def test_which_records_a_token_may_write() -> None:
     who = Principal(
         name="n", network="b", kinds=frozenset({Kind.SERVICE, Kind.VIP}), names=("*.shop",), admin=False, owner="o"
     )
@@ -135,7 +135,7 @@ def test_what_may_be_written() -> None:
     assert OPEN.refusal_of_credentials() is None
 
 
-def test_what_is_seen() -> None:
+def test_which_records_a_token_sees() -> None:
     seen = redacted(SERVICE)
     assert seen is not None
     assert seen.spec.ports == {"8443": [], "9443": []}
@@ -151,7 +151,7 @@ def test_what_is_seen() -> None:
     assert OPEN.view(VIP) is VIP
 
 
-def test_certificates_stand_for_principals(tmp_path: Path) -> None:
+def test_certificates_identify_principals(tmp_path: Path) -> None:
     path = tmp_path / "tokens.yaml"
     path.write_text(
         "- {certificate: 'spiffe://m.example/b/*', network: b, kinds: [relay]}\n"
@@ -177,7 +177,7 @@ def test_certificates_stand_for_principals(tmp_path: Path) -> None:
     assert len(owners) == 2
 
 
-def test_certificates_that_are_none(tmp_path: Path) -> None:
+def test_invalid_certificate_names(tmp_path: Path) -> None:
     path = tmp_path / "tokens.yaml"
     for entry in (
         "{network: b}",

@@ -1,4 +1,4 @@
-"""The hub of watchers: one encoding for all, bounded queues, and a backlog that ends in sync."""
+"""The hub of watchers: one encoding for all readers, bounded queues, and a backlog that ends with sync."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ def lines(data: bytes) -> list[Any]:
     return [json.loads(line) for line in data.splitlines()]
 
 
-async def test_a_line_is_encoded_once_for_all_who_see_the_same() -> None:
+async def test_a_line_is_encoded_once_for_readers_with_the_same_view() -> None:
     store = MemoryStore()
     hub = WatchHub(store)
     first, second, third = hub.add(OPEN), hub.add(OPEN), hub.add(OTHER)
@@ -38,7 +38,7 @@ async def test_a_line_is_encoded_once_for_all_who_see_the_same() -> None:
     assert len(hub) == 2
 
 
-async def test_taking_skips_what_the_backlog_had() -> None:
+async def test_lines_of_the_backlog_are_not_sent_twice() -> None:
     store = MemoryStore()
     hub = WatchHub(store)
     watcher = hub.add(OPEN)
@@ -57,7 +57,7 @@ async def test_taking_skips_what_the_backlog_had() -> None:
     assert [line["type"] for line in lines(watcher.next_batch(current))] == ["delete"]
 
 
-async def test_a_backlog_is_cut_in_batches() -> None:
+async def test_a_backlog_is_sent_in_batches() -> None:
     store = MemoryStore()
     hub = WatchHub(store, limits=WatchLimits(batch_bytes=500))
     for number in range(50):
@@ -94,7 +94,7 @@ async def test_closing_wakes_everybody() -> None:
     assert watcher.next_batch(0) == b""
 
 
-async def test_changes_of_one_revision_say_that_more_comes() -> None:
+async def test_changes_of_one_revision_are_marked_as_such() -> None:
     store = MemoryStore()
     hub = WatchHub(store)
     watcher = hub.add(OPEN)
@@ -105,7 +105,7 @@ async def test_changes_of_one_revision_say_that_more_comes() -> None:
     assert [(line["revision"], line.get("more", False)) for line in told] == [(4, True), (4, False), (5, False)]
 
 
-async def test_who_begins_anew_is_told_what_is_current_and_theirs_to_see() -> None:
+async def test_new_readers_get_the_current_records_that_they_may_see() -> None:
     store = MemoryStore()
     hub = WatchHub(store)
     await store.put(KEY, SERVICE)
@@ -133,7 +133,7 @@ def who(network: str, owner: str) -> Principal:
     return Principal(name=owner, network=network, kinds=frozenset(), owner=owner)
 
 
-async def test_a_network_with_all_watches_gives_some_up_for_others() -> None:
+async def test_a_network_that_has_all_watches_loses_some_to_others() -> None:
     hub = WatchHub(MemoryStore(), most=10, most_per_network=8)
     greedy = [hub.add(who("c", "c-1")) for _ in range(8)]
     with pytest.raises(NoRoom, match="8 watches of network 'c'"):
@@ -146,7 +146,7 @@ async def test_a_network_with_all_watches_gives_some_up_for_others() -> None:
     hub.add(who("d", "d"))
 
 
-async def test_a_token_with_all_watches_of_its_network_gives_some_up_for_the_networks_other_tokens() -> None:
+async def test_a_token_that_has_all_watches_of_its_network_loses_some_to_other_tokens() -> None:
     hub = WatchHub(MemoryStore(), most=10, most_per_network=4)
     greedy = [hub.add(who("c", "c-1")) for _ in range(4)]
     hub.add(who("c", "c-2"))

@@ -1,4 +1,4 @@
-"""Clients of servers that a test runs."""
+"""Clients, clocks and stores for the tests of clients."""
 
 import asyncio
 import time
@@ -34,7 +34,7 @@ def client_at(
 
 
 class WallClock:
-    """The real time of day, and by how much it is off."""
+    """The real time of day, plus an offset."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -55,7 +55,7 @@ class CountingStore(SqliteStore):
         return await super().renew(lease_id)
 
     async def renewals(self, count: int) -> None:
-        """Wait for so many more renewals."""
+        """Wait for this many more renewals."""
         self.renewed = asyncio.Semaphore(0)
         async with asyncio.timeout(DEADLINE_S):
             for _ in range(count):

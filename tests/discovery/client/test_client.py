@@ -1,4 +1,4 @@
-"""The client against real servers: all of its parts together, and its connections."""
+"""The client with real servers: all its parts together, and its connections."""
 
 import asyncio
 import datetime as dt
@@ -80,7 +80,7 @@ async def test_a_killed_server_comes_back_with_everything(run: Any, until: Any, 
             client.publish(Kind.RELAY, "r2", OTHER)
             process, _ = await asyncio.to_thread(start_server, path, port)
             await until(watcher, lambda mesh: len(mesh.relays("a")) == 2)
-            # Lease and record were in the store: the same one, and not written anew.
+            # Lease and record were in the store, and were not rewritten.
             assert watcher.mesh.relays("a")[0] == mesh.relays("a")[0]
             assert watcher.mesh.relays("a")[1].lease == mesh.relays("a")[0].lease
     finally:
@@ -90,7 +90,7 @@ async def test_a_killed_server_comes_back_with_everything(run: Any, until: Any, 
 async def test_turn_credentials(serve: Any, run: Any, tokens: Any) -> None:
     async with serve(tokens_file=tokens.path, turn_secrets={"d": "s3cret"}) as at:
         client = client_of(at, network="b", token=tokens["gw-b"])
-        assert (await client.turn_credentials("d")).ttl_s == 3600  # before the run, too
+        assert (await client.turn_credentials("d")).ttl_s == 3600  # also before the run
         async with run(client):
             issued = await client.turn_credentials("d")
             assert issued.username.endswith(":b.gw-b")
@@ -121,7 +121,7 @@ async def test_over_tls_with_a_ca(serve: Any, run: Any, until: Any, tmp_path: Pa
         client_of(at, ca_file=tmp_path / "missing.pem")
 
 
-async def test_an_authority_that_is_replaced_counts_without_a_restart(
+async def test_a_replaced_ca_is_used_without_a_restart(
     serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = trustme.CA(), trustme.CA()
@@ -143,12 +143,12 @@ async def test_an_authority_that_is_replaced_counts_without_a_restart(
         assert "cannot be used" in caplog.text
         new.cert_pem.write_to_path(tmp_path / "ca.pem")
         client.publish(Kind.RELAY, "r3", RELAY)
-        assert not await client.settled(0.3)  # the old one is trusted no more
+        assert not await client.settled(0.3)  # the old CA is no longer trusted
         certify(new)
         assert await client.settled(10)
 
 
-async def test_a_subscriber_that_fails_hurts_no_other(
+async def test_a_failing_subscriber_does_not_affect_others(
     serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve() as at, run(client_of(at)) as client:
@@ -165,7 +165,7 @@ def test_a_client_needs_a_server() -> None:
         client_at("http://10.0.0.2:8600")
 
 
-async def test_a_clock_that_is_apart_from_the_servers_is_told(
+async def test_a_clock_difference_to_the_server_is_logged(
     serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     behind = WallClock()
@@ -183,7 +183,7 @@ async def test_a_clock_that_is_apart_from_the_servers_is_told(
     assert "s ahead of ours" in said[0]
 
 
-async def test_a_certificate_that_fails_for_a_clock_says_by_how_much(
+async def test_an_expired_certificate_is_reported_with_the_clock_difference(
     serve: Any, run: Any, tmp_path: Path, tokens: Any, logged: LogWaiter
 ) -> None:
     authority = trustme.CA()
@@ -195,4 +195,4 @@ async def test_a_certificate_that_fails_for_a_clock_says_by_how_much(
         serve(tokens_file=tokens.path, tls_cert=tmp_path / "server.pem") as at,
         run(client_of(at, network="b", token=tokens["b"], ca_file=tmp_path / "ca.pem")),
     ):
-        await logged.until("it ended 36")
+        await logged.until("it expired 36")

@@ -7,7 +7,7 @@ import pytest
 from discovery.client.config import DiscoveryClientConfig
 
 
-def test_the_token_stays_out_of_logs_and_nothing_changes_afterwards() -> None:
+def test_the_configuration_is_frozen_and_hides_the_token() -> None:
     config = DiscoveryClientConfig(urls=["https://10.0.0.1:8600"], network="a", token="crossnet-secret")
     assert "secret" not in repr(config)
     with pytest.raises(dataclasses.FrozenInstanceError):

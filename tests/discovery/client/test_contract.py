@@ -1,4 +1,4 @@
-"""What roles are given: subscribers that come, go and fail."""
+"""Subscribers that are added, removed, and fail."""
 
 import logging
 
@@ -8,7 +8,7 @@ from discovery.client.contract import DiscoveryError, Subscribers
 from discovery.model.mesh import Mesh
 
 
-def test_subscribers_are_told_in_order_until_they_leave() -> None:
+def test_subscribers_are_called_in_order_until_they_unsubscribe() -> None:
     told: list[str] = []
     subscribers = Subscribers()
     first = subscribers.add(lambda _: told.append("first"))
@@ -20,7 +20,7 @@ def test_subscribers_are_told_in_order_until_they_leave() -> None:
     assert told == ["first", "second", "second"]
 
 
-def test_one_may_leave_while_all_are_told() -> None:
+def test_a_subscriber_may_unsubscribe_during_notification() -> None:
     told: list[str] = []
     subscribers = Subscribers()
     subscribers.add(lambda _: leave())
@@ -30,7 +30,7 @@ def test_one_may_leave_while_all_are_told() -> None:
     assert told == ["leaving"]
 
 
-def test_one_that_fails_hurts_no_other(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_subscriber_does_not_affect_others(caplog: pytest.LogCaptureFixture) -> None:
     told: list[str] = []
     subscribers = Subscribers()
     subscribers.add(lambda _: 1 / 0)  # type: ignore[arg-type]
@@ -41,6 +41,6 @@ def test_one_that_fails_hurts_no_other(caplog: pytest.LogCaptureFixture) -> None
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_errors_tell_code_and_detail() -> None:
+def test_errors_have_code_and_detail() -> None:
     error = DiscoveryError("forbidden", "no")
     assert (error.code, error.detail, str(error)) == ("forbidden", "no", "forbidden: no")

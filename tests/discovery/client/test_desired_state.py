@@ -1,4 +1,4 @@
-"""Desired state: what to do next, whatever happens in between."""
+"""Desired state: what to do next after any sequence of events."""
 
 from discovery.client.desired_state import RETRY_REFUSED_S, Delete, DesiredState, Put
 from discovery.model.mesh import Deletion, Kind, NetworkSpec
@@ -18,7 +18,7 @@ def settled(state: DesiredState) -> DesiredState:
     return state
 
 
-def test_from_wanting_to_having_to_not_wanting() -> None:
+def test_the_life_of_a_wanted_record() -> None:
     state = DesiredState()
     assert state.settled
     assert state.publish(put(A))
@@ -37,7 +37,7 @@ def test_from_wanting_to_having_to_not_wanting() -> None:
     assert state.next_retry() is None
 
 
-def test_what_changed_while_it_was_written_is_written_again() -> None:
+def test_a_record_that_changed_during_its_write_is_written_again() -> None:
     state = DesiredState()
     state.publish(put(A))
     work = state.next_work(0)
@@ -47,7 +47,7 @@ def test_what_changed_while_it_was_written_is_written_again() -> None:
     assert state.next_work(0) == put(A, leased=False)
 
 
-def test_wanted_again_while_it_was_deleted() -> None:
+def test_a_record_may_be_published_again_while_it_is_deleted() -> None:
     state = settled_with(A)
     state.withdraw(A)
     state.publish(put(A))
@@ -63,7 +63,7 @@ def settled_with(*keys: tuple[Kind, str, str]) -> DesiredState:
     return settled(state)
 
 
-def test_a_refusal_waits_and_hinders_nothing_else() -> None:
+def test_a_refused_write_is_delayed_and_delays_no_other() -> None:
     state = DesiredState()
     state.publish(put(A))
     state.publish(put(B))
@@ -78,13 +78,13 @@ def test_a_refusal_waits_and_hinders_nothing_else() -> None:
     state.refuse(Delete(B), 200)
     state.refuse(Delete(A), 200)
     assert state.next_work(200) == put(A)
-    # A new wish is tried at once, whatever was said to the old one.
+    # A changed record is tried at once, even if the previous one was refused.
     state.refuse(put(A), 200)
     state.publish(put(A, leased=False))
     assert state.next_work(200) == put(A, leased=False)
 
 
-def test_a_lost_lease_takes_what_hung_on_it() -> None:
+def test_a_lost_lease_affects_the_records_attached_to_it() -> None:
     state = settled_with(A)
     state.publish(put(B, leased=False))
     settled(state)
@@ -94,13 +94,13 @@ def test_a_lost_lease_takes_what_hung_on_it() -> None:
     assert state.settled
 
 
-def test_another_epoch_takes_everything() -> None:
+def test_after_a_change_of_epoch_everything_is_written_again() -> None:
     state = settled_with(A, B)
     state.withdraw(B)
     state.epoch_changed()
     assert state.next_work(0) == put(A)
     state.acknowledge(put(A), 1)
-    assert state.settled  # and what was not wanted is not there either
+    assert state.settled  # the new store does not have B, so there is nothing to delete
 
 
 def test_a_record_that_somebody_deleted_is_written_again() -> None:
@@ -108,19 +108,19 @@ def test_a_record_that_somebody_deleted_is_written_again() -> None:
     state.publish(put(A))
     assert not state.deleted(Deletion(A, 4))
     state.acknowledge(put(A), 5)
-    assert not state.deleted(Deletion(A, 4))  # that was before ours
+    assert not state.deleted(Deletion(A, 4))  # older than our write
     assert not state.deleted(Deletion(B, 6))
     assert state.deleted(Deletion(A, 6))
     assert state.next_work(0) == put(A)
 
 
-def test_a_deletion_that_is_told_before_the_write_is_answered() -> None:
+def test_a_deletion_may_be_reported_before_the_write_is_answered() -> None:
     state = DesiredState()
     state.publish(put(A))
     assert not state.deleted(Deletion(A, 6))
     state.acknowledge(put(A), 5)
     assert state.next_work(0) == put(A)
-    state.acknowledge(put(A), 3)  # a store of another epoch: the old number counts once and not for ever
+    state.acknowledge(put(A), 3)  # after a change of epoch the old revision is used once, not forever
     assert state.settled
 
 
@@ -128,19 +128,19 @@ def claim(key: tuple[Kind, str, str]) -> Put:
     return Put(key, NetworkSpec(), leased=False, if_absent=True)
 
 
-def test_what_somebody_else_wrote_is_as_good_as_ours() -> None:
+def test_an_if_absent_record_of_another_writer_counts_as_acknowledged() -> None:
     state = DesiredState()
     state.publish(claim(A))
     state.acknowledge(claim(A), 5, ours=False)
     assert state.settled
-    assert state.deleted(Deletion(A, 6))  # now it may be ours
+    assert state.deleted(Deletion(A, 6))  # now ours can be written
     assert state.next_work(0) == claim(A)
     state.acknowledge(claim(A), 7)
     assert state.withdraw(A)
     assert state.next_work(0) == Delete(A, if_match=7)
 
 
-def test_what_somebody_else_wrote_is_not_ours_to_delete() -> None:
+def test_an_if_absent_record_of_another_writer_is_not_deleted() -> None:
     state = DesiredState()
     for revision in (0, 5):
         state.publish(claim(A))

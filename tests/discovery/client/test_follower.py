@@ -1,4 +1,4 @@
-"""The view of real servers: restarts, failover, other epochs, servers that talk nonsense."""
+"""The view of real servers: restarts, failover, changes of epoch, invalid answers."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from tests.discovery.waiting import LogWaiter
 pytestmark = pytest.mark.anyio
 
 
-async def test_what_a_newer_server_says_is_skipped_and_told(
+async def test_unknown_kinds_and_fields_are_skipped_and_logged(
     serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve() as at, run(client_of(at)) as client:
@@ -47,21 +47,25 @@ async def test_a_restarted_server_finds_its_clients_again(
     before = client.mesh
     await logged.until("discovery is away")
     assert not client.connected
-    assert client.mesh is before  # discovery is away, the view stays
+    assert client.mesh is before  # the view stays while discovery is down
     assert client.synced
     client.publish(Kind.RELAY, "r2", OTHER)
     async with serve(SqliteStore(path), port=port) as at:
         await until(client, lambda mesh: len(mesh.relays("a")) == 2)
-        assert client.mesh.relays("a")[0] == before.relays("a")[0]  # its lease was rearmed: nothing was written anew
+        assert (
+            client.mesh.relays("a")[0] == before.relays("a")[0]
+        )  # its lease got its full TTL again: the record was not rewritten
         assert await client.settled(5)
         await running.__aexit__(None, None, None)
         assert (await at.store.snapshot()).records == ()
     events = [record.message for record in caplog.records if record.name == "discovery.client.follower"]
     assert events.count("discovery is there") == 2
-    assert events.count("discovery is away") <= 3  # once it ended, once it was refused, and not at each attempt
+    assert (
+        events.count("discovery is away") <= 3
+    )  # when the watch ended, when the connection was refused, but not for each attempt
 
 
-async def test_ten_minutes_without_discovery_withdraw_nothing_that_lives(
+async def test_records_of_living_processes_survive_ten_minutes_without_discovery(
     serve: Any, run: Any, until: Any, tmp_path: Path, clock: Any, logged: LogWaiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -81,25 +85,25 @@ async def test_ten_minutes_without_discovery_withdraw_nothing_that_lives(
         client.publish(Kind.RELAY, "r", RELAY)
         await until(client, lambda mesh: mesh.relays("a"))
         assert staleness() == 0
-        dead = await at.store.grant(10, "anyone")  # whoever made it does not come back
+        dead = await at.store.grant(10, "anyone")  # its owner has ended
         await at.store.put((Kind.RELAY, "b", "dead"), OTHER, lease=dead.id)
         await until(client, lambda mesh: mesh.relays("b"))
     await logged.until("discovery is away")
     wall.ahead_s += 600
     assert 600 <= staleness() < 660
     clock.now += 600
-    # The server's time of day is another one: it has no effect on leases.
+    # The server's wall clock is wrong, which has no effect on leases.
     async with serve(SqliteStore(path, clock=clock), port=port, wall_clock=lambda: -1e9) as at:
         await logged.until("discovery is there", 2)
         assert staleness() == 0
         revision = client.mesh.relays("a")[0].revision
-        for second in range(12):  # a second at a time: the whole lease, and a bit more
+        for second in range(12):  # one second at a time: the whole TTL, and a bit more
             clock.now += 1
             if second % 3 == 0:
                 await at.store.renew(client.mesh.relays("a")[0].lease)
             await at.store.expire()
         await until(client, lambda mesh: not mesh.relays("b"))
-        assert client.mesh.relays("a")[0].revision == revision  # nothing was even written again
+        assert client.mesh.relays("a")[0].revision == revision  # the record was not rewritten
         await living.__aexit__(None, None, None)
 
 
@@ -120,11 +124,11 @@ async def test_another_epoch_keeps_old_records_for_a_while(serve: Any, run: Any,
     async with serve(port=port) as at:  # the store was lost
         await at.store.put((Kind.NETWORK, "y", "y"), NetworkSpec())
         await until(client, lambda mesh: mesh.revision < 20 and mesh.relays("a") and mesh.relays("a")[0].revision < 20)
-        assert client.mesh.networks >= {"y", "z", "b"}  # nobody confirmed these, and they are still there
+        assert client.mesh.networks >= {"y", "z", "b"}  # nobody has confirmed these, but they are still there
         await until(client, lambda mesh: mesh.networks == {"a", "y"})  # until the grace period ended
         assert await client.settled(5)
         await running.__aexit__(None, None, None)
-    assert all(mesh.relays("a") for mesh in seen[:-1])  # our own never went
+    assert all(mesh.relays("a") for mesh in seen[:-1])  # our own record was always there
 
 
 async def test_the_next_server_takes_over(serve: Any, run: Any, until: Any) -> None:
@@ -144,7 +148,7 @@ async def test_the_next_server_takes_over(serve: Any, run: Any, until: Any) -> N
         await running.__aexit__(None, None, None)
 
 
-async def test_bursts_are_told_together(serve: Any, run: Any, until: Any) -> None:
+async def test_bursts_are_reported_together(serve: Any, run: Any, until: Any) -> None:
     async with serve() as at:
         for number in range(2000):
             await at.store.put((Kind.NETWORK, f"n{number}", f"n{number}"), NetworkSpec())
@@ -153,15 +157,15 @@ async def test_bursts_are_told_together(serve: Any, run: Any, until: Any) -> Non
         client.subscribe(seen.append)
         async with run(client):
             await until(client, lambda mesh: len(mesh) == 2000)
-            assert len(seen) == 1  # the whole snapshot came as one
+            assert len(seen) == 1  # the whole snapshot was one change
             for number in range(2000):
                 await at.store.delete((Kind.NETWORK, f"n{number}", f"n{number}"))
             await until(client, lambda mesh: len(mesh) == 0)
             assert len(seen) < 200
 
 
-async def test_a_reset_drops_what_is_no_more(serve: Any, run: Any, until: Any, tmp_path: Path) -> None:
-    """The client was away while so much was deleted that the store forgot what: it is told everything anew."""
+async def test_a_reset_drops_deleted_records(serve: Any, run: Any, until: Any, tmp_path: Path) -> None:
+    """If the store has forgotten deletions that a client missed, the client gets all records again."""
     path = tmp_path / "discovery.db"
     async with serve(SqliteStore(path, max_tombstones=1)) as at:
         port = at.port
@@ -181,7 +185,7 @@ async def test_a_reset_drops_what_is_no_more(serve: Any, run: Any, until: Any, t
         await running.__aexit__(None, None, None)
 
 
-async def test_a_server_that_talks_nonsense_is_another_that_is_away(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_invalid_answers_count_as_an_unavailable_server(run: Any, caplog: pytest.LogCaptureFixture) -> None:
     answers = iter(
         [
             b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnonsense\n",
@@ -210,7 +214,7 @@ async def test_a_server_that_talks_nonsense_is_another_that_is_away(run: Any, ca
             await done.wait()
             assert not client.synced
     told = " ".join(str(getattr(record, "event", "")) for record in caplog.records)
-    for word in ("no change", "302", "500", "SSH"):
+    for word in ("not a valid change", "302", "500", "SSH"):
         assert word in told
 
 

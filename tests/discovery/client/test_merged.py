@@ -1,4 +1,4 @@
-"""A file beside servers: what it says wins, and both go on being true."""
+"""A file in addition to servers: its records win, and both are followed."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ async def test_the_file_wins_and_both_are_followed(
     async with serve() as at:
         await at.store.put((Kind.RELAY, "b", "r"), RelaySpec(addresses=["10.0.0.2"], ports=[443]))
         await at.store.put((Kind.RELAY, "b", "r2"), RelaySpec(addresses=["10.0.0.3"], ports=[443]))
-        # The same service under an id that would come first.
+        # The same service with an id that would otherwise take precedence.
         await at.store.put((Kind.SERVICE, "b", "a"), ServiceSpec(name="o.s", ports={"8443": ["10.1.0.2:1"]}))
         client = DiscoveryClient(DiscoveryClientConfig(urls=[at.url], network="b"))
         both = MergedDiscovery(client, StaticDiscovery(path, network="b", reload_s=0.02))

@@ -1,4 +1,4 @@
-"""A mesh.yaml in place of a server."""
+"""A mesh.yaml instead of a server."""
 
 import asyncio
 from pathlib import Path
@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_example_of_the_design(path: Path) -> None:
+def test_the_documented_example(path: Path) -> None:
     mesh = load_mesh(path)
     assert mesh.networks == {"a", "b"}
     service = mesh.service("b", "orders.shop.svc.cluster.local")
@@ -40,7 +40,7 @@ def test_the_example_of_the_design(path: Path) -> None:
     assert mesh.revision == 1
 
 
-def test_every_fault_is_told_with_its_path(path: Path) -> None:
+def test_all_errors_are_reported_with_their_paths(path: Path) -> None:
     path.write_text(
         """
         networks: [{id: a}, {id: b}, {id: a}]
@@ -109,7 +109,7 @@ def test_an_allowed_range_lets_a_service_be_on_loopback(path: Path) -> None:
     assert load_mesh(path, TargetList.parse(["127.0.0.1:8443"])).services("b")
 
 
-def test_what_a_role_publishes_is_merged_in(path: Path) -> None:
+def test_published_records_are_merged_in(path: Path) -> None:
     discovery = StaticDiscovery(path, network="a")
     assert discovery.synced
     seen: list[Mesh] = []
@@ -117,7 +117,7 @@ def test_what_a_role_publishes_is_merged_in(path: Path) -> None:
     discovery.publish(Kind.RELAY, "relay-2", RELAY)
     discovery.publish(Kind.RELAY, "relay-2", RELAY)
     assert [relay.id for relay in discovery.mesh.relays("a")] == ["relay-1", "relay-2"]
-    # What the file says counts before what a role publishes.
+    # The file takes precedence over published records.
     discovery.publish(Kind.RELAY, "relay-1", RELAY)
     discovery.withdraw(Kind.RELAY, "relay-1")
     assert discovery.mesh.relays("a")[0].spec.addresses == ["10.0.0.9"]
@@ -150,7 +150,7 @@ async def test_a_changed_file_is_read_again(path: Path, logged: LogWaiter) -> No
 
 
 @pytest.mark.anyio
-async def test_it_stands_in_for_a_client(path: Path) -> None:
+async def test_it_implements_the_interface_of_a_client(path: Path) -> None:
     discovery = StaticDiscovery(path, network="a")
     discovery.publish(Kind.RELAY, "relay-2", RELAY)
     assert await discovery.settled(0)
@@ -165,7 +165,7 @@ async def test_it_stands_in_for_a_client(path: Path) -> None:
     assert len(discovery.mesh.relays("a")) == 1
 
 
-def test_a_claim_leaves_what_is_there(tmp_path: Path) -> None:
+def test_if_absent_does_not_replace_a_record(tmp_path: Path) -> None:
     path = tmp_path / "mesh.yaml"
     path.write_text("networks: [{id: a}]\nvips: [{network: a, id: v1, name: orders.shop, address: 10.200.0.1}]\n")
     discovery = StaticDiscovery(path, network="a")
@@ -175,7 +175,7 @@ def test_a_claim_leaves_what_is_there(tmp_path: Path) -> None:
     assert [vip.spec.address for vip in discovery.mesh.vips("a")] == ["10.200.0.1", "10.200.0.2"]
 
 
-def test_a_written_file_is_read_as_it_was(tmp_path: Path) -> None:
+def test_a_formatted_mesh_is_read_back_unchanged(tmp_path: Path) -> None:
     first, second = tmp_path / "mesh.yaml", tmp_path / "again.yaml"
     first.write_text(
         "networks: [{id: a}, {id: b}]\n"
@@ -189,6 +189,6 @@ def test_a_written_file_is_read_as_it_was(tmp_path: Path) -> None:
     second.write_text(format_mesh(mesh))
     assert list(load_mesh(second)) == list(mesh)
     second.write_text(format_mesh([record for record in mesh if record.kind is not Kind.NETWORK]))
-    assert list(load_mesh(second)) == list(mesh)  # networks are declared because something is in them
+    assert list(load_mesh(second)) == list(mesh)  # a network is declared if it has a record
     second.write_text(format_mesh([]))
     assert len(load_mesh(second)) == 0

@@ -1,4 +1,4 @@
-"""What servers refuse."""
+"""Requests that servers refuse."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.discovery.client.clients import RELAY, client_of
 pytestmark = pytest.mark.anyio
 
 
-async def test_refusals_are_told_and_hinder_nothing_else(
+async def test_refusals_are_logged_and_delay_nothing_else(
     serve: Any, run: Any, until: Any, tokens: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve(tokens_file=tokens.path) as at:
@@ -30,7 +30,7 @@ async def test_refusals_are_told_and_hinder_nothing_else(
                 record.event["why"] for record in caplog.records if hasattr(record, "event") and "why" in record.event
             ]
             assert any("may not write vip" in why for why in whys)
-            assert any("of network 'b', not 'c'" in why for why in whys)
+            assert any("belongs to network 'b', not 'c'" in why for why in whys)
             assert any("loopback" in why for why in whys)
             assert any("too_large" in why for why in whys)
             for kind, name in ((Kind.VIP, "v"), (Kind.RELAY, "bad"), (Kind.SERVICE, "s")):
@@ -45,7 +45,7 @@ async def test_refusals_are_told_and_hinder_nothing_else(
     assert any("the token is not known here" in str(getattr(record, "event", "")) for record in caplog.records)
 
 
-def test_a_refusal_is_logged_once_until_it_is_another_or_has_been_cleared(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refusal_is_logged_once_until_it_changes_or_is_cleared(caplog: pytest.LogCaptureFixture) -> None:
     refusals, url = Refusals(), URL("https://10.0.0.1:8600")
     unknown, expired = (RequestRefused(401, "unauthorized", why) for why in ("not known", "expired"))
     for error in (unknown, unknown, expired):

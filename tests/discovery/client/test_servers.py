@@ -50,7 +50,7 @@ def test_bad_urls(text: str) -> None:
         parse_server_url(text)
 
 
-def test_insecure_is_said_to_be_so() -> None:
+def test_http_to_other_hosts_must_be_permitted() -> None:
     assert parse_server_url("http://10.0.0.2:8600", insecure=True)
     with pytest.raises(ValueError, match="insecure: true"):
         parse_server_url("http://10.0.0.2:8600")
@@ -61,12 +61,12 @@ def servers(count: int) -> Servers:
     return Servers(urls, token=None, tls=TlsFiles(), on_epoch=lambda _: None)
 
 
-def test_the_next_one_when_one_fails() -> None:
+def test_the_next_server_is_used_after_a_failure() -> None:
     three = servers(3)
     first = three.current
     three.failed(first)
     second = three.current
-    three.failed(first)  # found by another request that was on the way: told once already
+    three.failed(first)  # another request has failed there, too: already handled
     assert three.current == second != first
     three.failed(second)
     three.failed(three.current)
@@ -84,7 +84,7 @@ def test_pauses_grow_and_begin_after_all_servers_were_tried() -> None:
     assert retries.next_pause_s() == 0
 
 
-async def test_requests_need_connections() -> None:
+async def test_requests_need_a_connected_context() -> None:
     one = servers(1)
     with pytest.raises(RuntimeError, match="connected"):
         await one.request("GET", one.current, "/healthz")

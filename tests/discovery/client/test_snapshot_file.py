@@ -1,4 +1,4 @@
-"""The copy on disk: whole, or set aside."""
+"""The copy on disk: complete, or set aside."""
 
 import hashlib
 import stat
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_was_saved_is_loaded(path: Path) -> None:
+def test_a_saved_mesh_is_loaded(path: Path) -> None:
     copy = load(path, "b")
     assert copy is not None
     assert list(copy.mesh()) == list(MESH)
@@ -56,7 +56,7 @@ def test_a_view_of_another_network_is_not_ours(path: Path, caplog: pytest.LogCap
     assert path.exists()
 
 
-def test_nothing_is_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_or_unreadable_file_is_not_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load(tmp_path / "missing", "b") is None
     assert not caplog.text
     assert load(tmp_path, "b") is None
@@ -107,9 +107,7 @@ def test_a_failed_save_leaves_the_old_one(path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.anyio
-async def test_a_snapshot_on_disk_serves_while_discovery_is_away(
-    serve: Any, run: Any, until: Any, tmp_path: Path
-) -> None:
+async def test_the_snapshot_is_used_while_discovery_is_down(serve: Any, run: Any, until: Any, tmp_path: Path) -> None:
     snapshot = tmp_path / "mesh.snapshot"
     store = MemoryStore()
     async with serve(store) as at:
@@ -126,7 +124,7 @@ async def test_a_snapshot_on_disk_serves_while_discovery_is_away(
         assert not client.connected
         assert client.age_s is not None
         assert 0 <= client.age_s < 60
-        # Discovery comes back: only what changed is told.
+        # When discovery is back, it sends only the changes.
         await store.delete((Kind.NETWORK, "x", "x"))
         async with serve(store, port=port):
             await until(client, lambda mesh: mesh.networks == {"y"})
@@ -149,7 +147,7 @@ async def test_a_damaged_snapshot_is_set_aside(
 
 
 @pytest.mark.anyio
-async def test_a_snapshot_that_cannot_be_saved_is_told(
+async def test_a_snapshot_that_cannot_be_saved_is_logged(
     serve: Any, run: Any, until: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve() as at:

@@ -1,4 +1,4 @@
-"""The view: what lines make of a mesh, in any cut, and what survives a change of epoch."""
+"""The view: how lines change the mesh, in chunks of any size, and which records survive a change of epoch."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def sync(revision: int, epoch: str = "e") -> bytes:
     return msgspec.json.encode({"revision": revision, "type": "sync", "epoch": epoch}) + b"\n"
 
 
-def test_everything_comes_at_sync() -> None:
+def test_records_appear_at_sync() -> None:
     view = View()
     view.feed(reset() + put("a", 1) + put("b", 2), 0)
     assert view.mesh is Mesh.EMPTY
@@ -39,7 +39,7 @@ def test_everything_comes_at_sync() -> None:
     assert (view.synced, view.live, view.revision, view.mesh.revision, view.epoch) == (True, True, 5, 5, "e")
 
 
-def test_changes_come_as_they_are_told() -> None:
+def test_changes_are_applied_as_they_arrive() -> None:
     view = View()
     view.feed(reset() + put("a", 1) + sync(1), 0)
     deletions = view.feed(put("b", 2) + b"\n" + delete("a", 3), 0)
@@ -48,7 +48,7 @@ def test_changes_come_as_they_are_told() -> None:
     assert view.revision == view.mesh.revision == 3
 
 
-def test_what_came_together_makes_one_mesh() -> None:
+def test_an_empty_line_makes_no_new_mesh() -> None:
     view = View()
     view.feed(reset() + sync(0), 0)
     before = view.mesh
@@ -56,7 +56,7 @@ def test_what_came_together_makes_one_mesh() -> None:
     assert view.mesh is before
 
 
-def test_a_watch_that_ended_too_early_changes_nothing() -> None:
+def test_an_incomplete_reset_changes_nothing() -> None:
     view = View()
     view.feed(reset() + put("a", 1) + sync(1), 0)
     view.feed(reset() + put("b", 2) + put("c", 3)[:-9], 0)
@@ -78,7 +78,7 @@ def test_a_reset_of_the_same_epoch_replaces_at_once() -> None:
     assert view.next_expiry() is None
 
 
-def test_another_epoch_leaves_time_to_confirm() -> None:
+def test_records_stay_for_a_grace_period_after_a_change_of_epoch() -> None:
     view = View(grace_s=60)
     view.feed(reset() + put("a", 91) + put("b", 92) + put("c", 93) + put("d", 94) + sync(94), 0)
     view.feed(reset(epoch="f") + put("a", 1) + sync(1, "f"), 100)
@@ -95,21 +95,21 @@ def test_another_epoch_leaves_time_to_confirm() -> None:
     assert view.mesh.revision == 3
 
 
-def test_a_second_change_of_epoch_does_not_lengthen_the_grace() -> None:
+def test_a_second_change_of_epoch_does_not_extend_the_grace_period() -> None:
     view = View(grace_s=60)
     view.feed(reset() + put("a", 1) + sync(1), 0)
     view.feed(reset(epoch="f") + put("b", 1) + sync(1, "f"), 100)
     view.feed(reset(epoch="g") + sync(0, "g"), 130)
     view.expire(160)
     assert view.mesh.networks == {"b"}
-    # A reset in the epoch that is now leaves the time, too.
+    # A reset within the new epoch does not end the grace period either.
     view.feed(reset(epoch="g") + sync(0, "g"), 170)
     assert view.mesh.networks == {"b"}
     view.expire(190)
     assert view.mesh.networks == set()
 
 
-def test_what_was_saved_is_resumed() -> None:
+def test_a_restored_view_resumes() -> None:
     view = View()
     record = Record(kind=Kind.NETWORK, network="a", id="a", revision=3, spec=NetworkSpec())
     view.restore(Mesh.of([record]), "e", 7)
@@ -118,7 +118,7 @@ def test_what_was_saved_is_resumed() -> None:
     assert view.mesh.networks == {"a", "b"}
 
 
-def test_what_a_newer_server_says_is_skipped() -> None:
+def test_unknown_kinds_and_fields_are_skipped() -> None:
     view = View()
     view.feed(reset() + sync(1), 0)
     newer = {"kind": "network", "network": "a", "id": "a", "revision": 2, "spec": {"new": 1}}
@@ -135,7 +135,7 @@ def test_what_a_newer_server_says_is_skipped() -> None:
 
 
 @pytest.mark.parametrize("line", [b"x\n", b"[]\n", b"{}\n", b"\xff\n", b"[" * 100_000 + b"\n", b'{"revision":"1"}\n'])
-def test_nonsense_is_no_watch(line: bytes) -> None:
+def test_invalid_lines_are_refused(line: bytes) -> None:
     with pytest.raises(BadWatch):
         View().feed(line, 0)
 
@@ -170,7 +170,7 @@ def test_garbage_gives_badwatch_only(data: bytes) -> None:
         pass
 
 
-def test_a_view_resumes_from_before_changes_that_were_not_told_whole() -> None:
+def test_a_view_resumes_before_a_revision_that_was_incomplete() -> None:
     view = View()
     view.feed(reset() + put("a", 1) + put("b", 2) + sync(2), 0)
     first = delete("a", 5).replace(b'"revision":5', b'"revision":5,"more":true')
@@ -193,17 +193,17 @@ def test_a_server_that_is_cut_off_says_so() -> None:
     assert view.stale_s == 0
 
 
-def test_what_ended_while_all_servers_were_away_may_be_written_again() -> None:
+def test_records_deleted_during_an_outage_stay_for_a_grace_period() -> None:
     view = View(outage_grace_s=10)
     view.feed(reset() + put("a", 1) + put("b", 2) + put("c", 3) + sync(3), 0)
     view.ended(100)
-    # Ten minutes later: etcd has ended the leases of those who could not renew them, alive or not.
+    # Ten minutes later etcd has ended the leases of all writers that could not renew them, whether they are alive or not.
     view.feed(delete("a", 4) + delete("b", 4) + sync(4), 700)
     assert view.mesh.networks == {"a", "b", "c"}
     view.feed(put("a", 5), 701)
     view.expire(710)
     assert view.mesh.networks == {"a", "c"}
-    view.feed(delete("c", 6), 711)  # live again: what is deleted now goes at once
+    view.feed(delete("c", 6), 711)  # live again: deletions apply at once
     assert view.mesh.networks == {"a"}
     view.ended(720)
     view.feed(reset() + sync(7), 1000)
@@ -212,5 +212,5 @@ def test_what_ended_while_all_servers_were_away_may_be_written_again() -> None:
     assert not view.mesh.networks
     view.feed(put("d", 8), 1011)
     view.ended(1012)
-    view.feed(reset() + sync(9), 1013)  # away for a moment only
+    view.feed(reset() + sync(9), 1013)  # after a short outage
     assert not view.mesh.networks

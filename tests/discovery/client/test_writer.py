@@ -1,4 +1,4 @@
-"""Our own records at real servers: written, kept, lost, claimed, fought over."""
+"""Our records at real servers: written, renewed, lost, and written by several processes."""
 
 import asyncio
 from pathlib import Path
@@ -23,7 +23,7 @@ async def test_publishing_twice_writes_once(serve: Any, run: Any) -> None:
         assert at.store.revision == 1
 
 
-async def test_of_several_that_claim_a_record_the_first_has_it_and_all_agree(serve: Any, run: Any, until: Any) -> None:
+async def test_the_first_writer_of_an_if_absent_record_wins(serve: Any, run: Any, until: Any) -> None:
     async with serve() as at, run(client_of(at)) as one, run(client_of(at)) as two:
         for number, client in enumerate((one, two)):
             spec = VipSpec(name="orders.shop", address=f"10.200.0.{number + 1}")
@@ -33,10 +33,10 @@ async def test_of_several_that_claim_a_record_the_first_has_it_and_all_agree(ser
         for client in (one, two):
             mesh = await until(client, lambda mesh: mesh.vips("a"))
             assert mesh.vips("a")[0].spec.address == "10.200.0.1"
-        two.withdraw(Kind.VIP, "orders")  # not theirs
+        two.withdraw(Kind.VIP, "orders")  # not its record
         assert await two.settled(5)
         assert at.store.revision == 1
-        # When it is gone, whoever still wants it claims it, with what they want.
+        # When it is deleted, another process that still publishes it writes its own.
         two.publish(Kind.VIP, "orders", VipSpec(name="orders.shop", address="10.200.0.2"), leased=False, if_absent=True)
         assert await two.settled(5)
         one.withdraw(Kind.VIP, "orders")
@@ -44,7 +44,7 @@ async def test_of_several_that_claim_a_record_the_first_has_it_and_all_agree(ser
         assert mesh.vips("a")[0].revision == 3
 
 
-async def test_what_was_wanted_before_the_run_is_written_then(serve: Any, run: Any) -> None:
+async def test_records_published_before_the_run_are_written(serve: Any, run: Any) -> None:
     async with serve() as at:
         client = client_of(at)
         client.publish(Kind.RELAY, "r", RELAY)
@@ -55,7 +55,7 @@ async def test_what_was_wanted_before_the_run_is_written_then(serve: Any, run: A
         assert client.age_s is None
         async with run(client):
             assert await client.settled(5)
-        assert at.store.revision == 4  # both were leased, and went when it closed
+        assert at.store.revision == 4  # both were leased, and were deleted when the client closed
 
 
 async def test_closing_ends_the_lease_and_leaves_the_rest(serve: Any, run: Any) -> None:
@@ -68,7 +68,7 @@ async def test_closing_ends_the_lease_and_leaves_the_rest(serve: Any, run: Any) 
         assert await at.store.leases("anyone") == []
 
 
-async def test_what_a_dead_client_published_goes_with_its_lease(serve: Any, tmp_path: Path) -> None:
+async def test_records_of_a_dead_client_expire_with_its_lease(serve: Any, tmp_path: Path) -> None:
     store = CountingStore(tmp_path / "discovery.db")
     async with serve(store) as at:
         client = client_of(at, lease_ttl_s=1)
@@ -76,9 +76,9 @@ async def test_what_a_dead_client_published_goes_with_its_lease(serve: Any, tmp_
             task = group.create_task(client.run())
             client.publish(Kind.RELAY, "r", RELAY)
             assert await client.settled(5)
-            await store.renewals(4)  # at a third each: it lives for longer than its lease would without them
+            await store.renewals(4)  # one each third of the TTL: the lease outlives its TTL
             assert await at.store.get((Kind.RELAY, "a", "r")) is not None
-            task.cancel()  # and dies without closing
+            task.cancel()  # it ends without closing
 
         async def gone() -> bool:
             return await store.get((Kind.RELAY, "a", "r")) is None
@@ -86,7 +86,7 @@ async def test_what_a_dead_client_published_goes_with_its_lease(serve: Any, tmp_
         await stored(store, gone)
 
 
-async def test_a_lost_lease_and_a_deleted_record_are_made_good(serve: Any, run: Any, until: Any) -> None:
+async def test_records_are_written_again_after_a_lost_lease_or_deletion(serve: Any, run: Any, until: Any) -> None:
     async with serve() as at, run(client_of(at)) as client:
         client.publish(Kind.RELAY, "r", RELAY)
         await until(client, lambda mesh: mesh.relays("a"))
@@ -100,7 +100,7 @@ async def test_a_lost_lease_and_a_deleted_record_are_made_good(serve: Any, run: 
         assert await client.settled(5)
 
 
-async def test_a_lease_that_was_forgotten_is_noticed_when_it_is_renewed(
+async def test_a_lost_lease_is_noticed_at_renewal(
     serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve() as at, run(client_of(at, lease_ttl_s=1)) as client:
@@ -109,7 +109,7 @@ async def test_a_lease_that_was_forgotten_is_noticed_when_it_is_renewed(
         lease = client.mesh.relays("a")[0].lease
         await at.store.put(
             (Kind.RELAY, "a", "r"), OTHER
-        )  # somebody else took the record: the watch says nothing of use
+        )  # another process has the record now, so the watch does not reveal the lost lease
         await at.store.revoke(lease)
         await until(client, lambda mesh: mesh.relays("a")[0].spec == RELAY and mesh.relays("a")[0].lease != lease)
     assert "our lease has ended" in caplog.text
@@ -127,13 +127,13 @@ async def test_a_wall_clock_that_jumps_ends_no_lease(
         client.publish(Kind.RELAY, "r", RELAY)
         before = (await until(client, lambda mesh: mesh.relays("a"))).relays("a")
         wall.ahead_s = years * 365 * 86_400
-        await store.renewals(5)  # at a third each: longer than the lease is
+        await store.renewals(5)  # one each third of the TTL: longer than the TTL
         assert client.connected
         assert client.mesh.relays("a") == before
         assert list((await at.store.snapshot()).records) == list(before)
 
 
-async def test_closing_is_bounded(serve: Any, run: Any) -> None:
+async def test_closing_takes_a_limited_time(serve: Any, run: Any) -> None:
     async with serve() as at:
         client = client_of(at, close_timeout_s=0.2)
         async with asyncio.TaskGroup() as group:
@@ -152,7 +152,7 @@ async def test_closing_is_bounded(serve: Any, run: Any) -> None:
     await client_of(at).close()
 
 
-async def test_two_processes_with_one_id_notice_each_other(serve: Any, run: Any, until: Any, logged: LogWaiter) -> None:
+async def test_two_processes_with_one_id_detect_each_other(serve: Any, run: Any, until: Any, logged: LogWaiter) -> None:
     other = RelaySpec(addresses=["10.0.0.8"], ports=[443])
     async with serve() as at, run(client_of(at, reassert_after_s=0.1)) as first:
         first.publish(Kind.RELAY, "r", RELAY)
@@ -160,11 +160,11 @@ async def test_two_processes_with_one_id_notice_each_other(serve: Any, run: Any,
         async with run(client_of(at, reassert_after_s=0.1)) as second:
             second.publish(Kind.RELAY, "r", other)
             await logged.until("id_in_use", 2)
-            # The second writes again once, too, and then both leave it: it stands as the second one wrote it.
+            # The second writes again once, too. Then both leave the record as the second has written it.
             await until(first, lambda mesh: mesh.relays("a") and mesh.relays("a")[0].spec == other)
             await eventually(lambda: first.troubles)
             revision = at.store.revision
-            await asyncio.sleep(0.3)  # three times as long as either would wait before it writes again
+            await asyncio.sleep(0.3)  # three times the pause after which either would write again
             assert at.store.revision == revision, "no war"
             assert first.rivals == second.rivals == ("relay/a/r",)
             ((condition, words),) = first.troubles
@@ -176,7 +176,7 @@ async def test_two_processes_with_one_id_notice_each_other(serve: Any, run: Any,
         assert first.troubles == ()
 
 
-async def test_a_successor_is_no_rival_and_keeps_its_record(
+async def test_a_successor_is_not_reported_and_keeps_its_record(
     serve: Any, run: Any, until: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = RelaySpec(addresses=["10.0.0.8"], ports=[443])

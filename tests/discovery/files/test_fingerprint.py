@@ -1,4 +1,4 @@
-"""Whether files have changed."""
+"""Detection of changed files."""
 
 from pathlib import Path
 

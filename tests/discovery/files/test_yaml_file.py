@@ -1,4 +1,4 @@
-"""YAML as a person writes it, and as somebody hostile would."""
+"""YAML files of users, and of attackers."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_plain_values_are_what_they_look_like(text: str, expected: object) -> No
     assert values(text) == expected
 
 
-def test_each_key_is_taken_once_and_every_repetition_told() -> None:
+def test_duplicate_keys_are_reported() -> None:
     value, faults = parse_document(b"a: 1\nb: {c: 1, c: 2}\na: 3\n", "F")
     assert value == {"a": 1, "b": {"c": 1}}
     assert [str(fault) for fault in faults] == [
@@ -46,7 +46,7 @@ def test_each_key_is_taken_once_and_every_repetition_told() -> None:
     ]
 
 
-def test_a_list_is_no_key() -> None:
+def test_a_list_is_not_a_valid_key() -> None:
     _, faults = parse_document(b"? [1]\n: 2", "F")
     assert [str(fault) for fault in faults] == [
         "$: expected plain keys, got a list or mapping as a key in line 1, column 3"
@@ -67,20 +67,20 @@ def test_a_list_is_no_key() -> None:
         (b"- 1\n" * 60_000, "$: expected at most 50000 values, got more"),
     ],
 )
-def test_what_is_no_document_is_refused_with_a_place(data: bytes, told: str) -> None:
+def test_invalid_yaml_is_refused_with_its_place(data: bytes, told: str) -> None:
     with pytest.raises(BadFile) as refused:
         parse_document(data, "F")
     assert str(refused.value).startswith(f"F: {told}")
     assert "\n" not in str(refused.value)
 
 
-def test_an_alias_bomb_is_refused_before_it_unfolds() -> None:
+def test_an_alias_bomb_is_refused_before_it_is_expanded() -> None:
     bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
     with pytest.raises(BadFile, match="no aliases"):
         parse_document(bomb.encode(), "F")
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=r"\$: expected a readable file, got No such file or directory"):
         read_document(tmp_path / "absent.yaml")
 
@@ -89,7 +89,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @example(b"%YAML 9.9\n--- a")
 @example(b"? ? ?")
 @example(b"!<x> a")
-def test_anything_gives_a_value_or_the_one_error(data: bytes) -> None:
+def test_any_input_gives_a_value_or_badfile(data: bytes) -> None:
     told = ""
     try:
         parse_document(data, "F")
@@ -98,7 +98,7 @@ def test_anything_gives_a_value_or_the_one_error(data: bytes) -> None:
     assert "\n" not in told
 
 
-def test_a_configuration_is_small_and_a_mesh_may_be_large(tmp_path: Path) -> None:
+def test_records_may_be_larger_than_configurations(tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
     path.write_bytes(b"#" * (MAX_FILE_BYTES + 1))
     with pytest.raises(BadFile, match="at most 1024 KiB"):
@@ -110,7 +110,7 @@ def test_a_configuration_is_small_and_a_mesh_may_be_large(tmp_path: Path) -> Non
     assert read_records(path) == [1] * 60_000
 
 
-def test_every_fault_has_a_line(tmp_path: Path) -> None:
+def test_every_error_has_a_line(tmp_path: Path) -> None:
     error = BadFile("F", [Fault("$.a", "b", "c"), Fault("$.d", "e")])
     assert str(error) == "F: $.a: expected b, got c\nF: $.d: expected e"
     path = tmp_path / "f.yaml"

@@ -1,4 +1,4 @@
-"""Failures of real requests, in words that stay the same."""
+"""Descriptions of failures of real requests, which are always the same."""
 
 import socket
 import ssl
@@ -22,7 +22,7 @@ async def failure(url: str, context: ssl.SSLContext) -> str:
     return explained(caught.value)
 
 
-async def test_nobody_listens() -> None:
+async def test_a_refused_connection() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -31,7 +31,7 @@ async def test_nobody_listens() -> None:
     assert told.pop().startswith(f"cannot connect to 127.0.0.1:{port}: Connect call failed")
 
 
-async def test_a_certificate_that_is_not_trusted(tmp_path: Path) -> None:
+async def test_an_untrusted_certificate(tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority = trustme.CA()
     authority.issue_cert("other.example").configure_cert(context)
@@ -49,5 +49,5 @@ async def test_a_certificate_that_is_not_trusted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("error", "told"), [(TimeoutError(), "TimeoutError"), (OSError("x" * 999), "x" * 300)])
-def test_every_failure_has_words(error: Any, told: str) -> None:
+def test_every_error_has_a_description(error: Any, told: str) -> None:
     assert explained(error) == told

@@ -1,4 +1,4 @@
-"""Whose turn it is."""
+"""Fair scheduling of requests."""
 
 import asyncio
 import resource
@@ -19,7 +19,7 @@ def test_descriptors_are_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.anyio
-async def test_crowds_take_turns_and_nobody_else_waits() -> None:
+async def test_heavy_clients_take_turns_and_light_ones_do_not_wait() -> None:
     gate, order = Gate(), []
 
     async def ask(who: str, *, crowd: bool) -> None:
@@ -37,7 +37,7 @@ async def test_crowds_take_turns_and_nobody_else_waits() -> None:
 
 
 @pytest.mark.anyio
-async def test_who_leaves_the_queue_holds_up_nobody() -> None:
+async def test_a_cancelled_request_does_not_block_the_queue() -> None:
     gate = Gate()
     async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
         tasks = [group.create_task(gate.enter(number % 3, crowd=True)) for number in range(30)]

@@ -1,4 +1,4 @@
-"""Connections of an HTTP server: how many, for how long, and who has to go for whom. Real sockets on loopback."""
+"""Connections of an HTTP server: limits, deadlines, and which one is closed at a limit. Real sockets on loopback."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ _open: list[asyncio.StreamWriter] = []
 
 @pytest.fixture(autouse=True)
 async def closing() -> AsyncIterator[None]:
-    """Leave no connection open."""
+    """Close all connections."""
     yield
     while _open:
         writer = _open.pop()
@@ -45,7 +45,7 @@ async def connect(at: Any, data: bytes = b"", address: str = "127.0.0.1") -> Str
 
 
 async def ended(streams: Streams) -> bytes:
-    """Give what came before the end, which must come."""
+    """Return the data up to the end of the connection. Fails if it stays open."""
     try:
         async with asyncio.timeout(LIMIT_S):
             return await streams[0].read()
@@ -70,7 +70,7 @@ def limits(at: Any, reason: str) -> float:
     return float(at.server._listening._ended.labels(reason)._value.get())
 
 
-async def test_half_requests_of_one_address_crowd_out_themselves(serve: Any) -> None:
+async def test_half_requests_of_one_address_displace_only_each_other(serve: Any) -> None:
     before = len(os.listdir("/proc/self/fd"))
     async with serve(max_connections=20, max_connections_per_address=8) as at:
         kept = await connect(at, WHOLE, "127.0.0.9")
@@ -86,7 +86,7 @@ async def test_half_requests_of_one_address_crowd_out_themselves(serve: Any) -> 
     await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before + 4)
 
 
-async def test_many_addresses_take_no_more_than_all_may(serve: Any) -> None:
+async def test_many_addresses_together_stay_below_the_total_limit(serve: Any) -> None:
     async with serve(max_connections=20, max_connections_per_address=8) as at:
         halves = [await connect(at, HALF, f"127.0.0.{2 + number % 50}") for number in range(100)]
         assert await answered(await connect(at, WHOLE))
@@ -96,7 +96,7 @@ async def test_many_addresses_take_no_more_than_all_may(serve: Any) -> None:
             streams[1].close()
 
 
-async def test_watches_are_not_ended_for_connections_that_only_come(serve: Any) -> None:
+async def test_incomplete_requests_do_not_displace_watches(serve: Any) -> None:
     async with serve(max_connections=4, max_connections_per_address=4) as at, at.watch() as lines:
         assert (await anext(lines))["type"] == "reset"
         for _ in range(20):
@@ -122,7 +122,7 @@ async def test_a_later_request_has_a_deadline_from_its_first_byte(serve: Any) ->
         assert limits(at, "header_timeout") == 2
 
 
-async def test_an_answer_that_nobody_takes_ends(serve: Any) -> None:
+async def test_a_client_that_reads_no_answer_is_cut_off(serve: Any) -> None:
     async with serve(timing=impatient(write_s=0.2)) as at:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -136,7 +136,7 @@ async def test_an_answer_that_nobody_takes_ends(serve: Any) -> None:
         assert limits(at, "write_timeout") == 1
 
 
-async def test_a_request_without_end_ends(serve: Any) -> None:
+async def test_an_endless_request_is_cut_off(serve: Any) -> None:
     async with serve(max_body_bytes=1000) as at:
         head = b"PUT /v1/records/relay/b/r HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
         reader, writer = await connect(at, head)

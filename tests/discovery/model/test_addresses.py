@@ -1,4 +1,4 @@
-"""Addresses: endpoints, target lists, and refused ranges in every spelling."""
+"""Addresses: endpoints, target lists, and refused ranges in every representation."""
 
 from ipaddress import IPv6Address, ip_address, ip_network
 
@@ -58,7 +58,7 @@ def test_bad_endpoints(text: str) -> None:
         parse_endpoint(text)
 
 
-def test_port_zero_only_where_it_means_any() -> None:
+def test_port_zero_is_accepted_only_if_permitted() -> None:
     assert parse_endpoint("127.0.0.1:0", zero_port=True)[1] == 0
     with pytest.raises(BadAddress):
         parse_port("00", zero=True)
@@ -111,7 +111,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("text", "why"), REFUSED.items())
-def test_refused_in_every_spelling(text: str, why: str) -> None:
+def test_addresses_are_refused_in_every_representation(text: str, why: str) -> None:
     address = ip_address(text)
     said = refusal(address)
     assert said is not None
@@ -122,7 +122,7 @@ def test_refused_in_every_spelling(text: str, why: str) -> None:
 @pytest.mark.parametrize(
     "text", ["10.1.0.5", "1.0.0.0", "126.255.255.255", "223.255.255.255", "fd00::5", "2001:db8::1", "64:ff9b::10.1.0.5"]
 )
-def test_the_rest_may_be_dialled(text: str) -> None:
+def test_other_addresses_may_be_dialled(text: str) -> None:
     assert refusal(ip_address(text)) is None
 
 
@@ -140,7 +140,7 @@ def test_spellings(text: str, spelled: list[str]) -> None:
     assert spellings(ip_address(text)) == tuple(map(ip_address, spelled))
 
 
-def test_a_cidr_inside_the_range_lifts_its_refusal() -> None:
+def test_a_cidr_inside_a_refused_range_permits_its_addresses() -> None:
     allowed = TargetList.parse(["127.0.0.0/24:443", "[::1]", "126.0.0.0/7"])
     assert refusal(ip_address("127.0.0.9"), allowed) is None
     assert refusal(ip_address("127.0.1.9"), allowed) == "loopback"
@@ -244,7 +244,7 @@ def test_bad_turn_urls(text: str) -> None:
         parse_turn_url(text)
 
 
-def test_zones_are_no_addresses_of_ours() -> None:
+def test_addresses_with_a_zone_are_refused() -> None:
     with pytest.raises(BadAddress):
         parse_address("fe80::1%1")
     assert parse_address("FD00::0005") == IPv6Address("fd00::5")

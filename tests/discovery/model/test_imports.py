@@ -1,4 +1,4 @@
-"""Imports: which rule has a name."""
+"""Imports: which rule matches a name."""
 
 import pytest
 from hypothesis import given
@@ -20,13 +20,13 @@ def test_a_star_is_exactly_one_label() -> None:
     assert imports.rule_for("orders.shop.svc.cluster.localx") is None
 
 
-def test_a_star_may_stand_anywhere() -> None:
+def test_a_star_may_be_any_label() -> None:
     imports = Imports([rule("orders.*.svc.*")])
     assert imports.rule_for("orders.shop.svc.local")
     assert imports.rule_for("orders.shop.other.local") is None
 
 
-def test_the_first_rule_decides() -> None:
+def test_the_first_matching_rule_is_used() -> None:
     first, second, third = rule("*.shop.a"), rule("orders.shop.a", "x.y"), rule("x.y", "*.y", sources=("c",))
     imports = Imports([first, second, third])
     assert imports.rule_for("orders.shop.a") is first
@@ -41,7 +41,7 @@ def test_nothing_is_imported_by_default() -> None:
 
 
 @given(st.one_of(st.text(max_size=300)))
-def test_any_name_may_be_asked_for(name: str) -> None:
+def test_any_text_can_be_looked_up(name: str) -> None:
     Imports([rule("*.shop.a")]).rule_for(name)
 
 

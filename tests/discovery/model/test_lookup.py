@@ -1,4 +1,4 @@
-"""Resolution: from a name to the places that it may mean."""
+"""Resolution: from a name to the places that can serve it."""
 
 from ipaddress import ip_address
 
@@ -50,14 +50,14 @@ def places(name: str, local_port: int | None = None) -> list[tuple[str, object, 
     return [(place.network, place.target, place.service is not None) for place in found]
 
 
-def test_an_address_needs_its_network_only() -> None:
+def test_an_address_needs_only_its_network() -> None:
     target = AddressTarget("a", ip_address("10.1.0.5"), 8443)
     assert places(f"p8443-10-1-0-5.a.{D}") == [("a", target, False)]
     assert resolve(target, MESH, IMPORTS, D).asked is target
     assert why(f"p8443-10-1-0-5.x.{D}") is UnresolvedReason.UNKNOWN_NETWORK
 
 
-def test_a_service_by_its_whole_name_or_a_beginning() -> None:
+def test_a_service_by_its_full_name_or_a_prefix() -> None:
     target = ServiceTarget("b", "orders.shop.svc", 8443)
     for name in (f"p8443-orders.shop.b.{D}", f"_8443.orders.shop.svc._b.{D}"):
         assert places(name) == [("b", target, True)]
@@ -78,7 +78,7 @@ def test_a_plain_name_needs_an_import() -> None:
     assert why("other.shop.svc") is UnresolvedReason.UNKNOWN_NAME
 
 
-def test_networks_come_in_the_order_of_the_import() -> None:
+def test_networks_are_in_the_order_of_the_import() -> None:
     resolution = resolve("Orders.shop.svc.", MESH, IMPORTS, D, local_port=443)
     assert resolution.asked == PlainName("orders.shop.svc")
     assert resolution.rule is IMPORTS.rules[2]
@@ -92,11 +92,11 @@ def test_the_port_of_a_plain_name() -> None:
     assert places("pay.shop.svc", 8443)[0][1] == ServiceTarget("b", "pay.shop.svc", 8443)
     assert places("pay.shop.svc")[0][1] == ServiceTarget("b", "pay.shop.svc", 443)
     assert why("pay.shop.svc", 10443) is UnresolvedReason.AMBIGUOUS_PORT
-    # Where the port is unclear in one network only, the others still serve.
+    # If the port is ambiguous in one network only, the others are still used.
     assert [place[0] for place in places("orders.shop.svc", 10443)] == ["b"]
 
 
-def test_a_bad_name_tells_what_is_bad() -> None:
+def test_an_error_says_what_is_wrong_with_a_name() -> None:
     with pytest.raises(Unresolved) as caught:
         resolve(b"shop.b.svc.mesh.internal", MESH, IMPORTS, D)
     assert caught.value.reason is UnresolvedReason.BAD_NAME
@@ -105,7 +105,7 @@ def test_a_bad_name_tells_what_is_bad() -> None:
     assert why("a b.c") is UnresolvedReason.BAD_NAME
 
 
-# --- what a gateway is asked for ------------------------------------------------------------------------------------
+# --- the check at a gateway -----------------------------------------------------------------------------------------
 
 
 def asked_of(network: str, name: str, target: str) -> Place:
@@ -132,7 +132,7 @@ def asked_of(network: str, name: str, target: str) -> Place:
         ("c", "orders.shop.svc", "orders.shop.svc:443"),
     ],
 )
-def test_a_target_that_the_name_has(network: str, name: str, target: str) -> None:
+def test_a_target_that_the_name_resolves_to(network: str, name: str, target: str) -> None:
     place = asked_of(network, name, target)
     assert place.network == network
     assert (place.service is None) is isinstance(place.target, AddressTarget)
@@ -165,7 +165,7 @@ def test_a_target_that_the_name_has(network: str, name: str, target: str) -> Non
         ("b", "10.1.0.5", "10.1.0.5:443", "bad_name"),
     ],
 )
-def test_a_target_that_the_name_does_not_have(network: str, name: str, target: str, reason: str) -> None:
+def test_a_target_that_the_name_does_not_resolve_to(network: str, name: str, target: str, reason: str) -> None:
     with pytest.raises(Unresolved) as caught:
         asked_of(network, name, target)
     assert caught.value.reason == reason

@@ -1,4 +1,4 @@
-"""Records and the mesh: decoding, indexes, and changes that leave the old view as it was."""
+"""Records and the mesh: decoding, indexes, and changes that do not affect the old mesh."""
 
 from collections.abc import Iterable
 
@@ -38,7 +38,7 @@ def names(records: Iterable[Record[ServiceSpec]]) -> list[str]:
     return [record.spec.name for record in records]
 
 
-def test_each_kind_is_found_by_its_network() -> None:
+def test_records_are_found_by_kind_and_network() -> None:
     relay = Record(kind=Kind.RELAY, network="a", id="r", revision=1, spec=RelaySpec(addresses=["10.0.0.9"], ports=[1]))
     turn = Record(
         kind=Kind.TURN,
@@ -72,7 +72,7 @@ def test_each_kind_is_found_by_its_network() -> None:
     assert "7 records" in repr(mesh)
 
 
-def test_services_are_found_by_name_and_by_what_they_begin_with() -> None:
+def test_services_are_found_by_name_and_prefix() -> None:
     mesh = Mesh.of(
         service("b", name)
         for name in ("orders.shop", "orders.shop.svc", "orders.shop-x.svc", "orders.shops", "a.b", "orders.shop.a.b")
@@ -87,7 +87,7 @@ def test_services_are_found_by_name_and_by_what_they_begin_with() -> None:
     assert mesh.service("b", "orders") is None
 
 
-def test_of_two_records_with_one_name_the_first_id_counts() -> None:
+def test_of_two_records_with_one_name_the_first_id_is_used() -> None:
     for order in (1, -1):
         mesh = Mesh.of([service("b", "o.s", "2"), service("b", "o.s", "1")][::order])
         found = mesh.service("b", "o.s")
@@ -96,7 +96,7 @@ def test_of_two_records_with_one_name_the_first_id_counts() -> None:
         assert len(mesh.services_beginning("b", "o.s")) == 1
 
 
-def test_applying_leaves_the_old_view_alone_and_shares_the_rest() -> None:
+def test_applying_changes_keeps_the_old_mesh_and_shares_the_rest() -> None:
     before = Mesh.of([service("b", "o.s"), service("c", "o.s"), network("b")])
     after = before.apply([Deletion((Kind.SERVICE, "b", "o.s"), 7), service("c", "x.y", revision=6)])
     assert names(before.services("b")) == ["o.s"]
@@ -125,7 +125,7 @@ changes = st.lists(
 
 
 @given(changes, st.integers(0, 30))
-def test_any_order_of_changes_gives_the_mesh_of_what_is_left(all_changes: list[AnyRecord], cut: int) -> None:
+def test_a_mesh_depends_only_on_the_last_change_of_each_record(all_changes: list[AnyRecord], cut: int) -> None:
     left: dict[object, AnyRecord] = {}
     for change in all_changes:
         if isinstance(change, Deletion):
@@ -142,7 +142,7 @@ def test_any_order_of_changes_gives_the_mesh_of_what_is_left(all_changes: list[A
         assert mesh.services_beginning("a", "o.s") == expected.services_beginning("a", "o.s")
 
 
-def test_records_come_back_as_they_went() -> None:
+def test_records_round_trip() -> None:
     record = service("b", "o.s")
     data = msgspec.json.encode(record)
     assert data == (

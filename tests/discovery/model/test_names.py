@@ -1,4 +1,4 @@
-"""Names: every form both ways, and nothing but BadName out of anything else."""
+"""Names: encoding and decoding of every form, and BadName for anything else."""
 
 import string
 from ipaddress import IPv4Address, IPv6Address
@@ -66,7 +66,7 @@ def test_forms(name: str, target: AddressTarget | ServiceTarget, form: Form) -> 
     assert encode(target, D, form) == f"{name}.{D}"
 
 
-def test_a_plain_name_is_itself_in_both_forms() -> None:
+def test_a_plain_name_is_the_same_in_both_forms() -> None:
     target = decode("Orders.Shop.svc.cluster.local.", D)
     assert target == PlainName("orders.shop.svc.cluster.local")
     assert {encode(target, D, form) for form in Form} == {"orders.shop.svc.cluster.local"}
@@ -78,7 +78,7 @@ def test_case_one_dot_and_bytes_do_not_matter() -> None:
         assert decode(name, "SVC.mesh.INTERNAL.") == expected
 
 
-def test_a_domain_that_merely_ends_alike_is_another() -> None:
+def test_a_domain_with_the_same_ending_is_another_domain() -> None:
     assert decode("p8443-10-1-0-5.b.xsvc.mesh.internal", D) == PlainName("p8443-10-1-0-5.b.xsvc.mesh.internal")
     assert is_under("b." + D, D)
     assert is_under(D, D)
@@ -172,7 +172,7 @@ def test_round_trip(target: AddressTarget | ServiceTarget | PlainName, domain: s
     try:
         name = encode(target, domain, form)
     except BadName as error:
-        # Only what cannot be a name at all: by its length, by a label that reads as an address, or by its place.
+        # Only targets that cannot have a name: because of the length, a label that looks like an address, or the mesh domain.
         if error.reason in (NameReason.TOO_LONG, NameReason.LABEL_TOO_LONG, NameReason.BAD_LABEL):
             return
         if isinstance(target, PlainName):
@@ -186,7 +186,7 @@ def test_round_trip(target: AddressTarget | ServiceTarget | PlainName, domain: s
 
 @given(targets, st.sampled_from(Form))
 def test_every_name_above_a_valid_one_exists(target: AddressTarget | ServiceTarget | PlainName, form: Form) -> None:
-    """DNS may say NXDOMAIN of none of them: RFC 8020 would let a resolver cut off what lies below."""
+    """DNS must not answer NXDOMAIN for them: by RFC 8020 a resolver could then treat all names below as absent."""
     try:
         name = encode(target, D, form)
     except BadName:
@@ -223,7 +223,7 @@ near_misses = st.lists(
 
 
 @given(near_misses)
-def test_what_is_accepted_is_canonical(name: str) -> None:
+def test_accepted_names_are_canonical(name: str) -> None:
     name = f"{name}.{D}"
     try:
         target = decode(name, D)
@@ -264,13 +264,13 @@ def test_any_domain_gives_badname_only(domain: str, name: str) -> None:
         PlainName(""),
     ],
 )
-def test_no_name_for_what_is_no_target(target: AddressTarget | ServiceTarget | PlainName) -> None:
+def test_invalid_targets_have_no_name(target: AddressTarget | ServiceTarget | PlainName) -> None:
     for form in Form:
         with pytest.raises(BadName):
             encode(target, D, form)
 
 
-def test_a_long_head_fits_the_mangled_form_only() -> None:
+def test_a_long_first_label_fits_only_the_mangled_form() -> None:
     target = ServiceTarget("b", "a" * 60 + ".shop", 8443)
     assert decode(encode(target, D, Form.MANGLED), D) == target
     with pytest.raises(BadName) as caught:

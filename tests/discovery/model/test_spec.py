@@ -1,4 +1,4 @@
-"""Specs: what each kind may hold, and which path a refusal names."""
+"""Specs: the valid values of each kind, and the paths of errors."""
 
 from typing import Any
 
@@ -58,15 +58,15 @@ def spec(kind: Kind, **changes: Any) -> Spec:
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_good_specs_come_back_as_they_went(kind: Kind) -> None:
+def test_specs_round_trip(kind: Kind) -> None:
     good = spec(kind)
     check_spec(kind, "b", good)
     assert decode_spec(kind, msgspec.json.encode(good)) == good
     assert msgspec.to_builtins(good) == GOOD[kind]
 
 
-def test_what_is_not_set_is_not_written() -> None:
-    """So an earlier version, which refuses fields that it does not know, takes it as long as it says no more."""
+def test_defaults_are_not_written() -> None:
+    """An earlier version, which refuses unknown fields, accepts the record as long as new fields have their defaults."""
     assert msgspec.to_builtins(GatewaySpec(address="10.9.0.1:7443")) == {
         "address": "10.9.0.1:7443",
         "proto": ["framed/1"],
@@ -77,7 +77,7 @@ def test_what_is_not_set_is_not_written() -> None:
 
 
 @pytest.mark.parametrize(("asked", "version"), [(False, None), (True, 2), ("v1", 1), ("v2", 2)])
-def test_the_proxy_header_that_a_service_asks_for(asked: bool | str, version: int | None) -> None:
+def test_the_proxy_header_of_a_service(asked: bool | str, version: int | None) -> None:
     service = spec(Kind.SERVICE, proxy_protocol=asked)
     assert isinstance(service, ServiceSpec)
     assert service.proxy_version == version
@@ -85,7 +85,7 @@ def test_the_proxy_header_that_a_service_asks_for(asked: bool | str, version: in
 
 
 @pytest.mark.parametrize("asked", ["v3", "", "true", 1, 2, None, ["v1"]])
-def test_no_other_proxy_header_can_be_asked_for(asked: object) -> None:
+def test_other_proxy_headers_are_refused(asked: object) -> None:
     with pytest.raises(BadRecord) as caught:
         spec(Kind.SERVICE, proxy_protocol=asked)
     assert caught.value.path == "$.spec.proxy_protocol"
@@ -142,7 +142,7 @@ def test_no_other_proxy_header_can_be_asked_for(asked: object) -> None:
         (Kind.VIP, {"address": "255.255.255.255"}, "$.spec.address"),
     ],
 )
-def test_bad_meaning(kind: Kind, changes: dict[str, Any], path: str) -> None:
+def test_bad_values(kind: Kind, changes: dict[str, Any], path: str) -> None:
     bad = spec(kind, **changes)
     with pytest.raises(BadRecord) as caught:
         check_spec(kind, "b", bad)
@@ -163,7 +163,7 @@ def test_bad_meaning(kind: Kind, changes: dict[str, Any], path: str) -> None:
         (Kind.VIP, b'{"name":"\xff","address":""}', "$.spec"),
     ],
 )
-def test_bad_shape(kind: Kind, data: bytes, path: str) -> None:
+def test_bad_structure(kind: Kind, data: bytes, path: str) -> None:
     with pytest.raises(BadRecord) as caught:
         decode_spec(kind, data)
     assert caught.value.path == path
@@ -182,7 +182,7 @@ def test_the_spec_of_another_kind_is_refused() -> None:
         check_spec(Kind.VIP, "b", spec(Kind.GATEWAY))
 
 
-def test_all_faults_are_there_for_who_wants_them() -> None:
+def test_all_errors_of_a_spec_are_reported() -> None:
     bad = spec(Kind.TURN, url="", relay_addresses=["x", "::1"], port_min=0, port_max=-1)
     assert len(list(spec_faults(Kind.TURN, "b", bad))) == 6
 

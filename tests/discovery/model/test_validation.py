@@ -1,4 +1,4 @@
-"""Shapes: every fault of plain data, with its path."""
+"""Validation: all errors of plain data, with their paths."""
 
 from typing import Literal
 
@@ -27,7 +27,7 @@ def faults(value: object) -> list[str]:
     return [str(fault) for fault in shape_faults(value, Outer)]
 
 
-def test_every_fault_is_told() -> None:
+def test_all_errors_are_reported() -> None:
     value = {
         "one": {"port": "x", "names": ["a", 1, None], "prot": 1},
         "many": {"a b": [{"port": True}, 3], 7: []},
@@ -68,7 +68,7 @@ plain = st.recursive(
 
 
 @given(plain)
-def test_no_fault_exactly_when_msgspec_takes_it(value: object) -> None:
+def test_a_value_is_valid_exactly_if_msgspec_accepts_it(value: object) -> None:
     found = list(shape_faults(value, Outer))
     try:
         msgspec.convert(value, Outer)

@@ -1,4 +1,4 @@
-"""So many at once, so many a second."""
+"""The token bucket: burst and rate."""
 
 from discovery.pacing.token_bucket import TokenBucket
 from sniproxy.tunnel.connection import CONTROL_BURST, CONTROL_PER_S
@@ -12,7 +12,7 @@ def test_a_burst_then_the_rate() -> None:
     assert not bucket.take(1, 100.6)
 
 
-def test_what_is_refused_costs_nothing() -> None:
+def test_a_refused_request_takes_no_token() -> None:
     bucket = TokenBucket(rate=1.0, burst=3, now=0.0)
     assert not bucket.take(4, 0.0)
     assert bucket.take(3, 0.0)
@@ -24,7 +24,7 @@ def test_it_never_holds_more_than_the_burst() -> None:
     assert not bucket.take(1, 1000.0)
 
 
-def test_a_relay_that_asks_every_25_seconds_never_meets_the_limit() -> None:
-    """The rate that capsules without payload have: see sniproxy.tunnel.connection."""
+def test_a_request_every_25_seconds_never_reaches_the_limit() -> None:
+    """The rate limit of capsules without payload: see sniproxy.tunnel.connection."""
     bucket = TokenBucket(CONTROL_PER_S, CONTROL_BURST, 0.0)
     assert all(bucket.take(2, 25.0 * ping) for ping in range(1, 1000))

@@ -1,4 +1,4 @@
-"""Record what a publisher and a real Kubernetes API say to each other, for the tests to replay where no API server is to be had.
+"""Records the requests of a publisher and the answers of a real Kubernetes API. Tests replay them without an API server.
 
     python -m tests.discovery.publisher.record --api https://127.0.0.1:6443 --ca ca.crt --admin-token FILE --token FILE \
         --restart COMMAND --compact COMMAND --version 1.20.2
@@ -39,7 +39,7 @@ KEPT_HEADERS = ("Content-Type", "Transfer-Encoding", "Cache-Control")
 
 
 class Recorder:
-    """A server that hands each request on to the API, and writes down what it hears."""
+    """A proxy that forwards each request to the API, and records request and answer."""
 
     def __init__(self, api: str, tls: ssl.SSLContext | bool, slices: str) -> None:
         self.url = ""
@@ -99,20 +99,20 @@ class Recorder:
 
 
 class Cluster:
-    """What changes the cluster, and asks what a publisher would not."""
+    """Changes the cluster, and sends requests that a publisher would not send."""
 
     def __init__(self, api: str, tls: ssl.SSLContext | bool, token: str, slices: str, session: Any) -> None:
         self._api, self._tls, self._token, self._session = api, tls, token, session
         self._slices = slices
 
     async def ask(self, path: str, *, method: str = "GET", token: str | None = None, body: object = None) -> Any:
-        """Ask once; give status, content type and body."""
+        """Send one request. Returns status, content type and body."""
         headers = {"Authorization": f"Bearer {self._token if token is None else token}"}
         async with self._session.request(method, self._api + path, headers=headers, json=body, ssl=self._tls) as answer:
             return {"path": path, "status": answer.status, "type": answer.content_type, "body": await answer.text()}
 
     async def do(self, method: str, path: str, body: object = None) -> Any:
-        """Do something that must work."""
+        """Send a request that must succeed."""
         answer = await self.ask(path, method=method, body=body)
         if answer["status"] not in (200, 201, 202):
             raise SystemExit(f"{method} {path}: {answer['status']} {answer['body'][:500]}")
@@ -122,7 +122,7 @@ class Cluster:
         await self.do("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
 
     async def service(self, namespace: str, name: str, export: str | None = "true", **spec: Any) -> None:
-        """Make a Service, or change it to this."""
+        """Create or replace a Service."""
         path = f"/api/v1/namespaces/{namespace}/services"
         metadata: dict[str, Any] = {"name": name, "labels": {"app": name}}
         if export is not None:
@@ -138,7 +138,7 @@ class Cluster:
             await self.do("PUT", f"{path}/{name}", body | {"spec": found["spec"]})
 
     async def slice(self, namespace: str, name: str, of: str, *ready: str, waiting: tuple[str, ...] = ()) -> None:
-        """Make an EndpointSlice, or change it to these addresses."""
+        """Create or replace an EndpointSlice."""
         path = f"/apis/discovery.k8s.io/{self._slices}/namespaces/{namespace}/endpointslices"
         addresses = [(address, True) for address in ready] + [(address, False) for address in waiting]
         body = {
@@ -159,7 +159,7 @@ class Cluster:
 
 
 def endpoints(discovery: StaticDiscovery) -> dict[str, dict[str, list[str]]]:
-    """Return what is published, by name and port."""
+    """Return the published endpoints, by name and port."""
     return {record.spec.name: record.spec.ports for record in discovery.mesh.services("b")}
 
 
@@ -175,7 +175,7 @@ async def command(line: str) -> None:
 
 
 async def record(options: argparse.Namespace) -> None:
-    """Play the scene."""
+    """Run the publisher while the cluster is changed, and write the recording."""
     tls = ssl.create_default_context(cafile=options.ca) if options.ca else True
     recorder = Recorder(options.api, tls, options.slices)
     async with recorder.serving(), aiohttp.ClientSession() as session:
@@ -207,7 +207,7 @@ async def record(options: argparse.Namespace) -> None:
 
 
 async def scene(options: argparse.Namespace, cluster: Cluster, recorder: Recorder, discovery: StaticDiscovery) -> None:
-    """Change the cluster under the publisher, and wait each time until it has followed."""
+    """Change the cluster, and wait after each change until the publisher has applied it."""
     orders, cart, ledger, late = (
         f"{name}.svc.cluster.local" for name in ("orders.shop", "cart.shop", "ledger.bank", "late.shop")
     )
@@ -230,7 +230,7 @@ async def scene(options: argparse.Namespace, cluster: Cluster, recorder: Recorde
     assert lines("BOOKMARK") >= 2
     await cluster.delete("/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices/orders-6")
     await until("followed further", lambda: "[fd00::1]:9443" not in endpoints(discovery)[orders]["8443"])
-    # While nobody watches, things change, and the API server forgets that they did.
+    # Changes while there is no watch, after which the API server loses its history.
     recorder.open.clear()
     await until("ended again", lambda: watches("open") == 0)
     await cluster.delete("/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices/orders-2")
@@ -245,7 +245,7 @@ async def scene(options: argparse.Namespace, cluster: Cluster, recorder: Recorde
 
 
 async def questions(options: argparse.Namespace, cluster: Cluster) -> dict[str, Any]:
-    """Ask what fails, for how it fails."""
+    """Send requests that fail, and return the answers."""
     path = "/api/v1/services"
     page = await cluster.do("GET", f"{path}?limit=1")
     going_on = f"{path}?limit=1&continue={page['metadata']['continue']}"
@@ -262,8 +262,8 @@ async def questions(options: argparse.Namespace, cluster: Cluster) -> dict[str, 
 
 
 def write(options: argparse.Namespace, exchanges: list[dict[str, Any]], asked: Any, published: Any) -> None:
-    """Write it all, a chunk a line, so that people can read it."""
-    # One request that found nobody is told; how often it was repeated depends on the clock alone.
+    """Write the recording with one chunk on each line, so that people can read it."""
+    # Of requests without an answer only the first is kept: the number of attempts depends on timing.
     kept = [
         one
         for index, one in enumerate(exchanges)

@@ -1,6 +1,6 @@
-"""The publisher against what a real kube-apiserver said (`record.py`), and the tests' own server against the same, and kubectl.
+"""The publisher and the test server against a recording of a real kube-apiserver (`record.py`), and kubectl.
 
-What it does not prove: a newer API server than the one that was recorded, which had EndpointSlices as v1beta1.
+This proves nothing about API servers newer than the recorded one, which had EndpointSlices as v1beta1.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ def recording() -> Any:
 
 @asynccontextmanager
 async def replaying(exchanges: list[dict[str, Any]]) -> AsyncIterator[tuple[KubeServer, list[str]]]:
-    """Answer each path's requests in their order, as they were answered then; gives where, and what was asked otherwise."""
+    """Replay the recorded answers of each path in order. Yields the server, and requests that differed from the recording."""
     left = {path: [one for one in exchanges if one["path"] == path] for path in {one["path"] for one in exchanges}}
     unlike: list[str] = []
 
@@ -58,7 +58,7 @@ async def replaying(exchanges: list[dict[str, Any]]) -> AsyncIterator[tuple[Kube
         await response.prepare(request)
         for chunk in told["chunks"]:
             await response.write(chunk.encode())
-        if told["end"] == "client":  # it was the publisher that ended it, or the end of all
+        if told["end"] == "client":  # the publisher ended it, or it was the end of the recording
             await asyncio.Future()
         if told["end"] == "cut":
             assert request.transport is not None
@@ -80,7 +80,7 @@ async def replaying(exchanges: list[dict[str, Any]]) -> AsyncIterator[tuple[Kube
         await runner.cleanup()
 
 
-async def test_what_a_real_api_server_said_is_followed(serve: Any, tmp_path: Path, recording: Any) -> None:
+async def test_the_recorded_api_server_is_followed(serve: Any, tmp_path: Path, recording: Any) -> None:
     """Pages, changes, bookmarks, watches that the server ends, and one that it cannot resume."""
     said = "".join(chunk for one in recording["exchanges"] for chunk in one.get("chunks", ()))
     for kind in ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR"):
@@ -102,7 +102,7 @@ async def test_what_a_real_api_server_said_is_followed(serve: Any, tmp_path: Pat
 
 
 def shape(value: Any) -> Any:
-    """What kind of value stands under which key; of a list, of its first item."""
+    """Return the structure of a value: types by key, and of a list only its first item."""
     match value:
         case dict():
             return {key: shape(item) for key, item in value.items()}
@@ -112,7 +112,7 @@ def shape(value: Any) -> Any:
 
 
 def frame(told: dict[str, Any]) -> Any:
-    """The shape without the objects themselves, of which the tests' have but the fields that matter."""
+    """Return the structure without the objects themselves: those of the test server have only some of the fields."""
     told = json.loads(json.dumps(told))
     if "items" in told:
         told["items"] = [sorted(item.keys() & {"kind", "apiVersion", "metadata"}) for item in told["items"]]
@@ -127,7 +127,7 @@ def frame(told: dict[str, Any]) -> Any:
     return shape(told)
 
 
-async def test_the_tests_own_server_answers_in_the_shape_of_a_real_one(recording: Any) -> None:
+async def test_the_test_servers_answers_have_the_structure_of_real_ones(recording: Any) -> None:
     headers = {"Authorization": "Bearer t0ken"}
     async with kube_server() as kube, aiohttp.ClientSession(headers=headers) as session:
 
@@ -187,7 +187,7 @@ async def test_the_tests_own_server_answers_in_the_shape_of_a_real_one(recording
 
 @asynccontextmanager
 async def over_tls(folder: Path) -> AsyncIterator[tuple[KubeServer, Path]]:
-    """The tests' server over TLS; gives its authority's file, too."""
+    """Run the test server over TLS. Yields the file of its CA, too."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
@@ -198,7 +198,7 @@ async def over_tls(folder: Path) -> AsyncIterator[tuple[KubeServer, Path]]:
 
 @pytest.mark.interop
 @pytest.mark.needs("kubectl")
-async def test_kubectl_takes_the_tests_own_server_for_a_cluster(tmp_path: Path) -> None:
+async def test_kubectl_accepts_the_test_server(tmp_path: Path) -> None:
     async with over_tls(tmp_path) as (kube, authority):
         for name in ("orders", "cart", "late"):
             put_service(kube, name)
@@ -254,7 +254,7 @@ async def test_a_cluster_over_tls_is_verified(serve: Any, tmp_path: Path, logged
 
 
 def test_the_manifest_runs_a_publisher_with_no_more_rights_than_it_needs(tmp_path: Path) -> None:
-    """The recorded publisher had those rights and no others."""
+    """The recorded publisher had exactly these rights."""
     found = {item["kind"]: item for item in yaml.safe_load_all(MANIFEST.read_text())}
     (tmp_path / "token").write_text("00" * 32 + "\n")
     (tmp_path / "publisher.yaml").write_text(

@@ -1,4 +1,4 @@
-"""The publisher between an API server that keeps the rules and a real discovery server."""
+"""The publisher with a test server for the Kubernetes API and a real discovery server."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -99,7 +99,7 @@ async def test_a_cluster_is_published_and_followed(serve: Any, tmp_path: Path) -
         assert list(await endpoints(at)) == [NAME]  # the services outlive their publisher
 
 
-async def test_a_watch_is_resumed_where_it_was(serve: Any, tmp_path: Path) -> None:
+async def test_a_watch_resumes_from_its_last_version(serve: Any, tmp_path: Path) -> None:
     async with kube_server() as kube, serve() as at:
         put_service(kube, "orders")
         async with publishing(kube, at, tmp_path):
@@ -120,7 +120,7 @@ async def test_a_watch_is_resumed_where_it_was(serve: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("in_stream", [False, True])
-async def test_history_that_is_gone_is_listed_anew(serve: Any, tmp_path: Path, in_stream: bool) -> None:
+async def test_everything_is_listed_again_when_the_history_is_gone(serve: Any, tmp_path: Path, in_stream: bool) -> None:
     async with kube_server() as kube, serve() as at:
         kube.gone_in_stream = in_stream
         put_service(kube, "orders")
@@ -130,7 +130,7 @@ async def test_history_that_is_gone_is_listed_anew(serve: Any, tmp_path: Path, i
             await until(at, {NAME: ["10.1.0.1:9443"], "cart.shop.svc.cluster.local": []})
             await kube.until(lambda: kube.watches == 2)
             kube.end_watches()
-            # Before the watches come back: changes, and no trace of them.
+            # Changes before the watches are resumed, and without a history of them.
             kube.delete("services", "shop", "cart")
             kube.delete("endpointslices", "shop", "orders-1")
             put_slice(kube, "orders-2", "orders", "10.1.0.2")
@@ -138,7 +138,7 @@ async def test_history_that_is_gone_is_listed_anew(serve: Any, tmp_path: Path, i
             await until(at, {NAME: ["10.1.0.2:9443"]})
 
 
-async def test_what_was_withdrawn_while_nobody_published_goes(serve: Any, tmp_path: Path) -> None:
+async def test_services_removed_while_no_publisher_ran_are_withdrawn(serve: Any, tmp_path: Path) -> None:
     async with kube_server() as kube, serve() as at:
         stale, mine = (
             ServiceSpec(name="old.shop.svc.cluster.local", ports={"1": []}),
@@ -149,7 +149,7 @@ async def test_what_was_withdrawn_while_nobody_published_goes(serve: Any, tmp_pa
         await at.store.put((Kind.SERVICE, "b", "by-hand"), mine)
         put_service(kube, "orders")
         async with publishing(kube, at, tmp_path):
-            # The other cluster's publisher and people keep theirs.
+            # Records of another cluster's publisher and of people stay.
             await until(at, {"old.shop.svc.cluster.local": [], "o.s": [], NAME: []})
             old = (Kind.SERVICE, "b", record_id("k8s", ("shop", "old")))
 
@@ -176,7 +176,7 @@ async def test_namespaces_and_a_renewed_token(serve: Any, tmp_path: Path, logged
 
 
 @pytest.mark.parametrize("bad", [b"two\r\nlines: 1", b"\xff\xfe", None])
-async def test_a_token_that_is_none_is_told_and_waited_for(
+async def test_an_invalid_token_is_logged_and_read_again(
     serve: Any, tmp_path: Path, logged: LogWaiter, bad: bytes | None
 ) -> None:
     async with kube_server() as kube, serve() as at:
@@ -194,8 +194,8 @@ async def test_a_token_that_is_none_is_told_and_waited_for(
             await until(at, {NAME: [], "cart.shop.svc.cluster.local": []})
 
 
-async def test_a_version_that_always_fails_is_given_up(serve: Any, tmp_path: Path) -> None:
-    """As where another cluster answers at the same address: its versions are none of ours."""
+async def test_a_version_that_always_fails_is_abandoned(serve: Any, tmp_path: Path) -> None:
+    """Another cluster at the same address does not know our versions."""
     async with kube_server() as kube, serve() as at:
         put_service(kube, "orders")
         async with publishing(kube, at, tmp_path):
@@ -206,7 +206,7 @@ async def test_a_version_that_always_fails_is_given_up(serve: Any, tmp_path: Pat
             await until(at, {"cart.shop.svc.cluster.local": []})
 
 
-def test_a_pod_knows_where_it_is() -> None:
+def test_defaults_come_from_the_pods_environment() -> None:
     config = PublisherConfig(network="b").resolved({"KUBERNETES_SERVICE_HOST": "10.96.0.1"})
     assert config.api == "https://10.96.0.1:443"
     assert str(config.token_file) == "/var/run/secrets/kubernetes.io/serviceaccount/token"

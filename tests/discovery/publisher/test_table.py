@@ -1,4 +1,4 @@
-"""From Kubernetes' objects to service records."""
+"""Conversion of Kubernetes objects to service records."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def test_which_ports_are_exported() -> None:
         assert (list(spec.ports) if spec is not None else None) == ports
 
 
-def test_only_what_is_ready_and_may_be_dialled() -> None:
+def test_only_ready_endpoints_that_may_be_dialled_are_published() -> None:
     table = ServiceTable("cluster.local")
     table.put_service(service("true", {"port": 8443}))
     table.put_slice(

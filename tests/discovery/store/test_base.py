@@ -1,4 +1,4 @@
-"""The contract that every store keeps."""
+"""The contract of all stores."""
 
 import asyncio
 import itertools
@@ -29,7 +29,7 @@ OTHER = VipSpec(name="orders.shop", address="10.200.0.2")
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that the test sets."""
 
     now = 1000.0
 
@@ -78,7 +78,7 @@ async def store(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) ->
 
 @pytest.fixture(params=["memory", "sqlite"])
 async def clocked(request: pytest.FixtureRequest, clock: Clock, tmp_path: Path) -> AsyncIterator[Store]:
-    """Stores that end leases by a clock of their own; etcd ends them by its own."""
+    """Stores that expire leases by the given clock; etcd has its own."""
     store: Store = MemoryStore(clock=clock)
     if request.param == "sqlite":
         store = SqliteStore(tmp_path / "discovery.db", clock=clock)
@@ -94,7 +94,7 @@ async def pass_time(store: Store, clock: Clock, seconds: int) -> list[Deletion]:
     return ended
 
 
-async def test_begins_empty(store: Store) -> None:
+async def test_a_store_starts_empty(store: Store) -> None:
     assert len(store.epoch) == 16
     assert store.stale_s == 0
     assert await store.get(KEY) is None
@@ -104,7 +104,7 @@ async def test_begins_empty(store: Store) -> None:
     assert await store.expire() == ()
 
 
-async def test_what_was_put_is_there(store: Store) -> None:
+async def test_written_records_can_be_read(store: Store) -> None:
     base = store.revision
     record = await store.put(KEY, SPEC)
     assert (record.key, record.spec, record.revision, record.lease) == (KEY, SPEC, base + 1, None)
@@ -152,7 +152,7 @@ async def test_conditional_writes(store: Store) -> None:
         await store.delete(KEY, if_match=newer.revision)
 
 
-async def test_what_was_deleted_is_gone(store: Store) -> None:
+async def test_deleted_records_are_gone(store: Store) -> None:
     base = store.revision
     await store.put(KEY, SPEC)
     assert await store.delete(KEY) == Deletion(KEY, base + 2)
@@ -163,7 +163,7 @@ async def test_what_was_deleted_is_gone(store: Store) -> None:
     assert (await store.put(KEY, SPEC, if_none_match=True)).revision == base + 3
 
 
-async def test_history_tells_the_last_change_of_each_record(store: Store) -> None:
+async def test_history_has_the_last_change_of_each_record(store: Store) -> None:
     base = store.revision
     first = await store.put(KEY, SPEC)
     kept = await store.put((Kind.NETWORK, "b", "b"), NetworkSpec())
@@ -195,7 +195,7 @@ async def test_history_that_is_not_known_is_none(store: Store) -> None:
     assert await store.since(revision) == []
 
 
-async def test_subscribers_hear_every_write_in_order(store: Store) -> None:
+async def test_subscribers_get_every_write_in_order(store: Store) -> None:
     heard: list[Change] = []
 
     def listen(changes: Sequence[Change]) -> None:
@@ -212,7 +212,7 @@ async def test_subscribers_hear_every_write_in_order(store: Store) -> None:
     assert len(heard) == 2
 
 
-async def test_a_lease_withdraws_its_records_when_it_ends(clocked: Store, clock: Clock) -> None:
+async def test_records_are_deleted_when_their_lease_ends(clocked: Store, clock: Clock) -> None:
     lease = await clocked.grant(10, "somebody")
     assert await clocked.lease(lease.id) == lease
     assert await clocked.leases("somebody") == [lease]
@@ -235,7 +235,7 @@ async def test_a_lease_withdraws_its_records_when_it_ends(clocked: Store, clock:
     assert clocked.revision == 5
 
 
-async def test_leases_belong_to_somebody_and_can_be_renewed(store: Store) -> None:
+async def test_leases_have_an_owner_and_can_be_renewed(store: Store) -> None:
     lease = await store.grant(10, "somebody")
     assert await store.lease(lease.id) == lease
     assert await store.lease("abc") is None
@@ -244,7 +244,7 @@ async def test_leases_belong_to_somebody_and_can_be_renewed(store: Store) -> Non
     assert await store.renew(lease.id) == lease
 
 
-async def test_revoking_is_expiring_now(store: Store) -> None:
+async def test_revoking_a_lease_deletes_its_records(store: Store) -> None:
     lease = await store.grant(10, "somebody")
     await store.put(KEY, SPEC, lease=lease.id)
     base = store.revision
@@ -261,7 +261,7 @@ async def test_revoking_is_expiring_now(store: Store) -> None:
             await store.renew(nonsense)
 
 
-async def test_a_record_hangs_on_the_lease_it_was_last_put_with(clocked: Store, clock: Clock) -> None:
+async def test_a_record_is_attached_to_the_lease_of_its_last_write(clocked: Store, clock: Clock) -> None:
     old, new = await clocked.grant(10, "before a crash"), await clocked.grant(20, "after it")
     await clocked.put(KEY, SPEC, lease=old.id)
     taken = await clocked.put(KEY, SPEC, lease=new.id)
@@ -273,7 +273,7 @@ async def test_a_record_hangs_on_the_lease_it_was_last_put_with(clocked: Store, 
     assert await clocked.get(KEY) == freed
 
 
-async def test_no_lease_pays_for_a_server_that_stood_still(clocked: Store, clock: Clock) -> None:
+async def test_leases_survive_a_pause_of_the_server(clocked: Store, clock: Clock) -> None:
     lease = await clocked.grant(10, "somebody")
     await clocked.put(KEY, SPEC, lease=lease.id)
     await pass_time(clocked, clock, 2)
@@ -283,7 +283,7 @@ async def test_no_lease_pays_for_a_server_that_stood_still(clocked: Store, clock
     assert await pass_time(clocked, clock, 1) == [Deletion(KEY, 2)]
 
 
-async def test_writes_at_once_are_one_after_the_other(store: Store) -> None:
+async def test_concurrent_writes_are_sequential(store: Store) -> None:
     won: list[AnyRecord] = []
 
     async def claim(number: int) -> None:

@@ -1,4 +1,4 @@
-"""The SQLite store: what a file must outlive, and what it must refuse."""
+"""The SQLite store: what a file survives, and which files are refused."""
 
 import asyncio
 import signal
@@ -40,7 +40,7 @@ async def test_everything_is_there_after_a_restart(path: Path) -> None:
     epoch = store.epoch
     await store.close()
 
-    now = 1_000_000.0  # the clock of another boot: deadlines are not stored, leases begin anew
+    now = 1_000_000.0  # the clock of another boot: deadlines are not stored, leases start with their full TTL
     store = SqliteStore(path, clock=lambda: now)
     await store.open()
     try:
@@ -60,7 +60,7 @@ async def test_everything_is_there_after_a_restart(path: Path) -> None:
 
 
 def write_until_killed(path: Path) -> int:
-    """Have a process write as fast as it can, kill it in the middle, and tell what it saw acknowledged last."""
+    """Run a process that writes as fast as it can, kill it, and return the last revision that was acknowledged."""
     program = textwrap.dedent(
         """
         import asyncio, sys
@@ -90,21 +90,21 @@ def write_until_killed(path: Path) -> int:
     return last
 
 
-async def test_what_was_acknowledged_survives_kill_9(path: Path) -> None:
+async def test_acknowledged_writes_survive_kill_9(path: Path) -> None:
     write_until_killed(path)
     last = write_until_killed(path)
     assert last >= 100
     store = SqliteStore(path)
     await store.open()
     try:
-        # One write may have been durable without its acknowledgement having come through.
+        # One write may be durable although its acknowledgement was lost.
         assert store.revision in (last, last + 1)
         assert [record.revision for record in await store.since(0) or ()] == list(range(1, store.revision + 1))
     finally:
         await store.close()
 
 
-async def test_a_write_ends_though_its_writer_is_cancelled(path: Path) -> None:
+async def test_a_write_completes_even_if_its_caller_is_cancelled(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     heard: list[object] = []
@@ -121,7 +121,7 @@ async def test_a_write_ends_though_its_writer_is_cancelled(path: Path) -> None:
         await store.close()
 
 
-async def test_one_file_has_one_server(path: Path) -> None:
+async def test_a_file_can_be_opened_by_one_server_only(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     try:
@@ -135,7 +135,7 @@ async def test_one_file_has_one_server(path: Path) -> None:
         await store.put(KEY, SPEC)
 
 
-async def test_the_file_is_not_open_to_others(path: Path) -> None:
+async def test_other_users_cannot_read_the_file(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.put(KEY, SPEC)
@@ -146,14 +146,14 @@ async def test_the_file_is_not_open_to_others(path: Path) -> None:
         await store.close()
 
 
-async def test_files_that_are_none_of_ours(path: Path) -> None:
+async def test_foreign_files(path: Path) -> None:
     (path.parent / "other").write_bytes(b"not a database" * 100)
-    with pytest.raises(StoreError, match="no SQLite database"):
+    with pytest.raises(StoreError, match="not an SQLite database"):
         await SqliteStore(path.parent / "other").open()
     database = sqlite3.connect(path)
     database.execute("CREATE TABLE other (x)")
     database.close()
-    with pytest.raises(StoreError, match="not one of discovery's"):
+    with pytest.raises(StoreError, match="not one of a discovery server"):
         await SqliteStore(path).open()
     with pytest.raises(StoreError, match="cannot be opened"):
         await SqliteStore(path.parent / "missing" / "discovery.db").open()
@@ -180,7 +180,7 @@ async def test_files_of_another_version(path: Path, statement: str, message: str
         await SqliteStore(path).open()
 
 
-async def test_a_write_that_fails_has_changed_nothing(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failed_write_changes_nothing(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = SqliteStore(path)
     await store.open()
     kept = await store.put(KEY, SPEC)
