@@ -127,6 +127,13 @@ def _tables(status: dict[str, Any], streams: dict[str, list[dict[str, Any]]]) ->
             for line in status["relay_sources"]
         ]
         yield "relay's addresses", columns, rows
+    if failing := [(role, line) for role in ("relay", "gateway") for line in status.get(f"{role}_endpoints", ())]:
+        columns = ["of", "endpoint", "failures", "left out for s", "last error"]
+        rows = [
+            [role, str(line["endpoint"]), str(line["failures"]), _cell(line["left_out_s"]), _cell(line["why"])]
+            for role, line in failing
+        ]
+        yield "endpoints of services that fail", columns, rows
     if status.get("upstreams"):
         columns = ["upstream", "random case", "cookies", "answers"]
         rows = [

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -12,6 +12,9 @@ from sniproxy.endpoints.health import Endpoint, EndpointHealth
 from sniproxy.engine.staggered_connect import MIN_STAGGER_S, STAGGER_S, FirstConnected, connect_first
 
 log = logging.getLogger(__name__)
+
+LIMIT_S: Final = 9.0
+"""For all endpoints of a service together: within the 10 s that a relay waits for a gateway (tunnel.state.LIMIT_OPENED_S)."""
 
 MAX_SHOWN: Final = 100
 """Endpoints that the status names: those that fail most often. The metrics have the number of all."""
@@ -30,62 +33,89 @@ class NoAnswer(OSError):
         """How many were dialled."""
 
 
+class ConnectFirst(Protocol):
+    """`connect_first`, or what a test puts in its place."""
+
+    def __call__(
+        self,
+        endpoints: Iterator[Endpoint],
+        *,
+        timeout_s: float,
+        limit_s: float,
+        on_failed: Callable[[Endpoint, OSError], None],
+        stagger_s: float = STAGGER_S,
+    ) -> Awaitable[FirstConnected | None]: ...
+
+
 class Attempts:
     """One stream's tries at the endpoints of one service. `connect` may be called again: it goes on behind the last one."""
 
-    def __init__(self, dialer: "EndpointDialer", service: str, endpoints: Iterator[Endpoint], count: int) -> None:
+    def __init__(
+        self, dialer: "EndpointDialer", service: str, endpoints: Iterator[Endpoint], count: int, connect: ConnectFirst
+    ) -> None:
         self._dialer = dialer
         self._service = service
         self._endpoints = endpoints
-        self._count = count
+        self._connect = connect
+        # Many are tried faster, so that those at the end are still reached in time.
+        self._stagger_s = max(MIN_STAGGER_S, min(STAGGER_S, LIMIT_S / max(count, 1)))
         self.made = 0
         """How many endpoints were dialled."""
-        self.failures: list[tuple[Endpoint, OSError]] = []
+        self._failures: list[str] = []
 
-    async def connect(self, *, timeout_s: float, limit_s: float) -> FirstConnected:
-        """Connect to the first endpoint that answers.
-
-        Args:
-            timeout_s: for each.
-            limit_s: for all.
+    async def connect(self, *, timeout_s: float) -> FirstConnected:
+        """Connect to the first endpoint that answers, within `timeout_s` seconds for each, and LIMIT_S for all if that is more.
 
         Raises:
             NoAnswer: none did.
         """
-        # Many are tried faster, so that those at the end are still reached in time.
-        stagger_s = max(MIN_STAGGER_S, min(STAGGER_S, limit_s / max(self._count, 1)))
-        failed_before = len(self.failures)
-        connected = await connect_first(
-            self._endpoints, timeout_s=timeout_s, limit_s=limit_s, stagger_s=stagger_s, on_failed=self._note
+        failed_before = len(self._failures)
+        connected = await self._connect(
+            self._endpoints,
+            timeout_s=timeout_s,
+            limit_s=max(timeout_s, LIMIT_S),
+            stagger_s=self._stagger_s,
+            on_failed=self._on_failed,
         )
         if connected is None:
-            self.made += len(self.failures) - failed_before
-            raise NoAnswer(self._told(), self.made)
+            self.made += len(self._failures) - failed_before
+            raise NoAnswer(self._summary(), self.made)
         self.made += connected.attempts
-        self._dialer.note_success(self._service, connected.endpoint)
+        if self._service:
+            self._dialer.note_success(self._service, connected.endpoint)
         return connected
 
-    def _note(self, endpoint: Endpoint, error: OSError) -> None:
-        self.failures.append((endpoint, error))
-        self._dialer.note_failure(self._service, endpoint, error.strerror or str(error))
+    def reject(self, endpoint: Endpoint, why: str) -> None:
+        """Count an endpoint that was connected to as failed after all."""
+        self._failures.append(f"{_shown(endpoint)}: {why}")
+        if self._service:
+            self._dialer.note_failure(self._service, endpoint, why)
 
-    def _told(self) -> str:
-        shown = [
-            f"{_shown(endpoint)}: {error.strerror or error}" for endpoint, error in self.failures[:MAX_FAILURES_TOLD]
-        ]
-        more = len(self.failures) - len(shown)
-        return "; ".join(shown) + (f"; and {more} more" if more else "")
+    def _on_failed(self, endpoint: Endpoint, error: OSError) -> None:
+        self.reject(endpoint, error.strerror or str(error))  # the text alone: the error's traceback would make a cycle
+
+    def _summary(self) -> str:
+        more = len(self._failures) - MAX_FAILURES_TOLD
+        return "; ".join(self._failures[:MAX_FAILURES_TOLD]) + (f"; and {more} more" if more > 0 else "")
 
 
 class EndpointDialer:
     """Dials the endpoints of services for a relay or a gateway, and remembers which of them answer."""
 
-    def __init__(self, role: str, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        role: str,
+        registry: CollectorRegistry,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        connect: ConnectFirst = connect_first,
+    ) -> None:
         """Start with every endpoint counted as healthy.
 
         Args:
             role: "relay" or "gateway", for the names of metrics.
         """
+        self._connect = connect
         self.health = EndpointHealth(clock)
         left_out = Gauge(
             f"crossnet_{role}_endpoints_left_out",
@@ -103,11 +133,12 @@ class EndpointDialer:
         """Begin a stream's tries.
 
         Args:
-            service: whose endpoints they are; each service has its own turn.
+            service: whose endpoints they are; each service has its own turn. Empty for an address: there is no other to go to,
+                so nothing is remembered of it.
             allowed: asked of each endpoint when it is to be dialled.
         """
-        order = self.health.order(service, endpoints)
-        return Attempts(self, service, filter(allowed, order), len(endpoints))
+        order = self.health.order(service, endpoints) if service else iter(endpoints)
+        return Attempts(self, service, filter(allowed, order), len(endpoints), self._connect)
 
     def note_success(self, service: str, endpoint: Endpoint) -> None:
         """Count an endpoint as healthy."""

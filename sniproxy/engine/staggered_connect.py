@@ -181,7 +181,7 @@ class _Race:
     def _won(self, sock: socket.socket, now: float) -> FirstConnected:
         endpoint, _ = self._outstanding.pop(sock)
         for other, (place, since) in self._outstanding.items():
-            if now - since >= self._stagger_s and other not in self._settled:
+            if now >= since + self._stagger_s and other not in self._settled:
                 error = TimeoutError(errno.ETIMEDOUT, f"no answer in {now - since:.3g} s, and another gave one")
                 self._on_failed(place, error)
         try:

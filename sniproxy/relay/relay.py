@@ -31,6 +31,7 @@ from sniproxy.access.client_limits import (
 from sniproxy.access.loop_guard import LoopGuard
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Policy
+from sniproxy.endpoints.dialer import EndpointDialer
 from sniproxy.engine import Deadlines, End, Listener, SocketStream, Splice
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
@@ -138,6 +139,7 @@ class Relay:
         *,
         registry: CollectorRegistry,
         transports: Callable[[TransportConfig], Sequence[Transport]] = make_transports,
+        endpoints: EndpointDialer | None = None,
         max_lingering: int = MAX_LINGERING,
     ) -> None:
         """Prepare a relay; nothing is opened yet.
@@ -148,13 +150,15 @@ class Relay:
             keys: sign the streams to other networks.
             registry: gets the metrics.
             transports: makes the transports, again for each configuration.
+            endpoints: connects to services of the relay's own network; one of its own by default.
             max_lingering: refused clients that are read from at once until they have their alert.
         """
         self._discovery = discovery
         self._make_transports = transports
         self._max_lingering = max_lingering
         self.ledger = StreamLog("relay", registry)
-        self._upstreams = Upstreams(registry)
+        self.endpoints = endpoints or EndpointDialer("relay", registry)
+        self._upstreams = Upstreams(registry, self.endpoints)
         self._reach = Reach(config.network, config.domain)
         self._listeners: list[Listener] = []
         self._adapted: dict[tuple[str, int], Listener] = {}

@@ -65,4 +65,4 @@ class Router:
             raise Unroutable(Reason.NO_ROUTE, f"network {place.network!r} has {lacks}")
         if not is_own and self.keys.get(self.network, place.network) is None:
             raise Unroutable(Reason.NO_KEY, f"no key signs streams from {self.network!r} to {place.network!r}")
-        return self.order(found)
+        return found if is_own else self.order(found)

@@ -8,19 +8,21 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
 from discovery.model.mesh import Mesh
+from discovery.model.names import ServiceTarget
+from sniproxy.endpoints.dialer import EndpointDialer, NoAnswer
 from sniproxy.engine import ByteStream
 from sniproxy.formats.proxy_protocol import ProxyError, ProxyHeader
 from sniproxy.relay.health import UpstreamHealth
 from sniproxy.relay.upstream_metrics import UpstreamMetrics
 from sniproxy.relay.warm_pool import WarmPool
 from sniproxy.streams.end_reason import Reason
-from sniproxy.transport.base import Candidate, Transport
+from sniproxy.transport.base import Candidate, GatewayTransport, Transport
 from sniproxy.transport.errors import DialError, ResetBeforeReady, StaleEpoch, WarmLost
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
@@ -59,20 +61,27 @@ class Upstreams:
 
     _connector: GatewayConnector
     _transports: Mapping[str, Transport]
+    _gateways: Mapping[str, GatewayTransport]
     _dial_timeout_s: float
 
     def __init__(
-        self, registry: CollectorRegistry, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+        self,
+        registry: CollectorRegistry,
+        endpoints: EndpointDialer,
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """Register the metrics.
 
         Args:
+            endpoints: connects to services of the relay's own network.
             sleep: waits for so many seconds before an attempt is made again.
         """
         self._sleep = sleep
         self._metrics = UpstreamMetrics(registry)
         self.pool = WarmPool(self._warm_up, size=0, count=self._metrics.fate)
         self.health = UpstreamHealth(time.monotonic, is_ready=self.pool.has)
+        self._endpoints = endpoints
         self._metrics.watch(ready=lambda: self.pool.ready, left_out=lambda: self.health.left_out)
 
     def reconfigure(
@@ -86,6 +95,9 @@ class Upstreams:
         """Go by these from now on, and keep `pool` connections ready for each candidate in use that takes long to reach."""
         self._connector = connector
         self._transports = {transport.traits.name: transport for transport in transports}
+        self._gateways = {
+            name: found for name, found in self._transports.items() if isinstance(found, GatewayTransport)
+        }
         self._dial_timeout_s = dial_timeout_s
         self._metrics.know(self._transports)
         self.pool.resize(pool)
@@ -96,7 +108,7 @@ class Upstreams:
 
     def carrying(self, candidate: Candidate) -> AbstractContextManager[None]:
         """Count a stream on this way while the block runs."""
-        return self.health.carrying(candidate)
+        return self.health.carrying(candidate) if candidate.traits.to_gateway else nullcontext()
 
     def follow(self, mesh: Mesh) -> None:
         """Let go what was kept ready where that is no way any more."""
@@ -111,7 +123,7 @@ class Upstreams:
         self.pool.close()
 
     async def connect(self, request: StreamRequest, candidates: Sequence[Candidate]) -> Connected:
-        """Try up to three candidates in their order.
+        """Try up to three gateways in their order, or all endpoints of a service in the relay's own network.
 
         Raises:
             DialError: with the last failure's reason, once none is left or none may be asked.
@@ -121,6 +133,9 @@ class Upstreams:
         queue = [(candidate, True) for candidate in _choice(candidates)]
         for candidate, may_be_warm in queue:
             try:
+                if not candidate.traits.to_gateway:
+                    endpoints = [other for other in candidates if other.network == candidate.network]
+                    return await self._reach_service(request, endpoints, attempts)
                 connected = await self._reach(request, candidate, attempts, may_be_warm=may_be_warm)
             except WarmLost as lost:
                 # Its gateway may be gone without a word: a new connection would wait as long, so the others come first.
@@ -128,7 +143,8 @@ class Upstreams:
                 self._settle(candidate, DialError(Reason.READY_TIMEOUT, str(lost)))
             except DialError as error:
                 failure = error
-                self._settle(candidate, error)
+                if candidate.traits.to_gateway:
+                    self._settle(candidate, error)
                 if error.final:
                     break
             else:
@@ -193,6 +209,32 @@ class Upstreams:
         except ResetBeforeReady as error:
             raise _given_up(candidate, error) from error
 
+    async def _reach_service(
+        self, request: StreamRequest, candidates: Sequence[Candidate], attempts: Iterator[int]
+    ) -> Connected:
+        """Connect to one of these endpoints of a service in the relay's own network. Raises DialError."""
+        by_endpoint = {(candidate.address, candidate.port): candidate for candidate in candidates}
+        meant = candidates[0].meant
+        service = f"{meant.service}:{meant.port}" if isinstance(meant, ServiceTarget) else ""
+        tries = self._endpoints.attempts(service, list(by_endpoint), lambda _: True)
+        with self._metrics.attempt(candidates[0].traits.name):
+            while True:
+                made = tries.made
+                try:
+                    connected = await tries.connect(timeout_s=self._dial_timeout_s)
+                except NoAnswer as error:
+                    raise DialError(Reason.DIAL_FAILED, error.detail) from None
+                finally:
+                    attempt = [next(attempts) for _ in range(tries.made - made)]
+                candidate = by_endpoint[connected.endpoint]
+                try:
+                    if candidate.proxy_version is not None:
+                        await _introduce(request, candidate, connected.stream)
+                except DialError as error:
+                    tries.reject(connected.endpoint, error.detail)
+                    continue
+                return Connected(candidate=candidate, attempts=attempt[-1], stream=connected.stream)
+
     async def _signed_anew(self, request: StreamRequest, candidate: Candidate, attempts: Iterator[int]) -> Connected:
         """Make an attempt, and one more where the gateway's process has changed."""
         try:
@@ -203,10 +245,6 @@ class Upstreams:
     async def _on_new(self, request: StreamRequest, candidate: Candidate, attempt: int) -> Connected:
         with self._metrics.attempt(candidate.traits.name):
             stream = await self._dial(candidate)
-            if not candidate.traits.to_gateway:
-                if candidate.proxy_version is not None:
-                    await _introduce(request, candidate, stream)
-                return Connected(candidate=candidate, attempts=attempt, stream=stream)
             connection = await self._connector.open(request, candidate, attempt, stream)
         return Connected(
             candidate=candidate, attempts=attempt, stream=stream, connection=connection, sent=len(request.data)
@@ -228,7 +266,7 @@ class Upstreams:
 
     async def _dial(self, candidate: Candidate) -> ByteStream:
         """Connect to a candidate. Raises ResetBeforeReady, where a reset may pass, and DialError."""
-        transport = self._transports[candidate.traits.name]
+        transport = self._gateways[candidate.traits.name]
         try:
             return await transport.dial(candidate, timeout_s=self._dial_timeout_s)
         except TimeoutError:
@@ -287,14 +325,18 @@ async def _introduce(request: StreamRequest, candidate: Candidate, stream: ByteS
 
 
 def _choice(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates to try, in their order; each network in turn has one before another has all."""
+    """The candidates to try, in their order; each network in turn has one before another has all.
+
+    A service in the own network counts as one, however many endpoints it has.
+    """
     left = MAX_CANDIDATES
     networks = list(dict.fromkeys(candidate.network for candidate in candidates))
     chosen: list[Candidate] = []
     for number, network in enumerate(networks, 1):
         # An import that names several networks wants failover from one to the next, however many gateways the first has.
         share = max(1, left - (len(networks) - number))
-        found = [candidate for candidate in candidates if candidate.network == network][: min(share, left)]
+        found = [candidate for candidate in candidates if candidate.network == network]
+        found = found[: min(share, left) if found[0].traits.to_gateway else 1]
         chosen += found
         left -= len(found)
     return chosen

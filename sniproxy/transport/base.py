@@ -7,7 +7,7 @@ treat some differently asks for a trait.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from discovery.model.addresses import Address, BadAddress, TargetList, format_endpoint, parse_address, parse_endpoint
 from discovery.model.lookup import Place
@@ -122,6 +122,12 @@ class Transport(Protocol):
 
     def offers(self, candidate: Candidate, mesh: Mesh) -> bool:
         """Say whether a candidate that was found before is still there."""
+
+
+@runtime_checkable
+class GatewayTransport(Transport, Protocol):
+    """One that leads to gateways, each dialled by itself. The service of a local route is one of several endpoints
+    (`sniproxy.endpoints`)."""
 
     async def dial(self, candidate: Candidate, *, timeout_s: float) -> "ByteStream":
         """Connect. OSError if that cannot be, TimeoutError if it takes too long."""

@@ -8,12 +8,11 @@ from sniproxy.access.loop_guard import STOPPED
 from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate, Traits, TransportConfig, endpoint_in
 from sniproxy.transport.errors import Unroutable
-from sniproxy.transport.tcp import DialsTcp
 
 LOCAL = Traits(name="local", to_gateway=False)
 
 
-class LocalTransport(DialsTcp):
+class LocalTransport:
     """Services of the own network."""
 
     traits = LOCAL

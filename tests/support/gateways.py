@@ -16,7 +16,9 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
+from sniproxy.endpoints.dialer import ConnectFirst, EndpointDialer
 from sniproxy.engine import ByteStream, Listener, SocketStream, connect
+from sniproxy.engine.staggered_connect import connect_first
 from sniproxy.transport.base import Accepted
 from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.capsules import CapsuleType, header
@@ -30,7 +32,6 @@ from tests.support.preambles import KEY
 from tests.support.streams import pair
 from turnreg.gateway.config import GatewayConfig
 from turnreg.gateway.gateway import Gateway
-from turnreg.gateway.service_dialer import Dial
 
 LOOPBACK = TargetList.parse(["127.0.0.0/8"])
 ALLOCATION = "gw-1-a-turn-1"
@@ -210,9 +211,9 @@ class Running:
 
 @asynccontextmanager
 async def a_gateway(
-    *records: AnyRecord, keys: tuple[SigningKey, ...] = (KEY,), dial: Dial = connect, **config: object
+    *records: AnyRecord, keys: tuple[SigningKey, ...] = (KEY,), dial: ConnectFirst = connect_first, **config: object
 ) -> AsyncIterator[Running]:
-    """Run a gateway that delivers to loopback by `dial`; `config` are fields of GatewayConfig."""
+    """Run a gateway that delivers to loopback, connecting by `dial`; `config` are fields of GatewayConfig."""
     fields = {
         "id": "gw-1",
         "network": "b",
@@ -226,7 +227,7 @@ async def a_gateway(
         discovery,
         {key.id: key for key in keys},
         registry=registry,
-        dial=dial,
+        endpoints=EndpointDialer("gateway", registry, connect=dial),
     )
     await gateway.open()
     logger, lines = logging.getLogger("crossnet.gateway"), StreamLines()

@@ -15,7 +15,9 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
+from sniproxy.endpoints.dialer import ConnectFirst, EndpointDialer
 from sniproxy.engine import Listener, SocketStream, connect
+from sniproxy.engine.staggered_connect import connect_first
 from sniproxy.relay.relay import MAX_LINGERING, Relay, RelayConfig
 from sniproxy.transport.base import Transport, TransportConfig
 from sniproxy.transport.registry import make_transports
@@ -120,6 +122,7 @@ class Running:
 async def a_relay(
     *records: AnyRecord,
     transports: Callable[[TransportConfig], Sequence[Transport]] = make_transports,
+    dial: ConnectFirst = connect_first,
     max_lingering: int = MAX_LINGERING,
     **config: object,
 ) -> AsyncIterator[Running]:
@@ -143,6 +146,7 @@ async def a_relay(
         keys,
         registry=registry,
         transports=transports,
+        endpoints=EndpointDialer("relay", registry, connect=dial),
         max_lingering=max_lingering,
     )
     await relay.open()

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from sniproxy.access.loop_guard import LoopGuard
+from sniproxy.endpoints.dialer import EndpointDialer
 from sniproxy.formats.client_hello import HelloReader
 from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S, Upstreams
 from sniproxy.transport.base import TransportConfig
@@ -49,7 +50,8 @@ def upstreams(
     **limits: float,
 ) -> Upstreams:
     """The upstreams of such a relay, which keeps no warm connections."""
-    made = Upstreams(registry or CollectorRegistry(), sleep=sleep)
+    registry = registry or CollectorRegistry()
+    made = Upstreams(registry, EndpointDialer("relay", registry), sleep=sleep)
     config = TransportConfig(network="a", deliver=TargetList(), direct=TargetList(), guard=LoopGuard("a"))
     made.reconfigure(connects or connector(**limits), make_transports(config), pool=0, dial_timeout_s=dial_timeout_s)
     return made

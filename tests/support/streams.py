@@ -3,11 +3,12 @@
 import asyncio
 import functools
 import gc
+import select
 import socket
 import ssl
 import tracemalloc
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -51,6 +52,22 @@ def sockets() -> tuple[socket.socket, socket.socket]:
         one = socket.create_connection(server.getsockname())
         other, _ = server.accept()
     return one, other
+
+
+@contextmanager
+def silent_listener(address: str = "127.0.0.1") -> Iterator[int]:
+    """Give the port of a listener whose queue is full: Linux drops further SYNs, as a firewall does."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind((address, 0))
+        server.listen(0)
+        is_full = False
+        while not is_full:
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+            is_full = not select.select((), (waiting,), (), 0.1)[1]
+        yield server.getsockname()[1]
 
 
 async def pair(kind: str = "plain", *, writes: list[bytes] | None = None) -> tuple[SocketStream, SocketStream]:

@@ -18,7 +18,8 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry
 
 from discovery.client.contract import Discovery
-from sniproxy.engine import ByteStream, connect
+from sniproxy.endpoints.dialer import EndpointDialer
+from sniproxy.engine import ByteStream
 from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
 from sniproxy.transport.base import Accepted
@@ -35,7 +36,7 @@ from turnreg.gateway.config import GatewayConfig
 from turnreg.gateway.handshake import InboundHandshakes, InboundStream, StreamRefused, read_hello
 from turnreg.gateway.metrics import GatewayMetrics
 from turnreg.gateway.second_connection import SecondConnections
-from turnreg.gateway.service_dialer import Dial, ServiceConnection, ServiceDialer, Undeliverable
+from turnreg.gateway.service_dialer import ServiceConnection, ServiceDialer, Undeliverable
 from turnreg.gateway.warm import WarmStreams
 
 __all__ = ["Gateway", "GatewayConfig"]
@@ -55,10 +56,11 @@ class Gateway:
         keys: Mapping[str, SigningKey],
         *,
         registry: CollectorRegistry,
-        dial: Dial = connect,
+        endpoints: EndpointDialer | None = None,
     ) -> None:
-        """Make a gateway that `open` and `run` start. `dial` connects to services."""
+        """Make a gateway that `open` and `run` start. `endpoints` connects to services; one of its own by default."""
         self.config = config
+        self.endpoints = endpoints or EndpointDialer("gateway", registry)
         self.epoch = os.urandom(EPOCH_SIZE)
         """What relays sign, and records tell: no preamble that was made for another process counts here."""
         self._handshakes = InboundHandshakes(
@@ -76,7 +78,7 @@ class Gateway:
             config.policy,
             guard=config.guard,
             dial_timeout_s=config.dial_timeout_s,
-            dial=dial,
+            endpoints=self.endpoints,
         )
         self._activation = Activation(
             self._service_dialer,

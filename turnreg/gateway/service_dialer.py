@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 from discovery.client.contract import Discovery
 from discovery.model.addresses import Address, TargetList, format_endpoint, parse_address, refusal
@@ -16,14 +15,12 @@ from discovery.model.names import AddressTarget, ServiceTarget
 from sniproxy.access.loop_guard import STOPPED, LoopGuard
 from sniproxy.access.reach import Endpoint, Reach
 from sniproxy.access.rules import Flow, Policy
-from sniproxy.engine import ByteStream, connect
+from sniproxy.endpoints.dialer import EndpointDialer, NoAnswer
+from sniproxy.engine import ByteStream
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.proxy_protocol import ProxyHeader
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import Preamble, decode_target
-
-MAX_ENDPOINT_TRIES = 3
-"""Endpoints of a service tried for one stream: with the dial time-out of 3 s still inside the relay's 10 s for OPENED."""
 
 
 class Undeliverable(Exception):
@@ -55,12 +52,6 @@ class ServiceConnection:
         return format_endpoint(self.address, self.port)
 
 
-class Dial(Protocol):
-    """Connect to an IP address and port. Raises OSError, TimeoutError."""
-
-    async def __call__(self, address: str, port: int, *, timeout_s: float) -> ByteStream: ...
-
-
 class ServiceDialer:
     """Dials services of one network for its gateway."""
 
@@ -74,7 +65,7 @@ class ServiceDialer:
         *,
         guard: Iterable[tuple[str, int]],
         dial_timeout_s: float,
-        dial: Dial = connect,
+        endpoints: EndpointDialer,
     ) -> None:
         self._network = network
         self._domain = domain
@@ -82,8 +73,7 @@ class ServiceDialer:
         self._reach = Reach(network, domain)
         self._guard = LoopGuard(network, guard, is_own=is_own_address)
         self.reconfigure(allow, policy, dial_timeout_s=dial_timeout_s)
-        self._connect = dial
-        self._turn: dict[str, int] = {}
+        self._endpoints = endpoints
 
     def reconfigure(self, allow: TargetList, policy: Policy, *, dial_timeout_s: float) -> None:
         """Go by these from the next dial on."""
@@ -117,7 +107,7 @@ class ServiceDialer:
             return await self._dial(preamble, target, [(target.address, port)], b"")
         assert place.service is not None
         spec, name = place.service.spec, target.service
-        endpoints = self._rotated(name, port)
+        endpoints = self._reach.endpoints(name, port)
         if not endpoints:
             detail = f"service {name!r} has no endpoint for port {port}"
             may_be_woken = str(port) in spec.ports and not self._policy.is_hopeless(
@@ -135,68 +125,60 @@ class ServiceDialer:
     def _follow(self, mesh: Mesh) -> None:
         self._reach.follow(mesh, time.monotonic())
 
-    def _rotated(self, name: str, port: int) -> tuple[Endpoint, ...]:
-        """The endpoints, beginning with the one whose turn it is."""
-        endpoints = self._reach.endpoints(name, port)
-        if not endpoints:
-            return ()
-        key = f"{name}:{port}"
-        if len(self._turn) > 2 * len(self._discovery.mesh) + 1024:
-            self._turn.clear()  # names of services that came and went
-        turn = self._turn[key] = (self._turn.get(key, -1) + 1) % len(endpoints)
-        return endpoints[turn:] + endpoints[:turn]
-
     async def _dial(
         self, preamble: Preamble, target: AddressTarget | ServiceTarget, endpoints: Iterable[Endpoint], header: bytes
     ) -> ServiceConnection:
-        failure = Undeliverable(Reason.NO_ENDPOINT, "no endpoint")
-        tries = 0
-        for address, port in endpoints:
-            if tries == MAX_ENDPOINT_TRIES:
-                break
-            shown = format_endpoint(address, port)
-            if not self._is_current(target, address, port):
-                continue
-            why = self._why_not(preamble, target, address, port)
-            if why is not None:
-                # An endpoint that was tried in vain says more about the service than one that never may be.
-                if failure.reason is not Reason.DIAL_FAILED:
-                    failure = Undeliverable(Reason.DENIED, f"{shown} {why}")
-                continue
-            tries += 1
-            loop = asyncio.get_running_loop()
-            started = loop.time()
+        """Connect to one of these endpoints. Raises Undeliverable."""
+        addresses = {(str(address), port): address for address, port in endpoints}
+        refused = Reason.NO_ENDPOINT, "no endpoint"  # no exception: its traceback would hold this frame
+
+        def may_be_dialled(endpoint: tuple[str, int]) -> bool:
+            nonlocal refused
+            address, port = addresses[endpoint], endpoint[1]
+            refusal = self._refusal(preamble, target, address, port)
+            if refusal is not None and refusal[0] is Reason.DENIED:
+                refused = refusal
+            return refusal is None
+
+        service = f"{target.service}:{target.port}" if isinstance(target, ServiceTarget) else ""
+        attempts = self._endpoints.attempts(service, list(addresses), may_be_dialled)
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while True:
             try:
-                wire = await self._connect(str(address), port, timeout_s=self._dial_timeout_s)
-            except TimeoutError:
-                failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: no answer in {self._dial_timeout_s} s")
-                continue
-            except OSError as error:
-                failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: {error.strerror}")
-                continue
+                connected = await attempts.connect(timeout_s=self._dial_timeout_s)
+            except NoAnswer as error:
+                # An endpoint that was tried in vain says more about the service than one that never may be.
+                reason, detail = (Reason.DIAL_FAILED, error.detail) if error.detail else refused
+                raise Undeliverable(reason, detail) from None
+            stream, endpoint = connected.stream, connected.endpoint
+            address, port = addresses[endpoint], endpoint[1]
             # Records and rules may have changed while we dialled. Nothing has been sent to the service yet.
-            is_current = self._is_current(target, address, port)
-            why = self._why_not(preamble, target, address, port)
-            if why is not None or not is_current:
-                wire.reset()
-                reason = Reason.NO_ENDPOINT if why is None else Reason.DENIED
-                failure = Undeliverable(reason, f"{shown} {why or 'is no endpoint any more'}")
+            refusal = self._refusal(preamble, target, address, port)
+            if refusal is not None:
+                stream.reset()
+                refused = refusal
                 continue
-            if header:
-                try:
-                    await wire.send(header)
-                except OSError as error:
-                    failure = Undeliverable(Reason.DIAL_FAILED, f"{shown}: {error.strerror}")
-                    wire.close()
-                    continue
-                except BaseException:
-                    wire.reset()
-                    raise
-            return ServiceConnection(wire=wire, address=address, port=port, ms=round((loop.time() - started) * 1000))
-        try:
-            raise failure
-        finally:
-            del failure  # its traceback holds this frame
+            try:
+                if header:
+                    await stream.send(header)
+            except OSError as error:
+                stream.close()
+                attempts.reject(endpoint, error.strerror or str(error))
+                continue
+            except BaseException:
+                stream.reset()
+                raise
+            return ServiceConnection(wire=stream, address=address, port=port, ms=round((loop.time() - started) * 1000))
+
+    def _refusal(
+        self, preamble: Preamble, target: AddressTarget | ServiceTarget, address: Address, port: int
+    ) -> tuple[Reason, str] | None:
+        """Return why an endpoint may not be dialled now, None if it may."""
+        if not self._is_current(target, address, port):
+            return Reason.NO_ENDPOINT, f"{format_endpoint(address, port)} is no endpoint any more"
+        why = self._why_not(preamble, target, address, port)
+        return None if why is None else (Reason.DENIED, f"{format_endpoint(address, port)} {why}")
 
     def _is_current(self, target: AddressTarget | ServiceTarget, address: Address, port: int) -> bool:
         """Tell whether a service still has this endpoint, by the view of now: time passes between two dials."""

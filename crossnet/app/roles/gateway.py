@@ -118,8 +118,11 @@ class GatewayRole(Role):
             yield Condition("allocation", ("a first allocation",) if lacking else ())
 
     def status(self) -> dict[str, object]:
-        """Return how it stands with each TURN server."""
-        return {"registrations": self.registrar.status() if self.registrar is not None else []}
+        """Return how it stands with each TURN server, and which endpoints of services fail."""
+        return {
+            "registrations": self.registrar.status() if self.registrar is not None else [],
+            "gateway_endpoints": self.gateway.endpoints.status(),
+        }
 
 
 def _section(config: Config) -> GatewaySection:

@@ -108,8 +108,8 @@ class RelayRole(Role):
         return self._running.done()
 
     def status(self) -> dict[str, object]:
-        """Return which address each TURN server of this network sees us come from, and how we know."""
-        return {"relay_sources": self.publication.sources()}
+        """Return which address each TURN server of this network sees us come from, and which endpoints of services fail."""
+        return {"relay_sources": self.publication.sources(), "relay_endpoints": self.relay.endpoints.status()}
 
 
 def _section(config: Config) -> RelaySection:

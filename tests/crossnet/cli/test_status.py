@@ -41,6 +41,7 @@ def test_tables_are_aligned_and_show_nothing_unprintable() -> None:
         "listening": {"admin": ["127.0.0.1:1"]},
         "discovery": {"synced": True, "connected": False, "age_s": 7.0, "revision": 3, "records": 4, "networks": ["a"]},
         "registrations": [{"via": "a", "turn": None, "state": "no_turn_record"}],
+        "gateway_endpoints": [{"endpoint": "10.1.0.5:1", "failures": 3, "left_out_s": 7.9, "why": "refused"}],
     }  # fmt: skip
     streams = {"gateway": [{"stream": "ab", "sni": "x\x1b[31m" + "y" * 99, "bytes_up": 12345, "ms_total": 1.5}]}
     text = "\n".join(status.plain(*status.report(state, streams)))
@@ -48,6 +49,7 @@ def test_tables_are_aligned_and_show_nothing_unprintable() -> None:
     assert "waits for a first allocation" in text
     assert "not confirmed for 7 s" in text
     assert "a/-" in text
+    assert "gateway  10.1.0.5:1  3         8               refused" in text
     assert "no_turn_record" in text
     header, row = text.splitlines()[-2:]
     assert header.index("up") + 2 == row.index("12345") + 5

@@ -24,7 +24,7 @@ class Dialer(EndpointDialer):
     async def reach(
         self, *endpoints: Endpoint, service: str = "orders", allowed: Callable[[Endpoint], bool] = lambda _: True
     ) -> tuple[Endpoint, int]:
-        connected = await self.attempts(service, endpoints, allowed).connect(timeout_s=LONG_S, limit_s=LONG_S)
+        connected = await self.attempts(service, endpoints, allowed).connect(timeout_s=LONG_S)
         connected.stream.close()
         return connected.endpoint, connected.attempts
 
@@ -96,10 +96,27 @@ async def test_a_stream_may_go_on_behind_one_that_was_reached(good: Endpoint, ba
         attempts = dialer.attempts("orders", [bad, good, other], lambda _: True)
         reached = []
         for _ in range(2):
-            connected = await attempts.connect(timeout_s=LONG_S, limit_s=LONG_S)
+            connected = await attempts.connect(timeout_s=LONG_S)
             connected.stream.close()
             reached.append(connected.endpoint)
         assert reached == [good, other]
         with pytest.raises(NoAnswer):
-            await attempts.connect(timeout_s=LONG_S, limit_s=LONG_S)
+            await attempts.connect(timeout_s=LONG_S)
     assert attempts.made == 3
+
+
+async def test_nothing_is_remembered_of_an_address(bad: Endpoint) -> None:
+    dialer = Dialer()
+    with pytest.raises(NoAnswer):
+        await dialer.reach(bad, service="")
+    assert dialer.status() == []
+    assert dialer.sample("crossnet_gateway_endpoint_failures_total") == 0
+
+
+async def test_one_that_was_reached_may_be_found_wanting(good: Endpoint) -> None:
+    dialer = Dialer()
+    attempts = dialer.attempts("orders", [good, good], lambda _: True)
+    connected = await attempts.connect(timeout_s=LONG_S)
+    connected.stream.close()
+    attempts.reject(good, "took no PROXY header")
+    assert [shown["why"] for shown in dialer.status()] == ["took no PROXY header"]

@@ -4,11 +4,12 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import pytest
 
 from sniproxy.engine.staggered_connect import MAX_OUTSTANDING, Endpoint, FirstConnected, connect_first
+from tests.support.streams import silent_listener
 
 pytestmark = pytest.mark.anyio
 
@@ -24,16 +25,8 @@ def answering() -> Iterator[Endpoint]:
 
 @contextmanager
 def silent() -> Iterator[Endpoint]:
-    """A listener whose queue is full: Linux drops further SYNs, as a firewall would."""
-    with ExitStack() as stack:
-        server = stack.enter_context(socket.socket())
-        server.bind(("127.0.0.1", 0))
-        server.listen(0)
-        for _ in range(3):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(server.getsockname())
-        yield server.getsockname()
+    with silent_listener() as port:
+        yield "127.0.0.1", port
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Rules and imports at a relay: every spelling of what is reached, on local routes and on those to another network."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address
 from typing import Any
@@ -10,9 +10,8 @@ import pytest
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from sniproxy.access.rules import Policy, Rule
-from sniproxy.engine import ByteStream, SocketStream
-from sniproxy.transport.base import Candidate
-from sniproxy.transport.local import LocalTransport
+from sniproxy.engine import SocketStream
+from sniproxy.engine.staggered_connect import Endpoint, FirstConnected, connect_first
 from sniproxy.tunnel.messages import Opened, Ready
 from tests.support.fixed_discovery import record
 from tests.support.hellos import client_hello
@@ -245,13 +244,12 @@ async def test_without_a_view_of_discovery() -> None:
 
 
 async def test_rules_that_change_while_a_local_service_is_dialled() -> None:
-    class Late(LocalTransport):
-        async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
-            stream = await super().dial(candidate, timeout_s=timeout_s)
-            running.discovery.put(service(ORDERS, "127.0.0.1:1"))
-            return stream
+    async def late(endpoints: Iterator[Endpoint], **limits: Any) -> FirstConnected | None:
+        connected = await connect_first(endpoints, **limits)
+        running.discovery.put(service(ORDERS, "127.0.0.1:1"))
+        return connected
 
     allow = Rule.parse(action="allow", to=[ORDERS])
-    async with local(allow, transports=lambda config: (Late(config),)) as (running, _, _):
+    async with local(allow, dial=late) as (running, _, _):
         assert not await is_served(running, ORDERS)
         assert (await running.ended())[0]["reason"] == "denied"

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
-from sniproxy.engine import SocketStream, connect
+from sniproxy.engine.staggered_connect import Endpoint, FirstConnected, connect_first
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.messages import Ready
 from sniproxy.tunnel.preamble import SigningKey
@@ -74,10 +75,10 @@ async def test_a_relay_that_goes_while_we_dial() -> None:
     """The service that is reached too late sees a reset: nothing of the stream got through."""
     gone = asyncio.Event()
 
-    async def slow(address: str, port: int, *, timeout_s: float) -> SocketStream:
-        wire = await connect(address, port, timeout_s=timeout_s)
+    async def slow(endpoints: Iterator[Endpoint], **limits: Any) -> FirstConnected | None:
+        connected = await connect_first(endpoints, **limits)
         await gone.wait()
-        return wire
+        return connected
 
     async with a_gateway(dial=slow) as running:
         service = await running.service()

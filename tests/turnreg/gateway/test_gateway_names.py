@@ -1,15 +1,17 @@
 """Names and targets at a gateway: a relay that holds a key gets what the name has that it proves, and nothing else."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, NetworkSpec, ServiceSpec
 from sniproxy.access.rules import NamePattern, Policy, Rule
-from sniproxy.engine import Listener, SocketStream, connect
+from sniproxy.engine import Listener, SocketStream
+from sniproxy.engine.staggered_connect import Endpoint, FirstConnected, connect_first
 from tests.support.fixed_discovery import record
 from tests.support.gateways import Running, Service, Visit, a_gateway
 from tests.support.hellos import client_hello
@@ -253,11 +255,11 @@ async def test_an_address_name_does_not_bypass_the_imports_of_the_relays_network
 async def test_a_change_while_a_stream_is_dialled(change: str) -> None:
     reached, go_on = asyncio.Event(), asyncio.Event()
 
-    async def held(address: str, port: int, *, timeout_s: float) -> SocketStream:
-        wire = await connect(address, port, timeout_s=timeout_s)
+    async def held(endpoints: Iterator[Endpoint], **limits: Any) -> FirstConnected | None:
+        connected = await connect_first(endpoints, **limits)
         reached.set()
         await go_on.wait()
-        return wire
+        return connected
 
     rules = (Rule.parse(action="deny", to=[DB]), Rule.parse(action="allow", to=[ORDERS]))
     async with gateway_of_two(*rules, dial=held) as (running, orders, _):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
 from sniproxy.access.rules import Policy, Rule
+from sniproxy.endpoints.dialer import EndpointDialer
 from sniproxy.engine import Listener, SocketStream
 from sniproxy.formats import proxy_protocol
 from sniproxy.streams.end_reason import Reason
@@ -20,7 +22,7 @@ from sniproxy.tunnel.preamble import Preamble
 from tests.support.fixed_discovery import FixedDiscovery, record
 from tests.support.preambles import name_for, preamble
 from tests.support.webservers import WEBSERVERS, webserver
-from turnreg.gateway.service_dialer import MAX_ENDPOINT_TRIES, ServiceDialer, Undeliverable
+from turnreg.gateway.service_dialer import ServiceDialer, Undeliverable
 
 pytestmark = pytest.mark.anyio
 
@@ -43,7 +45,14 @@ def delivery(
 ) -> ServiceDialer:
     policy = Policy(tuple(rules))
     return ServiceDialer(
-        "b", DOMAIN, FixedDiscovery(*records), allow, policy, guard=guard, dial_timeout_s=dial_timeout_s
+        "b",
+        DOMAIN,
+        FixedDiscovery(*records),
+        allow,
+        policy,
+        guard=guard,
+        dial_timeout_s=dial_timeout_s,
+        endpoints=EndpointDialer("gateway", CollectorRegistry()),
     )
 
 
@@ -115,18 +124,25 @@ async def test_the_next_endpoint_on_failure() -> None:
             delivered.wire.close()
 
 
-async def test_no_more_endpoints_are_tried_than_the_relay_waits_for() -> None:
-    tried = []
+async def test_every_living_endpoint_is_within_reach() -> None:
+    async with services(1) as endpoints:
+        dead = [f"127.0.0.1:{closed_port()}" for _ in range(40)]
+        delivered = await delivery(service(*dead, *endpoints)).connect(preamble(f"{NAME}:8443"))
+        assert delivered.endpoint == endpoints[0]
+        delivered.wire.close()
 
-    class Counting(ServiceDialer):
-        def _is_current(self, target: object, address: object, port: int) -> bool:
-            tried.append(port)
-            return True
 
-    dead = [f"127.0.0.1:{closed_port()}" for _ in range(MAX_ENDPOINT_TRIES + 2)]
-    delivering = Counting("b", DOMAIN, FixedDiscovery(service(*dead)), LOOPBACK, Policy(), guard=(), dial_timeout_s=5)
-    assert (await refused(delivering, f"{NAME}:8443")).reason is Reason.DIAL_FAILED
-    assert len(tried) == MAX_ENDPOINT_TRIES
+async def test_a_dead_endpoint_is_dialled_once_and_left_out() -> None:
+    async with services(2) as endpoints:
+        delivering = delivery(service(f"127.0.0.1:{closed_port()}", *endpoints))
+        taken = []
+        for _ in range(8):
+            delivered = await delivering.connect(preamble(f"{NAME}:8443"))
+            taken.append(delivered.endpoint)
+            delivered.wire.close()
+        [failing] = delivering._endpoints.status()
+    assert failing["failures"] == 1
+    assert {taken.count(endpoint) for endpoint in endpoints} == {4}
 
 
 async def test_endpoints_that_may_not_be_dialled_use_up_no_tries() -> None:
@@ -332,12 +348,3 @@ async def test_cancelled_while_dialling() -> None:
         with socket.create_connection(("127.0.0.1", port)), pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await delivery().connect(asking(f"127.0.0.1:{port}"))
-
-
-async def test_turns_of_services_that_are_gone_are_forgotten() -> None:
-    discovery = FixedDiscovery()
-    delivering = ServiceDialer("b", DOMAIN, discovery, LOOPBACK, Policy(), guard=(), dial_timeout_s=5)
-    for number in range(1100):
-        discovery.mesh = FixedDiscovery(service("192.0.2.1:1", name=f"s{number}.shop.example")).mesh
-        await refused(delivering, f"s{number}.shop.example:8443")
-    assert len(delivering._turn) < 1100
