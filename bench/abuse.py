@@ -4,8 +4,8 @@
 
 The relays run as users run them (`crossnet run`, default settings except the limits per client, since all clients here share one
 address). Measured are the resident memory of an idle stream, and the time of a real client's connect (TCP, ClientHello, first byte
-of the answer) in four cases: alone, beside the idle streams, beside slow clients that arrived one after the other (as clients do),
-and beside slow clients that all arrive, send and are cut at the same moment. Slow clients that were cut reconnect in their next
+of the answer) in four cases: alone, with the idle streams, with slow clients that arrived one after the other (as clients do),
+and with slow clients that all arrive, send and are cut at the same moment. Slow clients that were cut reconnect in their next
 second, so their number stays the same. A process has two descriptors per stream: if the idle streams exceed its limit, several
 relays share them on one port.
 """

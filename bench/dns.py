@@ -348,7 +348,7 @@ def main() -> None:
         p99 = " ".join(f"{got.p99_us[rate]:<10.0f}" for rate in RATES)
         print(f"{case:8}{server:10}{got.queries_per_s:9.0f}{got.cpu_us:8.1f}{ratio:>12}{got.lost:6} {p99}")
     for server, p99_us in mixed.items():
-        print(f"p99 of own names at 5,000/s beside 1,000/s forwarded, {server}: {p99_us:.0f} µs")
+        print(f"p99 of own names at 5,000/s with 1,000/s forwarded, {server}: {p99_us:.0f} µs")
     if options.json:
         machine = {"kernel": platform.release(), "python": platform.python_version(), "cpus": os.cpu_count()}
         results = [asdict(result) for result in best.values()]

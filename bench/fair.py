@@ -1,13 +1,13 @@
-"""Fairness: how long a real client waits beside attackers that send faster than the process parses.
+"""Fairness: how long a real client waits while attackers send faster than the process parses.
 
     python -m bench.fair --attackers 1 64 --only stun relay
 
 Real `crossnet run` processes with default settings: one in network a (relay, embedded TURN server, discovery server) and one in
 network b (gateway). For each flood, a real client of the flooded process repeats one operation: a stream by the local
-route, a STUN Binding on a new connection, or a stream through the gateway. Reported are its p50 and p99, alone and beside the
-attackers, and how long the flooded process takes to end after SIGTERM.
+route, a STUN Binding on a new connection, or a stream through the gateway. Reported are its p50 and p99, alone and during the
+flood, and how long the flooded process takes to end after SIGTERM.
 
-The goal: p99 beside the attackers is at most five times p99 alone, or 25 ms, whichever is more; the process ends within `drain`.
+The goal: p99 during the flood is at most five times p99 alone, or 25 ms, whichever is more; the process ends within `drain`.
 """
 
 import argparse
@@ -252,8 +252,8 @@ def _flooded(what: str, attackers: int, seconds: float, mesh: Mesh, *, first: bo
             alone = client.took_ms(victim, seconds)
             floods.ask("flood", what=what, attackers=attackers, limit_s=10, **mesh.where())
             time.sleep(0.5)
-            beside = client.took_ms(victim, seconds)
-            result[victim] = compared(alone, beside) | floods.ask("stop", limit_s=60)
+            attacked = client.took_ms(victim, seconds)
+            result[victim] = compared(alone, attacked) | floods.ask("stop", limit_s=60)
         floods.ask("flood", what=what, attackers=attackers, limit_s=10, **mesh.where())
         time.sleep(0.5)
         result["sigterm_s"] = _ended_after_s(flooded)
@@ -299,7 +299,7 @@ def _others(part: str, given: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print JSON. Returns 1 if a goal is missed."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.fair", description="How long a real client waits beside floods."
+        prog="python -m bench.fair", description="How long a real client waits during floods."
     )
     parser.add_argument(
         "--attackers", type=int, nargs="+", default=[1, 64], help="numbers of flooding connections (1 64)"

@@ -1,12 +1,12 @@
-"""Fairness of the resolver: how long a real client waits beside others that ask faster than they are answered.
+"""Fairness of the resolver: how long a real client waits while others ask faster than they are answered.
 
     python -m bench.fair_dns --seconds 5 --connections 1 64
 
 A real `crossnet run` with only the dns role. A real client repeatedly asks for a name of the mesh over UDP, and over a new TCP
-connection. Reported are its p50 and p99, alone and beside each flood, and how long the process takes to end after SIGTERM
+connection. Reported are its p50 and p99, alone and during each flood, and how long the process takes to end after SIGTERM
 during the flood. Each flood is a process of its own (`flood`): TCP connections that pipeline questions endlessly, or UDP sockets.
 
-The goal: p99 beside the attackers is at most five times p99 alone, or 25 ms, whichever is more; the process ends within `drain`.
+The goal: p99 during the flood is at most five times p99 alone, or 25 ms, whichever is more; the process ends within `drain`.
 """
 
 import argparse

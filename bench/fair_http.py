@@ -1,12 +1,12 @@
-"""Fairness of HTTP: how long real clients of the discovery and admin servers wait beside attackers.
+"""Fairness of HTTP: how long real clients of the discovery and admin servers wait under attack.
 
     python -m bench.fair_http --seconds 5 --attackers 64
 
 For each attack, a `crossnet run` with a discovery server, a relay and an admin server is started anew. Five real clients ask ten
-times a second each, on one connection as our own clients do, first alone and then beside the attackers, which have a process of
-their own at the lowest priority. Then SIGTERM is sent while the attack continues. Reported for each attack: p50 and p99 alone
-and beside it, and how long the process took to end. Exit code 1: the p99 exceeds both five times the p99 alone and 25 ms, or the
-process did not end in time.
+times a second each, on one connection as our own clients do, first alone and then during the attack. The attackers have a
+process of their own at the lowest priority. Then SIGTERM is sent while the attack continues. Reported for each attack: p50 and
+p99 alone and under attack, and how long the process took to end. Exit code 1: the p99 exceeds both five times the p99 alone and
+25 ms, or the process did not end in time.
 """
 
 import argparse
@@ -343,18 +343,18 @@ def measure(name: str, seconds: float, attackers: int) -> dict[str, Any]:
             await asyncio.sleep(2)
             return alone, await all_ask(seconds)
 
-        alone, beside = uvloop.run(run())
+        alone, attacked = uvloop.run(run())
         end_s = target.terminate()
         found = {
             "attack": name,
             "attackers": attackers,
             **{f"p{share}_alone_ms": round(percentile(alone, share / 100), 2) for share in (50, 99)},
-            **{f"p{share}_ms": round(percentile(beside, share / 100), 2) for share in (50, 99)},
-            "samples": len(beside),
+            **{f"p{share}_ms": round(percentile(attacked, share / 100), 2) for share in (50, 99)},
+            "samples": len(attacked),
             "end_s": round(end_s, 2),
         }
         bound = max(FACTOR * percentile(alone, 0.99), FLOOR_MS)
-        return found | {"holds": percentile(beside, 0.99) <= bound and end_s <= END_LIMIT_S}
+        return found | {"holds": percentile(attacked, 0.99) <= bound and end_s <= END_LIMIT_S}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,11 @@
-"""Shared by the fairness benchmarks: the goal for a real client beside attackers, and the figures that are reported."""
+"""Shared by the fairness benchmarks: the goal for a real client under attack, and the figures that are reported."""
 
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 FACTOR, FLOOR_MS = 5.0, 25.0
-"""The p99 beside attackers may be five times the p99 alone, or 25 ms, whichever is more."""
+"""The p99 under attack may be five times the p99 alone, or 25 ms, whichever is more."""
 
 LIMIT_S = 5.0
 """Timeout of an operation; one that fails counts as this long."""
@@ -20,15 +20,15 @@ FIRST = -15
 """Nice value of the flooded process and the real client with --first; that of the attackers does not change."""
 
 
-def compared(alone: Sequence[float], beside: Sequence[float]) -> dict[str, Any]:
+def compared(alone: Sequence[float], attacked: Sequence[float]) -> dict[str, Any]:
     """Return p50 and p99 of both lists, which are sorted milliseconds, and whether the goal is met."""
-    before, after = share(alone, 0.99), share(beside, 0.99)
+    before, after = share(alone, 0.99), share(attacked, 0.99)
     return {
         "alone_p50_ms": round(share(alone, 0.5), 2),
         "alone_p99_ms": round(before, 2),
-        "p50_ms": round(share(beside, 0.5), 2),
+        "p50_ms": round(share(attacked, 0.5), 2),
         "p99_ms": round(after, 2),
-        "tries": len(beside),
+        "tries": len(attacked),
         "ok": after <= max(FACTOR * before, FLOOR_MS),
     }
 

@@ -37,7 +37,7 @@ async def test_two_hundred_streams_at_any_pace(late_mesh: Mesh) -> None:
 
 
 async def test_raw_peers_see_what_these_links_do_to_a_turn_server(mesh: Mesh) -> None:
-    """The control: without our protocol, coturn loses bytes that are sent before a late bind. Otherwise these tests prove nothing."""
+    """The control: without our protocol, coturn loses bytes sent before a late bind. Otherwise these tests prove nothing."""
     early = os.urandom(48 * 1024)
     streams: asyncio.Queue[Bound] = asyncio.Queue()
     dialled: list[int] = []

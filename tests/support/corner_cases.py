@@ -43,11 +43,11 @@ ROUTED = {
     "byte by byte": singly(records(PLAIN)),
     "cut inside the name": [records(PLAIN)[: 5 + AT_NAME + 3], records(PLAIN)[5 + AT_NAME + 3 :]],
     "records cut in the handshake header": [records_cut(PLAIN, [1])],
-    "records cut behind the handshake header": [records_cut(PLAIN, [4])],
+    "records cut after the handshake header": [records_cut(PLAIN, [4])],
     "records cut before the name": [records_cut(PLAIN, [AT_NAME])],
     "records cut inside the name": [records_cut(PLAIN, [AT_NAME + 3])],
     "records cut inside the name, one byte": [records_cut(PLAIN, [AT_NAME + 3, AT_NAME + 4])],
-    "records cut behind the name": [records_cut(PLAIN, [AT_NAME + len(NAME)])],
+    "records cut after the name": [records_cut(PLAIN, [AT_NAME + len(NAME)])],
     "records of one byte": [records(PLAIN, 1)],
     "records of one byte, byte by byte": singly(records(PLAIN, 1)),
     "records of 512 bytes": [records(grow(1246, SNI), 512)],
@@ -63,7 +63,7 @@ ROUTED = {
     **{f"record version {version:#06x}": [records(PLAIN, version=version)] for version in range(0x0300, 0x0305)},
     "client version 3.0": [records(message(SNI, version=0x0300))],
     "no session id": [records(message(SNI, session_id=b""))],
-    "other compressions beside null": [records(message(SNI, compressions=b"\x01\x00"))],
+    "other compression methods besides null": [records(message(SNI, compressions=b"\x01\x00"))],
     "GREASE everywhere": [
         records(
             message(
@@ -107,7 +107,7 @@ FROM_THE_HEADER = {
     "a hello request": record(b"\x00", length=200),
     "other record inside": record(PLAIN[:9]) + bytes([20]),
     "other version inside": record(PLAIN[:9]) + bytes([22, 2]),
-    "record goes on behind the hello": record(PLAIN, length=len(PLAIN) + 1),
+    "the record continues after the hello": record(PLAIN, length=len(PLAIN) + 1),
 }
 """Refused with the alert decode_error."""
 

@@ -56,7 +56,7 @@ async def eventually(
     *,
     details: Callable[[], str] | None = None,
 ) -> None:
-    """Wait in the event loop until `holds()` is true. Its result may be awaitable; what it gives is then checked.
+    """Wait in the event loop until `holds()` is true. It may return an awaitable, which is awaited and its result checked.
 
     Arguments and errors are those of `wait_until`.
     """
