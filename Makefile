@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: help lab test test-all release fuzz soak lint format docs bench prerequisites
 
 help:  ## list the targets
-	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):[^#]*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.-]+):[^#]*## /\1\t/' | expand -t 12
 
 prerequisites:
 	@sh .ci/prerequisites $(PYTHON)

@@ -269,7 +269,7 @@ def _ended_after_s(process: subprocess.Popen[bytes]) -> float | None:
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     try:
-        # Before its drain, a relay accepts while resolvers may still return it: for the TTL and 2 s.
+        # A relay keeps accepting while resolvers may still return its address: for the TTL and 2 s.
         process.wait(DRAIN_S + 10)
     except subprocess.TimeoutExpired:
         return None
