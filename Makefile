@@ -1,16 +1,16 @@
-# Each target sets up what it needs by itself. `make help` lists them.
+# Each target sets up everything it needs. `make help` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help lab test test-all release fuzz soak lint format docs bench prerequisites
 
 help:  ## list the targets
-	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.]+):[^#]*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.-]+):[^#]*## /\1\t/' | expand -t 12
 
 prerequisites:
 	@sh .ci/prerequisites $(PYTHON)
 
-# The environment with the project installed in it. Made anew in place when what it is made from changes.
+# The environment with the project installed in it. It is updated when its inputs change.
 .venv: pyproject.toml constraints.txt | prerequisites
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
@@ -19,15 +19,15 @@ prerequisites:
 lab: .venv  ## build two isolated networks on this machine and run real clients across them (LAB="--turn coturn --stay")
 	$(BIN)/crossnet lab $(LAB)
 
-test: .venv  ## run the tests that take less than five minutes together; installs the real servers they need where it may
+test: .venv  ## run the tests that take less than five minutes together; installs the real servers they need if it can
 	@sh .ci/servers
 	$(BIN)/pytest -n auto --maxprocesses 4 -m "not slow" $(TEST)
 
-test-all: .venv  ## run every test, those of minutes and of older versions included
+test-all: .venv  ## run every test, including those that take minutes and those against the previous version
 	@sh .ci/servers
 	$(BIN)/pytest -n auto --maxprocesses 4 $(TEST)
 
-soak: .venv  ## a gigabyte each way through real processes, on loopback and on shaped links: a quarter of an hour
+soak: .venv  ## send a gigabyte each way through real processes, on loopback and on shaped links: a quarter of an hour
 	@sh .ci/servers
 	CROSSNET_TEST_BYTES=1000000000 $(BIN)/pytest -v -s -k "bulk or two_hundred" tests/e2e/test_processes_bulk.py tests/netns
 
@@ -38,19 +38,19 @@ lint: .venv  ## format check, lint, types, import rules, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-docs: .venv  ## make the pages of docs/ that come from the code
+docs: .venv  ## generate the pages of docs/ that come from the code
 	$(BIN)/python -m crossnet.config.reference > docs/configuration.md
 
-format: .venv  ## rewrite the tree in the project's format
+format: .venv  ## reformat the tree
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-fuzz: .venv  ## feed what strangers reach with garbage, for FUZZ seconds each, a minute by default; needs Python 3.11
+fuzz: .venv  ## fuzz the parsers of untrusted input, for FUZZ seconds each, by default a minute; needs Python 3.11
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]' || true
 	@BIN=$(BIN) sh .ci/fuzz
 
-release: .venv  ## build the sdist and the wheel, check both, and say what is left to do
+release: .venv  ## build the sdist and the wheel, check both, and list the remaining steps
 	@BIN=$(BIN) sh .ci/release
 
-bench: .venv  ## measure beside real peers, JSON into bench/results
+bench: .venv  ## measure against HAProxy and coturn, JSON into bench/results
 	$(BIN)/python -m bench $(BENCH)

@@ -1,1 +1,1 @@
-"""Measure crossnet beside a direct connection and beside HAProxy, in the same run: `python -m bench`, see bench/README.md."""
+"""Measure crossnet against a direct connection and against HAProxy, in the same run: `python -m bench`, see bench/README.md."""

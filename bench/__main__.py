@@ -22,7 +22,7 @@ DEFAULT_WAYS = tuple(way for way in WAYS if way != "gateway")
 
 
 class Bench:
-    """One run: the same questions of every way, in every round, in turn."""
+    """One run: every round asks every way the same questions, in turn."""
 
     def __init__(self, questions: Sequence[Question], ways: Sequence[str], settings: Settings, folder: Path) -> None:
         self._questions = questions
@@ -33,7 +33,7 @@ class Bench:
         self.failures: list[str] = []
 
     def run(self, rounds: int) -> None:
-        """Measure. What fails is noted, and the rest goes on."""
+        """Measure. Failures are recorded, and the other measurements continue."""
         with contextlib.ExitStack() as stack:
             service = Worker("bench.service")
             stack.callback(service.end)
@@ -43,13 +43,13 @@ class Bench:
             for number in range(1, rounds + 1):
                 with self._started(number, load, port) as ways:
                     for question in self._questions:
-                        # Every other round goes the other way round: none is always the one behind the heaviest.
+                        # Every other round runs backwards, so that no way always follows the heaviest one.
                         for way in ways if number % 2 else reversed(ways):
                             self._measure(question, load, way, number, rounds)
 
     @contextlib.contextmanager
     def _started(self, number: int, load: Worker, port: int) -> Iterator[list[Way]]:
-        """Start every way anew, so that a round's luck with memory and ports is not that of all rounds."""
+        """Start every way anew, so that the memory layout and ports of one round do not affect all rounds."""
         ways = []
         with contextlib.ExitStack() as stack:
             for name in self._ways:
@@ -80,7 +80,7 @@ class Bench:
 
 
 def say(text: str) -> None:
-    """Tell how it goes, on stderr."""
+    """Print progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -88,20 +88,24 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(question.name for question in QUESTIONS)
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measure crossnet beside a direct connection and beside HAProxy, on loopback, in one run.",
-        epilog=f"questions: {names}; ways: {', '.join(WAYS)} (gateway only when named). What the figures mean, and "
-        "where they lie: bench/README.md.",
+        description="Measure crossnet against a direct connection and against HAProxy, on loopback, in one run.",
+        epilog=f"questions: {names}; ways: {', '.join(WAYS)} (gateway only when named). bench/README.md explains "
+        "the figures and their limits.",
     )
-    parser.add_argument("--rounds", type=_positive, default=DEFAULT_ROUNDS, help="alternations (default: %(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=DEFAULT_ROUNDS, help="rounds (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=Settings().seconds, help="of each measurement (default: %(default)s)"
+        "--seconds", type=float, default=Settings().seconds, help="duration of each measurement (default: %(default)s)"
     )
-    parser.add_argument("--bytes", type=_positive, default=0, help="each bulk stream moves so many instead")
+    parser.add_argument("--bytes", type=_positive, default=0, help="move this many bytes per bulk stream instead")
     parser.add_argument(
         "--idle", type=_positive, default=Settings().idle_streams, help="idle streams for memory (default: %(default)s)"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="questions (`connect` is all that begin so) and ways"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="questions (`connect` means connect-1 and connect-16) and ways",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/results/TIME.json")
     return parser
@@ -110,15 +114,15 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError("a number from 1 on")
+        raise argparse.ArgumentTypeError("expected a number of at least 1")
     return number
 
 
 def choose(only: Sequence[str]) -> tuple[list[Question], list[str]]:
-    """Return the questions and ways that these names mean; `direct` is always there to compare with.
+    """Return the questions and ways that these names select. `direct` is always included for comparison.
 
     Raises:
-        ValueError: a name means nothing.
+        ValueError: a name is unknown.
     """
     asked = [question for question in QUESTIONS if {question.name, question.name.partition("-")[0]} & set(only)]
     ways = [way for way in WAYS if way in only]
@@ -132,7 +136,7 @@ def choose(only: Sequence[str]) -> tuple[list[Question], list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print the table, write the JSON; 1 if a measurement failed."""
+    """Run, print the table and write the JSON file. Returns 1 if a measurement failed."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -145,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"without {way}: {program} is not installed")
             ways.remove(way)
     settings = replace(Settings(), seconds=given.seconds, bytes=given.bytes, idle_streams=given.idle)
-    # A signal must not leave processes behind: it becomes an exception, which ends what was started.
+    # A signal must not leave processes behind: it becomes an exception, which stops everything that was started.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     began = datetime.now(UTC)
     described = {"began": began.isoformat(timespec="seconds"), **machine.describe(), "rounds": given.rounds}

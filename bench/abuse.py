@@ -1,13 +1,13 @@
-"""What abuse costs: idle streams by the thousand, and clients that send a byte a second, while real clients come.
+"""What abuse costs: thousands of idle streams, and clients that send one byte a second, while real clients connect.
 
     python -m bench.abuse --idle 10000 --slow 5000
 
-Asks of relays as users run them (`crossnet run`, default settings but for the limits of one client, since all clients here have
-one address): how much resident memory an idle stream takes, and what a real client's connect (TCP, ClientHello, first byte of the
-answer) takes alone, beside the idle streams, beside slow clients that came one after the other (as clients do), and beside slow
-clients that all came at the same moment, send at the same moment and are cut at the same moment. Slow clients that are cut come
-back at their next second, so their number stays. A process has two descriptors for a stream: more idle streams than its limit
-allows are shared out over several relays on one port.
+The relays run as users run them (`crossnet run`, default settings except the limits per client, since all clients here share one
+address). Measured are the resident memory of an idle stream, and the time of a real client's connect (TCP, ClientHello, first byte
+of the answer) in four cases: alone, with the idle streams, with slow clients that arrived one after the other (as clients do),
+and with slow clients that all arrive, send and are cut at the same moment. Slow clients that were cut reconnect in their next
+second, so their number stays the same. A process has two descriptors per stream: if the idle streams exceed its limit, several
+relays share them on one port.
 """
 
 import argparse
@@ -36,16 +36,16 @@ from bench.slow import Slow
 
 SPARE_FILES = 500
 AT_ONCE = 64
-"""Connects of a part under way at the same time."""
+"""Connects of a part that run at the same time."""
 
 PAUSE_S = 0.01
 """Between two connects of the real client."""
 
 ROOM = 0.8
-"""The share of a relay's descriptors that is planned with: the kernel shares clients out by chance."""
+"""Share of a relay's descriptors to plan for: the kernel distributes clients at random."""
 
 _given = argparse.Namespace(first=False)
-"""What the command line said; `first`: the benchmark's processes go before all others of the machine."""
+"""The parsed command line. `first`: the benchmark's processes have priority over all others of the machine."""
 
 CONFIG = """
 network: a
@@ -73,19 +73,19 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def service() -> None:
-    """Echo; say the port; end with standard input."""
+    """Print the port, then echo until standard input ends."""
     server = await asyncio.start_server(_echo, "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
-    await _told_to_end()
+    await _wait_for_end()
 
 
-async def _told_to_end() -> None:
+async def _wait_for_end() -> None:
     await asyncio.to_thread(sys.stdin.read)
-    os._exit(0)  # thousands of connections: what they have to say at their end interests nobody
+    os._exit(0)  # closing thousands of connections in order would only take time
 
 
 async def idle(relay: int, port: int, count: int) -> None:
-    """Open streams and leave them; say how many there are; end with standard input."""
+    """Open streams, print how many there are, and hold them until standard input ends."""
     hello = client_hello(_name(port))
     held = []
     gate = asyncio.Semaphore(AT_ONCE)
@@ -101,11 +101,11 @@ async def idle(relay: int, port: int, count: int) -> None:
         for _ in range(count):
             group.create_task(one())
     print(len(held), flush=True)
-    await _told_to_end()
+    await _wait_for_end()
 
 
 def slow(relay: int, port: int, count: int, *, lockstep: bool) -> None:
-    """Keep so many slow clients; say so when each has been cut once; say what was done when standard input ends."""
+    """Run `count` slow clients. Prints the count when as many cuts have happened, and statistics when standard input ends."""
     clients = Slow(relay, client_hello(_name(port)), count, lockstep=lockstep)
     clients.run(until=lambda: clients.cut >= count)
     print(count, flush=True)
@@ -116,7 +116,7 @@ def slow(relay: int, port: int, count: int, *, lockstep: bool) -> None:
 
 
 def real(relay: int, port: int, count: int) -> None:
-    """Connect so many times, one after the other with a pause; print the milliseconds each took, as JSON."""
+    """Connect `count` times, one after the other with a pause. Prints the milliseconds of each as JSON."""
     hello = client_hello(_name(port))
     took = []
     for _ in range(count):
@@ -131,14 +131,14 @@ def real(relay: int, port: int, count: int) -> None:
 
 
 class Precedence(enum.IntEnum):
-    """Who goes first on a busy machine, by SCHED_FIFO: relays, then what measures them, then what abuses them."""
+    """SCHED_FIFO priorities on a busy machine: the relays first, then the measuring client, then the abusive clients."""
 
     RELAY = 30
     MEASURING = 20
     ABUSE = 10
 
     def give(self, pid: int) -> None:
-        """Let a process run before all others of the machine, the relays on a core that the benchmark leaves to them."""
+        """Give a process priority over all others of the machine. Relays get a core that the benchmark does not use."""
         cores = sorted(os.sched_getaffinity(0))
         if len(cores) > 1:
             os.sched_setaffinity(pid, cores[-1:] if self is Precedence.RELAY else cores[:-1])
@@ -146,7 +146,7 @@ class Precedence(enum.IntEnum):
 
 
 class Part:
-    """A process of this file that is told to end by the end of its input."""
+    """A child process that runs a part of this file and ends when its standard input does."""
 
     def __init__(self, *arguments: object) -> None:
         command = [sys.executable, "-m", "bench.abuse", "--part", *map(str, arguments)]
@@ -156,21 +156,21 @@ class Part:
             (Precedence.ABUSE if abuse else Precedence.MEASURING).give(self.process.pid)
 
     def line(self) -> str:
-        """The next line it says. RuntimeError if it ends instead."""
+        """Read its next line. RuntimeError if it ends instead."""
         assert self.process.stdout is not None
         text = self.process.stdout.readline()
         if not text:
             raise RuntimeError("a part of the benchmark ended")
         return text.strip()
 
-    def told(self) -> None:
-        """Tell it to end."""
+    def ask_to_end(self) -> None:
+        """Ask it to end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
 
     def end(self) -> None:
-        """Tell it to end, and see that it does."""
-        self.told()
+        """Ask it to end, and wait for it; after 20 s, kill it."""
+        self.ask_to_end()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -180,7 +180,7 @@ class Part:
 
 @contextlib.contextmanager
 def part(*arguments: object) -> Iterator[Part]:
-    """Run a part of the benchmark."""
+    """Run a part of the benchmark while the block runs."""
     running = Part(*arguments)
     try:
         yield running
@@ -190,7 +190,7 @@ def part(*arguments: object) -> Iterator[Part]:
 
 @contextlib.contextmanager
 def relays(folder: Path, count: int, streams: int) -> Iterator[tuple[list[int], int]]:
-    """Run relays on one port; gives their process ids and the port."""
+    """Run relays on one port while the block runs. Yields their process ids and the port."""
     (folder / "mesh.yaml").write_text("networks: [{id: a}]\n")
     running: list[subprocess.Popen[bytes]] = []
     port = 0
@@ -234,7 +234,7 @@ def _rss_kib(pids: Sequence[int]) -> int:
 
 
 class Measurement:
-    """One run, with what is known so far in `result`."""
+    """One run. `result` has the figures so far."""
 
     def __init__(self, pids: Sequence[int], relay: int, connects: int) -> None:
         self._pids = pids
@@ -243,7 +243,7 @@ class Measurement:
         self.result: dict[str, object] = {"relays": len(pids)}
 
     def connect(self, what: str, port: int) -> None:
-        """Let a real client come, and note what its connects took beside `what`."""
+        """Measure the connects of a real client, and store them as `what`."""
         cpu_s, began = total_cpu_s(self._pids), time.perf_counter()
         with part("real", self._relay, port, self._connects) as client:
             took = sorted(json.loads(client.line()))
@@ -260,7 +260,7 @@ class Measurement:
         self.result[what] = figures
 
     def hold(self, held: int, before_kib: int, seconds: float) -> None:
-        """Note what idle streams took."""
+        """Store the figures of the idle streams."""
         self.result |= {
             "idle_streams": held,
             "opened_per_s": round(held / seconds),
@@ -269,7 +269,7 @@ class Measurement:
 
 
 def measure(idle_streams: int, slow_clients: int, connects: int, count: int, folder: Path) -> dict[str, object]:
-    """Run it all once."""
+    """Run all measurements once."""
     with relays(folder, count, idle_streams + slow_clients + 1000) as (pids, relay), part("service") as echo:
         port = int(echo.line())
         made = Measurement(pids, relay, connects)
@@ -284,14 +284,14 @@ def measure(idle_streams: int, slow_clients: int, connects: int, count: int, fol
                 with part(what, relay, port, slow_clients) as clients:
                     clients.line()
                     made.connect(f"beside_slow_{what}", port)
-                    clients.told()
+                    clients.ask_to_end()
                     made.result[f"slow_{what}"] = json.loads(clients.line())
             made.result["rss_mib"] = round(_rss_kib(pids) / 1024, 1)
         return made.result
 
 
 def _relays_needed(idle_streams: int, slow_clients: int, limit: int) -> int:
-    """How many relays it takes to have descriptors for all."""
+    """Return how many relays are needed to have descriptors for all streams."""
     wanted = 2 * idle_streams + slow_clients
     if wanted + SPARE_FILES <= limit:
         return 1
@@ -299,23 +299,25 @@ def _relays_needed(idle_streams: int, slow_clients: int, limit: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, or be a part of it."""
+    """Run the measurements, or one of their parts."""
     parser = argparse.ArgumentParser(prog="python -m bench.abuse", description="What abuse costs a relay.")
     parser.add_argument("--idle", type=int, default=10_000, help="idle streams")
     parser.add_argument("--slow", type=int, default=5000, help="clients that send a byte a second")
     parser.add_argument("--connects", type=int, default=1000, help="connects of a real client, each time")
     parser.add_argument(
-        "--first", action="store_true", help="go before all other processes of a busy machine (root, SCHED_FIFO)"
+        "--first",
+        action="store_true",
+        help="take priority over all other processes of a busy machine (root, SCHED_FIFO)",
     )
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments, _given)
     if given.part:
         name, *numbers = given.part
-        _be(name, [int(number) for number in numbers])
+        _run_part(name, [int(number) for number in numbers])
         return 0
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if max(given.idle, given.slow) + SPARE_FILES > limit:
-        print(f"a part has {limit} descriptors at most: raise the limit (ulimit -Hn), or ask for less", file=sys.stderr)
+        print(f"the limit of descriptors is {limit}: raise it (ulimit -Hn), or use fewer clients", file=sys.stderr)
         return 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     count = _relays_needed(given.idle, given.slow, limit)
@@ -330,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _be(name: str, numbers: list[int]) -> None:
+def _run_part(name: str, numbers: list[int]) -> None:
     match name:
         case "service":
             uvloop.run(service())

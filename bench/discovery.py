@@ -3,14 +3,14 @@
 A server process (`crossnet run`, SQLite or memory) is filled with NETWORKS × (1 network, RELAYS relays, 1 TURN server, SERVICES
 services). Then, in JSON on stdout:
 
-- the size of the snapshot, as a list and as a watch tells it, and how long one reader waits for it; the same with the client
+- the size of the snapshot, as a list and as a watch, and how long one reader waits for it; the same with the client
   that roles use, which decodes and indexes it; and its copy on disk;
-- how long a change takes to reach WATCHERS open watches in one load process, first to last (50th and 99th percentile of
-  all arrivals over CHANGES changes), and the CPU time of the server for it;
-- how long all watchers take to have the snapshot when they come at once, as after a server's end;
+- how long a change takes to reach WATCHERS open watches in one load process (50th and 99th percentile of
+  all arrivals over CHANGES changes, and the last one), and the CPU time of the server for it;
+- how long it takes until all watchers have the snapshot when they connect at once, as after a server's restart;
 - the resident memory of the server with and without watchers.
 
-Load and server share this machine: what a reader costs delays the next reader, so latencies are an upper bound.
+Load and server share this machine: the work of one reader delays the next, so latencies are an upper bound.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LIMIT_S = 300.0
 
 
 def records(networks: int, relays: int, services: int) -> Iterator[tuple[str, Spec]]:
-    """Give keys, as paths, and specs."""
+    """Yield the paths and specs of all records."""
     for number in range(networks):
         network = f"net-{number}"
         a, b = divmod(number, 250)
@@ -99,7 +99,7 @@ class Server:
         return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def end(self) -> None:
-        """End it."""
+        """Stop it."""
         self._process.terminate()
         self._process.wait(10)
         if self._process.stderr is not None:
@@ -108,7 +108,7 @@ class Server:
 
 @contextmanager
 def serving(folder: Path, store: str) -> Iterator[Server]:
-    """Run a server until the block ends."""
+    """Run a server while the block runs."""
     server = Server(folder, store)
     try:
         yield server
@@ -117,7 +117,7 @@ def serving(folder: Path, store: str) -> Iterator[Server]:
 
 
 class Watcher:
-    """One open watch that notes when the lines of a change came."""
+    """One open watch that records when the lines of a change arrived."""
 
     def __init__(self) -> None:
         self.synced = asyncio.Event()
@@ -140,7 +140,7 @@ class Watcher:
 
 
 async def fill(url: str, items: Sequence[tuple[str, Spec]], session: aiohttp.ClientSession) -> float:
-    """Write all records, eight at a time; gives the seconds."""
+    """Write all records, eight at a time. Returns the seconds it took."""
     began = time.perf_counter()
     rest = iter(items)
 
@@ -157,7 +157,7 @@ async def fill(url: str, items: Sequence[tuple[str, Spec]], session: aiohttp.Cli
 
 
 async def measure(server: Server, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Do it all."""
+    """Run all measurements."""
     items = list(records(arguments.networks, arguments.relays, arguments.services))
     connector = aiohttp.TCPConnector(limit=0)
     found: dict[str, Any] = {"records": len(items)}
@@ -176,7 +176,7 @@ async def measure(server: Server, arguments: argparse.Namespace, folder: Path) -
 
 
 async def first_snapshot(url: str, folder: Path) -> dict[str, Any]:
-    """Measure the client that roles use, from nothing to a mesh."""
+    """Measure how long the client that roles use takes to its first mesh."""
     times = []
     for _ in range(5):
         client = DiscoveryClient(DiscoveryClientConfig(urls=[url], network="net-0"))
@@ -208,7 +208,7 @@ async def first_snapshot(url: str, folder: Path) -> dict[str, Any]:
 
 
 async def fan_out(server: Server, arguments: argparse.Namespace, session: aiohttp.ClientSession) -> dict[str, Any]:
-    """Open watchers all at once, then change one record after the other."""
+    """Open all watchers at once, then change one record after the other."""
     watchers = [Watcher() for _ in range(arguments.watchers)]
     async with asyncio.TaskGroup() as group:
         cpu, began = server.cpu_s(), time.perf_counter()
@@ -247,7 +247,7 @@ async def fan_out(server: Server, arguments: argparse.Namespace, session: aiohtt
 
 
 def main() -> int:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     parser = argparse.ArgumentParser(prog="python -m bench.discovery", description="Discovery at scale.")
     parser.add_argument("--networks", type=int, default=1000)
     parser.add_argument("--relays", type=int, default=3)

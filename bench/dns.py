@@ -1,9 +1,9 @@
-"""dnsgw beside unbound, dnsmasq and dnsdist: what a query costs, how many there can be, and how long they take.
+"""dnsgw compared with unbound, dnsmasq and dnsdist: CPU time per query, rate, and latency.
 
-Each server is on one core and dnsperf on the other, with the upstream of all of them (an unbound that serves one zone
-from memory) beside dnsperf, so that its cost is not the server's. The cost is the server's own processor time
-(/proc/PID/stat, user and system) over the queries it completed; rates depend on dnsperf and on what else the machine
-does, so the cost is what to compare. The servers take turns within a round, the best of all rounds counts.
+Each server runs on one core. dnsperf and the common upstream (an unbound that serves one zone from memory) run on the
+other, so that their cost is not the server's. The cost is the server's own CPU time (/proc/PID/stat, user and system)
+divided by the queries it completed. Rates depend on dnsperf and on other processes of the machine, so compare the cost.
+The servers take turns within a round, and the best of all rounds counts.
 
     python -m bench.dns [--rounds 3] [--seconds 3] [--servers dnsgw,unbound] [--cases own,cached,missed] [--json FILE]
 """
@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-ZONE = "example.test"  # what upstream has: any name in it
+ZONE = "example.test"  # upstream answers for any name in it
 DOMAIN = "svc.mesh.internal"
 NAMES = 1000
-RATES = (5000, 20000)  # at which the 99th percentile is taken
+RATES = (5000, 20000)  # queries per second at which the 99th percentile is taken
 START_S = 10.0
 _TICK = os.sysconf("SC_CLK_TCK")
 _SERVER_CPU, _LOAD_CPU = "0", "1"
@@ -43,14 +43,14 @@ class Measured:
     case: str
     queries_per_s: float
     cpu_us: float
-    """Processor time of the server, for one completed query."""
+    """CPU time of the server per completed query."""
 
     lost: int
     p99_us: dict[int, float]
-    """By the rate of the load."""
+    """By the rate of the load, in queries per second."""
 
 
-# The servers. Each is a command and a file of configuration, and knows every own name as 10.0.0.9.
+# The servers. Each has a command and a configuration file, and answers every own name with 10.0.0.9.
 
 
 def _unbound(port: int, upstream: int, directory: Path) -> list[str]:
@@ -146,7 +146,7 @@ SERVERS = {"dnsgw": _dnsgw, "unbound": _unbound, "dnsmasq": _dnsmasq, "dnsdist":
 
 
 async def _serve(port: int, upstream: int) -> None:
-    """Be the dnsgw that is measured: the access list, the rate limit and the metrics of an ordinary one."""
+    """Run the dnsgw that is measured, with access list, rate limit and metrics as in production."""
     from prometheus_client import CollectorRegistry
 
     from discovery.model.mesh import Kind, Mesh, NetworkSpec, Record, RelaySpec
@@ -177,7 +177,7 @@ async def _serve(port: int, upstream: int) -> None:
     await server.run()
 
 
-# The loads, as files of questions.
+# The loads, as files of questions for dnsperf.
 
 
 def _own_names() -> list[str]:
@@ -185,7 +185,7 @@ def _own_names() -> list[str]:
 
 
 def _questions(case: str, directory: Path) -> Path:
-    """Write what dnsperf asks. Missed names are more than are asked in one run, and new ones each time."""
+    """Write the questions. For `missed`, there are more names than one run asks for, and new ones each time."""
     stamp = time.time_ns()
     match case:
         case "own":
@@ -241,7 +241,7 @@ def _started(command: list[str], port: int, cpu: str) -> Iterator[int]:
 
 
 def _answers(port: int) -> bool:
-    """Tell whether a DNS server answers at all there."""
+    """Return whether a DNS server answers at this port."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(0.1)
         try:
@@ -253,7 +253,7 @@ def _answers(port: int) -> bool:
 
 
 def _free_port() -> int:
-    """Find a port for UDP and TCP below those that the kernel gives to clients."""
+    """Return a port that is free for UDP and TCP, below the ephemeral ports."""
     for port in random.sample(range(20000, 30000), 100):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, socket.socket() as tcp:
             try:
@@ -266,7 +266,7 @@ def _free_port() -> int:
 
 
 def measure(server: str, case: str, upstream: int, seconds: float, directory: Path) -> Measured:
-    """Start a server, warm it up, and put the load on it."""
+    """Start a server, warm it up, and load it."""
     port = _free_port()
     with _started(SERVERS[server](port, upstream, directory), port, _SERVER_CPU) as pid:
         questions = _questions(case, directory)
@@ -312,7 +312,7 @@ def measure_mixed(server: str, upstream: int, directory: Path) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3)
@@ -348,7 +348,7 @@ def main() -> None:
         p99 = " ".join(f"{got.p99_us[rate]:<10.0f}" for rate in RATES)
         print(f"{case:8}{server:10}{got.queries_per_s:9.0f}{got.cpu_us:8.1f}{ratio:>12}{got.lost:6} {p99}")
     for server, p99_us in mixed.items():
-        print(f"p99 of own names at 5,000/s beside 1,000/s forwarded, {server}: {p99_us:.0f} µs")
+        print(f"p99 of own names at 5,000/s with 1,000/s forwarded, {server}: {p99_us:.0f} µs")
     if options.json:
         machine = {"kernel": platform.release(), "python": platform.python_version(), "cpus": os.cpu_count()}
         results = [asdict(result) for result in best.values()]
@@ -356,7 +356,7 @@ def main() -> None:
 
 
 def _better(one: Measured, other: Measured) -> Measured:
-    """Take the best of each figure: what disturbs a measurement only ever makes it worse."""
+    """Return the best of each figure: interference only ever makes a measurement worse."""
     return Measured(
         server=one.server,
         case=one.case,

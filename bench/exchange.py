@@ -1,11 +1,11 @@
-"""What load generator and service say to each other: a real ClientHello, one request, then bytes.
+"""The protocol between load generator and service: a real ClientHello, one request, then bytes.
 
-Nobody between them looks behind the ClientHello, so no TLS follows it and no cipher's CPU time is in the figures. The service
-answers each request with READY at once: a client that has it has a stream from end to end.
+Nothing between them parses beyond the ClientHello, so no TLS follows it, and the figures include no CPU time for ciphers. The
+service answers each request immediately with READY: a client that receives it has a stream from end to end.
 
-    ECHO        every byte comes back until the client ends
-    UPLOAD      the service reads to the end, says how many bytes came (8 bytes) and closes
-    DOWNLOAD    after one more byte from the client the service sends until its limit, then closes
+    ECHO        every byte is sent back until the client ends
+    UPLOAD      the service reads to the end, reports the number of bytes (8 bytes) and closes
+    DOWNLOAD    after one more byte from the client the service sends up to its limit, then closes
 """
 
 import ssl
@@ -19,12 +19,12 @@ UPLOAD: Final = b"U"
 DOWNLOAD: Final = b"D"
 
 REQUEST: Final = struct.Struct(">cQQ")
-"""What is asked for, and when to stop sending: after so many milliseconds, or so many bytes unless that is 0."""
+"""The kind of request, and when to stop sending: a number of milliseconds, and a number of bytes (0: no limit)."""
 
 COUNT: Final = struct.Struct(">Q")
 
 CHUNK_BYTES: Final = 1024 * 1024
-"""One read or write of a bulk stream at either end: large, so that the ends cost little beside what is measured."""
+"""Size of a read or write of a bulk stream at either end: large, so that the ends cost little."""
 
 _RECORD_HEADER_BYTES: Final = 5
 
@@ -41,12 +41,12 @@ def client_hello(name: str) -> bytes:
 
 
 def request(what: bytes, *, ms: int = 0, count: int = 0) -> bytes:
-    """Return a request as it goes behind the ClientHello."""
+    """Return a request, which is sent after the ClientHello."""
     return REQUEST.pack(what, ms, count)
 
 
 def parse_start(data: bytes | bytearray) -> tuple[bytes, int, int, int] | None:
-    """Return what is asked for, its two limits and the offset behind them; None while bytes are missing."""
+    """Return the kind of request, its two limits and the offset after them, or None while bytes are missing."""
     if len(data) < _RECORD_HEADER_BYTES:
         return None
     at = _RECORD_HEADER_BYTES + int.from_bytes(data[3:5], "big")

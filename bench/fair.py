@@ -1,13 +1,13 @@
-"""Fairness: what a real client waits for beside attackers that feed a process faster than it parses.
+"""Fairness: how long a real client waits while attackers send faster than the process parses.
 
     python -m bench.fair --attackers 1 64 --only stun relay
 
-Real `crossnet run` processes with default settings: one of network a (relay, embedded TURN server, discovery server) and one of
-network b (gateway). For each flood a real client of the same process does the same thing again and again: a stream by the local
-route, a STUN Binding on a new connection, a stream through the gateway. Told are its p50 and p99 alone and beside the attackers,
-and how long the flooded process takes to heed SIGTERM.
+Real `crossnet run` processes with default settings: one in network a (relay, embedded TURN server, discovery server) and one in
+network b (gateway). For each flood, a real client of the flooded process repeats one operation: a stream by the local
+route, a STUN Binding on a new connection, or a stream through the gateway. Reported are its p50 and p99, alone and during the
+flood, and how long the flooded process takes to end after SIGTERM.
 
-The aim: p99 beside the attackers is at most five times p99 alone, or 25 ms, whichever is more; SIGTERM is heeded within `drain`.
+The goal: p99 during the flood is at most five times p99 alone, or 25 ms, whichever is more; the process ends within `drain`.
 """
 
 import argparse
@@ -55,17 +55,17 @@ FLOODS = {
     "gateway-unknown": ("gateway",),
     "warm-ping": ("gateway",),
 }
-"""What floods, and which clients are asked how it is: those of the process that is flooded."""
+"""Each flood, and the kinds of real clients that are measured during it: clients of the flooded process."""
 
 
 @dataclass
 class Mesh:
-    """Two networks' processes on loopback."""
+    """The processes of two networks on loopback."""
 
     folder: Path
     service: int
     sink: int
-    """Where the attackers' streams lead: what they send must not flood the real client's service."""
+    """Port that the attackers' streams lead to: their data must not flood the real client's service."""
     near: subprocess.Popen[bytes] = field(init=False)
     far: subprocess.Popen[bytes] = field(init=False)
 
@@ -82,7 +82,7 @@ class Mesh:
         certificate.cert_chain_pems[0].write_to_path(self.folder / "turn.pem")
 
     def start(self) -> None:
-        """Start both."""
+        """Start both processes."""
         at = {name: f"{HOST}:{port}" for name, port in self.ports.items()}
         mesh = {
             "networks": [{"id": network} for network in "abch"],
@@ -124,13 +124,13 @@ class Mesh:
         )
 
     def end(self) -> None:
-        """See that both are gone."""
+        """Kill both processes, and wait for them."""
         for process in (self.near, self.far):
             process.kill()
             process.wait()
 
     def where(self) -> dict[str, Any]:
-        """What the attackers are told."""
+        """Return what the attackers need to know."""
         return {
             "turn": [HOST, self.ports["turn"]],
             "turns": [HOST, self.ports["turns"]],
@@ -152,7 +152,7 @@ class Mesh:
 
     def _run(self, name: str, document: dict[str, Any]) -> subprocess.Popen[bytes]:
         config, log = self.folder / f"{name}.yaml", self.folder / f"{name}.log"
-        # JSON is YAML, and knows no aliases.
+        # JSON is YAML without aliases.
         config.write_text(json.dumps({**document, "admin": f"{HOST}:0", "drain": f"{DRAIN_S}s"}))
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -173,7 +173,7 @@ class Mesh:
 
 
 class Client:
-    """The real client: one kind of exchange, again and again."""
+    """The real client, which repeats one kind of operation."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -182,7 +182,7 @@ class Client:
         self._asked = call(name_of("b", mesh.service))
 
     def took_ms(self, what: str, seconds: float) -> list[float]:
-        """Try for so long; how many milliseconds each took, in order of size."""
+        """Repeat for this many seconds. Returns the sorted durations in milliseconds; a failure counts as LIMIT_S."""
         act: Callable[[], None] = {"local": self._local, "binding": self._binding, "gateway": self._gateway}[what]
         took = []
         until = time.monotonic() + seconds
@@ -227,7 +227,7 @@ class Client:
 
 
 def measure(what: str, attackers: int, seconds: float, folder: Path, service: int, *, first: bool) -> dict[str, Any]:
-    """Flood once, with processes of its own."""
+    """Measure one flood, with processes of its own."""
     result: dict[str, Any] = {"flood": what, "attackers": attackers}
     with serving() as sink:
         mesh = Mesh(folder, service, sink)
@@ -252,11 +252,11 @@ def _flooded(what: str, attackers: int, seconds: float, mesh: Mesh, *, first: bo
             alone = client.took_ms(victim, seconds)
             floods.ask("flood", what=what, attackers=attackers, limit_s=10, **mesh.where())
             time.sleep(0.5)
-            beside = client.took_ms(victim, seconds)
-            result[victim] = compared(alone, beside) | floods.ask("stop", limit_s=60)
+            attacked = client.took_ms(victim, seconds)
+            result[victim] = compared(alone, attacked) | floods.ask("stop", limit_s=60)
         floods.ask("flood", what=what, attackers=attackers, limit_s=10, **mesh.where())
         time.sleep(0.5)
-        result["sigterm_s"] = _heeded(flooded)
+        result["sigterm_s"] = _ended_after_s(flooded)
         result["ok"] = result["sigterm_s"] is not None and all(result[victim]["ok"] for victim in FLOODS[what])
         floods.ask("stop", limit_s=60)
     finally:
@@ -264,12 +264,12 @@ def _flooded(what: str, attackers: int, seconds: float, mesh: Mesh, *, first: bo
     return result
 
 
-def _heeded(process: subprocess.Popen[bytes]) -> float | None:
-    """Say after how many seconds a SIGTERM was heeded, None if not within its drain and a second for the rest."""
+def _ended_after_s(process: subprocess.Popen[bytes]) -> float | None:
+    """Send SIGTERM. Returns the seconds until the process ended, or None if it did not within its drain and 10 s."""
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     try:
-        # A relay goes on accepting while resolvers may still name it: TTL and 2 s, before its drain.
+        # A relay keeps accepting while resolvers may still return its address: for the TTL and 2 s.
         process.wait(DRAIN_S + 10)
     except subprocess.TimeoutExpired:
         return None
@@ -278,7 +278,7 @@ def _heeded(process: subprocess.Popen[bytes]) -> float | None:
 
 @contextlib.contextmanager
 def serving() -> Iterator[int]:
-    """Run the service that streams lead to; gives its port."""
+    """Run the service that streams lead to while the block runs. Yields its port."""
     worker = Worker("bench.service")
     try:
         yield worker.ask("port", limit_s=10)["port"]
@@ -287,7 +287,7 @@ def serving() -> Iterator[int]:
 
 
 def _others(part: str, given: argparse.Namespace) -> int:
-    """Run the bench of the resolver or of the HTTP servers likewise; 1 where an aim is missed."""
+    """Run the benchmark of the resolver or of the HTTP servers. Returns 1 if it misses a goal."""
     first = ["--first"] * given.first
     if part == "dns":
         numbers = ["--connections", *map(str, given.attackers)]
@@ -297,16 +297,20 @@ def _others(part: str, given: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, tell as JSON; 1 where an aim is missed."""
+    """Measure, and print JSON. Returns 1 if a goal is missed."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.fair", description="What a real client waits for beside floods."
+        prog="python -m bench.fair", description="How long a real client waits during floods."
     )
-    parser.add_argument("--attackers", type=int, nargs="+", default=[1, 64], help="connections that flood (1 64)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (%(default)s)")
     parser.add_argument(
-        "--only", nargs="+", default=[], help=f"floods, or how they begin: {', '.join(FLOODS)}, dns, http (all)"
+        "--attackers", type=int, nargs="+", default=[1, 64], help="numbers of flooding connections (1 64)"
     )
-    parser.add_argument("--first", action="store_true", help="go before all other processes of a busy machine (root)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement (%(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help=f"floods, or prefixes of them: {', '.join(FLOODS)}, dns, http (all)"
+    )
+    parser.add_argument(
+        "--first", action="store_true", help="take priority over all other processes of a busy machine (root)"
+    )
     given = parser.parse_args(arguments)
     if given.first:
         os.setpriority(os.PRIO_PROCESS, 0, FIRST)

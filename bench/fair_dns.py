@@ -1,12 +1,12 @@
-"""Fairness of the resolver: what a real client waits for beside others that ask faster than they are answered.
+"""Fairness of the resolver: how long a real client waits while others ask faster than they are answered.
 
     python -m bench.fair_dns --seconds 5 --connections 1 64
 
-A real `crossnet run` with the dns role alone. A real client asks for a name of ours over UDP, and over a new TCP connection,
-again and again; told are p50 and p99 alone and beside each flood, and how long the process takes to heed SIGTERM under it.
-Each flood is a process of its own (`flood`): so many TCP connections that pipeline one question without end, or UDP sockets.
+A real `crossnet run` with only the dns role. A real client repeatedly asks for a name of the mesh over UDP, and over a new TCP
+connection. Reported are its p50 and p99, alone and during each flood, and how long the process takes to end after SIGTERM
+during the flood. Each flood is a process of its own (`flood`): TCP connections that pipeline questions endlessly, or UDP sockets.
 
-The aim: p99 beside the attackers is at most five times p99 alone, or 25 ms, whichever is more; SIGTERM is heeded within `drain`.
+The goal: p99 during the flood is at most five times p99 alone, or 25 ms, whichever is more; the process ends within `drain`.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from bench.worker import ROOT
 
 HOST = "127.0.0.1"
 OTHER_HOST = "127.0.0.2"
-"""Where the real client asks from over UDP: what is fair is fair between hosts."""
+"""Address of the real client over UDP: the resolver is fair between addresses, so it needs one of its own."""
 
 CHUNK = 64 * 1024
 AGAIN_S = 0.5
-"""Before an attacker that was cut comes back."""
+"""Before an attacker that was disconnected connects again."""
 
 _HEAD = bytes.fromhex("0100 0001 0000 0000 0000")
 _A = b"\0\1\0\1"
@@ -50,7 +50,7 @@ OWN = _name("p8443-10-1-0-5.b.svc.mesh.internal")
 CACHED = _name("www.example.test")
 
 RESEND_S = 0.25
-"""After which a client sends its question again over UDP."""
+"""After which the real client repeats its question over UDP."""
 
 QUESTIONS = {
     "own": b"\0\1" + _HEAD + OWN + _A,
@@ -60,12 +60,12 @@ QUESTIONS = {
     "udp": b"\0\1" + _HEAD + OWN + _A,
     "unread": b"\0\1" + _HEAD + OWN + _A,
 }
-"""What each flood asks: names of ours, a cached name, what is no question, names that upstream must be asked for, names of ours
-over UDP, and names of ours by clients that read no answer."""
+"""What each flood sends: questions for a name of the mesh; for a cached name; invalid packets; questions for names that are not
+cached; for a name of the mesh over UDP; and for a name of the mesh by clients that read no answers."""
 
 
 def flood(address: tuple[str, int], what: str, connections: int, seconds: float) -> None:
-    """Ask without end for so long, over so many connections at a time; what was cut comes back soon."""
+    """Flood for this many seconds over this many connections at a time. A connection that was cut is opened again."""
     until = time.monotonic() + seconds
     if what == "udp":
         _flood_udp(address, QUESTIONS[what], connections, until)
@@ -73,7 +73,7 @@ def flood(address: tuple[str, int], what: str, connections: int, seconds: float)
     data = b"" if what == "missed" else _framed(QUESTIONS[what]) * (CHUNK // (len(QUESTIONS[what]) + 2))
     with selectors.DefaultSelector() as selector:
         again = [0.0] * connections
-        """When each attacker that is not connected comes back."""
+        """When each attacker that is not connected connects again."""
         while (now := time.monotonic()) < until:
             for back_at in [each for each in again if each <= now]:
                 again.remove(back_at)
@@ -121,7 +121,7 @@ def _flood_udp(address: tuple[str, int], question: bytes, sockets: int, until: f
 
 
 def _missed() -> bytes:
-    """As much as one connection asks in a row, of names that nobody asked for before."""
+    """Return one write of questions for names that nobody has asked for before."""
     stamp = secrets.token_hex(4)
     return b"".join(_framed(b"\0\1" + _HEAD + _name(f"n{n}-{stamp}.example.test") + _A) for n in range(CHUNK // 50))
 
@@ -132,14 +132,14 @@ def _framed(message: bytes) -> bytes:
 
 @contextlib.contextmanager
 def flooding(address: tuple[str, int], what: str, connections: int, seconds: float) -> Iterator[None]:
-    """Flood in a process of its own while the block runs."""
+    """Flood from a process of its own while the block runs."""
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=flood, args=(address, what, connections, seconds), daemon=True)
     process.start()
     assert process.pid is not None
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, process.pid, 0)
-    time.sleep(1.0)  # it imports, and connects
+    time.sleep(1.0)  # until it has imported its modules and connected
     try:
         yield
     finally:
@@ -148,7 +148,7 @@ def flooding(address: tuple[str, int], what: str, connections: int, seconds: flo
 
 
 def _upstream(sock: socket.socket) -> None:
-    """Answer every question for an address, for ever."""
+    """Answer every question for an address until the socket is closed."""
     while True:
         try:
             packet, peer = sock.recvfrom(4096)
@@ -161,10 +161,10 @@ def _upstream(sock: socket.socket) -> None:
 
 
 class Resolver:
-    """The process."""
+    """The resolver's process."""
 
     def __init__(self, folder: Path, upstream: int) -> None:
-        """Start it."""
+        """Start it, and wait until it listens. RuntimeError with its log if it does not start."""
         self.address = (HOST, free_port())
         (folder / "mesh.yaml").write_text(
             json.dumps(
@@ -202,17 +202,17 @@ class Resolver:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Its process id."""
         return self._process.pid
 
     @property
     def memory_kib(self) -> int:
-        """Its resident memory at most so far."""
+        """Its peak resident memory so far."""
         text = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(text.partition("VmHWM:")[2].split()[0])
 
-    def heeds_s(self) -> float | None:
-        """Say after how many seconds a SIGTERM was heeded, None if not within its drain and a second for the rest."""
+    def terminate(self) -> float | None:
+        """Send SIGTERM. Returns the seconds until it ended, or None if it did not within its drain and a second."""
         began = time.monotonic()
         self._process.send_signal(signal.SIGTERM)
         try:
@@ -222,13 +222,13 @@ class Resolver:
         return round(time.monotonic() - began, 2)
 
     def end(self) -> None:
-        """See that it is gone."""
+        """Kill it, and wait for it."""
         self._process.kill()
         self._process.wait()
 
 
 def _ask_udp(address: tuple[str, int]) -> None:
-    """Ask until an answer comes, as clients do: a packet that the kernel has no room for is lost."""
+    """Repeat the question until there is an answer, as clients do: packets may be lost when the socket buffer is full."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(RESEND_S)
         sock.bind((OTHER_HOST, 0))
@@ -256,7 +256,7 @@ CLIENTS: dict[str, Callable[[tuple[str, int]], None]] = {"udp": _ask_udp, "tcp":
 
 
 def took_ms(client: str, address: tuple[str, int], seconds: float) -> list[float]:
-    """Ask for so long; how many milliseconds each answer took, in order of size."""
+    """Ask for this many seconds. Returns the sorted durations in milliseconds; a failure counts as LIMIT_S."""
     took = []
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -273,7 +273,7 @@ def took_ms(client: str, address: tuple[str, int], seconds: float) -> list[float
 def measure(
     what: str, connections: int, seconds: float, folder: Path, upstream: int, *, first: bool = False
 ) -> dict[str, Any]:
-    """Flood once, with a process of its own."""
+    """Measure one flood, with a resolver of its own."""
     resolver = Resolver(folder, upstream)
     if first:
         os.setpriority(os.PRIO_PROCESS, resolver.pid, FIRST)
@@ -284,7 +284,7 @@ def measure(
             for client in CLIENTS:
                 result[client] = compared(alone[client], took_ms(client, resolver.address, seconds))
             result["memory_kib"] = resolver.memory_kib
-            result["sigterm_s"] = resolver.heeds_s()
+            result["sigterm_s"] = resolver.terminate()
     finally:
         resolver.end()
     result["ok"] = result["sigterm_s"] is not None and all(result[client]["ok"] for client in CLIENTS)
@@ -292,12 +292,16 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, tell as JSON; 1 where an aim is missed."""
+    """Measure, and print JSON. Returns 1 if a goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.fair_dns", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--connections", type=int, nargs="+", default=[1, 64], help="that flood (1 64)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (%(default)s)")
+    parser.add_argument(
+        "--connections", type=int, nargs="+", default=[1, 64], help="numbers of flooding connections (1 64)"
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement (%(default)s)")
     parser.add_argument("--only", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS), help="floods")
-    parser.add_argument("--first", action="store_true", help="go before all other processes of a busy machine (root)")
+    parser.add_argument(
+        "--first", action="store_true", help="take priority over all other processes of a busy machine (root)"
+    )
     given = parser.parse_args(arguments)
     if given.first:
         os.setpriority(os.PRIO_PROCESS, 0, FIRST)

@@ -1,12 +1,12 @@
-"""Fairness of HTTP: what a real client of discovery and admin servers waits while others do their worst.
+"""Fairness of HTTP: how long real clients of the discovery and admin servers wait under attack.
 
     python -m bench.fair_http --seconds 5 --attackers 64
 
-For each attack a `crossnet run` with a discovery server, a relay and an admin server is started anew. Five real clients ask ten
-times a second each, on one connection as clients of ours do, first alone and then beside the attackers, which have a process of
-their own at the lowest priority. Then SIGTERM is sent, with the attack still on. For each attack: p50 and p99 alone
-and beside it, and how long the process took to end. Exit code 1: p99 is above five times that alone and 25 ms, or SIGTERM was
-not heeded in time.
+For each attack, a `crossnet run` with a discovery server, a relay and an admin server is started anew. Five real clients ask ten
+times a second each, on one connection as our own clients do, first alone and then during the attack. The attackers have a
+process of their own at the lowest priority. Then SIGTERM is sent while the attack continues. Reported for each attack: p50 and
+p99 alone and under attack, and how long the process took to end. Exit code 1: the p99 exceeds both five times the p99 alone and
+25 ms, or the process did not end in time.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from bench.fairness import FACTOR, FLOOR_MS
 from discovery.api.tokens import format_entry, make_entry, make_token
 
 END_LIMIT_S = 8.0
-"""For an end without streams: records, allocations and the lease may take 5 s to be given back."""
+"""For a shutdown without streams: releasing records, allocations and the lease may take 5 s."""
 
 START_LIMIT_S = 20.0
 PAUSE_S = 0.1
@@ -39,7 +39,7 @@ CLIENTS = 5
 REQUEST_LIMIT_S = 10.0
 RECORDS = 3000
 BATCH = 200
-"""Requests in one write of a client that pipelines."""
+"""Requests per write of a client that pipelines."""
 
 CONFIG = """
 network: a
@@ -101,7 +101,7 @@ class Target:
                     self.admin = int(json.loads(line)["listening"]["admin"][0].rpartition(":")[2])
 
     def terminate(self) -> float:
-        """Send SIGTERM; give the seconds until it has ended, or infinity."""
+        """Send SIGTERM. Returns the seconds until the process ended, or infinity if it did not in time."""
         begun = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -111,7 +111,7 @@ class Target:
         return time.monotonic() - begun
 
     def end(self) -> None:
-        """Leave nothing behind."""
+        """Kill the process if it still runs, and close its log."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -119,16 +119,16 @@ class Target:
 
 
 class Client:
-    """One kept-alive connection that waits for each answer."""
+    """One persistent connection, with one request at a time."""
 
     def __init__(self, port: int, token: str | None) -> None:
-        """Take where to ask, and with which token."""
+        """`port` is on loopback. Without a token, requests have no Authorization header."""
         self._port = port
         self._token = f"Authorization: Bearer {token}\r\n" if token is not None else ""
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> int:
-        """Give the status of the answer."""
+        """Send a request and return the status of the answer."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
         reader, writer = self._streams
@@ -144,14 +144,14 @@ class Client:
         return int(head.split(b" ", 2)[1])
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         if self._streams is not None:
             self._streams[1].transport.abort()
             self._streams = None
 
 
 async def latencies(client: Client, what: tuple[str, str, bytes], seconds: float) -> list[float]:
-    """Ask for so long; give the milliseconds that each answer took, the limit for one that did not come."""
+    """Ask for this many seconds. Returns the milliseconds of each answer; a failed request counts as REQUEST_LIMIT_S."""
     found = []
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
@@ -169,12 +169,12 @@ async def latencies(client: Client, what: tuple[str, str, bytes], seconds: float
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Give the value that so many are not above."""
+    """Return the value that this share of the values does not exceed."""
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
 async def fill(port: int, token: str) -> None:
-    """Write the records that large answers are made of."""
+    """Write the records that make answers large."""
     client = Client(port, token)
     spec = {"name": "s.x", "ports": {"443": [f"10.9.0.{last}:8443" for last in range(1, 6)]}}
     for number in range(RECORDS):
@@ -183,7 +183,7 @@ async def fill(port: int, token: str) -> None:
     client.close()
 
 
-# What attackers do, each for ever on its own address.
+# The attacks. Each runs repeatedly, from an address of its own.
 
 
 async def _connected(place: dict[str, Any], port: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -214,22 +214,22 @@ async def _pipeline(place: dict[str, Any], port: str, data: bytes) -> None:
 
 
 async def pipelined(place: dict[str, Any]) -> None:
-    """Requests without a token, as many as the connection takes."""
+    """Pipeline requests without a token."""
     await _pipeline(place, "discovery", _request(place, "/v1/records/relay/b/r", token=False) * BATCH)
 
 
 async def pipelined_token(place: dict[str, Any]) -> None:
-    """Requests with a token of another network."""
+    """Pipeline requests with another network's token."""
     await _pipeline(place, "discovery", _request(place, "/v1/records/relay/b/r", token=True) * BATCH)
 
 
 async def lists(place: dict[str, Any]) -> None:
-    """All records, again and again."""
+    """List all records repeatedly."""
     await _pipeline(place, "discovery", _request(place, "/v1/records", token=True) * 4)
 
 
 async def endless_body(place: dict[str, Any]) -> None:
-    """A write whose body never ends."""
+    """Send a write with an endless body."""
     head = _request(place, "/v1/records/service/c/s", token=True, method="PUT", more="Transfer-Encoding: chunked\r\n")
     _, writer = await _connected(place, "discovery")
     try:
@@ -242,7 +242,7 @@ async def endless_body(place: dict[str, Any]) -> None:
 
 
 async def unread_watch(place: dict[str, Any]) -> None:
-    """Watches of which nothing is read."""
+    """Open a watch and read nothing."""
     _, writer = await _connected(place, "discovery")
     try:
         writer.write(_request(place, "/v1/watch", token=True))
@@ -252,13 +252,13 @@ async def unread_watch(place: dict[str, Any]) -> None:
 
 
 async def connects(place: dict[str, Any]) -> None:
-    """Connections that end at once."""
+    """Connect and abort."""
     _, writer = await _connected(place, "discovery")
     writer.transport.abort()
 
 
 async def halves(place: dict[str, Any]) -> None:
-    """Half requests, as many as the process has room for."""
+    """Hold connections with incomplete requests."""
     held = [await _connected(place, "discovery") for _ in range(50)]
     for _, writer in held:
         writer.write(b"GET / HTTP/1.1\r\nHost: ")
@@ -268,17 +268,17 @@ async def halves(place: dict[str, Any]) -> None:
 
 
 async def admin_pipelined(place: dict[str, Any]) -> None:
-    """Requests of metrics; on the same address as the real client."""
+    """Pipeline requests for the metrics, from the address of the real clients."""
     await _pipeline(place | {"address": "127.0.0.1"}, "admin", _request(place, "/metrics", token=False) * BATCH)
 
 
 async def admin_mesh(place: dict[str, Any]) -> None:
-    """The whole mesh."""
+    """Request the whole mesh repeatedly, from the address of the real clients."""
     await _pipeline(place | {"address": "127.0.0.1"}, "admin", _request(place, "/mesh", token=False) * 4)
 
 
 async def handover(place: dict[str, Any]) -> None:
-    """Successors that go at once."""
+    """Connect to the handover socket and abort."""
     _, writer = await asyncio.open_unix_connection(place["handover"])
     writer.transport.abort()
 
@@ -293,7 +293,7 @@ ATTACKS: dict[str, Callable[[dict[str, Any]], Awaitable[None]]] = {
 
 
 async def attack(place: dict[str, Any]) -> None:
-    """Run so many attackers until ended."""
+    """Run the attackers until the process is killed."""
 
     async def one(number: int) -> None:
         mine = place | {"address": f"127.0.{1 + number // 250}.{1 + number % 250}"}
@@ -309,7 +309,7 @@ async def attack(place: dict[str, Any]) -> None:
 
 
 def measure(name: str, seconds: float, attackers: int) -> dict[str, Any]:
-    """Give what one attack costs the real client."""
+    """Measure one attack."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         target = Target(Path(folder), HANDOVER_CONFIG if name == "handover" else CONFIG)
         stack.callback(target.end)
@@ -334,7 +334,7 @@ def measure(name: str, seconds: float, attackers: int) -> dict[str, Any]:
 
             await all_ask(0.5)
             alone = await all_ask(seconds)
-            worker = subprocess.Popen(  # noqa: ASYNC220 - it is started, not waited for
+            worker = subprocess.Popen(  # noqa: ASYNC220 - starting it does not block
                 ["nice", "-n", "19", sys.executable, "-m", "bench.fair_http", "--worker", json.dumps(place)],
                 cwd=Path(__file__).parents[1],
             )
@@ -343,26 +343,26 @@ def measure(name: str, seconds: float, attackers: int) -> dict[str, Any]:
             await asyncio.sleep(2)
             return alone, await all_ask(seconds)
 
-        alone, beside = uvloop.run(run())
+        alone, attacked = uvloop.run(run())
         end_s = target.terminate()
         found = {
             "attack": name,
             "attackers": attackers,
             **{f"p{share}_alone_ms": round(percentile(alone, share / 100), 2) for share in (50, 99)},
-            **{f"p{share}_ms": round(percentile(beside, share / 100), 2) for share in (50, 99)},
-            "samples": len(beside),
+            **{f"p{share}_ms": round(percentile(attacked, share / 100), 2) for share in (50, 99)},
+            "samples": len(attacked),
             "end_s": round(end_s, 2),
         }
         bound = max(FACTOR * percentile(alone, 0.99), FLOOR_MS)
-        return found | {"holds": percentile(beside, 0.99) <= bound and end_s <= END_LIMIT_S}
+        return found | {"holds": percentile(attacked, 0.99) <= bound and end_s <= END_LIMIT_S}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print one JSON object a line."""
+    """Measure, and print one JSON object per line. Returns 1 if a goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.fair_http", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement (%(default)s)")
     parser.add_argument("--attackers", type=int, default=1)
-    parser.add_argument("--attack", action="append", choices=[*ATTACKS], help="only this; repeatable")
+    parser.add_argument("--attack", action="append", choices=[*ATTACKS], help="run only this attack; repeatable")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.worker is not None:

@@ -1,45 +1,45 @@
-"""What the fairness benches share: when a real client beside attackers is served well enough, and how that is told."""
+"""Shared by the fairness benchmarks: the goal for a real client under attack, and the figures that are reported."""
 
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 FACTOR, FLOOR_MS = 5.0, 25.0
-"""The p99 beside attackers may be five times the p99 alone, or 25 ms, whichever is more."""
+"""The p99 under attack may be five times the p99 alone, or 25 ms, whichever is more."""
 
 LIMIT_S = 5.0
-"""A try that takes longer counts as this long."""
+"""Timeout of an operation; one that fails counts as this long."""
 
 PAUSE_S = 0.005
-"""Between two tries of the real client."""
+"""Between two operations of the real client."""
 
 DRAIN_S = 3
-"""What the processes are given to drain."""
+"""The `drain` of the processes."""
 
 FIRST = -15
-"""How nice the flooded process and its real client are with --first; the attackers stay as they are."""
+"""Nice value of the flooded process and the real client with --first; that of the attackers does not change."""
 
 
-def compared(alone: Sequence[float], beside: Sequence[float]) -> dict[str, Any]:
-    """Return p50 and p99 of both, which are milliseconds in order of size, and whether the aim is met."""
-    before, after = share(alone, 0.99), share(beside, 0.99)
+def compared(alone: Sequence[float], attacked: Sequence[float]) -> dict[str, Any]:
+    """Return p50 and p99 of both lists, which are sorted milliseconds, and whether the goal is met."""
+    before, after = share(alone, 0.99), share(attacked, 0.99)
     return {
         "alone_p50_ms": round(share(alone, 0.5), 2),
         "alone_p99_ms": round(before, 2),
-        "p50_ms": round(share(beside, 0.5), 2),
+        "p50_ms": round(share(attacked, 0.5), 2),
         "p99_ms": round(after, 2),
-        "tries": len(beside),
+        "tries": len(attacked),
         "ok": after <= max(FACTOR * before, FLOOR_MS),
     }
 
 
 def share(values: Sequence[float], part: float) -> float:
-    """Return the value below which that part of them lies."""
+    """Return a quantile: the value that this part of the sorted values is below."""
     return values[min(len(values) - 1, int(len(values) * part))]
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody uses now."""
+    """Return a port of loopback that is free now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]

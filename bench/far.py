@@ -1,10 +1,10 @@
-"""A far-away server: a hop that holds back everything that goes through it, in both directions, as a long cable would.
+"""A distant server: a hop that delays everything that passes through it, in both directions.
 
-    python -m bench.far PORT MILLISECONDS        one way; says the port where it listens
+    python -m bench.far PORT MILLISECONDS        delay in one direction; prints the port where it listens
 
-The kernel's netem would do the same and better, but is not there on many a small machine. A new connection costs a round trip
-before its first byte goes on its way, as its handshake would; bytes keep their order and are not otherwise slowed down; nothing is
-lost. An end is passed on behind the bytes before it; a reset at once.
+The kernel's netem would do the same and better, but many small machines do not have it. The first byte of a new connection waits
+for a round trip, as it would for the handshake. Bytes keep their order and are not slowed down otherwise, and nothing is lost. A
+FIN is passed on after the bytes before it, a reset immediately.
 """
 
 import asyncio
@@ -16,11 +16,11 @@ import uvloop
 
 HOST = "127.0.0.1"
 MAX_HELD_BYTES = 64 * 1024 * 1024
-"""Of one direction: a Gb/s for half a second. Beyond that the sender is held back."""
+"""Per direction: 1 Gb/s for half a second. Above it, reading from the sender pauses."""
 
 
 class _Cable(asyncio.Protocol):
-    """One end of a connection: what it receives comes out of the other end later."""
+    """One end of a connection: data received here is sent from the other end later."""
 
     def __init__(self, late_s: float) -> None:
         self._late_s = late_s
@@ -31,7 +31,7 @@ class _Cable(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.other: _Cable | None = None
         self.clear_at = 0.0
-        """Nothing goes out of the other end before: it is not connected yet."""
+        """Loop time at which the other end is connected; the delay of data received before starts then."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -55,7 +55,7 @@ class _Cable(asyncio.Protocol):
         self.pour()
 
     def pour(self) -> None:
-        """Let out what is due, and come back for the rest."""
+        """Send what is due, and set a timer for the rest."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -81,7 +81,7 @@ async def _serve(port: int, late_s: float) -> None:
 
     async def begin(near: _Cable) -> None:
         near.clear_at = loop.time() + 2 * late_s
-        await asyncio.sleep(late_s)  # the SYN on its way
+        await asyncio.sleep(late_s)  # the delay of the SYN
         try:
             _, far = await loop.create_connection(lambda: _Cable(late_s), HOST, port)
         except OSError:

@@ -1,8 +1,8 @@
-"""What floods a process: each attacker feeds one connection the worst of a protocol as fast as the other side takes it.
+"""The floods of bench.fair: each attacker sends the most expensive messages of a protocol as fast as the other side reads them.
 
-One attacker is one connection at a time; one that is cut comes back after a second. Run as a worker by bench.fair:
+An attacker has one connection at a time; if it is cut, it connects again after about a second. A worker of bench.fair:
 
-    {"command": "flood", "what": "stun-bindings", "address": […], "attackers": 64}      begins; `stop` ends it
+    {"command": "flood", "what": "stun-bindings", "attackers": 64, …}      starts; `stop` ends it
 """
 
 import asyncio
@@ -34,12 +34,11 @@ from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 from turnreg.stun.message import Message, MessageClass, Method
 
 AGAIN_S = (0.5, 1.5)
-"""Before an attacker that was cut comes back. By chance in between: new connections in lockstep are another question, see
-bench.abuse."""
+"""Pause before an attacker that was cut connects again, at random in this range: bench.abuse measures connections in lockstep."""
 
 CHUNK = 64 * 1024
 HELD_S = 0.2
-"""How long a hostile gateway reads before it answers: preamble and ClientHello have come by then."""
+"""How long a hostile gateway reads before it answers: by then it has the preamble and the ClientHello."""
 
 _BINDING = Message(Method.BINDING, MessageClass.REQUEST, bytes(12)).pack()
 _INDICATION = Message(Method.BINDING, MessageClass.INDICATION, bytes(12)).pack()
@@ -58,7 +57,7 @@ def _filled(piece: bytes) -> bytes:
 
 
 def _pour(sock: socket.socket, data: bytes, stopped: Callable[[], bool]) -> None:
-    """Send the same bytes again and again, and read what comes, until cut."""
+    """Send the same bytes repeatedly, and discard what arrives, until the connection is cut or `stopped`."""
     sock.setblocking(False)
     at = 0
     while not stopped():
@@ -75,7 +74,7 @@ def _pour(sock: socket.socket, data: bytes, stopped: Callable[[], bool]) -> None
 
 
 def key_of(text: str, from_network: str, to_network: str) -> SigningKey:
-    """Return the key whose file holds this hexadecimal text."""
+    """Return the signing key with this secret in hexadecimal."""
     return SigningKey(
         id=f"{from_network}{to_network}-1",
         secret=bytes.fromhex(text),
@@ -85,13 +84,13 @@ def key_of(text: str, from_network: str, to_network: str) -> SigningKey:
 
 
 def opener(key: SigningKey) -> GatewayConnector:
-    """Return what opens streams as a relay of the key's network would."""
+    """Return a connector that opens streams as a relay of the key's network does."""
     keys = SigningKeys({key.id: key})
     return GatewayConnector(key.from_network, keys, now_ms=lambda: time.time_ns() // 1_000_000)
 
 
 def call(name: str) -> StreamRequest:
-    """Return a client's first bytes."""
+    """Return the request for a stream of a client that sends only a ClientHello."""
     data = client_hello(name)
     reader = HelloReader()
     hello = reader.feed(data)
@@ -100,7 +99,7 @@ def call(name: str) -> StreamRequest:
 
 
 async def opened(relay: GatewayConnector, asked: StreamRequest, way: Candidate) -> CapsuleConnection:
-    """Open a stream, again where the gateway tells its epoch first. Errors as for `GatewayConnector.open`, and of connecting."""
+    """Open a stream, twice if the gateway first reports its epoch. Raises what `GatewayConnector.open` and `dialled` raise."""
     try:
         return await relay.open(asked, way, 0, await dialled(way))
     except StaleEpoch:
@@ -108,7 +107,7 @@ async def opened(relay: GatewayConnector, asked: StreamRequest, way: Candidate) 
 
 
 async def warmed_up(relay: GatewayConnector, way: Candidate) -> CapsuleConnection:
-    """Make a connection that is ready for a stream. As for `opened`."""
+    """Open a warm connection. Raises what `GatewayConnector.warm_up` and `dialled` raise."""
     try:
         return await relay.warm_up(way, await dialled(way))
     except StaleEpoch:
@@ -116,12 +115,12 @@ async def warmed_up(relay: GatewayConnector, way: Candidate) -> CapsuleConnectio
 
 
 async def dialled(way: Candidate) -> SocketStream:
-    """Connect to a gateway."""
+    """Connect to a gateway. Raises OSError."""
     return await connect(way.address, way.port, timeout_s=5)
 
 
 def candidate(network: str, gateway: str, address: tuple[str, int], target: str) -> Candidate:
-    """Return a gateway that is reached directly."""
+    """Return the candidate of a gateway that is reached directly."""
     return Candidate(
         traits=DIRECT,
         network=network,
@@ -138,7 +137,7 @@ def name_of(network: str, port: int) -> str:
 
 
 class Floods:
-    """Attackers, each a thread: most of their time is the kernel's."""
+    """Attackers, one thread each: most of their time is spent in the kernel."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -146,7 +145,7 @@ class Floods:
         self.cut = 0
 
     def flood(self, what: str, attackers: int, **more: Any) -> dict[str, Any]:
-        """Begin."""
+        """Start the attackers."""
         self._stop.clear()
         self.cut = 0
         kind, _, piece = what.partition("-")
@@ -166,7 +165,7 @@ class Floods:
         return {}
 
     def stop(self) -> dict[str, Any]:
-        """End; tell how often one was cut."""
+        """Stop the attackers. The result has the number of connections that were cut."""
         self._stop.set()
         for thread in self._threads:
             thread.join(10)
@@ -209,7 +208,7 @@ class Floods:
                 time.sleep(0.0005)
 
     def _relay(self, _piece: str, *, relay: list[Any], **_: Any) -> None:
-        """Be a client whose stream leads to the hostile gateway."""
+        """Act as a client whose stream leads to the hostile gateway."""
         with socket.create_connection(tuple(relay), timeout=5) as sock:
             sock.sendall(client_hello(name_of("h", 443)))
             while not self._stop.is_set():
@@ -218,7 +217,7 @@ class Floods:
                         return
 
     def _gateways(self, listener: socket.socket, data: bytes) -> None:
-        """Be the hostile gateway: say READY and OPENED to everybody, and then the flood."""
+        """Act as the hostile gateway: send READY and OPENED on every connection, then the flood."""
         listener.settimeout(0.2)
         with listener:
             while not self._stop.is_set():
@@ -238,11 +237,11 @@ class Floods:
             _pour(sock, data, self._stop.is_set)
 
     def _gateway(self, piece: str, *, gateway: list[Any], key: str, service: int, **_: Any) -> None:
-        """Be a relay with a key: open a stream, then the flood."""
+        """Act as a relay with a valid key: open a stream, then send the flood."""
         asyncio.run(self._framed(CAPSULES[piece], gateway, key, service, warm=False))
 
     def _warm(self, piece: str, *, gateway: list[Any], key: str, service: int, **_: Any) -> None:
-        """Be a relay with a key that keeps a connection ready."""
+        """Act as a relay with a valid key: open a warm connection, then send the flood."""
         asyncio.run(self._framed(CAPSULES[piece], gateway, key, service, warm=True))
 
     async def _framed(self, piece: bytes, gateway: list[Any], key: str, service: int, *, warm: bool) -> None:
@@ -250,14 +249,14 @@ class Floods:
         relay = opener(key_of(key, "a", "b"))
         framed = await warmed_up(relay, way) if warm else await opened(relay, call(name_of("b", service)), way)
         if not warm:
-            await framed.send_data(request(UPLOAD))  # which the service reads as fast as it comes
+            await framed.send_data(request(UPLOAD))  # the service reads it without a limit
         sock = _taken(framed.stream)
         with sock:
             await asyncio.to_thread(_pour, sock, _filled(piece), self._stop.is_set)
 
 
 def _taken(wire: ByteStream) -> socket.socket:
-    """Return the connection of a wire, which is closed."""
+    """Return a socket of our own for the connection of a stream, and close the stream."""
     sock = socket.socket(fileno=os.dup(wire.fd))
     wire.close()
     return sock
@@ -268,7 +267,7 @@ def main() -> None:
     allow_open_files()
     floods = Floods()
     serve_commands({"flood": floods.flood, "stop": floods.stop})
-    os._exit(0)  # threads that a dead process keeps waiting interest nobody
+    os._exit(0)  # do not wait for threads that are blocked on a dead process
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The load generator, as a worker: one process, one epoll loop, as many clients as asked for."""
+"""The load generator, a worker: one process with one epoll loop and any number of clients."""
 
 import math
 import select
@@ -12,13 +12,13 @@ from bench.worker import allow_open_files, serve_commands
 
 OPEN_TIMEOUT_S = 15.0
 STALL_TIMEOUT_S = 20.0
-"""No socket ready for that long: something between the ends stands still."""
+"""If no socket is ready for this long, something between the ends has stalled."""
 
 NO_LIMIT_MS = 3_600_000
 
 
 class Load:
-    """What the benchmark may ask for. Every command says where to connect and which name to ask for."""
+    """The commands of the benchmark. Each gets the address to connect to and the name to ask for."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(CHUNK_BYTES)
@@ -27,14 +27,14 @@ class Load:
         self._hellos: dict[str, bytes] = {}
 
     def probe(self, address: tuple[str, int], name: str) -> dict[str, Any]:
-        """Open one stream and end it."""
+        """Open one stream and close it."""
         self._open(address, name, request(ECHO)).close()
         return {}
 
     def bulk(
         self, address: tuple[str, int], name: str, streams: int, direction: str, seconds: float, count: int
     ) -> dict[str, Any]:
-        """Move bytes `up` or `down` for so many seconds, or `count` of them each stream; opening is not timed."""
+        """Move bytes `up` or `down` for `seconds`, or `count` bytes per stream if it is not 0. Opening is not timed."""
         ms = NO_LIMIT_MS if count else round(seconds * 1000)
         what = request(UPLOAD if direction == "up" else DOWNLOAD, ms=ms, count=count)
         socks = [self._open(address, name, what) for _ in range(streams)]
@@ -58,7 +58,7 @@ class Load:
             while by_fd:
                 for descriptor, event in _ready(epoll):
                     sock = by_fd[descriptor]
-                    if not event & select.EPOLLOUT:  # the last thing that happens: its count has come
+                    if not event & select.EPOLLOUT:  # the last event of a stream: its count has arrived
                         (arrived,) = COUNT.unpack(_receive(sock, COUNT.size))
                         if arrived != sent[descriptor]:
                             raise ValueError(f"{sent[descriptor]} bytes sent, {arrived} arrived")
@@ -86,13 +86,13 @@ class Load:
                     received[descriptor] += size
                     if not size:
                         if count and received[descriptor] != count:
-                            raise ValueError(f"{count} bytes asked for, {received[descriptor]} arrived")
+                            raise ValueError(f"{count} bytes requested, {received[descriptor]} arrived")
                         epoll.unregister(descriptor)
                         del by_fd[descriptor]
         return sum(received.values())
 
     def connections(self, address: tuple[str, int], name: str, streams: int, seconds: float) -> dict[str, Any]:
-        """Open streams and end each at its first byte, `streams` at a time, for so many seconds."""
+        """For `seconds`, open streams, `streams` at a time, and close each after its first byte."""
         where, first = (address[0], address[1]), self._hello(name) + request(ECHO)
         took: list[float] = []
         begun: dict[int, tuple[socket.socket, float]] = {}
@@ -105,7 +105,7 @@ class Load:
                 begun[sock.fileno()] = sock, at
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.connect_ex(where)
-                # On loopback the connection is there already; elsewhere the first event says that it is.
+                # On loopback the connection is already established; elsewhere the first event reports it.
                 unsent = _tried(sock.send, first) != len(first)
                 epoll.register(sock.fileno(), select.EPOLLOUT if unsent else select.EPOLLIN)
 
@@ -134,7 +134,7 @@ class Load:
     def round_trips(
         self, address: tuple[str, int], name: str, streams: int, seconds: float, size: int
     ) -> dict[str, Any]:
-        """Send messages of `size` bytes, on each stream the next one when the last has come back."""
+        """For `seconds`, send messages of `size` bytes; each stream sends the next one when the last has come back."""
         message = self._payload[:size]
         socks = [self._open(address, name, request(ECHO)) for _ in range(streams)]
         took: list[float] = []
@@ -163,13 +163,13 @@ class Load:
                 sock.close()
 
     def hold(self, address: tuple[str, int], name: str, streams: int) -> dict[str, Any]:
-        """Open streams that do nothing, until `release`."""
+        """Open idle streams, which stay open until `release`."""
         for _ in range(streams):
             self._held.append(self._open(address, name, request(ECHO)))
         return {}
 
     def release(self) -> dict[str, Any]:
-        """End the streams that are held."""
+        """Close the idle streams."""
         while self._held:
             self._held.pop().close()
         return {}
@@ -180,7 +180,7 @@ class Load:
         return self._hellos[name]
 
     def _open(self, address: tuple[str, int], name: str, what: bytes) -> socket.socket:
-        """Open a stream up to the service's READY."""
+        """Open a stream, and wait for the service's READY."""
         sock = socket.create_connection((address[0], address[1]), OPEN_TIMEOUT_S)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -196,7 +196,7 @@ class Load:
 def _ready(epoll: select.epoll) -> list[tuple[int, int]]:
     events = epoll.poll(STALL_TIMEOUT_S)
     if not events:
-        raise TimeoutError(f"nothing moves for {STALL_TIMEOUT_S:g} s")
+        raise TimeoutError(f"no progress for {STALL_TIMEOUT_S:g} s")
     return events
 
 
@@ -208,7 +208,7 @@ def _tried(send: Any, data: Any) -> int:
 
 
 def _receive(sock: socket.socket, size: int) -> bytes:
-    """Receive a message that comes in one piece, or nearly: the rest is waited for."""
+    """Receive a message of `size` bytes. Blocks for what is missing, since it nearly always arrives in one piece."""
     data = sock.recv(size)
     while data and len(data) < size:
         select.select([sock], [], [], STALL_TIMEOUT_S)
@@ -225,7 +225,7 @@ def _percentiles(took: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Serve the benchmark."""
+    """Serve the commands of the benchmark."""
     allow_open_files()
     load = Load()
     serve_commands(

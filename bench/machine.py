@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran: figures without that mean nothing."""
+"""The machine and the versions that a benchmark ran with, without which its figures mean nothing."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from sniproxy.engine import PipePool
 
 
 def describe() -> dict[str, object]:
-    """Return what figures depend on."""
+    """Return everything that the figures depend on."""
     pool = PipePool()
     pipes = []
     while (pipe := pool.take()) is not None:
@@ -23,8 +23,8 @@ def describe() -> dict[str, object]:
     pool.close()
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
-        "git": _said("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "changed": bool(_said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")),
+        "git": _output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
+        "changed": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")),
         "kernel": platform.release(),
         "cpu": model[1] if model else platform.machine(),
         "cores": os.cpu_count(),
@@ -32,15 +32,15 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "uvloop": version("uvloop"),
         "crossnet": version("crossnet"),
-        "haproxy": _said("haproxy", "-v").partition("\n")[0],
-        "coturn": _said("turnserver", "--version").strip().rpartition("\n")[2],
+        "haproxy": _output("haproxy", "-v").partition("\n")[0],
+        "coturn": _output("turnserver", "--version").strip().rpartition("\n")[2],
         "pipes_of_1_mib": len(pipes),
         "user": "root" if os.geteuid() == 0 else "ordinary",
     }
 
 
-def _said(*command: str) -> str:
-    """Return what a command prints; nothing if it is not here."""
+def _output(*command: str) -> str:
+    """Return the output of a command, or an empty string if it is not installed."""
     if not shutil.which(command[0]):
         return ""
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -1,4 +1,4 @@
-"""What processes have cost so far, as /proc tells it: CPU seconds, memory, descriptors."""
+"""CPU seconds, memory and descriptors of processes, from /proc."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
-# proc_pid_stat(5), counted behind the command's name, which may hold anything
+# Indexes of fields of proc_pid_stat(5), counted after the command's name, which may contain anything.
 _PARENT, _UTIME, _CSTIME, _RSS = 1, 11, 14, 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a process and all that it has started have cost."""
+    """What a process and its descendants have used."""
 
     cpu_s: float
     rss_bytes: int
@@ -51,7 +51,7 @@ def _family(pid: int) -> dict[int, list[str]]:
 
 
 def cost(pid: int) -> Cost:
-    """Return what a process, its live children and those that it has waited for have cost."""
+    """Return what a process, its live descendants and the children it has waited for have used."""
     cpu, rss, descriptors = 0, 0, 0
     for member, fields in _family(pid).items():
         cpu += sum(map(int, fields[_UTIME : _CSTIME + 1]))
@@ -67,12 +67,12 @@ def costs(pids: dict[str, int]) -> dict[str, Cost]:
 
 
 def difference(later: dict[str, Cost], earlier: dict[str, Cost]) -> dict[str, Cost]:
-    """Return what each named process has cost in between."""
+    """Return what each named process has used between two measurements."""
     return {name: later[name] - earlier[name] for name in later}
 
 
 def busy_s() -> float:
-    """Return the CPU seconds that all of this machine's CPUs have been busy for anybody."""
+    """Return the CPU seconds that all CPUs of this machine have been busy, with any process."""
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]
     )
@@ -80,5 +80,5 @@ def busy_s() -> float:
 
 
 def total_cpu_s(pids: Iterable[int]) -> float:
-    """Return the CPU seconds of these processes together."""
+    """Return the sum of these processes' CPU seconds."""
     return sum(cost(pid).cpu_s for pid in pids)

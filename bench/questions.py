@@ -1,4 +1,4 @@
-"""What is asked of every way: one measurement of each kind, with what it cost the processes that the bytes went through."""
+"""The measurements that are made of every way, including the cost of the processes that carry the bytes."""
 
 import os
 import time
@@ -11,38 +11,38 @@ from bench.ways import Way
 from bench.worker import Worker, WorkerError
 
 SLACK_S = 60.0
-"""On top of a measurement's own time: for its start, its end and time-outs of its own."""
+"""Added to a measurement's own duration: for its start, its end and its own timeouts."""
 
 SETTLE_S = 0.1
-"""For processes to end what they have begun, such as the log line of the last stream, before their cost is read."""
+"""Pause before the cost is read, so that processes can finish, for example by logging the last stream."""
 
 MESSAGE_BYTES = 64
 
 PROBE_TIMEOUT_S = 20.0
-"""Until an allocation is made, published and permitted: well under a second; a loaded machine takes longer."""
+"""Until an allocation is made, published and permitted: well under a second, longer on a loaded machine."""
 PROBE_EVERY_S = 0.05
 WARM_UP_STREAMS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How long and how much."""
+    """Duration and size of the measurements."""
 
     seconds: float = 2.0
     bytes: int = 0
-    """Each bulk stream moves that many, however long it takes; 0: what goes through in `seconds`."""
+    """Bytes that each bulk stream moves, however long it takes; 0: as many as possible in `seconds`."""
     idle_streams: int = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One measurement. Values are by unit of what was moved; `cpu_s` is by process, per unit."""
+    """One measurement. `cpu_s`, `memory_kib` and `descriptors` are per unit moved, by process."""
 
     question: str
     way: str
     round: int
     count: float
-    """Units moved: GB, connections, messages, streams."""
+    """Units moved: GB, connections, messages or streams."""
     seconds: float
     rate: float
     values: dict[str, float] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Sample:
     memory_kib: dict[str, float] = field(default_factory=dict)
     descriptors: dict[str, float] = field(default_factory=dict)
     foreign_cpu: float = 0.0
-    """Share of this machine's CPU time that went to processes that are none of ours."""
+    """Share of this machine's CPU time that other processes used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +69,8 @@ def _bulk(direction: str, streams: int) -> Question:
         result = _command(load, "bulk", way, settings, **arguments)
         return {**result, "count": result["bytes"] / 1e9}
 
-    whither = "client to service" if direction == "up" else "service to client"
-    title = f"bulk, {whither}, {_streams(streams)}"
+    path = "client to service" if direction == "up" else "service to client"
+    title = f"bulk, {path}, {_streams(streams)}"
     return Question(name=f"{direction}-{streams}", title=title, unit="GB", ask=ask)
 
 
@@ -110,7 +110,7 @@ def _command(load: Worker, command: str, way: Way, settings: Settings, **argumen
 
 
 QUESTIONS = (
-    # Memory first: what the others have used and given back would be taken again.
+    # Memory first: memory that other measurements have used and freed would be reused.
     Question(name="idle", title="idle streams", unit="stream", ask=_idle),
     *(_bulk(direction, streams) for streams in (1, 16) for direction in ("up", "down")),
     *(_connections(streams) for streams in (1, 16)),
@@ -119,7 +119,7 @@ QUESTIONS = (
 
 
 def probe(load: Worker, way: Way) -> None:
-    """Wait until streams go through, and let every process have done its first ones. Raises WorkerError."""
+    """Wait until streams get through, and open a few, so that every process is warmed up. Raises WorkerError."""
     deadline = time.monotonic() + PROBE_TIMEOUT_S
     done = 0
     while done < WARM_UP_STREAMS:
@@ -133,10 +133,10 @@ def probe(load: Worker, way: Way) -> None:
 
 
 def measure(question: Question, load: Worker, way: Way, settings: Settings, round_: int) -> Sample:
-    """Ask one question of one way.
+    """Make one measurement of one way.
 
     Raises:
-        WorkerError: it could not be answered: a stream was refused, cut or stood still.
+        WorkerError: a stream was refused, cut or stalled.
     """
     before, ours, busy, began = meter.costs(way.pids), meter.cost(os.getpid()).cpu_s, meter.busy_s(), time.monotonic()
     result = question.ask(load, way, settings)

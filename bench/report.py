@@ -1,4 +1,4 @@
-"""From samples to figures: medians and ranges over the rounds, ratios within a round, a table and a JSON file."""
+"""Turns samples into figures: medians and ranges over the rounds, ratios within a round, a table and a JSON file."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -11,10 +11,10 @@ from bench.questions import Question, Sample, Settings
 
 BASE = ("direct",)
 PEERS = ("haproxy", "haproxy-splice")
-"""We are held against the better one of each round."""
+"""crossnet is compared with the better one of each round."""
 
 FOREIGN_LIMIT = 0.1
-"""Above a tenth of the machine in others' hands, rates say little; CPU per unit still does, roughly."""
+"""If other processes use more than a tenth of the machine, rates mean little; CPU per unit is still roughly right."""
 
 _CPU_UNITS = {
     "GB": ("s/GB", 1.0),
@@ -25,7 +25,7 @@ _CPU_UNITS = {
 
 
 def summary(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Return a row for each question and way: median, lowest and highest over the rounds."""
+    """Return a row for each question and way, with median, lowest and highest value over the rounds."""
     rows = []
     for question, way in dict.fromkeys((sample.question, sample.way) for sample in samples):
         found = _of(samples, question, way)
@@ -74,7 +74,7 @@ def _ratio(
     *,
     best: Callable[[Iterable[float]], float],
 ) -> float | None:
-    """Return the median of the ratios within each round, for what disturbs a round disturbs both."""
+    """Return the median of the ratios within each round: interference in a round affects both values."""
     ratios = []
     for sample in mine:
         bases = [value(other) for other in others if other.round == sample.round]
@@ -90,7 +90,7 @@ def write(
     machine: dict[str, object],
     failures: Sequence[str],
 ) -> None:
-    """Write everything that was found, for other programs."""
+    """Write all samples and the summary as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "machine": machine,
@@ -103,7 +103,7 @@ def write(
 
 
 def table(samples: Sequence[Sample], questions: Sequence[Question]) -> str:
-    """Return what a person reads."""
+    """Return the results as text."""
     rows = summary(samples)
     parts = []
     for question in questions:

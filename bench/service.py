@@ -1,4 +1,4 @@
-"""The service at the far end of every path, as a worker: one process, one epoll loop, any number of streams."""
+"""The service at the far end of every path, a worker: one process with one epoll loop and any number of streams."""
 
 import json
 import os
@@ -15,7 +15,7 @@ BACKLOG = 4096
 
 
 class _Stream:
-    """One client's connection, from its ClientHello on."""
+    """One client's connection, starting with its ClientHello."""
 
     __slots__ = ("deadline", "left", "limit_ms", "sock", "start", "taken", "what")
 
@@ -46,12 +46,12 @@ class Service:
 
     @property
     def port(self) -> int:
-        """Where it listens on loopback."""
+        """The port of loopback on which it listens."""
         port: int = self._listener.getsockname()[1]
         return port
 
     def run(self, stdin: int) -> None:
-        """Serve until `stdin` is at its end."""
+        """Serve until `stdin` ends."""
         self._epoll.register(stdin, select.EPOLLIN)
         while True:
             for descriptor, _ in self._epoll.poll():
@@ -65,7 +65,7 @@ class Service:
                     except BlockingIOError:
                         pass
                     except OSError:
-                        self._close(stream)  # the client counts what it got; whoever cut it is the client's finding
+                        self._close(stream)  # the client counts the bytes it got, and reports the cut
 
     def _accept(self) -> None:
         for _ in range(ACCEPT_BATCH):
@@ -136,7 +136,7 @@ class Service:
 
 
 def main() -> None:
-    """Say the port, then serve."""
+    """Print the port, then serve."""
     allow_open_files()
     service = Service()
     sys.stdin.readline()  # the benchmark asks for the port

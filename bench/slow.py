@@ -1,7 +1,7 @@
-"""Clients that send a byte of their ClientHello a second, thousands of them in one process that itself costs little.
+"""Thousands of clients that send one byte of their ClientHello per second, in one process with little overhead.
 
-Bare sockets on a wheel of a thousand slots, a slot a millisecond: a client costs two system calls a second. `late_ms` says whether
-the process was on time; where it was not, its figures are worth nothing.
+Plain sockets on a timer wheel of a thousand slots of one millisecond: a client costs two system calls a second. `late_ms` shows
+whether the process kept to its schedule; if it did not, its figures are worthless.
 """
 
 import errno
@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 SLOTS = 1000
 SPREAD_S = 5.0
-"""Over how long clients come that do not come at once: what a relay gives them, so that they never end together."""
+"""Clients that are not in lockstep connect over this time, the relay's deadline, so that they never expire together."""
 
 
 class Slow:
-    """So many clients of the relay at this port of loopback."""
+    """Slow clients of the relay at this port of loopback."""
 
     def __init__(self, relay: int, hello: bytes, count: int, *, lockstep: bool) -> None:
         self._relay = relay
@@ -31,12 +31,12 @@ class Slow:
         self.begin()
 
     def begin(self) -> None:
-        """Count from now on."""
+        """Reset the statistics."""
         self._began, self._slot, self._late = time.monotonic(), 0, 0.0
         self._cut_before, self._cpu_before = self.cut, time.process_time()
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Send until told to end; asked every tenth of a second."""
+        """Send until `until()` is true, which is checked every tenth of a second."""
         while True:
             for _ in range(SLOTS // 10):
                 left = self._began + self._slot / SLOTS - time.monotonic()
@@ -51,7 +51,7 @@ class Slow:
                 return
 
     def done(self) -> dict[str, object]:
-        """What was done since `begin`."""
+        """Return the statistics since `begin`."""
         seconds = time.monotonic() - self._began
         return {
             "clients": len(self._sockets),
@@ -74,7 +74,7 @@ class Slow:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno == errno.ENOTCONN:  # it is still connecting
+            if error.errno == errno.ENOTCONN:  # still connecting
                 return
             ended = True
         if ended:
@@ -89,6 +89,6 @@ class Slow:
             client.connect(("127.0.0.1", self._relay))
         except BlockingIOError:
             pass
-        except OSError:  # no port left for a moment
+        except OSError:  # no port is free at the moment
             client.close()
             self._sockets[number] = None

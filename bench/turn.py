@@ -1,12 +1,12 @@
-"""The embedded TURN server beside coturn: set-up time, streams per second, throughput, CPU time per stream and per GB.
+"""The embedded TURN server compared with coturn: set-up time, streams per second, throughput, CPU time per stream and per GB.
 
-    python -m bench.turn                         both, three rounds, some two minutes
+    python -m bench.turn                         both, three rounds, about two minutes
     python -m bench.turn --rounds 5 --only embedded
 
-In each round each server is started anew, logging as it does by default, and asked the same by the same generator: one control
-connection with one allocation; a stream is a peer's connect to the relayed address, the ConnectionAttempt, a data connection with
-its ConnectionBind, a byte from client to peer, and the end. Known lies: see README.md; besides, the generator is Python and costs
-more than either server, so that streams per second are its own limit. CPU per stream is the figure to compare.
+In each round each server is started anew, with its default logging, and gets the same load from the same generator: one control
+connection with one allocation. A stream consists of a peer's connect to the relayed address, the ConnectionAttempt, a data
+connection with its ConnectionBind, a byte from client to peer, and the end. README.md lists known distortions. In addition, the
+generator is Python and costs more than either server, so it limits the streams per second. Compare the CPU time per stream.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def _command(server: str, port: int, directory: Path) -> list[str]:
 
 @contextmanager
 def running(server: str) -> Iterator[tuple[int, int]]:
-    """Start a server; yields its port and pid."""
+    """Run a server while the block runs. Yields its port and pid."""
     with socket.create_server((HOST, 0)) as probe:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="crossnet-bench-") as name, (Path(name) / "output").open("wb") as output:
@@ -110,7 +110,7 @@ def running(server: str) -> Iterator[tuple[int, int]]:
 
 
 class Client:
-    """A control connection with an allocation that admits this host, and a thread that takes its ConnectionAttempts."""
+    """A control connection with an allocation that permits this host, and a thread that receives its ConnectionAttempts."""
 
     def __init__(self, port: int) -> None:
         self.server = (HOST, port)
@@ -155,7 +155,7 @@ class Client:
                 waiting.put(message.get(Attribute.CONNECTION_ID) or b"")
 
     def stream(self) -> tuple[socket.socket, socket.socket]:
-        """Make one stream; returns the peer's end and ours, bound."""
+        """Open one stream. Returns the peer's end and the bound data connection."""
         peer = socket.create_connection(self.relayed, timeout=TIMEOUT_S)
         port = peer.getsockname()[1]
         with self._lock:
@@ -193,7 +193,7 @@ def _receive(sock: socket.socket) -> Message:
 
 
 def set_up(client: Client, pid: int, count: int) -> dict[str, float]:
-    """Make streams one after the other: time from the peer's connect to its first byte."""
+    """Open streams one after the other. Measures the time from the peer's connect to its first byte."""
     took = []
     before = cost(pid).cpu_s
     for _ in range(count):
@@ -213,7 +213,7 @@ def set_up(client: Client, pid: int, count: int) -> dict[str, float]:
 
 
 def at_once(client: Client, pid: int, count: int, parallel: int) -> dict[str, float]:
-    """Make streams from several threads."""
+    """Open streams from several threads."""
     failures: list[BaseException] = []
 
     def work() -> None:
@@ -240,7 +240,7 @@ def at_once(client: Client, pid: int, count: int, parallel: int) -> dict[str, fl
 
 
 def throughput(client: Client, pid: int, streams: int, seconds: float) -> dict[str, float]:
-    """Send from peers to the client for that long; sender and receiver are processes of their own."""
+    """Send from peers to the client for this many seconds. Sender and receiver are separate processes."""
     pairs = [client.stream() for _ in range(streams)]
     total = multiprocessing.get_context("fork").Value("Q", 0)
     context = multiprocessing.get_context("fork")
@@ -277,7 +277,7 @@ def _source(socks: list[socket.socket], seconds: float) -> None:
         while time.monotonic() < until:
             sock.sendall(BLOCK)
         sock.shutdown(socket.SHUT_WR)
-        time.sleep(1)  # coturn answers a FIN by dropping what it holds: the sink counts what came
+        time.sleep(1)  # coturn drops buffered data when it gets a FIN: the sink counts what arrived
 
     _each(send, socks)
     os._exit(0)
@@ -291,7 +291,7 @@ def _sink(socks: list[socket.socket], total: Any) -> None:
             while size := sock.recv_into(buffer):
                 count += size
         except ConnectionResetError:
-            pass  # coturn's way of ending
+            pass  # coturn ends connections like this
         with total.get_lock():
             total.value += count
 
@@ -303,7 +303,7 @@ def _sink(socks: list[socket.socket], total: Any) -> None:
 
 
 def measure(server: str, count: int, seconds: float) -> dict[str, float]:
-    """Ask one server everything, once."""
+    """Run all measurements of one server once."""
     figures: dict[str, float] = {}
     with running(server) as (port, pid), ExitStack() as stack:
         client = Client(port)
@@ -317,7 +317,7 @@ def measure(server: str, count: int, seconds: float) -> dict[str, float]:
 
 
 def print_table(samples: dict[str, list[dict[str, float]]]) -> None:
-    """Print medians over the rounds with lowest and highest; of two servers also the ratio, taken within each round."""
+    """Print medians over the rounds with the lowest and highest value; for two servers also the median of the ratios per round."""
     print(f"{'':24}" + "".join(f"{server:>34}" for server in samples) + f"{'ratio':>10}" * (len(samples) == 2))
     for name in next(iter(samples.values()))[0]:
         columns = [[sample[name] for sample in rounds] for rounds in samples.values()]
@@ -332,9 +332,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.turn", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=2000, help="streams per question")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each throughput measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of each throughput measurement")
     parser.add_argument("--only", choices=("embedded", "coturn"), action="append")
-    parser.add_argument("--json", type=Path, help="write every sample there")
+    parser.add_argument("--json", type=Path, help="write all samples to this file")
     parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:
@@ -343,7 +343,7 @@ def main() -> int:
     servers = options.only or ["embedded", "coturn"]
     machine = describe()
     print(f"{machine['cores']} cores, {machine['cpu']}, Linux {machine['kernel']}, {machine['coturn']}")
-    print(f"1 MiB pipes to be had: {machine['pipes_of_1_mib']} (as {machine['user']} user)")
+    print(f"1 MiB pipes available: {machine['pipes_of_1_mib']} (as {machine['user']} user)")
     samples: dict[str, list[dict[str, float]]] = {server: [] for server in servers}
     for number in range(options.rounds):
         for server in servers if number % 2 == 0 else reversed(servers):

@@ -1,12 +1,12 @@
-"""What warm streams are worth: a new client's time to the first byte, with a TURN server that is far from the gateway.
+"""The effect of warm streams: a new client's time to the first byte, with a TURN server that is far from the gateway.
 
     python -m bench.warm                        embedded and coturn, 25 ms one way, with no, one and two warm streams
     python -m bench.warm --far 50 --pools 0 2
 
-The whole path as in the other benchmarks, with a delay between gateway and TURN server (bench.far). Clients come one at a time, so
-far apart that what the last one took has been made anew ("single"), and sixteen at once ("burst"), of whom `pool` find something
-ready. All is asked of every way in every round, in turn; medians over the rounds. `rtt` is the round trip between gateway and TURN
-server: no stream can have its first byte in less than one.
+The whole path as in the other benchmarks, with a delay between gateway and TURN server (bench.far). Clients connect one at a
+time, with pauses in which the used warm stream is replaced ("single"), and sixteen at once ("burst"), of which `pool` find a
+warm stream. Every round measures every way in turn; figures are medians over the rounds. `rtt` is the round trip between
+gateway and TURN server: no stream can have its first byte in less than one.
 """
 
 import argparse
@@ -29,22 +29,22 @@ from crossnet.lab.program import ProgramError
 
 TURNS = ("embedded", "coturn")
 FIRST = 8
-"""Clients before those that count: nothing is kept ready for an allocation that nobody has used yet, and there are two."""
+"""Clients that are not measured: an allocation has no warm streams before its first use, and there are two allocations."""
 SINGLES = 20
 BURST = 16
 SETTLE_RTTS = 6
-"""Round trips between two clients: a warm stream takes three to make."""
+"""Round trips between two clients: opening a warm stream takes three."""
 
 
 class Measured:
-    """First-byte times of one way, by what was asked."""
+    """First-byte times of one way, by kind of measurement."""
 
     def __init__(self) -> None:
         self.ms: dict[str, list[float]] = {"single_p50": [], "single_p99": [], "burst_p50": [], "burst_p99": []}
 
 
 def ask(way: Way, far_ms: float, measured: Measured) -> None:
-    """Let clients come, and note how long they took. OSError or EOFError where one was refused."""
+    """Run the clients of one round and record their times. Raises OSError or EOFError if one is refused."""
     pause = SETTLE_RTTS * 2 * far_ms / 1000 + 0.05
     hello = client_hello(way.asked)
     deadline = time.monotonic() + PROBE_TIMEOUT_S
@@ -71,7 +71,7 @@ def ask(way: Way, far_ms: float, measured: Measured) -> None:
 
 
 def first_byte_ms(address: tuple[str, int], hello: bytes) -> float:
-    """One client: connect, ClientHello and nothing behind it, as TLS clients do, and the first byte of the answer."""
+    """Run one client, which sends only a ClientHello, as TLS clients do. Returns the time from connect to the first byte."""
     began = time.monotonic()
     with socket.create_connection(address, timeout=30) as client:
         client.sendall(hello)
@@ -81,7 +81,7 @@ def first_byte_ms(address: tuple[str, int], hello: bytes) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print a table and JSON."""
+    """Run the measurements, and print a table and JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.warm", description="First-byte time with and without warm streams."
     )

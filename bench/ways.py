@@ -1,14 +1,14 @@
-"""The ways from the load generator to the service: each with processes of its own, started anew and ended every round.
+"""The ways from the load generator to the service: each has processes of its own, which are started anew in every round.
 
     direct            nothing between them
     relay             crossnet's relay alone, local route
-    haproxy           HAProxy in TCP mode, chosen by SNI: what the relay alone is held against
-    haproxy-splice    the same, told to splice
-    gateway           relay → gateway that it reaches directly
+    haproxy           HAProxy in TCP mode, routing by SNI: the comparison for the relay alone
+    haproxy-splice    the same with splicing enabled
+    gateway           relay → gateway, reached directly
     embedded          relay → embedded TURN server → gateway: the whole path
     coturn            relay → coturn → gateway
 
-Parts of crossnet run as users run them: `crossnet run -c FILE`, one role a process.
+crossnet runs as users run it: `crossnet run -c FILE`, one process per role.
 """
 
 import json
@@ -32,13 +32,13 @@ from sniproxy.engine.pipes import PIPE_BYTES
 
 HOST = "127.0.0.1"
 LOOPBACK = ["127.0.0.0/8"]
-PASSWORD = "bench"  # of servers that listen on loopback while the benchmark runs
+PASSWORD = "bench"  # for servers that listen on loopback while the benchmark runs
 
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-"""Debian keeps haproxy and turnserver where an ordinary user's PATH does not look."""
+"""Folders of haproxy and turnserver on Debian, which are not in an ordinary user's PATH."""
 
 RELAY_PORTS = 100
-"""Ports for allocations, below Linux's ephemeral ports; a gateway takes one."""
+"""Number of ports for allocations, below Linux's ephemeral ports; a gateway uses one."""
 
 HAPROXY = """
 global
@@ -62,26 +62,26 @@ frontend clients
 backend service
     server service-1 {host}:{service_port}
 """
-"""One thread as our processes have, a log line for each stream as we write one."""
+"""One thread, as our processes have, and one log line per stream, as we write."""
 
 HAPROXY_SPLICE = {"pipes": f"tune.pipesize {PIPE_BYTES}", "splice": "option splice-request\n    option splice-response"}
-"""Pipes as large as ours. `splice-auto`, which its manual recommends, was seen to splice nothing here (2.6.12)."""
+"""Pipes as large as ours. `splice-auto`, which the manual recommends, never spliced here (2.6.12)."""
 
 _RELAY = {"id": "relay-1", "listen": f"{HOST}:0", "max_streams_per_client": 0, "new_streams_per_second": 0}
-"""All clients here have one address, and ask for all that there is."""
+"""No limits per client: all clients of the benchmark have one address."""
 
 
 class Way:
-    """One way. `start` starts its processes and says where to connect; `end` is good at any time."""
+    """One way. `start` starts its processes and sets `address`; `end` may be called at any time."""
 
     def __init__(
         self, name: str, folder: Path, service_port: int, *, far_ms: float = 0.0, relay: Mapping[str, Any] | None = None
     ) -> None:
-        """Make one of WAYS.
+        """`name` is one of WAYS.
 
         Args:
-            far_ms: how far the TURN server is from the gateway, one way.
-            relay: more keys of the relay's section.
+            far_ms: delay between gateway and TURN server in one direction.
+            relay: further settings of the relay's section.
         """
         self.name = name
         self._far_ms = far_ms
@@ -91,16 +91,16 @@ class Way:
         self.address: tuple[str, int] = (HOST, service_port)
         self.asked = self._asked("a")
         self.measured: tuple[str, ...] = ()
-        """Those of its processes that bytes go through."""
+        """The processes that carry the bytes."""
         self._programs: dict[str, Program] = {}
 
     def start(self) -> None:
-        """Start all of it. Raises ProgramError if a process does not come up."""
+        """Start all processes. Raises ProgramError if one does not start."""
         self._folder.mkdir(parents=True, exist_ok=True)
         _STARTS[self.name](self)
 
     def end(self) -> None:
-        """End its processes and wait until they are gone."""
+        """Stop its processes and wait until they have ended."""
         for program in reversed(self._programs.values()):
             program.ask_to_end()
         for program in reversed(self._programs.values()):
@@ -112,7 +112,7 @@ class Way:
         return {part: self._programs[part].pid for part in self.measured}
 
     def complaints(self) -> str:
-        """Return the ends of all logs, for an error message."""
+        """Return the last lines of all logs, for an error message."""
         return "".join(f"\n  {self.name}/{part}:\n{program.tail()}" for part, program in self._programs.items())
 
     # The kinds
@@ -201,7 +201,7 @@ class Way:
         self.measured = ("relay", turn, "gateway")
 
     def _turn_url(self, port: int) -> str:
-        """Where gateways find the TURN server: behind a long cable, if it is far away."""
+        """Return the URL of the TURN server for gateways, which leads through `bench.far` if there is a delay."""
         if self._far_ms:
             far = self._run("far", [sys.executable, str(ROOT / "bench" / "far.py"), str(port), str(self._far_ms)])
             far.wait_until("its port", lambda: bool(far.lines()))
@@ -213,7 +213,7 @@ class Way:
         listening = self._crossnet("discovery_server", {"network": "a", "discovery_server": server})
         return [f"http://{listening[0]}:{listening[1]}"]
 
-    # What they are made of
+    # Files and processes
 
     def _asked(self, network: str) -> str:
         return encode(AddressTarget(network, parse_address(HOST), self._service_port), DEFAULT_DOMAIN)
@@ -236,7 +236,7 @@ class Way:
         return file
 
     def _crossnet(self, role: str, document: dict[str, Any]) -> tuple[str, int]:
-        """Run one role and return where it listens, once it does; ("", 0) for a role that listens nowhere."""
+        """Run one role, wait until it has started, and return where it listens; ("", 0) for a role that does not listen."""
         self._write(f"{role}.yaml", {**document, "admin": f"{HOST}:0", "drain": 0})
         program = self._run(role, [sys.executable, "-m", "crossnet", "run", "-c", f"{role}.yaml"])
         program.wait_until("its start", lambda: _started(program) is not None)
@@ -268,7 +268,7 @@ _NEEDS = {"haproxy": "haproxy", "haproxy-splice": "haproxy", "coturn": "turnserv
 
 
 def missing(name: str) -> str | None:
-    """Return the program that a way needs and that is not installed; None if it can be had."""
+    """Return the program that a way needs if it is not installed, otherwise None."""
     program = _NEEDS.get(name)
     return None if program is None or shutil.which(program) else program
 
@@ -291,7 +291,7 @@ def _is_free(port: int) -> bool:
 
 
 def _free_port(*, pair: bool = False) -> int:
-    """Pick a port below the ephemeral ones, for a server that cannot say which one it has been given."""
+    """Return a free port below the ephemeral ones, for a server that cannot report which port it got."""
     while True:
         port = random.randrange(10_000, 20_000, 2)
         if _is_free(port) and (not pair or _is_free(port + 1)):
@@ -299,7 +299,7 @@ def _free_port(*, pair: bool = False) -> int:
 
 
 def _free_range() -> int:
-    """Pick where a block of ports begins. Others may hold some of it: TURN servers try the next one then."""
+    """Return the first port of a range. Some ports in it may be in use: TURN servers then try the next one."""
     while True:
         first = random.randrange(20_000, 32_000, RELAY_PORTS)
         if _is_free(first):

@@ -1,6 +1,6 @@
-"""A worker: load generator or service in a process of its own, which gets commands and gives results as lines of JSON.
+"""Workers: load generator and service run in processes of their own, with commands and results as lines of JSON.
 
-A worker ends when its standard input does, so none outlives the benchmark, however that ends.
+A worker ends when its standard input does, so none outlives the benchmark, however the benchmark ends.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ END_TIMEOUT_S = 5.0
 
 
 class WorkerError(Exception):
-    """A worker could not do what it was told, or died."""
+    """A command failed, or the worker ended."""
 
 
 class Worker:
@@ -40,10 +40,10 @@ class Worker:
         return self._process.pid
 
     def ask(self, command: str, *, limit_s: float, **arguments: object) -> dict[str, Any]:
-        """Have a command carried out and return its result.
+        """Run a command and return its result.
 
         Raises:
-            WorkerError: it failed, or took longer than `limit_s`.
+            WorkerError: the command failed, or took longer than `limit_s`.
         """
         assert self._process.stdin is not None
         line = json.dumps({"command": command, **arguments}).encode() + b"\n"
@@ -61,7 +61,7 @@ class Worker:
         descriptor = self._process.stdout.fileno()
         while b"\n" not in self._rest:
             if not select.select([descriptor], [], [], limit_s)[0]:
-                raise WorkerError(f"{self.name} says nothing for {limit_s:g} s")
+                raise WorkerError(f"{self.name} does not answer within {limit_s:g} s")
             data = os.read(descriptor, 65536)
             if not data:
                 raise WorkerError(f"{self.name} ended, exit code {self._process.wait()}")
@@ -70,7 +70,7 @@ class Worker:
         return line
 
     def end(self) -> None:
-        """See that it is gone."""
+        """End it, and wait for it; kill it if it takes too long."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(OSError):
@@ -84,20 +84,20 @@ class Worker:
 
 
 def allow_open_files() -> None:
-    """Let this process have as many descriptors as it may."""
+    """Raise the limit of open files of this process to its maximum."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def serve_commands(commands: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Carry out what standard input asks for, one command after the other, until it ends."""
+    """Run the commands on standard input, one after the other, until it ends."""
     for line in sys.stdin:
         arguments = json.loads(line)
         answer(commands[arguments.pop("command")], arguments)
 
 
 def answer(command: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> None:
-    """Carry out one command and print its result, or what went wrong."""
+    """Run one command and print its result, or its error."""
     try:
         result = command(**arguments)
     except (OSError, EOFError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Fixtures and marks that every test file shares."""
+"""Fixtures and marks shared by all test files."""
 
 import os
 
@@ -7,7 +7,7 @@ from hypothesis import settings
 
 from tests import requirements
 
-# A busy machine is no defect of the example that it met: the limit of each test is pytest's.
+# No deadline per example: on a busy machine it would fail by chance. Each test has pytest's timeout.
 settings.register_profile("crossnet", deadline=None)
 settings.load_profile("crossnet")
 

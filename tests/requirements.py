@@ -1,8 +1,7 @@
-"""What a test may need of the machine: a real program, or the right to make network namespaces.
+"""Requirements of tests: a real program, or permission to create network namespaces.
 
-A test says so by a mark, `@pytest.mark.needs("turnserver", "nft")`. Where something is missing the test is skipped
-with the reason in the summary; with CI=true that is a failure, because a CI that silently skips its real peers proves
-nothing.
+A test declares them by a mark, `@pytest.mark.needs("turnserver", "nft")`. If one is missing, the test is skipped with the
+reason in the summary. With CI=true it fails instead, because a CI run that silently skips its real peers proves nothing.
 """
 
 import functools
@@ -10,7 +9,7 @@ import os
 import shutil
 import subprocess
 
-# Which Debian package brings a program whose name is not the package's own.
+# Debian packages of programs whose name differs from that of the package.
 PACKAGES = {
     "turnserver": "coturn",
     "turnutils_uclient": "coturn",
@@ -31,13 +30,13 @@ PACKAGES = {
 }
 
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-"""Debian keeps ip, nft, nginx and turnserver's neighbours where an ordinary user's PATH does not look."""
+"""Folders of ip, nft and nginx on Debian, which are not in an ordinary user's PATH."""
 
 
 def lacking(requirement: str) -> str | None:
-    """Return why a requirement is not met here, None if it is.
+    """Return why a requirement is not met, or None if it is.
 
-    `netns` (as root), `userns` (as anybody) and `namespaces` (one of the two) are found out by doing.
+    `netns` (as root), `userns` (as any user) and `namespaces` (either of them) are determined by trying.
     """
     if requirement == "namespaces":
         return lacking("userns") if lacking("netns") else None

@@ -1,4 +1,4 @@
-"""Tests mirror the packages: every module has its test file, and every test file its module, but for those that are named here."""
+"""Tests mirror the packages: every module has its test file and every test file its module, except for those listed here."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ TESTED_BY = {
     "turnreg/registrar/config": "turnreg/registrar/test_registrar",
     "turnreg/server": "turnreg/server/test_behaviour",
 }
-"""Modules, or whole packages, whose behaviour the tests of another show."""
+"""Modules or whole packages that are tested by the tests of another module."""
 
 OVER_SEVERAL = {
     "crossnet/config/test_settings",
@@ -70,7 +70,7 @@ OVER_SEVERAL = {
     "turnreg/server/test_datagram_decisions",
     "turnreg/test_sharing",
 }
-"""Test files of a package that are about more than one of its modules."""
+"""Test files of a package that cover several of its modules."""
 
 
 def modules() -> set[str]:
@@ -86,7 +86,7 @@ def files_of_tests() -> set[str]:
 
 
 def of(module: str, files: set[str]) -> list[str]:
-    """The test files of a module: its name, and whatever follows it."""
+    """Return the test files of a module: `test_NAME`, and `test_NAME_*`."""
     folder, _, name = module.rpartition("/")
     own = f"{folder}/test_{name}"
     return [file for file in files if file == own or file.startswith(f"{own}_")]
@@ -112,11 +112,11 @@ def test_a_test_file_has_its_module(file: str) -> None:
 
 
 def of_packages() -> set[str]:
-    """Test files that are named after a package."""
+    """Return the test files that are named after an entry of TESTED_BY, such as a package."""
     return {file for place in TESTED_BY for file in of(place, files_of_tests())}
 
 
-def test_nothing_is_named_that_is_not_there() -> None:
+def test_the_lists_have_no_stale_entries() -> None:
     there = modules() | {package for module in modules() for package in packages_of(module)}
     assert set(TESTED_BY) <= there
     assert files_of_tests() >= OVER_SEVERAL

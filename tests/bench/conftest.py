@@ -1,4 +1,4 @@
-"""The benchmarks are run from the checkout and never installed: only here do tests look for them."""
+"""The benchmarks run from the checkout and are never installed, so their tests need the checkout in sys.path."""
 
 import sys
 from pathlib import Path

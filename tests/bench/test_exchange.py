@@ -1,10 +1,10 @@
-"""The bytes that load generator and service exchange."""
+"""The protocol between load generator and service."""
 
 from bench.exchange import ECHO, UPLOAD, client_hello, parse_start, request
 from sniproxy.formats.client_hello import HelloReader
 
 
-def test_the_hello_is_one_that_the_relay_reads() -> None:
+def test_the_relay_can_parse_the_hello() -> None:
     data = client_hello("orders.example")
     reader = HelloReader()
     hello = reader.feed(data)
@@ -12,7 +12,7 @@ def test_the_hello_is_one_that_the_relay_reads() -> None:
     assert hello.server_name == "orders.example"
 
 
-def test_a_request_is_found_behind_the_hello_however_it_is_cut() -> None:
+def test_a_request_is_parsed_only_when_it_is_complete() -> None:
     hello = client_hello("orders.example")
     data = hello + request(UPLOAD, ms=250, count=7)
     for size in range(len(data)):

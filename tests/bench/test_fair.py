@@ -1,6 +1,6 @@
-"""Nobody who floods a process stops it: real processes, real clients, as `python -m bench.fair` has them.
+"""A flood does not block a process: real processes and real clients, as in `python -m bench.fair`.
 
-No time is measured here. A client that waits for five seconds waits for ever, and so does a signal.
+No durations are asserted. A client that waits for five seconds, or a signal without effect, counts as blocked.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,9 @@ def service() -> Iterator[int]:
         ("warm-ping", 1),
     ],
 )
-def test_others_are_served_and_signals_heeded(flood: str, attackers: int, service: int, tmp_path: Path) -> None:
+def test_other_clients_are_served_and_signals_are_handled(
+    flood: str, attackers: int, service: int, tmp_path: Path
+) -> None:
     result = measure(flood, attackers, 0.5, tmp_path, service, first=False)
     for victim in FLOODS[flood]:
         assert result[victim]["tries"] > 1

@@ -1,4 +1,4 @@
-"""The benchmark run as a person runs it, with sizes at which its figures mean nothing."""
+"""The benchmark, run as a user runs it, with sizes so small that its figures mean nothing."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ def bench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def processes(folder: Path) -> list[str]:
-    """The command lines of live processes that were started with this folder for temporary files."""
+    """Return the command lines of running processes that have this folder as TMPDIR."""
     found = []
     for place in Path("/proc").iterdir():
         if place.name.isdigit():
@@ -38,7 +38,7 @@ def processes(folder: Path) -> list[str]:
 
 
 def assert_all_measured(done: subprocess.CompletedProcess[str], file: Path, parts: dict[str, list[str]]) -> None:
-    """Every question was answered by every way, and cost the processes of that way something."""
+    """Check that every question was measured for every way, including the cost of its processes."""
     assert done.returncode == 0, done.stderr
     document = json.loads(file.read_text())
     assert document["failures"] == []
@@ -59,7 +59,7 @@ def assert_all_measured(done: subprocess.CompletedProcess[str], file: Path, part
 
 
 @pytest.mark.slow
-def test_everything_of_ours_is_measured(tmp_path: Path) -> None:
+def test_our_own_ways_are_measured(tmp_path: Path) -> None:
     file = tmp_path / "results" / "it.json"
     done = bench(tmp_path, *TINY, "--only", *ONE_OF_EACH_KIND, "relay", "gateway", "embedded", "--json", str(file))
     parts = {
@@ -89,7 +89,7 @@ def test_peers_are_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_nothing_is_left_behind_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_leaves_no_process_behind(tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["--seconds", "30", "--only", "up-1", "relay", "--json", str(tmp_path / "it.json")]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE) as process:
@@ -102,7 +102,7 @@ def test_nothing_is_left_behind_by_a_signal(tmp_path: Path, number: signal.Signa
     )
 
 
-def test_a_name_that_means_nothing_is_an_error(tmp_path: Path) -> None:
+def test_an_unknown_name_is_an_error(tmp_path: Path) -> None:
     done = bench(tmp_path, "--only", "teleport")
     assert done.returncode == 2
     assert "'teleport' is neither a question nor a way" in done.stderr

@@ -1,4 +1,4 @@
-"""Medians, ratios within a round, and the text that a person reads."""
+"""Medians, ratios within a round, and the text for people."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert row["rate_to_haproxy"] is None
 
 
-def test_we_are_held_against_the_better_haproxy_of_each_round() -> None:
+def test_crossnet_is_compared_with_the_better_haproxy_of_each_round() -> None:
     samples = [
         *(sample("haproxy", round_, 100, 1.0) for round_ in (1, 2)),
         *(sample("haproxy-splice", round_, 200, 0.5) for round_ in (1, 2)),
@@ -54,14 +54,14 @@ def test_a_way_that_failed_in_a_round_has_fewer() -> None:
     assert row["rate_to_direct"] == 0.4
 
 
-def test_the_table_says_when_others_were_busy() -> None:
+def test_the_table_notes_when_other_processes_were_busy() -> None:
     quiet = report.table([sample("direct", 1, 100)], [CONNECT])
     assert "NOTE" not in quiet
     noisy = report.table([sample("direct", 1, 100, foreign=0.5)], [CONNECT])
     assert "other processes took up to 50% of this machine" in noisy
 
 
-def test_the_file_has_everything(tmp_path: Path) -> None:
+def test_the_file_is_complete(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b.json"
     report.write(file, [sample("relay", 1, 100, 1.0)], Settings(), {"git": "abc"}, ["it broke"])
     document = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""How clients arrive at a relay: behind a load balancer that speaks PROXY, and over a limit."""
+"""Clients that connect to a relay through a load balancer with PROXY headers, and clients over a limit."""
 
 from dataclasses import replace
 from ipaddress import IPv4Network
@@ -37,7 +37,7 @@ async def relay_line(path: Path, count: int = 1) -> dict[str, object]:
 
 @pytest.mark.parametrize("header", [V1, V2])
 @pytest.mark.parametrize("split", [False, True])
-async def test_a_load_balancer_says_who_the_client_is(header: bytes, split: bool) -> None:
+async def test_a_load_balancer_gives_the_clients_address(header: bytes, split: bool) -> None:
     async with a_path("direct") as path:
         reconfigure(path, proxy_from=LOOPBACK, allow=(IPv4Network("10.7.0.0/16"),))
         name = name_of(await path.serve(echo))
@@ -78,7 +78,7 @@ async def test_a_header_from_anywhere_else_is_not_tls(header: bytes) -> None:
         (b"", "client_reset"),
     ],
 )
-async def test_from_a_load_balancer_a_header_must_come(sent: bytes, reason: str) -> None:
+async def test_a_load_balancer_must_send_a_header(sent: bytes, reason: str) -> None:
     async with a_path("direct") as path:
         reconfigure(path, proxy_from=LOOPBACK)
         client = await path.connect()
@@ -102,7 +102,7 @@ async def test_a_header_and_a_hello_have_one_deadline() -> None:
 
 
 @pytest.mark.parametrize("header", [ProxyHeader(command=Command.LOCAL).pack(), b"PROXY UNKNOWN\r\n"])
-async def test_a_load_balancer_may_speak_for_itself(header: bytes) -> None:
+async def test_a_load_balancer_may_connect_for_itself(header: bytes) -> None:
     async with a_path("direct") as path:
         reconfigure(path, proxy_from=LOOPBACK)
         name = name_of(await path.serve(echo))
@@ -115,7 +115,7 @@ async def test_a_load_balancer_may_speak_for_itself(header: bytes) -> None:
     assert (line["client"], "proxy" in line) == ("127.0.0.1", False)
 
 
-async def test_the_address_in_the_header_is_the_one_that_must_be_allowed() -> None:
+async def test_the_address_in_the_header_must_be_allowed() -> None:
     async with a_path("direct") as path:
         reconfigure(path, proxy_from=LOOPBACK, allow=LOOPBACK)
         client = await path.connect()
@@ -155,7 +155,7 @@ async def test_by_default_only_private_addresses_may_use_a_relay(source: str, se
         assert (await relay_line(path))["client"] == source
 
 
-async def test_a_client_at_its_limit_is_refused_and_its_streams_go_on() -> None:
+async def test_a_client_at_its_limit_is_refused_and_its_open_streams_continue() -> None:
     async with a_path("direct") as path:
         reconfigure(path, max_streams_per_client=2, proxy_from=LOOPBACK)
         name = name_of(await path.serve(echo))
@@ -188,9 +188,9 @@ async def test_a_client_at_its_limit_is_refused_and_its_streams_go_on() -> None:
         again.close()
 
 
-async def test_new_streams_have_a_rate() -> None:
+async def test_the_rate_of_new_streams_is_limited() -> None:
     async with a_path("direct") as path:
-        reconfigure(path, new_streams_per_s=1)  # and so two at once
+        reconfigure(path, new_streams_per_s=1)  # which allows two at once
         for answer in (b"", b"", INTERNAL_ERROR):
             client = await path.connect()
             await client.send(b"GET / HTTP/1.1\r\n" if not answer else client_hello("a.example"))
@@ -198,7 +198,7 @@ async def test_new_streams_have_a_rate() -> None:
             client.close()
 
 
-async def test_unfinished_hellos_are_bounded_together() -> None:
+async def test_the_bytes_of_incomplete_hellos_are_limited_together() -> None:
     async with a_path("direct") as path:
         reconfigure(path, max_hello_held_bytes=40_000)
         large = client_hello("a.example", padding(30_000))

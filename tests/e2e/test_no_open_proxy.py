@@ -1,4 +1,4 @@
-"""Nobody can make a relay or gateway dial what they should not: the well-known targets, their spellings, and captured streams."""
+"""A relay or gateway cannot be made to dial forbidden targets: well-known ones in all spellings, and those of captured streams."""
 
 import asyncio
 from dataclasses import replace
@@ -42,7 +42,7 @@ HOSTS = [
     "017700000001",
     "127-0-0-1-",
 ]
-"""As they stand in a mangled name, where a dash is a dot or a colon."""
+"""As written in a mangled name, where a dash stands for a dot or a colon."""
 
 HOSTS_OF_IPV6 = {
     "--1": "1",
@@ -57,7 +57,7 @@ HOSTS_OF_IPV6 = {
 
 
 def names(port: int, network: str) -> list[str]:
-    """Every way to ask for the targets above in a network, and plain literals."""
+    """Return every form of name for the targets above in a network, and plain literals."""
     compact = [f"p{port}-{host}.{network}.{DOMAIN}" for host in HOSTS]
     compact += [f"p{port}-x{digits.rjust(32, '0')}.{network}.{DOMAIN}" for digits in HOSTS_OF_IPV6.values()]
     mangled = [f"_{port}._{host}._{network}.{DOMAIN}" for host in (*HOSTS, *HOSTS_OF_IPV6)]
@@ -74,7 +74,7 @@ def names(port: int, network: str) -> list[str]:
 
 
 async def refused(path: Path, name: str) -> dict[str, object]:
-    """Ask for a name; give the relay's account of it, which must be a refusal told by an alert."""
+    """Ask for a name, which must be refused with an alert. Returns the relay's log event."""
     before = len(path.relay_log.events)
     client = await path.dial(name)
     answer = await read_all(client)
@@ -84,8 +84,8 @@ async def refused(path: Path, name: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("network", ["a", "b"])
-async def test_what_no_list_can_allow_by_being_wide(network: str) -> None:
-    """Both relay and gateway allow every address there is; a service listens on loopback all the same."""
+async def test_wide_lists_do_not_allow_special_targets(network: str) -> None:
+    """Relay and gateway allow all addresses, and a service listens on loopback. It must not be reached."""
     async with a_path("direct") as path:
         reached = []
 
@@ -106,7 +106,7 @@ async def read_to_the_end(wire: SocketStream) -> None:
 
 
 @pytest.mark.parametrize("turn", ["embedded", "direct"])
-async def test_our_own_parts_are_no_services_where_loopback_is_allowed(turn: str) -> None:
+async def test_our_own_parts_are_refused_where_loopback_is_allowed(turn: str) -> None:
     async with a_path(turn) as path:
         admin = await path.serve(read_to_the_end)
         path.relay.reconfigure(
@@ -151,7 +151,7 @@ relay: {id: relay-1, listen: "127.0.0.1:0", deliver: ["127.0.0.0/8", "0.0.0.0/0"
 
 
 class Captured:
-    """What a relay wrote to a gateway, and what it is split into."""
+    """The bytes that a relay wrote to a gateway, split into header and capsules."""
 
     def __init__(self, data: bytes) -> None:
         length = 16 + int.from_bytes(data[14:16], "big")
@@ -159,7 +159,7 @@ class Captured:
 
 
 async def captured(path: Path) -> Captured:
-    """Let one stream pass through somebody who listens in between relay and gateway."""
+    """Capture one stream between relay and gateway."""
     seen = bytearray()
     gateway = path.gateway.addresses[0]
 
@@ -190,28 +190,28 @@ async def captured(path: Path) -> Captured:
     return Captured(bytes(seen))
 
 
-async def play(address: tuple[str, int], data: bytes) -> list[object]:
-    """Write these bytes to a gateway; give what it says, in its own words."""
+async def replay(address: tuple[str, int], data: bytes) -> list[object]:
+    """Send these bytes to a gateway. Returns its messages up to REFUSED."""
     wire = await connect(*address, timeout_s=10)
     await wire.send(data)
     framed = CapsuleConnection(wire, Side.RELAY)
-    said: list[object] = []
+    messages: list[object] = []
     try:
         async with asyncio.timeout(10):
-            while not any(isinstance(message, Refused) for message in said):
-                said.append(await framed.next_message())
+            while not any(isinstance(message, Refused) for message in messages):
+                messages.append(await framed.next_message())
     finally:
         wire.close()
-    return said
+    return messages
 
 
-async def test_a_captured_stream_is_refused_wherever_it_is_played_again() -> None:
+async def test_a_captured_stream_is_refused_by_every_gateway() -> None:
     async with a_path("direct") as path:
         capture = await captured(path)
         keys = dict(path.gateway._handshakes.keys)
         keys["cb-1"] = SigningKey(id="cb-1", secret=bytes(32), from_network="c", to_network="b")
-        said = await play(path.gateway.addresses[0], capture.header + capture.capsules)
-        assert [message.reason for message in said if isinstance(message, Refused)] == [Reason.REPLAY]
+        messages = await replay(path.gateway.addresses[0], capture.header + capture.capsules)
+        assert [message.reason for message in messages if isinstance(message, Refused)] == [Reason.REPLAY]
         others = [("gw-2", "b", Reason.REPLAY), ("gw-1", "c", Reason.REPLAY), ("gw-1", "b", Reason.STALE_EPOCH)]
         for gateway_id, network, reason in others:
             config = GatewayConfig(
@@ -221,7 +221,7 @@ async def test_a_captured_stream_is_refused_wherever_it_is_played_again() -> Non
             await other.open()
             async with asyncio.TaskGroup() as group:
                 running_gateway = group.create_task(other.run())
-                said = await play(other.addresses[0], capture.header + capture.capsules)
-                assert [type(message) for message in said] == [Refused]
-                assert said[0].reason == reason  # type: ignore[attr-defined]
+                messages = await replay(other.addresses[0], capture.header + capture.capsules)
+                assert [type(message) for message in messages] == [Refused]
+                assert messages[0].reason == reason  # type: ignore[attr-defined]
                 running_gateway.cancel()

@@ -1,4 +1,4 @@
-"""Nonces that end all the time, which coturn says to a bind by a bare reset."""
+"""Nonces that expire often. coturn answers a bind with an expired nonce by a bare reset."""
 
 import asyncio
 
@@ -17,8 +17,8 @@ async def echo(wire: SocketStream) -> None:
 
 
 @pytest.mark.needs("turnserver")
-async def test_a_crowd_after_idling_past_a_nonces_life_is_bound_whole() -> None:
-    """The nonce is found to have ended while the first connections are opened, not by losing them."""
+async def test_many_streams_after_a_nonce_has_expired_are_all_bound() -> None:
+    """The expired nonce is detected while the first connections open, so none of them is lost."""
     async with a_path("coturn", coturn_options=("--stale-nonce=2",)) as path:
         name = name_of(await path.serve(echo))
 
@@ -30,7 +30,7 @@ async def test_a_crowd_after_idling_past_a_nonces_life_is_bound_whole() -> None:
                 pass
             client.close()
 
-        await asyncio.sleep(3.1)  # nothing to wait for: the server tells nobody that a nonce has ended
+        await asyncio.sleep(3.1)  # there is no event: the server does not announce that a nonce has expired
         async with asyncio.TaskGroup() as group:
             for _ in range(30):
                 group.create_task(stream())

@@ -1,4 +1,4 @@
-"""Real processes: a service that does not run is started by the first stream that wants it."""
+"""Real processes: a service that is not running is started by the first stream to it."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.hellos import client_hello
-from tests.support.processes import DOMAIN, Loopback, Mesh, standing, streams_of
+from tests.support.processes import DOMAIN, Loopback, Mesh, running_mesh, streams_of
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +22,7 @@ NAME = f"p8443-orders.shop.b.{DOMAIN}"
 
 @pytest.fixture
 def pids(tmp_path: Path) -> Iterator[Path]:
-    """Where the command writes the process id of the server that it starts; it ends with the test, or within a minute."""
+    """Path of the file for the process id of the server that the command starts. It ends with the test, or after a minute."""
     yield tmp_path / "pids"
     for pid in (tmp_path / "pids").read_text().split():
         with suppress(ProcessLookupError):
@@ -35,8 +35,8 @@ def pids(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("wakes_s", "timeout", "attempts"),
     [
-        pytest.param(1.5, "1s", 2, id="by the second attempt: the first was held and refused, the command runs once"),
-        pytest.param(10.5, "20s", 1, id="by the first: the relay is told to wait longer than it would"),
+        pytest.param(1.5, "1s", 2, id="second attempt: the first one waits and is refused, and the command runs once"),
+        pytest.param(10.5, "20s", 1, id="first attempt: the relay is told to wait longer than it normally would"),
     ],
 )
 async def test_a_service_that_wakes_late_is_reached(
@@ -52,20 +52,20 @@ async def test_a_service_that_wakes_late_is_reached(
         command = ["sh", "-c", script]
         document["gateway"]["activate"] = [{"names": "**.cluster.local", "command": command, "timeout": timeout}]
 
-    with standing(Mesh(tmp_path, ground, turn="coturn", changes={"gateway": activate})) as mesh:
+    with running_mesh(Mesh(tmp_path, ground, turn="coturn", changes={"gateway": activate})) as mesh:
         spec = {"name": SERVICE, "ports": {"8443": [f"{ground.plan.service}:{port}"]}}
         assert mesh.records_command("put", "service", SERVICE, json.dumps(spec)).returncode == 0
-        await mesh.eventually("the gateway knows the service", lambda: mesh.records("gateway", "service"))
-        await mesh.eventually("the relay, too", lambda: mesh.records("relay", "service"))
+        await mesh.eventually("the gateway has the service record", lambda: mesh.records("gateway", "service"))
+        await mesh.eventually("the relay has the service record", lambda: mesh.records("relay", "service"))
         hello = client_hello(NAME)
         client = await mesh.dial(NAME, hello=hello)
-        assert await client.recv_exactly(len(hello)) == hello, "the real server gives it back"
+        assert await client.recv_exactly(len(hello)) == hello, "the server echoes it"
         client.shutdown_write()
         while await client.recv():
             pass
         client.close()
         await mesh.eventually(
-            "both have told of its end", lambda: mesh.events("relay") and len(mesh.events("gateway")) == attempts
+            "both have logged its end", lambda: mesh.events("relay") and len(mesh.events("gateway")) == attempts
         )
         assert streams_of(mesh.events("gateway")) == ["no_endpoint"] * (attempts - 1) + ["ok"]
         assert streams_of(mesh.events("relay")) == ["ok"]

@@ -1,4 +1,4 @@
-"""SIGTERM to a relay and to a gateway: what is open may end, what comes finds another way, and the exit code says why."""
+"""SIGTERM to a relay and to a gateway: open streams may finish, new ones go elsewhere, and the exit code names the signal."""
 
 import asyncio
 import signal
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sniproxy.engine import SocketStream
-from tests.support.processes import Loopback, Mesh, standing
+from tests.support.processes import Loopback, Mesh, running_mesh
 from tests.support.talk import talking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -24,7 +24,7 @@ def drain(limit: str) -> Any:
 
 
 def drain_relay(limit: str) -> Any:
-    """A relay looks how long resolvers remember it by the `dns` of its file, which another process may run."""
+    """Set `drain`, and a `dns` section, from which a relay learns the TTL even if another process runs that role."""
 
     def change(document: dict[str, Any]) -> None:
         document |= {
@@ -44,14 +44,14 @@ async def refused(mesh: Mesh) -> bool:
     return False
 
 
-async def test_a_relay_that_is_asked_to_end_lets_its_streams_end(tmp_path: Path) -> None:
+async def test_a_draining_relay_lets_its_streams_finish(tmp_path: Path) -> None:
     mesh = Mesh(tmp_path, Loopback(), changes={"relay": drain_relay("30s")}, roles={"relay": ["relay"]})
-    with standing(mesh):
+    with running_mesh(mesh):
         async with talking(mesh) as talk:
             held = [await talk.hold() for _ in range(3)]
             mesh["relay"].send_signal(signal.SIGTERM)
-            await mesh.eventually("it says that it is not ready", lambda: not mesh.ready("relay"))
-            await mesh.eventually("no resolver names it any more", lambda: not mesh.records("gateway", "relay"))
+            await mesh.eventually("it reports that it is not ready", lambda: not mesh.ready("relay"))
+            await mesh.eventually("its record is withdrawn", lambda: not mesh.records("gateway", "relay"))
             await mesh.eventually("it accepts no more connections", lambda: refused(mesh))
             assert mesh["relay"].alive
             for one in held:
@@ -63,27 +63,27 @@ async def test_a_relay_that_is_asked_to_end_lets_its_streams_end(tmp_path: Path)
         assert mesh.events("relay", "cut") == []
 
 
-async def test_a_draining_relay_serves_those_whose_resolver_has_not_heard_yet(tmp_path: Path) -> None:
+async def test_a_draining_relay_serves_clients_with_an_old_dns_answer(tmp_path: Path) -> None:
     mesh = Mesh(tmp_path, Loopback(), changes={"relay": drain_relay("30s")}, roles={"relay": ["relay"]})
-    with standing(mesh):
+    with running_mesh(mesh):
         async with talking(mesh) as talk:
             mesh["relay"].send_signal(signal.SIGTERM)
-            await mesh.eventually("no resolver names it any more", lambda: not mesh.records("gateway", "relay"))
+            await mesh.eventually("its record is withdrawn", lambda: not mesh.records("gateway", "relay"))
             await talk.once()
 
 
 @pytest.mark.interop
 @pytest.mark.needs("turnserver")
-async def test_a_gateway_that_is_asked_to_end_lets_its_streams_end_while_another_takes_what_comes(
+async def test_a_draining_gateway_lets_its_streams_finish_while_another_takes_new_ones(
     tmp_path: Path,
 ) -> None:
     mesh = Mesh(tmp_path, Loopback(), turn="coturn", gateways=2, changes={"gateway": drain("30s")})
-    with standing(mesh):
+    with running_mesh(mesh):
         async with talking(mesh) as talk:
             held = [await talk.hold() for _ in range(12)]
             own = len(mesh.ask("gateway", "/streams")["gateway"])
-            assert 0 < own < len(held), "both gateways have some"
-            async with talk.going_on(0.005):
+            assert 0 < own < len(held), "both gateways have streams"
+            async with talk.repeating(0.005):
                 await talk.once()
                 mesh["gateway"].send_signal(signal.SIGTERM)
                 await mesh.eventually(
@@ -102,11 +102,11 @@ async def test_a_gateway_that_is_asked_to_end_lets_its_streams_end_while_another
         assert mesh.events("gateway", "cut") == []
 
 
-async def test_what_has_not_ended_when_the_time_is_up_is_cut_and_seen_to_be_and_a_second_signal_says_now(
+async def test_streams_are_cut_with_a_reset_when_the_drain_time_is_over_or_at_a_second_signal(
     tmp_path: Path,
 ) -> None:
     mesh = Mesh(tmp_path, Loopback(), changes={"gateway": drain("300ms"), "relay": drain("10m")})
-    with standing(mesh):
+    with running_mesh(mesh):
         async with talking(mesh) as talk:
             held = await talk.hold()
             mesh["gateway"].send_signal(signal.SIGTERM)
@@ -114,10 +114,10 @@ async def test_what_has_not_ended_when_the_time_is_up_is_cut_and_seen_to_be_and_
             assert await asyncio.to_thread(mesh["gateway"].exit_code) == ENDED_BY_SIGTERM
             assert [event["streams"] for event in mesh.events("gateway", "cut")] == [1]
             mesh.start("gateway")
-            await mesh.eventually("the gateway is back", mesh.whole)
+            await mesh.eventually("the gateway is back", mesh.converged)
             held = await talk.hold()
             mesh["relay"].send_signal(signal.SIGTERM)
-            await mesh.eventually("it drains", lambda: mesh.events("relay", "draining"))
+            await mesh.eventually("it is draining", lambda: mesh.events("relay", "draining"))
             mesh["relay"].send_signal(signal.SIGINT)
             await held.cut()
             assert await asyncio.to_thread(mesh["relay"].exit_code) == ENDED_BY_SIGTERM

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sniproxy.engine import SocketStream
-from tests.support.processes import Loopback, Mesh, standing
+from tests.support.processes import Loopback, Mesh, running_mesh
 from tests.support.streams import read_all, silent_listener
 from tests.support.waiting import eventually
 
@@ -33,9 +33,12 @@ async def echo(stream: SocketStream) -> None:
 
 async def test_streams_reach_the_endpoint_that_lives(tmp_path: Path) -> None:
     mesh = Mesh(tmp_path, Loopback())
-    with standing(mesh), dead(mesh.plan.service) as silent:
+    with running_mesh(mesh), dead(mesh.plan.service) as silent:
         async with mesh.serving(echo) as port:
-            service = {"name": "many.shop.svc.cluster.local", "ports": {"443": [*silent, f"{mesh.plan.service}:{port}"]}}
+            service = {
+                "name": "many.shop.svc.cluster.local",
+                "ports": {"443": [*silent, f"{mesh.plan.service}:{port}"]},
+            }
             put = mesh.records_command("put", "service", "many", json.dumps(service))
             assert put.returncode == 0, put.stderr
             for part in ("relay", "gateway"):

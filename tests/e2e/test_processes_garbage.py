@@ -1,4 +1,4 @@
-"""Whatever comes in at any port of any process: all survive it, still serve, keep nothing, and log no defect."""
+"""Garbage at every port of every process: all processes survive, still serve, leak nothing, and log no error."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ import pytest
 from discovery.model.addresses import parse_endpoint
 from sniproxy.engine import SocketStream, connect
 from tests.support.hellos import client_hello, message, records, supported_versions
-from tests.support.processes import Loopback, Mesh, standing
+from tests.support.processes import Loopback, Mesh, running_mesh
 from tests.support.talk import talking
 from tests.support.waiting import LIMIT_S
 
@@ -32,7 +32,7 @@ def endpoint(text: str) -> Endpoint:
 
 
 async def say(at: Endpoint, data: bytes, *, wait: bool = True, reset: bool = False) -> None:
-    """Connect, say something, perhaps hear the other out, go."""
+    """Connect and send data, optionally read to the end, then close or reset."""
     wire = await connect(*at, timeout_s=LIMIT_S)
     try:
         await wire.send(data)
@@ -41,7 +41,7 @@ async def say(at: Endpoint, data: bytes, *, wait: bool = True, reset: bool = Fal
             while await wire.recv():
                 pass
     except OSError:
-        pass  # it does not want to hear the rest
+        pass  # it closes before it has read everything
     finally:
         if reset:
             wire.reset()
@@ -81,15 +81,15 @@ def hello(dice: random.Random) -> bytes:
 
 GARBAGE: dict[str, Callable[[random.Random], bytes]] = {
     "random bytes": random_bytes,
-    "STUN of a kind": stun,
-    "PROXY headers of a kind": proxy,
-    "HTTP of a kind": http,
+    "STUN-like messages": stun,
+    "PROXY-like headers": proxy,
+    "HTTP-like requests": http,
     "hellos": hello,
 }
 
 
 async def pour(at: Endpoint) -> None:
-    """Everything that there is, at one port."""
+    """Send every kind of garbage to one port."""
     dice = random.Random(repr(at))
     for _ in range(ROUNDS):
         for make in GARBAGE.values():
@@ -102,7 +102,7 @@ async def pour(at: Endpoint) -> None:
 
 
 async def half_open(at: Endpoint) -> list[SocketStream]:
-    """Connections that begin something and go on to nothing."""
+    """Open connections that send an incomplete message."""
     wires = [await connect(*at, timeout_s=LIMIT_S) for _ in range(10)]
     for wire, start in zip(wires, (b"", b"\x16", HELLO[:50], PROXY_SIGNATURE, b"GET /", b"\x00\x03") * 2, strict=False):
         await wire.send(start)
@@ -124,20 +124,22 @@ def with_a_listener(document: dict[str, Any]) -> None:
 
 async def settled(mesh: Mesh, parts: list[str], before: dict[str, int]) -> None:
     await mesh.eventually(
-        f"no more descriptors than before: {before}",
+        f"as few descriptors as before: {before}",
         lambda: all(mesh[part].descriptors() <= before[part] for part in parts),
     )
 
 
 @pytest.mark.timeout(120)
-async def test_every_process_survives_whatever_comes_in_at_any_port(tmp_path: Path) -> None:
+async def test_every_process_survives_garbage_at_every_port(tmp_path: Path) -> None:
     ground = Loopback()
 
     def by_way_of_turn(document: dict[str, Any]) -> None:
-        document["relay"]["direct"] = [f"{ground.plan.turn}/32"]  # and not to the gateway's own listener
+        document["relay"]["direct"] = [
+            f"{ground.plan.turn}/32"
+        ]  # so that streams do not use the gateway's own listener
 
     changes = {"gateway": with_a_listener, "relay": by_way_of_turn}
-    with standing(Mesh(tmp_path, ground, dns=True, changes=changes)) as mesh:
+    with running_mesh(Mesh(tmp_path, ground, dns=True, changes=changes)) as mesh:
         parts = mesh.names
         ports = {
             (part, role): endpoint(text)

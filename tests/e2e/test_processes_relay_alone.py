@@ -1,4 +1,4 @@
-"""`crossnet run -c FILE` with a static mesh and nothing around it, before real TLS services and with real clients."""
+"""A relay alone with a static mesh file, between real clients and real TLS services."""
 
 import contextlib
 import subprocess
@@ -31,7 +31,7 @@ services: [{{name: {name}, network: a, ports: {{443: ["127.0.0.1:{port}"]}}}}]
 
 @contextlib.contextmanager
 def served(kind: str, folder: Path) -> Iterator[int]:
-    """Have a real service with mutual TLS while the block runs; give its port."""
+    """Run a real service with mutual TLS while the block runs. Yields its port."""
     authority = Authority(folder)
     certificate = authority.server("service", "the service", [NAME, "*.a.svc.mesh.internal"])
     authority.client("client", "a client")
@@ -67,7 +67,7 @@ def test_a_relay_alone_carries_mutual_tls_to_a_real_service(tmp_path: Path, kind
                 seen = service.seen(done.stdout)
                 assert seen is not None
                 assert seen.subject == "CN=a client"
-            assert service.seen(curl(NAME, at, *trust[:2]).stdout) is None, "without a certificate nobody is let in"
+            assert service.seen(curl(NAME, at, *trust[:2]).stdout) is None, "a client without a certificate is refused"
             assert s_client(NAME, at, folder) == seen
             assert relay.end() == 143
         streams = relay.events("stream")
@@ -77,7 +77,7 @@ def test_a_relay_alone_carries_mutual_tls_to_a_real_service(tmp_path: Path, kind
 
 
 def s_client(name: str, at: str, folder: Path) -> service.Seen | None:
-    """Ask with openssl s_client, verified both ways; return the certificate that the service saw."""
+    """Connect with openssl s_client, with verification on both sides. Returns the certificate that the service saw."""
     files = ["-CAfile", f"{folder}/ca.pem", "-cert", f"{folder}/client.pem", "-key", f"{folder}/client.key"]
     command = ["openssl", "s_client", "-quiet", "-connect", at, "-servername", name, "-verify_hostname", name]
     done = subprocess.run(

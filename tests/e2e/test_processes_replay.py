@@ -1,7 +1,7 @@
-"""A captured stream is of no use to the process that comes after the gateway which it was for: restarts, crashes, upgrades.
+"""A stream captured for one gateway process is refused by the next one, after restarts, crashes and upgrades.
 
-The gateway is a real process that relays reach directly, by a static mesh file, which tells no epoch; the relays are in this
-process, with clocks of their own.
+The gateway is a real process that relays reach directly, with a static mesh file, which has no epoch. The relays are in this
+process and have clocks of their own.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ SKEWS = [-50_000, 0, 50_000]
 
 @dataclass
 class Site:
-    """A gateway process, a service behind it, and what relays do to it."""
+    """A gateway process, a service behind it, and operations of relays."""
 
     folder: Path
     key: SigningKey
@@ -57,7 +57,7 @@ class Site:
     service: Listener
     group: asyncio.TaskGroup
     hellos: list[bytes] = field(default_factory=list)
-    """What the service was given first by each stream."""
+    """The first bytes of each stream at the service."""
     processes: list[Running] = field(default_factory=list)
 
     def start(self) -> Running:
@@ -74,7 +74,7 @@ class Site:
         return Candidate(traits=DIRECT, network="b", target=target, address="127.0.0.1", port=port, addressee="gw-1")
 
     def relay(self, skew_ms: int = 0) -> Upstreams:
-        """A relay of network a whose clock is off by so much."""
+        """Return a relay of network a with a clock skew."""
         return upstreams(
             GatewayConnector("a", SigningKeys({"ab-1": self.key}), now_ms=lambda: time.time_ns() // 1_000_000 + skew_ms)
         )
@@ -88,7 +88,7 @@ class Site:
         )
 
     async def stream(self, relay: Upstreams, port: int | None = None) -> int:
-        """Open a stream, see that the service has it, end it; gives the number of attempts that it took."""
+        """Open a stream, check that the service has it, and end it. Returns the number of attempts."""
         connected = await relay.connect(self.call(), [self.reached_at(port or self.port)])
         assert connected.connection is not None
         while not await connected.connection.read():
@@ -97,7 +97,7 @@ class Site:
         return connected.attempts
 
     async def captured(self, relay: Upstreams) -> bytes:
-        """What a relay wrote on the connection that was taken: somebody in between has kept it."""
+        """Open a stream through a tap. Returns the bytes that the relay sent on the successful connection."""
         kept: list[bytearray] = []
 
         async def between(wire: SocketStream) -> None:
@@ -115,8 +115,8 @@ class Site:
         task.cancel()
         return bytes(kept[-1])
 
-    async def play(self, data: bytes) -> str:
-        """Write what was captured to whoever is there now; gives its word for the end."""
+    async def replay(self, data: bytes) -> str:
+        """Send captured bytes to the current process. Returns the reason of REFUSED, or "opened"."""
         wire = await connect("127.0.0.1", self.port, timeout_s=10)
         try:
             await wire.send(data)
@@ -189,7 +189,7 @@ async def test_a_captured_stream_is_refused_by_the_next_process(site: Site, how:
     first.started()
     relay = site.relay(skew_ms)
     capture = await site.captured(relay)
-    assert await site.play(capture) == "replay", "the process that it was for has seen it"
+    assert await site.replay(capture) == "replay", "its own process has seen it before"
     if how == "restart":
         await asyncio.to_thread(first.end)
     else:
@@ -197,28 +197,28 @@ async def test_a_captured_stream_is_refused_by_the_next_process(site: Site, how:
     second = site.start()
     second.started()
     served = len(site.hellos)
-    assert await site.play(capture) == "stale_epoch"
+    assert await site.replay(capture) == "stale_epoch"
     assert len(site.hellos) == served, "nothing of it was delivered"
-    # The relay knows the first process's epoch, and is told the second's.
+    # The relay knows the first process's epoch, and learns the second's from the refusal.
     assert await site.stream(relay) == 2
     assert await site.stream(relay) == 1
-    assert await site.stream(site.relay(skew_ms)) == 2, "one that knows nothing yet is told, too"
+    assert await site.stream(site.relay(skew_ms)) == 2, "a relay without any epoch learns it, too"
 
 
 @pytest.mark.parametrize("skew_ms", [-70_000, 70_000])
-async def test_a_clock_that_is_off_too_far_is_named_with_its_difference(site: Site, skew_ms: int) -> None:
+async def test_a_clock_skew_that_is_too_large_is_reported_with_its_size(site: Site, skew_ms: int) -> None:
     site.start().started()
     with pytest.raises(Exception, match=r"clock_skew: .*the relay in 'a' is (69|70)\.\d s (ahead of|behind)"):
         await site.stream(site.relay(skew_ms))
 
 
-async def test_an_upgrade_takes_no_replay_and_loses_no_stream(site: Site) -> None:
+async def test_an_upgrade_accepts_no_replay_and_loses_no_stream(site: Site) -> None:
     first = site.start()
     first.started()
     relays = [site.relay(skew_ms) for skew_ms in SKEWS]
     captures = [await site.captured(relay) for relay in relays]
     over = asyncio.Event()
-    words: set[str] = set()
+    answers: set[str] = set()
     streams = 0
 
     async def honest(number: int) -> None:
@@ -230,19 +230,19 @@ async def test_an_upgrade_takes_no_replay_and_loses_no_stream(site: Site) -> Non
     async def replaying() -> None:
         while not over.is_set():
             for capture in captures:
-                words.add(await site.play(capture))
+                answers.add(await site.replay(capture))
 
     async with asyncio.TaskGroup() as group:
         for number in range(len(relays)):
             group.create_task(honest(number))
         group.create_task(replaying())
-        await eventually(lambda: streams >= 20 and words, what="streams before the upgrade")
+        await eventually(lambda: streams >= 20 and answers, what="streams before the upgrade")
         second = site.start()
         await asyncio.to_thread(second.started)
         await asyncio.to_thread(first.wait_for, "handed_over")
         before = streams
         await eventually(lambda: streams >= before + 20, what="streams after the upgrade")
         over.set()
-    assert words == {"replay", "stale_epoch"}
+    assert answers == {"replay", "stale_epoch"}
     assert first.process.wait(20) == 0
     assert len(site.hellos) == streams + len(captures), "each stream was delivered once"

@@ -1,4 +1,4 @@
-"""Real processes: gateway.rules by name hold against a holder of a key that lies, and for every name of a service."""
+"""Real processes: gateway.rules by name withstand a key holder that lies, and cover every name of a service."""
 
 import json
 from contextlib import suppress
@@ -17,7 +17,7 @@ from sniproxy.tunnel.state import Side
 from tests.support.gateways import data
 from tests.support.hellos import client_hello
 from tests.support.preambles import preamble
-from tests.support.processes import DOMAIN, Loopback, Mesh, standing
+from tests.support.processes import DOMAIN, Loopback, Mesh, running_mesh
 from tests.support.streams import read_all
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +27,7 @@ ACCESS_DENIED = bytes.fromhex("15030300020231")
 
 
 async def echo(wire: SocketStream) -> None:
-    with suppress(OSError):  # those who only see that they got through go without ado
+    with suppress(OSError):  # some clients only check that they get through, and reset
         while piece := await wire.recv():
             await wire.send(piece)
 
@@ -42,7 +42,7 @@ async def is_served(mesh: Mesh, name: str) -> bool:
 
 
 async def forged(mesh: Mesh, name: str, target: str) -> str:
-    """Ask the gateway itself, as who holds network a's key can; say what it answers."""
+    """Ask the gateway directly, with network a's key. Returns the reason of REFUSED, or "opened"."""
     (record,) = mesh.records("relay", "gateway")
     address, port = parse_endpoint(record["spec"]["address"])
     secret = bytes.fromhex((mesh.folder / "ab-1.key").read_text())
@@ -65,26 +65,26 @@ async def test_rules_by_name(tmp_path: Path) -> None:
     def listening(document: dict[str, Any]) -> None:
         document["gateway"] |= {"listen": f"{ground.plan.gateway}:0", "rules": [{"to": ORDERS, "action": "allow"}]}
 
-    with standing(Mesh(tmp_path, ground, changes={"gateway": listening})) as mesh:
+    with running_mesh(Mesh(tmp_path, ground, changes={"gateway": listening})) as mesh:
         async with mesh.serving(echo) as port, mesh.serving(echo) as other:
             endpoint = f"{ground.plan.service}:{port}"
             spec = {"name": ORDERS, "ports": {"8443": [endpoint]}}
             assert mesh.records_command("put", "service", ORDERS, json.dumps(spec)).returncode == 0
             for part in ("gateway", "relay"):
-                await mesh.eventually(f"{part} knows the service", lambda part=part: mesh.records(part, "service"))  # type: ignore[misc]
-            await mesh.eventually("the relay knows the way", lambda: mesh.records("relay", "gateway"))
+                await mesh.eventually(f"{part} has the service record", lambda part=part: mesh.records(part, "service"))  # type: ignore[misc]
+            await mesh.eventually("the relay has the gateway record", lambda: mesh.records("relay", "gateway"))
             spellings = [
                 ORDERS,
                 f"p8443-orders.shop.b.{DOMAIN}",
                 f"p8443-{ORDERS}.b.{DOMAIN}",
                 f"_8443.{ORDERS}._b.{DOMAIN}",
             ]
-            # An allowed name, and a target of the relay's own choice.
+            # An allowed name with an arbitrary target.
             for name in spellings:
                 assert await forged(mesh, name, f"{ORDERS}:8443") == "opened"
                 for target in (f"{ground.plan.service}:{other}", endpoint, "10.77.0.6:22"):
                     assert await forged(mesh, name, target) == "wrong_target"
-            # A name that has the target, and that no rule allows.
+            # A name that leads to the target, but that no rule allows.
             assert await forged(mesh, mesh.name(other), f"{ground.plan.service}:{other}") == "denied"
             assert await is_served(mesh, ORDERS)
             assert not await is_served(mesh, mesh.name(port))
@@ -98,23 +98,23 @@ async def test_rules_by_name(tmp_path: Path) -> None:
             for name in [*spellings, mesh.name(port)]:
                 assert not await is_served(mesh, name), name
             assert await is_served(mesh, mesh.name(other))
-            # A record that is gone says nothing about what listens there.
+            # A deny rule covers the former endpoint, even if its record is deleted.
             assert mesh.records_command("delete", "service", ORDERS).returncode == 0
-            await mesh.eventually("the gateway knows of no service", lambda: not mesh.records("gateway", "service"))
+            await mesh.eventually("the gateway has no service record", lambda: not mesh.records("gateway", "service"))
             assert not await is_served(mesh, mesh.name(port))
             assert await is_served(mesh, mesh.name(other))
 
 
 async def test_an_address_name_does_not_bypass_an_import(tmp_path: Path) -> None:
-    """Network a imports *.shop.svc.cluster.local from b, and nobody has rules."""
+    """Network a imports *.shop.svc.cluster.local from b, and there are no rules."""
     ground = Loopback()
-    with standing(Mesh(tmp_path, ground)) as mesh:
+    with running_mesh(Mesh(tmp_path, ground)) as mesh:
         async with mesh.serving(echo) as port, mesh.serving(echo) as other:
             for name, at in ((ORDERS, port), ("db.other.svc.cluster.local", other)):
                 spec = {"name": name, "ports": {"8443": [f"{ground.plan.service}:{at}"]}}
                 assert mesh.records_command("put", "service", name, json.dumps(spec)).returncode == 0
-            await mesh.eventually("the gateway knows both", lambda: len(mesh.records("gateway", "service")) == 2)
-            await mesh.eventually("the relay, too", lambda: len(mesh.records("relay", "service")) == 2)
+            await mesh.eventually("the gateway has both records", lambda: len(mesh.records("gateway", "service")) == 2)
+            await mesh.eventually("the relay has both records", lambda: len(mesh.records("relay", "service")) == 2)
             assert await is_served(mesh, ORDERS)
             assert await is_served(mesh, mesh.name(port))
             assert not await is_served(mesh, mesh.name(other))

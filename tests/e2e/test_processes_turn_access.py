@@ -1,4 +1,4 @@
-"""`gateway.turn` under a running gateway, and where other networks' TURN records may lead it, with real processes."""
+"""Changes of `gateway.turn` in a running gateway, and limits on where other networks' TURN records lead it, with real processes."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ import yaml
 from discovery.api.tokens import format_entry, make_entry, make_token
 from discovery.model.mesh import Kind
 from sniproxy.engine import SocketStream
-from tests.support.processes import Loopback, Mesh, standing
+from tests.support.processes import Loopback, Mesh, running_mesh
 from tests.support.running import Running, free_port, running
 from tests.support.waiting import wait_until
 
@@ -28,14 +28,14 @@ Document = dict[str, Any]
 
 
 def rewrite(path: Path, **turn: Any) -> None:
-    """Put another `gateway.turn` in a gateway's file, whole."""
+    """Replace `gateway.turn` in a gateway's file, atomically."""
     document = yaml.safe_load(path.read_text())
     document["gateway"]["turn"] = turn
     (path.parent / "new").write_text(yaml.safe_dump(document))
     os.replace(path.parent / "new", path)
 
 
-async def test_credentials_networks_and_authorities_change_and_streams_stay(tmp_path: Path) -> None:
+async def test_credentials_networks_and_cas_change_without_interrupting_streams(tmp_path: Path) -> None:
     async def echo(wire: SocketStream) -> None:
         with contextlib.suppress(OSError):
             while data := await wire.recv(65536):
@@ -54,12 +54,12 @@ async def test_credentials_networks_and_authorities_change_and_streams_stay(tmp_
     (tmp_path / "gw.secret").write_text("replaced below")
     mesh = Mesh(tmp_path, Loopback(), changes={"gateway": begin, "turn": two_secrets})
     (tmp_path / "gw.secret").write_text(mesh.turn_secret)
-    with standing(mesh):
+    with running_mesh(mesh):
         gateway = mesh._parts.path("gateway")
         reads = 0
 
-        async def take(what: str) -> dict[str, Any]:
-            """Wait for what the gateway says of its file."""
+        async def apply(what: str) -> dict[str, Any]:
+            """Wait until the gateway has read its file, and check that it has applied the change."""
             nonlocal reads
             reads += 1
             await mesh.eventually(what, lambda: len(mesh.events("gateway", "config_read")) >= reads)
@@ -81,7 +81,7 @@ async def test_credentials_networks_and_authorities_change_and_streams_stay(tmp_
                     assert await client.recv(100) == b"still here"
 
             async def one_more() -> None:
-                """A new stream goes through, too."""
+                """Open another stream, and check all."""
                 client = await mesh.dial(mesh.name(port))
                 assert await client.recv(65536)
                 clients.append(client)
@@ -89,88 +89,88 @@ async def test_credentials_networks_and_authorities_change_and_streams_stay(tmp_
 
             first = ports()
             assert len(first) == 2
-            # A secret's file is replaced: another allocation first, the old one stays with its streams.
+            # The file of a secret is replaced: there is a new allocation, and the old one stays with its streams.
             (tmp_path / "gw.secret.new").write_text("a second secret")
             os.replace(tmp_path / "gw.secret.new", tmp_path / "gw.secret")
-            await take("a secret's file")
+            await apply("a secret's file")
             await mesh.eventually("new allocations", lambda: len(ports()) == 2 and not ports() & first)
-            await mesh.eventually("the relay knows", mesh.whole)
+            await mesh.eventually("the relay has the new records", mesh.converged)
             await one_more()
             second = ports()
-            # A network comes and goes; the other's allocations stay as they are.
+            # A network is added and removed; allocations for the other network do not change.
             rewrite(gateway, a=by_secret, c={"issue": True})
             mesh["gateway"].send_signal(signal.SIGHUP)
-            await take("a network more")
+            await apply("an added network")
             await mesh.eventually(
-                "network c in the status",
+                "network c is in the status",
                 lambda: any(line["via"] == "c" for line in mesh.ask("gateway", "/status")["registrations"]),
             )
             rewrite(gateway, a=by_secret)
             mesh["gateway"].send_signal(signal.SIGHUP)
-            await take("a network less")
+            await apply("a removed network")
             assert ports() == second
             await one_more()
-            # An authority changes: the allocations are made anew with it.
+            # The CA changes: new allocations are made with it.
             rewrite(gateway, a=by_secret | {"ca": "ca.pem"})
             mesh["gateway"].send_signal(signal.SIGHUP)
-            await take("an authority")
+            await apply("a CA")
             await mesh.eventually("new allocations", lambda: len(ports()) == 2 and not ports() & second)
-            await mesh.eventually("the relay knows", mesh.whole)
+            await mesh.eventually("the relay has the new records", mesh.converged)
             await one_more()
             third = ports()
-            # Credentials that the server refuses: what is there goes on.
+            # The server refuses the new credentials: the existing allocations stay in use.
             (tmp_path / "bad.secret").write_text("none of theirs")
             rewrite(gateway, a={"secret": {"file": "bad.secret"}, "allow": loopback})
             mesh["gateway"].send_signal(signal.SIGHUP)
-            await take("a wrong secret")
+            await apply("a wrong secret")
             await mesh.eventually("a refusal", lambda: mesh.events("gateway", "registration_failed"))
             assert ports() == third
             await one_more()
-            # A pin elsewhere: its records go, the streams stay. And back: the very same allocations are used again.
+            # Other pinned addresses: the records are withdrawn, and streams stay. Changed back, the same allocations are used.
             rewrite(gateway, a=by_secret | {"ca": "ca.pem", "allow": ["10.0.0.0/8"]})
             mesh["gateway"].send_signal(signal.SIGHUP)
-            await take("a pin")
-            await mesh.eventually("no record", lambda: not mesh.registrations())
+            await apply("a pinned address")
+            await mesh.eventually("the records are withdrawn", lambda: not mesh.registrations())
             states = {line["state"] for line in mesh.ask("gateway", "/status")["registrations"]}
             assert states <= {"refused_address", "waiting", "registering"}
             await all_live()
             rewrite(gateway, a=by_secret | {"ca": "ca.pem"})
             mesh["gateway"].send_signal(signal.SIGHUP)
-            await take("no pin elsewhere")
+            await apply("the previous addresses")
             await mesh.eventually("the same allocations", lambda: ports() == third)
-            await mesh.eventually("the relay knows", mesh.whole)
+            await mesh.eventually("the relay has the new records", mesh.converged)
             await one_more()
-            # The network that they all came by goes: they stay.
+            # The network through which all streams came is removed: the streams stay.
             rewrite(gateway)
             mesh["gateway"].send_signal(signal.SIGHUP)
-            await take("the last network")
-            await mesh.eventually("no record", lambda: not mesh.registrations())
+            await apply("no network")
+            await mesh.eventually("the records are withdrawn", lambda: not mesh.registrations())
             await all_live()
 
 
-def test_a_first_network_comes_to_a_gateway_that_had_none(tmp_path: Path, redis: "Port") -> None:
+def test_a_first_network_is_added_to_a_gateway(tmp_path: Path, stranger: "Port") -> None:
     with contextlib.ExitStack() as stack:
-        led = Led(tmp_path, stack, {}, PIN)
-        led.lead(f"turn:127.0.0.1:{redis.port}")
+        harness = Harness(tmp_path, stack, {}, PIN)
+        harness.publish_turn(f"turn:127.0.0.1:{stranger.port}")
         file = tmp_path / "gateway.yaml"
         turn = yaml.safe_load(file.read_text())["gateway"]["turn"]
         rewrite(file)
-        led.gateway.process.send_signal(signal.SIGHUP)
-        assert led.gateway.wait_for("config_read")["applied"] == ["gateway.turn"]
-        led.until("ready without a network", lambda: led.gateway.ask("/readyz")[0] == 200)
+        harness.gateway.process.send_signal(signal.SIGHUP)
+        assert harness.gateway.wait_for("config_read")["applied"] == ["gateway.turn"]
+        harness.until("ready without a network", lambda: harness.gateway.ask("/readyz")[0] == 200)
         without = file.read_text()
         second = stack.enter_context(running(tmp_path, without.replace("gw-1", "gw-2"), name="second"))
-        led.until("the second one is ready without a network too", lambda: second.ask("/readyz")[0] == 200)
+        harness.until("the second one is ready without a network too", lambda: second.ask("/readyz")[0] == 200)
         rewrite(tmp_path / "second.yaml", **turn)
-        before = redis.connects
+        before = stranger.connects
         second.process.send_signal(signal.SIGHUP)
         assert second.wait_for("config_read")["applied"] == ["gateway.turn"]
-        led.until("an attempt", lambda: second.events("registration_failed") and redis.connects > before)
+        harness.until("an attempt", lambda: second.events("registration_failed") and stranger.connects > before)
         assert second.ask("/readyz")[0] == 503
 
 
 class Port:
-    """A port that speaks no TURN, and counts who comes."""
+    """A port that does not speak TURN, and counts connections."""
 
     def __init__(self) -> None:
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -197,14 +197,14 @@ class Port:
 
 
 @pytest.fixture
-def redis() -> Iterator[Port]:
+def stranger() -> Iterator[Port]:
     port = Port()
     yield port
     port.close()
 
 
-class Led:
-    """A gateway of network b, a discovery server, and network c's token to write records of TURN servers with."""
+class Harness:
+    """A gateway of network b, a discovery server, and network c's token for writing records of TURN servers."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class Led:
         self.gateway.started()
 
     def put(self, network: str, kind: Kind, id_: str, spec: Document) -> None:
-        """Write a record as whoever has the network's token."""
+        """Write a record with the network's token."""
         token = (self.folder / f"{network}.token").read_text()
         body = json.dumps({"spec": spec})
         with socket.create_connection(("127.0.0.1", self.port), 10) as server:
@@ -265,8 +265,8 @@ class Led:
             answer = server.makefile("rb").read()
         assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 201")), answer
 
-    def lead(self, url: str, id_: str = "turn-1") -> None:
-        """Have a record of network c name this TURN server."""
+    def publish_turn(self, url: str, id_: str = "turn-1") -> None:
+        """Write a TURN record of network c with this URL."""
         self.put("c", Kind.TURN, id_, {"url": url, "relay_addresses": ["127.0.0.1"], "port_min": 1, "port_max": 65535})
 
     def lines(self, reason: str) -> list[Document]:
@@ -279,66 +279,68 @@ class Led:
 PIN = {"allow": ["127.0.0.0/8"]}
 
 
-def test_a_record_that_names_a_service_of_ours_brings_no_connect(tmp_path: Path, redis: Port) -> None:
+def test_a_turn_record_that_names_our_service_causes_no_connection(tmp_path: Path, stranger: Port) -> None:
     with contextlib.ExitStack() as stack:
-        endpoint = {"name": "redis.shop.example", "ports": {"443": [f"127.0.0.1:{redis.port}"]}}
-        led = Led(tmp_path, stack, {"redis": endpoint}, PIN)
-        admin = led.gateway.started()["admin"][0]
-        led.lead(f"turn:127.0.0.1:{redis.port}", "turn-1")
-        led.lead(f"turn:127.0.0.1:{led.port}", "turn-2")
-        led.lead(f"turn:{admin}", "turn-3")
-        led.lead(f"turn:localhost:{redis.port}", "turn-4")
-        led.until("six refusals", lambda: len(led.lines("refused_address")) >= 8)
-        status = json.loads(led.gateway.ask("/status")[1])["registrations"]
+        endpoint = {"name": "redis.shop.example", "ports": {"443": [f"127.0.0.1:{stranger.port}"]}}
+        harness = Harness(tmp_path, stack, {"redis": endpoint}, PIN)
+        admin = harness.gateway.started()["admin"][0]
+        harness.publish_turn(f"turn:127.0.0.1:{stranger.port}", "turn-1")
+        harness.publish_turn(f"turn:127.0.0.1:{harness.port}", "turn-2")
+        harness.publish_turn(f"turn:{admin}", "turn-3")
+        harness.publish_turn(f"turn:localhost:{stranger.port}", "turn-4")
+        harness.until("two refusals for each server", lambda: len(harness.lines("refused_address")) >= 8)
+        status = json.loads(harness.gateway.ask("/status")[1])["registrations"]
         assert {line["state"] for line in status} == {"refused_address"}
-        said = {line["turn"]: line["last_error"]["detail"] for line in status}
-        assert "a service, relay or gateway" in said["turn-1"]
-        assert "a discovery server or a listener" in said["turn-2"]
-        assert "a discovery server or a listener" in said["turn-3"]
-        assert "a service, relay or gateway" in said["turn-4"]
-        metrics = led.gateway.ask("/metrics")[1]
+        details = {line["turn"]: line["last_error"]["detail"] for line in status}
+        assert "a service, relay or gateway" in details["turn-1"]
+        assert "a discovery server or a listener" in details["turn-2"]
+        assert "a discovery server or a listener" in details["turn-3"]
+        assert "a service, relay or gateway" in details["turn-4"]
+        metrics = harness.gateway.ask("/metrics")[1]
         assert "crossnet_registrar_refused_addresses 8.0" in metrics
-        # Each is said once, however often it is looked at again.
-        led.until("more refusals", lambda: _refusals(led) > 16)
-        assert len(led.lines("refused_address")) == 8
-        assert redis.connects == 0
+        # Each refusal is logged once, however often it is repeated.
+        harness.until("more refusals", lambda: _refusals(harness) > 16)
+        assert len(harness.lines("refused_address")) == 8
+        assert stranger.connects == 0
 
 
-def _refusals(led: Led) -> float:
-    metrics = led.gateway.ask("/metrics")[1]
+def _refusals(harness: Harness) -> float:
+    metrics = harness.gateway.ask("/metrics")[1]
     return float(metrics.partition('registrations_total{reason="refused_address"} ')[2].split()[0])
 
 
-def test_a_discovery_server_that_is_known_by_name_is_refused_by_address(tmp_path: Path) -> None:
+def test_a_discovery_server_configured_by_name_is_refused_by_address(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        led = Led(tmp_path, stack, {}, PIN, discovery="localhost")
-        led.lead(f"turn:127.0.0.1:{led.port}")
-        led.until("a refusal", lambda: led.lines("refused_address"))
-        assert "is a discovery server" in led.lines("refused_address")[0]["detail"]
+        harness = Harness(tmp_path, stack, {}, PIN, discovery="localhost")
+        harness.publish_turn(f"turn:127.0.0.1:{harness.port}")
+        harness.until("a refusal", lambda: harness.lines("refused_address"))
+        assert "is a discovery server" in harness.lines("refused_address")[0]["detail"]
 
 
-def test_our_own_addresses_need_the_setting(tmp_path: Path, redis: Port) -> None:
+def test_loopback_needs_the_setting(tmp_path: Path, stranger: Port) -> None:
     with contextlib.ExitStack() as stack:
-        led = Led(tmp_path, stack, {}, {})
-        led.lead(f"turn:127.0.0.1:{redis.port}")
-        led.until("a refusal", lambda: led.lines("refused_address"))
-        assert "loopback" in led.lines("refused_address")[0]["detail"]
-        assert redis.connects == 0
+        harness = Harness(tmp_path, stack, {}, {})
+        harness.publish_turn(f"turn:127.0.0.1:{stranger.port}")
+        harness.until("a refusal", lambda: harness.lines("refused_address"))
+        assert "loopback" in harness.lines("refused_address")[0]["detail"]
+        assert stranger.connects == 0
 
 
-def test_records_that_flip_bring_few_connects(tmp_path: Path, redis: Port) -> None:
-    """Whatever a network writes, an address that speaks no TURN is tried at growing intervals."""
+def test_changing_records_cause_few_connections(tmp_path: Path, stranger: Port) -> None:
+    """An address that does not speak TURN is tried at growing intervals, whatever the records say."""
     with contextlib.ExitStack() as stack:
-        led = Led(tmp_path, stack, {}, PIN)
+        harness = Harness(tmp_path, stack, {}, PIN)
         for number in range(40):
-            led.lead(f"turn:127.0.0.1:{redis.port}" + ("?transport=tcp" if number % 2 else ""), f"turn-{number % 4}")
+            harness.publish_turn(
+                f"turn:127.0.0.1:{stranger.port}" + ("?transport=tcp" if number % 2 else ""), f"turn-{number % 4}"
+            )
             time.sleep(0.1)
-        # 2 at once, then after 1, 2 and 4 s.
-        assert 2 <= redis.connects <= 5
-        assert led.gateway.process.poll() is None
+        # Two immediately, then after 1, 2 and 4 s.
+        assert 2 <= stranger.connects <= 5
+        assert harness.gateway.process.poll() is None
 
 
-def test_the_old_setting_says_what_took_its_place(tmp_path: Path) -> None:
+def test_the_error_for_the_old_setting_names_its_replacement(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("a secret")
     text = """
 network: b

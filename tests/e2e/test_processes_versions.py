@@ -1,4 +1,4 @@
-"""Parts of this version beside parts of the last one, each way round: every stream goes through at its first attempt."""
+"""Parts of this version with parts of the previous one, in both combinations: every stream succeeds at the first attempt."""
 
 import os
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from tests.support.previous import interpreter
-from tests.support.processes import Loopback, Mesh, standing
+from tests.support.processes import Loopback, Mesh, running_mesh
 from tests.support.talk import talking
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(400)]  # the first one installs that version
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(400)]  # the first test installs that version
 
 STREAMS = 6
 BULK_PINGS = 100
-"""200 kB each way: more than goes through a TURN server without RECEIVED."""
+"""200 kB in each direction: more than a TURN server carries without RECEIVED."""
 
 MIXES = [
     ("relay",),
@@ -40,13 +40,13 @@ CASES = [pytest.param(old, "embedded", id="+".join(old)) for old in MIXES] + [
 
 @pytest.fixture(scope="module")
 def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python that has that version installed; one for all workers."""
+    """The interpreter with that version installed, shared by all workers."""
     base = tmp_path_factory.getbasetemp()
     return interpreter((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "previous")
 
 
 def as_before(document: dict[str, Any]) -> None:
-    """Write a gateway's file as the last version reads it."""
+    """Convert a gateway's file for the previous version."""
     gateway = document["gateway"]
     allowed = [access.pop("allow", []) for access in gateway.get("turn", {}).values()]
     gateway["allow_turn_servers"] = sorted({cidr for cidrs in allowed for cidr in cidrs})
@@ -61,7 +61,7 @@ async def test_old_and_new_work_together(tmp_path: Path, previous: Path, old: Se
         changes={"gateway": as_before} if "gateway" in old else {},
         pythons=dict.fromkeys(old, previous),
     )
-    with standing(mesh):
+    with running_mesh(mesh):
         async with talking(mesh) as talk:
             for _ in range(STREAMS):
                 await talk.once()
@@ -70,10 +70,10 @@ async def test_old_and_new_work_together(tmp_path: Path, previous: Path, old: Se
                 await held.ping()
             await held.end()
             count = talk.count + 1
-            await mesh.eventually("every stream's line", lambda: len(mesh.events("relay")) >= count)
-        told = [(line["reason"], line["attempts"], line["route"]) for line in mesh.events("relay")]
-        assert told == [("ok", 1, "turn")] * count
-        # Only a gateway of this version writes an epoch into its records: the parts are of the versions they should be.
+            await mesh.eventually("every stream is logged", lambda: len(mesh.events("relay")) >= count)
+        ends = [(line["reason"], line["attempts"], line["route"]) for line in mesh.events("relay")]
+        assert ends == [("ok", 1, "turn")] * count
+        # Only a gateway of this version writes an epoch into its records. So this checks that the parts have the intended versions.
         protos = [record["spec"].get("proto", []) for record in mesh.records("relay", "allocation")]
         assert all(any(entry.startswith("epoch-") for entry in proto) is ("gateway" not in old) for proto in protos)
-    assert mesh.complaints() == []
+    assert mesh.defects() == []

@@ -1,4 +1,4 @@
-"""Services that want to know whose stream it is: through the whole path they read the client's own address from a PROXY header."""
+"""Services that need the client's address: they get it in a PROXY header, through the whole path."""
 
 import asyncio
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.webservers import WEBSERVERS, webserver
 
 pytestmark = pytest.mark.interop
 
-CLIENT = "127.0.0.77"  # nobody else on the path has this address
+CLIENT = "127.0.0.77"  # no other part of the path has this address
 
 
 @pytest.mark.anyio
@@ -58,7 +58,7 @@ services:
 @pytest.mark.needs("curl")
 @pytest.mark.parametrize("kind", WEBSERVERS)
 def test_a_service_of_the_relays_own_network_sees_its_client_too(tmp_path: Path, kind: str) -> None:
-    """By the local route there is no gateway that would write the header."""
+    """On the local route the relay writes the header, since there is no gateway."""
     authority = Authority(tmp_path)
     certificate = authority.server("service", "the service", ["*.shop.example"])
     with webserver(kind, tmp_path / kind, certificate) as port:

@@ -1,4 +1,4 @@
-"""Rules at the relay and at the gateway: who may go where, changed while streams are open."""
+"""Rules at the relay and at the gateway, changed while streams are open."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def gateway_rules(path: Path, *rules: Rule) -> None:
 
 
 async def answer(path: Path, name: str) -> bytes:
-    """Give what a client gets back that sends a ClientHello and ends."""
+    """Send a ClientHello and end. Returns what comes back."""
     client = await path.dial(name)
     client.shutdown_write()
     answer = await read_all(client)
@@ -58,7 +58,7 @@ async def answer(path: Path, name: str) -> bytes:
 )
 @pytest.mark.parametrize("where", [relay_rules, gateway_rules])
 async def test_a_stream_goes_where_a_rule_allows_it(where, rule, served: bool) -> None:  # type: ignore[no-untyped-def]
-    # At the gateway a network is where the stream goes to, and that is its own.
+    # In a gateway's rule, a network in `to` is the stream's destination, which is the gateway's own network.
     async with a_path("direct") as path:
         name = name_of(await path.serve(echo))
         where(path, Rule.parse(action="allow", **rule))
@@ -70,7 +70,7 @@ async def test_a_stream_goes_where_a_rule_allows_it(where, rule, served: bool) -
             assert f"{role}.rules: no rule allows it" in str(relay[0]["detail"])
 
 
-async def test_the_rule_that_denies_is_named_and_other_streams_are_untouched() -> None:
+async def test_the_denying_rule_is_named_and_other_streams_continue() -> None:
     async with a_path("direct") as path:
         name = name_of(await path.serve(echo))
         held = await path.dial(name)

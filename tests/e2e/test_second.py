@@ -1,4 +1,4 @@
-"""Uploads that outgrow their first connection: both directions full at once, through TURN servers that cannot have that."""
+"""Uploads that outgrow their first connection: both directions full at once, which a TURN server cannot carry on one connection."""
 
 import asyncio
 import hashlib
@@ -31,8 +31,8 @@ async def _digest(wire: SocketStream) -> bytes:
 
 
 @pytest.mark.parametrize("turn", TURNS)
-async def test_an_upload_goes_on_while_its_client_reads_nothing(turn: str) -> None:
-    """As on one TCP connection: a full direction back to the client must not stop the one to the service."""
+async def test_an_upload_continues_while_its_client_reads_nothing(turn: str) -> None:
+    """As on one TCP connection, a full direction to the client must not stop the direction to the service."""
     async with a_path(turn) as path:
 
         async def service(wire: SocketStream) -> None:
@@ -55,7 +55,7 @@ async def test_an_upload_goes_on_while_its_client_reads_nothing(turn: str) -> No
         relay, gateway = await path.ended()
     assert [relay[0]["reason"], gateway[0]["reason"]] == ["ok", "ok"]
     assert relay[0]["second"] is True
-    assert len(relay) == len(gateway) == 1, "the second connection is part of its stream's account"
+    assert len(relay) == len(gateway) == 1, "the second connection is logged with its stream"
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -102,7 +102,7 @@ async def test_without_a_second_connection_an_upload_still_arrives() -> None:
 
 
 async def _cut_while_sending(client: SocketStream) -> bool:
-    """Send until that fails; say whether it was a reset that did it."""
+    """Send until it fails. Returns whether it failed with a reset."""
     try:
         await client.send(BULK)
     except OSError as error:
@@ -127,7 +127,9 @@ async def test_a_cut_second_connection_is_a_cut_stream(turn: str) -> None:
         done = asyncio.Event()
 
         async def service(wire: SocketStream) -> None:
-            await dialled.wait()  # until then all that lies between is full: the upload has to move on
+            await (
+                dialled.wait()
+            )  # until then everything between is full, so the upload has to move to a second connection
             await wire.recv_exactly(400_000)
             arrived.set_result(wire)
             await done.wait()
@@ -138,7 +140,7 @@ async def test_a_cut_second_connection_is_a_cut_stream(turn: str) -> None:
             served = await arrived
             seconds[0].stream.reset()
             await until_reset(served)
-            if not await uploading:  # the kernel reports a reset once, to whoever asks first
+            if not await uploading:  # the kernel reports a reset only once, to the first call
                 await until_reset(client)
         client.close()
         done.set()
@@ -173,8 +175,10 @@ async def test_a_second_connection_for_no_stream_is_refused(turn: str) -> None:
         client.shutdown_write()
         await read_all(other)
         await path.ended(2)
-        with pytest.raises(ConnectionError, match="not open here"):  # before READY: nothing of the upload goes there
+        with pytest.raises(
+            ConnectionError, match="not open here"
+        ):  # before READY, so nothing of the upload was sent there
             await relay._upstreams.second(call, first.candidate, itertools.count(first.attempts + 1))
-        assert [line["reason"] for line in path.gateway_log.events] == ["ok", "ok"], "it is no stream of its own"
+        assert [line["reason"] for line in path.gateway_log.events] == ["ok", "ok"], "it is not logged as a stream"
         client.close()
         other.close()

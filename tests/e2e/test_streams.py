@@ -1,4 +1,4 @@
-"""Streams through relay and gateway over coturn, the embedded TURN server and a direct connection: nothing lost, no end faked."""
+"""Streams through relay and gateway over coturn, the embedded TURN server, directly and in memory: no loss, no false end."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 
 TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded", "direct", "memory"]
 TLS = [pytest.param("coturn-tls", marks=pytest.mark.needs("turnserver")), "embedded-tls"]
-"""The gateway's leg over TLS, where nothing is spliced."""
+"""The gateway connects to the TURN server over TLS, so nothing is spliced."""
 
 
 def sized_hello(name: str, size: int) -> bytes:
@@ -26,7 +26,7 @@ def sized_hello(name: str, size: int) -> bytes:
 
 
 async def skip_hello(wire: SocketStream, hello: bytes) -> None:
-    """Read the ClientHello at the service and see that not a byte of it was changed."""
+    """Read the ClientHello at the service, and check that it is unchanged."""
     assert await wire.recv_exactly(len(hello)) == hello
 
 
@@ -55,7 +55,7 @@ async def test_question_and_answer(turn: str) -> None:
 @pytest.mark.parametrize("hello_bytes", [0, 18_000, 60_000])
 @pytest.mark.parametrize("turn", TURNS)
 async def test_early_bytes_before_a_late_bind_arrive_in_order(turn: str, hello_bytes: int) -> None:
-    """Megabytes right behind the ClientHello, while the gateway takes 0.4 s to bind."""
+    """Megabytes directly after the ClientHello, while the gateway takes 0.4 s to bind."""
     early = os.urandom(3_000_000)
     async with a_path(turn, bind_delay_s=0.4) as path:
         seen: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
@@ -139,7 +139,7 @@ async def test_a_cut_is_a_reset_and_never_a_clean_end(turn: str, victim: str) ->
 
 @pytest.mark.parametrize("turn", TURNS)
 async def test_two_hundred_streams_at_any_pace(turn: str) -> None:
-    """Random sizes, pauses, slow readers and half-closes on 200 streams at once: every byte, every end."""
+    """Random sizes, pauses, slow readers and half-closes on 200 streams at once: every byte and every end must arrive."""
     async with a_path(turn) as path:
 
         async def paced(wire: SocketStream, payload: bytes, dice: random.Random) -> None:
@@ -161,7 +161,7 @@ async def test_two_hundred_streams_at_any_pace(turn: str) -> None:
             return bytes(got)
 
         async def service(wire: SocketStream) -> None:
-            """Echo, but only after the end of the question for every other stream."""
+            """Echo; for every other stream, only after the end of the question."""
             await wire.recv_exactly(hello_size)
             mode = (await wire.recv_exactly(1))[0]
             dice = random.Random(mode)
@@ -228,7 +228,7 @@ async def test_bulk_both_ways_with_the_same_digest(turn: str) -> None:
 
 
 @pytest.mark.needs("turnserver")
-async def test_a_gateway_that_idled_past_the_nonces_life_takes_the_next_stream() -> None:
+async def test_a_gateway_takes_a_stream_after_its_nonce_has_expired() -> None:
     async with a_path("coturn", coturn_options=("--stale-nonce=2",), timing=Timing(nonce_fresh_s=0.5)) as path:
 
         async def service(wire: SocketStream) -> None:
@@ -238,12 +238,12 @@ async def test_a_gateway_that_idled_past_the_nonces_life_takes_the_next_stream()
 
         name = name_of(await path.serve(service))
         for _ in range(2):
-            await asyncio.sleep(3.5)
+            await asyncio.sleep(3.5)  # until the nonce has expired, which the server does not announce
             client = await path.dial(name)
             assert await read_all(client) == b"still here"
             client.close()
 
 
-def test_hellos_of_the_sizes_meant() -> None:
+def test_sized_hellos_have_about_their_size() -> None:
     assert 17_000 < len(sized_hello(name_of(1), 18_000)) < 19_000
     assert 59_000 < len(sized_hello(name_of(1), 60_000)) < 61_000

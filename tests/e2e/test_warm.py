@@ -1,4 +1,4 @@
-"""Warm streams on a whole path: the second client finds a connection that is ready, and everything is as on a new one."""
+"""Warm streams on a whole path: the second client gets one, and it behaves like a new connection."""
 
 import asyncio
 import hashlib
@@ -19,14 +19,14 @@ TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedde
 
 
 async def echo(wire: SocketStream) -> None:
-    """Give everything back behind the ClientHello, as it comes."""
+    """Send everything back, including the ClientHello."""
     while data := await wire.recv():
         await wire.send(data)
     wire.shutdown_write()
 
 
 async def ask(path: Path, name: str, question: bytes = b"question") -> None:
-    """One stream: what is sent comes back."""
+    """Open one stream, and check that everything sent comes back."""
     client = await path.dial(name)
     assert await client.recv_exactly(len(client_hello(name))) == client_hello(name)
 
@@ -41,21 +41,23 @@ async def ask(path: Path, name: str, question: bytes = b"question") -> None:
     client.close()
 
 
-async def filled(path: Path, count: int = 2) -> None:
+async def warmed(path: Path, count: int = 2) -> None:
     await eventually(lambda: path.relay._upstreams.pool.ready >= count, what=f"{count} warm streams are ready")
 
 
 @pytest.mark.parametrize("turn", TURNS)
-async def test_the_second_client_comes_by_a_connection_that_is_ready(turn: str) -> None:
+async def test_the_second_client_gets_a_warm_stream(turn: str) -> None:
     async with a_path(turn) as path:
         name = name_of(await path.serve(echo))
         await ask(path, name)
-        await filled(path)
+        await warmed(path)
         await path.ended()
-        assert len(path.gateway.ledger) == 0, "what is kept ready is no stream"
+        assert len(path.gateway.ledger) == 0, "warm streams are not in the ledger"
         for _ in range(3):
-            await ask(path, name, os.urandom(3_000_000))  # more than one connection carries both ways through coturn
-            await filled(path)
+            await ask(
+                path, name, os.urandom(3_000_000)
+            )  # more than coturn carries in both directions over one connection
+            await warmed(path)
         relay, gateway = await path.ended(4)
     assert [line.get("warm") for line in relay] == [None, True, True, True]
     assert [line.get("warm") for line in gateway] == [None, True, True, True]
@@ -65,11 +67,11 @@ async def test_the_second_client_comes_by_a_connection_that_is_ready(turn: str) 
 
 
 @pytest.mark.parametrize("turn", ["embedded", "memory"])
-async def test_more_clients_than_are_kept_ready(turn: str) -> None:
+async def test_more_clients_than_warm_streams(turn: str) -> None:
     async with a_path(turn) as path:
         name = name_of(await path.serve(echo))
         await ask(path, name)
-        await filled(path)
+        await warmed(path)
         async with asyncio.TaskGroup() as group:
             for _ in range(20):
                 group.create_task(ask(path, name))
@@ -79,22 +81,22 @@ async def test_more_clients_than_are_kept_ready(turn: str) -> None:
 
 
 @pytest.mark.parametrize("turn", ["embedded", "memory"])
-async def test_a_gateway_that_drains_lets_go_what_is_kept_ready(turn: str) -> None:
+async def test_a_draining_gateway_closes_its_warm_streams(turn: str) -> None:
     async with a_path(turn) as path:
         name = name_of(await path.serve(echo))
         await ask(path, name)
-        await filled(path)
+        await warmed(path)
         path.gateway.close()
         await eventually(lambda: not path.relay._upstreams.pool.ready, what="no warm stream is left at the relay")
         assert len(path.gateway._warm) == 0
 
 
 @pytest.mark.parametrize("turn", ["embedded", "memory"])
-async def test_a_record_that_goes_ends_what_was_kept_ready_for_it(turn: str) -> None:
+async def test_a_removed_record_ends_its_warm_streams(turn: str) -> None:
     async with a_path(turn) as path:
         name = name_of(await path.serve(echo))
         await ask(path, name)
-        await filled(path)
+        await warmed(path)
         if turn == "memory":
             path.discovery.remove(Kind.GATEWAY, "b", "gw-1")
         else:

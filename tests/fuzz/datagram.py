@@ -1,14 +1,14 @@
-"""Any bytes as a datagram from a client, and any bytes as upstream's answer to a question: nothing raises, nothing grows.
+"""Fuzz the resolver: any bytes as a client's packet, and any bytes as upstream's answer. Nothing raises, nothing grows.
 
     python -m pip install '.[fuzz]'
     python tests/fuzz/datagram.py -max_total_time=60 tests/fuzz/datagram
 
-The first byte says what the rest is: below 128 a client's packet, else upstream's answer to a question, whose id and
-question are made to fit so that it is looked at; each such question is for another name, so that no cache answers it.
-Without atheris the corpus alone is run, as the tests do.
+The first byte selects what the rest is: below 128, a client's packet; otherwise, upstream's answer to a question. The id and the
+question of an answer are replaced by matching ones, so that it is parsed, and each question is for a new name, so that no cache
+answers it. Without atheris, only the corpus is run, as in the tests.
 """
 
-# ruff: noqa: E402 - what is to be instrumented is imported first
+# ruff: noqa: E402 - instrumented modules have to be imported first
 import asyncio
 import contextlib
 import sys
@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 atheris: Any = None
-if __name__ == "__main__":  # the tests run many packets, and instrumented code takes twice as long
+if __name__ == "__main__":  # not in the tests, which run many packets: instrumented code takes twice as long
     with contextlib.suppress(ImportError):
         import atheris
 
@@ -39,7 +39,7 @@ LOOPBACK = b"\x7f\0\0\1"
 
 
 def question(number: int) -> tuple[bytes, bytes]:
-    """A question that was not asked before, without and with EDNS."""
+    """Return a new question, without and with EDNS."""
     asked = b"\x08%08x\x04test\0\0\1\0\1" % (number & 0xFFFFFFFF)
     head = b"\0\7\1\0\0\1\0\0\0\0\0"
     return head + b"\0" + asked, head + b"\1" + asked + b"\0\0\x29\4\xd0\0\0\x80\0\0\0"
@@ -67,7 +67,7 @@ MESH = Mesh.of(
 
 
 class _Upstream:
-    """In the place of the forwarder: answers at once what it was told to."""
+    """Replaces the forwarder: it answers immediately with `answer`."""
 
     answer = b""
 
@@ -86,7 +86,7 @@ class _Upstream:
 
 
 class Target:
-    """The resolver as a function from bytes to replies."""
+    """The resolver as a function of bytes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.metrics = DnsMetrics()
@@ -99,7 +99,7 @@ class Target:
         self.resolver.apply(MESH)
 
     def run(self, data: bytes, ways: tuple[bool, ...] = (False, True)) -> None:
-        """Take one input over UDP and TCP, or but one of them. Raises AssertionError when something is wrong."""
+        """Run one input over UDP and TCP, or over one of them (False, True). Raises AssertionError if a reply is wrong."""
         replies: list[bytes] = []
 
         def send(reply: bytes, where: Any) -> None:
@@ -115,16 +115,16 @@ class Target:
             for tcp in ways:
                 before = len(replies)
                 self.resolver.handle(packet, LOOPBACK, send, "here", tcp)
-                assert len(replies) == before + 1, "one packet, one reply"
+                assert len(replies) == before + 1, "one reply per packet"
                 reply = replies[-1]
                 assert len(reply) <= (65535 if tcp else 1232), "too long"
-                assert not reply or reply[:2] == packet[:2], "another's id"
-                assert not reply or reply[2] & 0x80, "a reply is no question"
-        assert self.metrics.queries[Outcome.ERROR] == 0, "it raised"
+                assert not reply or reply[:2] == packet[:2], "wrong id"
+                assert not reply or reply[2] & 0x80, "the QR bit is not set"
+        assert self.metrics.queries[Outcome.ERROR] == 0, "an exception was raised"
 
 
 def main() -> None:
-    """Fuzz, or run the corpus."""
+    """Fuzz, or run only the corpus if atheris is not installed."""
     loop = asyncio.new_event_loop()
     target = Target(loop)
     if atheris is None:

@@ -1,9 +1,9 @@
-"""Fuzz what a relay reads from every stranger: PROXY headers and ClientHellos.
+"""Fuzz the relay's parsers of untrusted input: PROXY headers and ClientHellos.
 
     python tests/fuzz/hello.py -max_total_time=60       needs atheris (pip install '.[fuzz]'); starts from tests/fuzz/hello/
 
-Whatever comes in, the only errors are HelloError and ProxyError; the same bytes give the same result however they are cut; what was
-read is kept byte for byte; a name that comes out is one that can be logged and routed by.
+For any input, the only errors are HelloError and ProxyError; the same bytes give the same result, however they are split; all bytes
+that were read are kept; and a name in the result is safe to log and to route by.
 """
 
 import sys
@@ -21,7 +21,7 @@ NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
 
 def read(pieces: list[bytes]) -> tuple[Hello | str | None, bytes]:
-    """Give a reader these pieces; return the hello, the reason why there is none, or None for more, and what it kept."""
+    """Feed these pieces to a parser. Returns the hello, the reason of its error, or None if incomplete; and the bytes it kept."""
     reader = HelloReader()
     try:
         for index, piece in enumerate(pieces):

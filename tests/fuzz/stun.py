@@ -1,9 +1,9 @@
-"""Fuzz what the TURN server reads from strangers: STUN, ChannelData, streams of both, and its decisions about them.
+"""Fuzz the TURN server's handling of untrusted input: STUN, ChannelData, streams of both, and its decisions about them.
 
-    python tests/fuzz/stun.py -max_total_time=60        needs atheris, which is not among the development packages
+    python tests/fuzz/stun.py -max_total_time=60        needs atheris (pip install '.[fuzz]')
 
-Whatever comes in, the only error is StunError; a message that was read is written and read again alike; a stream gives the same
-messages however it is cut.
+For any input, the only error is StunError; a parsed message is the same after it is packed and parsed again; and a stream gives the
+same messages, however it is split.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def parsed(data: bytes) -> None:
         assert again.attributes == message.attributes
         assert again.verify_integrity(b"k")
     outcome = SERVER.respond(CLIENT, message, now=1.0, unix_now=1.8e9)
-    assert isinstance(outcome, Reply | Close | Drop | Ignore)  # nobody guesses a password
+    assert isinstance(outcome, Reply | Close | Drop | Ignore)  # no input has a valid password
     if isinstance(outcome, Reply | Close):
         reply = outcome.reply if isinstance(outcome, Close) else outcome
         answer = Message.parse(reply.answer)

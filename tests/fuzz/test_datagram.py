@@ -1,4 +1,4 @@
-"""The fuzz target's corpus, and 200,000 mutations of it: no exception, no growth."""
+"""The corpus of the fuzz target, and 200,000 mutations of it: no exception, no growth."""
 
 import asyncio
 import gc
@@ -44,12 +44,12 @@ def test_the_corpus(target: Target) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process takes."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.slow
-def test_200_000_mutated_packets_neither_raise_nor_make_it_grow(target: Target) -> None:
+def test_200_000_mutated_packets_cause_no_error_and_no_growth(target: Target) -> None:
     draw = random.Random(1)
 
     def run(count: int) -> None:
@@ -61,6 +61,6 @@ def test_200_000_mutated_packets_neither_raise_nor_make_it_grow(target: Target) 
     before = resident()
     run(100_000)
     gc.collect()
-    # What it keeps is bounded by configuration (32 MiB of answers, 36,864 prepared ones), and reached by few of these.
+    # Its memory is limited by configuration (32 MiB of answers, 36,864 prepared ones), and few of these packets use any.
     assert resident() - before < 16 << 20
     assert sum(target.metrics.queries.values()) >= 200_000

@@ -1,4 +1,4 @@
-"""The embedded TURN server used by clients that others wrote: coturn's tools, aioice, aiortc."""
+"""The embedded TURN server with third-party clients: coturn's tools, aioice, aiortc."""
 
 import asyncio
 import re
@@ -22,7 +22,7 @@ aioice_stun = pytest.importorskip("aioice.stun")
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Embedded]:
-    """A server that lets clients do all there is, on this host."""
+    """A server with all features enabled, on this host."""
     issued = trustme.CA().issue_cert("127.0.0.1")
     issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     issued.private_key_pem.write_to_path(tmp_path / "key.pem")
@@ -39,7 +39,7 @@ def server(tmp_path: Path) -> Iterator[Embedded]:
 
 
 class TestCoturnTools:
-    """`-T` is TCP allocations with an active Connect from one to the other; the rest is UDP from one to the other."""
+    """With `-T`, the tool makes TCP allocations and an active Connect between two of them; otherwise it sends UDP between two."""
 
     @pytest.mark.needs("turnutils_uclient")
     @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ class TestCoturnTools:
         [
             ("wrong", {}, "wrong_password"),
             ("p", {"limits": Limits(max_allocations_per_account=1)}, "quota"),
-            ("p", {"allowed_peers": ()}, "forbidden_peer"),  # 127.0.0.1, which is where the tool's peers are
+            ("p", {"allowed_peers": ()}, "forbidden_peer"),  # the tool's peers are on 127.0.0.1
         ],
         ids=["wrong password", "quota", "denied peer"],
     )
@@ -90,7 +90,7 @@ class TestCoturnTools:
 
 
 class Received(asyncio.DatagramProtocol):
-    """Puts what arrives into a queue."""
+    """Puts received datagrams into a queue."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[tuple[bytes, Any]] = asyncio.Queue()
@@ -102,7 +102,7 @@ class Received(asyncio.DatagramProtocol):
 @pytest.mark.anyio
 @pytest.mark.parametrize("over", ["udp", "tcp", "tls"])
 async def test_aioice(server: Embedded, over: str) -> None:
-    """It binds a channel for every peer, refreshes, and deletes its allocation at the end."""
+    """aioice binds a channel for each peer, refreshes, and deletes its allocation at the end."""
     address = {"udp": server.udp, "tcp": (server.address, server.port), "tls": server.tls}[over]
     loop = asyncio.get_running_loop()
     peer_transport, peer = await loop.create_datagram_endpoint(Received, local_addr=("127.0.0.1", 0))
@@ -140,7 +140,7 @@ async def test_aioice_with_a_wrong_password(server: Embedded, over: str) -> None
 
 @pytest.mark.anyio
 async def test_aiortc_by_relay_only(server: Embedded) -> None:
-    """Two peers that may use the TURN server only: ICE, DTLS and SCTP through two of its allocations."""
+    """Two peers that may use only the TURN server: ICE, DTLS and SCTP through two allocations."""
     aiortc = pytest.importorskip("aiortc")
     url = f"turn:{server.address}:{server.udp[1]}?transport=udp"
     configuration = aiortc.RTCConfiguration(

@@ -1,4 +1,4 @@
-"""A path to a TURN server that goes silent, between two network namespaces: who notices, and how soon."""
+"""A path to a TURN server that starts to drop all packets, between two network namespaces: the gateway detects it in time."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ from turnreg.client.allocation import Timing
 HERE, THERE = "198.18.7.1", "198.18.7.2"
 BENCHMARKING = ("198.18.0.0/15",)
 PATIENCE_S = 30.0
-"""Within that, as the issue says, a gateway has found out."""
+"""A gateway must detect the dead path within this time."""
 
 
 def _run(*command: str) -> None:
@@ -64,15 +64,15 @@ def blackhole(host: Namespace, lost: str) -> None:
 @pytest.mark.netns
 @pytest.mark.needs("netns", "nft")
 @pytest.mark.parametrize("lost", RULES)
-def test_a_silent_path_is_found_and_left(lost: str) -> None:
-    """With shorter times than the defaults, whose sum is checked below; the reason is in the metrics."""
+def test_a_dead_path_is_detected_and_left(lost: str) -> None:
+    """With shorter timings than the defaults, which are checked below. The reason is in the metrics."""
     timing = Timing(keepalive_s=0.5, transaction_s=0.3, connect_s=0.5, close_s=0.2)
 
     async def main(server: RunningServer, there: Namespace) -> None:
         relays = relay({"turn-1": [THERE]})
         async with registrar(turn(server), relays, allowed=BENCHMARKING, timing=timing) as ours:
             await ours.publishes(ID)
-            await asyncio.sleep(0.6)  # a keep-alive has been answered
+            await asyncio.sleep(0.6)  # until a keep-alive has been answered, which sends no event
             await asyncio.to_thread(blackhole, there, lost)
             began = time.monotonic()
             await eventually(lambda: ours.count("registrations_total", reason="timeout") > 0)
@@ -89,7 +89,7 @@ def test_a_silent_path_is_found_and_left(lost: str) -> None:
     with two_hosts() as (here, there):
         with there.entered():
             serving = embedded(address=THERE, relay_addresses=(THERE,), allowed_peers=BENCHMARKING)
-            server = serving.__enter__()  # its thread stays where it begins
+            server = serving.__enter__()  # its thread stays in this namespace
         try:
             with here.entered():
                 uvloop.run(main(RunningServer(server.address, server.port), there))
@@ -97,7 +97,7 @@ def test_a_silent_path_is_found_and_left(lost: str) -> None:
             serving.__exit__(None, None, None)
 
 
-def test_the_defaults_find_it_in_time() -> None:
+def test_the_default_timings_detect_it_in_time() -> None:
     timing = Timing()
     assert timing.keepalive_s + timing.transaction_s * (1 + timing.tries) < PATIENCE_S
     assert timing.user_timeout_s + timing.keepalive_s <= PATIENCE_S

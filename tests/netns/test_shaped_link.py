@@ -1,6 +1,6 @@
-"""Streams between two networks over links where TURN servers show what they lose: not a byte, no end, no order is lost.
+"""Streams between two networks over links on which TURN servers lose data: no byte, no end and no order is lost.
 
-An MTU of 1500, no larger segments, 100 Mb/s (tests.support.hosts); with `late_mesh` every bind comes 0.4 s late besides.
+An MTU of 1500, no larger segments, 100 Mb/s (tests.support.hosts). With `late_mesh`, every bind is delayed by 0.4 s as well.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ async def test_two_hundred_streams_at_any_pace(late_mesh: Mesh) -> None:
 
 
 async def test_raw_peers_see_what_these_links_do_to_a_turn_server(mesh: Mesh) -> None:
-    """The control: without our stream protocol 48 KiB before a late bind lose bytes in coturn, or all else proves nothing."""
+    """The control: without our protocol, coturn loses bytes sent before a late bind. Otherwise these tests prove nothing."""
     early = os.urandom(48 * 1024)
     streams: asyncio.Queue[Bound] = asyncio.Queue()
     dialled: list[int] = []
@@ -53,7 +53,7 @@ async def test_raw_peers_see_what_these_links_do_to_a_turn_server(mesh: Mesh) ->
         return await connect(address, port, timeout_s=timeout_s, sock=unconnected("gateway"))
 
     async def peer(to: tuple[str, int]) -> int:
-        """Send 48 KiB before the bind and a little after it; returns how much of it came."""
+        """Send 48 KiB before the bind and a few bytes after it. Returns how many of the 48 KiB arrived."""
         sent = await connect(*to, timeout_s=10, sock=unconnected("relay"))
         await sent.send(early)
         bound = await streams.get()
@@ -86,13 +86,13 @@ async def test_raw_peers_see_what_these_links_do_to_a_turn_server(mesh: Mesh) ->
         await allocation.close()
         running.cancel()
     if mesh.turn == "coturn":
-        assert min(arrived) < len(early), "these links are too kind: nothing was lost"
+        assert min(arrived) < len(early), "these links do not show the loss"
     else:
         assert arrived == [len(early)] * 3
 
 
 @pytest.mark.parametrize("hello_bytes", [0, 18_000, 60_000])
-async def test_megabytes_right_behind_a_hello_of_any_size_arrive_in_order(late_mesh: Mesh, hello_bytes: int) -> None:
+async def test_megabytes_directly_after_a_hello_of_any_size_arrive_in_order(late_mesh: Mesh, hello_bytes: int) -> None:
     early = os.urandom(3_000_000)
     seen: list[bytes] = []
 
@@ -172,7 +172,7 @@ async def test_an_answer_that_begins_after_the_clients_end(late_mesh: Mesh) -> N
 
 
 async def test_a_cut_in_the_middle_is_a_reset_and_never_a_clean_end(late_mesh: Mesh) -> None:
-    """Down and up, cut by the service and by the client, all four at once."""
+    """Down and up, cut by the service and by the client: all four combinations at once."""
     arrived: dict[int, asyncio.Future[SocketStream]] = {}
     over = asyncio.Event()
 
@@ -188,11 +188,11 @@ async def test_a_cut_in_the_middle_is_a_reset_and_never_a_clean_end(late_mesh: M
             except OSError as error:
                 return error
 
-    async def hear_of_it(told: SocketStream, pouring: asyncio.Task[OSError] | None) -> None:
+    async def expect_reset(wire: SocketStream, pouring: asyncio.Task[OSError] | None) -> None:
         with contextlib.suppress(ConnectionResetError):
-            while await told.recv():
+            while await wire.recv():
                 pass
-            # The kernel tells of a reset once: who writes there may have heard it in our place.
+            # The kernel reports a reset only once: the writer of this socket may have received it instead.
             assert pouring is not None, "a clean end instead of a reset"
             assert isinstance(await pouring, ConnectionResetError)
 
@@ -204,9 +204,9 @@ async def test_a_cut_in_the_middle_is_a_reset_and_never_a_clean_end(late_mesh: M
         async with asyncio.TaskGroup() as group:
             pouring = group.create_task(pour(source))
             await drain.recv_exactly(500_000)
-            cut, told = (served, client) if number & 2 else (client, served)
+            cut, other = (served, client) if number & 2 else (client, served)
             cut.reset()
-            await hear_of_it(told, pouring if told is source else None)
+            await expect_reset(other, pouring if other is source else None)
         client.close()
 
     async with late_mesh.serving(service) as port, asyncio.timeout(40):

@@ -1,4 +1,4 @@
-"""Many bytes both ways at once through a mesh: one stream flat out, or two hundred at any pace."""
+"""Bulk transfers in both directions through a mesh: one stream at full speed, or two hundred at different paces."""
 
 import asyncio
 import random
@@ -24,13 +24,13 @@ from tests.support.traffic import (
 
 STREAMS = 200
 MEAN_SHARES = 0.6
-"""Of the sizes that a stream's direction may have."""
+"""Mean size of a stream's direction, in shares."""
 UP, DOWN = 1, 2
 """Seeds of the two directions of the one stream."""
 
 
 async def one_stream(mesh: Mesh, size: int = BULK_BYTES) -> None:
-    """Send that many bytes each way at once over one stream, and hold that they arrive."""
+    """Send `size` bytes in each direction of one stream at the same time, and check that they arrive."""
     seen: dict[str, Sum] = {}
 
     async def service(wire: SocketStream) -> None:
@@ -55,7 +55,7 @@ async def one_stream(mesh: Mesh, size: int = BULK_BYTES) -> None:
 
 
 class Order:
-    """What one of many streams does, by its number; client and service work it out alike."""
+    """The behaviour of one of many streams. Client and service derive it from its number."""
 
     def __init__(self, number: int, share: int) -> None:
         self.number = number
@@ -70,9 +70,9 @@ class Order:
 
 
 async def many_streams(mesh: Mesh, size: int = MANY_BYTES) -> None:
-    """Hold that every byte and every end of two hundred streams at once arrives, with about `size` bytes each way in all.
+    """Run two hundred streams at once with about `size` bytes per direction in total. Every byte and every end must arrive.
 
-    Each has sizes, pauses, slow readers and an order of its half-closes of its own.
+    The streams differ in sizes, pauses, slow readers and the order of their half-closes.
     """
     orders = [Order(number, share=int(size / STREAMS / MEAN_SHARES)) for number in range(STREAMS)]
     at_service: dict[int, tuple[Sum, Sum]] = {}
@@ -121,7 +121,7 @@ async def _play(
     sends: Callable[[], Coroutine[Any, Any, Sum]],
     reads: Callable[[], Coroutine[Any, Any, Sum]],
 ) -> tuple[Sum, Sum]:
-    """Send and read: the one before the other, or both at once. Returns what was read and what was sent."""
+    """Send and read, one after the other or at the same time. Returns the sums of what was read and sent."""
     if first:
         sent = await sends()
         return await reads(), sent
@@ -136,7 +136,7 @@ async def _play(
 
 async def _all_ended_well(mesh: Mesh, before: dict[str, int]) -> None:
     def ends(part: str) -> list[str]:
-        # A line without a name is a second connection that its relay no longer needed before it had said a word.
+        # An event without a name is a second connection that the relay dropped before it sent anything.
         return [event["reason"] for event in mesh.events(part)[before[part] :] if "sni" in event]
 
     await mesh.eventually("every end is logged", lambda: min(len(ends(part)) for part in before) >= STREAMS)

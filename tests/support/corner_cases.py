@@ -1,6 +1,6 @@
-"""The corner cases of ClientHellos, each by its bytes: what a relay routes, and what it refuses and how.
+"""Corner cases of ClientHellos as bytes: those that a relay routes, and those that it refuses, with the kind of refusal.
 
-The same tables are checked against the reader (test_hello.py) and over real sockets (test_relay_corner_cases.py).
+The tables are checked against the parser (test_client_hello.py) and over real sockets (test_relay_corner_cases.py).
 """
 
 from tests.support import hellos
@@ -31,7 +31,7 @@ def singly(data: bytes) -> list[bytes]:
 
 
 def grow(size: int, *extensions: hellos.Extension, last: hellos.Extension | None = None) -> bytes:
-    """Make a message of exactly `size` bytes with padding between the extensions and the last one."""
+    """Return a message of exactly `size` bytes, with padding between the extensions and `last`."""
     after = [last] if last else []
     return message(*extensions, padding(size - len(message(*extensions, padding(0), *after))), *after)
 
@@ -43,11 +43,11 @@ ROUTED = {
     "byte by byte": singly(records(PLAIN)),
     "cut inside the name": [records(PLAIN)[: 5 + AT_NAME + 3], records(PLAIN)[5 + AT_NAME + 3 :]],
     "records cut in the handshake header": [records_cut(PLAIN, [1])],
-    "records cut behind the handshake header": [records_cut(PLAIN, [4])],
+    "records cut after the handshake header": [records_cut(PLAIN, [4])],
     "records cut before the name": [records_cut(PLAIN, [AT_NAME])],
     "records cut inside the name": [records_cut(PLAIN, [AT_NAME + 3])],
     "records cut inside the name, one byte": [records_cut(PLAIN, [AT_NAME + 3, AT_NAME + 4])],
-    "records cut behind the name": [records_cut(PLAIN, [AT_NAME + len(NAME)])],
+    "records cut after the name": [records_cut(PLAIN, [AT_NAME + len(NAME)])],
     "records of one byte": [records(PLAIN, 1)],
     "records of one byte, byte by byte": singly(records(PLAIN, 1)),
     "records of 512 bytes": [records(grow(1246, SNI), 512)],
@@ -58,12 +58,12 @@ ROUTED = {
     "a record of 16,640 bytes": [record(grow(16_640, last=SNI))],
     "18 kB in two records": [records(grow(18_000, last=SNI), 9_000)],
     "23 kB, name past 14 kB": [records(message(padding(14_500), SNI, (99, bytes(8_000))))],
-    "as large as may be": [records(grow(65_536 + 4, last=SNI))],
+    "of the maximum size": [records(grow(65_536 + 4, last=SNI))],
     "13,107 records of one byte": [records(grow(13_107, last=SNI), 1)],
     **{f"record version {version:#06x}": [records(PLAIN, version=version)] for version in range(0x0300, 0x0305)},
     "client version 3.0": [records(message(SNI, version=0x0300))],
     "no session id": [records(message(SNI, session_id=b""))],
-    "other compressions beside null": [records(message(SNI, compressions=b"\x01\x00"))],
+    "other compression methods besides null": [records(message(SNI, compressions=b"\x01\x00"))],
     "GREASE everywhere": [
         records(
             message(
@@ -78,7 +78,7 @@ ROUTED = {
     ],
     "unknown extensions": [records(message((0xABCD, bytes(100)), SNI, (0xFFFF, b"")))],
 }
-"""In the pieces in which they come; all ask for NAME."""
+"""Each is a list of the pieces in which it arrives. All ask for NAME."""
 
 OTHER_PROTOCOLS = {
     "HTTP": b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n",
@@ -92,9 +92,9 @@ OTHER_PROTOCOLS = {
     "PROXY v1": b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2\r\n" + client_hello(),
     "PROXY v2": bytes.fromhex("0d0a0d0a000d0a515549540a"),
 }
-"""None of them is TLS: the connection ends without a word."""
+"""Not TLS: the relay closes the connection without an alert."""
 
-# By the shortest beginning that shows it: one byte less is None, nothing is waited for and nothing reserved.
+# Each is the shortest prefix that shows the error: one byte less is incomplete. Nothing more is read or reserved.
 FROM_THE_HEADER = {
     "record length 0xFFFF": record(b"", length=0xFFFF),
     "record length 16,641": record(b"", length=16_641),
@@ -107,16 +107,16 @@ FROM_THE_HEADER = {
     "a hello request": record(b"\x00", length=200),
     "other record inside": record(PLAIN[:9]) + bytes([20]),
     "other version inside": record(PLAIN[:9]) + bytes([22, 2]),
-    "record goes on behind the hello": record(PLAIN, length=len(PLAIN) + 1),
+    "the record continues after the hello": record(PLAIN, length=len(PLAIN) + 1),
 }
-"""decode_error."""
+"""Refused with the alert decode_error."""
 
 NAMELESS = {
     "no extensions block": message(),
     "empty extensions block": message(block=b"\0\0"),
     "other extensions": message(supported_versions(0x0304), ech(), (GREASE, b"")),
 }
-"""unrecognized_name, no_sni."""
+"""Refused with the alert unrecognized_name, for the reason no_sni."""
 
 BAD_NAMES = [
     b"",
@@ -155,4 +155,4 @@ BAD_NAMES = [
     b"fd00::5",
     b"::ffff:10.0.0.5",
 ]
-"""unrecognized_name, bad_name."""
+"""Refused with the alert unrecognized_name, for the reason bad_name."""

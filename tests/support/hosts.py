@@ -1,4 +1,4 @@
-"""Two networks of real hosts on this machine: network namespaces, one a host, with a router between them.
+"""Two networks of hosts on this machine: one network namespace per host, with a router between the networks.
 
     network a                          the router                       network b
     10.80.1.2  client, discovery  ───  10.80.1.1    10.90.1.1  ───  10.90.1.2  gateway
@@ -7,13 +7,13 @@
                                                     10.90.4.1  ───  10.90.4.2  hop
                                   masquerades b → a, drops a → b
 
-Every link is a veth pair with an MTU of 1500 on which no larger segment ever travels (`gso_max_segs 1`), and the router
-lets through no more than 100 Mb/s to each host. That is where TURN servers show what they lose: on loopback, or a veth as
-it comes, one write arrives as one read, in no time. Nothing but the router drops: a sender whose own queue drops what it
-sends is given up by Linux after fifteen drops in a row, 7.5 s, which two hundred greedy streams bring about.
+Every link is a veth pair with an MTU of 1500 and without larger segments (`gso_max_segs 1`), and the router limits each host to
+100 Mb/s. This is where data loss in TURN servers shows: on loopback, or on a veth with default settings, one write arrives as one
+read, immediately. Only the router drops packets: Linux gives up a connection after its own queue has dropped fifteen packets in a
+row (7.5 s), which happens with two hundred streams at full speed.
 
-The namespaces have no names. Each is held by a descriptor of this process and by the processes in it, so that the kernel
-takes everything away with the last of them, however that one ends.
+The namespaces have no names. Each is kept alive by a descriptor of this process and by the processes in it, so the kernel
+removes everything with the last of them, however it ends.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ COMMAND_TIMEOUT_S = 10.0
 MASK = 24
 
 SHAPE = ("tbf", "rate", "100mbit", "burst", "4kb", "latency", "50ms")
-"""Bursts of two segments, so that what is sent in one piece arrives piece by piece; 50 ms of queue are what a router keeps."""
+"""Bursts of two segments, so that one write arrives in several pieces; a queue of 50 ms, as in a router."""
 
 LINKS = {
     "client": "10.80.1.2",
@@ -49,7 +49,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Namespace:
-    """A network namespace. `entered()` moves this thread there and back."""
+    """A network namespace. `entered()` moves this thread into it and back."""
 
     def __init__(self) -> None:
         home = _own()
@@ -64,7 +64,7 @@ class Namespace:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Be there while the block runs, which must not wait for the loop: others run in this thread, too."""
+        """Enter the namespace while the block runs. The block must not await: other tasks run in the same thread."""
         home = _own()
         try:
             _check(_libc.setns(self.fd, CLONE_NEWNET), "setns")
@@ -76,12 +76,12 @@ class Namespace:
             os.close(home)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close its descriptor."""
         os.close(self.fd)
 
 
 class Hosts:
-    """The ground of a mesh whose parts have hosts of their own."""
+    """The `Ground` of a mesh whose parts have hosts of their own."""
 
     def __init__(self) -> None:
         self.plan = Plan(
@@ -99,7 +99,7 @@ class Hosts:
         self._hosts: dict[str, Namespace] = {}
 
     def build(self) -> None:
-        """Make hosts and links. RuntimeError says what a command that failed has said."""
+        """Create hosts and links. Raises RuntimeError with the output of a command that failed."""
         router = self._add("router")
         for host, address in LINKS.items():
             self._add(host)
@@ -127,16 +127,16 @@ class Hosts:
             _do("nft", "-f", "-", given=_firewall())
 
     def on(self, part: str) -> AbstractContextManager[None]:
-        """Be on a part's host while the block runs."""
+        """Enter a part's host while the block runs."""
         return self._hosts[HOST_OF_PART.get(part, part)].entered()
 
     def cut(self, host: str) -> None:
-        """Take a host off the net, as when its power fails: nobody is told."""
+        """Take a host off the network without notice, as in a power failure."""
         with self._hosts[host].entered():
             _ip("link set eth0 down")
 
     def close(self) -> None:
-        """Let go of all; the kernel removes what no process is in any more."""
+        """Close all descriptors. The kernel removes a namespace with its last process."""
         self._closing.close()
 
     def _add(self, name: str) -> Namespace:
@@ -147,7 +147,7 @@ class Hosts:
 
 @contextmanager
 def hosts() -> Iterator[Hosts]:
-    """Have the hosts there while the block runs."""
+    """Create the hosts for the duration of the block."""
     ground = Hosts()
     try:
         ground.build()
@@ -157,7 +157,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def _firewall() -> str:
-    """The lab's own, over several links of each network, which may talk among themselves."""
+    """Return the lab's rules, extended to several links per network; hosts of one network may reach each other."""
     rules = FIREWALL.replace('"to-a"', '"to-a-*"').replace('"to-b"', '"to-b-*"')
     inside = "".join(f'        iifname "to-{n}-*" oifname "to-{n}-*" accept\n' for n in "ab")
     head, established, rest = rules.partition("        ct state established,related accept\n")

@@ -3,8 +3,8 @@
     async with a_path("coturn") as path:
         client = await path.dial("p8443-127-0-0-1.b.svc.mesh.internal")
 
-The TURN server is coturn, the embedded one, or none ("direct": the gateway listens; "memory": not even sockets).
-Services are the test's own.
+The TURN server is coturn or the embedded one. Without a TURN server, the gateway listens ("direct"), or the transport in memory
+is used ("memory", without sockets). The test provides the services.
 """
 
 import asyncio
@@ -72,7 +72,7 @@ class LogLines(logging.Handler):
 
 @dataclass
 class Path:
-    """The running parts, and the log of both ends."""
+    """The running parts, and the logs of relay and gateway."""
 
     relay: Relay
     gateway: Gateway
@@ -86,7 +86,7 @@ class Path:
     hello_of: dict[str, bytes] = field(default_factory=dict)
 
     async def serve(self, handle: Callable[[SocketStream], Awaitable[None]]) -> int:
-        """Run a service on loopback in network b; returns its port."""
+        """Run a service on loopback in network b. Returns its port."""
         listener = await Listener.open("127.0.0.1", 0)
         task = self._group.create_task(listener.serve(handle))
         self._closing.callback(task.cancel)
@@ -105,7 +105,7 @@ class Path:
     async def ended(
         self, count: int = 1, limit_s: float = 20
     ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-        """Wait until both ends have logged the end of `count` streams, and give their lines."""
+        """Wait until relay and gateway have logged the end of `count` streams. Returns both lists of log events."""
         return await self.relay_log.wait_for(count, limit_s), await self.gateway_log.wait_for(count, limit_s)
 
 
@@ -115,12 +115,12 @@ def name_of(port: int, address: str = "127.0.0.1") -> str:
 
 
 def service_hello(name: str) -> bytes:
-    """What a service behind the path has to read first."""
+    """Return the ClientHello that the service reads first."""
     return client_hello(name)
 
 
 def proto(gateway: Gateway) -> list[str]:
-    """What the records of a gateway say in `proto`."""
+    """Return the `proto` entry for records of this gateway."""
     return [FRAMED, proto_of(gateway.epoch)]
 
 
@@ -132,7 +132,7 @@ async def a_path(
 
     Args:
         turn: "coturn", "embedded", "direct" or "memory".
-        bind_delay_s: how long the gateway waits before it binds an announced peer, as one far away does.
+        bind_delay_s: delay before the gateway binds an announced peer, as if it were far away.
     """
     key = SigningKey(id="ab-1", secret=secrets.token_bytes(32), from_network="a", to_network="b")
     discovery = FixedDiscovery(

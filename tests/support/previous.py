@@ -1,4 +1,4 @@
-"""The version before this one: what the parts of a mesh must still work with, since networks are upgraded on different days."""
+"""The previous version, which the parts of a mesh must work with, since networks are upgraded on different days."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 PREVIOUS = "878e1f296b04040764ee53dafb8295644b53bf8d"
-"""The commit of the last release, 0.1.0. `make release` says to move it on."""
+"""The commit of the last release, 0.1.0. `make release` prints the next value."""
 
 GIT_LIMIT_S = 30.0
 INSTALL_LIMIT_S = 300.0
@@ -21,8 +21,8 @@ INSTALL_LIMIT_S = 300.0
 def interpreter(folder: Path) -> Path:
     """Install that version, with the libraries it pins, into an environment of its own; return its Python.
 
-    The folder may be shared by workers: the first one installs, the others wait for it. Skips where the history or the libraries
-    cannot be had; with CI=true that is a failure.
+    Workers may share the folder: the first one installs, the others wait for it. Skips the test if the commit or the libraries
+    are not available; with CI=true that is a failure.
     """
     folder.mkdir(exist_ok=True)
     python = folder / "environment" / "bin" / "python"

@@ -1,13 +1,13 @@
-"""A mesh of real processes: discovery, a TURN server, relay and gateways, each a `crossnet run` (or Debian's coturn).
+"""A mesh of real processes: discovery, a TURN server, relay and gateways. Each is a `crossnet run` or Debian's coturn.
 
-    with standing(Mesh(folder, Loopback(), turn="coturn")) as mesh:
+    with running_mesh(Mesh(folder, Loopback(), turn="coturn")) as mesh:
         name = mesh.name(await mesh.serve(handle, closing))
         client = await mesh.dial(name)
 
-The configuration is the lab's own (`crossnet.lab.parts`), with what a test changes. Where the parts stand is the ground's
-business: addresses of the loopback interface, or hosts of their own (`tests.support.hosts`). Clients and services are the
-test's: sockets in its own loop, made on their hosts. Every process is ended by its pid, and by the kernel should the test
-run be killed.
+The configuration is that of the lab (`crossnet.lab.parts`) with the changes of a test. A `Ground` says where the parts run:
+on addresses of the loopback interface, or on hosts of their own (`tests.support.hosts`). Clients and services belong to the
+test: they are sockets in its own loop, created on their hosts. Every process is killed by its pid, or by the kernel if the test
+run itself is killed.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ TURNS = [
     pytest.param("coturn", marks=[pytest.mark.interop, pytest.mark.needs("turnserver")]),
     pytest.param("embedded"),
 ]
-"""The TURN servers, of which each must hold what the other does."""
+"""The TURN servers. The same tests must pass with both."""
 
 DOMAIN = "svc.mesh.internal"
 ASK_TIMEOUT_S = 2.0
@@ -49,65 +49,65 @@ END_TIMEOUT_S = 20.0
 SECOND_ADMIN_PORT = 8795
 
 Change = Callable[[dict[str, Any]], None]
-"""Changes a part's configuration before it is written."""
+"""Modifies a part's configuration before it is written."""
 
 
 class Ground(Protocol):
-    """Where the parts stand."""
+    """Where the parts run."""
 
     plan: topology.Plan
     second_gateway: str
     hop: str
-    """Addresses of gateway-2 and hop; the others are the plan's."""
+    """Addresses of gateway-2 and hop; the other addresses are in the plan."""
 
     def on(self, part: str) -> AbstractContextManager[None]:
-        """Be on a part's host while the block runs: sockets and processes that are made in it belong there."""
+        """Enter a part's host while the block runs: sockets and processes created in the block belong to that host."""
 
 
 class Loopback:
-    """All on addresses of the loopback interface that nobody else uses."""
+    """Runs all parts on unused addresses of the loopback interface."""
 
     def __init__(self) -> None:
         self.plan = topology.Loopback().plan
         self.second_gateway = self.hop = self.plan.gateway
 
     def on(self, part: str) -> AbstractContextManager[None]:
-        """Stay where we are."""
+        """Do nothing: all parts are on this host."""
         del part
         return nullcontext()
 
 
 class Part(Program):
-    """One process, with what only a test does to it."""
+    """One process, with operations that only tests need."""
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the process alone."""
+        """Send a signal to the process, not to its children."""
         assert self._process is not None
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill it, as in a crash."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def exit_code(self) -> int:
-        """Wait for its end and return the exit code."""
+        """Wait until it ends, and return its exit code."""
         assert self._process is not None
         return self._process.wait(END_TIMEOUT_S)
 
     @property
     def alive(self) -> bool:
-        """It has been started and has not ended."""
+        """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
     def descriptors(self) -> int:
-        """Count its open descriptors."""
+        """Return the number of its open descriptors."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
 class Mesh:
-    """The processes of one run. Parts are called discovery, turn, relay, gateway and gateway-2, dns, hop."""
+    """The processes of one test. The parts are discovery, turn, relay, gateway, gateway-2, dns and hop."""
 
     def __init__(
         self,
@@ -129,12 +129,12 @@ class Mesh:
         Args:
             turn: "coturn" or "embedded".
             gateways: 1 or 2, in network b.
-            late_s: by how much each connection of a gateway to the TURN server is late, and so each bind.
-            coturn_options: more of coturn's; one with a value needs the `=`.
-            changes: by part, what is different in its configuration.
-            roles: by part, which roles of its configuration to run; all, unless given.
-            prefixes: by part, what to run it with; it must exec, so that the pid is the part's.
-            pythons: by part, the interpreter of an environment that has another version of crossnet.
+            late_s: delay of each connection from a gateway to the TURN server, and so of each bind.
+            coturn_options: further options of coturn; one with a value needs the `=`.
+            changes: modifications of the configuration, by part.
+            roles: the roles of the configuration to run, by part; by default all.
+            prefixes: commands to run a part with, by part. They must exec, so that the pid is the part's.
+            pythons: interpreters of environments with another version of crossnet, by part.
         """
         self.folder, self.ground, self.plan = folder, ground, ground.plan
         self.turn = turn
@@ -181,38 +181,38 @@ class Mesh:
             document["turn"]["advertise"] = url
 
     def _not_by_way_of_the_hop(self, document: dict[str, Any]) -> None:
-        # By the server's URL the relay would learn the hop's address in place of the one that it dials from.
+        # Through the server's URL, the relay would learn the hop's address instead of the one that it dials from.
         source = self.plan.relay if self.plan.router else "127.0.0.1"
         document["relay"]["sources"] = {"turn-1": [source]}
 
     @property
     def turn_secret(self) -> str:
-        """What makes credentials for the TURN server."""
+        """The shared secret from which credentials for the TURN server are made."""
         return self._parts.turn_password
 
     @property
     def _hop(self) -> tuple[str, int]:
         return self.ground.hop, self.plan.turn_port + 10
 
-    # Life
+    # Starting and stopping
 
-    def stand(self) -> None:
-        """Start everything and wait until a first stream can go through."""
+    def start_all(self) -> None:
+        """Start all parts, and wait until a first stream can get through."""
         first = ["discovery", "turn", *(["hop"] if self._late_s else [])]
         for part in first:
             self.start(part)
         for part in first:
             self.until(part, "ready", lambda part=part: self.ready(part))  # type: ignore[misc]
-        # What these need at once is there now: nobody has to try again, and to wait before that.
+        # The others need these immediately: if they found them missing, they would pause before they try again.
         for part in self.names:
             if part not in first:
                 self.start(part)
         for part in self.names:
             self.until(part, "ready", lambda part=part: self.ready(part))  # type: ignore[misc]
-        self.until("relay", "every allocation, with permission for it", self.whole)
+        self.until("relay", "every allocation, with permission for it", self.converged)
 
-    def clear(self) -> None:
-        """End every process, all at once."""
+    def kill_all(self) -> None:
+        """Kill all processes."""
         parts = [part for started in self._started.values() for part in started]
         for part in parts:
             with contextlib.suppress(AssertionError):
@@ -220,12 +220,12 @@ class Mesh:
             part.kill()
 
     def start(self, name: str) -> Part:
-        """Start a part, or start it again; its log begins anew and the old one stays."""
-        assert not self._started.get(name) or not self[name].alive, f"{name} runs"
+        """Start a part that does not run. Each start has a log of its own; old logs are kept."""
+        assert not self._started.get(name) or not self[name].alive, f"{name} is running"
         return self._another(name)
 
     def upgrade(self, name: str) -> tuple[Part, Part]:
-        """Start a part once more beside itself; gives the old process and the new one, which the part's name means from now on."""
+        """Start a second process of a running part. Returns the old and the new process; the name now means the new one."""
         return self[name], self._another(name)
 
     def _another(self, name: str) -> Part:
@@ -251,13 +251,13 @@ class Mesh:
         ]
 
     def __getitem__(self, name: str) -> Part:
-        """The process of a part, the latest if it was started again."""
+        """The latest process of a part."""
         return self._started[name][-1]
 
-    # What they say
+    # Observing
 
     def ask(self, part: str, path: str) -> Any:
-        """Ask a part's admin server; None while it does not answer."""
+        """Get a JSON document from a part's admin server; None if it does not answer."""
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             with self.ground.on(part):
                 connection = http.client.HTTPConnection(*self._admin[part], timeout=ASK_TIMEOUT_S)
@@ -268,7 +268,7 @@ class Mesh:
         return None
 
     def ready(self, part: str) -> bool:
-        """Whether a part says that it is ready; coturn and hop, that they listen."""
+        """Whether a part is ready; for coturn and hop, whether they listen."""
         if part in self._admin:
             return bool((self.ask(part, "/readyz") or {}).get("ready"))
         at = self._hop if part == "hop" else (self.plan.turn, self.plan.turn_port)
@@ -278,12 +278,12 @@ class Mesh:
         return False
 
     def registrations(self, gateway: str = "gateway") -> list[dict[str, Any]]:
-        """Return how a gateway stands with the TURN server: one line for each allocation that relays may use."""
+        """Return a gateway's published registrations: one for each allocation that relays may use."""
         lines = (self.ask(gateway, "/status") or {}).get("registrations", ())
         return [line for line in lines if line.get("published")]
 
     def records(self, part: str, kind: str) -> list[dict[str, Any]]:
-        """Return the records of a kind that a part knows."""
+        """Return the records of a kind in a part's view of discovery."""
         return [record for record in (self.ask(part, "/mesh") or {}).get("records", ()) if record["kind"] == kind]
 
     def records_command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -292,16 +292,16 @@ class Mesh:
         return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
     def records_at_the_server(self) -> list[dict[str, Any]]:
-        """Return all records that the discovery server has; none while it does not answer."""
+        """Return all records of the discovery server; an empty list if it does not answer."""
         return [json.loads(line) for line in self.records_command("list", "--json").stdout.splitlines()]
 
-    def forget_all(self) -> None:
-        """Remove the store of a discovery server that does not run."""
+    def delete_store(self) -> None:
+        """Delete the store of the discovery server, which must not run."""
         for path in self.folder.glob("discovery.db*"):
             path.unlink()
 
-    def whole(self) -> bool:
-        """Whether every gateway is registered, has let the relay in, and is known to the relay as it is now."""
+    def converged(self) -> bool:
+        """Whether every running gateway is registered and has permitted the relay, and the relay has its current records."""
         known = {record["id"]: record["spec"]["port"] for record in self.records("relay", "allocation")}
         for gateway in ("gateway", "gateway-2"):
             if gateway in self.names and self[gateway].alive:
@@ -313,21 +313,21 @@ class Mesh:
         return True
 
     def events(self, part: str, name: str = "stream") -> list[dict[str, Any]]:
-        """Return what a part, however often started, has logged of one event."""
+        """Return the log events of this name from all processes of a part."""
         found = []
         for line in self.lines(part):
-            with contextlib.suppress(ValueError):  # half a line so far
+            with contextlib.suppress(ValueError):  # the last line is not complete yet
                 event = json.loads(line)
                 if event.get("event") == name:
                     found.append(event)
         return found
 
     def lines(self, part: str) -> list[str]:
-        """Return all that a part has logged."""
+        """Return the log lines of all processes of a part."""
         return [line for process in self._started[part] for line in process.lines()]
 
-    def complaints(self) -> list[str]:
-        """Return every line of any part that tells of a defect rather than of its circumstances."""
+    def defects(self) -> list[str]:
+        """Return the log lines of all parts that indicate a bug."""
         words = ("Traceback", "unexpected error", '"event":"died"', "never retrieved", "was never awaited")
         return [
             f"{part}: {line[:2000]}"
@@ -359,14 +359,14 @@ class Mesh:
     # Streams
 
     def name(self, port: int) -> str:
-        """The name by which clients reach this port of the services' host."""
+        """Return the name by which clients reach this port of the services' host."""
         return f"p{port}-{self.plan.service.replace('.', '-')}.b.{DOMAIN}"
 
     @asynccontextmanager
     async def serving(self, handle: Callable[[SocketStream], Awaitable[None]]) -> AsyncIterator[int]:
-        """Run a service in network b while the block runs; give its port.
+        """Run a service in network b while the block runs. Yields its port.
 
-        What goes wrong in it is raised at the block's end. Clients that still are connected then are closed.
+        An error in it is raised at the end of the block. Clients that are still connected then are closed.
         """
         with self.ground.on("service"):
             listener = Listener(socket.create_server((self.plan.service, 0), backlog=1024))
@@ -410,15 +410,15 @@ class Mesh:
 
 
 @contextmanager
-def standing(mesh: Mesh) -> Iterator[Mesh]:
-    """Have a mesh stand while the block runs; at its end no part may have told of a defect."""
+def running_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Run a mesh while the block runs. Fails at the end if a log line indicates a bug."""
     try:
-        mesh.stand()
+        mesh.start_all()
         yield mesh
-        complaints = mesh.complaints()
-        assert not complaints, "\n".join(complaints)
+        defects = mesh.defects()
+        assert not defects, "\n".join(defects)
     finally:
-        mesh.clear()
+        mesh.kill_all()
 
 
 def _any_port_of_its_services(document: dict[str, Any]) -> None:
@@ -430,5 +430,5 @@ def _nothing(document: dict[str, Any]) -> None:
 
 
 def streams_of(events: Iterable[dict[str, Any]], field: str = "reason") -> list[Any]:
-    """Return one field of each stream that ended."""
+    """Return one field of each event."""
     return [event[field] for event in events]

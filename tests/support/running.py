@@ -1,4 +1,4 @@
-"""Real `crossnet run` processes and a real mutual-TLS service for tests, each ended by its pid."""
+"""Real `crossnet run` processes and a real mutual-TLS service for tests. Each is killed by its pid."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ END_TIMEOUT_S = 20.0
 
 
 class Running:
-    """One `crossnet run`; its log is a file of JSON lines."""
+    """One `crossnet run`, which logs JSON lines to a file."""
 
     def __init__(self, folder: Path, config: str, *roles: str, name: str = "crossnet") -> None:
         self.folder = folder
@@ -37,12 +37,12 @@ class Running:
             )
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Return what it has logged, or what of it is called so. Every line must be a JSON object."""
+        """Return its log events, or those of one name. Every line of the log must be a JSON object."""
         read = [json.loads(line) for line in self.log.read_text().splitlines()]
         return [event for event in read if name is None or event.get("event") == name]
 
     def wait_for(self, name: str, count: int = 1) -> dict[str, Any]:
-        """Wait until it has logged so many events of this name; return the last."""
+        """Wait until it has logged `count` events of this name, and return the last one."""
 
         def found() -> dict[str, Any] | None:
             ended = self.process.poll() is not None  # asked first: what it logged at its end still counts
@@ -55,13 +55,13 @@ class Running:
         return wait_until(found, START_TIMEOUT_S, what=f"event {name}", details=self.log.read_text)
 
     def started(self) -> dict[str, list[str]]:
-        """Wait until it has started; return where it listens."""
+        """Wait until it has started, and return the addresses where it listens, by role."""
         listening = self.wait_for("started")["listening"]
         assert isinstance(listening, dict)
         return listening
 
     def ask(self, path: str, host: str | None = None) -> tuple[int, str]:
-        """Ask its admin server; return status and body."""
+        """Get a path from its admin server. Returns status and body."""
         admin = self.started()["admin"][0]
         request = urllib.request.Request(f"http://{admin}{path}", headers={"Host": host or admin})
         try:
@@ -72,19 +72,19 @@ class Running:
                 return error.code, error.read().decode()
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and return the exit code."""
+        """Send a signal, wait until it ends, and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(END_TIMEOUT_S)
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill it, as in a crash."""
         self.process.kill()
         self.process.wait()
 
 
 @contextlib.contextmanager
 def running(folder: Path, config: str, *roles: str, name: str = "crossnet") -> Iterator[Running]:
-    """Run these roles while the block runs."""
+    """Run these roles, by default all of the configuration, while the block runs."""
     process = Running(folder, config, *roles, name=name)
     try:
         yield process
@@ -94,7 +94,7 @@ def running(folder: Path, config: str, *roles: str, name: str = "crossnet") -> I
 
 @contextlib.contextmanager
 def mutual_tls_service(folder: Path, *names: str) -> Iterator[tuple[int, list[str]]]:
-    """Run a service for these names; give its port and the options by which curl trusts it and proves itself."""
+    """Run a service for these names. Yields its port and curl's options for its CA and the client certificate."""
     authority = Authority(folder)
     server = authority.server("service", "a service", names)
     client = authority.client("client", "a client")
@@ -130,7 +130,7 @@ def free_port() -> int:
 
 
 def curl(name: str, relay: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Have curl ask for a name, by way of a relay."""
+    """Request a name with curl through a relay."""
     return subprocess.run(
         [
             "curl",

@@ -1,4 +1,4 @@
-"""Short talks with an echo service through a mesh: one question and answer, or a stream that is held while something happens."""
+"""Streams to an echo service through a mesh: one question and answer, or a stream that is held open while something happens."""
 
 import asyncio
 import os
@@ -13,41 +13,41 @@ from tests.support.waiting import LIMIT_S
 
 
 class Held:
-    """A stream that stays open; the service says back what it hears."""
+    """An open stream to the echo service."""
 
     def __init__(self, wire: SocketStream) -> None:
         self.wire = wire
 
     async def ping(self) -> None:
-        """Hold that it goes both ways."""
+        """Check that both directions work."""
         message = os.urandom(2000)
         async with asyncio.timeout(LIMIT_S):
             await self.wire.send(message)
             assert await self.wire.recv_exactly(len(message)) == message
 
     async def end(self) -> None:
-        """End it, and hold that the service's end comes."""
+        """End our direction, and check that the service ends its own."""
         self.wire.shutdown_write()
         assert await read_all(self.wire) == b""
         self.wire.close()
 
     async def cut(self) -> None:
-        """Hold that it is reset, and not ended as if all were well."""
+        """Check that it is reset, not cleanly ended."""
         await until_reset(self.wire)
         self.wire.close()
 
 
 class Talk:
-    """The talks with one echo service."""
+    """Opens streams to one echo service."""
 
     def __init__(self, mesh: Mesh, name: str) -> None:
         self._mesh = mesh
         self.name = name
         self.count = 0
-        """How many streams have been through."""
+        """Number of streams that `once` has completed."""
 
     async def once(self) -> None:
-        """Open a stream, ask, hear the same, see it end."""
+        """Open a stream, send data, and check that the same data and the end come back."""
         question = os.urandom(3000)
         client = await self._mesh.dial(self.name, behind=question)
         try:
@@ -59,30 +59,30 @@ class Talk:
         self.count += 1
 
     async def at_once(self, count: int) -> None:
-        """As many streams at once."""
+        """Run `once` for `count` streams at the same time."""
         async with asyncio.TaskGroup() as group:
             for _ in range(count):
                 group.create_task(self.once())
 
     @asynccontextmanager
-    async def going_on(self, pause_s: float = 0.02) -> AsyncIterator[None]:
-        """Have one stream after the other while the block runs."""
+    async def repeating(self, pause_s: float = 0.02) -> AsyncIterator[None]:
+        """Run `once` repeatedly while the block runs."""
 
-        async def on_and_on() -> None:
+        async def repeat() -> None:
             while not over.is_set():
                 await self.once()
                 await asyncio.sleep(pause_s)
 
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            group.create_task(on_and_on())
+            group.create_task(repeat())
             try:
                 yield
             finally:
                 over.set()
 
     async def hold(self) -> Held:
-        """Open a stream that stays."""
+        """Open a stream and keep it open."""
         held = Held(await self._mesh.dial(self.name))
         await held.ping()
         return held
@@ -90,10 +90,10 @@ class Talk:
 
 @asynccontextmanager
 async def talking(mesh: Mesh) -> AsyncIterator[Talk]:
-    """Have an echo service in network b while the block runs."""
+    """Run an echo service in network b while the block runs."""
 
     async def echo(wire: SocketStream) -> None:
-        with suppress(OSError):  # a cut is what some tests are about: the client's side holds what must be
+        with suppress(OSError):  # some tests cut streams; the client's side checks the outcome
             await wire.recv_exactly(hello_bytes)
             while data := await wire.recv():
                 await wire.send(data)

@@ -1,8 +1,8 @@
-"""Real web servers that want a PROXY header first and answer with whom it named.
+"""Real web servers that require a PROXY header and answer with the addresses in it.
 
     with webserver("nginx", folder, certificate) as port:
 
-The answer to any request is one line: the client's address and port, and the address that the client had connected to.
+The answer to any request is one line: the client's address and port, and the address that the client connected to.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ frontend f
 
 @contextlib.contextmanager
 def webserver(kind: str, folder: Path, certificate: Credential | None = None) -> Iterator[int]:
-    """Have one run on loopback while the block runs, with TLS if it has a certificate; give its port."""
+    """Run one on loopback while the block runs, with TLS if there is a certificate. Yields its port."""
     folder.mkdir()
     port = free_port()
     fields = {"folder": folder, "address": "127.0.0.1", "port": port, "tls": "", "certificate": ""}
