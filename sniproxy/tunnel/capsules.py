@@ -145,7 +145,7 @@ class CapsuleReader:
 
     @property
     def header_bytes_needed(self) -> int:
-        """Return the least number of bytes that complete the next header; 0 inside a capsule.
+        """Return how many bytes must still come, at least, before the next header is complete; 0 inside a capsule.
 
         Reading exactly this many never waits for bytes that need not come, and never takes a byte of payload.
         """
