@@ -1,1 +1,1 @@
-"""Who may go where, and how much each may take: rules, what a target reaches, loop guard, limits per client."""
+"""Access control: rules, what a target reaches, the loop guard, and limits per client."""

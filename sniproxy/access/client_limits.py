@@ -1,7 +1,8 @@
-"""What one client, and all together, may take of a relay: streams, new streams a second, bytes of unfinished ClientHellos.
+"""Limits for each client, and for all together: streams, new streams per second, bytes of unfinished ClientHellos.
 
-A client is an IPv4 address, or an IPv6 /64: that much one host has for itself. Behind an address can be a whole office (NAT), so
-the defaults stop only what would keep others out. Who is over a limit is refused; nobody who is in suffers. Sans-IO.
+A client is an IPv4 address or an IPv6 /64, because one host can have a whole /64. A whole office can be behind one address (NAT),
+so the defaults only stop what would keep others out. New streams over a limit are refused; open streams are not affected.
+Sans-IO.
 """
 
 from collections import OrderedDict
@@ -13,49 +14,50 @@ from discovery.model.addresses import Address
 from discovery.pacing.token_bucket import TokenBucket
 
 DEFAULT_MAX_STREAMS_PER_CLIENT = 8192
-"""Half of all streams: one address never has everything."""
+"""Half of all streams, so that one address never has all of them."""
 
 DEFAULT_NEW_STREAMS_PER_S = 2000
-"""About what one core of a relay opens (2,300 measured): ten offices behind one address do not ask for that, a flood does."""
+"""About as many as one core of a relay can open (2,300 measured). A flood needs that, ten offices behind one address do not."""
 
 BURST_S = 2.0
-"""A client that was quiet may bring what it did not use in that time at once: every connection of a pool, after a restart."""
+"""A client that was idle may open as many at once as the rate allows in this time, such as a connection pool after a restart."""
 
 DEFAULT_MAX_HELLO_HELD_BYTES = 64 * 1024 * 1024
-"""A thousand ClientHellos of the largest size at once, or thirty thousand ordinary ones."""
+"""A thousand ClientHellos of the largest size, or thirty thousand ordinary ones."""
 
 MAX_CLIENTS = 65_536
-"""Clients whose rate is remembered, about 200 bytes each. The one unheard of for longest is forgotten first."""
+"""Clients whose rate is remembered, about 200 bytes each. The one that has been idle longest is forgotten first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """For each client; 0 is no limit."""
+    """Limits for each client. 0: no limit."""
 
     max_streams: int = DEFAULT_MAX_STREAMS_PER_CLIENT
     new_streams_per_s: int = DEFAULT_NEW_STREAMS_PER_S
 
 
 def _client(address: Address) -> int:
-    """One number for each client; those of IPv6 are above all of IPv4."""
+    """Return a number for each client. Those of IPv6 clients are above those of IPv4 clients."""
     return int(address) if address.version == 4 else (1 << 64) + (int(address) >> 64)
 
 
 class Admission:
-    """Who has how many streams, and who may bring one more. `limits` may be replaced at any time."""
+    """Counts the streams of each client, and decides about new ones. `limits` may be replaced at any time."""
 
     def __init__(self, limits: Limits, *, max_clients: int = MAX_CLIENTS) -> None:
         self.limits = limits
         self._max_clients = max_clients
         self._streams: dict[int, int] = {}
         self._rates: OrderedDict[int, TokenBucket] = OrderedDict()
-        """For each client what it may still bring; those heard of lately are last."""
+        """A token bucket for each client; the most recent clients are last."""
 
     def admit(self, address: Address, now: float) -> str | None:
-        """Take one stream in, or say why not. What was taken in is given back by `leave`.
+        """Admit a stream and return None, or return why it is refused. Call `leave` for each admitted stream.
 
         Args:
-            now: seconds of any clock that does not go back.
+            address: of the client.
+            now: seconds of a clock that never goes back.
         """
         client = _client(address)
         streams = self._streams.get(client, 0)
@@ -67,7 +69,7 @@ class Admission:
         return None
 
     def leave(self, address: Address) -> None:
-        """End one stream that was admitted."""
+        """Note the end of an admitted stream."""
         client = _client(address)
         left = self._streams[client] - 1
         if left:
@@ -92,19 +94,19 @@ class Admission:
 
 
 class Budget:
-    """Bytes that all streams together may hold. `limit` may be replaced at any time."""
+    """A limit of bytes for all streams together. `limit` may be replaced at any time."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
 
     def share(self) -> "Share":
-        """Begin one stream's share; leave it by `with`."""
+        """Return the share of one stream, to be used as a context manager that releases it."""
         return Share(self)
 
 
 class Share:
-    """What one stream holds."""
+    """The bytes that one stream holds."""
 
     __slots__ = ("_budget", "_held")
 
@@ -113,7 +115,7 @@ class Share:
         self._held = 0
 
     def take(self, size: int) -> bool:
-        """Hold so many bytes more; False if all together then hold too many, and this stream is to be refused."""
+        """Add `size` bytes. Returns False if all streams together are over the limit, and this one has to be refused."""
         self._held += size
         self._budget.held += size
         return self._budget.held <= self._budget.limit

@@ -1,6 +1,6 @@
-"""What is no service although its address may be dialled: a stream to a part of crossnet itself would come round again.
+"""Keeps crossnet from dialling its own parts: a stream to one of them could loop.
 
-Sans-IO; which addresses are this host's own is asked of whoever knows.
+Sans-IO; the caller provides the function that knows this host's addresses.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,13 +10,13 @@ from discovery.model.addresses import Address, BadAddress, parse_address, parse_
 from discovery.model.mesh import Mesh
 
 STOPPED = "is a relay, TURN server, gateway or discovery server: a stream there would loop"
-"""Why an address and port that `stops` is refused, to stand behind them in a sentence."""
+"""Why an address and port is refused by `stops`, for an error text after them."""
 
 
 class LoopGuard:
-    """Knows relays, TURN servers, gateways, and what else of our own listens.
+    """Knows the addresses of relays, TURN servers, gateways, and our own other listeners.
 
-    Other networks' relays and gateways are left out: their addresses mean something only there, and may be a service's here.
+    Relays and gateways of other networks are not included: their addresses are valid only there, and may belong to a service here.
     """
 
     __slots__ = ("_anywhere", "_infrastructure", "_is_own", "_mesh", "_network", "_own")
@@ -27,9 +27,10 @@ class LoopGuard:
         """Guard the parts of `network`.
 
         Args:
-            own: addresses and ports of ours that no record names (discovery servers, the admin server); `0.0.0.0` and `::`
-                stand for every address of this host.
-            is_own: tells whether an address is one of this host.
+            network: the own network.
+            own: our own addresses and ports that are in no record (discovery servers, the admin server). `0.0.0.0` and `::` mean
+                every address of this host.
+            is_own: returns whether an address belongs to this host.
         """
         self._network = network
         self._is_own = is_own
@@ -41,7 +42,7 @@ class LoopGuard:
             self.add(address, port)
 
     def add(self, address: str, port: int) -> None:
-        """Guard one more address and port. Raises BadAddress."""
+        """Guard another address and port. Raises BadAddress."""
         parsed = parse_address(address)
         if parsed.is_unspecified:
             self._anywhere.add(port)
@@ -49,7 +50,7 @@ class LoopGuard:
             self._own.add((parsed, port))
 
     def stops(self, address: Address, port: int, mesh: Mesh) -> bool:
-        """Tell whether a stream must not go there, also by a NAT64 or 6to4 address."""
+        """Return whether a stream must not go there. Also recognises NAT64 and 6to4 addresses."""
         if mesh is not self._mesh:
             self._mesh, self._infrastructure = mesh, frozenset(_infrastructure(mesh, self._network))
         return any(
@@ -61,7 +62,7 @@ class LoopGuard:
 
 
 def relays_and_gateways(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:
-    """Yield where a network's relays and gateways listen, as their records say."""
+    """Yield where the relays and gateways of a network listen, according to their records."""
     for relay in mesh.relays(network):
         for text in relay.spec.addresses:
             for port in relay.spec.ports:
@@ -76,6 +77,6 @@ def _infrastructure(mesh: Mesh, network: str) -> Iterator[tuple[Address, int]]:
     yield from relays_and_gateways(mesh, network)
     for turns in map(mesh.turns, mesh.networks):
         for turn in turns:
-            with suppress(BadAddress):  # one with a name: no address that a stream names can be told from it here
+            with suppress(BadAddress):  # its URL has a name, which cannot be compared with an address here
                 url = parse_turn_url(turn.spec.url)
                 yield parse_address(url.host), url.port

@@ -1,10 +1,10 @@
-"""What a stream reaches, by every name that this has: what rules are asked about (`policy`).
+"""Finds all names of what a stream reaches; rules are applied to these (`rules`).
 
-A service has its own name, and under the mesh domain a compact and a mangled one for each of its ports, also with fewer labels.
-Where its endpoints are known, which is in its own network, their address names lead to it as well. An address that was an endpoint
-within the last ten minutes still counts for deny rules: a record that is gone does not mean that nothing listens there any more.
+A service has its own name and, under the mesh domain, a compact and a mangled name for each of its ports, also with fewer labels.
+If its endpoints are known, which they are in its own network, their address names lead to it too. An address that was an endpoint
+within the last ten minutes still counts for deny rules: the service may still listen there after its record is gone.
 
-Sans-IO: views of discovery and the time come from outside.
+Sans-IO: the view of discovery and the time are passed in.
 """
 
 from collections import OrderedDict
@@ -18,26 +18,29 @@ from discovery.model.names import AddressTarget, ServiceTarget, beginnings, is_u
 from sniproxy.access.rules import Alias, Flow, NameKind
 
 RECENT_S = 600.0
-"""How long an address counts as a service's after its record has lost it: longer than a rollout, and than most clients know it."""
+"""How long an address counts for a service after its record has lost it: longer than a rollout, and than most clients cache it."""
 
 MAX_RECENT = 65_536
-"""Endpoints remembered that are none any more; past that the oldest is forgotten. That many change in ten minutes in no network."""
+"""Former endpoints that are remembered; the oldest are forgotten first. No network changes so many within ten minutes."""
 
 MAX_NAMED = 1024
-"""Targets whose names are remembered."""
+"""Targets whose names are cached."""
 
 Endpoint = tuple[Address, int]
 
 
 class Owner(NamedTuple):
-    """A port of a service, as its record has it."""
+    """A service and one of its ports, as in its record."""
 
     service: str
     port: int
 
 
 class Reach:
-    """What names and addresses lead to, seen from `network`, whose own endpoints count alone."""
+    """Knows what names and addresses lead to. Only endpoints in `network` itself are considered.
+
+    At most `max_recent` former endpoints are remembered, and the names of at most `max_named` targets.
+    """
 
     def __init__(self, network: str, domain: str, *, max_recent: int = MAX_RECENT, max_named: int = MAX_NAMED) -> None:
         self._network = network
@@ -47,17 +50,20 @@ class Reach:
         self._mesh = Mesh.EMPTY
         self._services: tuple[Record[ServiceSpec], ...] = ()
         self._records: dict[str, Record[ServiceSpec]] = {}
-        self._owners: dict[Endpoint, dict[Owner, int]] = {}  # with the number of records and texts that say so
-        self._recent: OrderedDict[tuple[Endpoint, Owner], float] = OrderedDict()  # until when, the oldest first
+        self._owners: dict[Endpoint, dict[Owner, int]] = {}  # with the number of entries in records
+        self._recent: OrderedDict[tuple[Endpoint, Owner], float] = (
+            OrderedDict()
+        )  # with the time of expiry, the oldest first
         self._former: dict[Endpoint, set[Owner]] = {}
         self._endpoints: dict[Owner, tuple[Endpoint, ...]] = {}
         self._called: dict[tuple[str, Owner], frozenset[str]] = {}
         self._aliases_of: dict[Endpoint, tuple[Alias, ...]] = {}
 
     def follow(self, mesh: Mesh, now: float) -> None:
-        """Go by this view from now on. Cheap where it is the one before, and else costs what has changed.
+        """Use this view from now on. Cheap if it is the same view as before, otherwise proportional to what has changed.
 
         Args:
+            mesh: the view of discovery.
             now: seconds of a clock that never goes back.
         """
         while self._recent and next(iter(self._recent.values())) <= now:
@@ -76,20 +82,20 @@ class Reach:
         for record_id in before.keys() | self._records.keys():
             old, new = before.get(record_id), self._records.get(record_id)
             if old is not new:
-                had, has = set(_written(old)), set(_written(new))
+                had, has = set(_entries(old)), set(_entries(new))
                 for owner, text in has - had:
                     self._add(owner, text)
                 for owner, text in had - has:
                     self._remove(owner, text, now + RECENT_S)
 
     def endpoints(self, service: str, port: int) -> tuple[Endpoint, ...]:
-        """Return where a service of the own network is now, in the order of its record."""
+        """Return the endpoints of a service of the own network, in the order of its record."""
         owner = Owner(service, port)
         found = self._endpoints.get(owner)
         if found is None:
             record = self._mesh.service(self._network, service)
             texts = () if record is None else record.spec.ports.get(str(port), ())
-            # Records are checked when they are written; what slipped through is no endpoint.
+            # Records are checked when they are written; anything invalid is no endpoint.
             found = tuple(endpoint for text in texts if (endpoint := _endpoint(text)) is not None)
             if len(self._endpoints) >= self._max_named:
                 self._endpoints.clear()
@@ -97,7 +103,7 @@ class Reach:
         return found
 
     def owners(self, address: Address, port: int) -> set[Owner]:
-        """Return the services of the own network of which this is an endpoint, or was within RECENT_S."""
+        """Return the services of the own network that have this endpoint, or had it within RECENT_S."""
         found: set[Owner] = set()
         for spelling in spellings(address):
             found.update(self._owners.get((spelling, port), ()), self._former.get((spelling, port), ()))
@@ -114,13 +120,16 @@ class Reach:
         port: int,
         is_plain: bool = True,
     ) -> Flow:
-        """Say what rules are asked about, by the view that was followed last.
+        """Return the flow that rules are applied to, by the view that was followed last.
 
         Args:
-            target: what the client asked for, a service by its whole name.
-            name: how it did so.
-            address: what will be dialled for it, as far as that is known, with `port`.
-            is_plain: whether a service's own name means this one here, and not one of another network.
+            target: what the client asked for, a service by its full name.
+            name: the name by which the client asked.
+            client: the client's address.
+            from_network: the network that the stream comes from, as in `Flow`.
+            address: what will be dialled, together with `port`; None if it is not known.
+            port: see `address`.
+            is_plain: whether the service's own name means this service, and not one of another network.
         """
         called = frozenset([name])
         aliases = [Alias(frozenset([target]), frozenset([target.port, port]))]
@@ -150,7 +159,7 @@ class Reach:
         )
 
     def _aliases(self, address: Address, port: int) -> tuple[Alias, ...]:
-        """What else an address of the own network is, one alias for each port of the services that have it."""
+        """Return everything that an address of the own network is: one alias for each port of the services that have it."""
         found = self._aliases_of.get((address, port))
         if found is None:
             by_port: dict[int, set[AddressTarget | ServiceTarget]] = {}
@@ -166,7 +175,7 @@ class Reach:
         return found
 
     def _names_of_one(self, target: ServiceTarget) -> frozenset[str]:
-        """The names under the mesh domain that lead to this service and to no other."""
+        """Return the names under the mesh domain that lead to this service and to no other."""
         key = target.network, Owner(target.service, target.port)
         found = self._called.get(key)
         if found is None:
@@ -183,15 +192,15 @@ class Reach:
 
     def _is_clear(self, short: ServiceTarget, target: ServiceTarget) -> bool:
         found = self._mesh.services_beginning(target.network, short.service)
-        return len(found) == 1 or (not found and short == target)  # without a view its whole name has to do
+        return len(found) == 1 or (not found and short == target)  # without a view, only its full name counts
 
     def _add(self, owner: Owner, text: str) -> None:
-        for endpoint in _spelt(text):
+        for endpoint in _endpoints_in(text):
             counts = self._owners.setdefault(endpoint, {})
             counts[owner] = counts.get(owner, 0) + 1
 
     def _remove(self, owner: Owner, text: str, until: float) -> None:
-        for endpoint in _spelt(text):
+        for endpoint in _endpoints_in(text):
             counts = self._owners[endpoint]
             counts[owner] -= 1
             if counts[owner]:
@@ -214,8 +223,8 @@ class Reach:
             del self._former[endpoint]
 
 
-def _written(record: Record[ServiceSpec] | None) -> Iterator[tuple[Owner, str]]:
-    """Yield the endpoints of a record, each with the port that it is behind."""
+def _entries(record: Record[ServiceSpec] | None) -> Iterator[tuple[Owner, str]]:
+    """Yield the endpoints of a record, each with its service and port."""
     if record is not None:
         for port, texts in record.spec.ports.items():
             if port.isdecimal():
@@ -229,6 +238,6 @@ def _endpoint(text: str) -> Endpoint | None:
     return None
 
 
-def _spelt(text: str) -> list[Endpoint]:
+def _endpoints_in(text: str) -> list[Endpoint]:
     endpoint = _endpoint(text)
     return [] if endpoint is None else [(address, endpoint[1]) for address in spellings(endpoint[0])]

@@ -1,20 +1,20 @@
-"""Who may go where: ordered rules, asked alike by relays and gateways.
+"""Access rules: an ordered list, applied in the same way by relays and gateways.
 
     rules:
       - {from: ["10.1.0.0/16"], to: ["b"], ports: ["8443"], action: allow}
       - {from: ["10.0.0.0/8"], to: ["*.shop.svc.cluster.local"], action: deny}
       - {to: ["b"], names: [service], action: allow}
 
-The first rule that matches decides; once there is any rule, what none matches is denied. An item of `from` is a client CIDR, or
-(at a gateway) the network that the stream comes from. An item of `to` is a network, a name in which a label `*` stands for exactly
-one label and a leading `**` for one or more, or a target `CIDR[:PORTS]`. `names` says by what kind of name the client must have
-asked. A list that is left out matches everything.
+The first rule that matches decides. If there are rules and none matches, the stream is denied. An item of `from` is a client CIDR
+or, at a gateway, the network that the stream comes from. An item of `to` is a network, a name in which a label `*` matches
+exactly one label and a leading `**` one or more, or a target `CIDR[:PORTS]`. `names` says by which kind of name the client must
+have asked. A missing list matches everything.
 
-Deny is wide, allow is narrow. A name in a deny rule means every name of what is reached, and every service that the address that is
-dialled belongs to, or did lately. A name in an allow rule means the names of the one target that the client asked for by name.
-Which names those are is worked out in `reach`.
+Deny is wide, allow is narrow. A name in a deny rule matches every name of what is reached, and every service that has the dialled
+address or had it recently. A name in an allow rule matches only names of the one target that the client asked for. `reach` finds
+these names.
 
-Sans-IO. The one error is BadRule.
+Sans-IO. The only error is BadRule.
 """
 
 from collections.abc import Iterable
@@ -28,20 +28,20 @@ from discovery.model.names import AddressTarget, ServiceTarget, is_ldh_label, po
 T = TypeVar("T")
 
 MAX_RULES = 1024
-"""A relay asks them for each stream, one after the other: a thousand cost less than one connect."""
+"""A relay checks them one after the other for each stream. A thousand cost less than one connect."""
 
 MAX_ITEMS = 1024
 MAX_PATTERN = 253
 
 MAX_KNOWN_TARGETS = 65_536
-"""Targets of which a policy remembers the rules that may mean them."""
+"""Targets for which a policy caches the rules that may match them."""
 
 MAX_KNOWN_SETS = 1024
-"""Sets of names or targets, likewise: each is one target's or one endpoint's, and what is in use comes back at once."""
+"""The same for sets of names or targets, one for each target or endpoint. When full, the cache is cleared and refills from use."""
 
 
 class BadRule(ValueError):
-    """A rule that cannot be meant; `path` says where in it."""
+    """An invalid rule. `path` is the place of the error in it."""
 
     def __init__(self, path: str, expected: str) -> None:
         super().__init__(f"{path}: expected {expected}")
@@ -50,26 +50,26 @@ class BadRule(ValueError):
 
 
 class Action(StrEnum):
-    """What a rule that matches says."""
+    """What a matching rule decides."""
 
     ALLOW = "allow"
     DENY = "deny"
 
 
 class NameKind(StrEnum):
-    """By what kind of name a client asks."""
+    """The kind of name by which a client asks."""
 
     SERVICE = "service"
-    """A service's own name, or its compact or mangled name under the mesh domain."""
+    """The service's own name, or its compact or mangled name under the mesh domain."""
     ADDRESS = "address"
-    """A name under the mesh domain that holds an address and a port."""
+    """A name under the mesh domain that contains an address and a port."""
 
 
 Target: TypeAlias = AddressTarget | ServiceTarget
 
 
 class Alias(NamedTuple):
-    """What a flow reaches under other names, and the ports that count with them: a deny rule may have any name of any of these."""
+    """Targets that a flow reaches, under any of their names, and the ports that count with them. For deny rules."""
 
     targets: frozenset[Target]
     ports: frozenset[int]
@@ -77,49 +77,50 @@ class Alias(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """What is asked about: one stream on its way to one place. `Reach.flow` makes it."""
+    """One stream to one destination, which rules are applied to. Made by `Reach.flow`."""
 
     client: Address
     from_network: str | None
-    """None at a gateway where nothing proves it: then no rule that names a network matches."""
+    """None at a gateway if nothing proves it. Then no rule that names a network in `from` matches."""
     network: str
+    """The network of the target."""
     kind: NameKind
-    """By what kind of name the client asked."""
+    """The kind of name by which the client asked."""
     called: frozenset[str]
-    """The names of the target that the client asked for, for allow rules; none where what is dialled is not that target."""
+    """The names of the target that the client asked for, for allow rules. Empty if something else will be dialled."""
     aliases: tuple[Alias, ...]
-    """All that is reached, for deny rules."""
+    """Everything that is reached, for deny rules."""
     domain: str
-    """The mesh domain, which names of targets end in."""
+    """The mesh domain, in which names of targets end."""
     address: Address | None
-    """What will be dialled, where it is known: at a relay for its own network and for address names, at a gateway always."""
+    """The address to be dialled, if known: at a relay for its own network and for address names, at a gateway always."""
     port: int
-    """What will be dialled; at a relay, for a service of another network, the port that was asked for."""
+    """The port to be dialled. At a relay, for a service of another network, the port that was asked for."""
     asked_port: int
-    """The port in the name, or of the service's record. Deny rules ask about it, too."""
+    """The port in the name, or in the service's record. Deny rules also apply to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamePattern:
-    """A name in which `*` is one label and a leading `**` is one or more."""
+    """A name pattern: `*` matches one label, a leading `**` one or more."""
 
     labels: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str) -> "NamePattern":
-        """Read a pattern of two labels or more. ValueError if it is none."""
+        """Parse a pattern of two labels or more. Raises ValueError."""
         labels = tuple(text.split("."))
         if len(text) > MAX_PATTERN or len(labels) < 2:
             raise ValueError("a pattern has two labels or more, 253 characters at most")
         for index, label in enumerate(labels):
-            # Labels of mangled names begin with an underscore; the rest is what a host name has.
+            # Labels of mangled names begin with an underscore; the rest must be as in a host name.
             plain = is_ldh_label(label.removeprefix("_"))
             if not (plain or label == "*" or (label == "**" and index == 0)):
                 raise ValueError("a label is lower-case letters, digits and inner hyphens, or '*', or '**' in front")
         return cls(labels)
 
     def matches(self, name: str) -> bool:
-        """Tell whether a name, lower case and without trailing dot, is meant."""
+        """Return whether the pattern matches a name, which is in lower case and without trailing dot."""
         labels, given = self.labels, name.split(".")
         if labels[0] == "**":
             labels = labels[1:]
@@ -133,19 +134,19 @@ class NamePattern:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One rule, read. Use `parse`."""
+    """One rule. Use `parse`."""
 
     action: Action
     clients: tuple[Network, ...] = ()
     from_networks: frozenset[str] = frozenset()
     networks: frozenset[str] = frozenset()
     patterns: tuple[NamePattern, ...] = ()
-    """Of names in `to`."""
+    """The names in `to`."""
     targets: TargetList | None = None
     ports: tuple[tuple[int, int], ...] = ()
-    """Inclusive ranges; none: any port."""
+    """Inclusive ranges. Empty: any port."""
     kinds: frozenset[NameKind] = frozenset()
-    """By what the client asked (`names`); none: any."""
+    """Kinds of names by which the client must have asked (`names`). Empty: any."""
 
     @classmethod
     def parse(
@@ -157,7 +158,7 @@ class Rule:
         names: Iterable[str] = (),
         ports: Iterable[str | int] = (),
     ) -> "Rule":
-        """Read a rule as the configuration file holds it. BadRule at the first item that is wrong."""
+        """Parse a rule from the configuration file. Raises BadRule for the first item that is wrong."""
         if action not in set(Action):
             raise BadRule("action", "allow or deny")
         clients, from_networks = _sources(_bounded("from", sources))
@@ -175,26 +176,26 @@ class Rule:
 
     @property
     def is_for_all(self) -> bool:
-        """Whether it speaks of every destination."""
+        """Whether the rule applies to every destination."""
         return not self.networks and not self.patterns and self.targets is None
 
     @property
     def is_from_all(self) -> bool:
-        """Whether it speaks of every source."""
+        """Whether the rule applies to every source."""
         return not self.clients and not self.from_networks
 
     def is_from(self, flow: Flow) -> bool:
-        """Tell whether it speaks of where the flow comes from."""
+        """Return whether the rule applies to the source of the flow."""
         if self.is_from_all:
             return True
         return flow.from_network in self.from_networks or any(flow.client in network for network in self.clients)
 
     def has_port(self, ports: Iterable[int]) -> bool:
-        """Tell whether it speaks of one of these ports."""
+        """Return whether the rule applies to one of these ports."""
         return not self.ports or any(low <= port <= high for port in ports for low, high in self.ports)
 
     def has_target(self, flow: Flow) -> bool:
-        """Tell whether it lists what is dialled; for a deny rule also as NAT64 or 6to4 address."""
+        """Return whether the rule lists the dialled address and port; for a deny rule also as NAT64 or 6to4 address."""
         if self.targets is None or flow.address is None:
             return False
         addresses = (flow.address,) if self.action is Action.ALLOW else spellings(flow.address)
@@ -202,15 +203,15 @@ class Rule:
 
 
 class Decision(NamedTuple):
-    """What the rules say of a flow."""
+    """The decision about a flow."""
 
     allowed: bool
     rule: int | None
-    """Which of them says so, counted from 0; None if no rule matches."""
+    """The index of the rule that decided, counted from 0; None if no rule matches."""
 
 
 class _NameTree:
-    """Which rules have a name: their patterns, label by label from the last. So a name costs its labels, and not the patterns."""
+    """The patterns of all rules as a tree of labels, from the last one, so that the cost of a look-up depends only on the name."""
 
     __slots__ = ("_below", "_ending", "_longer")
 
@@ -218,10 +219,10 @@ class _NameTree:
         self._below: dict[str, _NameTree] = {}
         self._ending: set[int] = set()
         self._longer: set[int] = set()
-        """Rules with a pattern that has `**` here."""
+        """Rules with a pattern that has `**` at this place."""
 
     def add(self, pattern: NamePattern, rule: int) -> None:
-        """Add a pattern of a rule."""
+        """Add a pattern of the rule with this index."""
         node = self
         for label in reversed(pattern.labels):
             if label == "**":
@@ -231,7 +232,7 @@ class _NameTree:
         node._ending.add(rule)
 
     def find(self, name: str) -> set[int]:
-        """Return the rules that have this name."""
+        """Return the indices of the rules with a pattern that matches this name."""
         found: set[int] = set()
         nodes = [self]
         for label in reversed(name.split(".")):
@@ -244,11 +245,11 @@ class _NameTree:
 
 
 class _Named(NamedTuple):
-    """The rules that have a flow's names."""
+    """The indices of the rules with names that match a flow."""
 
     called: frozenset[int]
     aliases: tuple[tuple[frozenset[int], frozenset[int]], ...]
-    """With the ports that count for each."""
+    """For each alias the rules, and the ports that count."""
 
     def in_deny(self, index: int, rule: Rule) -> bool:
         return any(index in rules and rule.has_port(ports) for rules, ports in self.aliases)
@@ -256,7 +257,10 @@ class _Named(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All rules of a relay or gateway, in order. Immutable: a reload makes a new one and swaps it."""
+    """All rules of a relay or gateway, in order. Immutable: a reload replaces it by a new one.
+
+    At most `max_known_sets` sets and `max_known_targets` targets are cached.
+    """
 
     rules: tuple[Rule, ...] = ()
     max_known_sets: int = field(default=MAX_KNOWN_SETS, repr=False, compare=False, kw_only=True)
@@ -276,7 +280,7 @@ class Policy:
                 self._tree.add(pattern, index)
 
     def decide(self, flow: Flow) -> Decision:
-        """Say whether this flow may go, and by which rule."""
+        """Return whether this flow is allowed, and by which rule."""
         named = self._named(flow)
         for index, rule in enumerate(self.rules):
             if _concerns(index, rule, flow, named) and rule.is_from(flow):
@@ -284,19 +288,19 @@ class Policy:
         return Decision(not self.rules, None)
 
     def refusal(self, flow: Flow) -> str | None:
-        """Say why this flow is denied, None if it may go."""
+        """Return why this flow is denied, None if it is allowed."""
         decision = self.decide(flow)
         if decision.allowed:
             return None
         return "no rule allows it" if decision.rule is None else f"rule {decision.rule + 1} denies it"
 
     def concerning(self, flow: Flow) -> list[int]:
-        """Return the rules that speak of where the flow goes, wherever it comes from."""
+        """Return the indices of the rules that apply to the destination of the flow, whatever its source."""
         named = self._named(flow)
         return [index for index, rule in enumerate(self.rules) if _concerns(index, rule, flow, named)]
 
     def is_hopeless(self, flow: Flow) -> bool:
-        """Tell whether a flow is denied at whatever address and port it will come to; what stands there of them is not asked."""
+        """Return whether a flow is denied whichever address and port are dialled; those in the flow are ignored."""
         named = self._named(flow)
         for index, rule in enumerate(self.rules):
             if not rule.is_from(flow) or (rule.kinds and flow.kind not in rule.kinds):
@@ -318,7 +322,7 @@ class Policy:
         return _Named(called, tuple((self._naming(alias.targets, flow.domain), alias.ports) for alias in flow.aliases))
 
     def _naming(self, targets: frozenset[Target], domain: str) -> frozenset[int]:
-        """Return the rules that may mean one of these. It is worked out once for an endpoint, not for each stream."""
+        """Return the indices of the rules that may match one of these targets. Cached for each endpoint."""
         known = self._by_targets.get(targets)
         if known is None:
             if len(self._by_targets) >= self.max_known_sets:

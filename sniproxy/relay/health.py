@@ -1,11 +1,11 @@
-"""Which of several ways to a network a stream takes: those that work, the near ones, the least busy of two.
+"""Chooses among several ways to a network: healthy ones first, then near ones, then the less busy of two.
 
-Allocations and gateways of one network are interchangeable, so a relay spreads its streams over them by what it sees itself: of
-two picked at random it takes the one with fewer streams of its own for its weight ("the power of two choices", Mitzenmacher 2001:
-nearly as even as asking all, without everybody running to the same one). One that keeps failing is left out for a growing while,
-and tried last in the meantime, never not at all: where all fail the fault may be ours.
+The allocations and gateways of a network are interchangeable, so a relay distributes its streams over them by what it observes
+itself. Of two random ones it takes the one with fewer of its own streams, relative to the weight ("the power of two choices",
+Mitzenmacher 2001: nearly as even as comparing all, without all relays choosing the same one). A way that keeps failing is left out
+for a growing time. Meanwhile it is tried last, but still tried: if all ways fail, the cause may be on our side.
 
-Sans-IO: time comes in.
+Sans-IO: the clock is passed in.
 """
 
 import random
@@ -19,35 +19,35 @@ from discovery.pacing.backoff import Backoff
 from sniproxy.transport.base import Candidate, CandidateKey
 
 FAILURES: Final = 3
-"""Failures in a row before one is left out: a lost packet or a restart makes one or two."""
+"""Failures in a row before a way is left out. A lost packet or a restart causes one or two."""
 FIRST_EJECTION_S: Final = 5.0
 MAX_EJECTION_S: Final = 300.0
-"""Doubled from the first with each failure that follows. By the longest one, discovery has long dropped what is really gone."""
+"""The first time is doubled with each further failure, up to this. By then discovery has long removed what is really gone."""
 _EJECTION: Final = Backoff(FIRST_EJECTION_S, MAX_EJECTION_S)
 MAX_TRACKED: Final = 4096
-"""Ways that are remembered, those in use apart; the ones that were used longest ago are forgotten first."""
+"""Ways that are remembered, not counting those in use. The least recently used are forgotten first."""
 
 
 @dataclass(slots=True)
 class _Way:
     streams: int = 0
     failures: int = 0
-    """Consecutive ones."""
+    """In a row."""
     out_until: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """What a failure has led to."""
+    """The consequence of a failure."""
 
     failures: int
-    """Consecutive ones."""
+    """Failures in a row."""
     seconds: float
-    """How long the way is left out; 0: not yet."""
+    """How long the way is left out. 0: it is not."""
 
 
 class UpstreamHealth:
-    """What one relay knows of its ways to other networks."""
+    """What one relay knows about its ways to other networks."""
 
     def __init__(
         self,
@@ -60,8 +60,10 @@ class UpstreamHealth:
         """Start with every way counted as healthy.
 
         Args:
-            clock: gives seconds that never go back.
-            is_ready: whether a stream by this way would wait for nothing, which decides between two that are equally busy.
+            clock: returns seconds that never go back.
+            is_ready: whether there is a warm connection, which decides between two ways that are equally busy.
+            rng: for the random choices.
+            max_tracked: ways to remember, not counting those in use.
         """
         self._clock = clock
         self._is_ready = is_ready
@@ -70,14 +72,14 @@ class UpstreamHealth:
         self._ways: OrderedDict[CandidateKey, _Way] = OrderedDict()
 
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Put the ways to one network into the order in which a stream tries them.
+        """Sort the ways to one network into the order in which a stream tries them.
 
-        Those that are left out come last; before that transports come by their rank, near ones before far ones.
+        Ways that are left out come last. The others are sorted by the rank of their transport, and near ones come before far ones.
         """
         if len(candidates) < 2:
             return list(candidates)
         now = self._clock()
-        # A heavier one is likelier to be in front: the exponential race for weighted sampling (Efraimidis and Spirakis 2006).
+        # A greater weight makes an early place more likely: weighted random sampling (Efraimidis and Spirakis 2006).
         drawn = sorted(candidates, key=lambda way: self._random.expovariate(way.weight))
         classes = {way: (self._out(way, now), way.traits.rank, not way.near) for way in drawn}
         drawn.sort(key=classes.__getitem__)
@@ -102,11 +104,11 @@ class UpstreamHealth:
             known.failures, known.out_until = 0, 0.0
 
     def failed(self, way: Candidate) -> Failed | None:
-        """Note that none did; None where the way is left out already."""
+        """Note that no gateway answered on this way. Returns None if the way is already left out."""
         now = self._clock()
         known = self._know(way)
         if now < known.out_until:
-            return None  # a stream that had begun before, or that had no other way
+            return None  # from a stream that began earlier, or that had no other way
         known.failures += 1
         if known.failures < FAILURES:
             return Failed(failures=known.failures, seconds=0)

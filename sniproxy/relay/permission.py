@@ -1,4 +1,4 @@
-"""What a relay lets its clients reach: `relay.rules`, and without rules its imports. Sans-IO."""
+"""What a relay's clients may reach: decided by `relay.rules` and, if there are no rules, by the imports. Sans-IO."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from sniproxy.tunnel.preamble import MAX_IMPORTS, decode_target
 
 
 class Permit:
-    """The rules of one relay, asked about the view of discovery that `reach` follows."""
+    """The permissions of one relay, based on the view of discovery that `reach` follows."""
 
     def __init__(self, network: str, imports: Imports, policy: Policy, reach: Reach) -> None:
         self._network = network
@@ -22,7 +22,7 @@ class Permit:
         self._reach = reach
 
     def permitted(self, candidates: Sequence[Candidate], client: Address, name: str) -> tuple[list[Candidate], str]:
-        """Leave out what is denied to this client, and say why the first of it is."""
+        """Return the candidates that this client may use, and why the first denied one is denied."""
         permitted, why = [], ""
         for candidate in candidates:
             refused = self.refusal(candidate, client, name)
@@ -33,14 +33,14 @@ class Permit:
         return permitted, why
 
     def refusal(self, candidate: Candidate, client: Address, name: str) -> str | None:
-        """Say why a client may not go this way, None if it may."""
+        """Return why a client may not use this candidate, None if it may."""
         if not self._policy.rules:
             return self.not_imported(candidate)
         refused = self._policy.refusal(self.flow(candidate, client, name))
         return refused and f"relay.rules: {refused}, {candidate.target} in network {candidate.network!r}"
 
     def flow(self, candidate: Candidate, client: Address, name: str) -> Flow:
-        """Say what the rules are asked about."""
+        """Return the flow that the rules are applied to."""
         meant = candidate.meant
         assert meant is not None
         address, port = decode_target(candidate.target)
@@ -56,10 +56,10 @@ class Permit:
         )
 
     def not_imported(self, candidate: Candidate) -> str | None:
-        """Say why an address name needs a rule, None if it needs none. Asked only where there are no rules.
+        """Return why an address name needs a rule, None if it needs none. Only called if there are no rules.
 
-        What is not imported must not be reached by its address instead. Of other networks a relay does not know which address is
-        which service's: it tells the gateway what is imported (`Candidate.imports`).
+        A service that is not imported must not be reachable by its address instead. A relay does not know which addresses in other
+        networks belong to which service, so it tells the gateway what is imported (`Candidate.imports`).
         """
         target = candidate.meant
         if not isinstance(target, AddressTarget) or not self._imports:
@@ -80,14 +80,14 @@ class Permit:
         return f"an address name of service {min(services)!r}, which is not imported from {self._network!r}: {advice}"
 
     def _limited(self, candidate: Candidate) -> Candidate:
-        """Have the gateway refuse addresses of services that are not imported, where no rule lets them be reached."""
+        """Add the imports, so that the gateway refuses addresses of other services, unless rules decide about them."""
         is_remote_address = isinstance(candidate.meant, AddressTarget) and candidate.network != self._network
         if self._policy.rules or not self._imports or not is_remote_address:
             return candidate
         return replace(candidate, imports=self._imported(candidate.network))
 
     def _imported(self, network: str) -> str:
-        """The patterns of what is imported from a network."""
+        """Return the patterns of the services imported from a network, separated by spaces."""
         return " ".join(name for rule in self._imports.rules if network in rule.sources for name in rule.names)
 
     def _takes(self, service: str) -> bool:

@@ -1,7 +1,7 @@
-"""The relay: accepts a network's clients, reads the name in the ClientHello and carries each stream where a route leads.
+"""The relay: accepts the clients of a network, reads the server name in the ClientHello, and carries each stream along a route.
 
-It never has a default: what it cannot read, does not know or may not reach is refused, with a TLS alert where the client spoke
-TLS, and with one reason in the log and the metrics.
+There is no default route. Whatever it cannot parse, does not know or may not reach is refused: with a TLS alert if the client
+speaks TLS, and with one reason in log and metrics.
 """
 
 import asyncio
@@ -54,22 +54,22 @@ from sniproxy.tunnel.state import Side
 log = logging.getLogger(__name__)
 
 DEFAULT_HELLO_TIMEOUT_S = 5.0
-"""From accept to the last byte of the ClientHello, however it drips: room for two round trips and a retransmission."""
+"""From accept to the last byte of the ClientHello, however slowly it comes. Enough for two round trips and a retransmission."""
 
 DEFAULT_IDLE_TIMEOUT_S = 3600.0
-"""Silence in both directions. Above the two hours' half that databases and message brokers leave connections unused."""
+"""Silence in both directions. One hour covers the time for which databases and message brokers leave connections unused."""
 
 DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
-"""Silence after one side has ended: the longest answer that anybody computes after its whole question came."""
+"""Silence after one side has ended. The longest time that a service computes an answer after the request is complete."""
 
 DEFAULT_POOL = 2
-"""Warm streams kept ready for each allocation in use: one for a client that comes, one while the next is being made."""
+"""Warm connections for each allocation in use: one for the next client, and one while its replacement is being made."""
 
 DEFAULT_MAX_STREAMS = 16_384
-"""Two descriptors a stream, and half of the usual hard limit of open files (65,536) left for bulk pipes and everything else."""
+"""A stream needs two descriptors. This leaves half of the usual hard limit of open files (65,536) for pipes and everything else."""
 
 MAX_LINGERING = 1024
-"""Refused clients that are read from until they have seen their alert. In a flood of more the others get theirs as luck has it."""
+"""Refused clients that are read from at once, so that they get their alert. In a flood of more, the others may not get theirs."""
 
 _ALERTS = {
     Reason.DENIED: AlertDescription.ACCESS_DENIED,
@@ -81,47 +81,47 @@ _ALERTS = {
     Reason.AMBIGUOUS_PORT: AlertDescription.UNRECOGNIZED_NAME,
     Reason.BAD_HELLO: AlertDescription.DECODE_ERROR,
 }
-"""What a client that spoke TLS is told; every other reason is internal_error."""
+"""The alert for a client that speaks TLS. For all other reasons it is internal_error."""
 
 _SILENT = frozenset({Reason.NOT_TLS, Reason.HELLO_TIMEOUT, Reason.CLIENT_RESET})
-"""No ClientHello was read: nobody there understands an alert."""
+"""Reasons without an alert: no ClientHello was read, so the client may not speak TLS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayConfig:
-    """What an operator decides about a relay."""
+    """The configuration of a relay."""
 
     id: str
     network: str
     domain: str
     listen: tuple[tuple[str, int], ...]
     reuse_port: bool = False
-    """Let other processes of this machine listen there, too; the kernel shares the clients out among all."""
+    """Let other processes of this machine listen there too. The kernel distributes the clients among all."""
     imports: Imports = field(default_factory=Imports)
     allow: tuple[Network, ...] = PRIVATE_RANGES
-    """Clients by source address."""
+    """Clients that may connect, by source address."""
     policy: Policy = field(default_factory=Policy)
-    """Which of them may go where."""
+    """Which clients may go where."""
     deliver: TargetList = field(default_factory=TargetList)
-    """What may be dialled in the relay's own network; default nothing."""
+    """What may be dialled in the relay's own network. Default: nothing."""
     direct: TargetList = field(default_factory=TargetList)
-    """Where gateways of other networks may be dialled without a TURN server; default nowhere."""
+    """Where gateways of other networks may be dialled without a TURN server. Default: nowhere."""
     zone: str = ""
-    """Where it stands: TURN servers and gateways of the same zone are preferred."""
+    """The relay's zone. TURN servers and gateways in the same zone are preferred."""
     pool: int = DEFAULT_POOL
-    """Connections kept ready for each allocation that clients use; 0: none, each stream is opened when its client comes."""
+    """Warm connections for each allocation in use. 0: none; each stream is opened when its client comes."""
     guard: tuple[tuple[str, int], ...] = ()
-    """Addresses of our own that are no services (discovery servers, the admin server): never dialled for a stream."""
+    """Our own addresses that are no services (discovery servers, the admin server). They are never dialled for a stream."""
     proxy_from: tuple[Network, ...] = ()
-    """Load balancers that begin each connection with a PROXY header, which says who the client is and where it connected to."""
+    """Load balancers that begin each connection with a PROXY header, which names the client and the address it connected to."""
     max_hello_bytes: int = DEFAULT_MAX_HELLO_BYTES
     max_hello_held_bytes: int = DEFAULT_MAX_HELLO_HELD_BYTES
-    """Of all ClientHellos together that have not reached a service yet."""
+    """The limit for all ClientHellos together that have not reached a service yet."""
     max_streams: int = DEFAULT_MAX_STREAMS
     max_streams_per_client: int = DEFAULT_MAX_STREAMS_PER_CLIENT
-    """By source address, an IPv6 client by its /64; 0 is no limit of its own."""
+    """By source address, for IPv6 by its /64. 0: no limit per client."""
     new_streams_per_s: int = DEFAULT_NEW_STREAMS_PER_S
-    """Of one client; 0 is no limit."""
+    """The rate for one client. 0: no limit."""
     hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
@@ -151,7 +151,7 @@ class Relay:
             registry: gets the metrics.
             transports: makes the transports, again for each configuration.
             endpoints: connects to services of the relay's own network; one of its own by default.
-            max_lingering: refused clients that are read from at once until they have their alert.
+            max_lingering: refused clients that are read from at once, so that they get their alert.
         """
         self._discovery = discovery
         self._make_transports = transports
@@ -170,7 +170,7 @@ class Relay:
         self.reconfigure(config, keys)
 
     def reconfigure(self, config: RelayConfig, keys: SigningKeys) -> None:
-        """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
+        """Use these from now on. Open streams keep the settings they began with, and listeners keep their addresses."""
         self.config = config
         if self._deadlines.limit_s != config.hello_timeout_s:
             self._deadlines = Deadlines(config.hello_timeout_s)
@@ -202,14 +202,14 @@ class Relay:
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
-        """Where it listens, with the ports that were chosen where 0 was asked."""
+        """Where it listens, with the ports that the kernel chose for port 0."""
         return tuple(listener.address for listener in (*self._listeners, *self._adapted.values()))
 
     async def open(self, inherited: Callable[[str, int], socket.socket | None] = lambda _address, _port: None) -> None:
-        """Bind every listening address. OSError names the one that failed; none stays open then.
+        """Bind all listening addresses. Raises an OSError that names the one that failed; none stays open then.
 
         Args:
-            inherited: gives a socket that listens there already, of the process that we come after.
+            inherited: returns a socket that already listens there, from the process that this one replaces.
         """
         try:
             for address, port in self.config.listen:
@@ -225,17 +225,17 @@ class Relay:
             raise
 
     def adopt(self, sock: socket.socket) -> None:
-        """Listen, besides, on a socket that a process before us has opened by `adapt`. Before `run`."""
+        """Also listen on a socket that a replaced process had opened by `adapt`. To be called before `run`."""
         listener = Listener(sock)
         self._adapted[listener.address] = listener
         self._guard.add(*listener.address)
 
     def listening(self) -> list[tuple[tuple[str, int], int]]:
-        """The listening sockets by their configured address and port, for a process that comes after us."""
+        """Return the listening sockets by configured address and port, for a process that replaces this one."""
         return [(place, listener.fileno()) for place, listener in zip(self.config.listen, self._listeners, strict=True)]
 
     def adapted(self) -> list[tuple[tuple[str, int], int]]:
-        """Those that `adapt` has opened, likewise."""
+        """Return the sockets that `adapt` has opened, in the same form."""
         return [(place, listener.fileno()) for place, listener in self._adapted.items()]
 
     async def run(self) -> None:
@@ -249,17 +249,17 @@ class Relay:
                     self._group.create_task(listener.serve(self._serve))
         finally:
             unsubscribe()
-            self.close()  # those that were cancelled before their first step
+            self.close()  # also listeners whose task was cancelled before its first step
 
     def _follow(self, mesh: Mesh) -> None:
         self._reach.follow(mesh, time.monotonic())
         self._upstreams.follow(mesh)
 
     async def adapt(self, ports: Collection[int]) -> dict[int, str]:
-        """Listen on these ports besides the configured ones, on the same addresses, and no longer on others asked for before.
+        """Listen on exactly these ports in addition to the configured ones, on the same addresses.
 
         Returns:
-            the ports that could not be opened, with the reason; asking again tries again.
+            the ports that could not be opened, with the error. The next request tries them again.
         """
         if self._group is None:
             return {}
@@ -280,7 +280,7 @@ class Relay:
         return failed
 
     def close(self) -> None:
-        """Stop accepting; streams go on."""
+        """Stop accepting. Open streams go on."""
         self._group = None
         self._upstreams.close()
         for listener in (*self._listeners, *self._adapted.values()):
@@ -294,7 +294,7 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         record.end = task.cancel
-        deadlines = self._deadlines  # a reload may bring others
+        deadlines = self._deadlines  # a reload may replace them
         deadlines.begin(client)
         try:
             try:
@@ -304,13 +304,13 @@ class Relay:
             finally:
                 deadlines.end(client)
                 self.ledger.close(record, reason)
-            if refused:  # no stream any more: clients that linger over their alert keep nobody else out
+            if refused:  # no longer counted as a stream, so clients that linger over their alert keep no others out
                 await self._refuse(client, reason)
         finally:
             client.close()
 
     async def _carry(self, client: SocketStream, record: StreamRecord, deadlines: Deadlines) -> Reason:
-        """Take one stream from accept to its end. What comes up to the end of the ClientHello has one time limit, from accept."""
+        """Carry one stream from accept to its end. Everything up to the end of the ClientHello has one time limit, from accept."""
         if len(self.ledger) > self.config.max_streams:
             raise StreamRefused(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
         peer, local = await read_endpoints(client, record, self.config.proxy_from, deadlines.limit_s)
@@ -322,16 +322,16 @@ class Relay:
             with self._hellos.share() as share:
                 hello, data = await read_hello(client, record, share, self.config.max_hello_bytes, deadlines.limit_s)
                 deadlines.end(client)
-                call = StreamRequest(stream=record.stream, client=peer, local=local, hello=hello, data=data)
-                connected = await self._connect(record, call, source)
+                request = StreamRequest(stream=record.stream, client=peer, local=local, hello=hello, data=data)
+                connected = await self._connect(record, request, source)
             with self._upstreams.carrying(connected.candidate):
-                return await self._move(client, record, call, connected)
+                return await self._move(client, record, request, connected)
         finally:
             self._admission.leave(source)
 
-    async def _connect(self, record: StreamRecord, call: StreamRequest, source: Address) -> Connected:
-        """From a client's ClientHello to a service, or a gateway that has reached one."""
-        name = call.hello.server_name
+    async def _connect(self, record: StreamRecord, request: StreamRequest, source: Address) -> Connected:
+        """Connect a client to the service that its ClientHello asks for. Raises StreamRefused."""
+        name = request.hello.server_name
         record.mark("hello")
         record.fields["sni"] = name
         if not any(source in network for network in self.config.allow):
@@ -339,14 +339,16 @@ class Relay:
         mesh = self._discovery.mesh
         self._reach.follow(mesh, time.monotonic())
         try:
-            candidates = self._router.candidates(name, mesh, call.local[1])
+            candidates = self._router.candidates(name, mesh, request.local[1])
         except Unroutable as error:
             if not self._discovery.synced:
                 raise StreamRefused(Reason.NO_VIEW, f"discovery has not been heard from: {error.detail}") from error
             raise StreamRefused(error.reason, error.detail) from error
         is_local = any(not candidate.traits.to_gateway for candidate in candidates)
         if is_local and self.config.policy.rules and not self._discovery.synced:
-            raise StreamRefused(Reason.NO_VIEW, "discovery has not been heard from: whose address that is is not known")
+            raise StreamRefused(
+                Reason.NO_VIEW, "discovery has not been heard from: the service of this address is not known"
+            )
         candidates, why = self._permit.permitted(candidates, source, name)
         if not candidates:
             raise StreamRefused(Reason.DENIED, why)
@@ -355,7 +357,7 @@ class Relay:
         record.fields["target"] = candidates[0].target
         record.state = "dialling"
         try:
-            connected = await self._upstreams.connect(call, candidates)
+            connected = await self._upstreams.connect(request, candidates)
         except DialError as error:
             record.fields["attempts"] = error.attempts
             raise StreamRefused(error.reason, error.detail) from error
@@ -375,7 +377,7 @@ class Relay:
         return connected
 
     def _check_again(self, connected: Connected, source: Address, name: str) -> None:
-        """Refuse a service of our own network whose records, or the rules, have changed while it was dialled."""
+        """Refuse a service of our own network if its records or the rules have changed while it was dialled."""
         self._reach.follow(self._discovery.mesh, time.monotonic())
         why = self._permit.refusal(connected.candidate, source, name)
         if why is not None:
@@ -383,16 +385,16 @@ class Relay:
             raise StreamRefused(Reason.DENIED, why)
 
     async def _move(
-        self, client: SocketStream, record: StreamRecord, call: StreamRequest, connected: Connected
+        self, client: SocketStream, record: StreamRecord, request: StreamRequest, connected: Connected
     ) -> Reason:
         idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
-        client.unread(call.data[connected.sent :])
+        client.unread(request.data[connected.sent :])
         if connected.connection is not None:
             attempts = itertools.count(connected.attempts + 1)
 
             async def second() -> CapsuleConnection:
                 record.fields["second"] = True
-                return await self._upstreams.second(call, connected.candidate, attempts)
+                return await self._upstreams.second(request, connected.candidate, attempts)
 
             carry = StreamBridge(
                 client,
@@ -410,13 +412,13 @@ class Relay:
         return _ENDS[(await splice.run()).end]
 
     async def _refuse(self, client: SocketStream, reason: Reason) -> None:
-        """Tell the client in its own protocol why, and make sure that it arrives."""
+        """Send the client its alert, and make sure that it arrives."""
         if reason in _SILENT:
             return
         try:
             await client.send(alert_record(_ALERTS.get(reason, AlertDescription.INTERNAL_ERROR)))
         except OSError:
-            return  # it is gone: nobody to tell
+            return  # the client is gone
         if self._lingering < self._max_lingering:
             self._lingering += 1
             try:

@@ -1,6 +1,7 @@
-"""From the name in a ClientHello to the candidates that may carry the stream, best first.
+"""Finds the candidates for the name in a ClientHello, best first.
 
-What a name means is `discovery.model.lookup`; how each place is reached, the transports say. Sans-IO; the one error is Unroutable.
+`discovery.model.lookup` resolves a name to places, and the transports find the candidates for each place. Sans-IO. The only error
+is Unroutable.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from sniproxy.tunnel.keys import SigningKeys
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """What a relay routes by, apart from the mesh."""
+    """The routing of one relay; the mesh is passed to each call."""
 
     network: str
     domain: str
@@ -26,16 +27,18 @@ class Router:
     keys: SigningKeys
     transports: Sequence[Transport]
     order: Callable[[Sequence[Candidate]], list[Candidate]] = list
-    """Puts the ways to one network into the order in which they are tried."""
+    """Sorts the candidates for one network into the order in which they are tried."""
 
     def candidates(self, name: str, mesh: Mesh, local_port: int) -> list[Candidate]:
-        """Say where a stream with this server name may go, best first; never nothing.
+        """Return the candidates for a stream with this server name, best first; at least one.
 
         Args:
-            local_port: the port that the client connected to; it chooses among the ports of a plain service name.
+            name: the server name, in lower case and without trailing dot.
+            mesh: the current view of discovery.
+            local_port: the port that the client connected to, which selects a port of the service if the name has none.
 
         Raises:
-            Unroutable: with the reason of the first place where there are several and none has a candidate.
+            Unroutable: there is no candidate; if the name leads to several places, with the reason of the first.
         """
         try:
             places = resolve(name, mesh, self.imports, self.domain, local_port=local_port).candidates
@@ -57,7 +60,7 @@ class Router:
         is_own = place.network == self.network
         target = place.target
         if isinstance(target, ServiceTarget) and not is_service_name(target.service):
-            raise Unroutable(Reason.NO_ROUTE, f"{target.service!r} is no name of a service")  # a record that is none
+            raise Unroutable(Reason.NO_ROUTE, f"{target.service!r} is not a valid service name")  # an invalid record
         transports = [transport for transport in self.transports if transport.traits.to_gateway is not is_own]
         found = [candidate for transport in transports for candidate in transport.candidates(place, mesh)]
         if not found:

@@ -1,18 +1,18 @@
-"""Which ports a relay should listen on besides its own: those of the services that its clients may reach by name. Sans-IO.
+"""Which additional ports a relay should listen on: those of the services that its clients may reach by name. Sans-IO.
 
-A plain service name says no port, so the local port chooses among a service's ports: a client of `orders.shop.svc…:8443` must find
-the relay on 8443. Only services count that this network imports, so another network cannot make us listen.
+A plain service name contains no port, so the local port selects among the ports of the service: a client of `orders.shop.svc…:8443`
+must find the relay on 8443. Only services that this network imports count, so another network cannot make us listen.
 """
 
 from discovery.model.imports import Imports
 from discovery.model.mesh import Mesh
 
 MAX_PORTS = 256
-"""Listeners cost a descriptor each for every address; a mesh with more ports than this has a range that is too wide."""
+"""Each listener costs a descriptor for every address. If a mesh has more ports than this, the port range is too wide."""
 
 
 def service_ports(mesh: Mesh, network: str, imports: Imports, low: int, high: int) -> list[int]:
-    """Return the ports from `low` to `high` of the services that `network` imports from others: the 256 lowest, in order."""
+    """Return the ports between `low` and `high` of the services that `network` imports: the 256 lowest, sorted."""
     found = set()
     for other in mesh.networks - {network}:
         for record in mesh.services(other):

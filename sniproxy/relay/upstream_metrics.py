@@ -1,4 +1,4 @@
-"""What a relay's upstreams say of themselves, in metrics and log lines."""
+"""Metrics and log lines of a relay's upstreams."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -16,14 +16,13 @@ log = logging.getLogger(__name__)
 
 RESET = "reset"
 WARM_LOST = "warm_lost"
-"""The results of attempts that may be made again with the same candidate."""
-
+"""Results of attempts that may be repeated with the same candidate."""
 
 _REPEATABLE: dict[type[Exception], str] = {ResetBeforeReady: RESET, WarmLost: WARM_LOST}
 
 
 class UpstreamMetrics:
-    """Attempts by transport and result, and connections kept ready by what became of them."""
+    """Attempts by transport and result, and warm connections by their fate."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -43,7 +42,7 @@ class UpstreamMetrics:
         self._fates = {fate: fates.labels(fate.value) for fate in Fate}
 
     def watch(self, *, ready: Callable[[], float], left_out: Callable[[], float]) -> None:
-        """Have gauges ask these."""
+        """Create the gauges, which call these functions."""
         gauge = Gauge("crossnet_relay_warm_streams_ready", "Connections kept ready now.", registry=self._registry)
         gauge.set_function(ready)
         gauge = Gauge(
@@ -54,14 +53,14 @@ class UpstreamMetrics:
         gauge.set_function(left_out)
 
     def know(self, transports: Iterable[str]) -> None:
-        """Have a sample for every result of these transports from the start."""
+        """Create the samples for all results of these transports, so that they exist from the start."""
         results = (*(reason.value for reason in Reason), RESET, WARM_LOST)
         for name in transports:
             self._attempts |= {(name, result): self._dials.labels(name, result) for result in results}
 
     @contextmanager
     def attempt(self, transport: str) -> Iterator[None]:
-        """Count an attempt by how the block ends; one that its client gave up is none."""
+        """Count an attempt by how the block ends. An attempt that is cancelled is not counted."""
         try:
             yield
         except (ResetBeforeReady, WarmLost, DialError) as error:
@@ -71,11 +70,11 @@ class UpstreamMetrics:
         self._attempts[transport, Reason.OK.value].inc()
 
     def fate(self, fate: Fate) -> None:
-        """Count what became of a connection that was kept ready."""
+        """Count the fate of a warm connection."""
         self._fates[fate].inc()
 
     def log_failed(self, candidate: Candidate, failure: DialError, failed: Failed) -> None:
-        """Say that a way failed, the first time in a row and whenever it is left out for it."""
+        """Log that a way failed: for the first failure in a row, and each time it is left out because of failures."""
         if failed.failures == 1 or failed.seconds:
             event: dict[str, object] = {"way": str(candidate), "network": candidate.network}
             event |= {"reason": failure.reason.value, "detail": failure.detail}

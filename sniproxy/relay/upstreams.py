@@ -1,7 +1,7 @@
-"""A relay's upstreams: how a stream gets to a service, by one candidate after the other until one has it at its far end.
+"""A relay's upstreams: connects a stream to a service, trying one candidate after the other.
 
-What may be tried again is bounded by what may have run: client bytes go to the next candidate only while no gateway can have
-delivered them (before READY, or after a refusal that says so), never after silence behind READY.
+Retries must not deliver anything twice: client bytes are sent to the next candidate only while no gateway can have delivered them
+(before READY, or after a refusal that guarantees it), never after silence following READY.
 """
 
 import asyncio
@@ -28,36 +28,36 @@ from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.relay_handshake import GatewayConnector, StreamRequest
 
 MAX_CANDIDATES = 3
-"""Candidates asked for one stream: a client waits at most three times for silence."""
+"""Candidates tried for one stream, so that a client waits for at most three timeouts."""
 
 DEFAULT_DIAL_TIMEOUT_S = 3.0
-"""For the TCP handshake: one lost SYN is sent again after 1 s, a second after 3 s."""
+"""For the TCP handshake. A lost SYN is retransmitted after 1 s, a second one after 3 s."""
 
 _BUSY = frozenset({Reason.OVERLOADED, Reason.DRAINING})
-"""A gateway that says so has to do without new streams for a while."""
+"""A gateway that answers with one of these gets no new streams for a while."""
 
 _DISTRUSTED = frozenset({Reason.NO_KEY, Reason.BAD_SIGNATURE, Reason.CLOCK_SKEW, Reason.REPLAY, Reason.STALE_EPOCH})
-"""A gateway that answers so takes no stream of ours: another one, with the right keys or clock, may."""
+"""A gateway that answers with one of these accepts no stream of ours. Another one, with the right keys or clock, may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """A stream that has a service at its far end."""
+    """A stream that is connected to a service."""
 
     candidate: Candidate
     attempts: int
     stream: ByteStream
-    """To the service itself, or to the gateway."""
+    """To the service itself, or to a gateway."""
     connection: CapsuleConnection | None = None
-    """What is spoken on it, where a gateway is at its far end."""
+    """The capsule connection over `stream`, if the far end is a gateway."""
     sent: int = 0
-    """How many bytes of `StreamRequest.data` have been sent already; the rest is the caller's to send."""
+    """How many bytes of `StreamRequest.data` have already been sent. The caller sends the rest."""
     was_warm: bool = False
-    """Whether it had been kept ready."""
+    """Whether a warm connection was used."""
 
 
 class Upstreams:
-    """The upstreams of one relay. `reconfigure` comes first; `run` keeps streams warm until `close`."""
+    """The upstreams of one relay. Call `reconfigure` first; `run` keeps connections warm until `close`."""
 
     _connector: GatewayConnector
     _transports: Mapping[str, Transport]
@@ -92,7 +92,7 @@ class Upstreams:
         pool: int,
         dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S,
     ) -> None:
-        """Go by these from now on, and keep `pool` connections ready for each candidate in use that takes long to reach."""
+        """Use these from now on, and keep `pool` warm connections for each warmable candidate in use."""
         self._connector = connector
         self._transports = {transport.traits.name: transport for transport in transports}
         self._gateways = {
@@ -103,30 +103,30 @@ class Upstreams:
         self.pool.resize(pool)
 
     def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Put the ways to one network into the order in which a stream tries them."""
+        """Sort the candidates for one network into the order in which a stream tries them."""
         return self.health.order(candidates)
 
     def carrying(self, candidate: Candidate) -> AbstractContextManager[None]:
-        """Count a stream on this way while the block runs."""
+        """Count a stream on this candidate while the block runs."""
         return self.health.carrying(candidate) if candidate.traits.to_gateway else nullcontext()
 
     def follow(self, mesh: Mesh) -> None:
-        """Let go what was kept ready where that is no way any more."""
+        """Close the warm connections of candidates that no longer exist."""
         self.pool.keep(lambda candidate: self._transports[candidate.traits.name].offers(candidate, mesh))
 
     async def run(self) -> None:
-        """Keep streams warm, until `close`."""
+        """Keep connections warm, until `close`."""
         await self.pool.run()
 
     def close(self) -> None:
-        """Let go all that is kept ready."""
+        """Close all warm connections."""
         self.pool.close()
 
     async def connect(self, request: StreamRequest, candidates: Sequence[Candidate]) -> Connected:
-        """Try up to three gateways in their order, or all endpoints of a service in the relay's own network.
+        """Connect a stream, trying up to three gateways in this order, or all endpoints of a service in the own network.
 
         Raises:
-            DialError: with the last failure's reason, once none is left or none may be asked.
+            DialError: with the last failure's reason, once no candidate is left or no other may be tried.
         """
         attempts = itertools.count(1)
         failure = DialError(Reason.NO_ROUTE, "no candidate")
@@ -138,7 +138,7 @@ class Upstreams:
                     return await self._reach_service(request, endpoints, attempts)
                 connected = await self._reach(request, candidate, attempts, may_be_warm=may_be_warm)
             except WarmLost as lost:
-                # Its gateway may be gone without a word: a new connection would wait as long, so the others come first.
+                # Its gateway may have vanished: a new connection would wait as long again, so other candidates come first.
                 queue.append((candidate, False))
                 self._settle(candidate, DialError(Reason.READY_TIMEOUT, str(lost)))
             except DialError as error:
@@ -154,17 +154,18 @@ class Upstreams:
         try:
             raise failure
         finally:
-            del failure  # its traceback holds this frame: a cycle for each stream that reaches nobody
+            del failure  # its traceback holds this frame: a reference cycle for each stream that fails
 
     async def second(self, request: StreamRequest, candidate: Candidate, attempts: Iterator[int]) -> CapsuleConnection:
-        """Open the second connection of a stream, for its upload alone.
+        """Open the second connection of a stream, for its upload only.
 
         Args:
-            candidate: the one that the stream goes by.
-            attempts: numbers that no attempt of the stream has had.
+            request: the request of the stream.
+            candidate: the one that the stream uses.
+            attempts: attempt numbers that the stream has not used yet.
 
         Raises:
-            ConnectionError: the gateway that holds the stream was not reached on it.
+            ConnectionError: the gateway of the stream was not reached.
         """
         for pause in (*candidate.traits.reset_retry_s, None):
             try:
@@ -182,11 +183,11 @@ class Upstreams:
     async def _reach(
         self, request: StreamRequest, candidate: Candidate, attempts: Iterator[int], *, may_be_warm: bool
     ) -> Connected:
-        """Reach a service by this candidate: on a connection that is ready, if there is one and it may be, else on a new one.
+        """Connect to a service through this candidate: on a warm connection if there is one and it is allowed, else on a new one.
 
         Raises:
-            DialError: it was not reached.
-            WarmLost: the connection that was ready said nothing; a new one has not been tried.
+            DialError: the service was not reached.
+            WarmLost: the warm connection stayed silent; a new one has not been tried.
         """
         traits = candidate.traits
         warm = await self.pool.take(candidate) if traits.warmable and may_be_warm else None
@@ -236,7 +237,7 @@ class Upstreams:
                 return Connected(candidate=candidate, attempts=attempt[-1], stream=connected.stream)
 
     async def _signed_anew(self, request: StreamRequest, candidate: Candidate, attempts: Iterator[int]) -> Connected:
-        """Make an attempt, and one more where the gateway's process has changed."""
+        """Make an attempt, and another one if the gateway's epoch has changed."""
         try:
             return await self._on_new(request, candidate, next(attempts))
         except StaleEpoch:
@@ -265,7 +266,7 @@ class Upstreams:
         )
 
     async def _dial(self, candidate: Candidate) -> ByteStream:
-        """Connect to a candidate. Raises ResetBeforeReady, where a reset may pass, and DialError."""
+        """Connect to a candidate. Raises ResetBeforeReady for a reset that may be temporary, otherwise DialError."""
         transport = self._gateways[candidate.traits.name]
         try:
             return await transport.dial(candidate, timeout_s=self._dial_timeout_s)
@@ -278,7 +279,7 @@ class Upstreams:
             raise DialError(Reason.DIAL_FAILED, f"{candidate}: {error.strerror or error}") from error
 
     async def _warm_up(self, candidate: Candidate) -> CapsuleConnection:
-        """Make a connection that is ready for a stream. Raises DialError."""
+        """Make a warm connection. Raises DialError."""
         try:
             try:
                 connection = await self._connector.warm_up(candidate, await self._dial(candidate))
@@ -295,7 +296,7 @@ class Upstreams:
         return connection
 
     def _settle(self, candidate: Candidate, failure: DialError | None) -> None:
-        """Take in whether a candidate led to a service; one that often does not is left out for a while."""
+        """Note whether a candidate led to a service. One that often fails is left out for a while."""
         if failure is None:
             self.health.succeeded(candidate)
             if candidate.traits.warmable:
@@ -312,7 +313,7 @@ class Upstreams:
 
 
 async def _introduce(request: StreamRequest, candidate: Candidate, stream: ByteStream) -> None:
-    """Tell a service of our own network whose connection it is. Raises DialError."""
+    """Send the PROXY header to a service of our own network. Raises DialError."""
     try:
         header = ProxyHeader(source=request.client, destination=request.local).packed(candidate.proxy_version)
         await stream.send(header)
@@ -325,7 +326,7 @@ async def _introduce(request: StreamRequest, candidate: Candidate, stream: ByteS
 
 
 def _choice(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates to try, in their order; each network in turn has one before another has all.
+    """Return the candidates to try, in their order, with at least one of each network as far as the limit allows.
 
     A service in the own network counts as one, however many endpoints it has.
     """
@@ -333,7 +334,7 @@ def _choice(candidates: Sequence[Candidate]) -> list[Candidate]:
     networks = list(dict.fromkeys(candidate.network for candidate in candidates))
     chosen: list[Candidate] = []
     for number, network in enumerate(networks, 1):
-        # An import that names several networks wants failover from one to the next, however many gateways the first has.
+        # An import from several networks means failover between them, however many gateways the first one has.
         share = max(1, left - (len(networks) - number))
         found = [candidate for candidate in candidates if candidate.network == network]
         found = found[: min(share, left) if found[0].traits.to_gateway else 1]

@@ -1,9 +1,9 @@
-"""Warm streams: connections to gateways that are kept ready, so that a new client pays no round trips to a TURN server.
+"""Warm connections: opened to gateways in advance, so that a new client does not wait for round trips to a TURN server.
 
-A TURN server makes the gateway come for each stream: announcement, a connection, a bind. Where clients use an allocation, a relay
-has that done beforehand: `size` connections whose preamble is proven and READY is said, waiting for OPEN. Each serves one client;
-the next one is made at once. They are kept for as long as clients use the allocation, renewed now and then, and asked by PING
-whether they still live, which keeps the mappings of NATs, too.
+Through a TURN server, each stream needs an announcement, a connection from the gateway, and a bind. For an allocation that
+clients use, a relay does this in advance: it keeps `size` connections whose preamble is verified and which got READY, waiting for
+OPEN. Each serves one client, and is replaced at once. They are kept for as long as clients use the allocation, renewed now and
+then, and checked by PING, which also keeps NAT mappings alive.
 """
 
 import asyncio
@@ -24,31 +24,31 @@ from sniproxy.tunnel.messages import TOKEN_SIZE, Ping, Pong
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmTiming:
-    """How long things take, and how many there are. The defaults are for real networks; tests shorten them."""
+    """Times and limits of a pool. The defaults are for real networks; tests shorten them."""
 
     pong_s: float = 5.0
-    """From PING to PONG: two retransmissions on the way. A PING is sent so long before the transport's idle limit."""
+    """From PING to PONG; allows for two retransmissions. A PING is sent this long before the transport's idle limit."""
     max_age_s: float = 600.0
-    """Renewed after this: what is not used for ten minutes need not find out first that something on the way has changed."""
+    """A connection is renewed after this time, so that no client finds out that something on the path has changed."""
     kept_for_s: float = 600.0
-    """How long after its last stream an allocation is kept warm."""
+    """How long an allocation is kept warm after its last stream."""
     retry: Backoff = Backoff(1.0, 60.0)
-    """Between attempts that fail."""
+    """Pauses after attempts that fail."""
     max_warm: int = 512
-    """Of one relay: a descriptor each here, at the gateway two, and a few kilobytes at the TURN server."""
+    """The limit for one relay. Each costs a descriptor here, two at the gateway, and a few kilobytes at the TURN server."""
 
 
 class Fate(StrEnum):
-    """What became of a warm stream."""
+    """What became of a warm connection."""
 
     TAKEN = "taken"
-    """A client's stream took it."""
+    """A client's stream uses it."""
     FAILED = "failed"
-    """It could not be made."""
+    """It could not be opened."""
     LOST = "lost"
-    """It was cut, refused or no longer answered while it waited."""
+    """While it waited, it was cut or refused, or it stopped answering."""
     OVER = "over"
-    """It was old, or nobody has used its allocation for long."""
+    """It was too old, or its allocation was not used for too long."""
 
 
 class _Ready:
@@ -59,24 +59,24 @@ class _Ready:
         self._ping_interval_s = max(idle_limit_s - timing.pong_s, idle_limit_s / 2)
         self._timing = timing
         self.wanted: bool | None = None
-        """True: a stream takes it. False: it is to go."""
+        """True: a stream takes it. False: it has to be closed."""
         self.asked: bytes | None = None
-        """The token of a PING that waits for its PONG."""
+        """The token of a PING that has no PONG yet."""
         self._scope: asyncio.Timeout | None = None
         self._left = asyncio.Event()
 
     def leave(self, *, wanted: bool) -> None:
-        """Have `wait` return soon."""
+        """Make `wait` return soon."""
         self.wanted = wanted
         if self._scope is not None and not self._scope.expired():
             self._scope.reschedule(0)
 
     async def left(self) -> None:
-        """Wait until nobody reads there any more."""
+        """Wait until `wait` has returned, so that nothing reads from the connection any more."""
         await self._left.wait()
 
     async def wait(self) -> Fate:
-        """Keep it alive until somebody wants it, it is old, or it is of no use."""
+        """Keep it alive until a stream takes it, it is too old, or it is lost."""
         loop = asyncio.get_running_loop()
         old = loop.time() + self._timing.max_age_s * random.uniform(0.8, 1.0)
         try:
@@ -86,7 +86,7 @@ class _Ready:
                     async with asyncio.timeout_at(min(due, old)) as self._scope:
                         message = await self.connection.next_message()
                     if message != Pong(self.asked or b""):
-                        return Fate.LOST  # REFUSED, as when the gateway drains
+                        return Fate.LOST  # for example REFUSED, because the gateway drains
                     self.asked = None
                 except TimeoutError:
                     if self.wanted is not None:
@@ -109,7 +109,7 @@ class _Ready:
 
 
 class _Shelf:
-    """What is kept for one allocation."""
+    """The warm connections of one allocation."""
 
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
@@ -119,13 +119,13 @@ class _Shelf:
         self.ready: list[_Ready] = []
 
     def clear(self) -> None:
-        """Let everything go that waits here."""
+        """Close all connections that wait here."""
         while self.ready:
             self.ready.pop().leave(wanted=False)
 
 
 class WarmPool:
-    """The warm streams of one relay."""
+    """The warm connections of one relay."""
 
     def __init__(
         self,
@@ -135,11 +135,13 @@ class WarmPool:
         count: Callable[[Fate], None] = lambda _fate: None,
         timing: WarmTiming = WarmTiming(),
     ) -> None:
-        """Keep `size` connections to each allocation that is in use.
+        """Prepare a pool; `run` keeps the connections.
 
         Args:
-            dial: makes a connection up to READY; DialError if it cannot.
-            count: told what became of each.
+            dial: opens a connection up to READY. Raises DialError if it cannot.
+            size: connections to keep for each allocation in use.
+            count: called with the fate of each connection.
+            timing: times and limits.
         """
         self.size = size
         self._dial = dial
@@ -152,11 +154,11 @@ class WarmPool:
 
     @property
     def ready(self) -> int:
-        """How many wait for a stream."""
+        """How many connections wait for a stream."""
         return sum(len(shelf.ready) for shelf in self._shelves.values())
 
     async def run(self) -> None:
-        """Keep them, until `close`."""
+        """Keep connections warm, until `close`."""
         try:
             async with asyncio.TaskGroup() as self._group:
                 await self._closed.wait()
@@ -166,11 +168,11 @@ class WarmPool:
             self._group = None
 
     def close(self) -> None:
-        """Let all of them go, and make no more."""
+        """Close all of them, and open no more."""
         self._closed.set()
 
     def used(self, candidate: Candidate) -> None:
-        """Note that a stream goes by this allocation: keep some ready for the next ones."""
+        """Note that a stream uses this allocation, and keep connections for the next ones."""
         if self._group is None or self._closed.is_set() or not self.size:
             return
         shelf = self._shelves.get(candidate.key)
@@ -180,7 +182,7 @@ class WarmPool:
         self._fill_up(shelf)
 
     def resize(self, size: int) -> None:
-        """Keep so many from now on: those that are too many go, and those that lack are made where there are some."""
+        """Keep `size` connections for each allocation in use from now on; close surplus ones and open missing ones."""
         self.size = size
         for shelf in self._shelves.values():
             for ready in shelf.ready[: max(0, shelf.slots - size)]:
@@ -190,7 +192,7 @@ class WarmPool:
                 self._fill_up(shelf)
 
     def _fill_up(self, shelf: _Shelf) -> None:
-        """Begin to keep as many of a shelf as there should be."""
+        """Start the missing slots of a shelf."""
         assert self._group is not None, "only while running"
         slots = sum(shelf.slots for shelf in self._shelves.values())
         for _ in range(min(self.size - shelf.slots, self._timing.max_warm - slots)):
@@ -200,12 +202,12 @@ class WarmPool:
             task.add_done_callback(self._tasks.discard)
 
     def has(self, candidate: Candidate) -> bool:
-        """Whether one waits at this allocation."""
+        """Return whether a connection to this allocation is ready."""
         shelf = self._shelves.get(candidate.key)
         return shelf is not None and bool(shelf.ready)
 
     async def take(self, candidate: Candidate) -> CapsuleConnection | None:
-        """Give a connection that waits at this allocation, None if there is none. It is the caller's from then on."""
+        """Return a warm connection to this allocation, None if there is none. The caller owns it."""
         shelf = self._shelves.get(candidate.key)
         while shelf is not None:
             ready = next((ready for ready in reversed(shelf.ready) if not ready.asked), None)  # the youngest
@@ -215,7 +217,7 @@ class WarmPool:
             ready.leave(wanted=True)
             try:
                 await ready.left()
-            except BaseException:  # the client has gone, say: nobody owns it now
+            except BaseException:  # for example because the client is gone: nothing owns the connection now
                 ready.connection.stream.close()
                 raise
             if not ready.connection.stream.closed:
@@ -223,13 +225,13 @@ class WarmPool:
         return None
 
     def distrust(self, candidate: Candidate) -> None:
-        """One of this allocation's turned out to be dead: the others may be, too."""
+        """Close all connections to this allocation: one turned out to be dead, so the others may be dead too."""
         shelf = self._shelves.get(candidate.key)
         if shelf is not None:
             shelf.clear()
 
     def keep(self, is_current: Callable[[Candidate], bool]) -> None:
-        """Let go what waits at candidates that are not current any more."""
+        """Close the connections of candidates that are no longer current."""
         for key, shelf in list(self._shelves.items()):
             if not is_current(shelf.candidate):
                 del self._shelves[key]
@@ -237,7 +239,7 @@ class WarmPool:
                 shelf.clear()
 
     async def _fill(self, shelf: _Shelf) -> None:
-        """Keep one place of a shelf filled for as long as its allocation is in use."""
+        """Keep one slot of a shelf filled for as long as its allocation is in use."""
         loop = asyncio.get_running_loop()
         failures = 0
         try:
@@ -255,7 +257,7 @@ class WarmPool:
                 del self._shelves[shelf.candidate.key]
 
     async def _hold(self, shelf: _Shelf) -> Fate:
-        """Make one connection and keep it ready."""
+        """Open one connection and keep it warm."""
         try:
             connection = await self._dial(shelf.candidate)
         except DialError:

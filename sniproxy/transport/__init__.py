@@ -1,1 +1,1 @@
-"""How a relay gets to another network's gateway, or to a service of its own network."""
+"""How a relay reaches a gateway of another network, or a service of its own network."""

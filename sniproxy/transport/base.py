@@ -1,8 +1,8 @@
-"""What all transports have in common: how a relay gets a stream of bytes to a gateway, and how a gateway takes one in.
+"""The interface of transports: how a relay gets a byte stream to a gateway, and how a gateway accepts one.
 
-A transport is a module of its own: its traits, what it finds in the mesh (`Transport.candidates`), how that is dialled, and, where
-gateways take streams in by it, an acceptor. `registry` lists them. Nothing outside asks which one a candidate is of: who has to
-treat some differently asks for a trait.
+Each transport is one module: its traits, the candidates it finds in the mesh (`Transport.candidates`), how they are dialled, and an
+acceptor, if gateways accept streams through it. `registry` lists all of them. Other code never asks which transport a candidate
+belongs to. Where it must treat some differently, it asks for a trait.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
     from sniproxy.engine import ByteStream
 
 MAX_FIRST_WRITE = 8 * 1024
-"""Bytes that any way to a gateway keeps before the gateway reads: coturn keeps 16 reads before the bind, which hold this much at
-the smallest usual MSS."""
+"""Bytes that every transport buffers before the gateway reads. coturn buffers 16 reads before the bind, which hold this much at the
+smallest usual MSS."""
 
 CandidateKey = tuple[str, str, str, int]
-"""What tells a way to a network from others: the network, the record's id, and the address and port that are dialled."""
+"""What identifies a way to a network: the network, the record's id, and the dialled address and port."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
-    """How a transport behaves, as far as others have to know."""
+    """The properties of a transport that other code depends on."""
 
     name: str
-    """In log lines, metrics and the configuration."""
+    """Its name in log lines, metrics and the configuration."""
     to_gateway: bool = True
-    """A gateway is at the far end, which is spoken to in our protocol (`sniproxy.tunnel`); else the service itself."""
+    """Whether the far end is a gateway, with the protocol of `sniproxy.tunnel`. Otherwise it is the service itself."""
     rank: int = 0
-    """Lower ones are tried first."""
+    """Transports with a lower rank are tried first."""
     first_write_limit: int = MAX_FIRST_WRITE
-    """Bytes that are sent before the gateway has answered."""
+    """The most bytes that may be sent before the gateway has answered."""
     ready_timeout_s: float = 3.0
-    """From the first byte sent to the gateway's answer: two connects, two answers over the widest network, one lost SYN."""
+    """From the first byte sent to the gateway's answer: two connects and two answers over the slowest network, and one lost SYN."""
     idle_limit_s: float = 30.0
-    """What is idle for this long may be forgotten on the way: a connection that is kept ready says something before."""
+    """Middleboxes may drop a connection that is idle for this long, so a warm connection sends something earlier."""
     reset_retry_s: tuple[float, ...] = ()
-    """Resets before the gateway has answered may pass: pauses after which it is tried again. Empty: they do not."""
+    """Pauses before retries after a reset before the gateway has answered. Empty: such a reset is permanent."""
     needs_second_connection: bool = False
-    """Bulk in both directions over one connection can stand still: a large upload moves on to a connection of its own."""
+    """Bulk in both directions over one connection can stall, so a large upload moves to its own connection."""
     warmable: bool = False
-    """Reaching the gateway takes so long that connections are kept ready where clients use them."""
+    """Reaching the gateway takes so long that connections are kept warm for allocations in use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,30 +55,30 @@ class Candidate:
     """One address to dial for a stream."""
 
     traits: Traits
-    """Of the transport that found it."""
+    """The traits of the transport that found it."""
     network: str
     target: str
-    """What the gateway is asked for, as the preamble spells it."""
+    """What the gateway is asked for, as written in the preamble."""
     address: str
     port: int
     addressee: str = ""
-    """Id of the allocation or gateway record, so that a captured preamble is good nowhere else; empty without a gateway."""
+    """The id of the allocation or gateway record, so that a captured preamble is useless elsewhere; empty without a gateway."""
     weight: int = 1
     """Relative share of streams."""
     near: bool = False
-    """In the relay's own zone."""
+    """Whether it is in the relay's own zone."""
     proto: tuple[str, ...] = ()
-    """What the gateway speaks, as its record says (`sniproxy.tunnel.epoch` reads the rest of it)."""
+    """The protocols of the gateway, from its record. `sniproxy.tunnel.epoch` reads the epoch in it."""
     proxy_version: int | None = None
-    """Of the PROXY header that the service wants first, where it is dialled itself; a gateway knows that by itself."""
+    """The version of the PROXY header that the service expects, if the service itself is dialled. A gateway knows it by itself."""
     meant: AddressTarget | ServiceTarget | None = field(default=None, compare=False)
-    """What the name means, a service by its whole name: for rules. The router always says it."""
+    """The meaning of the name, with a service by its full name: for rules. The router always sets it."""
     imports: str | None = field(default=None, compare=False)
-    """The services whose addresses may be reached by it, for the preamble; None: any."""
+    """Patterns of the services whose addresses may be reached, for the preamble. None: all services."""
 
     @property
     def key(self) -> CandidateKey:
-        """The way, whatever is asked for at its end. An allocation made anew has the id of the lost one and another port."""
+        """Identifies the way, whatever the target. A recreated allocation has the id of the lost one, but another port."""
         return self.network, self.addressee, self.address, self.port
 
     def __str__(self) -> str:
@@ -87,41 +87,44 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportConfig:
-    """What a relay's transports go by."""
+    """The configuration of a relay's transports."""
 
     network: str
-    """The relay's own."""
+    """The relay's own network."""
     deliver: TargetList
     """What may be dialled in the relay's own network."""
     direct: TargetList
-    """Where gateways may be dialled directly. A CIDR in it that lies wholly inside a refused range (127.0.0.0/8) lifts that
-    refusal, for TURN servers' relayed addresses too."""
+    """Where gateways may be dialled directly. A CIDR in it that lies entirely inside a refused range (127.0.0.0/8) lifts that
+    refusal, also for relayed addresses of TURN servers."""
     guard: LoopGuard
-    """What is no service of the own network, whatever `deliver` allows."""
+    """What is not a service of the own network, even if `deliver` allows it."""
     zone: str = ""
-    """Where the relay stands."""
+    """The relay's zone."""
 
     def is_near(self, zone: str) -> bool:
-        """Tell whether something in that zone stands in the relay's own."""
+        """Return whether this zone is the relay's own."""
         return bool(zone) and zone == self.zone
 
 
 class Transport(Protocol):
-    """One way to reach networks, for one relay."""
+    """A transport of one relay."""
 
     @property
     def traits(self) -> Traits:
-        """How it behaves."""
+        """The properties that other code depends on."""
 
     @property
     def lacks(self) -> str:
-        """What a network does not have that this transport does not reach, to stand behind "has"."""
+        """What is missing in a network that this transport cannot reach, for an error text after "has"."""
 
     def candidates(self, place: Place, mesh: Mesh) -> Iterable[Candidate]:
-        """Find the ways to a place. Raises Unroutable where it has a reason of its own for finding none."""
+        """Find the candidates for a place. Raises Unroutable if it finds none for a reason of its own.
+
+        The place is in another network if the far end of this transport is a gateway, else in the relay's own.
+        """
 
     def offers(self, candidate: Candidate, mesh: Mesh) -> bool:
-        """Say whether a candidate that was found before is still there."""
+        """Return whether a candidate that was found before still exists."""
 
 
 @runtime_checkable
@@ -130,37 +133,37 @@ class GatewayTransport(Transport, Protocol):
     (`sniproxy.endpoints`)."""
 
     async def dial(self, candidate: Candidate, *, timeout_s: float) -> "ByteStream":
-        """Connect. OSError if that cannot be, TimeoutError if it takes too long."""
+        """Connect to a candidate. Raises OSError if that fails, TimeoutError if it takes longer than `timeout_s` seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """A connection that a gateway takes in: the next byte is the relay's first. Its taker owns the stream."""
+    """A connection that a gateway accepted. The next byte is the relay's first. The receiver owns the stream."""
 
     stream: "ByteStream"
     traits: Traits
     addressee: str
-    """Id of the record that says that gateways are reached this way: what the relay's preamble must name."""
+    """The id of the record that publishes this way to the gateway. The relay's preamble must name it."""
     came_by: Mapping[str, str] = field(default_factory=dict)
-    """Where it came through, for the log."""
+    """How the connection came in, as log fields."""
 
 
 OnStream = Callable[[Accepted], None]
-"""Takes a connection that came in; must not block."""
+"""Receives an accepted connection; must not block."""
 
 
 class Acceptor(Protocol):
-    """One way in which streams come to a gateway."""
+    """A gateway's side of a transport."""
 
     async def run(self, on_stream: OnStream) -> None:
-        """Hand over what comes in, until `close`."""
+        """Accept connections and pass them to `on_stream`, until `close`."""
 
     def close(self) -> None:
-        """Take nothing more in; what was handed over goes on."""
+        """Stop accepting. Accepted connections go on."""
 
 
 def target_text(target: AddressTarget | ServiceTarget) -> str:
-    """Write what a gateway is asked for, as the preamble spells it."""
+    """Return the text of a target, as written in the preamble."""
     if isinstance(target, AddressTarget):
         return format_endpoint(target.address, target.port)
     return f"{target.service}:{target.port}"
@@ -174,7 +177,7 @@ def framed_candidate(
     *,
     near: bool,
 ) -> Candidate:
-    """Make the candidate of a gateway that takes our protocol at this address and port, as this record says."""
+    """Return the candidate for a gateway with our protocol at this address and port, published by this record."""
     return Candidate(
         traits=traits,
         network=place.network,
@@ -190,8 +193,8 @@ def framed_candidate(
 
 
 def endpoint_in(text: str) -> tuple[Address, int] | None:
-    """Read an address and port in a record; None for neither."""
+    """Parse an address and port from a record; None if it is neither."""
     try:
         return parse_endpoint(text)
     except BadAddress:
-        return None  # records are checked when they are written; one that slipped through is no candidate
+        return None  # records are checked when they are written; an invalid one is no candidate

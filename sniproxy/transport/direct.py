@@ -1,4 +1,4 @@
-"""A gateway with an address of its own: the relay dials it, where `direct` allows it, and the gateway listens."""
+"""Gateways that listen on an address of their own. The relay dials them if `direct` allows it."""
 
 import asyncio
 import socket
@@ -24,7 +24,7 @@ DIRECT = Traits(name="direct", rank=10)
 
 
 class DirectTransport(DialsTcp):
-    """Gateways that relays dial."""
+    """The relay's side: gateways that can be dialled directly."""
 
     traits = DIRECT
     lacks = "no gateway that relay.direct allows"
@@ -33,7 +33,7 @@ class DirectTransport(DialsTcp):
         self._config = config
 
     def candidates(self, place: Place, mesh: Mesh) -> Iterator[Candidate]:
-        """Find the gateways that we may dial."""
+        """Find the gateways that may be dialled."""
         allowed = self._config.direct
         for gateway in mesh.gateways(place.network):
             endpoint = endpoint_in(gateway.spec.address)
@@ -44,7 +44,7 @@ class DirectTransport(DialsTcp):
                 yield framed_candidate(DIRECT, place, endpoint, gateway, near=near)
 
     def offers(self, candidate: Candidate, mesh: Mesh) -> bool:
-        """Say whether the gateway's record still has this address."""
+        """Return whether the gateway's record still has this address."""
         record = mesh.record(Kind.GATEWAY, candidate.network, candidate.addressee)
         if record is None or not isinstance(record.spec, GatewaySpec):
             return False
@@ -53,10 +53,10 @@ class DirectTransport(DialsTcp):
 
 
 class DirectAcceptor:
-    """The listeners of a gateway that relays dial. `open` binds, `run` accepts until `close`."""
+    """The gateway's side: its listeners. `open` binds, `run` accepts until `close`."""
 
     def __init__(self, addressee: str, listen: Sequence[tuple[str, int]]) -> None:
-        """Listen at these addresses and ports, for streams to the gateway record of this id."""
+        """Prepare listeners on these addresses and ports. `addressee` is the id of the gateway's record."""
         self._addressee = addressee
         self._listen = listen
         self._listeners: list[Listener] = []
@@ -65,14 +65,14 @@ class DirectAcceptor:
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
-        """Where it listens, with the ports that were chosen where 0 was asked."""
+        """Where it listens, with the ports that the kernel chose for port 0."""
         return tuple(listener.address for listener in self._listeners)
 
     async def open(self, inherited: Callable[[str, int], socket.socket | None]) -> None:
-        """Bind every listening address. OSError names the one that failed; none stays open then.
+        """Bind all listening addresses. Raises an OSError that names the one that failed; none stays open then.
 
         Args:
-            inherited: gives a socket that listens there already, of the process that we come after.
+            inherited: returns a socket that already listens there, from the process that this one replaces.
         """
         try:
             for address, port in self._listen:
@@ -83,19 +83,19 @@ class DirectAcceptor:
             raise
 
     def listening(self) -> list[tuple[tuple[str, int], int]]:
-        """The listening sockets by their configured address and port, for a process that comes after us."""
+        """Return the listening sockets by configured address and port, for a process that replaces this one."""
         return [(place, listener.fileno()) for place, listener in zip(self._listen, self._listeners, strict=True)]
 
     def hold(self) -> None:
-        """Let relays wait in the listeners' queues until `accept`. Before `run`."""
+        """Leave relays in the listeners' queues until `accept`. To be called before `run`."""
         self._accepting.clear()
 
     def accept(self) -> None:
-        """Let them in."""
+        """Begin to accept after `hold`."""
         self._accepting.set()
 
     async def run(self, on_stream: OnStream) -> None:
-        """Hand over what comes in, until `close`."""
+        """Accept connections and pass them to `on_stream`, until `close`."""
 
         def take(stream: SocketStream) -> None:
             on_stream(Accepted(stream=stream, traits=DIRECT, addressee=self._addressee))
@@ -106,7 +106,7 @@ class DirectAcceptor:
                 group.create_task(listener.run(take))
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting."""
         self._accepting.set()
         for listener in self._listeners:
             listener.close()

@@ -1,11 +1,11 @@
-"""How reaching a candidate fails, and what that allows: another attempt, another candidate, or neither."""
+"""The errors of reaching a candidate, and what they allow: another attempt, another candidate, or neither."""
 
 from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate
 
 
 class Unroutable(Exception):
-    """A name that no candidate serves. `reason` is for metrics and the alert, `detail` a sentence for people."""
+    """There is no candidate for a name. `reason` is for metrics and the alert, `detail` for people."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -14,7 +14,7 @@ class Unroutable(Exception):
 
 
 class DialError(Exception):
-    """No candidate took the stream. `final`: another one must not be asked with the same bytes."""
+    """A stream could not be opened. `final`: the same bytes must not be sent to another candidate."""
 
     def __init__(self, reason: Reason, detail: str, *, final: bool = False, answered: bool = False) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -22,28 +22,28 @@ class DialError(Exception):
         self.detail = detail
         self.final = final
         self.answered = answered
-        """Whether a gateway said so itself: the way to it works."""
+        """Whether this is a gateway's answer, so that the way to it works."""
         self.attempts = 0
-        """How many times candidates were asked in all, the same one again included."""
+        """The number of attempts in total, including repeated ones with the same candidate."""
         self.said = ""
-        """What the gateway said itself, if it did."""
+        """The detail of the gateway's refusal, if it refused."""
 
 
 class StaleEpoch(DialError):
-    """The gateway's process has another epoch than was signed; the right one is known now. Nothing was delivered: sign anew."""
+    """Another epoch was signed than the gateway's, which is now known. Nothing was delivered, so it can be signed again."""
 
 
 class ResetBeforeReady(Exception):
-    """The connection was cut before the gateway said READY."""
+    """The connection was cut before the gateway's READY."""
 
 
 class WarmLost(Exception):
-    """A connection that was kept ready is dead. Nothing but a ClientHello was sent, and the stream may go by another one.
+    """A warm connection is dead. Only a ClientHello was sent on it, so the stream may use another connection.
 
-    `silent`: it said nothing for as long as a gateway has; else it was cut.
+    `silent`: the gateway did not answer in time; otherwise the connection was cut.
     """
 
     def __init__(self, candidate: Candidate, *, silent: bool) -> None:
         how = "did not answer" if silent else "was cut"
-        super().__init__(f"{candidate}: the connection that was kept ready {how}")
+        super().__init__(f"{candidate}: the warm connection {how}")
         self.silent = silent

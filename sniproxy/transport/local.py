@@ -1,4 +1,4 @@
-"""The relay's own network: the service itself is dialled, only where `deliver` allows it."""
+"""Services of the relay's own network, which it dials itself if `deliver` allows it."""
 
 from discovery.model.addresses import Address, format_endpoint, refusal
 from discovery.model.lookup import Place
@@ -13,7 +13,7 @@ LOCAL = Traits(name="local", to_gateway=False)
 
 
 class LocalTransport:
-    """Services of the own network."""
+    """Finds services of the own network. The router asks it about no other network."""
 
     traits = LOCAL
     lacks = "no service here"
@@ -60,7 +60,7 @@ class LocalTransport:
         return found
 
     def _why_not(self, address: Address, port: int, mesh: Mesh) -> str | None:
-        """Say why this address and port may not be dialled, None if it may."""
+        """Return why this address and port may not be dialled, None if it may."""
         if not self._config.deliver.allows(address, port):
             return "is not in relay.deliver"
         why = refusal(address, self._config.deliver)
@@ -69,5 +69,5 @@ class LocalTransport:
         return STOPPED if self._config.guard.stops(address, port, mesh) else None
 
     def offers(self, candidate: Candidate, mesh: Mesh) -> bool:  # noqa: ARG002
-        """Say that it is there: nothing of the own network is kept ready."""
+        """Return True: there are no warm connections in the own network, so nothing depends on this."""
         return True

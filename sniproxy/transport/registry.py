@@ -1,4 +1,4 @@
-"""The transports that there are. A new one is a line here."""
+"""The list of all transports. A new transport needs one line here."""
 
 from collections.abc import Callable
 
@@ -11,5 +11,5 @@ TRANSPORTS: list[Callable[[TransportConfig], Transport]] = [LocalTransport, Dire
 
 
 def make_transports(config: TransportConfig) -> tuple[Transport, ...]:
-    """Make all of them for a relay."""
+    """Return all transports for a relay with this configuration."""
     return tuple(make(config) for make in TRANSPORTS)

@@ -1,12 +1,12 @@
-"""What transports share that dial the address and port of a candidate by TCP."""
+"""Shared by transports that dial the address and port of a candidate by TCP."""
 
 from sniproxy.engine import ByteStream, connect
 from sniproxy.transport.base import Candidate
 
 
 class DialsTcp:
-    """Connects to a candidate's own address."""
+    """Dials the address of a candidate by TCP."""
 
     async def dial(self, candidate: Candidate, *, timeout_s: float) -> ByteStream:
-        """Connect. OSError if that cannot be, TimeoutError if it takes too long."""
+        """Connect to a candidate. Raises OSError if that fails, TimeoutError if it takes longer than `timeout_s` seconds."""
         return await connect(candidate.address, candidate.port, timeout_s=timeout_s)

@@ -1,7 +1,7 @@
-"""An allocation that the other network's gateway holds on a TURN server of the relay's own network (RFC 6062).
+"""Allocations that gateways of other networks hold on TURN servers of the relay's own network (RFC 6062).
 
-The relay dials the relayed address; the server tells the gateway, which comes for the connection (`turnreg.client`) and hands it
-on (`turnreg.registrar`).
+The relay dials the relayed address. The TURN server announces the connection to the gateway, which binds to it (`turnreg.client`)
+and accepts it (`turnreg.registrar`).
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from sniproxy.transport.tcp import DialsTcp
 TURN = Traits(
     name="turn",
     rank=20,
-    # A permission may still be on its way to the server, which resets those who have none.
+    # A permission may not have reached the server yet, which resets connections of peers without one.
     reset_retry_s=(0.1, 0.3, 0.9),
-    # coturn stops reading one direction for ever while both are full.
+    # When both directions are full, coturn stops reading one of them for ever.
     needs_second_connection=True,
-    # Announcement, a connection and a bind, each a round trip between the gateway and the server.
+    # Announcement, connection and bind each take a round trip between gateway and server.
     warmable=True,
 )
 
 
 class TurnTransport(DialsTcp):
-    """Allocations on TURN servers of the relay's network."""
+    """Dials allocations on TURN servers of the relay's network."""
 
     traits = TURN
 
@@ -35,7 +35,7 @@ class TurnTransport(DialsTcp):
         self.lacks = f"no usable allocation on a TURN server of {config.network!r}"
 
     def candidates(self, place: Place, mesh: Mesh) -> Iterator[Candidate]:
-        """Find the allocations on our own servers."""
+        """Find the allocations on TURN servers of our own network."""
         for allocation in mesh.allocations(place.network):
             if allocation.spec.via != self._config.network or FRAMED not in allocation.spec.proto:
                 continue
@@ -46,16 +46,16 @@ class TurnTransport(DialsTcp):
                 yield framed_candidate(TURN, place, (address, allocation.spec.port), allocation, near=near)
 
     def _relayed_address(self, allocation: Record[AllocationSpec], turn: Record[TurnSpec]) -> Address | None:
-        """Of another network's record only the port counts, and only inside our own TURN server's range."""
+        """Return the address to dial. Only the port comes from the other network's record, and it must be in our server's range."""
         if not turn.spec.port_min <= allocation.spec.port <= turn.spec.port_max:
             return None
         addresses = [address for text in turn.spec.relay_addresses if (address := _address(text)) is not None]
-        # An Allocate without REQUESTED-ADDRESS-FAMILY gives IPv4 (RFC 8656 section 7.2), wherever the server has any.
+        # An Allocate without REQUESTED-ADDRESS-FAMILY gets IPv4 (RFC 8656 section 7.2), if the server has IPv4.
         addresses.sort(key=lambda address: address.version)
         return next((address for address in addresses if refusal(address, self._config.direct) is None), None)
 
     def offers(self, candidate: Candidate, mesh: Mesh) -> bool:
-        """Say whether the allocation's record still has this port."""
+        """Return whether the allocation's record still has this port."""
         record = mesh.record(Kind.ALLOCATION, candidate.network, candidate.addressee)
         return record is not None and record.spec.port == candidate.port
 

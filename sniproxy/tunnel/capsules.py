@@ -1,11 +1,11 @@
 """Capsules: the framed units that relay and gateway exchange after the preamble (PROTOCOL.md, section 5).
 
-A capsule is `type varint, length varint, value` (RFC 9297 section 3.2, varints as in RFC 9000 section 16). We write both
-varints in their four-byte form, so that a header is always eight bytes and a receiver can read exactly that much and
-splice the rest; we read any form. DATA and FINAL_DATA carry the code points of connect-tcp and are streamed: no part of
-this module ever holds a payload. Every other capsule is control: small, and handed out whole.
+A capsule is `type varint, length varint, value` (RFC 9297 section 3.2, varints as in RFC 9000 section 16). We write both varints
+in their four-byte form, so that a header always has eight bytes and a receiver can read exactly these and splice the rest. We
+read any form. DATA and FINAL_DATA have the code points of connect-tcp and are streamed: this module never holds a payload. All
+other capsules are control capsules: small, and returned whole.
 
-What the control capsules say is in `sniproxy.tunnel.messages`, which capsule may come when in `sniproxy.tunnel.state`.
+The content of control capsules is in `sniproxy.tunnel.messages`, the order of capsules in `sniproxy.tunnel.state`.
 """
 
 import enum
@@ -15,11 +15,11 @@ from typing import ClassVar, Final, NamedTuple
 from sniproxy.streams.end_reason import Reason
 
 MAX_PAYLOAD: Final = (1 << 30) - 1
-"""Largest length that a four-byte varint can say, and the largest that we accept in a DATA capsule."""
+"""Largest length of a four-byte varint, and the largest that we accept for a DATA capsule."""
 MAX_CONTROL: Final = 4096
-"""Largest value of a control capsule: four times the largest that exists (OPEN)."""
+"""Largest value of a control capsule: four times the largest in use (OPEN)."""
 MAX_UNKNOWN: Final = 65536
-"""Largest capsule of an unknown type that is skipped for the sake of later versions."""
+"""Largest value of a capsule of unknown type. These are skipped, so that later versions can add types."""
 HEADER_SIZE: Final = 8
 """Size of the headers that we write."""
 _MAX_HEADER: Final = 16
@@ -29,7 +29,7 @@ _HEADER: Final = struct.Struct(">II")
 
 
 class CapsuleType(enum.IntEnum):
-    """Capsule types that this version knows."""
+    """The capsule types of this version."""
 
     DATA = 0x2028D7F0
     FINAL_DATA = 0x2028D7F1
@@ -47,32 +47,32 @@ class CapsuleType(enum.IntEnum):
 
 
 class CapsuleError(ValueError):
-    """Raised for bytes that are not a sequence of capsules as described above."""
+    """The peer violated the protocol: its bytes are not capsules as described above, or not allowed now."""
 
     reason: ClassVar = Reason.PROTOCOL_ERROR
 
 
 class CapsuleFlood(CapsuleError):
-    """Raised where a peer sends capsules that are allowed, but far more of them than any honest peer."""
+    """The peer sent allowed capsules, but far more of them than any honest peer."""
 
     reason: ClassVar = Reason.FLOOD
 
 
 class Header(NamedTuple):
-    """The start of a DATA or FINAL_DATA capsule; `length` bytes of payload follow, in Payload events or past us."""
+    """The start of a DATA or FINAL_DATA capsule. `length` bytes of payload follow, as Payload events or spliced."""
 
     type: CapsuleType
     length: int
 
 
 class Payload(NamedTuple):
-    """A piece of the current payload, never empty. A view of the bytes that were fed, not a copy."""
+    """A piece of the current payload, never empty. A view of the bytes that were fed, without a copy."""
 
     data: memoryview
 
 
 class Control(NamedTuple):
-    """A complete control capsule of a known type, its value not looked at yet."""
+    """A complete control capsule of a known type, with its value not parsed yet."""
 
     type: CapsuleType
     value: bytes
@@ -93,7 +93,7 @@ def header(capsule_type: int, length: int) -> bytes:
 
 
 def _parse_header(data: bytes | bytearray | memoryview, at: int, end: int) -> tuple[int, int, int] | None:
-    """Return (type, length, offset behind) of the header at `at`, None if it does not end before `end`."""
+    """Return type, length and the offset after the header at `at`, None if the header is not complete before `end`."""
     values = []
     for _ in range(2):
         if at >= end:
@@ -107,7 +107,7 @@ def _parse_header(data: bytes | bytearray | memoryview, at: int, end: int) -> tu
 
 
 class _Inside(enum.Enum):
-    """What the bytes up to the end of the current capsule are."""
+    """The kind of the bytes up to the end of the current capsule."""
 
     PAYLOAD = enum.auto()
     CONTROL = enum.auto()
@@ -115,24 +115,23 @@ class _Inside(enum.Enum):
 
 
 class CapsuleReader:
-    """Turns received bytes into events, however they were cut.
+    """Turns received bytes into events, however they are split.
 
-    Two ways of use, which may be mixed at will. *Feed everything*: `feed` whatever arrives. *Past the reader*: read a
-    header (`header_bytes_wanted`), feed it, move `payload_left` bytes by other means (os.splice) and report them with
-    `skip_payload`.
+    There are two ways to use it, which may be mixed. Feed everything: `feed` all bytes that arrive. Or splice: read a header
+    (`header_bytes_wanted`), feed it, move `payload_left` bytes by other means (os.splice), and report them with `skip_payload`.
     """
 
     __slots__ = ("_control", "_control_type", "_error", "_held", "_inside", "_left", "unknown")
 
     def __init__(self) -> None:
-        self._held = bytearray()  # the part of a header that has arrived, under 16 bytes
-        self._control = bytearray()  # the part of a control value that has arrived, under MAX_CONTROL
+        self._held = bytearray()  # the part of a header received so far, under 16 bytes
+        self._control = bytearray()  # the part of a control value received so far, under MAX_CONTROL
         self._control_type = CapsuleType.READY
         self._inside = _Inside.PAYLOAD
         self._left = 0  # bytes of the current capsule still to come
         self._error: CapsuleError | None = None
         self.unknown = 0
-        """Capsules of unknown types so far. They are skipped without an event."""
+        """Capsules of unknown types so far. They are skipped without events."""
 
     @property
     def payload_left(self) -> int:
@@ -141,14 +140,14 @@ class CapsuleReader:
 
     @property
     def at_boundary(self) -> bool:
-        """Tell whether the bytes so far end exactly at the end of a capsule."""
+        """Whether the bytes so far end exactly at the end of a capsule."""
         return not self._left and not self._held
 
     @property
     def header_bytes_needed(self) -> int:
-        """Return how many bytes are sure to come before the next header is complete; 0 inside a capsule.
+        """Return how many bytes must still come, at least, before the next header is complete; 0 inside a capsule.
 
-        Reading exactly this many can neither wait in vain nor take a byte of payload.
+        Reading exactly this many never waits for bytes that need not come, and never takes a byte of payload.
         """
         if self._left:
             return 0
@@ -162,29 +161,29 @@ class CapsuleReader:
 
     @property
     def header_bytes_wanted(self) -> int:
-        """Return how many bytes to ask of a read that may return fewer; 0 inside a capsule.
+        """Return the limit for a read that may return fewer bytes; 0 inside a capsule.
 
-        With our own writers this is exactly the rest of the header. Of a writer with shorter varints it may take some
-        payload along, which then comes as a Payload event.
+        With headers from our own writers it is exactly the rest of the header. If a peer writes shorter varints, the read may
+        include some payload, which then becomes a Payload event.
         """
         return 0 if self._left else max(HEADER_SIZE - len(self._held), self.header_bytes_needed)
 
     def skip_payload(self, count: int) -> None:
-        """Note that `count` bytes of payload were moved past the reader. ValueError if that is more than is left."""
+        """Note that `count` bytes of payload were moved without this reader. ValueError if that is more than is left."""
         if not 0 <= count <= self.payload_left:
             raise ValueError(f"{count} bytes moved of a payload of which {self.payload_left} are left")
         self._left -= count
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """Return the events that `data` completes, in order. Errors as for `take`."""
+        """Return the events that `data` completes, in order. Raises as `take`."""
         return self.take(data, len(data))[0]
 
     def take(self, data: bytes | bytearray | memoryview, most: int) -> tuple[list[Event], int]:
-        """Return the events of up to `most` capsules, in order, and how many bytes of `data` they took.
+        """Return the events of up to `most` capsules, in order, and how many bytes of `data` were used.
 
-        The rest is the caller's to bring again: a read that is full of tiny capsules is worked off in pieces.
+        The caller passes the rest again later, so a read that is full of tiny capsules is handled in pieces.
 
-        Raises CapsuleError, and after that always: nothing behind an error can be trusted.
+        Raises CapsuleError, and again for every later call, because nothing after an error can be trusted.
         """
         if self._error is not None:
             raise self._error
@@ -214,7 +213,7 @@ class CapsuleReader:
                 continue
             if begun >= most:
                 break
-            # Data in the form that we write ourselves: the one case that must be fast.
+            # Data with a header as we write it: the one case that must be fast.
             if end - at >= HEADER_SIZE and not self._held:
                 first, second = _HEADER.unpack_from(view, at)
                 kind = _WRITTEN_DATA_TYPES.get(first)
@@ -229,7 +228,7 @@ class CapsuleReader:
             self._held += view[at : at + _MAX_HEADER - held]
             parsed = _parse_header(self._held, 0, len(self._held))
             if parsed is None:
-                at = end  # sixteen bytes always hold a header, so all of `data` is held now
+                at = end  # a header has at most sixteen bytes, so all of `data` is in `_held` now
                 break
             at += parsed[2] - held
             self._held.clear()
@@ -238,7 +237,7 @@ class CapsuleReader:
         return events, at
 
     def _begin(self, number: int, length: int, events: list[Event]) -> None:
-        """Enter the capsule whose header was just read."""
+        """Begin the capsule whose header was just read."""
         kind = _DATA_TYPES.get(number)
         if kind is not None:
             if length > MAX_PAYLOAD:

@@ -1,13 +1,13 @@
-"""The control capsules: what relay and gateway say to each other beside the data (PROTOCOL.md, section 5).
+"""The control capsules between relay and gateway (PROTOCOL.md, section 5).
 
-Values (integers big-endian; strictly so, anything else is a CapsuleError):
+Values, with big-endian integers. Anything else is a CapsuleError:
 
     READY FINISHED DONE CONTINUED   empty
-    OPENED                ms(4) port(2) address(4 or 16)       the address that was dialled, and how long that took
+    OPENED                ms(4) port(2) address(4 or 16)       the dialled address, and how long dialling took
     REFUSED               n(1) reason(n) detail(0..200)        reason is [a-z_]+, detail is UTF-8
     PING PONG             token(8)                             a PONG repeats the token
     WAITING               seconds(2)
-    RECEIVED              bytes(8)                             of this connection, from its first one
+    RECEIVED              bytes(8)                             of this connection, counted from its first one
     OPEN                  a complete signed preamble           at most 1,024 bytes
 """
 
@@ -33,7 +33,7 @@ def _control(capsule_type: CapsuleType, value: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Bare:
-    """A control capsule that says all by its type."""
+    """A control capsule without a value."""
 
     type: ClassVar[CapsuleType]
 
@@ -43,35 +43,35 @@ class _Bare:
 
     @classmethod
     def parse(cls, value: bytes) -> Self:
-        """Return the message; CapsuleError if there is a value."""
+        """Parse the value. CapsuleError unless it is empty."""
         if value:
             raise CapsuleError(f"{cls.type.name} of {len(value)} bytes")
         return cls()
 
 
 class Ready(_Bare):
-    """Gateway: the preamble is verified. Nothing is written to a stream before."""
+    """From the gateway: the preamble is verified. The gateway writes nothing before."""
 
     __slots__ = ()
     type = CapsuleType.READY
 
 
 class Finished(_Bare):
-    """Either: your FINAL_DATA and all before it is delivered."""
+    """From either side: your data is delivered, up to and including FINAL_DATA."""
 
     __slots__ = ()
     type = CapsuleType.FINISHED
 
 
 class Done(_Bare):
-    """Relay: both directions are finished, close the connection."""
+    """From the relay: both directions are finished; close the connection."""
 
     __slots__ = ()
     type = CapsuleType.DONE
 
 
 class Continued(_Bare):
-    """Relay: the rest of my DATA comes on the connection whose preamble continues this stream."""
+    """From the relay: the rest of my DATA comes on the connection whose preamble continues this stream."""
 
     __slots__ = ()
     type = CapsuleType.CONTINUED
@@ -82,7 +82,7 @@ _COUNT: Final = struct.Struct(">Q")
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Gateway: this many bytes of the connection, from its first one, have left the TURN server."""
+    """From the gateway: this many bytes of the connection, counted from its first one, have left the TURN server."""
 
     type: ClassVar = CapsuleType.RECEIVED
     count: int
@@ -93,7 +93,7 @@ class Received:
 
     @classmethod
     def parse(cls, value: bytes) -> Self:
-        """Return the message; CapsuleError if it has another length."""
+        """Parse the value. CapsuleError if it has another length."""
         if len(value) != _COUNT.size:
             raise CapsuleError(f"RECEIVED of {len(value)} bytes")
         return cls(*_COUNT.unpack(value))
@@ -104,18 +104,18 @@ _SECONDS: Final = struct.Struct(">H")
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Gateway: the service sleeps and is being woken; this may take so long, from now."""
+    """From the gateway: the service is asleep and is being started, which may take this long from now."""
 
     type: ClassVar = CapsuleType.WAITING
     seconds: int
 
     def pack(self) -> bytes:
-        """Return the whole capsule; more than 16 bits of seconds are written as the most."""
+        """Return the whole capsule. Seconds beyond 16 bits are written as the maximum."""
         return _control(CapsuleType.WAITING, _SECONDS.pack(min(max(self.seconds, 0), 0xFFFF)))
 
     @classmethod
     def parse(cls, value: bytes) -> Self:
-        """Return the message; CapsuleError if it has another length."""
+        """Parse the value. CapsuleError if it has another length."""
         if len(value) != _SECONDS.size:
             raise CapsuleError(f"WAITING of {len(value)} bytes")
         return cls(*_SECONDS.unpack(value))
@@ -127,7 +127,7 @@ _MAX_MS: Final = (1 << 32) - 1
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Gateway: the service is connected; comes before the gateway's first DATA."""
+    """From the gateway: the service is connected. Sent before the gateway's first DATA."""
 
     type: ClassVar = CapsuleType.OPENED
     address: ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -136,13 +136,13 @@ class Opened:
     """How long the dial took, in milliseconds."""
 
     def pack(self) -> bytes:
-        """Return the whole capsule; a dial time beyond 32 bits is written as the largest."""
+        """Return the whole capsule. A dial time beyond 32 bits is written as the maximum."""
         value = _OPENED.pack(min(max(self.ms, 0), _MAX_MS), self.port) + self.address.packed
         return _control(CapsuleType.OPENED, value)
 
     @classmethod
     def parse(cls, value: bytes) -> Self:
-        """Return the message; CapsuleError if it has another length or port 0."""
+        """Parse the value. CapsuleError if it has another length or port 0."""
         if len(value) not in (_OPENED.size + 4, _OPENED.size + 16):
             raise CapsuleError(f"OPENED of {len(value)} bytes")
         ms, port = _OPENED.unpack_from(value)
@@ -156,14 +156,14 @@ _REASON: Final = re.compile(r"[a-z_]{1,32}")
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Gateway: this stream will not be; the reason is one of the stream end reasons, or one that we do not know yet."""
+    """From the gateway: the stream is refused. The reason is a stream end reason, or one of a later version."""
 
     type: ClassVar = CapsuleType.REFUSED
     reason: str
     detail: str = ""
 
     def pack(self) -> bytes:
-        """Return the whole capsule; the detail is cut to 200 bytes. ValueError if the reason is not [a-z_]{1,32}."""
+        """Return the whole capsule, with the detail cut to 200 bytes. ValueError if the reason is not [a-z_]{1,32}."""
         if not _REASON.fullmatch(self.reason):
             raise ValueError(f"not a reason: {self.reason!r}")
         detail = self.detail.encode("utf-8", "replace")[:MAX_DETAIL].decode("utf-8", "ignore").encode()
@@ -172,7 +172,7 @@ class Refused:
 
     @classmethod
     def parse(cls, value: bytes) -> Self:
-        """Return the message; CapsuleError if the lengths do not add up or it is not text."""
+        """Parse the value. CapsuleError if the lengths do not add up or it is not text."""
         size = value[0] if value else 0
         reason, detail = value[1 : 1 + size], value[1 + size :]
         if len(reason) != size or len(detail) > MAX_DETAIL:
@@ -188,7 +188,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class _Pulse:
-    """A sign of life on a warm stream. `token` is eight bytes, opaque to whoever answers."""
+    """A liveness check of a warm connection. `token` is eight bytes, opaque to the gateway."""
 
     type: ClassVar[CapsuleType]
     token: bytes
@@ -201,21 +201,21 @@ class _Pulse:
 
     @classmethod
     def parse(cls, value: bytes) -> Self:
-        """Return the message; CapsuleError if the token is not eight bytes."""
+        """Parse the value. CapsuleError if the token is not eight bytes."""
         if len(value) != TOKEN_SIZE:
             raise CapsuleError(f"{cls.type.name} of {len(value)} bytes")
         return cls(value)
 
 
 class Ping(_Pulse):
-    """Relay: are you there?"""
+    """From the relay: are you still there?"""
 
     __slots__ = ()
     type = CapsuleType.PING
 
 
 class Pong(_Pulse):
-    """Gateway: yes; the token is that of the PING."""
+    """From the gateway: yes. The token is that of the PING."""
 
     __slots__ = ()
     type = CapsuleType.PONG
@@ -223,7 +223,7 @@ class Pong(_Pulse):
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Relay, on a warm stream: a client is here; `preamble` is its complete signed header."""
+    """From the relay, on a warm connection: a client has come. `preamble` is the complete signed header of its stream."""
 
     type: ClassVar = CapsuleType.OPEN
     preamble: bytes
@@ -236,7 +236,7 @@ class Open:
 
     @classmethod
     def parse(cls, value: bytes) -> Self:
-        """Return the message; CapsuleError if the header is longer than any preamble."""
+        """Parse the value. CapsuleError if the header is longer than any preamble."""
         if len(value) > MAX_OPEN:
             raise CapsuleError(f"OPEN of {len(value)} bytes")
         return cls(value)
@@ -260,5 +260,5 @@ _PARSERS: Final[dict[CapsuleType, Callable[[bytes], Message]]] = {
 
 
 def parse_control(control: Control) -> Message:
-    """Return what a control capsule says. Raises CapsuleError if its value is not laid out as described above."""
+    """Parse a control capsule. Raises CapsuleError if its value is not laid out as described above."""
     return _PARSERS[control.type](control.value)

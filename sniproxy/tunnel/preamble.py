@@ -1,11 +1,11 @@
 """The preamble: the signed PROXY v2 header with which a relay opens a stream to a gateway (PROTOCOL.md, sections 2 and 3).
 
-Who holds the key for one direction between two networks may open streams in that direction, and nobody else: a TURN
-permission lets every host behind one NAT in, so this signature is the gate. The header names the network, the record and
-the target it is meant for, so that it is of no use anywhere else; it carries a time and a stream id, so that it is of no use
-again; and it carries the hash of the ClientHello, so that it is of no use with another.
+Only holders of the key for a direction between two networks can open streams in that direction. A TURN permission admits every
+host behind one NAT, so this signature is the access control. The header names the network, the record and the target that it is
+for, so it is useless anywhere else. It has a time and a stream id, so it is useless a second time. And it has the hash of the
+ClientHello, so it is useless with another one.
 
-TLVs, beside the client's address as source and the relay's as destination:
+TLVs, in addition to the client's address as source and the relay's as destination:
 
     0x02 AUTHORITY       the name that the client asked for         0xE4 target: ip:port, [v6]:port, service-name:port
     0x05 UNIQUE_ID       stream id, 16 bytes                        0xE5 framing version, 1 byte: 1
@@ -14,14 +14,17 @@ TLVs, beside the client's address as source and the relay's as destination:
     0xE1 key id          0xE2 unix time in ms, 8 bytes              0xE3 HMAC-SHA256, 32 bytes, the last TLV
     0xEC epoch of the gateway process, 16 bytes (sniproxy.tunnel.epoch); absent: the relay is from before epochs
 
-The HMAC is over the whole header from its first byte, with the 32 bytes of its own value zeroed. Each of these must be there
-once (0xE9 and 0xEC may be absent); other TLVs are ignored, but signed.
+The HMAC covers the whole header from its first byte, with the 32 bytes of its own value zeroed. Each of these TLVs must be present
+once (0xE9 and 0xEC may be absent). Other TLVs are ignored, but signed.
 
-0xED, at most once, goes with an address name: the services that the relay's network imports from the gateway's, as patterns with
-spaces between them. The gateway knows whose address it is, and refuses one of another service. Older gateways ignore it.
+0xEB, at most once and with the value 1, marks a connection that continues a stream which is already open (its second connection).
 
-A connection that is only to be kept ready, for a stream that OPEN will bring, begins with a LOCAL header, which has no client:
-0xE0, 0xE1, 0xE2, 0xE5, 0xE7, 0xE8, 0xEC, 0xE3 as above, and as UNIQUE_ID 16 bytes of its own, so that it is of no use again either.
+0xED, at most once, is sent with an address name: the services that the relay's network imports from the gateway's, as patterns
+separated by spaces. The gateway knows which service has the address, and refuses an address of any other service. Older gateways
+ignore it.
+
+A warm connection, kept ready for a stream that OPEN will bring, begins with a LOCAL header, which has no client: 0xE0, 0xE1, 0xE2,
+0xE5, 0xE7, 0xE8, 0xEC, 0xE3 as above, and a UNIQUE_ID of 16 random bytes, so that it is useless a second time too.
 """
 
 import enum
@@ -67,16 +70,16 @@ class Tlv(enum.IntEnum):
 
 TLV_IMPORTS: Final = 0xED
 MAX_IMPORTS: Final = 300
-"""Bytes: what the longest of all other fields leave of the 1,024 that a header may have."""
+"""In bytes: what is left of the 1,024 of a header if all other fields have their greatest length."""
 
 
 class PreambleError(ValueError):
-    """A preamble that is refused, or that cannot be made; `detail` is for the log and holds no key.
+    """A preamble that is refused, or that cannot be made. `detail` is for the log and contains no key.
 
-    The reasons: protocol_error (not laid out as described above), no_key (key id not known here, or of another pair of
-    networks), bad_signature (it or the ClientHello is not what was signed), clock_skew (its time is more than 60 s from
-    ours), replay (meant for another network or record, or here before), stale_epoch (signed for another process), overloaded
-    (more streams than we can remember).
+    The reasons: protocol_error (not laid out as described above), no_key (key id unknown here, or for another pair of networks),
+    bad_signature (the header or the ClientHello is not what was signed), clock_skew (its time is more than 60 s from ours),
+    replay (meant for another network or record, or seen before), stale_epoch (signed for another process), overloaded (more
+    streams than we can remember).
     """
 
     def __init__(self, reason: Reason, detail: str, *, told: tuple[Reason, str] | None = None) -> None:
@@ -84,15 +87,15 @@ class PreambleError(ValueError):
         self.reason = reason
         self.detail = detail
         self.told = told or (reason, detail)
-        """What the relay is told, where that is not what the log says."""
+        """The reason and detail for the relay, which may differ from those for the log."""
 
 
 class FirstBytes(enum.Enum):
-    """What a connection to a gateway begins with."""
+    """The kind of the first bytes of a connection to a gateway."""
 
     TLS = enum.auto()
     PROXY = enum.auto()
-    """A PROXY v2 header; whether capsules or raw TLS come behind it, its framing TLV tells (`is_framed`)."""
+    """A PROXY v2 header. Its framing TLV says whether capsules or raw TLS follow (`is_framed`)."""
     NEED_MORE = enum.auto()
     UNKNOWN = enum.auto()
 
@@ -101,7 +104,7 @@ _TLS_START: Final = b"\x16\x03"
 
 
 def classify_first_bytes(data: bytes | bytearray) -> FirstBytes:
-    """Tell what a connection begins with, by its first twelve bytes at most."""
+    """Return the kind of the first bytes of a connection; twelve bytes are always enough."""
     if data.startswith(_TLS_START):
         return FirstBytes.TLS
     if data.startswith(SIGNATURE):
@@ -112,14 +115,14 @@ def classify_first_bytes(data: bytes | bytearray) -> FirstBytes:
 
 
 def is_framed(header: ProxyHeader) -> bool:
-    """Tell whether capsules come behind this header: it has the framing TLV, whatever that says."""
+    """Return whether capsules follow this header: whether it has the framing TLV, with any value."""
     return any(kind == Tlv.FRAMING for kind, _ in header.tlvs)
 
 
 def read_length(data: bytes | bytearray) -> int | None:
-    """Return the length of the whole header, None while fewer than its 16 first bytes are there.
+    """Return the length of the whole header, None while its first 16 bytes are incomplete.
 
-    Raises PreambleError (protocol_error) as soon as it cannot be a header or is over 1,024 bytes.
+    Raises PreambleError (protocol_error) as soon as it cannot be a header, or is over 1,024 bytes.
     """
     try:
         return proxy_protocol.read_length(data)
@@ -128,7 +131,7 @@ def read_length(data: bytes | bytearray) -> int | None:
 
 
 def parse_key(text: str) -> bytes:
-    """Return the key that a key file holds: 64 hexadecimal digits and perhaps a line end. ValueError if it does not."""
+    """Return the key in the text of a key file: 64 hexadecimal digits and an optional line end. ValueError if it is none."""
     digits = text.removesuffix("\n").removesuffix("\r")
     if not re.fullmatch(r"[0-9a-fA-F]{64}", digits):
         raise ValueError(f"expected {2 * KEY_SIZE} hexadecimal digits and nothing else")
@@ -147,7 +150,7 @@ class SigningKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preamble:
-    """What a relay tells a gateway about a stream."""
+    """The content of a preamble that opens a stream."""
 
     client: Endpoint
     local: Endpoint
@@ -161,28 +164,28 @@ class Preamble:
     key_id: str
     time_ms: int
     target: str
-    """As `encode_target` writes it."""
+    """As written by `encode_target`."""
     hello_digest: bytes | None
     attempt: int = 0
     continues: bool = False
-    """Whether the connection takes over a direction of a stream that is open already, instead of opening one."""
+    """Whether the connection takes over a direction of an open stream instead of opening a stream."""
     epoch: bytes | None = None
-    """Of the gateway process that it is meant for; None: made by a relay from before epochs."""
+    """The epoch of the gateway process that it is for. None: the relay is from before epochs."""
     imports: str | None = None
-    """Patterns of the services whose addresses may be reached, with spaces between; None: of any."""
+    """Patterns of the services whose addresses may be reached, separated by spaces. None: all services."""
 
     @property
     def once(self) -> bytes:
-        """What must not come a second time."""
+        """The bytes that must not come a second time."""
         return self.stream_id + bytes([self.attempt]) + self.addressee.encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmPreamble:
-    """What a relay tells a gateway about a connection that it keeps ready (a warm stream)."""
+    """The content of a preamble that begins a warm connection."""
 
     nonce: bytes
-    """16 bytes, never the same again."""
+    """16 random bytes, used once."""
     from_network: str
     to_network: str
     addressee: str
@@ -194,12 +197,12 @@ class WarmPreamble:
 
     @property
     def once(self) -> bytes:
-        """What must not come a second time."""
+        """The bytes that must not come a second time."""
         return b"warm" + self.nonce + self.addressee.encode()
 
 
 def encode_target(where: Address | str, port: int) -> str:
-    """Write a target: an address or a service name, and a port. Raises PreambleError (protocol_error) if it is none."""
+    """Return the text of a target: an address or a service name, and a port. Raises PreambleError (protocol_error)."""
     text = f"{where}:{port}" if isinstance(where, str) else format_endpoint(where, port)
     if decode_target(text) != (where, port):
         raise _broken("a target is an address or a service name")
@@ -207,7 +210,7 @@ def encode_target(where: Address | str, port: int) -> str:
 
 
 def decode_target(text: str) -> tuple[Address | str, int]:
-    """Read a target in its one spelling: an address, or a service name as str, and the port.
+    """Parse a target in canonical form: an address, or a service name as str, and the port.
 
     Raises PreambleError (protocol_error).
     """
@@ -226,7 +229,7 @@ def decode_target(text: str) -> tuple[Address | str, int]:
 
 
 def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
-    """Return the header, signed. Raises PreambleError (protocol_error) if a field cannot be written or all are too long."""
+    """Return the signed header. Raises PreambleError (protocol_error) if a field is invalid or the header is too long."""
     _check(preamble)
     tlvs: list[tuple[int, bytes]] = []
     if isinstance(preamble, WarmPreamble):
@@ -264,12 +267,12 @@ def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
 
 
 def signature(header: bytes, key: bytes) -> bytes:
-    """Return what the signature of a header must be, whatever stands there."""
+    """Return the signature that a header must have, ignoring the one in it."""
     return hmac.digest(key, header[:-SIGNATURE_SIZE] + bytes(SIGNATURE_SIZE), "sha256")
 
 
 def parse(header: bytes) -> Preamble | WarmPreamble:
-    """Return what a whole header says, unproven. Raises PreambleError (protocol_error)."""
+    """Parse a complete header without verifying it. Raises PreambleError (protocol_error)."""
     try:
         parsed = proxy_protocol.parse(header)
     except ProxyError as error:
@@ -324,7 +327,7 @@ def _imports(proxy: ProxyHeader) -> str | None:
 def _values(proxy: ProxyHeader, *, required: frozenset[Tlv], known: frozenset[Tlv]) -> dict[int, bytes]:
     """Return the values of our TLVs.
 
-    PreambleError if one is missing, there twice, of a size that it cannot have, or of no meaning in this kind of header.
+    Raises PreambleError if one is missing, present twice, of a wrong size, or not allowed in this kind of header.
     """
     values: dict[int, bytes] = {}
     for kind, value in proxy.tlvs:
@@ -364,7 +367,7 @@ _SIZES: Final = {
 }
 _PATTERNS: Final = re.compile(rf"[a-z0-9*. -]{{0,{MAX_IMPORTS}}}")
 _WORD: Final = re.compile(r"[!-~]{1,255}")
-"""Ids and names: visible ASCII without spaces. What they name is compared, not interpreted."""
+"""Ids and names: visible ASCII without spaces. They are compared, not interpreted."""
 
 
 def _text(value: bytes) -> str:
@@ -372,7 +375,7 @@ def _text(value: bytes) -> str:
 
 
 def _check(preamble: Preamble | WarmPreamble) -> None:
-    """Check what both sides check. Raises PreambleError (protocol_error)."""
+    """Validate the fields; used by both sides. Raises PreambleError (protocol_error)."""
     for name in ("from_network", "to_network", "addressee", "key_id"):
         _check_word(name, getattr(preamble, name))
     if not 0 <= preamble.time_ms < 1 << 64:

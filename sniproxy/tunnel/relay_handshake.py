@@ -1,6 +1,6 @@
-"""Opens streams at gateways, for a relay: on a new connection, or on one that was kept ready.
+"""Opens streams at gateways, for a relay: on a new connection or on a warm one.
 
-What is said and what each answer means is in `sniproxy.tunnel.handshake`; here it is carried out on a stream.
+The messages and the meaning of the answers are in `sniproxy.tunnel.handshake`. This module does the I/O.
 """
 
 import asyncio
@@ -37,14 +37,14 @@ from sniproxy.tunnel.preamble import STREAM_ID_SIZE, Preamble, PreambleError, Si
 from sniproxy.tunnel.state import LIMIT_OPENED_S, LIMIT_WAITING_S, Side
 
 MAX_TOLD = 1024
-"""Candidates whose epoch was told by a gateway and not by a record: a static file has few."""
+"""Candidates whose epoch came from a gateway's refusal and not from its record. A static mesh file has few."""
 
 _RECORD_HEADER = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamRequest:
-    """What a client brought: everything that each attempt carries."""
+    """A client's request for a stream: everything that each attempt to open it needs."""
 
     stream: bytes
     client: tuple[str, int]
@@ -55,7 +55,7 @@ class StreamRequest:
 
     @property
     def hello_end(self) -> int:
-        """Where in `data` the ClientHello's last record ends: early data, which may come behind it, must not run twice."""
+        """The offset in `data` where the ClientHello's last record ends. Early data may follow, and must not be sent twice."""
         at, left = 0, self.hello.size
         while left > 0:
             length = int.from_bytes(self.data[at + 3 : at + _RECORD_HEADER], "big")
@@ -77,20 +77,21 @@ class GatewayConnector:
         open_timeout_s: float = LIMIT_OPENED_S,
         waiting_limit_s: float = LIMIT_WAITING_S,
     ) -> None:
-        """Sign for relays of this network.
+        """Open streams for a relay of this network.
 
         Args:
-            keys: sign by direction.
-            now_ms: gives the time (unix, milliseconds).
-            ready_timeout_s: for every transport, in place of its own.
+            network: the relay's own network.
+            keys: the signing keys by direction.
+            now_ms: returns the time (unix, milliseconds).
+            ready_timeout_s: for every transport, instead of the transport's own.
             open_timeout_s: from READY to OPENED.
-            waiting_limit_s: how much longer at most, where a service is being woken.
+            waiting_limit_s: the most that a gateway can add to this while a service is being started.
         """
         self._network = network
         self._keys = keys
         self._now_ms = now_ms
         self._told: OrderedDict[CandidateKey, tuple[bytes | None, bytes]] = OrderedDict()
-        """By candidate the epoch that its record had when a gateway told us a newer one, and that one."""
+        """By candidate: the epoch in its record when a gateway told us a newer one, and the newer one."""
         self._ready_timeout_s = ready_timeout_s
         self._open_timeout_s = open_timeout_s
         self._waiting_limit_s = waiting_limit_s
@@ -98,11 +99,11 @@ class GatewayConnector:
     async def open(
         self, request: StreamRequest, candidate: Candidate, attempt: int, stream: ByteStream
     ) -> CapsuleConnection:
-        """Open a stream on a new connection, which is reset where that fails; all of `request.data` has been sent then.
+        """Open a stream on a new connection, and send all of `request.data`. The connection is reset if that fails.
 
         Raises:
-            ResetBeforeReady: it was cut before a gateway said anything.
-            DialError: otherwise.
+            ResetBeforeReady: the connection was cut before a gateway answered.
+            DialError: any other failure.
         """
         with _ResetOnError(stream):
             signed = self._sign_stream(request, candidate, attempt)
@@ -113,11 +114,11 @@ class GatewayConnector:
     async def open_warm(
         self, request: StreamRequest, candidate: Candidate, attempt: int, connection: CapsuleConnection
     ) -> None:
-        """Open a stream on a connection that was kept ready (`warm_up`), which is reset where that fails.
+        """Open a stream on a warm connection (`warm_up`). The connection is reset if that fails.
 
         Raises:
-            DialError: as for a new connection behind READY.
-            WarmLost: it was dead. A ClientHello may arrive twice; what is behind it is sent when the gateway has answered.
+            DialError: as for a new connection after READY.
+            WarmLost: the connection was dead. The ClientHello may arrive twice; the data behind it is sent only after PONG.
         """
         with _ResetOnError(connection.stream):
             signed = self._sign_stream(request, candidate, attempt)
@@ -133,11 +134,11 @@ class GatewayConnector:
             await self._run(handshake, connection, candidate)
 
     async def warm_up(self, candidate: Candidate, stream: ByteStream) -> CapsuleConnection:
-        """Have a gateway be ready for a stream on a new connection, which is reset where that fails.
+        """Make a new connection warm: the gateway is ready for a stream on it. The connection is reset if that fails.
 
         Raises:
-            ResetBeforeReady: it was cut before the gateway said anything.
-            DialError: the gateway does not want it.
+            ResetBeforeReady: the connection was cut before the gateway answered.
+            DialError: the gateway refused it.
         """
         with _ResetOnError(stream):
             key = self._key(candidate)
@@ -159,7 +160,7 @@ class GatewayConnector:
     async def join(
         self, request: StreamRequest, candidate: Candidate, attempt: int, stream: ByteStream
     ) -> CapsuleConnection:
-        """Join a new connection to a stream that is open at this candidate, for its upload. Errors as for `open`."""
+        """Make a new connection the second one of a stream that is open at this candidate, for its upload. Raises as `open`."""
         with _ResetOnError(stream):
             signed = self._sign_stream(request, candidate, attempt, continues=True)
             connection = CapsuleConnection(stream, Side.RELAY)
@@ -167,7 +168,7 @@ class GatewayConnector:
             return connection
 
     async def _run(self, handshake: RelayHandshake, connection: CapsuleConnection, candidate: Candidate) -> None:
-        """Carry a handshake out. Raises its error."""
+        """Run a handshake. Raises its error."""
         step = await _drive(handshake, connection)
         if not isinstance(step, Failed):
             return
@@ -179,14 +180,14 @@ class GatewayConnector:
         try:
             raise step.error
         finally:
-            del step  # the error's traceback holds this frame: a cycle for each stream that reaches nobody
+            del step  # the error's traceback holds this frame: a reference cycle for each stream that fails
 
     def _timing(self, candidate: Candidate) -> Timing:
         ready_s = candidate.traits.ready_timeout_s if self._ready_timeout_s is None else self._ready_timeout_s
         return Timing(ready_s, self._open_timeout_s, self._waiting_limit_s)
 
     def _epoch(self, candidate: Candidate) -> bytes:
-        """Return the epoch to sign: what its record tells, unless a gateway has told a newer one since."""
+        """Return the epoch to sign: that of the record, unless the gateway has told a newer one since."""
         record = epoch_in(candidate.proto)
         before, told = self._told.get(candidate.key, (record, record))
         return (told if before == record else record) or UNKNOWN_EPOCH
@@ -223,7 +224,7 @@ class GatewayConnector:
 
 
 class _ResetOnError:
-    """Resets a stream if the block fails: nobody owns it then."""
+    """Resets a stream if the block fails, because nothing owns it then."""
 
     __slots__ = ("_stream",)
 
@@ -248,18 +249,18 @@ def _signed(preamble: Preamble | WarmPreamble, key: SigningKey, candidate: Candi
 
 
 async def _drive(handshake: RelayHandshake, connection: CapsuleConnection) -> Step:
-    """Do what a handshake says until it has ended."""
+    """Follow the steps of a handshake until it has ended."""
     loop = asyncio.get_running_loop()
     step: Step
     step = begun = handshake.start(loop.time())
-    # What it ends with is returned and not raised here: a traceback would tie it to this frame.
+    # The result is returned and not raised here: a traceback would tie it to this frame.
     try:
         async with asyncio.timeout_at(begun.until) as deadline:
             while isinstance(step, Wait):
                 if step is not begun:
                     deadline.reschedule(step.until)
-                if step.send is not None and not connection.ends.refused:  # which may have come along with READY
-                    # What the gateway said before it closed is still there to be read; if nothing is, reading says so.
+                if step.send is not None and not connection.ends.refused:  # REFUSED may have come together with READY
+                    # If sending fails, what the gateway sent before it closed can still be read; otherwise reading fails too.
                     with suppress(OSError):
                         await _send(connection, step.send)
                 step = handshake.heard(await connection.next_message(), loop.time())

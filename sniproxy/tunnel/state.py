@@ -1,7 +1,7 @@
-"""Which capsule may come when, and when a stream is over (PROTOCOL.md, sections 6 to 8).
+"""The order of capsules, and the end of a stream (PROTOCOL.md, sections 6 to 8).
 
-TURN servers destroy both connections at the first FIN and drop what they had not sent yet, so between relay and gateway a TCP
-FIN is never a message: each end is said in band, and confirmed.
+TURN servers destroy both connections at the first FIN and drop what they have not sent yet. So between relay and gateway a TCP FIN
+never means an end: each end is signalled in band, and confirmed.
 
     relay                                    gateway
       preamble, DATA (ClientHello) ─────────▶  checks the preamble
@@ -13,11 +13,11 @@ FIN is never a message: each end is said in band, and confirmed.
       FINISHED ─────────────────────────────▶
       DONE ─────────────────────────────────▶  closes the connection
 
-A connection that ends before both have confirmed is a truncation.
+A stream whose connection ends before both have confirmed is truncated.
 
-Three machines run side by side: one for the opening, one for each direction (up is from relay to gateway). A capsule is an event
-in every machine that knows it, and may come only where all of those have a transition for it. They are tables below; this is what
-they say (a test compares it):
+There are three state machines: one for the opening, and one for each direction (up is from relay to gateway). A capsule is an event
+in every machine that knows it, and is allowed only if all of these have a transition for it. The tables below define them; this is
+their content (a test compares it):
 
     opening
       greeted   relay:   DATA, FINAL_DATA
@@ -42,19 +42,19 @@ they say (a test compares it):
       finished  relay:   DONE → over
       over      relay:   DONE
 
-Besides, each PONG answers one PING. A warm connection is kept ready before there is a stream: READY answers its preamble, PING is
-answered by PONG, and OPEN brings the preamble of a stream. A last PING goes with OPEN. The gateway answers it before it does
-anything else, so a connection that has died unnoticed costs as long as READY may take, and not the stream.
+In addition, each PONG answers one PING. A warm connection is kept ready before there is a stream: READY answers its preamble, PONG
+answers PING, and OPEN contains the preamble of a stream. A last PING is sent with OPEN. The gateway answers it before it does
+anything else, so a connection that died unnoticed costs as long as READY may take, but not the stream.
 
       PING, OPEN, DATA (ClientHello) ───────▶  checks the preamble, dials the service
       ◀────────────────────────────────── PONG
       ◀──────────────────────── OPENED/REFUSED
 
-Through a TURN server one connection must not be full in both directions at once: coturn (4.6.1 to 4.17.1) stops reading a side
-while the other's buffer is full, and when that buffer has drained looks at the wrong one before it reads on. If both are full
-at that moment, one direction stands still for ever (measured: bulk both ways never ends). So the relay keeps its own direction
-nearly empty: the gateway says how much it has RECEIVED, and an upload that outgrows LIMIT_UNRECEIVED goes on over a second
-connection, announced by CONTINUED, where nothing comes back.
+Through a TURN server, one connection must not be full in both directions at once: coturn (4.6.1 to 4.17.1) stops reading from a
+side while the buffer towards the other is full, and once that has drained, checks the wrong buffer before it resumes. If both are
+full at that moment, one direction stalls for ever (measured: bulk both ways never ends). So the relay keeps its own direction
+nearly empty: the gateway reports how much it has RECEIVED, and an upload that exceeds LIMIT_UNRECEIVED moves to a second
+connection, announced by CONTINUED, which carries nothing in the other direction.
 """
 
 from collections.abc import Mapping
@@ -67,37 +67,37 @@ LIMIT_OPENED_S = 10.0
 """From READY to OPENED or REFUSED: the gateway may try several endpoints."""
 
 LIMIT_WAITING_S = 120.0
-"""How much longer at most, where the gateway says that a service is being woken (WAITING): a container on a new machine."""
+"""The most that a gateway can add to this while a service is being started (WAITING): time for a container on a new machine."""
 
 LIMIT_DONE_S = 10.0
-"""From the last FINISHED to the close: after that nothing is left to lose."""
+"""From the last FINISHED to the close. Nothing can be lost any more by then."""
 
 LIMIT_REFUSED_S = 2.0
-"""How long a gateway that has refused reads and discards, so that REFUSED arrives before the close."""
+"""How long a gateway reads and discards after REFUSED, so that REFUSED arrives before the close."""
 
 
 LIMIT_UNRECEIVED = 96 * 1024
-"""Bytes from relay to gateway that may be in a TURN server's hands on a connection that carries both directions. coturn calls a
-buffer full from 126 KiB on (192 KiB less one read of 64 KiB)."""
+"""Bytes from relay to gateway that a TURN server may hold on a connection that carries both directions. coturn considers a buffer
+full from 126 KiB on (192 KiB less one read of 64 KiB)."""
 
 RECEIVED_INTERVAL = 32 * 1024
-"""How often the gateway says what it has received: a stream whose client sends less than this never costs a capsule more."""
+"""How often the gateway reports what it has received. A stream whose client sends less than this needs no such capsule."""
 
 
 class Side(Enum):
-    """Which end of the connection we are."""
+    """The side of the connection."""
 
     RELAY = "relay"
     GATEWAY = "gateway"
 
 
 class Opening(StrEnum):
-    """How far the opening has come."""
+    """The states of the opening."""
 
     GREETED = "greeted"
-    """The preamble of a stream is on its way, or that of its second connection, which is never opened."""
+    """The preamble has been sent: that of a stream, or that of a second connection, which is never opened."""
     WARMING = "warming"
-    """The preamble of a connection that is to be kept ready is on its way."""
+    """The preamble of a warm connection has been sent."""
     WARM = "warm"
     READY = "ready"
     OPENED = "opened"
@@ -105,11 +105,11 @@ class Opening(StrEnum):
 
 
 class Direction(StrEnum):
-    """How far one direction has come."""
+    """The states of one direction."""
 
     FLOWING = "flowing"
     MOVED = "moved"
-    """The rest goes over the second connection."""
+    """The rest is sent over the second connection."""
     ENDED = "ended"
     FINISHED = "finished"
     """The receiver has confirmed that everything is delivered."""
@@ -117,18 +117,18 @@ class Direction(StrEnum):
 
 
 class Elsewhere(Enum):
-    """What is said on the second connection and counts for the first."""
+    """Events on the second connection that count for the first."""
 
     FINAL_DATA = "final_data"
 
 
 Event = tuple[Side, CapsuleType | Elsewhere]
-"""Who says what."""
+"""The sender, and what it sends."""
 
 State = TypeVar("State", Opening, Direction)
 
 Machine = Mapping[State, Mapping[Event, State]]
-"""By state, which event leads where."""
+"""The transitions by state and event."""
 
 ERRORS: Final[Mapping[Opening | Direction, str]] = {
     Opening.GREETED: "before READY",
@@ -143,7 +143,7 @@ ERRORS: Final[Mapping[Opening | Direction, str]] = {
     Direction.FINISHED: "after FINISHED",
     Direction.OVER: "after DONE",
 }
-"""What is wrong with a capsule that has no transition in this state."""
+"""Error texts for a capsule that has no transition in a state."""
 
 _R, _G, _T = Side.RELAY, Side.GATEWAY, CapsuleType
 
@@ -216,7 +216,7 @@ TRANSITIONS: Final[Mapping[str, Machine[Opening] | Machine[Direction]]] = {"open
 
 
 class _Rule(NamedTuple):
-    """Where one capsule of one side leads in each machine; a machine that does not know it stays where it is."""
+    """The transitions of one capsule from one side in each machine. A machine that does not know the capsule keeps its state."""
 
     opening: Mapping[Opening, Opening]
     up: Mapping[Direction, Direction]
@@ -230,7 +230,7 @@ def _leads(machine: Machine[State], event: Event) -> dict[State, State]:
 
 _EVENTS: Final = {event for machine in TRANSITIONS.values() for events in machine.values() for event in events}
 
-# Turned inside out: per capsule, one look-up in each machine.
+# Inverted, so that each capsule needs one look-up in each machine.
 _RULES: Final[Mapping[Side, Mapping[CapsuleType, _Rule]]] = {
     side: {
         kind: _Rule(_leads(OPENING, (side, kind)), _leads(UP, (side, kind)), _leads(DOWN, (side, kind)))
@@ -246,7 +246,7 @@ _PONG: Final = CapsuleType.PONG
 
 
 class StreamState:
-    """The state of one framed stream. `received` and `sent` are told every capsule header in order."""
+    """The state of one stream. `received` and `sent` must be called for every capsule header, in order."""
 
     __slots__ = (
         "_down",
@@ -270,20 +270,20 @@ class StreamState:
         self._hears = _RULES[Side.GATEWAY if side is Side.RELAY else Side.RELAY]
         self._opening = Opening.GREETED
         self._up = self._down = Direction.FLOWING
-        self._pings = 0  # that have not been answered
-        # Read for each capsule, changed a few times in a stream's life: so no properties.
+        self._pings = 0  # not answered yet
+        # Read for each capsule but rarely changed, so these are attributes and not properties.
         self.final_sent = self.final_received = False
         """Whether our direction has ended, and the peer's."""
         self.finished_sent = self.finished_received = False
-        """Whether we have confirmed the peer's end, and the peer ours."""
+        """Whether we have confirmed the peer's end, and the peer has confirmed ours."""
         self.complete = False
         """Both directions have ended and both sides have confirmed it: nothing can be lost any more."""
         self.done = False
-        """The relay has said DONE."""
+        """The relay has sent DONE."""
 
     @property
     def warm(self) -> bool:
-        """Whether the connection is kept ready: no stream before OPEN. Set before READY."""
+        """Whether the connection is warm: it has no stream before OPEN. To be set before READY."""
         return self._opening in (Opening.WARMING, Opening.WARM)
 
     @warm.setter
@@ -293,45 +293,45 @@ class StreamState:
 
     @property
     def ready(self) -> bool:
-        """The gateway has said READY."""
+        """Whether the gateway has sent READY."""
         return self._opening in (Opening.WARM, Opening.READY, Opening.OPENED)
 
     @property
     def opened(self) -> bool:
-        """The gateway has said OPENED."""
+        """Whether the gateway has sent OPENED."""
         return self._opening is Opening.OPENED
 
     @property
     def refused(self) -> bool:
-        """The gateway has said REFUSED."""
+        """Whether the gateway has sent REFUSED."""
         return self._opening is Opening.REFUSED
 
     def sent(self, kind: CapsuleType) -> None:
-        """Note what we send. A wrong order of ours is a defect, not an error of the peer.
+        """Note a capsule that we send. A wrong order is a bug on our side.
 
         Raises:
-            AssertionError: our own side breaks the rules.
+            AssertionError: the capsule is not allowed now.
         """
         error = self._note(self._says, kind)
         if error:
             raise AssertionError(f"{self._side.value} sends {kind.name}: {error}")
 
     def received(self, kind: CapsuleType) -> None:
-        """Note what the peer sent.
+        """Note a capsule from the peer.
 
         Raises:
-            CapsuleError: it may not come now.
+            CapsuleError: it is not allowed now.
         """
         error = self._note(self._hears, kind)
         if error:
             raise CapsuleError(f"{kind.name}: {error}")
 
     def end_elsewhere(self) -> None:
-        """Note that the relay's FINAL_DATA went over the second connection."""
+        """Note that the relay's FINAL_DATA was sent over the second connection."""
         self._turn(UP[self._up][_R, Elsewhere.FINAL_DATA], self._down)
 
     def _note(self, rules: Mapping[CapsuleType, _Rule], kind: CapsuleType) -> str | None:
-        """Take the transitions of `kind` and return None, or take none and say why."""
+        """Make the transitions of `kind` and return None, or make none and return the error."""
         rule = rules.get(kind)
         if rule is None:
             return f"not said by a {'relay' if rules is _RULES[Side.RELAY] else 'gateway'}"
@@ -354,7 +354,7 @@ class StreamState:
         return None
 
     def _turn(self, up: Direction, down: Direction) -> None:
-        """Enter these states of the directions."""
+        """Set the states of both directions."""
         self._up, self._down = up, down
         ours, theirs = (up, down) if self._side is Side.RELAY else (down, up)
         self.final_sent, self.final_received = ours not in _GOING, theirs not in _GOING

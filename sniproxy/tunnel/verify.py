@@ -1,8 +1,8 @@
-"""Who may come in: each preamble is proven once, in one order of checks, and its ClientHello afterwards.
+"""Verifies preambles at a gateway, in a fixed order of checks, and afterwards their ClientHellos.
 
-What proves that a preamble is meant for us and was not here before: it signs the epoch of this very process, so none from before
-our start counts, and within our life its id is remembered for as long as its time is fresh. So no clock of another host decides
-alone, and the memory is bounded.
+A preamble is for us and not a replay, because it signs the epoch of this very process, which excludes preambles from before our
+start, and because its id is remembered for as long as its time is valid. So the clock of another host alone decides nothing, and
+the memory is bounded.
 """
 
 import hmac
@@ -24,25 +24,25 @@ from sniproxy.tunnel.preamble import (
 )
 
 TIME_WINDOW_MS: Final = 60_000
-"""How far the signer's clock may be from ours."""
+"""How far the signer's clock may differ from ours."""
 REPLAY_WINDOW_MS: Final = 2 * TIME_WINDOW_MS
-"""How long a stream id is remembered: a header from the furthest future that passes stays fresh for this long."""
+"""How long a stream id is remembered. A header whose time is as far ahead as allowed stays valid for this long."""
 MAX_REPLAYS: Final = 1 << 18
-"""Streams remembered: 2,184 new ones a second for two minutes, some 50 MB if it ever gets there."""
+"""Streams remembered: 2,184 new ones per second for two minutes; some 50 MB when full."""
 MIN_SHARE: Final = 16
-"""However many networks have keys, one may have a sixteenth of what all have together."""
+"""However many networks have keys, each may have a sixteenth of what all have together."""
 
 _NO_SECRET: Final = bytes(KEY_SIZE)
-"""Checked against where a key is unknown, so that it takes as long as a bad signature does."""
+"""Used in place of an unknown key, so that the check takes as long as for a bad signature."""
 
 
 def share_of(most: int, networks: int) -> int:
-    """Return how much of `most` one of so many networks may have: none can take what the others need."""
+    """Return how much of `most` each of this many networks may have, so that none can take everything."""
     return max(most // max(networks, 1), most // MIN_SHARE, 1)
 
 
 def check_hello(preamble: Preamble, server_name: str, digest: bytes) -> None:
-    """Check that this ClientHello is the one that the preamble was signed for.
+    """Check that the preamble was signed for this ClientHello.
 
     Raises PreambleError (bad_signature).
     """
@@ -53,10 +53,10 @@ def check_hello(preamble: Preamble, server_name: str, digest: bytes) -> None:
 
 
 class ReplayCache:
-    """Remembers what was seen for two minutes, up to a fixed number, and up to a share of it for each network.
+    """Remembers the ids of preambles for two minutes, up to a fixed number, and up to a share of it for each network.
 
-    When it is full it refuses what is new rather than forget what is old: only holders of a key can fill it, and forgetting
-    would let a captured header in again at the very moment of a flood.
+    When it is full, it refuses new preambles instead of forgetting old ones. Only holders of a key can fill it, and forgetting
+    would admit a captured header again during a flood.
     """
 
     __slots__ = ("_of", "_seen", "max_entries", "window_ms")
@@ -65,19 +65,19 @@ class ReplayCache:
         self.max_entries = max_entries
         self.window_ms = window_ms
         self._seen: OrderedDict[bytes, tuple[int, str]] = OrderedDict()  # in order of arrival
-        self._of: Counter[str] = Counter()  # by network, those that have proven themselves
+        self._of: Counter[str] = Counter()  # by network, of verified preambles
 
     def __len__(self) -> int:
         return len(self._seen)
 
     def largest(self) -> int:
-        """Return how many are remembered of the network that has most."""
+        """Return how many are remembered of the network that has the most."""
         return max(self._of.values(), default=0)
 
     def add(self, seen: bytes, now_ms: int, *, network: str = "", share: int | None = None) -> None:
-        """Remember `seen`, of that network, which may have `share` of them.
+        """Remember `seen` for this network, which may have at most `share` of them.
 
-        Raises PreambleError: replay if it is remembered already, overloaded if the cache or the network's share is full.
+        Raises PreambleError: replay if it is already remembered, overloaded if the cache or the network's share is full.
         """
         while self._seen and next(iter(self._seen.values()))[0] + self.window_ms < now_ms:
             _, (_, whose) = self._seen.popitem(last=False)
@@ -97,9 +97,9 @@ class ReplayCache:
 
 
 class PreambleVerifier:
-    """Verifies the preambles that arrive at one gateway process of `network`, which has this epoch.
+    """Verifies the preambles that arrive at one gateway process of `network`.
 
-    `keys` and `require_epoch` may be replaced at any time; `replays` may be shared by verifiers.
+    `keys` and `require_epoch` may be replaced at any time. `replays` may be shared by several verifiers.
     """
 
     __slots__ = ("_keys", "epoch", "network", "networks", "replays", "require_epoch")
@@ -113,7 +113,7 @@ class PreambleVerifier:
         epoch: bytes = UNKNOWN_EPOCH,
         require_epoch: bool = False,
     ) -> None:
-        """Take no preamble for another epoch; with `require_epoch` none without one either."""
+        """Accept no preamble for an epoch other than `epoch`, and with `require_epoch` none without an epoch."""
         self.network = network
         self.replays = ReplayCache() if replays is None else replays
         self.epoch = epoch
@@ -122,20 +122,20 @@ class PreambleVerifier:
 
     @property
     def keys(self) -> Mapping[str, SigningKey]:
-        """The keys of all directions, by their ids."""
+        """The keys of all directions, by id."""
         return self._keys
 
     @keys.setter
     def keys(self, keys: Mapping[str, SigningKey]) -> None:
         self._keys = keys
         self.networks = len({key.from_network for key in keys.values() if key.to_network == self.network})
-        """How many networks may come in."""
+        """How many networks may open streams to this one."""
 
     def verify(self, header: bytes, *, addressee: str, now_ms: int) -> Preamble | WarmPreamble:
-        """Return what a complete header says, once all of it is proven.
+        """Verify a complete header and return its content.
 
         Args:
-            header: exactly the bytes of the header, `read_length` of them.
+            header: exactly the bytes of the header, as many as `read_length` says.
             addressee: the id of the allocation or gateway record by which it came.
             now_ms: unix time in milliseconds.
 
@@ -150,7 +150,7 @@ class PreambleVerifier:
             key = None
         secret = _NO_SECRET if key is None else key.secret
         is_signed = hmac.compare_digest(signature(header, secret), header[-SIGNATURE_SIZE:])
-        # The same word for both, in the same time: who has not proven anything learns nothing about our keys.
+        # The same answer for both, in the same time: an unverified peer learns nothing about our keys.
         told = Reason.BAD_SIGNATURE, "not signed with a key that is known here for these networks"
         if key is None:
             detail = f"no key {preamble.key_id!r} here for streams from {direction[0]!r} to {direction[1]!r}"
