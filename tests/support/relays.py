@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
 from sniproxy.engine import Listener, SocketStream, connect
-from sniproxy.relay.relay import MAX_LINGERING, Relay, RelayConfig
+from sniproxy.relay.alerts import MAX_LINGERING
+from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.transport.base import Transport, TransportConfig
 from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.keys import SigningKeys
