@@ -8,7 +8,8 @@ import pytest
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, NetworkSpec, ServiceSpec
-from sniproxy.access.rules import NamePattern, Policy, Rule
+from sniproxy.access.name_pattern import NamePattern
+from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Listener, SocketStream
 from sniproxy.engine import connect as real_connect
 from tests.support.fixed_discovery import record
