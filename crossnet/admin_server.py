@@ -22,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from discovery.http.listener import Connection, Listener, ListenerLimits
 from discovery.model.mesh import Mesh
-from sniproxy.access.rules import NamePattern
+from sniproxy.access.name_pattern import NamePattern
 
 MAX_REQUEST_BYTES = 1024
 """Of a request's body: nothing here takes one."""

@@ -29,7 +29,8 @@ from discovery.model.names import MAX_PORT, BadName, is_ldh_label, normalise_dom
 from discovery.model.spec import MAX_WEIGHT, is_record_id
 from discovery.model.validation import shown
 from discovery.store.etcdapi import parse_endpoints
-from sniproxy.access.rules import BadRule, NameKind, NamePattern, Rule
+from sniproxy.access.name_pattern import NamePattern
+from sniproxy.access.rules import BadRule, NameKind, Rule
 
 MAX_SECRET_BYTES = 64 * 1024
 MAX_CERTIFICATES_BYTES = 4 * 1024 * 1024  # all authorities of a Debian system take a fourth of a MiB

@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 from discovery.model.addresses import Address, BadAddress, Network, TargetList, parse_cidrs, parse_port, spellings
 from discovery.model.names import AddressTarget, ServiceTarget, is_ldh_label, possible_names
+from sniproxy.access.name_pattern import NamePattern, NameTree
 
 T = TypeVar("T")
 
@@ -31,7 +32,6 @@ MAX_RULES = 1024
 """A relay checks them one after the other for each stream. A thousand cost less than one connect."""
 
 MAX_ITEMS = 1024
-MAX_PATTERN = 253
 
 MAX_KNOWN_TARGETS = 65_536
 """Targets for which a policy caches the rules that may match them."""
@@ -98,38 +98,6 @@ class Flow:
     """The port to be dialled. At a relay, for a service of another network, the port that was asked for."""
     asked_port: int
     """The port in the name, or in the service's record. Deny rules also apply to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class NamePattern:
-    """A name pattern: `*` matches one label, a leading `**` one or more."""
-
-    labels: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> "NamePattern":
-        """Parse a pattern of two labels or more. Raises ValueError."""
-        labels = tuple(text.split("."))
-        if len(text) > MAX_PATTERN or len(labels) < 2:
-            raise ValueError("a pattern has two labels or more, 253 characters at most")
-        for index, label in enumerate(labels):
-            # Labels of mangled names begin with an underscore; the rest must be as in a host name.
-            plain = is_ldh_label(label.removeprefix("_"))
-            if not (plain or label == "*" or (label == "**" and index == 0)):
-                raise ValueError("a label is lower-case letters, digits and inner hyphens, or '*', or '**' in front")
-        return cls(labels)
-
-    def matches(self, name: str) -> bool:
-        """Return whether the pattern matches a name, which is in lower case and without trailing dot."""
-        labels, given = self.labels, name.split(".")
-        if labels[0] == "**":
-            labels = labels[1:]
-            if len(given) <= len(labels):
-                return False
-            given = given[len(given) - len(labels) :]
-        return len(labels) == len(given) and all(
-            pattern in ("*", label) for pattern, label in zip(labels, given, strict=True)
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,40 +178,6 @@ class Decision(NamedTuple):
     """The index of the rule that decided, counted from 0; None if no rule matches."""
 
 
-class _NameTree:
-    """The patterns of all rules as a tree of labels, from the last one, so that the cost of a look-up depends only on the name."""
-
-    __slots__ = ("_below", "_ending", "_longer")
-
-    def __init__(self) -> None:
-        self._below: dict[str, _NameTree] = {}
-        self._ending: set[int] = set()
-        self._longer: set[int] = set()
-        """Rules with a pattern that has `**` at this place."""
-
-    def add(self, pattern: NamePattern, rule: int) -> None:
-        """Add a pattern of the rule with this index."""
-        node = self
-        for label in reversed(pattern.labels):
-            if label == "**":
-                node._longer.add(rule)
-                return
-            node = node._below.setdefault(label, _NameTree())
-        node._ending.add(rule)
-
-    def find(self, name: str) -> set[int]:
-        """Return the indices of the rules with a pattern that matches this name."""
-        found: set[int] = set()
-        nodes = [self]
-        for label in reversed(name.split(".")):
-            for node in nodes:
-                found |= node._longer
-            nodes = [below for node in nodes for key in (label, "*") if (below := node._below.get(key)) is not None]
-        for node in nodes:
-            found |= node._ending
-        return found
-
-
 class _Named(NamedTuple):
     """The indices of the rules with names that match a flow."""
 
@@ -265,7 +199,7 @@ class Policy:
     rules: tuple[Rule, ...] = ()
     max_known_sets: int = field(default=MAX_KNOWN_SETS, repr=False, compare=False, kw_only=True)
     max_known_targets: int = field(default=MAX_KNOWN_TARGETS, repr=False, compare=False, kw_only=True)
-    _tree: _NameTree = field(init=False, repr=False, compare=False, default_factory=_NameTree)
+    _tree: NameTree = field(init=False, repr=False, compare=False, default_factory=NameTree)
     _by_names: dict[frozenset[str], frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
     _by_target: dict[Target, frozenset[int]] = field(init=False, repr=False, compare=False, default_factory=dict)
     _by_targets: dict[frozenset[Target], frozenset[int]] = field(

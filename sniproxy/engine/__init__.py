@@ -5,11 +5,12 @@ it owns is never given to an asyncio transport, because uvloop refuses to watch 
 """
 
 from sniproxy.engine.byte_stream import ByteStream, StreamClosed
+from sniproxy.engine.connect import connect
 from sniproxy.engine.copy import CopyDirection, End, IdleTimer, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.deadlines import Deadlines
 from sniproxy.engine.listener import Listener
 from sniproxy.engine.pipes import PipePool
-from sniproxy.engine.socket_stream import SocketStream, connect
+from sniproxy.engine.socket_stream import SocketStream
 from sniproxy.engine.tls_stream import TlsStream, connect_tls
 
 __all__ = [

@@ -15,8 +15,9 @@ import ssl
 from collections.abc import Iterable
 
 from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, Buffer, StreamClosed
+from sniproxy.engine.connect import connect_socket
 from sniproxy.engine.quantum import QUANTUM_MESSAGES
-from sniproxy.engine.socket_stream import FLUSH_POLL_S, SocketStream, connect_socket
+from sniproxy.engine.socket_stream import FLUSH_POLL_S, SocketStream
 
 HANDSHAKE_TIMEOUT_S = 5.0
 """For a listener: as long as a client has for its ClientHello; enough for two round trips over any network."""

@@ -35,8 +35,8 @@ from sniproxy.endpoints.dialer import EndpointDialer
 from sniproxy.engine import Deadlines, End, Listener, SocketStream, Splice
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
-from sniproxy.formats.tls_alert import AlertDescription, alert_record
 from sniproxy.relay.accept import StreamRefused, read_endpoints, read_hello
+from sniproxy.relay.alerts import MAX_LINGERING, Alerts
 from sniproxy.relay.permission import Permit
 from sniproxy.relay.router import Router
 from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S, Connected, Upstreams
@@ -67,24 +67,6 @@ DEFAULT_POOL = 2
 
 DEFAULT_MAX_STREAMS = 16_384
 """A stream needs two descriptors. This leaves half of the usual hard limit of open files (65,536) for pipes and everything else."""
-
-MAX_LINGERING = 1024
-"""Refused clients that are read from at once, so that they get their alert. In a flood of more, the others may not get theirs."""
-
-_ALERTS = {
-    Reason.DENIED: AlertDescription.ACCESS_DENIED,
-    Reason.NO_SNI: AlertDescription.UNRECOGNIZED_NAME,
-    Reason.BAD_NAME: AlertDescription.UNRECOGNIZED_NAME,
-    Reason.UNKNOWN_NETWORK: AlertDescription.UNRECOGNIZED_NAME,
-    Reason.UNKNOWN_NAME: AlertDescription.UNRECOGNIZED_NAME,
-    Reason.AMBIGUOUS_NAME: AlertDescription.UNRECOGNIZED_NAME,
-    Reason.AMBIGUOUS_PORT: AlertDescription.UNRECOGNIZED_NAME,
-    Reason.BAD_HELLO: AlertDescription.DECODE_ERROR,
-}
-"""The alert for a client that speaks TLS. For all other reasons it is internal_error."""
-
-_SILENT = frozenset({Reason.NOT_TLS, Reason.HELLO_TIMEOUT, Reason.CLIENT_RESET})
-"""Reasons without an alert: no ClientHello was read, so the client may not speak TLS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +137,7 @@ class Relay:
         """
         self._discovery = discovery
         self._make_transports = transports
-        self._max_lingering = max_lingering
+        self._alerts = Alerts(max_lingering)
         self.ledger = StreamLog("relay", registry)
         self.endpoints = endpoints or EndpointDialer("relay", registry)
         self._upstreams = Upstreams(registry, self.endpoints)
@@ -163,7 +145,6 @@ class Relay:
         self._listeners: list[Listener] = []
         self._adapted: dict[tuple[str, int], Listener] = {}
         self._group: asyncio.TaskGroup | None = None
-        self._lingering = 0
         self._admission = Admission(Limits())
         self._hellos = Budget(config.max_hello_held_bytes)
         self._deadlines = Deadlines(config.hello_timeout_s)
@@ -305,7 +286,7 @@ class Relay:
                 deadlines.end(client)
                 self.ledger.close(record, reason)
             if refused:  # no longer counted as a stream, so clients that linger over their alert keep no others out
-                await self._refuse(client, reason)
+                await self._alerts.send(client, reason)
         finally:
             client.close()
 
@@ -410,21 +391,6 @@ class Relay:
         splice = Splice(client, connected.stream, idle_timeout_s=idle, half_close_timeout_s=half_close)
         record.carry(up=splice.a_to_b, down=splice.b_to_a)
         return _ENDS[(await splice.run()).end]
-
-    async def _refuse(self, client: SocketStream, reason: Reason) -> None:
-        """Send the client its alert, and make sure that it arrives."""
-        if reason in _SILENT:
-            return
-        try:
-            await client.send(alert_record(_ALERTS.get(reason, AlertDescription.INTERNAL_ERROR)))
-        except OSError:
-            return  # the client is gone
-        if self._lingering < self._max_lingering:
-            self._lingering += 1
-            try:
-                await client.drain_and_close()
-            finally:
-                self._lingering -= 1
 
 
 _ENDS = {

@@ -95,7 +95,7 @@ class FirstBytes(enum.Enum):
 
     TLS = enum.auto()
     PROXY = enum.auto()
-    """A PROXY v2 header. Its framing TLV says whether capsules or raw TLS follow (`is_framed`)."""
+    """A PROXY v2 header."""
     NEED_MORE = enum.auto()
     UNKNOWN = enum.auto()
 
@@ -112,11 +112,6 @@ def classify_first_bytes(data: bytes | bytearray) -> FirstBytes:
     if _TLS_START.startswith(data) or SIGNATURE.startswith(data):
         return FirstBytes.NEED_MORE
     return FirstBytes.UNKNOWN
-
-
-def is_framed(header: ProxyHeader) -> bool:
-    """Return whether capsules follow this header: whether it has the framing TLV, with any value."""
-    return any(kind == Tlv.FRAMING for kind, _ in header.tlvs)
 
 
 def read_length(data: bytes | bytearray) -> int | None:

@@ -18,7 +18,8 @@ from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
 from sniproxy.endpoints.dialer import ConnectFirst, EndpointDialer
 from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.engine.staggered_connect import connect_first
-from sniproxy.relay.relay import MAX_LINGERING, Relay, RelayConfig
+from sniproxy.relay.alerts import MAX_LINGERING
+from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.transport.base import Transport, TransportConfig
 from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.keys import SigningKeys

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.client.contract import Discovery
 from discovery.model.mesh import Mesh
-from sniproxy.access.rules import NamePattern
+from sniproxy.access.name_pattern import NamePattern
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import Preamble
 from sniproxy.tunnel.state import LIMIT_WAITING_S

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from discovery.model.names import PlainName, ServiceTarget, decode
-from sniproxy.access.rules import MAX_ITEMS, MAX_RULES, Alias, BadRule, Flow, NameKind, NamePattern, Policy, Rule
+from sniproxy.access.rules import MAX_ITEMS, MAX_RULES, Alias, BadRule, Flow, NameKind, Policy, Rule
 
 D = "svc.mesh.internal"
 
@@ -126,30 +126,6 @@ def test_any_text_is_a_rule_or_a_bad_rule(text: str) -> None:
             Rule.parse(action="allow", **{key: [text]})
         except BadRule:
             pass
-
-
-@given(st.lists(st.sampled_from(["a", "b", "shop", "*", "**"]), min_size=2, max_size=5))
-def test_a_pattern_matches_itself_with_labels_in_place_of_stars(labels: list[str]) -> None:
-    text = ".".join(labels)
-    if "**" in labels[1:]:
-        with pytest.raises(ValueError, match="label"):
-            NamePattern.parse(text)
-        return
-    assert NamePattern.parse(text).matches(text.replace("**", "x.y").replace("*", "z"))
-
-
-LABELS = st.sampled_from(["a", "b", "shop"])
-PATTERNS = st.lists(LABELS | st.just("*"), min_size=1, max_size=4).flatmap(
-    lambda labels: st.sampled_from([["**", *labels], ["x", *labels], ["*", *labels]])
-)
-
-
-@given(st.lists(PATTERNS, max_size=8), st.lists(LABELS | st.just("x"), min_size=2, max_size=5))
-def test_the_rules_of_a_name_are_those_whose_patterns_match_it(patterns: list[list[str]], labels: list[str]) -> None:
-    texts, name = [".".join(pattern) for pattern in patterns], ".".join(labels)
-    policy = Policy(tuple(Rule.parse(action="allow", to=[text]) for text in texts))
-    expected = [index for index, text in enumerate(texts) if NamePattern.parse(text).matches(name)]
-    assert policy.concerning(flow(name=name)) == expected
 
 
 @pytest.mark.parametrize(

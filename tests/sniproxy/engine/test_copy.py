@@ -3,13 +3,12 @@
 import asyncio
 import hashlib
 import os
-import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from sniproxy.engine import End, Moved, PipePool, SocketStream, Splice, connect, splice
+from sniproxy.engine import End, Moved, PipePool, SocketStream, Splice, splice
 from sniproxy.engine.pipes import Pipe
 from sniproxy.engine.quantum import Quantum
 from tests.support.streams import nothing_large_kept, pair, read_all, turns, until_reset
@@ -288,18 +287,6 @@ async def test_a_busy_stream_lets_others_run() -> None:
     assert ran > 4
     left.close()
     right.close()
-
-
-async def test_connect_refused_names_the_address() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    with pytest.raises(ConnectionRefusedError, match=f"127.0.0.1 port {port}"):
-        await connect("127.0.0.1", port, timeout_s=5)
-
-
-async def test_connect_takes_no_names() -> None:
-    with pytest.raises(ValueError, match="localhost"):
-        await connect("localhost", 1, timeout_s=5)
 
 
 async def _send_and_end(stream: SocketStream, payload: bytes) -> None:

@@ -1,14 +1,13 @@
 """One stream: what it reads and writes, who waits, and how it ends. Everything on real sockets."""
 
 import asyncio
-import errno
 import os
 import socket
 import struct
 
 import pytest
 
-from sniproxy.engine import SocketStream, StreamClosed, connect
+from sniproxy.engine import SocketStream, StreamClosed
 from sniproxy.engine.socket_stream import plain_address
 from tests.support.streams import pair, read_all, until_reset
 from tests.support.waiting import eventually
@@ -345,34 +344,7 @@ async def test_drain_and_close_waits_no_longer_than_told() -> None:
     other.close()
 
 
-# --- connect --------------------------------------------------------------------------------------------------------
-
-
-async def test_connect_gives_up_in_time() -> None:
-    with socket.socket() as server:  # a full backlog: SYNs are dropped, nothing answers
-        server.bind(("127.0.0.1", 0))
-        server.listen(0)
-        address, port = server.getsockname()
-        waiting: list[SocketStream] = []
-        with pytest.raises(TimeoutError):
-            while len(waiting) < 8:
-                waiting += [await connect(address, port, timeout_s=0.1)]
-        for stream in waiting:
-            stream.close()
-
-
-@pytest.mark.parametrize("port", [0, -1, 65536])
-async def test_a_port_that_is_none_is_an_error_like_any_other(port: int) -> None:
-    with pytest.raises(OSError, match=f"port {port}") as failed:
-        await connect("127.0.0.1", port, timeout_s=1)
-    assert failed.value.errno == errno.EADDRNOTAVAIL
-
-
-async def test_connect_over_ipv6() -> None:
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
-        stream = await connect("::1", server.getsockname()[1], timeout_s=5)
-        assert stream.peer == ("::1", server.getsockname()[1])
-        stream.close()
+# --- addresses ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -3,117 +3,46 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
-from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from discovery.model.addresses import Address, TargetList, refusal
+from discovery.model.addresses import TargetList, refusal
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import (
-    AllocationSpec,
     AnyRecord,
-    GatewaySpec,
     Kind,
     Mesh,
-    NetworkSpec,
-    RelaySpec,
     ServiceSpec,
     TurnSpec,
 )
-from sniproxy.access.loop_guard import LoopGuard
-from sniproxy.relay.router import Router
 from sniproxy.streams.end_reason import Reason
-from sniproxy.transport.base import Candidate, TransportConfig
+from sniproxy.transport.base import Candidate
 from sniproxy.transport.direct import DIRECT
 from sniproxy.transport.errors import Unroutable
-from sniproxy.transport.local import LOCAL
-from sniproxy.transport.registry import make_transports
 from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
 from tests.support.fixed_discovery import record
-
-DOMAIN = "svc.mesh.internal"
-NAME = "orders.shop.example"
-EVERYTHING = TargetList.parse(["0.0.0.0/0", "[::/0]"])
-NOTHING = TargetList()
-
-
-def key(to: str) -> SigningKey:
-    return SigningKey(id=f"a{to}", secret=bytes(32), from_network="a", to_network=to)
-
-
-def router(**changes: Any) -> Router:
-    """Network a's relay, with keys for b and c; the order of candidates is that of the records."""
-    reach: dict[str, Any] = {"deliver": NOTHING, "direct": EVERYTHING, "guard": LoopGuard("a"), "zone": ""}
-    reach |= {name: changes.pop(name) for name in reach if name in changes}
-    made = Router(
-        network="a",
-        domain=DOMAIN,
-        imports=Imports([ImportRule(names=(NAME, "*.shop.example"), sources=("b", "c"), prefer="local")]),
-        keys=SigningKeys({"ab": key("b"), "ac": key("c")}),
-        transports=make_transports(TransportConfig(network="a", **reach)),
-    )
-    return replace(made, **changes)
-
-
-def network(name: str) -> AnyRecord:
-    return record(Kind.NETWORK, name, name, NetworkSpec())
-
-
-def turn(name: str = "turn-1", *addresses: str, low: int = 49152, high: int = 65535) -> AnyRecord:
-    spec = TurnSpec(
-        url="turn:10.0.0.7:3478?transport=tcp",
-        relay_addresses=list(addresses or ("10.0.0.7",)),
-        port_min=low,
-        port_max=high,
-    )
-    return record(Kind.TURN, "a", name, spec)
-
-
-def allocation(
-    port: int = 50000,
-    *,
-    via: str = "a",
-    server: str = "turn-1",
-    to: str = "b",
-    proto: list[str] | None = None,
-    name: str = "",
-) -> AnyRecord:
-    spec = AllocationSpec(via=via, turn=server, port=port, gateway="gw-1", proto=proto or ["framed/1"])
-    return record(Kind.ALLOCATION, to, name or f"gw-1-{via}-{server}-{port}", spec)
-
-
-def gateway(
-    address: str = "192.0.2.1:7443", *, to: str = "b", name: str = "gw-1", proto: str = "framed/1"
-) -> AnyRecord:
-    return record(Kind.GATEWAY, to, name, GatewaySpec(address=address, proto=[proto]))
-
-
-def service(name: str = NAME, *, to: str = "b", ports: dict[str, list[str]] | None = None) -> AnyRecord:
-    spec = ServiceSpec(name=name, ports={"8443": []} if ports is None else ports)
-    return record(Kind.SERVICE, to, name, spec)
-
-
-def compact(address: str, port: int = 8443, to: str = "b") -> str:
-    parsed = ip_address(address)
-    text = "x" + parsed.packed.hex() if parsed.version == 6 else str(parsed).replace(".", "-")
-    return f"p{port}-{text}.{to}.{DOMAIN}"
-
-
-def refused(mesh: Mesh, name: str, local_port: int = 443, **changes: Any) -> Reason:
-    with pytest.raises(Unroutable) as failed:
-        router(**changes).candidates(name, mesh, local_port)
-    assert failed.value.detail
-    return failed.value.reason
-
-
-BASE = (network("a"), network("b"), turn())
-TURN_MESH = Mesh.of([*BASE, allocation()])
-
+from tests.support.routes import (
+    BASE,
+    DOMAIN,
+    EVERYTHING,
+    NAME,
+    NOTHING,
+    TURN_MESH,
+    allocation,
+    compact,
+    gateway,
+    key,
+    network,
+    refused,
+    router,
+    service,
+    turn,
+)
 
 # --- what leads somewhere -------------------------------------------------------------------------------------------
 
@@ -364,134 +293,6 @@ def test_a_hostile_services_name_is_no_route_and_no_crash() -> None:
 
 def replace_service_name(name: str) -> AnyRecord:
     return record(Kind.SERVICE, "b", "odd", ServiceSpec(name=name, ports={"8443": []}))
-
-
-# --- the own network ------------------------------------------------------------------------------------------------
-
-
-def local(*endpoints: str, ports: dict[str, list[str]] | None = None) -> Mesh:
-    """A service of the relay's own network."""
-    spec = ServiceSpec(name=NAME, ports=ports or {"8443": list(endpoints)})
-    return Mesh.of([*BASE, record(Kind.SERVICE, "a", NAME, spec)])
-
-
-OWN = Imports([ImportRule(names=(NAME,), sources=("a",), prefer="local")])
-
-
-def test_a_local_service_is_dialled_itself() -> None:
-    mesh = local("10.0.1.5:9443", "10.0.1.6:9443")
-    found = router(imports=OWN, deliver=TargetList.parse(["10.0.1.0/24:9443"])).candidates(NAME, mesh, 443)
-    assert [(c.traits, c.target, c.addressee) for c in found] == [
-        (LOCAL, "10.0.1.5:9443", ""),
-        (LOCAL, "10.0.1.6:9443", ""),
-    ]
-    assert str(found[0]) == "local:10.0.1.5:9443"
-
-
-def test_a_local_address() -> None:
-    found = router(deliver=TargetList.parse(["10.0.1.5/32:8443"])).candidates(
-        compact("10.0.1.5", to="a"), TURN_MESH, 443
-    )
-    assert [(c.traits, c.address, c.port) for c in found] == [(LOCAL, "10.0.1.5", 8443)]
-
-
-def test_by_default_nothing_local_is_delivered() -> None:
-    assert refused(local("10.0.1.5:8443"), NAME, imports=OWN) is Reason.DENIED
-    assert refused(TURN_MESH, compact("10.0.1.5", to="a")) is Reason.DENIED
-
-
-def test_only_what_deliver_lists() -> None:
-    mesh = local("10.0.1.5:22", "10.0.2.5:8443", "10.0.1.5:8443")
-    found = router(imports=OWN, deliver=TargetList.parse(["10.0.1.0/24:8443"])).candidates(NAME, mesh, 443)
-    assert [candidate.target for candidate in found] == ["10.0.1.5:8443"]
-
-
-def test_a_local_service_without_endpoints() -> None:
-    mesh = local(ports={"8443": []})
-    assert refused(mesh, NAME, imports=OWN, deliver=EVERYTHING) is Reason.NO_ENDPOINT
-    assert refused(local("not an endpoint"), NAME, imports=OWN, deliver=EVERYTHING) is Reason.NO_ENDPOINT
-
-
-NEVER = [
-    "169.254.169.254",
-    "127.0.0.1",
-    "127.8.9.10",
-    "0.0.0.0",
-    "255.255.255.255",
-    "224.0.0.251",
-    "::1",
-    "::",
-    "fe80::1",
-]
-SPELLED = ["2130706433", "0x7f000001", "017700000001", "127.1", "0177.0.0.1", "::ffff:169.254.169.254"]
-
-
-@pytest.mark.parametrize("address", NEVER)
-def test_ssrf_by_address_name(address: str) -> None:
-    name = compact(address, 80, to="a")
-    assert refused(TURN_MESH, name, deliver=EVERYTHING) in {Reason.DENIED, Reason.BAD_NAME}
-
-
-@pytest.mark.parametrize("address", [*NEVER, *SPELLED])
-def test_ssrf_by_record(address: str) -> None:
-    text = f"[{address}]:80" if ":" in address else f"{address}:80"
-    reason = refused(local(text), NAME, imports=OWN, deliver=EVERYTHING)
-    assert reason is (Reason.NO_ENDPOINT if address in SPELLED and ":" not in address else Reason.DENIED)
-
-
-@pytest.mark.parametrize(
-    "label",
-    [
-        "2130706433",
-        "0x7f000001",
-        "0x7f-0-0-1",
-        "0177-0-0-1",
-        "127-1",
-        "127-0-0-01",
-        "x00000000000000000000ffff7f000001",
-        "x" + "0" * 31,
-        "169-254-169-254-",
-        "256-0-0-1",
-    ],
-)
-@pytest.mark.parametrize("form", ["p80-{}.a." + DOMAIN, "_80._{}._a." + DOMAIN])
-def test_ssrf_by_spelling(label: str, form: str) -> None:
-    """There is one spelling of each address, and IPv4-mapped ones have none."""
-    assert refused(TURN_MESH, form.format(label), deliver=EVERYTHING) in {Reason.BAD_NAME, Reason.UNKNOWN_NAME}
-
-
-def test_a_lifted_refusal_lifts_that_range_alone() -> None:
-    lifted = TargetList.parse(["0.0.0.0/0", "127.0.0.0/8"])
-    assert router(deliver=lifted).candidates(compact("127.0.0.1", to="a"), TURN_MESH, 443)
-    assert refused(TURN_MESH, compact("169.254.169.254", to="a"), deliver=lifted) is Reason.DENIED
-
-
-@pytest.mark.parametrize(
-    ("address", "port"),
-    [
-        ("10.0.0.9", 443),  # the relay itself
-        ("10.0.0.7", 3478),  # the TURN server
-        ("10.0.0.8", 7443),  # a gateway of this network
-        ("10.0.0.2", 8600),  # a discovery server, from the configuration
-        ("10.0.0.50", 8690),  # the admin server, which listens on every address of this host
-    ],
-)
-def test_parts_of_crossnet_are_no_services(address: str, port: int) -> None:
-    def is_own(asked: Address) -> bool:
-        return str(asked) == "10.0.0.50"
-
-    records = [
-        record(Kind.RELAY, "a", "relay-1", RelaySpec(addresses=["10.0.0.9"], ports=[443])),
-        gateway("10.0.0.8:7443", to="a"),
-    ]
-    mesh = TURN_MESH.apply(records)
-    guard = LoopGuard("a", [("10.0.0.2", 8600), ("0.0.0.0", 8690)], is_own=is_own)
-    own = router(deliver=EVERYTHING, guard=guard)
-    with pytest.raises(Unroutable, match="would loop") as failed:
-        own.candidates(compact(address, port, to="a"), mesh, 443)
-    assert failed.value.reason is Reason.DENIED
-    assert own.candidates(compact(address, port + 1, to="a"), mesh, 443)
-    assert own.candidates(compact("10.0.0.51", port, to="a"), mesh, 443)
 
 
 # --- anything at all ------------------------------------------------------------------------------------------------

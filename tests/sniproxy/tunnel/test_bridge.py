@@ -1,37 +1,31 @@
-"""Two mirror images of Carry over a real connection: what a client and a service see of each other."""
+"""Two bridges, mirror images of each other, over a real connection: what a client and a service see of each other."""
 
 import asyncio
 import hashlib
 import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
-from typing import Any
 
 import pytest
 
 from sniproxy.engine import SocketStream
 from sniproxy.streams.end_reason import Reason
-from sniproxy.tunnel.bridge import BridgeTiming, StreamBridge
-from sniproxy.tunnel.capsules import CapsuleType, Control, Payload, header
-from sniproxy.tunnel.connection import RECEIVED_BYTES, CapsuleConnection
-from sniproxy.tunnel.messages import Continued, Finished, Message, Opened, Ready, Received, parse_control
-from sniproxy.tunnel.state import LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
+from sniproxy.tunnel.bridge import StreamBridge
+from sniproxy.tunnel.capsules import CapsuleType, header
+from sniproxy.tunnel.connection import CapsuleConnection
+from sniproxy.tunnel.messages import Finished, Message, Opened, Ready
+from sniproxy.tunnel.state import Side
+from tests.support.bridges import GATEWAY, LIMITS, RELAY, TIMING, Half, a_half, digest_of, send_and_end
 from tests.support.streams import nothing_large_kept, pair, read_all, turns, until_reset
 
 pytestmark = pytest.mark.anyio
 
-TIMING = BridgeTiming(linger_s=0.02)
-"""No TURN server is between the two here that would drop what it holds at a close."""
-
-LIMITS: dict[str, Any] = {"idle_timeout_s": 20.0, "half_close_timeout_s": 20.0, "timing": TIMING}
-
 
 @dataclass
 class Path:
-    """client ⇄ relay's carry ⇄ gateway's carry ⇄ service."""
+    """client ⇄ bridge of the relay ⇄ bridge of the gateway ⇄ service."""
 
     client: SocketStream
     service: SocketStream
@@ -114,8 +108,8 @@ async def test_bulk_both_ways_is_spliced_and_intact(path: Path) -> None:
     async with asyncio.TaskGroup() as group:
         ends = await path.run(group)
         for stream in (path.client, path.service):
-            group.create_task(_send_and_end(stream, payload))
-        digests = [group.create_task(_digest(stream)) for stream in (path.client, path.service)]
+            group.create_task(send_and_end(stream, payload))
+        digests = [group.create_task(digest_of(stream)) for stream in (path.client, path.service)]
     assert [digest.result() for digest in digests] == [expected, expected]
     assert [end.result() for end in ends] == [Reason.OK, Reason.OK]
 
@@ -281,62 +275,17 @@ async def test_a_small_message_costs_one_write_each_way(path: Path, writes: list
 # --- one side against a scripted other ------------------------------------------------------------------------------
 
 
-@dataclass
-class Half:
-    """One side's carry; the test speaks for its plain peer and for the other side."""
-
-    plain: SocketStream
-    peer: CapsuleConnection
-    ours: CapsuleConnection
-    our_plain: SocketStream
-
-    def carry(self, side: Side, **options: object) -> StreamBridge:
-        return StreamBridge(self.our_plain, self.ours, side, **{**LIMITS, **options})
-
-
-@asynccontextmanager
-async def a_half(side: Side, kind: type[CapsuleConnection] = CapsuleConnection) -> AsyncIterator[Half]:
-    """An opened stream; the test makes the bridge of this side, over a connection of this kind."""
-    plain, our_plain = await pair()
-    relay_stream, gateway_stream = await pair()
-    relay, gateway = kind(relay_stream, Side.RELAY), kind(gateway_stream, Side.GATEWAY)
-    await gateway.send(Ready())
-    await gateway.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
-    await relay.next_message()
-    await relay.next_message()
-    ours, peer = (relay, gateway) if side is Side.RELAY else (gateway, relay)
-    yield Half(plain, peer, ours, our_plain)
-    for stream in (plain, our_plain, relay_stream, gateway_stream):
-        stream.close()
-
-
 @pytest.fixture(params=[Side.RELAY, Side.GATEWAY], ids=["relay", "gateway"])
 async def half(request: pytest.FixtureRequest) -> AsyncIterator[Half]:
     async with a_half(request.param) as half:
         yield half
 
 
-RELAY = pytest.mark.parametrize("half", [Side.RELAY], indirect=True, ids=["relay"])
-GATEWAY = pytest.mark.parametrize("half", [Side.GATEWAY], indirect=True, ids=["gateway"])
-
-
-async def payload_of(connection: CapsuleConnection, *, until: type[object] | None = None) -> bytes:
-    """Read payload up to the end, or up to a control capsule of this type."""
-    got = bytearray()
-    while not connection.exhausted:
-        for event in await connection.read():
-            if isinstance(event, Payload):
-                got += event.data
-            elif isinstance(event, Control) and until is not None and isinstance(parse_control(event), until):
-                return bytes(got)
-    return bytes(got)
-
-
 @RELAY
 async def test_a_lost_client_does_not_keep_an_upload_that_stands_still(half: Half) -> None:
     """Its reset is found by writing to it, while what it sent before waits for a gateway that takes nothing."""
     async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(Side.RELAY, timing=replace(TIMING, stalled_s=0.05)).run())
+        carrying = group.create_task(half.bridge(Side.RELAY, timing=replace(TIMING, stalled_s=0.05)).run())
         try:
             async with asyncio.timeout(0.3):
                 while True:
@@ -364,13 +313,13 @@ async def test_where_the_confirmation_fails_the_stream_is_cut(side: Side) -> Non
     async with a_half(side, Unconfirmed) as half:
         await half.peer.send_data(b"all", final=True)
         async with asyncio.timeout(5):
-            assert await half.carry(side).run() is Reason.TRUNCATED
+            assert await half.bridge(side).run() is Reason.TRUNCATED
 
 
 async def test_cancelled_before_the_first_step(half: Half) -> None:
     """The directions' coroutines are never made, or run: none is left that was never awaited."""
     async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(half.ours.ends._side).run())
+        carrying = group.create_task(half.bridge(half.ours.ends._side).run())
         await asyncio.sleep(0)
         carrying.cancel()
     assert half.our_plain.closed
@@ -380,7 +329,7 @@ async def test_cancelled_before_the_first_step(half: Half) -> None:
 
 async def test_cancelled_in_the_middle_both_see_a_reset(half: Half) -> None:
     async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(half.ours.ends._side).run())
+        carrying = group.create_task(half.bridge(half.ours.ends._side).run())
         await half.peer.send_data(b"half")
         assert await half.plain.recv_exactly(4) == b"half"
         carrying.cancel()
@@ -391,156 +340,7 @@ async def test_cancelled_in_the_middle_both_see_a_reset(half: Half) -> None:
 @GATEWAY
 async def test_bytes_that_were_read_with_the_preamble_go_first(half: Half) -> None:
     async with asyncio.TaskGroup() as group:
-        group.create_task(half.carry(Side.GATEWAY, first=b"ClientHello ").run())
+        group.create_task(half.bridge(Side.GATEWAY, first=b"ClientHello ").run())
         await half.peer.send_data(b"and more")
         assert await half.plain.recv_exactly(20) == b"ClientHello and more"
         half.plain.reset()
-
-
-# --- second connections ---------------------------------------------------------------------------------------------
-
-
-@RELAY
-@pytest.mark.parametrize("failures", [0, 3])
-async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(half: Half, failures: int) -> None:
-    """Where it is not to be had at once, as on a link that is full, it is asked for again."""
-    timing = replace(TIMING, second_retry_s=(0.01, 0.02, 0.03))
-    ours, theirs = await pair()
-    second = CapsuleConnection(theirs, Side.GATEWAY)
-    payload = os.urandom(1 << 20)
-    failed = [ConnectionError("READY is late")] * failures
-
-    async def dial() -> CapsuleConnection:
-        if failed:
-            raise failed.pop()
-        return CapsuleConnection(ours, Side.RELAY)
-
-    async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(Side.RELAY, second=dial, timing=timing).run())
-        group.create_task(_send_and_end(half.plain, payload))
-        before = await payload_of(half.peer, until=Continued)
-        assert 0 < half.peer.received <= LIMIT_UNRECEIVED + 8, "what a TURN server may hold"
-        assert before + await payload_of(second) == payload
-        half.peer.ends.end_elsewhere()
-        await half.peer.send(Finished())
-        await half.peer.send_data(b"thanks", final=True)
-        assert await read_all(half.plain) == b"thanks"
-        while not half.peer.ends.done:
-            await half.peer.read()
-        half.peer.stream.close()
-    assert carrying.result() is Reason.OK
-    assert ours.closed
-    theirs.close()
-
-
-@RELAY
-async def test_an_upload_that_is_taken_needs_no_second_connection(half: Half) -> None:
-    async def dial() -> CapsuleConnection:
-        pytest.fail("a second connection was asked for")
-
-    async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(Side.RELAY, second=dial).run())
-        for _ in range(20):
-            await half.plain.send(bytes(20_000))
-            taken = 0
-            while taken < 20_000:
-                taken += sum(len(event.data) for event in await half.peer.read() if isinstance(event, Payload))
-            await half.peer.send(Received(half.peer.received))
-        half.plain.reset()
-        assert await carrying is Reason.CLIENT_RESET
-
-
-@RELAY
-async def test_received_of_what_was_never_sent(half: Half) -> None:
-    await half.peer.send(Received(1 << 40))
-    assert await half.carry(Side.RELAY).run() is Reason.PROTOCOL_ERROR
-
-
-@RELAY
-async def test_received_that_goes_back(half: Half) -> None:
-    async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(Side.RELAY).run())
-        await half.plain.send(bytes(RECEIVED_BYTES))
-        taken = 0
-        while taken < RECEIVED_BYTES:
-            taken += sum(len(event.data) for event in await half.peer.read() if isinstance(event, Payload))
-        await half.peer.send(Received(5))
-        await half.peer.send(Received(4))
-        assert await carrying is Reason.PROTOCOL_ERROR
-
-
-@RELAY
-async def test_received_again_and_again(half: Half) -> None:
-    """One for each 16 KiB that were sent, and one more."""
-    async with asyncio.TaskGroup() as group:
-        carrying = group.create_task(half.carry(Side.RELAY).run())
-        await half.plain.send(b"question")
-        await half.peer.read()
-        await half.peer.send(Received(1))
-        await half.peer.send(Received(1))
-        assert await carrying is Reason.FLOOD
-
-
-@GATEWAY
-async def test_continued_where_nothing_is_between_us(half: Half) -> None:
-    await half.peer.send(Continued())
-    assert await half.carry(Side.GATEWAY).run() is Reason.PROTOCOL_ERROR
-
-
-@GATEWAY
-async def test_continued_on_the_second_connection(half: Half) -> None:
-    """There is no third one: two tasks would read the second."""
-    theirs, ours = await pair()
-
-    async def arrived() -> CapsuleConnection:
-        return CapsuleConnection(ours, Side.GATEWAY)
-
-    await half.peer.send(Continued())
-    await theirs.send(Continued().pack())
-    async with asyncio.timeout(5):
-        assert await half.carry(Side.GATEWAY, second=arrived).run() is Reason.PROTOCOL_ERROR
-    theirs.close()
-
-
-@GATEWAY
-async def test_continued_and_then_nothing(half: Half) -> None:
-    await half.peer.send(Continued())
-
-    async def never() -> CapsuleConnection:
-        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
-
-    timing = replace(TIMING, done_s=0.05)
-    async with asyncio.timeout(5):
-        assert await half.carry(Side.GATEWAY, second=never, timing=timing).run() is Reason.TRUNCATED
-
-
-@GATEWAY
-async def test_a_gateway_tells_what_it_has_received(half: Half) -> None:
-    async def never() -> CapsuleConnection:
-        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
-
-    counts = []  # type: ignore[var-annotated]
-    async with asyncio.TaskGroup() as group:
-        group.create_task(half.carry(Side.GATEWAY, second=never).run())
-        for _ in range(10):
-            await half.peer.send_data(bytes(10_000))
-            await half.plain.recv_exactly(10_000)
-        while not counts or counts[-1] < 2 * RECEIVED_INTERVAL:
-            message = await half.peer.next_message()
-            assert isinstance(message, Received)
-            counts.append(message.count)
-        half.plain.reset()
-    assert counts == sorted(counts)
-    assert counts[-1] <= half.peer.sent
-
-
-async def _send_and_end(stream: SocketStream, payload: bytes) -> None:
-    await stream.send(payload)
-    stream.shutdown_write()
-
-
-async def _digest(stream: SocketStream) -> str:
-    digest = hashlib.sha256()
-    while data := await stream.recv(1 << 18):
-        digest.update(data)
-    return digest.hexdigest()

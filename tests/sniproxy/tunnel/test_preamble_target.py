@@ -6,16 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sniproxy.formats.proxy_protocol import SIGNATURE, ProxyHeader
+from sniproxy.formats.proxy_protocol import SIGNATURE
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.preamble import (
     FirstBytes,
     PreambleError,
-    Tlv,
     classify_first_bytes,
     decode_target,
     encode_target,
-    is_framed,
     parse_key,
 )
 
@@ -140,8 +138,3 @@ def test_not_a_key_file(text: str) -> None:
 def test_first_bytes(data: bytes, first: FirstBytes) -> None:
     assert classify_first_bytes(data) is first
     assert classify_first_bytes(bytearray(data)) is first
-
-
-def test_framed_or_not() -> None:
-    assert is_framed(ProxyHeader(tlvs=((Tlv.FRAMING, b"\x09"),)))
-    assert not is_framed(ProxyHeader(tlvs=((Tlv.AUTHORITY, b"a"),)))

@@ -2,13 +2,24 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.epoch import told_epoch
 from sniproxy.tunnel.preamble import Preamble, PreambleError, SigningKey, sign
-from sniproxy.tunnel.verify import MIN_SHARE, PreambleVerifier, ReplayCache, share_of
+from sniproxy.tunnel.verify import (
+    MIN_SHARE,
+    REPLAY_WINDOW_MS,
+    TIME_WINDOW_MS,
+    PreambleVerifier,
+    ReplayCache,
+    check_hello,
+    share_of,
+)
 
 NOW_MS = 1_800_000_000_000
 AB = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_network="b")
@@ -119,3 +130,60 @@ def test_keys_that_come_and_go_change_the_shares() -> None:
         "bc": dataclasses.replace(AB, from_network="b", to_network="c"),
     }
     assert verifier.networks == 2
+
+
+# --- the hello ------------------------------------------------------------------------------------------------------
+
+
+def test_the_hello_must_be_the_one_that_was_signed_for() -> None:
+    assert GOOD.hello_digest is not None
+    check_hello(GOOD, "orders.shop.example", GOOD.hello_digest)
+    for name, digest, preamble in (
+        ("orders.shop.example", bytes(range(32)), GOOD),
+        ("other.shop.example", GOOD.hello_digest, GOOD),
+        ("orders.shop.example", GOOD.hello_digest, dataclasses.replace(GOOD, hello_digest=None)),
+    ):
+        with pytest.raises(PreambleError) as refused:
+            check_hello(preamble, name, digest)
+        assert refused.value.reason is Reason.BAD_SIGNATURE
+
+
+# --- the replay cache -----------------------------------------------------------------------------------------------
+
+
+def raised(call: Callable[[], None]) -> Reason | None:
+    try:
+        call()
+    except PreambleError as error:
+        return error.reason
+    return None
+
+
+def test_a_full_cache_refuses_and_forgets_nothing() -> None:
+    cache = ReplayCache(max_entries=3, window_ms=100)
+    for at in range(3):
+        cache.add(bytes([at]), at)
+    assert raised(lambda: cache.add(b"x", 100)) is Reason.OVERLOADED
+    assert raised(lambda: cache.add(b"\0", 100)) is Reason.REPLAY
+    assert raised(lambda: cache.add(b"x", 101)) is None  # the first is more than 100 ms old now
+    assert raised(lambda: cache.add(b"y", 101)) is Reason.OVERLOADED
+    assert len(cache) == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(-20, 60)), max_size=40))
+def test_nothing_passes_twice_within_the_window(arrivals: list[tuple[int, int]]) -> None:
+    """Whatever the clock does meanwhile, an id that passed is refused until the clock has been 100 ms beyond it."""
+    cache = ReplayCache(max_entries=5, window_ms=100)
+    passed: dict[int, int] = {}
+    now = latest = 1000
+    for number, step in arrivals:
+        now += step
+        latest = max(latest, now)
+        if raised(lambda seen=bytes([number]), now=now: cache.add(seen, now)) is None:  # type: ignore[misc]
+            assert number not in passed or latest > passed[number] + 100
+            passed[number] = now
+        assert len(cache) <= 5
+
+
+def test_the_window_covers_every_fresh_header() -> None:
+    assert REPLAY_WINDOW_MS >= 2 * TIME_WINDOW_MS

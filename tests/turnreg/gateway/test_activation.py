@@ -14,7 +14,8 @@ from aiohttp import web
 
 from discovery.model.mesh import AnyRecord, Kind, ServiceSpec
 from discovery.pacing.backoff import Backoff
-from sniproxy.access.rules import NamePattern, Policy, Rule
+from sniproxy.access.name_pattern import NamePattern
+from sniproxy.access.rules import Policy, Rule
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import Payload
 from tests.support.fixed_discovery import record

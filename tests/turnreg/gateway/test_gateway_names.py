@@ -9,7 +9,8 @@ import pytest
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, Kind, NetworkSpec, ServiceSpec
-from sniproxy.access.rules import NamePattern, Policy, Rule
+from sniproxy.access.name_pattern import NamePattern
+from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import Listener, SocketStream
 from sniproxy.engine.staggered_connect import Endpoint, FirstConnected, connect_first
 from tests.support.fixed_discovery import record
