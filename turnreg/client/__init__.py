@@ -1,1 +1,1 @@
-"""A client of a TURN server: its control connection, one TCP allocation, permissions, and the peers that connect."""
+"""A TURN client: control connection, one TCP allocation, permissions, and binding the peers that connect."""

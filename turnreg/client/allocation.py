@@ -1,7 +1,7 @@
-"""An RFC 6062 allocation: a port on a TURN server whose connections become ours, one by one.
+"""An RFC 6062 allocation: a port on a TURN server. We take over each connection that peers make to it.
 
-One `Allocation` is one control connection and its life: allocate, keep lifetime and permissions up, bind each peer that
-the server announces, end. It does not come back: a new one is the registrar's business, and has another port.
+One `Allocation` is one control connection from start to end: allocate, refresh lifetime and permissions, bind each peer that the
+server announces, close. It is not reusable: if it is lost, the registrar makes a new one, which has another port.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ __all__ = ["Allocation", "BindResult", "Bound", "Credentials", "Dial", "Timing",
 log = logging.getLogger(__name__)
 
 MIN_REFRESH_S = 0.25
-"""A server that grants less than half a second of lifetime is asked no more often for that."""
+"""Shortest time between two refreshes, however short the lifetime that the server grants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """One peer's connection, bound: the next byte of the wire is the peer's first."""
+    """The bound connection of one peer: the next byte read from the wire is the peer's first byte."""
 
     wire: SocketStream
     peer: tuple[str, int]
-    """As the TURN server sees it."""
+    """Its address and port, as the TURN server sees them."""
     via: str
-    """The network whose TURN server it came through."""
+    """The network that owns the TURN server."""
     turn: str
     """Id of that TURN server's record."""
     allocation: str
@@ -49,7 +49,7 @@ class Dial(Protocol):
 
 
 class Allocation:
-    """One TCP allocation, from `run()` until that raises, or returns after `close()`. Not reusable."""
+    """One TCP allocation. It exists until `run()` raises, or returns after `close()`. Not reusable."""
 
     def __init__(
         self,
@@ -67,22 +67,22 @@ class Allocation:
         dial: Dial = connect,
         timing: Timing | None = None,
     ) -> None:
-        """Describe the allocation; nothing is connected yet.
+        """Make an allocation that `run` connects.
 
         Args:
-            address: the server's IP address. All data connections go there too, to the same port, by the same `dial`:
-                a name might lead to another server by then.
-            on_stream: gets each bound stream and owns its wire from then on; must not block.
-            via, turn, record: what `Bound` says of its origin.
+            address: the server's IP address. All data connections use the same address, port and `dial`: a name could resolve to
+                another server by then.
+            on_stream: called with each bound stream, whose wire it then owns; must not block.
+            via, turn, record: copied into each `Bound`.
             peers: as for `allow`.
-            family: FAMILY_IPV4 or FAMILY_IPV6, of the address that peers shall connect to.
-            on_bind: gets the result for every peer that the server announced.
+            family: FAMILY_IPV4 or FAMILY_IPV6, the family of the relayed address.
+            on_bind: called with the result for every peer that the server announced.
         """
         self.address, self.port, self.record = address, port, record
         self.relayed: tuple[str, int] | None = None
-        """Address and port that peers connect to, once allocated."""
+        """Address and port that peers connect to; None until allocated."""
         self.mapped: tuple[str, int] | None = None
-        """Address and port that the server sees us come from."""
+        """Our own address and port as the server sees them; None until allocated."""
         self.lifetime_s = 0
         self.timing = timing or Timing()
         self.permissions = Permissions(
@@ -107,42 +107,42 @@ class Allocation:
         self.allow(peers)
 
     def allow(self, addresses: frozenset[str]) -> None:
-        """Set the addresses that may connect; new ones have their permission a round trip later.
+        """Set the addresses that may connect. A new address has its permission one round trip later.
 
-        The server keeps a permission up to 300 s after its address has left the set; such a peer is not bound.
+        The server keeps a permission for up to 300 s after its address was removed from the set; such a peer is not bound.
         """
         self.permissions.want(addresses)
 
     @property
     def streams(self) -> int:
-        """How many of the streams that were bound are open."""
+        """Number of bound streams that are still open."""
         self._wires = [wire for wire in self._wires if not wire.closed]
         return len(self._wires)
 
     async def renew(self, credentials: Credentials) -> None:
-        """Go on with these credentials, if the server lets a living allocation have new ones; nothing changes if not.
+        """Switch to these credentials, if the server accepts new ones for an existing allocation. Otherwise nothing changes.
 
-        Some do, where both are of one account (RFC 8656, section 7.3: the username must be the same, and of REST
-        usernames only the part behind the expiry counts); coturn answers 441.
+        Some servers do if both are of the same account (RFC 8656, section 7.3: the username must be the same; of REST usernames
+        only the part after the expiry counts). coturn answers 441.
 
         Raises:
-            TurnError: it does not, or the allocation is not there (any more).
+            TurnError: the server does not accept them, or there is no allocation.
         """
         if self._control is None or self.relayed is None:
-            raise TurnError(TurnReason.CONNECTION_LOST, "the allocation is not there")
+            raise TurnError(TurnReason.CONNECTION_LOST, "there is no allocation")
         answer = await self._control.ask(Method.REFRESH, self._asking_lifetime, as_whom=credentials)
         self.lifetime_s = _lifetime(answer)
 
     # Life
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Allocate, then keep it until it is lost or `close()` has been called; cancel it to drop everything at once.
+        """Allocate, then keep the allocation until it is lost or `close()` is called. Cancel to drop everything at once.
 
-        `on_ready` is called once, when the allocation is there and the server has answered for every permission that
-        was wanted by then.
+        `on_ready` is called once, when the server has granted the allocation and has answered the request for every permission
+        that was wanted by then.
 
         Raises:
-            TurnError: it could not be had, or was lost.
+            TurnError: the allocation failed or was lost.
         """
         wire = await self._connected()
         try:
@@ -171,7 +171,7 @@ class Allocation:
             raise self._error
 
     async def close(self) -> None:
-        """Give the allocation back, which ends its streams, and make `run()` return. Bounded in time."""
+        """Delete the allocation on the server, which ends its streams, and make `run()` return. Takes at most `timing.close_s`."""
         control = self._control
         self._closing = True
         if control is not None and self.relayed is not None and not self._ended.is_set():
@@ -179,16 +179,18 @@ class Allocation:
                 async with asyncio.timeout(self.timing.close_s):
                     await control.ask(Method.REFRESH, lambda m: m.with_number(Attribute.LIFETIME, 0))
             except (TurnError, TimeoutError) as exc:
-                log.debug("allocation %s: not given back: %s", self.record, exc)
+                log.debug("allocation %s: not deleted: %s", self.record, exc)
         self._finish(None)
 
     def _finish(self, error: TurnError | None) -> None:
         if not self._ended.is_set():
-            self._error = None if self._closing else error  # a server that has been told may hang up at once
+            self._error = (
+                None if self._closing else error
+            )  # the server may hang up as soon as it has been asked to delete
             self._ended.set()
 
     def _spawn(self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> asyncio.Task[None]:
-        """Run something as part of this life: a TurnError out of it ends the allocation."""
+        """Run a task of this allocation; a TurnError from it ends the allocation."""
         assert self._group is not None, "only while running"
         task = self._group.create_task(self._part(function, *arguments))
         self._tasks.add(task)
@@ -212,7 +214,7 @@ class Allocation:
             raise TurnError(TurnReason.CONNECT_FAILED, describe(exc)) from exc
         with socket.fromfd(
             wire.fd, socket.AF_INET, socket.SOCK_STREAM
-        ) as same:  # an option is the connection's, not the number's
+        ) as same:  # the option belongs to the connection, not to the descriptor
             same.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self.timing.user_timeout_s * 1000))
         return wire
 
@@ -239,7 +241,7 @@ class Allocation:
         def fill(message: Message) -> Message:
             message = message.with_first_byte(Attribute.REQUESTED_TRANSPORT, TRANSPORT_TCP)
             message = message.with_number(Attribute.LIFETIME, self.timing.lifetime_s)
-            if self._family == FAMILY_IPV6:  # IPv4 is the default, and some servers do not know the attribute
+            if self._family == FAMILY_IPV6:  # IPv4 is the default, and some servers reject the attribute
                 message = message.with_first_byte(Attribute.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV6)
             return message
 
@@ -261,10 +263,10 @@ class Allocation:
             self.lifetime_s = _lifetime(await self._insist(Method.REFRESH, self._asking_lifetime))
 
     async def _keep_alive(self) -> None:
-        """Find out within 30 s when the path is gone, even where only what we send is lost; keep NATs' mappings.
+        """Detect a dead path within 30 s, even if it loses only what we send, and keep NAT mappings alive.
 
-        A Binding is the cheapest question. A server may be told not to answer it: so silence is confirmed by a Refresh, and
-        where that is answered, Refresh is the question from then on.
+        A Binding is the cheapest request, but a server may be configured not to answer it. So a Binding without an answer is
+        followed by a Refresh; if that is answered, Refresh is used from then on.
         """
         assert self._control is not None, "only while running"
         binding = True
@@ -288,7 +290,7 @@ class Allocation:
         return await self._control.ask(method, fill)
 
     async def _insist(self, method: Method, fill: Callable[[Message], Message]) -> Message:
-        """Ask again when no answer comes: to give an allocation up is to end all its streams."""
+        """Ask again if no answer comes: losing the allocation would end all its streams."""
         for _ in range(self.timing.tries - 1):
             try:
                 return await self._ask(method, fill)
@@ -300,7 +302,7 @@ class Allocation:
 
 
 def _lifetime(answer: Message) -> int:
-    """Read the lifetime that the server grants, in seconds. Raises TurnError if it grants none."""
+    """Return the lifetime that the server grants, in seconds. Raises TurnError if it grants none."""
     try:
         lifetime_s = answer.number(Attribute.LIFETIME)
     except StunError as exc:

@@ -1,9 +1,9 @@
 """How many data connections to open at once: as many as are bound quickly. Sans-IO.
 
-Where time goes into round trips, many at once cost nothing; where it goes into a busy processor, ours or the server's, those that
-are begun together also end together, the first as late as the last. A relay waits 3 s for a stream to be bound, so on a
-machine that needs longer than that for all of a crowd, none would be in time. (Measured: 200 streams over TLS to coturn with an
-eighth of a processor took 3 to 8 s; with 128 at once all were in time or nearly none was.)
+If the time is spent on round trips, opening many at once costs nothing. If it is spent on a busy processor, ours or the server's,
+binds that start together also finish together, the first as late as the last. A relay waits 3 s for a stream to be bound, so if a
+machine takes longer than that for a whole burst, none of them is in time. (Measured: 200 streams over TLS to coturn with an eighth
+of a processor took 3 to 8 s; with 128 at once either all were in time or almost none.)
 """
 
 from typing import Final
@@ -12,31 +12,30 @@ INITIAL_CONCURRENCY: Final = 32
 MIN_CONCURRENCY: Final = 8
 
 SLACK_S: Final = 0.25
-"""What a bind may take longer than twice the quickest: a lost segment that is sent again, the crowd's first moment."""
-
+"""A quick bind may take this much longer than twice the quickest one: for a retransmitted segment, or the start of a burst."""
 
 BASELINE_DRIFT: Final = 1.01
-"""By how much the quickest grows with each slow one: a path that has become longer is learnt within some hundred binds."""
+"""Factor by which the quickest time grows with each slow bind, so that a longer path is accepted within some hundred binds."""
 
 
 class BindConcurrency:
-    """Grows by one with each bind that was quick, shrinks by a tenth with each that was slow."""
+    """A limit that grows by one with each quick bind and shrinks by a tenth with each slow one."""
 
     __slots__ = ("_most", "_quickest_s", "_size")
 
     def __init__(self, most: int) -> None:
-        """Begin without experience; `most` is never passed."""
+        """Start with no measurements. The limit never exceeds `most`."""
         self._most = most
         self._size = float(min(INITIAL_CONCURRENCY, most))
         self._quickest_s = float("inf")
 
     @property
     def size(self) -> int:
-        """How many may be under way."""
+        """How many binds may be in progress."""
         return int(self._size)
 
     def took(self, seconds: float) -> None:
-        """Learn how long one took, from the first packet to the last."""
+        """Record how long one bind took, from the first packet to the last."""
         self._quickest_s = min(self._quickest_s, seconds)
         if seconds <= 2 * self._quickest_s + SLACK_S:
             self._size = min(self._most, self._size + 1)

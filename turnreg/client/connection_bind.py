@@ -1,7 +1,7 @@
-"""Peers that connected to an allocation: announced on the control connection, bound by a connection of their own each.
+"""Binding peers: the server announces them on the control connection, and each is bound over a data connection of its own.
 
-coturn answers a bind that it does not like with a bare reset and forgets the peer, so a bind is signed only with a
-nonce that was good a moment ago. Others answer with an error and keep the peer: there it is tried once more.
+coturn answers a bind that it rejects with a bare reset and drops the peer, so a bind is signed only with a nonce that was valid a
+moment ago. Other servers answer with an error and keep the peer; there the bind is tried once more.
 """
 
 import asyncio
@@ -28,14 +28,13 @@ from turnreg.stun.message import Attribute, Message, MessageClass, Method, StunE
 
 log = logging.getLogger(__name__)
 
-
 LOG_PERIOD_S = 60.0
 LOGGED_PER_PERIOD = 20
-"""Anybody whom the server lets through, and the server itself, can make binds fail; the metrics count those not logged."""
+"""Failed binds logged in each period. Any admitted peer, and the server itself, can make binds fail; metrics count all of them."""
 
 
 class BindResult(StrEnum):
-    """How an announced peer ended: `ok`, or why it has no stream. Metric label and log field."""
+    """Result for an announced peer: `ok`, or why it has no stream. Metric label and log field."""
 
     OK = "ok"
     NOT_ALLOWED = "not_allowed"
@@ -48,7 +47,7 @@ class BindResult(StrEnum):
 
 
 class BindFailed(Exception):
-    """A peer could not be bound. `code` is the server's, if it gave one."""
+    """A peer could not be bound. `code` is the server's error code, if it sent one."""
 
     def __init__(self, result: BindResult, detail: str, code: int | None = None) -> None:
         super().__init__(f"{result}: {detail}")
@@ -58,7 +57,7 @@ class BindFailed(Exception):
 
 
 class ConnectionBinds:
-    """Bind every peer that `take()` is told of in its turn, each in a task of its own."""
+    """Binds the peers announced to `take()`, in order, each in a task of its own."""
 
     def __init__(
         self,
@@ -72,14 +71,14 @@ class ConnectionBinds:
         on_result: Callable[[BindResult], None],
         timing: Timing,
     ) -> None:
-        """Take what the allocation has.
+        """Bind the peers of one allocation.
 
         Args:
-            dial: opens a data connection within that many seconds: OSError, TimeoutError.
-            admits: tells whether a peer at this address is to be bound at all.
-            spawn: runs something as part of the allocation's life; a TurnError out of it ends the allocation.
-            on_bound: owns the wire from then on.
-            on_result: is told how each announced peer ended.
+            dial: opens a data connection within that many seconds. Raises OSError, TimeoutError.
+            admits: says whether a peer at this address is to be bound at all.
+            spawn: runs a task of the allocation; a TurnError from it ends the allocation.
+            on_bound: called with each bound wire, which it then owns, and the peer's address and port.
+            on_result: called with the result for each announced peer.
         """
         self._control = control
         self._record = record
@@ -87,14 +86,16 @@ class ConnectionBinds:
         self._on_bound, self._on_result = on_bound, on_result
         self._timing = timing
         self._binding: set[bytes] = set()
-        self._queue: deque[tuple[float, bytes, tuple[str, int]]] = deque()  # announced when, which, who
+        self._queue: deque[tuple[float, bytes, tuple[str, int]]] = (
+            deque()
+        )  # time of the announcement, connection id, peer
         self._under_way = 0
         self._window = BindConcurrency(timing.max_binds)
         self._proving: asyncio.Task[None] | None = None
         self._log_until, self._logged = 0.0, 0
 
     def take(self, indication: Message) -> None:
-        """Take an indication. A ConnectionAttempt is not signed: it is a hint, which only a bind proves."""
+        """Handle an indication. A ConnectionAttempt is not signed, so it is only a hint until a bind has succeeded."""
         if indication.method != Method.CONNECTION_ATTEMPT:
             return
         try:
@@ -116,13 +117,13 @@ class ConnectionBinds:
             self._begin()
 
     def _begin(self) -> None:
-        """Begin with those that wait, as far as there is room."""
+        """Start queued binds, as many as the limit allows."""
         now = asyncio.get_running_loop().time()
         while self._queue and self._under_way < self._window.size:
             announced, connection_id, peer = self._queue.popleft()
             if now - announced > self._timing.max_queued_s:
                 self._binding.discard(connection_id)
-                self._failed(BindResult.OVERLOADED, peer, f"its turn did not come in {self._timing.max_queued_s:g} s")
+                self._failed(BindResult.OVERLOADED, peer, f"still queued after {self._timing.max_queued_s:g} s")
                 continue
             self._under_way += 1
             self._spawn(self._bind, connection_id, peer)
@@ -145,7 +146,7 @@ class ConnectionBinds:
             async with asyncio.timeout(self._timing.bind_s):
                 wire = await self._bound_wire(connection_id, peer)
         except asyncio.CancelledError:
-            self._queue.clear()  # the allocation ends: nobody else's turn comes
+            self._queue.clear()  # the allocation ends: no more binds
             raise
         except BindFailed as exc:
             self._failed(exc.result, peer, exc.detail)
@@ -157,7 +158,7 @@ class ConnectionBinds:
             self._on_result(BindResult.OK)
             try:
                 self._on_bound(wire, peer)
-            except Exception:  # a fault with one stream must not end the allocation and with it all the others
+            except Exception:  # an error in one stream must not end the allocation and all other streams
                 log.exception("stream_error", extra={"event": {"allocation": self._record, "peer": list(peer)}})
                 wire.reset()
         finally:
@@ -166,11 +167,11 @@ class ConnectionBinds:
             self._begin()
 
     async def _bound_wire(self, connection_id: bytes, peer: tuple[str, int]) -> SocketStream:
-        """Open a data connection and bind it, once more where the server says that it was the nonce."""
+        """Open a data connection and bind it. Try once more if the server rejected the nonce."""
         try:
             return await self._bind_once(connection_id, peer)
         except BindFailed as exc:
-            # coturn gives no reason, and it may have been the nonce: the next bind shall not find out again.
+            # coturn gives no reason. It may have been the nonce, so the next bind must verify it first.
             self._control.doubt_nonce()
             if exc.code not in (401, 438):
                 raise
@@ -201,9 +202,9 @@ class ConnectionBinds:
         return wire
 
     async def _connection_bind(self, wire: SocketStream, connection_id: bytes) -> None:
-        """Send ConnectionBind and read its answer, not a byte more: the peer's follow (RFC 6062, section 5.4).
+        """Send ConnectionBind and read its answer and no further: the peer's bytes follow (RFC 6062, section 5.4).
 
-        Nothing else is written before the answer: servers drop what comes behind the request.
+        Nothing is written between request and answer: servers drop it.
         """
         bind = request(Method.CONNECTION_BIND).with_bytes(Attribute.CONNECTION_ID, connection_id)
         data, key = self._control.sign(bind)
@@ -212,16 +213,16 @@ class ConnectionBinds:
         if answer.transaction_id != bind.transaction_id or answer.method != Method.CONNECTION_BIND:
             raise BindFailed(BindResult.MALFORMED, "an answer to another request")
         if not counts(answer, key, unsigned_success=True):
-            # To ignore it, as on the control connection, would be to read what follows as another answer.
+            # Ignoring it, as on the control connection, would mean reading the peer's bytes as another answer.
             raise BindFailed(BindResult.REJECTED, "an answer with a bad MESSAGE-INTEGRITY")
         if answer.message_class is not MessageClass.SUCCESS:
             error = TurnError.of_answer(answer)
             raise BindFailed(BindResult.REJECTED, error.detail, error.code)
 
     def _prove_nonce(self, peer: str) -> asyncio.Task[None] | None:
-        """See to it that the nonce is known to be good: return what to wait for before signing, None if it is.
+        """Return the task that verifies the nonce, to be awaited before signing; None if the nonce was verified recently.
 
-        A signed CreatePermission for the peer does it, on the control connection, one at a time for all peers.
+        A signed CreatePermission for the peer on the control connection verifies it. One such request serves all waiting peers.
         """
         if not self._control.challenged or self._control.nonce_age_s() <= self._timing.nonce_fresh_s:
             return None

@@ -1,20 +1,20 @@
 """The control connection to a TURN server: signed STUN transactions over one TCP stream.
 
-Not here: what an allocation needs (`turnreg.client.allocation`), what a message looks like (`turnreg.stun.message`).
+Not here: what an allocation needs (`turnreg.client.allocation`) and the message format (`turnreg.stun.message`).
 
-Which answers count, exactly. An answer belongs to a request by transaction id and method; the request was signed with a
-key, or not signed at all before the first challenge. Then:
+Which answers are accepted. An answer is matched to a request by transaction id and method. The request was signed with a key, or
+not signed at all before the first challenge. Then:
 
-- request not signed: any answer counts;
-- MESSAGE-INTEGRITY there: the answer counts if it verifies with that key. If not, it is ignored as though it had never
-  come (RFC 8489, section 9.2.5) and the request runs into its deadline;
-- an error answer without it counts: 401 and 438 cannot be signed, and some servers sign no error at all. It can make
-  us fail or ask again, never believe something;
-- a success without it is ignored, but for ConnectionBind (`unsigned_success`), which some servers never sign. All that
-  an attacker on the path gains there is what cutting or filling a plain TCP stream gives anyway.
+- request not signed: any answer is accepted;
+- answer with MESSAGE-INTEGRITY: it is accepted if it verifies with that key. If not, it is ignored as if it had never been
+  received (RFC 8489, section 9.2.5), and the request times out;
+- error answer without it: accepted, since 401 and 438 cannot be signed and some servers sign no error at all. It can make us fail
+  or ask again, but never makes us trust anything;
+- success answer without it: ignored, except for ConnectionBind (`unsigned_success`), which some servers never sign. An attacker on
+  the path gains no more by that than by cutting or filling a plain TCP stream.
 
-An answer to nothing that is pending (late, unknown, twice) is ignored. Bytes that are not STUN, or a message whose
-attributes cannot be read, end the connection: there is no way to find the next message behind them.
+An answer that matches no pending request (late, unknown, duplicate) is ignored. Bytes that are not STUN, or a message whose
+attributes cannot be parsed, end the connection: there is no way to find the start of the next message.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ from turnreg.stun.message import (
 log = logging.getLogger(__name__)
 
 MAX_CHALLENGES = 3
-"""How often one request is sent again for a 401 or 438: twice where an allocation meets a nonce at its very end."""
+"""How often one request is repeated after a 401 or 438. An Allocate needs two repeats if its nonce expires just then."""
 
 _KNOWN = frozenset(map(int, Attribute))
 
@@ -105,9 +105,11 @@ class TurnError(Exception):
     def __init__(
         self, reason: TurnReason, detail: str, *, code: int | None = None, alternate: tuple[str, int] | None = None
     ) -> None:
-        """Say why, as an enum for metrics and as a sentence for people.
+        """Make an error with a reason for metrics and a detail for people.
 
-        `code` is the server's, if it gave one; `alternate` the server that it sends us to with a 300.
+        Args:
+            code: the server's error code, if it sent one.
+            alternate: address and port of the server that a 300 redirects us to.
         """
         super().__init__(f"{reason}: {detail}")
         self.alternate = alternate
@@ -117,7 +119,7 @@ class TurnError(Exception):
 
     @classmethod
     def of_answer(cls, answer: Message) -> "TurnError":
-        """Make the error that an error answer means."""
+        """Make the error for an error answer."""
         try:
             error = answer.error
         except StunError as exc:
@@ -136,20 +138,18 @@ class TurnError(Exception):
 
 
 def _lifetime_left(username: str) -> str:
-    """Say how long a REST name is good by our clock: where a server refuses it, the clocks may differ."""
+    """Say how long a REST username is valid by our clock: if a server refuses it, the clocks may differ."""
     expiry = rest_expiry(username)
     if expiry is None:
         return ""
     left_s = round(expiry - time.time())
     if left_s <= 0:
         return f"; the credentials expired {-left_s} s ago by our clock"
-    return (
-        f"; the credentials are good for {left_s} s more by our clock: if they are right, compare it with the server's"
-    )
+    return f"; the credentials are valid for {left_s} s more by our clock: if they are right, compare it with the server's clock"
 
 
 def _plain_address(value: bytes | None) -> tuple[str, int] | None:
-    """Read an address that is not XORed, as ALTERNATE-SERVER is (RFC 8489, section 14.15). Raises StunError."""
+    """Parse an address that is not XORed, such as ALTERNATE-SERVER (RFC 8489, section 14.15). Raises StunError."""
     if value is None:
         return None
     if (len(value), value[1:2]) not in ((8, bytes([FAMILY_IPV4])), (20, bytes([FAMILY_IPV6]))):
@@ -158,7 +158,7 @@ def _plain_address(value: bytes | None) -> tuple[str, int] | None:
 
 
 def describe(error: OSError) -> str:
-    """Say in words what the system reports: `error` may carry no text of its own."""
+    """Return the text of a system error; `error` itself may have none."""
     if isinstance(error, ssl.SSLError) or not error.errno:
         return str(error) or type(error).__name__
     return os.strerror(error.errno)
@@ -166,7 +166,7 @@ def describe(error: OSError) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """Long-term credentials (RFC 8489, section 9.2), as they are sent."""
+    """Long-term credentials (RFC 8489, section 9.2), as sent to the server."""
 
     username: str
     password: str = field(repr=False)
@@ -174,13 +174,13 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """What the server's last challenge gave."""
+    """Realm and nonce of the server's last challenge."""
 
     realm: str
     nonce: str
 
     def key(self, credentials: Credentials) -> bytes:
-        """Return the key that these credentials sign with."""
+        """Return the signing key for these credentials."""
         return long_term_key(credentials.username, self.realm, credentials.password)
 
 
@@ -193,12 +193,12 @@ class _Pending:
 
 
 def request(method: Method) -> Message:
-    """Begin a request with a transaction id of its own."""
+    """Make a request without attributes, with a new transaction id."""
     return Message(method, MessageClass.REQUEST, secrets.token_bytes(TRANSACTION_ID_BYTES))
 
 
 def counts(answer: Message, key: bytes | None, *, unsigned_success: bool = False) -> bool:
-    """Tell whether an answer to a request signed with `key` counts: the rule at the top of this module."""
+    """Tell whether an answer to a request signed with `key` is accepted: the rules at the top of this module."""
     if key is None:
         return True
     if answer.has_integrity:
@@ -207,14 +207,14 @@ def counts(answer: Message, key: bytes | None, *, unsigned_success: bool = False
 
 
 async def read_message(wire: SocketStream) -> Message:
-    """Read one whole message and not a byte more. Raises StunError, OSError, and EOFError if it is cut."""
+    """Read one whole message and no further. Raises StunError, OSError, and EOFError if the message is incomplete."""
     head = await wire.recv_exactly(HEADER_BYTES)
     length = frame_length(head) or HEADER_BYTES
     return Message.parse(head + await wire.recv_exactly(length - HEADER_BYTES) if length > HEADER_BYTES else head)
 
 
 class ControlConnection:
-    """Transactions on one connected wire. `run()` must run for `ask()` to get its answers; both raise TurnError."""
+    """Transactions on one connected wire. `ask()` gets its answers only while `run()` runs; both raise TurnError."""
 
     def __init__(
         self, wire: SocketStream, credentials: Credentials, *, timeout_s: float = TRANSACTION_TIMEOUT_S
@@ -234,19 +234,19 @@ class ControlConnection:
 
     @property
     def challenged(self) -> bool:
-        """The server has asked for credentials: requests are signed from then on."""
+        """Whether the server has asked for credentials. Requests are signed from then on."""
         return self._session is not None
 
     def nonce_age_s(self) -> float:
-        """Return for how many seconds the nonce has not been seen to be good."""
+        """Return the seconds since the nonce was last verified by a successful request."""
         return self._loop.time() - self._nonce_proved_at
 
     def doubt_nonce(self) -> None:
-        """Take the nonce for old until a request proves it: a bind signed with it was refused."""
+        """Treat the nonce as unverified until a request succeeds: a bind signed with it was refused."""
         self._nonce_proved_at = -1e9
 
     def sign(self, message: Message, credentials: Credentials | None = None) -> tuple[bytes, bytes | None]:
-        """Return the bytes of a request, signed if the server has asked for it, and the key they are signed with.
+        """Return the bytes of a request and the key that signs them. Without a challenge so far, it is unsigned and the key None.
 
         Raises TurnError if the server's realm and nonce leave no room for the request itself.
         """
@@ -265,7 +265,7 @@ class ControlConnection:
             raise TurnError(TurnReason.BAD_ANSWER, f"the server's realm and nonce are too long: {exc}") from exc
 
     def _challenge(self, answer: Message) -> None:
-        """Take REALM and NONCE of a 401 or 438. The realm of a 438 may be left out: it has not changed then."""
+        """Store REALM and NONCE of a 401 or 438. A 438 may omit the realm if it has not changed."""
         try:
             realm, nonce = answer.text(Attribute.REALM), answer.text(Attribute.NONCE)
         except StunError as exc:
@@ -290,8 +290,8 @@ class ControlConnection:
         """Send a request, answer the server's challenges, return its success answer. Raises TurnError.
 
         Args:
-            fill: adds the attributes; called again, with a new transaction id, for every time the request is sent.
-            as_whom: other credentials than ours. Where the server takes them, they are ours from then on.
+            fill: adds the attributes. Called again, with a new transaction id, each time the request is sent.
+            as_whom: credentials to use instead of ours. If the server accepts them, they replace ours.
         """
         for _ in range(MAX_CHALLENGES + 1):
             sent_at = self._loop.time()
@@ -313,12 +313,12 @@ class ControlConnection:
         raise error
 
     async def ping(self) -> None:
-        """Send a Binding request, which needs no credentials, and take any answer to it. Raises TurnError."""
+        """Send a Binding request, which needs no credentials, and accept any answer to it. Raises TurnError."""
         question = request(Method.BINDING)
         await self._exchange(question, question.pack(), None)
 
     async def _transact(self, message: Message, as_whom: Credentials | None) -> tuple[Message, bool]:
-        """Return the answer that counts and whether the request was signed."""
+        """Return the accepted answer and whether the request was signed."""
         data, key = self.sign(message, as_whom)
         return await self._exchange(message, data, key), key is not None
 
@@ -347,16 +347,16 @@ class ControlConnection:
             except OSError as exc:
                 raise self.end(TurnError(TurnReason.CONNECTION_LOST, describe(exc))) from exc
             except asyncio.CancelledError:
-                # Part of the request may be on its way, and what follows would be read as the rest of it.
-                self.end(TurnError(TurnReason.TIMEOUT, "the server does not read what it is sent"))
+                # Part of the request may have been sent. The server would read whatever follows as the rest of it.
+                self.end(TurnError(TurnReason.TIMEOUT, "the server does not read what we send"))
                 raise
 
     # Reading
 
     async def run(self, on_indication: Callable[[Message], None]) -> None:
-        """Read until the connection ends; raises the TurnError that says why, and never returns.
+        """Read until the connection ends, then raise the TurnError that says why. Never returns.
 
-        `on_indication` gets every indication that we understand, in order.
+        `on_indication` is called with every indication that we understand, in order.
         """
         try:
             await self._read(on_indication)
@@ -386,17 +386,22 @@ class ControlConnection:
     def _take(self, message: Message) -> None:
         pending = self._pending.get(message.transaction_id)
         if message.message_class is MessageClass.REQUEST or pending is None or pending.method != message.method:
-            log.debug("an answer to nothing that is pending: method %#05x from %s", message.method, self._wire.peer)
+            log.debug(
+                "an answer that matches no pending request: method %#05x from %s", message.method, self._wire.peer
+            )
         elif not counts(message, pending.key):
-            level = logging.DEBUG if self._forged else logging.WARNING  # once: whoever forges can forge many
+            level = logging.DEBUG if self._forged else logging.WARNING  # warn once: there may be very many
             self._forged += 1
-            event = {"server": list(self._wire.peer), "detail": "an answer without a good MESSAGE-INTEGRITY is ignored"}
+            event = {
+                "server": list(self._wire.peer),
+                "detail": "an answer without a valid MESSAGE-INTEGRITY is ignored",
+            }
             log.log(level, "turn_answer_forged", extra={"event": event})
         elif not pending.answer.done():
             pending.answer.set_result(message)
 
     def end(self, error: TurnError) -> TurnError:
-        """Close the connection for `error`, unless it has ended before, and return the error that it ended with."""
+        """Close the connection because of `error`. Return the error that it ended with: an earlier one if it had ended before."""
         if self._error is None:
             self._error = error
             self._wire.close()

@@ -1,4 +1,4 @@
-"""Which addresses may connect to an allocation: asked for when they change, and again before they lapse."""
+"""The permissions of an allocation: requested when the set of addresses changes, and again before they expire."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ PERMISSIONS_PER_REQUEST = 32
 """Several XOR-PEER-ADDRESS fit one request (RFC 8656, section 10.1); 32 IPv6 ones are 768 bytes."""
 
 MAX_PERMISSIONS = 1000
-"""coturn takes 1024 to an allocation since 4.17; a network with more relays than that can have several TURN servers."""
+"""coturn accepts 1024 per allocation since 4.17; a network with more relays can run several TURN servers."""
 
 FATAL = frozenset(
     {
@@ -30,40 +30,40 @@ FATAL = frozenset(
         TurnReason.MISMATCH,
     }
 )
-"""What says that the allocation is lost when a permission is asked for. Anything else is about the addresses."""
+"""Errors of a permission request that mean that the allocation is lost. All others concern the addresses."""
 
 
 class Ask(Protocol):
-    """Send a request that `fill` completes; return its success answer or raise TurnError."""
+    """Send a request with the attributes that `fill` adds; return its success answer or raise TurnError."""
 
     def __call__(self, method: Method, fill: Callable[[Message], Message]) -> Awaitable[Message]: ...
 
 
 class Permissions:
-    """The permissions of one allocation. Set `family` once it is known; addresses of the other one are left out."""
+    """The permissions of one allocation. Set `family` once it is known; addresses of the other family are not requested."""
 
     def __init__(self, *, record: str, ask: Ask, refresh_s: float, refused_retry_s: float) -> None:
         self.family = FAMILY_IPV4
         self.refused: dict[str, str] = {}
-        """Addresses without a permission, and why."""
+        """Addresses without a permission, and the reason."""
         self._record = record
         self._ask = ask
         self._refresh_s, self._refused_retry_s = refresh_s, refused_retry_s
         self._wanted: frozenset[str] = frozenset()
-        self._due: dict[str, float] = {}  # when each address is asked for next; absent: at once
+        self._due: dict[str, float] = {}  # address to the time of its next request; absent: at once
         self._changed = asyncio.Event()
 
     @property
     def granted(self) -> frozenset[str]:
-        """The addresses that have a permission now."""
+        """The addresses that have a permission."""
         return frozenset(self._due.keys() - self.refused.keys())
 
     def wants(self, address: str) -> bool:
-        """Tell whether this address may connect; the server may still hold permissions for some that may not."""
+        """Tell whether this address may connect. The server may still have permissions for addresses that may not."""
         return address in self._wanted
 
     def want(self, addresses: frozenset[str]) -> None:
-        """Set the addresses that may connect. What is no address, or too many, is left out and logged."""
+        """Set the addresses that may connect. Invalid addresses, and those over the maximum, are left out and logged."""
         wanted = set()
         for text in sorted(addresses):
             try:
@@ -72,7 +72,7 @@ class Permissions:
                 self._leave_out(text, str(exc))
                 continue
             if address.version == 6 and address.ipv4_mapped is not None:
-                # coturn before 4.9 takes it past its own list of denied peers (CVE-2026-27624).
+                # In coturn before 4.9 such an address bypasses the list of denied peers (CVE-2026-27624).
                 self._leave_out(text, "it is IPv4-mapped")
                 continue
             wanted.add(str(address))
@@ -91,7 +91,7 @@ class Permissions:
         log.warning("permission_left_out", extra={"event": event})
 
     async def keep(self) -> None:
-        """Ask for what changes at once and for everything again in time. Raises TurnError when the server is lost."""
+        """Request changes at once, and refresh all permissions in time. Raises TurnError when the server is lost."""
         loop = asyncio.get_running_loop()
         while True:
             next_due = min(self._due.values(), default=math.inf)
@@ -103,16 +103,18 @@ class Permissions:
             await self.ask()
 
     async def ask(self) -> None:
-        """Ask for every permission that is due now, or nearly. Raises TurnError when the server is lost."""
+        """Request every permission that is due now or soon. Raises TurnError when the server is lost."""
         self._changed.clear()
         for address in self._wanted - self._due.keys():
             if (FAMILY_IPV6 if ":" in address else FAMILY_IPV4) != self.family:
-                self._refuse(address, "it is of the other family than the relayed address", math.inf)
+                self._refuse(address, "its family is not that of the relayed address", math.inf)
         now = asyncio.get_running_loop().time()
-        soon = now + self._refresh_s / 10  # a few requests together instead of a dribble
+        soon = now + self._refresh_s / 10  # a few requests together instead of many single ones
         due = sorted(a for a in self._wanted if self._due.get(a, now) <= (now if a in self.refused else soon))
         good = [address for address in due if address not in self.refused]
-        bad = [address for address in due if address in self.refused]  # each alone: it would spoil the others
+        bad = [
+            address for address in due if address in self.refused
+        ]  # each alone: one bad address fails a whole request
         for at in range(0, len(good), PERMISSIONS_PER_REQUEST):
             await self._ask_for(good[at : at + PERMISSIONS_PER_REQUEST])
         for address in bad:
@@ -133,13 +135,13 @@ class Permissions:
             if len(batch) == 1:
                 self._refuse(batch[0], exc.detail, self._refused_retry_s)
                 return
-            # One bad address fails the whole request (RFC 8656, section 10.2): halve until it is found.
+            # One bad address fails the whole request (RFC 8656, section 10.2): bisect to find it.
             middle = len(batch) // 2
             await self._ask_for(batch[:middle])
             await self._ask_for(batch[middle:])
             return
         due = asyncio.get_running_loop().time() + self._refresh_s
-        for address in self._wanted.intersection(batch):  # some may have gone meanwhile
+        for address in self._wanted.intersection(batch):  # some may have been removed meanwhile
             self._due[address] = due
             self.refused.pop(address, None)
 

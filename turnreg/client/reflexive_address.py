@@ -1,4 +1,4 @@
-"""The address that a TURN server sees us come from, learnt by a STUN Binding over TCP (RFC 8489, section 7.2.2)."""
+"""Our address as a TURN server sees it, found by a STUN Binding over TCP (RFC 8489, section 7.2.2)."""
 
 import asyncio
 
@@ -8,17 +8,17 @@ from turnreg.client.control_connection import TurnError, TurnReason, describe, r
 from turnreg.stun.message import Attribute, MessageClass, Method, StunError
 
 MAX_OTHER_MESSAGES = 16
-"""How many messages that are not our answer are read before we stop believing that it will come."""
+"""How many other messages are read before we stop waiting for the answer."""
 
 
 async def mapped_address(address: str, port: int, timeout_s: float = 5.0, dial: Dial = connect) -> str:
-    """Ask the STUN server at an IP address over a new TCP connection which IP address we come from.
+    """Return our IP address as the STUN server at this IP address sees it, over a new TCP connection.
 
-    Permissions on that server are for this address. Binding needs no credentials. The whole takes at most `timeout_s`; `dial` is
-    what connects, by TLS for instance.
+    A permission on that server must name this address. Binding needs no credentials. Takes at most `timeout_s` in all. `dial` makes
+    the connection, for instance over TLS.
 
     Raises:
-        TurnError: no connection, no answer, or none that says it.
+        TurnError: no connection, no answer, or an answer without the address.
     """
     try:
         async with asyncio.timeout(timeout_s):

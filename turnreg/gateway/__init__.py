@@ -1,1 +1,1 @@
-"""The gateway: takes streams from other networks' relays and delivers them to services of its own network."""
+"""The gateway: accepts streams from relays of other networks and delivers them to services of its own network."""

@@ -1,12 +1,13 @@
-"""Streams whose service sleeps are held: its trigger runs once, and they wait for an endpoint that answers.
+"""Waking services on demand: streams for a sleeping service are held while its trigger runs once.
 
     stream ──▶ dialer: no endpoint, or none answers ──▶ held, until `timeout_s` from its arrival
                                                        └─▶ the rule's trigger, once for all streams of that service
-    each change of the mesh, and ten times a second ──▶ one of the held streams tries ──▶ it gets through: so do all others
+    each change of the mesh, and ten times a second ──▶ one of the held streams tries ──▶ if it connects, all others do
 
-A trigger that succeeded is not run again for `cooldown_s`; after one that failed streams are refused at once, for a while that
-doubles with every failure in a row. The relay is told how long it may take (WAITING), or it would give up after LIMIT_OPENED_S; it
-gives LIMIT_WAITING_S at most. A trigger may take longer than that, and a later stream finds the service awake.
+A trigger that succeeded does not run again for `cooldown_s`. After a trigger that failed, streams are refused at once, for a time
+that doubles with every failure in a row. The relay is told how long it may have to wait (WAITING), since it would otherwise give up
+after LIMIT_OPENED_S; it waits LIMIT_WAITING_S at most. A trigger may take longer than that; a later stream then finds the service
+awake.
 """
 
 import asyncio
@@ -30,58 +31,58 @@ from turnreg.gateway.service_dialer import ServiceConnection, ServiceDialer, Und
 log = logging.getLogger(__name__)
 
 MAX_TIMEOUT_S = LIMIT_WAITING_S
-"""What a relay waits, on top of what it waits anyway."""
+"""How much longer a relay waits after WAITING than it does anyway."""
 
 DEFAULT_TIMEOUT_S = 30.0
-"""A container on a machine that is there. Many clients give up by then."""
+"""Enough for a container on a machine that is running. Many clients give up by then."""
 DEFAULT_RUN_TIMEOUT_S = 30.0
 DEFAULT_COOLDOWN_S = 30.0
 DEFAULT_MAX_HELD = 1024
 DEFAULT_MAX_HELD_PER_SERVICE = 256
 
 LOOK_EVERY_S = 0.1
-"""How often a service is polled while streams wait: nothing announces a port that begins to accept."""
+"""Period of polling a service while streams wait: there is no event for a port that starts to accept."""
 
 PAUSE_S = 0.01
-"""Shortest time between two polls: a mesh that changes constantly must not make us dial constantly."""
+"""Shortest time between two polls, so that a mesh that changes all the time does not make us dial all the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationRule:
-    """How some services are woken."""
+    """How services with certain names are woken."""
 
     names: tuple[NamePattern, ...]
-    """Names of services, as their records have them."""
+    """Names of services, as in their records."""
     trigger: Trigger
     timeout_s: float = DEFAULT_TIMEOUT_S
-    """How long a stream is held, from its arrival; at most MAX_TIMEOUT_S."""
+    """How long a stream is held, counted from its arrival; at most MAX_TIMEOUT_S."""
     run_timeout_s: float = DEFAULT_RUN_TIMEOUT_S
-    """How long the trigger may take."""
+    """Timeout for the trigger."""
     cooldown_s: float = DEFAULT_COOLDOWN_S
-    """From its success to the next time."""
+    """How long the trigger does not run again after a success."""
     max_held: int = DEFAULT_MAX_HELD_PER_SERVICE
-    """Streams held for one service."""
+    """Most streams held for one service."""
 
 
 @dataclass(slots=True, eq=False)
 class WakeState:
-    """A service that is being woken, or was lately."""
+    """State of a service that is being woken, or was woken recently."""
 
     held: int = 0
     leading: bool = False
-    """One of the held streams polls for all."""
+    """One of the held streams polls the service for all of them."""
     answers: int = 0
-    """How often one of them got through."""
+    """How often the stream that polls has connected."""
     running: bool = False
     failures: int = 0
     failed: bool = False
-    """The last run did; not while there is another."""
+    """The last run failed. False while another one runs."""
     rest_until: float = 0.0
-    """No run before that time of the loop."""
+    """No run before this time of the loop's clock."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the service may have become reachable: poll it now."""
     leader_done: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the stream that polls for all has got through or given up; a new event each time."""
+    """Set when the stream that polls has connected or given up. A new event each time."""
 
     def wake_followers(self) -> None:
         """Wake the streams that wait for the one that polls."""
@@ -89,7 +90,7 @@ class WakeState:
         self.leader_done = asyncio.Event()
 
     def is_forgettable(self, now: float, longest_pause_s: float) -> bool:
-        """Tell whether this state is no different from a new one. Failures count until the longest pause is over."""
+        """Tell whether this state can be dropped. After failures it is kept until the longest pause is over, too."""
         return not self.held and not self.running and now > self.rest_until + (longest_pause_s if self.failures else 0)
 
 
@@ -98,7 +99,7 @@ async def _nobody(_seconds: float) -> None:
 
 
 class Activation:
-    """A ServiceDialer that wakes services. `group` is set while the gateway runs; without it nothing is woken."""
+    """Wraps a ServiceDialer and wakes services. `group` is set while the gateway runs; without it nothing is woken."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class Activation:
         self._network = network
         self.reconfigure(rules, max_held)
         self.group: asyncio.TaskGroup | None = None
-        """Where triggers run: they outlive the streams that they are run for."""
+        """Where triggers run: a trigger outlives the stream that started it."""
         self._slots = asyncio.Semaphore(limits.max_triggers)
         self._backoff = limits.trigger_backoff
         self._wake_states: dict[str, WakeState] = {}
@@ -140,20 +141,20 @@ class Activation:
         held.set_function(lambda: self._held)
 
     def reconfigure(self, rules: tuple[ActivationRule, ...], max_held: int) -> None:
-        """Go by these for streams to come."""
+        """Use these for new streams."""
         self._rules = rules
         self._max_held = max_held
 
     async def connect(
         self, preamble: Preamble, on_held: Callable[[float], Awaitable[None]] = _nobody
     ) -> ServiceConnection:
-        """Connect to what a proven preamble asks for, and wake it if it sleeps.
+        """Connect to the target of a verified preamble, and wake its service if necessary.
 
         Args:
-            on_held: told when the stream begins to wait, and for how many seconds at most.
+            on_held: called when the stream starts to wait, with the most seconds that this will take.
 
         Raises:
-            Undeliverable: as ServiceDialer.connect, and overloaded; no_endpoint for a service that did not wake.
+            Undeliverable: as ServiceDialer.connect; also overloaded, and no_endpoint for a service that did not wake.
         """
         until = asyncio.get_running_loop().time()
         try:
@@ -162,7 +163,7 @@ class Activation:
             rule = self._rule_for(error.asleep) if error.asleep else None
             if rule is None:
                 raise
-            failure = error.with_traceback(None)  # which would hold this frame
+            failure = error.with_traceback(None)  # a traceback would keep this frame alive
         until += rule.timeout_s
         try:
             delivered = await self._hold(failure, rule, preamble, until, on_held)
@@ -188,7 +189,7 @@ class Activation:
         if wake.failed and now < wake.rest_until:
             raise _no_endpoint(failure)
         if self._held >= self._max_held or wake.held >= rule.max_held:
-            raise Undeliverable(Reason.OVERLOADED, f"{wake.held} streams wait for {failure.asleep} already")
+            raise Undeliverable(Reason.OVERLOADED, f"{wake.held} streams already wait for {failure.asleep}")
         if not wake.running and now >= wake.rest_until:
             self._begin(failure.asleep, rule, wake)
         if self._held == 0:
@@ -223,7 +224,7 @@ class Activation:
             wake.changed.set()
 
     async def _wait_for_service(self, wake: WakeState, failure: Undeliverable, preamble: Preamble) -> ServiceConnection:
-        """Wait until it is this stream's turn to poll for all, or until another gets through."""
+        """Wait until another stream has connected, or become the one that polls for all."""
         while True:
             if not wake.leading:
                 wake.leading = True
@@ -267,7 +268,7 @@ class Activation:
         running = self._run(service, rule, wake)
         try:
             self.group.create_task(running)
-        except RuntimeError:  # the gateway has just ended
+        except RuntimeError:  # the gateway has just stopped
             running.close()
             return
         wake.running = True
@@ -283,7 +284,7 @@ class Activation:
                 await fire(rule.trigger, service, self._network, timeout_s=rule.run_timeout_s)
         except TriggerError as error:
             result, detail = "timeout" if error.timed_out else "failed", error.detail
-        except Exception as error:  # one trigger's defect must not end the gateway
+        except Exception as error:  # a bug in one trigger must not end the gateway
             log.exception("activation_error", extra={"event": {"service": service}})
             result, detail = "failed", str(error)
         finally:
@@ -306,5 +307,5 @@ class Activation:
 
 
 def _no_endpoint(failure: Undeliverable) -> Undeliverable:
-    # What the trigger said is in our log; the other network, to which this goes, has no business with it.
+    # The trigger's output is in our log only: this detail is sent to another network.
     return Undeliverable(Reason.NO_ENDPOINT, f"{failure.detail}; waking it failed")

@@ -1,4 +1,4 @@
-"""What wakes a sleeping service: a command that is run, or an HTTP call that is made; bounded in time and in what it may say."""
+"""Triggers that wake a sleeping service: a command or an HTTP call. Time and reported output are bounded."""
 
 import asyncio
 import os
@@ -14,15 +14,15 @@ from typing import Final, TypeAlias
 import aiohttp
 
 MAX_SAID = 160
-"""Bytes of the end of what a command prints, or the beginning of what a server answers, that a failure repeats."""
+"""Bytes of output in an error: the end of what a command printed, or the start of a server's answer."""
 
 _READ_BYTES: Final = 64 * 1024
 _REAP_TIMEOUT_S: Final = 1.0
-"""For the kernel to end what was killed."""
+"""Time for the kernel to end a killed process."""
 
 
 class TriggerError(Exception):
-    """The service was not woken. `timed_out` tells a call that was cut at its deadline from one that failed."""
+    """The service was not woken. `timed_out` is true if the trigger ran into its deadline."""
 
     def __init__(self, detail: str, *, timed_out: bool = False) -> None:
         super().__init__(detail)
@@ -32,9 +32,9 @@ class TriggerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A program and its arguments, run without a shell. It has to end by itself: what it leaves running is no longer ours.
+    """A program and its arguments, run without a shell. It has to exit by itself; processes that it leaves behind are not tracked.
 
-    CROSSNET_SERVICE and CROSSNET_NETWORK in its environment say what to wake.
+    The environment variables CROSSNET_SERVICE and CROSSNET_NETWORK say what to wake.
     """
 
     argv: tuple[str, ...]
@@ -42,15 +42,15 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpCall:
-    """A request whose headers Crossnet-Service and Crossnet-Network say what to wake. Any 2xx answer is a success."""
+    """An HTTP request. The headers Crossnet-Service and Crossnet-Network say what to wake. Any 2xx answer is a success."""
 
     url: str
     method: str = "POST"
     body: str = ""
     content_type: str = "application/json"
-    """Of the body, if there is one."""
+    """Content-Type of the body, if there is one."""
     ca: Path | None = None
-    """Verifies the server; the system's authorities by default."""
+    """Authorities that verify the server; the system's by default."""
     token: str | None = field(default=None, repr=False)
     """Sent as a bearer token."""
 
@@ -59,10 +59,10 @@ Trigger: TypeAlias = Command | HttpCall
 
 
 async def fire(trigger: Trigger, service: str, network: str, *, timeout_s: float) -> None:
-    """Wake a service, or fail in that time. Cancelling ends the command.
+    """Run a trigger for a service within `timeout_s`. Cancelling kills a command.
 
     Raises:
-        TriggerError: it could not be run or called, said no, or took too long.
+        TriggerError: the trigger could not be started, failed, or took too long.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -75,12 +75,12 @@ async def fire(trigger: Trigger, service: str, network: str, *, timeout_s: float
 
 
 async def _run(command: Command, environment: Mapping[str, str]) -> None:
-    # A pipe of our own: what the command leaves running may hold it open, and the command has ended all the same.
+    # A pipe of our own: a process that the command leaves behind may keep it open after the command has ended.
     reading, writing = os.pipe()
     said = bytearray()
 
     def read() -> bool:
-        """Take what there is; False when there is no more for now."""
+        """Read what is available; False if there is nothing more for now."""
         try:
             piece = os.read(reading, _READ_BYTES)
         except BlockingIOError:
@@ -110,7 +110,8 @@ async def _run(command: Command, environment: Mapping[str, str]) -> None:
 
 
 def _started(command: Command, environment: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:
-    """Start it with nothing of ours open: uvloop would hand on what it was handed itself, such as listening sockets."""
+    """Start the command without our descriptors. uvloop's subprocess would pass on inheritable ones, such as listening sockets that
+    this process was handed."""
     try:
         return subprocess.Popen(
             command.argv,
@@ -129,16 +130,16 @@ async def _ended(process: subprocess.Popen[bytes]) -> int:
     exited = asyncio.Event()
     try:
         watched = os.pidfd_open(process.pid)
-    except OSError as error:  # a kernel before 5.3, no descriptor left, or a sandbox that forbids it
+    except OSError as error:  # a kernel before 5.3, no descriptor left, or forbidden by a sandbox
         process.kill()
         process.wait()
         raise TriggerError(f"the command cannot be watched: {error.strerror}") from error
     loop.add_reader(watched, exited.set)
     try:
         await exited.wait()
-    except asyncio.CancelledError:  # its deadline, or ours
+    except asyncio.CancelledError:  # by its timeout, or because we stop
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # a session of its own: the program and all that it started
+            os.killpg(process.pid, signal.SIGKILL)  # it has a session of its own: the program and all that it started
         with suppress(TimeoutError):
             async with asyncio.timeout(_REAP_TIMEOUT_S):
                 await exited.wait()
@@ -147,7 +148,7 @@ async def _ended(process: subprocess.Popen[bytes]) -> int:
         loop.remove_reader(watched)
         os.close(watched)
         code = process.poll()
-    assert code is not None, "its descriptor is readable when it can be waited for"
+    assert code is not None, "a pidfd is readable once the process can be waited for"
     return code
 
 
@@ -158,7 +159,7 @@ async def _call(call: HttpCall, headers: dict[str, str]) -> None:
     if call.token is not None:
         headers["Authorization"] = f"Bearer {call.token}"
     try:
-        # Loading all of the system's authorities takes tens of milliseconds.
+        # In a thread: loading all of the system's authorities takes tens of milliseconds.
         context = await asyncio.to_thread(ssl.create_default_context, cafile=call.ca)
         async with (
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context), auto_decompress=False) as session,

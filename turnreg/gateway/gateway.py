@@ -1,7 +1,7 @@
-"""The gateway: takes streams that arrive from other networks' relays and delivers them to services of its own network.
+"""The gateway: accepts streams from relays of other networks and delivers them to services of its own network.
 
-A stream reaches a service only after its preamble is proven, its ClientHello is the one that was signed for, and the address that
-is about to be dialled passes `allow`, the refused ranges and the loop guard (sniproxy's capsules carry everything after that).
+A stream reaches a service only if its preamble is verified, its ClientHello is the one that was signed, and the address to dial
+passes `allow`, the refused ranges and the loop guard. After that, its bytes are carried in sniproxy's capsules.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class Gateway:
-    """One gateway. Streams come by `take`, from the acceptor of each transport; that of its own listeners runs here."""
+    """One gateway. The acceptor of each transport passes connections to `take`; the one for direct connections runs here."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Gateway:
         self.config = config
         self.endpoints = endpoints or EndpointDialer("gateway", registry)
         self.epoch = os.urandom(EPOCH_SIZE)
-        """What relays sign, and records tell: no preamble that was made for another process counts here."""
+        """Random value that our records publish and relays sign, so that no preamble made for another process is valid here."""
         self._handshakes = InboundHandshakes(
             keys,
             config.network,
@@ -94,13 +94,13 @@ class Gateway:
         self.ledger = StreamLog("gateway", registry)
         self._metrics = GatewayMetrics(registry, warm=self._warm, remembered=self._handshakes.remembered)
         self._direct = DirectAcceptor(config.id, config.listen)
-        self._streams: collections.Counter[str] = collections.Counter()  # by network, those that have signed
+        self._streams: collections.Counter[str] = collections.Counter()  # verified streams by network
         self._lingering = 0
         self._group: asyncio.TaskGroup | None = None
         self._closed = asyncio.Event()
 
     def reconfigure(self, config: GatewayConfig, keys: Mapping[str, SigningKey]) -> None:
-        """Go by these from now on: streams that are open keep what they began with, listeners stay where they are."""
+        """Use these settings from now on. Open streams keep theirs, and listeners do not change."""
         self.config = config
         self._handshakes.reconfigure(keys, require_epoch=config.require_epoch)
         self._service_dialer.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
@@ -108,23 +108,23 @@ class Gateway:
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
-        """Where it listens for relays that connect directly."""
+        """Addresses and ports where relays can connect directly."""
         return self._direct.addresses
 
     async def open(self, inherited: Callable[[str, int], socket.socket | None] = lambda _address, _port: None) -> None:
-        """Bind every listening address. OSError names the one that failed; none stays open then.
+        """Bind every listening address. Raises OSError, which names the address that failed; then none stays open.
 
         Args:
-            inherited: gives a socket that listens there already, of the process that we come after.
+            inherited: returns a socket that already listens there, from the process that we replace.
         """
         await self._direct.open(inherited)
 
     def listening(self) -> list[tuple[tuple[str, int], int]]:
-        """The listening sockets by their configured address and port, for a process that comes after us."""
+        """Return configured address and port and descriptor of the listening sockets, for a process that replaces us."""
         return self._direct.listening()
 
     async def run(self) -> None:
-        """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
+        """Serve until `close` is called and the last stream has ended. Cancelling ends the streams."""
         unwatch = self._service_dialer.watch()
         try:
             async with asyncio.TaskGroup() as group:
@@ -137,31 +137,31 @@ class Gateway:
             self.close()
 
     def hold(self) -> None:
-        """Keep relays that connect directly in the listeners' queues until `accept`. Call it before `run`."""
+        """Leave direct connections in the listeners' queues until `accept` is called. Call this before `run`."""
         self._direct.hold()
 
     def accept(self) -> None:
-        """Let them in."""
+        """Accept direct connections after `hold`."""
         self._direct.accept()
 
     def stop_listening(self) -> None:
-        """Stop listening for relays that connect directly; streams through TURN servers are still taken."""
+        """Close the listeners for direct connections. Streams through TURN servers are still accepted."""
         self._direct.close()
 
     def close(self) -> None:
-        """Take no more streams. Open ones go on, and may still get their second connection."""
+        """Accept no more streams. Open streams continue and may still get their second connection."""
         self._closed.set()
         self._warm.close()
         self.stop_listening()
 
     def take(self, accepted: Accepted) -> None:
-        """Take a connection that came in by one of the transports."""
+        """Serve a connection that one of the transports has accepted."""
         serving = self._serve_safely(accepted)
         try:
             if self._group is None:
                 raise RuntimeError("not running")
             task = self._group.create_task(serving)
-        except RuntimeError:  # not running, or the last stream has just ended
+        except RuntimeError:  # not running, or just stopped after the last stream
             serving.close()
             accepted.stream.close()
             return
@@ -171,7 +171,7 @@ class Gateway:
     async def _serve_safely(self, accepted: Accepted) -> None:
         try:
             await self._serve(accepted)
-        except Exception:  # one stream's defect must not end the gateway
+        except Exception:  # a bug in one stream must not end the gateway
             log.exception("stream_error", extra={"event": {"addressee": accepted.addressee}})
             accepted.stream.close()
 
@@ -197,20 +197,20 @@ class Gateway:
                     self.ledger.close(arrival.record, reason)
                 else:
                     self.ledger.drop(arrival.record)
-            if told is not None:  # no stream any more: it keeps nobody else out
+            if told is not None:  # it no longer counts as a stream, so it keeps no other stream out
                 await self._refuse(arrival.framed, *told)
         finally:
             if not arrival.handed_over:
                 wire.close()
 
     def _note_refused(self, wire: ByteStream, refusal: StreamRefused) -> None:
-        """Log why a connection ended that is no stream: a second one, or one that was kept ready."""
+        """Log why a connection ended that is not a stream: a second connection or a warm one."""
         self._metrics.refused(refusal.reason)
         event = {"peer": wire.peer[0], "reason": refusal.reason.value, "detail": refusal.detail}
         log.info("connection_refused", extra={"event": event})
 
     def _open_record(self, wire: ByteStream, came_by: Mapping[str, str]) -> StreamRecord:
-        # Until the preamble is proven a stream has an id of our own, so that its log line can be told from others.
+        # Until the preamble is verified, a stream has a random id, so that its log line can be distinguished.
         record = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
         task = asyncio.current_task()
         assert task is not None
@@ -218,49 +218,49 @@ class Gateway:
         return record
 
     async def _carry(self, arrival: InboundStream) -> Reason:
-        """Take one connection from its first byte to its end. Raises StreamRefused."""
+        """Serve one connection from its first byte to its end. Raises StreamRefused."""
         match await self._in_time(arrival, self._prove(arrival), self.config.hello_timeout_s):
             case WarmPreamble(from_network=network):
                 return await self._keep_warm(arrival, network)
             case Preamble(continues=True):
-                return Reason.OK  # its stream has it now
+                return Reason.OK  # it was handed over to its stream
             case Preamble() as preamble:
                 return await self._bridge(arrival, preamble, await self._deliver(arrival, preamble))
 
     async def _prove(self, arrival: InboundStream) -> Preamble | WarmPreamble:
-        """Read what a connection is for, and the ClientHello of a stream; hand a second connection over."""
+        """Read and verify the preamble. Then read the ClientHello of a stream, or hand a second connection over to its stream."""
         proven = await self._handshakes.prove(arrival)
         is_second = isinstance(proven, Preamble) and proven.continues
         if self._closed.is_set() and not is_second:
-            raise StreamRefused(Reason.DRAINING, "this gateway takes no more streams")
+            raise StreamRefused(Reason.DRAINING, "this gateway accepts no more streams")
         if isinstance(proven, Preamble):
             await (self._hand_over(arrival, proven) if is_second else self._begin(arrival, proven))
         return proven
 
     async def _begin(self, arrival: InboundStream, preamble: Preamble) -> None:
-        """Take a stream in, and read its ClientHello."""
+        """Admit a stream, and read its ClientHello."""
         self._admit(arrival, preamble.from_network)
         if not arrival.framed.ends.ready:
             await arrival.framed.send(Ready())
         await read_hello(arrival, preamble, self.config.max_hello_bytes)
 
     async def _in_time(self, arrival: InboundStream, reading: Awaitable[T], limit_s: float | None) -> T:
-        """Read what opens a stream within `limit_s`. Raises StreamRefused, which says what the relay did instead."""
+        """Await `reading` for at most `limit_s`. Raises StreamRefused for what the relay did wrong."""
         try:
             async with asyncio.timeout(limit_s):
                 return await reading
         except TimeoutError:
             missing = "preamble" if arrival.preamble is None else "ClientHello"
-            detail = f"no whole {missing} in {limit_s} s"
+            detail = f"no complete {missing} in {limit_s} s"
             raise StreamRefused(Reason.HELLO_TIMEOUT, detail, tell=arrival.preamble is not None) from None
         except CapsuleError as error:
-            # A flood would go on over whatever we say.
+            # A relay that floods us would not read our answer.
             raise StreamRefused(error.reason, str(error), tell=error.reason is not Reason.FLOOD) from error
         except (OSError, EOFError) as error:
-            raise StreamRefused(Reason.TRUNCATED, "cut before the ClientHello was whole", tell=False) from error
+            raise StreamRefused(Reason.TRUNCATED, "cut before the ClientHello was complete", tell=False) from error
 
     async def _deliver(self, arrival: InboundStream, preamble: Preamble) -> ServiceConnection:
-        """Connect to the service, awake or not, and tell the relay. Raises StreamRefused."""
+        """Connect to the service, waking it if necessary, and send OPENED. Raises StreamRefused."""
         record = arrival.record
         record.mark("hello")
         record.state = "dialling"
@@ -281,7 +281,7 @@ class Gateway:
         return service
 
     async def _bridge(self, arrival: InboundStream, preamble: Preamble, service: ServiceConnection) -> Reason:
-        """Carry the stream until it ends, which the bridge never does by an exception; returns how."""
+        """Carry the stream until it ends, and return how it ended. The bridge raises no exceptions."""
         with self._second_connections.expected(preamble) as second:
             bridge = StreamBridge(
                 service.wire,
@@ -292,18 +292,18 @@ class Gateway:
                 first=bytes(arrival.data),
                 second=second if arrival.accepted.traits.needs_second_connection else None,
             )
-            arrival.data.clear()  # for as long as the stream lives
+            arrival.data.clear()  # `arrival` lives as long as the stream
             arrival.record.carry(up=bridge.inbound, down=bridge.outbound)
             return await bridge.run()
 
     async def _held(self, arrival: InboundStream, seconds: float) -> None:
-        """Tell the relay that it takes longer."""
+        """Tell the relay that opening the stream takes longer."""
         arrival.record.state = "held"
-        with suppress(OSError):  # a cut is found when there is something to say
+        with suppress(OSError):  # a lost connection is noticed at the next send
             await arrival.framed.send(Waiting(math.ceil(seconds)))
 
     def _admit(self, arrival: InboundStream, network: str) -> None:
-        """Count a stream whose relay has proven itself. Raises StreamRefused if there are too many."""
+        """Count a verified stream. Raises StreamRefused if there are too many."""
         most, each = self.config.max_streams, self.config.max_streams_per_network
         if len(self.ledger) - len(self._handshakes) > most:
             raise StreamRefused(Reason.OVERLOADED, f"{most} streams are open: gateway.max_streams")
@@ -315,11 +315,11 @@ class Gateway:
         arrival.counted = True
 
     async def _hand_over(self, arrival: InboundStream, preamble: Preamble) -> None:
-        """Give a second connection to its stream."""
+        """Hand a second connection over to its stream."""
         arrival.is_stream = False
         lost = "it continues a stream that is not open here"
         if not arrival.accepted.traits.needs_second_connection or not self._second_connections.awaits(preamble):
-            # Before READY, so that its relay does not send the rest of an upload here.
+            # Refused before READY, so that its relay does not send the rest of an upload here.
             raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
         await arrival.framed.send(Ready())
         if not self._second_connections.bring(preamble, arrival.framed):
@@ -327,7 +327,7 @@ class Gateway:
         arrival.handed_over = True
 
     async def _keep_warm(self, arrival: InboundStream, network: str) -> Reason:
-        """Keep a connection ready until its relay brings a stream or goes, and take that stream."""
+        """Keep a connection ready until its relay opens a stream on it or closes it; serve that stream."""
         full = self._warm.refusal(network, self._handshakes.networks)
         if full is not None:
             raise StreamRefused(Reason.OVERLOADED, full)
@@ -346,7 +346,7 @@ class Gateway:
         return await self._bridge(arrival, opening, await self._deliver(arrival, opening))
 
     async def _refuse(self, framed: CapsuleConnection, reason: Reason, detail: str) -> None:
-        """Say why, and give that time to arrive: a close right behind it would overtake it in a TURN server."""
+        """Send REFUSED, and give it time to arrive: in a TURN server, an immediate close could overtake it."""
         try:
             await framed.send(Refused(reason.value, detail))
         except OSError:

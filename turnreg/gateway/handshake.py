@@ -1,4 +1,4 @@
-"""Streams that arrive at a gateway, up to the end of their ClientHello: each must first prove who sends it and what it asks for."""
+"""The start of a stream at the gateway, up to the end of its ClientHello: its preamble must prove who sends it and where to."""
 
 import time
 from collections.abc import Mapping
@@ -22,13 +22,14 @@ from sniproxy.tunnel.preamble import (
 from sniproxy.tunnel.verify import PreambleVerifier, ReplayCache, check_hello
 
 _PREAMBLE_START = 16
-"""A PROXY v2 header says its length in its first 16 bytes."""
+"""The first 16 bytes of a PROXY v2 header contain its length."""
 
 
 class StreamRefused(Exception):
-    """A stream that we end on purpose. `told` is the reason and detail that its relay gets; None: nothing.
+    """A stream is refused. `told` is the reason and detail that its relay is sent, or None if it is sent nothing.
 
-    `tell` is for relays that have proven themselves, or that speak our protocol; `told` is for them where it is not what we log.
+    `tell` is false for peers that are not verified and do not speak our protocol. Pass `told` to send something other than what is
+    logged.
     """
 
     def __init__(
@@ -42,26 +43,26 @@ class StreamRefused(Exception):
 
 @dataclass(slots=True)
 class InboundStream:
-    """What is known of a stream while it is being opened."""
+    """State of a connection while it opens a stream."""
 
     framed: CapsuleConnection
     accepted: Accepted
-    """How it came in."""
+    """The connection and its transport."""
     record: StreamRecord
     is_stream: bool = True
-    """False for the second connection of a stream, and while it is only kept ready: those have no record."""
+    """False for a second connection, and while a connection is only kept ready: these have no record."""
     preamble: Preamble | None = None
     counted: bool = False
-    """Whether it is one of its network's streams."""
+    """It is counted as a stream of its network."""
     handed_over: bool = False
-    """It is a second connection that its stream has taken over, and closes."""
+    """A second connection now belongs to its stream, which closes it."""
     evicted: bool = False
-    """Closed by us to make room before it had proven anything."""
+    """We closed it to make room before it had sent a complete preamble."""
     data: bytearray = field(default_factory=bytearray)
 
 
 class InboundHandshakes:
-    """Connections that have not proven anything yet, and the proof."""
+    """Verifies preambles, and bounds the connections that have not sent one yet."""
 
     def __init__(
         self, keys: Mapping[str, SigningKey], network: str, *, epoch: bytes, require_epoch: bool, max_unproven: int
@@ -75,28 +76,28 @@ class InboundHandshakes:
 
     @property
     def keys(self) -> Mapping[str, SigningKey]:
-        """The keys of all directions, by their ids."""
+        """Keys by id, those of other directions included."""
         return self._verifier.keys
 
     @property
     def networks(self) -> int:
-        """How many networks may come in."""
+        """Number of networks that have a key for us."""
         return self._verifier.networks
 
     @property
     def remembered(self) -> ReplayCache:
-        """The preambles that must not come again."""
+        """The preambles seen recently, which must not be accepted again."""
         return self._verifier.replays
 
     def reconfigure(self, keys: Mapping[str, SigningKey], *, require_epoch: bool) -> None:
-        """Go by these from now on."""
+        """Use these from now on."""
         self._verifier.keys, self._verifier.require_epoch = keys, require_epoch
 
     async def prove(self, arrival: InboundStream) -> Preamble | WarmPreamble:
-        """Read the preamble, in competition with strangers that send none.
+        """Read and verify the preamble. If too many connections do this at once, the oldest one is closed.
 
         Raises:
-            StreamRefused: it is none, or not proven.
+            StreamRefused: not a preamble, or not a valid one.
             EOFError, OSError: the connection ended before.
         """
         self._unproven[id(arrival)] = arrival
@@ -104,12 +105,12 @@ class InboundHandshakes:
             if len(self._unproven) > self._max_unproven:
                 oldest = self._unproven.pop(next(iter(self._unproven)))
                 oldest.evicted = True
-                oldest.framed.stream.close()  # wakes its task
+                oldest.framed.stream.close()  # its task's read fails
             return await self._read_preamble(arrival)
         except OSError as error:
             if not arrival.evicted:
                 raise
-            detail = f"{self._max_unproven} connections have not proven anything, and this was the oldest"
+            detail = f"{self._max_unproven} connections have sent no complete preamble, and this was the oldest"
             raise StreamRefused(Reason.OVERLOADED, detail, tell=False) from error
         finally:
             self._unproven.pop(id(arrival), None)
@@ -129,7 +130,7 @@ class InboundHandshakes:
         return self.verify(arrival, header)
 
     def verify(self, arrival: InboundStream, header: bytes) -> Preamble | WarmPreamble:
-        """Return what a whole header says. Raises StreamRefused where it is not proven."""
+        """Verify a complete header and return its preamble. Raises StreamRefused if it is not valid."""
         try:
             preamble = self._verifier.verify(
                 header, addressee=arrival.accepted.addressee, now_ms=time.time_ns() // 1_000_000
@@ -151,10 +152,10 @@ class InboundHandshakes:
 
 
 async def read_hello(arrival: InboundStream, preamble: Preamble, max_hello_bytes: int) -> None:
-    """Read up to the end of the ClientHello, which must be the one that was signed for.
+    """Read to the end of the ClientHello, and check that it is the one that was signed.
 
     Raises:
-        StreamRefused: it is not, or none.
+        StreamRefused: it is another one, or not a ClientHello.
         CapsuleError: the relay broke the protocol.
         EOFError, OSError: the connection ended before.
     """

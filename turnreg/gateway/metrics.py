@@ -1,4 +1,4 @@
-"""What a gateway counts beside its streams."""
+"""Metrics of a gateway, other than those of its streams."""
 
 from collections.abc import Sized
 
@@ -9,10 +9,10 @@ from sniproxy.tunnel.verify import ReplayCache
 
 
 class GatewayMetrics:
-    """Counters and gauges of one gateway; every label is there from the start."""
+    """Counters and gauges of one gateway; every label exists from the start."""
 
     def __init__(self, registry: CollectorRegistry, *, warm: Sized, remembered: ReplayCache) -> None:
-        """Register them. `warm` are the connections that relays keep ready, `remembered` the preambles of late."""
+        """Register the metrics. `warm`: the connections that relays keep ready. `remembered`: the recent preambles."""
         ready = Gauge("crossnet_gateway_warm_streams", "Connections that relays keep ready.", registry=registry)
         ready.set_function(lambda: len(warm))
         self._refused = Counter(
@@ -30,5 +30,5 @@ class GatewayMetrics:
         preambles.labels("largest_network").set_function(remembered.largest)
 
     def refused(self, reason: Reason) -> None:
-        """Count a connection that is no stream and was ended."""
+        """Count a refused connection that is not a stream."""
         self._refused.labels(reason.value).inc()

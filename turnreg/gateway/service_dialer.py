@@ -1,4 +1,4 @@
-"""From the target in a preamble to a connected service: which address, whether it may be dialled, and the next one on failure."""
+"""Connecting to the target of a preamble: which address, whether it may be dialled, and the next one after a failure."""
 
 import asyncio
 import time
@@ -24,9 +24,10 @@ from sniproxy.tunnel.preamble import Preamble, decode_target
 
 
 class Undeliverable(Exception):
-    """No service was reached. `reason` says whether another gateway may be asked.
+    """No service was reached. `reason` decides whether the relay may try another gateway.
 
-    `asleep` is the name of a service that has this port but nothing that answers there, and that this stream may go to.
+    `asleep` is the name of the service if waking it may help: it has this port, no endpoint answers, and the rules may admit the
+    stream.
     """
 
     def __init__(self, reason: Reason, detail: str, *, asleep: str = "") -> None:
@@ -38,22 +39,22 @@ class Undeliverable(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConnection:
-    """A connected service; a PROXY header that it asked for has been sent."""
+    """A connection to a service; the PROXY header has been sent if the service wants one."""
 
     wire: ByteStream
     address: Address
     port: int
     ms: int
-    """How long the dial took."""
+    """How long connecting took, in milliseconds."""
 
     @property
     def endpoint(self) -> str:
-        """The address and port as text."""
+        """Address and port as text."""
         return format_endpoint(self.address, self.port)
 
 
 class ServiceDialer:
-    """Dials services of one network for its gateway."""
+    """Connects to services of one network for its gateway."""
 
     def __init__(
         self,
@@ -76,28 +77,28 @@ class ServiceDialer:
         self._endpoints = endpoints
 
     def reconfigure(self, allow: TargetList, policy: Policy, *, dial_timeout_s: float) -> None:
-        """Go by these from the next dial on."""
+        """Use these from the next dial on."""
         self._allow = allow
         self._policy = policy
         self._dial_timeout_s = dial_timeout_s
 
     def watch(self) -> Callable[[], None]:
-        """Follow discovery, so that no endpoint is missed that comes and goes between two streams. Call the result to stop."""
+        """Follow discovery, so that endpoints that exist only between two streams are seen too. Call the result to stop."""
         self._follow(self._discovery.mesh)
         return self._discovery.subscribe(self._follow)
 
     async def connect(self, preamble: Preamble) -> ServiceConnection:
-        """Connect to what a proven preamble asks for, which must be what its name leads to.
+        """Connect to the target of a verified preamble. Its server name must lead to that target.
 
         Raises:
             Undeliverable: denied, no_endpoint, dial_failed or no_view; wrong_target, unknown_name, ambiguous_name or bad_name
-                where the name does not lead to the target.
+                if the name does not lead to the target.
         """
         where, port = decode_target(preamble.target)
         mesh = self._discovery.mesh
         self._follow(mesh)
         if not self._discovery.synced and (self._policy.rules or not len(mesh)):
-            raise Undeliverable(Reason.NO_VIEW, "this gateway has not heard from discovery and has no snapshot")
+            raise Undeliverable(Reason.NO_VIEW, "this gateway has no view of discovery yet and no snapshot")
         try:
             place = reached(preamble.authority, where, port, mesh, self._network, self._domain)
         except Unresolved as error:
@@ -148,7 +149,7 @@ class ServiceDialer:
             try:
                 connected = await attempts.connect(timeout_s=self._dial_timeout_s)
             except NoAnswer as error:
-                # An endpoint that was tried in vain says more about the service than one that never may be.
+                # A failed dial says more about the service than an endpoint that may not be dialled.
                 reason, detail = (Reason.DIAL_FAILED, error.detail) if error.detail else refused
                 raise Undeliverable(reason, detail) from None
             stream, endpoint = connected.stream, connected.endpoint
@@ -176,12 +177,12 @@ class ServiceDialer:
     ) -> tuple[Reason, str] | None:
         """Return why an endpoint may not be dialled now, None if it may."""
         if not self._is_current(target, address, port):
-            return Reason.NO_ENDPOINT, f"{format_endpoint(address, port)} is no endpoint any more"
+            return Reason.NO_ENDPOINT, f"{format_endpoint(address, port)} is no longer an endpoint"
         why = self._why_not(preamble, target, address, port)
         return None if why is None else (Reason.DENIED, f"{format_endpoint(address, port)} {why}")
 
     def _is_current(self, target: AddressTarget | ServiceTarget, address: Address, port: int) -> bool:
-        """Tell whether a service still has this endpoint, by the view of now: time passes between two dials."""
+        """Tell whether a service still has this endpoint in the current view: time passes between two dials."""
         self._follow(self._discovery.mesh)
         return isinstance(target, AddressTarget) or (address, port) in self._reach.endpoints(
             target.service, target.port
@@ -190,7 +191,7 @@ class ServiceDialer:
     def _why_not(
         self, preamble: Preamble, target: AddressTarget | ServiceTarget, address: Address, port: int
     ) -> str | None:
-        """Say why this address and port may not be dialled, None if it may."""
+        """Return why this address and port must not be dialled, None if it may be."""
         if not self._allow.allows(address, port):
             return "is not in gateway.allow"
         why = refusal(address, self._allow)
@@ -208,7 +209,7 @@ class ServiceDialer:
         return None if refused is None else f"may not be reached: gateway.rules: {refused}"
 
     def _not_imported(self, imports: str, address: Address, port: int) -> str | None:
-        """Return the service that an address belongs to, None if the relay's network imports it, or if it belongs to none."""
+        """Return the service that an address belongs to, None if it belongs to none or to one that the relay's network imports."""
         services = {owner.service for owner in self._reach.owners(address, port)}
         if not services:
             return None
@@ -230,7 +231,7 @@ class ServiceDialer:
 
 @lru_cache(64)
 def _read_imports(text: str, network: str) -> Imports:
-    """Read what a relay says that its network imports. What cannot be meant imports nothing."""
+    """Parse the imports that a relay sent for its network. An invalid text imports nothing."""
     try:
         return Imports([ImportRule(names=tuple(text.split()), sources=(network,))])
     except BadImport:

@@ -1,4 +1,4 @@
-"""Warm streams at the gateway: kept ready by relays until one brings a stream. `sniproxy.relay.warm_pool` is the other end."""
+"""Warm streams at the gateway: connections that relays keep ready for new streams. `sniproxy.relay.warm_pool` is the other side."""
 
 import asyncio
 from collections import Counter
@@ -11,7 +11,7 @@ from turnreg.gateway.limits import GatewayLimits
 
 
 class WarmStreams:
-    """The connections that wait for a stream, by the network that they come from."""
+    """The connections that wait for a stream, with the network that each comes from."""
 
     def __init__(self, limits: GatewayLimits | None = None) -> None:
         self._limits = limits or GatewayLimits()
@@ -22,7 +22,7 @@ class WarmStreams:
         return len(self._waiting)
 
     def refusal(self, network: str, networks: int) -> str | None:
-        """Say why one more of this network, one of so many, is not kept ready; None if it is."""
+        """Return why another connection of this network, one of `networks`, is not kept ready; None if it is."""
         most = self._limits.max_warm
         if len(self._waiting) >= most:
             return f"{most} connections are kept ready"
@@ -30,7 +30,7 @@ class WarmStreams:
         return f"{share} connections of network {network!r} are kept ready" if self._of[network] >= share else None
 
     async def wait(self, framed: CapsuleConnection, network: str) -> bytes | None:
-        """Say READY, answer PINGs, and return the preamble that OPEN brings; None if the connection ended before.
+        """Send READY, answer PINGs, and return the preamble in OPEN; None if the connection ended before.
 
         Raises:
             CapsuleError: the relay broke the protocol.
@@ -56,6 +56,6 @@ class WarmStreams:
             self._of[network] -= 1
 
     def close(self) -> None:
-        """End them all: their relays go elsewhere."""
+        """Close all of them; their relays use other gateways."""
         for framed in self._waiting:
             framed.stream.close()

@@ -1,1 +1,1 @@
-"""Keeps one allocation on every TURN server of every other network that we have credentials for."""
+"""Keeps allocations on every TURN server of every other network that we have credentials for."""

@@ -1,4 +1,4 @@
-"""What one registration makes its allocations with: credentials, the server's address, permission to dial it, the connection.
+"""The steps to make an allocation: get credentials, resolve the server's name, check that its address may be dialled, connect.
 
 Every step that can fail raises TurnError.
 """
@@ -28,39 +28,39 @@ LookUp = Callable[[str, int], Awaitable[list[str]]]
 """Resolves a host name, for a port, to IP addresses. Raises TurnError."""
 
 REST_LIFETIME_S = 7 * 24 * 3600.0
-"""Lifetime of the REST credentials that a gateway with the secret makes for itself. Nobody else ever sees them, so that short
-ones would gain nothing."""
+"""Lifetime of the REST credentials that a gateway with the secret makes for itself. Nobody else sees them, so a shorter lifetime
+would gain nothing."""
 
 RESOLVE_TIMEOUT_S = 5.0
 ISSUE_TIMEOUT_S = 10.0
-"""Discovery is an HTTP request away, and may have to fail over to its second server."""
+"""For an HTTP request to discovery, which may have to fail over to its second server."""
 
 ADMISSION_POLL_S = 1.0
-"""How often a registration that waits for its next try at an address checks whether it still has to."""
+"""How often a registration that waits before its next attempt at an address checks whether it still has to wait."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """What the record of a TURN server says of how to register there."""
+    """What a TURN server's record says about registering there."""
 
     url: str
     family: int
-    """Of the relayed address: IPv6 only where the server's record has no IPv4 address."""
+    """Family of the relayed address: IPv6 only if the server's record has no IPv4 address."""
     port_min: int
     port_max: int
 
 
 Wanted = tuple[Server, TurnCredentials, str | None]
-"""Where to register, as whom, and by which authorities a `turns:` server is verified."""
+"""Where to register, with which credentials, and the authorities (PEM) that verify a `turns:` server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """Credentials to show, and for how many seconds they are good."""
+    """Credentials to present to the server, and how long they are valid."""
 
     credentials: Credentials
     lifetime_s: float | None
-    """None: for ever."""
+    """Seconds; None if they do not expire."""
 
 
 class AllocationFactory:
@@ -80,7 +80,12 @@ class AllocationFactory:
         on_bind: Callable[[BindResult], None],
         look_up: LookUp,
     ) -> None:
-        """Make allocations for one registration. `via`, `turn` and `record`: network, TURN server, and the allocation's record."""
+        """Make allocations for one registration.
+
+        Args:
+            via, turn, record: ids of the network, its TURN server, and our allocation record.
+            look_up: resolves the server's name.
+        """
         self.config = config
         self._discovery, self._destinations, self._peers = discovery, destinations, peers
         self._via, self._turn, self._record = via, turn, record
@@ -89,7 +94,7 @@ class AllocationFactory:
         self._loop = asyncio.get_running_loop()
 
     async def show(self, credentials: TurnCredentials) -> Shown:
-        """Make or get the credentials that the TURN server is shown."""
+        """Make or fetch the credentials to present to the TURN server."""
         match credentials:
             case Credentials():
                 return Shown(credentials=credentials, lifetime_s=None)
@@ -109,7 +114,7 @@ class AllocationFactory:
         return Shown(credentials=shown, lifetime_s=float(issued.ttl_s))
 
     async def find(self, url: TurnUrl, attempt: int) -> tuple[str, int]:
-        """Resolve the server's name to an IP address that may be dialled, the next one with every attempt, and its port."""
+        """Resolve the server's name; return an IP address that may be dialled, and the port. Each attempt gets the next address."""
         refusal = await self._refusals()
         try:
             addresses = [str(ip_address(url.host))]
@@ -124,19 +129,19 @@ class AllocationFactory:
         return good[attempt % len(good)], url.port
 
     async def admit(self, address: str, port: int) -> None:
-        """Wait until an address may be tried, and count the attempt. Raises TurnError if it never may be."""
+        """Wait until an address may be tried, and count the attempt. Raises TurnError if it must not be dialled."""
         refusal = await self._refusals()
         while (why := refusal(address, port)) is None:
             wait_s = self._destinations.wait_s(self._via, address, port, self._loop.time())
             if not wait_s:
                 self._destinations.began(self._via, address, port, self._loop.time())
                 return
-            # Another registration may find meanwhile that a TURN server is there.
+            # Another registration may prove meanwhile that there is a TURN server.
             await asyncio.sleep(min(wait_s, ADMISSION_POLL_S))
         raise TurnError(TurnReason.REFUSED_ADDRESS, why)
 
     def make(self, server: Server, address: str, port: int, credentials: Credentials, dial: Dial) -> Allocation:
-        """Make the allocation, not connected yet."""
+        """Make the allocation, without connecting it."""
         return Allocation(
             address=address,
             port=port,
@@ -153,7 +158,7 @@ class AllocationFactory:
         )
 
     def refusal(self, address: str, port: int, *, known: bool = False) -> str | None:
-        """Say why this gateway must not connect there for this network; None if it may. `known`: we are connected there."""
+        """Return why this gateway must not connect there for this network, None if it may. `known`: we are connected there."""
         mesh, now = self._discovery.mesh, self._loop.time()
         try:
             return self._destinations.refusal(self._via, address, port, mesh, now, known=known)
@@ -161,11 +166,11 @@ class AllocationFactory:
             return str(exc)
 
     def prove(self, allocation: Allocation) -> None:
-        """Note that there is a TURN server at this address."""
+        """Record that there is a TURN server at this address."""
         self._destinations.succeeded(self._via, allocation.address, allocation.port, self._loop.time())
 
     async def _refusals(self) -> Callable[[str, int], str | None]:
-        """Look up the discovery servers that are known by name; return `refusal` with their addresses refused, too."""
+        """Resolve the discovery servers that are configured by name. Return `refusal`, which refuses their addresses too."""
         named = await self._resolved(self.config.guard_names)
 
         def refusal(address: str, port: int) -> str | None:
@@ -177,7 +182,7 @@ class AllocationFactory:
         return refusal
 
     async def _resolved(self, names: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Return the addresses and ports of our own names; none for a name that does not resolve in time."""
+        """Return addresses and ports of these names; none for a name that does not resolve in time."""
         found = []
         for host, port in names:
             with contextlib.suppress(TurnError):
@@ -187,7 +192,7 @@ class AllocationFactory:
 
 
 def parsed(url: str) -> TurnUrl:
-    """Read the URL of a server. Raises TurnError."""
+    """Parse the URL of a server. Raises TurnError."""
     try:
         return parse_turn_url(url)
     except BadAddress as exc:
@@ -195,24 +200,24 @@ def parsed(url: str) -> TurnUrl:
 
 
 def dialler(url: TurnUrl, ca: str | None) -> Dial:
-    """Return what opens connections to this server, control and data alike; `ca` is PEM. Raises TurnError."""
+    """Return the function that opens control and data connections to this server. `ca` is PEM. Raises TurnError."""
     if not url.tls:
         return connect
-    if ca == "":  # which would be the system's authorities
-        raise TurnError(TurnReason.TLS_FAILED, "there is no certificate in the file of the authority")
+    if ca == "":  # which would select the system's authorities
+        raise TurnError(TurnReason.TLS_FAILED, "there is no certificate in the CA file")
     try:
         context = ssl.create_default_context(cadata=ca)
     except OSError as exc:
-        raise TurnError(TurnReason.TLS_FAILED, f"the file of the authority: {exc.strerror or exc}") from exc
+        raise TurnError(TurnReason.TLS_FAILED, f"the CA file: {exc.strerror or exc}") from exc
     return TlsDial(context, url.host)
 
 
 class TlsDial:
-    """Opens connections to one server over TLS, each of which resumes the session of the first where that is worth it.
+    """Opens TLS connections to one server. With TLS 1.2, they resume the session of the first one.
 
-    Every stream has a connection of its own. With TLS 1.2, which is all that Debian's coturn speaks, one that is resumed takes a
-    round trip less, and less CPU of both. With TLS 1.3 it saves no round trip, and as much CPU as it costs to carry a session from
-    one connection to the next (measured). A server that has forgotten the session shakes hands in full.
+    Every stream has a connection of its own. With TLS 1.2, which is all that Debian's coturn supports, resuming saves a round trip
+    and CPU on both sides. With TLS 1.3 it saves no round trip, and no more CPU than it costs to pass a session from one connection
+    to the next (measured). If the server no longer has the session, there is a full handshake.
     """
 
     def __init__(self, context: ssl.SSLContext, host: str) -> None:
@@ -220,7 +225,7 @@ class TlsDial:
         self._session: ssl.SSLSession | None = None
 
     async def __call__(self, address: str, port: int, *, timeout_s: float) -> SocketStream:
-        """Connect and shake hands, as `connect_tls`."""
+        """Connect and do the TLS handshake, as `connect_tls` does."""
         try:
             wire = await connect_tls(
                 address,
@@ -231,7 +236,7 @@ class TlsDial:
                 resume=self._session,
             )
         except ssl.SSLError:
-            self._session = None  # should it be to blame, then not twice
+            self._session = None  # in case it was the cause
             raise
         if not wire.session.session_reused and wire.session.version() == "TLSv1.2":
             self._session = wire.session.session

@@ -1,6 +1,6 @@
-"""One allocation's life within a registration, from its making to its end.
+"""One allocation of a registration, from its creation to its end.
 
-Not here: when there is one and which is published (`turnreg.registrar.registration`).
+Not here: when an allocation is made and which one is published (`turnreg.registrar.registration_state`).
 """
 
 import asyncio
@@ -17,21 +17,21 @@ from turnreg.registrar.config import TurnCredentials
 log = logging.getLogger(__name__)
 
 RENEW_AFTER = 2 / 3
-"""The part of their life after which credentials are replaced; the rest is for trying again."""
+"""Part of their lifetime after which credentials are replaced; the rest leaves time for retries."""
 
 
 class Renewal(StrEnum):
-    """How a renewal of credentials went. Metric label."""
+    """Result of a renewal of credentials. Metric label."""
 
     IN_PLACE = "in_place"
     REPLACED = "replaced"
-    """The server gives a living allocation no new ones: another one is made and published, then the old one retired."""
+    """The server accepts no new credentials for an existing allocation: a new one is published, and the old one retired."""
     FAILED = "failed"
-    """It failed and is tried again."""
+    """It failed and will be retried."""
 
 
 class ManagedAllocation:
-    """An allocation, and what was wanted when it was made."""
+    """An allocation, with the server and credentials that it was made for."""
 
     def __init__(
         self,
@@ -43,57 +43,57 @@ class ManagedAllocation:
         attempt: int,
         on_change: Callable[[], None],
     ) -> None:
-        """Begin without an allocation; `run()` makes it.
+        """Start without an allocation; `begin()` makes it.
 
         Args:
-            ca: the authorities of a `turns:` server, as PEM; None: the system's.
-            attempt: how many before it failed; chooses among the addresses of the server's name.
-            on_change: called when it gets ready and when it has ended.
+            ca: authorities of a `turns:` server, as PEM; None: the system's.
+            attempt: number of failed attempts before; selects among the addresses of the server's name.
+            on_change: called when it is ready and when it has ended.
         """
         self.server, self.credentials, self.ca = server, credentials, ca
         self.allocation: Allocation | None = None
         self.error: TurnError | None = None
         self.over = False
         self.ready_at: float | None = None
-        """Unix time, for people."""
+        """Unix time, for display."""
         self.steady_from = 0.0
-        """When it got ready, on the loop's clock."""
+        """When it became ready, on the loop's clock."""
         self.retired_at = 0.0
         self.renew_at: float | None = None
         """When to replace its credentials, on the loop's clock."""
         self.outdated = False
-        """Its credentials will expire and the server takes no new ones for it: another allocation must take its place."""
+        """The server accepts no new credentials for it, so another allocation must replace it before they expire."""
         self._loop = asyncio.get_running_loop()
         self._factory, self._attempt, self._on_change = factory, attempt, on_change
         self._task: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
-        """Peers can connect to it."""
+        """Whether peers can connect to it."""
         return self.ready_at is not None and not self.over
 
     @property
     def streams(self) -> int:
-        """Open streams."""
+        """Number of open streams."""
         return 0 if self.allocation is None else self.allocation.streams
 
     def is_for(self, wanted: Wanted) -> bool:
-        """Tell whether it was made for this."""
+        """Tell whether it was made for this server, these credentials and this authority."""
         return (self.server, self.credentials, self.ca) == wanted
 
     def begin(self, group: asyncio.TaskGroup) -> None:
-        """Live in a task of its own until the allocation is lost or closed; the error, if any, is kept."""
+        """Run the allocation in a new task until it is lost or closed. The error, if any, is stored in `error`."""
         self._task = group.create_task(self._run())
 
     async def close(self) -> None:
-        """Give the allocation back, which ends its streams. Bounded in time."""
+        """Delete the allocation, which ends its streams. Takes a bounded time."""
         if self.ready and self.allocation is not None:
             await self.allocation.close()
         elif self._task is not None:
             self._task.cancel()
 
     async def renew(self) -> None:
-        """Replace the credentials of the living allocation. Raises TurnError; `outdated` is set where it never can."""
+        """Replace the credentials of the allocation. Raises TurnError; sets `outdated` if the server does not support it."""
         assert self.allocation is not None
         given = await self._factory.show(self.credentials)
         try:
@@ -107,7 +107,7 @@ class ManagedAllocation:
     def _note(self, given: Shown) -> None:
         self.renew_at = None
         if given.lifetime_s is not None:
-            # Not all at once: many allocations are made in the same second, at our start.
+            # Spread out: at our start, many allocations are made in the same second.
             self.renew_at = self._loop.time() + given.lifetime_s * RENEW_AFTER * random.uniform(0.85, 1)
 
     async def _run(self) -> None:
@@ -117,12 +117,12 @@ class ManagedAllocation:
             except TurnError as exc:
                 if exc.alternate is None or self.ready_at is not None:
                     raise
-                # Followed once, with the same credentials and for the same name (RFC 8489, section 10).
+                # A redirect is followed once, with the same credentials and the same name (RFC 8489, section 10).
                 log.info("turn_redirected", extra={"event": {"url": self.server.url, "to": list(exc.alternate)}})
                 await self._live(exc.alternate)
         except TurnError as exc:
             self.error = exc
-        except Exception as exc:  # one registration's fault must not end the others
+        except Exception as exc:  # an error in one registration must not end the others
             log.exception("registration_error", extra={"event": {"url": self.server.url}})
             self.error = TurnError(TurnReason.INTERNAL, type(exc).__name__)
         finally:

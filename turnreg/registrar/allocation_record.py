@@ -1,4 +1,4 @@
-"""The record in discovery by which relays find an allocation of ours."""
+"""The discovery record through which relays find our allocation."""
 
 import hashlib
 import logging
@@ -13,9 +13,9 @@ log = logging.getLogger(__name__)
 
 
 def record_id(gateway: str, via: str, turn: str, replica: int = 0) -> str:
-    """Make the id of an allocation record: the same at every registration, another for every gateway and replica.
+    """Return the id of an allocation record: the same at every registration, and different for every gateway and replica.
 
-    Network ids have no dots. Where a gateway's or TURN server's id has some, or all is too long, a hash keeps ids apart.
+    Network ids have no dots. If the id of a gateway or TURN server has dots, or the result is too long, a hash makes it unique.
     """
     suffix = f".{replica + 1}" if replica else ""
     text = f"{gateway}.{via}.{turn}{suffix}"
@@ -26,7 +26,7 @@ def record_id(gateway: str, via: str, turn: str, replica: int = 0) -> str:
 
 
 class AllocationRecord:
-    """Publishes one allocation after the other under one id, and withdraws the record once, however often it is asked to."""
+    """Publishes successive allocations under one record id. Withdrawing twice is harmless."""
 
     def __init__(self, discovery: Discovery, gateway: str, via: str, turn: str, replica: int) -> None:
         self.id = record_id(gateway, via, turn, replica)
@@ -36,11 +36,11 @@ class AllocationRecord:
 
     @property
     def published(self) -> bool:
-        """Relays can know of it."""
+        """Whether the record exists, so that relays can see it."""
         return self._port is not None
 
     def publish(self, port: int, server: Server, config: RegistrarConfig) -> bool:
-        """Name this port; False if the record does so already."""
+        """Publish this port; False if the record already has it."""
         if port == self._port:
             return False
         if not server.port_min <= port <= server.port_max:
@@ -60,11 +60,11 @@ class AllocationRecord:
         return True
 
     def withdraw(self) -> None:
-        """Withdraw it, if it is there."""
+        """Withdraw the record, if it is published."""
         if self._port is not None:
             self._port = None
             self._discovery.withdraw(Kind.ALLOCATION, self.id)
 
     def leave(self) -> None:
-        """Leave it to a successor that has put its own in its place."""
+        """Leave the record to a successor that has already replaced it with its own."""
         self._port = None

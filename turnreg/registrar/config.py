@@ -1,4 +1,4 @@
-"""What a registrar is told: who we are, what other networks' TURN servers know us by, and how patient to be."""
+"""Settings of a registrar: our identity, credentials for other networks' TURN servers, and timing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class RestSecret:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issued:
-    """The discovery server makes short-lived credentials: we never hold the other network's secret."""
+    """The discovery server issues short-lived credentials, so that we never have the other network's secret."""
 
 
 TurnCredentials = Credentials | RestSecret | Issued
@@ -27,64 +27,63 @@ TurnCredentials = Credentials | RestSecret | Issued
 
 _UNREACHABLE = (TurnReason.CONNECT_FAILED, TurnReason.CONNECTION_LOST, TurnReason.TIMEOUT)
 
-
 DEFAULT_REPLICAS = 2
-"""One that is lost leaves one; and coturn runs an allocation on one thread."""
+"""If one is lost, one is left. Besides, coturn serves an allocation on one thread, so two can use two."""
 
 
 class Register(StrEnum):
-    """With which of the other networks, those that we have credentials for, to register."""
+    """Which of the networks that we have credentials for to register with."""
 
     ALL = "all"
     IMPORTED = "imported"
-    """Those in which a relay asks for our network."""
+    """Only networks in which a relay asks for our network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """When to try again: any time up to a bound that doubles with every failure in a row."""
+    """Pause before the next attempt: random, up to a bound that doubles with every failure in a row."""
 
     unreachable: Backoff = Backoff(1.0, 4.0, jitter=1.0)
-    """A server that is not there: asking is cheap, and a server that comes back shall have us within 10 s."""
+    """For a server that does not respond: attempts are cheap, and we want to be registered within 10 s of its return."""
     refused: Backoff = Backoff(1.0, 15.0, jitter=1.0)
-    """A server that is there and says no."""
+    """For a server that responds with an error."""
 
     def pause_s(self, failures: int, reason: TurnReason) -> float:
-        """Draw how long to wait after that many failures in a row, the last one for `reason`."""
+        """Return a random pause after that many failures in a row, the last one for `reason`."""
         return (self.unreachable if reason in _UNREACHABLE else self.refused).pause_s(failures)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistrarConfig:
-    """Which gateway we are, and how we show ourselves to the TURN servers of other networks."""
+    """Settings of the registrar of one gateway."""
 
     network: str
-    """Our own."""
+    """Id of our own network."""
     gateway: str
-    """The gateway's id: one name in one network."""
+    """Id of the gateway, unique within the network."""
     turn: dict[str, TurnCredentials]
-    """For each other network, by its id, what its TURN servers know us by. Networks without are left alone."""
+    """Credentials for the TURN servers of other networks, by network id. We do not register with networks without an entry."""
     proto: tuple[str, ...] = ("framed/1",)
     allow: Mapping[str, TargetList] = field(default_factory=dict)
-    """For each other network that is pinned, where alone its TURN servers are looked for. It lifts the refusal of this host's own
-    addresses, and of ranges such as 127.0.0.0/8 in tests and the lab."""
+    """The only addresses and ports where TURN servers of a pinned network may be, by network id. An entry also permits this host's
+    own addresses, and refused ranges such as 127.0.0.0/8 in tests and the lab."""
     guard: tuple[tuple[str, int], ...] = ()
-    """Addresses and ports of our own that no record names (discovery servers, this process's listeners): never dialled."""
+    """Our own addresses and ports that are in no record (discovery servers, this process's listeners). They are never dialled."""
     guard_names: tuple[tuple[str, int], ...] = ()
-    """The same by name: discovery servers whose URLs have one."""
+    """The same by name, for discovery servers whose URLs contain a name."""
     ca: dict[str, str] = field(default_factory=dict)
-    """For each other network the authorities, as PEM, that sign its `turns:` servers' certificates; the system's by default."""
+    """Authorities, as PEM, that verify a network's `turns:` servers, by network id; the system's by default."""
     register: Register = Register.ALL
     replicas: int = DEFAULT_REPLICAS
-    """Allocations of our network on each TURN server, by different gateways where there are several. A second one of
-    the same gateway takes over while the first is had again, and may run on another thread of the server."""
+    """Allocations of our network on each TURN server, held by different gateways if there are several. A second one of the same
+    gateway carries new streams while the first one is being replaced, and may run on another thread of the server."""
     weight: int = 1
-    """How many times the streams of a gateway of weight 1 ours is for."""
+    """Relative share of streams: a gateway of weight 2 gets twice as many as one of weight 1."""
     overlap_s: float = 10.0
-    """How long at least an allocation that was replaced or is no longer wanted goes on after its record: until relays
-    have heard of it. Streams keep it for longer."""
+    """How long at least an allocation that was replaced or is no longer wanted outlives its record, so that relays can learn of the
+    change. Open streams keep it for longer."""
     linger_s: float = 60.0
-    """How long an allocation, and with it its streams, outlives the record of its TURN server: discovery may be at
-    fault, or the server's lease, and not the server. The address of a relay is admitted for as long after its record."""
+    """How long an allocation, with its streams, outlives the record of its TURN server: the cause may be discovery or the server's
+    lease, and not the server. A relay's address is admitted for as long after its record is gone."""
     retry: Retry = Retry()
     timing: Timing = field(default_factory=Timing)

@@ -1,7 +1,7 @@
-"""The registrar: an allocation on every TURN server of every other network that we have credentials for.
+"""The registrar: keeps allocations on every TURN server of every other network that we have credentials for.
 
-It watches discovery: a TURN server's record begins a registration, its end ends it; the addresses of that network's
-relays, and nobody else's, are what may connect. Each registration lives, fails and comes back by itself.
+It follows discovery: a registration exists as long as the TURN server's record. Only the addresses of that network's relays may
+connect to its allocations. Registrations are independent of each other; each retries after failures by itself.
 """
 
 import asyncio
@@ -41,14 +41,13 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 CLOSE_MARGIN_S = 1.0
-"""Beyond what an allocation may take to be given back."""
-
+"""Added to the timeout for deleting an allocation."""
 
 MAX_TURN_SERVERS = 64
-"""Of one network that we register on; its records could name thousands."""
+"""TURN servers of one network that we register on; it could publish thousands of records."""
 
 _Key = tuple[str, str, int]
-"""Network, TURN server, and which of our allocations there."""
+"""Network, TURN server, and number of our allocation there."""
 
 
 class _Metrics:
@@ -76,13 +75,13 @@ class _Metrics:
 
 
 def accepted(bound: Bound) -> Accepted:
-    """Say how a peer that was bound has come in."""
+    """Return a bound peer as the connection that a gateway takes."""
     came_by = {"via": bound.via, "turn": bound.turn}
     return Accepted(stream=bound.wire, traits=TURN, addressee=bound.allocation, came_by=came_by)
 
 
 class Registrar:
-    """Keep us registered. `run()` it until it is cancelled or, better, `close()` has been called."""
+    """Keeps one gateway registered. `run()` returns after `close()`, and can be cancelled."""
 
     _on_stream: OnStream
 
@@ -111,9 +110,9 @@ class Registrar:
         self._closed = asyncio.Event()
 
     async def run(self, on_stream: OnStream) -> None:
-        """Hold what discovery says should be held, and hand over the streams that come by it.
+        """Keep the registrations that follow from discovery, and call `on_stream` for each stream that arrives.
 
-        Cancelling drops it all without asking the servers' leave.
+        Cancelling drops all allocations without deleting them on the servers.
         """
         self._on_stream = on_stream
         unsubscribe = self._discovery.subscribe(self._apply)
@@ -129,19 +128,19 @@ class Registrar:
             self._closed.set()
 
     def drain(self) -> None:
-        """Withdraw all records for good. Allocations stay, so that streams can end and late ones get an answer."""
+        """Withdraw all records for good. Allocations stay, so that open streams can end and late ones get an answer."""
         self._draining = True
         for registration in self._registrations.values():
             registration.drain()
 
     def hand_over(self) -> None:
-        """Leave all records to a successor, who has written the same ones by now. Else as `drain`."""
+        """Leave all records to a successor, which has already written the same ones. Otherwise as `drain`."""
         self._draining = True
         for registration in self._registrations.values():
             registration.hand_over()
 
     async def close(self) -> None:
-        """Withdraw all records, then give all allocations back, which ends their streams. Bounded in time."""
+        """Withdraw all records, then delete all allocations, which ends their streams. Takes a bounded time."""
         self.drain()
         self._closing.set()
         if self._group is None:
@@ -150,24 +149,26 @@ class Registrar:
             async with asyncio.timeout(self._config.timing.close_s + CLOSE_MARGIN_S):
                 await self._closed.wait()
         except TimeoutError:
-            log.warning("allocations_not_given_back", extra={"event": {"detail": "not all of them, in time"}})
+            log.warning(
+                "allocations_not_given_back", extra={"event": {"detail": "some allocations were not deleted in time"}}
+            )
 
     @property
     def settled(self) -> bool:
-        """It runs, and every registration has published an allocation, or has failed to get one."""
+        """Whether it runs, and every registration has published an allocation or failed at least once."""
         registrations = self._registrations.values()
         return self._group is not None and all(one.published or one.failing for one in registrations)
 
     @property
     def config(self) -> RegistrarConfig:
-        """What it goes by."""
+        """The current settings."""
         return self._config
 
     def reconfigure(self, config: RegistrarConfig) -> None:
-        """Go by this from now on; network, gateway and weight are those that it was made with.
+        """Use these settings from now on. Network, gateway and weight cannot change.
 
-        Where credentials or an authority differ, another allocation is made first and then published in place of the one before,
-        which goes on until its streams have ended. Those of a network that is left out go on likewise.
+        If credentials or an authority have changed, a new allocation is made and then published in place of the old one, which
+        stays until its streams have ended. Allocations of a network that is no longer configured stay likewise.
         """
         if config == self._config:
             return
@@ -179,16 +180,16 @@ class Registrar:
 
     @property
     def servers(self) -> frozenset[tuple[str, int]]:
-        """Addresses and ports of the TURN servers that we are registered on, or about to be."""
+        """Addresses and ports of the TURN servers that we are registered on or registering with."""
         return frozenset[tuple[str, int]]().union(*(one.servers for one in self._registrations.values()))
 
     def status(self) -> list[dict[str, Any]]:
-        """Say how each registration is, for people and the admin page; no secrets."""
+        """Describe each registration, for people and the admin page. Contains no secrets."""
         lines = [self._registrations[key].status() for key in sorted(self._registrations)]
         without = sorted(self._config.turn.keys() - {line["via"] for line in lines})
         mesh = self._discovery.mesh
         return lines + [
-            # Standby: nobody there asks for us, or other gateways of ours hold what is needed.
+            # Standby: no relay there asks for us, or other gateways of ours hold the allocations.
             {
                 "via": via,
                 "turn": None,
@@ -198,12 +199,12 @@ class Registrar:
         ]
 
     def _apply(self, mesh: Mesh) -> None:
-        """Bring registrations in line with the mesh."""
+        """Update the registrations to the mesh."""
         if self._group is None or self._draining:
             return
         seen = set()
         holders = self._holders(mesh)
-        self._tell_of_crowds(mesh)
+        self._log_excess_servers(mesh)
         for via, credentials in self._config.turn.items():
             if via == self._config.network:
                 continue
@@ -226,8 +227,8 @@ class Registrar:
             else:
                 registration.want(None, None, _sources(mesh, *key[:2]))
 
-    def _tell_of_crowds(self, mesh: Mesh) -> None:
-        """Say once of a network that it has more TURN servers than we register on."""
+    def _log_excess_servers(self, mesh: Mesh) -> None:
+        """Log once for each network that it has more TURN servers than we register on."""
         crowded = frozenset(via for via in self._config.turn if len(mesh.turns(via)) > MAX_TURN_SERVERS)
         for via in sorted(crowded - self._crowded):
             event = {"via": via, "records": len(mesh.turns(via)), "used": MAX_TURN_SERVERS}
@@ -235,23 +236,23 @@ class Registrar:
         self._crowded = crowded
 
     def _is_asked_for(self, mesh: Mesh, via: str) -> bool:
-        """Tell whether we register in that network at all."""
+        """Tell whether we register with that network at all."""
         own = self._config.network
         return self._config.register is Register.ALL or any(own in relay.spec.asks for relay in mesh.relays(via))
 
     def _holders(self, mesh: Mesh) -> dict[tuple[str, str], set[str]]:
-        """Say which gateways of our network hold allocations on each TURN server, as far as their records say."""
+        """Return the gateways of our network that hold allocations on each TURN server, according to their records."""
         holders: dict[tuple[str, str], set[str]] = {}
         for record in mesh.allocations(self._config.network):
             holders.setdefault((record.spec.via, record.spec.turn), set()).add(record.spec.gateway)
         return holders
 
     def _share(self, gateways: Collection[str], via: str, turn: str) -> int:
-        """Say how many allocations on this server are ours to hold, where these gateways of our network hold some.
+        """Return how many allocations this gateway should hold on a server where these gateways of our network hold some.
 
-        Gateways of one network share them without asking each other: the records of those that hold one there say who
-        does, and a hash orders them and us, the same order everywhere. So one more gateway takes its share, the others
-        see its record and give theirs back; when one goes, its records lapse and the next takes its place.
+        Gateways of one network share them without a coordinator. Records say which gateways hold allocations there, and a hash
+        ranks those gateways and us, in the same order everywhere. A new gateway takes its share, and the others see its record and
+        give theirs up. When a gateway is gone, its records expire and the next in rank takes its place.
         """
         ours = self._config.gateway
         ranked = sorted({*gateways, ours}, key=lambda gateway: _rank(gateway, via, turn))
@@ -277,7 +278,7 @@ class Registrar:
         finally:
             del self._registrations[key]
         if not self._draining:
-            self._apply(self._discovery.mesh)  # it may have been wanted again while it was being given back
+            self._apply(self._discovery.mesh)  # it may have been wanted again while it was ending
 
 
 def _rank(gateway: str, via: str, turn: str) -> bytes:

@@ -1,11 +1,11 @@
-"""One registration: our allocation on one TURN server of another network, made again whenever it is lost.
+"""One registration: keeps our allocation on one TURN server of another network, and makes a new one whenever it is lost.
 
-Which TURN servers there are is `turnreg.registrar.registrar`; what to do and when is `.registration_state`, and this does it; the
-life of one allocation is `.allocation_lifecycle`.
+`turnreg.registrar.registrar` knows which TURN servers there are; `.registration_state` decides what to do and when, and this module
+does it; `.allocation_lifecycle` handles one allocation.
 
-A registration has one allocation that is published, the current one. When its credentials run out, or others are to be
-used, another one is made first; the record then names that one's port in place of the old, in one write, and the old one
-is retired: it goes on until its streams have ended. Relays never see a moment without one.
+A registration has one published allocation, the current one. When its credentials expire, or others are to be used, a new
+allocation is made first. The record is then changed to its port in one write, and the old allocation is retired: it stays until its
+streams have ended. Relays always see one allocation.
 """
 
 import asyncio
@@ -40,11 +40,11 @@ from turnreg.registrar.registration_state import (
 log = logging.getLogger(__name__)
 
 FORGET_MARGIN_S = 0.1
-"""A timer may fire a little before its time."""
+"""A timer may fire slightly early."""
 
 
 class Registration:
-    """The life of one registration. The registrar says what is wanted; `run()` makes it so until nothing is."""
+    """One registration. The registrar says what is wanted by `want()`; `run()` carries it out until nothing is wanted any more."""
 
     def __init__(
         self,
@@ -61,13 +61,13 @@ class Registration:
         on_renewal: Callable[[Renewal], None],
         look_up: LookUp,
     ) -> None:
-        """Describe it; `want()` and `run()` begin it.
+        """Make a registration, which does nothing before `want()` and `run()`.
 
         Args:
-            on_stream: takes each stream of a peer.
-            on_bind: is told the result of each peer's bind.
-            on_outcome: is told "ok" or the TurnReason of every attempt.
-            on_renewal: is told the result of each renewal of credentials.
+            on_stream: called with each stream of a peer.
+            on_bind: called with the result of each peer's bind.
+            on_outcome: called with "ok" or the TurnReason for every attempt.
+            on_renewal: called with the result of each renewal of credentials.
             look_up: resolves the names of TURN servers.
         """
         self.via, self.turn = via, turn
@@ -99,7 +99,7 @@ class Registration:
     # What is wanted
 
     def want(self, server: Server | None, credentials: TurnCredentials | None, peers: frozenset[str]) -> None:
-        """Say where, as whom and for which peers to register; without server or credentials, not at all."""
+        """Set the server, credentials and peers to register for. If server or credentials are None, nothing is wanted."""
         linger_s = self._config.linger_s
         if self._peers.want(peers, self._loop.time(), linger_s):
             self._loop.call_later(linger_s + FORGET_MARGIN_S, self._admit)
@@ -111,9 +111,9 @@ class Registration:
         self.allocations.released = False
 
     def reconfigure(self, config: RegistrarConfig) -> None:
-        """Go by this from now on, and try at once what has failed so far.
+        """Use these settings from now on, and retry at once if attempts have failed.
 
-        The current allocation is retired if it is on a server that we may not connect to any more.
+        The current allocation is retired if we may no longer connect to its server.
         """
         self._config = self._factory.config = self.allocations.config = config
         current = self.allocations.current
@@ -127,7 +127,7 @@ class Registration:
         self._changed.set()
 
     def _forbidden(self, held: ManagedAllocation) -> str | None:
-        """Say why we may not be connected to the server of this allocation."""
+        """Return why we must not be connected to the server of this allocation, None if we may."""
         if held.allocation is None:
             return None
         return self._factory.refusal(held.allocation.address, held.allocation.port, known=True)
@@ -136,67 +136,67 @@ class Registration:
         return held.allocation is not None and self._forbidden(held) is None
 
     def _admit(self) -> None:
-        """Bring the permissions of all allocations in line with the peers that are wanted."""
+        """Set the permissions of all allocations to the peers that are wanted."""
         self._peers.forget(self._loop.time())
         for one in self.allocations.held:
             if one.allocation is not None:
                 one.allocation.allow(self._peers.addresses)
 
     def release(self) -> None:
-        """Want it no longer, though the server is there: others have taken our part. Open streams go on."""
+        """Want nothing although the server exists, because other gateways have taken over. Open streams continue."""
         if not self.allocations.released:
             self._server = self._credentials = None
             self.allocations.released = True
             self._changed.set()
 
     def drain(self) -> None:
-        """Withdraw the record for good; what we hold stays, so that streams can end."""
+        """Withdraw the record for good. Allocations stay, so that streams can end."""
         self.allocations.draining = True
         self.record.withdraw()
         self._changed.set()
 
     def hand_over(self) -> None:
-        """Leave the record to a successor that has put its own in its place; what we hold stays, so that streams can end."""
+        """Leave the record to a successor that has replaced it with its own. Allocations stay, so that streams can end."""
         self.allocations.draining = True
         self.record.leave()
         self._changed.set()
 
     def end(self) -> None:
-        """Give everything back and make `run()` return."""
+        """Delete all allocations and make `run()` return."""
         self.drain()
         self.allocations.ended = True
 
     @property
     def ready(self) -> bool:
-        """There is an allocation, and peers can connect to it."""
+        """Whether there is an allocation that peers can connect to."""
         return self.allocations.current is not None and self.allocations.current.ready
 
     @property
     def published(self) -> bool:
-        """Relays can know of it."""
+        """Whether the record is published, so that relays can see it."""
         return self.record.published
 
     @property
     def failing(self) -> bool:
-        """It is without an allocation, and the last attempt failed."""
+        """Whether there is no allocation and the last attempt failed."""
         return not self.ready and self.allocations.failures > 0
 
     @property
     def refused(self) -> bool:
-        """It is without an allocation because the TURN server's record names an address that this gateway refuses."""
+        """Whether there is no allocation because this gateway refuses the address in the TURN server's record."""
         last = self._failure_log.last
         return self.failing and last is not None and last.reason is TurnReason.REFUSED_ADDRESS
 
     @property
     def servers(self) -> frozenset[tuple[str, int]]:
-        """Addresses and ports of the servers that we hold allocations on, or are about to."""
+        """Addresses and ports of the servers that we hold allocations on or are making them on."""
         held = (one.allocation for one in self.allocations.held)
         return frozenset((allocation.address, allocation.port) for allocation in held if allocation is not None)
 
     def status(self) -> dict[str, Any]:
-        """Describe the registration, for people; no secrets.
+        """Describe the registration, for people. Contains no secrets.
 
-        `state` is waiting, registering, ready, lingering (no record of the server any more), draining, refused_address.
+        `state` is waiting, registering, ready, lingering (the server's record is gone), draining or refused_address.
         """
         current, last = self.allocations.current, self._failure_log.last
         lines: dict[str, Any] = {
@@ -233,10 +233,10 @@ class Registration:
             return "refused_address"
         return "waiting" if self.allocations.coming is None else "registering"
 
-    # Life
+    # Running
 
     async def run(self) -> None:
-        """Register, and again whenever that fails or is lost, until nothing is wanted any more."""
+        """Register, and again after each failure or loss, until nothing is wanted any more."""
         async with asyncio.TaskGroup() as self._group:
             try:
                 while True:
@@ -257,7 +257,7 @@ class Registration:
         return self._server, self._credentials, self._config.ca.get(self.via)
 
     async def _changes(self) -> None:
-        """Wait until there may be something to do."""
+        """Wait until something has changed or the next step is due."""
         now = self._loop.time()
         due = self.allocations.due(now, published=self.published)
         try:
@@ -273,7 +273,7 @@ class Registration:
 
     @contextlib.contextmanager
     def _failures_counted(self) -> Iterator[None]:
-        """Survive a defect of ours: one registration's must not end the others."""
+        """Count an unexpected exception as a failure, so that a bug in one registration does not end the others."""
         try:
             yield
         except Exception as exc:
@@ -322,7 +322,7 @@ class Registration:
         self._group.create_task(work)
 
     async def _renew(self, current: ManagedAllocation) -> None:
-        """Give the current allocation new credentials before the old ones expire, or have it replaced."""
+        """Give the current allocation new credentials before the old ones expire, or mark it to be replaced."""
         try:
             await current.renew()
             self._on_renewal(Renewal.IN_PLACE)
@@ -331,7 +331,7 @@ class Registration:
                 self._on_renewal(Renewal.REPLACED)
             else:
                 self._on_renewal(Renewal.FAILED)
-                if not current.over:  # else the next step finds it
+                if not current.over:  # otherwise the next step handles it
                     self._tell(self.allocations.failed(exc, self._loop.time(), event="renewal_failed"))
         finally:
             self.allocations.renewed()
@@ -342,7 +342,7 @@ class Registration:
         self._on_bind(result)
 
     def _prove(self, held: ManagedAllocation) -> None:
-        """Note that there is a TURN server at this address."""
+        """Record that there is a TURN server at this address."""
         if held.allocation is not None:
             self._factory.prove(held.allocation)
 
@@ -354,7 +354,7 @@ class Registration:
             log.info("allocation", extra={"event": self._fields()})
 
     def _tell(self, failed: Failed) -> None:
-        """Count a failure, and log it unless it is the same over and over."""
+        """Count a failure, and log it unless it repeats the last one."""
         error, now = failed.error, self._loop.time()
         self._on_outcome(error.reason)
         if not self._failure_log.admits(error, now):

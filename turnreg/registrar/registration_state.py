@@ -1,15 +1,15 @@
-"""When a registration makes, publishes, replaces and ends allocations: one table of transitions, without a socket or a clock.
+"""When a registration makes, publishes, replaces and ends allocations: one table of transitions. Sans-IO.
 
-`RegistrationState.step` gets what is wanted and the time, and returns what to do, in order. At most three kinds of allocation are
-held: the current one, which the record names; the coming one, on its way to take its place; and retired ones, which go on until
-their streams have ended.
+`RegistrationState.step` gets what is wanted and the time, and returns what to do, in order. Three kinds of allocation are held: the
+current one, which the record names; the coming one, which is being made to replace it; and retired ones, which stay until their
+streams have ended.
 
-    WAITING ──begin──▶ ACQUIRING ──ready──▶ READY ──other wish, outdated──▶ REPLACING ──ready──▶ READY
+    WAITING ──begin──▶ ACQUIRING ──ready──▶ READY ──change, outdated──────▶ REPLACING ──ready──▶ READY
        ▲                   │ failed, stale    │ lost                            │ failed, stale ──▶ READY
        └───────────────────┴──────────────────┘                                 │ lost ──▶ ACQUIRING
 
-Where a retired allocation is what is wanted again, it becomes the current one in any of these states. Without a wish there is
-LINGERING (the server's record is gone, perhaps by mistake), DRAINING (streams may end) and OVER.
+If a retired allocation is what is wanted again, it becomes the current one in any of these states. If nothing is wanted, the states
+are LINGERING (the server's record is gone, perhaps by mistake), DRAINING (streams may end) and OVER.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,24 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
-if TYPE_CHECKING:  # values from here, no code: these modules import asyncio
+if TYPE_CHECKING:  # for annotations only: these modules import asyncio
     from turnreg.client.control_connection import TurnError
     from turnreg.registrar.allocation_factory import Server, Wanted
     from turnreg.registrar.config import RegistrarConfig
 
 STEADY_S = 10.0
-"""An allocation lost sooner counts as one more failure in a row: a server may accept and drop us again and again."""
+"""An allocation that is lost sooner counts as another failure in a row: a server may accept and drop us again and again."""
 
 MAX_RETIRED = 8
-"""Retired allocations. One more, and the oldest of those with the fewest streams is closed: by then it has seen at least that many
-renewals, which is hours for credentials of one hour."""
+"""Most retired allocations. Beyond that, the oldest of those with the fewest streams is closed: at least that many replacements
+have happened by then, which takes hours with credentials of one hour."""
 
 RETIRED_POLL_S = 1.0
-"""How often a retired allocation is checked for streams: their end is not announced."""
+"""Period of checking whether a retired allocation still has streams: there is no event for their end."""
 
 
 class Held(Protocol):
-    """What is to be known of an allocation here."""
+    """An allocation, as far as this module uses it."""
 
     server: "Server"
     error: "TurnError | None"
@@ -46,16 +46,16 @@ class Held(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Peers can connect to it."""
+        """Whether peers can connect to it."""
         ...
 
     @property
     def streams(self) -> int:
-        """Open streams."""
+        """Number of open streams."""
         ...
 
     def is_for(self, wanted: "Wanted") -> bool:
-        """Tell whether it was made for this."""
+        """Tell whether it was made for this server, these credentials and this authority."""
         ...
 
 
@@ -63,38 +63,38 @@ H = TypeVar("H", bound=Held)
 
 
 class State(StrEnum):
-    """What a registration is doing."""
+    """State of a registration."""
 
     WAITING = "waiting"
-    """It has no allocation and waits for its next attempt."""
+    """No allocation; waiting for the next attempt."""
     ACQUIRING = "acquiring"
     READY = "ready"
     REPLACING = "replacing"
-    """It has one, and another is on its way."""
+    """There is an allocation, and another one is being made."""
     LINGERING = "lingering"
-    """The record of the TURN server is gone. What there is stays for a while: discovery may be at fault, not the server."""
+    """The TURN server's record is gone. Allocations stay for a while: the cause may be discovery, not the server."""
     DRAINING = "draining"
-    """Nothing is wanted; what there is stays until its streams have ended."""
+    """Nothing is wanted. Allocations stay until their streams have ended."""
     OVER = "over"
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Make an allocation for this, and set `RegistrationState.coming` to it."""
+    """Start to make an allocation for this, and set `RegistrationState.coming` to it."""
 
     wanted: "Wanted"
 
 
 @dataclass(frozen=True, slots=True)
 class Publish(Generic[H]):
-    """Have the record name this allocation."""
+    """Publish this allocation in the record."""
 
     held: H
 
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """Withdraw the record, if it is there."""
+    """Withdraw the record, if it is published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Renew(Generic[H]):
 
 @dataclass(frozen=True, slots=True)
 class Close(Generic[H]):
-    """Give this allocation back. It is not held any more."""
+    """Delete this allocation. It is no longer held."""
 
     held: H
 
@@ -120,7 +120,7 @@ class Acquired(Generic[H]):
 
 @dataclass(frozen=True, slots=True)
 class Answered(Generic[H]):
-    """A TURN server has answered this allocation, if only to refuse it."""
+    """A TURN server has answered this allocation, even if only with an error."""
 
     held: H
 
@@ -138,23 +138,23 @@ Action: TypeAlias = Begin | Publish[H] | Withdraw | Renew[H] | Close[H] | Acquir
 
 
 class RegistrationState(Generic[H]):
-    """What a registration holds. Times are seconds on one monotonic clock."""
+    """The allocations of a registration and the decisions about them. Times are seconds of one monotonic clock."""
 
     def __init__(self, config: "RegistrarConfig", *, may_keep: Callable[[H], bool]) -> None:
-        """Start without an allocation. `may_keep` says whether a retired allocation's address is still allowed."""
+        """Start without an allocation. `may_keep` says whether the address of a retired allocation is still allowed."""
         self.config = config
         self.current: H | None = None
         self.coming: H | None = None
         self.retired: list[H] = []
         self.failures = 0
-        """Consecutive ones."""
+        """Failures in a row."""
         self.retry_at = 0.0
         self.draining = False
-        """Nothing is wanted any more, ever."""
+        """Nothing will be wanted any more."""
         self.released = False
-        """Others have taken our part: the current allocation is retired, not kept for the server's record to come back."""
+        """Other gateways have taken over: the current allocation is retired, not kept in case the server's record returns."""
         self.ended = False
-        """Streams are not waited for any more."""
+        """Do not wait for streams to end."""
         self._may_keep = may_keep
         self._wanted: Wanted | None = None
         self._renewing = False
@@ -162,12 +162,12 @@ class RegistrationState(Generic[H]):
 
     @property
     def held(self) -> list[H]:
-        """Everything that is held."""
+        """All allocations that are held."""
         return [one for one in (self.current, self.coming, *self.retired) if one is not None]
 
     @property
     def state(self) -> State:
-        """As of the last step."""
+        """The state after the last step."""
         if self._wanted is not None:
             if self.current is None:
                 return State.WAITING if self.coming is None else State.ACQUIRING
@@ -179,7 +179,7 @@ class RegistrationState(Generic[H]):
         return State.LINGERING
 
     def step(self, wanted: "Wanted | None", now: float) -> "list[Action[H]]":
-        """Take what has changed and return what to do, in order."""
+        """Process what has changed, and return what to do, in order."""
         self._wanted = None if self.draining else wanted
         actions = self._reap(now)
         for states, applies, act in _TRANSITIONS:
@@ -190,7 +190,7 @@ class RegistrationState(Generic[H]):
         return actions
 
     def due(self, now: float, *, published: bool) -> float | None:
-        """Return when to take the next step if nothing changes. `published`: the record names the current allocation."""
+        """Return when the next step is due if nothing changes, or None. `published`: the record names the current allocation."""
         dues = []
         state, current = self.state, self.current
         if state is State.WAITING or (state is State.READY and (not published or self._replaces())):
@@ -204,7 +204,7 @@ class RegistrationState(Generic[H]):
         return min(dues, default=None)
 
     def failed(self, error: "TurnError", now: float, *, steady: bool = False, event: str) -> Failed:
-        """Count a failure and set the time of the next attempt. `steady`: it went well for a while before that."""
+        """Count a failure and set the time of the next attempt. `steady`: the allocation had lasted for at least STEADY_S."""
         self.failures = 1 if steady else self.failures + 1
         retry_s = self.config.retry.pause_s(self.failures, error.reason)
         self.retry_at = now + retry_s
@@ -215,11 +215,11 @@ class RegistrationState(Generic[H]):
         return [Withdraw(), *self._retire_current(now)]
 
     def renewed(self) -> None:
-        """Take note that a `Renew` is done, well or not."""
+        """Record that a `Renew` has finished, successfully or not."""
         self._renewing = False
 
     def _reap(self, now: float) -> "list[Action[H]]":
-        """Let go of what has ended, and close what nobody uses."""
+        """Drop allocations that have ended, and close retired ones without streams."""
         actions: list[Action[H]] = []
         if (one := self.coming) is not None and one.over:
             self.coming = None
@@ -255,7 +255,7 @@ class RegistrationState(Generic[H]):
         return self.coming is not None and self.coming.ready
 
     def _replaces(self) -> bool:
-        """An allocation made now would take the place of the current one."""
+        """Tell whether a new allocation would replace the current one."""
         if self.current is None or self._wanted is None:
             return True
         return self.current.outdated or not self.current.is_for(self._wanted)
@@ -287,7 +287,7 @@ class RegistrationState(Generic[H]):
     def _given_up(self, _: float) -> bool:
         return self.released and self.current is not None
 
-    # What to do
+    # Effects
 
     def _abandon(self, _: float) -> "list[Action[H]]":
         abandoned, self.coming = self.coming, None
@@ -301,7 +301,7 @@ class RegistrationState(Generic[H]):
         return [*actions, Acquired(promoted)]
 
     def _restore(self, now: float) -> "list[Action[H]]":
-        """A change that was undone costs no new allocation, even if one is on its way already."""
+        """Make a retired allocation the current one, so that undoing a change needs no new allocation."""
         restored = self._wanted_again()
         assert restored is not None
         self.retired.remove(restored)
@@ -368,4 +368,4 @@ _TRANSITIONS: tuple[tuple[frozenset[State], _Condition, _Effect], ...] = (
     (frozenset({State.DRAINING}), RegistrationState._given_up, RegistrationState._retire_current),
     (frozenset({State.LINGERING}), RegistrationState._always, RegistrationState._linger),
 )
-"""Tried once each in this order, in the state that the rows before have left: in which states, if what, and what then."""
+"""States, condition, effect. Each row is tried once per step, in this order, in the state after the rows before it."""

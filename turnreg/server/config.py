@@ -1,11 +1,11 @@
 """Settings of the embedded TURN server."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
-from discovery.model.addresses import TargetList
+from discovery.model.addresses import Address, TargetList
 from turnreg.server.allocation import Endpoint, Limits
 from turnreg.server.certificates import POLL_INTERVAL_S
 from turnreg.stun.auth import NONCE_LIFETIME_S
@@ -44,6 +44,32 @@ room for permissions, and for clients that ask for a Connect for each stream."""
 
 MAX_REALM_CHARACTERS = 127
 """RFC 8489, section 14.9: fewer than 128 characters."""
+
+
+def can_log_in(users: Collection[object], secrets: Collection[object]) -> bool:
+    """Tell whether any client can authenticate."""
+    return bool(users or secrets)
+
+
+def is_one_per_family(addresses: Sequence[Address]) -> bool:
+    """Tell whether there is an IPv4 address, an IPv6 address, or one of each."""
+    versions = [address.version for address in addresses]
+    return bool(versions) and len(set(versions)) == len(versions)
+
+
+def can_be_relayed_from(address: Address) -> bool:
+    """Tell whether this can be the address of one host, on which relayed ports are opened."""
+    return not address.is_unspecified and not address.is_multicast
+
+
+def are_families_alike(relay_addresses: Sequence[Address], advertised: Sequence[Address]) -> bool:
+    """Tell whether there is an advertised address of the same family for every relay address, in the same order."""
+    return [address.version for address in relay_addresses] == [address.version for address in advertised]
+
+
+def is_realm(text: str) -> bool:
+    """Tell whether REALM can hold this text."""
+    return 0 < len(text) <= MAX_REALM_CHARACTERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,14 +131,17 @@ def _has_certificate(config: TurnServerConfig) -> str | None:
 
 
 def _has_credentials(config: TurnServerConfig) -> str | None:
-    there = config.users or config.secrets
-    return None if there else "users, secrets: expected at least one of them, or nobody can use the server"
+    return (
+        None
+        if can_log_in(config.users, config.secrets)
+        else "users, secrets: expected at least one of them, or nobody can use the server"
+    )
 
 
 def _realm_fits(config: TurnServerConfig) -> str | None:
-    size = len(config.realm)
-    fits = 0 < size <= MAX_REALM_CHARACTERS
-    return None if fits else f"realm: expected 1 to {MAX_REALM_CHARACTERS} characters, got {size}"
+    if is_realm(config.realm):
+        return None
+    return f"realm: expected 1 to {MAX_REALM_CHARACTERS} characters, got {len(config.realm)}"
 
 
 def _ports_are_a_range(config: TurnServerConfig) -> str | None:
@@ -121,15 +150,14 @@ def _ports_are_a_range(config: TurnServerConfig) -> str | None:
 
 
 def _one_relay_address_of_a_family(config: TurnServerConfig) -> str | None:
-    versions = [ip_address(text).version for text in config.relay_addresses]
-    if versions and len(set(versions)) == len(versions):
+    if is_one_per_family([ip_address(text) for text in config.relay_addresses]):
         return None
     return "relay_addresses: expected one IPv4 address, one IPv6 address, or one of each"
 
 
 def _relay_addresses_of_this_host(config: TurnServerConfig) -> str | None:
     for address in map(ip_address, config.relay_addresses):
-        if address.is_unspecified or address.is_multicast:
+        if not can_be_relayed_from(address):
             return f"relay_addresses: expected an address of this host, got {address}"
     return None
 
@@ -141,7 +169,7 @@ def _advertises_relay_addresses(config: TurnServerConfig) -> str | None:
 
 def _advertises_the_same_family(config: TurnServerConfig) -> str | None:
     for relay, reached in config.advertised.items():
-        if ip_address(relay).version != ip_address(reached).version:
+        if not are_families_alike([ip_address(relay)], [ip_address(reached)]):
             return f"advertised: expected the family of {relay}, got {reached}"
     return None
 

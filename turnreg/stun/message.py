@@ -1,12 +1,12 @@
 """STUN messages (RFC 8489) with the methods and attributes of TURN (RFC 8656) and TURN over TCP (RFC 6062).
 
-A `Message` is a value: `Message.parse()` makes one from bytes that a peer sent, `pack()` makes the bytes. What a peer
-sent is hostile: every fault is a `StunError`, at parse time for the structure, when an attribute is read for its value.
+A `Message` is a value: `Message.parse()` makes one from bytes that a peer sent, `pack()` returns its bytes. Input is hostile: every
+error in it is a `StunError`, raised by `parse()` for the structure, and by the accessor of an attribute for its value.
 
-MESSAGE-INTEGRITY and FINGERPRINT are not among a message's attributes: they say something about the bytes, not about
-the request. `pack()` adds them, `parse()` checks FINGERPRINT and remembers what MESSAGE-INTEGRITY covers for
-`verify_integrity()`. aioice has helpers for the two and for XOR addresses, but importing them imports asyncio and all
-of ICE (110 ms), which a sans-IO module must not do; the tests use them as a second opinion instead.
+MESSAGE-INTEGRITY and FINGERPRINT are not in a message's attributes, since they are about the bytes and not about the request.
+`pack()` adds them; `parse()` checks FINGERPRINT and keeps what MESSAGE-INTEGRITY covers for `verify_integrity()`. aioice has
+helpers for both and for XOR addresses, but importing them imports asyncio and all of ICE (110 ms), which a sans-IO module must not
+do; the tests compare with them instead.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ HEADER_BYTES = 20
 TRANSACTION_ID_BYTES = 12
 
 MAX_MESSAGE_BYTES = 2048
-"""Longest message that we read or write. The largest one we know is an Allocate with every text attribute at its limit
-(513 + 3 x 763 bytes); real ones stay below 300. Only Send and Data indications are longer, see MAX_INDICATION_BYTES."""
+"""Longest message that we read or write; real ones are below 300 bytes. (An Allocate with every text attribute at its limit would
+have 513 + 3 x 763 bytes of text.) Only Send and Data indications are longer, see MAX_INDICATION_BYTES."""
 
 MAX_DATAGRAM_BYTES = 65_507
 """The most that UDP carries over IPv4: 65,535 less 20 bytes of IP and 8 of UDP header."""
@@ -35,11 +35,11 @@ MAX_INDICATION_BYTES = 65_535
 """Longest Send or Data indication: what the 16-bit length of a datagram allows; over UDP itself less fits."""
 
 MAX_USERNAME_BYTES = 513
-"""RFC 5389 allowed fewer than 513 bytes, RFC 8489, section 14.3, fewer than 509; we read what either wrote."""
+"""RFC 5389 allowed fewer than 513 bytes, RFC 8489, section 14.3, allows fewer than 509; we accept both."""
 MAX_TEXT_BYTES = 763
 """REALM, NONCE and SOFTWARE: fewer than 128 characters, at most 763 bytes (RFC 8489, sections 14.9, 14.10, 14.14)."""
 MAX_REASON_CHARACTERS = 200
-"""How much of a peer's reason phrase is kept: it is only logged, and a peer's text is cut there everywhere (REFUSED too)."""
+"""How much of a peer's reason phrase is kept. It is only logged; other texts from peers have the same limit (REFUSED too)."""
 
 TRANSPORT_TCP = 6
 TRANSPORT_UDP = 17
@@ -53,7 +53,7 @@ _FINGERPRINT_XOR = 0x5354554E
 
 
 class StunError(ValueError):
-    """What a peer sent is not the STUN that it should be; the text says why and is safe to log."""
+    """A peer sent invalid STUN. The text says why and is safe to log."""
 
 
 class Method(IntEnum):
@@ -81,7 +81,7 @@ class MessageClass(IntEnum):
 
 
 class Attribute(IntEnum):
-    """The attribute types that we read or write. Those below 0x8000 must be understood by whoever gets them."""
+    """The attribute types that we read or write. A receiver must reject a request with an unknown type below 0x8000."""
 
     MAPPED_ADDRESS = 0x0001
     USERNAME = 0x0006
@@ -119,32 +119,32 @@ _TEXT_LIMITS = {
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One STUN message. The `with_…` methods return a copy with one attribute more, so that a request reads as a chain.
+    """One STUN message. The `with_…` methods return a copy with one more attribute and can be chained.
 
-    Where an attribute is there more than once, the first counts (RFC 8489, section 14), except for `xor_addresses()`.
+    If an attribute occurs more than once, the first one is used (RFC 8489, section 14), except in `xor_addresses()`.
 
-    A Struct, for it is made in a fifth of the time that a frozen dataclass takes, and an answer is five of them.
+    It is a Struct because building one takes a fifth of the time of a frozen dataclass, and an answer builds five.
     """
 
     method: int
     message_class: MessageClass
     transaction_id: bytes
-    """12 bytes; a client draws them from `secrets`."""
+    """12 bytes; a client takes them from `secrets`."""
     attributes: tuple[tuple[int, bytes], ...] = ()
-    """Type and value in the order of the wire, without MESSAGE-INTEGRITY and FINGERPRINT."""
+    """Type and value in wire order, without MESSAGE-INTEGRITY and FINGERPRINT."""
     has_fingerprint: bool = False
-    """The bytes that this was parsed from carried a (correct) FINGERPRINT: an answer should carry one too."""
+    """The parsed bytes had a correct FINGERPRINT, so the answer should have one too."""
     _covered: bytes | None = None
-    """The bytes that MESSAGE-INTEGRITY covers, with the length that it was computed over."""
+    """The bytes that MESSAGE-INTEGRITY covers, with the length field that it was computed with."""
     _integrity: bytes = b""
 
     # -- reading
 
     @classmethod
     def parse(cls, data: bytes, limit: int = MAX_MESSAGE_BYTES) -> Self:
-        """Read one whole message of at most `limit` bytes. Raises StunError.
+        """Parse one whole message of at most `limit` bytes. Raises StunError.
 
-        Attributes behind MESSAGE-INTEGRITY, other than FINGERPRINT, are ignored: nothing vouches for them (RFC 8489,
+        Attributes after MESSAGE-INTEGRITY, other than FINGERPRINT, are ignored, since they are not authenticated (RFC 8489,
         section 14.5). A FINGERPRINT must be the last attribute and match.
         """
         if len(data) < HEADER_BYTES:
@@ -160,7 +160,7 @@ class Message(msgspec.Struct, frozen=True):
         while at < len(data):
             if has_fingerprint:
                 raise StunError("FINGERPRINT is not the last attribute")
-            kind, length = _ATTRIBUTE.unpack_from(data, at)  # in bounds: all lengths are multiples of four
+            kind, length = _ATTRIBUTE.unpack_from(data, at)  # within bounds: all lengths are multiples of four
             start, end = at + 4, at + 4 + length
             if end > len(data):
                 raise StunError(f"attribute {kind:#06x} runs over the end of the message")
@@ -183,24 +183,24 @@ class Message(msgspec.Struct, frozen=True):
 
     @property
     def has_integrity(self) -> bool:
-        """The bytes that this was parsed from carried a MESSAGE-INTEGRITY."""
+        """Whether the parsed bytes had a MESSAGE-INTEGRITY."""
         return self._covered is not None
 
     def verify_integrity(self, key: bytes) -> bool:
-        """Tell, in constant time, whether MESSAGE-INTEGRITY is there and was made with `key`."""
+        """Tell whether there is a MESSAGE-INTEGRITY made with `key`. Compares in constant time."""
         if self._covered is None:
             return False
         return hmac.compare_digest(_integrity(self._covered, key), self._integrity)
 
     def get(self, attribute: int) -> bytes | None:
-        """Value of the first attribute of that type, None if there is none."""
+        """Return the value of the first attribute of that type, None if absent."""
         for kind, value in self.attributes:
             if kind == attribute:
                 return value
         return None
 
     def text(self, attribute: Attribute) -> str | None:
-        """Value as text, None if absent. It is the peer's: escape it before it meets a log. Raises StunError."""
+        """Return the value as text, None if absent. It comes from the peer: escape it before logging. Raises StunError."""
         value = self.get(attribute)
         if value is None:
             return None
@@ -212,7 +212,7 @@ class Message(msgspec.Struct, frozen=True):
             raise StunError(f"{attribute.name} is not UTF-8") from exc
 
     def number(self, attribute: int) -> int | None:
-        """Value of a 32-bit attribute (LIFETIME in seconds), None if absent. Raises StunError."""
+        """Return the value of a 32-bit attribute (LIFETIME in seconds), None if absent. Raises StunError."""
         value = self.get(attribute)
         if value is None:
             return None
@@ -221,20 +221,20 @@ class Message(msgspec.Struct, frozen=True):
         return int.from_bytes(value, "big")
 
     def first_byte(self, attribute: int) -> int | None:
-        """Value of an attribute of one byte and three reserved ones, None if absent. Raises StunError.
+        """Return the value of an attribute with one byte and three reserved ones, None if absent. Raises StunError.
 
-        REQUESTED-TRANSPORT and REQUESTED-ADDRESS-FAMILY are such.
+        REQUESTED-TRANSPORT and REQUESTED-ADDRESS-FAMILY have this format.
         """
         value = self.number(attribute)
         return None if value is None else value >> 24
 
     def xor_address(self, attribute: int) -> tuple[str, int] | None:
-        """Address and port of a XOR-…-ADDRESS attribute, None if absent. Raises StunError."""
+        """Return address and port of a XOR-…-ADDRESS attribute, None if absent. Raises StunError."""
         value = self.get(attribute)
         return None if value is None else _unpack_xor_address(value, self.transaction_id)
 
     def xor_addresses(self, attribute: int) -> tuple[tuple[str, int], ...]:
-        """All of them, in order: CreatePermission may carry several (RFC 8656, section 10.1). Raises StunError."""
+        """Return all of them, in order: CreatePermission may have several (RFC 8656, section 10.1). Raises StunError."""
         return tuple(
             _unpack_xor_address(value, self.transaction_id) for kind, value in self.attributes if kind == attribute
         )
@@ -243,7 +243,8 @@ class Message(msgspec.Struct, frozen=True):
     def error(self) -> tuple[int, str] | None:
         """Code and reason of ERROR-CODE, None if absent. Raises StunError.
 
-        The reason is safe to log: coturn's trailing NULs are gone, what does not print is escaped, the rest cut.
+        The reason is safe to log: coturn's trailing NULs are removed, it is cut to MAX_REASON_CHARACTERS, and characters that are
+        not printable are escaped.
         """
         value = self.get(Attribute.ERROR_CODE)
         if value is None:
@@ -255,7 +256,7 @@ class Message(msgspec.Struct, frozen=True):
         return (value[2] & 7) * 100 + value[3], printable
 
     def not_understood(self, known: Container[int]) -> tuple[int, ...]:
-        """Types, each once, that must be understood (below 0x8000) and are not in `known`: a reason for a 420."""
+        """Return the attribute types, each once, that must be understood (below 0x8000) and are not in `known`, for a 420."""
         return tuple(dict.fromkeys(kind for kind, _ in self.attributes if kind < 0x8000 and kind not in known))
 
     # -- writing
@@ -277,7 +278,7 @@ class Message(msgspec.Struct, frozen=True):
         return self.with_bytes(attribute, value.encode())
 
     def with_number(self, attribute: int, value: int) -> Self:
-        """Add a 32-bit attribute: LIFETIME in seconds."""
+        """Add a 32-bit attribute, such as LIFETIME in seconds."""
         return self.with_bytes(attribute, value.to_bytes(4, "big"))
 
     def with_first_byte(self, attribute: int, value: int) -> Self:
@@ -298,7 +299,7 @@ class Message(msgspec.Struct, frozen=True):
         return answer.with_bytes(Attribute.ERROR_CODE, bytes((0, 0, code // 100, code % 100)) + reason.encode())
 
     def pack(self, *, integrity_key: bytes | None = None, fingerprint: bool = False) -> bytes:
-        """Return the bytes, signed if there is a key, FINGERPRINT last if asked for. Raises StunError if too long."""
+        """Return the bytes, signed if there is a key, with a FINGERPRINT if requested. Raises StunError if too long."""
         parts: list[bytes] = []
         for kind, value in self.attributes:
             parts += (_ATTRIBUTE.pack(kind, len(value)), value, bytes(-len(value) % 4))
@@ -320,9 +321,9 @@ class Message(msgspec.Struct, frozen=True):
 
 
 def data_indication(peer: tuple[str, int], data: bytes, transaction_id: bytes, *, fingerprint: bool = False) -> bytes:
-    """Return the Data indication that brings a client what a peer sent (RFC 8656, section 11.3).
+    """Return the Data indication with a peer's datagram for a client (RFC 8656, section 11.3).
 
-    Packed by hand, for each datagram is one. Raises StunError if it would be too long.
+    It is packed without a Message, for speed: every datagram needs one. Raises StunError if it would be too long.
     """
     address = _pack_xor_address(peer, transaction_id)
     body = b"".join(
@@ -346,11 +347,10 @@ def data_indication(peer: tuple[str, int], data: bytes, transaction_id: bytes, *
 
 
 def frame_length(prefix: bytes, limit: int = MAX_MESSAGE_BYTES) -> int | None:
-    """Length in bytes, header included, of the message that `prefix` begins, None while that cannot be told.
+    """Return the length in bytes, header included, of the message that starts with `prefix`, None if `prefix` is too short.
 
-    Raises StunError as soon as the bytes cannot begin a STUN message of at most `limit` bytes: call it before
-    buffering more.
-    Four bytes tell the length; the cookie is checked once eight are there.
+    Raises StunError as soon as the bytes cannot be the start of a STUN message of at most `limit` bytes: call it before buffering
+    more. The first four bytes give the length; the cookie is checked once there are eight.
     """
     if prefix and prefix[0] & 0xC0:
         raise StunError("not STUN: the first two bits are not zero")
@@ -367,7 +367,7 @@ def frame_length(prefix: bytes, limit: int = MAX_MESSAGE_BYTES) -> int | None:
 
 
 def _split_type(message_type: int) -> tuple[int, MessageClass]:
-    """Unweave method and class, whose bits alternate (RFC 8489, figure 3)."""
+    """Separate method and class, whose bits are interleaved (RFC 8489, figure 3)."""
     method = (message_type & 0x000F) | (message_type & 0x00E0) >> 1 | (message_type & 0x3E00) >> 2
     message_class = MessageClass((message_type & 0x0010) >> 4 | (message_type & 0x0100) >> 7)
     return _METHODS.get(method, method), message_class
@@ -387,7 +387,7 @@ def _integrity(covered: bytes, key: bytes) -> bytes:
 
 
 def _fingerprint(data: bytes) -> bytes:
-    """CRC-32 of all before the attribute, with a length that counts the attribute in (RFC 8489, section 14.7)."""
+    """Return the CRC-32 of everything before the attribute; the length field includes the attribute (RFC 8489, section 14.7)."""
     return (zlib.crc32(_with_length(data, len(data) - HEADER_BYTES + 8)) ^ _FINGERPRINT_XOR).to_bytes(4, "big")
 
 
@@ -399,7 +399,7 @@ def _pack_xor_address(address: tuple[str, int], transaction_id: bytes) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _packed(host: str) -> bytes:
-    """Remembered, for reading an address costs more than the rest of an indication, and peers are few."""
+    """Return the address as bytes. Cached: parsing an address costs more than the rest of an indication, and peers are few."""
     return ip_address(host).packed
 
 

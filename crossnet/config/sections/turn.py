@@ -24,7 +24,15 @@ from crossnet.config.types import (
 )
 from discovery.model.validation import Fault
 from turnreg.server.allocation import Limits as TurnLimits
-from turnreg.server.config import DEFAULT_PORTS
+from turnreg.server.config import (
+    DEFAULT_PORTS,
+    MAX_REALM_CHARACTERS,
+    are_families_alike,
+    can_be_relayed_from,
+    can_log_in,
+    is_one_per_family,
+    is_realm,
+)
 
 _TURN_LIMITS = TurnLimits()
 
@@ -89,7 +97,7 @@ class TurnSection:
 
     @rule("secret", "users")
     def _log_in(self) -> Iterator[Fault]:
-        if not self.secret and not self.users:
+        if not can_log_in(self.users, self.secret):
             yield Fault(".secret", "{file: PATH}, or users", "neither")
 
     @rule("listen", "tls")
@@ -97,13 +105,23 @@ class TurnSection:
         if not self.listen and self.tls is None:
             yield Fault(".listen", "ip:port, or tls", "neither")
 
-    @rule("relay_address", "advertise_relay_address")
+    @rule("relay_address")
     def _relay_addresses(self) -> Iterator[Fault]:
-        families = [address.version for address in self.relay_address]
-        if len(set(families)) != len(families):
-            yield Fault(".relay_address", "one address of a family", "two")
-        outside = [address.version for address in self.advertise_relay_address]
-        if outside and outside != families:
+        if not is_one_per_family(self.relay_address):
+            yield Fault(".relay_address", "one address of a family", "two" if self.relay_address else "none")
+        for address in self.relay_address:
+            if not can_be_relayed_from(address):
+                yield Fault(".relay_address", "an address of this host", str(address))
+
+    @rule("realm")
+    def _realm(self) -> Iterator[Fault]:
+        if self.realm is not None and not is_realm(self.realm):
+            yield Fault(".realm", f"at most {MAX_REALM_CHARACTERS} characters", str(len(self.realm)))
+
+    @rule("relay_address", "advertise_relay_address")
+    def _advertised_addresses(self) -> Iterator[Fault]:
+        outside = self.advertise_relay_address
+        if outside and not are_families_alike(self.relay_address, outside):
             yield Fault(".advertise_relay_address", "as many addresses of the same families as relay_address", "others")
 
 

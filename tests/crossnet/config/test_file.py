@@ -194,6 +194,9 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
             "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.0:1', relay_address: [10.0.0.7, 10.0.0.8], secret: {file: token}}",
             "$.turn.relay_address: expected one address of a family, got two",
         ),
+        (f"{TURN.replace('10.0.0.7', '[]')}, secret: {{file: token}}}}", "$.turn.relay_address: expected one address of a family, got none"),
+        (f"{TURN.replace('10.0.0.7', '0.0.0.0')}, secret: {{file: token}}}}", "$.turn.relay_address: expected an address of this host, got 0.0.0.0"),
+        (f"{TURN}, realm: {'x' * 128}, secret: {{file: token}}}}", "$.turn.realm: expected at most 127 characters, got 128"),
         (
             "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, relay_address: 10.0.0.7, secret: {file: token}}",
             "$.turn.listen: expected ip:port, or tls, got neither",

@@ -130,7 +130,7 @@ async def test_an_authority_that_is_none(pem: str) -> None:
     here = turn(RunningServer("127.0.0.1", 1), url="turns:127.0.0.1:1?transport=tcp")
     async with registrar(here, ca={"a": pem}) as ours:
         await ours.counts("registrations_total", reason="tls_failed")
-        assert "the file of the authority" in ours.of()["last_error"]["detail"]
+        assert "the CA file" in ours.of()["last_error"]["detail"]
 
 
 async def test_tls_to_a_server_that_speaks_none() -> None:
