@@ -26,6 +26,7 @@ from discovery.publisher import PublisherConfig
 from discovery.store.etcdapi import parse_endpoints
 from dnsgw.config import DnsConfig
 from sniproxy.relay.relay import RelayConfig
+from sniproxy.tunnel import heartbeat
 from sniproxy.tunnel.epoch import proto_of
 from sniproxy.tunnel.preamble import SigningKey
 from turnreg.client.control_connection import Credentials
@@ -143,7 +144,7 @@ def registrar_config(
         turn={network: _credentials(access) for network, access in section.turn.items()},
         ca={network: access.ca.pem for network, access in section.turn.items() if access.ca is not None},
         register=Register(section.register),
-        proto=(FRAMED, proto_of(epoch)),
+        proto=_protocols(epoch),
         allow={network: allow for network, access in section.turn.items() if (allow := _lifted(access.allow))},
         guard=tuple(guard),
         guard_names=tuple(discovery_names(config)),
@@ -227,8 +228,13 @@ def turn_spec(section: TurnSection, listening: tuple[str, int], *, tls: bool = F
 def gateway_spec(section: GatewaySection, listening: tuple[str, int], epoch: bytes) -> GatewaySpec:
     """Return the record of a gateway that relays may dial, which listens there."""
     address = section.advertise or format_endpoint(parse_address(listening[0]), listening[1])
-    proto = [FRAMED, proto_of(epoch)]
+    proto = list(_protocols(epoch))
     return GatewaySpec(address=str(address), weight=section.weight, zone=section.zone or "", proto=proto)
+
+
+def _protocols(epoch: bytes) -> tuple[str, ...]:
+    """Return what a gateway of this version speaks."""
+    return FRAMED, proto_of(epoch), heartbeat.PROTO
 
 
 def _credentials(access: TurnAccessSection) -> TurnCredentials:

@@ -6,8 +6,9 @@ it owns is never given to an asyncio transport, because uvloop refuses to watch 
 
 from sniproxy.engine.byte_stream import ByteStream, StreamClosed
 from sniproxy.engine.connect import connect
-from sniproxy.engine.copy import CopyDirection, End, IdleTimer, Lost, Moved, Splice, drain, fill, pump, splice
+from sniproxy.engine.copy import CopyDirection, End, Lost, Moved, Splice, drain, fill, pump, splice
 from sniproxy.engine.deadlines import Deadlines
+from sniproxy.engine.idle_timer import IdleTimer
 from sniproxy.engine.listener import Listener
 from sniproxy.engine.pipes import PipePool
 from sniproxy.engine.socket_stream import SocketStream

@@ -94,6 +94,13 @@ class ByteStream(Protocol):
     async def writable(self) -> None:
         """Wait until the stream takes more bytes, or the connection is gone."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether a writer waits until the stream takes more."""
+
+    def lost_peer(self) -> bool:
+        """Return whether the far end has stopped answering. To be asked every few seconds."""
+
     async def flushed(self, limit_s: float) -> bool:
         """Wait at most `limit_s` seconds until the far end has received everything we wrote; return whether it has."""
 

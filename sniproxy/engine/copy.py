@@ -6,12 +6,12 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, ByteStream
+from sniproxy.engine.idle_timer import IdleTimer
 from sniproxy.engine.pipes import PIPE_BYTES, Pipe, PipePool
 
 BULK_READS = 4
@@ -46,7 +46,7 @@ class CopyDirection:
 
     def __init__(
         self,
-        activity: "IdleTimer",
+        activity: IdleTimer,
         *streams: ByteStream,
         pool: PipePool = POOL,
         pace: Callable[[int], float] | None = None,
@@ -130,63 +130,6 @@ class CopyDirection:
             self._full_reads = 0
 
 
-class IdleTimer:
-    """Knows when a stream last moved a byte, on the loop's clock, and ends the stream after too much silence."""
-
-    __slots__ = ("_limit_s", "_loop", "_scope", "_timer", "last")
-
-    def __init__(self, limit_s: float) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._limit_s = limit_s
-        self._scope = asyncio.timeout(None)
-        self._timer: asyncio.TimerHandle | None = None
-        self.last = self._loop.time()
-
-    def touch(self) -> None:
-        """Note that a byte was moved."""
-        self.last = self._loop.time()
-
-    def idle_s(self) -> float:
-        """Return for how many seconds nothing has moved."""
-        return self._loop.time() - self.last
-
-    def limit(self, limit_s: float) -> None:
-        """Change the limit: seconds without a byte in either direction, counted from now."""
-        self._limit_s = limit_s
-        self.touch()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = self._loop.call_later(limit_s, self._look)
-
-    def shorten(self, limit_s: float) -> None:
-        """Lower the limit, unless it is already lower."""
-        if limit_s < self._limit_s:
-            self.limit(limit_s)
-
-    def _look(self) -> None:
-        # One timer for each stream, set again only when it fires: a byte costs one clock reading and no timer operation.
-        left = self.last + self._limit_s - self._loop.time()
-        if left > 0:
-            self._timer = self._loop.call_later(left, self._look)
-        else:
-            self._scope.reschedule(self._loop.time())
-
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[None]:
-        """Run the block under the limit. To be used once.
-
-        Raises:
-            TimeoutError: nothing moved for that long.
-        """
-        self.touch()
-        async with self._scope:
-            self._timer = self._loop.call_later(self._limit_s, self._look)
-            try:
-                yield
-            finally:
-                self._timer.cancel()
-
-
 class Lost(Exception):
     """A stream was reset or timed out. `writing`: a write found it, so bytes that it sent before may still wait to be read."""
 
@@ -261,6 +204,9 @@ class End(StrEnum):
     OK = "ok"
     A_RESET = "a_reset"
     B_RESET = "b_reset"
+    A_LOST = "a_lost"
+    """Its host no longer answers."""
+    B_LOST = "b_lost"
     IDLE_TIMEOUT = "idle_timeout"
 
 
@@ -299,11 +245,12 @@ class Splice:
         pool: PipePool = POOL,
     ) -> None:
         self.a, self.b = a, b
-        self._activity = IdleTimer(idle_timeout_s)
+        self._activity = IdleTimer(idle_timeout_s, check=self._check)
         self._half_close_timeout_s = half_close_timeout_s
         self.a_to_b = CopyDirection(self._activity, a, b, pool=pool)
         self.b_to_a = CopyDirection(self._activity, a, b, pool=pool)
         self._lost: ByteStream | None = None
+        self._is_silent = False
 
     async def run(self) -> Moved:
         """Move bytes until both directions have ended, and close both streams in any case."""
@@ -318,7 +265,8 @@ class Splice:
             pass
         finally:
             if self._lost is not None:
-                end = End.A_RESET if self._lost is self.a else End.B_RESET
+                ends = (End.A_LOST, End.B_LOST) if self._is_silent else (End.A_RESET, End.B_RESET)
+                end = ends[self._lost is self.b]
             if end is End.OK:
                 self.a.close()
                 self.b.close()
@@ -326,6 +274,14 @@ class Splice:
                 self.a.reset()
                 self.b.reset()
         return Moved(a_to_b=self.a_to_b.moved, b_to_a=self.b_to_a.moved, end=end)
+
+    def _check(self) -> None:
+        """Cut what joins a host that no longer answers."""
+        for stream in (self.a, self.b):
+            if self._lost is None and stream.lost_peer():
+                self._lost, self._is_silent = stream, True
+                self.a.reset()  # wakes every task that waits on one of them
+                self.b.reset()
 
     async def _one_way(self, source: ByteStream, sink: ByteStream, direction: CopyDirection) -> None:
         try:

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, Buffer, StreamClosed
 from sniproxy.engine.quantum import Quantum
+from sniproxy.engine.tcp_liveness import UNANSWERED_S, bound_retransmissions, unanswered_s
 
 KEEPALIVE_IDLE_S = 15
 KEEPALIVE_INTERVAL_S = 5
@@ -53,6 +54,7 @@ def tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    bound_retransmissions(sock)
 
 
 class SocketStream:
@@ -72,6 +74,7 @@ class SocketStream:
         "_read_waiter",
         "_reading",
         "_sock",
+        "_unanswered_since",
         "_unread",
         "_write_waiter",
         "_writing",
@@ -99,6 +102,7 @@ class SocketStream:
         self._low = 1
         self._expired = False
         self._reading = self._writing = False
+        self._unanswered_since: float | None = None
         self._read_waiter: asyncio.Future[None] | None = None
         self._write_waiter: asyncio.Future[None] | None = None
         self.quantum = Quantum()
@@ -291,6 +295,22 @@ class SocketStream:
             if self._write_waiter is waiter:
                 self._write_waiter = None
             del waiter
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a writer waits until the peer has read more."""
+        return self._write_waiter is not None and not self._write_waiter.done()
+
+    def lost_peer(self) -> bool:
+        """Return whether the peer has stopped answering what is in flight (`tcp_liveness`). To be asked every few seconds."""
+        unanswered = 0.0 if self.closed else unanswered_s(self._sock)
+        if not unanswered:
+            self._unanswered_since = None
+            return False
+        now = self._loop.time()
+        if self._unanswered_since is None:
+            self._unanswered_since = now
+        return min(unanswered, now - self._unanswered_since) >= UNANSWERED_S
 
     async def flushed(self, limit_s: float) -> bool:
         """Wait at most `limit_s` seconds until the peer's kernel has acknowledged everything we wrote; return whether it has."""

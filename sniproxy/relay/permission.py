@@ -9,7 +9,7 @@ from discovery.model.names import AddressTarget, ServiceTarget
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Flow, Policy
 from sniproxy.transport.base import Candidate
-from sniproxy.tunnel.preamble import MAX_IMPORTS, decode_target
+from sniproxy.tunnel.preamble import MAX_IMPORTS_SENT, decode_target
 
 
 class Permit:
@@ -70,7 +70,7 @@ class Permit:
         )
         if target.network != self._network:
             if target.network in self._imports.sources:
-                if len(self._imported(target.network)) <= MAX_IMPORTS:
+                if len(self._imported(target.network)) <= MAX_IMPORTS_SENT:
                     return None
                 return f"an address name of network {target.network!r}, whose imports are too many to tell its gateway: {advice}"
             return f"an address name of network {target.network!r}, from which nothing is imported: {advice}"

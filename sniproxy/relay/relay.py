@@ -45,6 +45,7 @@ from sniproxy.streams.stream_log import StreamLog, StreamRecord
 from sniproxy.transport.base import Transport, TransportConfig
 from sniproxy.transport.errors import DialError, Unroutable
 from sniproxy.transport.registry import make_transports
+from sniproxy.tunnel import heartbeat
 from sniproxy.tunnel.bridge import StreamBridge
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.keys import SigningKeys
@@ -384,6 +385,7 @@ class Relay:
                 idle_timeout_s=idle,
                 half_close_timeout_s=half_close,
                 second=second if connected.candidate.traits.needs_second_connection else None,
+                heartbeats=heartbeat.PROTO in connected.candidate.proto,
             )
             carry.outbound.moved = connected.sent
             record.carry(up=carry.outbound, down=carry.inbound)
@@ -397,5 +399,7 @@ _ENDS = {
     End.OK: Reason.OK,
     End.A_RESET: Reason.CLIENT_RESET,
     End.B_RESET: Reason.SERVER_RESET,
+    End.A_LOST: Reason.CLIENT_LOST,
+    End.B_LOST: Reason.SERVER_LOST,
     End.IDLE_TIMEOUT: Reason.IDLE_TIMEOUT,
 }

@@ -12,11 +12,13 @@ from typing import Any, Final
 
 from sniproxy.engine import ByteStream, CopyDirection, IdleTimer, Lost, drain, fill
 from sniproxy.engine.copy import LIMIT_STALLED_S
+from sniproxy.engine.idle_timer import CHECK_EVERY_S
 from sniproxy.engine.pipes import PIPE_BYTES
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import HEADER_SIZE, CapsuleError, Control, Payload
 from sniproxy.tunnel.connection import CapsuleConnection
-from sniproxy.tunnel.messages import Continued, Done, Finished, Message, Received, parse_control
+from sniproxy.tunnel.heartbeat import HEARTBEAT_TIMING, Heartbeats, HeartbeatTiming
+from sniproxy.tunnel.messages import Continued, Done, Finished, Heartbeat, Message, Received, parse_control
 from sniproxy.tunnel.state import LIMIT_DONE_S, LIMIT_UNRECEIVED, RECEIVED_INTERVAL, Side
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,10 @@ class BridgeTiming:
     """Pauses between attempts to get a second connection. After the last one the upload stays on the first."""
     done_s: float = LIMIT_DONE_S
     """From the last FINISHED to the close, and from CONTINUED to the second connection."""
+    check_every_s: float = CHECK_EVERY_S
+    """Between two looks whether both ends still live."""
+    heartbeat: HeartbeatTiming = HEARTBEAT_TIMING
+    """How often to say HEARTBEAT, and how long to wait for one."""
 
 
 DEFAULT_TIMING: Final = BridgeTiming()
@@ -64,6 +70,7 @@ class StreamBridge:
         half_close_timeout_s: float,
         first: bytes = b"",
         second: Second | None = None,
+        heartbeats: bool = False,
         timing: BridgeTiming = DEFAULT_TIMING,
     ) -> None:
         """Prepare to carry `plain` over `connection`; `run` does it.
@@ -76,6 +83,7 @@ class StreamBridge:
             half_close_timeout_s: the same, once one direction has ended.
             first: payload that was already read from the connection, to be delivered first.
             second: gets a connection for the upload alone, where a TURN server is in between; None on a direct connection.
+            heartbeats: the other side understands HEARTBEAT and sends it.
             timing: how long to wait for the other side.
         """
         self._plain = plain
@@ -83,7 +91,9 @@ class StreamBridge:
         self._side = side
         self._first = first
         self._timing = timing
-        self._activity = IdleTimer(idle_timeout_s)
+        self._activity = IdleTimer(idle_timeout_s, check=self._check, check_every_s=timing.check_every_s)
+        now = asyncio.get_running_loop().time()
+        self._heartbeats = Heartbeats(now, timing.heartbeat) if heartbeats else None
         self._half_close_timeout_s = half_close_timeout_s
         self.outbound = CopyDirection(self._activity, plain, connection.stream)
         """From the plain stream to the connection."""
@@ -144,6 +154,36 @@ class StreamBridge:
             for stream in self._streams():  # wakes every task that waits on one of them
                 stream.reset()
             self._news.set()
+
+    def _check(self) -> None:
+        """Cut the stream if one of its ends no longer answers, and say HEARTBEAT if it is time."""
+        lost = self._lost_end()
+        if lost is not None:
+            self._cut = self._cut or lost
+            for stream in self._streams():
+                stream.reset()
+            self._news.set()
+
+    def _lost_end(self) -> Reason | None:
+        if self._plain.lost_peer():
+            return Reason.CLIENT_LOST if self._side is Side.RELAY else Reason.SERVER_LOST
+        connections = [self._connection] if self._second is None else [self._connection, self._second]
+        if any(connection.stream.lost_peer() for connection in connections):
+            return Reason.PATH_LOST
+        heartbeats, ends = self._heartbeats, self._connection.ends
+        if heartbeats is None or ends.complete:
+            return None
+        now = asyncio.get_running_loop().time()
+        if heartbeats.is_silent(
+            now, sum(connection.received for connection in connections), reads=not self._plain.is_full
+        ):
+            return Reason.PATH_LOST
+        if heartbeats.is_due(now, self._connection.sent):
+            try:
+                self._connection.try_send(Heartbeat())
+            except OSError:
+                return None  # the directions find out
+        return None
 
     def _streams(self) -> list[ByteStream]:
         second = [] if self._second is None else [self._second.stream]

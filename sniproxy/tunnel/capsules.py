@@ -44,6 +44,7 @@ class CapsuleType(enum.IntEnum):
     RECEIVED = 0x20637208
     CONTINUED = 0x20637209
     WAITING = 0x2063720A
+    HEARTBEAT = 0x2063720B
 
 
 class CapsuleError(ValueError):

@@ -38,6 +38,7 @@ class CapsuleConnection:
         "_reader",
         "_receipts",
         "_rest",
+        "_tail",
         "_writing",
         "ends",
         "received",
@@ -54,6 +55,7 @@ class CapsuleConnection:
         self._control: TokenBucket | None = None  # made when the first control capsule comes
         self._receipts = 0
         self._writing = asyncio.Lock()
+        self._tail = b""  # of a capsule that the stream took in part
         self.sent = 0
         """Bytes written to the stream from its first one on, including preamble and headers."""
         self.received = 0
@@ -72,6 +74,20 @@ class CapsuleConnection:
                 self.ends.sent(CapsuleType.DATA)
                 buffers += (header(CapsuleType.DATA, len(data)), data)
             await self._write(*buffers)
+
+    def try_send(self, message: Message) -> None:
+        """Send a control capsule if the stream takes it at once, and drop it if something else is being written.
+
+        OSError if the connection is gone.
+        """
+        if self._writing.locked() or self._tail:
+            return
+        data = message.pack()
+        taken = self.stream.try_send((data,))
+        if taken:
+            self.ends.sent(message.type)
+            self.sent += len(data)
+            self._tail = data[taken:]  # goes out with the next write
 
     async def begin(self, preamble: bytes, data: bytes) -> None:
         """Send the preamble and the first DATA capsule in one write, so that a TURN server buffers both until the bind.
@@ -104,6 +120,8 @@ class CapsuleConnection:
 
     async def _write(self, *buffers: bytes, more: bool = False) -> None:
         self.sent += sum(map(len, buffers))
+        if self._tail:
+            buffers, self._tail = (self._tail, *buffers), b""
         await self.stream.send(*buffers, more=more)
 
     async def read(self, *, exact: bool = False) -> list[Event]:

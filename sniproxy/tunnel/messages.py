@@ -77,6 +77,13 @@ class Continued(_Bare):
     type = CapsuleType.CONTINUED
 
 
+class Heartbeat(_Bare):
+    """From either side, while it has nothing else to say: I am still here. Not answered."""
+
+    __slots__ = ()
+    type = CapsuleType.HEARTBEAT
+
+
 _COUNT: Final = struct.Struct(">Q")
 
 
@@ -242,7 +249,7 @@ class Open:
         return cls(value)
 
 
-Message = Ready | Opened | Refused | Finished | Ping | Pong | Open | Done | Received | Continued | Waiting
+Message = Ready | Opened | Refused | Finished | Ping | Pong | Open | Done | Received | Continued | Waiting | Heartbeat
 
 _PARSERS: Final[dict[CapsuleType, Callable[[bytes], Message]]] = {
     CapsuleType.READY: Ready.parse,
@@ -256,6 +263,7 @@ _PARSERS: Final[dict[CapsuleType, Callable[[bytes], Message]]] = {
     CapsuleType.RECEIVED: Received.parse,
     CapsuleType.CONTINUED: Continued.parse,
     CapsuleType.WAITING: Waiting.parse,
+    CapsuleType.HEARTBEAT: Heartbeat.parse,
 }
 
 

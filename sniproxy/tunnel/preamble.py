@@ -23,6 +23,9 @@ once (0xE9 and 0xEC may be absent). Other TLVs are ignored, but signed.
 separated by spaces. The gateway knows which service has the address, and refuses an address of any other service. Older gateways
 ignore it.
 
+0xEE, at most once: what the relay understands, as bits of the first byte. 0x01: HEARTBEAT (sniproxy.tunnel.heartbeat). It is
+sent only if the gateway's record says that the gateway understands it too.
+
 A warm connection, kept ready for a stream that OPEN will bring, begins with a LOCAL header, which has no client: 0xE0, 0xE1, 0xE2,
 0xE5, 0xE7, 0xE8, 0xEC, 0xE3 as above, and a UNIQUE_ID of 16 random bytes, so that it is useless a second time too.
 """
@@ -69,8 +72,12 @@ class Tlv(enum.IntEnum):
 
 
 TLV_IMPORTS: Final = 0xED
+TLV_FEATURES: Final = 0xEE
+FEATURE_HEARTBEAT: Final = 0x01
 MAX_IMPORTS: Final = 300
-"""In bytes: what is left of the 1,024 of a header if all other fields have their greatest length."""
+"""In bytes: what is left of the 1,024 of a header if all other fields of version 0.1 have their greatest length."""
+MAX_IMPORTS_SENT: Final = MAX_IMPORTS - 4
+"""The same if FEATURES goes along."""
 
 
 class PreambleError(ValueError):
@@ -168,6 +175,8 @@ class Preamble:
     """The epoch of the gateway process that it is for. None: the relay is from before epochs."""
     imports: str | None = None
     """Patterns of the services whose addresses may be reached, separated by spaces. None: all services."""
+    heartbeats: bool = False
+    """Whether both sides understand HEARTBEAT."""
 
     @property
     def once(self) -> bytes:
@@ -242,6 +251,8 @@ def sign(preamble: Preamble | WarmPreamble, key: bytes) -> bytes:
             tlvs.append((Tlv.CONTINUES, b"\1"))
         if preamble.imports is not None:
             tlvs.append((TLV_IMPORTS, preamble.imports.encode()))
+        if preamble.heartbeats:
+            tlvs.append((TLV_FEATURES, bytes([FEATURE_HEARTBEAT])))
     if preamble.epoch is not None:
         tlvs.append((Tlv.EPOCH, preamble.epoch))
     tlvs += [
@@ -306,17 +317,19 @@ def parse(header: bytes) -> Preamble | WarmPreamble:
             attempt=values[Tlv.ATTEMPT][0],
             continues=Tlv.CONTINUES in values,
             epoch=values.get(Tlv.EPOCH),
-            imports=_imports(proxy),
+            imports=None if (imports := _optional(proxy, TLV_IMPORTS)) is None else _text(imports),
+            heartbeats=bool((_optional(proxy, TLV_FEATURES) or b"\0")[0] & FEATURE_HEARTBEAT),
         )
     _check(preamble)
     return preamble
 
 
-def _imports(proxy: ProxyHeader) -> str | None:
-    found = [value for kind, value in proxy.tlvs if kind == TLV_IMPORTS]
+def _optional(proxy: ProxyHeader, kind: int) -> bytes | None:
+    """Return the value of a TLV that may be present once. Raises PreambleError if it is there twice."""
+    found = [value for of, value in proxy.tlvs if of == kind]
     if len(found) > 1:
-        raise _broken(f"two TLVs {TLV_IMPORTS:#04x}")
-    return _text(found[0]) if found else None
+        raise _broken(f"two TLVs {kind:#04x}")
+    return found[0] if found else None
 
 
 def _values(proxy: ProxyHeader, *, required: frozenset[Tlv], known: frozenset[Tlv]) -> dict[int, bytes]:

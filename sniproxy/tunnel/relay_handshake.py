@@ -16,6 +16,7 @@ from sniproxy.formats.client_hello import Hello
 from sniproxy.streams.end_reason import Reason
 from sniproxy.transport.base import Candidate, CandidateKey
 from sniproxy.transport.errors import DialError
+from sniproxy.tunnel import heartbeat
 from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.epoch import UNKNOWN_EPOCH, epoch_in
@@ -213,6 +214,7 @@ class GatewayConnector:
             continues=continues,
             epoch=self._epoch(candidate),
             imports=candidate.imports,
+            heartbeats=heartbeat.PROTO in candidate.proto,
         )
         return _signed(preamble, key, candidate, final=True)
 

@@ -27,8 +27,8 @@ their content (a test compares it):
                 gateway: PONG, REFUSED → refused
       ready     relay:   DATA, FINAL_DATA
                 gateway: PONG, FINISHED, WAITING, OPENED → opened, REFUSED → refused
-      opened    relay:   DATA, FINAL_DATA, CONTINUED, FINISHED, DONE
-                gateway: DATA, FINAL_DATA, PONG, RECEIVED, FINISHED
+      opened    relay:   DATA, FINAL_DATA, CONTINUED, FINISHED, DONE, HEARTBEAT
+                gateway: DATA, FINAL_DATA, PONG, RECEIVED, FINISHED, HEARTBEAT
       refused   nothing
     up
       flowing   relay:   DATA, CONTINUED → moved, FINAL_DATA → ended
@@ -180,11 +180,13 @@ OPENING: Final[Machine[Opening]] = {
         (_R, _T.CONTINUED): Opening.OPENED,
         (_R, _T.FINISHED): Opening.OPENED,
         (_R, _T.DONE): Opening.OPENED,
+        (_R, _T.HEARTBEAT): Opening.OPENED,
         (_G, _T.DATA): Opening.OPENED,
         (_G, _T.FINAL_DATA): Opening.OPENED,
         (_G, _T.PONG): Opening.OPENED,
         (_G, _T.RECEIVED): Opening.OPENED,
         (_G, _T.FINISHED): Opening.OPENED,
+        (_G, _T.HEARTBEAT): Opening.OPENED,
     },
     Opening.REFUSED: {},
 }

@@ -153,6 +153,13 @@ class MemoryStream:
         while not (self.closed or self._out.cut or len(self._out.data) < BUFFER_BYTES):
             await self._out.change()
 
+    @property
+    def is_full(self) -> bool:
+        return len(self._out.data) >= BUFFER_BYTES
+
+    def lost_peer(self) -> bool:
+        return False
+
     async def flushed(self, limit_s: float) -> bool:
         try:
             async with asyncio.timeout(limit_s):

@@ -25,6 +25,7 @@ from discovery.model.mesh import AllocationSpec, GatewaySpec, Kind, NetworkSpec,
 from discovery.model.spec import FRAMED
 from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.relay.relay import Relay, RelayConfig
+from sniproxy.tunnel import heartbeat
 from sniproxy.tunnel.epoch import proto_of
 from sniproxy.tunnel.keys import SigningKeys
 from sniproxy.tunnel.preamble import SigningKey
@@ -121,7 +122,7 @@ def service_hello(name: str) -> bytes:
 
 def proto(gateway: Gateway) -> list[str]:
     """Return the `proto` entry for records of this gateway."""
-    return [FRAMED, proto_of(gateway.epoch)]
+    return [FRAMED, proto_of(gateway.epoch), heartbeat.PROTO]
 
 
 @asynccontextmanager

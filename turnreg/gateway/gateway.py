@@ -291,6 +291,7 @@ class Gateway:
                 half_close_timeout_s=self.config.half_close_timeout_s,
                 first=bytes(arrival.data),
                 second=second if arrival.accepted.traits.needs_second_connection else None,
+                heartbeats=preamble.heartbeats,
             )
             arrival.data.clear()  # `arrival` lives as long as the stream
             arrival.record.carry(up=bridge.inbound, down=bridge.outbound)

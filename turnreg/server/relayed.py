@@ -15,6 +15,8 @@ from turnreg.server.outcome import Connect
 
 log = logging.getLogger(__name__)
 
+_ENDS = {"a_reset": "peer_reset", "b_reset": "client_reset", "a_lost": "peer_lost", "b_lost": "client_lost"}
+
 REFUSED_LOG_INTERVAL_S = 1.0
 """Peers without permission are logged once a second, with their number: whoever scans the port writes no more lines."""
 
@@ -130,7 +132,7 @@ class RelayedAddress:
         metrics.stream_began(stream)
         try:
             moved = await stream.run()
-            reason = {"a_reset": "peer_reset", "b_reset": "client_reset"}.get(moved.end, moved.end.value)
+            reason = _ENDS.get(moved.end, moved.end.value)
         finally:
             metrics.stream_ended(stream)
             self._allocation.to_client += stream.a_to_b.moved

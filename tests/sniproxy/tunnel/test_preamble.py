@@ -324,9 +324,20 @@ def test_the_signature_must_be_last() -> None:
 
 
 def test_unknown_fields_are_ignored_but_signed() -> None:
-    header = signed([(0xEE, b"later"), (0xEE, b"twice"), (0x01, b"h2"), *TLVS])
+    header = signed([(0xEF, b"later"), (0xEF, b"twice"), (0x01, b"h2"), *TLVS])
     assert verifier().verify(header, addressee=GOOD.addressee, now_ms=NOW_MS) == GOOD
     assert refusal(header.replace(b"later", b"laten")) is Reason.BAD_SIGNATURE
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(b"", False), (b"\0", False), (b"\1", True), (b"\3\xff", True), (b"\2", False)]
+)
+def test_features(value: bytes, said: bool) -> None:
+    header = signed([(0xEE, value), *TLVS])
+    assert verifier().verify(header, addressee=GOOD.addressee, now_ms=NOW_MS) == dataclasses.replace(
+        GOOD, heartbeats=said
+    )
+    assert refusal(signed([(0xEE, b"\1"), (0xEE, b"\1"), *TLVS])) is Reason.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize("imports", ["a" * 321, "Orders.shop", "a,b", "a\n"])

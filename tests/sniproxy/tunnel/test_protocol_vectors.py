@@ -27,6 +27,7 @@ from sniproxy.tunnel.messages import (
     Continued,
     Done,
     Finished,
+    Heartbeat,
     Message,
     Open,
     Opened,
@@ -156,7 +157,7 @@ def test_epochs() -> None:
 
 def message_of(name: str, fields: dict[str, Any]) -> Message:
     """The message of a control capsule's vector."""
-    bare: dict[str, Message] = {message.type.name: message for message in (Ready(), Finished(), Done(), Continued())}
+    bare: dict[str, Message] = {message.type.name: message for message in (Ready(), Finished(), Done(), Continued(), Heartbeat())}
     match name:
         case "OPENED":
             return Opened(ip_address(fields["address"]), fields["port"], fields["ms"])
@@ -281,6 +282,9 @@ def test_the_document_names_every_reason_that_a_gateway_tells() -> None:
         Reason.OK,
         Reason.CLIENT_RESET,
         Reason.SERVER_RESET,
+        Reason.CLIENT_LOST,
+        Reason.SERVER_LOST,
+        Reason.PATH_LOST,
         Reason.TRUNCATED,
         Reason.IDLE_TIMEOUT,
         Reason.NO_KEY,

@@ -200,6 +200,7 @@ SPEAKERS = {
     T.DATA: {R, G},
     T.FINAL_DATA: {R, G},
     T.FINISHED: {R, G},
+    T.HEARTBEAT: {R, G},
     T.READY: {G},
     T.OPENED: {G},
     T.REFUSED: {G},
@@ -230,15 +231,19 @@ def test_who_may_say_what_at_all(side: Side, kind: CapsuleType) -> None:
 MAY = {
     "greeted": ([], "DATA FINAL_DATA", "READY REFUSED"),
     "ready": (OPENING[:2], "DATA FINAL_DATA", "WAITING OPENED REFUSED"),
-    "opened": (OPENING, "DATA FINAL_DATA CONTINUED", "DATA FINAL_DATA RECEIVED"),
-    "upload moved": ([*OPENING, (R, T.CONTINUED)], "", "DATA FINAL_DATA RECEIVED"),
-    "upload ended": ([*OPENING, FINAL_UP], "", "DATA FINAL_DATA RECEIVED FINISHED"),
-    "upload finished": ([*OPENING, FINAL_UP, (G, T.FINISHED)], "", "DATA FINAL_DATA RECEIVED"),
-    "answer ended": ([*OPENING, FINAL_DOWN], "DATA FINAL_DATA CONTINUED FINISHED", "RECEIVED"),
-    "answer finished": ([*OPENING, FINAL_DOWN, (R, T.FINISHED)], "DATA FINAL_DATA CONTINUED", "RECEIVED"),
-    "both ended": ([*OPENING, FINAL_UP, FINAL_DOWN], "FINISHED", "FINISHED RECEIVED"),
-    "complete": (WHOLE[:-1], "DONE", "RECEIVED"),
-    "done": (WHOLE, "DONE", "RECEIVED"),
+    "opened": (OPENING, "DATA FINAL_DATA CONTINUED HEARTBEAT", "DATA FINAL_DATA RECEIVED HEARTBEAT"),
+    "upload moved": ([*OPENING, (R, T.CONTINUED)], "HEARTBEAT", "DATA FINAL_DATA RECEIVED HEARTBEAT"),
+    "upload ended": ([*OPENING, FINAL_UP], "HEARTBEAT", "DATA FINAL_DATA RECEIVED FINISHED HEARTBEAT"),
+    "upload finished": ([*OPENING, FINAL_UP, (G, T.FINISHED)], "HEARTBEAT", "DATA FINAL_DATA RECEIVED HEARTBEAT"),
+    "answer ended": ([*OPENING, FINAL_DOWN], "DATA FINAL_DATA CONTINUED FINISHED HEARTBEAT", "RECEIVED HEARTBEAT"),
+    "answer finished": (
+        [*OPENING, FINAL_DOWN, (R, T.FINISHED)],
+        "DATA FINAL_DATA CONTINUED HEARTBEAT",
+        "RECEIVED HEARTBEAT",
+    ),
+    "both ended": ([*OPENING, FINAL_UP, FINAL_DOWN], "FINISHED HEARTBEAT", "FINISHED RECEIVED HEARTBEAT"),
+    "complete": (WHOLE[:-1], "DONE HEARTBEAT", "RECEIVED HEARTBEAT"),
+    "done": (WHOLE, "DONE HEARTBEAT", "RECEIVED HEARTBEAT"),
     "refused": ([(G, T.REFUSED)], "", ""),
 }
 MAY_WARM = {
@@ -247,8 +252,8 @@ MAY_WARM = {
     "stream brought": ([(R, T.PING), (R, T.OPEN)], "DATA FINAL_DATA", "PONG WAITING OPENED REFUSED"),
     "late PONG": (
         [(R, T.PING), (R, T.OPEN), (G, T.OPENED)],
-        "DATA FINAL_DATA CONTINUED",
-        "PONG DATA FINAL_DATA RECEIVED",
+        "DATA FINAL_DATA CONTINUED HEARTBEAT",
+        "PONG DATA FINAL_DATA RECEIVED HEARTBEAT",
     ),
 }
 
