@@ -148,7 +148,7 @@ def test_without_any_view_names_are_taken_as_they_stand(capsys: pytest.CaptureFi
     lines = told(capsys, folder, "gateway.yaml", "db.shop.example", f"_443.orders.shop.example._b.{D}", "--from=a")
     assert "rule 1 denies it" in lines[1]
     assert "rule 2 allows it" in lines[3]
-    assert "what services there are is not known" in lines[-1]
+    assert "the services are not known" in lines[-1]
     lines = told(capsys, folder, "relay.yaml", "orders.shop.example", "stock.shop.example", "--from=10.1.0.1")
     assert "rule 1 allows it" in lines[1]
     assert "refused, unknown_name: no import rule" in lines[3]

@@ -15,8 +15,8 @@ from crossnet.app.app import App
 from crossnet.app.role import FORGET_S
 from crossnet.app.roles.relay import RelayRole
 from crossnet.config.file import ConfigError, load
+from crossnet.config.file_values import MAX_CERTIFICATES_BYTES
 from crossnet.config.reload import change, files
-from crossnet.config.types import MAX_CERTIFICATES_BYTES
 from tests.support.dns_servers import free_port
 from tests.support.running import Running, running
 
