@@ -1,4 +1,4 @@
-"""From packet to reply, with a real upstream behind it: who may ask, who is asked, and in which order."""
+"""From packet to reply, with a real upstream: which clients may ask, which upstream is asked, and in which order."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -149,7 +149,7 @@ async def test_without_upstream_foreign_names_are_servfail_and_ours_are_not() ->
             assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
 
 
-async def test_more_than_may_wait_are_refused(upstream: Authority) -> None:
+async def test_the_questions_of_one_client_are_bounded(upstream: Authority) -> None:
     upstream.script = silent
     async with running(VIEW, upstream.port, max_in_flight=8) as server:
         with Client(address(server)) as client, Client(address(server), "127.0.0.2") as other:
@@ -165,7 +165,7 @@ async def test_more_than_may_wait_are_refused(upstream: Authority) -> None:
         assert server.metrics.queries[Outcome.OVERLOADED] == 1
 
 
-async def test_all_clients_together_are_refused_what_is_too_much(upstream: Authority) -> None:
+async def test_the_questions_of_all_clients_together_are_bounded(upstream: Authority) -> None:
     upstream.script = silent
     async with running(VIEW, upstream.port, max_in_flight=2) as server:
         with (
@@ -212,7 +212,7 @@ async def test_strangers_are_refused() -> None:
         ("2001:db8::1", False),
     ],
 )
-def test_private_addresses_may_ask_unless_told_otherwise(host: str, allowed: bool) -> None:
+def test_private_addresses_may_ask_by_default(host: str, allowed: bool) -> None:
     resolver = Resolver(DnsConfig(network="a", listen=()), DnsMetrics())
     resolver.apply(VIEW)
     replies: list[bytes] = []
@@ -237,7 +237,7 @@ async def test_a_change_shows_at_once() -> None:
             assert (await client.ask(query(ADDRESS)))[3] & 15 == dns.rcode.NXDOMAIN
 
 
-async def test_before_the_first_news_questions_of_ours_wait_for_it(upstream: Authority) -> None:
+async def test_questions_about_our_names_wait_for_the_first_state_of_discovery(upstream: Authority) -> None:
     async with running(None, upstream.port, imports=imports("remote")) as server:
         with Client(address(server)) as client:
             client.send(query(ADDRESS, ident=1))
@@ -364,7 +364,7 @@ async def test_no_reply_over_udp_is_longer_than_the_limit(upstream: Authority) -
 # No relay is alive.
 
 
-async def test_the_last_relays_for_a_while_if_told_so() -> None:
+async def test_the_last_relays_are_answered_for_a_while_if_configured_so() -> None:
     async with running(VIEW, stale_relays_for_s=0.3) as server:
         with Client(address(server)) as client:
             server.apply(mesh())

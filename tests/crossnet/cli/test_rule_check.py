@@ -1,4 +1,4 @@
-"""`crossnet check -c FILE NAME…`: it names the rule that a running process goes by."""
+"""`crossnet check -c FILE NAME…`: it names the rule that a running process applies."""
 
 from pathlib import Path
 
@@ -154,9 +154,7 @@ def test_without_any_view_names_are_taken_as_they_stand(capsys: pytest.CaptureFi
     assert "refused, unknown_name: no import rule" in lines[3]
 
 
-def test_a_name_in_a_rule_that_nobody_can_ask_for_is_warned_of(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_name_in_a_rule_that_matches_nothing_is_a_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = f"[_08443._10-1-0-5._b.{D}, p8443-10-1-0-5.b.{D}, shop.b.{D}, '*.shop.b.{D}', b, 10.0.0.0/8, orders.shop.example]"
     (folder / "relay.yaml").write_text(RELAY + f"  rules: [{{to: {names}, action: deny}}]\n")
     assert main(["check", "-c", str(folder / "relay.yaml")]) == 0

@@ -1,4 +1,4 @@
-"""Durations and sizes read back as they were written; bad ones are refused."""
+"""Durations and sizes survive a round trip; invalid ones are refused."""
 
 import pytest
 from hypothesis import given
