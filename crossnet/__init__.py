@@ -1,1 +1,1 @@
-"""The front door: command line, configuration, running roles in one process, admin server, lab, status."""
+"""The command line, configuration, roles in one process, admin server, lab, status."""

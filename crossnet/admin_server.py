@@ -1,11 +1,11 @@
 """The admin server: health, readiness, metrics, live streams, the current view of discovery, effective configuration.
 
-It has no authentication, and is on loopback unless configured otherwise. Names of services and addresses of clients are in
-what it tells, so a web page that a browser on this machine happens to show must not read it: requests are taken only under
-an address or `localhost`, never under a name that somebody may point here.
+It has no authentication, and listens on loopback unless configured otherwise. Its pages contain names of services and addresses of
+clients, which a web page in a browser on this machine must not be able to read. So it accepts requests only if their Host is an
+address or `localhost`, not a name that an attacker could point here.
 
-The one thing that it does is to end a stream: only for who connects from loopback, and only with the header `Crossnet-Admin`,
-which a web page cannot send to another origin without a preflight, and that is never granted.
+It only reads, except that it can end a stream: for a client on loopback that sends the header `Crossnet-Admin`, which a web page
+cannot send to another origin without a preflight, and that is never granted.
 """
 
 import asyncio
@@ -25,56 +25,56 @@ from discovery.model.mesh import Mesh
 from sniproxy.access.name_pattern import NamePattern
 
 MAX_REQUEST_BYTES = 1024
-"""Of a request's body: nothing here takes one."""
+"""Limit of a request's body. No request needs one."""
 
 PROBES = frozenset({"/healthz", "/readyz"})
 
 LIMITS = ListenerLimits(connections=256, connections_per_address=256, request_bytes=64 * 1024, files_share=16)
-"""Prometheus, people, and a good many scripts. Descriptors are for streams: a sixteenth of them is ours at most."""
+"""For Prometheus, people, and many scripts. Descriptors are mainly for streams: at most a sixteenth of them is for this server."""
 
 ANSWER_TIMEOUT_S = 60.0
 PIECE_ITEMS = 100
-"""Rows or records that are written at once, which takes a millisecond."""
+"""Rows or records written at once, which takes a millisecond."""
 
 GUARD_HEADER = "Crossnet-Admin"
-"""Must be there, whatever it says, where something is changed."""
+"""Header that a request needs, with any value, to change something."""
 
 Row: TypeAlias = Mapping[str, object]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Process(Protocol):
-    """What the admin server tells of; the running application is one."""
+    """The process that the admin server shows, which is implemented by Inspection."""
 
     registry: CollectorRegistry
 
     def waiting_for(self) -> list[str]:
-        """Return what is not ready yet; empty when all is."""
+        """Return what is not ready yet; empty when everything is."""
 
     def stale_s(self) -> float | None:
-        """Return for how many seconds no server has confirmed the view of discovery; None without one of servers."""
+        """Return how old the view of discovery is in seconds, since a server last confirmed it; None without servers."""
 
     def status(self) -> dict[str, object]:
-        """Return how the process is, for people and `crossnet status`."""
+        """Return the state of the process, for people and `crossnet status`."""
 
     def streams(self) -> dict[str, list[dict[str, object]]]:
         """Return the open streams by role."""
 
     def ended_streams(self) -> dict[str, list[dict[str, object]]]:
-        """Return the streams that ended last, by role."""
+        """Return the streams that have ended most recently, by role."""
 
     def end_stream(self, stream: bytes) -> bool:
-        """End a stream of this process; False if none of that id is open."""
+        """End an open stream by its id; False if there is none."""
 
     def view(self) -> Mesh:
         """Return the current mesh."""
 
     def effective_config(self) -> object:
-        """Return the configuration, secrets hidden."""
+        """Return the configuration with secrets hidden."""
 
 
 class AdminServer:
-    """Serves one process's pages. `open` it, and `close` it last."""
+    """Serves the pages of one process. `open` it first, and `close` it last."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -97,7 +97,7 @@ class AdminServer:
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1.0)
 
     async def open(self, address: str, port: int, inherited: socket.socket | None = None) -> None:
-        """Listen, with a socket that does so already where there is one. Raises OSError."""
+        """Listen, with the inherited socket if there is one. Raises OSError."""
         await self._runner.setup()
         try:
             self._listener.open(self._runner, [(address, port)], inherited=inherited)
@@ -107,27 +107,27 @@ class AdminServer:
         (self.address,) = self._listener.addresses
 
     async def run(self) -> None:
-        """Answer until closed or cancelled."""
+        """Answer requests until closed or cancelled."""
         await self._listener.run()
 
     def fileno(self) -> int:
-        """The listening descriptor, for a process that comes after us."""
+        """Return the descriptor of the listening socket, for a successor."""
         (listening,) = self._listener.sockets
         return listening.fileno()
 
     async def close(self) -> None:
-        """Stop at once; once more does nothing."""
+        """Stop at once. May be called again."""
         self._listener.close()
         await self._runner.cleanup()
 
     @web.middleware
     async def _in_turn(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer who asks much when others have been answered."""
+        """Answer clients with many requests after all others."""
         protocol = request.protocol
         if isinstance(protocol, Connection):
             protocol.busy = True
         try:
-            # All but the probes takes milliseconds: between two of those there is time for everything else.
+            # Every page except the probes takes milliseconds, so other work gets a turn between two of them.
             crowd = self._listener.crowds(request) or request.path not in PROBES
             await self._listener.gate.enter(id(protocol), crowd=crowd)
             return await handler(request)
@@ -146,7 +146,7 @@ class AdminServer:
     async def _readyz(self, request: web.Request) -> web.StreamResponse:
         del request
         waiting = self._process.waiting_for()
-        # What goes on with an old view of discovery is ready: it says so, and how old that is.
+        # A process with an old view of discovery is ready; the answer says how old it is.
         told = {"ready": not waiting, "waiting_for": waiting, "stale_s": self._process.stale_s()}
         return _json(told, 503 if waiting else 200)
 
@@ -163,7 +163,7 @@ class AdminServer:
             wanted = _filter(request.query)
         except ValueError as error:
             return _json({"error": "bad_filter", "detail": str(error)}, 400)
-        # A stream has a reason when it has ended.
+        # Only streams that have ended have a reason.
         rows = self._process.ended_streams() if "reason" in request.query else self._process.streams()
         found = {role: [row for row in of_role if wanted(row)] for role, of_role in rows.items()}
         return await self._in_pieces(request, _pieces(found))
@@ -187,7 +187,7 @@ class AdminServer:
         return await self._in_pieces(request, _pieces({"revision": mesh.revision, "records": list(mesh)}))
 
     async def _in_pieces(self, request: web.Request, pieces: Iterable[str]) -> web.StreamResponse:
-        """Answer with much: between its pieces streams and others get their turn."""
+        """Send a large answer in pieces, between which streams and other requests get their turn."""
         response = web.StreamResponse()
         response.content_type = "application/json"
         try:
@@ -207,7 +207,7 @@ class AdminServer:
 
 
 def _filter(query: Mapping[str, str]) -> Callable[[Row], bool]:
-    """Read which rows are asked for; all that is asked must hold. Raises ValueError."""
+    """Parse a filter of rows; all of its conditions must hold. Raises ValueError."""
     checks = [_check(name, value) for name, value in query.items()]
     return lambda row: all(check(row) for check in checks)
 
@@ -244,7 +244,7 @@ def _json(value: object, status: int = 200) -> web.Response:
 
 
 def _pieces(value: Mapping[str, object]) -> Iterator[str]:
-    """Write JSON, its lists so many items at a time."""
+    """Yield JSON text, with up to PIECE_ITEMS items of a list at a time."""
     before = "{"
     for name, items in value.items():
         yield f"{before}{json.dumps(name)}: "

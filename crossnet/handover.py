@@ -1,17 +1,17 @@
-"""An upgrade that loses no connection: a new process takes the listening sockets of the one that runs, which then drains.
+"""Upgrades without losing connections: a new process takes over the listening sockets of the running one, which then drains.
 
-The running process listens on a unix socket (`handover: PATH`). A successor connects there before it binds anything, is given the
-descriptors of all TCP listeners, waits for a view of discovery before it accepts, gets allocations of its own and writes them into
-the records in place of the first one's, and says so; only then does the first one stop accepting. Its allocations stay until their
-streams have ended. It is the same socket with the same queue in the kernel all along, so nobody who connects meanwhile is refused
-or reset. (SO_REUSEPORT would give each process a queue of its own, and what waits in the first one's is reset when that closes.) A
-successor that fails to start changes nothing.
+The running process listens on a unix socket (`handover: PATH`). Its successor connects there before it binds anything, and receives
+the descriptors of all TCP listeners. It waits for a view of discovery before it accepts, makes allocations of its own, writes them
+to the records in place of its predecessor's, and reports that it has started. Only then does the predecessor stop accepting. Its
+allocations stay until their streams have ended. Both use the same socket with the same queue in the kernel, so no client is refused
+or reset. (With SO_REUSEPORT each process would have its own queue, and connections in the predecessor's would be reset when it
+closes.) A successor that fails to start changes nothing.
 
-A gateway's epoch is its process's own (sniproxy.tunnel.epoch), so the two gateways never accept at the same time: connections wait
-in the queue until the first one has stopped.
+Each gateway process has its own epoch (sniproxy.tunnel.epoch), so the two gateways never accept at the same time: connections wait
+in the queue until the predecessor has stopped.
 
-Messages: the offer is one JSON line `[["relay", "10.0.0.9", 443], …]` with a descriptor for each; the answer is `started`. When the
-first one closes the connection, it has stopped accepting.
+Messages: the offer is one JSON line `[["relay", "10.0.0.9", 443], …]` with a descriptor for each entry; the answer is `started`.
+When the predecessor closes the connection, it has stopped accepting.
 """
 
 import asyncio
@@ -30,21 +30,22 @@ log = logging.getLogger("crossnet")
 
 MAX_OFFER_BYTES = 64 * 1024
 MAX_SOCKETS = 250
-"""Linux passes 253 descriptors at once (SCM_MAX_FD). Ports that a relay opened for services come last; what is beyond, the
-successor opens beside us."""
+"""Linux passes at most 253 descriptors at once (SCM_MAX_FD). Ports that a relay opened for services come last; the successor opens
+those beyond the limit itself."""
 
 OFFER_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
-"""From the offer to a successor that has started: a view of discovery and allocations come in seconds."""
+"""From the offer until the successor has started: a view of discovery and allocations take seconds."""
 
 READY_TIMEOUT_S = 45.0
-"""What a successor gives itself for that: one that is not ready then ends, and its predecessor goes on."""
+"""A successor's own limit for that: if it is not ready by then, it exits, and its predecessor continues."""
 
 STOP_TIMEOUT_S = 5.0
-"""From a successor that has started to a predecessor that has stopped accepting, which says so by closing the connection."""
+"""From `started` until the predecessor has stopped accepting, which it signals by closing the connection."""
+
 MAX_SUCCESSORS = 4
 FAILED_PAUSE_S = 0.5
-"""After a successor that did not start: one that comes again at once must not keep us busy."""
+"""Pause after a successor that did not start, so that one that retries at once does not keep us busy."""
 
 READY_LOOK_S = 0.05
 
@@ -52,11 +53,11 @@ _STARTED = b"started\n"
 _CREDENTIALS = struct.Struct("iII")
 
 Place: TypeAlias = tuple[str, str, int]
-"""Role, address and port, as the configuration has them."""
+"""Role, address and port, as configured."""
 
 
 class Inherited:
-    """The sockets that a predecessor gave us; empty where there was none. `take` each, then `close` with or without `started`."""
+    """The sockets from a predecessor; empty if there was none. `take` each one, then call `started`, or `close` on failure."""
 
     def __init__(
         self, connection: socket.socket | None = None, sockets: dict[Place, socket.socket] | None = None
@@ -66,7 +67,7 @@ class Inherited:
 
     @classmethod
     def receive(cls, path: Path) -> "Inherited":
-        """Ask the process that listens at `path`, waiting for 5 s at most. Raises OSError where what answers is no predecessor."""
+        """Ask the process that listens at `path`, for at most 5 s. Raises OSError if it is not a predecessor."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(OFFER_TIMEOUT_S)
         descriptors: list[int] = []
@@ -92,23 +93,23 @@ class Inherited:
             for number in descriptors:
                 with suppress(OSError):
                     os.close(number)
-            raise OSError(f"{path}: what listens there hands nothing over: {error}") from error
+            raise OSError(f"{path}: the process that listens there hands nothing over: {error}") from error
         return cls(connection, sockets)
 
     def __bool__(self) -> bool:
         return self._connection is not None
 
     def take(self, role: str, address: str, port: int) -> socket.socket | None:
-        """The listening socket for this place, if there is one; the caller's from now on."""
+        """Return the listening socket for a place, or None. The caller owns it from now on."""
         return self._sockets.pop((role, address, port), None)
 
     def rest(self, role: str) -> list[socket.socket]:
-        """What has not been taken of a role; the caller's from now on."""
+        """Return the remaining sockets of a role. The caller owns them from now on."""
         places = [place for place in self._sockets if place[0] == role]
         return [self._sockets.pop(place) for place in places]
 
     async def started(self) -> None:
-        """Let the predecessor drain, and wait until it accepts nothing more. What was not taken is closed."""
+        """Tell the predecessor to drain, and wait until it has stopped accepting. Remaining sockets are closed."""
         if self._connection is not None:
             with suppress(OSError):  # TimeoutError is one
                 self._connection.sendall(_STARTED)
@@ -118,7 +119,7 @@ class Inherited:
         self.close()
 
     def close(self) -> None:
-        """Give up what was not taken; without `started` the predecessor goes on."""
+        """Close the remaining sockets. Without `started`, the predecessor continues."""
         for sock in self._sockets.values():
             sock.close()
         self._sockets.clear()
@@ -128,7 +129,7 @@ class Inherited:
 
 
 class Offer:
-    """What a running process hands over. `open` it, then `run` until somebody has taken it."""
+    """Offers the sockets of a running process. `open` it, then `run` until a successor has started."""
 
     def __init__(
         self,
@@ -140,8 +141,10 @@ class Offer:
         """Offer these sockets.
 
         Args:
-            stop_accepting: called when a successor has started, before it is let know: it accepts from then on.
-            offered: told that a successor has our sockets and starts, and that it has not started.
+            path: of the unix socket.
+            sockets: returns the places and descriptors to hand over.
+            stop_accepting: called when a successor has started, before it is told to accept.
+            offered: called with True when a successor has received our sockets, and with False when it has not started.
         """
         self._path = path
         self._sockets = sockets
@@ -151,7 +154,7 @@ class Offer:
         self._listening: socket.socket | None = None
 
     def open(self) -> None:
-        """Listen, in place of whoever listened there before. Raises OSError."""
+        """Listen, replacing the socket of a former process. Raises OSError."""
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listening.setblocking(False)
         fresh = self._path.with_name(f".{self._path.name}.{os.getpid()}")
@@ -168,7 +171,7 @@ class Offer:
         self._listening = listening
 
     async def run(self) -> None:
-        """Return when a successor has started with our sockets."""
+        """Serve successors; return when one has started with our sockets."""
         taken = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             accepting = group.create_task(self._accept(group, taken))
@@ -195,11 +198,11 @@ class Offer:
                 connection.close()
                 await asyncio.sleep(FAILED_PAUSE_S)
                 continue
-            # Beside one another: a process that connects and does nothing must not keep the true successor waiting.
+            # Concurrently: a process that connects and does nothing must not block the real successor.
             task = group.create_task(self._talk(connection, taken))
             self._talks.add(task)
             task.add_done_callback(self._talks.discard)
-            await asyncio.sleep(0)  # a connection that waits already is taken without a turn of the loop
+            await asyncio.sleep(0)  # sock_accept does not yield if a connection is already waiting
 
     async def _talk(self, connection: socket.socket, taken: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
@@ -222,7 +225,9 @@ class Offer:
             log.info("handed_over", extra={"event": {"detail": "another process accepts from now on"}})
             taken.set()
             return
-        log.warning("handover_failed", extra={"event": {"detail": "the successor did not start: we go on"}})
+        log.warning(
+            "handover_failed", extra={"event": {"detail": "the successor did not start: this process continues"}}
+        )
         if len(self._talks) <= 1:
             self._offered(False)
         await asyncio.sleep(FAILED_PAUSE_S)
@@ -234,7 +239,7 @@ class Offer:
 
 
 def _check_peer(connection: socket.socket) -> None:
-    """Our sockets are for processes of our own user, and of root, only. Raises OSError."""
+    """Raise OSError unless the peer's user is our own or root: nobody else may have our sockets."""
     _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     if user not in (0, os.getuid()):
         raise PermissionError(f"user {user} is neither ours nor root")

@@ -1,7 +1,7 @@
-"""Log lines: one JSON object or one logfmt line a record, on stderr.
+"""The log: one JSON object or one logfmt line per record, on stderr.
 
-A structured event is `log.info("stream", extra={"event": {...fields...}})`: its message is the event's name. Text that
-came from a peer can be in any field, so every text is cut and escaped, and no name can forge a line or a field.
+A structured event is `log.info("stream", extra={"event": {...fields...}})`, where the message is the event's name. Any field may
+contain text from a peer, so every text is truncated and escaped, and no name can forge a line or a field.
 """
 
 import asyncio
@@ -22,13 +22,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 log = logging.getLogger("crossnet")
 
 MAX_TEXT_BYTES = 200
-"""Of one text in an event: a DNS name has 253 at most, and nobody reads more."""
+"""Of one text in an event. A DNS name has at most 253 bytes, and nobody reads more."""
 
 LEFT_OUT = "lines_left_out"
 OURS = frozenset({"crossnet", "discovery", "sniproxy", "turnreg", "dnsgw"})
 
 MAX_LIMITED_NAMES = 500
-"""Events that are told apart in one second; there are some 150."""
+"""Events that are counted separately in one second; there are some 150."""
 
 MAX_NAMES_TOLD = 10
 MAX_MESSAGE_BYTES = 2000
@@ -38,17 +38,20 @@ MAX_ITEMS = 100
 MAX_DEPTH = 6
 RESERVED = frozenset({"time", "level", "event", "logger", "message", "error"})
 
-# Kept: json.dumps with options makes an encoder each time, and a line is a tenth of what a short stream costs.
+# Reused, since json.dumps with options makes an encoder for each call, and a log line is a tenth of a short stream's cost.
 _ENCODE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+*-]+")
 
 
 def set_up(*, style: str, level: str, refused_per_s: int = 0, stream: TextIO | None = None) -> None:
-    """Send the process's log to stderr in this format, from this level on.
+    """Configure the process's log.
 
     Args:
-        refused_per_s: lines a second of each event (see `LineLimit`); 0 is no limit.
+        style: `json` or `logfmt`.
+        level: lowest level that is written.
+        refused_per_s: limit of lines per second for each event (see `LineLimit`); 0: no limit.
+        stream: where lines go; None: stderr.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     if refused_per_s:
@@ -57,11 +60,11 @@ def set_up(*, style: str, level: str, refused_per_s: int = 0, stream: TextIO | N
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # No line says which code, thread or process it is from: let none find it out (the logging HOWTO, "Optimization").
+    # Do not collect source location, thread and process, which no line contains (logging HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.captureWarnings(True)
-    # Every request to the admin server would be a line, and asyncio tells of its selector.
+    # Without these, every request to the admin server would be a line, and asyncio would log its selector.
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(max(logging.INFO, root.level))
     logging.getLogger("aiohttp.server").filters[:] = [_is_ours]
@@ -69,21 +72,21 @@ def set_up(*, style: str, level: str, refused_per_s: int = 0, stream: TextIO | N
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Tell an error of ours from a malformed request: else any stranger fills the log, a traceback at a time."""
+    """Drop tracebacks of malformed requests, with which anybody could fill the log."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def _is_fatal(record: logging.LogRecord) -> bool:
-    """Tell an error from what uvloop takes for one: TLS bytes that come in just when we have closed the connection."""
+    """Drop an error that uvloop reports when TLS data arrives just after we have closed the connection."""
     error = record.exc_info[1] if record.exc_info else None
     return not (isinstance(error, RuntimeError) and str(error).endswith("the handler is closed"))
 
 
 class LineLimit(logging.Filter):
-    """Lets so many lines a second through of each event, and says once a second what it left out.
+    """Limits the lines per second of each event, and logs once a second how many were left out.
 
-    It counts every line, whoever wrote it, so that no event that a stranger can cause is forgotten. What always has its line:
-    streams that were open (audits count them), the faults of a configuration, and `debug`, which an operator asked for.
+    It applies to all events, so that none that an outsider can cause is overlooked. Always written are: streams that were open
+    (audits count them), errors of a configuration, and `debug`, which an operator has asked for.
     """
 
     def __init__(self, limit_per_s: int) -> None:
@@ -96,7 +99,7 @@ class LineLimit(logging.Filter):
         self._lock = threading.Lock()  # threads log, too
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether the line is to be written."""
+        """Whether to write the line."""
         if record.levelno < logging.INFO or _always_written(record):
             return True
         due: Counter[str] | None = None
@@ -106,7 +109,7 @@ class LineLimit(logging.Filter):
                 self._second = second
                 self._lines.clear()
                 due = self._take_left_out()
-            # An error is not left out because of a flood of lines of another level or name.
+            # By name and level, so that a flood of one event does not suppress errors.
             name = _line_name(record)
             key: Hashable = (name, record.levelno)
             if key not in self._lines and len(self._lines) >= MAX_LIMITED_NAMES:
@@ -121,7 +124,7 @@ class LineLimit(logging.Filter):
         return written
 
     def _tell_later(self) -> None:
-        """Have the summary written after a second, where a loop can; else the next line brings it."""
+        """Schedule the summary in a second; without a running loop, the next line triggers it."""
         if self._told_later:
             return
         try:
@@ -152,7 +155,7 @@ class LineLimit(logging.Filter):
 
 
 def _always_written(record: logging.LogRecord) -> bool:
-    """Tell whether a line is bounded by something else than the log."""
+    """Whether the number of such lines is bounded elsewhere."""
     if record.msg in (LEFT_OUT, "config_fault", "turn_stream"):
         return True
     event = getattr(record, "event", None)
@@ -160,20 +163,20 @@ def _always_written(record: logging.LogRecord) -> bool:
 
 
 def _line_name(record: logging.LogRecord) -> str:
-    """Return what a line is counted under: its event or, in other people's modules, the module: their texts hold values."""
+    """Return the name that a line is counted under: its event, or its module if that is not ours, whose texts contain values."""
     top = record.name.partition(".")[0]
     return str(record.msg)[:MAX_NAME] if top in OURS else record.name[:MAX_NAME]
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, ASCII only."""
+    """One JSON object per line, ASCII only."""
 
     def format(self, record: logging.LogRecord) -> str:
         return _ENCODE(_fields(record))
 
 
 class LogfmtFormatter(logging.Formatter):
-    """`key=value` pairs; a value that is not one plain word is a JSON text."""
+    """`key=value` pairs; a value that is not a single plain word is written as JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         return " ".join(f"{name}={_logfmt(value)}" for name, value in _fields(record).items())
@@ -195,7 +198,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def cut(text: str, limit: int = MAX_TEXT_BYTES) -> str:
-    """Return the text, at most so many bytes of it as UTF-8, with an ellipsis where something is missing."""
+    """Truncate a text to at most `limit` bytes of UTF-8, with an ellipsis at the end."""
     if len(text) * 4 <= limit:
         return text
     data = text.encode(errors="backslashreplace")
@@ -204,16 +207,16 @@ def cut(text: str, limit: int = MAX_TEXT_BYTES) -> str:
 
 @lru_cache(maxsize=1024)
 def _field_name(name: str) -> str:
-    """Return a key that is one word in either format and none of those that stand on every line."""
+    """Return a key that is one word in both formats and differs from the reserved ones."""
     word = re.sub(r"[^A-Za-z0-9_.-]", "_", name[:MAX_NAME]) or "_"
     return f"{word}_" if word in RESERVED else word
 
 
 def _plain(value: object, depth: int) -> Any:
-    """Return what JSON has for a value, its texts cut, whatever it is."""
+    """Convert any value to what JSON supports, with texts truncated."""
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str):  # first of all: an enum of words is a text too
+    if isinstance(value, str):  # before other types: a StrEnum is a str, too
         return cut(str(value))
     if isinstance(value, int):
         return value if value.bit_length() < 64 else cut(hex(value))

@@ -1,6 +1,6 @@
-"""What the process is around the roles: log, limits, event loop, signals, exit code.
+"""The process around the roles: log, limits, event loop, signals, exit code.
 
-The first SIGTERM or SIGINT drains, a second one ends at once; SIGHUP has the configuration read anew.
+The first SIGTERM or SIGINT drains, a second one stops at once; SIGHUP reloads the configuration.
 """
 
 import asyncio
@@ -26,14 +26,14 @@ log = logging.getLogger("crossnet")
 FAILED = 1
 
 COLLECT_AT = 200_000
-"""Objects more than at the last time, before Python looks for cycles among them: what 5,000 new streams have. By default it is 700,
-and thousands of streams that come and go make it walk over all that are there several times a second, for up to 60 ms each time in
-which nothing else happens. It finds nothing of streams that were carried: they leave no cycles. Those that a gateway could not
-deliver leave a hundred objects each, so that it looks after two thousand of them."""
+"""Threshold of the garbage collector, in new objects: as many as 5,000 new streams have. With Python's default of 700, thousands of
+streams that come and go make it traverse all objects several times a second, for up to 60 ms each, in which nothing else runs.
+Streams that were carried leave no cycles, so it finds nothing of them. Those that a gateway could not deliver leave a hundred
+objects each, so that it runs after two thousand of them."""
 
 
 def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
-    """Run these roles until a signal ends them; return the exit code. `path` is read anew when it changes and on SIGHUP."""
+    """Run these roles until a signal ends them; return the exit code. `path` is reloaded when it changes, and on SIGHUP."""
     logs.set_up(style=config.log.format, level=config.log.level, refused_per_s=config.log.refused_per_second)
     limit = raise_open_files()
     spare_collections()
@@ -41,7 +41,7 @@ def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
     log.info("config", extra={"event": {"config": encode(Config, config)}})
     for warning in warnings(config):
         log.warning("%s", warning)
-    # The runner leaves SIGINT alone when a handler of ours is there; ours drains as SIGTERM does.
+    # asyncio.Runner does not handle SIGINT if there is another handler; ours drains, as for SIGTERM.
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(config, chosen, path))
 
@@ -75,7 +75,7 @@ async def _run(config: Config, chosen: Sequence[str], path: Path | None) -> int:
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
-    """Yield the exceptions that a group holds, however deep."""
+    """Yield the exceptions in a group, also in nested ones."""
     if isinstance(error, BaseExceptionGroup):
         for inner in error.exceptions:
             yield from leaves(inner)
@@ -84,7 +84,7 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def raise_open_files() -> int:
-    """Let this process have as many descriptors as it may; a stream takes two. Return how many that is."""
+    """Raise the limit of open files to the hard limit, since a stream takes two. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
@@ -94,7 +94,7 @@ def raise_open_files() -> int:
 
 
 def spare_collections() -> None:
-    """Have garbage looked for when there may be some, and never among what is there from the start."""
+    """Make garbage collection rare, and exclude all objects that exist so far."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_AT, *gc.get_threshold()[1:])

@@ -1,9 +1,9 @@
-"""Who may ask, and how much: an access list, and for each client a number of questions in a second.
+"""Which clients may ask, and how much: an access list, and a rate limit in questions per second for each client.
 
-A client is an IPv4 address, or an IPv6 /64, as at the relay: that much one host has for itself. The access list is about addresses.
+A client is an IPv4 address or an IPv6 /64, as at the relay: one host usually has a whole /64. The access list matches addresses.
 
-What a client has left is one number in a dict, so that an ordinary question costs one look into it and one write. All of
-it is forgotten every second. Sans-IO: its user says when a second is over.
+A client's remaining questions are one number in a dict, so an ordinary question costs one lookup and one write. The dict is
+cleared every second. Sans-IO: the caller says when a second is over.
 """
 
 from collections.abc import Iterable
@@ -15,31 +15,33 @@ Host: TypeAlias = bytes
 """A client's address, packed."""
 
 Client: TypeAlias = bytes
-"""Whose share something counts in: an IPv4 address or the first half of an IPv6 one."""
+"""What a limit is counted for: an IPv4 address, or the first 64 bits of an IPv6 address."""
 
 MAX_KNOWN = 65536
-"""Clients remembered at once; with more, all are forgotten and counted afresh."""
+"""Clients remembered at once. With more, all are forgotten and counted from zero."""
 
 DENIED = -1
+"""Stands in place of the number of remaining questions for an address that may not ask."""
+
 _UNLIMITED = 1 << 60
 
 
 @lru_cache(4096)
 def packed(text: str) -> Host:
-    """The address that a socket gives as text, which may end in an interface."""
+    """Pack an address as a socket gives it: as text, which may end in a scope (`%eth0`)."""
     return ip_address(text).packed
 
 
 def client_of(host: Host) -> Client:
-    """Whose share the questions from this address count in."""
+    """Return the client that questions from this address are counted for."""
     return host[:8] if len(host) == 16 else host
 
 
 class Clients:
-    """What each client has left. `left` is for the hot path: no entry, ask `admit`; 0, too many; below, not allowed.
+    """The questions that each client has left in this second.
 
-    Its keys are addresses, but for IPv6 with a limit: then every question goes through `admit`, which knows both the address and
-    whose share it counts in.
+    `left` is for the hot path. No entry: call `admit`. 0: too many questions. Below 0: not allowed. Its keys are addresses,
+    except for IPv6 with a limit: then every question goes through `admit`, which maps the address to its client.
     """
 
     __slots__ = ("_allow", "_allowed", "_limit", "_max_known", "left")
@@ -56,11 +58,11 @@ class Clients:
 
     @property
     def limited(self) -> bool:
-        """Whether there is a limit at all, and `renew` is to be called."""
+        """Whether there is a rate limit, so that `renew` must be called every second."""
         return self._limit != _UNLIMITED
 
     def admit(self, host: Host) -> tuple[Host | Client, int]:
-        """Say for an address without an entry in `left` under which key it counts, and how many questions that has left."""
+        """Return the key in `left` for an address that has no entry there, and how many questions it has left."""
         allowed = self._allowed.get(host)
         if allowed is None:
             address = ip_address(host)
@@ -77,5 +79,5 @@ class Clients:
         return key, left
 
     def renew(self) -> None:
-        """Start the count of the next second."""
+        """Start the next second."""
         self.left.clear()

@@ -1,4 +1,4 @@
-"""What a DnsServer is told."""
+"""The configuration of a DnsServer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,14 +14,13 @@ from dnsgw.upstream.forwarder import MAX_IN_FLIGHT, RACE_S
 from dnsgw.upstream.host_resolvers import Endpoint
 
 DEFAULT_DOMAIN = "svc.mesh.internal"
-DEFAULT_RATE_LIMIT = (
-    0  # as CoreDNS, unbound and dnsdist: one client may be the cluster's own DNS, which asks for thousands
-)
-DEFAULT_TTL_S = 5  # what Kubernetes' own DNS uses: a relay that is gone is forgotten soon
+DEFAULT_RATE_LIMIT = 0
+"""None, as in CoreDNS, unbound and dnsdist: one client may be the cluster's own DNS, which forwards for thousands."""
+
+DEFAULT_TTL_S = 5
+"""As Kubernetes' own DNS: clients soon forget a relay that is gone."""
 
 
-# Who asks from inside: loopback, RFC 1918, shared (RFC 6598, many pod networks), link-local and unique local addresses.
-# Answering anybody else makes an open resolver, a tool for attacks on others (RFC 5358).
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DnsConfig:
     """The resolver of one network."""
@@ -30,72 +29,76 @@ class DnsConfig:
     """The network whose clients ask, and whose relays they are sent to."""
 
     listen: tuple[Endpoint, ...]
-    """Addresses for UDP and TCP alike; port 0 is any, the same for both."""
+    """Addresses to listen on, over UDP and TCP. Port 0: any free port, the same for both."""
 
     domain: str = DEFAULT_DOMAIN
     """The mesh domain."""
 
     upstream: tuple[UpstreamAddress | Endpoint, ...] = ()
-    """Resolvers for all other names, in order; none: the name servers of `resolv_conf`."""
+    """Resolvers for all other names, in order. Empty: the name servers of `resolv_conf`."""
 
     forward: Mapping[str, tuple[UpstreamAddress, ...]] = field(default_factory=dict)
-    """Resolvers of their own for the names at and under these."""
+    """Resolvers for particular zones: for these names and all below them."""
 
     absent: tuple[str | IPv4Network | IPv6Network, ...] = ()
-    """Names that do not exist, with all below them, and networks whose addresses have no names, besides those of `absent.py`."""
+    """Names that do not exist, with all below them, and networks whose addresses have no PTR records, in addition to
+    those of `mesh_zone/local_zones.py`."""
 
     search: tuple[str, ...] = ()
-    """Domains that clients search names in: upstream is asked for what is in them, be it under `.local`."""
+    """Search domains of the clients. Upstream is asked for names in them, even below `.local`."""
 
     upstream_ca: str | None = None
-    """Who signs the certificates of upstreams that are spoken to in secret, as PEM; none: the system's authorities."""
+    """CA certificates, as PEM, for upstreams over TLS and HTTPS. None: those of the system."""
 
     race_s: float = RACE_S
-    """How long one upstream has before another is asked as well."""
+    """How long one upstream has to answer before the next is asked as well."""
 
     random_case: bool = True
-    """Ask upstream in random case and believe only answers that keep it (DNS 0x20); off by itself where one loses it."""
+    """Ask upstream in random case and accept only answers that keep it (DNS 0x20). Turned off for an upstream that does not
+    preserve case."""
 
     client_subnet: bool = False
-    """Pass the clients' own subnet option on (RFC 7871); what is answered to it is not kept."""
+    """Forward the client's subnet option (RFC 7871). Answers to such questions are not cached."""
 
     resolv_conf: Path = Path("/etc/resolv.conf")
     imports: Imports = field(default_factory=Imports)
-    """Plain names that this network takes from others."""
+    """Plain names that this network imports from others."""
 
     ttl_s: int = DEFAULT_TTL_S
-    """Of every answer of ours, positive or negative."""
+    """TTL of our own answers, positive and negative."""
 
     allow: tuple[IPv4Network | IPv6Network, ...] = PRIVATE_RANGES
-    """Whose questions are answered; everybody else is refused."""
+    """Networks whose clients are answered; all others get REFUSED. The default is what asks from inside: loopback, RFC 1918,
+    shared (RFC 6598, many pod networks), link-local and unique local addresses. Answering others makes an open resolver, a tool
+    for attacks (RFC 5358)."""
 
     rate_limit: int = DEFAULT_RATE_LIMIT
-    """Questions that one client may ask in a second; 0: any number."""
+    """Questions per second and client; 0: no limit."""
 
     max_udp_reply: int = MAX_UDP_REPLY
-    """Bytes of the largest reply over UDP, 512 to 1232, whatever the client says that it can take."""
+    """Largest reply over UDP in bytes, 512 to 1232, even if the client advertises more."""
 
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     stale_relays_for_s: float = 0.0
-    """How long the relays known last are answered when none is alive; 0: such questions fail at once."""
+    """How long answers name the last known relays when none is alive; 0: such questions fail at once."""
 
     vip: IPv4Network | IPv6Network | None = None
-    """A range from which imported services have addresses of their own; what leads them to a relay is another's task."""
+    """A range from which each imported service gets an address of its own. Routing it to a relay is up to the network."""
 
     cookie_secret: bytes | None = None
-    """16 bytes that all servers of one address share (RFC 9018); none: drawn at the start."""
+    """16 bytes, shared by all servers behind one address (RFC 9018). None: drawn at the start."""
 
     loop_probe: bool = True
-    """Ask upstream a name that nobody has now and then, to see whether it comes back here."""
+    """Now and then ask upstream for a random name, to see whether the question comes back here."""
 
     reuse_port: bool = False
-    """Let other processes listen on the same addresses: the kernel shares the clients out among them."""
+    """Let other processes listen on the same addresses; the kernel distributes the clients among them."""
 
     max_in_flight: int = MAX_IN_FLIGHT
-    """Questions that may wait for an upstream; more are refused at once, as a queue would only make all of them late."""
+    """Questions that may wait for an upstream. More are refused at once: a queue would only make all of them late."""
 
     max_tcp_connections: int = 512
     max_tcp_connections_per_client: int = 128
     tcp_idle_timeout_s: float = 10.0
-    """A connection without a whole question for so long is closed (RFC 7766 section 6.2.3)."""
+    """A connection on which no complete question has come for this long is closed (RFC 7766 section 6.2.3)."""

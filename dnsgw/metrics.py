@@ -1,4 +1,4 @@
-"""What is counted: plain integers on the hot path, which a collector turns into metrics when somebody asks."""
+"""Metrics: plain integers on the hot path, which a collector turns into Prometheus metrics on each scrape."""
 
 from collections.abc import Callable, Iterable
 from enum import StrEnum
@@ -9,85 +9,85 @@ from prometheus_client.registry import Collector
 
 
 class Outcome(StrEnum):
-    """What became of a question."""
+    """How a question was answered."""
 
     ANSWERED = "answered"
     NODATA = "nodata"
     NXDOMAIN = "nxdomain"
     SERVFAIL = "servfail"
-    """Ours, but no relay is alive or discovery was not heard from."""
+    """A name of ours, but no relay is alive or there is no state of discovery yet."""
 
     REFUSED = "refused"
     CACHED = "cached"
     STALE = "stale"
-    """Upstream gave no answer; the last one it gave was answered."""
+    """Upstream gave no answer, so the last one from the cache was used."""
 
     FORWARDED = "forwarded"
     UPSTREAM_FAILED = "upstream_failed"
     OVERLOADED = "overloaded"
     DENIED = "denied"
     LIMITED = "limited"
-    """Asked by a client that had asked too much in this second."""
+    """Above the rate limit of its client."""
 
     MALFORMED = "malformed"
     IGNORED = "ignored"
-    """Answers and fragments of messages, to which nothing is said."""
+    """Not a question (a response, or shorter than a header), so not answered."""
 
     CROWDED = "crowded"
-    """Dropped: it came by UDP from a client that had more than its share waiting here."""
+    """Dropped: it came by UDP while its client, or all together, had too many packets waiting."""
 
     UNSENT = "unsent"
-    """Counted besides: the reply could not be sent."""
+    """The reply could not be sent. Counted in addition to the outcome."""
 
     ERROR = "error"
-    """A fault of ours; the log has it."""
+    """An error in this program; it is in the log."""
 
 
 class UpstreamOutcome(StrEnum):
-    """What became of one attempt to ask an upstream."""
+    """The result of one attempt to ask an upstream."""
 
     ANSWERED = "answered"
     FAILED_OVER = "failed_over"
-    """It answered SERVFAIL or REFUSED and another one was asked."""
+    """It answered SERVFAIL or REFUSED, and another upstream was asked."""
 
     RACED = "raced"
-    """It took long, so that another one was asked too."""
+    """It was slow, so another upstream was asked as well."""
 
     MISSPELLED = "misspelled"
-    """An answer in another case than the question's random one: asked again over TCP."""
+    """The answer's question had another case than ours: asked again over TCP."""
 
     WRONG_ID = "wrong_id"
-    """An answer to a question that is out, with an id or at a port that it was not asked with: late, or forged."""
+    """An answer to an outstanding question, but with a wrong id or at a wrong port: late, or forged."""
 
     WRONG_QUESTION = "wrong_question"
     """An answer with the right id to another question."""
 
     WRONG_COOKIE = "wrong_cookie"
-    """An answer without the cookie that this upstream sends otherwise, or with a wrong one: asked again over TCP."""
+    """The answer lacks the cookie that this upstream otherwise sends, or has a wrong one: asked again over TCP."""
 
     UNPROVEN = "unproven"
-    """An error without the question in it: asked again over TCP."""
+    """An error response without a question section: asked again over TCP."""
 
     DISTRUSTED = "distrusted"
-    """Counted besides: asked again over TCP, since answers over UDP looked forged."""
+    """Asked again over TCP because answers over UDP looked forged. Counted in addition to the result."""
 
     FLOODED = "flooded"
-    """Counted besides: a socket closed that brought too much that nobody asked for."""
+    """A socket was closed because it received too many unsolicited packets. Counted in addition to the result."""
 
     ASKED_AGAIN = "asked_again"
-    """It wants its cookie anew, or does not understand EDNS: asked again so."""
+    """It wants a fresh cookie, or does not understand EDNS: asked again accordingly."""
 
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"
     UNWANTED = "unwanted"
-    """A packet that answers nothing that was asked there: late, or forged."""
+    """A packet that answers no outstanding question of its socket: late, or forged."""
 
 
 class DnsMetrics(Collector):
-    """Counts of one server. Every label is there from the start."""
+    """Counters of one server. Every label exists from the start."""
 
     def __init__(self) -> None:
-        """Begin at zero."""
+        """Start at zero. The gauges are functions that the parts of the server set."""
         self.queries = dict.fromkeys(Outcome, 0)
         self.upstream = dict.fromkeys(UpstreamOutcome, 0)
         self.coalesced = 0
@@ -100,7 +100,7 @@ class DnsMetrics(Collector):
         self.upstreams: Callable[[], list[dict[str, object]]] = list
 
     def collect(self) -> Iterable[Metric]:
-        """Give the counts as Prometheus wants them."""
+        """Yield the metrics for Prometheus."""
         queries = CounterMetricFamily("crossnet_dns_queries", "Questions by what became of them.", labels=["outcome"])
         for outcome, count in self.queries.items():
             queries.add_metric([outcome.value], count)

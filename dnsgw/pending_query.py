@@ -1,4 +1,4 @@
-"""A question that was not answered at once: who waits for what, and what is said when there is no better answer."""
+"""A question that was not answered at once, and the replies for when there is no better answer."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from dnsgw.message.reply import Answer
 from dnsgw.upstream.exchange import Failure
 
 Send: TypeAlias = Callable[[bytes, Any], None]
-"""Called once for each packet handled: with the reply, or with nothing when nothing is to be said, and with `where`."""
+"""Called once for each packet: with the reply, or b"" for no reply, and with `where` as it was handed in."""
 
 
 def _failure(rcode: Rcode, code: ExtendedError, why: str) -> Answer:
@@ -29,7 +29,7 @@ FAILURES = {
     Failure.NO_UPSTREAM: _failure(Rcode.SERVFAIL, ExtendedError.NO_REACHABLE_AUTHORITY, "no upstream is configured"),
     Failure.OVERLOADED: _failure(Rcode.REFUSED, ExtendedError.OTHER, "too many questions wait for an upstream"),
     Failure.MALFORMED: _failure(Rcode.SERVFAIL, ExtendedError.NETWORK_ERROR, "upstream's answer is malformed"),
-    Failure.LOOP: _failure(Rcode.SERVFAIL, ExtendedError.OTHER, "what upstream is asked comes back here: a loop"),
+    Failure.LOOP: _failure(Rcode.SERVFAIL, ExtendedError.OTHER, "questions to upstream come back here: a loop"),
     Failure.CLOSED: _failure(Rcode.SERVFAIL, ExtendedError.NOT_READY, "shutting down"),
 }
 UNDECIDED = _failure(
@@ -38,14 +38,24 @@ UNDECIDED = _failure(
 
 
 class PendingQuery:
-    """One question and the way of its reply."""
+    """One question, and where its reply goes."""
 
     __slots__ = ("depth", "extra", "held", "host", "most", "query", "send", "tcp", "where")
 
     def __init__(
         self, query: Query, host: Host, send: Send, where: Any, *, tcp: bool, most: int, depth: int = 0
     ) -> None:
-        """Note what was asked and by whom; `depth`: how many aliases led here."""
+        """Describe a question.
+
+        Args:
+            query: what was asked.
+            host: the client's address.
+            send: takes the reply.
+            where: handed to `send`.
+            tcp: it came over a connection.
+            most: largest reply over UDP, in bytes.
+            depth: how many aliases led here.
+        """
         self.query = query
         self.host = host
         self.send = send
@@ -54,22 +64,23 @@ class PendingQuery:
         self.most = most
         self.depth = depth
         self.extra = 0
-        """Bytes to leave for what is added to the reply."""
+        """Bytes reserved for the option that is added to the reply."""
 
         self.held: asyncio.TimerHandle | None = None
+        """Ends the wait for discovery."""
 
     @property
     def limit(self) -> int:
-        """Bytes that the reply may have."""
+        """Largest reply in bytes."""
         return MAX_TCP_REPLY if self.tcp else min(self.query.limit, self.most) - self.extra
 
     def add_option(self, added: bytes) -> None:
-        """Have this encoded option go with the reply."""
+        """Add this encoded EDNS option to the reply."""
         self.extra = len(added)
         self.send = partial(_send_with, self.send, added)
 
     def about(self, name: bytes, send: Send) -> "PendingQuery":
-        """The same question about another name, whose reply of any length goes to `send`. Raises Malformed."""
+        """Return the same question about another name; its reply, of any length, goes to `send`."""
         query = retargeted(self.query, name)
         return PendingQuery(query, self.host, send, None, tcp=True, most=self.most, depth=self.depth + 1)
 

@@ -1,7 +1,7 @@
-"""Imported names of which upstream has the first word (`prefer: local`): whose are they?
+"""Who answers for an imported name where upstream has precedence (`prefer: local`): we or upstream.
 
-That is one verdict for all types of a name: one with an A record upstream and no AAAA must not get our AAAA, nor the other
-way round. It holds for the time of our answers.
+There is one verdict for all types of a name: a name that has an A record upstream but no AAAA must not get our AAAA, nor the
+other way round. A verdict is valid for the TTL of our answers.
 """
 
 from collections.abc import Callable
@@ -22,41 +22,41 @@ Then: TypeAlias = Callable[[PendingQuery, UpstreamReply | Failure], None]
 
 
 class Owner(Enum):
-    """Whose a name is."""
+    """Which side answers for the name."""
 
     OURS = "ours"
     UPSTREAM = "upstream"
     UNDECIDED = "undecided"
-    """Upstream does not say."""
+    """Upstream gave no usable answer."""
 
 
 Settled: TypeAlias = Callable[[PendingQuery, Owner, UpstreamReply | Failure | None], None]
-"""Gets the verdict, and what upstream said to the question itself, if it was asked that."""
+"""Called with the verdict, and with upstream's answer to the question itself if it was asked."""
 
 
 class Ask(Protocol):
-    """Upstream, as far as it matters here."""
+    """Asks upstream."""
 
     def __call__(self, asked: PendingQuery, then: Then, qtype: int | None = None) -> None:
-        """Ask the question itself, or the same about another type; what is older than a verdict does not count."""
+        """Ask the question itself, or the same with another type. Answers older than a verdict's lifetime are not used."""
 
 
 class Precedence:
     """The verdicts of one resolver."""
 
     def __init__(self, ask: Ask, now: Callable[[], float], ttl_s: int) -> None:
-        """Ask upstream by `ask`; a verdict holds for `ttl_s`."""
+        """Ask upstream with `ask`; a verdict is valid for `ttl_s`, on the clock `now`."""
         self._ask = ask
         self._now = now
         self.ttl_s = ttl_s
         self._verdicts: TwoGenerationCache[tuple[float, Owner]] = TwoGenerationCache(MAX_VERDICTS)
 
     def forget(self) -> None:
-        """Begin without a verdict."""
+        """Drop all verdicts."""
         self._verdicts = TwoGenerationCache(MAX_VERDICTS)
 
     def settle(self, asked: PendingQuery, then: Settled) -> None:
-        """Find out whose the name is that was asked for, now or later."""
+        """Decide who answers for the name that was asked for, and call `then`, now or later."""
         until, owner = self._verdicts.get(asked.query.name) or (0.0, Owner.UNDECIDED)
         known = self._now() < until
         if known and owner is Owner.OURS:
@@ -67,7 +67,7 @@ class Precedence:
             self._ask(asked, partial(self._probed, then, Qtype.A, None), Qtype.A)
 
     def _heard(self, then: Settled, known: bool, asked: PendingQuery, result: UpstreamReply | Failure) -> None:
-        """Upstream's answer to the question itself; `known`: the name was upstream's a moment ago."""
+        """Take upstream's answer to the question itself. `known`: a valid verdict says that the name is upstream's."""
         said = presence(result.wire) if isinstance(result, UpstreamReply) else Presence.FAILED
         if said is Presence.NXDOMAIN:
             self._decide(then, asked, Owner.OURS)
@@ -87,7 +87,7 @@ class Precedence:
         asked: PendingQuery,
         result: UpstreamReply | Failure,
     ) -> None:
-        """Upstream's answer about an address type that was not asked for; `kept` is its answer to the question."""
+        """Take upstream's answer for an address type that was not asked for. `kept` is its answer to the question itself."""
         said = presence(result.wire) if isinstance(result, UpstreamReply) else Presence.FAILED
         if said is Presence.FAILED:
             then(asked, Owner.UNDECIDED, kept)

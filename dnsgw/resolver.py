@@ -1,7 +1,7 @@
-"""From a packet to its reply: who may ask, what we answer ourselves, what upstream is asked, and in which order.
+"""From a packet to its reply: which clients may ask, what we answer ourselves, what upstream is asked, and in which order.
 
-A question that was answered before is answered within `handle`; nothing is allocated for it but the reply. For the others
-the reply comes later, from a callback of the loop. Nothing that a client or an upstream sends makes `handle` raise.
+A question whose answer is prepared or cached is answered within `handle`, and only the reply is allocated for it. For other
+questions the reply may come later, from a callback of the loop. Nothing that a client or an upstream sends makes `handle` raise.
 """
 
 import asyncio
@@ -37,10 +37,10 @@ from dnsgw.upstream.resolver import FAILURE_TTL_S, UpstreamReply, UpstreamResolv
 
 log = logging.getLogger(__name__)
 
-MAX_ALIASES = 4  # from upstream's aliases to a name of ours and on from there: more than one is odd already
-_SLIP = 8  # of the questions that are too many one is answered by TC: whoever is real may come over TCP
+MAX_ALIASES = 4  # times that a chain may lead from upstream's aliases to a name of ours; more than one is unusual
+_SLIP = 8  # one in so many questions above the rate limit gets TC, so that a client whose address is real can use TCP
 _LOG_EVERY_S = 1.0
-_UNFOLLOWED = (Qtype.CNAME, Qtype.ANY)  # they ask for the alias itself (RFC 1034 section 3.6.2)
+_UNFOLLOWED = (Qtype.CNAME, Qtype.ANY)  # questions for the alias itself (RFC 1034 section 3.6.2)
 
 _OUTCOMES: dict[int, Outcome] = {
     Rcode.NOERROR: Outcome.NODATA,
@@ -52,32 +52,32 @@ _OUTCOMES: dict[int, Outcome] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolverLimits:
-    """How long a resolver waits and remembers, and how many questions it holds. Tests choose others."""
+    """Times and limits of a resolver. The defaults are for production; tests choose others."""
 
     hold_s: float = 1.0
     """How long a question about our names waits for the first state of discovery; Java would remember a failure for 10 s."""
 
     max_held: int = 1024
-    """Questions that wait so; more are answered SERVFAIL at once."""
+    """Questions that may wait for it; more are answered SERVFAIL at once."""
 
     rate_window_s: float = 1.0
-    """The second in which a client's questions are counted for `DnsConfig.rate_limit`."""
+    """The period that `DnsConfig.rate_limit` applies to."""
 
     failure_ttl_s: float = FAILURE_TTL_S
-    """How long a failure of upstream is remembered, in which the question is not asked again."""
+    """How long a failure of upstream is remembered; until then the question is not forwarded again."""
 
     pair_s: float = PAIR_S
-    """How far apart the A and the AAAA question of one client may come to be answered from one state of discovery."""
+    """How far apart a client's A and AAAA question may be and still be answered from the same state of discovery."""
 
 
 RESOLVER_LIMITS = ResolverLimits()
 
 
 class Resolver:
-    """Answers questions from the current table, from what upstream said, and from upstream."""
+    """Answers questions from the current table, from the cache, and by asking upstream."""
 
     def __init__(self, config: DnsConfig, metrics: DnsMetrics, limits: ResolverLimits = RESOLVER_LIMITS) -> None:
-        """Prepare; `attach` comes before the first question. Raises BadName for a bad domain."""
+        """Raises BadName for a bad domain. Call `attach` before the first question."""
         self._config = config
         self._limits = limits
         self._metrics = metrics
@@ -110,12 +110,12 @@ class Resolver:
         self._loop: asyncio.AbstractEventLoop
 
     def attach(self, loop: asyncio.AbstractEventLoop, forwarder: Forwarder) -> None:
-        """Take the loop to run on and the way to upstream."""
+        """Set the loop to run on, and the forwarder that asks upstream."""
         self._loop = loop
         self._foreign.attach(loop, forwarder)
 
     def reconfigure(self, config: DnsConfig, *, elsewhere: bool) -> None:
-        """Go by this from now on; `elsewhere`: other upstreams are asked, so that nothing counts that was said before."""
+        """Use another configuration. `elsewhere`: the upstreams are others, so their cached answers are dropped."""
         before, self._config = self._config, config
         self._tables.reconfigure(config)
         self._clients = Clients(config.allow, config.rate_limit)
@@ -133,7 +133,7 @@ class Resolver:
             self._apply(self._mesh, before.imports)
 
     def apply(self, mesh: Mesh) -> None:
-        """Answer from this state of discovery from now on."""
+        """Use this state of discovery from now on, and answer the questions that waited for it."""
         self._apply(mesh, self._config.imports)
 
     def _apply(self, mesh: Mesh, imports_before: Imports) -> None:
@@ -149,7 +149,7 @@ class Resolver:
         if self._tables.holds_s:
             self._stale_end = self._loop.call_later(self._tables.holds_s, self.apply, mesh)
         self._pairs.keep(before, now)
-        self._cache.cool()  # what was upstream's may be ours now
+        self._cache.cool()  # names that were upstream's may be ours now
         held, self._held = self._held, {}
         for asked in held:
             if asked.held is not None:
@@ -157,7 +157,7 @@ class Resolver:
             self._guarded(self._dispatch, asked)
 
     def close(self) -> None:
-        """Answer what is held."""
+        """Stop the timers, and answer SERVFAIL to the questions that wait for discovery."""
         for timer in (self._window, self._stale_end):
             if timer is not None:
                 timer.cancel()
@@ -165,7 +165,7 @@ class Resolver:
             self._release(asked)
 
     def handle(self, data: bytes, host: Host, send: Send, where: Any, tcp: bool) -> None:
-        """Answer a packet that came from `host`, now or later, by `send`. Never raises."""
+        """Answer a packet from `host` by calling `send`, now or later. Never raises."""
         try:
             client, left = host, self._left.get(host)
             if left is None:
@@ -189,7 +189,7 @@ class Resolver:
                         send(reply, where)
                         return
             self._look(data, host, send, where, tcp=tcp, left=left)
-        except Exception as error:  # noqa: BLE001 - the last resort, or one packet would end the server
+        except Exception as error:  # noqa: BLE001 - one packet must not end the server
             self._log(error)
             send(b"", where)
 
@@ -240,7 +240,7 @@ class Resolver:
         self._dispatch(asked)
 
     def expect_probe(self, name: bytes, seen: Callable[[], None]) -> Callable[[], None]:
-        """Have `seen` called, once, if somebody asks for this name; what is returned ends that."""
+        """Call `seen`, once, when somebody asks for this name. Returns a function that cancels this."""
         self._probes[name] = seen
         return lambda: self._probes.pop(name, None) and None
 
@@ -261,17 +261,17 @@ class Resolver:
         asked.send(reply, asked.where)
 
     def _count(self, reply: bytes) -> None:
-        """Count an answer of ours by its RCODE and whether it holds a record."""
+        """Count an answer of our own by its RCODE, and by whether it has a record."""
         self._counts[Outcome.ANSWERED if reply[7] else _OUTCOMES[reply[3] & 0xF]] += 1
 
-    # Upstream's answers
+    # Answers from upstream
 
     def _ask(self, asked: PendingQuery, then: Then, qtype: int | None = None) -> None:
-        """Ask upstream the question itself, or the same about another type."""
+        """Ask upstream the question itself, or the same question with another type."""
         self._foreign.ask(asked.query, asked.host, partial(self._guarded, then, asked), tcp=asked.tcp, qtype=qtype)
 
     def _ask_anew(self, asked: PendingQuery, then: Then, qtype: int | None = None) -> None:
-        """As `_ask`, of a name that may be ours too: what upstream said before the last `ttl_s` does not count."""
+        """As `_ask`, for a name that may be ours too: cached answers older than `ttl_s` are not used."""
         self._foreign.ask(
             asked.query,
             asked.host,
@@ -297,7 +297,7 @@ class Resolver:
             self._pass_on(asked, result)
 
     def _pass_on(self, asked: PendingQuery, result: UpstreamReply) -> None:
-        """Answer what upstream said."""
+        """Reply with upstream's answer."""
         self._counts[result.outcome] += 1
         if result.outcome is Outcome.CACHED and result.entry is not None and not asked.depth and not result.bindings:
             key = key_of(asked.query)
@@ -309,12 +309,12 @@ class Resolver:
     def _decide_on(self, asked: PendingQuery, name: bytes) -> Answer | Disposition:
         return self._table.decide(retargeted(asked.query, name))
 
-    # Service bindings (RFC 9460) hand out addresses, ports and keys of the name that they lead to. Where that is a name of
-    # ours, they lead round the relay, or blind it; without them clients ask for addresses. A record set is whole or not at
-    # all, so all of it is withheld. Aliases among them hand out nothing: whoever follows one asks us for the name.
+    # Service bindings (RFC 9460) carry addresses, ports and keys of their target. If the target is one of our names, clients
+    # would bypass the relay, or hide the SNI from it; without bindings they ask for addresses. A record set must not be split,
+    # so all of it is withheld. AliasMode records carry nothing: a client that follows one asks us for the target.
 
     def _bound(self, asked: PendingQuery, result: UpstreamReply, names: tuple[bytes, ...]) -> None:
-        """Answer what upstream said unless one of these names is ours."""
+        """Reply with upstream's answer unless one of these names is ours."""
         for count, name in enumerate(names, 1):
             decision = self._decide_on(asked, name)
             if decision is Disposition.LOCAL_FIRST:
@@ -340,15 +340,15 @@ class Resolver:
         else:
             self._guarded(self._answer, asked, self._table.withheld if owner is Owner.OURS else UNDECIDED)
 
-    # A chain of aliases from upstream that leads to a name of ours is finished by us: upstream does not have the name, or
+    # If a CNAME chain from upstream leads to one of our names, we complete it ourselves: upstream does not know the name, or
     # has another network's private address for it.
 
     def _ours(self, asked: PendingQuery, heard: UpstreamReply) -> int:
-        """How many aliases lead to the first name of ours; 0: none is."""
+        """How many aliases lead to the first of our names; 0: none does."""
         for count, target in enumerate(heard.targets, 1):
             decision = self._decide_on(asked, target)
             if decision is Disposition.LOCAL_FIRST:
-                # Upstream goes first: it is ours only if upstream's answer ends there.
+                # Upstream has precedence: the name is ours only if upstream's chain ends there.
                 if count == len(heard.targets) and not Message(heard.wire).has_data(asked.query.qtype):
                     return count
             elif decision is not Disposition.FORWARD:
@@ -367,7 +367,7 @@ class Resolver:
                 wire = FAILURES[Failure.MALFORMED].reply(asked.query, asked.limit)
         asked.send(wire if len(wire) <= asked.limit else truncate(wire, asked.query), asked.where)
 
-    # Imported names of which upstream has the first word.
+    # Imported names for which upstream has precedence
 
     def _settled(self, asked: PendingQuery, owner: Owner, heard: UpstreamReply | Failure | None) -> None:
         if owner is Owner.OURS:
@@ -386,9 +386,9 @@ class Resolver:
         elif answer is Disposition.NOT_READY:
             self._hold(asked)
         else:
-            self._ask(asked, self._forwarded)  # not imported any more
+            self._ask(asked, self._forwarded)  # no longer imported
 
-    # Questions from before the first news of discovery
+    # Questions that came before the first state of discovery
 
     def _hold(self, asked: PendingQuery) -> None:
         if len(self._held) >= self._limits.max_held:
@@ -405,12 +405,12 @@ class Resolver:
     def _guarded(self, step: Callable[..., None], asked: PendingQuery, *arguments: object) -> None:
         try:
             step(asked, *arguments)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - as in `handle`
             self._log(error)
             asked.send(b"", asked.where)
 
     def _log(self, error: Exception) -> None:
-        """Log a fault of ours, once a second at most: whoever caused it can cause more."""
+        """Log an error in this program, at most once a second: a client that caused it can cause more."""
         self._counts[Outcome.ERROR] += 1
         now = self._loop.time()
         if now >= self._next_log:

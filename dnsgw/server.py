@@ -1,4 +1,4 @@
-"""The resolver of a network as a server: its sockets, and the one place where its parts meet."""
+"""The resolver of a network as a server: its sockets, and the wiring of its parts."""
 
 import asyncio
 import errno
@@ -27,27 +27,27 @@ from dnsgw.upstream.host_resolvers import DNS_PORT, Endpoint, leads_here, read_r
 
 log = logging.getLogger(__name__)
 
-_PORT_TRIES = 16  # to find a port that is free for TCP and UDP alike
+_PORT_TRIES = 16  # to find a port that is free for both TCP and UDP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerTiming:
-    """What a server does again and again, in seconds."""
+    """Intervals of a server's recurring work, in seconds, and the limits of its resolver."""
 
     probe_s: float = 300.0
-    """Between two looks for loops, which somebody's change of configuration makes: rare."""
+    """Between two checks for forwarding loops. Rare, since a loop comes from a change of configuration."""
 
     probe_again_s: float = 10.0
     """The same, while there is a loop."""
 
     resolv_conf_s: float = 5.0
-    """Between two looks whether the host has other name servers now, which costs one stat."""
+    """Between two checks whether resolv.conf has changed; each costs one stat."""
 
     retired_s: float = TOTAL_S + 0.2
-    """How long upstreams that are no longer asked may still answer: all that they were asked has ended by then."""
+    """How long replaced upstreams may still answer. All questions to them have ended by then."""
 
     resolver: ResolverLimits = RESOLVER_LIMITS
-    """How long it waits and remembers for single questions."""
+    """Times and limits of single questions."""
 
 
 SERVER_TIMING = ServerTiming()
@@ -55,7 +55,7 @@ _OF_FORWARDER = ("upstream_ca", "race_s", "random_case", "client_subnet", "max_i
 
 
 class UpstreamLoop(ValueError):
-    """An upstream that is this server itself: it would ask itself for ever."""
+    """A configured upstream is this server itself, which would be an endless loop."""
 
 
 class DnsServer:
@@ -71,13 +71,14 @@ class DnsServer:
         resolv_conf_port: int = DNS_PORT,
         udp_batches: bool = True,
     ) -> None:
-        """Prepare. Raises BadName for a bad domain.
+        """Raises BadName for a bad domain.
 
         Args:
+            config: what it answers, and whom it asks.
             registry: where its metrics are registered.
-            claim: creates the record of an address, by its id, if it is absent.
-            timing: how long its recurring work waits, and its resolver.
-            resolv_conf_port: where the name servers of resolv.conf listen.
+            claim: called with the id and content of a virtual address record, to create it if it does not exist.
+            timing: intervals and limits.
+            resolv_conf_port: port of the name servers in resolv.conf.
             udp_batches: read and write many UDP packets in one system call, where the kernel can.
         """
         self._timing = timing
@@ -89,15 +90,15 @@ class DnsServer:
         self._claim = claim
         self.config = config
         self.addresses: tuple[Endpoint, ...] = ()
-        """Where it listens, with the ports that were chosen for 0."""
+        """Where it listens, with the actual port in place of 0."""
 
         self.upstreams: tuple[UpstreamAddress, ...] = ()
-        """Who is asked for everything else."""
+        """The resolvers that are asked for all other names."""
 
         self.metrics = DnsMetrics()
         self._resolver = Resolver(config, self.metrics, timing.resolver)
         self._forwarders: list[Forwarder] = []
-        """The last one is asked; those before it only wait for what they were asked."""
+        """The last one is in use; those before it only wait for outstanding answers."""
 
         self._mesh: Mesh | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -105,7 +106,7 @@ class DnsServer:
         self._tcp: list[TcpListener] = []
         self._closing = asyncio.Event()
         self._resolv_conf: Fingerprint | None = None
-        """Which resolv.conf was read."""
+        """The version of resolv.conf that was read last."""
 
         self._tasks: asyncio.TaskGroup | None = None
         self._working: set[asyncio.Task[None]] = set()
@@ -114,10 +115,10 @@ class DnsServer:
             registry.register(self.metrics)
 
     def reconfigure(self, config: DnsConfig) -> None:
-        """Go by this from now on; network, domain, addresses and connections are those that it was made with.
+        """Use another configuration. Network, domain, listening addresses and TCP limits stay as they are.
 
-        Raises, before anything is changed, UpstreamLoop for an upstream that is this server, OSError for certificates that
-        cannot be read.
+        Raises UpstreamLoop for an upstream that is this server, and OSError for certificates that cannot be read; then nothing
+        has changed.
         """
         upstreams = self._choose_upstreams(config)
         elsewhere = upstreams != self.upstreams or config.forward != self.config.forward
@@ -133,13 +134,13 @@ class DnsServer:
             self._claim_addresses(self._mesh)
 
     def apply(self, mesh: Mesh) -> None:
-        """Answer from this state of discovery from now on. Until the first one, questions of ours are held, 1 s at most."""
+        """Use this state of discovery. Until the first one, questions about our names wait, for at most 1 s."""
         self._mesh = mesh
         self._resolver.apply(mesh)
         self._claim_addresses(mesh)
 
     def _claim_addresses(self, mesh: Mesh) -> None:
-        """See to it that every imported service has an address of its own, as far as the range goes."""
+        """Claim a virtual address for every imported service that has none, as long as the range has free ones."""
         if self._claim is None or self.config.vip is None:
             return
         for name in imported_names(mesh, self.config.imports):
@@ -162,7 +163,7 @@ class DnsServer:
         self.metrics.upstreams = self.status
 
     def status(self) -> list[dict[str, object]]:
-        """What is known of each upstream, for people."""
+        """Return the state of each upstream, for the status page."""
         return [upstream.status() for upstream in self._forwarders[-1].upstreams] if self._forwarders else []
 
     def _make_forwarder(self, config: DnsConfig, upstreams: Sequence[UpstreamAddress]) -> Forwarder:
@@ -184,7 +185,7 @@ class DnsServer:
         )
 
     def _ask_by(self, forwarder: Forwarder, upstreams: tuple[UpstreamAddress, ...]) -> None:
-        """Ask these upstreams from now on; what was asked of others may still be answered."""
+        """Use these upstreams from now on. The former ones may still answer outstanding questions."""
         for former in self._forwarders:
             self._spawn(self._retire(former))
         self._forwarders.append(forwarder)
@@ -201,7 +202,7 @@ class DnsServer:
             await forwarder.ended()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-        """Run this for as long as the server runs, if it does."""
+        """Run this in a task of the server; None if the server does not run."""
         if self._tasks is None:
             work.close()
             return None
@@ -211,7 +212,7 @@ class DnsServer:
         return task
 
     async def run(self) -> None:
-        """Answer until cancelled or closed."""
+        """Answer questions until cancelled or closed."""
         loop = asyncio.get_running_loop()
         for udp in self._udp:
             udp.start(loop)
@@ -247,7 +248,7 @@ class DnsServer:
             self._close_listeners()
 
     async def close(self) -> None:
-        """Stop: what is held or in flight is answered SERVFAIL over the sockets that still are."""
+        """Answer SERVFAIL to all outstanding questions, then close the sockets."""
         self._resolver.close()
         while self._forwarders:
             forwarder = self._forwarders.pop()
@@ -257,7 +258,7 @@ class DnsServer:
         self._closing.set()
 
     def _probe_anew(self) -> None:
-        """Look for loops if so configured, beginning now."""
+        """Restart the check for forwarding loops, if it is configured."""
         if self._probing is not None:
             self._probing.cancel()
             self._probing = None
@@ -270,12 +271,12 @@ class DnsServer:
             self.check_resolv_conf()
 
     def check_resolv_conf(self) -> None:
-        """Ask the name servers of resolv.conf, if none are configured and the file has changed. Logs what is wrong with it."""
+        """If no upstreams are configured and resolv.conf has changed, use its name servers. Errors are logged."""
         if self.config.upstream or fingerprint(self.config.resolv_conf) == self._resolv_conf:
             return
         try:
             upstreams = self._choose_upstreams(self.config)
-            if upstreams and upstreams != self.upstreams:  # an empty file is still being written
+            if upstreams and upstreams != self.upstreams:  # an empty file is being written
                 self.reconfigure(self.config)
         except (OSError, UpstreamLoop) as error:
             log.error("dns_upstreams_refused", extra={"event": {"detail": str(error)}})
@@ -283,9 +284,9 @@ class DnsServer:
             log.info("dns_upstreams", extra={"event": {"upstreams": [str(each) for each in self.upstreams]}})
 
     async def _probe(self, forwarder: Forwarder) -> None:
-        """Ask each upstream a name that nobody has, again and again: what comes back here goes round in a circle.
+        """Periodically ask each upstream for a random name. If the question comes back here, there is a forwarding loop.
 
-        Such an upstream is asked nothing else until that has ended.
+        Such an upstream is asked nothing else until the loop is gone.
         """
         while True:
             for upstream in forwarder.upstreams:
@@ -313,7 +314,7 @@ class DnsServer:
         self._tcp.clear()
 
     def _bind(self, endpoint: Endpoint) -> Endpoint:
-        """Listen over both. Raises OSError, which names the address."""
+        """Listen on UDP and TCP. Raises OSError with the address in its text."""
         address, port = endpoint
         for tries_left in reversed(range(_PORT_TRIES)):
             try:
@@ -324,7 +325,7 @@ class DnsServer:
                     if error.errno == errno.EACCES:
                         what += " (a port that low takes root or CAP_NET_BIND_SERVICE)"
                     raise OSError(error.errno, what) from error
-        raise AssertionError("the last try raises")
+        raise AssertionError("the last attempt returns or raises")
 
     def _bind_both(self, address: Address, port: int) -> Endpoint:
         tcp = TcpListener(
@@ -351,7 +352,10 @@ class DnsServer:
         return address, tcp.port
 
     def _choose_upstreams(self, config: DnsConfig) -> tuple[UpstreamAddress, ...]:
-        """Take the configured upstreams; or the host's, but for ourselves, whom the host may well ask."""
+        """Return the configured upstreams, or those of resolv.conf without this server, which the host may well use.
+
+        Raises UpstreamLoop.
+        """
         chosen = tuple(_destination(upstream) for upstream in config.upstream)
         for upstream in (*chosen, *(upstream for group in config.forward.values() for upstream in group)):
             if leads_here(upstream.endpoint, self.addresses):

@@ -1,4 +1,4 @@
-"""A bounded memory of what was used last. Sans-IO."""
+"""A bounded cache of recently used entries. Sans-IO."""
 
 from typing import Generic, TypeVar
 
@@ -6,18 +6,18 @@ KeptT = TypeVar("KeptT")
 
 
 class TwoGenerationCache(Generic[KeptT]):
-    """A bounded dict that forgets what was not used for long: two generations, the older dropped when one is full."""
+    """A bounded dict of recently used entries in two generations. When the young one is full, the old one is dropped."""
 
     __slots__ = ("_limit", "_old", "young")
 
     def __init__(self, limit: int) -> None:
-        """Keep at least the last `limit` entries used and at most twice as many."""
+        """Keep at least the `limit` most recently used entries, and at most twice as many."""
         self._limit = limit
         self._old: dict[bytes, KeptT] = {}
         self.young: dict[bytes, KeptT] = {}
 
     def get(self, key: bytes) -> KeptT | None:
-        """Look up, and remember the use."""
+        """Return an entry and mark it as used, or None."""
         kept = self.young.get(key)
         if kept is None:
             kept = self._old.get(key)

@@ -28,7 +28,6 @@ TESTED_BY = {
     "dnsgw/mesh_zone/current": "dnsgw/test_resolver",
     "dnsgw/mesh_zone/dual_stack": "dnsgw/test_resolver",
     "dnsgw/pending_query": "dnsgw/test_resolver",
-    "dnsgw/precedence": "dnsgw/test_resolver",
     "dnsgw/upstream/capabilities": "dnsgw/upstream/test_forwarder",
     "dnsgw/upstream/outstanding": "dnsgw/upstream/test_forwarder",
     "sniproxy/engine/byte_stream": "sniproxy/engine/test_socket_stream",

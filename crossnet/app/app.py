@@ -1,4 +1,4 @@
-"""The roles of one configuration in one process: started in order, changed while they run, drained or handed over, ended."""
+"""Runs the roles of one configuration in one process: starts them in order, reloads, drains or hands over, and stops them."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ log = logging.getLogger("crossnet")
 
 
 class App:
-    """The running process. `serve` ends when `stop` has been called and everything is drained."""
+    """The running process. `serve` returns when `stop` has been called and everything is drained."""
 
     def __init__(
         self,
@@ -45,13 +45,13 @@ class App:
         *,
         ready_timeout_s: float = READY_TIMEOUT_S,
     ) -> None:
-        """Prepare the roles; `serve` starts them.
+        """Create the roles; `serve` starts them.
 
         Args:
-            config: of the whole process.
+            config: the whole configuration.
             chosen: names of the roles to run.
-            path: the configuration file, which is read again when it changes; None: never.
-            ready_timeout_s: how long a successor may take until its predecessor can go.
+            path: the configuration file, which is reloaded when it changes; None: it is not.
+            ready_timeout_s: how long this process, as a successor, may take until it is ready.
         """
         self.config = config
         self._ready_timeout_s = ready_timeout_s
@@ -64,12 +64,12 @@ class App:
             kind.name: kind(self) for kind in ROLES if kind.name in chosen or (whole and kind.name == "turn_servers")
         }
         self.opened: list[Role] = []
-        """Those that are open."""
+        """The open roles."""
         self.started_at = time.time()
         self.started = False
         self.inherited = Inherited()
         self.handed_over = False
-        """Whether another process has taken our place."""
+        """Whether a successor has replaced this process."""
         self._discovery: Discovery | None = None
         self._admin_address: tuple[str, int] | None = None
         self._group = asyncio.TaskGroup()
@@ -78,48 +78,48 @@ class App:
         self._hurry = asyncio.Event()
         self.reloader = Reloader(path, config, self._apply, self.registry) if path is not None else None
 
-    # What the roles are given (crossnet.app.role.Host)
+    # For the roles (crossnet.app.role.Host)
 
     @property
     def discovery(self) -> Discovery:
-        """The client of discovery. Only where `speaks_to_discovery`."""
+        """The client of discovery. Only if `speaks_to_discovery`."""
         assert self._discovery is not None, "opened before discovery"
         return self._discovery
 
     @property
     def speaks_to_discovery(self) -> bool:
-        """Whether there is a client of discovery: a discovery server alone needs none."""
+        """Whether there is a client of discovery. A discovery server alone needs none."""
         return self._discovery is not None
 
     def run(self, name: str, running: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something until the process ends; what dies ends the process."""
+        """Run a coroutine in a task until the process ends. If it raises, the process ends."""
         task = self._tasks[name] = self._group.create_task(running, name=name)
         return task
 
     def guard(self) -> list[tuple[str, int]]:
-        """Return where this process listens so far, and discovery servers do: no stream goes there."""
+        """Return the addresses of this process's listeners so far, and of discovery servers: streams must not go there."""
         bound = [endpoint for _, addresses in self._bound() for endpoint in addresses]
         return bound + role_configs.discovery_endpoints(self.config)
 
     def has(self, role: str) -> bool:
-        """Tell whether the process runs a role."""
+        """Whether the process runs a role."""
         return role in self.roles
 
-    # What others see
+    # For inspection
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The roles that run."""
+        """The active roles."""
         return tuple(name for name, role in self.roles.items() if role.active)
 
     @property
     def stopping(self) -> bool:
-        """Whether it drains, or has ended."""
+        """Whether it is draining, or has ended."""
         return self._stopping.is_set()
 
     @property
     def listening(self) -> dict[str, list[str]]:
-        """Where each role listens, with the ports that were chosen for 0."""
+        """Where each role listens, with the actual ports in place of 0."""
         return {
             name: [format_endpoint(parse_address(address), port) for address, port in addresses]
             for name, addresses in self._bound()
@@ -133,7 +133,7 @@ class App:
             yield name, role.addresses
 
     def stop(self) -> None:
-        """Drain and end; asked a second time, end at once."""
+        """Drain and end. The second call ends at once."""
         if self._stopping.is_set():
             self._hurry.set()
         self._stopping.set()
@@ -143,7 +143,7 @@ class App:
 
         Raises:
             StartError: a role cannot start.
-            ExceptionGroup: a role died of something unexpected.
+            ExceptionGroup: a role failed with an unexpected error.
         """
         handover = self.config.handover
         if handover is not None:
@@ -201,38 +201,40 @@ class App:
     async def _open_discovery(self) -> None:
         discovery = self._discovery = await beginning("discovery", open_discovery(self.config, self.registry))
         self.run("discovery", discovery.run())
-        if self.inherited:  # clients come from the first moment: none must be told that we know of no network
+        if self.inherited:  # clients connect from the first moment, and none must be refused for want of a view
             await self._until("a view of discovery", lambda: discovery.synced)
 
     async def _until(self, what: str, holds: Callable[[], bool]) -> None:
-        """Wait for what a successor must have before its predecessor may go. Raises StartError."""
+        """Wait for something that a successor needs before its predecessor may stop. Raises StartError."""
         try:
             async with asyncio.timeout(self._ready_timeout_s):
                 while not holds():
                     await asyncio.sleep(READY_LOOK_S)
         except TimeoutError:
-            detail = f"without {what} for {self._ready_timeout_s:g} s: the process before us goes on"
+            detail = f"without {what} for {self._ready_timeout_s:g} s: the former process continues"
             raise StartError(f"handover: {detail}") from None
 
     def _apply(self, config: Config) -> None:
-        """Go by this configuration from now on; it differs only in what needs no restart. Whatever it raises, all is as before."""
+        """Apply a configuration that differs only in live settings. If it raises, nothing has changed."""
         old = self.config
         try:
-            for part in list(self._changes(old, config)):  # each is made before the first one changes anything
+            for part in list(self._changes(old, config)):  # all are created before the first one changes anything
                 part()
         except Exception:
             for part in self._changes(config, old):
                 try:
                     part()
                 except Exception:
-                    log.exception("reload_not_undone", extra={"event": {"detail": "a part may go by the new file"}})
+                    log.exception(
+                        "reload_not_undone", extra={"event": {"detail": "some part may still use the new file"}}
+                    )
             raise
         self.config = config
         for warning in warnings(config):
             log.warning("%s", warning)
 
     def _changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
-        """Yield what makes each part that runs go by `new`, where `old` was; the resolver first, since it may refuse."""
+        """Yield functions that change each part from `old` to `new`; the resolver comes first, since it may refuse."""
         first = self.roles.get("dns")
         if first is not None:
             yield from first.changes(old, new)
@@ -245,7 +247,7 @@ class App:
                 yield from role.changes(old, new)
 
     async def _offer(self, path: Path, admin: AdminServer) -> None:
-        """Wait for a successor, then drain; what it has published by then is its own."""
+        """Wait for a successor, then drain. The successor owns the records by then."""
 
         def sockets() -> Iterator[tuple[Place, int]]:
             yield ("admin", str(self.config.admin.address), self.config.admin.port), admin.fileno()
@@ -257,7 +259,7 @@ class App:
                 role.stop_listening()
 
         def offered(out: bool) -> None:
-            # A successor writes our records as its own: that is no stranger with our id.
+            # A successor writes our records as its own, which must not count as a conflict.
             if isinstance(self._discovery, DiscoveryClient | MergedDiscovery):
                 self._discovery.expect_successor(out)
 
@@ -277,7 +279,7 @@ class App:
         await admin.close()
 
     async def _give_back(self) -> None:
-        """Return allocations and records, so that nobody comes for what is no longer here."""
+        """Give back allocations and records, so that nobody uses what is gone."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain.GIVE_BACK_S):
                 for role in self.roles.values():

@@ -12,18 +12,27 @@ from sniproxy.relay.service_ports import service_ports
 log = logging.getLogger("crossnet")
 
 LOOK_AGAIN_S = 10.0
-"""A port that was taken is tried again so often, and one that nobody needs is closed after LINGER_S."""
+"""How often a port that was in use is tried again, and unneeded ports are closed."""
 
 LINGER_S = 60.0
-"""A service whose record lapses with a lease is back within seconds: its clients must not find a closed port meanwhile."""
+"""An unneeded port is closed after this. A service whose lease has lapsed is usually back within seconds, and its clients must not
+find a closed port meanwhile."""
 
 
 class AdaptivePorts:
-    """Follows discovery for one relay. `range_` is from the lowest to the highest port that may be opened."""
+    """Follows discovery for one relay."""
 
     def __init__(
         self, relay: Relay, discovery: Discovery, range_: tuple[int, int], tell: Callable[[list[int]], None]
     ) -> None:
+        """Start without ports.
+
+        Args:
+            relay: listens on them.
+            discovery: has the imported services.
+            range_: the lowest and the highest port that may be opened.
+            tell: called with all ports of the relay when they change.
+        """
         self._relay = relay
         self._discovery = discovery
         self._low, self._high = range_
@@ -33,11 +42,11 @@ class AdaptivePorts:
         self._failed: dict[int, str] = {}
 
     async def run(self) -> None:
-        """Follow until cancelled."""
+        """Follow discovery until cancelled."""
         unsubscribe = self._discovery.subscribe(self._notice)
         loop = asyncio.get_running_loop()
         told: list[int] = []
-        # What a process before us has opened is kept for as long as one of ours would be.
+        # Ports from a predecessor are kept for as long as our own would be.
         self._seen = {port: loop.time() for (_, port), _ in self._relay.adapted()}
         try:
             while True:

@@ -1,4 +1,4 @@
-"""The process's one client of discovery: of servers, of a mesh file, or of both."""
+"""Creates the process's client of discovery: for servers, a mesh file, or both."""
 
 from prometheus_client import CollectorRegistry
 
@@ -11,7 +11,7 @@ from discovery.client.mesh_file import StaticDiscovery
 
 
 async def open_discovery(config: Config, registry: CollectorRegistry) -> Discovery:
-    """Make the process's one client of discovery."""
+    """Create the process's client of discovery."""
     file = None
     if config.static_mesh is not None:
         file = StaticDiscovery(config.static_mesh, network=config.network, allowed=config.dialled)

@@ -1,9 +1,9 @@
-"""The two ways in which a process ends: for good, or with another one in its place.
+"""The two ways in which a process stops: for good, or replaced by a successor.
 
-    end         withdraw the records; clients that were told of us still come for a while; accept nothing; wait for the streams
-    hand over   leave the records; relays that were told of our allocations still come for a while; accept nothing; wait
+    end         withdraw the records; serve clients that still know of us for a while; stop accepting; wait for the streams
+    hand over   leave the records; serve relays that still use our allocations for a while; stop accepting; wait for the streams
 
-Both end when every role is idle, after `drain` in all, or when a second signal asks for it.
+Both finish when every role is idle, after `drain` in total, or on a second signal.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ log = logging.getLogger("crossnet")
 LOOK_S = 0.1
 
 GIVE_BACK_S = 5.0
-"""What giving allocations and records back may take together; leases end by themselves."""
+"""Time limit for giving back allocations and records; leases expire by themselves."""
 
 
 async def end(roles: Sequence[Role], drain_s: float, hurry: asyncio.Event) -> None:
-    """Drain for good."""
+    """Drain without a successor."""
     _announce(roles, drain_s)
     for role in roles:
         role.withdraw()
@@ -30,7 +30,7 @@ async def end(roles: Sequence[Role], drain_s: float, hurry: asyncio.Event) -> No
 
 
 async def hand_over(roles: Sequence[Role], drain_s: float, hurry: asyncio.Event) -> None:
-    """Drain with a successor in our place, to which the roles have left their records."""
+    """Drain after a successor has taken over the sockets and records."""
     _announce(roles, drain_s)
     await _see_off(roles, drain_s, hurry)
 
@@ -56,7 +56,7 @@ async def _see_off(roles: Sequence[Role], drain_s: float, hurry: asyncio.Event) 
 
 
 async def _sleep_unless_forced(until: float, hurry: asyncio.Event) -> None:
-    """Sleep until a time of the loop, but not when a second signal has come."""
+    """Sleep until a time of the loop, or until a second signal."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(until):
             await hurry.wait()

@@ -1,4 +1,4 @@
-"""What a running process shows of itself: to the admin server, and through that to people, Prometheus and `crossnet status`."""
+"""The state of a running process for the admin server, and through it for people, Prometheus and `crossnet status`."""
 
 import time
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 class Inspection:
-    """Looks at one application; the one thing that it does is to end a stream."""
+    """A view of one application. It only reads, except that it can end a stream."""
 
     def __init__(self, app: "App") -> None:
         self._app = app
         self.registry = app.registry
 
     def waiting_for(self) -> list[str]:
-        """Return what is not ready yet; empty when all is."""
+        """Return what is not ready yet; empty when everything is."""
         return [words for condition in conditions(self._app) for words in condition.lacks]
 
     def stale_s(self) -> float | None:
-        """Return for how many seconds no server has confirmed the view of discovery; None without one of servers."""
+        """Return how old the view of discovery is in seconds, since a server last confirmed it; None without servers."""
         age_s: float | None = getattr(self._discovery, "age_s", None)
         return age_s
 
     def status(self) -> dict[str, object]:
-        """Return how the process is, for people and `crossnet status`."""
+        """Return the state of the process, for people and `crossnet status`."""
         view = self.view()
         return {
             "version": version("crossnet"),
@@ -69,7 +69,7 @@ class Inspection:
         return {name: ledger.rows() for name, ledger in self._ledgers()}
 
     def ended_streams(self) -> dict[str, list[dict[str, object]]]:
-        """Return the streams that ended last, by role."""
+        """Return the streams that have ended most recently, by role."""
         return {name: ledger.ended() for name, ledger in self._ledgers()}
 
     def _ledgers(self) -> Iterator[tuple[str, StreamLog]]:
@@ -78,7 +78,7 @@ class Inspection:
                 yield name, role.ledger
 
     def end_stream(self, stream: bytes) -> bool:
-        """End a stream of this process; False if none of that id is open."""
+        """End an open stream by its id; False if there is none."""
         found = [ledger.find(stream) for _, ledger in self._ledgers()]
         for account in found:
             if account is not None:
@@ -94,5 +94,5 @@ class Inspection:
         return self._app.discovery if self._app.speaks_to_discovery else None
 
     def effective_config(self) -> object:
-        """Return the configuration, secrets hidden."""
+        """Return the configuration with secrets hidden."""
         return encode(Config, self._app.config)

@@ -1,4 +1,4 @@
-"""What a process says of itself in discovery: its network, relay, TURN servers and directly reachable gateway."""
+"""Publishes a relay's own record, and the records of external TURN servers, in discovery."""
 
 import asyncio
 import logging
@@ -16,14 +16,14 @@ from discovery.model.spec import RelaySpec, TurnSpec
 log = logging.getLogger(__name__)
 
 ASK_AGAIN_S = 30.0
-"""A relay's address as a TURN server sees it changes when somebody changes the network, not by the minute."""
+"""Longest pause. A relay's address as a TURN server sees it changes when somebody changes the network, not by the minute."""
 
 ASK_AGAIN_FIRST_S = 1.0
-"""After a TURN server's record came or changed: the server itself may be starting."""
+"""First pause after a TURN server's record has appeared or changed: the server itself may be starting."""
 
 
 def publish_turn_servers(config: Config, discovery: Discovery, instead_of: Config | None = None) -> None:
-    """Say which TURN servers of ours somebody else runs, and no longer what another configuration said."""
+    """Publish the records of external TURN servers, and withdraw those that only a former configuration had."""
     gone = {section.id for section in instead_of.turn_servers} if instead_of is not None else set()
     for id_ in gone - {section.id for section in config.turn_servers}:
         discovery.withdraw(Kind.TURN, id_)
@@ -39,22 +39,22 @@ def publish_turn_servers(config: Config, discovery: Discovery, instead_of: Confi
 
 
 class SourceState(StrEnum):
-    """How we know the address that a TURN server sees us come from. Metric label."""
+    """How we know our address as a TURN server sees it. Metric label."""
 
     ASKED = "asked"
-    """The server says so."""
+    """The server reports it."""
     KEPT = "kept"
-    """It said so before, and does not answer now."""
+    """The server reported it before, and does not answer now."""
     ASSUMED = "assumed"
-    """It has never answered: it is the address that we would come from."""
+    """The server has never answered; it is our local address for the route to it."""
     UNKNOWN = "unknown"
-    """No way leads there."""
+    """There is no route to the server."""
     CONFIGURED = "configured"
-    """`relay.sources` says so."""
+    """It is set in `relay.sources`."""
 
 
 class RelayPublication:
-    """Keeps our relay's record true: where clients reach it, and which address each TURN server sees it come from."""
+    """Maintains our relay's record: where clients reach it, and from which address each TURN server sees it connect."""
 
     def __init__(
         self,
@@ -66,18 +66,20 @@ class RelayPublication:
         *,
         ask_again_first_s: float = ASK_AGAIN_FIRST_S,
     ) -> None:
-        """Start without an answer of a TURN server; `run` asks them.
+        """Publish nothing before `run`.
 
         Args:
-            ports: where clients reach the relay.
-            addresses: likewise.
-            registry: where its metric is registered.
-            ask_again_first_s: pause before a TURN server is asked again, after its record came or changed; doubled each time.
+            config: network, relay and imports.
+            discovery: takes the record.
+            ports: ports on which clients reach the relay.
+            addresses: addresses under which they reach it.
+            registry: where the metric is registered.
+            ask_again_first_s: first pause until TURN servers are asked again; it doubles each time.
         """
         assert config.relay is not None
         self._ask_again_first_s = ask_again_first_s
         self._learned: dict[str, Source] = {}
-        self._asked_of: dict[str, TurnSpec] = {}  # the record that a server's own answer was for
+        self._asked_of: dict[str, TurnSpec] = {}  # the record for which a server has answered
         sources = Gauge(
             "crossnet_relay_sources",
             "TURN servers of this network, by how this relay knows the address that they see it come from.",
@@ -98,7 +100,7 @@ class RelayPublication:
         self.reconfigure(config)
 
     async def run(self) -> None:
-        """Publish, and publish again when a TURN server of our network comes, goes or sees us otherwise."""
+        """Publish the record, and update it when TURN servers of our network or our addresses there change."""
         unsubscribe = self._discovery.subscribe(self._notice)
         known: dict[str, Record[TurnSpec]] = {}
         pause, due = self._ask_again_first_s, False
@@ -131,19 +133,19 @@ class RelayPublication:
             unsubscribe()
 
     def set_ports(self, ports: list[int]) -> None:
-        """Say that clients reach us on these ports."""
+        """Publish other ports."""
         self._ports = ports
         self._changed.set()
 
     def reconfigure(self, config: Config) -> None:
-        """Ask for the networks that this configuration imports from."""
+        """Publish which networks this configuration wants to reach."""
         assert config.relay is not None
         imported = {network for section in config.imports for network in section.sources}
         self._asks = sorted((imported | set(config.relay.asks)) - {config.network})
         self._changed.set()
 
     def withdraw(self) -> None:
-        """Send no more clients here."""
+        """Withdraw the record for good."""
         self._withdrawn = True
         self._discovery.withdraw(Kind.RELAY, self._section.id)
 
@@ -166,7 +168,7 @@ class RelayPublication:
         if source.asked:
             self._asked_of[turn.id] = turn.spec
         elif self._asked_of.get(turn.id) != turn.spec:
-            self._asked_of.pop(turn.id, None)  # what a server once said of us stands while its record is the same
+            self._asked_of.pop(turn.id, None)  # a server's last answer is valid as long as its record is the same
         if source.address is not None and (source.asked or turn.id not in self._asked_of):
             self._sources[turn.id] = [source.address]
         state = self._state(turn.id)
@@ -175,7 +177,7 @@ class RelayPublication:
             if self._sources[turn.id] != known or (before is not None and not before.asked):
                 log.info("relay_source", extra={"event": event})
         elif before is None or before.asked or before.address != source.address:
-            # Said when it begins: a gateway's permission may be for the wrong address from now on.
+            # Logged once, when it begins: from now on a gateway's permission may be for the wrong address.
             log.warning("relay_source_not_asked", extra={"event": event | {"state": state, "detail": source.detail}})
 
     def _state(self, turn: str) -> SourceState:
@@ -190,7 +192,7 @@ class RelayPublication:
         return sum(line["state"] is state for line in self.sources())
 
     def sources(self) -> list[dict[str, object]]:
-        """Say for each TURN server what address it sees us come from and how we know, for people."""
+        """Return for each TURN server our address as it sees it, and how we know, for the status page."""
         lines: list[dict[str, object]] = []
         for turn in sorted(self._sources.keys() | self._learned.keys()):
             learned = self._learned.get(turn)

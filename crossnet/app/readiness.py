@@ -1,4 +1,4 @@
-"""When a process is ready: every condition in one place, with its state and, where it does not hold, the words for it."""
+"""When a process is ready: all conditions, whether they hold, and if not, a description of what is missing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One thing that must hold."""
+    """One condition of readiness."""
 
     name: str
     lacks: tuple[str, ...] = ()
-    """What is waited for, in words; a discovery server's own where it is the one that refuses."""
+    """Descriptions of what is missing; if a discovery server refuses something, its own words."""
 
     @property
     def holds(self) -> bool:
-        """Whether nothing is lacking."""
+        """Whether nothing is missing."""
         return not self.lacks
 
 
 def conditions(app: "App") -> list[Condition]:
-    """Say which conditions this process has, and which of them hold."""
+    """Return all conditions of this process, fulfilled or not."""
     if app.stopping:
         return [Condition("running", ("the end: draining",))]
     if not app.started:
@@ -35,7 +35,7 @@ def conditions(app: "App") -> list[Condition]:
     found = [Condition("running")]
     if app.speaks_to_discovery:
         found.append(Condition("discovery_view", () if app.discovery.synced else ("a first view of discovery",)))
-        # A file has no troubles. Servers that are away are none either: what runs goes on without them.
+        # A mesh file has no troubles. Unreachable servers do not count: running processes work without them.
         troubles: tuple[tuple[str, str], ...] = getattr(app.discovery, "troubles", ())
         found.extend(
             Condition(name, tuple(words for of, words in troubles if of == name))
@@ -47,14 +47,14 @@ def conditions(app: "App") -> list[Condition]:
 
 
 class ReadinessMetric(Collector):
-    """`crossnet_ready{condition}`: 1 where it holds."""
+    """The metric `crossnet_ready{condition}`: 1 if the condition holds."""
 
     def __init__(self, app: "App") -> None:
-        """Take whose conditions are told."""
+        """Report the conditions of `app`."""
         self._app = app
 
     def collect(self) -> Iterator[Metric]:
-        """Give the metric as it is now."""
+        """Yield the current metric."""
         metric = GaugeMetricFamily(
             "crossnet_ready", "Whether a condition of readiness holds; /readyz has the words.", labels=["condition"]
         )

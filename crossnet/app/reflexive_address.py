@@ -1,4 +1,4 @@
-"""Which address a TURN server sees this relay come from: a gateway's permission there must be for exactly that one."""
+"""Finds the address from which a TURN server sees this relay connect: a gateway's permission must be for exactly that one."""
 
 import logging
 import socket
@@ -21,21 +21,21 @@ TIMEOUT_S = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What we know of our address as one TURN server sees it."""
+    """Our address as one TURN server sees it."""
 
     address: str | None
-    """None: no way leads there."""
+    """None: there is no route to the server."""
     asked: bool
-    """The server said so. Otherwise it is the address that we would come from, which a NAT in between makes wrong."""
+    """The server has reported it. Otherwise it is our local address for that route, which is wrong behind a NAT."""
     detail: str = ""
     """Why the server could not be asked."""
 
 
 async def learn_source(turn: Record[TurnSpec]) -> Source:
-    """Ask a TURN server of our own network by STUN; where it does not answer, take the address that we reach it from.
+    """Ask a TURN server of our own network by STUN; if it does not answer, use our local address for the route to it.
 
-    The relay dials relayed addresses, so these are asked first, and the one in the URL, which is for gateways of other
-    networks, only then.
+    The relay dials relayed addresses, so these are asked first, and then the one in the URL, which is for gateways of other
+    networks.
     """
     try:
         url = parse_turn_url(turn.spec.url)
@@ -55,10 +55,10 @@ async def learn_source(turn: Record[TurnSpec]) -> Source:
 
 
 def _dial(url: TurnUrl) -> Dial:
-    """Return what connects to that server.
+    """Return the function that connects to the server.
 
-    Over TLS its certificate is not verified: no setting names the authority of our own network's servers, and the same question
-    over plain TCP proves no more.
+    With TLS, the certificate is not verified: there is no setting for the CA of our own network's servers, and the same question
+    over plain TCP would prove no more.
     """
     if not url.tls:
         return connect
@@ -77,7 +77,7 @@ def _is_address(text: str) -> bool:
 
 
 def _own_address_towards(address: str) -> str | None:
-    """Return the address that the kernel would choose for a connection; nothing is sent."""
+    """Return the local address that the kernel would choose for a connection. Nothing is sent."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))

@@ -1,4 +1,4 @@
-"""What a role is to the process that runs it: opened, changed while it runs, drained or handed over, ended."""
+"""The interface between a process and its roles: open, reconfigure, drain or hand over, close."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
@@ -18,8 +18,8 @@ from sniproxy.streams.stream_log import StreamLog
 T = TypeVar("T")
 
 FORGET_S = 2.0
-"""On top of the TTL of our DNS answers, for resolvers on the client's side that round it up. Relays have heard of a change in
-discovery by then, too."""
+"""Added to the TTL of our DNS answers, for clients' resolvers that round it up. Relays have seen a change in discovery by then,
+too."""
 
 
 class StartError(Exception):
@@ -27,15 +27,15 @@ class StartError(Exception):
 
 
 class Host(Protocol):
-    """What a process gives its roles."""
+    """What a process offers to its roles."""
 
     config: Config
-    """That of now."""
+    """The current configuration."""
     registry: CollectorRegistry
     inherited: Inherited
-    """The sockets of the process that we come after."""
+    """The sockets of our predecessor."""
     handed_over: bool
-    """Whether another process has taken our place."""
+    """Whether a successor has replaced this process."""
 
     @property
     def speaks_to_discovery(self) -> bool:
@@ -43,116 +43,118 @@ class Host(Protocol):
 
     @property
     def discovery(self) -> Discovery:
-        """The client of discovery. Not for roles that are opened before it."""
+        """The client of discovery. Not available to roles that are opened before it."""
 
     def run(self, name: str, running: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run something until the process ends; what dies ends the process."""
+        """Run a coroutine in a task until the process ends. If it raises, the process ends."""
 
     def guard(self) -> list[tuple[str, int]]:
-        """Return where this process listens so far, and discovery servers do: no stream goes there."""
+        """Return the addresses of this process's listeners so far, and of discovery servers: streams must not go there."""
 
     def has(self, role: str) -> bool:
-        """Tell whether the process runs a role."""
+        """Whether the process runs a role."""
 
 
 class Role:
-    """One role of a process. What a role has nothing to do for, it leaves as it is here.
+    """One role of a process. The methods here do nothing; a role overrides those that it needs.
 
-    In this order: `open`, `publish`, `predecessor_gone` after a handover; any number of `changes`; then `withdraw` or `hand_over`,
-    `stop_accepting`, and when it is idle or has had its time, `give_back`.
+    They are called in this order: `open`, `publish`, `predecessor_gone` after a handover; any number of `changes`; then `withdraw`
+    or `hand_over`, `stop_accepting`, and when it is idle or its time is up, `give_back`.
     """
 
     name: ClassVar[str]
     """Its section in the file."""
     before_discovery: ClassVar[bool] = False
-    """Opened before there is a client of discovery, which may ask it."""
+    """It is opened before the client of discovery, which may depend on it."""
     ledger: StreamLog | None = None
-    """Its streams, where it carries some."""
+    """Its streams, if it carries any."""
 
     def __init__(self, host: Host) -> None:
+        """Create a role that is not open."""
         self.host = host
         self.addresses: list[tuple[str, int]] = []
-        """Where it listens, with the ports that were chosen for 0."""
+        """Where it listens, with the actual ports in place of 0."""
 
     async def begin(self, opening: Awaitable[T]) -> T:
-        """Wait for a step of the start. Raises StartError for what an operator can mend."""
+        """Wait for a step of the start. Raises StartError for errors that an operator can fix."""
         return await beginning(self.name, opening)
 
     def listens(self, addresses: Iterable[tuple[str, int]]) -> None:
-        """Note where it listens."""
+        """Set `addresses`."""
         self.addresses = list(addresses)
 
     @property
     def active(self) -> bool:
-        """Whether the process shows it as running."""
+        """Whether it is listed as running."""
         return True
 
     async def open(self) -> None:
-        """Bind and run. Raises StartError."""
+        """Bind, and start its tasks. Raises StartError."""
 
     def publish(self) -> None:
-        """Write its records, where that is not a task of its own."""
+        """Write its records, unless a task of its own does that."""
 
     def predecessor_gone(self) -> None:
-        """The process that we come after accepts nothing any more."""
+        """Called when our predecessor has stopped accepting."""
 
     @property
     def settled(self) -> bool:
-        """Whether it has what a successor must have before its predecessor may go."""
+        """Whether it has all that a successor needs before its predecessor may stop."""
         return True
 
     def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
-        """Yield what makes it go by `new`, which differs from `old` only in live settings.
+        """Yield functions that apply `new`, which differs from `old` only in live settings.
 
-        All are made before the first is called. One that fails raises and leaves its part as it was; Refused says why to people.
+        All are collected before the first is called. A function that fails raises, and has changed nothing; Refused carries an
+        explanation for the operator.
         """
         del old, new
         yield from ()
 
     def sockets(self) -> Iterator[tuple[Place, int]]:
-        """Yield its listening sockets, for a process that comes after us."""
+        """Yield its listening sockets, for a successor."""
         yield from ()
 
     def stop_listening(self) -> None:
-        """Let nobody come by the listening sockets, which a successor has as well."""
+        """Stop accepting from the listening sockets, which a successor shares."""
 
     def withdraw(self) -> None:
-        """Take back its records: clients and other networks look elsewhere from now on."""
+        """Withdraw its records, so that clients and other networks look elsewhere."""
 
     def hand_over(self) -> None:
-        """Leave its records to a successor, which has written the same ones by now."""
+        """Leave its records to a successor, which has already written the same ones."""
 
     def comes_until(self, now: float) -> float:
-        """Return until when, in the loop's time, clients may still come by what they were told before `now`."""
+        """Return until when, in the loop's time, clients may still use what they learned before `now`."""
         return now
 
     def stop_accepting(self) -> None:
-        """Take nothing new in; streams go on."""
+        """Accept no new streams; open ones continue."""
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is open that should be waited for."""
+        """Whether there is nothing left to wait for."""
         return True
 
     @property
     def open_streams(self) -> int:
-        """How many streams an end would cut now."""
+        """Number of streams that would be cut if the process ended now."""
         return 0 if self.ledger is None else len(self.ledger)
 
     async def give_back(self) -> None:
-        """Return what others hold for us, so that nobody comes for what is no longer here."""
+        """Release what others hold for us, such as allocations."""
 
     def conditions(self) -> Iterator[Condition]:
         """Yield what must hold for the process to be ready."""
         yield from ()
 
     def status(self) -> dict[str, object]:
-        """Return its part of the status, for people."""
+        """Return its part of the status page."""
         return {}
 
 
 async def beginning(what: str, opening: Awaitable[T]) -> T:
-    """Wait for a step of the start. Raises StartError, which names it, for what an operator can mend."""
+    """Wait for a step of the start. Raises StartError, prefixed with `what`, for errors that an operator can fix."""
     try:
         return await opening
     except (OSError, ValueError, StoreError, ServerRefused, BadFile) as error:

@@ -1,4 +1,4 @@
-"""From the sections of the configuration file to the configurations that the roles take."""
+"""Converts sections of the configuration file to the configurations of the roles."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -39,18 +39,18 @@ T = TypeVar("T")
 
 
 def adapted(kind: type[T], section: object, **made: object) -> T:
-    """Make a role's configuration: what it has in common with its section is copied, the rest is `made` of something else."""
+    """Make a role's configuration. Fields in `made` are set to these values, and others are copied from the section by name."""
     names = [field.name for field in dataclasses.fields(kind) if field.name not in made]  # type: ignore[arg-type]
     return kind(**{name: getattr(section, name) for name in names if hasattr(section, name)}, **made)
 
 
 def endpoints(listens: Iterable[Listen]) -> tuple[tuple[str, int], ...]:
-    """Return addresses and ports as the engine takes them."""
+    """Return addresses and ports in the engine's form."""
     return tuple((str(listen.address), listen.port) for listen in listens)
 
 
 def imports(config: Config) -> Imports:
-    """Return what this network takes from others."""
+    """Return the imports of this network."""
     return Imports([section.as_rule() for section in config.imports])
 
 
@@ -63,7 +63,7 @@ def keys(config: Config) -> dict[str, SigningKey]:
 
 
 def discovery_endpoints(config: Config) -> list[tuple[str, int]]:
-    """Return where the discovery servers are whose URLs say so by address, and the members of etcd behind ours."""
+    """Return the endpoints of discovery servers whose URLs contain an address, and of the etcd members behind our own server."""
     store = config.discovery_server.store if config.discovery_server is not None else ""
     members = parse_endpoints(store.removeprefix("etcd:")) if store.startswith("etcd:") else ()
     found = []
@@ -78,7 +78,7 @@ def discovery_endpoints(config: Config) -> list[tuple[str, int]]:
 
 
 def relay_config(config: Config, section: RelaySection, guard: Iterable[tuple[str, int]]) -> RelayConfig:
-    """Return what the relay takes; `guard` is what of our own is no service."""
+    """Return the relay's configuration. `guard`: our own endpoints, which streams must not reach."""
     return adapted(
         RelayConfig,
         section,
@@ -95,7 +95,7 @@ def relay_config(config: Config, section: RelaySection, guard: Iterable[tuple[st
 
 
 def dns_config(config: Config, section: DnsSection) -> DnsConfig:
-    """Return what the resolver takes."""
+    """Return the resolver's configuration."""
     return adapted(
         DnsConfig,
         section,
@@ -111,7 +111,7 @@ def dns_config(config: Config, section: DnsSection) -> DnsConfig:
 
 
 def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]]) -> GatewayConfig:
-    """Return what the gateway takes; `guard` is what of our own is no service."""
+    """Return the gateway's configuration. `guard`: our own endpoints, which streams must not reach."""
     return adapted(
         GatewayConfig,
         section,
@@ -126,7 +126,7 @@ def gateway_config(config: Config, section: GatewaySection, guard: Iterable[tupl
 
 
 def discovery_names(config: Config) -> list[tuple[str, int]]:
-    """Return where the discovery servers are whose URLs say so by name."""
+    """Return the endpoints of discovery servers whose URLs contain a name."""
     places = [urlsplit(url) for url in config.discovery_urls]
     found = [(parts.hostname or "", parts.port or {"http": 80}.get(parts.scheme, 443)) for parts in places]
     return [place for place in found if not _is_address(place[0])]
@@ -135,7 +135,7 @@ def discovery_names(config: Config) -> list[tuple[str, int]]:
 def registrar_config(
     config: Config, section: GatewaySection, guard: Iterable[tuple[str, int]] = (), *, epoch: bytes
 ) -> RegistrarConfig:
-    """Return what keeps the gateway registered on other networks' TURN servers; `guard` is what of our own is none of them."""
+    """Return the registrar's configuration. `guard`: our own endpoints, which cannot be other networks' TURN servers."""
     return adapted(
         RegistrarConfig,
         section,
@@ -152,7 +152,7 @@ def registrar_config(
 
 
 def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
-    """Return what the embedded TURN server takes."""
+    """Return the embedded TURN server's configuration."""
     relays = [str(address) for address in section.relay_address]
     port_min, port_max = section.ports
     return adapted(
@@ -181,7 +181,7 @@ def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
 
 
 def discovery_server_config(config: Config, section: DiscoveryServerSection) -> DiscoveryServerConfig:
-    """Return what the discovery server takes."""
+    """Return the discovery server's configuration."""
     etcd, tls = section.etcd, section.tls
     return adapted(
         DiscoveryServerConfig,
@@ -204,12 +204,12 @@ def discovery_server_config(config: Config, section: DiscoveryServerSection) -> 
 
 
 def publisher_config(config: Config, section: PublisherSection) -> PublisherConfig:
-    """Return what the publisher takes."""
+    """Return the publisher's configuration."""
     return adapted(PublisherConfig, section, network=config.network, token_file=section.token, ca_file=section.ca)
 
 
 def turn_spec(section: TurnSection, listening: tuple[str, int], *, tls: bool = False) -> TurnSpec:
-    """Return the record of the embedded TURN server, which listens there."""
+    """Return the record of the embedded TURN server. `listening`: its address and port."""
     address = parse_address(listening[0])
     relays = section.advertise_relay_address or section.relay_address
     reached = next((relay for relay in relays if relay.version == address.version), relays[0])
@@ -226,7 +226,7 @@ def turn_spec(section: TurnSection, listening: tuple[str, int], *, tls: bool = F
 
 
 def gateway_spec(section: GatewaySection, listening: tuple[str, int], epoch: bytes) -> GatewaySpec:
-    """Return the record of a gateway that relays may dial, which listens there."""
+    """Return the record of a gateway that relays may dial. `listening`: its address and port."""
     address = section.advertise or format_endpoint(parse_address(listening[0]), listening[1])
     proto = list(_protocols(epoch))
     return GatewaySpec(address=str(address), weight=section.weight, zone=section.zone or "", proto=proto)
@@ -256,5 +256,5 @@ def _is_address(text: str) -> bool:
 
 
 def _lifted(cidrs: Iterable[Network]) -> TargetList | None:
-    """Return the ranges whose refusal is lifted."""
+    """Return ranges that are allowed although they are refused by default; None: none."""
     return TargetList.parse(map(str, cidrs)) or None

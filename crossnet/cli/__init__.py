@@ -1,1 +1,1 @@
-"""The command line: each command has a module of its own."""
+"""The command line, with a module for each command."""

@@ -1,6 +1,6 @@
-"""The command line. Each command's work is in a module of its own, imported when the command is given.
+"""The command line. Each command is implemented in a module of its own, which is imported when it is used.
 
-Exit codes: 0 done, 1 failed, 2 the configuration or the command line is wrong, 130 and 143 ended by a signal.
+Exit codes: 0 success, 1 failure, 2 an error in the configuration or the command line, 130 and 143 ended by a signal.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         arguments = _parser().parse_args(argv)
-    except SystemExit as usage:  # argparse has said what is wrong, or has shown help
+    except SystemExit as usage:  # argparse has printed the error or the help
         return usage.code if isinstance(usage.code, int) else USAGE
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `crossnet records list | head`: nobody reads on, and the interpreter must not try again
+    except (
+        BrokenPipeError
+    ):  # `crossnet records list | head`: the reader has gone, and the interpreter must not flush again
         sys.stdout = None
         return FAILED
     return status
@@ -148,27 +150,28 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     check = commands.add_parser(
-        "check", help="tell every error of a file, or print what it amounts to, or which rule would decide for a name"
+        "check",
+        help="report all errors of a file, or print it with all defaults, or show which rule decides about a name",
     )
     check.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", action="append")
-    check.add_argument("names", nargs="*", metavar="NAME", help="tell which rule of relay and gateway would decide")
+    check.add_argument("names", nargs="*", metavar="NAME", help="show which rule of relay and gateway decides about it")
     check.add_argument(
         "--from",
         dest="source",
         action="append",
         default=[],
         metavar="CLIENT|NETWORK",
-        help="who asks: a client's address, and at a gateway a network",
+        help="the source: a client's address, and at a gateway a network",
     )
-    check.add_argument("--port", type=int, metavar="PORT", help="the relay's port that the client dials")
+    check.add_argument("--port", type=int, metavar="PORT", help="the relay's port that the client connects to")
     check.set_defaults(command=_check)
 
-    status = commands.add_parser("status", help="show what a running process does")
+    status = commands.add_parser("status", help="show the state of a running process")
     status.add_argument(
         "--admin", default=str(DEFAULT_ADMIN), metavar="HOST:PORT", help="its admin server (%(default)s)"
     )
     status.add_argument("-c", "--config", type=Path, metavar="FILE", help="take the admin server from this file")
-    status.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    status.add_argument("--watch", action="store_true", help="repeat every second, until Ctrl-C")
     status.add_argument("--json", action="store_true", help="everything, for programs")
     status.set_defaults(command=_status)
 
@@ -181,15 +184,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_records(commands: Commands) -> None:
     records = commands.add_parser("records", help="read and write records of a discovery server")
-    records.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="names server and token")
+    records.add_argument(
+        "-c", "--config", type=Path, required=True, metavar="FILE", help="for the discovery server and the token"
+    )
     actions = records.add_subparsers(dest="action", required=True, metavar="list|get|put|delete|export|import")
-    listing = actions.add_parser("list", help="print records, one a line")
+    listing = actions.add_parser("list", help="print records, one per line")
     listing.add_argument("--kind", choices=[*Kind])
     listing.add_argument("--network")
-    listing.add_argument("--json", action="store_true", help="one JSON object a line")
-    exporting = actions.add_parser("export", help="print a mesh file of what stands at the server")
+    listing.add_argument("--json", action="store_true", help="one JSON object per line")
+    exporting = actions.add_parser("export", help="print the server's records as a mesh file")
     exporting.add_argument("--network")
-    exporting.add_argument("--leased", action="store_true", help="also what goes with its writer, of our own network")
+    exporting.add_argument("--leased", action="store_true", help="also records with a lease, of our own network")
     importing = actions.add_parser("import", help="write every record of a mesh file to the server")
     importing.add_argument("file", type=Path, metavar="FILE")
     importing.add_argument(
@@ -203,7 +208,7 @@ def _add_records(commands: Commands) -> None:
         one.add_argument("id", metavar="ID")
         if action == "put":
             one.add_argument("spec", metavar="SPEC", help="JSON, or - for standard input")
-        one.add_argument("--network", help="the configuration's own, unless given")
+        one.add_argument("--network", help="by default the configuration's own")
     records.set_defaults(command=_records)
 
 
@@ -212,29 +217,33 @@ def _add_token(commands: Commands) -> None:
     actions = token.add_subparsers(dest="action", required=True, metavar="new|hash")
     new = actions.add_parser("new", help="print a new token, and on stderr its line for the tokens file")
     new.add_argument("--name", default="", help="for the server's log")
-    new.add_argument("--network", help="whose records it may write")
+    new.add_argument("--network", help="the network whose records it may write")
     new.add_argument(
         "--for",
         dest="roles",
         action="append",
         default=[],
         choices=("relay", "gateway", "dns", "turn", "publisher", "operator"),
-        help="the role that shows it: it may write what that needs; repeatable",
+        help="the role that uses it: it may write the kinds of records that this role needs; repeatable",
     )
-    new.add_argument("--kind", action="append", default=[], choices=[*Kind], help="that it may write; repeatable")
+    new.add_argument(
+        "--kind", action="append", default=[], choices=[*Kind], help="kind of records that it may write; repeatable"
+    )
     new.add_argument(
         "--names", action="append", default=[], metavar="GLOB", help="services that it may write; repeatable"
     )
     new.add_argument("--admin", action="store_true", help="may do everything")
     new.add_argument(
-        "--certificate", metavar="NAME", help="no token, but a client certificate with this URI (SPIFFE id) or DNS name"
+        "--certificate",
+        metavar="NAME",
+        help="instead of a token, a client certificate with this URI (SPIFFE id) or DNS name",
     )
-    actions.add_parser("hash", help="print the hash of a token that is read from standard input")
+    actions.add_parser("hash", help="read a token from standard input and print its hash")
     token.set_defaults(command=_token)
 
 
 def _add_lab(commands: Commands) -> None:
-    lab = commands.add_parser("lab", help="two isolated networks on this machine, real clients in one")
+    lab = commands.add_parser("lab", help="build two isolated networks on this machine, with real clients in one")
     lab.add_argument(
         "--turn", choices=["embedded", "coturn"], default="embedded", help="which TURN server (%(default)s)"
     )
@@ -242,13 +251,15 @@ def _add_lab(commands: Commands) -> None:
         "--mode",
         choices=["auto", "netns", "loopback"],
         default="auto",
-        help="network namespaces, or loopback addresses; auto takes what the kernel allows",
+        help="network namespaces, or loopback addresses; auto uses what the kernel allows",
     )
     lab.add_argument(
-        "--service", choices=["auto", "nginx", "openssl", "python"], default="auto", help="what serves in b"
+        "--service", choices=["auto", "nginx", "openssl", "python"], default="auto", help="the service in network b"
     )
-    lab.add_argument("--check", action="store_true", help="list every check; any failure exits 1, with or without this")
-    lab.add_argument("--stay", action="store_true", help="keep it running until Ctrl-C, and tell how to look around")
+    lab.add_argument(
+        "--check", action="store_true", help="list all checks; the exit code is 1 on any failure, with or without this"
+    )
+    lab.add_argument("--stay", action="store_true", help="keep it running until Ctrl-C, and print how to look around")
     lab.add_argument("--inside", help=argparse.SUPPRESS)
     lab.set_defaults(command=_lab)
 
@@ -267,7 +278,7 @@ def _add_name(commands: Commands) -> None:
     encode.add_argument("-n", "--network", required=True, help="the network that the target is in")
     decode = directions.add_parser("decode", help="print what names mean")
     decode.add_argument("names", metavar="NAME", nargs="+")
-    decode.add_argument("--json", action="store_true", help="one JSON object a name")
+    decode.add_argument("--json", action="store_true", help="one JSON object per name")
     for direction in (encode, decode):
         direction.add_argument("-d", "--domain", default=DEFAULT_DOMAIN, help="the mesh domain (%(default)s)")
         direction.add_argument("-c", "--config", type=Path, metavar="FILE", help="take the mesh domain from this file")

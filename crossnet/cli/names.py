@@ -1,4 +1,4 @@
-"""`crossnet name encode|decode`: names of the mesh domain, told in both of their forms."""
+"""`crossnet name encode|decode`: names of the mesh domain, in both of their forms."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def encode_command(target: str, network: str, domain: str) -> int:
 
 
 def decode_command(names: Sequence[str], domain: str, as_json: bool) -> int:
-    """Print what each name means; return 1 if one of them means nothing."""
+    """Print what each name means; return 1 if any of them is not valid."""
     failed = 0
     for name in names:
         try:
@@ -50,7 +50,7 @@ def decode_command(names: Sequence[str], domain: str, as_json: bool) -> int:
 
 
 def parse_target(text: str, network: str) -> AddressTarget | ServiceTarget:
-    """Read `IP:PORT`, `[IPV6]:PORT` or `SERVICE:PORT`. Raises BadName, BadAddress."""
+    """Parse `IP:PORT`, `[IPV6]:PORT` or `SERVICE:PORT`. Raises BadName, BadAddress."""
     try:
         address, port = parse_endpoint(text)
         return AddressTarget(network, address, port)
@@ -62,7 +62,7 @@ def parse_target(text: str, network: str) -> AddressTarget | ServiceTarget:
 
 
 def describe(name: str, domain: str) -> dict[str, object]:
-    """Say what a name means, as fields for people and programs. Raises BadName."""
+    """Describe a name as fields, for people and programs. Raises BadName."""
     target = decode(name, domain)
     if isinstance(target, PlainName):
         return {"kind": "plain", "service": target.name, "note": "counts where the using network imports it"}
@@ -75,7 +75,7 @@ def describe(name: str, domain: str) -> dict[str, object]:
 
 
 def forms(target: AddressTarget | ServiceTarget, domain: str) -> dict[str, str]:
-    """Return the target's names, the compact one first, which a long first label rules out. Raises BadName."""
+    """Return the target's names, the compact one first, unless its first label is too long. Raises BadName."""
     made = {}
     for form in (Form.COMPACT, Form.MANGLED):
         try:

@@ -1,4 +1,4 @@
-"""`crossnet records`: read and write records of a discovery server, one request a command."""
+"""`crossnet records`: read and write records of a discovery server."""
 
 import asyncio
 import json
@@ -20,18 +20,18 @@ from discovery.model.mesh import Kind, decode_record
 T = TypeVar("T")
 
 LEASED_KINDS = frozenset({Kind.RELAY, Kind.GATEWAY, Kind.TURN, Kind.ALLOCATION})
-"""What running processes write, under leases."""
+"""Kinds of records that running processes write, with leases."""
 
 MAX_NAMED = 5
 COLUMNS = ("kind", "network", "id", "revision", "lease")
 
 
 class RecordsError(Exception):
-    """The server refused, or none answered; the text says which."""
+    """A server has refused, or none has answered; the text says which."""
 
 
 def request(config: Config, method: str, path: str, body: object = None) -> dict[str, Any]:
-    """Ask the discovery servers of a configuration, in their order until one answers. Raises RecordsError."""
+    """Send a request to the discovery servers of a configuration, in order, until one answers. Raises RecordsError."""
 
     async def ask(servers: Servers) -> dict[str, Any]:
         return await servers.anywhere(method, path, body)
@@ -40,7 +40,7 @@ def request(config: Config, method: str, path: str, body: object = None) -> dict
 
 
 def _with_servers(config: Config, ask: Callable[[Servers], Awaitable[T]]) -> T:
-    """Speak to the discovery servers of a configuration. Raises RecordsError."""
+    """Call `ask` with the discovery servers of a configuration. Raises RecordsError."""
     if not config.discovery_urls:
         raise RecordsError("the configuration names no discovery server; a static mesh file is written by hand")
 
@@ -63,7 +63,7 @@ def _with_servers(config: Config, ask: Callable[[Servers], Awaitable[T]]) -> T:
 
 
 def list_records(config: Config, kind: str | None, network: str | None, as_json: bool) -> int:
-    """Print records, one a line."""
+    """Print records, one per line."""
     if config.static_mesh is not None and not config.discovery_urls:
         found = msgspec.to_builtins(list(load_mesh(config.static_mesh, config.dialled)))
         records = [
@@ -91,12 +91,12 @@ def get_record(config: Config, kind: str, network: str | None, record_id: str) -
 
 
 def put_record(config: Config, kind: str, network: str | None, record_id: str, spec_text: str) -> int:
-    """Write one record, whose spec is JSON, or `-` for standard input; print it as the server has it now."""
+    """Write one record and print the server's answer. `spec_text` is JSON, or `-` for standard input."""
     text = sys.stdin.read() if spec_text == "-" else spec_text
     try:
         spec = json.loads(text)
     except ValueError as error:
-        raise RecordsError(f"the spec is no JSON: {error}") from error
+        raise RecordsError(f"the spec is not JSON: {error}") from error
     record = request(config, "PUT", _path(config, kind, network, record_id), {"spec": spec})
     print(json.dumps(record))
     return 0
@@ -109,7 +109,7 @@ def delete_record(config: Config, kind: str, network: str | None, record_id: str
 
 
 def export_records(config: Config, network: str | None, leased: bool) -> int:
-    """Print a mesh file of what stands at the server; what goes with its writer's lease only where it is asked for."""
+    """Print the server's records as a mesh file; those with a lease only if `leased`."""
     asked = f"?{urlencode({'network': network})}" if network is not None else ""
     found = request(config, "GET", f"/v1/records{asked}")["records"]
     records, left_out = [], Counter[str]()
@@ -121,7 +121,7 @@ def export_records(config: Config, network: str | None, leased: bool) -> int:
         elif hidden:
             left_out["services whose endpoints this token may not see"] += 1
         elif record.network != config.network and (record.kind in LEASED_KINDS or record.lease is not None):
-            # A token of one network does not see the leases of others: it is told by the kind.
+            # A token of one network cannot see the leases of others, so the kind decides.
             left_out["records that processes of other networks write"] += 1
         elif record.lease is not None and not leased:
             left_out["records with a lease (--leased takes them)"] += 1
@@ -134,9 +134,9 @@ def export_records(config: Config, network: str | None, leased: bool) -> int:
 
 
 def import_records(config: Config, path: Path, leased: bool = False) -> int:
-    """Write every record of a mesh file to the server, without a lease; tell of each that is new or changed.
+    """Write all records of a mesh file to the server, without a lease, and print those that are new or changed.
 
-    Records of kinds that running processes write are taken only if `leased` says so, and nothing is written otherwise.
+    If it has records of kinds that running processes write, nothing is written unless `leased`.
     """
     try:
         mesh = load_mesh(path, config.dialled)
@@ -168,7 +168,7 @@ def import_records(config: Config, path: Path, leased: bool = False) -> int:
                 await servers.anywhere("PUT", f"/v1/records/{name}", {"spec": spec})
             except RequestRefused as error:
                 if record.kind is Kind.NETWORK and error.status == 403:
-                    continue  # a file must declare its networks; what is in one shows that it is there
+                    continue  # a file must declare its networks; records in one show that it exists
                 refused += 1
                 print(f"crossnet records: {name}: {error}", file=sys.stderr)
             else:

@@ -1,7 +1,7 @@
-"""`crossnet check -c FILE NAME…`: which rule of the relay and of the gateway in a file would decide about a name.
+"""`crossnet check -c FILE NAME…`: shows which rule of the relay and of the gateway in a file decides about a name.
 
-It asks the very rules that the roles ask, about what a mesh.yaml or the snapshot on disk says. What only a running process knows is
-left out: addresses that services have lost within the last ten minutes.
+It evaluates the same rules as the roles, with the mesh.yaml or the snapshot on disk. It does not have what only a running process
+knows: addresses that services have lost within the last ten minutes.
 """
 
 import sys
@@ -32,21 +32,21 @@ from sniproxy.transport.turn import TURN
 from sniproxy.tunnel.preamble import encode_target
 
 DEFAULT_PORT = 443
-"""What a client dials when nothing says another port."""
+"""The port that a client dials, unless another is known."""
 
 Target = AddressTarget | ServiceTarget
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Who asks, as far as that is given."""
+    """The client and its network, as far as they are given."""
 
     client: Address | None = None
     network: str | None = None
 
     @classmethod
     def parse(cls, items: Sequence[str]) -> "Source":
-        """Read a client's address, a network, or both. Raises BadAddress."""
+        """Parse a client's address, a network, or both. Raises BadAddress."""
         client, network = None, None
         for item in items:
             if is_ldh_label(item) and not item.isdigit():
@@ -56,7 +56,7 @@ class Source:
         return cls(client, network)
 
     def is_of(self, rule: Rule, flow: Flow) -> bool | None:
-        """Tell whether a rule speaks of who asks; None where that depends on what is not given."""
+        """Whether a rule's `from` matches this source; None if that depends on something that is not given."""
         if rule.is_from_all or (self.client is not None and any(self.client in item for item in rule.clients)):
             return True
         if flow.from_network is not None and flow.from_network in rule.from_networks:
@@ -66,7 +66,7 @@ class Source:
 
 
 def check_names(config: Config, names: Sequence[str], sources: Sequence[str], port: int | None) -> int:
-    """Print what decides about each name; return the exit code."""
+    """Print which rules decide about each name; return the exit code."""
     try:
         source = Source.parse(sources)
         if port is not None:
@@ -76,7 +76,7 @@ def check_names(config: Config, names: Sequence[str], sources: Sequence[str], po
         return 2
     mesh = view(config)
     if not len(mesh):
-        print("crossnet check: no mesh.yaml and no snapshot: what services there are is not known", file=sys.stderr)
+        print("crossnet check: no mesh.yaml and no snapshot: the services are not known", file=sys.stderr)
     status = 0
     for name in names:
         try:
@@ -90,14 +90,14 @@ def check_names(config: Config, names: Sequence[str], sources: Sequence[str], po
 
 
 def view(config: Config) -> Mesh:
-    """Return what is known of discovery without asking a server: the snapshot, with the mesh file over it."""
+    """Return the view of discovery that is available without a server: the snapshot, overlaid with the mesh file."""
     copy = None if config.snapshot is None else snapshot_file.load(config.snapshot, config.network, set_aside=False)
     mesh = Mesh.EMPTY if copy is None else copy.mesh()
     return mesh if config.static_mesh is None else merged(mesh, load_mesh(config.static_mesh, config.dialled))
 
 
 def explain(config: Config, mesh: Mesh, name: str, source: Source, port: int | None) -> Iterator[str]:
-    """Yield what the name means, and what decides about it at each role of the file. Raises BadName."""
+    """Yield what the name means, and which rules of each role in the file decide about it. Raises BadName."""
     asked, name = decode(name, config.domain), normalise(name)
     reach = Reach(config.network, config.domain)
     reach.follow(mesh, 0.0)
@@ -198,11 +198,11 @@ def _may_go(target: Target, config: Config, imports: Imports) -> str:
 
 
 _NOBODY = IPv4Address(0)
-"""Stands for a client that is not given; nothing is asked about it then."""
+"""Placeholder for a client that is not given."""
 
 
 def _guessed(asked: Target | PlainName, imports: Imports, port: int) -> Iterator[Target]:
-    """Yield what a name may mean as far as that stands in it and in the imports."""
+    """Yield the targets that a name may mean, judging by the name itself and the imports."""
     if not isinstance(asked, PlainName):
         yield asked
     elif (rule := imports.rule_for(asked.name)) is not None:
@@ -211,7 +211,7 @@ def _guessed(asked: Target | PlainName, imports: Imports, port: int) -> Iterator
 
 
 def _places(reach: Reach, target: Target) -> Sequence[tuple[Address | None, int]]:
-    """What would be dialled for a target of the own network; no address where no endpoint is known."""
+    """Return the endpoints for a target of our own network; without an address if no endpoint is known."""
     if isinstance(target, AddressTarget):
         return [(target.address, target.port)]
     return reach.endpoints(target.service, target.port) or [(None, target.port)]
@@ -237,7 +237,7 @@ def _shown(target: Target, address: Address | None, port: int) -> str:
 
 
 def _decisions(rules: Policy, sections: Sequence[RuleSection], flow: Flow, source: Source) -> Iterator[str]:
-    """Yield the rules that may decide, in their order, up to the first that does."""
+    """Yield the rules that may decide, in order, up to the first that certainly does."""
     for index in rules.concerning(flow):
         rule = rules.rules[index]
         is_of = source.is_of(rule, flow)

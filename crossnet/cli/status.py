@@ -1,4 +1,4 @@
-"""`crossnet status`: what a running process says of itself, as a table for people."""
+"""`crossnet status`: the state of a running process, as tables."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ class StatusError(Exception):
 
 
 def status_command(admin: str, *, watch: bool, as_json: bool) -> int:
-    """Print the state of the process whose admin server is at `HOST:PORT`; go on once a second if watched."""
+    """Print the state of the process whose admin server is at `HOST:PORT`; if `watch`, repeat once a second."""
     try:
         if as_json:
             print(json.dumps({"status": fetch(admin, "/status"), "streams": fetch(admin, "/streams")}))
@@ -55,7 +55,7 @@ def status_command(admin: str, *, watch: bool, as_json: bool) -> int:
 
 
 def fetch(admin: str, path: str) -> Any:
-    """Ask the admin server. Raises StatusError."""
+    """Request a page of the admin server. Raises StatusError."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://{admin}{path}", timeout=REQUEST_TIMEOUT_S) as response:
@@ -68,17 +68,17 @@ def fetch(admin: str, path: str) -> Any:
 
 
 def read(admin: str) -> tuple[list[str], list[Table]]:
-    """Ask the process; return what to show of it: lines, and tables. Raises StatusError."""
+    """Request the state of a process; return lines and tables. Raises StatusError."""
     return report(fetch(admin, "/status"), fetch(admin, "/streams"))
 
 
 def report(status: dict[str, Any], streams: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[Table]]:
-    """Turn the answers to /status and /streams into lines about the process, and tables."""
+    """Convert the pages /status and /streams to lines and tables."""
     return _lines(status), list(_tables(status, streams))
 
 
 def plain(lines: Sequence[str], tables: Sequence[Table]) -> Iterator[str]:
-    """Yield it as text."""
+    """Yield lines and tables as plain text."""
     yield from lines
     for title, columns, rows in tables:
         yield ""
@@ -154,14 +154,14 @@ def _tables(status: dict[str, Any], streams: dict[str, list[dict[str, Any]]]) ->
 
 
 def _cell(value: object) -> str:
-    """Return a value for a table: on one line and printable, for a peer may have chosen it."""
+    """Return a value for a table: printable and on one line, since it may come from a peer."""
     text = "" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)
     text = "".join(character if character.isprintable() else "�" for character in text)
     return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
 
 
 def _live() -> Callable[[str], int] | None:
-    """Return the view that redraws itself, where rich is installed."""
+    """Return a view that redraws itself, or None if rich is not installed."""
     try:
         from rich.live import Live
         from rich.table import Table as RichTable

@@ -1,4 +1,4 @@
-"""`crossnet token`: make tokens for a discovery server, and their lines for its tokens file."""
+"""`crossnet token`: make tokens for a discovery server, and entries for its tokens file."""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ ROLE_KINDS: dict[str, tuple[Kind, ...]] = {
     "publisher": (Kind.SERVICE,),
     "operator": (Kind.NETWORK, Kind.SERVICE, Kind.VIP),
 }
-"""What each role writes. A relay's `turn_servers` says which TURN servers of its network somebody else runs."""
+"""The kinds of records that each role writes. A relay also writes those of the external TURN servers in `turn_servers`."""
 
 
 def new_command(
@@ -28,9 +28,9 @@ def new_command(
     certificate: str | None = None,
     roles: Sequence[str] = (),
 ) -> int:
-    """Print a new token on stdout, so that it can go into a file of its own, and its entry on stderr.
+    """Print a new token on stdout, so that it can be redirected to a file, and its entry on stderr.
 
-    With a certificate, named by a URI or DNS name in it, there is no token: its entry alone is printed.
+    With a certificate, which is identified by a URI or DNS name in it, there is no token, only an entry.
     """
     writes = list(dict.fromkeys([*map(Kind, kinds), *(kind for role in roles for kind in ROLE_KINDS[role])]))
     token = make_token() if certificate is None else None
@@ -50,7 +50,7 @@ def new_command(
         return 2
     lacking = None
     if not writes and not admin:
-        lacking = f"it could write nothing: name its role (--for {'|'.join(ROLE_KINDS)}), kinds of records (--kind), or --admin"
+        lacking = f"it could write nothing: give its role (--for {'|'.join(ROLE_KINDS)}), kinds of records (--kind), or --admin"
     elif Kind.SERVICE in writes and not names and not admin:
         lacking = 'it could write no service: say which names it may write (--names "*.shop.example", repeatable)'
     if lacking is not None:
@@ -63,6 +63,6 @@ def new_command(
 
 
 def hash_command() -> int:
-    """Print the hash of the token on standard input, as a tokens file has it."""
+    """Read a token from standard input and print its hash for the tokens file."""
     print(hash_token(sys.stdin.readline().strip()))
     return 0

@@ -1,1 +1,1 @@
-"""The configuration file: its sections, how it is checked, and how a changed one is applied."""
+"""The configuration file: its sections, validation, and reloading."""

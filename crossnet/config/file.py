@@ -1,4 +1,4 @@
-"""Loading and showing the configuration file: one YAML file, any set of roles. `load` tells every error of it."""
+"""Loads and prints the configuration file: one YAML file, any set of roles. `load` reports all of its errors."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
+from crossnet.config.file_values import Secret
 from crossnet.config.schema import decode, encode
 from crossnet.config.sections import Config
 from crossnet.config.sections.policy import RuleSection
-from crossnet.config.types import Secret
 from discovery.files.yaml_file import BadFile, read_document
 from discovery.model.names import BadName, is_under
 from discovery.model.names import decode as decode_name
@@ -17,7 +17,7 @@ from discovery.model.validation import Fault, child
 
 
 class ConfigError(Exception):
-    """A configuration file cannot be used; `faults` holds every reason."""
+    """A configuration file cannot be used; `faults` has all reasons."""
 
     def __init__(self, path: Path, faults: list[Fault]) -> None:
         super().__init__("\n".join(f"{path}: {fault}" for fault in faults))
@@ -29,7 +29,7 @@ def load(path: Path) -> Config:
     """Read a configuration file.
 
     Raises:
-        ConfigError: it has faults; all of them are in it.
+        ConfigError: the file has errors; all of them are listed.
     """
     try:
         document, faults = read_document(path)
@@ -42,7 +42,7 @@ def load(path: Path) -> Config:
 
 
 def warnings(config: Config) -> list[str]:
-    """Return what the file allows and somebody may regret, each a line that begins with a path."""
+    """Return warnings about settings that are allowed but probably not intended. Each begins with a path in the file."""
     found = [
         f"{where}: {secret.path} is readable by every user of this machine"
         for where, secret in _secrets(config, "$")
@@ -61,7 +61,7 @@ def warnings(config: Config) -> list[str]:
 
 
 def _names_of_nothing(role: str, rules: Iterable[RuleSection], domain: str) -> Iterator[str]:
-    """Yield the names in rules that look like names of targets, and that nobody can ask for."""
+    """Yield a warning for each name in rules that is below the mesh domain but cannot be the name of a target."""
     for index, section in enumerate(rules):
         for number, item in enumerate(section.to):
             if "*" not in item and is_under(item, domain):
@@ -72,7 +72,7 @@ def _names_of_nothing(role: str, rules: Iterable[RuleSection], domain: str) -> I
 
 
 def effective(config: Config) -> str:
-    """Return the whole configuration as YAML, defaults written out and secrets as ***."""
+    """Return the whole configuration as YAML, with all defaults, and secrets as ***."""
     return yaml.safe_dump(encode(Config, config), sort_keys=False, default_flow_style=None, width=120)
 
 

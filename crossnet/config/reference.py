@@ -1,4 +1,4 @@
-"""The reference of the configuration file, made of the sections themselves: `docs/configuration.md`.
+"""Generates the reference of the configuration file from its sections: `docs/configuration.md`.
 
 python -m crossnet.config.reference > docs/configuration.md
 """
@@ -34,16 +34,16 @@ This page is made from the code (`make docs`).
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A section, and where it stands in the file."""
+    """A section and its place in the file."""
 
     place: str
     kind: type
     is_live: bool
-    """It changes as a whole, without a restart."""
+    """The whole section can change without a restart."""
 
 
 def sections(kind: type = Config, place: str = "", *, live: bool = False) -> Iterator[Section]:
-    """Yield every section below this one, itself first."""
+    """Yield this section, and all sections in it."""
     yield Section(place=place, kind=kind, is_live=live)
     for key, _, field_kind in fields_of(kind):
         below, shape = _section_in(field_kind)
@@ -53,7 +53,7 @@ def sections(kind: type = Config, place: str = "", *, live: bool = False) -> Ite
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """Return what the docstrings below a section's fields say, by field."""
+    """Return the docstrings below a section's fields, by field."""
     (made,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(made, ast.ClassDef)
     found: dict[str, str] = {}
@@ -88,7 +88,7 @@ def _lines(section: Section) -> Iterator[str]:
 
 
 def _section_in(kind: Any) -> tuple[type | None, str]:
-    """Return the section that stands in a field, and how: once, in a list, under a name."""
+    """Return the section in a field, and the suffix of its place: none, `[]` for a list, `.NAME` for a mapping."""
     kind, marks = unwrapped(kind)
     if any(isinstance(mark, Leaf) for mark in marks):
         return None, ""
@@ -103,7 +103,7 @@ def _section_in(kind: Any) -> tuple[type | None, str]:
 
 
 def _value(kind: Any) -> str:
-    """Say what may stand there."""
+    """Describe the allowed values."""
     kind, marks = unwrapped(kind)
     for mark in marks:
         if isinstance(mark, Leaf):

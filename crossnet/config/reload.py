@@ -1,8 +1,8 @@
-"""A new configuration for a running process: read when the file or a secret in it changes, or on SIGHUP; taken whole or not at all.
+"""Reloads the configuration of a running process: when the file or one of its secrets changes, or on SIGHUP. All or nothing.
 
-What decides about the streams to come changes at once: rules, allow-lists, imports, signing keys, credentials, limits, time-outs,
-log. What a role has bound or published stays until a restart, and it is said that it does. A file with any fault changes nothing,
-and every fault is in the log. So does an error of our own while it is applied: what ran before is put back as a whole.
+Settings for new streams change at once: rules, allow-lists, imports, signing keys, credentials, limits, timeouts, log. What a role
+has bound or published stays until a restart, and that is logged. A file with an error changes nothing, and all of its errors are
+logged. If an unexpected error occurs while a file is applied, the former configuration is restored as a whole.
 """
 
 import asyncio
@@ -19,38 +19,39 @@ from typing import Any, TypeAlias
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
 from crossnet.config.file import ConfigError, load
+from crossnet.config.file_values import Certificates, Secret
 from crossnet.config.schema import faults_of, fields_of, is_live
 from crossnet.config.sections import Config
-from crossnet.config.types import Certificates, Secret
 from discovery.files.fingerprint import Fingerprint, fingerprint
 
 log = logging.getLogger("crossnet")
 
 WATCH_INTERVAL_S = 1.0
-"""A stat of each file a second costs nothing. A change is read once it has stood still for that long: a file that an editor is
-writing may read as a shorter one without fault."""
+"""A stat of each file per second costs next to nothing. A changed file is read once it has not changed for this long: a file that
+an editor is still writing may be cut short and yet valid."""
 
 RETRY_S = 10.0
-"""A file with faults is read again after this time: what it lacked may be a key's file that has come since."""
+"""A file with errors is read again after this time: a missing key file may have appeared."""
 
 Stamps: TypeAlias = dict[Path, Fingerprint | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a new file comes to."""
+    """The effect of a new file."""
 
     config: Config
-    """The old configuration with what can change at once."""
+    """The old configuration with all changes that need no restart."""
     applied: tuple[str, ...]
+    """Paths that these changes concern."""
     restart: tuple[str, ...]
-    """Paths that are different in the file and wait for a restart."""
+    """Paths whose changes wait for a restart."""
 
 
 def change(old: Config, new: Config) -> Change:
-    """Tell what of a new file can be applied to a running process.
+    """Determine which changes of a new file can be applied to a running process.
 
-    What would contradict something that waits for a restart waits with it, and all that the file changes besides.
+    If they would contradict a setting that waits for a restart, all changes wait.
     """
     applied: list[str] = []
     restart: list[str] = []
@@ -82,7 +83,7 @@ def _holds_live(section: object) -> bool:
 
 
 def files(value: object) -> Iterator[Path]:
-    """Yield the files whose content a configuration holds: secrets and certificates."""
+    """Yield the files whose contents are part of a configuration: secrets and certificates."""
     if isinstance(value, Secret | Certificates):
         yield value.path
     elif dataclasses.is_dataclass(value):
@@ -97,18 +98,23 @@ def files(value: object) -> Iterator[Path]:
 
 
 class Refused(Exception):
-    """A configuration without fault that cannot be gone by here; the text says where and why."""
+    """A valid configuration that this process cannot apply; the text says where and why."""
 
 
 class Reloader:
-    """Watches one file for one process. `run` it; `ask` reads at once."""
+    """Watches the configuration file of a process. `run` it; `ask` reads at once."""
 
     def __init__(
         self, path: Path, config: Config, apply: Callable[[Config], None], registry: CollectorRegistry
     ) -> None:
-        """Take the file, what was read of it, and what makes the process go by another: `apply`.
+        """Watch a file.
 
-        That raises Refused for a configuration that it cannot go by, and leaves all as before whatever it raises.
+        Args:
+            path: the file.
+            config: what was read from it.
+            apply: changes the process to another configuration. Raises Refused for one that it cannot apply. If it raises anything,
+                nothing has changed.
+            registry: where the metrics are registered.
         """
         self._path = path
         self._config = config
@@ -130,13 +136,13 @@ class Reloader:
         self._loaded = Gauge("crossnet_config_loaded_timestamp_seconds", "When what runs was read.", registry=registry)
         self._info = Info("crossnet_config", "The file that runs.", registry=registry)
         self.status: dict[str, object] = {"file": str(path)}
-        """Which configuration runs, and what of the file does not."""
+        """The configuration in use, and what of the file is not in use, for the status page."""
         self._seen = self._stamps()
         self._retry_at = 0.0
         self._note(self._digest())
 
     def ask(self) -> None:
-        """Read the file now, whether it looks changed or not."""
+        """Read the file now, even if it has not changed."""
         self._asked.set()
 
     async def run(self) -> None:
@@ -166,7 +172,7 @@ class Reloader:
                 self._refuse(stamps, [str(fault) for fault in error.faults], again=asked)
             except Refused as error:
                 self._refuse(stamps, [str(error)], again=asked)
-            except Exception as error:  # a defect of ours: what runs must not end for it
+            except Exception as error:  # a bug must not end the process
                 faults = [f"an unexpected error: {type(error).__name__}: {error}"]
                 if self._refuse(stamps, faults, again=asked):
                     log.error("reload_failed", exc_info=error, extra={"event": {"file": str(self._path)}})
@@ -178,7 +184,7 @@ class Reloader:
             digest, new = self._digest(), load(self._path)
             return digest, new, change(self._config, new)
 
-        # PyYAML takes a second for the largest file that we read; streams go on meanwhile.
+        # In a thread: PyYAML takes a second for the largest file that we accept, and streams must continue meanwhile.
         digest, new, made = await asyncio.to_thread(read)
         if made.applied:
             self._apply(made.config)
@@ -190,7 +196,7 @@ class Reloader:
         log.log(logging.WARNING if made.restart else logging.INFO, "config_read", extra={"event": event})
 
     def _refuse(self, stamps: Stamps, faults: list[str], *, again: bool) -> bool:
-        """Say that the file is not taken: once, unless somebody has asked `again`. Tell whether it was said."""
+        """Log that the file is refused: only once, unless `again`. Returns whether it was logged."""
         self._seen = stamps
         self._retry_at = asyncio.get_running_loop().time() + RETRY_S
         if faults == self.status["faults"] and not again:
@@ -213,12 +219,12 @@ class Reloader:
         self.status |= {"sha256": digest, "read_at": round(now, 3), "restart_needed": list(restart), "faults": []}
 
     def _digest(self) -> str:
-        """What `sha256sum` says of the file; of no file nothing."""
+        """Return the file's SHA-256 in hexadecimal; "" if it cannot be read."""
         try:
             return hashlib.sha256(self._path.read_bytes()).hexdigest()
         except OSError:
             return ""
 
     def _stamps(self) -> Stamps:
-        """What tells that a file is another: the file behind a symbolic link counts, so that swapped links do, too."""
+        """Return fingerprints of all files. Symbolic links are followed, so a replaced link counts as a change."""
         return {path: fingerprint(path) for path in {self._path, *files(self._config)}}

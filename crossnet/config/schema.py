@@ -1,8 +1,8 @@
-"""Checking a document against dataclasses, so that every error of it is told at once and not only the first.
+"""Validates a document against dataclasses, and reports all of its errors, not only the first.
 
-A section of the file is a frozen dataclass; its fields' types say what may stand there: another dataclass,
-`tuple[T, ...]` for a list, `dict[K, T]`, `T | None`, and for single values `Annotated[T, Leaf(...)]`. A field's key in
-the file is its name without the unit of seconds (`idle_timeout_s` is written `idle_timeout: 5s`), or `key(...)`'s.
+A section of the file is a frozen dataclass. The types of its fields say what is allowed: another dataclass, `tuple[T, ...]` for a
+list, `dict[K, T]`, `T | None`, and for single values `Annotated[T, Leaf(...)]`. A field's key in the file is its name without the
+suffix for seconds (`idle_timeout_s` is written `idle_timeout: 5s`), or the one given by `key(...)`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ HIDDEN = "***"
 
 
 class Mismatch(ValueError):
-    """A single value is not what it should be. What is None is said by the leaf; `below` is the path within the value."""
+    """A single value is invalid. `expected` and `got` default to the leaf's; `below` is a path within the value."""
 
     def __init__(self, expected: str | None = None, got: str | None = None, below: str = "") -> None:
         super().__init__(expected, got, below)
@@ -36,35 +36,37 @@ class Mismatch(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """How one kind of single value is read and shown again."""
+    """How one type of single value is parsed and printed."""
 
     expected: str
+    """What is allowed, for error messages."""
     parse: Callable[[Plain, Path], object]
-    """Make the value of what stands in the file (and the file's folder). Raises Mismatch."""
+    """Convert the value in the file; the second argument is the file's folder. Raises Mismatch."""
     show: Callable[[Any], Plain] = str
+    """Convert back."""
 
 
 @dataclass(frozen=True, slots=True)
 class OneOrMore:
-    """Marks a list that may be written as its only item, without brackets."""
+    """Marks a list that may be written without brackets if it has only one item."""
 
 
 class _Live:
-    """Marks a setting that a running process takes from a changed file. Any other waits for a restart."""
+    """Marks a setting that a running process takes from a changed file. All others wait for a restart."""
 
 
 LIVE = _Live()
 Live: TypeAlias = Annotated[T, LIVE]
-"""`Live[T]`: a T that may change while the process runs. What stands below it changes as a whole."""
+"""`Live[T]`: a T that may change while the process runs. Everything below it changes as a whole."""
 
 
 def is_live(kind: Any) -> bool:
-    """Tell whether a field of this type is marked so."""
+    """Whether a field of this type is marked as `Live`."""
     return LIVE in unwrapped(kind)[1]
 
 
 def key(name: str) -> dict[str, str]:
-    """Return the metadata of a field whose key in the file is `name`."""
+    """Return the metadata for a field whose key in the file is `name`."""
     return {"key": name}
 
 
@@ -72,10 +74,10 @@ RuleT = TypeVar("RuleT", bound=Callable[[Any], Iterator[Fault]])
 
 
 def rule(*fields: str) -> Callable[[RuleT], RuleT]:
-    """Mark a section's method that yields what is wrong although each value is well-formed.
+    """Mark a section's method that yields errors of values that are valid by themselves.
 
-    It reads these fields and is asked only where all of them are right, so that no error hides another. Its paths are
-    relative to the section and begin with a dot.
+    It reads the given fields and is called only if all of them are valid, so that no error is the consequence of another. The
+    paths that it yields are relative to the section and begin with a dot.
     """
 
     def mark(method: RuleT) -> RuleT:
@@ -89,16 +91,16 @@ _READS = "reads_fields"
 
 
 def decode(kind: type[MadeT], value: Plain, folder: Path) -> tuple[MadeT | None, list[Fault]]:
-    """Make a section of a document. None if there are faults."""
+    """Convert a document to a section. Returns the section, None if there are errors, and the errors."""
     reader = _Reader(folder)
     made = reader.read(kind, value, "$")
     return (None if reader.faults else made), reader.faults
 
 
 def faults_of(made: object, path: str = "$") -> Iterator[Fault]:
-    """Yield what the rules of a section, and of those in it, say of it as it is now.
+    """Yield the errors that the rules of a section, and of the sections in it, find.
 
-    `decode` asks them of what a file says; this is for a configuration that was put together from two.
+    `decode` applies the rules to a file; this is for a configuration that was merged from two.
     """
     if dataclasses.is_dataclass(made):
         for fault in _asked(made, frozenset()):
@@ -115,7 +117,7 @@ def faults_of(made: object, path: str = "$") -> Iterator[Fault]:
 
 
 def _asked(made: object, wrong: AbstractSet[str]) -> Iterator[Fault]:
-    """Ask every rule of a section that reads none of the fields that are wrong."""
+    """Apply the rules of a section, except those that read one of the `wrong` fields."""
     for method in vars(type(made)).values():
         reads = getattr(method, _READS, None)
         if reads is not None and reads.isdisjoint(wrong):
@@ -123,7 +125,7 @@ def _asked(made: object, wrong: AbstractSet[str]) -> Iterator[Fault]:
 
 
 def encode(kind: Any, value: object) -> Plain:
-    """Make the document that would give this section, defaults written out and secrets hidden."""
+    """Convert a section back to a document, with all defaults, and secrets hidden."""
     kind, marks = unwrapped(kind)
     if value is None:
         return None
@@ -219,7 +221,7 @@ def fields_of(kind: Any) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any]]:
 
 
 def unwrapped(kind: Any) -> tuple[Any, tuple[object, ...]]:
-    """Take `T | None` and `Annotated[T, ...]` off a type; None never gets here as a value."""
+    """Return the T of `T | None` and `Annotated[T, ...]`, and all annotations."""
     marks: tuple[object, ...] = ()
     while True:
         origin = typing.get_origin(kind)

@@ -1,17 +1,18 @@
-"""The single values of a configuration file: durations, sizes, addresses, names, files, secrets.
+"""Types of single values in a configuration file: durations, sizes, addresses, names, files, secrets.
 
-Each is an `Annotated` type for the field of a section; schema.py reads and shows values by it.
+Each is an `Annotated` type for a section's field, with which schema.py parses and prints values.
 """
 
 import dataclasses
 import re
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from yarl import URL
 
+from crossnet.config import file_values
+from crossnet.config.file_values import Certificates, Secret
 from crossnet.config.schema import HIDDEN, Leaf, Mismatch
 from discovery.files.yaml_file import Plain
 from discovery.model.addresses import (
@@ -32,10 +33,6 @@ from discovery.store.etcdapi import parse_endpoints
 from sniproxy.access.name_pattern import NamePattern
 from sniproxy.access.rules import BadRule, NameKind, Rule
 
-MAX_SECRET_BYTES = 64 * 1024
-MAX_CERTIFICATES_BYTES = 4 * 1024 * 1024  # all authorities of a Debian system take a fourth of a MiB
-"""Of a secret's file: keys and passwords have a hundred bytes, certificates a few thousand."""
-
 MAX_ARGUMENT = 4096
 MAX_DURATION_S = 7 * 24 * 3600.0
 
@@ -44,36 +41,8 @@ _UNITS_BYTES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Secret:
-    """What a `{file: PATH}` holds. It is never shown."""
-
-    path: Path
-    value: bytes = dataclasses.field(repr=False)
-    readable_by_all: bool = False
-
-    def __str__(self) -> str:
-        return HIDDEN
-
-    @property
-    def text(self) -> str:
-        """The secret as text; its bytes were checked to be such."""
-        return self.value.decode()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Certificates:
-    """A file of certificates as it was when it was read; what was renewed under the same path is not the same."""
-
-    path: Path
-    pem: str = dataclasses.field(repr=False)
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Listen:
-    """An address to listen on; port 0 takes any free one."""
+    """An address to listen on; port 0: any free port."""
 
     address: Address
     port: int
@@ -83,7 +52,7 @@ class Listen:
 
 
 def parse_duration(value: Plain) -> float:
-    """Return seconds. Raises Mismatch."""
+    """Parse a duration and return seconds. Raises Mismatch."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h)", value) if isinstance(value, str) else None
     if match is None:
         raise Mismatch
@@ -94,7 +63,7 @@ def parse_duration(value: Plain) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Return the shortest text that `parse_duration` reads back as the same, to the millisecond."""
+    """Return the shortest text that `parse_duration` reads as the same duration, to the millisecond."""
     milliseconds = round(seconds * 1000)
     for unit, length in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
         if milliseconds and milliseconds % length == 0:
@@ -103,7 +72,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_size(value: Plain) -> int:
-    """Return bytes. Raises Mismatch."""
+    """Parse a size and return bytes. Raises Mismatch."""
     match = None if isinstance(value, bool) else re.fullmatch(r"([0-9]{1,15})(|B|KiB|MiB|GiB)", str(value))
     if match is None:
         raise Mismatch
@@ -111,7 +80,7 @@ def parse_size(value: Plain) -> int:
 
 
 def format_size(size: int) -> str:
-    """Return the shortest text that `parse_size` reads back as the same."""
+    """Return the shortest text that `parse_size` reads as the same size."""
     for unit in ("GiB", "MiB", "KiB"):
         if size and size % _UNITS_BYTES[unit] == 0:
             return f"{size // _UNITS_BYTES[unit]}{unit}"
@@ -119,7 +88,7 @@ def format_size(size: int) -> str:
 
 
 def _text(parse: Callable[[str], object]) -> Callable[[Plain, Path], object]:
-    """Read text by a parser of discovery's, whose messages begin with "expected" and end with what it got."""
+    """Wrap a parser of discovery, whose messages begin with "expected" and end with "got"."""
 
     def parsed(value: Plain, folder: Path) -> object:
         del folder
@@ -236,79 +205,19 @@ def _port_range(value: Plain, folder: Path) -> object:
     return int(match[1]), int(match[2])
 
 
-def _path(value: Plain, folder: Path) -> Path:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise Mismatch("a path")
-    return folder / value
-
-
-def _existing(value: Plain, folder: Path) -> Path:
-    path = _path(value, folder)
-    try:
-        with path.open("rb"):
-            return path
-    except OSError as error:
-        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})") from error
-
-
-def _certificates(value: Plain, folder: Path) -> Certificates:
-    path = _path(value, folder)
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CERTIFICATES_BYTES + 1)
-    except OSError as error:
-        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})") from error
-    if len(data) > MAX_CERTIFICATES_BYTES:
-        raise Mismatch(f"a file of at most {MAX_CERTIFICATES_BYTES} bytes", shown(value))
-    return Certificates(path, data.decode("ascii", "ignore"))  # comments may be in anything
-
-
-def _secret(value: Plain, folder: Path) -> Secret:
-    # What stands here in place of {file: PATH} is often the secret itself: it is never repeated in an error.
-    if not isinstance(value, dict) or value.keys() != {"file"}:
-        raise Mismatch("{file: PATH}, secrets stand in files of their own", "something else (not shown)")
-    return _line_of_file(value["file"], folder)
-
-
-def _line_of_file(value: Plain, folder: Path) -> Secret:
-    path = _path(value, folder)
-    try:
-        with path.open("rb") as file:
-            mode = path.stat().st_mode
-            data = file.read(MAX_SECRET_BYTES + 1)
-    except OSError as error:
-        raise Mismatch("a readable file", f"{shown(value)} ({error.strerror or error})", ".file") from error
-    data = data.removesuffix(b"\n").removesuffix(b"\r")
-    if not data:
-        raise Mismatch("a file with a secret in it", f"{shown(value)}, which is empty", ".file")
-    if len(data) > MAX_SECRET_BYTES or not data.isascii() or re.search(rb"[\x00-\x1f\x7f]", data):
-        raise Mismatch("a file with one line of ASCII text", f"{shown(value)}, which has something else", ".file")
-    return Secret(path, data, bool(mode & stat.S_IROTH))
-
-
-def _hex_key(value: Plain, folder: Path) -> Secret:
-    try:
-        secret = _line_of_file(value, folder)
-    except Mismatch as error:
-        raise Mismatch(error.expected, error.got) from error
-    if not re.fullmatch(rb"[0-9a-fA-F]{64}", secret.value):
-        raise Mismatch("a file with 64 hexadecimal digits", f"{shown(value)}, which has something else")
-    return secret
-
-
 def _discovery_source(value: Plain, folder: Path) -> object:
-    """A discovery server's URL as text, or the path of a static mesh file."""
+    """Return a discovery server's URL as text, or the path of a static mesh file."""
     if not isinstance(value, str):
         raise Mismatch
     if value.endswith(".yaml"):
-        return _existing(value, folder)
+        return file_values.existing_file(value, folder)
     if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(:[1-9][0-9]{0,4})?/?", value, re.ASCII):
         raise Mismatch
     return value.rstrip("/")
 
 
 def _rule_item(key: str) -> Callable[[Plain, Path], object]:
-    """Read one item of a rule's list as the rule itself does."""
+    """Return a parser for one item of a rule's list, which validates it as the rule does."""
 
     def parsed(value: Plain, folder: Path) -> object:
         del folder
@@ -344,13 +253,13 @@ def _url(value: Plain, folder: Path) -> object:
 
 
 def _without_query(value: object) -> str:
-    """Show a URL without what may be a secret: keys of webhooks stand in the query."""
+    """Print a URL without its query, which may contain the key of a webhook."""
     address, mark, _ = re.split(r"([?#])", f"{value}?", maxsplit=1)
     return f"{address}{mark}{HIDDEN}" if len(address) < len(str(value)) else address
 
 
 def _shown_url(value: Plain) -> str:
-    """Say what stands in place of a URL, without what may be a secret in it."""
+    """Describe an invalid URL, without parts that may be secret."""
     return "something else" if isinstance(value, str) and "@" in value else shown(_without_query(value))
 
 
@@ -376,7 +285,7 @@ def _store(value: Plain, folder: Path) -> object:
             raise Mismatch from None
     if not isinstance(value, str) or not value.startswith("sqlite:") or value == "sqlite:":
         raise Mismatch
-    return f"sqlite:{_path(value.removeprefix('sqlite:'), folder)}"
+    return f"sqlite:{file_values.relative_path(value.removeprefix('sqlite:'), folder)}"
 
 
 def _word(*words: str) -> Leaf:
@@ -435,13 +344,13 @@ Store: TypeAlias = Annotated[str, Leaf("memory, sqlite:PATH or etcd:URL,URL", _s
 Text: TypeAlias = Annotated[str, Leaf("a line of text", _matching(r"[\x20-\x7e]{1,128}"))]
 KubernetesUrl: TypeAlias = Annotated[str, Leaf("https://HOST:PORT", _matching(r"https?://[A-Za-z0-9.:\[\]-]{1,255}/?"))]
 KeyPrefix: TypeAlias = Annotated[str, Leaf("a key prefix such as /crossnet/", _matching(r"/[\x21-\x7e]{0,100}/"))]
-NewFile: TypeAlias = Annotated[Path, Leaf("a path", _path)]
-CertificatesFile: TypeAlias = Annotated[Certificates, Leaf("a readable file", _certificates)]
-ExistingFile: TypeAlias = Annotated[Path, Leaf("a readable file", _existing)]
+NewFile: TypeAlias = Annotated[Path, Leaf("a path", file_values.relative_path)]
+CertificatesFile: TypeAlias = Annotated[Certificates, Leaf("a readable file", file_values.certificates_file)]
+ExistingFile: TypeAlias = Annotated[Path, Leaf("a readable file", file_values.existing_file)]
 DiscoverySource: TypeAlias = Annotated[
     str | Path, Leaf("https://HOST:PORT, or a path ending in .yaml", _discovery_source)
 ]
-SecretFile: TypeAlias = Annotated[Secret, Leaf("{file: PATH}", _secret)]
+SecretFile: TypeAlias = Annotated[Secret, Leaf("{file: PATH}", file_values.secret_file)]
 RuleSource: TypeAlias = Annotated[str, Leaf("a CIDR of clients or a network id", _rule_item("sources"))]
 RuleDestination: TypeAlias = Annotated[str, Leaf("a network id, a name or a target", _rule_item("to"))]
 RuleName: TypeAlias = Annotated[Literal["service", "address"], _word(*NameKind)]
@@ -460,4 +369,4 @@ HiddenText: TypeAlias = Annotated[str, Leaf("text", _argument, _hidden)]
 Method: TypeAlias = Annotated[Literal["GET", "POST", "PUT", "PATCH"], _word("GET", "POST", "PUT", "PATCH")]
 ContentType: TypeAlias = Annotated[str, Leaf("a media type", _matching(r"[a-z0-9.+-]{1,80}/[a-z0-9.+-]{1,80}"))]
 RuleAction: TypeAlias = Annotated[Literal["allow", "deny"], _word("allow", "deny")]
-KeyFile: TypeAlias = Annotated[Secret, Leaf("a file with 64 hexadecimal digits", _hex_key)]
+KeyFile: TypeAlias = Annotated[Secret, Leaf("a file with 64 hexadecimal digits", file_values.key_file)]

@@ -1,4 +1,4 @@
-"""What the lab tells in the end: every hop of one request, what each client got, what the service saw, what is proven."""
+"""The report of the lab: all hops of one request, the result of each client, the certificate that the service saw, the checks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that must be so."""
+    """One check and its result."""
 
     what: str
     ok: bool
@@ -28,14 +28,14 @@ class Check:
 
 @dataclass(slots=True, kw_only=True)
 class Account:
-    """Everything that is told, in the order in which it is."""
+    """The report, in the order in which it is printed."""
 
     mode: str
-    """How the networks were made, in words."""
+    """How the networks were built, in words."""
     networks: Sequence[tuple[str, str]] = ()
-    """What stands where."""
+    """Where each part is: network, and a description."""
     request: str = ""
-    """The command whose hops are told."""
+    """The request whose hops are listed."""
     hops: list[Hop] = field(default_factory=list)
     got: list[tuple[str, str, str, float]] = field(default_factory=list)
     """Client, name, result, milliseconds."""
@@ -47,11 +47,11 @@ class Account:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is as it must be."""
+        """Whether there were checks and all have passed."""
         return bool(self.checks) and all(check.ok for check in self.checks)
 
     def lines(self, every_check: bool) -> Iterator[str]:
-        """Yield the account as text; `every_check` lists what was fine, too."""
+        """Yield the report as text; with `every_check`, also the checks that have passed."""
         yield f"crossnet lab: {self.mode}"
         yield ""
         yield from _columns(self.networks, "  ")
@@ -96,7 +96,7 @@ def _list(title: str, items: Sequence[str]) -> Iterator[str]:
 
 
 def _columns(rows: Sequence[Sequence[str]], indent: str) -> Iterator[str]:
-    """Yield rows whose columns stand under each other."""
+    """Yield rows with aligned columns."""
     if not rows:
         return
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

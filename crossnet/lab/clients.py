@@ -1,4 +1,4 @@
-"""Unmodified clients: curl, openssl s_client and Python's ssl, each asking for the same names."""
+"""Unmodified clients: curl, openssl s_client and Python's ssl, which request the same names."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ _UNRECOGNIZED = re.compile(r"unrecognized[ _]name|alert number 112", re.IGNORECA
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DnsAnswer:
-    """What dnsgw said."""
+    """An answer of dnsgw."""
 
     rcode: str
     addresses: tuple[str, ...]
@@ -35,18 +35,18 @@ class DnsAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One client asking for one name."""
+    """One client's request to one name."""
 
     client: str
     name: str
     ms: float
     status: int
-    """The client's exit code: 0 means that it has verified the certificate and has an answer."""
+    """The client's exit code. 0: it has verified the certificate and received an answer."""
     seen: Seen | None
     unrecognized_name: bool
     """It was refused with TLS alert unrecognized_name(112)."""
     said: str
-    """Its last word, for people."""
+    """The most relevant line of its error output."""
 
 
 class Clients:
@@ -59,15 +59,15 @@ class Clients:
         self._folder = folder
         self._port = topology.plan.relay_port
         self.resolve_themselves = topology.mode == "namespaces"
-        """Whether clients find the relay by their own resolver; else we ask dnsgw for them and say where to connect."""
+        """Whether clients resolve the name themselves; else the lab asks dnsgw and tells them where to connect."""
 
     @property
     def available(self) -> list[str]:
-        """The clients that this machine has."""
+        """The clients that are installed."""
         return [client for client in CLIENTS if client == "python" or shutil.which(client)]
 
     def versions(self) -> dict[str, str]:
-        """Return how each client calls itself."""
+        """Return the name and version of each client."""
         found = {"python": f"Python {sys.version.split()[0]} ssl"}
         for client, option in (("curl", "--version"), ("openssl", "version")):
             if client in self.available:
@@ -77,7 +77,7 @@ class Clients:
         return found
 
     def ask(self, client: str, name: str, relay: str | None = None) -> Attempt:
-        """Have a client ask for a name; `relay` is where to connect instead of where its resolver says."""
+        """Run a client that requests a name. `relay`: connect to this address instead of resolving the name."""
         command, given = self._command(client, name, relay)
         started = time.monotonic()
         try:
@@ -107,13 +107,13 @@ class Clients:
         )
 
     def reach(self, address: str, port: int, timeout_s: float) -> bool:
-        """Tell whether a connection from network a to an address succeeds."""
+        """Whether a connection from network a to an address succeeds."""
         script = f"import socket; socket.create_connection(({address!r}, {port}), {timeout_s}).close()"
         command = self._topology.command("a", [sys.executable, "-I", "-c", script])
         return subprocess.run(command, capture_output=True, timeout=REQUEST_TIMEOUT_S, check=False).returncode == 0
 
     def resolve(self, name: str) -> DnsAnswer:
-        """Ask dnsgw for a name's IPv4 addresses. Raises OSError if it does not answer."""
+        """Ask dnsgw for a name's IPv4 addresses. Raises OSError without a usable answer."""
         question = DNSRecord.question(name, "A")
         started = time.monotonic()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
@@ -140,7 +140,7 @@ class Clients:
         return " ".join(command)
 
     def _command(self, client: str, name: str, relay: str | None) -> tuple[list[str], bytes | None]:
-        """Return the command, and what it reads."""
+        """Return the command, and its input."""
         authority, certificate, key = (
             str(path) for path in (self._authority, self._client.certificate, self._client.key)
         )
@@ -160,7 +160,7 @@ class Clients:
 
 
 def _last_word(said: str) -> str:
-    """Return the line of a client's complaint that says most."""
+    """Return the most relevant line of a client's error output."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     telling = [line for line in lines if _UNRECOGNIZED.search(line) or "error" in line.lower()]
     return (telling or lines or [""])[0][:200]

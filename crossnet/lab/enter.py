@@ -1,6 +1,6 @@
-"""Choosing how the two networks are made, and going into namespaces of our own.
+"""Chooses how the two networks are built, and enters namespaces of our own.
 
-Whether the kernel lets us is found out by doing: some let a user namespace be made and strip it of its rights.
+Whether the kernel allows that is found out by trying: some kernels allow a user namespace but remove its capabilities.
 """
 
 import ctypes
@@ -13,16 +13,16 @@ from collections.abc import Sequence
 
 PROBE_TIMEOUT_S = 10.0
 IMPOSSIBLE = 75
-"""Exit code of a lab whose topology could not be built (EX_TEMPFAIL of sysexits.h): another mode may do."""
+"""Exit code of a lab whose topology could not be built (EX_TEMPFAIL of sysexits.h); another mode may work."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def entrance() -> tuple[list[str], str]:
-    """Return the command that runs another in namespaces of its own, and in words as whom.
+    """Return the command that runs another one in namespaces of its own, and in words as which user.
 
     Raises:
-        OSError: no way is open; the text says why.
+        OSError: there is no way to do that; the text says why.
     """
     for program in ("unshare", "ip", "nft", "mount"):
         if shutil.which(program) is None:
@@ -50,9 +50,9 @@ def entrance() -> tuple[list[str], str]:
 
 
 def run_within(command: Sequence[str], arguments: Sequence[str]) -> int:
-    """Run `crossnet` with these arguments in namespaces of its own, hand signals on, and return its exit code."""
+    """Run `crossnet` with these arguments in namespaces of its own, forward signals, and return its exit code."""
     child = subprocess.Popen([*command, sys.executable, "-m", "crossnet", *arguments], process_group=0)
-    # A group of its own: Ctrl-C at a terminal reaches it once, through us, and not a second time while it cleans up.
+    # A process group of its own, so that Ctrl-C reaches it only once, through us, and not again while it cleans up.
     previous = {
         number: signal.signal(number, lambda got, _: child.send_signal(got))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,5 +66,5 @@ def run_within(command: Sequence[str], arguments: Sequence[str]) -> int:
 
 
 def end_with_parent() -> None:
-    """Have the kernel end us when who started us is gone, even killed; what we started has the same from `Program`."""
+    """Have the kernel terminate us when our parent ends, even if it is killed. `Program` does the same for our children."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

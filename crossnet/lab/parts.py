@@ -32,11 +32,11 @@ _WRITES: dict[str, tuple[str, list[Kind]]] = {
     "gateway": ("b", [Kind.ALLOCATION, Kind.GATEWAY]),
     "operator": ("b", [Kind.SERVICE]),
 }
-"""Which part writes which records of which network: a token of its own for each, that can do no more."""
+"""Which records of which network each part writes. Each has a token of its own that allows nothing else."""
 
 
 class Parts:
-    """Configuration of every part, in one folder."""
+    """The configurations of all parts, in one folder."""
 
     def __init__(self, folder: Path, plan: Plan, authority: Authority, coturn: bool) -> None:
         self._folder = folder
@@ -51,7 +51,7 @@ class Parts:
         for part, (network, kinds) in _WRITES.items():
             if part == "turn" and coturn:
                 continue
-            # coturn cannot speak for itself: turn_servers in the relay's file does.
+            # coturn cannot publish its own record: turn_servers in the relay's file does that.
             more = [Kind.TURN] if part == "relay" and coturn else []
             names = ["**.cluster.local"] if Kind.SERVICE in kinds else []
             token = make_token()
@@ -66,11 +66,11 @@ class Parts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The parts that are processes of ours, in the order in which they start."""
+        """The parts that are crossnet processes, in the order in which they start."""
         return ("discovery", *(() if self._coturn else ("turn",)), "dns", "relay", "gateway")
 
     def path(self, part: str) -> Path:
-        """Return a part's configuration file."""
+        """Return the path of a part's configuration file."""
         return self._folder / f"{part}.yaml"
 
     def command(self, part: str) -> list[str]:
@@ -78,7 +78,7 @@ class Parts:
         return [sys.executable, "-m", "crossnet", "run", "-c", str(self.path(part))]
 
     def service_command(self) -> list[str]:
-        """Return the command by which network b's operator tells discovery of the service."""
+        """Return the command with which network b's operator publishes the service in discovery."""
         endpoint = format_endpoint(parse_address(self._plan.service), self._plan.service_port)
         spec = {"name": ORDERS, "ports": {"443": [endpoint]}}
         return [
@@ -87,7 +87,7 @@ class Parts:
         ]
 
     def coturn_command(self) -> list[str]:
-        """Return the command that runs Debian's coturn as it comes, with nothing but addresses, ports and a secret."""
+        """Return the command that runs Debian's coturn with default settings, except for addresses, ports and a secret."""
         plan = self._plan
         empty = self._folder / "turnserver.conf"
         empty.touch()
@@ -139,7 +139,7 @@ class Parts:
                 document |= {"import": imports}
                 document["dns"] = {
                     "listen": f"{plan.dns}:{plan.dns_port}",
-                    "upstream": f"{plan.turn}:{plan.dns_port}",  # nobody: network a has no other names
+                    "upstream": f"{plan.turn}:{plan.dns_port}",  # nobody listens there: network a has no other names
                     "search": [],
                 }
             case "relay":

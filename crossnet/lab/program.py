@@ -1,4 +1,4 @@
-"""The lab's processes: started, waited for until they are ready, ended whatever happens."""
+"""A process of the lab: it is started, waited for until it is ready, and always ended."""
 
 import contextlib
 import shutil
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 START_TIMEOUT_S = 20.0
-"""A role starts in half a second; six at once on a small machine under load take a few."""
+"""A role starts in half a second; six at once take a few seconds on a small machine under load."""
 
 STOP_TIMEOUT_S = 5.0
 LOOK_EVERY_S = 0.03
@@ -16,16 +16,16 @@ TAIL_LINES = 8
 
 
 class ProgramError(Exception):
-    """A process of the lab does not do what it must; the text has the end of its log."""
+    """A process of the lab does not work; the text contains the end of its log."""
 
 
 class Program:
-    """One process. What it prints goes into a file of its own."""
+    """One process. Its output goes to a file of its own."""
 
     def __init__(
         self, name: str, command: Sequence[str], folder: Path, *, stop_timeout_s: float = STOP_TIMEOUT_S
     ) -> None:
-        """Prepare a process that runs `command` in `folder`, and logs there. It has `stop_timeout_s` to end after SIGTERM."""
+        """Describe a process that runs `command` in `folder` and logs there. `end` gives it `stop_timeout_s` before SIGKILL."""
         self.name = name
         self.command = list(command)
         self.log = folder / f"{name}.log"
@@ -40,8 +40,8 @@ class Program:
         return self._process.pid
 
     def start(self) -> None:
-        """Start it. Raises ProgramError if there is no such program."""
-        # Killed with us, should we be killed: nobody else would end it.
+        """Start it. Raises ProgramError if the program cannot be run."""
+        # If we are killed, the kernel kills it, too: nobody else would end it.
         prefix = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
         with self.log.open("wb") as output:
             try:
@@ -56,7 +56,7 @@ class Program:
                 raise ProgramError(f"{self.name}: {error}") from error
 
     def wait_until(self, what: str, ready: Callable[[], bool]) -> None:
-        """Wait until it is ready. Raises ProgramError when it ends before, or takes too long."""
+        """Wait until `ready()` is true. Raises ProgramError if the process ends first, or that takes too long."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while not ready():
             if self._process is not None and self._process.poll() is not None:
@@ -66,7 +66,7 @@ class Program:
             time.sleep(LOOK_EVERY_S)
 
     def lines(self) -> list[str]:
-        """Return what it has logged."""
+        """Return the lines that it has logged."""
         try:
             return self.log.read_text(errors="replace").splitlines()
         except OSError:
@@ -83,13 +83,13 @@ class Program:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill it at once, as in a crash."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def end(self) -> None:
-        """See that it is gone: SIGKILL for one that does not follow."""
+        """Wait for it to end, and kill it if it does not in time."""
         if self._process is None:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):

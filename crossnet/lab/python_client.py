@@ -1,4 +1,4 @@
-"""A client as a person would write it with Python's ssl. It knows nothing of crossnet. Standard library only.
+"""An ordinary client with Python's ssl, which knows nothing of crossnet. Standard library only.
 
 usage: python_client.py CONNECT-TO PORT NAME AUTHORITY CERTIFICATE KEY
 """

@@ -32,7 +32,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, address: tuple[str, int], tls: ssl.SSLContext) -> None:
         super().__init__(address, _Visitor)
-        # The handshake is the visitor's own: one that is slow must not keep the others out.
+        # Each connection does its own handshake, so that a slow one does not block the others.
         self.socket = tls.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
 

@@ -1,4 +1,4 @@
-"""`crossnet lab`: choose how, build, play, tell, and take everything down on every way out."""
+"""`crossnet lab`: choose a mode, build the networks, run the checks, print the report, and clean up however it ends."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ FAILED = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     turn: str = "embedded"
     mode: str = "auto"
@@ -37,16 +37,16 @@ class Options:
     check: bool = False
     stay: bool = False
     inside: str | None = None
-    """Set for the process that is in its own namespaces already: as whom, in words."""
+    """Set for the process that is already in its own namespaces: as which user, in words."""
 
     def arguments(self) -> list[str]:
-        """Return the command line again, for that process."""
+        """Return the command line for that process."""
         flags = [flag for flag, given in (("--check", self.check), ("--stay", self.stay)) if given]
         return ["lab", "--turn", self.turn, "--service", self.service, *flags]
 
 
 class Ended(BaseException):
-    """A signal asks us to end. Not an Exception: nothing on the way may take it for an error of its own."""
+    """A signal asks us to stop. Not an Exception, so that no handler of errors catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -55,7 +55,7 @@ class Ended(BaseException):
 
 def lab(options: Options) -> int:
     """Run the lab and return its exit code."""
-    # Debian keeps ip, nft and nginx where an ordinary user's PATH does not look.
+    # On Debian, ip, nft and nginx are in directories that an ordinary user's PATH does not contain.
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{SBIN}"
     if options.inside is not None:
         enter.end_with_parent()
@@ -101,7 +101,7 @@ def _play(options: Options, topology: Topology, folder: Path, mode: str) -> int:
     account = Account(mode=mode)
     with contextlib.ExitStack() as undo:
         undo.callback(stage.clear)
-        undo.callback(_ignore_signals)  # from here on the end is under way, and bounded
+        undo.callback(_ignore_signals)  # the cleanup takes a bounded time and must not be interrupted
         stage.stand()
         scene = Scene(stage, account)
         scene.play()
@@ -138,7 +138,7 @@ def _next(options: Options, stage: Stage, scene: Scene) -> list[str]:
 
 
 def _stay() -> None:
-    """Wait for the end: Ctrl-C is the way out here, and no failure."""
+    """Wait for a signal. Ctrl-C is the normal end here, not a failure."""
     try:
         while True:
             signal.pause()

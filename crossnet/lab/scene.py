@@ -1,4 +1,4 @@
-"""What happens on the stage: clients ask, and what they got is held against what it must be."""
+"""The test run of the lab: clients send requests, and the results are compared with the expected ones."""
 
 import time
 from typing import Any
@@ -10,7 +10,8 @@ from crossnet.lab.parts import ORDERS
 from crossnet.lab.stage import Stage
 
 FAST_MS = 2000.0
-"""A refusal must not come by a timeout, the shortest of which has 3 s; this includes the start of the client's process."""
+"""Limit for a refusal, including the start of the client's process: it must not come from a timeout, the shortest of which is
+3 s."""
 
 ISOLATION_TIMEOUT_S = 0.5
 LOG_TIMEOUT_S = 3.0
@@ -18,7 +19,7 @@ UNKNOWN_NETWORK = "nowhere"
 
 
 class Scene:
-    """The checks of one run: every client asks for every name."""
+    """The checks of one run: every client requests every name."""
 
     def __init__(self, stage: Stage, account: Account) -> None:
         self._stage = stage
@@ -29,7 +30,7 @@ class Scene:
         self._unknown = stage.compact_name.replace(f".b.{DEFAULT_DOMAIN}", f".{UNKNOWN_NETWORK}.{DEFAULT_DOMAIN}")
 
     def play(self) -> None:
-        """Fill the account."""
+        """Run all checks and fill in the report."""
         self._place()
         self._isolation()
         answers = {name: self._resolve(name) for name in (self._stage.compact_name, self._stage.address_name, ORDERS)}
@@ -102,7 +103,7 @@ class Scene:
         answer = self._clients.resolve(self._unknown)
         self._check(f"dnsgw says NXDOMAIN for {self._unknown}", answer.rcode == "NXDOMAIN", _told(answer))
         for client in self._clients.available:
-            # Its name does not resolve: the client has to be told where the relay is, as one with an old answer knows it.
+            # The name does not resolve, so the client is told the relay's address, as if it had an old answer.
             attempt = self._clients.ask(client, self._unknown, self._plan.relay)
             ok = attempt.unrecognized_name and attempt.ms < FAST_MS
             self._check(f"{client} is refused {self._unknown} with alert unrecognized_name, fast", ok, attempt.said)
@@ -167,7 +168,7 @@ class Scene:
         ]
 
     def _logged(self, part: str, field: str, value: str) -> dict[str, Any]:
-        """Return the line of a stream; it is written at the stream's end, which may be a moment after the client's."""
+        """Return the log event of a stream. It is written when the stream ends, perhaps a moment after the client has ended."""
         deadline = time.monotonic() + LOG_TIMEOUT_S
         while time.monotonic() < deadline:
             for event in self._stage.streams(part):
@@ -194,7 +195,7 @@ class Scene:
         self._account.checks.append(Check(what=what, ok=ok, detail=detail))
 
     def command_line(self, client: str) -> str:
-        """Return what a person would type in network a."""
+        """Return the command that a person would type in network a."""
         relay = None if self._clients.resolve_themselves else self._plan.relay
         return self._clients.command_line(client, self._stage.compact_name, relay)
 

@@ -1,4 +1,4 @@
-"""The mutual-TLS service in network b: nginx, else openssl s_server, else Python's ssl. It tells whom it saw."""
+"""The mutual-TLS service in network b: nginx, else openssl s_server, else Python's ssl. It reports the client certificate."""
 
 import json
 import re
@@ -53,7 +53,7 @@ class Seen:
 
 
 def choose(wanted: str) -> str:
-    """Return the kind of service to run: the wanted one, or the first that this machine has."""
+    """Return the kind of service to run: the wanted one, or the first one installed. Raises TopologyError."""
     if wanted != "auto":
         if wanted != "python" and shutil.which(wanted) is None:
             raise TopologyError(f"{wanted} is not installed")
@@ -81,9 +81,9 @@ def command(kind: str, address: str, port: int, server: Credential, authority: P
 
 
 def seen(answer: str) -> Seen | None:
-    """Read the client certificate from the service's answer; None if there is none in it.
+    """Parse the client certificate in the service's answer; None if it has none.
 
-    nginx and our Python service answer with JSON, s_server with a page that has the certificate in it.
+    nginx and our Python service answer with JSON, s_server with a page that contains the certificate.
     """
     answer = answer[:MAX_ANSWER_BYTES]
     for text in re.findall(r'\{"subject".*\}', answer):

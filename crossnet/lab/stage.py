@@ -1,4 +1,4 @@
-"""Every part of the lab as a running process: started in order, waited for until ready, ended whatever happens."""
+"""Runs the parts of the lab as processes: starts them in order, waits until they are ready, and always ends them."""
 
 import http.client
 import json
@@ -23,7 +23,7 @@ NETWORK_OF_PART: dict[str, Network] = {"gateway": "b"}
 
 
 class Stage:
-    """The processes of one run. `stand` starts them, `clear` ends them; `clear` is good at any time."""
+    """The processes of one run. `stand` starts them; `clear` ends them, and may be called at any time."""
 
     def __init__(self, topology: Topology, folder: Path, *, turn: str, wanted_service: str) -> None:
         self.topology = topology
@@ -38,22 +38,22 @@ class Stage:
         self.service_kind = service.choose(wanted_service)
         self.parts = Parts(folder, self.plan, self.authority, coturn=turn == "coturn")
         self.programs: dict[str, Program] = {}
-        """What runs, by name."""
+        """The processes by name."""
 
     def stand(self) -> None:
-        """Start everything and wait until a first stream can go through. Raises ProgramError."""
+        """Start everything, and wait until a stream can be carried. Raises ProgramError."""
         try:
             self._stand()
         except ProgramError as error:
             raise ProgramError(f"{error}{self._complaints()}") from error
 
     def _complaints(self) -> str:
-        """Return what any process has warned of: who fails is often not who is at fault."""
+        """Return the warnings of all processes: the one that fails is often not the cause."""
         found = []
         for name, program in self.programs.items():
             lines = [line for line in program.lines() if '"level":"warning"' in line or '"level":"error"' in line]
             found += [f"\n    {name}: {line[:400]}" for line in lines[-3:]]
-        return "\n  and these were warned of:" + "".join(found) if found else ""
+        return "\n  warnings of all parts:" + "".join(found) if found else ""
 
     def _stand(self) -> None:
         server = self.authority.server(
@@ -85,21 +85,21 @@ class Stage:
         self._until("dns", "the relay and the service in discovery", lambda: self._knows("dns", "relay"))
 
     def clear(self) -> None:
-        """End every process, all at once, and wait until they are gone."""
+        """Terminate all processes at once, and wait until they have ended."""
         for program in reversed(self.programs.values()):
             program.ask_to_end()
         for program in reversed(self.programs.values()):
             program.end()
 
     def hold(self, network: Network) -> int:
-        """Start a process that does nothing in a network, to enter it by; return its pid once it is there."""
+        """Start an idle process in a network, through which the network can be entered; return its pid when it is inside."""
         holder = self._start(f"holder-{network}", ["sh", "-c", "echo there; exec sleep infinity"], network)
-        # Until then it is on its way in: whoever entered by it would find the host's resolver, not the network's.
+        # Before that, somebody who enters through it would get the host's resolver, not the network's.
         holder.wait_until("inside the network", lambda: holder.lines() == ["there"])
         return holder.pid
 
     def ask(self, part: str, path: str) -> Any:
-        """Ask a part's admin server; None while it does not answer."""
+        """Request a page of a part's admin server; None if it does not answer."""
         connection = http.client.HTTPConnection(*self.plan.admin(part), timeout=ASK_TIMEOUT_S)
         try:
             connection.request("GET", path)
@@ -111,7 +111,7 @@ class Stage:
             connection.close()
 
     def streams(self, part: str) -> list[dict[str, Any]]:
-        """Return what a part has logged of streams that ended."""
+        """Return the events of ended streams that a part has logged."""
         events = []
         for line in self.programs[part].lines():
             try:
@@ -123,7 +123,7 @@ class Stage:
         return events
 
     def registration(self) -> dict[str, Any]:
-        """Return how the gateway stands with network a's TURN server."""
+        """Return the state of the gateway's registration with network a's TURN server."""
         status = self.ask("gateway", "/status") or {}
         return next(iter(status.get("registrations", ())), {})
 
@@ -136,7 +136,7 @@ class Stage:
         self.programs[name].wait_until(what, ready)
 
     def start_part(self, part: str) -> None:
-        """Start a part of ours, whose configuration is there, once more or for the first time, and wait for it."""
+        """Start a crossnet part whose configuration file exists, for the first time or again, and wait until it is ready."""
         self._start(part, self.parts.command(part), NETWORK_OF_PART.get(part, "a"))
         self._wait_ready(part)
 

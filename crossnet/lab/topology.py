@@ -1,4 +1,4 @@
-"""Where the parts of the lab stand: two networks in namespaces, or addresses of the loopback interface.
+"""The networks of the lab: two network namespaces, or addresses of the loopback interface.
 
     network a (namespace)            the lab's own namespace            network b (namespace)
     10.80.0.1   clients       ──── 10.80.0.254  router  10.90.0.254 ──── 10.90.0.2  gateway
@@ -45,7 +45,7 @@ table ip crossnet_lab_nat {
 
 
 class TopologyError(Exception):
-    """This machine does not let us have what the topology needs; the text says what."""
+    """This machine does not allow something that the topology needs; the text says what."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class Plan:
     gateway: str
     service: str
     router: str | None
-    """Between the networks; network a sees network b's gateway come from it."""
+    """Address of the router between the networks, from which network a sees network b's gateway; None: there is none."""
     relay_port: int = HTTPS_PORT
     dns_port: int = DNS_PORT
     turn_port: int = 3478
@@ -78,7 +78,7 @@ class Plan:
 
 
 class Namespaces:
-    """Two network namespaces and a router between them; we are the router."""
+    """Two network namespaces and a router between them, which is this process's own namespace."""
 
     mode = "namespaces"
 
@@ -98,13 +98,13 @@ class Namespaces:
         )
 
     def build(self) -> None:
-        """Make the networks. Raises TopologyError where the kernel or a missing program forbids it."""
+        """Build the networks. Raises TopologyError if the kernel forbids it or a program is missing."""
         plan = self.plan
         mounts = self._resolver_files()
         _do("ip", "link", "set", "lo", "up")
         _do("mount", "-t", "tmpfs", "tmpfs", "/run")
         for target in mounts.values():
-            if target.is_relative_to("/run"):  # which our tmpfs has just hidden
+            if target.is_relative_to("/run"):  # hidden by our tmpfs
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.touch()
         _ip(*(f"netns add {name}" for name in self._names.values()))
@@ -119,7 +119,7 @@ class Namespaces:
         _do(*self.command("a", ["true"]))
 
     def command(self, network: Network, arguments: Sequence[str]) -> list[str]:
-        """Return the command that runs `arguments` in a network; it becomes them, so that its pid is theirs."""
+        """Return the command that runs `arguments` in a network. It replaces itself with them, so the pid stays the same."""
         script = f'{self._mounts if network == "a" else ""}exec "$@"'
         return ["ip", "netns", "exec", self._names[network], "sh", "-c", script, "sh", *arguments]
 
@@ -145,11 +145,11 @@ class Namespaces:
         )
 
     def _resolver_files(self) -> dict[Path, Path]:
-        """Write what the clients' resolver shall find, and return where it goes to. Nothing of the host is changed."""
+        """Write files for the clients' resolver, and return where to mount them. The host's files are not changed."""
         found = {}
         for target, content in (
             ("/etc/resolv.conf", f"nameserver {self.plan.dns}\noptions timeout:2 attempts:2\n"),
-            # A host may ask systemd-resolved or a cache of its own in place of the name servers.
+            # The host may use systemd-resolved or a cache instead of the name servers.
             ("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n"),
         ):
             place = Path(os.path.realpath(target))
@@ -159,12 +159,12 @@ class Namespaces:
                 source.chmod(0o644)
                 found[source] = place
         if not found:
-            raise TopologyError("/etc/resolv.conf is not there, so that nothing can be put in its place")
+            raise TopologyError("there is no /etc/resolv.conf to mount over")
         return found
 
 
 class Loopback:
-    """Addresses of the loopback interface, where the kernel forbids namespaces: nothing is isolated."""
+    """Addresses of the loopback interface, for when the kernel forbids namespaces. Nothing is isolated."""
 
     mode = "loopback"
 
@@ -185,9 +185,9 @@ class Loopback:
         )
 
     def build(self) -> None:
-        """Find out whether the addresses are there, as they are on Linux without further ado."""
+        """Check that the addresses can be used, as on Linux without configuration. Raises TopologyError."""
         if not _may_bind(self.plan.relay, 0):
-            raise TopologyError(f"{self.plan.relay} is no address of this machine's loopback interface")
+            raise TopologyError(f"{self.plan.relay} is not an address of this machine's loopback interface")
 
     def command(self, network: Network, arguments: Sequence[str]) -> list[str]:
         """Return the command itself: both networks are this machine."""
@@ -195,7 +195,7 @@ class Loopback:
         return list(arguments)
 
     def dropped(self) -> int | None:
-        """Return nothing: there is no firewall."""
+        """Return None: there is no firewall."""
         return None
 
 
@@ -217,7 +217,7 @@ def _ip(*lines: str, namespace: str | None = None) -> None:
 
 
 def _do(*command: str, given: str | None = None) -> str:
-    """Run a command that takes no time. Raises TopologyError with what it said."""
+    """Run a short command and return its output. Raises TopologyError with its error message."""
     try:
         done = subprocess.run(
             command, input=given, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False

@@ -1,1 +1,1 @@
-"""Where clients' questions come in: UDP, TCP, and whose turn it is."""
+"""The listening side: UDP, TCP, and fair shares for clients."""

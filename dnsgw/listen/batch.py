@@ -1,8 +1,8 @@
-"""Many datagrams in one system call: recvmmsg(2) and sendmmsg(2) by ctypes, over memory that is laid out once.
+"""Many datagrams in one system call: recvmmsg(2) and sendmmsg(2) through ctypes, with buffers that are allocated once.
 
-Half of what an answer costs is the kernel's; entering it once for many packets saves a third of that (measured: 10 µs a
-question down to 6.8). The layout is that of 64-bit Linux, for glibc and musl alike; elsewhere `available` says no, and so
-it does where the kernel lacks the calls, as some sandboxes do.
+The kernel accounts for half the cost of an answer; one system call for many packets saves a third of it (measured: from 10 µs
+per question down to 6.8). The structures are those of 64-bit Linux, the same with glibc and musl. Elsewhere, and where the kernel
+lacks the calls, as some sandboxes do, `available` returns False.
 """
 
 import ctypes
@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-SLOTS = 64  # packets in one call
-MAX_QUERY = 4096  # a question needs 512 at most; the rest is room for options
+SLOTS = 64  # packets per system call
+MAX_QUERY = 4096  # a question needs at most 512 bytes; the rest is for options
 MAX_REPLY = 1232
-_NAME, _CONTROL = 32, 48  # bytes kept for an address and for where a packet came to
+_NAME, _CONTROL = 32, 48  # bytes for the peer's address, and for control data with the local address
 _MSGHDR = struct.Struct("=QI4xQQQQi4xI4x")  # mmsghdr: name, its size, iovec, 1, control, its size, flags, length
 _IOVEC = struct.Struct("=QQ")
 _WORDS = _MSGHDR.size // 4
@@ -29,7 +29,7 @@ _CMSG = 16  # a cmsghdr
 def _library() -> Any:
     if sys.platform != "linux" or sys.maxsize < 1 << 32:
         return None
-    library = ctypes.PyDLL(None, use_errno=True)  # it never waits, so there is no lock to give up meanwhile
+    library = ctypes.PyDLL(None, use_errno=True)  # PyDLL: the calls never block, so they need not release the GIL
     if not hasattr(library, "recvmmsg") or not hasattr(library, "sendmmsg"):
         return None
     address = ctypes.c_void_p
@@ -42,7 +42,7 @@ _LIBRARY = _library()
 
 
 class _Slots:
-    """Memory for packets, with everything in it that a system call wants to be pointed at."""
+    """Buffers for packets, with all structures that the system calls point to."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -71,7 +71,7 @@ def _address_of(view: memoryview) -> int:
 
 
 def available(sock: socket.socket) -> bool:
-    """Tell whether this socket can be read in batches here."""
+    """Whether this socket can be read in batches on this system."""
     if _LIBRARY is None:
         return False
     return not (
@@ -80,14 +80,14 @@ def available(sock: socket.socket) -> bool:
 
 
 class Batch:
-    """One UDP socket, read and written many packets at a time.
+    """One UDP socket that is read and written many packets at a time.
 
-    Where a packet came from is one piece of bytes: the sender's address as the kernel has it and, on a wildcard address,
-    where the packet came to. It is handed out with the packet and taken back with the reply.
+    The addresses of a packet are one bytes object, `where`: the sender's sockaddr and, on a wildcard address, the control data
+    with the local address. It is handed out with the packet and handed back with the reply.
     """
 
     def __init__(self, sock: socket.socket, *, v6: bool, wildcard: bool) -> None:
-        """Lay out the memory: some 350 kB. `wildcard`: the socket tells where packets come to, and replies say it."""
+        """Allocate the buffers, some 350 kB. `wildcard`: the socket reports local addresses, and replies are sent from them."""
         self._sock = sock
         self._fd = sock.fileno()
         self._v6 = v6
@@ -99,22 +99,22 @@ class Batch:
         for n in range(SLOTS):
             self._out.words[n * _WORDS + 2] = self._name
         self.waiting = 0
-        """Replies that `flush` would send."""
+        """Replies that wait for `flush`."""
 
     def receive(self, handle: Callable[[bytes, bytes, bytes], None]) -> int:
-        """Hand each packet that is there, up to 64, to `handle`, with its sender's packed address and where it came from.
+        """Hand each waiting packet, up to 64, to `handle`, with its sender's packed address and its `where`.
 
-        Returns how many there were; below zero: none.
+        Returns their number; below 0 if there was none.
         """
         slots = self._in
         control = self._control
         if control:
-            for n in range(SLOTS):  # the kernel wrote over them
+            for n in range(SLOTS):  # the kernel has overwritten them
                 slots.longs[n * _LONGS + 5] = _CONTROL
         count = _LIBRARY.recvmmsg(self._fd, slots.address, SLOTS, socket.MSG_DONTWAIT, None)
         words, data, names, host, name = slots.words, slots.data, slots.names, self._host, self._name
         begin, name_at, word = 0, 0, 14
-        for n in range(count):  # below zero: nothing was there, most of the time
+        for n in range(count):  # below 0: usually there was none
             where = names[name_at : name_at + name].tobytes()
             packet = data[begin : begin + words[word]].tobytes()
             if control:
@@ -126,7 +126,7 @@ class Batch:
         return int(count)
 
     def put(self, reply: bytes, where: bytes) -> int:
-        """Take a reply for the next `flush`, which a full batch does at once; return how many could not be sent."""
+        """Add a reply to the batch, and flush it if it is full. Returns how many replies could not be sent."""
         n = self.waiting
         size = len(reply)
         if size > MAX_REPLY:
@@ -142,7 +142,7 @@ class Batch:
         return self.flush() if self.waiting == SLOTS else 0
 
     def _say_source(self, n: int, control: bytes) -> None:
-        """Send from where the packet came to, by whichever interface the routes say."""
+        """Send from the local address of the question, through the interface that the routes choose."""
         slots = self._out
         at = n * _CONTROL
         if len(control) < self._control:
@@ -153,20 +153,20 @@ class Batch:
             interface = control[_CMSG + 16 : _CMSG + 20] if link_local else bytes(4)
             control = control[: _CMSG + 16] + interface + control[_CMSG + 20 :]
         else:
-            # in_pktinfo: the interface, the local address, the destination, which means nothing in what is sent
+            # in_pktinfo: interface, local address, destination; the last is ignored when sending
             control = control[:_CMSG] + bytes(4) + control[_CMSG + 4 : _CMSG + 8] + bytes(8)
         slots.controls[at : at + self._control] = control[: self._control]
         slots.longs[n * _LONGS + 5] = self._control
 
     def flush(self) -> int:
-        """Send what waits; return how many could not be sent."""
+        """Send the batch. Returns how many replies could not be sent."""
         failed = done = 0
         count, self.waiting = self.waiting, 0
         address = self._out.address
         while done < count:
             sent = _LIBRARY.sendmmsg(self._fd, address + done * _MSGHDR.size, count - done, socket.MSG_DONTWAIT)
             if sent <= 0:
-                # The error is the first packet's: it has a destination that cannot be, or there is no room for it.
+                # The error concerns the first packet: its destination is invalid, or the send buffer is full.
                 failed += 1
                 sent = 1
             done += sent

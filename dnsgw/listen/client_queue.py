@@ -1,8 +1,8 @@
-"""Packets that came faster than they are answered, by client: each client's turn comes once before anybody's comes again.
+"""Packets that come faster than they are answered, queued by client and served round-robin.
 
-One socket has one queue in the kernel, and whoever sends the most has most of it. Taking packets out is far cheaper than
-answering them, so that under a flood all are taken out, sorted by who sent them, and what one client has too much of is
-dropped before it crowds out the others. Sans-IO.
+A socket has one queue in the kernel, and the client that sends most fills most of it. Reading packets is far cheaper than
+answering them. So under a flood all are read and sorted by client, and a client's excess is dropped before it crowds out the
+others. Sans-IO.
 """
 
 from collections import deque
@@ -10,15 +10,15 @@ from typing import TypeAlias
 
 from dnsgw.client_limits import Client
 
-MAX_EACH = 2048  # packets of one client that wait: more than the kernel keeps for all, so that no burst is lost here
+MAX_EACH = 2048  # waiting packets of one client: more than the kernel queues for all, so no burst is lost here
 MAX_ALL = 8192
 
 Packet: TypeAlias = tuple[bytes, bytes, bytes]
-"""What came, the address it came from, and where its reply goes."""
+"""The packet, the client's address, and where the reply goes."""
 
 
 class ClientQueue:
-    """What waits."""
+    """Waiting packets."""
 
     __slots__ = ("_queues", "_size", "dropped")
 
@@ -27,12 +27,13 @@ class ClientQueue:
         self._queues: dict[Client, deque[Packet]] = {}
         self._size = 0
         self.dropped = 0
+        """Packets dropped so far."""
 
     def __len__(self) -> int:
         return self._size
 
     def put(self, client: Client, packet: Packet) -> None:
-        """Have this wait, or drop it if this client has too much here, or all have."""
+        """Add a packet, or drop it if its client has too many here, or all clients together have."""
         queue = self._queues.get(client)
         if self._size >= MAX_ALL or (queue is not None and len(queue) >= MAX_EACH):
             self.dropped += 1
@@ -43,7 +44,7 @@ class ClientQueue:
         self._size += 1
 
     def take(self) -> Packet:
-        """The next one. Raises StopIteration when there is none."""
+        """Remove and return the next packet. Raises StopIteration when there is none."""
         client = next(iter(self._queues))
         queue = self._queues.pop(client)
         packet = queue.popleft()

@@ -1,12 +1,12 @@
-"""Questions over TCP (RFC 7766): many on one connection, answered in the order in which the answers come.
+"""Questions over TCP (RFC 7766): many on one connection, answered in the order in which answers become available.
 
-A connection is read a little at a time, and the time that its questions take is spent from the engine's quantum: a client that asks
-faster than it is answered slows down nobody but itself.
+A connection is read in small pieces, and the time that its questions take counts against the engine's quantum: a client that asks
+faster than it is answered slows down only itself.
 
-This server is an asyncio.Protocol, not an engine.Listener with a SocketStream for each connection. Measured with uvloop, processor
-time per question: 28 % more for a question on a connection of its own, 21 % more for one after the other on one connection
-(medians of 5 rounds by turns; 140 µs and 42 µs here). Even a bare accept(2) with a reader callback on each socket costs 25 % more
-a connection than uvloop's own transports, which accept, watch and read in C. The relay needs the descriptor, for splice(2);
+This server is an asyncio.Protocol, not an engine.Listener with a SocketStream for each connection. Those would cost, in CPU time
+per question on uvloop, 28 % more if each question has its own connection and 21 % more if they share one, one after the other
+(medians of 5 alternating rounds; here it is 140 µs and 42 µs). Even a bare accept(2) with a reader callback per socket costs 25 %
+more per connection than uvloop's own transports, which accept, watch and read in C. The relay needs the descriptor, for splice(2);
 a resolver does not.
 """
 
@@ -22,12 +22,12 @@ from dnsgw.upstream.host_resolvers import Endpoint
 from sniproxy.engine.quantum import Quantum
 
 MAX_QUERY = 4096  # as over UDP
-MAX_PIPELINED = 128  # questions of one connection that wait for their answers; then it is not read
-READ_SIZE = 8192  # bytes read from one connection before what is there has been handled
-WRITE_SIZE = 16384  # bytes of answers that go out in one write
-MAX_UNREAD = 256 * 1024  # bytes of answers that a client does not read, besides what the kernel keeps for it
+MAX_PIPELINED = 128  # unanswered questions of one connection; with so many it is not read
+READ_SIZE = 8192  # bytes read from one connection before they are handled
+WRITE_SIZE = 16384  # bytes of answers per write
+MAX_UNREAD = 256 * 1024  # bytes of unread answers, in addition to the kernel's buffer, after which a client is cut off
 BACKLOG = 256
-_PORTION = 8  # questions between two looks at the clock
+_PORTION = 8  # questions between two reads of the clock
 _MESSAGES_A_SECOND = 10_000  # one message of the engine's quantum is 100 µs of work
 
 
@@ -44,11 +44,20 @@ class TcpListener:
         idle_timeout_s: float,
         reuse_port: bool = False,
     ) -> None:
-        """Bind and listen; connections are accepted from `start` on. Raises OSError."""
+        """Bind and listen; `start` accepts connections. Raises OSError.
+
+        Args:
+            endpoint: address and port; port 0: any.
+            resolver: answers the questions.
+            max_connections: of all clients; more are closed at once.
+            max_connections_per_client: likewise, of one client.
+            idle_timeout_s: a connection without a complete question for this long is closed.
+            reuse_port: other processes may bind the same address.
+        """
         address, port = endpoint
         self.resolver = resolver
         self.space = memoryview(bytearray(READ_SIZE))
-        """Where every connection reads into: what came is taken out at once."""
+        """Read buffer of all connections: its content is copied out at once."""
         self.idle_timeout_s = idle_timeout_s
         self._max_connections = max_connections
         self._max_connections_per_client = max_connections_per_client
@@ -74,7 +83,7 @@ class TcpListener:
         return len(self._connections)
 
     async def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to answer."""
+        """Accept connections."""
         self._server = await loop.create_server(lambda: _Connection(self, loop), sock=self._sock, backlog=BACKLOG)
 
     def close(self) -> None:
@@ -87,7 +96,7 @@ class TcpListener:
             connection.close()
 
     def admit(self, connection: "_Connection", host: Host) -> bool:
-        """Count a connection, or say that there are too many."""
+        """Count a new connection; False: there are too many."""
         client = client_of(host)
         mine = self._clients.get(client, 0)
         if len(self._connections) >= self._max_connections or mine >= self._max_connections_per_client:
@@ -97,7 +106,7 @@ class TcpListener:
         return True
 
     def forget(self, connection: "_Connection") -> None:
-        """Count a connection out."""
+        """Stop counting a connection."""
         client = self._connections.pop(connection, None)
         if client is not None:
             self._clients[client] -= 1
@@ -115,12 +124,12 @@ class _Connection(asyncio.BufferedProtocol):
         self._host = b""
         self._buffer = bytearray()
         self._waiting = 0
-        """Questions whose answers are not there yet."""
+        """Unanswered questions."""
         self._out = bytearray()
-        """Answers to what is being handled: they go out together."""
+        """Answers that go out in one write after the questions at hand."""
         self._handling = False
         self._in_turn = False
-        """What is in the buffer waits for its turn."""
+        """The buffer waits for its turn."""
         self._quantum = Quantum()
         self._reading = True
         self._writable = True
@@ -145,7 +154,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._listener.forget(self)
 
     def close(self) -> None:
-        """End the connection; what was answered still goes out, unless the client does not read."""
+        """Close the connection. Answers are still sent, unless the client does not read."""
         if self._transport is not None:
             if self._writable:
                 self._transport.close()
@@ -157,7 +166,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         if nbytes < READ_SIZE:
-            self._quantum.waited()  # this is all that there was
+            self._quantum.waited()  # nothing more was there to read
         self._buffer += self._listener.space[:nbytes]
         if self._in_turn or self._quantum.used_up:
             self._queue()
@@ -166,7 +175,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._handle()
 
     def eof_received(self) -> bool:
-        """The client asks no more. It may still wait for answers."""
+        """The client asks nothing more, but may wait for answers."""
         self._ended = True
         return self._waiting > 0 or self._is_whole()
 
@@ -178,7 +187,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._queue()
 
     def _queue(self) -> None:
-        """Wait for a turn if there is something to do in it."""
+        """Queue for a turn, if there is a question to handle."""
         if not self._in_turn and self._open_for_more() and self._is_whole():
             self._in_turn = True
             self._quantum.renew_then(self._on_turn)
@@ -188,7 +197,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._handle()
 
     def _handle(self) -> None:
-        """Handle questions until there are no more, too many wait, or the quantum is used up; then read on, or close."""
+        """Handle questions until there is none, too many are unanswered, or the quantum is used up; then read on, or close."""
         transport, buffer, quantum = self._transport, self._buffer, self._quantum
         begin = count = 0
         began = perf_counter()
@@ -227,14 +236,14 @@ class _Connection(asyncio.BufferedProtocol):
         self._close_if_done()
 
     def _is_whole(self) -> bool:
-        """Tell whether a question, or what is none, is there to be handled."""
+        """Whether the buffer has a complete message, or an invalid length, to handle."""
         if len(self._buffer) < 2:
             return False
         size = int.from_bytes(self._buffer[:2], "big")
         return not HEADER_SIZE <= size <= MAX_QUERY or len(self._buffer) >= 2 + size
 
     def _read_or_not(self) -> None:
-        """Read on when there is little left to handle."""
+        """Pause reading while the buffer is full, and resume it after."""
         wanted = len(self._buffer) < READ_SIZE
         transport = self._transport
         if wanted is not self._reading and transport is not None and not transport.is_closing() and not self._ended:
@@ -242,14 +251,14 @@ class _Connection(asyncio.BufferedProtocol):
             transport.resume_reading() if wanted else transport.pause_reading()
 
     def _close_if_done(self) -> None:
-        """Close once the client asks no more and has all its answers."""
+        """Close once the client has sent its last question and has all answers."""
         if self._ended and not self._waiting and not self._is_whole() and self._transport is not None:
             self._transport.close()
 
     def _open_for_more(self) -> bool:
         return self._writable and self._waiting < MAX_PIPELINED
 
-    def _send(self, reply: bytes, where: Any) -> None:  # noqa: ARG002 - where is for UDP
+    def _send(self, reply: bytes, where: Any) -> None:  # noqa: ARG002 - only UDP needs `where`
         self._waiting -= 1
         transport = self._transport
         if transport is None or transport.is_closing():
@@ -260,23 +269,23 @@ class _Connection(asyncio.BufferedProtocol):
         if not reply or not self._handling or len(self._out) >= WRITE_SIZE:
             self._flush()
         if not reply:
-            transport.close()  # what needs no reply has no place on a connection either
+            transport.close()  # over TCP, a packet that gets no reply ends the connection
         if not self._handling:
-            self._queue()  # not at once: many answers may come in one pass of the loop
+            self._queue()  # in a later turn: many answers may come in one pass of the loop
             self._close_if_done()
 
     def _flush(self) -> None:
-        """Send what was answered."""
+        """Write the answers."""
         transport = self._transport
         if transport is None or not self._out:
             return
         out, self._out = self._out, bytearray()
         transport.write(out)
         if not self._writable and transport.get_write_buffer_size() > MAX_UNREAD:
-            transport.abort()  # what it asked for before goes on coming, and may be 64 KiB each time
+            transport.abort()  # answers to earlier questions keep coming, each of up to 64 KiB
 
     def _check_idle(self) -> None:
-        """Close what has been quiet for too long: no whole question came, and none is being answered or nobody reads it."""
+        """Close an idle connection: no complete question came, and none is unanswered unless the client does not read."""
         if self._transport is None:
             return
         left_s = self._last + self._listener.idle_timeout_s - self._loop.time()

@@ -1,8 +1,8 @@
-"""Questions over UDP: one raw socket per listening address, drained whenever it is readable, in batches where that goes.
+"""Questions over UDP: one raw socket per listening address, drained whenever it is readable, in batches if possible.
 
-A socket on a wildcard address asks the kernel for the address that each packet came to (RFC 3542 section 6.2 and its IPv4
-likeness) and answers from that one: a host with several addresses would else answer from whichever its routes prefer, and
-clients drop that. A socket on one address is spared the cost.
+A socket on a wildcard address asks the kernel for the local address of each packet (RFC 3542 section 6.2, and IP_PKTINFO for
+IPv4) and replies from it. Otherwise a host with several addresses would reply from the one that its routes prefer, and clients
+drop such replies. A socket on one address does not pay for that.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.resolver import Resolver
 from dnsgw.upstream.host_resolvers import Endpoint
 
-MAX_DRAIN = 64  # packets before the loop sees to something else
-MAX_SORTED = 8  # batches that are taken out and sorted by client meanwhile
-_RECEIVE_BUFFER = 1 << 20  # asked for; the kernel gives what net.core.rmem_max allows
+MAX_DRAIN = 64  # packets per callback, so that the loop can do other work
+MAX_SORTED = 8  # batches that are read and sorted by client per callback
+_RECEIVE_BUFFER = 1 << 20  # requested; the kernel caps it at net.core.rmem_max
 
 _IP_PKTINFO = 8  # linux/in.h; the socket module has it from Python 3.12 on
 _PKTINFO4 = struct.Struct("=I4s4s")  # interface, local address, destination (ip(7))
@@ -28,7 +28,7 @@ _SPACE = socket.CMSG_SPACE(_PKTINFO6.size)
 
 
 class UdpListener:
-    """One UDP socket and the way its replies go."""
+    """One UDP socket."""
 
     def __init__(
         self,
@@ -42,8 +42,11 @@ class UdpListener:
         """Bind. Raises OSError.
 
         Args:
-            reuse_port: other processes may bind the same address, and the kernel shares the clients out among them.
-            batches: read and write many packets in one system call, where the kernel can; else one at a time.
+            endpoint: address and port; port 0: any.
+            resolver: answers the questions.
+            metrics: counts dropped questions and unsent replies.
+            reuse_port: other processes may bind the same address; the kernel distributes the clients among them.
+            batches: read and write many packets in one system call, if the kernel can.
         """
         address, port = endpoint
         self._resolver = resolver
@@ -70,14 +73,14 @@ class UdpListener:
         self._batch: Batch | None = None
         if batches and available(self._sock):
             self._batch = Batch(self._sock, v6=self._v6, wildcard=self._wildcard)
-        self._crowd = ClientQueue()
+        self._queue = ClientQueue()
         self._again: asyncio.Handle | None = None
         self._flush_at: asyncio.Handle | None = None
         self._reading = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to answer."""
+        """Answer questions."""
         self._loop = loop
         if self._batch is not None:
             loop.add_reader(self._sock, self._drain_batch, self._batch)
@@ -85,7 +88,7 @@ class UdpListener:
             loop.add_reader(self._sock, self._drain_wildcard if self._wildcard else self._drain)
 
     def close(self) -> None:
-        """Close the socket; replies that come later are dropped."""
+        """Close the socket; later replies are dropped."""
         if self._batch is not None and self._loop is not None:
             self._flush(self._batch)
         for handle in (self._flush_at, self._again):
@@ -97,7 +100,7 @@ class UdpListener:
         self._sock.close()
 
     def _drain_batch(self, batch: Batch) -> None:
-        if self._crowd:
+        if self._queue:
             self._sort(batch)
             return
         self._reading = True
@@ -111,32 +114,32 @@ class UdpListener:
             self._sort(batch)
 
     def _sort(self, batch: Batch) -> None:
-        """Take out what comes faster than it is answered, and see to it that each client has its turn."""
+        """Read packets that come faster than they are answered, and queue them by client."""
         for _ in range(MAX_SORTED):
             if batch.receive(self._put_aside) < SLOTS:
                 break
-        if self._crowd and self._again is None and self._loop is not None:
-            self._again = self._loop.call_soon(self._go_on, batch)
+        if self._queue and self._again is None and self._loop is not None:
+            self._again = self._loop.call_soon(self._handle_queued, batch)
 
-    def _go_on(self, batch: Batch) -> None:
-        """Handle some of what was put aside."""
+    def _handle_queued(self, batch: Batch) -> None:
+        """Handle some of the queued packets."""
         self._again = None
         self._reading = True
-        crowd = self._crowd
+        queue = self._queue
         try:
-            for _ in range(min(len(crowd), MAX_DRAIN)):
-                self._handle(*crowd.take())
+            for _ in range(min(len(queue), MAX_DRAIN)):
+                self._handle(*queue.take())
         finally:
             self._reading = False
             if batch.waiting:
                 self._flush(batch)
-        if crowd and self._loop is not None:
-            self._again = self._loop.call_soon(self._go_on, batch)
+        if queue and self._loop is not None:
+            self._again = self._loop.call_soon(self._handle_queued, batch)
 
     def _put_aside(self, data: bytes, host: bytes, where: bytes) -> None:
-        before = self._crowd.dropped
-        self._crowd.put(client_of(host), (data, host, where))
-        self._metrics.queries[Outcome.CROWDED] += self._crowd.dropped - before
+        before = self._queue.dropped
+        self._queue.put(client_of(host), (data, host, where))
+        self._metrics.queries[Outcome.CROWDED] += self._queue.dropped - before
 
     def _handle(self, data: bytes, host: bytes, where: bytes) -> None:
         self._resolver.handle(data, host, self._put, where, False)
@@ -148,7 +151,7 @@ class UdpListener:
         unsent = batch.put(reply, where)
         if unsent:
             self._metrics.queries[Outcome.UNSENT] += unsent
-        if not self._reading and self._flush_at is None:  # an answer that came later; others may come with it
+        if not self._reading and self._flush_at is None:  # a later answer; others may come in the same pass
             self._flush_at = self._loop.call_soon(self._flush, batch)
 
     def _flush(self, batch: Batch) -> None:
@@ -162,7 +165,7 @@ class UdpListener:
         for _ in range(MAX_DRAIN):
             try:
                 data, peer = receive(MAX_QUERY)
-            except OSError:  # nothing left, most of the time; an error of the socket is told once and then over
+            except OSError:  # usually there is no more; an error of the socket is reported once and then cleared
                 return
             handle(data, packed(peer[0]), send, peer, False)
 
@@ -192,7 +195,7 @@ class UdpListener:
 
 
 def _source(level: int, kind: int, data: bytes) -> tuple[int, int, bytes]:
-    """Turn where a packet came to into where its reply comes from, by whichever interface the routes say."""
+    """Turn the local address of a question into the source of its reply, through the interface that the routes choose."""
     if level == socket.IPPROTO_IP:
         _, local, _ = _PKTINFO4.unpack(data)
         return level, kind, _PKTINFO4.pack(0, local, b"")

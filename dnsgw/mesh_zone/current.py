@@ -1,4 +1,4 @@
-"""The table of each state of discovery; and of the relays known last, for a while, when none is alive.
+"""Makes the table of answers for each state of discovery, with the last known relays for a while when none is alive.
 
 Sans-IO: time comes as an argument, in seconds of any one clock.
 """
@@ -11,27 +11,29 @@ from dnsgw.mesh_zone.zone import Table
 
 
 class Tables:
-    """Makes the tables of one resolver, by the configuration that it was given last."""
+    """Makes the tables of one resolver from its current configuration."""
 
     def __init__(self, config: DnsConfig) -> None:
-        """Begin without a relay ever seen. Raises BadName for a bad domain."""
+        """Start with no known relay. Raises BadName for a bad domain."""
         self.reconfigure(config)
         self.holds_s = 0.0
-        """How long the last table holds before it is to be made anew; 0: until there is news."""
+        """How long the last table is valid, in seconds; 0: until discovery changes."""
 
         self._relayed: Mesh | None = None
-        """The last mesh in which a relay was alive, and since when that is not so."""
+        """The last mesh in which a relay was alive."""
+
         self._relayless_since: float | None = None
+        """Since when no relay is alive."""
 
     def reconfigure(self, config: DnsConfig) -> None:
-        """Go by this from now on. Raises BadName for a bad domain."""
+        """Use another configuration. Raises BadName for a bad domain."""
         self.config = config
         self._absent = LocallyServedZones(
             config.absent, (*config.forward, normalise_domain(config.domain)), config.search
         )
 
     def make(self, mesh: Mesh | None, now: float) -> Table:
-        """Make the table of a mesh; None: discovery was not heard from. Raises BadName for a bad domain."""
+        """Make the table for a mesh; None: there is no state of discovery yet. Raises BadName for a bad domain."""
         config = self.config
         return Table(
             mesh,
@@ -45,7 +47,7 @@ class Tables:
         )
 
     def _stale_relays(self, mesh: Mesh, now: float) -> Mesh | None:
-        """The mesh whose relays are answered if this one has none."""
+        """Return an earlier mesh whose relays are answered in place of this one's, which has none; else None."""
         self.holds_s = 0.0
         if mesh.relays(self.config.network):
             self._relayed, self._relayless_since = mesh, None

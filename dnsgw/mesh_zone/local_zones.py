@@ -1,9 +1,9 @@
-"""Names that nobody is asked for, since upstream can know nothing of them, and the zones among them that somebody does serve.
+"""Names that are never forwarded because upstream cannot know them, and exceptions: zones among them that upstream does serve.
 
-`.local` is for multicast DNS (RFC 6762 section 22.1); the reverse of loopback, link-local and documentation addresses has no
-names anywhere (RFC 6303 section 4). The configuration adds others: reverse zones of private addresses that no resolver of the
-network serves, and names by which a network says no to encrypted DNS past its resolver. Kubernetes' `cluster.local` and
-whatever clients search in or the configuration forwards somewhere is asked for all the same.
+`.local` is for multicast DNS (RFC 6762 section 22.1). Reverse zones of loopback, link-local and documentation addresses are
+empty everywhere (RFC 6303 section 4). The configuration adds others: reverse zones of private addresses that no resolver of the
+network serves, and names by which a network disables encrypted DNS that would bypass its resolver. Exceptions are Kubernetes'
+`cluster.local`, the clients' search domains, and zones that the configuration forwards.
 
 Sans-IO.
 """
@@ -17,7 +17,7 @@ from dnsgw.message.question import Query, wire_name
 LOCAL = "local"
 CLUSTER = "cluster.local"
 
-# RFC 6303 sections 4.2 to 4.6, but for private ranges (4.1 and 4.4): a cluster's own DNS knows names of those.
+# RFC 6303 sections 4.2 to 4.6. Not the private ranges (4.1 and 4.4): a cluster's own DNS has names for those.
 NOWHERE = tuple(
     ip_network(text)
     for text in (
@@ -35,22 +35,22 @@ NOWHERE = tuple(
     )
 )
 
-# Labels of the name of one address in reverse.
+# Number of labels in the reverse name of one address.
 _WHOLE = {wire_name("in-addr.arpa"): 6, wire_name("ip6.arpa"): 34}
 
 
 class Found(NamedTuple):
-    """A name that is not asked for."""
+    """A name that is not forwarded."""
 
     zone: int
-    """Where in it the zone begins that it is in."""
+    """Offset in the name at which its zone begins."""
 
     empty: bool
-    """There may be names below: it is there, and has no records (RFC 8020)."""
+    """There may be names below it, so it exists without records (NODATA, RFC 8020); else it does not exist (NXDOMAIN)."""
 
 
 class LocallyServedZones:
-    """What one configuration has nobody asked for."""
+    """The names that are not forwarded under one configuration."""
 
     def __init__(
         self,
@@ -58,9 +58,12 @@ class LocallyServedZones:
         served: Iterable[str] = (),
         searched: Iterable[str] = (),
     ) -> None:
-        """Add these names, and the reverse zones of these networks; but `served` and all below it are asked for.
+        """Combine the fixed names with those of the configuration.
 
-        So is what is `searched`, unless it is among `more`.
+        Args:
+            more: further names, and networks for their reverse zones.
+            served: names that are forwarded, with all below them.
+            searched: likewise, unless they are in `more`.
         """
         given = {wire_name(zone) for item in more for zone in _zones(item)}
         self._served = {wire_name(zone): False for item in (LOCAL, *NOWHERE) for zone in _zones(item)}
@@ -76,7 +79,7 @@ class LocallyServedZones:
         self._above = frozenset(above)
 
     def find(self, query: Query) -> Found | None:
-        """Tell whether nobody is to be asked for this name; None: somebody is."""
+        """Return what is known of a name that must not be forwarded; None: forward it."""
         name = query.name
         if not name.endswith(self._suffixes):
             return None
@@ -95,7 +98,7 @@ def _zones(item: str | IPv4Network | IPv6Network) -> Iterable[str]:
 
 
 def reverse_zones(network: IPv4Network | IPv6Network) -> Iterator[str]:
-    """The zones that hold the names of a network's addresses in reverse: one, or several where it ends inside a label."""
+    """Yield the reverse zones of a network: one, or several if its prefix ends inside a label."""
     bits = 8 if network.version == 4 else 4
     labels = -(-network.prefixlen // bits)
     for part in network.subnets(new_prefix=labels * bits):

@@ -1,8 +1,8 @@
-"""One stable address for each imported service, for protocols in which the relay cannot read a name.
+"""A stable virtual address for each imported service, for protocols in which the relay cannot read a name.
 
-Every resolver of a network draws the same addresses for a name, in the same order, and claims the first that is free by a
-record whose id is the address, created only if absent. So two names never share an address, and all resolvers agree, however
-many write at once: who loses a race finds the other's record and draws again.
+For a given name, every resolver of a network tries the same addresses in the same order. It claims the first free one with a
+record whose id is the address and which is created only if it does not exist. So two names never share an address, and all
+resolvers agree even if they write at once: the loser of a race finds the other's record and tries the next address.
 
 Sans-IO.
 """
@@ -15,11 +15,11 @@ from discovery.model.addresses import Address
 from discovery.model.imports import Imports
 from discovery.model.mesh import Kind, Mesh, Record, VipSpec
 
-MAX_DRAWS = 32  # from a range that is half full the chance that all are taken is one in four thousand million
+MAX_DRAWS = 32  # in a range that is half full, all are taken with a probability of 1 in 4 × 10⁹
 
 
 def draws(name: str, vips: IPv4Network | IPv6Network) -> Iterator[Address]:
-    """The addresses that a name may have, in order: never the first or last of the range."""
+    """Yield the addresses that a name may get, in order; never the first or last of the range."""
     first, last = int(vips[0]) + 1, int(vips[-1]) - 1
     for turn in range(MAX_DRAWS):
         number = int.from_bytes(blake2b(f"{turn} {name}".encode(), digest_size=16).digest(), "big")
@@ -27,12 +27,12 @@ def draws(name: str, vips: IPv4Network | IPv6Network) -> Iterator[Address]:
 
 
 def record_id(address: Address) -> str:
-    """The id of the record that claims an address."""
+    """Return the id of the record that claims an address."""
     return address.exploded.replace(":", "-").replace(".", "-")
 
 
 def address_of(name: str, mesh: Mesh, network: str, vips: IPv4Network | IPv6Network) -> Address | None:
-    """The address that a name has; None: it has none yet."""
+    """Return the address that a name has, or None if it has none yet."""
     for address in draws(name, vips):
         record = mesh.record(Kind.VIP, network, record_id(address))
         if record is None or not isinstance(record.spec, VipSpec):
@@ -43,7 +43,7 @@ def address_of(name: str, mesh: Mesh, network: str, vips: IPv4Network | IPv6Netw
 
 
 def claim(name: str, mesh: Mesh, network: str, vips: IPv4Network | IPv6Network) -> tuple[str, VipSpec] | None:
-    """The record to create, if absent, so that this name has an address; None: it has one, or none is to be had."""
+    """Return the id and content of the record to create for a name; None: it has an address, or no address is free."""
     for address in draws(name, vips):
         record = mesh.record(Kind.VIP, network, record_id(address))
         if record is None:
@@ -54,7 +54,7 @@ def claim(name: str, mesh: Mesh, network: str, vips: IPv4Network | IPv6Network) 
 
 
 def imported_names(mesh: Mesh, imports: Imports) -> Iterator[str]:
-    """The names of all services that are imported."""
+    """Yield the names of all imported services."""
     for network in sorted({source for rule in imports.rules for source in rule.sources}):
         for service in mesh.services(network):
             rule = imports.rule_for(service.spec.name)
@@ -63,5 +63,5 @@ def imported_names(mesh: Mesh, imports: Imports) -> Iterator[str]:
 
 
 def reverse(records: tuple[Record[VipSpec], ...]) -> dict[str, str]:
-    """The names of claimed addresses by their names in reverse, as PTR asks for them."""
+    """Map the reverse names of claimed addresses, as in PTR questions, to the names of their services."""
     return {ip_address(record.spec.address).reverse_pointer: record.spec.name for record in records}

@@ -1,8 +1,8 @@
-"""One question → our answer, or whose question it is.
+"""One question → our answer, or who else answers it.
 
-A Table holds what one state of discovery means for DNS. It is never changed in what it says: a change of discovery makes
-a new one, which takes the old one's place between two packets. Answers are made when first asked for and kept, within
-bounds, so that a name that is asked for again costs one look into a dict.
+A Table has the answers of one state of discovery, and they never change: a change of discovery makes a new table, which
+replaces the old one between two packets. Answers are made on first use and kept, within bounds, so that a repeated question
+costs one dict lookup.
 
 Sans-IO; nothing here raises for what a peer sent.
 """
@@ -43,9 +43,9 @@ from dnsgw.message.rdata import BadRdata, hinfo, soa, srv
 from dnsgw.message.reply import Answer, answer_prepared
 from dnsgw.two_generation_cache import TwoGenerationCache
 
-MAX_ADDRESSES = 8  # in one answer: even 8 of IPv6 fit in 512 bytes under any name (musl before 1.2.4 has no TCP)
+MAX_ADDRESSES = 8  # in one answer: even 8 IPv6 addresses fit in 512 bytes under any name (musl before 1.2.4 has no TCP)
 MAX_PREPARED = 32768  # answers kept for names that exist, per generation; some 300 bytes each
-MAX_PREPARED_ABSENT = 4096  # for names that do not exist: fewer, as anybody can think of more
+MAX_PREPARED_ABSENT = 4096  # for names that do not exist; fewer, since clients can make up any number of them
 
 _ANY_HINFO = "RFC8482"  # RFC 8482 section 4.2
 _RESOLVER_ARPA = wire_name("resolver.arpa")
@@ -55,20 +55,20 @@ _WITHHELD = extended_error(ExtendedError.FORGED_ANSWER, "withheld: it leads roun
 
 
 class Disposition(Enum):
-    """What becomes of a question that has no answer of ours yet."""
+    """What to do with a question that the table does not answer."""
 
     FORWARD = "forward"
-    """It is upstream's."""
+    """Ask upstream."""
 
     LOCAL_FIRST = "local_first"
-    """It is upstream's if upstream has the name, else `Table.imported` answers it."""
+    """Ask upstream first; if upstream does not have the name, `Table.imported` answers."""
 
     NOT_READY = "not_ready"
-    """It is ours, and nothing was heard from discovery yet."""
+    """The name is ours, but there is no state of discovery yet."""
 
 
 class Table:
-    """Answers from one state of discovery."""
+    """The answers of one state of discovery."""
 
     def __init__(
         self,
@@ -82,10 +82,17 @@ class Table:
         vips: IPv4Network | IPv6Network | None = None,
         absent: LocallyServedZones = LocallyServedZones(),  # noqa: B008 - it never changes
     ) -> None:
-        """Prepare what all answers share. `mesh` None: discovery was not heard from. Raises BadName for a bad domain.
+        """Prepare the parts that answers share. Raises BadName for a bad domain.
 
-        `stale` is an earlier mesh, whose relays are answered, since in this one there are none. From `vips` imported
-        services have addresses of their own. Nobody is asked for the names of `absent` that are not imported.
+        Args:
+            mesh: the state of discovery; None: there is none yet.
+            imports: plain names taken from other networks.
+            network: the clients' network.
+            domain: the mesh domain.
+            ttl_s: TTL of all answers.
+            stale: an earlier mesh whose relays are answered, since `mesh` has none.
+            vips: range of the virtual addresses of imported services.
+            absent: names that are not forwarded, unless they are imported.
         """
         self._mesh = mesh
         self._imports = imports
@@ -101,7 +108,7 @@ class Table:
         self._any = Answer(tails=(record(OWNER, Qtype.HINFO, ttl_s, hinfo(_ANY_HINFO)),), answers=1)
         self._refused = Answer(Rcode.REFUSED, authoritative=False)
         self.withheld = Answer(tails=(self._soa_record(0),), authorities=1, authoritative=False, options=_WITHHELD)
-        """NODATA for what of upstream's would lead round the relays."""
+        """NODATA in place of an answer from upstream that would bypass the relays."""
         addresses, self._port = _relays(stale or mesh, network)
         self._options = extended_error(ExtendedError.STALE_ANSWER, "no relay is alive") if stale else b""
         self._find_absent = absent.find
@@ -118,11 +125,11 @@ class Table:
         }
 
     def answer_at_once(self, data: bytes) -> bytes | None:
-        """Answer an ordinary question that was asked before; None: it must be looked at."""
+        """Answer an ordinary question whose answer is prepared; None: parse it and call `decide`."""
         return answer_prepared(data, self._present.young)
 
     def decide(self, query: Query) -> Answer | Disposition:
-        """Answer a question, or say whose it is."""
+        """Return the answer to a question, or what else to do with it."""
         key = query.key
         answer = self._present.get(key) or self._absent.get(key)
         if answer is not None:
@@ -133,7 +140,7 @@ class Table:
         return decision
 
     def imported(self, query: Query) -> Answer | Disposition:
-        """Answer for an imported name that upstream does not have; FORWARD: it is not imported any more."""
+        """Return the answer for an imported name that upstream does not have. FORWARD: it is no longer imported."""
         text = query.text()
         if text is None:
             return Disposition.FORWARD
@@ -147,14 +154,14 @@ class Table:
 
     def _decide(self, query: Query) -> Answer | Disposition:
         if query.qtype in (Qtype.AXFR, Qtype.IXFR):
-            return self._refused  # ours has no transfers, and a forwarder cannot pass on an answer of many messages
+            return self._refused  # our zone has no transfers, and a forwarder cannot relay a reply of many messages
         if query.name.endswith(self._suffixes):
             if (zone := _position(query, self._zone)) is not None:
                 return self._under_domain(query, zone)
             if (special := self._special(query)) is not None:
                 return special
         if query.qtype == Qtype.PTR and query.name in self._reverse:
-            return self._no_data(0)  # the name of a relay says nothing about the service behind it
+            return self._no_data(0)  # a relay's name would say nothing about the service behind it
         if self._vip_zones and query.name.endswith(self._vip_zones):
             for name in self._vip_zones:
                 if (zone := _position(query, name)) is not None:
@@ -173,7 +180,7 @@ class Table:
             if (position := _position(query, top)) is not None:
                 return self._no_name(position, "a name that never exists in DNS (RFC 6761, RFC 7686)")
         if _position(query, _RESOLVER_ARPA) is not None:
-            # RFC 9462 section 6.4. Were it forwarded, clients would learn upstream's encrypted resolvers and go round us.
+            # RFC 9462 section 6.4. If it were forwarded, clients would learn upstream's encrypted resolvers and bypass us.
             return self._no_data(0)
         return None
 
@@ -201,12 +208,12 @@ class Table:
                 return self._no_name(zone, str(error))
             network = text.removesuffix("." + self._domain).rpartition(".")[2].removeprefix("_")
             if network == self._network or network in mesh.networks:
-                return self._no_data(zone)  # valid names lie below (RFC 8020)
+                return self._no_data(zone)  # there are valid names below it (RFC 8020)
             return self._no_name(zone, f"{UnresolvedReason.UNKNOWN_NETWORK}: discovery knows no network {network!r}")
         try:
             resolve(target, mesh, self._imports, self._domain)
         except Unresolved as error:
-            # The own network is known even while no record names it.
+            # Our own network is known even if no record names it.
             if not (isinstance(target, AddressTarget) and target.network == self._network):
                 return self._no_name(zone, str(error))
         return self._existing(query, zone, target)
@@ -217,7 +224,7 @@ class Table:
         return self._any if query.qtype == Qtype.ANY else self._no_data(0)
 
     def _existing(self, query: Query, zone: int, target: AddressTarget | ServiceTarget | PlainName) -> Answer:
-        """Answer for a name that is there. Types that we do not have are NODATA: musl takes anything else for failure."""
+        """Answer for a name that exists. Types without records are NODATA: musl takes anything else as a failure."""
         if self._vips is not None and isinstance(target, PlainName) and query.qtype in (Qtype.A, Qtype.AAAA):
             vip = self._vip(query.qtype, target.name)
             if vip is not None:
@@ -232,10 +239,10 @@ class Table:
             case Qtype.ANY:
                 return self._any
             case _:
-                return self._no_data(zone)  # HTTPS and SVCB above all: a hint in them would lead round the relay
+                return self._no_data(zone)  # also HTTPS and SVCB: address hints in them would bypass the relay
 
     def _vip(self, qtype: int, name: str) -> Answer | None:
-        """The service's own address, of whose other half there is nothing; None: it has none yet, and the relays' will do."""
+        """Answer with the service's virtual address, NODATA for the other family; None: it has none yet, so use the relays'."""
         assert self._vips is not None
         assert self._mesh is not None
         address = address_of(name, self._mesh, self._network, self._vips)
@@ -249,7 +256,7 @@ class Table:
         return Answer(tails=(rdata,), answers=1, options=self._options)
 
     def _pointer(self, query: Query, zone: int) -> Answer:
-        """The name of the service that has the address asked for in reverse; the whole range is ours."""
+        """Answer a question about the reverse zone of the virtual addresses, which is all ours."""
         assert self._vips is not None
         if self._vip_names is None:
             records = self._mesh.vips(self._network) if self._mesh else ()
@@ -263,7 +270,7 @@ class Table:
         return Answer(tails=(record(OWNER, Qtype.PTR, self._ttl_s, wire_name(name)),), answers=1)
 
     def _srv(self, target: AddressTarget | ServiceTarget | PlainName) -> Answer | None:
-        """Point at the compact name and the relays' port; None where there is no one such port or name."""
+        """SRV to the compact name and the relays' port; None if the relays share no port, or there is no such name."""
         if self._port is None or self._mesh is None:
             return None
         try:
@@ -280,7 +287,7 @@ class Table:
         return Answer(tails=(record(OWNER, Qtype.SRV, self._ttl_s, rdata),), answers=1)
 
     def _address_answer(self, rtype: Qtype, addresses: list[IPv4Address] | list[IPv6Address]) -> Answer | None:
-        """Prepare every rotation of the addresses, beginning anywhere, as many dnsgw share the clients."""
+        """Prepare all rotations of the addresses. The first is random, since many resolvers may share the clients."""
         if not addresses:
             return None
         records = [record(OWNER, rtype, self._ttl_s, address.packed) for address in addresses]
@@ -302,7 +309,7 @@ class Table:
         )
 
     def _soa_record(self, zone: int) -> bytes:
-        """The SOA for negative caching (RFC 2308), owned by what begins at `zone` in the question's name."""
+        """SOA for negative caching (RFC 2308); its owner is the part of the question's name that begins at `zone`."""
         owner = (0xC000 | (HEADER_SIZE + zone)).to_bytes(2, "big")
         return record(owner, Qtype.SOA, self._ttl_s, self._soa)
 
@@ -312,7 +319,7 @@ NOT_READY = Answer(
     authoritative=False,
     options=extended_error(ExtendedError.NOT_READY, "discovery was not heard from since the start"),
 )
-"""The answer to a question of ours as long as there is no state of discovery to answer it from."""
+"""The answer to questions about our names as long as there is no state of discovery."""
 
 
 def _failure(why: str) -> Answer:
@@ -320,13 +327,13 @@ def _failure(why: str) -> Answer:
 
 
 def _position(query: Query, suffix: bytes) -> int | None:
-    """Where in the question's name this name begins, if it is that name or lies under it; label by label, not by text."""
+    """Return the offset of `suffix` in the question's name if it is that name or below it, compared label by label; else None."""
     position = len(query.name) - len(suffix)
     return position if query.name.endswith(suffix) and position in query.labels else None
 
 
 def _relays(mesh: Mesh | None, network: str) -> tuple[list[Address], int | None]:
-    """The addresses of this network's relays in a stable order, and the first port that all of them have."""
+    """Return the addresses of this network's relays in a stable order, and the first port that all of them have."""
     addresses: dict[Address, None] = {}
     ports: list[int] | None = None
     for relay in mesh.relays(network) if mesh else ():
@@ -334,6 +341,6 @@ def _relays(mesh: Mesh | None, network: str) -> tuple[list[Address], int | None]
             try:
                 addresses[ip_address(text)] = None
             except ValueError:
-                continue  # discovery checks its records; a static file's were checked when it was read
+                continue  # cannot be: discovery and the static mesh file check their records
         ports = relay.spec.ports if ports is None else [port for port in ports if port in relay.spec.ports]
     return list(addresses), ports[0] if ports else None

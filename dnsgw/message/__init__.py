@@ -1,1 +1,1 @@
-"""DNS messages as bytes: questions, replies of ours and of upstream, records, cookies. Sans-IO."""
+"""DNS messages as bytes: questions, our own and upstream's replies, records, cookies. Sans-IO."""

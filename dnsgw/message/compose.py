@@ -1,14 +1,14 @@
-"""Replies that are put together: of upstream's messages, and of those and our own. Sans-IO. The one error is Malformed."""
+"""Replies composed of upstream's messages and our own. Sans-IO. The only error is Malformed."""
 
 from dnsgw.message.question import AA, AD, HEADER, Query, opt_record
 from dnsgw.message.upstream_reply import Message, Section
 
 
 def joined(query: Query, chain: Message, count: int, end: Message) -> bytes:
-    """Write the reply to `query` whose first `count` aliases are of `chain` and whose rest answers the name they lead to.
+    """Compose a reply to `query` of the first `count` aliases of `chain`, and of `end`, the reply about the name they lead to.
 
-    The response code is that of the last name (RFC 6604 section 3). What we put together is neither authoritative nor
-    validated. Raises Malformed.
+    The response code is that of the last name (RFC 6604 section 3). A composed reply is neither authoritative nor validated.
+    Raises Malformed.
     """
     records = list(chain.aliases(count))
     answers = [end.standalone(place) for place in end.places if place.section == Section.ANSWER]
@@ -20,7 +20,7 @@ def joined(query: Query, chain: Message, count: int, end: Message) -> bytes:
 
 
 def retargeted(query: Query, name: bytes) -> Query:
-    """The same question about another name in wire form. Raises Malformed."""
+    """Return the same question about another name, given in wire form."""
     labels = []
     position = 0
     while length := name[position]:
@@ -39,8 +39,8 @@ def retargeted(query: Query, name: bytes) -> Query:
 
 
 def with_option(reply: bytes, extra: bytes) -> bytes:
-    """Add an encoded option to the OPT of a reply of ours, whose last record it is."""
-    # Found from the front: a reply of ours is short, and its OPT is where the records end.
+    """Add an encoded option to the OPT of a reply of ours; unchanged if OPT is not its last record. Raises Malformed."""
+    # The message is parsed from the start: our replies are short, and OPT is their last record.
     message = Message(reply)
     opt = message.opt
     if opt is None or opt.stop != len(reply):

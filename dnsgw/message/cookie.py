@@ -1,4 +1,4 @@
-"""DNS cookies (RFC 7873) as servers that share a secret make them alike (RFC 9018): proof that an asker is where it says.
+"""DNS cookies (RFC 7873), which prove a client's address. Servers with the same secret make the same ones (RFC 9018).
 
 Sans-IO: time comes as an argument, in seconds since 1970.
 """
@@ -14,19 +14,19 @@ _MASK = (1 << 64) - 1
 
 
 def is_well_formed(value: bytes) -> bool:
-    """Tell whether this can be a cookie: a client's half alone or both (RFC 7873 section 4)."""
+    """Whether this can be a cookie: a client cookie, alone or with a server cookie (RFC 7873 section 4)."""
     return len(value) == CLIENT_SIZE or CLIENT_SIZE + 8 <= len(value) <= MAX_SIZE
 
 
 def answer(value: bytes, host: bytes, secret: bytes, now: float) -> bytes:
-    """The cookie to send back: the client's half and a new one of ours (RFC 9018 section 4.2)."""
+    """Return the cookie to send back: the client's, and a new server cookie (RFC 9018 section 4.2)."""
     client = value[:CLIENT_SIZE]
     head = client + _VERSION + struct.pack("!I", int(now) & 0xFFFFFFFF)
     return head + siphash24(secret, head + host)
 
 
 def siphash24(key: bytes, data: bytes) -> bytes:
-    """SipHash-2-4 (Aumasson and Bernstein, 2012), which the standard library does not offer with a key of one's own."""
+    """SipHash-2-4 (Aumasson and Bernstein, 2012). The standard library does not offer it with a chosen key."""
     k0, k1 = struct.unpack("<QQ", key)
     v = [k0 ^ 0x736F6D6570736575, k1 ^ 0x646F72616E646F6D, k0 ^ 0x6C7967656E657261, k1 ^ 0x7465646279746573]
     padded = data + bytes(-(len(data) + 1) % 8) + bytes((len(data) & 0xFF,))

@@ -1,6 +1,6 @@
-"""Names inside messages, where a pointer may stand for the rest of a name (RFC 1035 section 4.1.4).
+"""Names in messages, where a compression pointer may replace the rest of a name (RFC 1035 section 4.1.4).
 
-Pointers are followed backwards only and names end at 255 bytes, so that no message makes this loop or grow. Sans-IO.
+Pointers are followed only backwards and names are limited to 255 bytes, so no message makes this loop or grow. Sans-IO.
 """
 
 from collections.abc import Iterator
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from dnsgw.message.question import HEADER_SIZE, MAX_LABEL, MAX_WIRE_NAME
 
 POINTER = 0xC0
-"""The two bits that begin a pointer."""
+"""The two high bits of a pointer."""
 
 
 class Malformed(ValueError):
-    """What came is not a well-formed message."""
+    """The message is not well-formed."""
 
 
 def enclosing(name: bytes) -> Iterator[bytes]:
-    """A name and all that it lies under, the root too; a question that is none, or ends in a pointer, is not looked into."""
+    """Yield a name in wire form and all its parents, up to the root. A name that is cut short just ends early."""
     position = 0
     while position < len(name) and (length := name[position]):
         yield name[position:]
@@ -25,7 +25,7 @@ def enclosing(name: bytes) -> Iterator[bytes]:
 
 
 def name_at(data: bytes, position: int, stop: int | None = None) -> bytes:
-    """The name that begins here, without compression; if `stop` is given, it must end there at the latest.
+    """Return the name that begins at `position`, decompressed. If `stop` is given, it must not extend beyond that.
 
     Raises Malformed.
     """
@@ -52,7 +52,7 @@ def name_at(data: bytes, position: int, stop: int | None = None) -> bytes:
 
 
 def skip_name(data: bytes, position: int) -> int:
-    """Where the name that begins here ends. Raises Malformed or IndexError."""
+    """Return the position behind the name that begins at `position`. Raises Malformed or IndexError."""
     begin = position
     while length := data[position]:
         if length >= POINTER:

@@ -1,12 +1,12 @@
-"""Questions as bytes: a strict scanner, and the pieces that messages are made of.
+"""Questions as bytes: a strict parser, and the building blocks of messages.
 
-A question is read with struct and one walk over its labels. No object per record is made for a packet, and nothing here
-recurses, follows a pointer or grows with the counts that a header claims.
+A question is read with struct and one walk over its labels. No object is made for each record, and nothing here recurses,
+follows a pointer, or does work in proportion to the counts that a header claims.
 
-Names are compared as lower-cased wire bytes, never as dotted text, in which a dot inside a label would look like two
-labels (RFC 2181 section 11). Lower-casing whole wire names is safe: lengths are at most 63, below any letter.
+Names are compared as lower-case wire bytes, never as dotted text, in which a dot inside a label would look like two labels
+(RFC 2181 section 11). Lower-casing whole wire names is safe: length bytes are at most 63, below all letters.
 
-Sans-IO. The one error is BadQuery.
+Sans-IO. The only error is BadQuery.
 """
 
 import secrets
@@ -19,14 +19,14 @@ MAX_UDP_REPLY = 1232  # fits the smallest IPv6 MTU; unbound's default, and below
 MAX_TCP_REPLY = 65535
 MAX_WIRE_NAME = 255  # RFC 1035 section 2.3.4
 MAX_LABEL = 63
-MAX_EXTRA_TEXT = 120  # of an extended error: with it every reply of ours still fits in 512 bytes
+MAX_EXTRA_TEXT = 120  # bytes of text in an extended error: with it, our replies still fit in 512 bytes
 
 HEADER = struct.Struct("!HHHHHH")  # RFC 1035 section 4.1.1
 HEADER_SIZE = 12
 QR, AA, TC, RD, RA, AD, CD = 0x8000, 0x0400, 0x0200, 0x0100, 0x0080, 0x0020, 0x0010
 OPCODE = 0x7800
 CLASS_IN = 1
-OWNER = b"\xc0\x0c"  # a pointer to the name of the question, as the owner of a record (RFC 1035 section 4.1.4)
+OWNER = b"\xc0\x0c"  # a pointer to the question's name, used as a record's owner (RFC 1035 section 4.1.4)
 
 _FIXED = struct.Struct("!HHIH")  # type, class, TTL, RDLENGTH
 OPT_FIXED = struct.Struct(
@@ -36,7 +36,7 @@ _OPTION = struct.Struct("!HH")
 _PAIR = struct.Struct("!HH")
 DO = 0x8000  # RFC 3225
 
-# Options that speak of one hop and not of the question: cookie (RFC 7873), keepalive (RFC 7828), padding (RFC 7830).
+# Options that concern one hop, not the question: cookie (RFC 7873), keepalive (RFC 7828), padding (RFC 7830).
 _HOP_BY_HOP = frozenset({10, 11, 12})
 CLIENT_SUBNET = 8  # RFC 7871
 
@@ -54,7 +54,7 @@ class Rcode(IntEnum):
 
 
 class Qtype(IntEnum):
-    """The types of records and questions that are told apart here."""
+    """Record and question types that this package distinguishes."""
 
     A = 1
     NS = 2
@@ -99,7 +99,7 @@ class ExtendedError(IntEnum):
 
 
 class Fault(StrEnum):
-    """Why a packet is not a question that can be looked at."""
+    """Why a packet is not a question that can be answered."""
 
     SHORT = "short"
     RESPONSE = "response"
@@ -110,10 +110,10 @@ class Fault(StrEnum):
 
 
 class BadQuery(ValueError):
-    """A packet that is no ordinary question. `reply` is what to send back: nothing at all when it is empty."""
+    """A packet that is not an ordinary question. `reply` is the error to send back; empty: send nothing."""
 
     def __init__(self, fault: Fault, reply: bytes = b"") -> None:
-        """Say why, and what the sender is told."""
+        """Hold the reason, and the reply for the sender."""
         super().__init__(fault.value)
         self.fault = fault
         self.reply = reply
@@ -124,18 +124,19 @@ class Edns:
     """The OPT record of a question (RFC 6891)."""
 
     size: int
-    """UDP payload that the asker says it can take, in bytes."""
+    """UDP payload size that the client advertises, in bytes."""
 
     version: int
     do: bool
-    """The asker wants DNSSEC records (RFC 3225)."""
+    """The client wants DNSSEC records (RFC 3225)."""
 
     options: tuple[tuple[int, bytes], ...]
 
     start: int
-    """Where the record begins and ends in the message."""
+    """Where the record begins in the message."""
 
     stop: int
+    """Where it ends."""
 
     @property
     def limit(self) -> int:
@@ -150,22 +151,23 @@ class Query:
     id: int
     flags: int
     question: bytes
-    """The question section as it came: name, type, class."""
+    """The question section as received: name, type, class."""
 
     name: bytes
-    """The name in wire form, lower-cased."""
+    """The name in wire form, in lower case."""
 
     labels: tuple[int, ...]
-    """Where each label begins in `name`; without the root."""
+    """Where each label begins in `name`, without the root."""
 
     qtype: int
     edns: Edns | None
     verbatim: bytes = b""
-    """The message as upstream gets it, without its id, if it has more than a question and OPT: a signature (TSIG), a SOA."""
+    """If the message has more than a question and OPT, such as a signature (TSIG) or a SOA: the message for upstream without
+    its id; else empty."""
 
     @property
     def key(self) -> bytes:
-        """What the answer is looked up by: the lower-cased name, the type and the class."""
+        """The key of prepared answers: the lower-case name, the type and the class."""
         return self.name + self.question[-4:]
 
     @property
@@ -174,7 +176,7 @@ class Query:
         return self.edns.limit if self.edns else MIN_UDP_REPLY
 
     def text(self) -> str | None:
-        """The name as dotted lower-case text; None if that would not mean the same name."""
+        """The name as dotted lower-case text; None if a label contains a dot, so that the text would be another name."""
         labels = [self.name[start + 1 : start + 1 + self.name[start]] for start in self.labels]
         if any(b"." in label for label in labels):
             return None
@@ -182,18 +184,18 @@ class Query:
 
 
 def scan(data: bytes) -> Query:
-    """Read a query. Raises BadQuery, which holds the reply for a packet that is none, and nothing else."""
+    """Parse a query. Raises BadQuery, and nothing else, for any other packet."""
     if len(data) < HEADER_SIZE:
         raise BadQuery(Fault.SHORT)
     ident, flags, questions, answers, authorities, extras = HEADER.unpack_from(data)
     if flags & QR:
-        raise BadQuery(Fault.RESPONSE)  # answering answers makes two servers talk for ever (CVE-2024-2169)
+        raise BadQuery(Fault.RESPONSE)  # answering responses makes two servers loop for ever (CVE-2024-2169)
     stop = HEADER_SIZE
     labels: tuple[int, ...] = ()
     edns = None
     well_formed = asked = spoke_edns = False
-    # RFC 9619: exactly one question. Neither do queries have answers; what follows those is not read. An authority has the
-    # question for what of a zone has changed only: the SOA that the asker knows (RFC 1995 section 3).
+    # RFC 9619: exactly one question. Queries have no answers either, and what follows answers is not parsed. Only an IXFR
+    # question has an authority record: the SOA that the client knows (RFC 1995 section 3).
     if questions <= 1 and not answers and (not authorities or _is_transfer(data, questions, authorities)):
         if questions:
             labels, stop = _walk(data)
@@ -229,14 +231,14 @@ def _is_transfer(data: bytes, questions: int, authorities: int) -> bool:
 
 
 def _walk(data: bytes) -> tuple[tuple[int, ...], int]:
-    """Find the labels of the question's name, relative to it, and where the question ends: at once if it is bad."""
+    """Return the offsets of the labels in the question's name, and where the question ends; if it is bad: (), HEADER_SIZE."""
     position = HEADER_SIZE
     labels = []
     try:
         while length := data[position]:
             labels.append(position - HEADER_SIZE)
             position += length + 1
-            # A pointer has nothing to point at here; the label types 01 and 10 are extinct (RFC 6891 section 5).
+            # Nothing precedes this name for a pointer to point at; label types 01 and 10 are obsolete (RFC 6891 section 5).
             if length > MAX_LABEL or position - HEADER_SIZE >= MAX_WIRE_NAME:
                 return (), HEADER_SIZE
     except IndexError:
@@ -246,9 +248,9 @@ def _walk(data: bytes) -> tuple[tuple[int, ...], int]:
 
 
 def _additional(data: bytes, position: int, count: int) -> tuple[Edns | None, bool, bool]:
-    """Read the additional section: (its OPT, whether it had one at all, whether all of it is well-formed).
+    """Parse the additional section. Returns its OPT, whether there was an OPT at all, and whether all of it is well-formed.
 
-    Every record takes at least 11 bytes, so the length of the message bounds the work, not `count`.
+    A record takes at least 11 bytes, so the work is bounded by the length of the message, not by `count`.
     """
     edns = None
     seen = False
@@ -261,7 +263,7 @@ def _additional(data: bytes, position: int, count: int) -> tuple[Edns | None, bo
             if rtype != Qtype.OPT:
                 continue
             repeated, seen = seen, True
-            # RFC 6891 section 6.1.1: at most one, owned by the root.
+            # RFC 6891 section 6.1.1: at most one, and its owner is the root.
             if repeated or data[start]:
                 return edns, seen, False
             edns = _parse_opt(data, start, position)
@@ -281,7 +283,7 @@ def _skip_name(data: bytes, position: int) -> int:
 
 
 def _parse_opt(data: bytes, start: int, stop: int) -> Edns:
-    """Read an OPT record. Raises IndexError or struct.error when its options do not fill it exactly."""
+    """Parse an OPT record. Raises IndexError or struct.error if its options do not fill it exactly."""
     _, _, size, _, version, flags, _ = OPT_FIXED.unpack_from(data, start)
     whole = data[:stop]
     options = []
@@ -296,7 +298,7 @@ def _parse_opt(data: bytes, start: int, stop: int) -> Edns:
 
 
 def opt_record(*, do: bool, rcode: int = Rcode.NOERROR, options: bytes = b"", size: int = MAX_UDP_REPLY) -> bytes:
-    """Make an OPT record with these encoded options."""
+    """Encode an OPT record; `options` are already encoded."""
     return OPT_FIXED.pack(0, Qtype.OPT, size, rcode >> 4, 0, DO if do else 0, len(options)) + options
 
 
@@ -306,7 +308,7 @@ def option(code: int, value: bytes) -> bytes:
 
 
 def extended_error(code: ExtendedError, text: str = "") -> bytes:
-    """Encode an extended error (RFC 8914 section 2); the text is cut to 120 bytes."""
+    """Encode an extended error (RFC 8914 section 2); its text is truncated to 120 bytes."""
     extra = text.encode()[:MAX_EXTRA_TEXT].decode(errors="ignore").encode()
     return option(15, code.to_bytes(2, "big") + extra)
 
@@ -317,7 +319,7 @@ def record(owner: bytes, rtype: int, ttl_s: int, rdata: bytes) -> bytes:
 
 
 def wire_name(text: str) -> bytes:
-    """Encode a dotted name in lower case, the root as "". Raises ValueError when it cannot be a name."""
+    """Encode a dotted name in lower case; the root is "". Raises ValueError for what cannot be a name."""
     labels = [label.encode("ascii") for label in text.lower().removesuffix(".").split(".")] if text.strip(".") else []
     if not all(0 < len(label) <= MAX_LABEL for label in labels):
         raise ValueError(f"{text!r} has an empty label or one above {MAX_LABEL} bytes")
@@ -328,7 +330,7 @@ def wire_name(text: str) -> bytes:
 
 
 def _error_reply(received: bytes, flags: int, rcode: Rcode, *, edns: bool, do: bool) -> bytes:
-    """Refuse with what could be read of the query: its header, and its question if `received` goes on that far."""
+    """Make an error reply. `received` is the readable part of the query: its header, and its question if it has one."""
     header = HEADER.pack(
         0, QR | RA | (flags & (OPCODE | RD | CD)) | (rcode & 0xF), len(received) > HEADER_SIZE, 0, 0, edns
     )
@@ -336,7 +338,7 @@ def _error_reply(received: bytes, flags: int, rcode: Rcode, *, edns: bool, do: b
 
 
 def _without_hop_options(data: bytes, edns: Edns | None) -> bytes:
-    """The message without its id and the options that concern this hop only; a UDP size above 1232 becomes 1232."""
+    """Return the message without its id and without hop-by-hop options, with a UDP size of at most 1232 bytes."""
     if edns is None:
         return data[2:]
     kept = [(code, value) for code, value in edns.options if code not in _HOP_BY_HOP]
@@ -347,7 +349,7 @@ def _without_hop_options(data: bytes, edns: Edns | None) -> bytes:
 
 
 def retyped(query: Query, qtype: int) -> Query:
-    """The same question about another type."""
+    """Return the same question with another type."""
     question = query.question[:-4] + qtype.to_bytes(2, "big") + query.question[-2:]
     return Query(
         id=query.id,
@@ -361,7 +363,7 @@ def retyped(query: Query, qtype: int) -> Query:
 
 
 def probe_question() -> Query:
-    """A question that nobody else asks: two random labels, as CoreDNS's loop plugin has it."""
+    """Return a question that nobody else asks: its name has two random labels, as in CoreDNS's loop plugin."""
     name = wire_name(f"{secrets.token_hex(8)}.{secrets.token_hex(8)}")
     question = name + _PAIR.pack(Qtype.HINFO, CLASS_IN)
     return Query(id=0, flags=RD, question=question, name=name, labels=(0, 17), qtype=Qtype.HINFO, edns=None)

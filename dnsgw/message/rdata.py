@@ -1,8 +1,8 @@
-"""Data of the rarer records, made with dnslib when a table of answers is made, never for a packet.
+"""RDATA of less common records, made with dnslib when an answer is prepared, not for each packet.
 
-dnslib is untyped and raises UnicodeError, ValueError, struct.error, DNSError and DNSLabelError, which is no DNSError: all
-of that stays here. What leaves is RDATA whose names are written out, so that it can stand anywhere in a message.
-Sans-IO. The one error is BadRdata.
+dnslib is untyped and raises UnicodeError, ValueError, struct.error, DNSError and DNSLabelError, which is not a DNSError. All
+that stays in this module. The results are RDATA without compressed names, valid anywhere in a message.
+Sans-IO. The only error is BadRdata.
 """
 
 import struct
@@ -11,23 +11,23 @@ from typing import Any
 from dnslib import SOA, SRV, DNSBuffer, DNSError
 from dnslib.label import DNSLabelError
 
-# RFC 6303 section 3: what a locally served zone says of itself, except for its names and its last number.
+# RFC 6303 section 3: the SOA of a locally served zone, except for its names and MINIMUM.
 _RESPONSIBLE = "nobody.invalid"
 _REFRESH_S, _RETRY_S, _EXPIRE_S = 3600, 1200, 604800
 
 
 class BadRdata(ValueError):
-    """A record cannot be made of this."""
+    """No record can be made of these values."""
 
 
 def soa(domain: str, serial: int, negative_ttl_s: int) -> bytes:
-    """Make the SOA of a zone that has neither transfers nor name servers of its own; MINIMUM is `negative_ttl_s`."""
+    """Make the SOA of a zone without transfers and without name servers of its own; MINIMUM is `negative_ttl_s`."""
     times = (serial & 0xFFFFFFFF, _REFRESH_S, _RETRY_S, _EXPIRE_S, negative_ttl_s)
     return _packed(SOA, domain, _RESPONSIBLE, times)
 
 
 def srv(target: str, port: int) -> bytes:
-    """Make an SRV record without priority or weight (RFC 2782)."""
+    """Make an SRV record with priority and weight 0 (RFC 2782)."""
     return _packed(SRV, 0, 0, port, target)
 
 

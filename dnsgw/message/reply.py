@@ -1,7 +1,7 @@
-"""Replies: prepared once and finished per question, or taken from upstream and made the asker's own.
+"""Our own replies: prepared once, completed for each question.
 
-A reply is its id and question, byte for byte as they came (so the asker's spelling, DNS 0x20, survives), between parts
-made in advance. Sans-IO; nothing here raises for what a peer sent.
+A reply has the id and the question exactly as received, so the client's spelling is kept (DNS 0x20), and parts that are made in
+advance around them. Sans-IO; nothing here raises for what a peer sent.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,9 +29,9 @@ from dnsgw.message.question import (
 
 
 class Answer:
-    """A reply made in advance, all but the id, the question and the asker's RD, CD and EDNS.
+    """A prepared reply. Only the id, the question, and the client's RD, CD and EDNS are missing.
 
-    `tails` are the records behind the question in several orders that take turns; their owners point at the question.
+    `tails` are the records behind the question in several orders, used in rotation; their owners point at the question.
     """
 
     __slots__ = ("_heads", "_next_tail", "_opts", "longest", "rcode")
@@ -46,7 +46,7 @@ class Answer:
         authoritative: bool = True,
         options: bytes = b"",
     ) -> None:
-        """Prepare the eight headers that differ in RD, CD and the presence of OPT, and both OPT records."""
+        """Prepare eight headers, for all combinations of RD, CD and OPT, and two OPT records, without and with DO."""
         self.rcode = rcode
         base = QR | RA | (AA if authoritative else 0) | (rcode & 0xF)
         self._heads = tuple(
@@ -61,16 +61,16 @@ class Answer:
         )
         self._next_tail = cycle(tails).__next__
         self.longest = HEADER_SIZE + max(map(len, tails)) + len(self._opts[0])
-        """The size of the longest reply, without its question."""
+        """Size of the longest reply in bytes, without its question."""
 
     def assemble(self, ident: bytes, shape: int, question: bytes, do: bool) -> bytes:
-        """Put the reply together; `shape` is 1 for RD, 2 for CD and 4 for EDNS, added."""
+        """Complete the reply. `shape` is the sum of 1 for RD, 2 for CD and 4 for EDNS."""
         if shape & 4:
             return ident + self._heads[shape] + question + self._next_tail() + self._opts[do]
         return ident + self._heads[shape] + question + self._next_tail()
 
     def reply(self, query: Query, limit: int) -> bytes:
-        """Answer this query in at most `limit` bytes, or with TC, the question and OPT only."""
+        """Answer a query in at most `limit` bytes, else with TC, the question and OPT only."""
         edns = query.edns
         shape = (1 if query.flags & RD else 0) | (2 if query.flags & CD else 0) | (4 if edns else 0)
         do = edns is not None and edns.do
@@ -78,7 +78,7 @@ class Answer:
         return whole if len(whole) <= limit else truncate(whole, query)
 
 
-# What a header says after its id, for plain questions: RD, CD and AD may be set, there may be one additional record.
+# The headers, without id, of ordinary questions: RD, CD and AD may be set, and there may be one additional record.
 _SHAPES = {
     HEADER.pack(0, (RD if shape & 1 else 0) | (CD if shape & 2 else 0) | ad, 1, 0, 0, shape >> 2)[2:]: shape
     for shape in range(8)
@@ -87,15 +87,14 @@ _SHAPES = {
 
 
 def answer_prepared(data: bytes, prepared: Mapping[bytes, Answer]) -> bytes | None:
-    """Answer a question at once if it is an ordinary one whose answer is prepared; None: look closer.
+    """Answer an ordinary question whose answer is prepared; None: parse it with `scan`.
 
-    The label walk is left out. It is not needed: the first zero byte ends the name if the name is good, and a name that
-    is not good is none of the names in `prepared`. Anything but a bare OPT without options is left to `scan`, and so is
-    an answer that could be too long for somebody.
+    The labels are not walked. If the name is well-formed, the first zero byte ends it, and one that is not well-formed is not
+    in `prepared`. Anything but an OPT without options is left to `scan`, and so are answers that might exceed a client's limit.
     """
     end = data.find(0, HEADER_SIZE) + 1
     stop = end + 4
-    # The type must not be lower-cased with the name: HTTPS is 65, the letter A.
+    # Only the name is lower-cased, not the type: HTTPS is 65, the letter A.
     answer = prepared.get(data[HEADER_SIZE:end].lower() + data[end:stop])
     if answer is None:
         return None
@@ -119,7 +118,7 @@ def answer_prepared(data: bytes, prepared: Mapping[bytes, Answer]) -> bytes | No
 
 
 def truncate(reply: bytes, query: Query) -> bytes:
-    """Cut a reply down to its header with TC, the question and OPT (RFC 6891 section 7)."""
+    """Reduce a reply to its header with TC, the question and OPT (RFC 6891 section 7)."""
     ident, flags, _, _, _, _ = HEADER.unpack_from(reply)
     header = HEADER.pack(ident, flags | TC, 1, 0, 0, query.edns is not None)
     opt = opt_record(do=query.edns.do) if query.edns else b""
@@ -136,17 +135,17 @@ class Presence(Enum):
 
 
 def presence(reply: bytes) -> Presence:
-    """Tell what an upstream's reply, already checked by `verify.judge`, says about the name asked for."""
+    """Return what an upstream's reply, already checked by `verify.judge`, says about the name that was asked for."""
     _, flags, _, count, _, _ = HEADER.unpack_from(reply)
     rcode = flags & 0xF
     if count or (flags & TC and rcode == Rcode.NOERROR):
-        return Presence.DATA  # a CNAME to nowhere too (RFC 6604): the name is there
+        return Presence.DATA  # also a CNAME whose target does not exist (RFC 6604): the name exists
     if rcode == Rcode.NXDOMAIN:
         return Presence.NXDOMAIN
     return Presence.NODATA if rcode == Rcode.NOERROR else Presence.FAILED
 
 
 def join_orders(records: Iterable[bytes], most: int) -> list[bytes]:
-    """Lay the records out in every rotation, `most` of them at a time."""
+    """Return all rotations of the records, each limited to `most` of them."""
     rows = tuple(records)
     return [b"".join((rows * 2)[turn : turn + min(most, len(rows))]) for turn in range(len(rows))]

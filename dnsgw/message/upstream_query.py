@@ -1,9 +1,9 @@
-"""Questions as an upstream gets them: made anew, with nothing of the client's that does not change the answer.
+"""Questions for upstream: composed anew, with nothing of the client's that does not change the answer.
 
-What an upstream is asked is the name, the type, RD, CD and DO, and the client's subnet where that is passed on. Whatever
-else a client sent (EDNS size, Z bits, cookies, unknown options) stays here, so that questions that have the same answer
-are one question (RFC 5452 section 5). AD is always set: the upstream then says whether it validated the answer
-(RFC 6840 section 5.7), and `Message.as_reply` tells only clients that want to know.
+They have the name, the type, RD, CD and DO, and the client's subnet if that is forwarded. All else that a client sent (EDNS
+size, Z bits, cookies, unknown options) is dropped, so questions with the same answer are one question (RFC 5452 section 5).
+AD is always set, so upstream says whether it validated the answer (RFC 6840 section 5.7); `Message.as_reply` passes that on only
+to clients that want it.
 
 Sans-IO: randomness comes as an argument.
 """
@@ -28,12 +28,12 @@ _HEADS = {
     for flags in (0, RD, CD, RD | CD)
     for edns in (False, True)
 }
-# 0x20 for each letter in lower case. Lengths of labels are below any letter.
+# 0x20 for each lower-case letter. Length bytes of labels are below all letters.
 _CASE_BITS = bytes(0x20 if 0x61 <= code <= 0x7A else 0 for code in range(256))
 
 
 def subnet_of(query: Query) -> bytes:
-    """The client's subnet as an encoded option, if it sent a well-formed one (RFC 7871 section 6); else nothing."""
+    """Return the client's subnet as an encoded option if it sent a well-formed one (RFC 7871 section 6), else b""."""
     if query.edns is None:
         return b""
     found = [value for code, value in query.edns.options if code == CLIENT_SUBNET]
@@ -47,7 +47,7 @@ def subnet_of(query: Query) -> bytes:
 
 
 def question_key(query: Query, *, subnet: bytes = b"") -> bytes:
-    """What questions with one answer have in common."""
+    """Return a key that is the same for questions with the same answer."""
     if query.verbatim:
         return b"v" + query.verbatim
     do = query.edns is not None and query.edns.do
@@ -55,9 +55,14 @@ def question_key(query: Query, *, subnet: bytes = b"") -> bytes:
 
 
 def encode(query: Query, question: bytes, *, edns: bool = True, options: bytes = b"", pad: bool = False) -> bytes:
-    """The message without its id; `question` is the one of `query` in the spelling to ask in.
+    """Encode the message for upstream, without its id. One that came with more than OPT stays as it was.
 
-    `pad`: pad it, for encrypted ways only (RFC 7830). A question that came with more than OPT stays as it was.
+    Args:
+        query: the client's question.
+        question: its question section in the spelling to ask in.
+        edns: add OPT.
+        options: encoded options for OPT.
+        pad: pad it (RFC 7830), for encrypted transports only.
     """
     if query.verbatim:
         return query.verbatim
@@ -72,13 +77,13 @@ def encode(query: Query, question: bytes, *, edns: bool = True, options: bytes =
 
 
 def respelled(name: bytes, draw: bytes) -> bytes:
-    """A name in lower case with its letters in random case (DNS 0x20); `draw`: as many random bytes."""
+    """Return a lower-case name in random case (DNS 0x20). `draw`: as many random bytes as the name has."""
     letters = int.from_bytes(name.translate(_CASE_BITS), "big")
     return (int.from_bytes(name, "big") ^ letters & int.from_bytes(draw, "big")).to_bytes(len(name), "big")
 
 
 def restored(answer: bytes, spelled: bytes, name: bytes) -> bytes:
-    """The answer without our random spelling: in its question, and where a server wrote the name out again."""
+    """Replace our random spelling with `name`, in the question and wherever the server repeated the name in full."""
     stop = HEADER_SIZE + len(name)
     rest = answer[stop:]
     return answer[:HEADER_SIZE] + name + (rest.replace(spelled, name) if spelled in rest else rest)

@@ -1,12 +1,12 @@
-"""Upstream's replies as messages: where their records are, which of them lead to another name, and how to write them anew.
+"""Parses upstream's replies: where their records are, which names they lead to, and how to write them out again.
 
-One walk over the records finds all that is needed; names are followed through compression only where a name must be known.
+One walk over the records finds everything. Names are decompressed only where they are needed.
 
-What does not belong to the question is left out, as if it had not been sent (RFC 2181 section 5.4.1, RFC 5452 section 6):
-answers to another name than the one asked for or those that its aliases lead to, or of another type; in the authority section
-whatever is no zone that one of these names is in, and no proof that something is not there; the additional section but for OPT.
+Records that do not belong to the question are dropped, as if they had not been sent (RFC 2181 section 5.4.1, RFC 5452 section 6):
+answers whose owner is neither the name asked for nor a target of its aliases, or whose type is another; in the authority section,
+all but records of zones that contain one of these names, and proofs of non-existence; in the additional section, all but OPT.
 
-Sans-IO. The one error is Malformed.
+Sans-IO. The only error is Malformed.
 """
 
 import struct
@@ -29,8 +29,8 @@ from dnsgw.message.question import (
     record,
 )
 
-MAX_CHAIN = 16  # aliases from one name to another that are followed; unbound takes 11, BIND 16
-MAX_OWNERS = 64  # names that records of one message may have, besides the one asked for: a chain, a zone, some proofs
+MAX_CHAIN = 16  # aliases that are followed; unbound follows 11, BIND 16
+MAX_OWNERS = 64  # owner names in one message besides the name asked for: a chain, a zone, some proofs
 
 _FIXED = struct.Struct("!HHIH")  # type, class, TTL, RDLENGTH
 _TTL = struct.Struct("!I")
@@ -42,10 +42,10 @@ _CNAME, _OPT, _SVCB, _HTTPS = int(Qtype.CNAME), int(Qtype.OPT), int(Qtype.SVCB),
 
 _ZONES = frozenset({Qtype.NS, Qtype.SOA, Qtype.DS})  # of a zone that the name is in, or of its parent
 _PROOFS = frozenset({Qtype.RRSIG, Qtype.NSEC, Qtype.NSEC3})  # whoever looks at them checks what they are about
-_WITH_ALL = frozenset({Qtype.CNAME, Qtype.DNAME, Qtype.RRSIG})  # what may come with an answer of any type
+_WITH_ALL = frozenset({Qtype.CNAME, Qtype.DNAME, Qtype.RRSIG})  # may accompany answers of any type
 _DNAME_COVERED = Qtype.DNAME.to_bytes(2, "big")
 
-# Types whose data is a name that may be compressed, or ends in one behind so many bytes (RFC 3597 section 4).
+# Types whose data is a name that may be compressed, or ends in one after this many bytes (RFC 3597 section 4).
 _ONE_NAME = frozenset(
     {
         *(Qtype.NS, Qtype.MD, Qtype.MF, Qtype.CNAME, Qtype.MB, Qtype.MG, Qtype.MR, Qtype.PTR),
@@ -55,15 +55,15 @@ _ONE_NAME = frozenset(
 _NAME_BEHIND: dict[int, int] = {Qtype.MX: 2, Qtype.AFSDB: 2, Qtype.RT: 2, Qtype.SRV: 6, Qtype.KX: 2}
 _TTL_SIGN = 0x80000000
 
-# What the walk found, as bits of one number: a named tuple of flags costs 5 % of the walk.
+# Results of the walk, as bits of one number: a named tuple of flags would cost 5 % of the walk.
 _ODD = 1  # a record may not belong to the question
 _ALIASED = 2
 _BOUND = 4  # there is a service binding
-_UNEVEN = 8  # one answer lives shorter than another
+_UNEVEN = 8  # answers have different TTLs
 
 
 class Section:
-    """Where in a message a record stands. Plain numbers: an enumeration costs more than the rest of the walk."""
+    """Sections of a message. Plain numbers: an enumeration would cost more than the rest of the walk."""
 
     ANSWER: Final = 0
     AUTHORITY: Final = 1
@@ -82,13 +82,14 @@ class Place(NamedTuple):
 
     ttl_s: int
     start: int
-    """Where its data begins and ends."""
+    """Where its data begins."""
 
     stop: int
+    """Where its data ends."""
 
 
 class Message:
-    """A reply, read once. Raises Malformed."""
+    """A parsed reply. Raises Malformed."""
 
     __slots__ = (
         "_names",
@@ -107,10 +108,10 @@ class Message:
     )
 
     def __init__(self, data: bytes) -> None:
-        """Find every record. A reply cut short (TC) must still hold the records that it counts."""
+        """Find all records. A truncated reply (TC) must still contain the records that it counts."""
         found = self._walk(data)
         self.targets = self._targets() if found & _ALIASED else ()
-        """The names that aliases lead to from the name asked for, in order, lower-cased."""
+        """The targets of the alias chain from the name asked for, in order, in lower case."""
         if found & _ODD:
             kept = self._belonging()
             if len(kept) != len(self.places) or self._repeats_question():
@@ -118,10 +119,10 @@ class Message:
         if found & _UNEVEN:
             self._even_out()
         self.bindings = self._bindings() if found & _BOUND else ()
-        """The names that service bindings lead to with addresses or ways of their own (RFC 9460 ServiceMode), lower-cased."""
+        """Targets of ServiceMode bindings (RFC 9460), which may carry addresses and transports of their own, in lower case."""
 
     def _walk(self, data: bytes) -> int:  # noqa: C901 - a hot path, measured
-        """Find every record of these bytes. One function: a call for each record would cost more than the walk."""
+        """Find all records. One function, since a call for each record would cost more than the walk."""
         self.data = data
         self._names: dict[int, bytes] = {}
         found = 0
@@ -145,7 +146,7 @@ class Message:
             for count in (self.answers, self.authorities, extras):
                 for _ in range(count):
                     owner = position
-                    # Most owners are a pointer to the name asked for.
+                    # Usually the owner is a pointer to the name asked for.
                     if data[position] == POINTER and data[position + 1] == HEADER_SIZE:
                         fixed = position + 2
                     else:
@@ -155,7 +156,7 @@ class Message:
                     start = fixed + 10
                     position = start + length
                     if position > size:
-                        raise Malformed("a record goes on behind the end")
+                        raise Malformed("a record extends beyond the end")
                     if section == 2:  # Section.ADDITIONAL
                         if rtype == _OPT and self.opt is None:
                             self.opt = Place(section, owner, rtype, rclass, fixed, ttl_s, start, position)
@@ -181,7 +182,7 @@ class Message:
         return found
 
     def _even_out(self) -> None:
-        """Give the answers of one set the shortest of their lives (RFC 2181 section 5.2)."""
+        """Set the TTLs of each record set to the lowest of them (RFC 2181 section 5.2)."""
         least: dict[tuple[bytes, int, bytes], int] = {}
         sets = []
         for place in self.places[: self.answers]:
@@ -190,7 +191,7 @@ class Message:
             least[sets[-1]] = min(place.ttl_s, least.get(sets[-1], place.ttl_s))
         longer = [index for index, records in enumerate(sets) if self.places[index].ttl_s > least[records]]
         if not longer:
-            return  # sets of their own, such as an alias and what it leads to
+            return  # different sets, such as an alias and its target
         data = bytearray(self.data)
         for index in longer:
             place = self.places[index] = self.places[index]._replace(ttl_s=least[sets[index]])
@@ -198,7 +199,7 @@ class Message:
         self.data = bytes(data)
 
     def _owner(self, place: Place) -> bytes:
-        """Whose record it is, lower-cased. Raises Malformed, for so many names too that nobody has any use for them."""
+        """Return a record's owner in lower case. Raises Malformed, also for more than MAX_OWNERS names."""
         position = place.owner
         if self.data[position] >= POINTER:
             position = (self.data[position] & 0x3F) << 8 | self.data[position + 1]
@@ -210,7 +211,7 @@ class Message:
         return name
 
     def _belonging(self) -> list[Place]:
-        """The records that belong to the question. Raises Malformed when there are answers and none of them does."""
+        """Return the records that belong to the question. Raises Malformed if there are answers but none of them does."""
         names = {self.question[:-4].lower(), *self.targets}
         zones: set[bytes] = set()
         if len(self.places) > self.answers or any(place.rtype == Qtype.DNAME for place in self.places):
@@ -227,15 +228,15 @@ class Message:
             elif self._owner(place) in names:
                 if rtype == self.qtype or rtype in _WITH_ALL or self.qtype == Qtype.ANY:
                     kept.append(place)
-            # The alias of a zone that the name is in, beside which stands the CNAME that is made of it (RFC 6672).
+            # A DNAME of a zone that contains the name; the CNAME made of it comes with it (RFC 6672).
             elif self._owner(place) in zones and (rtype == Qtype.DNAME or self._covers_dname(place)):
                 kept.append(place)
         if self.answers and (not kept or kept[0].section != Section.ANSWER):
-            raise Malformed("no answer is one to the question")
+            raise Malformed("no answer belongs to the question")
         return kept
 
     def _repeats_question(self) -> bool:
-        """Tell whether an owner is the name asked for, written out: in a spelling that is not the one of every asker."""
+        """Whether an owner repeats the name asked for in full; its spelling would not be that of every client."""
         name = self.question[:-4].lower()
         return len(name) > 1 and any(
             self.data[place.owner] < POINTER and self._owner(place) == name for place in self.places
@@ -245,7 +246,7 @@ class Message:
         return place.rtype == Qtype.RRSIG and self.data[place.start : place.start + 2] == _DNAME_COVERED
 
     def _with_only(self, kept: list[Place]) -> bytes:
-        """The message without its other records, those of the name asked for by a pointer to it. Raises Malformed."""
+        """Write the message with these records only; the name asked for becomes a pointer to it. Raises Malformed."""
         parts = [self.question]
         left = MAX_TCP_REPLY - HEADER_SIZE - len(self.question)
         name = self.question[:-4].lower()
@@ -254,7 +255,7 @@ class Message:
             parts.append(OWNER + whole[len(name) :] if whole.lower().startswith(name) else whole)
             left -= len(parts[-1])
             if left < 0:
-                raise Malformed("it is too long without compression")
+                raise Malformed("too long without compression")
         answers = sum(place.section == Section.ANSWER for place in kept)
         if self.opt is not None:
             parts.append(self.data[self.opt.owner : self.opt.stop])
@@ -263,13 +264,13 @@ class Message:
 
     @property
     def rcode(self) -> int:
-        """The whole response code, with its upper bits from OPT."""
+        """The full response code, with its upper bits from OPT."""
         upper = self.opt.ttl_s >> 24 if self.opt else 0
         return upper << 4 | int(self.flags & 0xF)
 
     @property
     def extended_errors(self) -> bytes:
-        """The extended errors of its OPT, as options that can go into another one. Raises Malformed."""
+        """The extended errors in its OPT, as encoded options for another OPT. Raises Malformed."""
         if self.opt is None or self.opt.start == self.opt.stop:
             return b""
         kept = []
@@ -293,7 +294,7 @@ class Message:
         name = self.question[:-4].lower()
         while name in aliases:
             if len(found) >= MAX_CHAIN:
-                raise Malformed("a chain of too many aliases")
+                raise Malformed("the chain has too many aliases")
             place = aliases.pop(name)
             name = name_at(self.data, place.start, place.stop).lower()
             found.append(name)
@@ -304,16 +305,16 @@ class Message:
         for place in self.places:
             if place.section == Section.ANSWER and place.rtype in (Qtype.SVCB, Qtype.HTTPS):
                 target = name_at(self.data, place.start + 2, place.stop)
-                # Priority 0 is an alias: its parameters are ignored, and who follows it asks for the name.
+                # Priority 0 is AliasMode: its parameters are ignored, and clients that follow it ask for the target.
                 if target != b"\0" and any(self.data[place.start : place.start + 2]):
                     found[target.lower()] = None
         return tuple(found)
 
     def as_reply(self, query: Query, options: bytes = b"") -> bytes:
-        """Write it as the reply to this question: the client's id and spelling, and an OPT that is ours if it has one.
+        """Write it as the reply to this question: with the client's id and spelling, and our own OPT if the client sent one.
 
-        What OPT says is for one hop (RFC 6891 section 6.1.1); only extended errors are handed on. AD is for those who
-        ask for it (RFC 6840 section 5.8). Raises Malformed.
+        OPT concerns one hop (RFC 6891 section 6.1.1), so only extended errors are passed on, followed by `options`. AD is only for
+        clients that ask for it (RFC 6840 section 5.8). Raises Malformed.
         """
         flags = self.flags
         wants_ad = query.flags & AD or (query.edns is not None and query.edns.do)
@@ -329,14 +330,14 @@ class Message:
         return whole
 
     def has_data(self, qtype: int) -> bool:
-        """Tell whether the answer section has a record of this type, or any but aliases for ANY."""
+        """Whether the answer section has a record of this type; for ANY: any record except CNAME."""
         return any(
             place.section == Section.ANSWER and (place.rtype == qtype or (qtype == Qtype.ANY and place.rtype != _CNAME))
             for place in self.places
         )
 
     def aliases(self, count: int) -> Iterator[bytes]:
-        """The first `count` aliases of the chain as records that can stand anywhere. Raises Malformed."""
+        """Yield the first `count` aliases of the chain as uncompressed records. Raises Malformed."""
         wanted = {self.question[:-4].lower(), *self.targets[: count - 1]}
         chain = [self.question[:-4].lower(), *self.targets]
         found = {}
@@ -350,7 +351,7 @@ class Message:
                 yield found[name]
 
     def standalone(self, place: Place) -> bytes:
-        """One record without compression. Raises Malformed."""
+        """Return one record without compression. Raises Malformed."""
         data = self.data
         owner = name_at(data, place.owner)
         match place.rtype:

@@ -1,1 +1,1 @@
-"""The names that are not ours: the cache, and the servers that are asked."""
+"""Names that are not ours: the cache, and the upstream servers."""

@@ -1,12 +1,12 @@
-"""Where an upstream is and how it is spoken to, as the configuration says it.
+"""Address and protocol of an upstream, as written in the configuration.
 
-    10.0.0.10   10.0.0.10:5353   [fd00::1]:53     UDP, and TCP for what is asked over TCP
+    10.0.0.10   10.0.0.10:5353   [fd00::1]:53     UDP, and TCP for questions that came over TCP
     tcp://10.0.0.10                               TCP always (RFC 7766)
     tls://10.0.0.10#dns.example                   DNS over TLS (RFC 7858); the name is checked in the certificate
     https://10.0.0.10/dns-query#dns.example       DNS over HTTPS (RFC 8484)
 
-An upstream is always an address: its name could only be looked up by asking it. Without a name the certificate must be for
-the address. Sans-IO. The one error is BadDestination.
+An upstream is always an address, because its name could only be resolved by asking it. Without a name, the certificate must be
+valid for the address. Sans-IO. The only error is BadUpstreamAddress.
 """
 
 import re
@@ -18,11 +18,11 @@ from discovery.model.addresses import Address, format_endpoint
 
 
 class BadUpstreamAddress(ValueError):
-    """Text that names no upstream."""
+    """The text is not an upstream's address."""
 
 
 class UpstreamProtocol(StrEnum):
-    """How an upstream is spoken to."""
+    """The protocol used with an upstream."""
 
     UDP = "udp"
     TCP = "tcp"
@@ -52,10 +52,10 @@ class UpstreamAddress:
     port: int
     way: UpstreamProtocol = UpstreamProtocol.UDP
     name: str = ""
-    """What its certificate must be for, if not its address."""
+    """Name that its certificate must be valid for; empty: its address."""
 
     path: str = ""
-    """Of DNS over HTTPS."""
+    """URL path of DNS over HTTPS."""
 
     def __str__(self) -> str:
         if self.way is UpstreamProtocol.UDP:
@@ -73,7 +73,7 @@ class UpstreamAddress:
 
 
 def parse_destination(text: str) -> UpstreamAddress:
-    """Read an upstream. Raises BadDestination."""
+    """Parse an upstream's address. Raises BadUpstreamAddress."""
     found = _FORM.fullmatch(text)
     if found is None:
         raise BadUpstreamAddress(EXPECTED)

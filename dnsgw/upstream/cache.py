@@ -1,10 +1,9 @@
-"""What upstream said, for as long as it said that it holds.
+"""A cache of upstream's answers, for as long as their TTLs say.
 
-An entry is the wire form of the answer and authority sections with the places of their TTLs, which are counted down once a
-second at most, however often it is asked for. What is kept is bounded by bytes. New entries are let in by a small queue and
-get into the main one only when they are asked for again, so that a flood of names that nobody asks for twice pushes out
-nothing but itself (the S3-FIFO scheme: Yang et al., SOSP 2023). Entries stay after their end, for as long as the
-configuration says, as answers for when upstream gives none (RFC 8767).
+An entry is the wire form of the answer and authority sections, with the positions of their TTLs. These are counted down at most
+once a second, however often the entry is used. The cache is bounded in bytes. New entries go into a small queue, and into the main
+queue only if they are used again, so a flood of names that are asked for once evicts only itself (S3-FIFO: Yang et al., SOSP 2023).
+Expired entries are kept for a configured time, for when upstream does not answer (RFC 8767).
 
 Sans-IO: time comes as an argument, in seconds of any one clock.
 """
@@ -35,18 +34,18 @@ from dnsgw.message.question import (
 )
 from dnsgw.message.upstream_reply import Message, Section
 
-MAX_TTL_S = 3600  # as CoreDNS; what changes without notice is seen within the hour
-MAX_NEGATIVE_TTL_S = 900  # RFC 2308 section 5 suggests 1 to 3 hours; a name that was just made should not wait so long
+MAX_TTL_S = 3600  # as CoreDNS; unannounced changes are seen within the hour
+MAX_NEGATIVE_TTL_S = 900  # RFC 2308 section 5 suggests 1 to 3 hours, but a new name should not have to wait that long
 STALE_TTL_S = 30  # RFC 8767 section 4
-RETRY_STALE_S = 30.0  # RFC 8767 section 5: upstream is not asked again at once for what it did not answer
-MIN_PREFETCH_S = 10  # of life, below which that is not worth it
+RETRY_STALE_S = 30.0  # RFC 8767 section 5: after a stale answer, upstream is not asked again at once
+MIN_PREFETCH_S = 10  # entries with a shorter TTL are not prefetched
 MIN_PREFETCH_USES = 2
 
-_SMALL_SHARE = 0.1  # of the bytes, for entries that were not asked for again yet
+_SMALL_SHARE = 0.1  # of the bytes, for entries that have not been used again
 _MAX_COUNTED_USES = 3
-_OVERHEAD = 800  # bytes of an entry besides its body: measured with tracemalloc on 64-bit CPython 3.11
-_OF_TARGET = 400  # bytes of a name that an alias leads to, and of finding the entry by it
-_MAX_TYPES = 64  # query types told apart when a name is flushed; those beyond are found by looking at every entry
+_OVERHEAD = 800  # bytes of an entry in addition to its body, measured with tracemalloc on 64-bit CPython 3.11
+_OF_TARGET = 400  # bytes of an alias target, and of the index from it to the entry
+_MAX_TYPES = 64  # query types tracked for flushing a name; with more types, a flush searches all entries
 _ANY_TYPE = b"\0\0"
 
 _DO_BIT = 2  # of the last byte of a key; 1 is CD
@@ -57,22 +56,26 @@ _UNKEPT = frozenset({Qtype.ANY, Qtype.AXFR, Qtype.IXFR})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """How much is kept, and for how long."""
+    """Size of the cache, and lifetimes."""
 
     max_bytes: int = 32 << 20
-    """Some 33,000 answers; 0: nothing is kept."""
+    """Some 33,000 answers; 0: nothing is cached."""
 
     max_ttl_s: int = MAX_TTL_S
+    """Upper limit of TTLs."""
+
     max_negative_ttl_s: int = MAX_NEGATIVE_TTL_S
+    """Likewise, of negative answers."""
+
     stale_for_s: float = 86400.0
-    """How long after its end an answer may be given when upstream gives none (RFC 8767 suggests 1 to 3 days); 0: never."""
+    """How long after its expiry an answer may be used if upstream does not answer (RFC 8767 suggests 1 to 3 days); 0: never."""
 
     prefetch_share: float = 0.1
     """An entry in use is asked for again once this share of its lifetime is left, as unbound does."""
 
 
 class Entry:
-    """One answer of upstream's."""
+    """One answer from upstream."""
 
     __slots__ = (
         "_opt",
@@ -95,7 +98,7 @@ class Entry:
     )
 
     def __init__(self, key: bytes, message: Message, ttl_s: int, now: float, config: CacheConfig) -> None:
-        """Keep what this message says for `ttl_s` seconds; no record gets a TTL above `config.max_ttl_s`."""
+        """Store a message for `ttl_s` seconds; no record gets a TTL above `config.max_ttl_s`."""
         max_ttl_s = config.max_ttl_s
         self.key = key
         self.rcode = message.flags & 0xF
@@ -105,14 +108,14 @@ class Entry:
         self.stored = now
         self.expires = now + ttl_s
         self.fresh_until = self.expires
-        """From here on it is answered with more care: it ends soon, or has ended."""
+        """From this time on, `answer_cached` leaves it to the full path: it is due for a prefetch, or has expired."""
         if ttl_s >= MIN_PREFETCH_S:
             self.fresh_until -= ttl_s * config.prefetch_share
         self.retry_at = 0.0
-        """Until here upstream need not be asked again, as it just gave no answer."""
+        """Until this time upstream is not asked again, since it did not answer."""
         self.uses = 0
         self.hot: list[bytes] = []
-        """Where it stands in `Cache.hot`."""
+        """Its keys in `Cache.hot`."""
         self._ttls = [
             (place.fixed + 4 - message.body, min(place.ttl_s, ttl_s if place.rtype == Qtype.SOA else max_ttl_s))
             for place in message.places
@@ -124,17 +127,17 @@ class Entry:
             for ad in (0, 1)
             for edns in (0, 1)
         )
-        """What a reply begins with behind its id: without and with EDNS, and both once more for those who want AD."""
+        """Headers of replies without the id: without and with EDNS, and again both for clients that want AD."""
         self._opt = _OPTS[bits >= _DO_BIT]
         self.tails = (b"", b"")
-        """What comes behind the question, without and with EDNS, until `tails_until`."""
+        """The part of a reply behind the question, without and with EDNS, valid until `tails_until`."""
 
         self.tails_until = 0.0
         self.size = _OVERHEAD + len(key) + 3 * len(self.body) + 80 * len(self._ttls)
         self.size += _OF_TARGET * (len(self.targets) + len(self.bindings))
 
     def reply(self, query: Query, now: float) -> bytes:
-        """The reply to its question, with what is left of each TTL."""
+        """Return the reply to a question, with the remaining TTLs."""
         if now >= self.tails_until:
             self.count_down(now)
         return self._begin(query) + self.tails[query.edns is not None]
@@ -145,14 +148,14 @@ class Entry:
         return query.id.to_bytes(2, "big") + self.heads[(edns is not None) + (2 if wants_ad else 0)] + query.question
 
     def count_down(self, now: float) -> None:
-        """Write what comes behind the question anew; it holds for the rest of a second of the entry's life."""
+        """Rewrite `tails` with the remaining TTLs, valid until the entry is a whole second older."""
         age = int(now - self.stored)
         body = self._with_ttls(lambda ttl_s: max(ttl_s - age, 0))
         self.tails = (body, body + self._opt)
         self.tails_until = self.stored + age + 1
 
     def stale_reply(self, query: Query, options: bytes) -> bytes:
-        """The reply to its question after its end (RFC 8767 section 4)."""
+        """Return the reply to a question after the entry's expiry (RFC 8767 section 4)."""
         opt = opt_record(do=query.edns.do, options=options) if query.edns is not None else b""
         return self._begin(query) + self._with_ttls(lambda _: STALE_TTL_S) + opt
 
@@ -163,7 +166,7 @@ class Entry:
         return bytes(body)
 
 
-# What a header says after its id, for questions that a cache can answer: (bits of the key, whether there is an OPT, AD).
+# The headers, without id, of questions that the cache can answer: (bits of the key, whether there is an OPT, AD).
 _SHAPES = {
     HEADER.pack(0, RD | bits, 1, 0, 0, edns)[2:]: (bits >> 4 & 1, edns, bool(bits & AD))
     for bits in (0, AD, CD, AD | CD)
@@ -172,10 +175,10 @@ _SHAPES = {
 
 
 def key_of(query: Query, qtype: int | None = None) -> bytes | None:
-    """What the answer to a question, or to the same about another type, is kept under; None: it is not to be kept.
+    """Return the cache key of a question, or of the same question with another type; None: the answer must not be cached.
 
-    CD and DO change the answer and are part of it. A question without RD asks for what the server itself has, and one
-    with more than OPT is passed on as it is.
+    CD and DO change the answer, so they are part of the key. Not cached: a question without RD, which asks for the server's own
+    data, and one with more than OPT, which is forwarded unchanged.
     """
     if not query.flags & RD or query.qtype in _UNKEPT or query.verbatim:
         return None
@@ -185,9 +188,9 @@ def key_of(query: Query, qtype: int | None = None) -> bytes | None:
 
 
 def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most: int = MAX_UDP_REPLY) -> bytes | None:
-    """Answer an ordinary question at once, in `most` bytes, from one of these entries; None: look closer.
+    """Answer an ordinary question from one of these entries, in at most `most` bytes; None: parse it with `scan`.
 
-    As `reply.answer_prepared`: a name that is not well-formed is none of those in `entries`.
+    As in `reply.answer_prepared`, a name that is not well-formed is not in `entries`.
     """
     shape = _SHAPES.get(data[2:HEADER_SIZE])
     if shape is None:
@@ -219,7 +222,7 @@ def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most:
 
 
 class Cache:
-    """Entries by what was asked, within a number of bytes."""
+    """Entries by question, bounded in bytes."""
 
     def __init__(self, config: CacheConfig) -> None:
         """Start with an empty cache."""
@@ -227,22 +230,23 @@ class Cache:
         self._small: OrderedDict[bytes, Entry] = OrderedDict()
         self._main: OrderedDict[bytes, Entry] = OrderedDict()
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
-        """Keys that were let go without a second use, and get into the main queue if they come back."""
+        """Keys evicted without a second use, which go into the main queue if they come back."""
         self._small_size = 0
         self._leading: dict[bytes, set[bytes]] = {}
-        """Keys of the entries whose aliases lead to a name."""
+        """Keys of the entries whose aliases lead to a name, by that name."""
         self._types: set[bytes] = set()
         self.hot: dict[bytes, Entry] = {}
-        """Entries that answer at once what is asked, until `cool`: somebody made sure that the names are upstream's."""
+        """Entries for `answer_cached`, until `cool`: the resolver has checked that these names are upstream's."""
         self.size = 0
-        """Bytes that the entries take, by estimate."""
+        """Estimated bytes of all entries."""
         self.evicted = 0
+        """Entries removed so far for lack of room."""
 
     def __len__(self) -> int:
         return len(self._small) + len(self._main)
 
     def get(self, key: bytes) -> Entry | None:
-        """The entry for this, or for the name not being there at all; it may be past its end."""
+        """Return the entry for a key, or the one that says that the name does not exist; it may have expired."""
         entry = self._main.get(key) or self._small.get(key)
         if entry is None:
             absent = key[:-5] + _ANY_TYPE + key[-3:]
@@ -250,12 +254,12 @@ class Cache:
         return entry
 
     def put(self, query: Query, key: bytes, message: Message, now: float) -> Entry | None:
-        """Keep what upstream said; None: it is not to be kept. Raises Malformed."""
+        """Store an answer. Returns its entry, or None if it must not be cached. Raises Malformed."""
         ttl_s = self._lifetime_s(message, int.from_bytes(key[-5:-3], "big"))
         if not ttl_s or not self._config.max_bytes:
             return None
         if message.flags & 0xF == Rcode.NXDOMAIN and not message.targets:
-            key = query.name + _ANY_TYPE + key[-3:]  # RFC 2308 section 5: it holds for all types
+            key = query.name + _ANY_TYPE + key[-3:]  # RFC 2308 section 5: valid for all types
         entry = Entry(key, message, ttl_s, now, self._config)
         if entry.size > self._config.max_bytes * _SMALL_SHARE:
             return None
@@ -277,18 +281,18 @@ class Cache:
         return entry
 
     def heat(self, key: bytes, entry: Entry) -> None:
-        """Let this entry answer at once what has this key."""
+        """Let `answer_cached` use this entry for this key."""
         if len(entry.hot) < _MAX_TYPES:
             self.hot[key] = entry
             if key not in entry.hot:
                 entry.hot.append(key)
 
     def cool(self) -> None:
-        """Let no entry answer at once."""
+        """Let `answer_cached` use no entry."""
         self.hot = {}
 
     def reconfigure(self, config: CacheConfig) -> None:
-        """Keep so much from now on: what a lower cap would not have kept for so long is forgotten."""
+        """Use other limits. Entries with a longer lifetime than a lowered limit allows are dropped."""
         before, self._config = self._config, config
         lowered = [
             cap
@@ -306,13 +310,13 @@ class Cache:
         self._make_room()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all entries."""
         for queue in (self._small, self._main):
             for key in list(queue):
                 self._drop(key)
 
     def flush(self, names: Iterable[bytes]) -> None:
-        """Forget all about these names, in wire form and lower case, and whatever has aliases that lead to them."""
+        """Drop all entries for these names, in wire form and lower case, and entries whose aliases lead to them."""
         names = frozenset(names)
         for name in names:
             for key in tuple(self._leading.get(name, ())):
@@ -327,11 +331,11 @@ class Cache:
                     self._drop(name + asked + b"\0\1" + _SUFFIXES[bits])
 
     def may_be_stale(self, entry: Entry, now: float) -> bool:
-        """Tell whether an entry may be given past its end."""
+        """Whether an entry may be used, even if it has expired."""
         return now < entry.expires + self._config.stale_for_s
 
     def _lifetime_s(self, message: Message, qtype: int) -> int:
-        """How long an answer holds in whole seconds; 0: it is not to be kept."""
+        """Return for how many seconds to cache an answer; 0: not at all."""
         if message.flags & TC or message.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
             return 0
         held = [place.ttl_s for place in message.places]
@@ -341,13 +345,13 @@ class Cache:
             return min(*held, self._config.max_ttl_s)
         for place in message.places:
             if place.rtype == Qtype.SOA and place.section == Section.AUTHORITY and place.rclass == CLASS_IN:
-                # RFC 2308 section 5: the lower of its TTL and its last field, behind two names and four numbers.
+                # RFC 2308 section 5: the lower of its TTL and MINIMUM, its last field behind two names and four numbers.
                 name_at(message.data, place.start, place.stop)
                 if place.stop - place.start < 22:
                     raise Malformed("a SOA is cut short")
                 minimum_s = int.from_bytes(message.data[place.stop - 4 : place.stop], "big")
                 return min(*held, minimum_s, self._config.max_negative_ttl_s)
-        return 0  # without a SOA nobody said for how long the name is not there
+        return 0  # without a SOA there is no lifetime for a negative answer
 
     def _drop(self, key: bytes) -> None:
         entry = self._small.pop(key, None)
@@ -362,7 +366,7 @@ class Cache:
         self.size -= entry.size
         for key in entry.hot:
             self.hot.pop(key, None)
-        for target in frozenset(entry.targets):  # a ring comes by one of them twice
+        for target in frozenset(entry.targets):  # a cyclic chain contains a name twice
             leading = self._leading[target]
             leading.discard(entry.key)
             if not leading:

@@ -1,4 +1,4 @@
-"""One question on its way: what is asked, where its attempts wait, and for whom."""
+"""One question to upstream: what is asked, its attempts, and who waits for the answer."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -23,75 +23,77 @@ class Failure(Enum):
 
 
 Done: TypeAlias = Callable[[bytes | Failure], None]
-"""Gets the answer, with an id and a spelling that are not the client's, or why there is none."""
+"""Called with the answer, whose id and spelling are not the client's, or with the reason why there is none."""
 
 
 class QueryTarget(Protocol):
-    """An upstream, as far as an exchange knows it."""
+    """The part of an upstream that exchanges use."""
 
     destination: UpstreamAddress
     abilities: Capabilities
 
     def ask(self, exchange: "Exchange", now: float, *, stream: bool) -> None:
-        """Make one attempt, over a connection if `stream`. Raises OSError when it is known at once to be in vain."""
+        """Make one attempt, over a connection if `stream`. Raises OSError if it fails at once."""
 
     def answered(self) -> None:
         """Note that it answered."""
 
     def failed(self, now: float) -> None:
-        """Note that it did not answer in time, or at all."""
+        """Note that it did not answer, or not in time."""
 
     def lost_case(self, now: float) -> None:
-        """Note that it does not keep the case of names."""
+        """Note that it does not preserve the case of names."""
 
     def shed(self, pending: "Pending") -> None:
-        """Close the socket of this."""
+        """Close the socket that these questions wait at."""
 
 
 class Attempt:
-    """One packet that was sent, and what its answer must have."""
+    """One packet that was sent, and what its answer must match."""
 
     __slots__ = ("client_cookie", "edns", "exchange", "ident", "pending", "question", "source", "spelled")
 
     def __init__(self, exchange: "Exchange", pending: "Pending", ident: int, question: bytes) -> None:
-        """Note what was asked and where its answer comes in; `question` has the spelling that was sent."""
+        """Describe an attempt. `pending` belongs to the socket that it was sent from; `question` has the spelling that was sent."""
         self.exchange = exchange
         self.pending = pending
         self.ident = ident
         self.question = question
         self.spelled = False
-        """The answer must have the very spelling of the question (DNS 0x20)."""
+        """The answer must have the exact spelling of the question (DNS 0x20)."""
         self.edns = True
         self.client_cookie = b""
-        """Our half of the cookie that was sent; empty: none was."""
+        """The client cookie that was sent; b"": none."""
         self.source = b""
-        """The address that it was sent from."""
+        """The address that it was sent from, packed."""
 
 
 class Pending(dict[int, Attempt]):
-    """What waits for an answer at one socket, by id. `upstream` is whose socket it is."""
+    """The attempts that wait for an answer at one socket to `upstream`, by id."""
 
     __slots__ = ("stream", "unwanted", "upstream")
 
     def __init__(self, upstream: QueryTarget, *, stream: bool) -> None:
-        """Start without pending questions. `stream`: a connection, on which nobody off the path can forge."""
+        """Start without attempts. `stream`: the socket is a connection, on which nobody off the path can forge."""
         super().__init__()
         self.upstream = upstream
         self.stream = stream
         self.unwanted = 0
-        """Packets that came and answer nothing here."""
+        """Packets received that answer none of them."""
 
 
 class Trust(Enum):
-    """How an exchange goes on with an upstream whose answers over UDP looked forged."""
+    """How an exchange continues with an upstream whose answers over UDP looked forged."""
 
     STREAM = "stream"
+    """Over TCP."""
+
     RENEWED = "renewed"
-    """TCP failed: by UDP after all, with a new id and port."""
+    """TCP failed, so over UDP again with a new id and port."""
 
 
 class Exchange:
-    """One question that is being asked, for everybody who waits for its answer. Its owner is the forwarder."""
+    """One question that is being asked, for all clients that wait for its answer. It is owned by the forwarder."""
 
     __slots__ = (
         "attempts",
@@ -116,38 +118,38 @@ class Exchange:
     )
 
     def __init__(self, key: bytes, query: Query, deadline: float, *, tcp: bool, order: Sequence[QueryTarget]) -> None:
-        """Ask the upstreams in this order, again and again, until `deadline` in the loop's time."""
+        """Start without attempts. The upstreams are asked in this order, repeatedly, until `deadline` in the loop's time."""
         self.key = key
         self.query = query
         self.deadline = deadline
         self.tcp = tcp
         self.order = order
         self.racing = False
-        """The last attempt has more time, but another upstream is asked meanwhile."""
+        """The last attempt may still be answered, but another upstream is to be asked as well."""
 
         self.attempts = 0
         self.refusals = 0
-        """Attempts that failed at once: nobody listens there, or the connection was lost."""
+        """Attempts that failed at once: nobody listened there, or the connection was lost."""
 
         self.last: QueryTarget | None = None
-        """Who was asked last."""
+        """The upstream that was asked last."""
 
         self.forged = 0
         """Answers to this question with a wrong id, at a wrong port, or of another name."""
 
         self.trust: dict[QueryTarget, Trust] = {}
-        """The upstreams whose answers over UDP looked forged."""
+        """How to continue with upstreams whose answers over UDP looked forged."""
 
         self.plain = False
-        """Ask without OPT: somebody did not understand it."""
+        """Ask without OPT, since an upstream did not understand it."""
 
         self.doubted = False
-        """An answer came that lacked what the upstream can do, or is not known to be unable to do."""
+        """An answer lacked a feature that the upstream supports, or may support."""
 
         self.no_cookie = False
         self.bad_cookies = 0
         self.fallback: bytes | None = None
-        """The best answer so far, which is an error."""
+        """The best answer so far, an error response."""
 
         self.open: list[Attempt] = []
         """The attempts that wait for an answer."""

@@ -1,12 +1,12 @@
-"""Forward questions: ask one upstream after the other until one answers or time is up.
+"""Forwards questions: asks one upstream after the other until one answers or time is up.
 
-Those that answered lately are asked in the order of the configuration, the others after them. When one takes long, the next
-is asked too, and the first answer counts; who was slower twice in a row comes last for a while.
+Upstreams that answered lately are asked in the order of the configuration, the others after them. If one is slow, the next is
+asked as well, and the first answer wins. An upstream that was slower twice in a row comes last for a while.
 
-Questions with one answer are asked once, however many clients wait for it, and no more than `outstanding.MAX_ALIKE` about one
-name and type are out at a time, each at most twice at one upstream (RFC 5452 section 5: more in flight is more chances to guess
-an id). Packets that may be forged are `suspicion.py`'s. All of it runs in callbacks of the loop: a question costs no task. Every
-exchange ends within `TOTAL_S`.
+Questions with the same answer are asked once, however many clients wait for it. At most `outstanding.MAX_ALIKE` questions about
+one name and type are outstanding, each at most twice at one upstream (RFC 5452 section 5: more in flight are more chances to guess
+an id). `suspicion.py` deals with packets that may be forged. All of this runs in callbacks of the loop: a question needs no task.
+Every exchange ends within `TOTAL_S`.
 """
 
 import asyncio
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 
 TOTAL_S = 1.8  # below the 2 s after which CoreDNS and NodeLocal DNSCache give up, and glibc's 5 s
 ATTEMPT_S = 0.8  # so that a second upstream has time to answer
-RACE_S = 0.25  # after which another upstream is asked as well: most answers of a resolver with a cache take far less
-MAX_IN_FLIGHT = 4096  # clients that wait; some 2 kB each
-_TICK_S = 0.002  # timers of the loop are in whole milliseconds and may fire one early
+RACE_S = 0.25  # until another upstream is asked as well: most answers of a resolver with a cache take far less
+MAX_IN_FLIGHT = 4096  # waiting clients, some 2 kB each
+_TICK_S = 0.002  # the loop's timers have a resolution of 1 ms and may fire 1 ms early
 
-# Answers about the server more than about the name, which another server may not share. libc goes on likewise.
+# These say more about the server than about the name, and another server may do better. libc does the same.
 _TRY_ANOTHER = frozenset({Rcode.SERVFAIL, Rcode.REFUSED})
 
 
 class Forwarder:
-    """All upstreams of a server, and what was asked of them."""
+    """All upstreams of a server, and the outstanding questions to them."""
 
     def __init__(
         self,
@@ -56,10 +56,20 @@ class Forwarder:
         client_subnet: bool = False,
         limits: UpstreamLimits = UPSTREAM_LIMITS,
     ) -> None:
-        """Prepare, on the running loop; sockets are opened when they are needed.
+        """Runs on the running loop. Sockets are opened when they are needed.
 
-        `zones`: upstreams of their own for the names at and under these. `tls` is for those that are spoken to in secret.
-        `client_subnet`: pass the clients' own option on (RFC 7871).
+        Args:
+            destinations: the upstreams, in order of preference.
+            metrics: counts attempts.
+            zones: other upstreams for these names and all below them.
+            max_in_flight: clients that may wait for answers.
+            attempt_s: how long one attempt may take, in seconds.
+            total_s: how long a question may take in all.
+            race_s: time until the next upstream is asked as well; None: no sooner than `attempt_s`.
+            tls: for upstreams over TLS and HTTPS.
+            random_case: ask in random case (DNS 0x20).
+            client_subnet: forward the clients' subnet option (RFC 7871).
+            limits: of the sockets to each upstream.
         """
         self._loop = asyncio.get_running_loop()
         self._tls = tls
@@ -81,7 +91,7 @@ class Forwarder:
         self._suspicion = Suspicion(metrics, self._alike, self._again)
         self._closed = False
         self.waiting = 0
-        """Clients that wait for an answer."""
+        """Clients that are waiting for an answer."""
 
     def _upstream(self, destination: UpstreamAddress | Endpoint) -> Upstream:
         if not isinstance(destination, UpstreamAddress):
@@ -99,19 +109,19 @@ class Forwarder:
 
     @property
     def upstreams(self) -> list[Upstream]:
-        """Every upstream, of whatever zone."""
+        """All upstreams, including those of zones."""
         return [upstream for group in (self._upstreams, *self._zones.values()) for upstream in group]
 
     def attach(self, spawn: Spawn | None) -> None:
-        """Take what runs a coroutine in a task, which connections need; None: open no more of them."""
+        """Set the function that runs coroutines in tasks, which connections need; None: open no more connections."""
         for upstream in self.upstreams:
             upstream.spawn = spawn
 
     def ask(self, query: Query, done: Done, *, tcp: bool, only: Upstream | None = None) -> None:
-        """Ask for `query` and hand the answer or a Failure to `done` once.
+        """Ask a question, and call `done` once with the answer or a Failure, perhaps before this returns.
 
-        The answer has an id and a spelling that are not the client's. `done` may be called before this returns.
-        `only`: ask nobody else.
+        The answer's id and spelling are not the client's. `tcp`: the client asked over TCP, so ask over TCP. `only`: ask only
+        this upstream.
         """
         upstreams = [only] if only is not None else self._group(query)
         if not upstreams:
@@ -148,7 +158,7 @@ class Forwarder:
             exchange.timer = self._loop.call_later(self._total_s, self._finish, exchange, Failure.TIMEOUT)
 
     def _group(self, query: Query) -> list[Upstream]:
-        """The upstreams for a name: those of the longest zone that it is in."""
+        """Return the upstreams for a name: those of the most specific zone that contains it."""
         if self._zones:
             for start in (*query.labels, len(query.name) - 1):
                 group = self._zones.get(query.name[start:])
@@ -157,7 +167,7 @@ class Forwarder:
         return self._upstreams
 
     def close(self) -> None:
-        """Stop: pending questions fail, and so do new ones."""
+        """Close the sockets. Outstanding and new questions fail with Failure.CLOSED."""
         self._closed = True
         for upstream in self.upstreams:
             upstream.close()
@@ -165,14 +175,14 @@ class Forwarder:
             self._finish(exchange, Failure.CLOSED)
 
     async def ended(self) -> None:
-        """Wait for the end of what cannot be closed at once; after `close`."""
+        """Wait until all connections are closed; call `close` first."""
         for upstream in self.upstreams:
             await upstream.ended()
 
     def _attempt(self, exchange: Exchange) -> None:
-        """Ask the next upstream; one that is known at once not to be there is passed over."""
+        """Ask the next upstream. One that fails at once is skipped."""
         now = self._loop.time()
-        while exchange.refusals < max(len(exchange.order), 2):  # each upstream once; twice if there is but one
+        while exchange.refusals < max(len(exchange.order), 2):  # each upstream once; twice if there is only one
             exchange.attempts += 1
             upstream = exchange.order[(exchange.attempts - 1) % len(exchange.order)]
             if self._ask(exchange, upstream, now):
@@ -185,12 +195,12 @@ class Forwarder:
         self._finish(exchange, exchange.fallback or Failure.UNREACHABLE)
 
     def _let_out(self, exchange: Exchange) -> None:
-        """Begin with what had to wait, unless it has ended meanwhile."""
+        """Start an exchange that had to wait, unless it has ended meanwhile."""
         if self._exchanges.get(exchange.key) is exchange:
             self._attempt(exchange)
 
     def _again(self, exchange: Exchange, upstream: QueryTarget) -> None:
-        """Ask the same upstream once more, in another way."""
+        """Ask the same upstream again, in another way."""
         now = self._loop.time()
         if self._ask(exchange, upstream, now):
             exchange.racing = False
@@ -199,7 +209,7 @@ class Forwarder:
             self._attempt(exchange)
 
     def _ask(self, exchange: Exchange, upstream: QueryTarget, now: float) -> bool:
-        """Make one attempt; False: it is known at once to be in vain."""
+        """Make one attempt; False: it failed at once."""
         if len(exchange.open) > 1:
             earlier = [attempt for attempt in exchange.open if attempt.pending.upstream is upstream]
             if len(earlier) > 1:
@@ -247,14 +257,14 @@ class Forwarder:
             upstream.failed(now)
             edns = exchange.query.edns
             if not upstream.abilities.edns_seen and not (edns is not None and edns.do):
-                exchange.plain = True  # some servers say nothing to what they do not understand
+                exchange.plain = True  # some servers do not answer what they do not understand
         all_asked = exchange.fallback is not None and exchange.attempts >= len(exchange.order)
         if all_asked or over:
             self._finish(exchange, exchange.fallback or Failure.TIMEOUT)
         else:
             self._attempt(exchange)
 
-    # What comes in
+    # Incoming packets
 
     def _on_packet(self, packet: bytes, pending: Pending) -> None:
         attempt = pending.get(int.from_bytes(packet[:2], "big"))
@@ -280,11 +290,11 @@ class Forwarder:
             self._suspicion.doubt(attempt, verdict, packet, opt)
 
     def _learn(self, upstream: QueryTarget, attempt: Attempt, opt: Opt | None) -> None:
-        """Remember what an answer tells about its server."""
+        """Remember what an answer shows about its server's capabilities."""
         said = opt.cookie if opt is not None else b""
         if opt is not None:
             upstream.abilities.edns_seen = True
-        # A server that sends none over TCP may still have them, unless none over UDP is why it was asked over TCP.
+        # A server that sends no cookie over TCP may still send them over UDP, unless a missing one is why we use TCP.
         if attempt.client_cookie and (said or attempt.exchange.doubted):
             upstream.abilities.learned_cookie(attempt.source, said)
 
@@ -299,11 +309,11 @@ class Forwarder:
         now = self._loop.time()
         upstream.answered()
         if exchange.doubted and attempt.pending.stream and attempt.spelled:
-            self._suspicion.report(exchange, upstream, now)  # over TCP it could do what the other answer lacked
+            self._suspicion.report(exchange, upstream, now)  # over TCP it supports what the other answer lacked
         if len(exchange.open) > 1:
             for other in {each.pending.upstream for each in exchange.open}:
                 if other is not upstream:
-                    other.failed(now)  # it was asked earlier, or is no faster than one that was asked earlier
+                    other.failed(now)  # it was asked earlier, or is not faster than one that was
         if attempt.spelled:
             packet = restored(packet, attempt.question[:-4], exchange.query.name)
         self._finish(exchange, packet)

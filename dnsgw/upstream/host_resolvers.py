@@ -1,4 +1,4 @@
-"""The name servers that the host itself asks, and which addresses are our own."""
+"""The name servers that the host itself uses, and which upstreams are this server."""
 
 from collections.abc import Iterable
 from ipaddress import ip_address
@@ -15,7 +15,7 @@ MAX_RESOLV_CONF = 3  # MAXNS of glibc and musl
 
 
 def read_resolv_conf(path: Path, port: int = DNS_PORT) -> tuple[Endpoint, ...]:
-    """Read the name servers of a resolv.conf, three at most as libc does. A file that is not there has none."""
+    """Return the name servers of a resolv.conf, at most three, as libc does; none if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -32,7 +32,7 @@ def read_resolv_conf(path: Path, port: int = DNS_PORT) -> tuple[Endpoint, ...]:
 
 
 def leads_here(upstream: Endpoint, listening: Iterable[Endpoint]) -> bool:
-    """Tell whether asking this upstream would be asking ourselves."""
+    """Whether this upstream is one of our own listening addresses."""
     address, port = upstream
     for own, own_port in listening:
         if port == own_port and address.version == own.version:

@@ -1,29 +1,29 @@
-"""How many questions about one name and type are out at a time; the others wait for their end (RFC 5452 section 5)."""
+"""Limits the outstanding questions about one name and type; others wait until one of them ends (RFC 5452 section 5)."""
 
 from collections import deque
 from collections.abc import Callable
 
 from dnsgw.upstream.exchange import Exchange
 
-MAX_ALIKE = 4  # over UDP; they differ in RD, CD, DO or a subnet that is passed on
+MAX_ALIKE = 4  # over UDP; they differ in RD, CD, DO or the client's subnet
 
 
 class OutstandingQueries:
-    """The exchanges that are out, by name and type.
+    """The outstanding exchanges by name and type.
 
-    `start` is called with each that is let out after its wait, and must not end it at once.
+    `start` is called with each exchange that may begin after a wait, and must not end it before it returns.
     """
 
     __slots__ = ("_late", "_out", "_start")
 
     def __init__(self, start: Callable[[Exchange], object]) -> None:
-        """Begin with none."""
+        """Start with none."""
         self._out: dict[bytes, list[Exchange]] = {}
         self._late: dict[bytes, deque[Exchange]] = {}
         self._start = start
 
     def admit(self, exchange: Exchange) -> bool:
-        """Let this out, or have it wait: False."""
+        """Return True if the exchange may begin now; False: it waits, and `start` is called later."""
         out = self._out.setdefault(exchange.query.key, [])
         if len(out) < MAX_ALIKE:
             out.append(exchange)
@@ -32,11 +32,11 @@ class OutstandingQueries:
         return False
 
     def find(self, key: bytes) -> tuple[Exchange, ...]:
-        """What is out about this name and type."""
+        """Return the outstanding exchanges about a name and type."""
         return tuple(self._out.get(key, ()))
 
     def ended(self, exchange: Exchange, *, closed: bool) -> None:
-        """Count this out and let the next one out, unless all is `closed`."""
+        """Remove an exchange, and start the next one unless `closed`."""
         key = exchange.query.key
         out, late = self._out.get(key, []), self._late.get(key)
         if exchange in out:

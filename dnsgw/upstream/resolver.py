@@ -1,8 +1,8 @@
-"""Names that are not ours: what upstream says about them, from the cache or asked anew.
+"""Answers for names that are not ours, from the cache or from upstream.
 
-Every question gets exactly one answer, through a callback that may be called before `ask` returns. When upstream gives
-none, the last one it gave is answered while it may be (RFC 8767); upstream's own time limit is below the 1.8 s after which
-such an answer is due. A question that failed is not asked again within a second (RFC 9520).
+Every question gets exactly one answer, through a callback that may be called before `ask` returns. If upstream does not answer,
+the last answer is used for a limited time; the forwarder gives up after 1.8 s, when RFC 8767 section 5 wants such an answer sent.
+A question that failed is not asked again within a second (RFC 9520).
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from dnsgw.upstream.forwarder import Forwarder
 
 FAILURE_TTL_S = 1.0  # RFC 9520 section 3.2: at least one second
 MAX_FAILURES = 4096
-CLIENT_SHARE = 4  # one client may hold a fourth of the questions that wait for an upstream
+CLIENT_SHARE = 4  # one client may have a quarter of the questions that wait for upstream
 
 _STALE = {
     Rcode.NOERROR: extended_error(ExtendedError.STALE_ANSWER, "upstream gives no answer"),
@@ -33,7 +33,7 @@ _STALE = {
 
 
 class UpstreamReply:
-    """What upstream said, as the reply to the question that was asked, of any length."""
+    """Upstream's answer as a reply to the client's question, of any length."""
 
     __slots__ = ("bindings", "entry", "outcome", "targets", "wire")
 
@@ -46,9 +46,14 @@ class UpstreamReply:
         targets: tuple[bytes, ...] = (),
         bindings: tuple[bytes, ...] = (),
     ) -> None:
-        """Note the reply, where it is from, its entry if it can be used again, and the names that it leads to.
+        """Hold a reply.
 
-        `targets` and `bindings` are those of the Message.
+        Args:
+            wire: the whole message.
+            outcome: whether it is cached, stale or forwarded.
+            entry: its cache entry, if it has one.
+            targets: as in Message.
+            bindings: as in Message.
         """
         self.wire = wire
         self.outcome = outcome
@@ -61,7 +66,7 @@ Done: TypeAlias = Callable[[UpstreamReply | Failure], None]
 
 
 class UpstreamResolver:
-    """All that is known and asked of upstream."""
+    """The cache, recent failures, and outstanding questions to upstream."""
 
     def __init__(
         self,
@@ -90,18 +95,18 @@ class UpstreamResolver:
         metrics.cache_evicted = lambda: self.cache.evicted
 
     def attach(self, loop: asyncio.AbstractEventLoop, forwarder: Forwarder) -> None:
-        """Take the loop to run on and the way to upstream; another one later is asked from then on."""
+        """Set the loop to run on, and the forwarder that asks upstream from now on."""
         self._loop = loop
         self._forwarder = forwarder
 
     def reconfigure(self, config: CacheConfig, *, max_in_flight: int, client_subnet: bool = False) -> None:
-        """Keep so much from now on, and let so many wait."""
+        """Use other settings from now on; they are those of the constructor."""
         self._client_subnet = client_subnet
         self.cache.reconfigure(config)
         self._most = max(max_in_flight // CLIENT_SHARE, 1)
 
     def forget(self) -> None:
-        """Forget all that was said, and keep nothing of what was asked before now: upstream is somebody else."""
+        """Drop all answers, and do not cache those to outstanding questions: the upstreams are others."""
         self.cache.clear()
         self._failed = TwoGenerationCache(MAX_FAILURES)
         self._generation += 1
@@ -116,15 +121,21 @@ class UpstreamResolver:
         qtype: int | None = None,
         max_age_s: float | None = None,
     ) -> None:
-        """Ask for `query`, or for the same about another type.
+        """Answer a question from the cache or by asking upstream, and call `done` once.
 
-        `max_age_s`: what was said longer ago does not count, however long it holds.
+        Args:
+            query: the client's question.
+            host: the client's address.
+            done: called with the reply or a Failure, perhaps before this returns.
+            tcp: the client asked over TCP.
+            qtype: ask for this type in place of the question's.
+            max_age_s: do not use older answers, even if their TTL has not expired.
         """
         if qtype is not None:
             query = retyped(query, qtype)
         key = key_of(query)
         if self._client_subnet and subnet_of(query):
-            key = None  # the answer may be for that subnet alone
+            key = None  # the answer may be for that subnet only
         if key is not None:
             now = self._loop.time()
             known = self._recall(query, key, now, max_age_s)
@@ -193,7 +204,7 @@ class UpstreamResolver:
 
     def _understood(self, query: Query, key: bytes | None, result: bytes, now: float) -> UpstreamReply | Failure:
         try:
-            # All who waited for one answer get the same object: it is read once.
+            # All clients that waited for an answer get the same object, so it is parsed once.
             if self._read is None or self._read[0] is not result:
                 self._read = (result, Message(result))
             message = self._read[1]
@@ -206,7 +217,7 @@ class UpstreamResolver:
                 bindings=message.bindings,
             )
         except Malformed:
-            if int.from_bytes(result[2:4], "big") & TC:  # it was cut somewhere, and what is left does not matter
+            if int.from_bytes(result[2:4], "big") & TC:  # truncated anywhere: what is left does not matter
                 return UpstreamReply(truncate(query.id.to_bytes(2, "big") + result[2:], query), Outcome.FORWARDED)
             return Failure.MALFORMED
 
@@ -221,7 +232,7 @@ class UpstreamResolver:
         done(failure)
 
     def _last_good(self, query: Query, key: bytes) -> UpstreamReply | None:
-        """The last good answer if it may be given past its end."""
+        """Return the last good answer if it may be used after its expiry."""
         entry = self.cache.get(key)
         now = self._loop.time()
         if entry is None or not self.cache.may_be_stale(entry, now):

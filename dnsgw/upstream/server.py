@@ -1,9 +1,9 @@
-"""The resolvers that are asked: where they are, and the sockets to them.
+"""One upstream resolver, and the sockets to it.
 
-An upstream has a pool of connected UDP sockets, so that the kernel drops what comes from elsewhere. Each asks from a port
-that the kernel drew from its whole range (net.ipv4.ip_local_port_range, evenly, from its own random numbers), for some
-questions or seconds at most (`UpstreamLimits`); which one asks is drawn at random, as the id is (RFC 5452 section 9). Over TCP
-and TLS there is one connection that many questions share. Every upstream remembers how it did and what it can do.
+An upstream has a pool of connected UDP sockets, so the kernel drops packets from elsewhere. Each uses a port that the kernel has
+chosen at random, evenly from net.ipv4.ip_local_port_range, for a limited number of questions and seconds (`UpstreamLimits`). The
+socket for a question is chosen at random, like the id (RFC 5452 section 9). Over TCP and TLS, many questions share one connection.
+Every upstream remembers its failures and capabilities.
 """
 
 import asyncio
@@ -27,35 +27,35 @@ from dnsgw.upstream.stream_client import STREAM_TIMING, Spawn, StreamClient, Str
 
 log = logging.getLogger(__name__)
 
-DOWN_AFTER = 2  # attempts in a row without an answer: one may have been lost on the way
+DOWN_AFTER = 2  # attempts in a row without an answer; a single one may have been lost
 _MAX_DATAGRAM = 65535
-_MAX_DRAIN = 2  # packets read from one socket before others get their turn: there are many, and an answer is some work
+_MAX_DRAIN = 2  # packets read from one socket per callback: there are many sockets, and an answer is some work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpstreamLimits:
-    """Limits of the sockets to one upstream, and of how long it is spared."""
+    """Limits of the sockets to one upstream, and how long it is deferred after failures."""
 
     pool: int = 64
-    """UDP sockets, opened when first picked; 256 at most, as one byte draws them."""
+    """UDP sockets, opened on first use; at most 256, since one random byte chooses among them."""
 
     max_uses: int = 32
-    """Questions from one socket, and so from one port."""
+    """Questions per socket, and so per port."""
 
     max_age_s: float = 10.0
-    """Of a UDP socket."""
+    """Age at which a UDP socket is replaced."""
 
     max_retired: int = 256
-    """Replaced sockets that still wait; with so many, those in use are used on."""
+    """Replaced sockets that still wait for answers; when there are so many, no more are replaced."""
 
     retired_s: float = 2.0
-    """How long a replaced socket still waits for answers: longer than any exchange."""
+    """How long a replaced socket waits for answers: longer than any exchange."""
 
     down: Backoff = Backoff(1.0, 30.0)
-    """How long an upstream comes last that did not answer."""
+    """How long an upstream that did not answer comes last."""
 
     stream: StreamTiming = STREAM_TIMING
-    """Of its connections."""
+    """Timeouts of its connections."""
 
 
 UPSTREAM_LIMITS = UpstreamLimits()
@@ -75,12 +75,12 @@ class _Port:
 
 
 def packed_source(sock: socket.socket) -> bytes:
-    """The address that a connected socket sends from."""
+    """Return the local address of a connected socket, packed."""
     return ip_address(sock.getsockname()[0].partition("%")[0]).packed
 
 
 class Upstream:
-    """One resolver to ask."""
+    """One upstream resolver."""
 
     def __init__(
         self,
@@ -94,13 +94,24 @@ class Upstream:
         client_subnet: bool = False,
         limits: UpstreamLimits = UPSTREAM_LIMITS,
     ) -> None:
-        """Prepare. `received` gets every packet, `lost` is called when nothing can come for what is pending."""
+        """Open no socket yet.
+
+        Args:
+            destination: address and protocol.
+            loop: the loop to run on.
+            received: called with every packet, and the questions pending at its socket.
+            lost: called when pending questions can no longer get an answer.
+            tls: for TLS and HTTPS.
+            random_case: ask in random case (DNS 0x20), over UDP only.
+            client_subnet: forward the clients' subnet option.
+            limits: of the sockets.
+        """
         self.destination = destination
         self.looping = False
-        """What it is asked comes back to us."""
+        """Questions to it come back to this server."""
 
         self.spawn: Spawn | None = None
-        """Runs a coroutine in a task, for connections; none: not running yet, or no longer."""
+        """Runs a coroutine in a task, for connections. None: the server does not run."""
 
         self.abilities = Capabilities(destination.address.packed, os.urandom(SECRET_SIZE))
         self._family = socket.AF_INET if destination.address.version == 4 else socket.AF_INET6
@@ -121,7 +132,7 @@ class Upstream:
         self._down_until = 0.0
 
     def ask(self, exchange: Exchange, now: float, *, stream: bool) -> None:
-        """Make one attempt, over a connection if `stream`. Raises OSError when it is known at once to be in vain."""
+        """Make one attempt, over a connection if `stream`. Raises OSError if it fails at once."""
         way = self.destination.way
         if way is UpstreamProtocol.HTTPS:
             self._ask_https(exchange, now)
@@ -136,13 +147,13 @@ class Upstream:
         self._down_until = 0.0
 
     def failed(self, now: float) -> None:
-        """Note that it did not answer in time, or at all: after two such in a row it comes last for a while."""
+        """Note that it did not answer, or not in time. After two failures in a row it comes last for a while."""
         self._failures += 1
         if self._failures >= DOWN_AFTER:
             self._down_until = now + self._limits.down.bound_s(self._failures - DOWN_AFTER + 1)
 
     def is_down(self, now: float) -> bool:
-        """Tell whether others should be asked first. Once the while is over one question tries it, and no more at once."""
+        """Whether others should be asked first. When that time is over, a single question tries it again."""
         if self._failures < DOWN_AFTER:
             return False
         if now < self._down_until:
@@ -151,21 +162,21 @@ class Upstream:
         return False
 
     def lost_case(self, now: float) -> None:
-        """Ask in one case for a while: even over TCP it does not keep the case that it is asked in."""
+        """Stop asking in random case for a while, since it does not preserve case even over TCP."""
         if self.abilities.keeps_case(now):
             log.warning(
                 "dns_case_lost",
                 extra={
                     "event": {
                         "upstream": str(self.destination),
-                        "detail": "its answers change the case of names: no random case for an hour",
+                        "detail": "its answers do not preserve the case of names: no random case for an hour",
                     }
                 },
             )
         self.abilities.lost_case(now)
 
     def status(self) -> dict[str, object]:
-        """What is known of it, for people."""
+        """Return its state, for the status page."""
         now = self._loop.time()
         if not self._random_case:
             case = "off"
@@ -186,7 +197,7 @@ class Upstream:
         return self._random_case and self.abilities.keeps_case(self._loop.time())
 
     def close(self) -> None:
-        """Close every socket. Nothing more is received or lost."""
+        """Close every socket. `received` and `lost` are not called any more."""
         ports, self._ports = self._ports, [None] * len(self._ports)
         for port in (*self._retired, *(port for port in ports if port is not None)):
             self._close_port(port)
@@ -196,13 +207,13 @@ class Upstream:
             pipeline.close()
 
     async def ended(self) -> None:
-        """Wait for the end of what cannot be closed at once; after `close`."""
+        """Wait until all connections are closed; call `close` first."""
         https, self._https, self.spawn = self._https, None, None
         if https is not None:
             await https.close()
 
     def shed(self, pending: Pending) -> None:
-        """Close the socket of this: it brings what nobody asked for. Only of a connection it is told what is lost."""
+        """Close the socket of `pending`, which receives unsolicited packets. `lost` is called only for a connection."""
         for port in (*self._retired, *self._ports):
             if port is not None and port.pending is pending:
                 self._remove(port)
@@ -211,14 +222,12 @@ class Upstream:
             if pipeline.pending is pending:
                 log.warning(
                     "dns_upstream_refused",
-                    extra={
-                        "event": {"upstream": str(self.destination), "error": "it sends answers that nobody asked for"}
-                    },
+                    extra={"event": {"upstream": str(self.destination), "error": "it sends unsolicited answers"}},
                 )
                 pipeline.close()
 
     def _message(self, attempt: Attempt, now: float, *, cookies: bool, pad: bool = False) -> bytes:
-        """What to send, without the id; `attempt` learns what its answer must have."""
+        """Return the message to send, without its id, and note in `attempt` what its answer must match."""
         exchange, abilities = attempt.exchange, self.abilities
         query = exchange.query
         options = b""
@@ -249,9 +258,9 @@ class Upstream:
         try:
             port.sock.send(packet)
         except ConnectionRefusedError:
-            port.sock.send(packet)  # the error was the echo of an earlier packet, and this one was not sent
+            port.sock.send(packet)  # the error belongs to an earlier packet, and this one was not sent
         except BlockingIOError:
-            pass  # a full buffer loses packets as the network does
+            pass  # a full send buffer: the packet is lost, as on the network
         port.pending[ident] = attempt
         exchange.open.append(attempt)
 
@@ -276,7 +285,7 @@ class Upstream:
         return port
 
     def _replace(self, port: _Port) -> None:
-        """Ask from this port no more; close it once nothing can come."""
+        """Stop using this port; close it when no more answers can come."""
         self._ports = [None if kept is port else kept for kept in self._ports]
         if not port.pending:
             self._close_port(port)
@@ -304,8 +313,8 @@ class Upstream:
                 packet = port.sock.recv(_MAX_DATAGRAM)
             except (BlockingIOError, InterruptedError):
                 break
-            except OSError:  # an ICMP error: nobody listens there, and what was asked from this port is lost
-                # uvloop would not watch it any more (libuv stops at the first POLLERR).
+            except OSError:  # an ICMP error: nobody listens there, and all questions from this port are lost
+                # The socket cannot be kept: libuv stops watching it at the first POLLERR.
                 self._remove(port)
                 self._lost(port.pending)
                 return
@@ -320,7 +329,7 @@ class Upstream:
             raise OSError("not running")
         pipeline = self._pipeline
         secret = self.destination.way is UpstreamProtocol.TLS
-        # A second attempt does not trust the connection that the first one still waits on.
+        # A second attempt does not use the connection on which the first one still waits.
         if pipeline is None or pipeline.closed or any(attempt.pending is pipeline.pending for attempt in exchange.open):
             pipeline = StreamClient(
                 Pending(self, stream=True),
@@ -362,6 +371,6 @@ class Upstream:
 
 def _free_id(pending: Pending, draw: bytes) -> int:
     ident = int.from_bytes(draw[:2], "big")
-    while ident in pending:  # far fewer are in flight than there are ids
+    while ident in pending:  # far fewer questions are in flight than there are ids
         ident = int.from_bytes(os.urandom(2), "big")
     return ident

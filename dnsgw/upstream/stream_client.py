@@ -1,7 +1,7 @@
 """One connection to an upstream, TCP or TLS, with many questions in flight (RFC 7766, RFC 7858).
 
-It takes messages before it is connected. It ends when it was idle, when the upstream ends it, when the upstream sends what is no
-DNS message, or when the upstream does not read what it is sent.
+It accepts messages before it is connected. It ends when it is idle, when the upstream closes it or sends something that is not a
+DNS message, or when the upstream does not read.
 """
 
 import asyncio
@@ -20,35 +20,35 @@ from sniproxy.engine import SocketStream, connect, connect_tls
 log = logging.getLogger(__name__)
 
 MAX_UNSENT_BYTES = 8 * 1024 * 1024
-"""Messages that wait for an upstream to read. A forwarder's questions in flight, some 300 bytes each, are far fewer."""
+"""Bytes that wait for the upstream to read. A forwarder's questions in flight, some 300 bytes each, are far less."""
 
-_CHUNK = 64 * 1024  # bytes given to the socket at once
+_CHUNK = 64 * 1024  # bytes per write
 
 _MESSAGE_COST = 0.5
-"""Of the engine's quantum: to check and pass on an answer takes about 50 µs."""
+"""In messages of the engine's quantum: to check and pass on an answer takes about 50 µs."""
 
 Spawn: TypeAlias = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
-"""Runs a coroutine in a task that somebody owns."""
+"""Runs a coroutine in a task of the server's group."""
 
 PendingT = TypeVar("PendingT", bound=dict[int, Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamTiming:
-    """Limits of a connection, in seconds."""
+    """Timeouts of a connection, in seconds."""
 
     connect_s: float = 5.0
-    """To connect and to shake hands. Questions give up sooner; a connection that takes longer is of no use to later ones."""
+    """For connecting and the TLS handshake. Questions give up sooner; a slower connection would not help later ones either."""
 
     idle_s: float = 10.0
-    """Without a question. RFC 7766 section 6.2.3 asks clients to close what they do not need; upstreams wait about as long."""
+    """Without a question. RFC 7766 section 6.2.3 asks clients to close idle connections; upstreams wait about as long."""
 
 
 STREAM_TIMING = StreamTiming()
 
 
 class StreamClient(Generic[PendingT]):
-    """A connection that takes messages at once. `pending` is kept by its user."""
+    """A connection that accepts messages at once. `pending`, the outstanding questions, is maintained by the caller."""
 
     def __init__(
         self,
@@ -61,17 +61,21 @@ class StreamClient(Generic[PendingT]):
         server_name: str = "",
         timing: StreamTiming = STREAM_TIMING,
     ) -> None:
-        """Prepare, on the running loop.
+        """Runs on the running loop; `open` connects.
 
         Args:
-            received: gets each message with its id.
-            lost: called once, however the connection ends, but not where the task is cancelled.
-            server_name: what the certificate must be for, a name or an IP address.
+            pending: the outstanding questions by id. While there are any, the connection is not idle.
+            spawn: runs the connection's tasks.
+            received: called with each message and `pending`.
+            lost: called once, however the connection ends, except when its task is cancelled.
+            tls: for DNS over TLS; None: TCP.
+            server_name: name or IP address that the certificate must be valid for.
+            timing: timeouts.
         """
         self.pending = pending
         self.closed = False
         self.source = b""
-        """The address that it comes from, packed."""
+        """Our address on this connection, packed."""
         self._loop = asyncio.get_running_loop()
         self._spawn = spawn
         self._received = received
@@ -86,7 +90,7 @@ class StreamClient(Generic[PendingT]):
         self._idle_timer: asyncio.TimerHandle | None = None
 
     def open(self, family: socket.AddressFamily, destination: tuple[str, int]) -> None:
-        """Begin to connect. Raises OSError when that fails at once."""
+        """Start to connect. Raises OSError if that fails at once."""
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             error = sock.connect_ex(destination)
@@ -102,7 +106,7 @@ class StreamClient(Generic[PendingT]):
         self._idle_timer = self._loop.call_later(self._timing.idle_s, self._check_idle)
 
     def send(self, message: bytes) -> None:
-        """Send a message with its length in front, in one write (RFC 7766 section 8), which is that of others sent now, too."""
+        """Send a message and its length in one write (RFC 7766 section 8), together with others of this pass of the loop."""
         self._unsent += len(message).to_bytes(2, "big")
         self._unsent += message
         if len(self._unsent) > MAX_UNSENT_BYTES:
@@ -112,7 +116,7 @@ class StreamClient(Generic[PendingT]):
             self._loop.call_soon(self._flush, self._stream)
 
     def _flush(self, stream: SocketStream) -> None:
-        """Send what waits; what the socket does not take at once is sent in a task."""
+        """Write what is unsent; a task writes what the socket does not take at once."""
         self._send_some(stream)
         self._sending = bool(self._unsent) and not stream.closed
         if self._sending:
@@ -122,7 +126,7 @@ class StreamClient(Generic[PendingT]):
         try:
             del self._unsent[: stream.try_send((bytes(self._unsent[:_CHUNK]),))]
         except OSError:
-            stream.close()  # wakes the reader, which tells what is lost
+            stream.close()  # wakes the reader, which reports the loss
 
     async def _send_rest(self, stream: SocketStream) -> None:
         try:
@@ -134,7 +138,7 @@ class StreamClient(Generic[PendingT]):
         self._sending = False
 
     def close(self) -> None:
-        """End the connection; whatever is pending is lost."""
+        """Close the connection; all pending questions are lost."""
         if self.closed:
             return
         self._release()
@@ -164,17 +168,17 @@ class StreamClient(Generic[PendingT]):
                 if self._stream is None:
                     log.warning("dns_upstream_refused", extra={"event": {"error": str(error)[:200]}})
             except OSError:
-                pass  # refused, cut, too late, or closed by us: the same to those who wait
+                pass  # refused, reset, timed out, or closed by us: the same for the waiting questions
             self.close()
         except asyncio.CancelledError:
-            self._release()  # `close` has told already, or nobody is asked any more
+            self._release()  # either `close` has called `lost`, or the server is stopping
             raise
-        except Exception:  # a fault of ours, which must not end the server
+        except Exception:  # an error in this program must not end the server
             log.exception("dns_upstream_failed")
             self._release()
 
     async def _connected(self, sock: socket.socket, host: str, port: int) -> SocketStream:
-        """Wait for the connection, and send what waits for it."""
+        """Connect, and send the messages that wait for the connection."""
         limit_s = self._timing.connect_s
         if self._tls is None:
             stream = await connect(host, port, timeout_s=limit_s, sock=sock)
@@ -188,7 +192,7 @@ class StreamClient(Generic[PendingT]):
         return stream
 
     async def _read(self, stream: SocketStream) -> None:
-        """Hand on every message, until the connection ends or brings what is none."""
+        """Pass on every message, until the connection ends or receives something that is not a message."""
         buffer = bytearray()
         while data := await stream.recv():
             buffer += data

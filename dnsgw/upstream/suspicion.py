@@ -1,7 +1,8 @@
-"""Packets that are no answer, or may be forged: what is believed, and how a question goes on instead.
+"""Packets that are not answers, or may be forged: what is accepted, and how a question is asked instead.
 
-A packet that answers nothing that was asked is counted, and the wait goes on. Where somebody seems to forge answers to a question,
-it goes on over TCP; if that fails, over UDP with a new id and port. An answer that lacks what its server can do is asked for again.
+A packet that answers no outstanding question is counted, and the question keeps waiting. If somebody seems to forge answers to a
+question, it is asked over TCP; if that fails, over UDP with a new id and port. If an answer lacks a feature that its server
+supports, the question is asked again.
 """
 
 import asyncio
@@ -15,9 +16,9 @@ from dnsgw.upstream.verify import Opt, Verdict, question_of
 
 log = logging.getLogger(__name__)
 
-MAX_FORGED = 3  # answers with a wrong id that may be late ones; more mean that somebody guesses
-MAX_BAD_COOKIES = 1  # RFC 7873 section 5.3: once more with the new cookie, then over TCP
-MAX_UNWANTED = 100  # packets at one socket or connection that answer nothing: then it is closed
+MAX_FORGED = 3  # answers with a wrong id that may be late ones; more mean that somebody is guessing
+MAX_BAD_COOKIES = 1  # RFC 7873 section 5.3: once again with the new cookie, then over TCP
+MAX_UNWANTED = 100  # unsolicited packets at one socket or connection, after which it is closed
 _LOG_EVERY_S = 60.0
 
 _OUTCOMES = {
@@ -28,16 +29,17 @@ _OUTCOMES = {
 
 
 class Suspicion:
-    """What the packets of all upstreams give reason to doubt."""
+    """Handles the suspicious packets of all upstreams."""
 
     def __init__(
         self, metrics: DnsMetrics, out: OutstandingQueries, ask_again: Callable[[Exchange, QueryTarget], None]
     ) -> None:
-        """Prepare, on the running loop.
+        """Runs on the running loop.
 
         Args:
-            out: the exchanges over UDP.
-            ask_again: asks the same upstream once more, in the way that the exchange now says.
+            metrics: counts the packets.
+            out: the outstanding exchanges over UDP.
+            ask_again: asks the same upstream again, in the way that the exchange now requires.
         """
         self._loop = asyncio.get_running_loop()
         self._counts = metrics.upstream
@@ -46,7 +48,7 @@ class Suspicion:
         self._next_log = 0.0
 
     def doubt(self, attempt: Attempt, verdict: Verdict, packet: bytes, opt: Opt | None) -> None:
-        """Ask the same upstream again, in a way that it can answer or that proves more."""
+        """Ask the same upstream again, in a way that it can answer or that is harder to forge."""
         self._counts[_OUTCOMES.get(verdict, UpstreamOutcome.ASKED_AGAIN)] += 1
         exchange, upstream = attempt.exchange, attempt.pending.upstream
         abilities, stream = upstream.abilities, attempt.pending.stream
@@ -60,7 +62,7 @@ class Suspicion:
             if exchange.bad_cookies > MAX_BAD_COOKIES and not stream:
                 self._over_tcp(exchange, upstream)
                 return
-        elif stream:  # nobody forges that: it can do no better
+        elif stream:  # not forged over TCP, so the server cannot do better
             if verdict is Verdict.MISSPELLED:
                 upstream.lost_case(self._loop.time())
             else:
@@ -73,7 +75,7 @@ class Suspicion:
             if upstream not in exchange.trust:
                 self._over_tcp(exchange, upstream)
                 return
-            # TCP failed. An answer in the wrong case is never believed; but a server may have lost its cookies.
+            # TCP failed. An answer in the wrong case is never accepted, but a server may have lost its cookies.
             if verdict is Verdict.MISSPELLED or (exchange.plain and exchange.no_cookie):
                 return
             exchange.no_cookie = True
@@ -82,7 +84,7 @@ class Suspicion:
         self._again(exchange, upstream)
 
     def unmatched(self, packet: bytes, pending: Pending) -> None:
-        """Count a packet whose id no question at this socket has: a late answer, or a guess."""
+        """Count a packet whose id matches no question at this socket: a late answer, or a guess."""
         upstream = pending.upstream
         found = () if pending.stream else self._alike.find(question_of(packet))
         if found:
@@ -94,7 +96,7 @@ class Suspicion:
         self._unwanted(pending)
 
     def _unwanted(self, pending: Pending) -> None:
-        """Count it, and close what only brings such packets."""
+        """Count an unsolicited packet; close a socket that has received too many."""
         upstream = pending.upstream
         pending.unwanted += 1
         if pending.unwanted != MAX_UNWANTED:
@@ -114,21 +116,21 @@ class Suspicion:
                 self._over_tcp(exchange, upstream)
 
     def wrong_question(self, exchange: Exchange, pending: Pending) -> None:
-        """Count a packet that has the id of a question and does not answer it."""
+        """Count a packet whose id matches a question that it does not answer."""
         self._counts[UpstreamOutcome.WRONG_QUESTION] += 1
         self._unwanted(pending)
         if not pending.stream:
             self._suspect(exchange, pending.upstream)
 
     def _suspect(self, exchange: Exchange, upstream: QueryTarget) -> None:
-        """Count an answer that nobody should have sent; after a few the question goes on over TCP."""
+        """Count an answer that no honest server should have sent; after a few, ask over TCP."""
         exchange.forged += 1
         if exchange.forged > MAX_FORGED and upstream not in exchange.trust:
             self.report(exchange, upstream, self._loop.time())
             self._over_tcp(exchange, upstream)
 
     def _over_tcp(self, exchange: Exchange, upstream: QueryTarget) -> None:
-        """Wait for no answer of this upstream over UDP any more, but ask it over TCP."""
+        """Stop waiting for this upstream's answers over UDP, and ask it over TCP."""
         at_stake = [each for each in exchange.open if each.pending.upstream is upstream and not each.pending.stream]
         if upstream in exchange.trust or not at_stake:
             return
@@ -140,12 +142,12 @@ class Suspicion:
         self._again(exchange, upstream)
 
     def stream_failed(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
-        """Go on by UDP, with a new id and port: this upstream takes no connections now."""
+        """Note that this upstream does not accept connections now, so the exchange continues over UDP with a new id and port."""
         exchange.trust[upstream] = Trust.RENEWED
         upstream.abilities.refused_stream(now)
 
     def report(self, exchange: Exchange, upstream: QueryTarget, now: float) -> None:
-        """Log that somebody seems to forge, once a minute at most: whoever does it can do more."""
+        """Log that answers seem forged, at most once a minute: an attacker can cause any number of them."""
         if now < self._next_log:
             return
         self._next_log = now + _LOG_EVERY_S

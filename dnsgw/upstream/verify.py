@@ -1,6 +1,6 @@
-"""Whether a packet is the answer to what was asked (RFC 5452 section 9.1, RFC 7873 section 5.3, DNS 0x20).
+"""Whether a packet is the answer to a question (RFC 5452 section 9.1, RFC 7873 section 5.3, DNS 0x20).
 
-The id is checked by whoever finds the attempt by it. Over TCP nobody off the path can forge, so that less must match there.
+The caller has already matched the id to find the attempt. Over TCP nobody off the path can forge, so less has to match.
 Sans-IO; nothing here raises for what a peer sent.
 """
 
@@ -18,41 +18,41 @@ _NO_EDNS_ERRORS = frozenset({Rcode.FORMERR, Rcode.NOTIMP})
 
 
 class Verdict(Enum):
-    """What a packet with the right id is."""
+    """Classification of a packet whose id matches."""
 
     ANSWER = "answer"
     NO_ANSWER = "no_answer"
-    """Not a reply, or not to this question."""
+    """Not a response, or not to this question."""
 
     MISSPELLED = "misspelled"
-    """The question in another case."""
+    """The question is in another case than ours."""
 
     BARE = "bare"
-    """An error without the question, which proves nothing but the id."""
+    """An error without a question section: only the id matches."""
 
     NO_COOKIE = "no_cookie"
-    """Without the cookie that this server sends otherwise, or with one that is not ours."""
+    """It lacks the cookie that this server otherwise sends, or has a client cookie that is not ours."""
 
     BAD_COOKIE = "bad_cookie"
-    """The server wants its cookie anew, and gave it."""
+    """BADCOOKIE: the server wants a fresh server cookie, and sent one."""
 
     NO_EDNS = "no_edns"
     """The server does not understand OPT (RFC 6891 section 7)."""
 
 
 class Opt:
-    """The OPT record of an answer, as far as it matters here."""
+    """The parts of a response's OPT record that are used here."""
 
     __slots__ = ("cookie", "upper")
 
     def __init__(self, upper: int, cookie: bytes) -> None:
-        """Note the upper bits of the response code and the cookie, if there is one."""
+        """`upper`: the upper bits of the response code; `cookie`: b"" if there is none."""
         self.upper = upper
         self.cookie = cookie
 
 
 def find_opt(packet: bytes) -> Opt | None:
-    """Find the OPT record of a message; None: there is none, or the message is cut short."""
+    """Return the OPT record of a message; None if there is none, or the message is cut short."""
     try:
         _, _, questions, answers, authorities, extras = HEADER.unpack_from(packet)
         position = HEADER_SIZE
@@ -101,15 +101,16 @@ def judge(
     expects_cookie: bool,
     stream: bool,
 ) -> tuple[Verdict, Opt | None]:
-    """Tell what a packet with the right id is, and its OPT.
+    """Classify a packet whose id matches, and return its OPT record.
 
     Args:
-        question: as it was sent.
-        spelled: the case of its letters counts.
-        edns: it was sent with OPT.
-        client_cookie: was sent too; empty: none was.
-        expects_cookie: this server is known to answer cookies.
-        stream: it came over a connection.
+        packet: the whole message.
+        question: the question section as sent.
+        spelled: the case of the question must match.
+        edns: the question was sent with OPT.
+        client_cookie: the client cookie that was sent; b"": none.
+        expects_cookie: the server is known to send cookies.
+        stream: the packet came over a connection.
     """
     if len(packet) < HEADER_SIZE:
         return Verdict.NO_ANSWER, None
@@ -143,7 +144,7 @@ def judge(
 
 
 def question_of(packet: bytes) -> bytes:
-    """The question of a reply, its name in lower case; empty when it is none."""
+    """Return the question of a response with its name in lower case; b"" for any other packet."""
     if len(packet) < HEADER_SIZE or not packet[2] & 0x80:
         return b""
     stop = packet.find(0, HEADER_SIZE) + 1

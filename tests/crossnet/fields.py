@@ -1,4 +1,4 @@
-"""Two configuration files in which every section stands, and for every field of every section another good value.
+"""Two configuration files that contain every section, and for every field another valid value.
 
     for field in fields():
         document = field.changed(files.documents[field.part])
@@ -169,7 +169,7 @@ OTHERS: dict[str, Any] = {
 
 
 class NoOtherValue(AssertionError):
-    """The test does not know another good value of a field."""
+    """The test does not know another valid value of a field."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Field:
         return text.removeprefix("$.")
 
     def changed(self, document: Document, now: object) -> Document:
-        """Return the document with another good value; `now` is what the running configuration says."""
+        """Return the document with another valid value; `now` is the running configuration's."""
         made = copy.deepcopy(document)
         name = f"{self.owner.__name__}.{self.field.name}"
         marks = unwrapped(self.kind)[1]
@@ -213,7 +213,7 @@ class Field:
         return made
 
     def spoilt(self, document: Document) -> Document:
-        """Return the document with a value that nothing takes."""
+        """Return the document with an invalid value."""
         made = copy.deepcopy(document)
         _put(made, self.place, BAD)
         return made
@@ -247,7 +247,7 @@ def all_fields(documents: dict[str, Document]) -> Iterator[Field]:
 
 
 def value_at(config: object, place: tuple[str | int, ...]) -> Any:
-    """Return what a configuration, as /config shows it, says at a place; None where it says nothing."""
+    """Return the value at a place of a configuration as shown by /config; None if there is none."""
     for step in place:
         try:
             config = config[step]  # type: ignore[index]

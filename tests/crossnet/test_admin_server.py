@@ -1,4 +1,4 @@
-"""The admin server of a running process: what it tells, and to whom it does not."""
+"""The admin server of a running process: what it shows, and to whom it does not."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ def test_metrics_have_every_reason_before_it_happens(process: Running) -> None:
     assert "process_open_fds" in text
 
 
-def test_configuration_is_whole_and_hides_secrets(process: Running) -> None:
+def test_the_configuration_is_complete_and_hides_secrets(process: Running) -> None:
     _, body = process.ask("/config")
     assert "hush" not in body
     config = json.loads(body)

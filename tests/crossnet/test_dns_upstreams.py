@@ -1,4 +1,4 @@
-"""A resolver process that asks Debian's BIND, which has cookies: what it makes of it, and what it shows of it."""
+"""A resolver process that asks Debian's BIND, which has cookies: its answers, and the status that it shows."""
 
 import json
 import re
@@ -29,7 +29,7 @@ ZONE = "@ 60 IN SOA ns admin 1 2 3 4 60\n@ 60 IN NS ns\nns 60 IN A 192.0.2.53\n*
 
 @contextmanager
 def named(folder: Path, options: str) -> Iterator[int]:
-    """BIND on loopback with one zone, and a channel of control to nobody."""
+    """BIND on loopback with one zone and no control channel."""
     port = free_port()
     (folder / "zone").write_text(ZONE)
     (folder / "named.conf").write_text(
@@ -126,7 +126,7 @@ def test_without_cookies_and_random_case(tmp_path: Path) -> None:
             assert ask(resolver, f"n{n}.www.example.test").rstrip().endswith("192.0.2.1")
         (known,) = json.loads(resolver.ask("/status")[1])["upstreams"]
         assert (known["random_case"], known["cookies"]) == ("off", False)
-        # Random case is what a changed file can turn on.
+        # A changed file can turn on random case.
         (tmp_path / "crossnet.yaml").write_text(FILE.format(port=port, dns="random_case: true"))
         assert resolver.wait_for("config_read")["applied"] == ["dns.random_case"]
         assert ask(resolver, "n9.www.example.test").rstrip().endswith("192.0.2.1")

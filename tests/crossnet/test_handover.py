@@ -1,4 +1,4 @@
-"""An upgrade: a second process takes the listening sockets while clients connect all the time, and nobody is lost."""
+"""An upgrade: a second process takes over the listening sockets while clients keep connecting, and no connection is lost."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ def free_ports() -> tuple[int, int]:
 
 
 class Service:
-    """Echoes what it reads, a thread each connection."""
+    """Echoes what it reads, with a thread per connection."""
 
     def __init__(self) -> None:
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=1000)
@@ -64,7 +64,7 @@ class Service:
                 pass
 
     def through(self, relay: tuple[str, int]) -> socket.socket:
-        """Open a stream through a relay; it has been answered."""
+        """Open a stream through a relay and wait for its first answer."""
         client = socket.create_connection(relay, 10)
         client.sendall(self.hello)
         received = b""
@@ -77,7 +77,7 @@ class Service:
 
 
 class Load(threading.Thread):
-    """Opens one stream after the other until told to end."""
+    """Opens one stream after the other until it is stopped."""
 
     def __init__(self, service: Service, relay: tuple[str, int], ending: threading.Event) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_an_upgrade_under_load_loses_no_connection(folder: Path) -> None:
             for thread in load:
                 thread.join(20)
             assert [thread.failed for thread in load] == [[]] * len(load)
-            # The stream of the first process is still its own, and ends it when it ends.
+            # The first process still carries its stream, and exits when that ends.
             held.sendall(b"still here")
             assert held.recv(100) == b"still here"
             assert first.process.poll() is None
@@ -158,7 +158,7 @@ def test_a_successor_that_cannot_start_changes_nothing(folder: Path) -> None:
     service.listening.close()
 
 
-def test_where_nobody_listens_nothing_is_inherited(tmp_path: Path) -> None:
+def test_without_a_predecessor_nothing_is_inherited(tmp_path: Path) -> None:
     assert not Inherited.receive(tmp_path / "absent")
     path = tmp_path / "left"
     with socket.socket(socket.AF_UNIX) as left:
@@ -169,7 +169,7 @@ def test_where_nobody_listens_nothing_is_inherited(tmp_path: Path) -> None:
     asyncio.run(inherited.started())
 
 
-def test_what_is_no_offer_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_offer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "odd"
     with socket.socket(socket.AF_UNIX) as odd, socket.create_server(("127.0.0.1", 0)) as other:
         odd.bind(str(path))
@@ -208,7 +208,7 @@ relay: {{id: relay-1, listen: "127.0.0.1:{port}", ports: auto, port_range: {of_s
 
 
 def listening_sockets(port: int) -> list[str]:
-    """The inodes of the sockets that listen on a port, as the kernel has them."""
+    """The inodes of the sockets that listen on a port, from the kernel."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return [row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port]
 
@@ -252,7 +252,7 @@ relay: {{id: relay-1, listen: "127.0.0.1:{port}", deliver: ["127.0.0.1/32"]}}
 def test_a_successor_without_a_view_of_discovery_does_not_take_over(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would tell clients that it knows of no network."""
+    """It would refuse clients because it knows no network."""
     port, admin = free_ports()
     nobody, _ = free_ports()
     service = Service()

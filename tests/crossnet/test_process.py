@@ -1,4 +1,4 @@
-"""What a process sets for itself before its roles start."""
+"""What a process sets up before its roles start."""
 
 import gc
 import resource
@@ -33,7 +33,7 @@ def test_open_files_are_as_many_as_may_be() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_collector_leaves_alone_what_was_there_at_the_start(collector: tuple[int, int, int]) -> None:
+def test_garbage_collection_skips_objects_from_the_start(collector: tuple[int, int, int]) -> None:
     spare_collections()
     assert gc.get_freeze_count() > 1000
     assert gc.get_threshold() == (COLLECT_AT, *collector[1:])

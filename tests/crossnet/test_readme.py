@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show is good."""
+"""The examples in the README and in docs/ are valid."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Streams at the admin server: found by what is known of them, ended by their id, and only by somebody of this machine."""
+"""Streams at the admin server: filtered by their properties, ended by their id, and only from this machine."""
 
 import json
 import socket
@@ -36,7 +36,7 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def stream(relay: Running, service: socket.socket, label: str) -> tuple[socket.socket, socket.socket, str]:
-    """Open a stream; give both of its ends and the name it asked for."""
+    """Open a stream; return both of its ends and the name that it requested."""
     address, _, port = relay.started()["relay"][0].rpartition(":")
     client = socket.create_connection((address, int(port)), 10)
     target = f"{service.getsockname()[1]}-127-0-0-1"

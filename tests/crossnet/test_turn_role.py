@@ -75,7 +75,7 @@ def test_one_network_cannot_take_all_ports(tmp_path: Path) -> None:
             client.login()
             return code(client.ask(client.allocate_request()))
 
-        # The name is the account, whatever its time.
+        # The account is the name without the timestamp.
         assert [allocate("b.gw-1", 60 + number) for number in range(5)] == [0, 0, 0, 0, 486]
         assert [allocate("c.gw-1", 60) for _ in range(5)] == [0, 0, 0, 0, 486]
         metrics = process.ask("/metrics")[1]

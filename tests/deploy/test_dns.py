@@ -1,4 +1,4 @@
-"""Every snippet that points somebody at the resolver, loaded into the real program where this machine has it.
+"""Every snippet that configures another program to use the resolver, loaded into that program where it is installed.
 
 There is no CoreDNS to be had from Debian, PyPI or npm: its files are read by its grammar and by what its plugins take
 (corefile.py), and no more is proven of them.
@@ -32,7 +32,7 @@ ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
 
 @pytest.mark.anyio
 @pytest.mark.needs("dnsmasq")
-async def test_dnsmasq_asks_us_for_what_is_ours(tmp_path: Path) -> None:
+async def test_dnsmasq_forwards_the_mesh_domain_to_us(tmp_path: Path) -> None:
     text = (DEPLOY / "dnsmasq" / "crossnet.conf").read_text()
     async with (
         serving({("www.example.test", "A"): ["198.41.0.4"]}) as upstream,
@@ -92,7 +92,7 @@ def test_the_configurations_in_kubernetes_are_ours(tmp_path: Path) -> None:
         assert load(tmp_path / name).roles == (name.removesuffix(".yaml"),)
 
 
-def test_the_resolver_and_the_relay_are_reached_by_those_who_should_only() -> None:
+def test_the_resolver_and_the_relay_are_exposed_to_clients_only() -> None:
     policies = {found["metadata"]["name"]: found["spec"] for name, found in documents() if "NetworkPolicy" in name}
     assert policies["closed"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
     for name in ("clients-to-relay", "askers-to-dns"):
@@ -198,8 +198,8 @@ cat /run/resolved.log
 
 @pytest.mark.needs("netns", "dig")
 @pytest.mark.netns
-def test_resolved_asks_us_for_what_is_ours_and_nobody_for_all_else(tmp_path: Path) -> None:
-    """In namespaces of its own; it says what it does not know in a file, and goes on."""
+def test_resolved_asks_us_only_for_the_mesh_domain(tmp_path: Path) -> None:
+    """In namespaces of its own. It logs unknown settings of a file and continues."""
     if RESOLVED is None:
         missing = "systemd-resolved is neither installed nor unpacked (.ci/servers)"
         pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
@@ -220,6 +220,6 @@ def test_resolved_asks_us_for_what_is_ours_and_nobody_for_all_else(tmp_path: Pat
         assert reply.split()[-1] == "10.0.0.9", done.stdout
     assert "status: NOERROR" in no_data
     assert "ANSWER: 0" in no_data
-    assert "NOERROR" not in elsewhere  # nobody else is configured here, and we are not asked
+    assert "NOERROR" not in elsewhere  # no other server is configured, and ours is not asked
     for complaint in ("Unknown key", "Failed to parse", "Failed to add", "Invalid"):
         assert not [line for line in log if complaint in line]

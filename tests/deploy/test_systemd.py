@@ -1,4 +1,4 @@
-"""The resolver's units: what systemd says of them, and the process itself on port 53 with exactly the rights that they give.
+"""The resolver's units: systemd's verdict on them, and the process itself on port 53 with exactly their capabilities.
 
 systemd is not the first process here, so its part is played by setpriv: a user that owns nothing, the unit's capabilities and
 no others, no new privileges; in a network namespace of its own, where port 53 is free and as privileged as anywhere.
@@ -63,7 +63,7 @@ cat /mnt/log
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What became of a resolver in the namespace."""
+    """The result of a resolver in the namespace."""
 
     code: int
     answer: str
@@ -143,7 +143,7 @@ def test_systemd_finds_the_units_well_made_and_hardly_exposed(unit: str) -> None
     verify = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(UNITS / unit)]
     done = subprocess.run(verify, capture_output=True, text=True, check=False, timeout=30)
     assert not [line for line in done.stderr.splitlines() if "crossnet-dns" in line], done.stderr
-    # It gives the sum of its weighted misgivings, out of 10; a service with no settings has 9.6.
+    # The exposure level, from 0 to 10; a service without settings has 9.6.
     security = ["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=25", str(UNITS / unit)]
     done = subprocess.run(security, capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""A network namespace in which our server is 127.0.0.1:53, as the programs in it are told by /etc/resolv.conf.
+"""A network namespace in which our server is 127.0.0.1:53, as /etc/resolv.conf tells the programs in it.
 
 Run as a program it is the inside: it makes upstream (127.0.0.2:53) and the server, says "ready", and then answers each
 line of standard input with one line of JSON, until there are no more. `Namespace` is the outside.

@@ -1,4 +1,4 @@
-"""Who may ask, and how much."""
+"""Access list and rate limit."""
 
 from ipaddress import ip_address, ip_network
 
@@ -37,7 +37,7 @@ def test_ipv6_counts_by_64_bits_and_is_allowed_by_address() -> None:
     clients.left[one] = 3
     assert clients.admit(packed("fd00::2")) == (two, 3)
     assert clients.admit(packed("fd00:0:0:1::ffff")) == (far, 5)
-    assert clients.admit(packed("fd00::3"))[1] == DENIED  # whoever it shares the first half with
+    assert clients.admit(packed("fd00::3"))[1] == DENIED  # although it shares the first 64 bits with allowed ones
     assert clients.admit(packed("fd00::1")) == (one, 3)
 
 

@@ -1,4 +1,4 @@
-"""Unmodified programs that have our server for their resolver: what libc, musl, Java and Node make of its answers.
+"""Unmodified programs that use our server as their resolver: libc, musl, Java and Node.
 
 The rows are those of what stub resolvers were measured to do. Above all: a relay with IPv4 only must be enough for musl,
 which takes anything but NODATA for the other half of a pair as the failure of the whole, and no answer of ours may make

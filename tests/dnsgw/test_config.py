@@ -1,4 +1,4 @@
-"""What a server does when it is told nothing."""
+"""The defaults of a server's configuration."""
 
 from ipaddress import ip_address
 

@@ -1,4 +1,4 @@
-"""Upstreams that lie, say nothing, or say it slowly, and clients that ask what nobody asks: a real server between real sockets."""
+"""Upstreams that lie, are silent or slow, and clients with unusual questions: a real server between real sockets."""
 
 import asyncio
 import contextlib
@@ -173,7 +173,7 @@ async def test_an_upstream_that_sends_a_byte_now_and_then_is_one_that_is_silent(
     listening.close()
 
 
-async def test_an_answer_that_comes_too_late_is_for_nobody(upstream: Authority) -> None:
+async def test_a_late_answer_is_dropped(upstream: Authority) -> None:
     upstream.script = lambda _: []
     async with running(VIEW, upstream.port) as server:
         with Client(address(server)) as client:
@@ -192,7 +192,7 @@ async def test_nothing_listens_there_at_all() -> None:
         assert (read(reply).rcode(), errors(reply)) == (SERVFAIL, [23])
 
 
-async def test_what_holds_for_no_time_is_passed_on_and_not_kept(upstream: Authority) -> None:
+async def test_a_ttl_of_zero_is_passed_on_and_not_cached(upstream: Authority) -> None:
     def fleeting(asked: Asked) -> list[bytes]:
         reply = dns.message.from_wire(asked.answer)
         reply.answer[0].ttl = 0

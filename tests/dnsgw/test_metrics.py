@@ -1,4 +1,4 @@
-"""Counts as Prometheus reads them."""
+"""Metrics in Prometheus' format."""
 
 from prometheus_client import CollectorRegistry, generate_latest
 

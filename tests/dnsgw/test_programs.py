@@ -1,4 +1,4 @@
-"""Programs of others that ask us: kdig, drill, delv, which validates, and dnsperf, which asks a lot."""
+"""Third-party programs as clients: kdig, drill, delv, which validates, and dnsperf, which sends many questions."""
 
 import asyncio
 import subprocess
@@ -159,7 +159,7 @@ VALID = {
 
 @pytest.mark.needs("delv")
 @pytest.mark.parametrize("lying", [False, True], ids=["honest", "lying besides"])
-async def test_what_is_signed_can_be_validated_through_us(upstream: Authority, tmp_path: Path, lying: bool) -> None:
+async def test_signed_answers_can_be_validated_through_us(upstream: Authority, tmp_path: Path, lying: bool) -> None:
     signed = Signed(lying=lying)
     upstream.script = signed
     anchors = tmp_path / "anchors"

@@ -1,4 +1,4 @@
-"""A new configuration under a running server: what it says from then on, and what was on its way."""
+"""A new configuration for a running server: its answers from then on, and to outstanding questions."""
 
 import asyncio
 import os
@@ -55,9 +55,7 @@ async def asked(server: DnsServer, packet: bytes, source: str | None = None) -> 
         return dns.message.from_wire(await client.ask(packet))
 
 
-async def test_what_was_asked_of_the_former_upstream_is_answered_and_not_kept(
-    upstream: Authority, other: Authority
-) -> None:
+async def test_answers_of_a_former_upstream_are_passed_on_and_not_cached(upstream: Authority, other: Authority) -> None:
     late: list[tuple[bytes, tuple[str, int]]] = []
     upstream.script = lambda question: late.append((question.answer, question.source)) or []  # type: ignore[func-returns-value]
     async with running(VIEW, upstream.port, timing=ServerTiming(retired_s=0.05)) as server:
@@ -101,7 +99,7 @@ async def test_an_upstream_that_cannot_be_changes_nothing(upstream: Authority) -
             assert dns.message.from_wire(await client.ask(query(ADDRESS))).answer[0].ttl == 5
 
 
-async def test_the_cache_survives_what_does_not_concern_it(upstream: Authority) -> None:
+async def test_the_cache_survives_unrelated_changes(upstream: Authority) -> None:
     async with running(VIEW, upstream.port) as server:
         with Client(address(server)) as client:
             for change_ in ({}, {"ttl_s": 9}, {"race_s": 0.1}, {"cache": CacheConfig(max_ttl_s=900)}):
@@ -115,7 +113,7 @@ async def test_the_cache_survives_what_does_not_concern_it(upstream: Authority) 
             assert len(upstream.asked) == 4
 
 
-async def test_a_zone_of_its_own_counts_at_once(upstream: Authority, other: Authority) -> None:
+async def test_a_forwarded_zone_takes_effect_at_once(upstream: Authority, other: Authority) -> None:
     async with running(VIEW, upstream.port) as server:
         with Client(address(server)) as client:
             for _ in range(2):
@@ -126,7 +124,7 @@ async def test_a_zone_of_its_own_counts_at_once(upstream: Authority, other: Auth
             assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
 
 
-async def test_what_nobody_is_asked_for(upstream: Authority) -> None:
+async def test_absent_names_change_at_once(upstream: Authority) -> None:
     async with running(VIEW, upstream.port) as server:
         with Client(address(server)) as client:
             for _ in range(3):
@@ -137,7 +135,7 @@ async def test_what_nobody_is_asked_for(upstream: Authority) -> None:
             assert addresses(await client.ask(query(WWW))) == ["192.0.2.1"]
 
 
-async def test_who_may_ask_and_how_much(upstream: Authority) -> None:
+async def test_access_list_and_rate_limit(upstream: Authority) -> None:
     async with running(VIEW, upstream.port) as server, connected(server) as connection:
         assert addresses(await connection.ask(query(ADDRESS))) == ["10.0.0.9"]
         change(server, allow=(ip_network("127.0.0.2/32"),))
@@ -165,7 +163,7 @@ async def test_answers_of_ours() -> None:
         assert (await asked(server, query(ADDRESS))).rcode() == 2
         change(
             server, stale_relays_for_s=60.0
-        )  # since when none is alive counts, and not since when this is configured
+        )  # the time counts from the loss of the last relay, not from the change of the configuration
         assert (await asked(server, query(ADDRESS))).answer
         change(server, stale_relays_for_s=0.0)
         assert (await asked(server, query(ADDRESS))).rcode() == 2

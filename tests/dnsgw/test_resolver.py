@@ -1,4 +1,4 @@
-"""From packet to reply, with a real upstream behind it: who may ask, who is asked, and in which order."""
+"""From packet to reply, with a real upstream: which clients may ask, which upstream is asked, and in which order."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -149,7 +149,7 @@ async def test_without_upstream_foreign_names_are_servfail_and_ours_are_not() ->
             assert addresses(await client.ask(query(ADDRESS))) == ["10.0.0.9"]
 
 
-async def test_more_than_may_wait_are_refused(upstream: Authority) -> None:
+async def test_the_questions_of_one_client_are_bounded(upstream: Authority) -> None:
     upstream.script = silent
     async with running(VIEW, upstream.port, max_in_flight=8) as server:
         with Client(address(server)) as client, Client(address(server), "127.0.0.2") as other:
@@ -165,7 +165,7 @@ async def test_more_than_may_wait_are_refused(upstream: Authority) -> None:
         assert server.metrics.queries[Outcome.OVERLOADED] == 1
 
 
-async def test_all_clients_together_are_refused_what_is_too_much(upstream: Authority) -> None:
+async def test_the_questions_of_all_clients_together_are_bounded(upstream: Authority) -> None:
     upstream.script = silent
     async with running(VIEW, upstream.port, max_in_flight=2) as server:
         with (
@@ -212,161 +212,13 @@ async def test_strangers_are_refused() -> None:
         ("2001:db8::1", False),
     ],
 )
-def test_private_addresses_may_ask_unless_told_otherwise(host: str, allowed: bool) -> None:
+def test_private_addresses_may_ask_by_default(host: str, allowed: bool) -> None:
     resolver = Resolver(DnsConfig(network="a", listen=()), DnsMetrics())
     resolver.apply(VIEW)
     replies: list[bytes] = []
     for _ in range(2):  # the second time it is known
         resolver.handle(query(ADDRESS), packed(host), lambda reply, where: replies.append(reply), None, False)
     assert [reply[3] & 15 for reply in replies] == [0 if allowed else 5] * 2
-
-
-# Imported names of which upstream has the first word.
-
-LOCAL: dict[str, Any] = {"imports": imports("local")}
-
-
-async def asked_both(client: Client, name: str) -> dict[str, list[str]]:
-    """Ask for A and AAAA at once, as libc does, and give the addresses of each."""
-    client.send(query(name, Qtype.A, ident=1))
-    client.send(query(name, Qtype.AAAA, ident=2))
-    replies = {reply[1]: reply for reply in (await client.receive(), await client.receive())}
-    assert {reply[3] & 15 for reply in replies.values()} == {0}
-    for reply in replies.values():
-        assert addresses(reply) or len(read(reply).authority) == 1
-    return {"A": addresses(replies[1]), "AAAA": addresses(replies[2])}
-
-
-UPSTREAM_HAS = {
-    "nothing": ({}, {"A": ["10.0.0.9"], "AAAA": ["fd00::9"]}),
-    "both": (
-        {(ORDERS, "A"): ["192.0.2.7"], (ORDERS, "AAAA"): ["2001:db8::7"]},
-        {"A": ["192.0.2.7"], "AAAA": ["2001:db8::7"]},
-    ),
-    "A only": ({(ORDERS, "A"): ["192.0.2.7"]}, {"A": ["192.0.2.7"], "AAAA": []}),
-    "AAAA only": ({(ORDERS, "AAAA"): ["2001:db8::7"]}, {"A": [], "AAAA": ["2001:db8::7"]}),
-    "another type only": ({(ORDERS, "TXT"): ["x"]}, {"A": ["10.0.0.9"], "AAAA": ["fd00::9"]}),
-    "names below only": ({("x." + ORDERS, "A"): ["192.0.2.7"]}, {"A": ["10.0.0.9"], "AAAA": ["fd00::9"]}),
-}
-
-
-@pytest.mark.parametrize(("records", "expected"), UPSTREAM_HAS.values(), ids=UPSTREAM_HAS)
-async def test_a_name_is_upstreams_or_ours_for_both_halves_of_a_pair(
-    upstream: Authority, records: dict[tuple[str, str], list[str]], expected: dict[str, list[str]]
-) -> None:
-    upstream.records.update(records)
-    async with running(VIEW, upstream.port, **LOCAL) as server:
-        with Client(address(server)) as client:
-            assert await asked_both(client, ORDERS) == expected
-            assert await asked_both(client, ORDERS) == expected  # by what is remembered
-            assert await asked_both(client, ORDERS.upper()) == expected
-        assert all(upstream.types_asked(ORDERS).count(rdtype) <= 4 for rdtype in ("A", "AAAA"))
-
-
-@pytest.mark.parametrize(("records", "expected"), UPSTREAM_HAS.values(), ids=UPSTREAM_HAS)
-@pytest.mark.parametrize("first", ["A", "AAAA"])
-async def test_it_does_not_matter_which_half_comes_first(
-    upstream: Authority, records: dict[tuple[str, str], list[str]], expected: dict[str, list[str]], first: str
-) -> None:
-    upstream.records.update(records)
-    second = "AAAA" if first == "A" else "A"
-    async with running(VIEW, upstream.port, **LOCAL) as server:
-        with Client(address(server)) as client:
-            for rdtype in (first, second):
-                assert addresses(await client.ask(query(ORDERS, Qtype[rdtype]))) == expected[rdtype]
-
-
-@pytest.mark.parametrize(("records", "expected"), UPSTREAM_HAS.values(), ids=UPSTREAM_HAS)
-@pytest.mark.parametrize("qtype", [Qtype.HTTPS, Qtype.SRV, 16])
-async def test_other_types_follow_the_addresses(
-    upstream: Authority, records: dict[tuple[str, str], list[str]], expected: dict[str, list[str]], qtype: int
-) -> None:
-    upstream.records.update(records)
-    ours = expected["A"] == ["10.0.0.9"]
-    async with running(VIEW, upstream.port, **LOCAL) as server:
-        with Client(address(server)) as client:
-            for _ in range(2):
-                reply = await client.ask(query(ORDERS, qtype))
-                assert bool(read(reply).answer) == (ours and qtype == Qtype.SRV)
-        assert len(upstream.asked) <= 3  # both addresses and the question itself: the second time all is known
-        assert ours or Qtype(1).name in upstream.types_asked(ORDERS)
-
-
-async def test_a_name_that_appears_upstream_is_upstreams_within_a_ttl(upstream: Authority) -> None:
-    async with running(VIEW, upstream.port, **LOCAL, ttl_s=0) as server:
-        with Client(address(server)) as client:
-            assert addresses(await client.ask(query(ORDERS))) == ["10.0.0.9"]
-            upstream.records[ORDERS, "A"] = ["192.0.2.7"]
-            assert addresses(await client.ask(query(ORDERS))) == ["192.0.2.7"]
-            del upstream.records[ORDERS, "A"]
-            assert addresses(await client.ask(query(ORDERS))) == ["10.0.0.9"]
-
-
-async def test_a_name_that_upstream_loses_is_ours_within_a_ttl(upstream: Authority) -> None:
-    upstream.records[ORDERS, "A"] = ["192.0.2.7"]
-    async with running(VIEW, upstream.port, **LOCAL, ttl_s=0) as server:
-        with Client(address(server)) as client:
-            assert addresses(await client.ask(query(ORDERS))) == ["192.0.2.7"]
-            del upstream.records[ORDERS, "A"]
-            assert addresses(await client.ask(query(ORDERS))) == ["10.0.0.9"]
-
-
-async def test_an_alias_upstream_is_a_name_upstream(upstream: Authority) -> None:
-    upstream.records[ORDERS, "CNAME"] = ["gone.example.test"]
-    async with running(VIEW, upstream.port, **LOCAL) as server:
-        with Client(address(server)) as client:
-            reply = read(await client.ask(query(ORDERS)))
-            assert [str(rrset) for rrset in reply.answer] == [f"{ORDERS}. 300 IN CNAME gone.example.test."]
-
-
-@pytest.mark.parametrize("rcode", [2, 5])
-async def test_where_upstream_fails_nothing_is_made_up(upstream: Authority, rcode: int) -> None:
-    upstream.script = lambda asked: [asked.packet[:2] + header(flags=0x8180 | rcode)[2:] + asked.question]
-    async with running(VIEW, upstream.port, **LOCAL) as server:
-        with Client(address(server)) as client:
-            assert (await client.ask(query(ORDERS)))[3] & 15 == rcode
-            assert (await client.ask(query(ORDERS, Qtype.HTTPS)))[3] & 15 == dns.rcode.SERVFAIL
-
-
-async def test_where_upstream_knows_but_half_nothing_is_made_up(upstream: Authority) -> None:
-    upstream.records["x." + ORDERS, "A"] = ["192.0.2.7"]  # so that the name itself is NODATA
-
-    def fail_for_aaaa(asked: Asked) -> list[bytes]:
-        failed = asked.packet[:2] + header(flags=0x8182)[2:] + asked.question
-        return [failed if asked.rdtype == "AAAA" else asked.answer]
-
-    upstream.script = fail_for_aaaa
-    async with running(VIEW, upstream.port, **LOCAL) as server:
-        with Client(address(server)) as client:
-            reply = await client.ask(query(ORDERS, edns=opt()))
-            assert reply[3] & 15 == dns.rcode.SERVFAIL
-            assert error(reply) == (22, "upstream does not say whether it has this name")
-
-
-async def test_with_prefer_remote_upstream_is_not_asked(upstream: Authority) -> None:
-    upstream.records[ORDERS, "A"] = ["192.0.2.7"]
-    async with running(VIEW, upstream.port, imports=imports("remote")) as server:
-        with Client(address(server)) as client:
-            assert await asked_both(client, ORDERS) == {"A": ["10.0.0.9"], "AAAA": ["fd00::9"]}
-        assert not upstream.asked
-
-
-@pytest.mark.parametrize("name", ["nobody.shop.svc.cluster.local", "www.example.test", "x." + ORDERS])
-async def test_a_name_that_is_not_imported_is_never_touched(upstream: Authority, name: str) -> None:
-    async with running(VIEW, upstream.port, **LOCAL) as server:
-        with Client(address(server)) as client:
-            for qtype in (Qtype.A, Qtype.HTTPS):
-                reply = await client.ask(query(name, qtype))
-                assert read(reply).rcode() == read(upstream.asked[-1].answer).rcode()
-                assert read(reply).authority == read(upstream.asked[-1].answer).authority
-        # What is not there has no other types either.
-        assert len(upstream.asked) == (2 if name == "www.example.test" else 1)
-
-
-async def test_an_import_over_tcp_asks_upstream_over_tcp(upstream: Authority) -> None:
-    async with running(VIEW, upstream.port, **LOCAL) as server, connected(server) as connection:
-        assert addresses(await connection.ask(query(ORDERS))) == ["10.0.0.9"]
-        assert all(asked.tcp for asked in upstream.asked)
 
 
 # Changes of discovery.
@@ -385,7 +237,7 @@ async def test_a_change_shows_at_once() -> None:
             assert (await client.ask(query(ADDRESS)))[3] & 15 == dns.rcode.NXDOMAIN
 
 
-async def test_before_the_first_news_questions_of_ours_wait_for_it(upstream: Authority) -> None:
+async def test_questions_about_our_names_wait_for_the_first_state_of_discovery(upstream: Authority) -> None:
     async with running(None, upstream.port, imports=imports("remote")) as server:
         with Client(address(server)) as client:
             client.send(query(ADDRESS, ident=1))
@@ -512,7 +364,7 @@ async def test_no_reply_over_udp_is_longer_than_the_limit(upstream: Authority) -
 # No relay is alive.
 
 
-async def test_the_last_relays_for_a_while_if_told_so() -> None:
+async def test_the_last_relays_are_answered_for_a_while_if_configured_so() -> None:
     async with running(VIEW, stale_relays_for_s=0.3) as server:
         with Client(address(server)) as client:
             server.apply(mesh())

@@ -1,4 +1,4 @@
-"""The whole server on loopback: its life, and dig as a client that is not ours."""
+"""The whole server on loopback: its life cycle, and dig as a third-party client."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ def addresses(reply: bytes) -> list[str]:
     return [str(item) for rrset in dns.message.from_wire(reply).answer for item in rrset]
 
 
-# Its life.
+# Life cycle.
 
 
 async def test_udp_and_tcp_have_the_same_port_on_every_address() -> None:
@@ -83,7 +83,7 @@ async def test_an_address_that_is_taken_leaves_nothing_open() -> None:
         pass
 
 
-async def test_who_waits_is_answered_when_it_ends() -> None:
+async def test_waiting_questions_are_answered_at_the_end() -> None:
     async with serving() as upstream:
         upstream.script = lambda asked: []
         async with running(None, upstream.port) as server, connected(server) as connection:
@@ -99,7 +99,7 @@ async def test_who_waits_is_answered_when_it_ends() -> None:
                 assert await connection.ended() == b""
 
 
-async def test_a_bad_domain_is_told_before_anything_is_opened() -> None:
+async def test_a_bad_domain_is_reported_before_anything_is_opened() -> None:
     with pytest.raises(BadName):
         DnsServer(DnsConfig(network="a", listen=(), domain="mesh..internal"))
 
@@ -140,7 +140,7 @@ async def test_the_hosts_own_resolvers_but_for_ourselves(tmp_path: Path, caplog:
 
 @pytest.mark.parametrize("others", [0, 1])
 async def test_an_upstream_that_asks_us_is_noticed_and_left_out(upstream: Authority, others: int) -> None:
-    """The first upstream asks us whatever it is asked: a question would go round for ever."""
+    """The first upstream forwards every question to us, which would be an endless loop."""
     async with serving() as circle:
         ports = (circle.port, upstream.port)[: 1 + others]
         with logged("dnsgw", "dns_loop") as noticed, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
@@ -164,7 +164,7 @@ async def test_an_upstream_that_asks_us_is_noticed_and_left_out(upstream: Author
                 assert len(circle.asked) == before
 
 
-# What it counts.
+# Metrics.
 
 
 async def test_it_counts_on_the_registry_that_it_is_given() -> None:

@@ -1,9 +1,9 @@
-"""A bounded memory of what was used last."""
+"""A bounded cache of recently used entries."""
 
 from dnsgw.two_generation_cache import TwoGenerationCache
 
 
-def test_it_keeps_what_was_used_last_and_never_twice_its_limit() -> None:
+def test_it_keeps_recently_used_entries_and_at_most_twice_its_limit() -> None:
     recent: TwoGenerationCache[int] = TwoGenerationCache(4)
     recent[b"used"] = 0
     for n in range(100):

@@ -25,13 +25,13 @@ ZONE_TTL = 300
 
 @dataclass(frozen=True)
 class Asked:
-    """One question that came."""
+    """One received question."""
 
     packet: bytes
     source: tuple[str, int]
     tcp: bool
     answer: bytes
-    """What would be answered."""
+    """The regular answer."""
 
     @property
     def message(self) -> dns.message.Message:
@@ -62,13 +62,13 @@ class Authority:
     port: int = 0
     connections: int = 0
     close_after: int | None = None
-    """So many answers after which a TCP connection is closed."""
+    """Number of answers after which a TCP connection is closed."""
 
     news: asyncio.Event = field(default_factory=asyncio.Event)
     transport: asyncio.DatagramTransport | None = None
 
     def send(self, packet: bytes, destination: tuple[str, int]) -> None:
-        """Send a packet that nobody just asked for."""
+        """Send an unsolicited packet."""
         assert self.transport is not None
         self.transport.sendto(packet, destination)
 
@@ -83,7 +83,7 @@ class Authority:
         return [asked.rdtype for asked in self.asked if asked.name == name.lower()]
 
     async def heard(self, count: int) -> None:
-        """Wait until so many questions have come in all."""
+        """Wait until `count` questions have arrived in total."""
         async with asyncio.timeout(5):
             while len(self.asked) < count:
                 self.news.clear()

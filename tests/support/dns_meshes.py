@@ -1,4 +1,4 @@
-"""A small mesh to resolve in: networks a (ours), b and c, two services that share a beginning, a few relays."""
+"""A small mesh to resolve in: networks a (ours), b and c, two services with a common prefix, a few relays."""
 
 from collections.abc import Sequence
 

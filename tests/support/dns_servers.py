@@ -1,4 +1,4 @@
-"""A server on loopback, and the plainest of clients for it."""
+"""A server on loopback, and minimal clients for it."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from tests.support.dns_meshes import DOMAIN
 async def running(
     mesh: Mesh | None, *upstream_ports: int, listen: tuple[str, ...] = ("127.0.0.1",), **config: Any
 ) -> AsyncIterator[DnsServer]:
-    """A server on free ports that knows this mesh, if any, and asks these ports of loopback."""
+    """Run a server on free ports with this mesh, if any, and upstreams on these ports of loopback."""
     made_with = {
         key: config.pop(key) for key in ("claim", "timing", "resolv_conf_port", "udp_batches") if key in config
     }
@@ -70,7 +70,7 @@ def address(server: DnsServer, index: int = 0) -> tuple[str, int]:
 
 
 class Client:
-    """One UDP socket that asks and takes what comes back from where it asked, and from nowhere else."""
+    """A UDP client with a connected socket."""
 
     def __init__(self, destination: tuple[str, int], source: str | None = None) -> None:
         family = socket.AF_INET6 if ":" in destination[0] else socket.AF_INET
@@ -98,7 +98,7 @@ class Client:
 
 
 class Connection:
-    """One TCP connection that asks and takes what comes back."""
+    """A TCP client with one connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -117,7 +117,7 @@ class Connection:
         return await self.receive()
 
     async def ended(self) -> bytes:
-        """What still comes until the server ends the connection."""
+        """Read until the server closes the connection."""
         async with asyncio.timeout(5):
             try:
                 return await self.reader.read()

@@ -12,7 +12,7 @@ from discovery.api import DiscoveryServer, DiscoveryServerConfig
 
 
 class DiscoveryServerRole(Role):
-    """Answers the clients of discovery, our own among them."""
+    """Answers clients of discovery, including our own."""
 
     name: ClassVar[str] = "discovery_server"
     before_discovery: ClassVar[bool] = True
@@ -24,7 +24,7 @@ class DiscoveryServerRole(Role):
         opened: asyncio.Future[tuple[tuple[str, int], ...]] = asyncio.get_running_loop().create_future()
 
         async def hold() -> None:
-            # The server's own tasks live in this context, which must be left by the task that entered it.
+            # The context owns the server's tasks, and must be left by the task that entered it.
             try:
                 async with self.server.serving() as addresses:
                     opened.set_result(addresses)
@@ -38,7 +38,7 @@ class DiscoveryServerRole(Role):
         self.listens(await self.begin(opened))
 
     def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
-        """Limits, secrets and what else is live."""
+        """Yield the change of live settings, such as limits and secrets."""
         del old
         yield partial(self.server.reconfigure, _config(new))
 

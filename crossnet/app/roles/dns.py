@@ -14,7 +14,7 @@ from dnsgw.server import DnsServer
 
 
 class DnsRole(Role):
-    """Answers this network's clients."""
+    """Answers the questions of this network's clients."""
 
     name: ClassVar[str] = "dns"
     server: DnsServer
@@ -35,7 +35,7 @@ class DnsRole(Role):
         self.host.run(self.name, server.run())
 
     def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
-        """Upstreams, zones, limits and what else is live."""
+        """Yield the change of live settings, such as upstreams, zones and limits."""
         del old
         yield partial(self._reconfigure, _config(new))
 
@@ -46,11 +46,11 @@ class DnsRole(Role):
             raise Refused(f"$.dns: {error}") from error
 
     async def give_back(self) -> None:
-        """Close what is open to clients and upstreams."""
+        """Close all sockets to clients and upstreams."""
         await self.server.close()
 
     def status(self) -> dict[str, object]:
-        """Return what is known of the upstreams."""
+        """Return the state of the upstreams."""
         return {"upstreams": self.server.status()}
 
 

@@ -31,7 +31,7 @@ class GatewayRole(Role):
         self.gateway = gateway = Gateway(config, host.discovery, role_configs.keys(host.config), registry=host.registry)
         self.ledger = gateway.ledger
         if host.inherited:
-            gateway.hold()  # until our predecessor has stopped: its epoch is another one
+            gateway.hold()  # until our predecessor, which has another epoch, has stopped
         await self.begin(gateway.open(partial(host.inherited.take, self.name)))
         self.listens(gateway.addresses)
         self._running = host.run(self.name, gateway.run())
@@ -39,7 +39,7 @@ class GatewayRole(Role):
             self._register(host.config)
 
     def publish(self) -> None:
-        """Say where relays may dial it, if they may; allocations say so by themselves."""
+        """Publish its address if relays may dial it directly; the registrar publishes allocations."""
         section = _section(self.host.config)
         if self.gateway.addresses:
             spec = role_configs.gateway_spec(section, self.gateway.addresses[0], self.gateway.epoch)
@@ -53,16 +53,16 @@ class GatewayRole(Role):
         return role_configs.registrar_config(config, _section(config), self.host.guard(), epoch=self.gateway.epoch)
 
     def predecessor_gone(self) -> None:
-        """Let relays in that come directly."""
+        """Accept direct connections of relays."""
         self.gateway.accept()
 
     @property
     def settled(self) -> bool:
-        """Whether there is an allocation wherever one can be had."""
+        """Whether there is an allocation wherever one can be made."""
         return self.registrar is None or self.registrar.settled
 
     def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
-        """Rules, keys, limits and what else is live; then the registrations."""
+        """Yield the change of live settings, such as rules, keys and limits, and then of the registrations."""
         del old
         config = role_configs.gateway_config(new, _section(new), self.gateway.config.guard)
         yield partial(self.gateway.reconfigure, config, role_configs.keys(new))
@@ -72,12 +72,12 @@ class GatewayRole(Role):
             yield partial(self._register, new)
 
     def sockets(self) -> Iterator[tuple[Place, int]]:
-        """Yield the listeners for relays that come directly."""
+        """Yield the listeners for direct connections of relays."""
         for place, number in self.gateway.listening():
             yield (self.name, *place), number
 
     def withdraw(self) -> None:
-        """Take all records back; allocations stay until their streams have ended."""
+        """Withdraw all records; allocations stay until their streams have ended."""
         if self.registrar is not None:
             self.registrar.drain()
         if self.gateway.addresses:
@@ -89,15 +89,15 @@ class GatewayRole(Role):
             self.registrar.hand_over()
 
     def comes_until(self, now: float) -> float:
-        """After a handover until relays have heard of our successor's allocations: until then they come to ours."""
+        """Return, after a handover, until when relays may not know our successor's allocations and use ours."""
         return now + FORGET_S if self.host.handed_over and self.registrar is not None else now
 
     def stop_listening(self) -> None:
-        """Let no more relays come directly."""
+        """Stop accepting direct connections of relays."""
         self.gateway.stop_listening()
 
     def stop_accepting(self) -> None:
-        """Take no more streams."""
+        """Accept no new streams."""
         self.gateway.close()
 
     @property
@@ -106,19 +106,19 @@ class GatewayRole(Role):
         return self._running.done()
 
     async def give_back(self) -> None:
-        """Return the allocations."""
+        """Release the allocations."""
         if self.registrar is not None:
             await self.registrar.close()
 
     def conditions(self) -> Iterator[Condition]:
-        """An allocation, where any network is left to register with."""
+        """Yield the condition that there is an allocation, if there is any network to register with."""
         if self.registrar is not None:
             states = {line["state"] for line in self.registrar.status()}
             lacking = bool(states) and "ready" not in states and states != {"standby"}
             yield Condition("allocation", ("a first allocation",) if lacking else ())
 
     def status(self) -> dict[str, object]:
-        """Return how it stands with each TURN server, and which endpoints of services fail."""
+        """Return the state of the registration with each TURN server, and which endpoints of services fail."""
         return {
             "registrations": self.registrar.status() if self.registrar is not None else [],
             "gateway_endpoints": self.gateway.endpoints.status(),

@@ -16,7 +16,7 @@ class PublisherRole(Role):
     publisher: Publisher
 
     async def open(self) -> None:
-        """Follow the cluster."""
+        """Start to follow the cluster."""
         host = self.host
         section = host.config.publisher
         assert section is not None
@@ -30,5 +30,5 @@ class PublisherRole(Role):
         host.run(self.name, self.publisher.run())
 
     def conditions(self) -> Iterator[Condition]:
-        """A first list of the cluster."""
+        """Yield the condition that the cluster has been listed."""
         yield Condition("cluster", () if self.publisher.listed else ("a first list of the cluster",))

@@ -18,11 +18,11 @@ from sniproxy.tunnel.keys import SigningKeys
 T = TypeVar("T")
 
 ADAPTED = "relay's services"
-"""What sockets are called at a handover that a relay has opened for the ports of services."""
+"""Role name, in a handover, of sockets that a relay has opened for the ports of services."""
 
 
 class RelayRole(Role):
-    """Takes in the clients of this network."""
+    """Accepts the connections of this network's clients."""
 
     name: ClassVar[str] = "relay"
     relay: Relay
@@ -30,7 +30,7 @@ class RelayRole(Role):
     _running: asyncio.Task[None]
     _publishing: tuple[asyncio.Task[None], ...] = ()
     _longer_ttl_until = 0.0
-    """How long answers live on that were given with a longer TTL than those of now, in the loop's time."""
+    """Until when DNS answers from before the TTL was lowered are valid, in the loop's time."""
 
     async def open(self) -> None:
         """Bind, serve and publish."""
@@ -57,14 +57,14 @@ class RelayRole(Role):
             self._publishing += (host.run("ports", adaptive.run()),)
 
     def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
-        """Rules, keys, limits and what else is live; then the record."""
+        """Yield the change of live settings, such as rules, keys and limits, and then of the record."""
         relay = role_configs.relay_config(new, _section(new), self.relay.config.guard)
         yield partial(self.relay.reconfigure, relay, SigningKeys(role_configs.keys(new)))
         yield partial(self.publication.reconfigure, new)
         yield partial(self.note_ttl, old, new)
 
     def note_ttl(self, old: Config, new: Config) -> None:
-        """Remember for how long answers live on that were given with a longer TTL."""
+        """If the TTL is lowered, remember until when former answers are valid."""
         if _ttl_s(new) < _ttl_s(old):
             lives_until = asyncio.get_running_loop().time() + _ttl_s(old)
             self._longer_ttl_until = max(self._longer_ttl_until, lives_until)
@@ -77,23 +77,23 @@ class RelayRole(Role):
             yield (ADAPTED, *place), number
 
     def withdraw(self) -> None:
-        """Take the record back."""
+        """Withdraw the record."""
         self.publication.withdraw()
 
     def hand_over(self) -> None:
-        """Write the record no more: it might come in place of our successor's."""
+        """Stop writing the record, which might replace our successor's."""
         for task in self._publishing:
             task.cancel()
 
     def comes_until(self, now: float) -> float:
-        """Until somebody's resolver has forgotten us, whose answers live on for a while."""
+        """Return until when clients' resolvers may have an answer with our address."""
         named = self.host.config.static_mesh is None or self.host.has("dns")
-        if self.host.handed_over or not named:  # clients find our successor on the same sockets
+        if self.host.handed_over or not named:  # clients reach our successor through the same sockets
             return now
         return self.named_until(now)
 
     def named_until(self, now: float) -> float:
-        """Return until when resolvers name us that were told of us before `now`."""
+        """Return until when resolvers may return answers from before `now`."""
         return max(now + _ttl_s(self.host.config), self._longer_ttl_until) + FORGET_S
 
     def stop_listening(self) -> None:
@@ -108,7 +108,7 @@ class RelayRole(Role):
         return self._running.done()
 
     def status(self) -> dict[str, object]:
-        """Return which address each TURN server of this network sees us come from, and which endpoints of services fail."""
+        """Return our address as each TURN server of this network sees it, and which endpoints of services fail."""
         return {"relay_sources": self.publication.sources(), "relay_endpoints": self.relay.endpoints.status()}
 
 
@@ -118,7 +118,7 @@ def _section(config: Config) -> RelaySection:
 
 
 def _ttl_s(config: Config) -> int:
-    """How long an answer of this network's resolvers lives."""
+    """Return the TTL of this network's DNS answers."""
     return config.dns.ttl_s if config.dns is not None else DEFAULT_TTL_S
 
 

@@ -12,7 +12,7 @@ from turnreg.server.server import TurnServer
 
 
 class TurnRole(Role):
-    """Where gateways of other networks register with this one."""
+    """The TURN server with which gateways of other networks register."""
 
     name: ClassVar[str] = "turn"
     before_discovery: ClassVar[bool] = True
@@ -27,34 +27,34 @@ class TurnRole(Role):
         self.host.run(self.name, server.run())
 
     def publish(self) -> None:
-        """Say where it is reached."""
+        """Publish its address."""
         server, section = self.server, _section(self.host.config)
         listening = (*server.addresses, *server.tls_addresses)
         spec = role_configs.turn_spec(section, listening[0], tls=not server.addresses)
         self.host.discovery.publish(Kind.TURN, section.id, spec)
 
     def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
-        """Credentials and limits."""
+        """Yield the change of credentials and limits."""
         del old
         yield partial(self.server.reconfigure, role_configs.turn_config(new, _section(new)))
 
     def withdraw(self) -> None:
-        """Take the record back, and let no new allocation in."""
+        """Withdraw the record, and refuse new allocations."""
         self.host.discovery.withdraw(Kind.TURN, _section(self.host.config).id)
         self.server.drain()
 
     def hand_over(self) -> None:
-        """Let no new allocation in."""
+        """Refuse new allocations."""
         self.server.drain()
 
     @property
     def idle(self) -> bool:
-        """Whether no stream goes through it."""
+        """Whether it relays no stream."""
         return not self.server.streams
 
     @property
     def open_streams(self) -> int:
-        """Streams through its allocations."""
+        """Number of streams through its allocations."""
         return self.server.streams
 
 

@@ -1,4 +1,4 @@
-"""The records of TURN servers that somebody else runs, such as coturn, as a role."""
+"""The records of external TURN servers, such as coturn, as a role."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,13 +11,13 @@ from crossnet.config.sections import Config
 
 
 class TurnServersRole(Role):
-    """Writes their records. It is there without any, too, for a file that is changed to have some."""
+    """Writes their records. It exists even if there are none, since a changed file may add some."""
 
     name: ClassVar[str] = "turn_servers"
 
     @property
     def active(self) -> bool:
-        """Whether there are any."""
+        """Whether any are configured."""
         return bool(self.host.config.turn_servers)
 
     def publish(self) -> None:
@@ -25,7 +25,7 @@ class TurnServersRole(Role):
         publish_turn_servers(self.host.config, self.host.discovery)
 
     def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:
-        """Write and withdraw what has changed."""
+        """Yield the change of the records."""
         if old.turn_servers != new.turn_servers:
             yield partial(self._republish, old, new)
 

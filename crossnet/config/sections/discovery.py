@@ -26,39 +26,39 @@ from discovery.store.etcdapi import DEFAULT_PREFIX
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerTlsSection:
-    """The certificate that a server of ours shows."""
+    """The server's certificate."""
 
     cert: ExistingFile
     """The certificate chain."""
     key: ExistingFile
     """Its key."""
     client_ca: ExistingFile | None = None
-    """Verifies client certificates, which entries of the tokens file can name in place of tokens."""
+    """CA for client certificates, which entries of the tokens file can name instead of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokensSection:
-    """The file that says which token may write what."""
+    """Which token may write which records."""
 
     file: ExistingFile
-    """A YAML file, read again when it changes; `crossnet token new` prints its entries."""
+    """A YAML file, reloaded when it changes; `crossnet token new` prints entries for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EtcdSection:
-    """How an etcd cluster is spoken to that is the store."""
+    """Connection to the etcd cluster that is the store."""
 
     prefix: KeyPrefix = DEFAULT_PREFIX
-    """What keys begin with; several meshes can share a cluster."""
+    """Prefix of all keys, so that several meshes can share a cluster."""
     ca: ExistingFile | None = None
-    """Verifies the members; the system's authorities by default."""
+    """CA for the members' certificates; by default the system's CAs."""
     cert: ExistingFile | None = None
-    """The client certificate that we show to a cluster that asks for one."""
+    """Client certificate, for a cluster that requires one."""
     key: ExistingFile | None = None
     """Its key."""
 
     username: Text | None = None
-    """Who we are to a cluster with authentication enabled."""
+    """User name, for a cluster with authentication."""
     password: SecretFile | None = None
     """The password of `username`."""
 
@@ -79,33 +79,33 @@ class DiscoveryServerSection:
     """The discovery server, for all networks."""
 
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
-    """Where it is asked."""
+    """Addresses to listen on."""
     store: Store = "memory"
-    """`memory`, `sqlite:PATH`, or `etcd:` and the URLs of its members, the nearest first."""
+    """`memory`, `sqlite:PATH`, or `etcd:` and the URLs of its members, nearest first."""
     etcd: EtcdSection = EtcdSection()
-    """How the cluster is reached, where the store is etcd."""
+    """Connection to the cluster, if the store is etcd."""
     tls: ServerTlsSection | None = None
-    """Its certificate. Without it, it is asked by http."""
+    """Its certificate. Without it, the server uses plain HTTP."""
     tokens: TokensSection | None = None
-    """Who may write what. Without it everybody may write everything."""
+    """Who may write what. Without it, everybody may write everything."""
     turn_secrets: Live[dict[NetworkId, SecretFile]] = dataclasses.field(default_factory=dict)
-    """For each network the secret of its TURN servers, to issue credentials from."""
+    """For each network, the shared secret of its TURN servers, from which credentials are issued."""
     requests_per_s: Live[Count] = dataclasses.field(default=200, metadata=key("requests_per_second"))
-    """What each network may ask in the long run; far more at once."""
+    """Sustained request rate of each network; bursts may be far larger."""
     max_records_per_network: Live[Count] = 20_000
-    """Records of one network."""
+    """Limit of one network's records."""
     max_watchers: Live[Count] = 2000
-    """Watches at once."""
+    """Limit of concurrent watches."""
     max_watchers_per_network: Live[Count] = 1000
-    """Watches at once of one network."""
+    """Limit of concurrent watches of one network."""
     max_connections: Count = 8192
-    """In all; a quarter of the process's descriptors at most."""
+    """Limit of concurrent connections, and never more than a quarter of the process's descriptors."""
     max_connections_per_address: Count = 2048
-    """Connections at once from one address."""
+    """Limit of concurrent connections from one address."""
     turn_credential_ttl_s: Live[WholeSeconds] = 3600
-    """How long issued credentials live; gateways get new ones after two thirds of it."""
+    """Lifetime of issued credentials; gateways fetch new ones after two thirds of it."""
     allow_addresses: Live[tuple[Cidr, ...]] = ()
-    """Addresses in ranges that are refused in records otherwise, such as 127.0.0.0/8 for a try on one machine."""
+    """Ranges that are allowed in records although they are refused by default, such as 127.0.0.0/8 for trying it on one machine."""
 
     @rule("tokens")
     def _tokens_file(self) -> Iterator[Fault]:

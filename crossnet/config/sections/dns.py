@@ -33,7 +33,7 @@ from dnsgw.upstream.address import EXPECTED, BadUpstreamAddress, UpstreamAddress
 from dnsgw.upstream.cache import CacheConfig
 from dnsgw.upstream.forwarder import MAX_IN_FLIGHT, RACE_S
 
-MIN_VIP_ADDRESSES = 16  # a range with fewer has room for hardly a service
+MIN_VIP_ADDRESSES = 16  # a smaller range has room for hardly any service
 
 
 def _destination(value: Plain, folder: Path) -> UpstreamAddress:
@@ -83,54 +83,54 @@ class DnsSection:
     """The resolver of this network's clients."""
 
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
-    """Where clients ask, over UDP and TCP."""
+    """Addresses to listen on, over UDP and TCP."""
     reuse_port: Boolean = False
-    """Several processes listen on the same addresses, one for each core, say; the kernel shares the clients out."""
+    """Let several processes, such as one per core, listen on the same addresses; the kernel distributes the clients."""
     upstream: Live[Annotated[tuple[Upstream, ...], OneOrMore()]] = ()
-    """Servers that answer what is not ours; by default those of /etc/resolv.conf."""
+    """Resolvers for all other names; by default those of /etc/resolv.conf."""
     upstream_ca: Live[CertificatesFile | None] = None
-    """Who signs the certificates of tls:// and https:// upstreams; by default the system's authorities."""
+    """CA for the certificates of tls:// and https:// upstreams; by default the system's CAs."""
     forward: Live[dict[Domain, Annotated[tuple[Upstream, ...], OneOrMore()]]] = dataclasses.field(default_factory=dict)
-    """Servers of their own for the names at and under these."""
+    """Other resolvers for particular zones: for these names and all below them."""
     absent: Live[Annotated[tuple[AbsentName, ...], OneOrMore()]] = ()
-    """Names that do not exist, with all below them, and networks whose addresses have no names: [10.0.0.0/8] where nobody serves
-    their reverse, [use-application-dns.net, mask.icloud.com, mask-h2.icloud.com] where browsers should not go past this resolver.
-    Always: local, but for cluster.local and what stands in `forward` or `search`, and the reverse of loopback and link-local
-    addresses."""
+    """Names that do not exist, with all below them, and networks whose addresses have no names. Examples: [10.0.0.0/8] if nobody
+    serves their reverse zones; [use-application-dns.net, mask.icloud.com, mask-h2.icloud.com] if browsers must not bypass this
+    resolver. Always included: local, except cluster.local and names in `forward` or `search`, and the reverse zones of loopback and
+    link-local addresses."""
     race_s: Live[Duration] = RACE_S
-    """How long one upstream has before the next is asked as well."""
+    """How long one upstream has to answer before the next is asked as well."""
     random_case: Live[Boolean] = True
-    """Ask upstream in random case and believe only answers that keep it (DNS 0x20); off by itself where an upstream loses it."""
+    """Ask upstream in random case and accept only answers that keep it (DNS 0x20). Turned off for upstreams that do not keep it."""
     client_subnet: Live[Boolean] = False
-    """Pass the subnet option of clients that send one on to upstream (RFC 7871); what is answered to it is not kept."""
+    """Forward the client's subnet option to upstream (RFC 7871). Answers to such questions are not cached."""
     allow: Live[tuple[Cidr, ...]] = PRIVATE_RANGES
-    """Clients that are answered; an open resolver is a weapon for others."""
+    """Clients that are answered. An open resolver can be abused for attacks."""
     rate_limit: Live[Count] = dns.DEFAULT_RATE_LIMIT
-    """Questions that one client, an IPv4 address or an IPv6 /64, may ask in a second; 0: any number."""
+    """Questions per second of one client, which is an IPv4 address or an IPv6 /64; 0: no limit."""
     max_udp_reply: Live[UdpReply] = MAX_UDP_REPLY
-    """The longest UDP reply, in bytes; longer ones are truncated and asked for again over TCP."""
+    """Largest UDP reply in bytes. Longer ones are truncated, and clients ask again over TCP."""
     search: Live[Annotated[tuple[Domain, ...], OneOrMore()] | None] = None
-    """Search domains of the clients, which the mesh domain must not touch; by default this machine's."""
+    """Search domains of the clients, which must not overlap with the mesh domain; by default this machine's."""
     ttl_s: Live[WholeSeconds] = dns.DEFAULT_TTL_S
-    """How long clients may keep our own answers."""
+    """TTL of our own answers."""
     vip: Live[Cidr | None] = None
-    """A range from which imported services have addresses of their own, for protocols without a server name."""
+    """Range from which each imported service gets an address of its own, for protocols without a server name."""
     stale_relays_for_s: Live[DurationOrZero] = dataclasses.field(default=0.0, metadata=key("stale_relays"))
-    """How long the last relays are answered when none is alive; 0: such questions fail at once."""
+    """How long answers name the last known relays when none is alive; 0: such questions fail at once."""
     cache: Live[SizeOrZero] = _CACHE.max_bytes
-    """Memory for answers of upstream; 0: none are kept."""
+    """Memory for cached answers of upstream; 0: no cache."""
     max_ttl_s: Live[WholeSeconds] = _CACHE.max_ttl_s
-    """The longest that an answer of upstream is kept."""
+    """How long an answer of upstream is cached at most."""
     max_negative_ttl_s: Live[WholeSeconds] = _CACHE.max_negative_ttl_s
-    """The longest that it is kept that a name or a type does not exist."""
+    """How long it is cached at most that a name or a type does not exist."""
     stale_answers_s: Live[DurationOrZero] = _CACHE.stale_for_s
-    """How long after its end upstream's last answer is given when upstream gives none; 0: never."""
+    """How long after its expiry a cached answer is used when upstream does not answer; 0: never."""
     cookie_secret: Live[SecretFile | None] = None
-    """32 hexadecimal digits that all servers of one address share; by default drawn at the start."""
+    """Secret of DNS cookies: 32 hexadecimal digits, shared by all servers behind one address; by default drawn at the start."""
     loop_probe: Live[Boolean] = True
-    """Ask upstream now and then a name that nobody has, to see whether it comes back here."""
+    """Now and then ask upstream for a random name, to detect forwarding loops."""
     max_in_flight: Live[Count] = MAX_IN_FLIGHT
-    """Questions to upstream at once; further ones are answered SERVFAIL."""
+    """Limit of outstanding questions to upstream; further ones are answered REFUSED."""
 
     @rule("vip")
     def _room(self) -> Iterator[Fault]:
@@ -150,7 +150,7 @@ class DnsSection:
 
     @property
     def cookie_bytes(self) -> bytes | None:
-        """The secret of cookies; None: there is none, or it is no such."""
+        """The secret of DNS cookies; None: there is none, or it is not valid."""
         if self.cookie_secret is None:
             return None
         try:
@@ -161,7 +161,7 @@ class DnsSection:
 
     @property
     def cache_config(self) -> CacheConfig:
-        """How much of upstream's answers is kept, and for how long."""
+        """The configuration of the cache."""
         return CacheConfig(
             max_bytes=self.cache,
             max_ttl_s=self.max_ttl_s,

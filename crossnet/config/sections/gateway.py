@@ -47,21 +47,21 @@ MAX_ITEMS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnAccessSection:
-    """How this network's gateway proves itself to another network's TURN servers: one of the three ways."""
+    """How this network's gateway authenticates with another network's TURN servers: one of three ways."""
 
     username: Text | None = None
-    """With `password`: the long-term credentials of a user of those servers."""
+    """User name for long-term credentials; needs `password`."""
     password: SecretFile | None = None
     """The password of `username`."""
     secret: SecretFile | None = None
-    """The shared secret of their REST credentials (coturn: static-auth-secret)."""
+    """Shared secret for REST credentials (coturn: static-auth-secret)."""
     issue: Boolean = False
-    """Ask this network's discovery server for credentials that live shortly."""
+    """Request short-lived credentials from the discovery server."""
     ca: CertificatesFile | None = None
-    """Verifies `turns:` servers; the system's authorities by default."""
+    """CA for `turns:` servers; by default the system's CAs."""
     allow: tuple[Cidr, ...] = ()
-    """Where alone that network's TURN servers may be. Without it at most four addresses an hour, none of them this host's own or in
-    a range that is refused, such as 127.0.0.0/8."""
+    """The only ranges in which that network's TURN servers may be. Without it, at most four addresses per hour are used, none of
+    them this host's own or in a range that is refused, such as 127.0.0.0/8."""
 
     @rule("username", "password", "secret", "issue")
     def _one_way(self) -> Iterator[Fault]:
@@ -78,35 +78,35 @@ class TurnAccessSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivateSection:
-    """How services that have no live endpoint are woken while streams wait: by a command or by an HTTP call."""
+    """How services without a live endpoint are started while streams wait: by a command or an HTTP call."""
 
     names: Annotated[tuple[ServicePattern, ...], OneOrMore()]
-    """Of services as their records have them; `*` is one label and a leading `**` one or more."""
+    """Service names as in their records; `*` matches one label, and a leading `**` one or more."""
     command: tuple[Argument, ...] = ()
-    """A program and its arguments, without a shell; CROSSNET_SERVICE and CROSSNET_NETWORK say what to wake."""
+    """A program and its arguments, run without a shell. CROSSNET_SERVICE and CROSSNET_NETWORK name the service to start."""
     url: Url | None = None
-    """Called with the headers Crossnet-Service and Crossnet-Network."""
+    """URL to call, with the headers Crossnet-Service and Crossnet-Network."""
     method: Method = "POST"
     """The HTTP method of the call."""
     body: HiddenText | None = None
-    """Neither this nor the URL's query is shown: there may be secrets in them."""
+    """Body of the call. It is never shown, and neither is the URL's query: they may contain secrets."""
     content_type: ContentType = "application/json"
     """The type of `body`."""
     ca: ExistingFile | None = None
-    """Verifies the URL's server; the system's authorities by default."""
+    """CA for the URL's server; by default the system's CAs."""
     token: SecretFile | None = None
     """Sent as `Authorization: Bearer …`."""
     timeout_s: Duration = activation.DEFAULT_TIMEOUT_S
-    """How long a stream waits; two minutes at most."""
+    """How long a stream waits, at most two minutes."""
     run_timeout_s: Duration = activation.DEFAULT_RUN_TIMEOUT_S
-    """How long the command or call may take: then it is ended."""
+    """How long the command or call may take before it is aborted."""
     cooldown_s: Duration = activation.DEFAULT_COOLDOWN_S
-    """After a success, how long a service is not woken again."""
+    """How long a service is not started again after a success."""
     max_held: Count = activation.DEFAULT_MAX_HELD_PER_SERVICE
-    """Streams that wait for one service."""
+    """Limit of streams that wait for one service."""
 
     def as_rule(self) -> ActivationRule:
-        """The rule as the gateway has it."""
+        """Convert to the gateway's rule."""
         return ActivationRule(
             names=self.names,
             trigger=self._trigger(),
@@ -154,52 +154,52 @@ class ActivateSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySection:
-    """The gateway to this network's services."""
+    """The gateway, through which other networks reach this network's services."""
 
     RENAMED: ClassVar[dict[str, str]] = {"allow_turn_servers": "turn.NETWORK.allow, a list of CIDRs for each network"}
 
     id: RecordId
-    """The id that its records begin with; another gateway of this network has another one."""
+    """Prefix of its records' ids, unique among the gateways of this network."""
     allow: Live[tuple[Target, ...]]
-    """What it may dial."""
+    """Targets that it may dial."""
     rules: Live[tuple[RuleSection, ...]] = ()
-    """Which streams may go where, by the network and client that they come from; without any all that `allow` lists."""
+    """Which streams may reach what, by their network and client; without rules, all may reach everything in `allow`."""
     activate: Live[tuple[ActivateSection, ...]] = ()
-    """How services that sleep are woken; the first that names one counts."""
+    """How idle services are started; the first entry that matches a service applies."""
     max_held: Live[Count] = activation.DEFAULT_MAX_HELD
-    """Streams that wait for services to wake."""
+    """Limit of streams that wait for services to start."""
     accept: tuple[Accepted, ...] = ("framed",)
-    """What it takes from relays."""
+    """Protocols that it accepts from relays."""
     turn: Live[dict[NetworkId, TurnAccessSection]] = dataclasses.field(default_factory=dict)
-    """For each other network whose TURN servers it registers with, the credentials."""
+    """Credentials for each network whose TURN servers it registers with."""
     register: Live[Register] = "all"
-    """`imported`: only with networks in which a relay asks for ours."""
+    """`imported`: register only with networks in which a relay requests our network."""
     replicas: Live[Replicas] = DEFAULT_REPLICAS
-    """Allocations on each TURN server, by different gateways of this network where there are several."""
+    """Allocations on each TURN server, by different gateways of this network if there are several."""
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
-    """Where relays reach it without a TURN server; by default nowhere."""
+    """Addresses to listen on for relays that connect without a TURN server; by default none."""
     advertise: Endpoint | None = None
-    """The address that relays dial for it; by default the one that it listens on."""
+    """Address under which relays reach it directly; by default the one that it listens on."""
     weight: Weight = 1
-    """How many times the streams of a gateway of weight 1 it is for."""
+    """Relative share of streams."""
     zone: RecordId | None = None
-    """Where it stands: relays of the same zone that may dial it prefer it."""
+    """Its zone: relays of the same zone that may dial it prefer it."""
     max_hello_bytes: Live[Size] = dataclasses.field(default=DEFAULT_MAX_HELLO_BYTES, metadata=key("max_hello"))
-    """The longest ClientHello."""
+    """Size limit of a ClientHello."""
     max_streams: Live[Count] = gateway.DEFAULT_MAX_STREAMS
-    """Streams at once; further ones are refused."""
+    """Limit of concurrent streams; further ones are refused."""
     max_streams_per_network: Live[Count] = 0
-    """Streams at once from one network, so that none takes the share of the others; 0: no limit of its own."""
+    """Limit of concurrent streams from one network, so that none takes the share of others; 0: no limit per network."""
     require_epoch: Live[Boolean] = False
-    """Refuse relays of versions from before epochs, whose preambles alone could count again after a restart."""
+    """Refuse relays of versions without epochs, whose preambles could be replayed after a restart."""
     hello_timeout_s: Live[Duration] = gateway.DEFAULT_HELLO_TIMEOUT_S
-    """From the start of a connection to the end of its ClientHello."""
+    """Time from the start of a connection until its ClientHello is complete."""
     dial_timeout_s: Live[Duration] = gateway.DEFAULT_DIAL_TIMEOUT_S
-    """For one TCP handshake with a service."""
+    """Time for one TCP handshake with a service."""
     idle_timeout_s: Live[Duration] = gateway.DEFAULT_IDLE_TIMEOUT_S
-    """A stream ends after this long without a byte in either direction. The lower one of relay and gateway counts."""
+    """A stream ends after this long without a byte in either direction. The lower value of relay and gateway applies."""
     half_close_timeout_s: Live[Duration] = gateway.DEFAULT_HALF_CLOSE_TIMEOUT_S
-    """The same, once one direction has ended."""
+    """The same after one direction has ended."""
 
     @rule("rules")
     def _rules(self) -> Iterator[Fault]:

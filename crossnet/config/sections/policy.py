@@ -1,4 +1,4 @@
-"""Who may go where, and what of other networks' services is taken."""
+"""Access rules, and imports of other networks' services."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -23,17 +23,17 @@ from sniproxy.access.rules import BadRule, Policy, Rule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportSection:
-    """Plain service names that this network takes from others."""
+    """Plain service names that this network imports from others."""
 
     names: tuple[ImportName, ...]
-    """Service names; `*` is one label and a leading `**` one or more."""
+    """Service names; `*` matches one label, and a leading `**` one or more."""
     sources: tuple[NetworkId, ...] = dataclasses.field(metadata=key("from"))
-    """The networks that they are taken from, in order of preference."""
+    """The networks that offer them, in order of preference."""
     prefer: Prefer = "local"
-    """Who answers where this network has the name, too: `local` asks our own resolvers first, `remote` never does."""
+    """Precedence if this network has the name, too: `local` asks our own resolvers first, `remote` never does."""
 
     def as_rule(self) -> ImportRule:
-        """The rule as discovery has it. Raises BadImport."""
+        """Convert to discovery's rule. Raises BadImport."""
         return ImportRule(names=self.names, sources=self.sources, prefer=self.prefer)
 
     @rule("names", "sources", "prefer")
@@ -47,21 +47,21 @@ class ImportSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleSection:
-    """Who may go where, one rule: the first that matches decides, and what none matches is denied."""
+    """One access rule. The first rule that matches decides; streams that no rule matches are denied."""
 
     sources: Annotated[tuple[RuleSource, ...], OneOrMore()] = dataclasses.field(default=(), metadata=key("from"))
-    """Clients, and at a gateway networks; by default all."""
+    """Clients, and at a gateway also networks; by default all."""
     to: Annotated[tuple[RuleDestination, ...], OneOrMore()] = ()
-    """Networks, names in which `*` is one label and a leading `**` one or more, targets; by default all."""
+    """Networks, names (`*` matches one label, a leading `**` one or more), or targets; by default all."""
     names: Annotated[tuple[RuleName, ...], OneOrMore()] = ()
-    """By what kind of name the client asked: `service`, `address`; by default any."""
+    """The kind of name that the client used: `service`, `address`; by default any."""
     ports: Annotated[tuple[RulePort, ...], OneOrMore()] = ()
     """Ports and ranges such as `8000-8999`; by default all."""
     action: RuleAction
-    """What happens to a stream that matches."""
+    """What happens to a matching stream."""
 
     def as_rule(self) -> Rule:
-        """The rule as relays and gateways have it. Raises BadRule."""
+        """Convert to the rule that relays and gateways apply. Raises BadRule."""
         return Rule.parse(action=self.action, sources=self.sources, to=self.to, names=self.names, ports=self.ports)
 
     @rule("sources", "to", "names", "ports", "action")
@@ -73,7 +73,7 @@ class RuleSection:
 
 
 def policy(rules: Iterable[RuleSection]) -> Policy:
-    """Return what a list of rules comes to. Raises BadRule."""
+    """Make a policy of a list of rules. Raises BadRule."""
     return Policy(tuple(section.as_rule() for section in rules))
 
 

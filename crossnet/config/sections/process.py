@@ -1,4 +1,4 @@
-"""How one process talks: its log, and what it shows to and expects of the servers and gateways it meets."""
+"""The `log`, `discovery_tls` and `keys` sections: logging, TLS with discovery servers, and signing keys."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,30 +9,30 @@ from crossnet.config.types import Count, ExistingFile, KeyFile, LogFormat, LogLe
 from discovery.model.validation import Fault
 
 DEFAULT_REFUSED_PER_S = 100
-"""More than anybody reads, and a hundredth of what a flood of refused streams would write. It counts for each event."""
+"""More than anybody reads, and a hundredth of what a flood of refused streams would write. The limit is for each event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogSection:
-    """How log lines are written, on stderr."""
+    """The log, which is written to stderr."""
 
     format: LogFormat = "json"
     """One JSON object or one logfmt line for each event."""
     level: LogLevel = "info"
-    """The least severe level that is written."""
+    """Lowest level that is written."""
     refused_per_second: Count = DEFAULT_REFUSED_PER_S
-    """Lines of each event (refused streams, wrong passwords, …); those beyond are counted in one line, and in the metrics.
-    Streams that were open always have theirs. 0 is no limit."""
+    """Limit of lines per second for each event (refused streams, wrong passwords, …). Further lines are summarised in one, and
+    counted in the metrics. Streams that were open always get their line. 0: no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscoveryTlsSection:
-    """How a discovery server's certificate is verified, and what we show in place of a token."""
+    """How discovery servers' certificates are verified, and our client certificate."""
 
     ca: ExistingFile
-    """Authorities that sign the certificates of discovery servers."""
+    """CA for the certificates of discovery servers."""
     cert: ExistingFile | None = None
-    """Our client certificate, in place of a token."""
+    """Our client certificate, instead of a token."""
     key: ExistingFile | None = None
     """Its key."""
 
@@ -44,10 +44,10 @@ class DiscoveryTlsSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySection:
-    """A key that signs what relays of `from` send to gateways of `to`."""
+    """A key with which relays of network `from` sign what they send to gateways of network `to`."""
 
     file: KeyFile
-    """The secret: 32 bytes, as `openssl rand -hex 32` prints them. Both networks have the same."""
+    """The secret: 32 bytes in hexadecimal, as printed by `openssl rand -hex 32`. Both networks need the same."""
     source: NetworkId = dataclasses.field(metadata=key("from"))
     """The network whose relays sign with it."""
     to: NetworkId

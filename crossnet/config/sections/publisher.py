@@ -9,17 +9,17 @@ CLUSTER_DOMAIN = "cluster.local"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublisherSection:
-    """What publishes a Kubernetes cluster's exported Services as service records of this network."""
+    """Publishes a Kubernetes cluster's exported Services as service records of this network."""
 
     id: RecordId = "k8s"
-    """What the ids of its records begin with; each cluster of a network has its own."""
+    """Prefix of its records' ids; each cluster of a network needs its own."""
     api: KubernetesUrl | None = None
-    """URL of the API; by default that of the cluster that we are a pod of, with the pod's own token and authority."""
+    """URL of the API; by default that of the cluster that the process is a pod of, with the pod's own token and CA."""
     token: ExistingFile | None = None
-    """Read again as it is renewed."""
+    """File with the bearer token, reloaded when it is renewed."""
     ca: ExistingFile | None = None
-    """The authority that signs the certificate of the API."""
+    """CA for the API's certificate."""
     namespaces: tuple[NetworkId, ...] = ()
-    """Only these; by default all."""
+    """Only Services in these namespaces; by default in all."""
     cluster_domain: Domain = CLUSTER_DOMAIN
-    """The domain of the cluster, in which its services have their names."""
+    """The cluster's domain, in which its services have their names."""

@@ -31,60 +31,60 @@ from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelaySection:
-    """The relay of this network's clients."""
+    """The relay, which accepts the connections of this network's clients."""
 
     id: RecordId
-    """The id of its record; another relay of this network has another one."""
+    """The id of its record, unique among the relays of this network."""
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
-    """Where clients come. Port 443 serves names that say no other port."""
+    """Addresses to listen on for clients. Port 443 serves names without a port in them."""
     reuse_port: Boolean = False
-    """Several relay processes listen on the same addresses, one for each core, say; the kernel shares the clients out."""
+    """Let several relay processes, such as one per core, listen on the same addresses; the kernel distributes the clients."""
     advertise: Annotated[tuple[IpAddress, ...], OneOrMore()] = ()
-    """Addresses that clients reach it under; by default those that it listens on."""
+    """Addresses under which clients reach it; by default those that it listens on."""
     ports: Ports = "listen"
-    """`auto`: it listens on the ports of imported services, too, since a plain service name says none."""
+    """`auto`: also listen on the ports of imported services, since a plain service name contains no port."""
     port_range: PortRange = (1024, 65535)
-    """What `auto` may open; ports below 1024 take a right of their own."""
+    """Ports that `auto` may open; ports below 1024 require a privilege."""
     allow: Live[tuple[Cidr, ...]] = PRIVATE_RANGES
     """Clients that may use it."""
     rules: Live[tuple[RuleSection, ...]] = ()
-    """Which of them may go where; without any all may go everywhere."""
+    """Which clients may reach what; without rules, all may reach everything."""
     deliver: Live[tuple[Target, ...]] = ()
-    """What it may dial in its own network."""
+    """Targets that it may dial in its own network."""
     direct: Live[tuple[Target, ...]] = ()
-    """Where it may dial gateways of other networks without a TURN server."""
+    """Addresses at which it may dial gateways of other networks directly, without a TURN server."""
     sources: dict[RecordId, tuple[IpAddress, ...]] = dataclasses.field(default_factory=dict)
-    """For each TURN server the addresses that it sees this relay come from; asked of the server by default."""
+    """For each TURN server, the addresses from which it sees this relay connect; by default the server is asked."""
     asks: Live[tuple[NetworkId, ...]] = ()
-    """Networks that it asks for besides those it imports from: their gateways may register only where they are asked for."""
+    """Networks that it wants to reach in addition to those it imports from: gateways may register only where that is requested."""
     zone: Live[RecordId | None] = None
-    """Where it stands: TURN servers and gateways whose records name the same zone are preferred."""
+    """Its zone: TURN servers and gateways of the same zone are preferred."""
     pool: Live[Count] = relay.DEFAULT_POOL
     """Connections kept ready for each allocation that clients use (warm streams); 0: none."""
     proxy_from: Live[tuple[Cidr, ...]] = ()
-    """Load balancers that begin each connection with a PROXY header (v1 or v2); from anywhere else that is not TLS."""
+    """Load balancers that begin each connection with a PROXY header (v1 or v2). From others, the header is refused as not TLS."""
     max_hello_bytes: Live[Size] = dataclasses.field(default=DEFAULT_MAX_HELLO_BYTES, metadata=key("max_hello"))
-    """The longest ClientHello."""
+    """Size limit of a ClientHello."""
     max_hello_held_bytes: Live[Size] = dataclasses.field(
         default=client_limits.DEFAULT_MAX_HELLO_HELD_BYTES, metadata=key("max_hello_held")
     )
-    """Of all unfinished ClientHellos together, as they came: record headers, of which one hello may have 64 KiB, count."""
+    """Limit of the memory for all incomplete ClientHellos. Record headers count; those of one hello may take 64 KiB."""
     max_streams: Live[Count] = relay.DEFAULT_MAX_STREAMS
-    """Streams at once; further clients are refused."""
+    """Limit of concurrent streams; further clients are refused."""
     max_streams_per_client: Live[Count] = client_limits.DEFAULT_MAX_STREAMS_PER_CLIENT
-    """By source address, an IPv6 client by its /64; 0 is no limit of its own."""
+    """Limit of one client's concurrent streams. A client is an IPv4 address or an IPv6 /64. 0: no limit per client."""
     new_streams_per_s: Live[Count] = dataclasses.field(
         default=client_limits.DEFAULT_NEW_STREAMS_PER_S, metadata=key("new_streams_per_second")
     )
-    """Of one client; 0 is no limit."""
+    """Limit of one client's new streams per second; 0: no limit."""
     hello_timeout_s: Live[Duration] = relay.DEFAULT_HELLO_TIMEOUT_S
-    """From accept to the end of the ClientHello."""
+    """Time from accept until the ClientHello is complete."""
     dial_timeout_s: Live[Duration] = DEFAULT_DIAL_TIMEOUT_S
-    """For one TCP handshake with a gateway, a TURN server or a service."""
+    """Time for one TCP handshake with a gateway, a TURN server or a service."""
     idle_timeout_s: Live[Duration] = relay.DEFAULT_IDLE_TIMEOUT_S
     """A stream ends after this long without a byte in either direction."""
     half_close_timeout_s: Live[Duration] = relay.DEFAULT_HALF_CLOSE_TIMEOUT_S
-    """The same, once one direction has ended."""
+    """The same after one direction has ended."""
 
     @rule("rules")
     def _rules(self) -> Iterator[Fault]:

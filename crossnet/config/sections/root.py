@@ -1,4 +1,4 @@
-"""The whole file: its top keys, and the rules over several sections."""
+"""The top level of the file, and the rules that involve several sections."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -39,7 +39,7 @@ from discovery.model.validation import Fault
 from discovery.store.etcdapi import parse_endpoints
 
 ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway", "publisher")
-"""In the order in which they start: each finds ready what it asks at its start."""
+"""In the order in which they start, so that each finds the ones it depends on ready."""
 
 
 DEFAULT_DOMAIN = "svc.mesh.internal"
@@ -49,7 +49,7 @@ DEFAULT_ADMIN = Listen(IPv4Address("127.0.0.1"), 8690)
 
 
 DEFAULT_DRAIN_S = 30.0
-"""Long enough for a request under way, and what Kubernetes gives before it kills."""
+"""Long enough for requests in progress, and the time that Kubernetes gives before it kills a pod."""
 
 
 MAX_RESOLV_CONF = 64 * 1024
@@ -57,44 +57,44 @@ MAX_RESOLV_CONF = 64 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole file."""
+    """The top level of the file."""
 
     network: NetworkId
-    """The network that this process is part of. Every other network knows it by this id."""
+    """The network that this process belongs to. Other networks refer to it by this id."""
     domain: Domain = DEFAULT_DOMAIN
-    """The mesh domain, below which address and compact names are. All networks of a mesh use the same one."""
+    """The mesh domain, which contains all address and compact names. All networks of a mesh use the same one."""
     discovery: Annotated[tuple[DiscoverySource, ...], OneOrMore()] = ()
-    """The discovery servers, of which one is used at a time, and at most one static mesh file, whose records win over theirs."""
+    """Discovery servers, of which one is used at a time, and at most one static mesh file, whose records take precedence."""
     discovery_tls: DiscoveryTlsSection | None = None
-    """How https discovery servers are verified, and the client certificate that we show."""
+    """Verification of https discovery servers, and our client certificate."""
     insecure: Boolean = False
-    """Let discovery be reached by http beyond this machine: tokens and records then travel in the clear."""
+    """Allow plain http to discovery servers on other machines: tokens and records are then sent unencrypted."""
     snapshot: NewFile | None = None
-    """Where the last good view of discovery is kept, to start from when discovery is away."""
+    """File that keeps the last good view of discovery, to start from when no discovery server can be reached."""
     token: Live[SecretFile | None] = None
-    """What we prove ourselves to discovery with: one line, as `crossnet token new` prints it."""
+    """Our token for discovery: one line, as printed by `crossnet token new`."""
     admin: ListenAddress = DEFAULT_ADMIN
-    """Where the admin server listens: health, readiness, metrics, status. It has no authentication."""
+    """Listening address of the admin server: health, readiness, metrics, status. It has no authentication."""
     log: Live[LogSection] = dataclasses.field(default_factory=LogSection)
-    """How log lines are written."""
+    """Format and level of the log."""
     drain_s: Live[DurationOrZero] = DEFAULT_DRAIN_S
-    """How long a process that was told to end waits for its streams. A second signal ends it at once."""
+    """How long a process that is asked to stop waits for its streams. A second signal stops it at once."""
     keys: Live[dict[KeyId, KeySection]] = dataclasses.field(default_factory=dict)
-    """Signing keys by id, one or more for each direction. The first of a direction signs, all of them are accepted."""
+    """Signing keys by id, one or more for each direction. The first of a direction is used to sign; all are accepted."""
     imports: Live[tuple[ImportSection, ...]] = dataclasses.field(default=(), metadata=key("import"))
-    """Which plain service names this network takes from which others. The first rule that names a service counts."""
+    """Which plain service names this network imports from which others. The first rule that matches a name applies."""
     handover: NewFile | None = None
-    """A unix socket where a new process takes the listening sockets of the one that runs, which then drains."""
+    """Unix socket at which a new process takes over the listening sockets of the running one, which then drains."""
     relay: RelaySection | None = None
-    """The relay: takes in the clients of this network."""
+    """The relay: accepts the connections of this network's clients."""
     dns: DnsSection | None = None
-    """The resolver: answers names of other networks with the address of a relay."""
+    """The resolver: resolves names of other networks to the address of a relay."""
     gateway: GatewaySection | None = None
     """The gateway: lets other networks reach services of this one."""
     turn: TurnSection | None = None
     """The embedded TURN server, where gateways of other networks register."""
     turn_servers: Live[tuple[TurnServerSection, ...]] = ()
-    """TURN servers of this network that run elsewhere, such as coturn."""
+    """TURN servers of this network that are operated separately, such as coturn."""
     discovery_server: DiscoveryServerSection | None = None
     """The discovery server, which all networks use."""
     publisher: PublisherSection | None = None
@@ -107,7 +107,7 @@ class Config:
 
     @property
     def static_mesh(self) -> Path | None:
-        """The file that stands in for a discovery server, or beside some."""
+        """The static mesh file, used instead of or in addition to discovery servers; None: there is none."""
         return next((source for source in self.discovery if isinstance(source, Path)), None)
 
     @rule("handover", "dns", "turn", "discovery_server")
@@ -144,12 +144,12 @@ class Config:
 
     @property
     def discovery_urls(self) -> tuple[str, ...]:
-        """The discovery servers."""
+        """The URLs of the discovery servers."""
         return tuple(source for source in self.discovery if isinstance(source, str))
 
     @property
     def dialled(self) -> TargetList:
-        """What relay and gateway of this file may dial; it lifts refusals in a static mesh file, as for them."""
+        """What relay and gateway of this file may dial. Such addresses are also allowed in a static mesh file."""
         items = [] if self.gateway is None else list(self.gateway.allow)
         if self.relay is not None:
             items += [*self.relay.deliver, *self.relay.direct]
@@ -213,14 +213,14 @@ class Config:
 
 
 def _apart(domain: str, zones: Iterable[str], what: str) -> Iterator[Fault]:
-    # Upstream must not serve the mesh domain: there would be two answers for one name, by who is asked.
+    # Upstream must not serve the mesh domain: the answer for a name would depend on who is asked.
     for zone in zones:
         if is_under(domain, zone) or is_under(zone, domain):
             yield Fault(".domain", f"a zone apart from {zone}, which is {what}", repr(domain))
 
 
 def search_domains(path: Path = Path("/etc/resolv.conf")) -> tuple[str, ...]:
-    """Return the search domains of this machine's resolver; none where they cannot be read."""
+    """Return the search domains of this machine's resolver; none if the file cannot be read."""
     found: tuple[str, ...] = ()
     try:
         lines = path.read_text(errors="replace")[:MAX_RESOLV_CONF].splitlines()

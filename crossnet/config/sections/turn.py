@@ -1,4 +1,4 @@
-"""The `turn` and `turn_servers` sections: TURN servers of this network, ours and others."""
+"""The `turn` and `turn_servers` sections: this network's TURN servers, embedded and external."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -37,15 +37,15 @@ from turnreg.server.config import (
 _TURN_LIMITS = TurnLimits()
 
 DEFAULT_PORT_SHARE = 50
-"""Two networks cannot keep each other out, and one alone can hold two allocations where only four ports are open."""
+"""In percent. Two networks cannot lock each other out, and one alone can have two allocations where only four ports are open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnTlsSection:
-    """Where the embedded TURN server speaks TLS (`turns:`). The files are read again when they change."""
+    """TLS of the embedded TURN server (`turns:`). The files are reloaded when they change."""
 
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()]
-    """Where `turns:` clients come."""
+    """Addresses to listen on for TLS."""
     cert: ExistingFile
     """The certificate chain."""
     key: ExistingFile
@@ -59,41 +59,41 @@ class TurnSection:
     id: RecordId
     """The id of its record."""
     listen: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
-    """For TCP, which gateways need, unless they come by TLS."""
+    """Addresses to listen on for TCP, which gateways need unless they use TLS."""
     tls: TurnTlsSection | None = None
-    """Where it speaks TLS."""
+    """Listening addresses and certificate for TLS."""
     listen_udp: Annotated[tuple[ListenAddress, ...], OneOrMore()] = ()
-    """For STUN and TURN clients that are no gateways."""
+    """Addresses to listen on for UDP, for STUN and TURN clients other than gateways."""
     relay_address: Annotated[tuple[IpAddress, ...], OneOrMore()]
-    """Where allocations are made; one address of a family."""
+    """Addresses of allocations, at most one per address family."""
     advertise_relay_address: Annotated[tuple[IpAddress, ...], OneOrMore()] = ()
-    """The same addresses, in their order, as this network's relays reach them, where a NAT lies between."""
+    """If there is a NAT in between: the same addresses, in the same order, as this network's relays reach them."""
     ports: PortRange = DEFAULT_PORTS
-    """The range of ports of allocations. Relays must reach them, gateways need not."""
+    """Port range of allocations. Relays must be able to reach them, gateways need not."""
     secret: Live[Annotated[tuple[SecretFile, ...], OneOrMore()]] = ()
-    """REST secrets; two while one is being replaced."""
+    """Shared secrets of REST credentials; two while one is being replaced."""
     users: Live[dict[Text, SecretFile]] = dataclasses.field(default_factory=dict)
     """Users by name, with their passwords (long-term credentials)."""
     realm: Text | None = None
-    """What clients are told the credentials are for; the mesh domain by default."""
+    """Realm of the credentials; by default the mesh domain."""
     allow_peers: Live[tuple[Cidr, ...]] = ()
-    """Peers in ranges that are refused otherwise, such as 127.0.0.0/8 for a try on one machine."""
+    """Ranges of peers that are allowed although they are refused by default, such as 127.0.0.0/8 for trying it on one machine."""
     zone: RecordId | None = None
-    """Where it stands: relays of the same zone prefer its allocations."""
+    """Its zone: relays of the same zone prefer its allocations."""
     advertise: TurnServerUrl | None = None
-    """How gateways of other networks reach it; by default by the address that it listens on or relays from."""
+    """URL under which gateways of other networks reach it; by default its listening or relay address."""
     udp_allocations: Boolean = False
-    """Clients may send datagrams to any address that is not refused."""
+    """Allow UDP allocations, over which clients may send datagrams to any address that is not refused."""
     active_connect: Boolean = False
-    """Clients may have it connect to any address that is not refused. Gateways do not need that."""
+    """Allow clients to make it connect to any address that is not refused. Gateways do not need this."""
     max_allocations_per_user: Live[Count] = _TURN_LIMITS.max_allocations_per_account
-    """Allocations of one user at once."""
+    """Limit of one user's allocations."""
     max_port_share_per_user: Live[Percent] = DEFAULT_PORT_SHARE
-    """Of `ports`, by allocations: one port each. The name of a REST username counts, without its time."""
+    """Limit of one user's share of `ports`; an allocation takes one port. A REST user is identified without the timestamp."""
     max_streams_per_user: Live[Count] = _TURN_LIMITS.max_connections_per_account
-    """Connections of one user at once."""
+    """Limit of one user's concurrent connections."""
     max_bytes_per_second_per_user: Live[Size | None] = None
-    """Both ways together; streams are slowed down to it, datagrams beyond it are dropped."""
+    """Limit of one user's bandwidth, both directions together. Streams are slowed down to it, datagrams above it are dropped."""
 
     @rule("secret", "users")
     def _log_in(self) -> Iterator[Fault]:
@@ -127,18 +127,18 @@ class TurnSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnServerSection:
-    """A TURN server of this network that is not ours to run, such as coturn."""
+    """A TURN server of this network that is operated separately, such as coturn."""
 
     id: RecordId
     """The id of its record."""
     url: TurnServerUrl
-    """How gateways of other networks reach it."""
+    """URL under which gateways of other networks reach it."""
     relay_addresses: tuple[IpAddress, ...]
-    """Where its allocations are, as the relays of this network reach them."""
+    """Addresses of its allocations, as the relays of this network reach them."""
     port_min: Port = 49152  # RFC 8656 section 5, coturn's default too
-    """The first port of its allocations."""
+    """Lowest port of its allocations."""
     port_max: Port = 65535
-    """The last one."""
+    """Highest port of its allocations."""
     zone: RecordId | None = None
     """As for `turn`."""
 

@@ -60,9 +60,7 @@ def test_a_relay_alone_serves_a_local_route(relay: Running, service: tuple[Path,
 
 
 @pytest.mark.needs("openssl")
-def test_openssl_is_served_and_told_by_alert_when_it_is_not(
-    relay: Running, service: tuple[Path, int, list[str]]
-) -> None:
+def test_openssl_is_served_or_gets_an_alert(relay: Running, service: tuple[Path, int, list[str]]) -> None:
     folder, port, _ = service
     address = relay.started()["relay"][0]
 
@@ -90,7 +88,7 @@ def test_openssl_is_served_and_told_by_alert_when_it_is_not(
     assert b"alert number 80" in ask("p1-10-0-0-1.b.svc.mesh.internal").stderr  # known, but no gateway
 
 
-def test_it_tells_of_itself_at_the_start(relay: Running) -> None:
+def test_version_and_configuration_are_logged_at_the_start(relay: Running) -> None:
     listening = relay.started()
     assert not listening["relay"][0].endswith(":0")
     first, second = relay.events()[:2]
@@ -112,7 +110,7 @@ def test_a_draining_relay_ends_its_streams_well(tmp_path: Path, service: tuple[P
     (tmp_path / "mesh.yaml").write_text(MESH.format(port=service[1]))
     with running(tmp_path, RELAY.format(port=service[1], drain="200ms")) as process:
         with connect(process) as client:
-            client.sendall(b"\x16\x03\x01")  # a hello that never gets whole: a stream that is open
+            client.sendall(b"\x16\x03\x01")  # an incomplete hello: an open stream
             wait_until(lambda: '"state"' in process.ask("/streams")[1])
             assert process.end() == 143
         assert process.events("cut")[0]["streams"] == 1
@@ -128,7 +126,7 @@ def test_a_second_signal_does_not_wait(relay: Running) -> None:
         assert relay.end() == 143
 
 
-def test_a_port_that_is_taken_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "mesh.yaml").write_text("networks: [{id: a}]")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -185,7 +183,7 @@ def test_two_networks_with_a_static_mesh_by_a_direct_gateway(
         done = curl(NAME, near.started()["relay"][0], *trust)
         assert done.returncode == 0, done.stderr
         assert '"subject": "commonName=a client"' in done.stdout
-        # Not allowed by the gateway: the service's own admin port, so to say.
+        # The gateway does not allow it, such as the service's own admin port.
         assert curl("p1-127-0-0-1.b.svc.mesh.internal", near.started()["relay"][0], *trust).returncode == 35
         near.wait_for("stream", 2)
         far.wait_for("stream", 2)

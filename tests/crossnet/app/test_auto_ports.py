@@ -1,4 +1,4 @@
-"""A relay that listens on the ports of imported services, and says so in its record."""
+"""A relay that listens on the ports of imported services, and publishes them in its record."""
 
 import json
 import socket
@@ -36,7 +36,9 @@ def test_a_service_is_reached_on_its_own_port(tmp_path: Path) -> None:
             assert relay.wait_for("port_not_opened")["port"] == taken
             with socket.create_connection(("127.0.0.1", inside), 10) as client:
                 client.sendall(client_hello("orders.shop.example"))
-                assert client.recv(100) == bytes.fromhex("15030300020250")  # known, and its port; there is no way yet
+                assert client.recv(100) == bytes.fromhex(
+                    "15030300020250"
+                )  # the name and its port are known, but there is no route yet
             stream = relay.wait_for("stream")
             assert (stream["reason"], stream["local"]) == ("no_route", f"127.0.0.1:{inside}")
             with pytest.raises(ConnectionRefusedError):

@@ -1,4 +1,4 @@
-"""What a process shows of itself before it serves, while it does and while it drains."""
+"""The state that a process shows before it serves, while it serves and while it drains."""
 
 import asyncio
 from pathlib import Path

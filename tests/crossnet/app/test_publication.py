@@ -1,4 +1,4 @@
-"""What a relay says of itself in discovery, with a real TURN server that sees it."""
+"""A relay's own record in discovery, with a real TURN server."""
 
 import asyncio
 from pathlib import Path
@@ -117,7 +117,7 @@ async def test_a_turn_server_that_cannot_be_asked_is_logged_once_and_asked_again
         await eventually(lambda: relay._learned["turn-1"] is not before, TIMEOUT_S)
 
     def said() -> list[str]:
-        """What the log says of it: the state, where the server was not asked."""
+        """The logged states; `asked` if the server has answered."""
         events = [vars(entry)["event"] for entry in caplog.records if entry.message.startswith("relay_source")]
         return [event.get("state", "asked") for event in events]
 

@@ -1,4 +1,4 @@
-"""The address that a TURN server sees us come from, asked of a real one, and guessed where none answers."""
+"""Our address as a TURN server sees it: from a real one, and assumed if none answers."""
 
 from pathlib import Path
 
@@ -35,9 +35,9 @@ def server_config(folder: Path) -> TurnServerConfig:
 async def test_a_turn_server_says_it(tmp_path: Path) -> None:
     async with TurnServer.serving(server_config(tmp_path)) as server:
         port, tls_port = server.addresses[0][1], server.tls_addresses[0][1]
-        # The first address has nobody; the URL's own is asked last.
+        # Nobody listens on the first address; the URL's own is asked last.
         plain = await learn_source(record(f"turn:127.0.0.2:{port}", "127.0.0.3"))
-        # Nobody told us the authority of our own TURN server: over plain TCP there is none either.
+        # There is no CA for our own TURN server: over plain TCP there is none either.
         secure = await learn_source(record(f"turns:turn.example:{tls_port}", "127.0.0.3", "127.0.0.2"))
     for source in (plain, secure):
         assert source.asked

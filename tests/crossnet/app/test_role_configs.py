@@ -1,4 +1,4 @@
-"""From the configuration file to what the roles take."""
+"""The roles' configurations made from the configuration file."""
 
 from ipaddress import IPv4Network, ip_address
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_the_gateway_and_its_registrar(tmp_path: Path) -> None:
     assert role_configs.keys(read)["ab-1"].secret == b"\n" * 32
 
 
-def test_whom_the_registrar_trusts_and_where_it_registers(tmp_path: Path) -> None:
+def test_the_registrar_has_its_ca_and_options(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_text("its PEM")
     (tmp_path / "crossnet.yaml").write_text(
         "network: b\ndiscovery: http://127.0.0.1:1\n"
@@ -156,7 +156,7 @@ def test_all_of_the_turn_server(tmp_path: Path) -> None:
     assert spec.relay_addresses == ["192.0.2.7", "2001:db8::7"]
 
 
-def test_what_discovery_is_made_of_is_no_service(tmp_path: Path) -> None:
+def test_discovery_servers_and_etcd_members_are_guarded(tmp_path: Path) -> None:
     (tmp_path / "crossnet.yaml").write_text(
         'network: b\ninsecure: true\ndiscovery: ["https://10.0.0.1:8600", "https://disc.example:8601", "https://disc2.example"]\n'
         'discovery_server: {listen: "127.0.0.1:0", store: "etcd:https://10.0.0.2:2379,https://10.0.0.3:2379"}\n'

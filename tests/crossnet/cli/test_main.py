@@ -20,7 +20,7 @@ def crossnet(*arguments: str, folder: Path | None = None, **environment: str) ->
     )
 
 
-def test_check_tells_a_typo_a_bad_cidr_and_a_bad_address_and_exits_2(tmp_path: Path) -> None:
+def test_check_reports_a_typo_a_bad_cidr_and_a_bad_address_and_exits_2(tmp_path: Path) -> None:
     (tmp_path / "mesh.yaml").write_text("networks: []")
     (tmp_path / "x.yaml").write_text(
         "network: a\ndiscovery: mesh.yaml\nadmni: 127.0.0.1:1\n"
@@ -87,7 +87,7 @@ def test_name_takes_the_domain_from_a_file(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "p8443-10-1-0-5.b.mesh.example")
 
 
-def test_a_reader_that_goes_away_is_no_traceback() -> None:
+def test_a_closed_pipe_causes_no_traceback() -> None:
     done = subprocess.run(
         f"{sys.executable} -m crossnet name decode --json {'a.b ' * 20000} | head -1",
         shell=True,

@@ -66,7 +66,7 @@ def test_put_get_list_delete(folder: Path) -> None:
         (["put", "service", "x", '{"name": "other.name", "ports": {"1": []}}'], "forbidden: "),
         (["put", "relay", "x", '{"addresses": ["10.0.0.1"], "ports": [1]}'], "forbidden: "),
         (["put", "service", "x", '{"zzz": 1}'], "bad_record: "),
-        (["put", "service", "x", "{"], "the spec is no JSON: "),
+        (["put", "service", "x", "{"], "the spec is not JSON: "),
         (["get", "service", "absent"], "not_found: "),
         (["delete", "service", "x", "--network", "a"], "forbidden: "),
     ],

@@ -1,4 +1,4 @@
-"""`crossnet check -c FILE NAME…`: it names the rule that a running process goes by."""
+"""`crossnet check -c FILE NAME…`: it names the rule that a running process applies."""
 
 from pathlib import Path
 
@@ -148,15 +148,13 @@ def test_without_any_view_names_are_taken_as_they_stand(capsys: pytest.CaptureFi
     lines = told(capsys, folder, "gateway.yaml", "db.shop.example", f"_443.orders.shop.example._b.{D}", "--from=a")
     assert "rule 1 denies it" in lines[1]
     assert "rule 2 allows it" in lines[3]
-    assert "what services there are is not known" in lines[-1]
+    assert "the services are not known" in lines[-1]
     lines = told(capsys, folder, "relay.yaml", "orders.shop.example", "stock.shop.example", "--from=10.1.0.1")
     assert "rule 1 allows it" in lines[1]
     assert "refused, unknown_name: no import rule" in lines[3]
 
 
-def test_a_name_in_a_rule_that_nobody_can_ask_for_is_warned_of(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_name_in_a_rule_that_matches_nothing_is_a_warning(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = f"[_08443._10-1-0-5._b.{D}, p8443-10-1-0-5.b.{D}, shop.b.{D}, '*.shop.b.{D}', b, 10.0.0.0/8, orders.shop.example]"
     (folder / "relay.yaml").write_text(RELAY + f"  rules: [{{to: {names}, action: deny}}]\n")
     assert main(["check", "-c", str(folder / "relay.yaml")]) == 0

@@ -28,7 +28,7 @@ def test_it_shows_a_running_process(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["streams"] == {"relay": []}
 
 
-def test_nobody_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_answer_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert status.status_command(f"127.0.0.1:{free_port()}", watch=False, as_json=False) == 1
     told = capsys.readouterr().err
     assert told.startswith("crossnet status: no answer from http://127.0.0.1:")

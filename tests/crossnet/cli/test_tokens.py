@@ -1,4 +1,4 @@
-"""`crossnet token`: what it prints where. That a server takes such a token is in test_records.py."""
+"""`crossnet token`: what it prints where. That a server accepts such a token is tested in test_records.py."""
 
 import json
 

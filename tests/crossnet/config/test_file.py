@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def lines(folder: Path, text: str) -> list[str]:
-    """Return what is told of a file that has faults, without the file's name."""
+    """Return the errors of a file, without the file's name."""
     path = folder / "crossnet.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as refused:
@@ -101,7 +101,7 @@ def test_a_file_of_one_role_is_enough(folder: Path) -> None:
     assert config.roles == ("relay",)
 
 
-def test_every_error_is_told_at_once(folder: Path) -> None:
+def test_all_errors_are_reported_at_once(folder: Path) -> None:
     told = lines(
         folder,
         """
@@ -224,7 +224,7 @@ def test_one_clear_line_for_each_error(folder: Path, text: str, told: str) -> No
     assert lines(folder, text) == [told]
 
 
-def test_what_may_be_dialled_may_stand_in_a_mesh_file(folder: Path) -> None:
+def test_targets_that_may_be_dialled_are_allowed_in_a_mesh_file(folder: Path) -> None:
     path = folder / "crossnet.yaml"
     path.write_text(
         "network: a\ndiscovery: bad-mesh.yaml\nrelay: {id: r, listen: 127.0.0.1:0, deliver: [127.0.0.1/32]}"
@@ -242,7 +242,7 @@ def test_http_is_taken_to_loopback_and_where_it_is_asked_for(folder: Path) -> No
         load(path)
 
 
-def test_what_somebody_may_regret_is_a_warning(folder: Path) -> None:
+def test_probably_unintended_settings_are_warnings(folder: Path) -> None:
     (folder / "token").chmod(0o644)
     path = folder / "crossnet.yaml"
     path.write_text(

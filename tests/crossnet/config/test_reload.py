@@ -50,13 +50,13 @@ def service() -> Iterator[socket.socket]:
 
 
 def write(folder: Path, text: str) -> None:
-    """Put a whole new file in the old one's place, as everybody should."""
+    """Replace the file atomically, as everybody should."""
     (folder / "new").write_text(text)
     os.replace(folder / "new", folder / "crossnet.yaml")
 
 
 def dial(relay: Running, service: socket.socket) -> tuple[socket.socket, bytes]:
-    """Connect through the relay and send a ClientHello for the service; give the connection and the hello."""
+    """Connect through the relay and send a ClientHello for the service; return the connection and the hello."""
     address, _, port = relay.started()["relay"][0].rpartition(":")
     client = socket.create_connection((address, int(port)), 10)
     hello = client_hello(f"p{service.getsockname()[1]}-127-0-0-1.a.svc.mesh.internal")
@@ -104,7 +104,7 @@ def test_rules_change_and_a_stream_goes_on(folder: Path, service: socket.socket)
         assert relay.end() == 143
 
 
-def test_a_bad_file_keeps_what_runs_and_says_every_fault(folder: Path, service: socket.socket) -> None:
+def test_a_bad_file_changes_nothing_and_all_errors_are_logged(folder: Path, service: socket.socket) -> None:
     with running(folder, FILE.format(more=ALLOW)) as relay:
         relay.started()
         write(folder, FILE.format(more=", rules: [{to: A, action: deny}, {action: no}], hello_timeout: 3"))
@@ -185,7 +185,7 @@ def test_a_token_is_replaced_without_a_restart(folder: Path) -> None:
         assert not any(old in line or new in line for line in process.log.read_text().splitlines())
 
 
-def test_what_is_the_same_in_both_files_is_no_change(folder: Path) -> None:
+def test_equal_values_are_no_change(folder: Path) -> None:
     write(folder, FILE.format(more=""))
     old = load(folder / "crossnet.yaml")
     write(
@@ -199,19 +199,19 @@ def test_what_is_the_same_in_both_files_is_no_change(folder: Path) -> None:
     assert set(files(old)) == {folder / "ab.key"}
 
 
-def test_what_contradicts_something_that_waits_waits_with_it(folder: Path) -> None:
+def test_changes_that_contradict_a_waiting_one_wait_with_it(folder: Path) -> None:
     text = (
         'network: b\ndiscovery: ["https://10.0.0.1"]\n{more}'
         "gateway: {{id: gw-1, allow: [], max_streams: {most}, activate: [{wake}]}}\n"
     )
     write(folder, text.format(more="", most=5, wake=""))
     old = load(folder / "crossnet.yaml")
-    # Without `insecure`, which waits for a restart, nobody may be woken over plain HTTP.
+    # Without `insecure`, which waits for a restart, services must not be started over plain HTTP.
     write(folder, text.format(more="insecure: true\n", most=6, wake='{names: a.example, url: "http://10.0.0.9/"}'))
     made = change(old, load(folder / "crossnet.yaml"))
     assert made.config == old
     assert (made.applied, made.restart) == ((), ("gateway.activate", "gateway.max_streams", "insecure"))
-    # What fits is applied, whatever waits besides.
+    # Changes that do not contradict it are applied.
     write(folder, text.format(more="insecure: true\n", most=6, wake=""))
     made = change(old, load(folder / "crossnet.yaml"))
     assert (made.applied, made.restart) == (("gateway.max_streams",), ("insecure",))

@@ -1,4 +1,4 @@
-"""A resolver under a new configuration: a real process, dig, and two real upstreams that differ in what they say."""
+"""A resolver under a new configuration: a real process, dig, and two real upstreams with different answers."""
 
 import asyncio
 import contextlib
@@ -15,8 +15,8 @@ from crossnet.app.app import App
 from crossnet.app.role import FORGET_S
 from crossnet.app.roles.relay import RelayRole
 from crossnet.config.file import ConfigError, load
+from crossnet.config.file_values import MAX_CERTIFICATES_BYTES
 from crossnet.config.reload import change, files
-from crossnet.config.types import MAX_CERTIFICATES_BYTES
 from tests.support.dns_servers import free_port
 from tests.support.running import Running, running
 
@@ -64,7 +64,7 @@ def upstream(address: str) -> Iterator[int]:
 
 
 def dig(resolver: Running, name: str, *options: str) -> str:
-    """Ask and give what came: the answer's TTL and data, or the response code where there is none."""
+    """Ask; return the answer's TTL and data, or the response code if there is no answer."""
     port = resolver.started()["dns"][0].rpartition(":")[2]
     asked = [
         "dig",
@@ -101,7 +101,7 @@ def test_a_resolver_goes_by_a_new_file_at_once(tmp_path: Path) -> None:
             assert dig(resolver, OWN) == "5 10.0.0.9"
             assert dig(resolver, ORDERS).endswith(" 192.0.2.1")
 
-            # Upstreams, TTL and imports by SIGHUP; what the former upstream said counts no more.
+            # Upstreams, TTL and imports by SIGHUP; answers of the former upstream do not count any more.
             second = f'upstream: "127.0.0.1:{two}", ttl: 9s, forward: {{corp.test: "127.0.0.1:{one}"}}'
             imports = f'import: [{{names: ["{ORDERS}"], from: [b], prefer: remote}}]\n'
             write(tmp_path, second, more=imports)
@@ -119,7 +119,7 @@ def test_a_resolver_goes_by_a_new_file_at_once(tmp_path: Path) -> None:
             assert dig(resolver, OWN) == dig(resolver, "www.example.test") == "REFUSED"
             assert dig(resolver, OWN, "-b", "127.0.0.2") == "9 10.0.0.9"
 
-            # An upstream that is the resolver itself, or certificates that are none: what ran goes on.
+            # An upstream that is the resolver itself, or invalid certificates: nothing changes.
             port = resolver.started()["dns"][0].rpartition(":")[2]
             (tmp_path / "ca.pem").write_text("none\n")
             refused = {
@@ -136,7 +136,7 @@ def test_a_resolver_goes_by_a_new_file_at_once(tmp_path: Path) -> None:
                 assert dig(resolver, "www.example.test", "-b", "127.0.0.2").endswith(" 192.0.2.2")
                 assert dig(resolver, OWN) == "REFUSED"
 
-            # Back to the first file, but for where it listens, which takes a restart.
+            # Back to the first file, except for the listening address, which takes a restart.
             write(tmp_path, first, listen=f"127.0.0.1:{free_port()}")
             resolver.process.send_signal(signal.SIGHUP)
             read = resolver.wait_for("config_read", 3)

@@ -48,7 +48,7 @@ _LOGFMT = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)')
 
 
 class Watched(Running):
-    """A process whose log is read on from where it was read before, in either format."""
+    """A process whose log is read incrementally, in either format."""
 
     def __init__(self, folder: Path, document: Document, files: Files) -> None:
         self._files, self._read = files, 0
@@ -56,7 +56,7 @@ class Watched(Running):
         super().__init__(folder, files.text(document), name=document["network"])
 
     def put(self, document: Document, *, ask: bool) -> None:
-        """Put a whole new file in the old one's place."""
+        """Replace the file atomically."""
         (self.folder / "new").write_text(self._files.text(document))
         os.replace(self.folder / "new", self.log.with_suffix(".yaml"))
         if ask:
@@ -69,7 +69,7 @@ class Watched(Running):
         return self._listening
 
     def outcome(self) -> dict[str, Any]:
-        """Wait for what the process says next of its file."""
+        """Wait for the next event about the configuration file."""
         found: list[dict[str, Any]] = []
 
         def said() -> bool:
@@ -86,7 +86,7 @@ class Watched(Running):
         return found[0]
 
     def faults(self) -> list[str]:
-        """Return what it has said so far to be wrong."""
+        """Return all errors that it has logged so far."""
         events = map(_event, self.log.read_text().splitlines())
         return [str(event["fault"]) for event in events if event.get("event") == "config_fault"]
 
@@ -105,7 +105,7 @@ def _event(line: str) -> dict[str, Any]:
 
 
 class Echo:
-    """One stream from a client of network a to a service in network b; both ends are ours."""
+    """One stream from a client in network a to a service in network b; the test has both ends."""
 
     def __init__(self, relay: str) -> None:
         self._listening = socket.create_server(("127.0.0.1", 0))
@@ -119,7 +119,7 @@ class Echo:
         hello = client_hello(name)
         deadline = time.monotonic() + LIMIT_S
         self._listening.settimeout(1)
-        while True:  # the first ones come before the gateway's allocation
+        while True:  # the first attempts may come before the gateway has an allocation
             client = socket.create_connection((self._relay[0], int(self._relay[2])), 10)
             client.sendall(hello)
             with contextlib.suppress(TimeoutError):
@@ -160,7 +160,7 @@ def files(tmp_path: Path) -> Files:
 
 
 def of_path(said: str, path: str) -> bool:
-    """Tell whether what a process says of a file is about this path, or about what it is a part of."""
+    """Whether an error concerns this path, or a section that contains it."""
     return path == said or path.startswith((f"{said}.", f"{said}["))
 
 
@@ -207,7 +207,7 @@ def test_every_field_changes_under_running_processes(files: Files) -> None:
 
 
 def is_secret(field: Field) -> bool:
-    """Tell whether it is not to be seen in /config that the field has another value."""
+    """Whether /config does not show a change of this field."""
     return any(isinstance(mark, Leaf) and mark.expected in SECRETS for mark in unwrapped(field.kind)[1])
 
 
@@ -222,19 +222,19 @@ def test_a_field_without_another_value_fails() -> None:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Return a role's configuration as what can be compared."""
+    """Return a role's configuration in a form that can be compared."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return values | {"imports": values["imports"].rules}
 
 
 class Inside:
-    """A process's application in our own, and what its roles go by."""
+    """An application in this process, and the configurations of its roles."""
 
     def __init__(self, app: App, path: Path, files: Files) -> None:
         self.app, self._path, self._files = app, path, files
 
     async def take(self, document: Document) -> None:
-        """Have it read another file."""
+        """Make it read another file."""
         assert self.app.reloader is not None
         (self._path.parent / "new").write_text(self._files.text(document))
         os.replace(self._path.parent / "new", self._path)
@@ -245,7 +245,7 @@ class Inside:
         assert self.app.reloader.status["faults"] == []
 
     def holds(self) -> None:
-        """Check that every role goes by what the application has as its configuration."""
+        """Check that every role uses the application's configuration."""
         app, config = self.app, self.app.config
         for role in app.opened:
             match role:
@@ -338,7 +338,7 @@ async def inside(files: Files, part: str) -> AsyncIterator[Inside]:
 
 @pytest.mark.anyio
 @pytest.mark.timeout(120)
-async def test_what_is_applied_is_what_every_role_goes_by(files: Files) -> None:
+async def test_every_role_uses_the_applied_configuration(files: Files) -> None:
     live = {
         part: [field for field in all_fields(files.documents) if field.part == part and applies_at_once(field)]
         for part in files.documents
@@ -358,7 +358,7 @@ async def test_what_is_applied_is_what_every_role_goes_by(files: Files) -> None:
 
 
 def applies_at_once(field: Field) -> bool:
-    """Tell whether a field changes without a restart; one below a live field does with it."""
+    """Whether a field changes without a restart, by itself or with a live field that contains it."""
     kind: Any = Config
     for step in field.place:
         kind = {key: found for key, _, found in fields_of(kind)}[str(step)]
@@ -408,7 +408,7 @@ async def test_an_error_while_it_is_applied_leaves_all_as_it_was(
         role.publication = publication
         one.holds()
         assert has_turn_server()
-        # The same file is taken once the defect is gone.
+        # The same file is applied once the error is gone.
         await one.take(changed)
         assert role.relay.config.pool == 7
         one.holds()

@@ -1,4 +1,4 @@
-"""Documents against dataclasses: every fault, in the order of the file, and rules only where their fields are right."""
+"""Documents against dataclasses: all errors, in the order of the file, and rules only if their fields are valid."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ def test_one_item_needs_no_brackets_where_that_is_said() -> None:
     assert faults({"from": "a"}) == ["$.from: expected a list, got 'a'"]
 
 
-def test_faults_at_every_depth_are_told_together() -> None:
+def test_errors_at_every_depth_are_reported_together() -> None:
     assert faults({"wait": 1, "waitt": 2, "inner": {"low": -1}, "named": {"x": {"high": "y"}, "z": None}}) == [
         "$.waitt: expected a known key such as wait, got an unknown key",
         "$.wait: expected a duration such as 5s, 250ms or 2m, got 1",
@@ -78,7 +78,7 @@ def test_an_unknown_key_like_none_names_them_all() -> None:
     assert faults({"zzz": 1}) == ["$.zzz: expected one of wait, from, loose, inner, named, got an unknown key"]
 
 
-def test_a_rule_speaks_beside_other_faults_and_never_of_wrong_fields() -> None:
+def test_a_rule_applies_beside_other_errors_but_not_to_invalid_fields() -> None:
     assert faults({"wait": 1, "inner": {"low": 5, "high": 1}}) == [
         "$.wait: expected a duration such as 5s, 250ms or 2m, got 1",
         "$.inner.high: expected 5 or more, got 1",
@@ -127,7 +127,7 @@ DOCUMENTS = st.recursive(
 
 @settings(max_examples=300)
 @given(st.dictionaries(WORDS, DOCUMENTS, max_size=8))
-def test_any_document_gives_a_configuration_or_faults_of_one_line_each(document: dict[str, Plain]) -> None:
+def test_any_document_gives_a_configuration_or_errors_of_one_line(document: dict[str, Plain]) -> None:
     made, found = decode(Config, document, Path("/nowhere"))
     assert (made is None) == bool(found)
     for fault in found:

@@ -1,4 +1,4 @@
-"""What the sections read of the machine. Their rules are told in test_config.py, line by line."""
+"""What the sections read from the machine. Their rules are tested in test_file.py, line by line."""
 
 from dataclasses import replace
 from ipaddress import ip_address
@@ -15,7 +15,7 @@ from sniproxy.access.rules import MAX_ITEMS, MAX_RULES, NameKind
 from turnreg.gateway.activation_trigger import Command, HttpCall
 
 
-def test_the_last_search_line_counts_and_what_names_no_zone_is_left_out(tmp_path: Path) -> None:
+def test_the_last_search_line_counts_and_invalid_zones_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "resolv.conf"
     path.write_text("nameserver 10.0.0.1\ndomain old.example\nsearch Corp.Example. . bad..name other.example\n")
     assert search_domains(path) == ("corp.example", "other.example")
@@ -88,7 +88,7 @@ def test_rules_are_read_and_shown_again(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_every_bad_item_of_a_rule_is_told(tmp_path: Path, rules: str, faults: list[str]) -> None:
+def test_every_bad_item_of_a_rule_is_reported(tmp_path: Path, rules: str, faults: list[str]) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(GATEWAY % rules)
     with pytest.raises(ConfigError) as refused:
@@ -191,7 +191,7 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_every_fault_of_how_services_are_woken_is_told(tmp_path: Path, rules: str, faults: list[str]) -> None:
+def test_every_error_in_activate_is_reported(tmp_path: Path, rules: str, faults: list[str]) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(ACTIVATE.format(insecure="false", rules=rules))
     with pytest.raises(ConfigError) as refused:
@@ -199,7 +199,7 @@ def test_every_fault_of_how_services_are_woken_is_told(tmp_path: Path, rules: st
     assert [str(fault) for fault in refused.value.faults] == faults
 
 
-def test_calls_in_the_clear_are_permitted_by_who_says_insecure(tmp_path: Path) -> None:
+def test_unencrypted_calls_need_insecure(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(ACTIVATE.format(insecure="true", rules="[{names: a.b, url: 'http://scaler.example/'}]"))
     assert load(path).gateway is not None

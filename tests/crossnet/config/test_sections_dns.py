@@ -1,4 +1,4 @@
-"""The resolver's section: what can be said in it, and what it becomes."""
+"""The resolver's section: its values, and the configuration made of it."""
 
 from ipaddress import ip_network
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_all_of_it(tmp_path: Path) -> None:
         ("cookie_secret: {file: ca.pem}", "$.dns.cookie_secret"),
     ],
 )
-def test_what_is_wrong_is_told(tmp_path: Path, section: str, fault: str) -> None:
+def test_errors_are_reported(tmp_path: Path, section: str, fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path, section))
     assert [found.path for found in caught.value.faults] == [fault]

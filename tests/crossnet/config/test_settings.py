@@ -1,4 +1,4 @@
-"""Every setting has one declaration, which says what it means; and something goes by it."""
+"""Every setting has one declaration, with a docstring, and is used somewhere."""
 
 import ast
 import dataclasses
@@ -57,7 +57,7 @@ def test_something_goes_by_it(kind: type, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), list(fields()), ids=lambda value: getattr(value, "__name__", value))
-def test_it_says_what_it_means(kind: type, name: str) -> None:
+def test_every_setting_has_a_docstring(kind: type, name: str) -> None:
     assert meanings(kind).get(name, "").endswith((".", "…")), f"a docstring below {kind.__name__}.{name}"
 
 
@@ -66,7 +66,7 @@ def test_the_reference_is_up_to_date() -> None:
     assert there == render(Config), "run `make docs`"
 
 
-def test_what_a_role_needs_and_nobody_gives_is_an_error() -> None:
+def test_a_missing_field_of_a_role_is_an_error() -> None:
     @dataclasses.dataclass(frozen=True)
     class Section:
         pool: int = 3

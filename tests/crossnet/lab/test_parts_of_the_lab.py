@@ -1,4 +1,4 @@
-"""The lab's smaller parts by themselves."""
+"""The lab's smaller parts."""
 
 import ssl
 import subprocess
@@ -42,7 +42,7 @@ def test_every_configuration_of_the_lab_is_good(tmp_path: Path, coturn: bool) ->
     assert parts.turn_password in " ".join(parts.coturn_command())
 
 
-def test_what_a_service_saw_is_read_from_any_of_them(tmp_path: Path) -> None:
+def test_the_client_certificate_is_read_from_every_kind_of_service(tmp_path: Path) -> None:
     client = Authority(tmp_path).client("c", "a client")
     pem = client.certificate.read_text()
     assert seen(f"<pre>ciphers\nClient certificate\n{pem}</pre>") == Seen("CN=a client", client.serial)
@@ -59,7 +59,7 @@ def test_a_service_that_is_not_installed_cannot_be_chosen(monkeypatch: pytest.Mo
         choose("nginx")
 
 
-def test_a_program_that_ends_early_is_told_with_its_log(tmp_path: Path) -> None:
+def test_a_program_that_ends_early_is_reported_with_its_log(tmp_path: Path) -> None:
     program = Program("x", [sys.executable, "-c", "print('last words'); raise SystemExit(3)"], tmp_path)
     program.start()
     with pytest.raises(ProgramError, match=r"x ended with exit code 3:\n    last words"):

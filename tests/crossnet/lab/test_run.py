@@ -1,4 +1,4 @@
-"""The whole lab: every mode, TURN server and service; what it says when it cannot; and that nothing of it stays behind."""
+"""The whole lab: every mode, TURN server and service; its error messages; and that it leaves nothing behind."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.slow
 
 LAB = [sys.executable, "-m", "crossnet", "lab"]
-# Without these rights root is what an ordinary user is to the kernel here, and can still read the interpreter.
+# Without these capabilities root is an ordinary user for the kernel, but can still read the interpreter.
 AS_A_USER = ["setpriv", "--bounding-set", "-sys_admin,-net_admin,-net_bind_service"]
 TIMEOUT_S = 50.0
 GONE_TIMEOUT_S = 15.0
@@ -73,7 +73,7 @@ def processes(folder: Path) -> list[str]:
 
 
 def assert_gone(folder: Path) -> None:
-    """Hold that no process, file or namespace of the lab is left, after a while that is bounded."""
+    """Assert that no process, file or namespace of the lab is left, after a bounded time."""
     with contextlib.suppress(TimeoutError):
         wait_until(lambda: not processes(folder), GONE_TIMEOUT_S)
     assert processes(folder) == []
@@ -128,7 +128,7 @@ def test_on_high_ports_of_an_ordinary_user(tmp_path: Path) -> None:
 
 
 def fake(folder: Path, name: str, script: str) -> Path:
-    """Make a program that stands before the real one."""
+    """Make a program that shadows the real one on PATH."""
     programs = folder / "programs"
     programs.mkdir(exist_ok=True)
     (programs / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -145,7 +145,7 @@ FORBIDDEN = {
 
 @pytest.mark.needs("namespaces", "unshare", "ip", "nft")
 @pytest.mark.parametrize("program", FORBIDDEN)
-def test_where_the_kernel_forbids_it_forced_namespaces_fail_with_the_reason(tmp_path: Path, program: str) -> None:
+def test_forced_namespaces_fail_with_the_kernels_reason(tmp_path: Path, program: str) -> None:
     script, told = FORBIDDEN[program]
     done = lab(tmp_path, "--mode", "netns", path=fake(tmp_path, program, script))
     assert done.returncode == 1
@@ -154,13 +154,13 @@ def test_where_the_kernel_forbids_it_forced_namespaces_fail_with_the_reason(tmp_
 
 
 @pytest.mark.needs("namespaces", "unshare", "ip", "nft", "curl", "openssl")
-def test_where_the_kernel_forbids_it_late_the_lab_goes_on_without_and_says_so(tmp_path: Path) -> None:
+def test_if_namespaces_fail_late_the_lab_falls_back_and_says_so(tmp_path: Path) -> None:
     done = lab(tmp_path, "--check", path=fake(tmp_path, "nft", FORBIDDEN["nft"][0]))
     assert_whole(done, "loopback addresses")
     assert "they could not be built" in done.stdout.splitlines()[0]
 
 
-def test_a_part_that_does_not_start_is_named_with_its_last_words(tmp_path: Path) -> None:
+def test_a_part_that_does_not_start_is_reported_with_its_log(tmp_path: Path) -> None:
     path = fake(tmp_path, "nginx", "echo 'bind() failed, says nginx' >&2; exit 1")
     done = lab(tmp_path, "--mode", "loopback", "--service", "nginx", path=path)
     assert done.returncode == 1
@@ -175,7 +175,10 @@ def test_a_signal_during_construction_leaves_nothing_behind(tmp_path: Path, buil
     with lab_started(tmp_path) as process:
         wait_until(lambda: len(processes(tmp_path)) >= built, TIMEOUT_S)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(GONE_TIMEOUT_S) in {143, -signal.SIGTERM}  # the latter before Python takes signals
+        assert process.wait(GONE_TIMEOUT_S) in {
+            143,
+            -signal.SIGTERM,
+        }  # the latter before Python has installed its handler
     assert_gone(tmp_path)
 
 
@@ -192,7 +195,7 @@ def wait_for_account(folder: Path) -> str:
 @pytest.mark.netns
 @pytest.mark.needs("namespaces", "nft", "ip", "nsenter", "curl", "openssl")
 def test_staying_it_can_be_entered_and_ends_on_ctrl_c(tmp_path: Path) -> None:
-    # Slow as on a busy machine: the pid is told when it is inside the network, and not while it is on its way there.
+    # Slow, as on a busy machine: the pid must be printed only when the process is inside the network.
     slow = fake(tmp_path, "mount", f'sleep 0.2; exec {shutil.which("mount")} "$@"')
     with lab_started(tmp_path, "--stay", "--mode", "netns", path=slow) as process:
         text = wait_for_account(tmp_path)

@@ -1,4 +1,4 @@
-"""Every part as a real process, and each of them killed in turn: what goes on, and what comes back by itself."""
+"""Every part as a real process, and each of them killed in turn: what keeps working, and what recovers by itself."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,7 +10,7 @@ from crossnet.lab.stage import Stage
 from crossnet.lab.topology import Loopback
 from tests.support.waiting import wait_until
 
-BACK_WITHIN_S = 10.0  # what issue 2 gives a gateway after its TURN server is back
+BACK_WITHIN_S = 10.0  # allowed to a gateway after its TURN server is back
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_second_gateway_takes_over_at_once(stage: Stage) -> None:
     stage.programs["gateway"].kill()
     assert all(served(stage) for _ in range(4))
 
-    # Asked to end, it withdraws what it said, long before its lease would have ended.
+    # On SIGTERM it withdraws its records, long before its lease would have expired.
     stage.programs["gateway-2"].ask_to_end()
     stage.programs["gateway-2"].end()
     assert within(2.0, lambda: "gw-2.a.turn-1" not in allocations())

@@ -17,7 +17,7 @@ def test_each_client_has_its_turn() -> None:
         crowd.take()
 
 
-def test_what_is_too_much_is_dropped() -> None:
+def test_excess_packets_are_dropped() -> None:
     crowd = ClientQueue()
     for _ in range(MAX_EACH + 5):
         crowd.put(b"aaaa", (b"a", b"", b""))

@@ -86,14 +86,14 @@ async def test_a_length_that_no_question_has_ends_the_connection(size: int) -> N
         assert await connection.ended() == b""
 
 
-async def test_what_is_met_with_silence_ends_the_connection() -> None:
+async def test_a_packet_that_gets_no_reply_ends_the_connection() -> None:
     async with running(VIEW) as server, connected(server) as connection:
         connection.send(query(ADDRESS), query(ADDRESS, flags=0x8180), query(ADDRESS))
         assert addresses(await connection.receive()) == ["10.0.0.9"]
         assert await connection.ended() == b""
 
 
-async def test_a_malformed_question_is_told_so_and_the_connection_goes_on() -> None:
+async def test_a_malformed_question_gets_formerr_and_the_connection_continues() -> None:
     async with running(VIEW) as server, connected(server) as connection:
         assert (await connection.ask(query(ADDRESS) + b"x"))[3] & 15 == 1
         assert addresses(await connection.ask(query(ADDRESS))) == ["10.0.0.9"]
@@ -156,7 +156,7 @@ async def test_a_client_that_does_not_read_its_answers_is_cut_off() -> None:
                     await connection.writer.drain()
 
 
-async def test_answers_that_nobody_reads_do_not_pile_up(upstream: Authority) -> None:
+async def test_unread_answers_are_bounded(upstream: Authority) -> None:
     """Questions that were asked before the first answer came go on being answered, with 60 kB each."""
 
     def huge(asked: Asked) -> list[bytes]:

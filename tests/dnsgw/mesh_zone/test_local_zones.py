@@ -1,4 +1,4 @@
-"""Names that nobody is asked for, and those among them that somebody serves."""
+"""Names that are not forwarded, and exceptions that are."""
 
 from ipaddress import ip_network
 
@@ -60,7 +60,7 @@ def test_more_of_it() -> None:
     assert find(absent, "printer.local") == (8, False)
 
 
-def test_what_is_forwarded_somewhere_is_asked_for() -> None:
+def test_zones_in_forward_are_forwarded() -> None:
     absent = LocallyServedZones(["corp.example"], ["ad.corp.local", "4.254.169.in-addr.arpa", "lab.corp.example"])
     assert find(absent, "dc.ad.corp.local") is None
     assert find(absent, "corp.local") == (5, True)  # or a cache would take it that ad.corp.local is not there
@@ -72,7 +72,7 @@ def test_what_is_forwarded_somewhere_is_asked_for() -> None:
     assert find(absent, "x.corp.example") == (2, False)
 
 
-def test_what_clients_search_in_is_asked_for_unless_told_otherwise() -> None:
+def test_search_domains_are_forwarded_unless_configured_otherwise() -> None:
     searched = ["shop.svc.k8s.local", "svc.k8s.local", "k8s.local", "corp.example", "office.example"]
     absent = LocallyServedZones(["corp.example"], ["lab.office.example"], searched)
     assert find(absent, "orders.shop.svc.k8s.local") is None

@@ -58,7 +58,7 @@ def test_a_name_has_the_first_of_its_draws_that_is_free() -> None:
     assert claim(NAME, view, "a", RANGE) is None
 
 
-def test_two_who_write_at_once_agree_when_they_see_what_came_of_it() -> None:
+def test_concurrent_claims_agree_in_the_end() -> None:
     """Both want one address for two names: the server takes the first, and the other draws again."""
     narrow = ip_network("240.0.0.0/28")
     names = [f"n{n}.shop" for n in range(10)]

@@ -1,4 +1,4 @@
-"""What the table makes of one question; dnspython reads the answers."""
+"""The table's answers, read by dnspython."""
 
 import dns.message
 import dns.name
@@ -90,7 +90,7 @@ def test_every_other_type_is_nodata_with_a_soa(name: str) -> None:
 
 
 def test_the_soa_is_the_zones() -> None:
-    """Its owner must be at or above the name, or caches take no notice of it (RFC 2308)."""
+    """Its owner must be at or above the name, or caches ignore it (RFC 2308)."""
     assert str(ask(V4, f"_8443.orders.shop._b.{DOMAIN}", Qtype.AAAA).authority[0]) == SOA
     assert str(ask(V4, f"x.nope.{DOMAIN}").authority[0]) == SOA
     assert str(ask(V4, ORDERS, Qtype.AAAA).authority[0]) == SOA.replace(DOMAIN, ORDERS, 1)
@@ -151,7 +151,7 @@ ABSENT = {
 
 @pytest.mark.parametrize(("name", "reason"), ABSENT.items())
 @pytest.mark.parametrize("of", [V4, NONE], ids=["relay", "no relay"])
-def test_what_cannot_be_is_nxdomain_and_says_why(of: Table, name: str, reason: str) -> None:
+def test_impossible_names_are_nxdomain_with_a_reason(of: Table, name: str, reason: str) -> None:
     wire = b"".join(bytes([len(label)]) + label.encode("latin-1") for label in name.split(".")) + b"\0"
     for qtype in (Qtype.A, Qtype.AAAA, Qtype.HTTPS, Qtype.ANY):
         message = ask(of, wire, qtype)
@@ -193,7 +193,7 @@ def test_a_name_counts_only_where_it_is_imported_and_offered() -> None:
     assert table(view).decide(scan(query(ORDERS))) is Disposition.FORWARD
     assert table(view, imports()).decide(scan(query("nobody.shop.svc.cluster.local"))) is Disposition.FORWARD
     assert isinstance(table(view, imports()).decide(scan(query(ORDERS))), Answer)
-    # Of c, which is no source of a rule with that name, nothing is taken.
+    # Nothing is imported from c, which is not a source of a rule with that name.
     assert table(view, imports()).decide(scan(query("other.depot.example"))) is Disposition.FORWARD
 
 
@@ -332,7 +332,7 @@ def test_above_names_that_are_asked_for_is_no_data() -> None:
     assert V4.decide(scan(query("nobody.svc.cluster.local"))) is Disposition.FORWARD
 
 
-def test_imports_come_before_what_is_not_asked_for() -> None:
+def test_imports_take_precedence_over_local_zones() -> None:
     rules = Imports([ImportRule(names=("*.shop.svc.cluster.local",), sources=("b",), prefer="remote")])
     of = Table(
         mesh(relay("10.0.0.9")),
@@ -348,7 +348,7 @@ def test_imports_come_before_what_is_not_asked_for() -> None:
 
 @pytest.mark.parametrize("name", ["_dns.resolver.arpa", "resolver.arpa"])
 @pytest.mark.parametrize("qtype", [64, Qtype.A])
-def test_nobody_learns_of_upstreams_encrypted_resolvers(name: str, qtype: int) -> None:
+def test_upstreams_encrypted_resolvers_are_hidden(name: str, qtype: int) -> None:
     assert is_nodata(ask(V4, name, qtype))
 
 
@@ -358,7 +358,7 @@ def test_transfers_are_refused(name: str, qtype: int) -> None:
     assert ask(V4, name, qtype).rcode() == dns.rcode.REFUSED
 
 
-# Before the first news of discovery.
+# Before the first state of discovery.
 
 
 def test_before_discovery_was_heard_from_ours_are_not_ready() -> None:

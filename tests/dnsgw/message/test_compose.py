@@ -1,4 +1,4 @@
-"""Replies that are put together."""
+"""Composed replies."""
 
 import dns.flags
 import dns.message

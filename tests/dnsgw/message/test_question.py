@@ -1,4 +1,4 @@
-"""The scanner, byte by byte: what is a question, and what the sender of anything else is told."""
+"""The parser, byte by byte: what is a question, and the error reply to anything else."""
 
 import struct
 
@@ -117,7 +117,7 @@ def test_other_additional_records_are_skipped() -> None:
         assert data[edns.start : edns.stop] == opt()
 
 
-# dns-facts 2.2, row by row: what is dropped, what is refused, and what the refusal holds.
+# What is dropped, what is refused, and the content of the refusal.
 
 SILENT = [
     (b"", Fault.SHORT),
@@ -157,7 +157,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("data", UNREADABLE.values(), ids=UNREADABLE)
-def test_what_cannot_be_read_is_formerr_with_a_header_only(data: bytes) -> None:
+def test_an_unreadable_question_is_formerr_with_a_header_only(data: bytes) -> None:
     bad = refused(data)
     assert bad.fault is Fault.FORMAT
     assert bad.reply == header(flags=0x8181, counts=(0, 0, 0, 0))
@@ -182,7 +182,7 @@ UNREADABLE_BEHIND = {
 
 
 @pytest.mark.parametrize(("data", "edns"), UNREADABLE_BEHIND.values(), ids=UNREADABLE_BEHIND)
-def test_what_is_bad_behind_the_question_is_formerr_with_the_question(data: bytes, edns: bool) -> None:
+def test_errors_behind_the_question_are_formerr_with_the_question(data: bytes, edns: bool) -> None:
     bad = refused(data)
     assert bad.fault is Fault.FORMAT
     expected = header(flags=0x8181, counts=(1, 0, 0, int(edns))) + question(NAME) + (opt() if edns else b"")
@@ -253,7 +253,7 @@ LABELS = st.lists(st.binary(min_size=1, max_size=63), max_size=8)
 
 
 @given(LABELS, st.integers(0, 65535))
-def test_every_name_of_good_length_is_read_whole(labels: list[bytes], qtype: int) -> None:
+def test_every_name_of_valid_length_is_read(labels: list[bytes], qtype: int) -> None:
     wire = b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
     data = query(wire, qtype)
     if len(wire) > 255:
@@ -289,7 +289,7 @@ def test_names_are_encoded_in_lower_case() -> None:
 
 
 @pytest.mark.parametrize("text", ["a..b", ".a", "a" * 64, "é", LONGEST + "b", "a.."])
-def test_what_is_no_name_is_not_encoded(text: str) -> None:
+def test_invalid_names_are_not_encoded(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         wire_name(text)
 

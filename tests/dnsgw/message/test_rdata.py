@@ -26,7 +26,7 @@ def test_hinfo() -> None:
 
 
 @pytest.mark.parametrize("target", ["a" * 64 + ".b", "a..b", ".".join(["a" * 60] * 5)])
-def test_what_dnslib_refuses_is_one_error(target: str) -> None:
+def test_errors_of_dnslib_become_one_error(target: str) -> None:
     with pytest.raises(BadRdata):
         srv(target, 443)
 

@@ -80,7 +80,7 @@ def test_any_case_of_letters_is_found_and_returned(pattern: int, edns: bool) -> 
         query(b"\x22" + NAME.encode() + b"\0"),
     ],
 )
-def test_whatever_is_not_ordinary_is_left_to_the_scanner(data: bytes) -> None:
+def test_unusual_questions_are_left_to_scan(data: bytes) -> None:
     assert answer_prepared(data, PREPARED) is None
 
 

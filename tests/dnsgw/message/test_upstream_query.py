@@ -1,4 +1,4 @@
-"""Questions as an upstream gets them."""
+"""Questions for upstream."""
 
 import os
 
@@ -15,7 +15,7 @@ def asked(text: str = "www.example.test", *, flags: int = RD, edns: bytes = b"")
     return scan(query(text, flags=flags, edns=edns))
 
 
-def test_what_does_not_change_the_answer_does_not_tell_questions_apart() -> None:
+def test_questions_with_the_same_answer_have_the_same_key() -> None:
     edns = [b"", opt(512), opt(4096, z=0x7FFF), opt(options=SUBNET), opt(options=option(65001, b"x") + option(3))]
     assert len({question_key(asked(edns=each)) for each in edns}) == 1
     assert len({encode(asked(edns=each), question("www.example.test")) for each in edns}) == 1

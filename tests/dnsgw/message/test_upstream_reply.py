@@ -1,4 +1,4 @@
-"""Upstream's replies, read once: where records are, which names aliases lead to, and what they are as replies of ours."""
+"""Upstream's replies, read once: where records are, which names aliases lead to, and how they become our replies."""
 
 import struct
 
@@ -82,7 +82,7 @@ def test_an_opt_among_other_records_takes_the_additional_section_with_it() -> No
     assert reply.edns == 0
 
 
-def test_a_code_that_only_opt_can_tell_is_a_failure_without_it() -> None:
+def test_an_extended_rcode_is_servfail_for_clients_without_edns() -> None:
     packet = header(1, 0x8187, (1, 0, 0, 1)) + question("www.example.test")
     packet += b"\0" + bytes.fromhex("0029 04d0 01000000 0000")
     assert dns.message.from_wire(Message(packet).as_reply(ASKED)).rcode() == 23
@@ -107,7 +107,7 @@ b.svc.mesh.internal. 60 IN TXT x
 """
 
 
-def test_where_bindings_lead_and_what_comes_along() -> None:
+def test_targets_of_bindings_are_found() -> None:
     message = Message(wire(BINDINGS))
     assert set(message.bindings) == {name("a.svc.mesh.internal"), name("b.svc.mesh.internal")}
     aliases = BINDINGS.replace("HTTPS 3 b.svc.mesh.internal. port=1", "HTTPS 0 b.svc.mesh.internal.")
@@ -157,7 +157,7 @@ bank.test. 60 IN A 192.0.2.66
 """
 
 
-def test_what_does_not_belong_to_the_question_is_left_out() -> None:
+def test_records_that_do_not_belong_to_the_question_are_dropped() -> None:
     reply = dns.message.from_wire(Message(wire(LIES)).as_reply(ASKED))
     assert sorted(line.lower() for item in reply.answer for line in str(item).splitlines()) == [
         "a.example.test. 300 in a 192.0.2.1",
@@ -203,7 +203,7 @@ def test_the_name_asked_for_has_the_askers_spelling_in_every_record() -> None:
     assert len(dns.message.from_wire(reply).answer[0]) == 2
 
 
-def test_what_belongs_is_left_as_it_came() -> None:
+def test_records_that_belong_are_left_unchanged() -> None:
     for text in (CHAIN, BINDINGS):
         data = wire(text.split(";AUTHORITY")[0])
         assert Message(data).data is data
@@ -259,7 +259,7 @@ def test_records_of_one_set_live_equally_long() -> None:
     assert {rrset.ttl for rrset in read.answer if rrset.rdtype == dns.rdatatype.A} == {5}
 
 
-def test_the_alias_of_a_zone_stays_beside_what_is_made_of_it() -> None:
+def test_a_dname_is_kept_with_the_cname_made_of_it() -> None:
     text = """id 1
 flags QR
 ;QUESTION

@@ -1,4 +1,4 @@
-"""Where an upstream is, as text."""
+"""Addresses of upstreams as text."""
 
 from ipaddress import ip_address
 

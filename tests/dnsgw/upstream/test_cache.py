@@ -1,4 +1,4 @@
-"""What is kept, for how long, in how much room, and what it looks like when it is asked for again."""
+"""The cache: which answers are kept, for how long, in how much memory, and the replies made of them."""
 
 from dataclasses import replace
 
@@ -82,7 +82,7 @@ def test_lives_are_capped() -> None:
 
 
 @pytest.mark.parametrize(("soa", "life"), [(SOA, 30), (SOA.replace(" 60 ", " 20 "), 20)])
-def test_what_is_not_there_lives_as_long_as_its_soa_says(soa: str, life: int) -> None:
+def test_negative_answers_are_cached_as_the_soa_says(soa: str, life: int) -> None:
     """RFC 2308 section 5; and a name that is not there has no other types either."""
     cache = Cache(CacheConfig())
     entry = kept(cache, asked("nope.test"), answer(asked("nope.test"), authority=(soa,), rcode=3))
@@ -108,7 +108,7 @@ def test_what_is_not_there_lives_as_long_as_its_soa_says(soa: str, life: int) ->
     ],
     ids=["empty", "referral", "no SOA", "failure", "TTL 0", "truncated", "alias to nothing"],
 )
-def test_what_nobody_said_a_life_for_is_not_kept(message: Message) -> None:
+def test_negative_answers_without_a_soa_are_not_cached(message: Message) -> None:
     assert kept(Cache(CacheConfig()), asked(), message) is None
 
 
@@ -141,7 +141,7 @@ def test_questions_that_may_be_answered_otherwise_are_not_looked_up(other: bytes
     assert key_of(scan(other)) is None
 
 
-def test_what_changes_the_answer_is_kept_apart_and_nothing_else() -> None:
+def test_only_what_changes_the_answer_is_part_of_the_key() -> None:
     shapes = [{"flags": RD | bits, "edns": edns} for bits in (0, AD, CD, AD | CD) for edns in (b"", opt(do=True))]
     keys = [key_of(asked(**shape)) for shape in shapes]  # type: ignore[arg-type]
     assert len(set(keys)) == 4
@@ -149,7 +149,7 @@ def test_what_changes_the_answer_is_kept_apart_and_nothing_else() -> None:
         assert key_of(asked(edns=opt(512, options=options, z=7))) == key_of(asked(flags=RD | 0x40)) == key_of(asked())
 
 
-def test_ad_is_for_those_who_ask() -> None:
+def test_ad_is_only_for_clients_that_want_it() -> None:
     message = answer(asked(), "www.example.test. 60 IN A 192.0.2.1", flags="QR RD RA AD AA")
     for flags, edns, expected in ((RD, b"", False), (RD | AD, b"", True), (RD, opt(do=True), True)):
         question = asked(flags=flags, edns=edns)
@@ -177,7 +177,7 @@ def test_an_answer_past_its_end_has_a_short_ttl_and_says_so() -> None:
     assert reply.options[0].otype == 15
 
 
-# At once.
+# answer_cached.
 
 
 def heated(cache: Cache, question: Query, message: Message) -> None:
@@ -210,11 +210,11 @@ def test_a_plain_question_is_answered_at_once() -> None:
         header(),
     ):
         assert answer_cached(packet, cache.hot, 101) is None
-    # It is soon over, so that somebody should ask anew.
+    # It expires soon, so upstream should be asked again.
     assert answer_cached(query("www.example.test"), cache.hot, 155) is None
 
 
-def test_what_is_too_long_for_the_asker_is_left_to_others() -> None:
+def test_answers_above_the_clients_limit_are_left_to_the_full_path() -> None:
     cache = Cache(CacheConfig())
     records = [f"www.example.test. 60 IN A 192.0.2.{n}" for n in range(60)]
     heated(cache, asked(), answer(asked(), *records))
@@ -231,7 +231,7 @@ def test_no_packet_makes_it_raise(packet: bytes) -> None:
     answer_cached(query("www.example.test")[: len(packet)] + packet, cache.hot, 101)
 
 
-# Room.
+# Memory.
 
 
 def fill(cache: Cache, name: str, now: float = 100.0) -> None:
@@ -265,7 +265,7 @@ def test_a_flood_of_names_pushes_out_nothing_that_is_in_use() -> None:
     assert all(found(cache, asked(name)) is not None for name in real)
 
 
-def test_what_was_let_go_and_comes_back_stays() -> None:
+def test_an_evicted_entry_that_comes_back_stays() -> None:
     cache = Cache(CacheConfig(max_bytes=100_000))
     for n in range(300):
         fill(cache, f"n{n}.test")
@@ -282,7 +282,7 @@ def test_nothing_is_kept_in_no_room() -> None:
     )
 
 
-def test_what_leads_to_a_name_is_forgotten_with_it() -> None:
+def test_aliases_to_a_name_are_flushed_with_it() -> None:
     cache = Cache(CacheConfig(max_bytes=100_000))
     chain = ("a.test. 60 IN CNAME b.test.", "b.test. 60 IN CNAME c.test.")
     ring = (*chain, "c.test. 60 IN CNAME b.test.")  # b twice

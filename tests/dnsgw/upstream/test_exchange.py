@@ -1,4 +1,4 @@
-"""The state of a question on its way."""
+"""The state of a question to upstream."""
 
 from dnsgw.message.question import probe_question
 from dnsgw.upstream.exchange import Exchange, Failure

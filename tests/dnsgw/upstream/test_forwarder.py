@@ -162,7 +162,7 @@ async def test_the_same_question_is_asked_once_for_all(upstream: Authority) -> N
         assert asker.metrics.coalesced == 2 + len(VARIANTS)
 
 
-async def test_what_does_not_answer_the_question_is_not_believed(upstream: Authority) -> None:
+async def test_packets_that_do_not_answer_the_question_are_ignored(upstream: Authority) -> None:
     def forge(asked: Asked) -> list[bytes]:
         good = asked.answer
         wrong_id = bytes([good[0] ^ 1]) + good[1:]
@@ -237,19 +237,19 @@ async def test_silence_ends_in_a_timeout(upstream: Authority, tcp: bool) -> None
 
 
 @pytest.mark.parametrize("tcp", [False, True])
-async def test_nobody_there_is_told_at_once(nobody: int, tcp: bool) -> None:
+async def test_a_refused_question_fails_at_once(nobody: int, tcp: bool) -> None:
     async with asking(nobody, attempt_s=20, total_s=40) as asker:
         assert await asker.ask(tcp=tcp).result() is Failure.UNREACHABLE
         assert await asker.ask("n.example.test", tcp=tcp).result() is Failure.UNREACHABLE
 
 
 @pytest.mark.parametrize("tcp", [False, True])
-async def test_nobody_there_leads_on_to_the_next(nobody: int, upstream: Authority, tcp: bool) -> None:
+async def test_after_a_refusal_the_next_upstream_is_asked(nobody: int, upstream: Authority, tcp: bool) -> None:
     async with asking(nobody, upstream.port, attempt_s=20, total_s=40) as asker:
         assert await asker.ask(tcp=tcp).answer() == upstream.asked[0].answer
 
 
-async def test_no_upstream_is_told_at_once() -> None:
+async def test_without_an_upstream_questions_fail_at_once() -> None:
     async with asking() as asker:
         assert await asker.ask().result() is Failure.NO_UPSTREAM
 
@@ -272,7 +272,7 @@ async def test_servfail_stays_when_the_next_is_silent(upstream: Authority) -> No
             assert (await asker.ask().answer())[3] == 0x82
 
 
-async def test_more_than_may_wait_are_turned_away(upstream: Authority) -> None:
+async def test_too_many_waiting_questions_are_refused(upstream: Authority) -> None:
     upstream.script = silent
     async with asking(upstream.port, max_in_flight=3, attempt_s=20, total_s=40) as asker:
         waiting = [asker.ask(f"n{n}.example.test") for n in range(2)]
@@ -323,7 +323,7 @@ async def test_a_connection_without_answers_is_not_trusted_again(upstream: Autho
         assert upstream.connections == 2
 
 
-async def test_whoever_waits_hears_of_the_end(upstream: Authority) -> None:
+async def test_waiting_questions_fail_at_the_end(upstream: Authority) -> None:
     upstream.script = silent
     async with asking(upstream.port, attempt_s=20, total_s=40) as asker:
         waiting = [asker.ask(), asker.ask(tcp=True), asker.ask()]

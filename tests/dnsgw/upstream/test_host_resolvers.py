@@ -1,4 +1,4 @@
-"""Where upstreams are found, and which of them are ourselves."""
+"""The host's own name servers, and which of them are this server."""
 
 import socket
 from ipaddress import ip_address

@@ -1,4 +1,4 @@
-"""Upstreams that are spoken to in secret: TLS and HTTPS, with real certificates."""
+"""Upstreams over TLS and HTTPS, with real certificates."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ RECORDS = {(f"{prefix}{WWW}", "A"): ["192.0.2.1"] for prefix in ("", *(f"n{n}." 
 
 @dataclass
 class Secret:
-    """A server that is spoken to in secret."""
+    """A server over TLS or HTTPS."""
 
     authority: Authority
     port: int
@@ -270,7 +270,7 @@ async def test_other_ways_to_write_an_answer(
 
 
 @pytest.mark.parametrize("case", BAD)
-async def test_what_is_no_response_is_a_failure_and_holds_up_nobody(signer: trustme.CA, ca: str, case: str) -> None:
+async def test_an_invalid_response_is_a_failure_and_blocks_nothing(signer: trustme.CA, ca: str, case: str) -> None:
     own = f"p8443-10-1-0-5.b.{DOMAIN}"
     async with (
         writing(context(signer, "dns.example"), BAD[case]) as secret,

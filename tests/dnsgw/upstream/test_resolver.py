@@ -1,4 +1,4 @@
-"""What upstream said, kept and asked anew; and chains of aliases from upstream that lead to us."""
+"""Upstream's answers from the cache and asked again; and alias chains from upstream that lead to our names."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -120,7 +120,7 @@ async def test_an_unusable_answer_counts_as_none(upstream: Authority, said: str)
             assert len(upstream.asked) == count + 1
 
 
-async def test_no_answer_past_its_end_if_told_so(upstream: Authority) -> None:
+async def test_no_stale_answers_if_configured_so(upstream: Authority) -> None:
     upstream.script = with_ttl(1)
     async with running(VIEW, upstream.port, cache=CacheConfig(stale_for_s=0)) as server:
         with Client(address(server)) as client:
@@ -199,7 +199,7 @@ async def test_answers_to_other_names_are_neither_passed_on_nor_kept(upstream: A
             assert read(await client.ask(query("bank.test"))).rcode() == dns.rcode.NXDOMAIN
 
 
-async def test_types_that_nobody_knows_are_passed_on_as_they_are(upstream: Authority) -> None:
+async def test_unknown_types_are_passed_on_unchanged(upstream: Authority) -> None:
     """RFC 3597: neither looked into nor compressed, from upstream and from the cache."""
     content = b"\xc0\x0c\xff\x00\x01"
 
@@ -223,7 +223,7 @@ async def test_an_address_of_a_relay_elsewhere_is_an_address(upstream: Authority
             assert answers(await client.ask(query(WWW))) == [f"{WWW}. 300 IN A 10.0.0.9"]
 
 
-async def test_the_subnet_of_a_client_is_passed_on_and_its_answer_is_for_nobody_else(upstream: Authority) -> None:
+async def test_a_clients_subnet_is_forwarded_and_its_answer_is_not_shared(upstream: Authority) -> None:
     """RFC 7871, where it is passed on at all."""
     subnet = option(8, bytes.fromhex("0001 18 00 c00002"))
     async with running(VIEW, upstream.port) as server:
@@ -290,7 +290,7 @@ async def test_a_chain_to_an_import_asks_upstream_first_where_that_is_so(upstrea
 
 @pytest.mark.parametrize("qtype", [Qtype.CNAME, Qtype.ANY])
 @pytest.mark.parametrize("target", [ADDRESS, f"p1-10-1-0-5.nope.{DOMAIN}"])
-async def test_who_asks_for_the_alias_itself_gets_no_more(upstream: Authority, qtype: Qtype, target: str) -> None:
+async def test_a_question_for_the_alias_itself_is_not_followed(upstream: Authority, qtype: Qtype, target: str) -> None:
     alias = dns.rrset.from_text("shop.example.test.", 300, "IN", "CNAME", target + ".")
 
     def answer(asked: Asked) -> list[bytes]:
@@ -322,7 +322,7 @@ async def test_a_chain_that_leads_elsewhere_is_left_alone(upstream: Authority) -
 
 
 def lives_long(asked: Asked) -> list[bytes]:
-    """Upstream says for five minutes that something is not there."""
+    """Upstream's NXDOMAIN is valid for five minutes."""
     return [asked.answer.replace(b"\0\0\0\x3c", b"\0\0\x01\x2c")]
 
 
@@ -332,7 +332,7 @@ def lives_long(asked: Asked) -> list[bytes]:
 async def test_a_service_that_moves_here_is_found_here_at_once(
     upstream: Authority, prefer: str, by: str, asked_before: bool
 ) -> None:
-    """Upstream once said that it is not there, for a long time: that was before."""
+    """A former NXDOMAIN of upstream with a long TTL does not count any more."""
     upstream.records["shop.example.test", "CNAME"] = [ORDERS]
     upstream.script = lives_long
     away = VIEW.apply([Deletion((Kind.SERVICE, "b", ORDERS), 9)])
@@ -360,7 +360,7 @@ async def test_a_service_that_moves_here_is_found_here_at_once(
                 assert answers(await client.ask(query(name)))[-1].endswith(" 192.0.2.7")
 
 
-async def test_what_changes_elsewhere_costs_no_answer_that_is_kept(upstream: Authority) -> None:
+async def test_unrelated_changes_flush_nothing(upstream: Authority) -> None:
     async with running(VIEW, upstream.port, imports=imports()) as server:
         with Client(address(server)) as client:
             assert answers(await client.ask(query(WWW)))

@@ -1,4 +1,4 @@
-"""The sockets to an upstream, and what is remembered of it."""
+"""The sockets to an upstream, and its state."""
 
 import asyncio
 import os
@@ -34,8 +34,8 @@ async def test_sockets_are_given_up_after_a_while(upstream: Authority) -> None:
         assert len(set(ports)) == 3
 
 
-async def test_an_upstream_that_comes_back_is_heard() -> None:
-    """After an ICMP error uvloop calls the reader of that socket no more: it must not be used again."""
+async def test_an_upstream_that_comes_back_is_used_again() -> None:
+    """After an ICMP error uvloop stops watching the socket, so it must not be used again."""
     port = free_port()
     async with asking(port, attempt_s=20, total_s=40, limits=UpstreamLimits(pool=1)) as asker:
         for n in range(3):
@@ -45,7 +45,7 @@ async def test_an_upstream_that_comes_back_is_heard() -> None:
 
 
 async def test_descriptors_are_bounded_and_ports_change(upstream: Authority) -> None:
-    """One question in so many stays without an answer, so that its socket must wait."""
+    """Some questions get no answer, so their sockets must be kept."""
     limits = UpstreamLimits(pool=4, max_retired=8)
     upstream.script = lambda asked: [] if re.match(r"n\d*0\.", asked.name) else [asked.answer]
     async with asking(upstream.port, attempt_s=20, total_s=40, limits=limits) as asker:
@@ -90,7 +90,7 @@ def test_the_kernel_draws_ports_from_its_whole_range() -> None:
     assert len(set(seen)) > 400
 
 
-async def test_who_was_down_is_tried_again_by_one_question(upstream: Authority) -> None:
+async def test_a_down_upstream_is_tried_again_by_a_single_question(upstream: Authority) -> None:
     limits = UpstreamLimits(down=Backoff(0.0, 30.0))
     async with serving(RECORDS) as first:
         first.script = silent

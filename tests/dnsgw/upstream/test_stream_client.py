@@ -1,4 +1,4 @@
-"""The connection to an upstream, with a peer that cuts, floods and lies."""
+"""The connection to an upstream, with a peer that resets, floods and lies."""
 
 import asyncio
 import socket
@@ -108,7 +108,7 @@ async def test_answers_arrive_in_any_cut(peer: Peer, step: int) -> None:
         pipeline.close()
 
 
-async def test_the_end_of_the_connection_is_told_once(peer: Peer) -> None:
+async def test_the_end_of_the_connection_is_reported_once(peer: Peer) -> None:
     pipeline = peer.pipeline()
     (await peer.accept()).close()
     await peer.until(lost=1)
@@ -117,14 +117,14 @@ async def test_the_end_of_the_connection_is_told_once(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 11])
-async def test_what_is_no_message_ends_the_connection(peer: Peer, size: int) -> None:
+async def test_an_invalid_length_ends_the_connection(peer: Peer, size: int) -> None:
     peer.pipeline()
     with await peer.accept() as sock:
         await peer.loop.sock_sendall(sock, FRAME + size.to_bytes(2, "big") + b"x" * size)
         await peer.until(received=1, lost=1)
 
 
-async def test_nobody_there_is_told(peer: Peer) -> None:
+async def test_a_refused_connection_is_reported(peer: Peer) -> None:
     peer.listening.close()
     pipeline = peer.made(peer._on_received)
     with socket.socket() as held:
@@ -178,7 +178,7 @@ async def test_a_handshake_that_goes_on_too_long_ends_the_connection(peer: Peer)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-async def test_an_end_of_the_tasks_closes_it_and_tells_nobody(peer: Peer, steps: int) -> None:
+async def test_cancelling_its_task_closes_it_without_calling_lost(peer: Peer, steps: int) -> None:
     async with asyncio.TaskGroup() as tasks:
         started: list[asyncio.Task[None]] = []
 

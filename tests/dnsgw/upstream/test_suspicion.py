@@ -1,4 +1,4 @@
-"""Answers that could be forged: over UDP they are not believed, and the question goes another way."""
+"""Answers that may be forged: over UDP they are not accepted, and the question is asked in another way."""
 
 import asyncio
 import os
@@ -53,7 +53,7 @@ async def test_more_than_a_few_wrong_ids_lead_to_tcp(upstream: Authority, count:
     async with asking(upstream.port, random_case=True) as asker:
         assert isinstance(await asker.ask(NAME).answer(), bytes)
         assert transports(upstream) == asked
-        # The true answer over UDP is none any more once the question goes on over TCP.
+        # Once the question is asked over TCP, the true answer over UDP is ignored, too.
         assert asker.count(UpstreamOutcome.WRONG_ID) == count + len(asked) - 1
         assert asker.count(UpstreamOutcome.DISTRUSTED) == len(asked) - 1
 
@@ -82,7 +82,7 @@ async def test_wrong_ids_at_another_port_of_ours_count_too(upstream: Authority) 
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["closed", "silent"])
-async def test_without_tcp_it_goes_on_by_udp_with_a_new_id_and_port(upstream: Authority, silent: bool) -> None:
+async def test_without_tcp_it_continues_over_udp_with_a_new_id_and_port(upstream: Authority, silent: bool) -> None:
     def forge(asked: Asked) -> list[bytes]:
         if asked.tcp:
             return []
@@ -97,7 +97,7 @@ async def test_without_tcp_it_goes_on_by_udp_with_a_new_id_and_port(upstream: Au
         first, last = upstream.asked[0], upstream.asked[-1]
         assert first.packet[:2] != last.packet[:2]
         assert first.source != last.source
-        # For a while TCP is not tried in vain.
+        # For a while TCP is not tried again.
         upstream.asked.clear()
         upstream.close_after = None
         assert isinstance(await asker.ask("www.example.test").answer(), bytes)
@@ -156,7 +156,7 @@ async def test_the_wrong_case_is_asked_for_over_tcp(upstream: Authority) -> None
         assert case_of(asker) == "on"
 
 
-async def test_who_loses_the_case_over_tcp_too_is_asked_in_one_case(
+async def test_an_upstream_that_loses_the_case_over_tcp_is_asked_in_lower_case(
     upstream: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     upstream.script = lambda asked: [lower(asked)]
@@ -202,7 +202,7 @@ async def test_an_error_without_the_question_is_asked_again_over_tcp(upstream: A
 
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("tcp", [False, True], ids=["UDP alone", "TCP too"])
-async def test_who_does_not_understand_edns_is_asked_without(upstream: Authority, bare: bool, tcp: bool) -> None:
+async def test_an_upstream_without_edns_is_asked_without(upstream: Authority, bare: bool, tcp: bool) -> None:
     def ancient(asked: Asked) -> list[bytes]:
         if asked.message.edns < 0:
             return [asked.answer]
@@ -224,7 +224,7 @@ async def test_a_lost_packet_does_not_cost_dnssec(upstream: Authority) -> None:
         assert [asked.message.ednsflags for asked in upstream.asked] == [0x8000] * 2
 
 
-async def test_who_says_nothing_to_edns_is_asked_without(upstream: Authority) -> None:
+async def test_an_upstream_that_ignores_edns_is_asked_without(upstream: Authority) -> None:
     upstream.script = lambda asked: [asked.answer] if asked.message.edns < 0 else []
     async with asking(upstream.port, attempt_s=0.05, total_s=5) as asker:
         assert isinstance(await asker.ask(NAME).answer(), bytes)
@@ -288,13 +288,13 @@ async def test_an_answer_without_the_cookie_is_not_believed(
         assert transports(upstream) == "ut"
         assert asker.count(UpstreamOutcome.WRONG_COOKIE) == 1
         upstream.asked.clear()
-        # It lost its cookies, as it shows over TCP: then they are not asked for any more.
+        # Over TCP it shows that it has lost its cookies: then they are not required any more.
         cookies.over_tcp = says
         upstream.asked.clear()
         await asker.ask("n3.example.test").answer()
         await asker.ask("n4.example.test").answer()
         assert transports(upstream)[:2] == "ut"
-        # And without TCP an answer is had all the same.
+        # Without TCP there is an answer, too.
         cookies.says = cookies.over_tcp = good
         await asker.ask("n5.example.test").answer()
         cookies.says = says
@@ -346,7 +346,7 @@ async def test_a_handful_is_out_about_one_name_and_type(upstream: Authority) -> 
         assert len(upstream.asked) == 51
 
 
-async def test_who_waits_for_room_is_told_when_nobody_can_be_asked(
+async def test_waiting_questions_fail_when_upstream_becomes_unreachable(
     upstream: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream.script = lambda asked: []

@@ -1,4 +1,4 @@
-"""Which packets are believed."""
+"""Which packets are accepted as answers."""
 
 import random
 from typing import Any
@@ -72,7 +72,7 @@ def test_verdicts(packet: bytes, how: dict[str, Any], expected: Verdict) -> None
     assert verdict(packet, **how) is expected
 
 
-def test_opt_is_found_wherever_it_stands_and_nothing_breaks() -> None:
+def test_opt_is_found_anywhere_and_nothing_raises() -> None:
     more = b"\0\0\x10\0\1\0\0\0\0\0\1x"
     packet = header(7, 0x8180, (1, 1, 0, 3)) + QUESTION + RECORD + more + cookie(OURS + THEIRS) + more
     found = find_opt(packet)

@@ -157,7 +157,9 @@ def test_epochs() -> None:
 
 def message_of(name: str, fields: dict[str, Any]) -> Message:
     """The message of a control capsule's vector."""
-    bare: dict[str, Message] = {message.type.name: message for message in (Ready(), Finished(), Done(), Continued(), Heartbeat())}
+    bare: dict[str, Message] = {
+        message.type.name: message for message in (Ready(), Finished(), Done(), Continued(), Heartbeat())
+    }
     match name:
         case "OPENED":
             return Opened(ip_address(fields["address"]), fields["port"], fields["ms"])
