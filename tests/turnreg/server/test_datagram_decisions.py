@@ -362,7 +362,7 @@ def test_time_of_credentials_counts_for_udp_too() -> None:
 
 
 def test_unsupported_features_are_not_advertised() -> None:
-    """No security bits in the nonce (RFC 8489, section 9.2), no PASSWORD-ALGORITHMS; SHA-256 alone is not accepted as a signature."""
+    """No security bits in the nonce (RFC 8489, section 9.2), no PASSWORD-ALGORITHMS; SHA-256 alone is not a valid signature."""
     on = server()
     request = on.allocate_request().with_bytes(Attribute.MESSAGE_INTEGRITY_SHA256, bytes(32))
     step = on.respond(Message.parse(request.pack()))
