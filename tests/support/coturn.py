@@ -21,7 +21,7 @@ from tests.support.waiting import wait_until
 
 START_TIMEOUT_S = 15.0
 RELAY_PORTS = 100
-"""Ports of the relay range unless told otherwise; below Linux's ephemeral ports, which begin at 32768."""
+"""Default size of the relay range, which lies below Linux's ephemeral ports (from 32768)."""
 
 
 class Coturn:
@@ -42,7 +42,7 @@ class Coturn:
         prefix: Sequence[str] = (),
         certificate: Path | None = None,
     ) -> None:
-        """Describe the server; nothing runs yet.
+        """Make a server that `start` starts.
 
         Args:
             secret: REST secret; coturn then ignores user and password.
@@ -68,7 +68,7 @@ class Coturn:
 
     @property
     def log(self) -> str:
-        """All that it has logged since it was last started."""
+        """Everything that it has logged since its last start."""
         path = self._directory / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -157,7 +157,7 @@ class Coturn:
         ]
 
     def _answers(self) -> bool:
-        """Tell whether it answers a Binding request; behind a prefix its log has to do, for its network is not ours."""
+        """Tell whether it answers a Binding request. With a prefix, check its log: it may run in another network namespace."""
         if self._prefix:
             return "TCP listener opened" in self.log
         request = bytes.fromhex("000100002112a442") + b"is it there?"
@@ -204,7 +204,7 @@ def _free_port_pair(address: str) -> int:
 
 
 def _free_range(address: str) -> tuple[int, int]:
-    """Pick a block whose first port is free. Others may take one of it meanwhile: coturn tries the next then."""
+    """Pick a block whose first port is free. If another program takes a port of it meanwhile, coturn tries the next one."""
     while True:
         first = random.randrange(20_000, 32_000, RELAY_PORTS)
         if _is_free(address, first):

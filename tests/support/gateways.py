@@ -68,14 +68,14 @@ class Visit:
     is_ready: bool = False
     """The gateway has said READY."""
     waiting_s: int | None = None
-    """How long the gateway said that it may take to wake the service."""
+    """How long waking the service may take, as the gateway said."""
 
     @property
     def wire(self) -> ByteStream:
         return self.framed.stream
 
     async def answer(self) -> Message:
-        """Wait for what the gateway says next."""
+        """Wait for the next message of the gateway, other than WAITING."""
         async with asyncio.timeout(10):
             while True:
                 message = await self.framed.next_message()
@@ -93,7 +93,7 @@ class Visit:
         self.waiting_s = message.seconds
 
     async def refused(self, *, after_ready: bool = False) -> Refused:
-        """Wait for the refusal and go, as a relay does."""
+        """Wait for the refusal and disconnect, as a relay does."""
         if after_ready and not self.is_ready:
             assert await self.answer() == Ready()
         answer = await self.answer()
@@ -102,7 +102,7 @@ class Visit:
         return answer
 
     async def opened(self) -> None:
-        """See that the stream is opened."""
+        """Wait until the stream is opened."""
         if not self.is_ready:
             assert await self.answer() == Ready()
         assert isinstance(await self.answer(), Opened)
@@ -110,7 +110,7 @@ class Visit:
 
 @dataclass
 class Service:
-    """A service on loopback that echoes; it counts who came."""
+    """A service on loopback that echoes and records its connections."""
 
     endpoint: str
     target: str
@@ -152,7 +152,7 @@ class Service:
 
 @dataclass
 class Running:
-    """A gateway that runs, and what it says."""
+    """A running gateway, with its log lines and metrics."""
 
     gateway: Gateway
     discovery: FixedDiscovery
@@ -190,7 +190,7 @@ class Running:
         return visit
 
     async def bound(self) -> Visit:
-        """Come by an allocation, as if a TURN server had been between."""
+        """Connect as if through a TURN server."""
         near, far = await pair()
         self.gateway.take(
             Accepted(stream=far, traits=TURN, addressee=ALLOCATION, came_by={"via": "a", "turn": "turn-1"})

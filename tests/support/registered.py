@@ -1,4 +1,4 @@
-"""A registrar with a discovery that is set by hand, for tests.
+"""A running registrar with a discovery that the test controls.
 
 async with registrar(turn(server), relay({"turn-1": ["127.0.0.1"]})) as ours:
     spec = await ours.publishes(ID)
@@ -90,7 +90,7 @@ class HandDiscovery:
         pass
 
     def issue(self, secret: str, ttl_s: int) -> None:
-        """Make credentials from now on as the discovery server does."""
+        """Issue credentials from now on, as the discovery server does."""
         self._secret = secret, ttl_s
 
     async def turn_credentials(self, network: str) -> IssuedCredentials:
@@ -125,7 +125,7 @@ def relay(
 
 
 def allocation(gateway: str) -> AnyRecord:
-    """What another gateway of our network publishes."""
+    """Make the record that another gateway of our network publishes."""
     spec = AllocationSpec(via="a", turn="turn-1", port=50_000, gateway=gateway)
     return Record(kind=Kind.ALLOCATION, network="b", id=f"{gateway}.a.turn-1", revision=1, spec=spec)
 
@@ -136,7 +136,7 @@ def rank(gateway: str) -> bytes:
 
 @dataclass
 class Registered:
-    """A registrar that runs, and what it gave us."""
+    """A running registrar, and the streams it has delivered."""
 
     registrar: Registrar
     discovery: HandDiscovery
@@ -149,7 +149,7 @@ class Registered:
         return self.discovery.published[ids[0]]
 
     def reconfigure(self, **changes: Any) -> None:
-        """Have the registrar go by another configuration."""
+        """Change the configuration of the registrar."""
         self.registrar.reconfigure(dataclasses.replace(self.registrar.config, **changes))
 
     def retired(self) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A gateway that does what a test's script says: accepts, reads the first bytes, answers or not, cuts.
+"""A scripted gateway: it accepts, reads the first bytes, and then answers, hangs or resets as a test wants.
 
 async with scripted(reset, reset, opens) as gateway:      one script a connection, the last one for all that follow
     ...
@@ -74,7 +74,7 @@ async def opens(visit: Visit) -> None:
 
 
 async def reset(visit: Visit) -> None:
-    """As a TURN server without a permission: cut."""
+    """Reset, as a TURN server does without a permission."""
     visit.wire.reset()
 
 

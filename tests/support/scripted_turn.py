@@ -1,4 +1,4 @@
-"""A TURN server that answers as it is told, to show our client what real servers rarely do."""
+"""A scripted TURN server, for behaviour that real servers rarely show."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,7 @@ def allocated(request: Message) -> Message:
 
 
 def good(request: Message) -> bytes:
-    """Answer as a server does that has nothing to complain of."""
+    """Answer every request with success."""
     if request.method in (Method.ALLOCATE, Method.REFRESH):
         return signed(allocated(request))
     return signed(request.success())
@@ -49,14 +49,14 @@ def good(request: Message) -> bytes:
 
 @dataclass
 class Scripted:
-    """A running scripted server. A list of answers is used up one by one, its last one for ever."""
+    """A running scripted server. Each answer of a list is used once, except the last, which repeats."""
 
     script: Mapping[Method, list[Answer]]
     requests: list[Message] = field(default_factory=list)
     port: int = 0
     address: str = "127.0.0.1"
     stray: bytes = b""
-    """What came on data connections behind the ConnectionBind and before its answer."""
+    """Bytes that arrived on data connections between a ConnectionBind and its answer."""
     bind_delay_s: float = 0.0
     control: asyncio.StreamWriter | None = None
 

@@ -1,4 +1,4 @@
-"""A TURN client of plain blocking sockets, for tests: it says exactly what it is told, right or wrong."""
+"""A TURN client with blocking sockets, which sends exactly what a test wants, valid or not."""
 
 import os
 import secrets
@@ -22,7 +22,7 @@ TIMEOUT_S = 10.0
 
 
 class Client:
-    """One TCP connection to a TURN server, with credentials and the nonce that it learnt."""
+    """One TCP connection to a TURN server, with credentials and the current nonce."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Client:
             self._buffer += data
 
     def rest(self) -> bytes:
-        """What came behind the last message."""
+        """The bytes after the last message."""
         rest, self._buffer = self._buffer, b""
         return rest
 
@@ -94,7 +94,7 @@ class Client:
             self._set_aside.append(message)
 
     def ask(self, request: Message, *, sign: bool = True, fingerprint: bool = False) -> Message:
-        """Send one request, signed with what we have, and return its answer. Learns a new nonce, retries nothing."""
+        """Send one request, signed with our credentials, and return its answer. Stores a new nonce, but does not retry."""
         data = (
             self.credentials(request).pack(integrity_key=self.key, fingerprint=fingerprint) if sign else request.pack()
         )
@@ -227,7 +227,7 @@ def connect(address: tuple[str, int], source: str = "127.0.0.1") -> socket.socke
 
 
 def read_all(sock: socket.socket, already: bytes = b"") -> tuple[bytes, str]:
-    """All that comes until the end, and which end: "fin", "reset" or "silence"."""
+    """Read until the end; return the bytes, and how it ended: "fin", "reset" or "silence"."""
     data = bytearray(already)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Both TURN servers behind one face, and an allocation held on one of them, for the tests of our client.
+"""Both TURN servers behind one interface, and an allocation on one of them, for the tests of our client.
 
 @pytest.mark.parametrize("kind", BOTH)
 async def test_…(kind: str) -> None:
@@ -31,7 +31,7 @@ LOGIN = Credentials(username="u", password="p")
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """Where it listens; it takes LOGIN, or REST credentials of its secret."""
+    """Where a server listens. It accepts LOGIN, or REST credentials from its secret."""
 
     address: str
     port: int
@@ -66,7 +66,7 @@ def turn_server(
 
 @dataclass
 class Holding:
-    """An allocation that is ready, and what it gave us."""
+    """An allocation that is ready, with the streams and results it has delivered."""
 
     allocation: Allocation
     streams: asyncio.Queue[Bound]

@@ -1,4 +1,4 @@
-"""Several gateways of one network on the same TURN server, each knowing of the others only what discovery says."""
+"""Several gateways of one network on the same TURN server, which know of each other only through discovery."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.anyio
 
 
 class Board:
-    """One discovery for several processes: what one publishes, all see a moment later."""
+    """One discovery for several processes: all see a change a moment later."""
 
     def __init__(self, *records: AnyRecord) -> None:
         self.records = {record.key: record for record in records}
         self.views: list[View] = []
         self.least = 0
-        """The fewest allocations that were there at once, since it was set."""
+        """The smallest number of allocations at any time since this was set."""
 
     @property
     def held(self) -> list[str]:

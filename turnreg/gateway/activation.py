@@ -132,7 +132,7 @@ class Activation:
         self._runs = {result: runs.labels(result) for result in ("ok", "failed", "timeout")}
         streams = Counter(
             "crossnet_gateway_held_streams",
-            "Streams that found their service asleep: delivered in time, given up, or not held for want of room.",
+            "Streams whose service was asleep: delivered in time, refused, or not held because too many were.",
             ["result"],
             registry=registry,
         )

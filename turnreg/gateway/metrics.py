@@ -17,14 +17,17 @@ class GatewayMetrics:
         ready.set_function(lambda: len(warm))
         self._refused = Counter(
             "crossnet_gateway_connections_refused",
-            "Connections that are no streams, kept ready or a stream's second one, by why they were ended.",
+            "Refused connections that are not streams (warm or second connections), by reason.",
             ["reason"],
             registry=registry,
         )
         for reason in Reason:
             self._refused.labels(reason.value)
         preambles = Gauge(
-            "crossnet_gateway_remembered_preambles", "Preambles that must not come again.", ["of"], registry=registry
+            "crossnet_gateway_remembered_preambles",
+            "Recent preambles, which are not accepted again.",
+            ["of"],
+            registry=registry,
         )
         preambles.labels("all").set_function(lambda: len(remembered))
         preambles.labels("largest_network").set_function(remembered.largest)

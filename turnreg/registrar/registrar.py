@@ -56,7 +56,7 @@ class _Metrics:
         allocations.set_function(count)
         Gauge(
             "crossnet_registrar_refused_addresses",
-            "Registrations that there are not, since a record leads where this gateway does not go.",
+            "Registrations that fail because this gateway refuses the address in the TURN server's record.",
             registry=registry,
         ).set_function(refused)
         registrations = Counter(

@@ -1,6 +1,6 @@
-"""What an Allocate request asks for, and the reasons to refuse it (RFC 8656, section 7.2; RFC 6062, section 5.1).
+"""Parsing an Allocate request, and the reasons to refuse it (RFC 8656, section 7.2; RFC 6062, section 5.1).
 
-Not here: whether the client has an allocation already, and whether there is room for one. The table knows that.
+Not here: whether the client already has an allocation, and whether quotas allow another one (`turnreg.server.allocation`).
 """
 
 from collections.abc import Callable
@@ -28,23 +28,23 @@ class AllocateRequest(msgspec.Struct, frozen=True, kw_only=True):
     over: int
     """Transport of the control connection."""
     transport: int
-    """Transport of the relayed address that is asked for."""
+    """Requested transport of the relayed address."""
     family: int
-    """IPv4 if the client names none, whatever the control connection runs over."""
+    """Requested family; IPv4 if the client requests none, whatever the control connection uses."""
     names_family: bool
     even: bool
     pair: bool
-    """Reserve the port above, too."""
+    """Reserve the next higher port, too."""
     token: bytes
-    """The port was reserved under this token; empty if none is given."""
+    """Token of a reserved port; empty if there is none."""
     has_datagram_attributes: bool
-    """Some attribute makes sense for a UDP allocation only."""
+    """The request has an attribute that is valid for UDP allocations only."""
     asked_lifetime_s: int
-    """0 if the client does not say."""
+    """0 if the client requests none."""
 
     @classmethod
     def parse(cls, message: Message, over: int) -> Self:
-        """Read the attributes. Raises StunError if one of them is malformed or REQUESTED-TRANSPORT is missing."""
+        """Parse the attributes. Raises StunError if one of them is malformed or REQUESTED-TRANSPORT is missing."""
         transport = message.first_byte(Attribute.REQUESTED_TRANSPORT)
         if transport is None:
             raise StunError("no REQUESTED-TRANSPORT")
@@ -68,15 +68,15 @@ class AllocateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AllocatePolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What this server grants."""
+    """What this server supports."""
 
     families: frozenset[int]
-    """Those of the relay addresses."""
+    """Families of the relay addresses."""
     udp_allocations: bool
 
 
 def refuse(request: AllocateRequest, policy: AllocatePolicy) -> Refusal | None:
-    """Return the first reason against the request, in the order of the RFC; None if there is none."""
+    """Return the first reason to refuse the request, in the order of the RFC; None if there is none."""
     return next((why for guard in _GUARDS if (why := guard(request, policy)) is not None), None)
 
 
@@ -86,7 +86,7 @@ def _known_transport(request: AllocateRequest, _: AllocatePolicy) -> Refusal | N
 
 
 def _streams_over_streams(request: AllocateRequest, _: AllocatePolicy) -> Refusal | None:
-    """RFC 6062, section 5.1: a TCP allocation over TCP, without the attributes for datagrams and their ports."""
+    """RFC 6062, section 5.1: a TCP allocation needs TCP, and must not have the attributes for UDP allocations."""
     wrong = request.over == TRANSPORT_UDP or request.has_datagram_attributes
     return Refusal.BAD_REQUEST if request.transport == TRANSPORT_TCP and wrong else None
 
@@ -97,7 +97,7 @@ def _datagrams_if_allowed(request: AllocateRequest, policy: AllocatePolicy) -> R
 
 
 def _token_alone(request: AllocateRequest, _: AllocatePolicy) -> Refusal | None:
-    """A reserved port has its parity and family already."""
+    """The parity and family of a reserved port are fixed."""
     return Refusal.BAD_REQUEST if request.token and (request.even or request.names_family) else None
 
 

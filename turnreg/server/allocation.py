@@ -1,7 +1,7 @@
-"""What a TURN server remembers: allocations, their permissions and channels, and peers that wait for their ConnectionBind.
+"""State of a TURN server: allocations, their permissions and channels, and peers that wait for their ConnectionBind.
 
-No sockets and no clock: `now` is monotonic seconds, identifiers are drawn by the caller's function, and whoever holds the
-sockets asks here what is allowed. Everything that a client can make grow has a limit in `Limits`.
+No sockets and no clock: `now` is monotonic seconds, a function that is passed in draws identifiers, and the code with the sockets
+asks here what is allowed. Everything that clients can make grow has a limit in `Limits`.
 """
 
 from collections import Counter
@@ -16,11 +16,11 @@ from turnreg.server.pace import Pace
 from turnreg.stun.message import TRANSPORT_TCP
 
 Endpoint = tuple[str, int]
-"""IP address as text, in its canonical form, and port."""
+"""IP address as text in canonical form, and port."""
 
 
 class FiveTuple(NamedTuple):
-    """A client's connection: its end, ours and the protocol, TLS counting as TCP (RFC 8656, section 2.2)."""
+    """A client's connection: its address, ours, and the protocol; TLS counts as TCP (RFC 8656, section 2.2)."""
 
     client: Endpoint
     server: Endpoint
@@ -28,9 +28,9 @@ class FiveTuple(NamedTuple):
 
 
 class Refusal(StrEnum):
-    """Why a request or a connection was refused: log field and metric label."""
+    """Why a request or a connection was refused. Log field and metric label."""
 
-    # Requests, in the order of their codes
+    # Requests, in the order of their error codes
     BAD_REQUEST = "bad_request"
     UNKNOWN_CONNECTION = "unknown_connection"
     NO_CREDENTIALS = "no_credentials"
@@ -92,7 +92,7 @@ CODES: dict[Refusal, tuple[int, str]] = {
 
 
 class Drop(StrEnum):
-    """Why a datagram was not relayed, or not answered: metric label."""
+    """Why a datagram was not relayed, or not answered. Metric label."""
 
     NOT_STUN = "not_stun"
     NO_ALLOCATION = "no_allocation"
@@ -103,19 +103,19 @@ class Drop(StrEnum):
     FULL = "full"
     """The kernel's send buffer had no room."""
     UNSENDABLE = "unsendable"
-    """No route, too long for the path with DONT-FRAGMENT, or forbidden by a firewall here."""
+    """No route, too long for the path with DONT-FRAGMENT, or blocked by a local firewall."""
     ANSWER_RATE = "answer_rate"
-    """One unsigned answer too many to that address."""
+    """Too many unsigned answers to that address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Lifetimes in seconds and counts. The defaults suit a server that some hundred gateways use."""
+    """Lifetimes in seconds, and counts. The defaults suit a server with a few hundred gateways."""
 
     default_lifetime_s: float = 600.0
-    """RFC 8656, section 3.2. A client that asks for less gets this."""
+    """RFC 8656, section 3.2. A client that requests less gets this."""
     max_lifetime_s: float = 3600.0
-    """RFC 8656, section 7.2, recommends at most an hour; coturn has the same."""
+    """RFC 8656, section 7.2, recommends at most an hour; coturn's limit is the same."""
     permission_lifetime_s: float = 300.0
     """RFC 8656, section 9: a permission lasts 300 s."""
     channel_lifetime_s: float = 600.0
@@ -127,71 +127,72 @@ class Limits:
     max_allocations: int = 16_384
     """As many as the dynamic ports 49152-65535."""
     max_allocations_per_account: int = 256
-    """A network's gateways may share one account: 16 gateways with 16 allocations each."""
+    """The gateways of a network may share one account: 16 gateways with 16 allocations each."""
     max_ports_per_account: int | None = None
-    """The account's share of the ports that are relayed from, so that none takes the others' place. None: all of them."""
+    """An account's share of the relay ports, so that it leaves some to the others. None: no share of its own."""
     max_permissions: int = 1024
-    """Per allocation, as in coturn since 4.17; one is a relay's address, so a network has a few."""
+    """Per allocation, as in coturn since 4.17. Each is the address of a relay, so a network needs a few."""
     max_unbound_per_allocation: int = 1024
-    """Peers that wait for their bind. 300 at once were measured to be bound within 0.2 s: of a thousand the oldest is one that
-    came to no good, so it goes when another comes."""
+    """Peers that wait for their bind. 300 at once were measured to be bound within 0.2 s. So the oldest of a thousand will probably
+    never be bound, and is dropped when another one comes."""
     max_unbound: int = 4096
-    """The same, of all allocations. Each holds a descriptor and, as it is not read, up to 128 KiB in the kernel (measured: what
-    net.ipv4.tcp_rmem starts with, it does not grow): half a GiB. A smaller SO_RCVBUF until the bind would make it 52 kB, but then
-    the stream never gets over it: 3 Gb/s in place of 17 after raising it again, and stalls of a retransmission timer."""
+    """The same for all allocations together. Each peer takes a descriptor and, since it is not read, up to 128 KiB in the kernel
+    (measured: the initial size of net.ipv4.tcp_rmem, which does not grow): half a GiB in all. A smaller SO_RCVBUF until the bind
+    would make it 52 kB each, but the stream would never recover from that: 3 Gb/s instead of 17 after raising it again, and stalls
+    as long as a retransmission timeout."""
     max_connections_per_account: int = 16_384
-    """Peers, waiting or bound: each costs two descriptors."""
+    """Peers, waiting or bound. Each takes two descriptors."""
     max_channels: int = 1024
-    """Per allocation, of the 4096 that there are numbers for."""
+    """Per allocation. There are numbers for 4096."""
     max_connects_per_allocation: int = 64
-    """Active Connects under way: each is a SYN that somebody else gets from us."""
+    """Active Connects in progress: each sends a SYN to a third party."""
     max_bytes_per_second_per_account: float | None = None
-    """Payload relayed for one account, both ways together. Streams are slowed down to it, datagrams beyond it dropped."""
+    """Payload relayed for one account, both directions together. Streams are slowed down to it; datagrams beyond it are dropped."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Allocation:
-    """One relayed address, which lives as long as its control connection at most."""
+    """One relayed address. It ends with its control connection at the latest."""
 
     five_tuple: FiveTuple
     """Of the control connection."""
     account: str
     relayed: Endpoint
     transaction_id: bytes
-    """Of the Allocate that made it, so that its retransmission is answered alike."""
+    """Of the Allocate that made it, so that a retransmission gets the same answer."""
     lifetime_s: float
-    """As last granted."""
+    """The lifetime granted last, in seconds."""
     expires_at: float
     family: int
     transport: int = TRANSPORT_TCP
     """Of the relayed address."""
     reservation: bytes = b""
-    """The token of the port above the relayed one, if that was asked for."""
+    """Token of the reserved next higher port, if requested."""
     pace: Pace | None = None
     fingerprint: bool = False
-    """The client uses FINGERPRINT, so indications carry it too."""
+    """The client uses FINGERPRINT, so indications have it too."""
     permissions: dict[str, float] = field(default_factory=dict)
-    """Peer address to the time it ends."""
+    """Peer address to the time when the permission expires."""
     waiting: dict[bytes, "Attempt"] = field(default_factory=dict)
-    """Peers that wait for their bind, in the order of their arrival, by connection id."""
+    """Peers that wait for their bind, by connection id, in order of arrival."""
     connected: set[Endpoint] = field(default_factory=set)
-    """Peers that are connected or being connected to."""
+    """Peers that are connected, or that we are connecting to."""
     connecting: int = 0
-    """Connects under way."""
+    """Connects in progress."""
     channels: dict[int, tuple[Endpoint, float]] = field(default_factory=dict)
-    """Channel number to peer and the time it ends."""
+    """Channel number to peer and the time when the channel expires."""
     channel_of: dict[Endpoint, int] = field(default_factory=dict)
     to_client: int = 0
-    """Payload of datagrams that peers sent."""
+    """Payload bytes relayed to the client."""
     to_peer: int = 0
 
     def refresh(self, lifetime_s: float, now: float) -> None:
-        """Let it live for `lifetime_s` from now."""
+        """Set the lifetime to `lifetime_s` from now."""
         self.lifetime_s = lifetime_s
         self.expires_at = now + lifetime_s
 
     def permit(self, addresses: Iterable[str], lifetime_s: float, limit: int, now: float) -> bool:
-        """Install or renew permissions, all or none; False if that would be more than `limit` of them."""
+        """Install or refresh permissions, all or none; False if there would be more than `limit`."""
         wanted = dict.fromkeys(addresses, now + lifetime_s)
         kept = {address: end for address, end in self.permissions.items() if end > now}
         if len(kept | wanted) > limit:
@@ -200,11 +201,11 @@ class Allocation:
         return True
 
     def permits(self, address: str, now: float) -> bool:
-        """Tell whether a peer may connect now. Ports do not count (RFC 8656, section 9)."""
+        """Tell whether a peer has a permission now. Ports do not matter (RFC 8656, section 9)."""
         return self.permissions.get(address, now) > now
 
     def bind_channel(self, number: int, peer: Endpoint, limits: "Limits", now: float) -> Refusal | None:
-        """Bind or renew a channel (RFC 8656, section 12.2). A number has one peer, a peer one number."""
+        """Bind or refresh a channel (RFC 8656, section 12.2). A number has one peer, and a peer one number."""
         self.channels = {known: (bound, end) for known, (bound, end) in self.channels.items() if end > now}
         self.channel_of = {bound: known for known, (bound, _) in self.channels.items()}
         if self.channels.get(number, (peer, 0.0))[0] != peer or self.channel_of.get(peer, number) != number:
@@ -218,30 +219,30 @@ class Allocation:
         return None
 
     def peer_of(self, channel: int, now: float) -> Endpoint | None:
-        """Return the peer that a channel leads to now."""
+        """Return the peer of a channel, None if it is not bound now."""
         peer, end = self.channels.get(channel, (None, 0.0))
         return peer if end > now else None
 
     def channel_to(self, peer: Endpoint, now: float) -> int | None:
-        """Return the channel that leads to a peer now."""
+        """Return the channel of a peer, None if none is bound now."""
         channel = self.channel_of.get(peer)
         return channel if channel is not None and self.channels[channel][1] > now else None
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A peer that has connected and waits for the ConnectionBind with this id."""
+    """A connected peer that waits for the ConnectionBind with this id."""
 
     connection_id: bytes
-    """Four bytes that nobody can guess, good for one bind."""
+    """Four unpredictable bytes, valid for one bind."""
     peer: Endpoint
     allocation: Allocation
 
 
 class AllocationTable:
-    """Every allocation and every waiting peer of one server."""
+    """All allocations and all waiting peers of one server."""
 
     def __init__(self, limits: Limits, draw: Callable[[int], bytes]) -> None:
-        """`draw(n)` returns n random bytes that nobody can guess, `secrets.token_bytes` in life."""
+        """`draw(n)` returns n unpredictable random bytes; in production it is `secrets.token_bytes`."""
         self.limits = limits
         self._draw = draw
         self._allocations: dict[FiveTuple, Allocation] = {}
@@ -250,7 +251,7 @@ class AllocationTable:
         self._attempts: dict[bytes, Attempt] = {}
         self._places = 0
         self.draining = False
-        """No new allocations: the server is about to end."""
+        """The server is about to stop and makes no new allocations."""
 
     def __len__(self) -> int:
         return len(self._allocations)
@@ -260,25 +261,25 @@ class AllocationTable:
 
     @property
     def waiting(self) -> int:
-        """Peers that wait for their bind."""
+        """Number of peers that wait for their bind."""
         return len(self._attempts)
 
     @property
     def largest_account(self) -> int:
-        """Allocations of the account that has the most."""
+        """Number of allocations of the account that has the most."""
         return max(self._per_account.values(), default=0)
 
     # -- allocations
 
     def find(self, five_tuple: FiveTuple, now: float) -> Allocation | None:
-        """Return the allocation of that control connection, None if there is none or its life is over."""
+        """Return the allocation of that control connection, None if there is none or it has expired."""
         allocation = self._allocations.get(five_tuple)
         return allocation if allocation is not None and allocation.expires_at > now else None
 
     def reserve(self, account: str) -> Refusal | None:
-        """Take a place for an allocation of that account, before its port is opened; the refusal if there is none.
+        """Reserve a place for an allocation of that account before its port is opened. Returns the refusal if there is none left.
 
-        A place that was taken is either filled by `add` or given back by `give_up`.
+        A reserved place is either filled by `add` or released by `give_up`.
         """
         if self.draining:
             return Refusal.DRAINING
@@ -294,16 +295,16 @@ class AllocationTable:
         return None
 
     def give_up(self, account: str) -> None:
-        """Give back a place that `reserve` took."""
+        """Release a place that `reserve` reserved."""
         _count_down(self._per_account, account)
         self._places -= 1
 
     def add(self, allocation: Allocation) -> None:
-        """Fill the place that `reserve` took."""
+        """Add an allocation in the place that `reserve` reserved."""
         self._allocations[allocation.five_tuple] = allocation
 
     def remove(self, allocation: Allocation) -> None:
-        """Forget an allocation and the peers that wait for it. Nothing if that was done already."""
+        """Remove an allocation and the peers that wait for it. Does nothing the second time."""
         if self._allocations.get(allocation.five_tuple) is allocation:
             del self._allocations[allocation.five_tuple]
             self.give_up(allocation.account)
@@ -313,22 +314,22 @@ class AllocationTable:
     # -- peers
 
     def announce(self, allocation: Allocation, peer: Endpoint, now: float) -> tuple[Attempt, Attempt | None] | Refusal:
-        """Take a peer that has connected to the relayed address.
+        """Admit a peer that has connected to the relayed address.
 
-        Returns the attempt that waits now and the one whose wait ends for it, if too many wait; or why not.
+        Returns its attempt, which waits now, and the attempt that is dropped for it if too many wait; or the refusal.
         """
         if not allocation.permits(peer[0], now):
             return Refusal.PEER_NOT_PERMITTED
         if self._connections.get(allocation.account, 0) >= self.limits.max_connections_per_account:
             return Refusal.PEER_LIMIT
         if len(self._attempts) >= self.limits.max_unbound and not allocation.waiting:
-            return Refusal.PEER_LIMIT  # others' peers wait no shorter for it
+            return Refusal.PEER_LIMIT  # peers of other allocations are not dropped for it
         self._connections[allocation.account] += 1
         allocation.connected.add(peer)
         return self.enqueue(allocation, peer)
 
     def connect(self, allocation: Allocation, peer: Endpoint) -> Refusal | None:
-        """Take a peer that is to be connected to (RFC 6062, section 5.2), or say why not. `depart` is owed for it."""
+        """Admit a peer that we shall connect to (RFC 6062, section 5.2), or return the refusal. Call `depart` in the end."""
         if peer in allocation.connected:
             return Refusal.CONNECTION_EXISTS
         if (
@@ -342,7 +343,7 @@ class AllocationTable:
         return None
 
     def enqueue(self, allocation: Allocation, peer: Endpoint) -> tuple[Attempt, Attempt | None]:
-        """Let a peer that is connected wait for its bind; returns what `announce` does."""
+        """Let a connected peer wait for its bind. Returns the same as `announce`."""
         crowded_out = None
         if allocation.waiting and (
             len(allocation.waiting) >= self.limits.max_unbound_per_allocation
@@ -359,7 +360,7 @@ class AllocationTable:
         return attempt, crowded_out
 
     def claim(self, connection_id: bytes | None, account: str) -> Attempt | Refusal:
-        """Hand out the waiting peer with that id, once. A refusal leaves it waiting."""
+        """Return the waiting peer with that id and end its wait. After a refusal it still waits."""
         attempt = self._attempts.get(connection_id or b"")
         if attempt is None:
             return Refusal.UNKNOWN_CONNECTION
@@ -369,7 +370,7 @@ class AllocationTable:
         return attempt
 
     def release(self, attempt: Attempt) -> bool:
-        """End the wait of a peer; False if it had ended: claimed, crowded out, or its allocation gone."""
+        """End the wait of a peer. False if it had already ended: the peer was claimed or dropped, or its allocation removed."""
         if self._attempts.get(attempt.connection_id) is not attempt:
             return False
         del self._attempts[attempt.connection_id]
@@ -377,7 +378,7 @@ class AllocationTable:
         return True
 
     def depart(self, allocation: Allocation, peer: Endpoint) -> None:
-        """Note that one peer of an allocation, announced or connected to before, has gone."""
+        """Record that a peer of an allocation, from `announce` or `connect`, has gone."""
         allocation.connected.discard(peer)
         _count_down(self._connections, allocation.account)
 

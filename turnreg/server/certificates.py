@@ -1,4 +1,4 @@
-"""The certificate of the TLS listeners, read again when its files change."""
+"""The certificate of the TLS listeners, reloaded when its files change."""
 
 import asyncio
 import logging
@@ -15,21 +15,21 @@ POLL_INTERVAL_S = 5.0
 """How often the files are checked, at the cost of two stat calls."""
 
 ALPN = "stun.turn"
-"""RFC 7443. A client that offers others only, or none as most do, is served all the same."""
+"""RFC 7443. A client that offers only other protocols, or none as most clients do, is served too."""
 
 
 class Certificates:
-    """Holds the TLS context for the next connection. A renewal that cannot be read leaves the last good one in use."""
+    """Holds the TLS context for new connections. If a renewed certificate cannot be loaded, the last good one stays in use."""
 
     def __init__(self, cert: Path, key: Path, *, poll_interval_s: float = POLL_INTERVAL_S) -> None:
-        """Read them. Raises OSError (ssl.SSLError is one) if that fails."""
+        """Load certificate and key. Raises OSError (ssl.SSLError is one) if that fails."""
         self._poll_interval_s = poll_interval_s
         self._cert, self._key = cert, key
         self._files = FileFingerprint((cert, key))
         self.context = self._load()
 
     async def renew(self, listeners: Iterable[Listener]) -> None:
-        """Give the listeners a new context whenever the files have changed, until cancelled."""
+        """Give the listeners a new context whenever the files have changed. Runs until cancelled."""
         while True:
             await asyncio.sleep(self._poll_interval_s)
             if self.look():
@@ -37,11 +37,11 @@ class Certificates:
                     listener.tls = self.context
 
     def look(self) -> bool:
-        """Read the files again if they have changed; tell whether there is a new context."""
+        """Reload the files if they have changed. Returns whether there is a new context."""
         try:
             if not self._files.changed():
                 return False
-            # Into a context of its own: half a renewal (a certificate without its key yet) must not spoil the one in use.
+            # A new context, so that half a renewal (a certificate whose key is not there yet) does not break the one in use.
             self.context = self._load()
         except OSError as error:
             log.error("turn: the certificate is not renewed: %s", error)

@@ -11,36 +11,36 @@ from turnreg.server.certificates import POLL_INTERVAL_S
 from turnreg.stun.auth import NONCE_LIFETIME_S
 
 DEFAULT_PORTS = (49_152, 65_535)
-"""The dynamic ports (RFC 6335), which RFC 8656, section 7.2, asks for. Linux's own ephemeral ports end at 60999 and overlap:
-a port that is busy is skipped."""
+"""The dynamic ports (RFC 6335), as RFC 8656, section 7.2, recommends. Linux's ephemeral ports end at 60999 and overlap; a port that
+is in use is skipped."""
 
 UNAUTHENTICATED_TIMEOUT_S = 30.0
-"""How long a connection may be neither an allocation's nor a peer's. It takes three round trips to become one; coturn gives
-60 s, which is also what a client may rely on that opens connections in advance."""
+"""How long a connection may have neither an allocation nor a peer. A client needs three round trips to get there. coturn allows
+60 s, and a client that opens connections in advance may rely on that."""
 
 MAX_UNAUTHENTICATED = 4096
-"""Connections that have not shown credentials yet. Beyond it the oldest one of the busiest client is closed: a flood from a few
-addresses crowds itself out."""
+"""Most connections that are not authenticated yet. Beyond that, the oldest one of the busiest client is closed, so that a flood
+from a few addresses displaces only itself."""
 
 STREAM_IDLE_TIMEOUT_S = 24 * 3600.0
-"""A TURN server cannot know what silence means; keep-alive finds peers that are gone within half a minute."""
+"""A TURN server cannot know what silence means. TCP keep-alive finds dead peers within half a minute."""
 
 HALF_CLOSE_TIMEOUT_S = 3600.0
-"""Silence after one side has ended, where some client waits for an answer that takes long."""
+"""Silence after one direction has ended: a client may wait for an answer that takes long."""
 
 SEND_TIMEOUT_S = 10.0
-"""An answer or indication is a hundred bytes: a client that has no room for it for so long does not read any more."""
+"""Timeout for sending an answer or indication of a hundred bytes. A client without room for it for so long has stopped reading."""
 
 MAX_REFUSALS = 16
-"""Refused requests after which a connection without an allocation is closed: a client needs one 401, and perhaps a 438."""
+"""Refused requests after which a connection without an allocation is closed. A client needs one 401, and perhaps a 438."""
 
 UNAUTHENTICATED_REQUESTS = (4.0, 32)
-"""Messages a second, and at once, on a connection without an allocation. A client needs three or four in all, and asks whether the
-server lives every ten seconds."""
+"""Messages per second, and burst, on a connection without an allocation. A client needs three or four in all, and sends a
+keep-alive request every ten seconds."""
 
 CLIENT_REQUESTS = (200.0, 400)
-"""The same on one with an allocation, payload not counted. A gateway proves its nonce at most twenty times a second; the rest is
-room for permissions, and for clients that ask for a Connect for each stream."""
+"""The same on a connection with an allocation, payload not counted. A gateway verifies its nonce at most twenty times a second; the
+rest is room for permissions, and for clients that send a Connect for each stream."""
 
 MAX_REALM_CHARACTERS = 127
 """RFC 8489, section 14.9: fewer than 128 characters."""
@@ -83,18 +83,18 @@ class TurnServerConfig:
     listen_udp: tuple[Endpoint, ...] = ()
     """The same for UDP. Clients on it can only have UDP allocations."""
     tls_cert: Path | None = None
-    """Certificate chain, PEM. It and the key are read again when they change."""
+    """Certificate chain, PEM. It and the key are reloaded when they change."""
     tls_key: Path | None = None
     relay_addresses: tuple[str, ...]
-    """Addresses of this host that relayed ports are opened on; at most one of each family."""
+    """Addresses of this host on which relayed ports are opened; at most one of each family."""
     realm: str
     advertised: Mapping[str, str] = field(default_factory=dict)
-    """By relay address what it is to peers, where a NAT (one to one, ports unchanged) lies between."""
+    """Relay address to the address at which peers reach it, if there is a NAT between (one to one, ports unchanged)."""
     udp_allocations: bool = False
-    """Let clients send datagrams to any peer that is not refused."""
+    """Let clients exchange datagrams with any peer that is not refused."""
     active_connect: bool = False
-    """Let clients have us connect to any peer that is not refused (RFC 6062, section 5.2). No permission guards it: a client
-    with credentials reaches what this host reaches."""
+    """Let clients make us connect to any peer that is not refused (RFC 6062, section 5.2). It needs no permission, so a client with
+    credentials can reach what this host can reach."""
     port_min: int = DEFAULT_PORTS[0]
     port_max: int = DEFAULT_PORTS[1]
     users: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -102,8 +102,8 @@ class TurnServerConfig:
     secrets: tuple[str, ...] = field(default=(), repr=False)
     """REST secrets; two while one is being replaced."""
     allowed_peers: TargetList | None = None
-    """Lifts refused ranges that it lies wholly inside, such as 127.0.0.0/8 for tests and the lab, and this host's own addresses
-    that it holds."""
+    """Peers to allow although they are in a refused range or are addresses of this host, such as 127.0.0.0/8 in tests and the lab.
+    A CIDR lifts only refused ranges that contain all of it."""
     limits: Limits = field(default_factory=Limits)
     nonce_lifetime_s: float = NONCE_LIFETIME_S
     unauthenticated_timeout_s: float = UNAUTHENTICATED_TIMEOUT_S
@@ -111,7 +111,7 @@ class TurnServerConfig:
     send_timeout_s: float = SEND_TIMEOUT_S
     certificate_poll_s: float = POLL_INTERVAL_S
     software: str | None = "crossnet"
-    """What SOFTWARE says; None leaves it out. No version: it would help attackers only."""
+    """Value of SOFTWARE; None omits it. It has no version, which would only help attackers."""
 
     def __post_init__(self) -> None:
         for rule in _RULES:
@@ -192,4 +192,4 @@ _RULES: tuple[Callable[[TurnServerConfig], str | None], ...] = (
     _advertises_the_same_family,
     _rate_is_positive,
 )
-"""Each returns what is wrong, or None; the first error counts. ValueError for what is no IP address."""
+"""Each returns an error text or None; the first error is raised. A rule may raise ValueError for an invalid IP address."""

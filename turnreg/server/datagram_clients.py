@@ -1,6 +1,6 @@
-"""Clients that talk to the TURN server over UDP: a socket they all share, and an allocation for those that have one.
+"""Clients of the TURN server over UDP: one socket for all of them, and state for those with an allocation.
 
-A client without an allocation leaves no state here: its answers follow from the request, and the nonce in it, alone.
+A client without an allocation leaves no state here: its answers depend only on the request and the nonce in it.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from turnreg.stun.message import MAX_INDICATION_BYTES, TRANSPORT_UDP, Message, S
 log = logging.getLogger(__name__)
 
 REFUSED_LOG_INTERVAL_S = 1.0
-"""Refused requests are logged once a second, with their number: a source address can be forged, a log fills up."""
+"""Refused requests are logged once in this time, with their number: source addresses can be forged, and would fill the log."""
 
 
 class DatagramClients:
@@ -51,7 +51,7 @@ class DatagramClients:
                         self._sock.quantum.spend(len(arrived.data), PAYLOAD_MESSAGES if is_payload else 1)
                         try:
                             self._take(arrived, group)
-                        except Exception:  # one datagram must not end what serves all the others
+                        except Exception:  # an error with one datagram must not end the service for all clients
                             log.exception("turn_datagram_error", extra={"event": {"client": text_of(arrived.source)}})
         except* OSError:
             pass  # closed
@@ -59,7 +59,7 @@ class DatagramClients:
             self._sock.close()
 
     def close(self) -> None:
-        """Stop taking datagrams."""
+        """Stop receiving datagrams."""
         self._sock.close()
 
     def _take(self, arrived: Arrived, group: asyncio.TaskGroup) -> None:
@@ -77,7 +77,7 @@ class DatagramClients:
         match outcome:
             case Relay():
                 client = self._clients.get(five_tuple)
-                if client is None:  # its allocation ends in this moment
+                if client is None:  # its allocation is just ending
                     self._state.metrics.dropped(Drop.NO_ALLOCATION)
                 else:
                     client.datagrams.send(outcome)
@@ -86,7 +86,7 @@ class DatagramClients:
             case Reply():
                 self._reply(outcome, arrived)
             case Close(reply=reply):
-                self._reply(reply, arrived)  # there is no connection
+                self._reply(reply, arrived)  # UDP has no connection to close
             case Open():
                 self._reply(self._open(outcome, arrived, group), arrived)
             case GiveBack(answer=answer):
@@ -96,7 +96,7 @@ class DatagramClients:
                     client.reason = "given_back"
                     client.end(self._clients, five_tuple)
             case Ignore() | Join() | Connect():
-                pass  # the last two need a TCP connection, and `respond` knows that
+                pass  # `respond` never returns the last two for UDP
             case _:
                 assert_never(outcome)
 
@@ -123,7 +123,7 @@ class DatagramClients:
             self._state.metrics.dropped(drop)
 
     async def _hold(self, five_tuple: FiveTuple, client: "_Client") -> None:
-        """Keep an allocation until it is given back or its time is over."""
+        """Serve an allocation until it is deleted or expires."""
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(client.datagrams.serve(lambda frames: self._deliver(frames, client.reply)))
             while not client.ended.is_set():
@@ -145,7 +145,7 @@ class DatagramClients:
     def _refuse(self, client: Endpoint, why: Refusal) -> None:
         self._state.metrics.refused(why)
         if why in (Refusal.NO_CREDENTIALS, Refusal.STALE_NONCE):
-            return  # those two belong to every client's life
+            return  # part of every client's normal requests
         self._refused += 1
         if self._clock() >= self._refused_logged + REFUSED_LOG_INTERVAL_S:
             event = {"client": text_of(client), "reason": why.value, "refused": self._refused}

@@ -1,4 +1,4 @@
-"""UDP sockets: the listener's and the relayed ones. Nothing waits in memory: what the kernel does not take is dropped."""
+"""UDP sockets of the listener and of allocations. Nothing is queued in memory: what the kernel does not accept is dropped."""
 
 import asyncio
 import errno
@@ -12,11 +12,11 @@ from sniproxy.engine.socket_stream import plain_address
 from turnreg.server.allocation import Drop, Endpoint
 
 PAYLOAD_MESSAGES = 0.125
-"""What relaying one datagram costs beside handling a STUN request: a socket relays 64 of them in one quantum."""
+"""Cost of relaying one datagram relative to handling a STUN request: a socket relays 64 of them in one quantum."""
 
 _LARGEST = 65_536
 _DONT_FRAGMENT = {socket.AF_INET: (socket.IPPROTO_IP, 10), socket.AF_INET6: (socket.IPPROTO_IPV6, 23)}
-"""IP_MTU_DISCOVER and IPV6_MTU_DISCOVER of Linux, which Python's socket module does not name."""
+"""IP_MTU_DISCOVER and IPV6_MTU_DISCOVER of Linux, which Python's socket module does not define."""
 _PMTUDISC_DONT, _PMTUDISC_PROBE = 0, 3
 _IP_PKTINFO, _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 8, 49, 50
 
@@ -24,20 +24,20 @@ Ancillary = list[tuple[int, int, bytes]]
 
 
 class Arrived(NamedTuple):
-    """A datagram."""
+    """A received datagram."""
 
     data: bytes
     source: Endpoint
     local: Endpoint
-    """Where it was sent to."""
+    """The address and port that it was sent to."""
     reply: tuple[Any, Ancillary]
-    """What `send` needs so that the answer leaves from there."""
+    """Argument for `answer`, so that the answer is sent from there."""
 
 
 class DatagramSocket:
-    """A bound UDP socket on the running loop. IPv6 ones take IPv6 only.
+    """A bound UDP socket on the running loop. An IPv6 socket receives only IPv6.
 
-    Whoever takes datagrams from it spends from `quantum` for each, and stops to wait for `readable` when that is used up.
+    A reader must spend from `quantum` for each datagram, and await `readable` again when the quantum is used up.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -56,7 +56,7 @@ class DatagramSocket:
         self._anywhere = ipaddress.ip_address(self.address[0]).is_unspecified
         level, option = _DONT_FRAGMENT[socket.AddressFamily(sock.family)]
         sock.setsockopt(level, option, _PMTUDISC_DONT)
-        if self._anywhere:  # an answer must leave from the address that the question came to
+        if self._anywhere:  # an answer must be sent from the address that the request was sent to
             if sock.family == socket.AF_INET:
                 sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
             else:
@@ -64,7 +64,7 @@ class DatagramSocket:
 
     @classmethod
     def open(cls, address: str, port: int) -> "DatagramSocket":
-        """Bind to an IP literal. Raises OSError, which names address and port."""
+        """Make a socket bound to an IP literal. Raises OSError, which names address and port."""
         family = socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
         sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
@@ -77,7 +77,7 @@ class DatagramSocket:
             raise OSError(error.errno, f"cannot use {address} UDP port {port}: {error.strerror}") from error
 
     async def readable(self) -> None:
-        """Wait until there may be a datagram, and it is our turn. OSError if the socket is closed."""
+        """Wait until there may be a datagram and it is our turn. Raises OSError if the socket is closed."""
         if self.quantum.used_up:
             await self.quantum.renew()
         if self.closed:
@@ -100,7 +100,7 @@ class DatagramSocket:
             self._waiter.set_result(None)
 
     def receive(self) -> Arrived | None:
-        """Take one datagram; None if there is none."""
+        """Receive one datagram; None if there is none."""
         while not self.closed:
             try:
                 if self._anywhere:
@@ -109,7 +109,7 @@ class DatagramSocket:
             except BlockingIOError:
                 return None
             except OSError:
-                continue  # an ICMP error of an earlier datagram: it says nothing about the next
+                continue  # an ICMP error for an earlier datagram
             return Arrived(bytes(self._buffer[:size]), (plain_address(name[0]), name[1]), self.address, (name, []))
         return None
 
@@ -128,7 +128,7 @@ class DatagramSocket:
         return Arrived(bytes(self._buffer[:size]), endpoint, (plain_address(local), self.address[1]), (name, reply))
 
     def answer(self, data: bytes, reply: tuple[Any, Ancillary]) -> Drop | None:
-        """Send to where a datagram came from, from where it came to; why it was dropped, if it was."""
+        """Answer a datagram, with its source and destination swapped. Returns why the answer was dropped, or None."""
         try:
             if reply[1]:
                 self._sock.sendmsg((data,), reply[1], 0, reply[0])
@@ -141,7 +141,7 @@ class DatagramSocket:
         return None
 
     def send(self, data: bytes, peer: Endpoint, *, dont_fragment: bool = False) -> Drop | None:
-        """Send to a peer; why it was dropped, if it was."""
+        """Send to a peer. Returns why the datagram was dropped, or None."""
         try:
             if dont_fragment == self._fragments:
                 level, option = _DONT_FRAGMENT[socket.AddressFamily(self._sock.family)]
@@ -155,7 +155,7 @@ class DatagramSocket:
         return None
 
     def close(self) -> None:
-        """Close; pending reads raise OSError."""
+        """Close the socket. A pending `readable` raises OSError."""
         if self.closed:
             return
         self.closed = True

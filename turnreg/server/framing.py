@@ -1,7 +1,7 @@
-"""STUN messages and ChannelData out of a TCP stream (RFC 8489, section 6.2.2; RFC 8656, section 12.5).
+"""Reading STUN messages and ChannelData from a TCP stream (RFC 8489, section 6.2.2; RFC 8656, section 12.5).
 
-`MessageReader` holds at most one message and what one read brought behind it: a length that we would not take is refused
-when its four bytes are there, before anything of it is waited for.
+`MessageReader` buffers at most one message and the rest of one read. A length that is too large is refused as soon as the first
+four bytes are there, before the message is awaited.
 """
 
 from typing import NamedTuple
@@ -16,42 +16,42 @@ from turnreg.stun.message import (
 )
 
 READ_BYTES = 4096
-"""How much to read at once: two messages of the greatest length, and some twenty of the usual one."""
+"""Size of a read: two messages of maximum length, or about twenty usual ones."""
 DATAGRAM_READ_BYTES = 64 * 1024
-"""How much to read at once from a client that sends datagrams over a stream: some forty full ones."""
+"""Size of a read from a client that sends datagrams over a stream: about forty full ones."""
 
 MIN_CHANNEL, MAX_CHANNEL = 0x4000, 0x7FFF
-"""Channel numbers. RFC 8656, section 12, ends at 0x4FFF; clients that know RFC 5766, coturn's among them, go up to here."""
+"""Channel numbers. In RFC 8656, section 12, they end at 0x4FFF; clients by RFC 5766, such as coturn's, use up to 0x7FFF."""
 CHANNEL_HEADER_BYTES = 4
 
 
 class ChannelData(NamedTuple):
-    """A datagram with four bytes of header in place of an indication (RFC 8656, section 12.4)."""
+    """A datagram with a four-byte header instead of an indication (RFC 8656, section 12.4)."""
 
     channel: int
     data: bytes
 
 
 def parse_channel_data(packet: bytes) -> ChannelData:
-    """Read the ChannelData of one datagram; bytes behind it are padding (RFC 8656, section 12.5). Raises StunError."""
+    """Parse the ChannelData in one datagram; bytes after it are padding (RFC 8656, section 12.5). Raises StunError."""
     if len(packet) < CHANNEL_HEADER_BYTES:
         raise StunError("a ChannelData message is shorter than its header")
     channel, length = int.from_bytes(packet[:2], "big"), int.from_bytes(packet[2:4], "big")
     if not MIN_CHANNEL <= channel <= MAX_CHANNEL:
-        raise StunError(f"{channel:#06x} is no channel number")
+        raise StunError(f"{channel:#06x} is not a channel number")
     if CHANNEL_HEADER_BYTES + length > len(packet):
-        raise StunError("a ChannelData message is shorter than it says")
+        raise StunError("a ChannelData message is shorter than its length field says")
     return ChannelData(channel, packet[CHANNEL_HEADER_BYTES : CHANNEL_HEADER_BYTES + length])
 
 
 def pack_channel_data(channel: int, data: bytes, *, padded: bool) -> bytes:
-    """Return the bytes; over a stream they are padded to a multiple of four, which its length does not count."""
+    """Return the bytes. `padded`: pad to a multiple of four, as a stream requires; the length field excludes the padding."""
     padding = bytes(-len(data) % 4) if padded else b""
     return channel.to_bytes(2, "big") + len(data).to_bytes(2, "big") + data + padding
 
 
 class MessageReader:
-    """Feed it what a read brought, then take messages until there is none."""
+    """Splits a stream into messages: feed it the bytes of a read, then take messages until there is none."""
 
     __slots__ = ("_at", "_buffer", "datagrams")
 
@@ -59,10 +59,10 @@ class MessageReader:
         self._buffer = b""
         self._at = 0
         self.datagrams = False
-        """Whether the client may send datagrams: long indications and ChannelData. Set when it has an allocation for them."""
+        """Accept datagrams from the client: long indications and ChannelData. Set when it has a UDP allocation."""
 
     def feed(self, data: bytes) -> None:
-        """Take bytes of the stream. Take out all messages before feeding more, so that nothing piles up."""
+        """Add bytes of the stream. Take all messages before feeding more, so that the buffer does not grow."""
         self._buffer = self._buffer[self._at :] + data
         self._at = 0
 
@@ -70,7 +70,7 @@ class MessageReader:
         """Return the next whole message, None if more bytes are needed.
 
         Raises:
-            StunError: this is not STUN, or a message is malformed or too long. The stream is of no use any more.
+            StunError: this is not STUN, or a message is malformed or too long. The rest of the stream cannot be read.
         """
         prefix = self._buffer[self._at : self._at + 8]
         if self.datagrams and prefix and prefix[0] & 0xC0 == 0x40:
@@ -97,6 +97,6 @@ class MessageReader:
         return message
 
     def take_rest(self) -> bytes:
-        """Return what is left of the stream: payload, when the message before it was a ConnectionBind."""
+        """Return the bytes that are left: after a ConnectionBind, they are payload."""
         rest, self._buffer, self._at = self._buffer[self._at :], b"", 0
         return rest

@@ -1,4 +1,4 @@
-"""An allocation and what is open for it: made for streams and datagrams alike, logged at both ends of its life."""
+"""An allocation with its open port, for TCP and UDP alike. Its start and its end are logged."""
 
 import asyncio
 import logging
@@ -17,19 +17,19 @@ from turnreg.stun.message import TRANSPORT_TCP, TRANSPORT_UDP
 log = logging.getLogger(__name__)
 
 Send = Callable[[bytes], Awaitable[None]]
-"""Sends a message on the control connection. Raises OSError if that is lost."""
+"""Sends a message on the control connection. Raises OSError if the connection is lost."""
 
 TRANSPORT_NAMES = {TRANSPORT_TCP: "tcp", TRANSPORT_UDP: "udp"}
 
 
 def text_of(endpoint: Endpoint) -> str:
-    """Write an endpoint for a log."""
+    """Format an endpoint for a log."""
     host, port = endpoint
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class WaitingPeer:
-    """Where a peer's task meets the task of the data connection that is bound to it."""
+    """Connects a peer's task with the task of the data connection that is bound to it."""
 
     __slots__ = ("_arrived", "data", "done")
 
@@ -38,27 +38,27 @@ class WaitingPeer:
         self._arrived: asyncio.Future[None] = loop.create_future()
         self.data: SocketStream | None = None
         self.done: asyncio.Future[None] = loop.create_future()
-        """Done when the stream is over and the data connection may go."""
+        """Done when the stream has ended and the data connection may be dropped."""
 
     def join(self, data: SocketStream | None) -> None:
-        """Hand over the data connection; None if it was lost while the bind was being answered, or must not come."""
+        """Hand over the data connection; None if it was lost while the bind was answered, or if there will be none."""
         self.data = data
         if not self._arrived.done():
             self._arrived.set_result(None)
 
     async def joined(self) -> SocketStream | None:
-        """Wait for what `join` hands over."""
+        """Wait for `join`, and return what it handed over."""
         await self._arrived
         return self.data
 
     def over(self) -> None:
-        """Let the data connection go."""
+        """Let the data connection's task end."""
         if not self.done.done():
             self.done.set_result(None)
 
 
 class ServerState:
-    """What all sessions share: decisions, counts, relay addresses, and the waiting peers by their connection id."""
+    """State shared by all sessions: decisions, metrics, relay addresses, and waiting peers by connection id."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ServerState:
         self.peers: dict[bytes, WaitingPeer] = {}
 
     async def open_streams(self, opening: Open) -> "Opened[Listener] | Reply":
-        """Listen for the peers of a TCP allocation. Returns the refusal if there is no free port."""
+        """Open the port of a TCP allocation. Returns the refusal if there is no free port."""
         clock = asyncio.get_running_loop().time
         listener = await self.relays[opening.family].listen(clock())
         if listener is None:
@@ -83,7 +83,7 @@ class ServerState:
         return Opened(LiveAllocation(self, allocation, listener), listener, answer)
 
     def open_datagrams(self, opening: Open) -> "Opened[DatagramSocket] | Reply":
-        """Do the same for a UDP allocation."""
+        """Open the port of a UDP allocation. Returns the refusal if there is no free port."""
         now = asyncio.get_running_loop().time()
         relays = self.relays[opening.family]
         sock: DatagramSocket | None = None
@@ -102,7 +102,7 @@ class ServerState:
 
 
 class LiveAllocation:
-    """One allocation with its open port, from the answer to its Allocate until `end`."""
+    """One allocation with its open port, from its Allocate until `end`."""
 
     def __init__(self, state: ServerState, allocation: Allocation, port: Listener | DatagramSocket) -> None:
         self._state = state
@@ -114,9 +114,9 @@ class LiveAllocation:
         log.info("turn_allocation", extra={"event": self._event(lifetime_s=int(allocation.lifetime_s))})
 
     def end(self, reason: str) -> None:
-        """Close the port, forget the allocation, say so in the log."""
+        """Close the port, remove the allocation, and log that."""
         allocation = self.allocation
-        self._port.close()  # its task does that too, unless it was cancelled before it began
+        self._port.close()  # its task closes it too, unless it was cancelled before its first step
         self._state.table.remove(allocation)
         family = next(relay for relay in self._state.relays.values() if relay.address == allocation.relayed[0])
         ports = family.streams if allocation.transport == TRANSPORT_TCP else family.datagrams
@@ -144,7 +144,7 @@ Port = TypeVar("Port", Listener, DatagramSocket)
 
 
 class Opened(NamedTuple, Generic[Port]):
-    """What an Allocate that was granted has led to."""
+    """The result of an Allocate that was granted."""
 
     live: LiveAllocation
     port: Port

@@ -1,4 +1,4 @@
-"""Metrics of the embedded TURN server, on a registry that the caller owns."""
+"""Metrics of the embedded TURN server, in a registry that the caller passes."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,7 +11,7 @@ from turnreg.server.allocation import Drop, Refusal
 
 
 class TurnMetrics:
-    """What is counted. Labels are enums, each registered at the start; addresses and users are never labels."""
+    """Metrics of one server. Labels are enums, all registered at the start; addresses and users are never labels."""
 
     def __init__(
         self,
@@ -22,7 +22,7 @@ class TurnMetrics:
         unauthenticated: Callable[[], int],
         unbound: Callable[[], int],
     ) -> None:
-        """Register the metrics; the functions tell the current numbers when somebody asks."""
+        """Register the metrics. The functions return the current values of gauges."""
         self._streams = _Streams()
         Gauge("crossnet_turn_allocations", "Allocations now.", registry=registry).set_function(allocations)
         Gauge(
@@ -59,7 +59,7 @@ class TurnMetrics:
 
     @property
     def streams(self) -> int:
-        """Streams now."""
+        """Number of open streams."""
         return len(self._streams.running)
 
     def dropped(self, reason: Drop) -> None:
@@ -67,12 +67,12 @@ class TurnMetrics:
         self._drops[reason].inc()
 
     def datagram_to_client(self, size: int) -> None:
-        """Count a datagram that was relayed, and its payload."""
+        """Count a datagram that was relayed to a client, and its payload bytes."""
         self._to_client.inc()
         self._streams.to_client += size
 
     def datagram_to_peer(self, size: int) -> None:
-        """Count a datagram that was relayed, and its payload."""
+        """Count a datagram that was relayed to a peer, and its payload bytes."""
         self._to_peer.inc()
         self._streams.to_peer += size
 
@@ -85,18 +85,18 @@ class TurnMetrics:
         self._opened.inc()
 
     def stream_began(self, stream: Splice) -> None:
-        """Count the bytes of a stream (a is the peer, b the client) from now on, while it runs too."""
+        """Count the bytes of a stream (a is the peer, b the client) from now on, also while it runs."""
         self._streams.running.add(stream)
 
     def stream_ended(self, stream: Splice) -> None:
-        """Keep what the stream has moved."""
+        """Add the bytes of a stream that has ended to the totals."""
         self._streams.running.discard(stream)
         self._streams.to_client += stream.a_to_b.moved
         self._streams.to_peer += stream.b_to_a.moved
 
 
 class _Streams(Collector):
-    """Bytes of streams that have ended and of those that run: one that lasts for days must not show up at its end only."""
+    """Bytes of ended and of running streams, so that a stream that lasts for days is counted before its end."""
 
     def __init__(self) -> None:
         self.running: set[Splice] = set()

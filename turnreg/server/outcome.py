@@ -1,7 +1,7 @@
-"""What comes of one message of a client. `Transactions.respond` returns one of these; the shells do it.
+"""Decisions about one message of a client. `Transactions.respond` returns one of these; the code with the sockets carries it out.
 
-An outcome that carries `answer` bytes has been decided: send them. `Open` and `Connect` need a socket first, and their answer
-comes from the `complete_…` or `fail_…` method that they name.
+An outcome with `answer` bytes is final: send them. `Open` and `Connect` need a socket first; the answer then comes from the
+`complete_…` or `fail_…` method in their docstring.
 """
 
 from typing import TypeAlias
@@ -14,41 +14,41 @@ from turnreg.stun.message import TRANSPORT_TCP, Message
 
 
 class Ignore(msgspec.Struct, frozen=True):
-    """Do nothing: not a request, or of a method that is not supported (RFC 8489, section 6.3)."""
+    """Do nothing: the message is not a request, or its method is not supported (RFC 8489, section 6.3)."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """Send this."""
+    """Send an answer."""
 
     answer: bytes
     refusal: Refusal | None = None
-    """Why the answer is an error."""
+    """Why the answer is an error; None if it is not."""
     unproven: bool = False
-    """The client has not shown that the source address is its own, so over UDP the answer counts against the answer rate."""
+    """The client has not proved that it owns the source address, so over UDP the answer counts against the answer rate."""
 
 
 class Close(msgspec.Struct, frozen=True, kw_only=True):
-    """Send this, then close the connection in a way that lets it arrive."""
+    """Send an answer, then close the connection such that the answer arrives."""
 
     reply: Reply
 
 
 class GiveBack(msgspec.Struct, frozen=True, kw_only=True):
-    """The client gave its allocation back: send this, then end the allocation."""
+    """The client deletes its allocation: send the answer, then end the allocation."""
 
     answer: bytes
     allocation: Allocation
 
 
 class Join(msgspec.Struct, frozen=True, kw_only=True):
-    """Send this, then join the connection to that peer. What follows the request is payload."""
+    """Send the answer, then join the connection to that peer. Bytes after the request are payload."""
 
     answer: bytes
     attempt: Attempt
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True):
-    """Open a relayed port, then call `complete_allocate` or `fail_allocate`: the allocation's place is taken until then."""
+    """Open a relayed port, then call `complete_allocate` or `fail_allocate`. A place for the allocation is reserved until then."""
 
     request: Message
     five_tuple: FiveTuple
@@ -59,13 +59,13 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
     even: bool = False
     """The port must be even (RFC 8656, section 18.6) ..."""
     pair: bool = False
-    """... and the one above it reserved for an Allocate with the token that the answer brings."""
+    """... and the next higher one reserved, for an Allocate with the token in the answer."""
     token: bytes = b""
-    """The port is the one that was reserved with this token."""
+    """Use the port that is reserved under this token."""
 
 
 class Connect(msgspec.Struct, frozen=True, kw_only=True):
-    """Connect to a peer, then call `complete_connect` or `fail_connect`: the peer counts as connected until then."""
+    """Connect to a peer, then call `complete_connect` or `fail_connect`. The peer counts as connected until then."""
 
     request: Message
     user: Accepted

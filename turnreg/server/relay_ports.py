@@ -1,4 +1,4 @@
-"""The relay address of one family: opens a port of the configured range for each allocation."""
+"""One relay address: opens a port of the configured range for each allocation."""
 
 import asyncio
 import errno
@@ -17,19 +17,19 @@ from turnreg.stun.message import FAMILY_IPV4, FAMILY_IPV6
 log = logging.getLogger(__name__)
 
 MAX_PORT_TRIES = 1000
-"""Busy ports that one Allocate tries at most (some 10 ms): the range is somebody else's then."""
+"""Most busy ports that are tried for one Allocate (about 10 ms). If so many are busy, another program uses the range."""
 
 RESERVED_S = 30.0
-"""How long a reserved port waits for its Allocate (RFC 8656, section 7.2, wants at least that)."""
+"""How long a reserved port waits for its Allocate (RFC 8656, section 7.2, requires at least that)."""
 MAX_RESERVED = 256
-"""Reserved ports at once, and no more than a fourth of the range; what is asked beyond is refused for want of capacity."""
+"""Most reserved ports at once, and no more than a quarter of the range. Further requests are refused for lack of capacity."""
 TOKEN_BYTES = 8
 
 _PORT_ERRNOS = frozenset({errno.EADDRINUSE, errno.EACCES})
 
 
 class RelayPorts:
-    """Ports for peers' connections and for datagrams, which have nothing to do with each other."""
+    """TCP and UDP ports of one relay address, managed independently of each other."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class RelayPorts:
         shared: bool = False,
         randbelow: Callable[[int], int] = secrets.randbelow,
     ) -> None:
-        """Take an address and the first and last port. `shared`: active Connects leave from the ports that are listened on."""
+        """Use the ports `first` to `last` of an address. `shared`: active Connects use the ports that allocations listen on."""
         self.address = address
         self.family = FAMILY_IPV6 if ":" in address else FAMILY_IPV4
         self.streams = PortRange(first, last, randbelow)
@@ -50,14 +50,14 @@ class RelayPorts:
         self._max_reserved = min(MAX_RESERVED, max(1, (last - first + 1) // 4))
 
     async def listen(self, now: float) -> Listener | None:
-        """Listen on a random free port; None if there is none."""
+        """Listen on a random free port. Returns None if there is none."""
         for port in itertools.islice(self.streams.candidates(now), MAX_PORT_TRIES):
             try:
                 listener = await self._open_listener(port)
             except OSError as exc:
                 if exc.errno in _PORT_ERRNOS:
                     continue
-                self._tell(exc)  # no such address, out of descriptors: the next port would fail alike
+                self._log_error(exc)  # no such address, out of descriptors: the next port would fail too
                 return None
             self.streams.take(port)
             return listener
@@ -72,7 +72,7 @@ class RelayPorts:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((self.address, port))
             sock.listen(DEFAULT_BACKLOG)
-            # Only now: whoever else listens there must have made the bind fail.
+            # Set after bind and listen, which must fail if another program listens there.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             return Listener(sock)
         except OSError:
@@ -80,11 +80,11 @@ class RelayPorts:
             raise
 
     def bind(self, now: float, *, even: bool, pair: bool) -> tuple[DatagramSocket, bytes] | None:
-        """Bind a random free UDP port; None if there is none.
+        """Bind a random free UDP port. Returns None if there is none.
 
         Args:
-            even: only an even one will do.
-            pair: reserve the port above it too; the token that claims it is returned with the socket.
+            even: the port must be even.
+            pair: also reserve the next higher port, and return its token with the socket.
         """
         if pair and len(self._reserved) >= self._max_reserved:
             return None
@@ -94,7 +94,7 @@ class RelayPorts:
             except OSError as exc:
                 if exc.errno in _PORT_ERRNOS:
                     continue
-                self._tell(exc)
+                self._log_error(exc)
                 return None
             token = self._reserve(port + 1) if pair else b""
             if token is None:
@@ -104,11 +104,11 @@ class RelayPorts:
             return sock, token
         return None
 
-    def _tell(self, why: OSError) -> None:
+    def _log_error(self, why: OSError) -> None:
         log.error("turn_no_port", extra={"event": {"address": self.address, "detail": str(why)}})
 
     def claim(self, token: bytes) -> DatagramSocket | None:
-        """Return the port that was reserved with that token, once."""
+        """Return the socket that was reserved under that token, once; None if there is none."""
         return self._reserved.pop(token, None)
 
     def _wanted(self, now: float, *, even: bool) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""One TCP allocation's relayed address: the port that peers come to, and each peer until its stream ends."""
+"""The relayed address of one TCP allocation: accepts peers, and carries each until its stream ends."""
 
 import asyncio
 import errno
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 _ENDS = {"a_reset": "peer_reset", "b_reset": "client_reset", "a_lost": "peer_lost", "b_lost": "client_lost"}
 
 REFUSED_LOG_INTERVAL_S = 1.0
-"""Peers without permission are logged once a second, with their number: whoever scans the port writes no more lines."""
+"""Refused peers are logged once in this time, with their number, so that a port scan does not fill the log."""
 
 
 class RelayedAddress:
-    """Serves the peers of one allocation. Cancelling `serve` closes the port and cuts every stream."""
+    """Serves the peers of one allocation. Cancelling `serve` closes the port and resets every stream."""
 
     def __init__(self, allocation: Allocation, listener: Listener, state: ServerState, send: Send) -> None:
         self._allocation = allocation
@@ -38,7 +38,7 @@ class RelayedAddress:
         await self._listener.serve(self._peer)
 
     async def _peer(self, peer: SocketStream) -> None:
-        """Carry one peer from its arrival to the end of its stream."""
+        """Serve one peer from its arrival to the end of its stream."""
         if not peer.peer[0]:
             return  # reset between its connect and our accept
         table = self._state.table
@@ -56,7 +56,7 @@ class RelayedAddress:
             table.depart(self._allocation, address)
 
     async def connect(self, connecting: Connect) -> None:
-        """Carry one peer that the client asked us to connect to (RFC 6062, section 5.2)."""
+        """Connect to a peer at the client's request and serve it (RFC 6062, section 5.2)."""
         allocation, state, address = self._allocation, self._state, connecting.peer
         try:
             peer: SocketStream | None = None
@@ -79,9 +79,9 @@ class RelayedAddress:
             state.table.depart(allocation, address)
 
     async def _carry(self, peer: SocketStream, announced: tuple[Attempt, Attempt | None], announcement: bytes) -> None:
-        """Tell the client of a peer, wait for the bind, and move bytes until the stream ends.
+        """Announce a peer to the client, wait for the bind, and move bytes until the stream ends.
 
-        Until the bind nothing is read from the peer: the kernel closes the window, the peer waits, and not a byte is lost.
+        Nothing is read from the peer before the bind: the kernel closes the window, the peer waits, and no byte is lost.
         """
         state = self._state
         attempt, crowded_out = announced
@@ -97,18 +97,18 @@ class RelayedAddress:
             else:
                 await self._stream(peer, data)
         except OSError:
-            pass  # the control connection is lost: its session sees it too and ends the allocation
+            pass  # the control connection is lost: its session notices it too and ends the allocation
         finally:
             del state.peers[attempt.connection_id]
             state.table.release(attempt)
-            # Nothing if the stream has closed them. Whatever else ends here is a cut, and must look like one.
+            # Does nothing if the stream has closed them. Any other end is a failure, and must look like one to the peers.
             peer.reset()
             if waiting.data is not None:
                 waiting.data.reset()
             waiting.over()
 
     async def _bound(self, attempt: Attempt, waiting: WaitingPeer) -> SocketStream | None:
-        """Wait for the data connection; None if nobody binds in time or the one that did is lost."""
+        """Wait for the data connection; None if there is no bind in time or the data connection was lost."""
         limit_s = self._state.table.limits.bind_timeout_s
         timer = asyncio.get_running_loop().call_later(limit_s, self._give_up, attempt, waiting)
         try:
@@ -117,7 +117,7 @@ class RelayedAddress:
             timer.cancel()
 
     def _give_up(self, attempt: Attempt, waiting: WaitingPeer) -> None:
-        if self._state.table.release(attempt):  # else claimed at the last moment: its answer is being sent
+        if self._state.table.release(attempt):  # otherwise it was claimed just now, and the answer is being sent
             self._state.metrics.refused(Refusal.PEER_NOT_BOUND)
             waiting.join(None)
 
@@ -166,7 +166,7 @@ class RelayedAddress:
 
 
 def _from_relayed(relayed: Endpoint) -> socket.socket:
-    """Return a socket bound to the relayed port, beside the one that listens there. Raises OSError."""
+    """Return a socket bound to the relayed port, in addition to the one that listens there. Raises OSError."""
     family = socket.AF_INET6 if ":" in relayed[0] else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""One UDP allocation's relayed port: datagrams of peers go to the client, framed; the client's go to peers."""
+"""The relayed port of one UDP allocation: datagrams from peers are framed for the client, and the client's are sent to peers."""
 
 import asyncio
 import secrets
@@ -12,17 +12,18 @@ from turnreg.server.outcome import Relay
 from turnreg.stun.message import TRANSACTION_ID_BYTES, StunError, data_indication
 
 Deliver = Callable[[Sequence[bytes]], Awaitable[None]]
-"""Sends framed datagrams to the client, whole ones only. Raises OSError if the client is lost."""
+"""Sends whole framed datagrams to the client. Raises OSError if the client is lost."""
 
 
 class RelayedDatagrams:
-    """Cancelling `serve` closes the port.
+    """Relays the datagrams of one allocation. Cancelling `serve` closes the port.
 
-    While a client on a stream does not read, nothing is read from peers: what the kernel's buffer does not hold is dropped there.
+    While a client on a stream does not read, nothing is read from peers either: datagrams that do not fit into the kernel's buffer
+    are dropped.
     """
 
     def __init__(self, allocation: Allocation, sock: DatagramSocket, state: ServerState, *, padded: bool) -> None:
-        """`padded`: the client is on a stream, where ChannelData has a multiple of four bytes."""
+        """`padded`: the client uses a stream, where ChannelData is padded to a multiple of four bytes."""
         self._allocation = allocation
         self._sock = sock
         self._state = state
@@ -30,7 +31,7 @@ class RelayedDatagrams:
         self._clock = asyncio.get_running_loop().time
 
     async def serve(self, deliver: Deliver) -> None:
-        """Bring the client what peers send, until cancelled or the client is lost."""
+        """Relay datagrams from peers to the client, until cancelled or the client is lost."""
         try:
             while True:
                 await self._sock.readable()
@@ -38,7 +39,7 @@ class RelayedDatagrams:
                 if frames:
                     await deliver(frames)
         except OSError:
-            pass  # the session sees it too
+            pass  # the session notices it too
         finally:
             self._sock.close()
 
@@ -72,7 +73,7 @@ class RelayedDatagrams:
         return frames
 
     def send(self, datagram: Relay) -> None:
-        """Send a datagram of the client to its peer, or drop it."""
+        """Send a datagram from the client to its peer, or drop it."""
         allocation, metrics = self._allocation, self._state.metrics
         size = len(datagram.data)
         if allocation.pace is not None and not allocation.pace.admit(size, self._clock()):

@@ -1,4 +1,4 @@
-"""The embedded TURN server: listeners for clients, and what their sessions share."""
+"""The embedded TURN server: listeners for clients, and the state that their sessions share."""
 
 import asyncio
 import logging
@@ -30,19 +30,19 @@ from turnreg.stun.auth import Authenticator, client_key
 log = logging.getLogger(__name__)
 
 MIN_OPEN_FILES = 16_384
-"""Fewer are said at the start: some eight thousand streams, and the listening ports of allocations besides."""
+"""A lower limit is logged at the start. This one is enough for about eight thousand streams, less the listening ports."""
 
 
 @dataclass(slots=True)
 class Listening:
-    """What a server has opened."""
+    """The open sockets of a server."""
 
     tcp: list[Listener] = field(default_factory=list)
     tls: list[Listener] = field(default_factory=list)
     udp: list[DatagramSocket] = field(default_factory=list)
 
     def close(self) -> None:
-        """Close it all."""
+        """Close all of them."""
         for listener in (*self.tcp, *self.tls):
             listener.close()
         for sock in self.udp:
@@ -59,7 +59,7 @@ class TurnServer:
         certificates: Certificates | None,
         registry: CollectorRegistry,
     ) -> None:
-        """Take listeners that are open; `open` makes them."""
+        """Make a server from open listeners. Use `open` instead."""
         self.config = config
         self._listening = listening
         self._certificates = certificates
@@ -104,11 +104,11 @@ class TurnServer:
 
     @classmethod
     async def open(cls, config: TurnServerConfig, *, registry: CollectorRegistry | None = None) -> "TurnServer":
-        """Open the listeners. Raises OSError, which names the address, if one cannot be had or relayed from."""
+        """Open the listeners. Raises OSError, which names the address, if an address cannot be used for listening or relaying."""
         listening = Listening()
         certificates = None
         try:
-            for relay_address in config.relay_addresses:  # better now than by a 508 to every client
+            for relay_address in config.relay_addresses:  # fail now rather than with a 508 for every client
                 (await Listener.open(relay_address, 0)).close()
             for address, port in config.listen:
                 listening.tcp.append(await Listener.open(address, port))
@@ -127,10 +127,10 @@ class TurnServer:
         return cls(config, listening, certificates, registry or CollectorRegistry())
 
     def reconfigure(self, config: TurnServerConfig) -> None:
-        """Go by these users, secrets, allowed peers and limits from now on.
+        """Use these users, secrets, allowed peers and limits from now on.
 
-        Allocations, permissions and streams that are there stay. Whose credentials are no longer known can prolong nothing, so
-        that what they have ends with its lifetime.
+        Existing allocations, permissions and streams stay. A removed user can no longer refresh an allocation, which then ends with
+        its lifetime.
         """
         self.config = config
         self._authenticator.know(config.users, config.secrets)
@@ -139,7 +139,7 @@ class TurnServer:
 
     @property
     def addresses(self) -> tuple[Endpoint, ...]:
-        """Where it listens for TCP, in the order of the configuration, with the ports that were chosen for 0."""
+        """Where it listens for TCP, in the order of the configuration, with the actual ports where 0 was configured."""
         return tuple(listener.address for listener in self._listening.tcp)
 
     @property
@@ -154,16 +154,16 @@ class TurnServer:
 
     @property
     def allocations(self) -> int:
-        """Allocations now."""
+        """Number of allocations."""
         return len(self._state.table)
 
     @property
     def streams(self) -> int:
-        """Streams now, and peers that wait to become one."""
+        """Number of streams, including peers that wait for their bind."""
         return self._state.metrics.streams + self._state.table.waiting
 
     async def run(self) -> None:
-        """Serve until cancelled, which cuts every stream and closes every port."""
+        """Serve until cancelled. Cancelling resets every stream and closes every port."""
         try:
             async with asyncio.TaskGroup() as group:
                 for listener in self._listening.tcp:
@@ -180,7 +180,7 @@ class TurnServer:
                 relay.close()
 
     def drain(self) -> None:
-        """Take no new allocations (508 from now on). Those that are there go on, with their streams, until `run` is cancelled."""
+        """Answer each new Allocate with 508. Existing allocations and their streams keep working until `run` is cancelled."""
         self._state.table.draining = True
 
     @classmethod
@@ -188,7 +188,7 @@ class TurnServer:
     async def serving(
         cls, config: TurnServerConfig, *, registry: CollectorRegistry | None = None
     ) -> AsyncIterator["TurnServer"]:
-        """Open the server and run it while the block runs."""
+        """Open a server, and run it while the block runs."""
         server = await cls.open(config, registry=registry)
         failure: BaseException | None = None
         async with asyncio.TaskGroup() as group:
@@ -202,7 +202,7 @@ class TurnServer:
             raise failure
 
     async def _client(self, wire: SocketStream) -> None:
-        """Serve one client. Over TLS the handshake comes first, and counts as being a stranger."""
+        """Serve one client. During a TLS handshake it counts as unauthenticated."""
         if not wire.peer[0]:
             return  # reset between its connect and our accept
         if isinstance(wire, TlsStream):

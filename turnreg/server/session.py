@@ -1,4 +1,4 @@
-"""One client connection of the TURN server: a control connection, or a data connection once it is bound."""
+"""One client connection of the TURN server: a control connection, or a data connection after its bind."""
 
 import asyncio
 import errno
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class ClientSession:
-    """Reads a client's requests and answers them, and owns the allocation that comes of them."""
+    """Answers the requests of one client and owns its allocation."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class ClientSession:
         self._end = "server_stopped"
 
     async def run(self) -> None:
-        """Serve the connection to its end. However it ends, its allocation ends with it, and its streams are cut."""
+        """Serve the connection to its end. Its allocation then ends too, and the streams are reset."""
         self._watch(self._unauthenticated_until)
         try:
             async with asyncio.TaskGroup() as peers:
@@ -77,7 +77,7 @@ class ClientSession:
                 self._live.end(self._end)
 
     def _watch(self, deadline: float) -> None:
-        """End the connection then, unless its allocation has been refreshed: one timer, set again only when it fires."""
+        """End the connection at the deadline, unless its allocation is refreshed. The timer is set again only when it fires."""
         self._timer = self._loop.call_at(deadline, self._look)
 
     def _look(self) -> None:
@@ -89,10 +89,10 @@ class ClientSession:
         self._timed_out = "too_slow" if allocation is None else "expired"
         if allocation is None:
             self._state.metrics.refused(Refusal.TOO_SLOW)
-        self._wire.close()  # whoever reads it is told
+        self._wire.close()  # a pending read raises OSError
 
     async def _converse(self, peers: asyncio.TaskGroup) -> str:
-        """Answer requests until something ends the connection; returns what."""
+        """Answer requests until the connection ends. Returns the reason for the log."""
         while True:
             try:
                 data = await self._wire.recv(READ_BYTES if self._datagrams is None else DATAGRAM_READ_BYTES)
@@ -106,7 +106,7 @@ class ClientSession:
                 return end
 
     async def _answer(self, peers: asyncio.TaskGroup) -> str | None:
-        """Answer what has been read. Returns what ended the connection, None if it goes on."""
+        """Answer the messages that have been read. Returns why the connection has ended, None if it has not."""
         try:
             while (message := self._reader.take()) is not None:
                 await self._wire.take_turn()
@@ -133,7 +133,7 @@ class ClientSession:
         return None
 
     async def _do(self, outcome: Outcome, peers: asyncio.TaskGroup) -> str | None:
-        """Do what comes of a message; returns what ended the connection, None if it goes on."""
+        """Carry out the decision about a message. Returns why the connection has ended, None if it has not."""
         match outcome:
             case Relay():
                 if self._datagrams is not None:
@@ -152,7 +152,7 @@ class ClientSession:
                     peers.create_task(self._relayed.connect(outcome))
             case GiveBack(answer=answer):
                 await self._send(answer)
-                # The connection goes with it, as in coturn: an indication may be half written when its peer is cut.
+                # The connection is closed too, as in coturn: an indication may be half written when its peer's task is cancelled.
                 self._end = "given_back"
                 if self._serving is not None:
                     self._serving.cancel()
@@ -167,7 +167,7 @@ class ClientSession:
         return None
 
     async def _reply(self, reply: Reply, *, last: bool = False) -> str | None:
-        """Send an answer. A client without an allocation may be refused so often and no more."""
+        """Send an answer. A client without an allocation is disconnected after MAX_REFUSALS refusals."""
         if reply.refusal is not None:
             self._refuse(reply.refusal)
         await self._send(reply.answer)
@@ -177,7 +177,7 @@ class ClientSession:
         return None
 
     async def _open(self, opening: Open, peers: asyncio.TaskGroup) -> Reply:
-        """Open the relayed address of an Allocate that was granted."""
+        """Open the relayed port for an Allocate that was granted."""
         state = self._state
         if opening.transport == TRANSPORT_UDP:
             match state.open_datagrams(opening):
@@ -215,7 +215,7 @@ class ClientSession:
         await self._send(b"".join(frames))
 
     async def _join(self, attempt: Attempt, answer: bytes) -> None:
-        """Answer the bind, then leave the connection to the peer's task until their stream has ended."""
+        """Answer the bind, then leave the connection to the peer's task until the stream has ended."""
         waiting = self._state.peers[attempt.connection_id]
         self._unauthenticated.dismiss(self._wire)
         if self._timer is not None:
@@ -231,13 +231,13 @@ class ClientSession:
             await waiting.done
         finally:
             if not waiting.done.done() or waiting.done.cancelled():
-                self._wire.reset()  # the server is stopped in the middle of a stream: a cut, not an end
+                self._wire.reset()  # the server stops in the middle of a stream: not a clean end
 
     async def _send(self, data: bytes) -> None:
-        """Send one whole message; peers' indications and answers take turns. OSError if the client is gone."""
+        """Send one whole message. Indications and answers do not interleave. Raises OSError if the client is gone."""
         rest = memoryview(data)
         if not self._sending.locked():
-            rest = rest[self._wire.try_send((data,)) :]  # nearly always all of it
+            rest = rest[self._wire.try_send((data,)) :]  # nearly always sends all of it
             if not rest:
                 return
         async with self._sending:
@@ -245,16 +245,16 @@ class ClientSession:
                 async with asyncio.timeout(self._config.send_timeout_s):
                     await self._wire.send(rest)
             except TimeoutError:
-                self._wire.reset()  # half a message may have gone: nothing can follow it
+                self._wire.reset()  # half a message may have been sent: nothing can follow it
                 raise ConnectionAbortedError(errno.ECONNABORTED, "the client does not read") from None
 
     def _refuse(self, why: Refusal) -> None:
         self._refusals += 1
         self._state.metrics.refused(why)
-        if why not in (Refusal.NO_CREDENTIALS, Refusal.STALE_NONCE):  # those two belong to every client's life
+        if why not in (Refusal.NO_CREDENTIALS, Refusal.STALE_NONCE):  # part of every client's normal requests
             event = {"client": text_of(self._five_tuple.client), "reason": why.value}
             log.info("turn_refused", extra={"event": event})
 
 
 class _Over(Exception):
-    """The connection is over: cancels the tasks of its peers."""
+    """Raised at the end of the connection to cancel the tasks of its peers."""

@@ -1,9 +1,9 @@
-"""One message in, one outcome out: what RFC 8656 and RFC 6062 say about each method, without a socket.
+"""The rules of RFC 8656 and RFC 6062 for each method, without sockets: one message in, one outcome out.
 
-`Transactions.respond()` decides and packs the answer; the returned `Outcome` says what the sockets must do. By default there are
-only TCP allocations, and only passive ones: a peer connects to the relayed address, and the server connects to nobody, so a leaked
-credential opens no way into the networks that the server can reach. UDP allocations and the active Connect do open one; each has
-to be switched on.
+`Transactions.respond()` decides and packs the answer; the returned `Outcome` says what to do with sockets. By default there are
+only TCP allocations, and only passive ones: peers connect to the relayed address, and the server connects to nobody, so a leaked
+credential gives no access to the networks that the server can reach. UDP allocations and the active Connect do give access; each
+has to be enabled.
 
 `now` is monotonic seconds for lifetimes; `unix_now` is unix time in seconds for nonces and REST credentials.
 """
@@ -74,13 +74,14 @@ class Transactions:
         advertised: Mapping[str, str] | None = None,
         is_ours: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """Take the parts.
+        """Decide by these settings.
 
         Args:
-            families: those of the relay addresses.
-            allowed_peers: lifts refused ranges, and our own addresses, where one of its items holds them.
-            advertised: by relay address what a NAT in front of us makes of it.
-            is_ours: tells whether this host has that address.
+            families: address families of the relay addresses.
+            allowed_peers: peers to allow although they are in a refused range or are our own addresses.
+            draw: returns that many unpredictable random bytes.
+            advertised: relay address to the address that a NAT in front of us maps it to.
+            is_ours: says whether this host has that address.
         """
         self._authenticator = authenticator
         self._table = table
@@ -94,7 +95,7 @@ class Transactions:
         self._paces = Paces(table.limits.max_bytes_per_second_per_account)
 
     def respond(self, five_tuple: FiveTuple, message: Message, *, now: float, unix_now: float) -> Outcome:
-        """Decide about one message of a client."""
+        """Return the outcome for one message of a client."""
         if message.message_class != MessageClass.REQUEST:
             if message.message_class == MessageClass.INDICATION and message.method == Method.SEND:
                 return self._send(five_tuple, message, now)
@@ -105,7 +106,7 @@ class Transactions:
             return Ignore()  # RFC 8489, section 6.3: a method that is not supported is silently discarded
         outcome = self._request(five_tuple, message, now, unix_now)
         if isinstance(outcome, Reply) and outcome.refusal and message.method == Method.CONNECTION_BIND:
-            # RFC 6062, section 4.3: a data connection whose bind fails is of no use. The id is not: it goes on waiting.
+            # RFC 6062, section 4.3: a data connection whose bind failed is useless. The peer with the id still waits.
             return Close(reply=outcome) if self._table.find(five_tuple, now) is None else outcome
         return outcome
 
@@ -133,9 +134,9 @@ class Transactions:
     def complete_allocate(
         self, opening: Open, relayed: Endpoint, now: float, *, reservation: bytes = b""
     ) -> tuple[Allocation, bytes]:
-        """Make the allocation whose port was opened. Returns it and the answer.
+        """Make the allocation for a port that was opened. Returns it and the answer.
 
-        `reservation` is the token of the port above it, if that was asked for.
+        `reservation` is the token of the reserved next higher port, if requested.
         """
         allocation = Allocation(
             five_tuple=opening.five_tuple,
@@ -154,7 +155,7 @@ class Transactions:
         return allocation, self._allocated(opening.request, opening.user, allocation)
 
     def fail_allocate(self, opening: Open) -> Reply:
-        """Give the place back and refuse: there was no free port."""
+        """Release the reserved place and return the refusal: there was no free port."""
         self._table.give_up(opening.user.account)
         return self._refused(opening.request, opening.user, Refusal.CAPACITY)
 
@@ -164,13 +165,13 @@ class Transactions:
         return self._pack(connecting.request, answer, connecting.user)
 
     def fail_connect(self, connecting: Connect) -> Reply:
-        """Refuse: the peer did, or there was no answer in time."""
+        """Return the refusal of a Connect: the peer refused or did not answer in time."""
         return self._refused(connecting.request, connecting.user, Refusal.CONNECT_FAILED)
 
     def attempt(self, attempt: Attempt) -> bytes:
-        """Return the ConnectionAttempt that tells the client of a peer (RFC 6062, section 5.2).
+        """Return the ConnectionAttempt that announces a peer to the client (RFC 6062, section 5.2).
 
-        Not signed, as in coturn: the long-term mechanism does not cover indications (RFC 8489, section 9.2).
+        It is not signed, as in coturn: the long-term mechanism does not cover indications (RFC 8489, section 9.2).
         """
         indication = (
             Message(Method.CONNECTION_ATTEMPT, MessageClass.INDICATION, self._draw(TRANSACTION_ID_BYTES))
@@ -184,7 +185,7 @@ class Transactions:
     # -- methods
 
     def _binding(self, five_tuple: FiveTuple, message: Message) -> Reply:
-        """Tell a client its address. Anybody may ask: this is how relays learn theirs."""
+        """Tell a client its address. This needs no authentication; relays find their address this way."""
         if message.not_understood(_UNDERSTOOD):
             refused = self._refused(message, None, Refusal.UNKNOWN_ATTRIBUTE)
             return Reply(answer=refused.answer, refusal=refused.refusal, unproven=True)
@@ -204,8 +205,8 @@ class Transactions:
         if allocation is None:
             return self._refused(message, user, Refusal.NO_ALLOCATION)
         if allocation.account != user.account:
-            # The RFC compares usernames. We compare accounts, so that a client with REST credentials can go over to new
-            # ones, and keep its streams, where coturn makes it allocate anew.
+            # The RFC compares usernames. We compare accounts, so that a client can switch to new REST credentials and keep
+            # its streams, where coturn requires a new allocation.
             return self._refused(message, user, Refusal.WRONG_USER)
         match message.method:
             case Method.REFRESH:
@@ -270,13 +271,13 @@ class Transactions:
         return Reply(answer=self._pack(message, message.success(), user))
 
     def _forbidden(self, address: IPv4Address | IPv6Address, allocation: Allocation) -> Refusal | None:
-        """Say why an allocation may have nothing to do with that peer."""
+        """Return why an allocation must not have that peer, None if it may."""
         if (FAMILY_IPV4 if address.version == 4 else FAMILY_IPV6) != allocation.family:
             return Refusal.FAMILY_MISMATCH
         if refusal(address, self.allowed_peers):
             return Refusal.FORBIDDEN_PEER
         if allocation.transport == TRANSPORT_TCP and not self._active_connect:
-            return None  # we only let it come to us, and a relay may well run on this host
+            return None  # the peer can only connect to us, and a relay may run on this host
         if self.allowed_peers is not None and any(address in network for network in self.allowed_peers.networks):
             return None
         ours = any(self._is_ours(str(spelling)) for spelling in spellings(address))
@@ -295,7 +296,7 @@ class Transactions:
         return Reply(answer=self._pack(message, message.success(), user))
 
     def _connect(self, message: Message, user: Accepted, allocation: Allocation) -> Reply | Connect:
-        """RFC 6062, section 5.2. No permission is needed for it, only that the peer is not forbidden."""
+        """RFC 6062, section 5.2. It needs no permission; the peer only must not be forbidden."""
         peer = message.xor_address(Attribute.XOR_PEER_ADDRESS)
         if peer is None or not peer[1]:
             return self._refused(message, user, Refusal.BAD_REQUEST)
@@ -322,9 +323,9 @@ class Transactions:
         return Relay(allocation=allocation, peer=peer, data=data, dont_fragment=dont_fragment)
 
     def reconfigure(self, allowed_peers: TargetList | None, now: float) -> None:
-        """Go by these from now on, and by the table's limits as they are now.
+        """Use these allowed peers, and the table's current limits, from now on.
 
-        Streams that began without a limit of bytes per second go on without.
+        Streams that started without a limit of bytes per second stay without one.
         """
         self.allowed_peers = allowed_peers
         self._paces.reconfigure(self._table.limits.max_bytes_per_second_per_account)
@@ -332,7 +333,7 @@ class Transactions:
             allocation.pace = self._paces.of(allocation.account, now)
 
     def channel_data(self, five_tuple: FiveTuple, channel: int, data: bytes, now: float) -> Relay | Drop:
-        """Say where ChannelData goes (RFC 8656, section 12.6)."""
+        """Return where ChannelData is to be sent (RFC 8656, section 12.6)."""
         allocation = self._table.find(five_tuple, now)
         if allocation is None:
             return Drop.NO_ALLOCATION
@@ -340,11 +341,11 @@ class Transactions:
         if peer is None:
             return Drop.NO_CHANNEL
         if not allocation.permits(peer[0], now):
-            return Drop.NO_PERMISSION  # a channel outlives the permission that came with it
+            return Drop.NO_PERMISSION  # a channel outlives the permission that was made with it
         return Relay(allocation=allocation, peer=peer, data=data)
 
     def _connection_bind(self, message: Message, user: Accepted, allocation: Allocation | None) -> Reply | Join:
-        """RFC 6062, section 5.4. The success is signed; only then is the id used up."""
+        """RFC 6062, section 5.4. The success is signed. Only a success uses up the connection id."""
         if allocation is not None:
             return self._refused(message, user, Refusal.BAD_REQUEST)
         attempt = self._table.claim(message.get(Attribute.CONNECTION_ID), user.account)
@@ -370,7 +371,7 @@ class Transactions:
         return self._pack(message, answer, user)
 
     def reached(self, allocation: Allocation) -> Endpoint:
-        """Return the relayed address as peers reach it."""
+        """Return the relayed address at which peers reach the allocation."""
         address, port = allocation.relayed
         return self._advertised.get(address, address), port
 

@@ -1,4 +1,4 @@
-"""Connections that are not authenticated yet. When there are too many, the oldest one of the busiest client is closed."""
+"""Connections that are not authenticated yet. If there are too many, the oldest one of the busiest client is closed."""
 
 from typing import Generic, TypeVar
 
@@ -6,7 +6,7 @@ Connection = TypeVar("Connection")
 
 
 class UnauthenticatedConnections(Generic[Connection]):
-    """The connections in the order of their arrival, in all and of each client."""
+    """The unauthenticated connections in order of arrival, in total and per client."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -17,13 +17,14 @@ class UnauthenticatedConnections(Generic[Connection]):
         return len(self._waiting)
 
     def admit(self, connection: Connection, client: str) -> Connection | None:
-        """Take one in. Returns the one that has to go for it, None if there was room.
+        """Add a connection. Returns the connection that must be closed for it, None if there was room.
 
-        It is the oldest of whoever has the most among this client and those of the oldest and of the newest one: a flood from a few
-        addresses crowds out itself, however far away the clients are that mean it well and need a round trip or three.
+        Of three clients (this one, that of the oldest connection and that of the newest), the one with the most connections loses
+        its oldest one. So a flood from a few addresses displaces only itself, even if honest clients are far away and need a round
+        trip or three.
 
         Args:
-            client: what clients are told apart by, see `turnreg.stun.auth.client_key`.
+            client: distinguishes clients, see `turnreg.stun.auth.client_key`.
         """
         crowded_out = None
         if len(self._waiting) >= self._limit:
@@ -36,7 +37,7 @@ class UnauthenticatedConnections(Generic[Connection]):
         return crowded_out
 
     def dismiss(self, connection: Connection) -> None:
-        """Forget one: it has shown credentials, or it is gone. Nothing if it was forgotten before."""
+        """Remove a connection that has authenticated or is gone. Does nothing the second time."""
         client = self._waiting.pop(connection, None)
         if client is None:
             return

@@ -93,7 +93,7 @@ async def test_three_hundred_peers_at_once(kind: str) -> None:
 
 
 def outlive_a_nonce(server: RunningServer) -> None:
-    """Take a nonce and wait until the server refuses it: every older one has ended then, too."""
+    """Get a nonce and wait until the server refuses it: every older one has expired by then."""
     with Client((server.address, server.port)) as client:
         client.allocate()
         assert wait_until(lambda: code(client.refresh(600)) == 438, interval_s=0.05)
@@ -270,7 +270,7 @@ async def test_a_fault_in_the_callback_ends_that_stream_alone(caplog: pytest.Log
 
 @pytest.mark.parametrize("kind", BOTH)
 async def test_credentials_that_a_clock_makes_bad_say_so(kind: str) -> None:
-    """A gateway whose clock is wrong makes names that have ended already by the server's."""
+    """A gateway with a wrong clock makes names that have already expired by the server's clock."""
     with turn_server(kind, secret="north") as server:
         late, good = (rest_credentials("north", "gw", time.time() + left) for left in (-60, 600))
         error = await failure(server, Credentials(username=late[0], password=late[1]))

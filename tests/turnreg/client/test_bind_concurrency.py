@@ -1,4 +1,4 @@
-"""How many binds at once: few where they hinder one another, many where they only wait."""
+"""How many binds at once: few if they slow each other down, many if they only wait."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Announced peers, against a server that does what real ones rarely do."""
+"""Binding announced peers, with a scripted server that behaves in unusual ways."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +22,7 @@ FRESH = 1e9
 async def announcing(
     *binds: Answer, timing: Timing | None = None, **script: list[Answer]
 ) -> AsyncIterator[tuple[Scripted, Holding]]:
-    """Hold an allocation on a server that answers binds so."""
+    """Hold an allocation on a server that answers binds as given."""
     told = {Method.CONNECTION_BIND: list(binds) or [good]}
     told |= {Method[name.upper()]: answers for name, answers in script.items()}
     timing = timing or Timing(nonce_fresh_s=FRESH)
@@ -163,7 +163,7 @@ async def test_bounds() -> None:
 
 
 async def test_who_has_waited_for_too_long_is_left_to_its_end() -> None:
-    """Its relay has given it up by then; those behind it are bound in its place."""
+    """Its relay has given up by then; the peers queued after it are bound instead."""
     timing = Timing(max_binds=1, max_queued_s=0.15, bind_s=0.3, nonce_fresh_s=FRESH)
     async with announcing(lambda _: b"", good, timing=timing) as (server, holding):
         for number in range(3):

@@ -1,4 +1,4 @@
-"""Transactions on the control connection, against a server that does what real ones rarely do."""
+"""Transactions on the control connection, with a scripted server that behaves in unusual ways."""
 
 import asyncio
 import random

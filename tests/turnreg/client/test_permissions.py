@@ -1,4 +1,4 @@
-"""Permissions, asked for of a function in place of a server."""
+"""Permissions, with a function instead of a server."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Streams whose service sleeps: held while it is woken, once for all of them, and refused in time where it does not wake."""
+"""Streams for sleeping services: they are held while the service is woken once, and refused in time if it does not wake."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ HELLO = client_hello(NAME)
 
 
 def asleep(*endpoints: str, name: str = NAME) -> AnyRecord:
-    """Make the record of a service of which nothing runs."""
+    """Make the record of a service that is not running."""
     return record(Kind.SERVICE, "b", name, ServiceSpec(name=name, ports={"8443": list(endpoints)}))
 
 
@@ -44,7 +44,7 @@ def rule(trigger: Trigger, *names: str, timeout_s: float = 8.0, **changes: objec
 
 
 def counted(folder: Path, *then: str) -> Command:
-    """Make a command that writes a line each time it is run, and then goes on as a shell script."""
+    """Make a command that writes a line each time it runs, and then continues with this shell script."""
     return Command(("sh", "-c", "\n".join([f"echo $CROSSNET_SERVICE >>{folder}/runs", *then])))
 
 
@@ -70,7 +70,7 @@ async def visit(running: Running, target: str = f"{NAME}:8443", **changes: objec
 
 @pytest.fixture
 def servers(tmp_path: Path) -> Iterator[Path]:
-    """A file to which commands write the process ids of servers that they start; these end with the test, or within a minute."""
+    """A file for the process ids of servers that commands start. They are ended after the test, or end within a minute."""
     yield tmp_path / "pids"
     for pid in (tmp_path / "pids").read_text().split():
         with suppress(ProcessLookupError):
@@ -82,7 +82,7 @@ def servers(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.needs("socat")
 async def test_a_command_starts_a_server_once_for_all_streams(tmp_path: Path, servers: Path) -> None:
-    """From nothing: its endpoint is known, and refuses connections until the command has run."""
+    """The endpoint is known, and refuses connections until the command has run."""
     port = free_port()
     start = f"timeout 60 socat TCP-LISTEN:{port},fork,reuseaddr,bind=127.0.0.1 EXEC:cat >/dev/null 2>&1 & echo $! >>{servers}"
     async with a_gateway(
@@ -101,14 +101,14 @@ async def test_a_command_starts_a_server_once_for_all_streams(tmp_path: Path, se
         assert sample(running, "held_streams_live") == 0
         again = await visit(running)
         await again.opened()
-        assert runs(tmp_path) == [NAME], "awake it is dialled without more ado"
+        assert runs(tmp_path) == [NAME], "an awake service is dialled at once"
         for each in (*visits, again):
             each.wire.close()
         await running.ended(21)
 
 
 async def test_a_call_has_an_endpoint_published(tmp_path: Path) -> None:
-    """The service has no endpoint at all; somebody who is asked over HTTP starts one, and discovery tells of it."""
+    """The service has no endpoint at all; the HTTP call has one started and published in discovery."""
     asked: list[str] = []
     all_held = asyncio.Event()
     async with a_gateway(asleep()) as running:
@@ -153,7 +153,7 @@ async def test_the_first_rule_that_names_a_service_counts(tmp_path: Path) -> Non
 
 
 async def test_a_stream_that_gives_up_leaves_its_turn_to_the_next(tmp_path: Path) -> None:
-    """The first one tries for all; when its time is over the second goes on with it."""
+    """The first stream polls for all; when it times out, another one continues."""
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path), timeout_s=0.4),)) as running:
         first = await visit(running)
         await first.held()
@@ -190,7 +190,7 @@ async def test_a_command_that_fails_is_not_run_for_each_stream(
             assert refused.reason == Reason.NO_ENDPOINT
             assert refused.detail == f"service {NAME!r} has no endpoint for port 8443; waking it failed"
         later = await (await visit(running)).refused(after_ready=True)
-        assert later.detail == refused.detail, "what the command said is nobody's business in another network"
+        assert later.detail == refused.detail, "the output of the command is not sent to another network"
         assert sample(running, "activations_total", result="failed") == 1
         assert sample(running, "held_streams_total", result="refused") == 21
         assert {line["reason"] for line in await running.ended(21)} == {"no_endpoint"}
@@ -201,7 +201,7 @@ async def test_a_command_that_fails_is_not_run_for_each_stream(
     assert event["retry_s"] > 0
 
 
-async def test_failures_in_a_row_are_further_and_further_apart(tmp_path: Path) -> None:
+async def test_the_pause_grows_with_failures_in_a_row(tmp_path: Path) -> None:
     limits = GatewayLimits(trigger_backoff=Backoff(0.05, 60.0))
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path, "exit 1")),), limits=limits) as running:
         async with asyncio.timeout(20):
@@ -214,7 +214,7 @@ async def test_failures_in_a_row_are_further_and_further_apart(tmp_path: Path) -
 
 
 async def test_a_service_that_does_not_wake_in_time(tmp_path: Path) -> None:
-    """The command went well, but nothing answers: it is not run again before its cooldown is over."""
+    """The command succeeded, but nothing answers: it does not run again before its cooldown is over."""
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path), timeout_s=0.3),)) as running:
         for _ in range(2):
             refused = await (await visit(running)).refused(after_ready=True)
@@ -241,7 +241,7 @@ async def test_a_command_that_hangs_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bound", ["of the service", "of all"])
-async def test_no_more_streams_are_held_than_there_is_room_for(tmp_path: Path, bound: str) -> None:
+async def test_the_number_of_held_streams_is_limited(tmp_path: Path, bound: str) -> None:
     one = rule(counted(tmp_path), max_held=2 if bound == "of the service" else 100)
     most = 2 if bound == "of all" else 100
     async with a_gateway(asleep(), activate=(one,), max_held=most) as running:
@@ -259,7 +259,7 @@ async def test_no_more_streams_are_held_than_there_is_room_for(tmp_path: Path, b
         await running.ended(3)
 
 
-async def test_no_more_triggers_run_at_once_than_are_good_for_the_machine(tmp_path: Path) -> None:
+async def test_the_number_of_triggers_at_once_is_limited(tmp_path: Path) -> None:
     names = [f"s{number}.shop.example" for number in range(6)]
     wake = Command(("sh", "-c", f"echo begin >>{tmp_path}/runs; sleep 0.1; echo end >>{tmp_path}/runs"))
     sleeping = [asleep(name=name) for name in names]
@@ -278,7 +278,7 @@ async def test_no_more_triggers_run_at_once_than_are_good_for_the_machine(tmp_pa
 
 @pytest.mark.parametrize("why", ["no rule", "address", "unknown service", "unknown port", "denied", "not allowed"])
 async def test_nothing_is_woken(tmp_path: Path, why: str) -> None:
-    """For a service that nobody named, a place that is none, or a stream that may not go there anyway."""
+    """A service without a rule, a target that is not a service, or a stream that is denied anyway."""
     name = "orders.other.example" if why == "no rule" else NAME
     target = {
         "address": f"127.0.0.1:{free_port()}",
@@ -295,7 +295,7 @@ async def test_nothing_is_woken(tmp_path: Path, why: str) -> None:
 
 
 async def test_rules_by_target_are_asked_when_there_is_one(tmp_path: Path) -> None:
-    """As long as no address is known the stream waits; the one that comes is not among those that are allowed."""
+    """The stream waits while no address is known; the address that is published then is not allowed."""
     policy = Policy((Rule.parse(action="allow", to=["192.0.2.0/24"]),))
     async with a_gateway(asleep(), activate=(rule(counted(tmp_path)),), policy=policy) as running:
         waiting = await visit(running)

@@ -1,4 +1,4 @@
-"""What wakes services: real commands and real HTTP calls, which end in time however they behave."""
+"""Triggers: real commands and real HTTP calls, which end in time whatever they do."""
 
 import asyncio
 import os
@@ -38,7 +38,7 @@ def is_over(pid: int) -> bool:
 
 
 async def gone(pid: int) -> None:
-    """Wait until a process has ended; one whose parent has not asked for it yet counts as such."""
+    """Wait until a process has ended, as a zombie or completely."""
     await eventually(lambda: is_over(pid))
 
 
@@ -51,7 +51,7 @@ async def test_a_command_is_told_what_to_wake(tmp_path: Path) -> None:
 
 
 async def test_a_command_gets_nothing_of_ours(tmp_path: Path) -> None:
-    """A server that it starts would hold our listening sockets open, which we may have been handed, when we have gone."""
+    """Otherwise a server that it starts would keep our listening sockets open after our end."""
     with socket.create_server(("127.0.0.1", 0)) as ours:
         ours.set_inheritable(True)
         await run("sh", "-c", f"ls -l /proc/$$/fd >{tmp_path}/said")
@@ -106,8 +106,8 @@ async def test_cancelled_a_command_is_ended_too(tmp_path: Path) -> None:
     await gone(int((tmp_path / "pid").read_text()))
 
 
-async def test_what_a_command_leaves_running_is_not_waited_for(tmp_path: Path) -> None:
-    """Though it holds the command's output open, and lives on."""
+async def test_processes_left_by_a_command_are_not_awaited(tmp_path: Path) -> None:
+    """Even if it keeps the command's output open and keeps running."""
     await run("sh", "-c", f"sleep 1000 & echo $! >{tmp_path}/pid")
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, 0)
@@ -199,7 +199,7 @@ async def test_a_call_that_fails(tmp_path: Path, path: str, detail: str) -> None
         assert len(asked) == 1
 
 
-async def test_a_server_that_cannot_be_verified_is_told_nothing(tmp_path: Path) -> None:
+async def test_no_request_to_a_server_that_cannot_be_verified(tmp_path: Path) -> None:
     async with scaler(tmp_path) as (url, _, asked):
         with pytest.raises(TriggerError, match=r"(?i)certificate"):
             await fire(HttpCall(url=url), SERVICE, "b", timeout_s=10)
@@ -211,6 +211,6 @@ async def test_a_server_that_is_not_there() -> None:
         await fire(HttpCall(url="http://127.0.0.1:1/"), SERVICE, "b", timeout_s=10)
 
 
-async def test_an_authority_that_has_gone(tmp_path: Path) -> None:
+async def test_a_missing_ca_file(tmp_path: Path) -> None:
     with pytest.raises(TriggerError, match="No such file"):
         await fire(HttpCall(url="https://127.0.0.1:1/", ca=tmp_path / "ca.pem"), SERVICE, "b", timeout_s=10)

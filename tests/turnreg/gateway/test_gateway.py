@@ -105,7 +105,7 @@ async def test_a_hello_in_any_pieces(pieces: str) -> None:
 
 
 def _payloads(stream: bytes) -> list[bytes]:
-    """What the records of a stream carry."""
+    """Return the payloads of the TLS records of a stream."""
     payloads, at = [], 0
     while at < len(stream):
         size = int.from_bytes(stream[at + 3 : at + 5], "big")
@@ -144,7 +144,7 @@ async def test_a_retry_is_the_same_stream_and_another_attempt() -> None:
         (data(b"", final=True), "bad_hello"),
     ],
 )
-async def test_what_may_not_come_in_place_of_a_hello(wrong: bytes, reason: str) -> None:
+async def test_invalid_capsules_instead_of_a_hello(wrong: bytes, reason: str) -> None:
     async with a_gateway() as running:
         service = await running.service()
         visit = await running.visit(preamble(service.target, HELLO))
@@ -154,7 +154,7 @@ async def test_what_may_not_come_in_place_of_a_hello(wrong: bytes, reason: str) 
 
 
 @pytest.mark.parametrize("stranger", [b"GET / HTTP/1.1\r\n\r\n", HELLO, b"\r\n\r\n\0\r\nQUIX\n" + bytes(20)])
-async def test_strangers_are_told_nothing(stranger: bytes) -> None:
+async def test_strangers_get_no_answer(stranger: bytes) -> None:
     async with a_gateway() as running:
         visit = await running.connect()
         await visit.wire.send(stranger)
@@ -265,7 +265,7 @@ async def opened_behind_turn(running: Running, service: Service) -> tuple[Preamb
 
 @pytest.mark.parametrize("tries", [1, 2])
 async def test_an_upload_goes_on_over_a_second_connection(tries: int) -> None:
-    """Also where the first second one was lost before its relay heard of it."""
+    """Also if a first second connection was lost before its relay got READY."""
     async with a_gateway() as running:
         service = await running.service()
         asked, visit = await opened_behind_turn(running, service)
@@ -290,7 +290,7 @@ async def test_an_upload_goes_on_over_a_second_connection(tries: int) -> None:
 
 @pytest.mark.parametrize("who", ["nobody", "another network", "directly", "too late"])
 async def test_a_second_connection_that_no_stream_awaits_is_refused_before_ready(who: str) -> None:
-    """What was told READY may be sent the rest of an upload."""
+    """After READY, the relay may send the rest of an upload on it."""
     async with a_gateway(keys=KEYS) as running:
         service = await running.service()
         asked, visit = await opened_behind_turn(running, service)
@@ -339,7 +339,7 @@ async def test_a_second_connection_that_is_never_used_goes_with_its_stream(monke
 
 @pytest.mark.parametrize("refused", ["denied", "dial_failed", "bad_signature"])
 async def test_a_refused_stream_leaves_no_cycle(refused: str) -> None:
-    """Python looks for them seldom (crossnet.process): what is in one would stay for as long."""
+    """The cycle collector runs rarely (crossnet.process), and a cycle would stay in memory until then."""
     async with a_gateway() as running:
         service = await running.service()
         target = {"denied": "192.0.2.1:1", "dial_failed": "127.0.0.1:1"}.get(refused, service.target)

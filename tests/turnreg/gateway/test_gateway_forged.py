@@ -1,4 +1,4 @@
-"""Every check of a preamble (sniproxy/tunnel/PROTOCOL.md), broken alone: its reason, nothing written down, nothing dialled."""
+"""Every check of a preamble (sniproxy/tunnel/PROTOCOL.md), failed alone: its reason; nothing remembered, nothing dialled."""
 
 import hashlib
 import hmac
@@ -26,7 +26,7 @@ KEYS = (KEY, KEY_AC, KEY_BA, KEY_CB)
 
 
 def tlvs_changed(change: Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]]) -> Callable[[Preamble], bytes]:
-    """Rewrite the TLVs before they are signed: what is wrong then is not the signature."""
+    """Change the TLVs before signing, so that the signature is right and something else is wrong."""
 
     def forge(asked: Preamble) -> bytes:
         parsed = proxy_protocol.parse(sign(asked, KEY.secret))

@@ -42,7 +42,7 @@ async def test_overloaded() -> None:
 
 
 async def test_strangers_make_room_for_relays() -> None:
-    """The oldest that has proven nothing goes, not the one that comes."""
+    """The oldest connection without a preamble is closed, not the new one."""
     async with a_gateway(limits=GatewayLimits(max_unproven=3)) as running:
         service = await running.service()
         strangers = [await running.connect() for _ in range(6)]
@@ -56,7 +56,7 @@ async def test_strangers_make_room_for_relays() -> None:
             gone.wire.close()
 
 
-async def test_refused_relays_that_linger_keep_nobody_out() -> None:
+async def test_refused_relays_that_linger_do_not_count_as_streams() -> None:
     async with a_gateway(max_streams=1, limits=GatewayLimits(max_lingering=3)) as running:
         service = await running.service()
         lingering = [await running.visit(preamble("192.0.2.1:1", HELLO), HELLO) for _ in range(1)]
@@ -71,8 +71,8 @@ async def test_refused_relays_that_linger_keep_nobody_out() -> None:
             gone.wire.close()
 
 
-async def test_a_relay_that_goes_while_we_dial() -> None:
-    """The service that is reached too late sees a reset: nothing of the stream got through."""
+async def test_a_relay_that_disconnects_while_we_dial() -> None:
+    """The service sees a reset."""
     gone = asyncio.Event()
 
     async def slow(endpoints: Iterator[Endpoint], **limits: Any) -> FirstConnected | None:
@@ -107,7 +107,7 @@ async def test_a_gateway_that_drains_says_so_and_serves_what_is_open() -> None:
         await running.ended(2)
 
 
-async def test_streams_are_taken_only_while_it_runs() -> None:
+async def test_streams_are_accepted_only_while_it_runs() -> None:
     async with a_gateway() as running:
         gateway = running.gateway
         gateway.close()
@@ -122,7 +122,7 @@ async def test_streams_are_taken_only_while_it_runs() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 async def test_cancelling_closes_every_stream_in_every_state(steps: int) -> None:
-    """Also one whose task has not made its first step."""
+    """Also a stream whose task has not taken its first step."""
     before = len(os.listdir("/proc/self/fd"))
     async with a_gateway() as running:
         service = await running.service()

@@ -1,4 +1,4 @@
-"""Names and targets at a gateway: a relay that holds a key gets what the name has that it proves, and nothing else."""
+"""Names and targets at a gateway: a relay with a key reaches only the target of the name that it signed."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -32,7 +32,7 @@ NAMES = [
     f"_8443.orders.shop._b.{D}",
     f"_8443.{ORDERS}._b.{D}",
 ]
-"""Every way to ask for the service, as a ClientHello has it when it is read: lower case, without trailing dot."""
+"""All names of the service, in the form in which a ClientHello is read: lower case, without trailing dot."""
 
 
 def known(name: str, *endpoints: str, id: str = "") -> AnyRecord:  # noqa: A002 - the record's own word
@@ -41,7 +41,7 @@ def known(name: str, *endpoints: str, id: str = "") -> AnyRecord:  # noqa: A002 
 
 @asynccontextmanager
 async def gateway_of_two(*rules: Rule, **config: object) -> AsyncIterator[tuple[Running, Service, Service]]:
-    """A gateway with two services, of which the second is nobody's business."""
+    """Run a gateway with two services, the second of which must not be reached."""
     async with a_gateway(policy=Policy(rules), **config) as running:  # type: ignore[arg-type]
         yield running, await running.service(), await running.service(DB)
 
@@ -285,7 +285,7 @@ async def test_a_change_while_a_stream_is_dialled(change: str) -> None:
 
 
 async def test_a_held_stream_is_asked_about_again_when_its_service_wakes() -> None:
-    """Its record comes to have an address of another service's, which is denied."""
+    """Its record gets an address of another service, which is denied."""
     woken = ActivationRule(names=(NamePattern.parse("*.shop.example"),), trigger=Command(("true",)))
     rules = (Rule.parse(action="deny", to=[DB]), Rule.parse(action="allow", to=[ORDERS]))
     async with gateway_of_two(*rules, activate=(woken,)) as (running, _, db):

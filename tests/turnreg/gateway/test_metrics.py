@@ -1,4 +1,4 @@
-"""A gateway's metrics are there from the start and follow what it holds."""
+"""A gateway's metrics exist from the start and follow its state."""
 
 from prometheus_client import CollectorRegistry
 

@@ -1,4 +1,4 @@
-"""Where second connections wait for their streams: found by network and id, replaced until taken, closed in any case."""
+"""Second connections: matched by network and stream id, replaced until taken, and always closed in the end."""
 
 import asyncio
 import secrets
@@ -50,7 +50,7 @@ async def test_waited_for() -> None:
 
 
 async def test_a_second_one_replaces_the_first_until_one_is_taken() -> None:
-    """Its relay did not hear READY on the first, and dialled again: it will use the last."""
+    """The relay did not get READY on the first one and dialled again: it will use the last one."""
     continuations = SecondConnections()
     (first, far_1), (second, far_2), (third, far_3) = [await connection() for _ in range(3)]
     with continuations.expected(STREAM) as take:
@@ -78,7 +78,7 @@ async def test_only_the_stream_of_that_network() -> None:
 
 
 async def test_two_attempts_at_one_stream_do_not_undo_each_other() -> None:
-    """A relay gave the first attempt up just as it was opened here; its end must not end the second's."""
+    """A relay gave up the first attempt just as it was opened here. Its end must not affect the second attempt."""
     continuations = SecondConnections()
     framed, far = await connection()
     with continuations.expected(STREAM):

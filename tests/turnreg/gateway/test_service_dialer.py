@@ -1,4 +1,4 @@
-"""From a proven target to a connected service: what may be dialled, whose turn it is, and the next one on failure."""
+"""Connecting to a service: which addresses may be dialled, rotation of endpoints, and the next one after a failure."""
 
 import asyncio
 import socket
@@ -58,7 +58,7 @@ def delivery(
 
 @asynccontextmanager
 async def services(count: int = 1, address: str = "127.0.0.1") -> AsyncIterator[list[str]]:
-    """Services that hold what connects; their endpoints."""
+    """Run services that keep connections open; give their endpoints."""
 
     async def hold(wire: SocketStream) -> None:
         while await wire.recv():
@@ -87,7 +87,7 @@ async def refused(delivering: ServiceDialer, target: str) -> Undeliverable:
 
 
 def asking(target: str, **changes: object) -> Preamble:
-    """A preamble with a name that has this target."""
+    """Make a preamble whose name leads to this target."""
     return preamble(target, authority=name_for(target), **changes)  # type: ignore[arg-type]
 
 
@@ -154,7 +154,7 @@ async def test_endpoints_that_may_not_be_dialled_use_up_no_tries() -> None:
 
 
 async def test_a_dead_endpoint_says_more_than_a_denied_one() -> None:
-    """In whichever order their turns come: the relay may ask another gateway after the one, not after the other."""
+    """In any order of the endpoints. The reason decides whether the relay may try another gateway."""
     delivering = delivery(service(f"127.0.0.1:{closed_port()}", "192.0.2.1:8443"))
     for _ in range(2):
         assert (await refused(delivering, f"{NAME}:8443")).reason is Reason.DIAL_FAILED
@@ -302,7 +302,7 @@ async def test_the_loop_guard_knows_translated_addresses(endpoint: str) -> None:
 
 @pytest.mark.parametrize("part", ["relay", "gateway", "turn", "another network's turn", "configured", "anywhere"])
 async def test_the_loop_guard(part: str) -> None:
-    """A stream to a part of crossnet would come round again; whatever listens there, it is not dialled."""
+    """A stream to a part of crossnet itself would loop, so these addresses are never dialled."""
     async with services() as (endpoint,):
         port = int(endpoint.rpartition(":")[2])
         turn = TurnSpec(

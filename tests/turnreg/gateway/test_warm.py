@@ -1,4 +1,4 @@
-"""Warm streams at the gateway: each OPEN is proven as a preamble at the start is, and what waits is bounded."""
+"""Warm streams at the gateway: OPEN is verified like a preamble, and the number of waiting connections is limited."""
 
 import secrets
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def warm_preamble(**changes: object) -> WarmPreamble:
 
 
 async def warm(running: Running, **changes: object) -> Visit:
-    """A connection that waits for a stream."""
+    """Open a connection that waits for a stream."""
     visit = await running.connect()
     visit.framed.ends.warm = True
     await visit.wire.send(sign(warm_preamble(**changes), KEY.secret))
@@ -146,7 +146,7 @@ async def test_a_captured_warm_preamble_is_of_no_use() -> None:
         (lambda: sign(preamble("192.0.2.1:1", HELLO), KEY.secret), "wrong_target"),
     ],
 )
-async def test_what_open_may_not_bring(brought: Callable[[], bytes], reason: str) -> None:
+async def test_invalid_preambles_in_open(brought: Callable[[], bytes], reason: str) -> None:
     async with a_gateway() as running:
         visit = await warm(running)
         await say(visit, Open(brought()))
@@ -186,7 +186,7 @@ async def test_data_before_open_ends_it() -> None:
         visit.wire.close()
 
 
-async def test_a_relay_that_is_silent_is_let_go() -> None:
+async def test_a_silent_warm_connection_is_closed() -> None:
     async with a_gateway(limits=GatewayLimits(warm_silence_s=0.05)) as running:
         visit = await warm(running)
         assert await visit.wire.recv() == b""
@@ -194,7 +194,7 @@ async def test_a_relay_that_is_silent_is_let_go() -> None:
         visit.wire.close()
 
 
-async def test_what_waits_is_bounded() -> None:
+async def test_the_number_of_warm_connections_is_limited() -> None:
     async with a_gateway(limits=GatewayLimits(max_warm=2)) as running:
         kept = [await warm(running) for _ in range(2)]
         third = await running.connect()
@@ -204,7 +204,7 @@ async def test_what_waits_is_bounded() -> None:
             visit.wire.close()
 
 
-async def test_draining_ends_what_waits_and_takes_no_more() -> None:
+async def test_draining_closes_warm_connections() -> None:
     async with a_gateway() as running:
         visit = await warm(running)
         late = await running.connect()
@@ -216,7 +216,7 @@ async def test_draining_ends_what_waits_and_takes_no_more() -> None:
         assert waiting(running) == 0
 
 
-async def test_the_limit_counts_streams_and_not_what_waits() -> None:
+async def test_warm_connections_do_not_count_as_streams() -> None:
     async with a_gateway(max_streams=1) as running:
         service = await running.service()
         first, second = await warm(running), await warm(running)

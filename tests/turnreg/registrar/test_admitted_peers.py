@@ -17,7 +17,7 @@ def test_each_stays_for_a_while_after_its_record() -> None:
     assert peers.addresses == {B}
 
 
-def test_one_that_is_back_stays() -> None:
+def test_an_address_that_returns_stays() -> None:
     peers = AdmittedPeers()
     peers.want(frozenset({A}), 10, 60)
     peers.want(frozenset(), 20, 60)

@@ -1,4 +1,4 @@
-"""What allocations are made with: TLS and whom it trusts, and one resumed session for the streams of a server."""
+"""TLS to TURN servers: certificate verification, and one resumed session for all streams of a server."""
 
 import asyncio
 import socket
@@ -71,7 +71,7 @@ async def test_control_and_data_over_tls(tls_server: RunningServer, ca: str) -> 
 @pytest.mark.needs("turnserver")
 @pytest.mark.interop
 async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, ca: str, tmp_path: Path) -> None:
-    """A round trip less for each; a server that was started anew knows it no more, and all begins again."""
+    """Each resumed handshake saves a round trip. A restarted server no longer has the session, and there is a full handshake."""
     pem = tmp_path / "server.pem"
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pem))
     stock = Coturn(certificate=pem)
@@ -91,7 +91,7 @@ async def test_streams_through_coturn_resume_one_session(authority: trustme.CA, 
         stock.close()
 
 
-async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: RunningServer, ca: str) -> None:
+async def test_a_failed_handshake_drops_the_session(tls_server: RunningServer, ca: str) -> None:
     dial = dialler(parsed(f"turns:127.0.0.1:{tls_server.port}?transport=tcp"), ca)
     wires = [await dial("127.0.0.1", tls_server.port, timeout_s=10)]
     with socket.create_server(("127.0.0.1", 0)) as rude:
@@ -113,7 +113,7 @@ async def test_a_server_that_shakes_no_hands_leaves_no_session(tls_server: Runni
         wire.close()
 
 
-async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: RunningServer, ca: str) -> None:
+async def test_a_certificate_that_does_not_verify_is_refused(tls_server: RunningServer, ca: str) -> None:
     port = tls_server.port
     for url, trusted in (
         (f"turns:127.0.0.1:{port}?transport=tcp", None),  # by the system's authorities
@@ -126,14 +126,14 @@ async def test_a_certificate_that_does_not_verify_is_no_server(tls_server: Runni
 
 
 @pytest.mark.parametrize("pem", ["", "nothing of the kind"])
-async def test_an_authority_that_is_none(pem: str) -> None:
+async def test_an_invalid_ca_file(pem: str) -> None:
     here = turn(RunningServer("127.0.0.1", 1), url="turns:127.0.0.1:1?transport=tcp")
     async with registrar(here, ca={"a": pem}) as ours:
         await ours.counts("registrations_total", reason="tls_failed")
         assert "the CA file" in ours.of()["last_error"]["detail"]
 
 
-async def test_tls_to_a_server_that_speaks_none() -> None:
+async def test_tls_to_a_server_without_tls() -> None:
     with embedded() as server:
         here = turn(RunningServer("127.0.0.1", server.port), url=f"turns:127.0.0.1:{server.port}?transport=tcp")
         async with registrar(here, timing=Timing(connect_s=1)) as ours:

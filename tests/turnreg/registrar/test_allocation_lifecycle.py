@@ -1,4 +1,4 @@
-"""One allocation's life: where a server may send us, how errors are named, how its end is found."""
+"""One allocation: redirects, reasons of errors, and how its end is detected."""
 
 import os
 import signal
@@ -102,7 +102,7 @@ CODES = {
 
 @pytest.mark.parametrize(("code", "reason"), CODES.items())
 async def test_every_refusal_has_its_reason_in_the_metrics_and_ends_with_an_allocation(code: int, reason: str) -> None:
-    """Twice refused, then not: the registration comes back by itself."""
+    """After two refusals the registration succeeds by itself."""
     challenge = "n1" if code == 438 else None
     refusals = [error(code, nonce=challenge)] * (8 if code == 438 else 2)
     async with registered({Method.ALLOCATE: [*refusals, good]}) as (_, ours):
@@ -124,7 +124,7 @@ def stock(*options: str, **fields: Any) -> Iterator[tuple[Coturn, RunningServer]
 
 @pytest.mark.interop
 @pytest.mark.needs("turnserver")
-async def test_a_stock_server_without_tcp_allocations() -> None:
+async def test_coturn_without_tcp_allocations() -> None:
     with stock("--no-tcp-relay") as (_, at):
         async with registrar(turn(at)) as ours:
             await eventually(lambda: ours.count("registrations_total", reason="unsupported_transport") > 1)
@@ -134,7 +134,7 @@ async def test_a_stock_server_without_tcp_allocations() -> None:
 
 @pytest.mark.interop
 @pytest.mark.needs("turnserver")
-async def test_a_stock_server_without_a_port_left() -> None:
+async def test_coturn_without_a_free_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with stock(relay_range=(port, port)) as (_, at):
@@ -149,7 +149,7 @@ async def test_a_stock_server_without_a_port_left() -> None:
 
 @pytest.mark.interop
 @pytest.mark.needs("turnserver")
-async def test_a_stock_server_without_the_family_that_is_wanted() -> None:
+async def test_coturn_without_the_requested_family() -> None:
     with stock() as (_, at):
         spec = TurnSpec(url=f"turn:{at.address}:{at.port}", relay_addresses=["fd00::7"], port_min=1024, port_max=65535)
         async with registrar(Record(kind=Kind.TURN, network="a", id="turn-1", revision=1, spec=spec)) as ours:
@@ -159,7 +159,7 @@ async def test_a_stock_server_without_the_family_that_is_wanted() -> None:
 
 @pytest.mark.interop
 @pytest.mark.needs("turnserver")
-async def test_a_stock_server_that_sends_us_to_another() -> None:
+async def test_coturn_that_redirects() -> None:
     with stock() as (target, _), stock(f"--alternate-server=127.0.0.1:{target.port}") as (_, at):
         async with registrar(turn(at), RELAYS) as ours:
             spec = await ours.publishes(ID)
@@ -171,8 +171,8 @@ async def test_a_stock_server_that_sends_us_to_another() -> None:
 
 @pytest.mark.interop
 @pytest.mark.needs("turnserver")
-async def test_a_stock_server_that_stands_still() -> None:
-    """Its kernel goes on to acknowledge what we send; only what it says itself tells that it lives."""
+async def test_coturn_that_hangs() -> None:
+    """Its kernel still acknowledges what we send; only an answer shows that the process is alive."""
     timing = Timing(keepalive_s=0.1, transaction_s=0.3, connect_s=1, close_s=0.1)
     with stock() as (server, at):
         async with registrar(turn(at), timing=timing) as ours:
@@ -196,14 +196,14 @@ NONSENSE: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize(("answer", "reason"), NONSENSE.values(), ids=NONSENSE.keys())
-async def test_nonsense_has_its_reason_too(answer: Answer, reason: str) -> None:
+async def test_invalid_answers_have_reasons_too(answer: Answer, reason: str) -> None:
     timing = Timing(transaction_s=0.2, close_s=0.2)
     async with registered({Method.ALLOCATE: [answer, good]}, timing=timing) as (_, ours):
         await ours.publishes(ID)
         assert ours.count("registrations_total", reason=reason) == 1
 
 
-async def test_a_reset_ends_the_allocation_and_another_one_is_had() -> None:
+async def test_a_reset_ends_the_allocation_and_a_new_one_is_made() -> None:
     async with registered() as (server, ours):
         await ours.publishes(ID)
         assert server.control is not None
@@ -221,7 +221,7 @@ async def test_the_same_failure_is_logged_once_a_minute(caplog: pytest.LogCaptur
         assert caplog.text.count("registration_failed") == 2
 
 
-async def test_silence_behind_a_good_beginning_is_found_by_keep_alive() -> None:
+async def test_keep_alive_detects_silence() -> None:
     timing = Timing(keepalive_s=0.1, transaction_s=0.1, close_s=0.1)
     async with registered(timing=timing) as (server, ours):
         await ours.publishes(ID)
@@ -235,7 +235,7 @@ async def test_silence_behind_a_good_beginning_is_found_by_keep_alive() -> None:
         await eventually(lambda: ours.count("registrations_total", reason="timeout") > 0)
 
 
-async def test_the_kernel_gives_a_control_connection_up_and_no_stream() -> None:
+async def test_tcp_user_timeout_ends_the_control_connection_but_no_stream() -> None:
     def user_timeout_ms(wire: SocketStream) -> int:
         return wire._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 

@@ -1,4 +1,4 @@
-"""The record names one port after the other, and is withdrawn once."""
+"""The record gets one port after the other, and is withdrawn once."""
 
 import logging
 

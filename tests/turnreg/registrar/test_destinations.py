@@ -1,4 +1,4 @@
-"""Where other networks' records of TURN servers lead a gateway: what is refused, how many, how often."""
+"""Addresses in TURN records of other networks: which are refused, how many, and how often they are tried."""
 
 import pytest
 

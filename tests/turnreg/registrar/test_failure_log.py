@@ -11,7 +11,7 @@ def said(log: FailureLog, reason: TurnReason, now: float, detail: str = "") -> b
     return admitted
 
 
-def test_the_same_again_once_a_minute_with_a_count() -> None:
+def test_a_repeated_failure_is_logged_once_a_minute_with_a_count() -> None:
     log = FailureLog()
     assert said(log, TurnReason.TIMEOUT, 10)
     assert not said(log, TurnReason.TIMEOUT, 11)
@@ -21,21 +21,21 @@ def test_the_same_again_once_a_minute_with_a_count() -> None:
     assert log.suppressed == 0
 
 
-def test_another_reason_at_once() -> None:
+def test_a_failure_with_another_reason_is_logged_at_once() -> None:
     log = FailureLog()
     assert said(log, TurnReason.TIMEOUT, 10)
     assert said(log, TurnReason.QUOTA, 11)
     assert said(log, TurnReason.TIMEOUT, 12)
 
 
-def test_a_refused_address_once_until_it_is_another() -> None:
+def test_a_refused_address_is_logged_once_until_it_changes() -> None:
     log = FailureLog()
     assert said(log, TurnReason.REFUSED_ADDRESS, 10, "192.0.2.1 is refused")
     assert not said(log, TurnReason.REFUSED_ADDRESS, 10 + 10 * LOG_AGAIN_S, "192.0.2.1 is refused")
     assert said(log, TurnReason.REFUSED_ADDRESS, 10 + 10 * LOG_AGAIN_S, "192.0.2.2 is refused")
 
 
-def test_the_same_after_a_success() -> None:
+def test_a_failure_after_a_success_is_logged_at_once() -> None:
     log = FailureLog()
     assert said(log, TurnReason.TIMEOUT, 10)
     log.succeeded()

@@ -68,7 +68,7 @@ async def test_permissions_follow_the_relays() -> None:
 
 
 async def test_a_relay_that_withdrew_is_admitted_for_a_while() -> None:
-    """It drains: clients whose resolver still names it come through it."""
+    """A draining relay: clients that cached its address still use it."""
     with turn_server("embedded") as server:
         async with registrar(turn(server), relay({"turn-1": ["127.0.0.2"]}), linger_s=1.0) as ours:
             spec = await ours.publishes(ID)
@@ -88,7 +88,7 @@ async def test_replicas_of_one_gateway() -> None:
             assert ours.count("allocations") == 2
 
 
-async def test_gateways_share_a_server_by_what_discovery_says_of_them() -> None:
+async def test_gateways_share_a_server_by_their_records() -> None:
     relays = relay({"turn-1": ["127.0.0.1"]})
     ids = sorted(("gw-1", "gw-2", "gw-3"), key=rank)
     mine = ids[1]
@@ -118,7 +118,7 @@ async def test_gateways_share_a_server_by_what_discovery_says_of_them() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 async def test_shares_add_up(count: int, replicas: int) -> None:
-    """Whoever sees all the others' records and asks, the shares of all are what is wanted, however many they are."""
+    """The shares of any number of gateways that all see each other's records add up to the number of replicas."""
     gateways = [f"gw-{number}" for number in range(count)]
     shares = []
     for gateway in gateways:
@@ -129,7 +129,7 @@ async def test_shares_add_up(count: int, replicas: int) -> None:
     assert max(shares) <= -(-replicas // count)
 
 
-async def test_only_where_we_are_asked_for() -> None:
+async def test_register_imported_needs_a_relay_that_asks_for_us() -> None:
     relays = relay({"turn-1": ["127.0.0.1"]})
     with turn_server("embedded") as server:
         async with registrar(turn(server), relays, register=Register.IMPORTED) as ours:
@@ -173,7 +173,7 @@ async def test_records_come_and_go() -> None:
 
 @COTURN.marks[0]  # type: ignore[index,untyped-decorator]
 @COTURN.marks[1]  # type: ignore[index,untyped-decorator]
-async def test_a_killed_and_restarted_server_has_us_again_and_the_other_never_lost_us() -> None:
+async def test_a_restarted_server_gets_a_new_allocation_and_the_other_one_keeps_its_own() -> None:
     stock = Coturn()
     try:
         stock.start()
@@ -200,7 +200,7 @@ async def test_a_killed_and_restarted_server_has_us_again_and_the_other_never_lo
         stock.close()
 
 
-async def test_default_backoff_is_quick_where_a_server_is_gone() -> None:
+async def test_default_backoff_is_quick_for_an_unreachable_server() -> None:
     retry = Retry()
     for failures in range(1, 100):
         assert 0 <= retry.pause_s(failures, TurnReason.CONNECT_FAILED) <= 4  # + 4 s to connect: within 10 s
@@ -247,7 +247,7 @@ async def test_handing_over_leaves_the_record_to_the_successor_and_keeps_streams
                 end.close()
 
 
-async def test_without_a_server_that_answers_it_is_settled_all_the_same() -> None:
+async def test_it_settles_without_a_server_that_answers() -> None:
     with turn_server("embedded") as server:
         record = turn(server)
     async with registrar(record) as ours:
@@ -255,7 +255,7 @@ async def test_without_a_server_that_answers_it_is_settled_all_the_same() -> Non
         assert ours.discovery.published == {}
 
 
-async def test_an_unexpected_error_hurts_one_registration_only(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_error_does_not_end_other_registrations(caplog: pytest.LogCaptureFixture) -> None:
     with turn_server("embedded") as server:
         async with registrar(turn(server)) as ours:
             await ours.publishes(ID)
@@ -268,7 +268,7 @@ async def test_an_unexpected_error_hurts_one_registration_only(caplog: pytest.Lo
             await ours.publishes(ID, "gw-1.a.turn-2")
 
 
-async def test_a_port_outside_the_record_is_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_port_outside_the_record_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with turn_server("embedded") as server:
         spec = TurnSpec(url=f"turn:127.0.0.1:{server.port}", relay_addresses=["127.0.0.1"], port_min=1, port_max=2)
         async with registrar(Record(kind=Kind.TURN, network="a", id="turn-1", revision=1, spec=spec)) as ours:
@@ -314,7 +314,7 @@ async def test_record_ids(parts: tuple[str, str, str], expected: str) -> None:
     assert record_id(*parts) == expected
 
 
-async def test_record_ids_are_apart_and_short() -> None:
+async def test_record_ids_are_unique_and_short() -> None:
     made = {
         record_id(*parts)
         for parts in [

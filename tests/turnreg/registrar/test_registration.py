@@ -47,7 +47,7 @@ async def test_wrong_then_right_credentials() -> None:
             await eventually(lambda: ours.registrar.status() == [])
 
 
-async def test_a_secret() -> None:
+async def test_rest_credentials_from_a_secret() -> None:
     with turn_server("embedded", secret="north") as server:
         async with registrar(turn(server), turn={"a": RestSecret(secret="north")}) as ours:
             await ours.publishes(ID)
@@ -64,7 +64,7 @@ async def test_issued_credentials() -> None:
 
 
 async def test_credentials_are_renewed_in_place_where_the_server_allows_it() -> None:
-    """The embedded server looks at the expiry at every refresh; two lives of the credentials cost the stream nothing."""
+    """The embedded server checks the expiry at every refresh. The stream survives two generations of credentials."""
     limits = Limits(default_lifetime_s=4, max_lifetime_s=4)
     relays = relay({"turn-1": ["127.0.0.1"]})
     with embedded(users={}, secrets=("north",), limits=limits) as server:
@@ -105,7 +105,7 @@ async def test_an_allocation_is_replaced_before_its_credentials_expire_where_the
             await eventually(lambda: not listens(("127.0.0.1", old.port)))  # now that its streams have ended
 
 
-async def test_no_more_than_some_are_retired() -> None:
+async def test_the_number_of_retired_allocations_is_limited() -> None:
     relays = relay({"turn-1": ["127.0.0.1"]})
     with turn_server("embedded") as server:
         async with registrar(turn(server), relays, overlap_s=60) as ours:
@@ -135,7 +135,7 @@ async def test_no_more_than_some_are_retired() -> None:
         ("turn:127.0.0.1:1?transport=tcp", ("127.0.0.0/8",), TurnReason.CONNECT_FAILED),
     ],
 )
-async def test_urls_that_lead_nowhere(url: str, allowed: tuple[str, ...], reason: TurnReason) -> None:
+async def test_unusable_urls(url: str, allowed: tuple[str, ...], reason: TurnReason) -> None:
     async with registrar(turn(RunningServer("127.0.0.1", 1), url=url), allowed=allowed) as ours:
         await eventually(lambda: ours.count("registrations_total", reason=reason) > 0)
         assert ours.count("registrations_total", reason="ok") == 0
@@ -162,7 +162,7 @@ async def test_a_name_is_resolved_anew_for_every_registration() -> None:
 
 
 async def test_a_change_that_is_undone_half_way_costs_no_new_allocation() -> None:
-    """The attempt that is under way when the old address is allowed again is given up for the allocation that is still there."""
+    """When the old address is allowed again, the attempt in progress is dropped, and the old allocation is used again."""
     look_up, under_way = asyncio.Event(), asyncio.Event()
 
     async def slow(host: str, port: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a registration does next, by what it holds, what is wanted and the time: without a server, a socket or a clock."""
+"""The decisions of a registration, without a server, a socket or a clock."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +48,7 @@ CONFIG = RegistrarConfig(
 
 @dataclass(eq=False)
 class Fake:
-    """An allocation that the test moves along."""
+    """An allocation whose state the test sets."""
 
     wanted: Wanted = WANTED
     ready: bool = False
@@ -78,7 +78,7 @@ class Fake:
 
 @dataclass
 class Played:
-    """A registration, and the hands that do what it says."""
+    """A registration whose actions are carried out by the test."""
 
     config: RegistrarConfig = CONFIG
     now: float = 1000.0
@@ -92,7 +92,7 @@ class Played:
         self.state: RegistrationState[Fake] = RegistrationState(self.config, may_keep=lambda _: self.keeps)
 
     def step(self, after_s: float = 0.0) -> list[str]:
-        """Do what the step says; return it by name."""
+        """Take a step, carry out its actions, and return their names."""
         self.now += after_s
         self.last = self.state.step(self.wanted, self.now)
         for action in self.last:
@@ -113,7 +113,7 @@ class Played:
         return None if due is None else due - self.now
 
     def ready(self, *, renew_at: float | None = None) -> Fake:
-        """Bring it to a current allocation that is published."""
+        """Step until there is a published current allocation."""
         assert self.step() == ["Begin"]
         coming = self.coming
         coming.ready, coming.steady_from, coming.renew_at = True, self.now, renew_at
@@ -160,7 +160,7 @@ def test_a_server_that_refuses_has_answered() -> None:
 
 
 @pytest.mark.parametrize(("lived_s", "failures"), [(STEADY_S - 1, 4), (STEADY_S, 1)])
-def test_a_lost_allocation_counts_by_how_long_it_lived(lived_s: float, failures: int) -> None:
+def test_a_loss_counts_as_a_repeated_failure_only_if_it_came_early(lived_s: float, failures: int) -> None:
     played = Played()
     current = played.ready()
     played.state.failures = 3
@@ -171,7 +171,7 @@ def test_a_lost_allocation_counts_by_how_long_it_lived(lived_s: float, failures:
     assert played.published is None
 
 
-def test_other_credentials_make_another_one_first() -> None:
+def test_new_credentials_make_a_new_allocation_first() -> None:
     played = Played()
     old = played.ready()
     played.wanted = CHANGED
@@ -186,7 +186,7 @@ def test_other_credentials_make_another_one_first() -> None:
     assert played.state.retired == [old]
 
 
-def test_what_was_on_its_way_for_an_earlier_wish_is_given_up() -> None:
+def test_a_coming_allocation_for_outdated_wishes_is_closed() -> None:
     played = Played()
     played.step()
     stale = played.coming
@@ -196,7 +196,7 @@ def test_what_was_on_its_way_for_an_earlier_wish_is_given_up() -> None:
     assert played.coming.wanted == CHANGED
 
 
-def test_another_server_under_the_same_record_is_not_named_by_the_old_port() -> None:
+def test_the_old_port_is_withdrawn_when_the_record_names_another_server() -> None:
     played = Played()
     played.ready()
     played.wanted = (MOVED, LOGIN, None)
@@ -228,7 +228,7 @@ def test_a_change_that_is_undone_takes_the_retired_one_back(on_its_way: bool) ->
 
 
 @pytest.mark.parametrize("spoilt", ["outdated", "over", "refused"])
-def test_a_retired_one_that_is_no_good_is_not_taken_back(spoilt: str) -> None:
+def test_an_unusable_retired_allocation_is_not_taken_back(spoilt: str) -> None:
     played = Played()
     old = played.ready()
     old.streams = 1
@@ -325,7 +325,7 @@ def test_an_allocation_outlives_its_servers_record_for_a_while() -> None:
     assert played.state.held == [current]  # to be closed
 
 
-def test_a_part_that_others_have_taken_ends_with_its_streams() -> None:
+def test_after_others_took_over_the_allocation_ends_with_its_streams() -> None:
     played = Played()
     current = played.ready()
     current.streams = 1
@@ -338,7 +338,7 @@ def test_a_part_that_others_have_taken_ends_with_its_streams() -> None:
     assert played.state.state is State.OVER
 
 
-def test_a_record_that_came_back_and_went_to_others_leaves_no_clock_behind() -> None:
+def test_lingering_is_reset_when_the_record_returns() -> None:
     played = Played()
     played.ready().streams = 1
     played.wanted = None
@@ -349,7 +349,7 @@ def test_a_record_that_came_back_and_went_to_others_leaves_no_clock_behind() -> 
     assert played.due_s() == RETIRED_POLL_S
 
 
-def test_draining_keeps_what_there_is_until_the_end() -> None:
+def test_draining_keeps_allocations_until_the_end() -> None:
     played = Played()
     current = played.ready()
     played.state.draining = True
@@ -361,7 +361,7 @@ def test_draining_keeps_what_there_is_until_the_end() -> None:
     assert played.state.state is State.OVER
 
 
-def test_draining_gives_up_what_is_on_its_way() -> None:
+def test_draining_closes_the_coming_allocation() -> None:
     played = Played()
     played.step()
     coming = played.coming
@@ -384,7 +384,7 @@ EVENTS = ("ready", "lost", "refused", "outdated", "streams", "no streams", "want
 
 
 @given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 7), st.floats(0, 100)), max_size=40))
-def test_whatever_happens_nothing_is_lost_from_sight(events: list[tuple[str, int, float]]) -> None:
+def test_no_allocation_is_ever_leaked(events: list[tuple[str, int, float]]) -> None:
     """Every allocation is held or has ended, the record names the current one or nothing, and the end is reached."""
     played = Played()
     wishes: dict[str, Wanted | None] = {"want": WANTED, "want other": CHANGED, "want none": None, "release": None}

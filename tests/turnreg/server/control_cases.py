@@ -35,7 +35,7 @@ def unknown_user(server: Server) -> object:
 
 
 def stale_nonce(server: Server) -> object:
-    """The nonce expires on a living allocation; a retry with the new one works."""
+    """The nonce of an existing allocation expires; a retry with the new one works."""
     with Client(server) as client:
         client.allocate()
         first, codes = client.nonce, [0]
@@ -49,7 +49,7 @@ def stale_nonce(server: Server) -> object:
 
 
 def rest_name_that_ends(server: Server) -> object:
-    """Refresh and CreatePermission after its end; then a Refresh with a new name of the same user."""
+    """Refresh and CreatePermission after its expiry; then a Refresh with a new name of the same user."""
     user, password = rest_credentials("north", "gw", time.time() + 2.9)
     with Client(server, user=user, password=password) as client:
         client.allocate()
@@ -139,7 +139,7 @@ def refresh_without_allocation(server: Server) -> object:
 
 
 def quota(server: Server) -> object:
-    """Two are allowed: the third is refused, signed; a place is free again once a client has gone."""
+    """Two are allowed. The third is refused with a signed answer; a place is free again once a client has gone."""
     with Client(server) as first, Client(server) as second, Client(server) as third:
         first.allocate()
         second.allocate()
@@ -160,7 +160,7 @@ def quota(server: Server) -> object:
 
 
 def refresh_zero(server: Server) -> object:
-    """It is answered, then the stream is cut, the port closed and the control connection ended."""
+    """It is answered; then the stream is reset, the port closed and the control connection ended."""
     with stream(server) as (peer, data, client):
         answer = client.refresh(0)
         return (
@@ -219,7 +219,7 @@ def loopback_spelt(address: str) -> Callable[[Server], object]:
 
 
 def peer_without_permission(server: Server) -> object:
-    """It is reset, and the client hears of the permitted one only."""
+    """It is reset, and only the permitted peer is announced to the client."""
     with control(server) as client:
         try:
             stranger = connect(client.relayed, source="127.0.0.2")
@@ -233,7 +233,7 @@ def peer_without_permission(server: Server) -> object:
 
 
 def expired_permission(server: Server) -> object:
-    """Running streams go on, new peers are reset."""
+    """Existing streams continue, new peers are reset."""
     with stream(server) as (peer, data, client):
         deadline = time.monotonic() + 10
         refused = False

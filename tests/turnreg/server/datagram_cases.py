@@ -47,7 +47,7 @@ def over_udp(server: Server) -> object:
 
 
 def channel_numbers(server: Server) -> object:
-    """Out of range at either end, of another peer, and a second one for the peer."""
+    """Out of range at either end, bound to another peer, and a second channel for the peer."""
     with udp(server) as (client, _, name):
         other = (name[0], 9)
         return [
@@ -57,7 +57,7 @@ def channel_numbers(server: Server) -> object:
 
 
 def without_permission(server: Server) -> object:
-    """Nothing goes either way, and the client goes on."""
+    """Nothing is relayed in either direction, and the client can continue."""
     with udp(server) as (client, peer, name):
         client.send_indication(name, b"?")
         peer.sendto(b"?", client.relayed)
@@ -101,7 +101,7 @@ def refresh_zero_over_udp(server: Server) -> object:
 
 
 def challenge_size(server: Server) -> object:
-    """How many times the shortest Allocate its 401 is, over UDP."""
+    """The length of a 401 over UDP, relative to that of the shortest Allocate."""
     with DatagramClient(server) as client:
         request = client.allocate_request(TRANSPORT_UDP).pack()
         client.send(request)
@@ -113,7 +113,7 @@ def connect_request(client: Client, peer: tuple[str, int]) -> Message:
 
 
 def active_connect(server: Server) -> object:
-    """From the relayed address, without a permission; a second one to the same peer is 446, nobody there is 447."""
+    """From the relayed address, without a permission. A second one to the same peer gets 446, one that is refused 447."""
     with Client(server) as client, socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         client.allocate()
@@ -128,7 +128,7 @@ def active_connect(server: Server) -> object:
 
 
 def connect_beside_peers(server: Server) -> object:
-    """Peers still come by themselves to an allocation that has connected to one."""
+    """Peers can still connect to an allocation that has connected to one."""
     with Client(server) as client, socket.create_server(("127.0.0.1", 0)) as listener:
         client.allocate()
         client.permit("127.0.0.1")

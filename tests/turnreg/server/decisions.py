@@ -32,7 +32,7 @@ RELAYED = ("10.0.0.7", 50_000)
 
 
 def reply_of(outcome: Outcome) -> Reply:
-    """What is sent at once, whatever else is to be done."""
+    """Return the answer of any outcome that has one."""
     match outcome:
         case Reply():
             return outcome
@@ -44,7 +44,7 @@ def reply_of(outcome: Outcome) -> Reply:
 
 
 class Server:
-    """The decisions of a server, and a client that signs for it."""
+    """A server without sockets, and a client that signs requests for it."""
 
     def __init__(
         self, *, families: tuple[int, ...] = (FAMILY_IPV4,), allowed_peers: tuple[str, ...] = (), **limits: float
@@ -84,7 +84,7 @@ class Server:
         return self.transactions.respond(at, message, now=now, unix_now=UNIX)
 
     def answer(self, message: Message, *, user: str = "u", password: str = "p", at: FiveTuple = TUPLE) -> Message:
-        """The answer to a request that is signed here; it must be signed too."""
+        """Sign a request and return the answer, which must be signed too."""
         reply = reply_of(self.respond(self.sign(message, user, password), at=at))
         answer = Message.parse(reply.answer)
         assert answer.verify_integrity(long_term_key(user, "lab", password))

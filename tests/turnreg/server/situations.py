@@ -1,4 +1,4 @@
-"""States that the cases of the behaviour table begin in."""
+"""Initial states for the cases of the behaviour table."""
 
 import socket
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def stream(server: Server) -> Iterator[tuple[socket.socket, socket.socket, Clien
 
 
 def sees_reset(peer: socket.socket) -> bool:
-    """Whether a peer that was connected is reset. A FIN, or silence, is no."""
+    """Tell whether a connected peer is reset. False for a FIN or silence."""
     try:
         return peer.recv(1) == b"?"
     except ConnectionResetError:

@@ -97,7 +97,7 @@ def dribbled(server: Server) -> object:
 
 
 def pipelined_behind_bind(server: Server) -> object:
-    """What the client sends together with its ConnectionBind."""
+    """Bytes that the client sends together with its ConnectionBind."""
     with control(server) as client, connect(client.relayed) as peer:
         attempt = client.attempt()
         with client.open_data() as data:
@@ -176,7 +176,7 @@ def backpressure(server: Server) -> object:
 
 
 def failed_bind(spoil: Callable[[Client, bytes], Message]) -> Callable[[Server], object]:
-    """A bind that cannot work, then a good one on a new connection: what each of them sees."""
+    """A bind that must fail, then a good one on a new connection; returns the results of both."""
 
     def run(server: Server) -> object:
         with control(server) as client, connect(client.relayed) as peer:
@@ -232,7 +232,7 @@ def bind_of_unknown_id(server: Server) -> object:
 
 
 def second_bind(server: Server) -> object:
-    """Of an id that is bound already: it fails, and the stream goes on."""
+    """A second bind of the same id fails, and the stream continues."""
     with control(server) as client, connect(client.relayed) as peer:
         attempt = client.attempt()
         with client.bind(attempt) as data, client.open_data() as again:
@@ -255,7 +255,7 @@ def bind_on_control(server: Server) -> object:
 
 
 def many_at_once(server: Server) -> object:
-    """A hundred peers from one address, bound in reverse, each stream its own."""
+    """A hundred peers from one address, bound in reverse order; each stream goes to its own peer."""
     with control(server) as client:
         peers = {peer.getsockname(): peer for peer in (connect(client.relayed) for _ in range(100))}
         attempts = [client.attempt() for _ in peers]

@@ -1,4 +1,4 @@
-"""What an Allocate asks for is read once, and refused for the first reason in the order of RFC 8656, section 7.2."""
+"""Parsing an Allocate, and the first reason to refuse it in the order of RFC 8656, section 7.2."""
 
 import pytest
 

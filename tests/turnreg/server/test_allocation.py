@@ -1,4 +1,4 @@
-"""What the server remembers: permissions, quotas, waiting peers."""
+"""The state of the server: permissions, quotas, waiting peers."""
 
 import itertools
 from collections.abc import Callable

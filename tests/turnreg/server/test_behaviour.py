@@ -20,7 +20,7 @@ from turnreg.stun.message import FAMILY_IPV6, TRANSPORT_UDP, Attribute, MessageC
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is run and what is seen. `coturn_options` and `embedded_options` bring both servers into the same state."""
+    """A case and its expected results. `coturn_options` and `embedded_options` bring both servers into the same state."""
 
     run: Callable[[Server], object]
     coturn: object
@@ -31,7 +31,7 @@ class Case:
 
 
 class Either:
-    """What depends on who is quicker: any of these."""
+    """Equal to any of these, where the result depends on timing."""
 
     def __init__(self, *outcomes: object) -> None:
         self.outcomes = outcomes

@@ -1,4 +1,4 @@
-"""Settings that contradict each other are refused with words."""
+"""Settings that contradict each other are refused with a clear error."""
 
 from typing import Any
 

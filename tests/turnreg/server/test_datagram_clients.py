@@ -115,7 +115,7 @@ class TestRelaying:
             client.allocate(client.allocate_request(TRANSPORT_UDP))
             assert wait_until(lambda: running.metric("crossnet_turn_allocations") == 0)
 
-    def test_refreshed_in_time_it_lives_on(self, over: str) -> None:
+    def test_it_stays_if_refreshed_in_time(self, over: str) -> None:
         limits = Limits(default_lifetime_s=1.0, max_lifetime_s=5.0)
         with server(limits=limits) as running, client_of(running, over) as client, peer_socket() as peer:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
@@ -218,7 +218,7 @@ class TestOverUdp:
             assert code(client.ask(client.bare(Method.BINDING), sign=False)) == 0
 
     def test_a_stranger_is_answered_up_to_a_rate(self) -> None:
-        """So that nobody can be flooded in his name; others are answered all the same, and so is who has the nonce."""
+        """A forged source address must not be flooded. Other clients are still answered, and so is a client with the nonce."""
         with server() as running, DatagramClient(running.udp) as client:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
             for _ in range(int(ANSWER_BURST) * 3):
@@ -246,7 +246,7 @@ class TestOverUdp:
                 sock.bind(address)
 
     def test_a_client_that_does_not_read_costs_datagrams_and_no_memory(self) -> None:
-        """Over a stream: what the kernel's buffers do not hold is dropped, and what was taken arrives whole."""
+        """Over a stream: datagrams that do not fit into the kernel's buffers are dropped; the others arrive whole."""
         with server() as running, Client((running.address, running.port)) as client, peer_socket() as peer:
             relayed = client.allocate(client.allocate_request(TRANSPORT_UDP))
             client.permit("127.0.0.1")

@@ -1,4 +1,4 @@
-"""UDP allocations, channels, Send, the active Connect, whose addresses are refused: decided without a socket."""
+"""Decisions about UDP allocations, channels, Send, the active Connect and refused addresses, without a socket."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ OVER_UDP = FiveTuple(("192.0.2.1", 1111), ("192.0.2.2", 3478), TRANSPORT_UDP)
 
 
 def server(*, allowed_peers: tuple[str, ...] = (), limits: dict[str, Any] | None = None, **options: Any) -> Server:
-    """A server that does what it has to be told to do, unless told otherwise."""
+    """A server with UDP allocations and the active Connect enabled, unless options say otherwise."""
     made = Server(families=(FAMILY_IPV4, FAMILY_IPV6), **(limits or {}))
     made.transactions = Transactions(
         authenticator=made.authenticator,
@@ -116,7 +116,7 @@ class TestAllocate:
             {Attribute.RESERVATION_TOKEN: b"12345678", Attribute.REQUESTED_ADDRESS_FAMILY: b"\1\0\0\0"},
         ],
     )
-    def test_what_does_not_go_together(self, attributes: dict[int, bytes]) -> None:
+    def test_contradicting_attributes(self, attributes: dict[int, bytes]) -> None:
         on = server()
         request = on.allocate_request(TRANSPORT_UDP)
         for kind, value in attributes.items():
@@ -148,7 +148,7 @@ class TestStrangers:
             assert len(step.answer) <= times * len(request.pack())
             assert Message.parse(step.answer).get(Attribute.SOFTWARE) is None
 
-    def test_who_has_shown_the_nonce_is_no_stranger(self) -> None:
+    def test_a_client_with_the_nonce_is_not_rate_limited(self) -> None:
         on = server()
         step = on.respond(on.sign(on.request(Method.REFRESH)), at=OVER_UDP)
         assert isinstance(step, Reply)
@@ -336,7 +336,7 @@ class TestForbiddenPeers:
             connect = on.request(Method.CONNECT).with_xor_address(Attribute.XOR_PEER_ADDRESS, (address, 80))
             assert on.code(connect) == 403
 
-    def test_others_behind_nat64_are_as_good_as_any(self) -> None:
+    def test_other_addresses_behind_nat64_are_allowed(self) -> None:
         on = server()
         request = on.allocate_request(TRANSPORT_UDP).with_first_byte(Attribute.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV6)
         on.allocate(request)
@@ -347,8 +347,8 @@ class TestForbiddenPeers:
         udp_allocation(on)
         assert on.code(on.permission(OURS), at=OVER_UDP) == 0
 
-    def test_our_own_may_come_to_us(self) -> None:
-        """A relay may run on the TURN server's host; nothing is ever sent to it of our own."""
+    def test_our_own_addresses_may_connect_to_us(self) -> None:
+        """A relay may run on the TURN server's host; we never connect to it."""
         on = server(active_connect=False)
         on.allocate()
         assert on.code(on.permission(OURS)) == 0
@@ -361,8 +361,8 @@ def test_time_of_credentials_counts_for_udp_too() -> None:
     assert step.refusal is Refusal.STALE_NONCE
 
 
-def test_nothing_is_advertised_that_is_not_there() -> None:
-    """No security bits in the nonce (RFC 8489, section 9.2), no PASSWORD-ALGORITHMS; SHA-256 alone is no signature to us."""
+def test_unsupported_features_are_not_advertised() -> None:
+    """No security bits in the nonce (RFC 8489, section 9.2), no PASSWORD-ALGORITHMS; SHA-256 alone is not a valid signature."""
     on = server()
     request = on.allocate_request().with_bytes(Attribute.MESSAGE_INTEGRITY_SHA256, bytes(32))
     step = on.respond(Message.parse(request.pack()))

@@ -1,4 +1,4 @@
-"""STUN messages out of a stream, however it is cut."""
+"""Reading STUN messages from a stream that arrives in any pieces."""
 
 import pytest
 from hypothesis import given
@@ -53,7 +53,7 @@ def test_what_follows_a_message_is_left_alone() -> None:
 @pytest.mark.parametrize(
     "start", [b"G", b"\x16\x03\x01\x02\x00\x01\x00\x01", bytes.fromhex("0001ffff"), bytes.fromhex("0003000021120000")]
 )
-def test_what_is_no_stun_is_refused_before_more_is_waited_for(start: bytes) -> None:
+def test_bytes_that_are_not_stun_are_refused_at_once(start: bytes) -> None:
     reader = MessageReader()
     reader.feed(start)
     with pytest.raises(StunError):
@@ -105,7 +105,7 @@ def test_a_stream_without_datagrams_takes_none() -> None:
 
 
 @pytest.mark.parametrize("packet", [b"", b"\x40", b"\x40\0\0", b"\x40\0\0\5abcd", b"\x80\0\0\0", b"\x3f\xff\0\0"])
-def test_what_is_no_channel_data(packet: bytes) -> None:
+def test_invalid_channel_data(packet: bytes) -> None:
     with pytest.raises(StunError):
         parse_channel_data(packet)
 

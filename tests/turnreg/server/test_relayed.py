@@ -1,4 +1,4 @@
-"""The active Connect, pace, NAT, TLS, drain: what may be switched on, with real sockets."""
+"""The active Connect, pace, NAT, TLS and drain, over real sockets."""
 
 import shutil
 import socket
@@ -56,7 +56,7 @@ class TestConnect:
             assert wait_until(lambda: server.metric("crossnet_turn_connections", state="bound") == 0)
             assert code(client.ask(request)) == 0  # the first is over
 
-    def test_who_is_not_there(self) -> None:
+    def test_a_peer_that_refuses(self) -> None:
         with embedded(active_connect=True) as server, Client(at(server)) as client:
             client.allocate()
             with socket.socket() as closed:
@@ -68,7 +68,7 @@ class TestConnect:
                 assert code(client.ask(request)) == 447
             assert server.metric("crossnet_turn_refusals_total", reason="connect_failed") == 2
 
-    def test_who_does_not_answer(self) -> None:
+    def test_a_peer_that_does_not_answer(self) -> None:
         with (
             embedded(active_connect=True, limits=Limits(connect_timeout_s=0.2)) as server,
             Client(at(server)) as client,
@@ -106,7 +106,7 @@ class TestPace:
 
 
 class TestNat:
-    def test_the_address_outside_is_what_clients_are_told(self) -> None:
+    def test_clients_get_the_advertised_address(self) -> None:
         with embedded(advertised={"127.0.0.1": "203.0.113.7"}) as server, Client(at(server)) as client:
             address, port = client.allocate()
             assert address == "203.0.113.7"
@@ -114,7 +114,7 @@ class TestNat:
             with connect(("127.0.0.1", port)):
                 assert client.attempt().xor_address(Attribute.XOR_PEER_ADDRESS) is not None
 
-    def test_the_address_outside_is_ours(self) -> None:
+    def test_the_advertised_address_counts_as_our_own(self) -> None:
         options: dict[str, Any] = {"advertised": {"127.0.0.1": "203.0.113.7"}, "udp_allocations": True}
         with embedded(**options) as server, Client(at(server)) as client:
             client.allocate(client.allocate_request(17))
@@ -123,7 +123,7 @@ class TestNat:
 
 
 class TlsClient(Client):
-    """Over TLS, blocking as the other."""
+    """A blocking client over TLS."""
 
     def __init__(self, server: tuple[str, int], **more: Any) -> None:
         super().__init__(server, **more)
@@ -168,7 +168,7 @@ class TestTls:
                 data.sock.unwrap()  # close_notify: an end, where a bare FIN would be a cut
                 assert read_all(peer) == (up, "fin")
 
-    def test_control_by_tls_and_data_in_the_open(self, tmp_path: Path) -> None:
+    def test_control_over_tls_and_data_over_tcp(self, tmp_path: Path) -> None:
         with embedded(**self.options(tmp_path)) as server, TlsClient(server.tls) as client:
             client.allocate()
             client.permit("127.0.0.1")
@@ -178,7 +178,7 @@ class TestTls:
                 peer.sendall(b"hello")
                 assert data.sock.recv(10) == b"hello"
 
-    def test_what_is_no_tls(self, tmp_path: Path) -> None:
+    def test_a_client_without_tls(self, tmp_path: Path) -> None:
         with embedded(**self.options(tmp_path)) as server, Client(server.tls) as client:
             client.send(client.bare(Method.BINDING).pack())
             assert read_all(client.sock)[1] != "silence"
@@ -201,7 +201,7 @@ class TestTls:
         with embedded(**self.options(tmp_path)) as server, pytest.raises(ssl.SSLError):
             context.wrap_socket(connect(server.tls))
 
-    def test_a_new_certificate_is_taken_up(self, tmp_path: Path) -> None:
+    def test_a_new_certificate_is_used(self, tmp_path: Path) -> None:
         with embedded(certificate_poll_s=0.05, **self.options(tmp_path)) as server, TlsClient(server.tls) as client:
             first = client.tls.getpeercert(binary_form=True)
             (tmp_path / "next").mkdir()
@@ -217,7 +217,7 @@ class TestTls:
 
 
 class TestDrain:
-    def test_no_new_allocations_but_what_is_there_goes_on(self) -> None:
+    def test_no_new_allocations_but_existing_ones_keep_working(self) -> None:
         with embedded() as server, Client(at(server)) as client, Client(at(server)) as late:
             client.allocate()
             client.permit("127.0.0.1")

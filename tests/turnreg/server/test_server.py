@@ -1,4 +1,4 @@
-"""What is the embedded server's own: bounds, ports, families, metrics, logs, its end. With real sockets."""
+"""The embedded server over real sockets: limits, ports, families, and its end."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ def at(server: Embedded) -> tuple[str, int]:
 
 
 class TestStrangers:
-    def test_who_shows_no_credentials_is_dismissed(self) -> None:
+    def test_a_client_without_credentials_is_disconnected(self) -> None:
         with embedded(unauthenticated_timeout_s=0.2) as server, Client(at(server)) as idle, Client(at(server)) as busy:
             assert [code(busy.ask(busy.bare(Method.BINDING), sign=False)) for _ in range(3)] == [0, 0, 0]
             assert read_all(idle.sock) == (b"", "fin")
             assert wait_until(lambda: server.metric("crossnet_turn_refusals_total", reason="too_slow") == 2)
             assert wait_until(lambda: server.metric("crossnet_turn_connections", state="unauthenticated") == 0)
 
-    def test_who_has_an_allocation_stays(self) -> None:
+    def test_a_client_with_an_allocation_stays(self) -> None:
         with (
             embedded(unauthenticated_timeout_s=0.2) as server,
             Client(at(server)) as client,
@@ -43,7 +43,7 @@ class TestStrangers:
             assert read_all(idle.sock) == (b"", "fin")
             assert code(client.refresh(600)) == 0
 
-    def test_who_has_a_stream_stays(self) -> None:
+    def test_a_client_with_a_stream_stays(self) -> None:
         with embedded(unauthenticated_timeout_s=0.2) as server, Client(at(server)) as client:
             client.allocate()
             client.permit("127.0.0.1")
@@ -52,7 +52,7 @@ class TestStrangers:
                 peer.sendall(b"hello")
                 assert data.sock.recv(10) == b"hello"
 
-    def test_the_oldest_goes_when_it_is_crowded(self) -> None:
+    def test_the_oldest_is_closed_when_there_are_too_many(self) -> None:
         with embedded(max_unauthenticated=2) as server, Client(at(server)) as first, Client(at(server)) as second:
             assert code(first.ask(first.bare(Method.BINDING), sign=False)) == 0
             assert code(second.ask(second.bare(Method.BINDING), sign=False)) == 0
@@ -65,19 +65,19 @@ class TestStrangers:
     @pytest.mark.parametrize(
         "data", [b"GET / HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\0\1\xff\xff"]
     )
-    def test_who_speaks_something_else_is_dismissed(self, data: bytes) -> None:
+    def test_a_client_of_another_protocol_is_disconnected(self, data: bytes) -> None:
         with embedded() as server, Client(at(server)) as client:
             client.send(data)
             assert read_all(client.sock)[0] == b""
             assert server.metric("crossnet_turn_refusals_total", reason="not_stun") == 1
 
-    def test_who_guesses_passwords_is_dismissed(self) -> None:
+    def test_a_client_that_guesses_passwords_is_disconnected(self) -> None:
         with embedded() as server, Client(at(server), password="wrong") as client:
             answers = [client.ask(client.allocate_request()) for _ in range(MAX_REFUSALS)]
             assert {code(answer) for answer in answers} == {401}
             assert read_all(client.sock) == (b"", "fin")
 
-    def test_who_does_not_read_is_dismissed(self) -> None:
+    def test_a_client_that_does_not_read_is_disconnected(self) -> None:
         with embedded(send_timeout_s=0.2) as server:
             # One of the usual size takes tens of thousands of answers to fill: on a busy machine longer than the client waits.
             server.server._listening.tcp[0]._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -94,7 +94,7 @@ class TestStrangers:
 
 
 class TestFloods:
-    """Nobody is answered later because somebody else asks more, and whoever asks far too much is cut with a reason."""
+    """A client that sends too many requests delays no other client, and is disconnected with a reason."""
 
     BINDING = Message(Method.BINDING, MessageClass.REQUEST, bytes(12)).pack()
 
@@ -125,7 +125,7 @@ class TestFloods:
             assert until_refused(relayed)
 
     def test_payload_is_not_counted(self) -> None:
-        """What a client sends to its peers has no limit but the pace of its account."""
+        """Payload to peers is limited only by the pace of the account."""
         with (
             embedded(udp_allocations=True) as server,
             Client(at(server)) as client,
@@ -140,8 +140,8 @@ class TestFloods:
                 assert peer.recv(100) == b"%d" % number
             assert code(client.refresh(600)) == 0
 
-    def test_the_time_limit_holds_beside_a_flood(self) -> None:
-        """A connection that is fed all the time, at a rate that it may have, is still dismissed."""
+    def test_the_time_limit_holds_for_a_client_that_keeps_sending(self) -> None:
+        """A client that keeps sending at an allowed rate is still disconnected."""
         with embedded(unauthenticated_timeout_s=0.5) as server, Client(at(server)) as client:
             ended = False
             try:
@@ -159,7 +159,7 @@ class TestFloods:
                 "crossnet_turn_refusals_total", reason="flood"
             )
 
-    def test_datagrams_of_a_flood_keep_no_connection_waiting(self) -> None:
+    def test_a_flood_of_datagrams_does_not_delay_connections(self) -> None:
         with embedded(listen_udp=(("127.0.0.1", 0),)) as server, Client(at(server)) as client:
             stop = threading.Event()
 
@@ -181,7 +181,7 @@ class TestFloods:
 
 
 class TestPeers:
-    def test_who_is_not_bound_in_time_is_reset(self) -> None:
+    def test_a_peer_that_is_not_bound_in_time_is_reset(self) -> None:
         with embedded(limits=Limits(bind_timeout_s=0.2)) as server, Client(at(server)) as client:
             client.allocate()
             client.permit("127.0.0.1")
@@ -195,7 +195,7 @@ class TestPeers:
                 assert code(data.ask(data.bind_request(attempt.get(Attribute.CONNECTION_ID) or b""))) == 400
 
     def test_the_oldest_goes_when_too_many_wait(self) -> None:
-        """So that somebody who only connects, behind the relay's NAT, does not keep the relay out."""
+        """A stranger behind the relay's NAT that only connects must not keep the relay out."""
         with embedded(limits=Limits(max_unbound_per_allocation=2)) as server, Client(at(server)) as client:
             client.allocate()
             client.permit("127.0.0.1")
@@ -226,7 +226,7 @@ class TestPeers:
             assert code(client.permit(permitted)) == 403
 
     def test_bulk_both_ways_at_once(self) -> None:
-        """More than any buffer holds, so that both directions are spliced and pause for each other."""
+        """More than any buffer holds, so that both directions are spliced and have to pause."""
         up, down = noise(24_000_000), noise(24_000_000)
         got: dict[str, str] = {}
 
@@ -310,7 +310,7 @@ class TestFamilies:
 
 
 class TestRest:
-    def test_while_the_name_lasts(self) -> None:
+    def test_a_valid_rest_name(self) -> None:
         username, password = rest_credentials("north", "gw", time.time() + 60)
         with (
             embedded(users={}, secrets=("south", "north")) as server,
@@ -323,7 +323,7 @@ class TestRest:
             client.user, client.password = rest_credentials("south", "gw", time.time() + 90)
             assert code(client.refresh(600)) == 0
 
-    def test_when_it_has_ended(self) -> None:
+    def test_an_expired_rest_name(self) -> None:
         username, password = rest_credentials("north", "gw", time.time() - 1)
         with (
             embedded(users={}, secrets=("north",)) as server,
@@ -363,7 +363,7 @@ class TestEnd:
             await TurnServer.open(config)
 
     @pytest.mark.anyio
-    async def test_an_address_that_cannot_be_had(self) -> None:
+    async def test_an_address_that_is_in_use(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as busy:
             config = TurnServerConfig(
                 listen=(("127.0.0.1", 0), busy.getsockname()),

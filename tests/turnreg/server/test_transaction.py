@@ -164,7 +164,7 @@ class TestAllocate:
             (Attribute.LIFETIME, b"", 400),
         ],
     )
-    def test_what_it_must_not_ask(self, attribute: Attribute, value: bytes, code: int) -> None:
+    def test_invalid_allocate_requests(self, attribute: Attribute, value: bytes, code: int) -> None:
         server = Server()
         request = server.allocate_request().with_bytes(attribute, value)
         assert server.code(request) == code
@@ -224,7 +224,7 @@ class TestAllocationNeeded:
         assert reply_of(step).refusal is Refusal.NO_ALLOCATION
 
     @pytest.mark.parametrize("method", [Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND, Method.CONNECT])
-    def test_it_is_somebody_elses(self, method: Method) -> None:
+    def test_it_belongs_to_another_account(self, method: Method) -> None:
         server = Server()
         server.allocate()
         assert server.code(server.request(method), user="v", password="q") == 441
@@ -252,7 +252,7 @@ class TestRefresh:
         server.allocate()
         assert server.answer(server.request(Method.REFRESH)).number(Attribute.LIFETIME) == 600
 
-    def test_gives_back(self) -> None:
+    def test_deletes_the_allocation(self) -> None:
         server = Server()
         allocation, _ = server.allocate()
         request = server.request(Method.REFRESH).with_number(Attribute.LIFETIME, 0)
@@ -425,7 +425,7 @@ ATTRIBUTES = st.lists(
 def test_no_request_breaks_it(
     method: Method, attributes: list[tuple[Attribute, bytes]], allocated: bool, fingerprint: bool
 ) -> None:
-    """Signed garbage: it is answered, by a success or by one of our errors, and the answer can be read."""
+    """A signed request with random attributes gets a success or one of our errors, and the answer can be parsed."""
     server = Server()
     if allocated:
         server.allocate()

@@ -1,4 +1,4 @@
-"""Connections without credentials: bounded, and a flood crowds out itself."""
+"""Connections without credentials are limited, and a flood displaces only itself."""
 
 from hypothesis import given
 from hypothesis import strategies as st

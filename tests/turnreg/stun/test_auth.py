@@ -180,7 +180,7 @@ class TestCheck:
         assert {(v.code, v.phrase) for v in verdicts if isinstance(v, Refused)} == {(401, "Unauthorized")}
         assert len([v for v in verdicts if isinstance(v, Refused)]) == 6
 
-    def test_who_has_the_secret_hears_by_how_much_its_name_has_expired(self) -> None:
+    def test_only_the_holder_of_the_secret_is_told_how_long_ago_its_name_expired(self) -> None:
         server = authenticator()
         expired = rest_credentials("north", "gw", NOW - 90)
         verdict = server.check(request(*expired, server.nonce(CLIENT, NOW)), CLIENT, NOW)
@@ -209,7 +209,7 @@ class TestCheck:
             (Method.CONNECTION_BIND, None, True),
         ],
     )
-    def test_a_rest_name_that_ended_gets_nothing_more(
+    def test_an_expired_rest_name_cannot_allocate_or_extend(
         self, method: Method, lifetime_s: int | None, accepted: bool
     ) -> None:
         server = authenticator()

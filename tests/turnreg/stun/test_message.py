@@ -203,7 +203,7 @@ class TestStructure:
         with pytest.raises(StunError, match="not the last"):
             Message.parse(bytes(data))
 
-    def test_nothing_behind_the_signature_counts(self) -> None:
+    def test_attributes_after_message_integrity_are_ignored(self) -> None:
         signed = request().with_text(Attribute.USERNAME, "u").pack(integrity_key=b"k")
         behind = bytes.fromhex("000d0004 00000e10 001c0004 01020304")  # LIFETIME, MESSAGE-INTEGRITY-SHA256
         data = signed[:2] + (len(signed) - 20 + len(behind)).to_bytes(2, "big") + signed[4:] + behind
@@ -218,7 +218,7 @@ class TestStructure:
 
     @pytest.mark.parametrize("method", [*Method, 0x00F, 0xFFF])
     @pytest.mark.parametrize("message_class", list(MessageClass))
-    def test_method_and_class_are_woven(self, method: int, message_class: MessageClass) -> None:
+    def test_method_and_class_bits_are_interleaved(self, method: int, message_class: MessageClass) -> None:
         message = Message.parse(Message(method, message_class, TID).pack())
         assert message.method == method
         assert isinstance(message.method, Method) is (method in list(Method))
