@@ -1,9 +1,9 @@
-"""A hop between a gateway and a TURN server that makes every connection late, as a far-away server would: a program.
+"""A program: a hop between a gateway and a TURN server that delays every connection, as a distant server would.
 
 usage: hop.py ADDRESS PORT TO-ADDRESS TO-PORT SECONDS
 
-A data connection that is late by so much binds late by so much: what the TURN server's peer has sent by then, the server
-has to keep. The kernel's netem would do the same, but few kernels of small machines have it.
+A delayed data connection binds later, and the TURN server has to buffer what its peer has sent until then. The kernel's netem
+could do the same, but many kernels of small machines lack it.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What a client brought, as the relay's dialler gets it."""
+"""Requests for streams, and upstreams that connect them."""
 
 import asyncio
 import secrets
@@ -22,7 +22,7 @@ HELLO = client_hello("orders.shop.example")
 
 
 def call(data: bytes = HELLO, behind: bytes = b"") -> StreamRequest:
-    """A client that sent this ClientHello and something behind it."""
+    """Return the request of a client that sent this ClientHello with some data behind it."""
     hello = HelloReader().feed(data)
     assert hello is not None
     return StreamRequest(
@@ -35,7 +35,7 @@ def call(data: bytes = HELLO, behind: bytes = b"") -> StreamRequest:
 
 
 def connector(**limits: float) -> GatewayConnector:
-    """Network a's relay, with keys for b and c."""
+    """Return the connector of network a's relay, with keys for b and c."""
     keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
     return GatewayConnector("a", keys, now_ms=lambda: time.time_ns() // 1_000_000, **limits)
 
@@ -48,7 +48,7 @@ def upstreams(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     **limits: float,
 ) -> Upstreams:
-    """The upstreams of such a relay, which keeps no warm connections."""
+    """Return the upstreams of such a relay, which keeps no warm connections."""
     made = Upstreams(registry or CollectorRegistry(), sleep=sleep)
     config = TransportConfig(network="a", deliver=TargetList(), direct=TargetList(), guard=LoopGuard("a"))
     made.reconfigure(connects or connector(**limits), make_transports(config), pool=0, dial_timeout_s=dial_timeout_s)

@@ -1,4 +1,4 @@
-"""Real web servers that want a PROXY header first and answer with whom it named.
+"""Real web servers that expect a PROXY header and answer with the addresses in it.
 
     with webserver("nginx", folder, certificate) as port:
 
@@ -62,7 +62,7 @@ frontend f
 
 @contextlib.contextmanager
 def webserver(kind: str, folder: Path, certificate: Credential | None = None) -> Iterator[int]:
-    """Have one run on loopback while the block runs, with TLS if it has a certificate; give its port."""
+    """Run a server on loopback while the block runs, with TLS if there is a certificate; yield its port."""
     folder.mkdir()
     port = free_port()
     fields = {"folder": folder, "address": "127.0.0.1", "port": port, "tls": "", "certificate": ""}
