@@ -35,7 +35,7 @@ class UpstreamMetrics:
         self._attempts: dict[tuple[str, str], Counter] = {}
         fates = Counter(
             "crossnet_relay_warm_streams",
-            "Connections kept ready, by what became of them.",
+            "Warm connections, by what became of them.",
             ["fate"],
             registry=registry,
         )
@@ -43,11 +43,13 @@ class UpstreamMetrics:
 
     def watch(self, *, ready: Callable[[], float], left_out: Callable[[], float]) -> None:
         """Create the gauges, which call these functions."""
-        gauge = Gauge("crossnet_relay_warm_streams_ready", "Connections kept ready now.", registry=self._registry)
+        gauge = Gauge(
+            "crossnet_relay_warm_streams_ready", "Warm connections that wait for a stream now.", registry=self._registry
+        )
         gauge.set_function(ready)
         gauge = Gauge(
             "crossnet_relay_ways_left_out",
-            "Allocations and gateways that failed too often of late.",
+            "Allocations and gateways that are left out now because they failed too often.",
             registry=self._registry,
         )
         gauge.set_function(left_out)

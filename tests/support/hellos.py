@@ -1,4 +1,4 @@
-"""ClientHellos by parts: any that a client could send, and many that none should.
+"""ClientHellos built from parts: any that a client could send, and many that none should send.
 
 client_hello("orders.shop.example")                        a whole connection start, one record
 records(message(server_name(b"a.example")), 1)             the same in records of one byte
@@ -99,7 +99,7 @@ def message(
 
 
 def record(payload: bytes, *, kind: int = 22, version: int = 0x0301, length: int | None = None) -> bytes:
-    """Make one TLS record; `length` is what its length field says, in place of the truth."""
+    """Make one TLS record. `length` replaces the right value of its length field."""
     return struct.pack(">BHH", kind, version, len(payload) if length is None else length) + payload
 
 
@@ -109,13 +109,13 @@ def records(payload: bytes, size: int = 16384, *, version: int = 0x0301) -> byte
 
 
 def records_cut(payload: bytes, cuts: Iterable[int]) -> bytes:
-    """Make records that end where `cuts` say; cuts that would make an empty record are left out."""
+    """Make records that end at these offsets. Offsets that would make an empty record are ignored."""
     edges = sorted({0, len(payload), *(cut for cut in cuts if 0 < cut < len(payload))})
     return b"".join(record(payload[a:b]) for a, b in pairwise(edges))
 
 
 def client_hello(name: str | bytes = "orders.shop.example", *extensions: Extension) -> bytes:
-    """Make the start of an ordinary connection: a hello as browsers send it, in as few records as it takes."""
+    """Make the start of an ordinary connection: a hello as browsers send it, in as few records as possible."""
     raw = name.encode() if isinstance(name, str) else name
     return records(message(server_name(raw), supported_versions(0x0304, 0x0303), alpn(b"h2", b"http/1.1"), *extensions))
 
@@ -179,4 +179,4 @@ BROKEN = {
     "no supported versions": message(_SNI, supported_versions()),
     "odd supported versions": message(_SNI, (43, vector(b"\3\4\3", 1))),
 }
-"""Messages whose structure is wrong, by what is wrong; a relay answers each with decode_error."""
+"""Malformed messages, by what is wrong. A relay answers each with decode_error."""

@@ -1,8 +1,8 @@
 """A transport without a socket: relay and gateway in one process, bytes in memory.
 
-It proves the seam: one file, and one line in the registry.
+It proves that a new transport needs one file and one line in the registry.
 
-Its traits are TURN's, so that everything that a transport may need is used: retries, warm connections, second connections.
+It has the traits of TURN, so that everything a transport can need is used: retries, warm connections, second connections.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ from sniproxy.transport.turn import TURN
 
 MEMORY = replace(TURN, name="memory", rank=0)
 BUFFER_BYTES = 64 * 1024
-"""What one direction holds before its writer waits."""
+"""The most that one direction buffers before its writer waits."""
 
 
 class _Direction:
-    """What one end has written and the other has not read."""
+    """The bytes that one end has written and the other has not read yet."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -55,7 +55,7 @@ class _Direction:
 
 
 class MemoryStream:
-    """One end of a connection. Fulfils `sniproxy.engine.ByteStream`."""
+    """One end of a connection. Implements `sniproxy.engine.ByteStream`."""
 
     spliceable = False
     fd = -1
@@ -176,11 +176,11 @@ class MemoryStream:
     def close(self) -> None:
         if self.closed:
             return
-        if self._in.data:  # as the kernel has it
+        if self._in.data:  # as the kernel does
             self.reset()
             return
         self.closed = True
-        self._in.cut = True  # who goes on writing finds nobody there
+        self._in.cut = True  # later writes of the far end fail
         self.shutdown_write()
         self._in.tell()
 
@@ -204,7 +204,7 @@ class MemoryStream:
 
 
 class MemoryAcceptor:
-    """Where streams come to a gateway. It has the address of a socket that nobody listens on, which no other test can have."""
+    """The gateway's side. Its address is that of a bound socket that does not listen, so no other test can get it."""
 
     at: "dict[tuple[str, int], MemoryAcceptor]" = {}
 
@@ -228,7 +228,7 @@ class MemoryAcceptor:
         self._held.close()
 
     def connect(self) -> MemoryStream:
-        """Connect to it. OSError where it takes nothing in."""
+        """Connect to it. Raises OSError if it does not accept."""
         if self._take is None:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "nobody accepts")
         up, down = _Direction(), _Direction()
@@ -271,7 +271,7 @@ class MemoryTransport:
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Have relays that are made in the block know it."""
+    """Register the transport for relays that are made in the block."""
     registry.TRANSPORTS.append(MemoryTransport)
     try:
         yield

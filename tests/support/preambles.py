@@ -1,4 +1,4 @@
-"""Preambles for tests of the gateway's side: network a's relay asks network b's gateway for something."""
+"""Preambles for tests of the gateway: from a relay in network a to a gateway in network b."""
 
 import hashlib
 import secrets
@@ -13,12 +13,12 @@ KEY = SigningKey(id="ab-1", secret=bytes(range(32)), from_network="a", to_networ
 
 
 def address_name(endpoint: str, network: str = "b") -> str:
-    """The name by which a client asks for an address and port."""
+    """Return the name by which a client asks for an address and port."""
     return encode(AddressTarget(network, *parse_endpoint(endpoint)), "svc.mesh.internal")
 
 
 def name_for(target: str) -> str:
-    """A name that has this target."""
+    """Return a name that leads to this target."""
     try:
         return address_name(target)
     except BadAddress:
@@ -26,7 +26,7 @@ def name_for(target: str) -> str:
 
 
 def preamble(target: str, hello: bytes = b"", **changes: object) -> Preamble:
-    """Make one that is good now, for the record `gw-1`; `hello` is a ClientHello in one record."""
+    """Return a preamble that is valid now, for the record `gw-1`. `hello` is a ClientHello in one record."""
     made = Preamble(
         client=("10.0.0.77", 40000),
         local=("10.0.0.9", 443),

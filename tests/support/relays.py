@@ -39,7 +39,7 @@ ALERT = {
 
 
 def name_of(port: int, network: str = "a", address: str = "127.0.0.1") -> str:
-    """The compact name of an address."""
+    """Return the compact name of an address."""
     return f"p{port}-{address.replace('.', '-')}.{network}.{DOMAIN}"
 
 
@@ -55,7 +55,7 @@ class StreamLines(LogLines):
         self._written.set()
 
     async def until(self, holds: Callable[[], bool], limit_s: float = 20) -> None:
-        """Wait until something holds that only changes with a line."""
+        """Wait until a condition holds that only changes when a line is written."""
         async with asyncio.timeout(limit_s):
             while not holds():
                 self._written.clear()
@@ -74,7 +74,7 @@ class Running:
     _closing: AsyncExitStack
 
     async def serve(self, handle: Callable[[SocketStream], Awaitable[None]]) -> int:
-        """Run a service on loopback; returns its port."""
+        """Run a service on loopback; return its port."""
         listener = await Listener.open("127.0.0.1", 0)
         task = self._group.create_task(listener.serve(handle))
         self._closing.callback(listener.close)
@@ -82,13 +82,13 @@ class Running:
         return listener.address[1]
 
     def add(self, gateway: ScriptedGateway, *, network: str = "b", name: str = "gw-1", zone: str = "") -> None:
-        """Publish a scripted gateway as one that is dialled directly."""
+        """Publish a scripted gateway that is dialled directly."""
         address, port = gateway.address
         spec = GatewaySpec(address=f"{address}:{port}", zone=zone)
         self.discovery.put(record(Kind.GATEWAY, network, name, spec))
 
     async def connect(self) -> SocketStream:
-        """Connect as a client does."""
+        """Connect to the relay as a client."""
         return await connect(*self.relay.addresses[0], timeout_s=10)
 
     async def dial(self, name: str, *, behind: bytes = b"") -> SocketStream:
@@ -111,11 +111,11 @@ class Running:
         await eventually(lambda: sum(row["state"] == state for row in self.relay.ledger.rows()) >= count)
 
     def sample(self, name: str, **labels: str) -> float:
-        """A metric's value."""
+        """Return the value of a metric."""
         return self.registry.get_sample_value(name, labels) or 0.0
 
     def counted(self, reason: str) -> float:
-        """How many streams the metrics say ended so."""
+        """Return how many streams ended for this reason, according to the metrics."""
         return self.sample("crossnet_relay_streams_total", reason=reason)
 
 

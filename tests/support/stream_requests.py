@@ -1,4 +1,4 @@
-"""What a client brought, as the relay's dialler gets it."""
+"""Requests for streams, and upstreams that connect them."""
 
 import asyncio
 import secrets
@@ -23,7 +23,7 @@ HELLO = client_hello("orders.shop.example")
 
 
 def call(data: bytes = HELLO, behind: bytes = b"") -> StreamRequest:
-    """A client that sent this ClientHello and something behind it."""
+    """Return the request of a client that sent this ClientHello with some data behind it."""
     hello = HelloReader().feed(data)
     assert hello is not None
     return StreamRequest(
@@ -36,7 +36,7 @@ def call(data: bytes = HELLO, behind: bytes = b"") -> StreamRequest:
 
 
 def connector(**limits: float) -> GatewayConnector:
-    """Network a's relay, with keys for b and c."""
+    """Return the connector of network a's relay, with keys for b and c."""
     keys = SigningKeys({key.id: key for key in (KEY, KEY_C)})
     return GatewayConnector("a", keys, now_ms=lambda: time.time_ns() // 1_000_000, **limits)
 

@@ -22,7 +22,7 @@ TLS_NAME = "turn.example"
 
 @functools.cache
 def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Give a client's and a server's context that trust each other; the certificate is for TLS_NAME."""
+    """Return a client's context that trusts the server's, and the server's. The certificate is for TLS_NAME."""
     authority = trustme.CA()
     client, server = ssl.create_default_context(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.configure_trust(client)
@@ -89,7 +89,7 @@ async def pair(kind: str = "plain", *, writes: list[bytes] | None = None) -> tup
 
 
 async def shake(*streams: TlsStream) -> None:
-    """Let both ends shake hands."""
+    """Complete the handshake of both ends."""
     async with asyncio.TaskGroup() as group:
         for stream in streams:
             group.create_task(stream.handshake(20))
@@ -97,7 +97,7 @@ async def shake(*streams: TlsStream) -> None:
 
 @contextmanager
 def nothing_large_kept() -> Iterator[None]:
-    """Hold that of what the block allocates no piece of 16 KiB or more is there at its end."""
+    """Check that nothing of 16 KiB or more that the block allocates is left at its end."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -119,7 +119,7 @@ async def read_all(stream: ByteStream, limit_s: float = 20) -> bytes:
 
 
 async def turns(count: int = 10) -> None:
-    """Let the event loop make so many passes."""
+    """Let the event loop make this many passes."""
     for _ in range(count):
         await asyncio.sleep(0)
 

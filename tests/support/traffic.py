@@ -1,4 +1,4 @@
-"""Bytes that tell where one is missing, at any pace, and their digests."""
+"""Bytes that never repeat, sent and received at any pace, and their digests."""
 
 import asyncio
 import hashlib
@@ -15,26 +15,26 @@ BLOCK = 256 * 1024
 DEFAULT_BYTES = 16_000_000
 
 BULK_BYTES = int(os.environ.get("CROSSNET_TEST_BYTES", DEFAULT_BYTES))
-"""Of a bulk stream each way. `make soak` asks for a gigabyte; the default takes seconds on the shaped link."""
+"""Bytes of a bulk stream each way. `make soak` sets a gigabyte; the default takes seconds on the shaped link."""
 
 MANY_BYTES = BULK_BYTES // 3 if BULK_BYTES == DEFAULT_BYTES else BULK_BYTES
-"""Of all of many streams together, each way."""
+"""Bytes of many streams together, each way."""
 
 SLOWEST_BYTES_S = 3_000_000
 BULK_TIMEOUT_S = 40.0 + BULK_BYTES / SLOWEST_BYTES_S
-"""Until a bulk stream that has not ended counts as one that never will."""
+"""After this time, a bulk stream that has not ended counts as stalled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """How many bytes there were, and which."""
+    """The number of bytes, and their digest."""
 
     size: int
     digest: str
 
 
 def content(size: int, seed: int) -> Iterator[bytes]:
-    """Make `size` bytes that never repeat, so that a hole, an echo or a swap anywhere changes the digest."""
+    """Yield `size` bytes that never repeat, so that missing, repeated or swapped bytes change the digest."""
     key = hashlib.sha256(seed.to_bytes(8, "big")).digest()
     stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
     zeros = bytes(min(BLOCK, size))
@@ -46,7 +46,7 @@ def content(size: int, seed: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How hesitantly bytes are written or read: in pieces of a random size, with random pauses between them."""
+    """The pace of writing or reading: pieces of a random size, with random pauses between them."""
 
     pieces: tuple[int, ...] = (BLOCK,)
     pause_probability: float = 0.0
@@ -63,7 +63,7 @@ SLOW = Pace(pieces=(1000, 65_536), pause_probability=0.1)
 
 
 async def send(stream: SocketStream, size: int, seed: int, pace: Pace = FLAT_OUT) -> Sum:
-    """Send that many bytes and end the direction."""
+    """Send `size` bytes and end the direction."""
     dice = random.Random(seed)
     digest = hashlib.sha256()
     for block in content(size, seed):
@@ -79,7 +79,7 @@ async def send(stream: SocketStream, size: int, seed: int, pace: Pace = FLAT_OUT
 
 
 async def receive(stream: SocketStream, seed: int = 0, pace: Pace = FLAT_OUT) -> Sum:
-    """Read to the end."""
+    """Read up to the end."""
     dice = random.Random(seed)
     digest, size = hashlib.sha256(), 0
     while data := await stream.recv(dice.choice(pace.pieces)):

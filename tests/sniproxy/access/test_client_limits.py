@@ -1,4 +1,4 @@
-"""Limits: who is counted as one client, what a quiet one may bring at once, and that nothing grows without bound."""
+"""Limits: what counts as one client, what an idle one may open at once, and that nothing grows without bound."""
 
 from ipaddress import ip_address
 
@@ -18,7 +18,7 @@ def test_streams_of_one_client_are_counted_apart() -> None:
     assert admission.admit(A, 0) is None
 
 
-def test_a_client_of_ipv6_is_its_64() -> None:
+def test_an_ipv6_client_is_its_slash_64() -> None:
     admission = Admission(Limits(max_streams=1, new_streams_per_s=0))
     assert admission.admit(ip_address("2001:db8::1"), 0) is None
     assert admission.admit(ip_address("2001:db8::ffff:1"), 0) is not None
@@ -28,7 +28,7 @@ def test_a_client_of_ipv6_is_its_64() -> None:
     assert admission.admit(ip_address(int(ip_address("10.0.0.1")) << 64 | 1 << 127), 0) is None
 
 
-def test_a_client_brings_what_it_did_not_use_and_then_its_rate() -> None:
+def test_an_idle_client_gets_its_burst_and_then_its_rate() -> None:
     admission = Admission(Limits(max_streams=0, new_streams_per_s=8))
     burst = int(8 * BURST_S)
     assert all(admission.admit(A, 100.0) is None for _ in range(burst))
@@ -41,7 +41,7 @@ def test_a_client_brings_what_it_did_not_use_and_then_its_rate() -> None:
     assert admission.admit(A, 1000.0) is not None
 
 
-def test_a_refused_stream_costs_nothing_of_what_is_left() -> None:
+def test_a_refused_stream_uses_up_nothing() -> None:
     admission = Admission(Limits(max_streams=1, new_streams_per_s=1))
     assert admission.admit(A, 0) is None
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""What a stream reaches: every name of it, every service that an address belongs to or did lately."""
+"""What a stream reaches: all its names, and every service that has the address or had it recently."""
 
 from ipaddress import ip_address
 from typing import Any
@@ -81,7 +81,7 @@ SPELLINGS = [
     f"*.shop.b.{D}",
     f"**.b.{D}",
 ]
-"""How a rule may mean `orders.shop.example`, port 443, of network b."""
+"""Ways to name `orders.shop.example`, port 443, of network b in a rule."""
 
 
 @pytest.mark.parametrize("pattern", SPELLINGS)
@@ -109,7 +109,7 @@ def test_deny_means_the_address_of_an_endpoint_too_and_allow_does_not(pattern: s
 
 
 @pytest.mark.parametrize("pattern", [f"p8443-10-1-0-5.b.{D}", f"_8443._10-1-0-5._b.{D}", "10.1.0.5/32:8443"])
-def test_an_address_in_a_rule_means_whatever_is_dialled_there(pattern: str) -> None:
+def test_an_address_in_a_rule_matches_what_is_dialled(pattern: str) -> None:
     made = reach(service(ORDERS, "10.1.0.5:8443"))
     assert denied(by_address(made, "10.1.0.5:8443"), pattern)
     assert allowed(by_address(made, "10.1.0.5:8443"), pattern)
@@ -163,7 +163,7 @@ def test_an_endpoint_counts_for_ten_minutes_after_its_record_lost_it() -> None:
     assert not made._former
 
 
-def test_one_that_comes_and_goes_and_comes_again() -> None:
+def test_an_endpoint_that_disappears_and_reappears() -> None:
     made = reach(service(ORDERS, "10.1.0.5:8443"))
     with_it, without = Mesh.of([service(ORDERS, "10.1.0.5:8443")], 3), Mesh.of([service(ORDERS)], 2)
     made.follow(without, 0.0)
@@ -192,7 +192,7 @@ def test_a_record_that_is_deleted_or_renamed() -> None:
 
 
 def test_services_that_share_an_endpoint() -> None:
-    """Who may reach the one does not reach the other that is denied."""
+    """A client that may reach one service does not reach the denied one."""
     made = reach(service(ORDERS, "10.1.0.5:8443"), service("db.shop.example", "10.1.0.5:8443", port=5432))
     flow = by_service(made, "10.1.0.5:8443")
     assert denied(flow, "db.shop.example")
@@ -242,7 +242,7 @@ def test_a_twice_written_endpoint_counts_until_both_are_gone() -> None:
     assert owners(made, "[fd00::5]:443")
 
 
-def test_a_name_that_leads_to_several_means_each_in_a_deny_and_none_in_an_allow_rule() -> None:
+def test_an_ambiguous_name_matches_all_in_a_deny_rule_and_none_in_an_allow_rule() -> None:
     made = reach(service(ORDERS, "10.1.0.5:8443"), service("orders.shop.other", "10.1.0.6:8443"))
     flow = by_service(made, "10.1.0.5:8443")
     assert denied(flow, f"p443-orders.shop.b.{D}")
@@ -259,7 +259,7 @@ def test_another_networks_services_have_names_and_no_endpoints() -> None:
     assert not denied(by_service(made, None, network="c"), f"p443-orders.shop.b.{D}")
 
 
-def test_a_name_that_means_another_networks_service_lets_nobody_in() -> None:
+def test_a_name_of_another_networks_service_allows_nothing() -> None:
     made = reach()
     flow = by_service(made, None, network="c", name=f"p443-{ORDERS}.c.{D}", is_plain=False)
     assert not allowed(flow, ORDERS)
@@ -267,8 +267,8 @@ def test_a_name_that_means_another_networks_service_lets_nobody_in() -> None:
     assert denied(flow, ORDERS)
 
 
-def test_a_service_that_is_called_like_a_name_of_another_network() -> None:
-    """Network c may call its own whatever it likes."""
+def test_a_service_whose_name_looks_like_one_of_another_network() -> None:
+    """Network c may name its services as it likes."""
     name = f"p443-{ORDERS}.b.{D}"
     flow = by_service(reach(), None, name, network="c", name=f"p443-{name}.c.{D}")
     assert not allowed(flow, name)
@@ -371,7 +371,7 @@ def names_that_may_lead(records: list[tuple[str, int, list[str]]]) -> list[str]:
 
 
 @given(st.lists(RECORDS, min_size=1, max_size=3), st.sampled_from(SERVICES), st.data())
-def test_whatever_the_records_were_and_whatever_is_asked(
+def test_any_history_of_records_and_any_name(
     history: list[list[tuple[str, int, list[str]]]], meant: str, data: st.DataObject
 ) -> None:
     """A deny rule is never passed on the way to an endpoint of its service; an allow rule leads nowhere else."""

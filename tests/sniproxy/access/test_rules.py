@@ -1,4 +1,4 @@
-"""Rules: what each kind of item matches, which rule decides, and what is no rule."""
+"""Rules: what each kind of item matches, which rule decides, and which rules are invalid."""
 
 from ipaddress import ip_address
 from typing import Any
@@ -108,7 +108,7 @@ def test_without_rules_everything_may_go() -> None:
         ({"to": ["b"] * (MAX_ITEMS + 1)}, "to"),
     ],
 )
-def test_what_is_no_rule(rule: dict[str, Any], path: str) -> None:
+def test_invalid_rules(rule: dict[str, Any], path: str) -> None:
     with pytest.raises(BadRule) as caught:
         Rule.parse(**({"action": "allow"} | rule))
     assert caught.value.path == path

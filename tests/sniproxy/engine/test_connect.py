@@ -1,4 +1,4 @@
-"""Connecting: to real listeners, to none, and to one that never answers."""
+"""Connecting to real listeners, to none, and to one that never answers."""
 
 import errno
 import socket
@@ -36,7 +36,7 @@ async def test_connect_gives_up_in_time() -> None:
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
-async def test_a_port_that_is_none_is_an_error_like_any_other(port: int) -> None:
+async def test_an_invalid_port_is_an_oserror(port: int) -> None:
     with pytest.raises(OSError, match=f"port {port}") as failed:
         await connect("127.0.0.1", port, timeout_s=1)
     assert failed.value.errno == errno.EADDRNOTAVAIL

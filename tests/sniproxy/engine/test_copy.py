@@ -78,7 +78,7 @@ async def test_unread_bytes_go_first(joined: tuple[SocketStream, SocketStream, S
 async def test_a_reset_right_behind_bytes_is_found(
     joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
 ) -> None:
-    """The loop gives up watching a descriptor with an error; those who still wait on it would wait for ever."""
+    """The loop stops watching a descriptor with an error, so a task that still waits for it would wait for ever."""
     left, a, b, right = joined
     async with asyncio.TaskGroup() as group:
         moving = group.create_task(splice(a, b, **LIMITS))
@@ -94,7 +94,7 @@ async def test_a_reset_right_behind_bytes_is_found(
 async def test_unread_bytes_go_first_also_when_they_are_bulk(
     joined: tuple[SocketStream, SocketStream, SocketStream, SocketStream],
 ) -> None:
-    """More than it takes to become worth a pipe: what is spliced must not overtake what was given back."""
+    """Enough to be spliced: the spliced bytes must not overtake those that were given back."""
     left, a, b, right = joined
     first, second = os.urandom(700_001), os.urandom(300_000)
     a.unread(first)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def ends(stream: SocketStream) -> str:
-    """Read to the end, whichever comes."""
+    """Read to the end, and return which one it was."""
     try:
         while await stream.recv():
             pass
@@ -35,7 +35,7 @@ async def test_a_stream_whose_time_is_over_is_read_no_more() -> None:
     other.close()
 
 
-async def test_what_came_before_the_end_is_read_all_the_same() -> None:
+async def test_data_from_before_the_deadline_is_still_read() -> None:
     one, other = await pair()
     await other.send(b"in time")
     await one.readable()
@@ -78,8 +78,8 @@ async def test_it_begins_again_after_it_had_nothing_to_watch() -> None:
         other.close()
 
 
-async def test_those_that_fall_due_together_are_ended_a_few_a_turn() -> None:
-    """Whoever comes meanwhile has a turn between."""
+async def test_streams_that_fall_due_together_expire_a_few_per_turn() -> None:
+    """Other tasks run between these turns."""
     deadlines = Deadlines(0.01)
     streams = [await pair() for _ in range(3 * EXPIRED_A_TURN)]
     for one, _ in streams:

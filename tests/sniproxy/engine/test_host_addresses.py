@@ -1,4 +1,4 @@
-"""Which addresses are this host's own, asked of the real kernel."""
+"""Which addresses belong to this host, according to the real kernel."""
 
 import errno
 import ipaddress

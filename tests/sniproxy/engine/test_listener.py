@@ -1,4 +1,4 @@
-"""Accepting: every connection in a task of its own, whatever happens to the others, to memory, or to the process's limits."""
+"""Accepting: each connection in its own task, whatever happens to others, to memory, or at the limits of the process."""
 
 import asyncio
 import errno
@@ -37,7 +37,7 @@ async def ask(listener: Listener, question: bytes = b"ping") -> bytes:
 
 
 class Refusing:
-    """A listening socket whose accept fails as told, then works again."""
+    """A listening socket whose accept fails with these errors, then works again."""
 
     def __init__(self, sock: socket.socket, *errors: int) -> None:
         self.sock = sock
@@ -82,7 +82,7 @@ async def test_a_taken_port_is_named() -> None:
 
 
 async def test_the_port_can_be_used_again_at_once() -> None:
-    """With connections of the last owner still in TIME_WAIT."""
+    """Connections of the previous owner are still in TIME_WAIT."""
     first = await Listener.open("127.0.0.1", 0)
     port = first.address[1]
     async with asyncio.TaskGroup() as group:
@@ -282,7 +282,7 @@ async def test_out_of_descriptors_for_real() -> None:
 
 @pytest.mark.parametrize("code", sorted(TRANSIENT_ERRNOS))
 async def test_an_error_of_one_connection_is_not_the_listeners(code: int) -> None:
-    """Linux hands the network's errors about a waiting connection to accept(2)."""
+    """On Linux, accept(2) returns network errors of the connection that waits."""
     listener = await Listener.open("127.0.0.1", 0)
     listener._sock = Refusing(listener._sock, code, code)  # type: ignore[assignment]
     async with asyncio.TaskGroup() as group:
@@ -304,7 +304,7 @@ async def test_any_other_error_of_accept_is_not_hidden() -> None:
 
 
 async def test_a_peer_that_is_gone_at_accept_is_known_by_its_address() -> None:
-    """The kernel hands over what it sent before its reset; the handler meets the reset in its own time."""
+    """The kernel delivers what it sent before its reset, and the handler finds the reset afterwards."""
     seen: list[tuple[tuple[str, int], bytes]] = []
     done = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""Pipes: as many as allowed, large or none, given back empty or not at all."""
+"""Pipes: as many as allowed, always large, and reused only if empty."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from sniproxy.engine.pipes import PIPE_BYTES, Pipe, PipePool
 
 @pytest.fixture
 def descriptors() -> Iterator[None]:
-    """See that the test leaves as many descriptors open as it found."""
+    """Check that the test leaves as many descriptors open as before."""
     before = len(os.listdir("/proc/self/fd"))
     yield
     assert len(os.listdir("/proc/self/fd")) == before
@@ -47,7 +47,7 @@ def test_the_pool_has_a_limit_and_counts_whom_it_denied() -> None:
 
 @pytest.mark.usefixtures("descriptors")
 def test_a_pipe_that_holds_bytes_is_never_used_again() -> None:
-    """They are another stream's: the next one must not deliver them."""
+    """The bytes belong to another stream, and the next one must not deliver them."""
     pool = PipePool(limit=1)
     pipe = pool.take()
     assert pipe is not None
@@ -64,7 +64,7 @@ def test_a_pipe_that_holds_bytes_is_never_used_again() -> None:
 
 @pytest.mark.usefixtures("descriptors")
 def test_where_the_users_pages_are_used_up_there_is_no_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain user gets 64 large pipes, then EPERM; a small one would cost more than it saves."""
+    """An unprivileged user gets 64 large pipes, then EPERM. A small pipe would cost more than it saves."""
 
     def denied(*arguments: object) -> int:
         raise OSError(errno.EPERM, "Operation not permitted")

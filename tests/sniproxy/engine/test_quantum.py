@@ -1,4 +1,4 @@
-"""A connection that is fed faster than it is read lets everybody else run: timers, other connections, our own close."""
+"""A connection that receives faster than it is read lets everything else run: timers, other connections, our own close."""
 
 import asyncio
 import itertools
@@ -15,7 +15,7 @@ from tests.support.streams import pair
 pytestmark = pytest.mark.anyio
 
 FLOOD = 2000
-"""Messages of one byte that wait in the kernel, so that no read of theirs ever has to wait."""
+"""Messages of one byte that are already in the kernel, so that no read ever has to wait."""
 
 
 async def flooded(count: int = FLOOD) -> tuple[SocketStream, SocketStream]:
@@ -79,7 +79,7 @@ async def test_timers_fire_beside_a_flood() -> None:
     peer.close()
 
 
-async def test_a_reader_that_never_waits_is_told_that_its_time_is_over() -> None:
+async def test_a_reader_that_never_waits_finds_out_that_its_time_is_over() -> None:
     stream, peer = await flooded()
     asyncio.get_running_loop().call_soon(stream.expire)
     with pytest.raises(TimeoutError):
@@ -134,8 +134,8 @@ async def test_spliced_bytes_count() -> None:
     peer.close()
 
 
-async def test_whoever_has_to_wait_gets_a_message_for_it() -> None:
-    """An exchange of small messages, each of which waits for the other side, never queues."""
+async def test_a_connection_that_waits_gets_a_free_message() -> None:
+    """An exchange of small messages, in which each waits for the other side, never queues."""
     quantum = Quantum()
     for _ in range(10 * QUANTUM_MESSAGES):
         quantum.waited()
@@ -201,7 +201,7 @@ async def test_a_callback_that_fails_costs_the_others_nothing() -> None:
 
 
 async def test_one_turn_in_each_pass_of_the_loop() -> None:
-    """Timers, sockets and everybody else come between two turns, however many wait for one."""
+    """Timers, sockets and all other tasks run between two turns, however many wait for a turn."""
     went: list[int] = []
     for number in range(20):
         Quantum().renew_then(lambda number=number: went.append(number))  # type: ignore[misc]

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def fill_up(stream: SocketStream) -> int:
-    """Write until the socket takes no more; says how much it took."""
+    """Write until the socket takes no more; return how much it took."""
     sent = 0
     while taken := stream.try_send((bytes(1 << 20),)):
         sent += taken
@@ -57,7 +57,7 @@ async def test_recv_exactly_takes_not_one_byte_more() -> None:
     other.close()
 
 
-async def test_nothing_is_read_at_once_although_the_socket_is_empty() -> None:
+async def test_reading_zero_bytes_does_not_wait() -> None:
     one, other = await pair()
     await other.send(b"x")
     assert await one.recv() == b"x"  # a short read: the stream knows that the socket is empty
@@ -86,7 +86,7 @@ async def test_one_end_reads_while_it_writes() -> None:
     other.close()
 
 
-async def test_a_second_reader_is_a_defect_that_shows() -> None:
+async def test_a_second_reader_is_an_assertion_error() -> None:
     one, other = await pair()
     async with asyncio.TaskGroup() as group:
         first = group.create_task(one.recv())
@@ -115,7 +115,7 @@ async def test_the_reader_after_a_cancelled_one_is_woken() -> None:
 
 
 async def test_bytes_that_nobody_waits_for_do_not_spin() -> None:
-    """Level-triggered readiness with no reader: the descriptor is given up, and taken again by the next read."""
+    """Level-triggered readiness without a reader: the descriptor is unwatched, and watched again by the next read."""
     one, other = await pair()
     async with asyncio.TaskGroup() as group:
         reading = group.create_task(one.recv())
@@ -131,7 +131,7 @@ async def test_bytes_that_nobody_waits_for_do_not_spin() -> None:
 
 
 async def test_a_reader_that_needs_more_is_not_woken_for_less() -> None:
-    """By what the kernel is asked: where it is short of memory for sockets, it wakes all the same."""
+    """Checks what is asked of the kernel, which may still wake us earlier if it is short of socket memory."""
 
     def low() -> int:
         return one._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
@@ -203,7 +203,7 @@ async def test_sending_nothing_is_nothing() -> None:
     other.close()
 
 
-async def test_flushed_tells_whether_the_peer_has_it() -> None:
+async def test_flushed_returns_whether_the_peer_has_it() -> None:
     one, other = await pair()
     await one.send(b"small")
     assert await one.flushed(5)
@@ -233,7 +233,7 @@ async def test_closing_wakes_reader_and_writer() -> None:
     other.close()
 
 
-async def test_a_closed_stream_takes_nothing_and_bears_a_second_close() -> None:
+async def test_a_closed_stream_takes_nothing_and_can_be_closed_again() -> None:
     one, other = await pair()
     one.close()
     one.close()
@@ -262,7 +262,7 @@ async def test_reset_is_a_reset_and_close_an_end() -> None:
 
 
 async def test_a_reset_after_a_fin_is_still_a_reset() -> None:
-    """A stream that was cut after one side had ended must not look complete to whoever still writes."""
+    """A stream that was cut after one side had ended must not look complete to the side that still writes."""
     one, other = await pair()
     one.shutdown_write()
     assert await other.recv() == b""
@@ -285,7 +285,7 @@ async def test_a_fin_to_a_peer_that_has_reset_is_no_error() -> None:
 
 
 async def test_a_stream_knows_a_peer_that_is_gone() -> None:
-    """Between connect and accept the peer may reset: getpeername(2) fails then, and the log still has to say who it was."""
+    """The peer may reset between connect and accept. Then getpeername(2) fails, but the log still needs the address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())
         address = client.getsockname()
@@ -305,7 +305,7 @@ async def test_a_stream_knows_a_peer_that_is_gone() -> None:
 
 @pytest.mark.parametrize("behind", [0, 1000, 1 << 20])
 async def test_drain_and_close_delivers_the_last_words_although_the_client_still_sends(behind: int) -> None:
-    """Closing with unread bytes would be a reset, and a client that only then begins to read would find nothing."""
+    """Closing with unread bytes would be a reset, and a client that begins to read only then would get nothing."""
     one, other = await pair()
     async with asyncio.TaskGroup() as group:
 

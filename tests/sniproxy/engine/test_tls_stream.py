@@ -74,14 +74,14 @@ async def test_payload_that_waits_survives_our_own_end(joined: tuple[SocketStrea
 
 
 async def test_what_is_read_at_once_is_decrypted(joined: tuple[SocketStream, SocketStream]) -> None:
-    """Also what waits in the socket, half a record, and what was given back."""
+    """Also data that waits in the socket, part of a record, and bytes that were given back."""
     client, server = joined
     assert server.try_recv() == b""
     await client.send(b"question")
     await server.readable()
     assert server.try_recv(3) == b"que"
-    server.unread(b"ques")
-    assert (server.try_recv(2), server.try_recv(), server.try_recv()) == (b"qu", b"es", b"stion")
+    server.unread(b"abcd")
+    assert (server.try_recv(2), server.try_recv(), server.try_recv()) == (b"ab", b"cd", b"stion")
     assert server.try_recv() == b""
     client.shutdown_write()
     assert await server.recv() == b""
@@ -158,8 +158,8 @@ async def test_what_is_encrypted_ahead_of_the_socket_is_bounded(joined: tuple[So
     assert len(await read_all(server)) == sent
 
 
-async def test_a_reader_alone_lets_the_rest_out(joined: tuple[SocketStream, SocketStream]) -> None:
-    """What `try_send` took goes out without anybody asking again."""
+async def test_the_rest_is_sent_while_the_peer_reads(joined: tuple[SocketStream, SocketStream]) -> None:
+    """What `try_send` took is sent without another call."""
     client, server = joined
     sent = 0
     while taken := client.try_send((bytes(1 << 16),)):
@@ -227,7 +227,7 @@ async def test_a_certificate_that_does_not_verify(server: Server, context: str |
 
 
 @pytest.mark.parametrize("said", [b"", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/1.0\r\n\r\n"])
-async def test_a_client_that_shakes_no_hands_is_let_go(server: Server, said: bytes) -> None:
+async def test_a_client_without_a_handshake_is_dropped(server: Server, said: bytes) -> None:
     reader, writer = await asyncio.open_connection(*server.listener.address)
     writer.write(said)
     async with asyncio.timeout(20):
@@ -236,7 +236,7 @@ async def test_a_client_that_shakes_no_hands_is_let_go(server: Server, said: byt
     del reader
 
 
-async def test_a_server_that_shakes_no_hands_is_given_up() -> None:
+async def test_a_server_without_a_handshake_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
         await connect_tls(*silent.getsockname(), context=tls_contexts()[0], server_hostname=TLS_NAME, timeout_s=0.1)
 
@@ -268,7 +268,7 @@ async def test_openssl_speaks_with_us(server: Server) -> None:
     assert output == b"from openssl\n"
 
 
-async def test_a_read_opens_no_more_than_so_many_records(joined: tuple[SocketStream, SocketStream]) -> None:
+async def test_a_read_decrypts_a_limited_number_of_records(joined: tuple[SocketStream, SocketStream]) -> None:
     """A byte in each record costs us a hundred times what it costs the peer's network."""
     client, server = joined
     records = 4 * MAX_RECORDS_AT_ONCE
@@ -330,7 +330,7 @@ async def test_new_keys_again_and_again_end_the_connection() -> None:
 
 
 def _feed(program: subprocess.Popen[bytes], line: bytes, times: int) -> None:
-    """Write lines one by one, each when the one before was read: the program looks at the first byte of what it reads."""
+    """Write lines one by one, each after the previous one was read, because the program only looks at the first byte of a read."""
     pipe = program.stdin
     assert pipe is not None
     with suppress(OSError):  # it has gone

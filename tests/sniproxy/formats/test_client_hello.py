@@ -1,4 +1,4 @@
-"""The ClientHello reader: every corner case at byte level, any cut, any mutation, and real clients."""
+"""The ClientHello parser: every corner case at byte level, any split, any mutation, and real clients."""
 
 import hashlib
 import sys
@@ -54,7 +54,7 @@ NOT_TLS, BAD_HELLO, NO_SNI, BAD_NAME = HelloReason
 
 
 def read(*pieces: bytes, max_hello_bytes: int = 65536) -> Hello | None:
-    """Feed the pieces; nothing may change them."""
+    """Feed the pieces, and check that `raw` has them unchanged."""
     reader = HelloReader(max_hello_bytes)
     hello = None
     for piece in pieces:
@@ -75,7 +75,7 @@ def test_routed(pieces: list[bytes]) -> None:
 
 
 def test_fragments_of_the_name_join_without_record_headers() -> None:
-    """The case that gave others a name that no client ever sent (CVE-2026-32305 and kin)."""
+    """The case in which other parsers found a name that no client sent (CVE-2026-32305 and similar)."""
     hello = read(records_cut(message(server_name(b"foof")), [message(server_name(b"foof")).index(b"foof") + 3]))
     assert hello is not None
     assert hello.raw_name == b"foof"
@@ -112,7 +112,7 @@ def test_what_comes_behind_the_hello_is_kept_and_not_looked_at() -> None:
             assert reader.raw == wire + b"more"
 
 
-def test_everything_that_a_hello_says() -> None:
+def test_all_fields_of_a_hello() -> None:
     whole = message(
         SNI, supported_versions(0x2A2A, 0x0304, 0x0303), alpn(b"h2", b"http/1.1"), ech(), session_id=bytes(32)
     )
@@ -262,7 +262,7 @@ def test_a_reader_that_waits_for_what_is_missing_sees_the_same(whole: bytes, in_
         (records(PLAIN[:2]) + records(PLAIN[2:]), [1, 4, 2, 5, 2, len(PLAIN) - 4]),
     ],
 )
-def test_how_often_a_hello_that_drips_is_looked_at(wire: bytes, sizes: list[int]) -> None:
+def test_how_often_a_slow_hello_is_fed(wire: bytes, sizes: list[int]) -> None:
     reader, at = HelloReader(), 0
     for size in sizes:
         assert reader.missing == size
@@ -296,7 +296,7 @@ def edited(wire: bytes, edits: list[Edit]) -> bytes:
 
 @given(valid_messages(), edits_of_hellos)
 def test_a_mutated_hello_raises_only_hello_errors(whole: bytes, edits: list[Edit]) -> None:
-    """However it is cut, what comes of it is the same; a name that comes of it is one that is in the bytes."""
+    """However the bytes are split, the result is the same, and a name in the result is in the bytes."""
     wire = edited(records(whole), edits)
     result = outcome(wire)
     if not isinstance(result, tuple) or result[0] is not NOT_TLS:  # that detail shows the first bytes there are
@@ -347,7 +347,7 @@ def test_work_is_linear_in_records_and_segments(fed_singly: bool) -> None:
 
 
 def test_bytes_held_are_bounded() -> None:
-    """The worst that is held: as many records as there may be, then the largest ones."""
+    """The most memory: as many records as allowed, then the largest ones."""
     most = MAX_RECORD_HEADERS // 5
     whole = grow(65_536 + 4, last=SNI)
     assert read(records(grow(most, last=SNI), 1)) is not None

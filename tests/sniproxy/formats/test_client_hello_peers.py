@@ -1,4 +1,4 @@
-"""The ClientHello reader beside real peers: what real clients send, and that a real server sees the same name."""
+"""The ClientHello parser compared with real peers: hellos of real clients, and the same name as in a real server."""
 
 import random
 import socket
@@ -27,7 +27,7 @@ from tests.support.hellos import (
 
 
 def read(*pieces: bytes) -> Hello | None:
-    """Feed the pieces; nothing may change them."""
+    """Feed the pieces, and check that `raw` has them unchanged."""
     reader = HelloReader()
     hello = [reader.feed(piece) for piece in pieces][-1]
     assert reader.raw == b"".join(pieces)
@@ -130,7 +130,7 @@ cuts = st.lists(st.integers(0, 5000), max_size=12)
 
 
 class Server:
-    """OpenSSL as a server that has no certificate: all it does is to read the name, or to refuse."""
+    """OpenSSL as a server without a certificate: it only reads the name, or refuses."""
 
     def __init__(self) -> None:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -142,7 +142,7 @@ class Server:
         self._name = name
 
     def read(self, wire: bytes) -> bytes | None:
-        """Return the name that the server sees in a connection that begins so."""
+        """Return the name that the server sees in a connection with this start."""
         self._name = None
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         server = self._context.wrap_bio(incoming, outgoing, server_side=True)
@@ -156,7 +156,7 @@ SERVER = Server()
 
 
 def test_a_real_server_is_hardly_more_tolerant() -> None:
-    """Refusing costs nothing: of what we call broken OpenSSL takes two, and no client sends those (RFC 8701, 4.2)."""
+    """Strictness costs nothing: of the broken hellos OpenSSL accepts two, which no client sends (RFC 8701, 4.2)."""
     tolerated = {what for what, whole in BROKEN.items() if SERVER.read(records(whole)) is not None}
     assert tolerated <= {"GREASE twice", "client version 4"}
 
@@ -173,13 +173,13 @@ skews = st.sampled_from([0] * 20 + [-1, 1, 3])
 
 
 def skewed(data: bytes, prefix: int, skew: int) -> bytes:
-    """Put a length before `data` that may be a little wrong."""
+    """Prefix `data` with a length that may be slightly wrong."""
     return max(len(data) + skew, 0).to_bytes(prefix, "big") + data
 
 
 @st.composite
 def doubtful_messages(draw: st.DrawFn) -> bytes:
-    """TLS 1.2 hellos that a server would answer, but for names and lengths that may be wrong anywhere."""
+    """TLS 1.2 hellos that a server would answer, except that names and lengths may be wrong anywhere."""
 
     def doubtful_names() -> bytes:
         listed = b"".join(
@@ -202,7 +202,7 @@ def doubtful_messages(draw: st.DrawFn) -> bytes:
 
 @given(doubtful_messages())
 def test_a_real_server_never_sees_another_name(whole: bytes) -> None:
-    """The property that all this strictness is for: what we route by is what the server behind us answers to."""
+    """The reason for all strictness: the name that we route by is the name that the server sees."""
     wire = records(whole)
     with suppress(HelloError):
         hello = read(wire)
@@ -220,7 +220,7 @@ SEEDS = [
 
 
 def mutated(wire: bytes, source: random.Random) -> bytes:
-    """Change some bytes: to edges, by one, away, new, doubled."""
+    """Change some bytes: to extremes, by one, removed, inserted, doubled."""
     result = bytearray(wire)
     for _ in range(source.randint(1, 4)):
         at = source.randrange(len(result))
@@ -244,7 +244,7 @@ def mutated(wire: bytes, source: random.Random) -> bytes:
 
 
 def test_200_000_mutated_hellos() -> None:
-    """Only HelloError comes of them; and of what passes, a real server is asked about one in ten."""
+    """They raise only HelloError. Of those that pass, one in ten is also given to a real server."""
     source = random.Random(2026)
     passed = 0
     for _ in range(200_000):

@@ -1,4 +1,4 @@
-"""PROXY protocol: both versions written and read as specified, strictly, in any pieces."""
+"""PROXY protocol: both versions are written and parsed as specified, strictly, in any pieces."""
 
 import socket
 import subprocess
@@ -55,7 +55,7 @@ def test_what_is_written_is_what_is_read(header: ProxyHeader, behind: bytes) -> 
 
 
 @given(headers)
-def test_a_beginning_is_not_a_header_yet(header: ProxyHeader) -> None:
+def test_an_incomplete_header_is_no_header_yet(header: ProxyHeader) -> None:
     wire = header.pack()
     for end in range(len(wire)):
         assert parse(wire[:end]) is None
@@ -85,7 +85,7 @@ def test_mixed_families_meet_in_ipv6() -> None:
     assert parse(wire) == (header, 52)
 
 
-def test_a_zone_is_nothing_that_the_far_end_needs() -> None:
+def test_the_zone_of_an_address_is_dropped() -> None:
     parsed = parse(ProxyHeader(source=("fe80::1%eth0", 1), destination=("fe80::2%2", 2)).pack())
     assert parsed is not None
     assert parsed[0].source == ("fe80::1", 1)
@@ -169,7 +169,7 @@ def test_what_cannot_be_written(header: ProxyHeader) -> None:
         header.pack()
 
 
-def test_the_bound_is_a_parameter() -> None:
+def test_the_limit_of_a_header_is_a_parameter() -> None:
     header = ProxyHeader(tlvs=((2, bytes(MAX_HEADER - 16 - 3)),))
     assert len(header.pack()) == MAX_HEADER
     assert parse(header.pack()) == (header, MAX_HEADER)
@@ -256,7 +256,7 @@ backend b
 @pytest.mark.needs("haproxy")
 @pytest.mark.parametrize("version", ["proxy", "proxy-v2"])
 def test_reads_what_haproxy_writes(tmp_path: Path, version: str) -> None:
-    """With its checksum, where there is one, which this module must find right."""
+    """If there is a checksum, this module must find it right."""
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(10)
         config = tmp_path / "haproxy.cfg"
@@ -364,7 +364,7 @@ def test_what_is_no_version_1_header(line: bytes) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_bytes_behind_the_word_are_a_header_or_an_error(data: bytes) -> None:
+def test_bytes_after_proxy_are_a_header_or_an_error(data: bytes) -> None:
     for start in (b"", b"PROXY ", b"PROXY TCP4 "):
         if start + data:
             try:

@@ -1,4 +1,4 @@
-"""Alert records, byte for byte, and that a real TLS client reads them."""
+"""Alert records, byte for byte, and read by a real TLS client."""
 
 import ssl
 

@@ -17,14 +17,14 @@ pytestmark = pytest.mark.anyio
 
 
 async def count(stream: SocketStream) -> None:
-    """A service that reads to the end and gives everything back."""
+    """A service that reads to the end and sends everything back."""
     await stream.send(await read_all(stream))
     stream.shutdown_write()
 
 
 @pytest.mark.parametrize("size", [0, 60_000, 1 << 20, 8 << 20])
 async def test_a_client_that_sends_on_still_gets_its_alert(size: int) -> None:
-    """Right behind a refused hello, more than anybody reads: the alert must not be lost to the reset that ends it."""
+    """With more data behind a refused hello than is ever read: the reset at the end must not destroy the alert."""
     async with a_relay() as running:
         client = await running.dial("stranger.example")
         try:

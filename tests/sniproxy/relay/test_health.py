@@ -78,7 +78,7 @@ def test_of_two_that_are_equally_busy_the_one_that_is_ready() -> None:
         assert firsts(balance, [ready, cold]) == {"cold": 2000}
 
 
-def test_of_many_the_busiest_never_comes_first() -> None:
+def test_the_busiest_of_many_never_comes_first() -> None:
     ways = [way(name) for name in "abcd"]
     balance = a_balance()
     with ExitStack() as streams:
@@ -137,7 +137,7 @@ def test_where_all_fail_all_are_tried() -> None:
     assert len(firsts(balance, ways)) == 2
 
 
-def test_an_allocation_that_was_made_anew_is_another_one() -> None:
+def test_a_recreated_allocation_is_a_new_way() -> None:
     balance, lost = a_balance(), way("gw-1")
     eject(balance, lost)
     again = Candidate(traits=TURN, network="b", target="", address="10.0.0.7", port=50001, addressee="gw-1")

@@ -1,4 +1,4 @@
-"""The relay over real sockets: what each kind of client gets, byte for byte, and what the operator reads of it."""
+"""The relay over real sockets: what each kind of client gets, and what the operator sees."""
 
 import asyncio
 import os
@@ -37,13 +37,13 @@ NAME = "orders.shop.example"
 
 
 async def hold(stream: SocketStream) -> None:
-    """A service that answers nothing and reads on."""
+    """A service that reads and never answers."""
     while await stream.recv():
         pass
 
 
 async def count(stream: SocketStream) -> None:
-    """A service that reads to the end and gives everything back."""
+    """A service that reads to the end and sends everything back."""
     await stream.send(await read_all(stream))
     stream.shutdown_write()
 
@@ -52,7 +52,7 @@ async def count(stream: SocketStream) -> None:
 
 
 def whole(name: str) -> dict[str, list[bytes]]:
-    """Beginnings of connections that are good, in the pieces in which they are sent."""
+    """Valid starts of connections, in the pieces in which they are sent."""
     plain = message(server_name(name.encode()))
     big = message(key_share(X25519MLKEM768, 1216), server_name(name.encode()))
     hello = client_hello(name)
@@ -122,7 +122,7 @@ async def test_half_closes_pass_both_ways() -> None:
 
 
 async def test_bulk_behind_the_hello_by_the_local_route() -> None:
-    """Hello in records of one byte, and more behind it than a pipe holds: nothing overtakes what was read with the hello."""
+    """A hello in records of one byte with more data behind it than a pipe holds: nothing overtakes what was read with the hello."""
     async with a_relay() as running:
         port = await running.serve(count)
         data = records(message(server_name(name_of(port).encode()), padding(12_500)), 1) + os.urandom(3 << 20)
@@ -179,7 +179,7 @@ async def test_a_stream_whose_client_has_ended_is_given_its_own_time() -> None:
         client.close()
 
 
-async def test_a_name_of_two_networks_is_where_the_import_says_first_and_nobody_elses_counts() -> None:
+async def test_a_name_in_two_networks_leads_to_the_first_one_in_the_import() -> None:
     published = [
         record(Kind.SERVICE, network, name.partition(".")[0], ServiceSpec(name=name, ports={"443": []}))
         for network, name in (("b", NAME), ("c", NAME), ("b", "pay.shop.example"))

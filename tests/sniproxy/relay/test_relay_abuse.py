@@ -1,4 +1,4 @@
-"""A relay under those who mean it ill, and what is left of them afterwards: nothing."""
+"""A relay under attack: real clients are served, and afterwards nothing is left of the attackers."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 def many_files() -> Iterator[int]:
-    """Allow as many open files as the system lets us have; gives how many the test may open."""
+    """Raise the limit of open files as far as possible; return how many the test may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = hard if hard != resource.RLIM_INFINITY else 1 << 16
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -42,7 +42,7 @@ async def echo(stream: SocketStream) -> None:
 
 
 async def drop(stream: SocketStream) -> None:
-    """Read whatever comes, to whatever end."""
+    """Read everything up to the end or a reset."""
     with contextlib.suppress(OSError):
         await read_all(stream)
 
@@ -56,7 +56,7 @@ async def ask(running: Running, name: str) -> None:
 
 
 async def test_slow_hellos_keep_no_real_client_out() -> None:
-    """500 clients that send a byte now and then, for ever if they were let: each is ended by its deadline."""
+    """500 clients send a byte now and then, and would for ever: each is closed at its deadline."""
     hello = client_hello("orders.shop.example", padding(5000))
     async with a_relay(hello_timeout_s=1.5) as running:
         name = name_of(await running.serve(echo))
@@ -88,7 +88,7 @@ async def test_slow_hellos_keep_no_real_client_out() -> None:
 
 @pytest.mark.parametrize("ended_by", ["client's end", "client's reset", "service's end"])
 async def test_idle_streams_leave_nothing_behind(ended_by: str, many_files: int) -> None:
-    """Opened, idle, ended, in all the thousands: as many descriptors and tasks as before."""
+    """Thousands are opened, idle and ended; then there are as many descriptors and tasks as before."""
     total = min(2000 if ended_by == "client's end" else 300, many_files // 4)
     served: list[SocketStream] = []
     arrived = asyncio.Semaphore(0)
@@ -148,7 +148,7 @@ async def all_but(tasks: int) -> None:
 
 @pytest.mark.parametrize("kind", ["served", "reset", "silent", "unknown", "not TLS", "nobody there"])
 async def test_an_ended_stream_leaves_no_cycle_for_the_garbage_collector(kind: str) -> None:
-    """Its walk over thousands of streams stops everything for as long as it takes; with cycles it would be needed often."""
+    """A collection over thousands of streams pauses the whole process, and reference cycles would make it frequent."""
     async with a_relay(hello_timeout_s=0.05) as running:
         name = name_of(await running.serve(drop))
 
@@ -208,8 +208,8 @@ async def test_clients_that_go_while_their_stream_is_opened_leave_nothing() -> N
         await eventually(lambda: descriptors() <= before)
 
 
-async def test_floods_of_what_is_no_hello() -> None:
-    """Connections that are refused at once, as fast as they can be made; the relay serves on and remembers none."""
+async def test_floods_of_connections_without_a_hello() -> None:
+    """Connections that are refused at once, as fast as they can be made. The relay serves on and keeps nothing of them."""
     kinds = [
         b"GET / HTTP/1.1\r\n\r\n",
         b"\x16\x03\x01\xff\xff",

@@ -30,7 +30,7 @@ IMPORTS = Imports([ImportRule(names=(NAME.decode(),), sources=("a",), prefer="lo
 
 @pytest.fixture
 async def relay() -> AsyncIterator[Running]:
-    """A relay that reaches NAME in its own network; the service gives back all that it reads to the end."""
+    """A relay that reaches NAME in its own network. The service returns everything that it reads up to the end."""
 
     async def give_back(stream: SocketStream) -> None:
         await stream.send(await read_all(stream))

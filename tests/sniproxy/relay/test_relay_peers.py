@@ -1,4 +1,4 @@
-"""Real clients and a real server through the relay: handshakes end to end, and refusals that people can read."""
+"""Real clients and a real server through the relay: end-to-end handshakes, and readable error messages for refusals."""
 
 import asyncio
 import socket

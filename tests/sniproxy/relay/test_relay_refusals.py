@@ -1,4 +1,4 @@
-"""Who a relay refuses: the alert, byte for byte, and the reason in log and metrics."""
+"""Refused clients: the alert, byte for byte, and the reason in log and metrics."""
 
 import asyncio
 import socket
@@ -39,13 +39,13 @@ HTTP = b"GET / HTTP/1.1\r\nHost: orders.shop.example\r\n\r\n"
 
 
 async def hold(stream: SocketStream) -> None:
-    """A service that answers nothing and reads on."""
+    """A service that reads and never answers."""
     while await stream.recv():
         pass
 
 
 async def count(stream: SocketStream) -> None:
-    """A service that reads to the end and gives everything back."""
+    """A service that reads to the end and sends everything back."""
     await stream.send(await read_all(stream))
     stream.shutdown_write()
 
@@ -226,7 +226,7 @@ async def test_max_streams() -> None:
 
 
 async def test_a_relay_is_no_service_of_its_own() -> None:
-    """Or one ClientHello would go round until no descriptor is left."""
+    """Otherwise one ClientHello would loop until no descriptor is left."""
     for listen in ("127.0.0.1", "0.0.0.0"):
         async with a_relay(listen=((listen, 0),)) as running:
             port = running.relay.addresses[0][1]

@@ -1,4 +1,4 @@
-"""Rules and imports at a relay: every spelling of what is reached, on local routes and on those to another network."""
+"""Rules and imports at a relay: every spelling of a target, on local routes and on routes to another network."""
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -28,7 +28,7 @@ FROM_B = Imports([ImportRule(names=(ORDERS,), sources=("b",))])
 
 
 def names(network: str) -> list[str]:
-    """Every way to ask for the service by its name; case and a trailing dot are the ClientHello's."""
+    """Every way to ask for the service by its name, including upper case and a trailing dot."""
     return [
         ORDERS,
         "Orders.SHOP.example.",
@@ -40,7 +40,7 @@ def names(network: str) -> list[str]:
 
 
 def patterns(network: str) -> list[str]:
-    """Every way to mean it in a rule."""
+    """Every way to name it in a rule."""
     spelt = {name.lower().removesuffix(".") for name in names(network)}
     return [*sorted(spelt), "*.shop.example", "**.example", f"*.shop.{network}.{DOMAIN}"]
 
@@ -75,7 +75,7 @@ async def is_carried(running: Running, name: str) -> bool:
 
 
 async def opens(visit: Visit) -> None:
-    """READY, OPENED, and gone."""
+    """READY, OPENED, then a reset."""
     await visit.framed.send(Ready())
     await visit.framed.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
     await visit.wire.flushed(5)
@@ -93,7 +93,7 @@ async def local(*rules: Rule, imports: Imports = OWN, **options: Any) -> AsyncIt
 
 @asynccontextmanager
 async def remote(*rules: Rule, imports: Imports = FROM_B) -> AsyncIterator[Running]:
-    """A relay that knows services of b and c and the ways there."""
+    """A relay with services of b and c in its mesh, and gateways to both."""
     async with (
         scripted(opens) as b,
         scripted(opens, network="c") as c,

@@ -1,4 +1,4 @@
-"""Several ways to one network: one that fails is reported, gone around, and left out for a while."""
+"""Several ways to one network: one that fails is logged, avoided, and left out for a while."""
 
 import logging
 import socket
@@ -18,7 +18,7 @@ NAME = f"p8443-10-1-0-5.b.{DOMAIN}"
 
 
 async def stream(running: Running) -> dict[str, object]:
-    """One stream by whatever way is there, and its log line."""
+    """Open one stream by any way, and return its log line."""
     count = len(running.log.events)
     client = await running.dial(NAME)
     await running.opened()

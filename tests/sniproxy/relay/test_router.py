@@ -1,4 +1,4 @@
-"""From a name to candidates: every kind of route, and everything that must never become one. No socket is touched."""
+"""From a name to candidates: every kind of route, and everything that must never become one. Without sockets."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -112,7 +112,7 @@ def test_weight_and_zone_of_a_way() -> None:
         assert not router(zone=zone).candidates(compact("10.1.0.5"), mesh, 443)[0].near
 
 
-def test_a_service_is_asked_for_by_its_whole_name() -> None:
+def test_a_service_is_requested_by_its_full_name() -> None:
     mesh = TURN_MESH.apply([service("orders.shop.svc.cluster.local")])
     for name in (f"p8443-orders.shop.b.{DOMAIN}", f"_8443.orders.shop._b.{DOMAIN}"):
         assert router().candidates(name, mesh, 443)[0].target == "orders.shop.svc.cluster.local:8443"
@@ -131,7 +131,7 @@ def test_imports_fail_over_to_a_network_that_has_a_way() -> None:
     assert [candidate.network for candidate in router().candidates(NAME, mesh, 443)] == ["c"]
 
 
-def test_what_nobody_here_imports_leads_nowhere_whoever_publishes_it() -> None:
+def test_a_service_that_is_not_imported_has_no_route() -> None:
     mesh = TURN_MESH.apply([service("bank.example"), service(to="d"), network("d"), allocation(50007, to="d")])
     assert refused(mesh, "bank.example") is Reason.UNKNOWN_NAME
     assert refused(mesh, NAME) is Reason.UNKNOWN_NAME, "d offers it, but we import it from b and c only"
@@ -201,7 +201,7 @@ def test_no_route(records: list[AnyRecord], why: str) -> None:
 
 
 def test_of_another_networks_record_only_the_port_counts() -> None:
-    """Its own TURN records are as little asked as anything else that it publishes."""
+    """Its TURN records are not used, nor anything else that it publishes."""
     theirs = TurnSpec(
         url="turn:203.0.113.1:3478?transport=tcp", relay_addresses=["203.0.113.1"], port_min=1, port_max=65535
     )
@@ -258,7 +258,7 @@ def test_gateways_are_dialled_only_inside_relay_direct() -> None:
     ],
 )
 def test_a_gateways_address_that_is_never_dialled(address: str) -> None:
-    """Although relay.direct has everything: a server that let such a record through must not be our master."""
+    """Even though relay.direct has everything: a discovery server that accepts such a record must not control us."""
     assert refused(Mesh.of([*BASE, gateway(address)]), compact("10.1.0.5")) is Reason.NO_ROUTE
 
 
@@ -281,8 +281,8 @@ def test_the_first_key_of_a_direction_signs() -> None:
     assert keys.get("b", "a") is None
 
 
-def test_a_hostile_services_name_is_no_route_and_no_crash() -> None:
-    """Records are checked where they are written; whatever slips through there must not stop us here."""
+def test_a_hostile_service_name_gives_no_route_and_no_crash() -> None:
+    """Records are checked when they are written. Invalid ones must not stop us here."""
     spec = ServiceSpec(name=NAME, ports={"8443": [], "0": [], "70000": [], "x": []})
     mesh = TURN_MESH.apply([record(Kind.SERVICE, "b", "odd", spec), allocation(70000), allocation(-1)])
     found = router().candidates(NAME, mesh, 8443)

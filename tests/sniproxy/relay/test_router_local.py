@@ -105,7 +105,7 @@ def test_ssrf_by_record(address: str) -> None:
 )
 @pytest.mark.parametrize("form", ["p80-{}.a." + DOMAIN, "_80._{}._a." + DOMAIN])
 def test_ssrf_by_spelling(label: str, form: str) -> None:
-    """There is one spelling of each address, and IPv4-mapped ones have none."""
+    """Each address has one spelling, and IPv4-mapped addresses have none."""
     assert refused(TURN_MESH, form.format(label), deliver=EVERYTHING) in {Reason.BAD_NAME, Reason.UNKNOWN_NAME}
 
 

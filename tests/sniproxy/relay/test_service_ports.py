@@ -1,4 +1,4 @@
-"""Ports of imported services: whose count, in which range, and how many at most."""
+"""Ports of imported services: which services count, in which range, and how many at most."""
 
 from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Kind, Mesh
@@ -29,6 +29,6 @@ def test_only_services_that_are_imported_from_that_network_count() -> None:
     assert service_ports(found, "a", Imports([]), 1, 65535) == []
 
 
-def test_there_are_so_many_at_most() -> None:
+def test_there_is_a_maximum() -> None:
     found = mesh(("b", "one.shop.example", list(range(2000, 2000 + MAX_PORTS + 50))))
     assert service_ports(found, "a", IMPORTS, 1, 65535) == list(range(2000, 2000 + MAX_PORTS))

@@ -1,4 +1,4 @@
-"""Dialling: which failure leads to which next candidate, what is sent before READY, and what is never sent twice."""
+"""Connecting: which failure leads to which next candidate, what is sent before READY, and what is never sent twice."""
 
 import asyncio
 import hashlib
@@ -72,7 +72,7 @@ def dead_port() -> Iterator[int]:
 
 
 async def opened(dialing: Upstreams, candidates: list[Candidate], calling: StreamRequest | None = None) -> Connected:
-    """Dial, and close what came of it."""
+    """Connect, and close the connection."""
     connected = await dialing.connect(calling or call(), candidates)
     connected.stream.close()
     return connected
@@ -106,7 +106,7 @@ async def test_the_preamble_says_what_was_asked() -> None:
 
 @pytest.mark.parametrize("size", [100, 7000, 8000, 16_000, 60_000])
 async def test_before_ready_one_segment_of_eight_kib_at_most(size: int) -> None:
-    """What is over that is kept until READY: a TURN server holds 16 reads before the bind, and drops the rest."""
+    """The rest is kept until READY: a TURN server buffers 16 reads before the bind, and drops more."""
     data = client_hello("orders.shop.example", padding(size)) + os.urandom(500)
     done = asyncio.Event()
 
@@ -147,7 +147,7 @@ async def test_nothing_follows_before_ready() -> None:
 
 @pytest.mark.parametrize("cut", [reset, ends])
 async def test_a_cut_before_ready_is_tried_again(cut: object) -> None:
-    """The permission may be on its way to the TURN server."""
+    """The permission may not have reached the TURN server yet."""
     async with scripted(cut, cut, opens) as gateway:  # type: ignore[arg-type]
         connected = await opened(upstreams(), [candidate(gateway)])
         assert connected.attempts == 3
@@ -170,7 +170,7 @@ async def test_pauses_grow_and_then_it_is_no_permission() -> None:
     assert "4 times" in error.detail
 
 
-async def test_a_direct_gateway_that_cuts_is_no_question_of_permission() -> None:
+async def test_a_direct_gateway_that_cuts_has_no_missing_permission() -> None:
     async with scripted(reset) as gateway, scripted(opens) as second:
         error = await failed(upstreams(), [candidate(gateway, traits=DIRECT)])
         assert (error.reason, gateway.connections) == (Reason.DIAL_FAILED, 1)
@@ -197,7 +197,7 @@ async def test_silence_before_ready_leads_to_the_next_candidate() -> None:
 
 
 async def test_an_attempt_that_is_given_up_is_cut() -> None:
-    """A gateway that is late with its READY must find out, or it would serve the stream beside the next one."""
+    """A gateway whose READY comes too late must notice, or it would serve the stream in addition to the next gateway."""
     seen = asyncio.Event()
 
     async def late(visit: Visit) -> None:
@@ -231,7 +231,7 @@ async def test_nobody_answers(dead_port: int) -> None:
 
 @pytest.mark.parametrize("reason", ["overloaded", "draining", "clock_skew", "bad_signature", "no_key", "replay"])
 async def test_refused_before_ready(reason: str) -> None:
-    """Nothing can have run: another gateway may have the key, the time or the room."""
+    """Nothing was executed, and another gateway may have the key, the right clock or free capacity."""
     async with scripted(refuses(reason)) as first, scripted(opens) as second:
         connected = await opened(upstreams(), [candidate(first), candidate(second)])
         assert (connected.attempts, first.connections) == (2, 1)
@@ -262,23 +262,23 @@ async def test_any_other_refusal_is_final(reason: str) -> None:
     assert error.reason is (Reason.OTHER if reason == "something_new" else Reason(reason))
 
 
-async def test_silence_behind_ready_is_never_replayed() -> None:
-    """0-RTT data must not run twice."""
+async def test_silence_after_ready_is_never_retried() -> None:
+    """0-RTT data must not be executed twice."""
     async with scripted(silent_behind_ready) as first, scripted(opens) as second:
         error = await failed(upstreams(open_timeout_s=0.05), [candidate(first), candidate(second)])
         assert (first.connections, second.connections) == (1, 0)
     assert (error.reason, error.attempts) == (Reason.OPEN_TIMEOUT, 1)
 
 
-async def test_a_cut_behind_ready_is_never_replayed() -> None:
+async def test_a_cut_after_ready_is_never_retried() -> None:
     async with scripted(reset_behind_ready) as first, scripted(opens) as second:
         error = await failed(upstreams(), [candidate(first), candidate(second)])
         assert (first.connections, second.connections) == (1, 0)
     assert error.reason is Reason.TRUNCATED
 
 
-async def test_a_refusal_is_heard_although_the_rest_of_the_hello_was_cut() -> None:
-    """A gateway that refuses reads for two seconds; one that has no time for that has still said why."""
+async def test_a_refusal_is_read_although_sending_the_hello_failed() -> None:
+    """A gateway that refuses reads for two seconds. One that closes at once has still sent its reason."""
 
     async def hasty(visit: Visit) -> None:
         await visit.wire.send(Ready().pack() + Refused("dial_failed", "at once").pack())
@@ -345,7 +345,7 @@ async def test_the_last_failure_is_the_one_that_is_told() -> None:
     assert (error.reason, error.attempts) == (Reason.OVERLOADED, 2)
 
 
-async def test_a_local_candidate_gets_nothing_from_us() -> None:
+async def test_nothing_is_sent_to_a_local_candidate() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         connected = await upstreams().connect(call(), [candidate(port, traits=LOCAL)])
@@ -358,7 +358,7 @@ async def test_a_local_candidate_gets_nothing_from_us() -> None:
         connected.stream.close()
 
 
-async def test_a_key_that_is_gone_meanwhile() -> None:
+async def test_a_key_that_was_removed_meanwhile() -> None:
     dialing = upstreams(GatewayConnector("a", SigningKeys({}), now_ms=lambda: 0))
     async with scripted(opens) as gateway:
         error = await failed(dialing, [candidate(gateway)])
@@ -366,7 +366,7 @@ async def test_a_key_that_is_gone_meanwhile() -> None:
     assert error.reason is Reason.NO_KEY
 
 
-async def test_a_preamble_that_does_not_fit_is_an_answer_and_no_crash() -> None:
+async def test_a_preamble_that_is_too_long_is_a_dial_error() -> None:
     key = SigningKey(id="k" * 250, secret=bytes(32), from_network="a", to_network="b")
     dialing = upstreams(GatewayConnector("a", SigningKeys({"k": key}), now_ms=lambda: 0))
     name = ".".join(["a" * 60] * 4)
@@ -386,7 +386,7 @@ async def test_a_preamble_that_does_not_fit_is_an_answer_and_no_crash() -> None:
 
 
 def wakes(*seconds: int, answers: bool) -> Script:
-    """READY, then WAITING so often, then OPENED or nothing."""
+    """READY, then WAITING for each of `seconds`, then OPENED or nothing."""
 
     async def script(visit: Visit) -> None:
         await visit.framed.send(Ready())
@@ -400,13 +400,13 @@ def wakes(*seconds: int, answers: bool) -> Script:
     return script
 
 
-async def test_a_service_that_is_being_woken_is_waited_for() -> None:
+async def test_a_service_that_is_being_started_is_waited_for() -> None:
     async with scripted(wakes(1, 1, answers=True)) as gateway:
         assert (await opened(upstreams(open_timeout_s=0.1), [candidate(gateway)])).attempts == 1
 
 
 @pytest.mark.parametrize("seconds", [(0,), (60, 0), (60, 60, 60)])
-async def test_but_not_for_ever(seconds: tuple[int, ...]) -> None:
+async def test_a_service_that_is_being_started_is_not_waited_for_for_ever(seconds: tuple[int, ...]) -> None:
     async with scripted(wakes(*seconds, answers=False)) as first, scripted(opens) as second:
         relay = upstreams(open_timeout_s=0.1, waiting_limit_s=0.2)
         error = await failed(relay, [candidate(first), candidate(second)])

@@ -1,4 +1,4 @@
-"""Dialling on a connection that is kept ready: what is said, and what becomes of the stream where the connection is dead."""
+"""Opening streams on warm connections: what is sent, and what happens to the stream if the connection is dead."""
 
 import asyncio
 import time
@@ -104,7 +104,7 @@ def candidate(address: tuple[str, int] = ("127.0.0.1", 1), name: str = "gw-1") -
 async def attempt(
     answer: Answer, *cold: ScriptedGateway, calling: StreamRequest | None = None
 ) -> tuple[Attempt, Connected]:
-    """Dial with one connection ready at the first candidate; the others' gateways are `cold`, the first one's included."""
+    """Connect with one warm connection at the first candidate; `cold` are the gateways for new connections to each."""
     near, far = (CapsuleConnection(stream, side) for stream, side in zip(await pair(), Side, strict=True))
     near.ends.warm = far.ends.warm = True
     await far.send(Ready())
@@ -169,7 +169,7 @@ async def test_ready_means_a_header_without_a_client() -> None:
                 await upstreams()._warm_up(unknown)
 
 
-async def test_a_stream_on_a_connection_that_is_ready() -> None:
+async def test_a_stream_opens_on_a_ready_connection() -> None:
     made, connected = await attempt(opening)
     assert (connected.was_warm, connected.attempts, connected.connection) == (True, 1, made.near)
     assert made.opening is not None
@@ -199,7 +199,7 @@ async def test_what_is_behind_the_hello_waits_for_an_answer() -> None:
 
 @pytest.mark.parametrize("behind", [b"", b"early"])
 @pytest.mark.parametrize("answer", [nothing, cut])
-async def test_a_dead_one_costs_an_attempt_and_not_the_stream(answer: Answer, behind: bytes) -> None:
+async def test_a_dead_warm_connection_costs_an_attempt_and_not_the_stream(answer: Answer, behind: bytes) -> None:
     async with scripted(opens) as gateway:
         calling = call(behind=behind)
         made, connected = await attempt(answer, gateway, calling=calling)
@@ -213,7 +213,7 @@ async def test_a_dead_one_costs_an_attempt_and_not_the_stream(answer: Answer, be
         assert await visit.payload(len(calling.data)) == calling.data
 
 
-async def test_behind_silence_the_next_comes_before_a_new_connection_to_the_same() -> None:
+async def test_after_silence_the_next_candidate_comes_first() -> None:
     async with scripted(opens) as first, scripted(opens, addressee="gw-2") as second:
         made, connected = await attempt(nothing, first, second)
         assert (connected.candidate.addressee, connected.attempts) == ("gw-2", 2)
@@ -221,7 +221,7 @@ async def test_behind_silence_the_next_comes_before_a_new_connection_to_the_same
         assert made.counted == {WARM_LOST, "ok"}
 
 
-async def test_behind_a_cut_a_new_connection_to_the_same_comes_first() -> None:
+async def test_after_a_cut_a_new_connection_to_the_same_candidate_comes_first() -> None:
     async with scripted(opens) as first, scripted(opens, addressee="gw-2") as second:
         _, connected = await attempt(cut, first, second)
         assert (connected.candidate.addressee, connected.attempts) == ("gw-1", 2)
@@ -240,7 +240,7 @@ async def test_silence_of_a_gateway_that_lives_is_final() -> None:
 
 
 @pytest.mark.parametrize(("reason", "asked_next"), [("draining", 1), ("overloaded", 1), ("denied", 0)])
-async def test_a_refusal_goes_on_to_the_next_where_that_may_be(reason: str, asked_next: int) -> None:
+async def test_a_refusal_leads_to_the_next_candidate_if_allowed(reason: str, asked_next: int) -> None:
     async def refuses(made: Attempt) -> None:
         await made.arrived()
         await made.say(Pong(made.token), Refused(reason))
@@ -256,7 +256,7 @@ async def test_a_refusal_goes_on_to_the_next_where_that_may_be(reason: str, aske
         assert (first.connections, second.connections) == (0, asked_next)
 
 
-async def test_who_answers_something_else_breaks_the_protocol() -> None:
+async def test_a_wrong_answer_violates_the_protocol() -> None:
     async def opens_without_pong(made: Attempt) -> None:
         await made.arrived()
         await made.say(OPENED)

@@ -1,4 +1,4 @@
-"""The pool of warm streams: filled by use, emptied by use, age, silence and loss, never beyond its bounds."""
+"""The pool of warm connections: filled by use; emptied by use, age, silence and loss; never over its limits."""
 
 import asyncio
 from collections import Counter
@@ -27,7 +27,7 @@ from turnreg.gateway.warm import WarmStreams
 pytestmark = pytest.mark.anyio
 
 RESTLESS = replace(TURN, idle_limit_s=0.02)
-"""A transport that forgets at once what is idle."""
+"""A transport with a very short idle limit."""
 
 Far = Callable[[CapsuleConnection], Awaitable[object]]
 """What the gateway's end of a connection does."""
@@ -78,7 +78,7 @@ class Running:
 
 
 async def kept(gateway: CapsuleConnection) -> None:
-    """As the real gateway."""
+    """Behaves as the real gateway."""
     await WarmStreams().wait(gateway, "a")
 
 
@@ -109,7 +109,7 @@ async def test_nothing_is_kept_before_the_first_use() -> None:
         assert running.dialled == 0
 
 
-async def test_what_is_taken_is_made_anew() -> None:
+async def test_a_taken_connection_is_replaced() -> None:
     async with a_pool() as running:
         running.pool.used(way())
         await eventually(lambda: running.pool.ready == 2)
@@ -124,7 +124,7 @@ async def test_what_is_taken_is_made_anew() -> None:
         connection.stream.close()
 
 
-async def test_a_pool_of_none() -> None:
+async def test_a_pool_of_size_zero() -> None:
     async with a_pool(0) as running:
         running.pool.used(way())
         await asyncio.sleep(0)
@@ -139,7 +139,7 @@ async def test_use_does_not_make_more_than_its_size() -> None:
         assert running.dialled == 2
 
 
-async def test_the_number_in_all_is_bounded() -> None:
+async def test_the_total_is_bounded() -> None:
     async with a_pool(max_warm=3) as running:
         for number in range(10):
             running.pool.used(way(f"gw-{number}"))
@@ -238,7 +238,7 @@ async def test_the_others_of_one_that_was_dead_are_not_trusted() -> None:
         assert running.fates == {Fate.OVER: 2}
 
 
-async def test_a_smaller_pool_from_now_on() -> None:
+async def test_a_smaller_size_counts_when_connections_are_replaced() -> None:
     async with a_pool() as running:
         running.pool.used(way())
         await eventually(lambda: running.pool.ready == 2)
@@ -280,7 +280,7 @@ async def test_many_take_at_once_and_none_is_given_twice() -> None:
             stream.close()
 
 
-async def test_one_that_is_taken_by_who_goes_at_that_moment_is_closed() -> None:
+async def test_a_connection_whose_taker_is_cancelled_is_closed() -> None:
     async with a_pool(1) as running:
         running.pool.used(way())
         await eventually(lambda: running.pool.ready == 1)

@@ -1,4 +1,4 @@
-"""The books: one log line and one sample a stream, times and bytes, no label that a peer could choose."""
+"""Stream records: one log line and one sample for each stream, times and bytes, and no label that a peer can choose."""
 
 import logging
 
@@ -16,7 +16,7 @@ STREAM = bytes(range(16))
 
 
 class Clock:
-    """The loop's clock, as the test wants it."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -117,7 +117,7 @@ async def test_streams_are_counted_and_never_named(ledger: StreamLog, registry: 
     assert b"10.0.0" not in text
 
 
-async def test_rows_of_what_lives(ledger: StreamLog) -> None:
+async def test_rows_of_open_streams(ledger: StreamLog) -> None:
     first = ledger.open(STREAM, client="10.0.0.1")
     tick(ledger, 1)
     second = ledger.open(STREAM[::-1], client="10.0.0.2")
@@ -131,7 +131,7 @@ async def test_rows_of_what_lives(ledger: StreamLog) -> None:
     assert (rows[0]["bytes_up"], rows[0]["bytes_down"]) == (1, 2)
 
 
-async def test_a_dropped_account_leaves_no_trace(
+async def test_a_dropped_record_leaves_no_trace(
     ledger: StreamLog, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "crossnet.relay")

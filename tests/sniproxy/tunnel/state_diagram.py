@@ -9,7 +9,7 @@ from sniproxy.tunnel.state import TRANSITIONS, Direction, Machine, Opening, Side
 
 
 def diagram() -> str:
-    """Each machine's states: for each side, what it may say there, and where that leads if not to the same state."""
+    """Return the states of each machine: for each side the allowed capsules, and the next state if it is another one."""
     return "\n".join(line for name, machine in TRANSITIONS.items() for line in (name, *_states(machine)))
 
 

@@ -94,7 +94,7 @@ def spelled_right(target: str) -> bool:
 
 
 def client_hello(payload: bytes) -> tuple[bytes, str, int] | None:
-    """The digest and name of a ClientHello and where it ends; None while it is not whole. RFC 8446 section 4."""
+    """Return digest, name and end of a ClientHello; None while it is incomplete. RFC 8446 section 4."""
     message, at = b"", 0
     while len(message) < 4 or len(message) < 4 + int.from_bytes(message[1:4], "big"):
         if len(payload) < at + 5 or len(payload) < at + 5 + int.from_bytes(payload[at + 3 : at + 5], "big"):
@@ -154,7 +154,7 @@ class StrangerGateway:
     through_turn: bool = False
     require_epoch: bool = False
     seen: set[bytes] = field(default_factory=set)
-    """For ever: a test lives no two minutes."""
+    """Longer than any test runs."""
     seconds: dict[bytes, asyncio.Queue[Connection]] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 

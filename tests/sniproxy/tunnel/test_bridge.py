@@ -171,7 +171,7 @@ async def test_a_service_reset_reaches_the_client_as_a_reset(path: Path) -> None
 
 @pytest.mark.parametrize("how", ["reset", "close"])
 async def test_a_cut_in_the_middle_is_a_reset_on_both_sides(path: Path, how: str) -> None:
-    """A FIN between relay and gateway is never an end: neither peer may take it for one."""
+    """A FIN between relay and gateway is never an end: neither peer may mistake it for one."""
     async with asyncio.TaskGroup() as group:
         ends = await path.run(group)
         await path.service.send(b"half an ans")
@@ -283,7 +283,7 @@ async def half(request: pytest.FixtureRequest) -> AsyncIterator[Half]:
 
 @RELAY
 async def test_a_lost_client_does_not_keep_an_upload_that_stands_still(half: Half) -> None:
-    """Its reset is found by writing to it, while what it sent before waits for a gateway that takes nothing."""
+    """A write finds its reset, while the data that it sent before waits for a gateway that reads nothing."""
     async with asyncio.TaskGroup() as group:
         carrying = group.create_task(half.bridge(Side.RELAY, timing=replace(TIMING, stalled_s=0.05)).run())
         try:
@@ -309,7 +309,7 @@ class Unconfirmed(CapsuleConnection):
 
 @pytest.mark.parametrize("side", list(Side))
 async def test_where_the_confirmation_fails_the_stream_is_cut(side: Side) -> None:
-    """Nobody reads on there, so nobody else would notice."""
+    """Nothing reads from the connection any more, so nothing else would notice."""
     async with a_half(side, Unconfirmed) as half:
         await half.peer.send_data(b"all", final=True)
         async with asyncio.timeout(5):
@@ -317,7 +317,7 @@ async def test_where_the_confirmation_fails_the_stream_is_cut(side: Side) -> Non
 
 
 async def test_cancelled_before_the_first_step(half: Half) -> None:
-    """The directions' coroutines are never made, or run: none is left that was never awaited."""
+    """No coroutine of a direction is left that was never awaited."""
     async with asyncio.TaskGroup() as group:
         carrying = group.create_task(half.bridge(half.ours.ends._side).run())
         await asyncio.sleep(0)

@@ -27,7 +27,7 @@ async def half(request: pytest.FixtureRequest) -> AsyncIterator[Half]:
 @RELAY
 @pytest.mark.parametrize("failures", [0, 3])
 async def test_an_upload_that_outgrows_its_connection_goes_on_over_another(half: Half, failures: int) -> None:
-    """Where it is not to be had at once, as on a link that is full, it is asked for again."""
+    """If it is not available at once, as on a saturated link, it is requested again."""
     timing = replace(TIMING, second_retry_s=(0.01, 0.02, 0.03))
     ours, theirs = await pair()
     second = CapsuleConnection(theirs, Side.GATEWAY)
@@ -95,7 +95,7 @@ async def test_received_that_goes_back(half: Half) -> None:
 
 @RELAY
 async def test_received_again_and_again(half: Half) -> None:
-    """One for each 16 KiB that were sent, and one more."""
+    """One is allowed for each 16 KiB sent, and one more."""
     async with asyncio.TaskGroup() as group:
         carrying = group.create_task(half.bridge(Side.RELAY).run())
         await half.plain.send(b"question")
@@ -106,14 +106,14 @@ async def test_received_again_and_again(half: Half) -> None:
 
 
 @GATEWAY
-async def test_continued_where_nothing_is_between_us(half: Half) -> None:
+async def test_continued_on_a_direct_connection(half: Half) -> None:
     await half.peer.send(Continued())
     assert await half.bridge(Side.GATEWAY).run() is Reason.PROTOCOL_ERROR
 
 
 @GATEWAY
 async def test_continued_on_the_second_connection(half: Half) -> None:
-    """There is no third one: two tasks would read the second."""
+    """There is no third connection: two tasks would read the second one."""
     theirs, ours = await pair()
 
     async def arrived() -> CapsuleConnection:
@@ -139,7 +139,7 @@ async def test_continued_and_then_nothing(half: Half) -> None:
 
 
 @GATEWAY
-async def test_a_gateway_tells_what_it_has_received(half: Half) -> None:
+async def test_a_gateway_reports_what_it_has_received(half: Half) -> None:
     async def never() -> CapsuleConnection:
         return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Capsules: framing, limits, and that no way of cutting the bytes changes what they say."""
+"""Capsules: framing, limits, and the same result however the bytes are split."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -102,7 +102,7 @@ def test_reading_no_more_than_needed_never_takes_payload(parts: list[tuple[bytes
 
 
 @given(st.lists(st.tuples(st.sampled_from([DATA, FINAL_DATA]), st.binary(max_size=50)), max_size=8))
-def test_our_own_writing_is_read_header_by_header(parts: list[tuple[CapsuleType, bytes]]) -> None:
+def test_our_own_capsules_are_read_header_by_header(parts: list[tuple[CapsuleType, bytes]]) -> None:
     reader = CapsuleReader()
     for kind, value in parts:
         assert reader.header_bytes_wanted == HEADER_SIZE

@@ -112,7 +112,7 @@ async def test_data_behind_a_message_stays_for_the_next_reader(
     assert kinds == [Header, Payload]
 
 
-async def test_data_where_a_message_is_due(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
+async def test_data_instead_of_a_message(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     await gateway.send_data(b"x")
@@ -139,7 +139,7 @@ async def test_unknown_capsules_are_skipped(both: tuple[CapsuleConnection, Capsu
 async def test_a_read_that_is_full_of_capsules_is_worked_off_in_pieces(
     both: tuple[CapsuleConnection, CapsuleConnection],
 ) -> None:
-    """Others run between the pieces, and the payload behind them is whole."""
+    """Other tasks run between the pieces, and the payload behind them is complete."""
     relay, gateway = both
     await opened(relay, gateway)
     one = header(CapsuleType.DATA, 1) + b"x"
@@ -201,7 +201,7 @@ async def test_the_end_of_the_connection_is_no_end_of_the_stream(
 
 
 async def test_control_capsules_never_cut_into_a_payload(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
-    """Two tasks write: one a payload larger than any buffer, one what must not wait for the stream's end."""
+    """Two tasks write: one a payload larger than any buffer, the other capsules that must not wait for its end."""
     relay, gateway = both
     await opened(relay, gateway)
     payload = os.urandom(8 << 20)
@@ -241,7 +241,7 @@ async def test_spliced_data_has_its_header(both: tuple[CapsuleConnection, Capsul
     pool.close()
 
 
-async def test_a_payload_can_be_moved_past(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
+async def test_payload_can_bypass_the_reader(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     await opened(relay, gateway)
     await relay.send_data(b"spliced")
@@ -255,7 +255,7 @@ async def test_a_payload_can_be_moved_past(both: tuple[CapsuleConnection, Capsul
     assert [type(event) for event in await gateway.read()] == [Header, Payload]
 
 
-async def test_our_own_disorder_is_a_defect(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
+async def test_a_wrong_order_of_ours_is_an_assertion_error(both: tuple[CapsuleConnection, CapsuleConnection]) -> None:
     relay, gateway = both
     with pytest.raises(AssertionError, match="relay sends FINISHED"):
         await relay.send(Finished())

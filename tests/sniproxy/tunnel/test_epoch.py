@@ -1,4 +1,4 @@
-"""Epochs as records and refusals tell them: nothing but what was written is read, and nothing that is not proven counts."""
+"""Epochs in records and refusals: read exactly as written, and never believed without proof."""
 
 import os
 
@@ -15,14 +15,14 @@ EPOCHS = st.binary(min_size=EPOCH_SIZE, max_size=EPOCH_SIZE)
 
 
 @given(EPOCHS)
-def test_a_record_tells_its_epoch(epoch: bytes) -> None:
+def test_a_record_contains_the_epoch(epoch: bytes) -> None:
     assert epoch_in([FRAMED, proto_of(epoch)]) == epoch
     assert epoch_in([proto_of(epoch), FRAMED, "framed/2"]) == epoch
 
 
 @given(EPOCHS)
 def test_discovery_servers_from_before_epochs_take_such_a_record(epoch: bytes) -> None:
-    """An entry of `proto` is all that it is to them: sixteen entries of this shape may stand there."""
+    """To older versions it is just an entry of `proto`, of which there may be sixteen of this form."""
     spec = GatewaySpec(address="10.0.0.9:7443", proto=[FRAMED, proto_of(epoch)])
     assert not list(spec_faults(Kind.GATEWAY, "gw-1", spec))
 
@@ -45,7 +45,7 @@ def test_a_refusal_tells_the_epoch_under_the_key(epoch: bytes, once: bytes) -> N
 
 
 @given(EPOCHS, st.integers(0, 90), st.sampled_from("abcdefghijklmnopqrstuvwxyz234567 0é"))
-def test_no_other_text_tells_an_epoch(epoch: bytes, at: int, letter: str) -> None:
+def test_no_other_text_contains_an_epoch(epoch: bytes, at: int, letter: str) -> None:
     detail = stale_detail(epoch, KEY, b"once")
     changed = detail[:at] + letter + detail[at + 1 :]
     # The last letter of an epoch has two bits to spare: another spelling of the same bytes tells the same.
@@ -53,7 +53,7 @@ def test_no_other_text_tells_an_epoch(epoch: bytes, at: int, letter: str) -> Non
 
 
 @given(st.text(max_size=200))
-def test_garbage_tells_nothing(text: str) -> None:
+def test_garbage_contains_no_epoch(text: str) -> None:
     assert told_epoch(text, KEY, b"once") is None
 
 

@@ -114,7 +114,7 @@ def play(handshake: RelayHandshake, *lines: Line) -> Play:
 
 
 def send(*messages: Message, preamble: bytes = b"", data: bytes = b"") -> Line:
-    """It sends this in one write."""
+    """Check that the step sends this in one write."""
 
     def line(said: Play) -> None:
         assert said.waiting.send == Send(preamble, messages, data)
@@ -123,12 +123,12 @@ def send(*messages: Message, preamble: bytes = b"", data: bytes = b"") -> Line:
 
 
 def nothing(said: Play) -> None:
-    """It sends nothing."""
+    """Check that the step sends nothing."""
     assert said.waiting.send is None
 
 
 def until(seconds: float) -> Line:
-    """It waits until so long after the beginning."""
+    """Check that the step waits until this long after the start."""
 
     def line(said: Play) -> None:
         assert said.waiting.until == BEGAN + seconds
@@ -143,7 +143,7 @@ def established(said: Play) -> None:
 def fails(
     kind: type[DialError | ResetBeforeReady | WarmLost], reason: Reason | None = None, *, final: bool = False
 ) -> Line:
-    """It ends with exactly this kind of error."""
+    """Check that the step has failed with exactly this type of error."""
 
     def line(said: Play) -> None:
         assert isinstance(said.step, Failed)
@@ -235,7 +235,7 @@ def test_what_is_over_the_first_write_follows_ready(size: int) -> None:
 
 
 def test_a_stream_opens_on_a_warm_connection() -> None:
-    """What is behind the ClientHello, which may be early data, is sent once."""
+    """The data behind the ClientHello may be early data, and is sent once."""
     begun = play(on_warm(EARLY_DATA)) >> send(Ping(TOKEN), Open(HEADER), data=HELLO) >> until(3) >> after(1)
     begun >> reply(Pong(TOKEN)) >> send(data=EARLY_DATA) >> until(1 + 10) >> reply(OPENED) >> established
 
@@ -300,7 +300,7 @@ def test_a_warm_gateway_answers_the_ping_first() -> None:
     assert said.handshake.told == NEXT
 
 
-def test_a_gateway_that_has_said_ready_cannot_have_the_stream_twice() -> None:
+def test_a_gateway_that_has_sent_ready_never_gets_the_stream_twice() -> None:
     proof = stale_detail(NEXT, KEY.secret, PREAMBLE.once)
     said = play(
         a_stream(),
@@ -322,12 +322,12 @@ def test_a_gateway_that_has_said_ready_cannot_have_the_stream_twice() -> None:
     ],
     ids=["another key", "another stream", "the one that was signed", "no epoch", "nothing"],
 )
-def test_an_epoch_that_is_not_proven(detail: str) -> None:
+def test_an_epoch_without_proof(detail: str) -> None:
     said = play(a_stream(), refused("stale_epoch", detail), fails(DialError, Reason.STALE_EPOCH))
     assert said.handshake.told is None
 
 
-def test_a_connection_to_keep_is_told_too() -> None:
+def test_a_warm_up_learns_the_epoch_too() -> None:
     preamble = replace(WARM, epoch=UNKNOWN_EPOCH)
     begun = play(greeting(CANDIDATE, Signed(preamble, sign(preamble, KEY.secret), KEY.secret), TIMING))
     said = begun >> refused("stale_epoch", stale_detail(EPOCH, KEY.secret, preamble.once))
@@ -351,7 +351,7 @@ def test_silence_while_opening(begin: Callable[[], RelayHandshake], answer: Mess
 @BOTH
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason is not Reason.STALE_EPOCH])
 def test_refused_while_opening(begin: Callable[[], RelayHandshake], answer: Message, reason: Reason) -> None:
-    """Only some reasons say that nothing was delivered."""
+    """Only some reasons guarantee that nothing was delivered."""
     said = play(begin(), reply(answer), refused(reason), fails(DialError, reason, final=reason not in RETRYABLE))
     assert isinstance(said.step, Failed)
     assert isinstance(said.step.error, DialError)
@@ -383,7 +383,7 @@ def test_a_broken_protocol_is_always_final(begin: Callable[[], RelayHandshake], 
 
 @BOTH
 @pytest.mark.parametrize("wrong", [Finished(), Ping(TOKEN)])
-def test_another_message_than_is_due(begin: Callable[[], RelayHandshake], answer: Message, wrong: Message) -> None:
+def test_an_unexpected_message(begin: Callable[[], RelayHandshake], answer: Message, wrong: Message) -> None:
     for before in ([], [reply(answer)]):
         play(begin(), *before, reply(wrong), fails(DialError, Reason.PROTOCOL_ERROR, final=True))
     play(begin(), reply(answer), reply(answer), fails(DialError, Reason.PROTOCOL_ERROR, final=True))
@@ -408,7 +408,7 @@ def test_waiting_has_an_end() -> None:
     begun >> after(20) >> reply(Waiting(60)) >> until(2 + 120 + 10)
 
 
-def test_a_gateway_may_wait_less_after_all() -> None:
+def test_a_gateway_may_shorten_its_waiting() -> None:
     play(a_stream(), reply(Ready()), reply(Waiting(60)), after(1), reply(Waiting(0)), until(1 + 10))
 
 

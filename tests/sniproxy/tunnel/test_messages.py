@@ -1,4 +1,4 @@
-"""Control capsules: what they say survives the wire, and anything else is refused."""
+"""Control capsules: packed and parsed without loss, and anything else is refused."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -41,14 +41,14 @@ messages: st.SearchStrategy[Message] = st.one_of(
 
 
 @given(st.lists(messages, max_size=5))
-def test_what_is_said_is_what_is_read(said: list[Message]) -> None:
+def test_what_is_packed_is_what_is_parsed(said: list[Message]) -> None:
     events = CapsuleReader().feed(b"".join(message.pack() for message in said))
     assert all(isinstance(event, Control) for event in events)
     assert [parse_control(event) for event in events if isinstance(event, Control)] == said
 
 
 def test_bytes() -> None:
-    """The layout, so that no change of it goes unseen."""
+    """The layout, so that no change of it goes unnoticed."""
     assert Ready().pack().hex() == "a063720080000000"
     assert Finished().pack().hex() == "a063720380000000"
     assert Done().pack().hex() == "a063720780000000"
@@ -72,7 +72,7 @@ def test_a_long_dial_is_written_as_the_longest() -> None:
 
 
 @pytest.mark.parametrize("detail", ["x" * 201, "ü" * 150, "€" * 70, "a\ud800b"])
-def test_a_detail_is_cut_between_characters(detail: str) -> None:
+def test_a_long_detail_is_cut_between_characters(detail: str) -> None:
     [event] = CapsuleReader().feed(Refused("other", detail).pack())
     assert isinstance(event, Control)
     assert len(event.value) <= 1 + len("other") + MAX_DETAIL
@@ -94,7 +94,7 @@ def test_a_detail_is_cut_between_characters(detail: str) -> None:
         Open(bytes(1025)).pack,
     ],
 )
-def test_what_cannot_be_said_is_not_written(pack: object) -> None:
+def test_values_that_do_not_fit_are_not_written(pack: object) -> None:
     assert callable(pack)
     with pytest.raises(ValueError, match=r"."):
         pack()
@@ -134,7 +134,7 @@ controls = [kind for kind in CapsuleType if kind not in (CapsuleType.DATA, Capsu
 
 
 @given(st.sampled_from(controls), st.binary(max_size=300))
-def test_garbage_is_refused_or_means_just_that(kind: CapsuleType, value: bytes) -> None:
+def test_garbage_is_refused_or_canonical(kind: CapsuleType, value: bytes) -> None:
     try:
         message = parse_control(Control(kind, value))
     except CapsuleError:

@@ -1,4 +1,4 @@
-"""The preamble: what is signed is what is read, and every forgery, field by field, is refused with its reason."""
+"""The preamble: parsed as it was signed, and every forgery of a field is refused with its reason."""
 
 import dataclasses
 import hmac
@@ -69,7 +69,7 @@ def tlvs_of(header: bytes) -> list[tuple[int, bytes]]:
 
 
 def signed(tlvs: list[tuple[int, bytes]], key: SigningKey = AB, **fields: Any) -> bytes:
-    """Write and sign a header of any TLVs, as somebody with a key but other code would; the signature must be last."""
+    """Write and sign a header with any TLVs, as other code with the key could; the signature must be last."""
     fields = {"source": GOOD.client, "destination": GOOD.local} | fields
     header = ProxyHeader(tlvs=tuple(tlvs), **fields).pack()
     return header[:-32] + hmac.digest(key.secret, header[:-32] + bytes(32), "sha256")
@@ -101,7 +101,7 @@ preambles = st.builds(
 
 
 @given(preambles)
-def test_what_is_signed_is_what_is_read(preamble: Preamble) -> None:
+def test_what_is_signed_is_what_is_parsed(preamble: Preamble) -> None:
     header = sign(preamble, AB.secret)
     assert read_length(header[:15]) is None
     assert read_length(header[:16]) == read_length(header + b"behind") == len(header) <= 1024
@@ -219,7 +219,7 @@ def test_no_time_is_too_far(time_ms: int) -> None:
     assert refusal(sign(dataclasses.replace(GOOD, time_ms=time_ms), AB.secret)) is Reason.CLOCK_SKEW
 
 
-def test_a_captured_header_is_of_no_use() -> None:
+def test_a_captured_header_is_useless() -> None:
     header, here = sign(GOOD, AB.secret), verifier()
     here.verify(header, addressee=GOOD.addressee, now_ms=NOW_MS)
     assert refusal(header, by=here) is Reason.REPLAY  # at the same gateway
@@ -236,7 +236,7 @@ def test_a_captured_header_is_of_no_use() -> None:
     assert refused.value.reason is Reason.BAD_SIGNATURE
 
 
-def test_a_header_from_the_furthest_future_is_remembered_as_long_as_it_is_fresh() -> None:
+def test_a_header_as_far_ahead_as_allowed_is_remembered_while_it_is_valid() -> None:
     header, here = sign(dataclasses.replace(GOOD, time_ms=NOW_MS + 60_000), AB.secret), verifier()
     here.verify(header, addressee=GOOD.addressee, now_ms=NOW_MS)
     assert refusal(header, by=here, now_ms=NOW_MS + 120_000) is Reason.REPLAY
@@ -261,7 +261,7 @@ def test_what_is_refused_is_not_remembered() -> None:
     here.verify(header, addressee=GOOD.addressee, now_ms=NOW_MS)
 
 
-def test_who_has_no_key_learns_nothing_about_ours() -> None:
+def test_a_peer_without_a_key_learns_nothing_about_our_keys() -> None:
     said = set()
     for key_id in ("ac-1", "zz-1"):
         with pytest.raises(PreambleError) as refused:
@@ -271,7 +271,7 @@ def test_who_has_no_key_learns_nothing_about_ours() -> None:
 
 
 def test_checks_come_in_order() -> None:
-    """A header that is wrong in all ways is refused for the first; mended, for the next."""
+    """A header with several errors is refused for the first one; when that is fixed, for the next."""
     here = verifier()
     here.verify(sign(GOOD, AB.secret), addressee=GOOD.addressee, now_ms=NOW_MS)
     stale = dataclasses.replace(GOOD, time_ms=NOW_MS - 60_001, addressee="other", key_id="none")
@@ -309,7 +309,7 @@ def test_each_field_must_be_there_once(kind: Tlv) -> None:
     assert refusal(signed(again + TLVS)) is Reason.PROTOCOL_ERROR
 
 
-def test_a_second_connection_says_so_signed() -> None:
+def test_a_second_connection_is_marked_in_the_signed_header() -> None:
     header = sign(dataclasses.replace(GOOD, continues=True), AB.secret)
     assert verifier().verify(header, addressee=GOOD.addressee, now_ms=NOW_MS).continues  # type: ignore[union-attr]
     assert not verifier().verify(signed(TLVS), addressee=GOOD.addressee, now_ms=NOW_MS).continues  # type: ignore[union-attr]
@@ -341,7 +341,7 @@ def test_features(value: bytes, said: bool) -> None:
 
 
 @pytest.mark.parametrize("imports", ["a" * 321, "Orders.shop", "a,b", "a\n"])
-def test_imports_that_are_none(imports: str) -> None:
+def test_invalid_imports(imports: str) -> None:
     with pytest.raises(PreambleError):
         sign(dataclasses.replace(GOOD, imports=imports), AB.secret)
     assert refusal(signed([(0xED, imports.encode()), *TLVS])) is Reason.PROTOCOL_ERROR
@@ -380,7 +380,7 @@ def test_a_wrong_checksum_is_refused() -> None:
         (Tlv.ATTEMPT, bytes(2)),
     ],
 )
-def test_values_that_are_none(kind: Tlv, value: bytes) -> None:
+def test_invalid_values(kind: Tlv, value: bytes) -> None:
     tlvs = [(number, value if number == kind else old) for number, old in TLVS]
     assert refusal(signed(tlvs)) is Reason.PROTOCOL_ERROR
 

@@ -1,4 +1,4 @@
-"""What stands beside the preamble: targets in their one spelling, key files, and the first bytes of a connection."""
+"""Targets in their one spelling, key files, and the first bytes of a connection."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -70,7 +70,7 @@ def test_targets(text: str, where: IPv4Address | IPv6Address | str, port: int) -
         "x" * 5000,
     ],
 )
-def test_targets_that_are_none(text: str) -> None:
+def test_invalid_targets(text: str) -> None:
     with pytest.raises(PreambleError) as refused:
         decode_target(text)
     assert refused.value.reason is Reason.PROTOCOL_ERROR

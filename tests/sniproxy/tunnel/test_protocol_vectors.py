@@ -1,4 +1,4 @@
-"""The test vectors of PROTOCOL.md: our code writes these bytes and reads these values, and the document quotes them."""
+"""The test vectors of PROTOCOL.md: our code writes these bytes, reads these values, and the document quotes them."""
 
 import json
 import pathlib
@@ -61,7 +61,7 @@ KEYS = {
 SECRET = KEYS["ab-1"].secret
 HEADERS = {vector["name"]: bytes.fromhex(vector["header"]) for vector in VECTORS["preambles"]}
 QUOTED = re.sub(r"\s", "", DOCUMENT)
-"""The document without white space, so that long vectors may be broken into lines."""
+"""Return the document without white space, so that long vectors may span lines."""
 
 
 def named(section: str) -> pytest.MarkDecorator:

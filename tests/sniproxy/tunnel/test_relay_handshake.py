@@ -1,4 +1,4 @@
-"""A relay and a gateway's epoch: told the right one it signs anew, once, and believes only who has the key."""
+"""Epochs at a relay: told the right one it signs again, once, and believes only a gateway with the key."""
 
 import os
 
@@ -66,7 +66,7 @@ async def test_a_record_that_is_newer_than_what_was_told_counts() -> None:
         assert signed(gateway) == [UNKNOWN_EPOCH, EPOCH, EPOCH, NEXT]
 
 
-async def test_it_signs_anew_once_and_no_more() -> None:
+async def test_it_signs_again_only_once() -> None:
     async with scripted(tells(EPOCH), tells(NEXT), opens) as gateway:
         with pytest.raises(DialError) as failed:
             await upstreams().connect(call(), [way(gateway)])
@@ -84,7 +84,7 @@ async def test_it_signs_anew_once_and_no_more() -> None:
     ],
     ids=["another key", "another stream", "the one that was signed", "no epoch", "nothing"],
 )
-async def test_somebody_in_between_cannot_have_a_stream_sent_twice(script: Script) -> None:
+async def test_a_turn_server_cannot_have_a_stream_sent_twice(script: Script) -> None:
     async with scripted(script, opens) as gateway:
         with pytest.raises(DialError) as failed:
             await upstreams().connect(call(), [way(gateway)])
@@ -93,7 +93,7 @@ async def test_somebody_in_between_cannot_have_a_stream_sent_twice(script: Scrip
         assert len(gateway.visits) == 1
 
 
-async def test_a_connection_that_is_kept_ready_is_signed_anew_too() -> None:
+async def test_a_warm_connection_is_signed_again_too() -> None:
     async with scripted(tells(EPOCH), tells(EPOCH)) as gateway:
         with pytest.raises(DialError):
             await upstreams()._warm_up(way(gateway, traits=TURN))
@@ -101,7 +101,7 @@ async def test_a_connection_that_is_kept_ready_is_signed_anew_too() -> None:
 
 
 @pytest.mark.parametrize("reason", ["bad_signature", "clock_skew", "replay", "overloaded", "draining"])
-async def test_a_connection_that_is_not_kept_ready_says_why(reason: str) -> None:
+async def test_a_failed_warm_up_says_why(reason: str) -> None:
     async with scripted(refuses(reason)) as gateway:
         with pytest.raises(DialError) as failed:
             await upstreams()._warm_up(way(gateway, traits=TURN))

@@ -1,4 +1,4 @@
-"""Which capsule may come when: every order that is right, every one that is wrong, and both sides always of one opinion."""
+"""The order of capsules: every allowed one, every wrong one, and both sides always agree."""
 
 import itertools
 import textwrap
@@ -41,7 +41,7 @@ class Pair:
         self.ends = {R: StreamState(R), G: StreamState(G)}
 
     def say(self, side: Side, kind: CapsuleType) -> None:
-        """One side says it, the other hears it; CapsuleError where it may not."""
+        """One side sends a capsule, the other receives it; CapsuleError if it is not allowed."""
         self.ends[other(side)].received(kind)
         self.ends[side].sent(kind)
 
@@ -137,7 +137,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("before", "wrong"), [case[1:] for case in WRONG], ids=[case[0] for case in WRONG])
 def test_wrong_orders(before: list[Step], wrong: Step) -> None:
-    """A peer's is an error of the peer; our own is a defect."""
+    """A wrong capsule from the peer is the peer's error; a wrong one from us is a bug."""
     pair = Pair()
     pair.say_all(before)
     side, kind = wrong
@@ -149,7 +149,7 @@ def test_wrong_orders(before: list[Step], wrong: Step) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(Side), st.sampled_from(CapsuleType)), max_size=40))
 def test_what_one_side_may_say_the_other_takes(steps: list[Step]) -> None:
-    """The two sides never disagree: whatever sender's rules let pass is no error at the receiver, and the reverse."""
+    """Both sides always agree: what the sender's rules allow is no error at the receiver, and vice versa."""
     pair = Pair()
     for side, kind in steps:
         try:
@@ -180,7 +180,7 @@ def test_no_peer_makes_a_stream_complete_alone(side: Side, kinds: list[CapsuleTy
 
 
 def test_the_docstring_shows_the_tables() -> None:
-    """After a change: python -m tests.sniproxy.tunnel.state_diagram."""
+    """After a change, run: python -m tests.sniproxy.tunnel.state_diagram."""
     assert textwrap.indent(diagram(), "    ") in (state.__doc__ or "")
 
 
@@ -212,13 +212,13 @@ SPEAKERS = {
     T.DONE: {R},
     T.CONTINUED: {R},
 }
-"""Who may say it at all."""
+"""Which side may send it at all."""
 
 
 @pytest.mark.parametrize("side", Side)
 @pytest.mark.parametrize("kind", CapsuleType)
-def test_who_may_say_what_at_all(side: Side, kind: CapsuleType) -> None:
-    """Whoever may not is told so, in whatever state; whoever may is told what the state lacks."""
+def test_which_side_may_send_which_capsule(side: Side, kind: CapsuleType) -> None:
+    """The error says that the side never sends this capsule, whatever the state; otherwise it names the state."""
     told = ""
     try:
         StreamState(other(side)).received(kind)
@@ -321,7 +321,7 @@ def test_what_may_not_be_said_on_a_warm_connection(said: list[Step], step: Step)
 
 
 @pytest.mark.parametrize("kind", [T.PING, T.OPEN])
-def test_a_stream_that_is_not_warm_has_no(kind: CapsuleType) -> None:
+def test_a_stream_that_is_not_warm_has_no_ping_or_open(kind: CapsuleType) -> None:
     pair = Pair()
     pair.say(G, T.READY)
     with pytest.raises(CapsuleError):
@@ -337,7 +337,7 @@ def test_a_warm_connection_may_be_refused() -> None:
 # --- services that are being woken ------------------------------------------------------------------------------------
 
 
-def test_a_gateway_may_say_again_that_it_waits() -> None:
+def test_a_gateway_may_repeat_waiting() -> None:
     pair = Pair()
     pair.say_all([(R, T.DATA), (G, T.READY), (G, T.WAITING), (G, T.WAITING), (G, T.OPENED)])
 
@@ -345,7 +345,7 @@ def test_a_gateway_may_say_again_that_it_waits() -> None:
 @pytest.mark.parametrize(
     ("said", "side"), [([], G), (OPENING, G), ([(G, T.READY), (G, T.REFUSED)], G), ([(G, T.READY)], R)]
 )
-def test_when_nobody_waits(said: list[Step], side: Side) -> None:
+def test_waiting_is_refused_unless_a_stream_is_being_opened(said: list[Step], side: Side) -> None:
     pair = Pair()
     pair.say_all(said)
     with pytest.raises(CapsuleError):

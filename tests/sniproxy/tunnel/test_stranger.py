@@ -1,4 +1,4 @@
-"""PROTOCOL.md is enough: a gateway that was written from it alone works with our relay, and agrees with the test vectors."""
+"""PROTOCOL.md is sufficient: a gateway written from it alone works with our relay, and agrees with the test vectors."""
 
 import ast
 import asyncio
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.anyio
 KEY_OF_TESTS = {KEY.id: (KEY.from_network, KEY.to_network, KEY.secret)}
 
 
-def test_it_is_a_stranger() -> None:
+def test_it_imports_nothing_of_ours() -> None:
     tree = ast.parse(pathlib.Path(stranger.__file__).read_text())
     names = {
         name.partition(".")[0]
@@ -77,7 +77,7 @@ def test_it_refuses_what_we_refuse(vector: dict[str, str]) -> None:
 
 @asynccontextmanager
 async def running(gateway: StrangerGateway, **config: Any) -> AsyncIterator[Running]:
-    """Our relay in network a, and the stranger in network b: where it is dialled, or where an allocation would be."""
+    """Our relay in network a, and the independent gateway in network b, dialled directly or as an allocation."""
     async with (
         a_relay(**config) as relay,
         await asyncio.start_server(gateway.serve, "127.0.0.1", 0) as server,
@@ -138,7 +138,7 @@ async def test_the_service_ends_first() -> None:
 
 
 async def test_another_epoch_and_a_dead_service() -> None:
-    """The relay signs what it is told, and is told at once that nobody answers."""
+    """The relay signs the epoch it was told, and then finds that nothing answers."""
     gateway = StrangerGateway("b", "gw-1", KEY_OF_TESTS)
     async with running(gateway) as relay:
         port = await relay.serve(echo)

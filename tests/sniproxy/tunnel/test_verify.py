@@ -1,4 +1,4 @@
-"""Whose preambles count: those for this very process, up to their network's share; and what the relay is told where they do not."""
+"""Verification: preambles for this very process, up to the share of their network, and what a refused relay is told."""
 
 import dataclasses
 import os
@@ -56,7 +56,7 @@ def refused(by: PreambleVerifier, key: SigningKey = AB, now_ms: int = NOW_MS, **
     return raised.value
 
 
-def test_the_epoch_must_be_this_process_s() -> None:
+def test_the_epoch_must_be_that_of_this_process() -> None:
     verifier = PreambleVerifier(KEYS, "b", epoch=EPOCH)
     assert verify(verifier).epoch == EPOCH
     for other in (bytes(16), bytes(range(16))):
@@ -77,7 +77,7 @@ def test_relays_from_before_epochs_come_in_unless_told_otherwise() -> None:
     assert verify(verifier).epoch == EPOCH
 
 
-def test_an_unknown_key_and_a_bad_signature_are_told_in_the_same_words() -> None:
+def test_an_unknown_key_and_a_bad_signature_get_the_same_answer() -> None:
     verifier = PreambleVerifier(KEYS, "b", epoch=EPOCH)
     errors = [refused(verifier, key_id="zz-1"), refused(verifier, key=CB), refused(verifier, from_network="c")]
     assert [error.reason for error in errors] == [Reason.NO_KEY, Reason.BAD_SIGNATURE, Reason.NO_KEY]
@@ -86,7 +86,7 @@ def test_an_unknown_key_and_a_bad_signature_are_told_in_the_same_words() -> None
     assert len({error.detail for error in errors}) == 3, "our own log tells them apart"
 
 
-def test_a_clock_is_told_to_holders_of_a_key_only() -> None:
+def test_only_holders_of_a_key_learn_our_clock() -> None:
     verifier = PreambleVerifier(KEYS, "b", epoch=EPOCH)
     late = refused(verifier, now_ms=NOW_MS + 90_500)
     assert late.reason is late.told[0] is Reason.CLOCK_SKEW
@@ -121,7 +121,7 @@ def test_shares() -> None:
     assert share_of(1, 1000) == 1
 
 
-def test_keys_that_come_and_go_change_the_shares() -> None:
+def test_added_and_removed_keys_change_the_shares() -> None:
     verifier = PreambleVerifier({"ab-1": AB}, "b")
     assert verifier.networks == 1
     verifier.keys = {
