@@ -12,7 +12,7 @@ CHECK_EVERY_S: Final = 5.0
 class IdleTimer:
     """Knows when a stream last moved a byte, on the loop's clock, and ends the stream after too much silence."""
 
-    __slots__ = ("_check", "_check_every_s", "_limit_s", "_loop", "_scope", "_timer", "last")
+    __slots__ = ("_check", "_check_every_s", "_is_watched", "_limit_s", "_loop", "_scope", "_timer", "last")
 
     def __init__(
         self, limit_s: float, *, check: Callable[[], None] | None = None, check_every_s: float = CHECK_EVERY_S
@@ -29,6 +29,7 @@ class IdleTimer:
         self._check_every_s = check_every_s
         self._scope = asyncio.timeout(None)
         self._timer: asyncio.TimerHandle | None = None
+        self._is_watched = False
         self.last = self._loop.time()
 
     def touch(self) -> None:
@@ -43,8 +44,7 @@ class IdleTimer:
         """Change the limit: seconds without a byte in either direction, counted from now."""
         self._limit_s = limit_s
         self.touch()
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._is_watched:
             self._schedule(limit_s)
 
     def shorten(self, limit_s: float) -> None:
@@ -53,6 +53,8 @@ class IdleTimer:
             self.limit(limit_s)
 
     def _schedule(self, left_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         if self._check is not None:
             left_s = min(left_s, self._check_every_s)
         if left_s < float("inf"):
@@ -66,7 +68,8 @@ class IdleTimer:
             return
         if self._check is not None:
             self._check()
-        self._schedule(left_s)
+        if self._is_watched:  # the check may have ended the stream
+            self._schedule(left_s)
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -77,10 +80,11 @@ class IdleTimer:
         """
         self.touch()
         async with self._scope:
+            self._is_watched = True
             self._schedule(self._limit_s)
             try:
                 yield
             finally:
-                self._check = None  # a check that is running when the stream ends sets no new timer
+                self._is_watched = False
                 if self._timer is not None:
                     self._timer.cancel()

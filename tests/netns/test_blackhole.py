@@ -1,11 +1,8 @@
 """A path to a TURN server that starts to drop all packets, between two network namespaces: the gateway detects it in time."""
 
 import asyncio
-import os
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import uvloop
@@ -14,51 +11,13 @@ from tests.support.embedded_turn import embedded
 from tests.support.hosts import Namespace
 from tests.support.registered import ID, registrar, relay, turn
 from tests.support.turn_servers import RunningServer
+from tests.support.two_hosts import RULES, THERE, blackhole, two_hosts
 from tests.support.waiting import eventually
 from turnreg.client.allocation import Timing
 
-HERE, THERE = "198.18.7.1", "198.18.7.2"
 BENCHMARKING = ("198.18.0.0/15",)
 PATIENCE_S = 30.0
 """A gateway must detect the dead path within this time."""
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=10)
-
-
-@contextmanager
-def two_hosts() -> Iterator[tuple[Namespace, Namespace]]:
-    here, there = Namespace(), Namespace()
-    try:
-        with here.entered():
-            _run("ip", "link", "add", "here0", "type", "veth", "peer", "name", "there0")
-            _run("ip", "link", "set", "there0", "netns", f"/proc/{os.getpid()}/fd/{there.fd}")
-        for host, link, address in ((here, "here0", HERE), (there, "there0", THERE)):
-            with host.entered():
-                _run("ip", "address", "add", f"{address}/24", "dev", link)
-                _run("ip", "link", "set", link, "up")
-                _run("ip", "link", "set", "lo", "up")
-        yield here, there
-    finally:
-        here.close()
-        there.close()
-
-
-RULES = {
-    "both": "add rule ip t in drop; add rule ip t out drop",
-    "ours": "add rule ip t in drop",
-    "theirs": "add rule ip t out drop",
-}
-
-
-def blackhole(host: Namespace, lost: str) -> None:
-    with host.entered():
-        _run(
-            "nft",
-            "add table ip t; add chain ip t in { type filter hook input priority 0; };"
-            f"add chain ip t out {{ type filter hook output priority 0; }}; {RULES[lost]}",
-        )
 
 
 @pytest.mark.netns
@@ -84,7 +43,7 @@ def test_a_dead_path_is_detected_and_left(lost: str) -> None:
 
     def restore(there: Namespace) -> None:
         with there.entered():
-            _run("nft", "delete table ip t")
+            subprocess.run(["nft", "delete", "table", "ip", "t"], check=True, timeout=10)
 
     with two_hosts() as (here, there):
         with there.entered():
