@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help lab test test-all release fuzz soak lint format docs bench prerequisites
+.PHONY: help lab test test-all coverage release fuzz soak lint format docs bench prerequisites
 
 help:  ## list the targets
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z.-]+):[^#]*## /\1\t/' | expand -t 12
@@ -26,6 +26,10 @@ test: .venv  ## run the tests that take less than five minutes together; install
 test-all: .venv  ## run every test, including those that take minutes and those against the previous version
 	@sh .ci/servers
 	$(BIN)/pytest -n auto --maxprocesses 4 $(TEST)
+
+coverage: .venv  ## run every test, and fail where a package has fewer of its lines covered than its floor (.ci/coverage)
+	@sh .ci/servers
+	$(BIN)/python .ci/coverage -n auto --maxprocesses 4 $(TEST)
 
 soak: .venv  ## send a gigabyte each way through real processes, on loopback and on shaped links: a quarter of an hour
 	@sh .ci/servers
