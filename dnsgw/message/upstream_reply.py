@@ -41,7 +41,7 @@ _EXTENDED_ERROR = 15  # the option (RFC 8914)
 _CNAME, _OPT, _SVCB, _HTTPS = int(Qtype.CNAME), int(Qtype.OPT), int(Qtype.SVCB), int(Qtype.HTTPS)
 
 _ZONES = frozenset({Qtype.NS, Qtype.SOA, Qtype.DS})  # of a zone that the name is in, or of its parent
-_PROOFS = frozenset({Qtype.RRSIG, Qtype.NSEC, Qtype.NSEC3})  # whoever looks at them checks what they are about
+_PROOFS = frozenset({Qtype.RRSIG, Qtype.NSEC, Qtype.NSEC3})  # validators check what they prove
 _WITH_ALL = frozenset({Qtype.CNAME, Qtype.DNAME, Qtype.RRSIG})  # may accompany answers of any type
 _DNAME_COVERED = Qtype.DNAME.to_bytes(2, "big")
 
