@@ -267,9 +267,7 @@ class StreamBridge:
                 self._second = await self._get_second()
             except (OSError, EOFError) as error:  # TimeoutError is an OSError
                 if pause is None:
-                    log.warning(
-                        "an upload stays on its first connection and is slow, there is no second one: %s", error
-                    )
+                    log.warning("no second connection, so an upload stays slow on its first: %s", error)
                     return
                 await asyncio.sleep(pause)
             else:
