@@ -21,6 +21,7 @@ from sniproxy.engine import ByteStream, Listener, SocketStream, connect
 from sniproxy.engine.staggered_connect import connect_first
 from sniproxy.transport.base import Accepted
 from sniproxy.transport.turn import TURN
+from sniproxy.tunnel.bridge import DEFAULT_TIMING, BridgeTiming
 from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Message, Opened, Ready, Refused, Waiting
@@ -211,7 +212,11 @@ class Running:
 
 @asynccontextmanager
 async def a_gateway(
-    *records: AnyRecord, keys: tuple[SigningKey, ...] = (KEY,), dial: ConnectFirst = connect_first, **config: object
+    *records: AnyRecord,
+    keys: tuple[SigningKey, ...] = (KEY,),
+    dial: ConnectFirst = connect_first,
+    timing: BridgeTiming = DEFAULT_TIMING,
+    **config: object,
 ) -> AsyncIterator[Running]:
     """Run a gateway that delivers to loopback, connecting by `dial`; `config` are fields of GatewayConfig."""
     fields = {
@@ -228,6 +233,7 @@ async def a_gateway(
         {key.id: key for key in keys},
         registry=registry,
         endpoints=EndpointDialer("gateway", registry, connect=dial),
+        timing=timing,
     )
     await gateway.open()
     logger, lines = logging.getLogger("crossnet.gateway"), StreamLines()

@@ -24,7 +24,7 @@ from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
 from sniproxy.transport.base import Accepted
 from sniproxy.transport.direct import DirectAcceptor
-from sniproxy.tunnel.bridge import StreamBridge
+from sniproxy.tunnel.bridge import DEFAULT_TIMING, BridgeTiming, StreamBridge
 from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.epoch import EPOCH_SIZE
@@ -57,8 +57,15 @@ class Gateway:
         *,
         registry: CollectorRegistry,
         endpoints: EndpointDialer | None = None,
+        timing: BridgeTiming = DEFAULT_TIMING,
     ) -> None:
-        """Make a gateway that `open` and `run` start. `endpoints` connects to services; one of its own by default."""
+        """Make a gateway that `open` and `run` start.
+
+        Args:
+            endpoints: connects to services; one of its own by default.
+            timing: how long its streams wait for a relay.
+        """
+        self._timing = timing
         self.config = config
         self.endpoints = endpoints or EndpointDialer("gateway", registry)
         self.epoch = os.urandom(EPOCH_SIZE)
@@ -292,6 +299,7 @@ class Gateway:
                 first=bytes(arrival.data),
                 second=second if arrival.accepted.traits.needs_second_connection else None,
                 heartbeats=preamble.heartbeats,
+                timing=self._timing,
             )
             arrival.data.clear()  # `arrival` lives as long as the stream
             arrival.record.carry(up=bridge.inbound, down=bridge.outbound)

@@ -13,6 +13,7 @@ from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec, Turn
 from sniproxy.access.rules import Policy, Rule
 from sniproxy.formats.proxy_protocol import ProxyHeader
 from sniproxy.streams.stream_log import StreamRecord
+from sniproxy.tunnel.bridge import BridgeTiming
 from sniproxy.tunnel.capsules import CapsuleType, Payload, header
 from sniproxy.tunnel.messages import Continued, Done, Finished, Opened, Ready
 from sniproxy.tunnel.preamble import Preamble, SigningKey, sign
@@ -323,9 +324,8 @@ async def test_second_connections_are_served_at_the_limit_and_while_draining() -
         await running.ended()
 
 
-async def test_a_second_connection_that_is_never_used_goes_with_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sniproxy.tunnel.bridge.LINGER_S", 0.02)
-    async with a_gateway() as running:
+async def test_a_second_connection_that_is_never_used_goes_with_its_stream() -> None:
+    async with a_gateway(timing=BridgeTiming(linger_s=0.02)) as running:
         service = await running.service()
         asked, visit = await opened_behind_turn(running, service)
         second = await running.visit(replace(asked, attempt=2, continues=True), behind_turn=True)
