@@ -112,12 +112,12 @@ OPEN = Principal(name="anyone", network=None, kinds=frozenset(Kind), admin=True,
 
 
 def redacted(record: AnyRecord) -> AnyRecord | None:
-    """Return a record as other networks see it: without lease id, and services without endpoints. None for a vip."""
+    """Return a record as other networks see it: without lease id, and services without endpoints and checks. None for a vip."""
     if record.kind not in SEEN_BY_ALL:
         return None
     spec = record.spec
     if isinstance(spec, ServiceSpec):
-        spec = msgspec.structs.replace(spec, ports={port: [] for port in spec.ports})
+        spec = msgspec.structs.replace(spec, ports={port: [] for port in spec.ports}, health=None)
     return msgspec.structs.replace(record, lease=None, spec=spec)
 
 

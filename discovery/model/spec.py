@@ -32,6 +32,7 @@ MAX_TURN_SERVERS = 256  # for which one relay publishes its sources
 MAX_ENDPOINTS = 1000  # of one port; a Kubernetes EndpointSlice holds 100 by default and 1000 at most
 MAX_PROTO = 16
 MAX_WEIGHT = 1000  # from the smallest gateway to the largest machine
+MAX_CHECK_INTERVAL_S = 3600
 MAX_ASKED = 1000  # networks that one relay imports from
 FRAMED = "framed/1"
 """Capsules after a signed preamble: the only stream protocol that loses no data."""
@@ -127,6 +128,15 @@ class GatewaySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Zone of the gateway. Relays in the same zone prefer it."""
 
 
+class HealthCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How relays and gateways of the network check the endpoints of a service."""
+
+    check: Literal["tcp", "tls"]
+    """`tcp`: the endpoint accepts a connection. `tls`: it answers a ClientHello for the service's name with a handshake."""
+
+    interval_s: int = 10
+
+
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A service of the network. Other networks see its ports with empty lists of endpoints."""
 
@@ -136,6 +146,9 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     proxy_protocol: bool | Literal["v1", "v2"] = False
     """The PROXY protocol header that the service expects; `true` means v2."""
+
+    health: HealthCheck | None = None
+    """None: endpoints are only left out after a stream found them dead. Other networks do not see it."""
 
     @property
     def proxy_version(self) -> int | None:
@@ -377,6 +390,8 @@ def _service_faults(path: str, spec: ServiceSpec, place: _Place) -> Iterator[Fau
         except BadAddress:
             yield Fault(where, f"a port 1-{MAX_PORT} without leading zeros as key", shown(port))
         yield from _each(where, endpoints, MAX_ENDPOINTS, place.endpoint_faults)
+    if spec.health is not None and not 1 <= spec.health.interval_s <= MAX_CHECK_INTERVAL_S:
+        yield Fault(f"{path}.health.interval_s", f"seconds 1-{MAX_CHECK_INTERVAL_S}", shown(spec.health.interval_s))
 
 
 def _vip_faults(path: str, spec: VipSpec, place: _Place) -> Iterator[Fault]:

@@ -1,8 +1,9 @@
 """Converts Kubernetes Services and EndpointSlices to service records. Sans-IO.
 
 The annotation crossnet.io/export exports a Service: `true` for all its TCP ports, or a comma-separated list of port names or
-numbers. crossnet.io/proxy-protocol is the PROXY protocol header that it expects: `v1`, `v2`, or `true` for v2. Only endpoints that
-are ready are published.
+numbers. crossnet.io/proxy-protocol is the PROXY protocol header that it expects: `v1`, `v2`, or `true` for v2.
+crossnet.io/health-check has its endpoints checked by relays and gateways: `tcp` or `tls`, and optionally the seconds between two
+checks, such as `tls 30`. Only endpoints that are ready are published.
 """
 
 import hashlib
@@ -16,14 +17,23 @@ import msgspec
 
 from discovery.model.addresses import BadAddress, format_endpoint, parse_address, refusal
 from discovery.model.names import is_service_name
-from discovery.model.spec import MAX_ENDPOINTS, MAX_ID, MAX_PORTS, ServiceSpec
+from discovery.model.spec import (
+    MAX_CHECK_INTERVAL_S,
+    MAX_ENDPOINTS,
+    MAX_ID,
+    MAX_PORTS,
+    HealthCheck,
+    ServiceSpec,
+)
 
 log = logging.getLogger(__name__)
 
 EXPORT = "crossnet.io/export"
 PROXY_PROTOCOL = "crossnet.io/proxy-protocol"
+HEALTH_CHECK = "crossnet.io/health-check"
 SERVICE_NAME = "kubernetes.io/service-name"
 _HEADERS: Mapping[str, bool | Literal["v1", "v2"]] = {"true": True, "v1": "v1", "v2": "v2"}
+_HEALTH = re.compile(r"(tcp|tls)(?:\s+([0-9]{1,4})s?)?")
 MAX_OBJECTS = 100_000
 """Objects of each kind. Kubernetes itself is tested with 10,000 services."""
 
@@ -86,6 +96,7 @@ class _Slice:
 class _Service:
     ports: tuple[tuple[str, int], ...]
     proxy_protocol: bool | Literal["v1", "v2"]
+    health: HealthCheck | None
 
 
 class ServiceTable:
@@ -106,8 +117,9 @@ class ServiceTable:
         if not ports or (name not in self._services and len(self._services) >= self._max_objects):
             self._services.pop(name, None)
             return name
-        wants_header = _HEADERS.get((found.metadata.annotations or {}).get(PROXY_PROTOCOL, ""), False)
-        self._services[name] = _Service(ports, wants_header)
+        annotations = found.metadata.annotations or {}
+        wants_header = _HEADERS.get(annotations.get(PROXY_PROTOCOL, ""), False)
+        self._services[name] = _Service(ports, wants_header, _health(annotations.get(HEALTH_CHECK, "")))
         return name
 
     def delete_service(self, found: ServiceObject) -> Name:
@@ -176,7 +188,7 @@ class ServiceTable:
                 event = {"service": full, "port": port, "endpoints": len(endpoints), "published": MAX_ENDPOINTS}
                 log.warning("a service has too many endpoints", extra={"event": event})
             ports[str(port)] = endpoints[:MAX_ENDPOINTS]
-        return ServiceSpec(name=full, ports=ports, proxy_protocol=service.proxy_protocol)
+        return ServiceSpec(name=full, ports=ports, proxy_protocol=service.proxy_protocol, health=service.health)
 
     def _drop_slice(self, name: Name) -> Name | None:
         known = self._slices.pop(name, None)
@@ -206,6 +218,18 @@ def _exported(found: ServiceObject, asked: str) -> Iterable[tuple[str, int]]:
             continue
         if wanted == {"true"} or name in wanted or str(number) in wanted:
             yield name, number
+
+
+def _health(asked: str) -> HealthCheck | None:
+    """Read the annotation; one that means nothing asks for no check, as a wrong `proxy-protocol` asks for no header."""
+    found = _HEALTH.fullmatch(asked.strip())
+    if found is None:
+        return None
+    check: Literal["tcp", "tls"] = "tls" if found[1] == "tls" else "tcp"
+    if found[2] is None:
+        return HealthCheck(check=check)
+    interval_s = int(found[2])
+    return HealthCheck(check=check, interval_s=interval_s) if 1 <= interval_s <= MAX_CHECK_INTERVAL_S else None
 
 
 def _named(ports: Iterable[_Port]) -> Iterable[tuple[str, int]]:

@@ -140,15 +140,15 @@ class EndpointDialer:
         order = self.health.order(service, endpoints) if service else iter(endpoints)
         return Attempts(self, service, filter(allowed, order), len(endpoints), self._connect)
 
-    def note_success(self, service: str, endpoint: Endpoint) -> None:
+    def note_success(self, service: str, endpoint: Endpoint, *, by_check: bool = False) -> None:
         """Count an endpoint as healthy."""
-        if self.health.succeeded(endpoint):
+        if self.health.succeeded(endpoint, by_check=by_check):
             log.info("endpoint_back", extra={"event": {"service": service, "endpoint": _shown(endpoint)}})
 
-    def note_failure(self, service: str, endpoint: Endpoint, why: str, *, at_least_s: float = 0.0) -> None:
+    def note_failure(self, service: str, endpoint: Endpoint, why: str, *, next_check_s: float | None = None) -> None:
         """Leave an endpoint out for a while: as `EndpointHealth.failed`."""
         self._failures.inc()
-        left_out = self.health.failed(endpoint, why, at_least_s=at_least_s)
+        left_out = self.health.failed(endpoint, why, next_check_s=next_check_s)
         if left_out is not None:
             event = {
                 "service": service,

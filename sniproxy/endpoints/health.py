@@ -25,6 +25,9 @@ EJECTION: Final = Backoff(2.0, 60.0)
 TRIAL_S: Final = 1.0
 """How long others leave an endpoint to the stream that tries whether it is back: several times what a connect takes."""
 
+CHECKS_MISSED: Final = 3
+"""How many intervals a failed check counts for, should no further check come."""
+
 MAX_TRACKED: Final = 16_384
 """Endpoints that are remembered; those used longest ago are forgotten first. Some 300 bytes each."""
 
@@ -35,6 +38,8 @@ class _State:
     """In a row."""
     out_until: float = 0.0
     on_trial: bool = False
+    failed_check: bool = False
+    """The last check failed: a stream that connects says nothing against it, for the check may ask for more."""
     answered: bool = False
     """The last time it was asked."""
     why: str = ""
@@ -107,29 +112,36 @@ class EndpointHealth:
         state = self._states.get(endpoint)
         return state is not None and state.answered and not state.failures
 
-    def succeeded(self, endpoint: Endpoint) -> bool:
-        """Note that an endpoint answered; True where it had been left out."""
+    def succeeded(self, endpoint: Endpoint, *, by_check: bool = False) -> bool:
+        """Note that an endpoint answered; True if it had been left out."""
         state = self._know(endpoint)
+        if state.failed_check and not by_check and self._clock() < state.out_until:
+            return False
+        state.failed_check = False
         was_out = state.failures > 0
         self._failing -= was_out
         state.failures, state.out_until, state.on_trial, state.answered, state.why = 0, 0.0, False, True, ""
         return was_out
 
-    def failed(self, endpoint: Endpoint, why: str, *, at_least_s: float = 0.0) -> LeftOut | None:
-        """Note that an endpoint did not answer; None where it is left out already.
+    def failed(self, endpoint: Endpoint, why: str, *, next_check_s: float | None = None) -> LeftOut | None:
+        """Note that an endpoint did not answer; None if it was left out already.
 
         Args:
-            at_least_s: leave it out for that long, for a checker that asks again by then.
+            next_check_s: it was a check that found it, and there will be another one after so long.
         """
         now = self._clock()
         state = self._know(endpoint)
-        if now < state.out_until and not state.on_trial and not at_least_s:
+        if now < state.out_until and not state.on_trial and next_check_s is None:
             return None  # a stream that had begun before, or that had no other endpoint
+        was_out = state.failures > 0 and now < state.out_until and not state.on_trial
         self._failing += not state.failures
         state.failures += 1
-        seconds = max(self._ejection.bound_s(state.failures), at_least_s)
+        seconds = self._ejection.bound_s(state.failures)
+        if next_check_s is not None:
+            state.failed_check = True
+            seconds = max(seconds, CHECKS_MISSED * next_check_s)
         state.out_until, state.on_trial, state.answered, state.why = now + seconds, False, False, why
-        return LeftOut(failures=state.failures, seconds=seconds)
+        return None if was_out else LeftOut(failures=state.failures, seconds=seconds)
 
     @property
     def left_out(self) -> int:

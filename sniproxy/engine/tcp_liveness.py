@@ -17,7 +17,7 @@ RTO_MAX_MS: Final = 5_000
 80 s came every 5 s, and those after the loss of its host were counted one by one. Before Linux 6.15 the pause doubles up to 120 s,
 so a host that is lost while its reader pauses is found up to 2 minutes later."""
 
-UNANSWERED_S: Final = 18.0
+UNANSWERED_S: Final = 19.0
 """How long retransmissions or probes go unanswered before a peer counts as lost. With the time to the next probe and to the next
 check, each at most 5 s, it is found within 30 s."""
 

@@ -31,6 +31,7 @@ from sniproxy.access.client_limits import (
 from sniproxy.access.loop_guard import LoopGuard
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Policy
+from sniproxy.endpoints.checker import EndpointChecker
 from sniproxy.endpoints.dialer import EndpointDialer
 from sniproxy.engine import Deadlines, End, Listener, SocketStream, Splice
 from sniproxy.engine.host_addresses import is_own_address
@@ -44,6 +45,7 @@ from sniproxy.streams.end_reason import Reason
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
 from sniproxy.transport.base import Transport, TransportConfig
 from sniproxy.transport.errors import DialError, Unroutable
+from sniproxy.transport.local import undeliverable
 from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel import heartbeat
 from sniproxy.tunnel.bridge import StreamBridge
@@ -141,6 +143,7 @@ class Relay:
         self._alerts = Alerts(max_lingering)
         self.ledger = StreamLog("relay", registry)
         self.endpoints = endpoints or EndpointDialer("relay", registry)
+        self._checker = EndpointChecker(self.endpoints, config.network, self._may_be_delivered)
         self._upstreams = Upstreams(registry, self.endpoints)
         self._reach = Reach(config.network, config.domain)
         self._listeners: list[Listener] = []
@@ -162,15 +165,10 @@ class Relay:
         self._hellos.limit = config.max_hello_held_bytes
         self._permit = Permit(config.network, config.imports, config.policy, self._reach)
         self._guard = LoopGuard(config.network, [*config.guard, *self.addresses], is_own=is_own_address)
-        transports = self._make_transports(
-            TransportConfig(
-                network=config.network,
-                deliver=config.deliver,
-                direct=config.direct,
-                guard=self._guard,
-                zone=config.zone,
-            )
+        self._transport_config = TransportConfig(
+            network=config.network, deliver=config.deliver, direct=config.direct, guard=self._guard, zone=config.zone
         )
+        transports = self._make_transports(self._transport_config)
         self._router = Router(
             network=config.network,
             domain=config.domain,
@@ -181,6 +179,7 @@ class Relay:
         )
         connector = GatewayConnector(config.network, keys, now_ms=lambda: time.time_ns() // 1_000_000)
         self._upstreams.reconfigure(connector, transports, pool=config.pool, dial_timeout_s=config.dial_timeout_s)
+        self._checker.reconsider()
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
@@ -224,16 +223,22 @@ class Relay:
         """Serve until `close`, and then until the last stream has ended. Cancelling ends the streams."""
         unsubscribe = self._discovery.subscribe(self._follow)
         self._reach.follow(self._discovery.mesh, time.monotonic())
+        self._checker.follow(self._discovery.mesh)
         try:
             async with asyncio.TaskGroup() as self._group:
                 self._group.create_task(self._upstreams.run())
+                self._group.create_task(self._checker.run())
                 for listener in (*self._listeners, *self._adapted.values()):
                     self._group.create_task(listener.serve(self._serve))
         finally:
             unsubscribe()
             self.close()  # also listeners whose task was cancelled before its first step
 
+    def _may_be_delivered(self, address: Address, port: int, mesh: Mesh) -> bool:
+        return undeliverable(address, port, mesh, self._transport_config) is None
+
     def _follow(self, mesh: Mesh) -> None:
+        self._checker.follow(mesh)
         self._reach.follow(mesh, time.monotonic())
         self._upstreams.follow(mesh)
 
@@ -265,6 +270,7 @@ class Relay:
         """Stop accepting. Open streams go on."""
         self._group = None
         self._upstreams.close()
+        self._checker.close()
         for listener in (*self._listeners, *self._adapted.values()):
             listener.close()
 

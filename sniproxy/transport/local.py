@@ -40,7 +40,7 @@ class LocalTransport:
         denied = ""
         for address, port in endpoints:
             shown = format_endpoint(address, port)
-            why = self._why_not(address, port, mesh)
+            why = undeliverable(address, port, mesh, self._config)
             if why is not None:
                 denied = denied or f"{shown} {why}"
                 continue
@@ -59,15 +59,16 @@ class LocalTransport:
             raise Unroutable(Reason.DENIED, denied)
         return found
 
-    def _why_not(self, address: Address, port: int, mesh: Mesh) -> str | None:
-        """Return why this address and port may not be dialled, None if it may."""
-        if not self._config.deliver.allows(address, port):
-            return "is not in relay.deliver"
-        why = refusal(address, self._config.deliver)
-        if why is not None:
-            return f"is {why}"
-        return STOPPED if self._config.guard.stops(address, port, mesh) else None
-
     def offers(self, candidate: Candidate, mesh: Mesh) -> bool:  # noqa: ARG002
         """Return True: there are no warm connections in the own network, so nothing depends on this."""
         return True
+
+
+def undeliverable(address: Address, port: int, mesh: Mesh, config: TransportConfig) -> str | None:
+    """Return why this address and port may not be dialled as a service, None if it may."""
+    if not config.deliver.allows(address, port):
+        return "is not in relay.deliver"
+    why = refusal(address, config.deliver)
+    if why is not None:
+        return f"is {why}"
+    return STOPPED if config.guard.stops(address, port, mesh) else None

@@ -18,6 +18,7 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry
 
 from discovery.client.contract import Discovery
+from sniproxy.endpoints.checker import EndpointChecker
 from sniproxy.endpoints.dialer import EndpointDialer
 from sniproxy.engine import ByteStream
 from sniproxy.streams.end_reason import Reason
@@ -66,6 +67,7 @@ class Gateway:
             timing: how long its streams wait for a relay.
         """
         self._timing = timing
+        self._discovery = discovery
         self.config = config
         self.endpoints = endpoints or EndpointDialer("gateway", registry)
         self.epoch = os.urandom(EPOCH_SIZE)
@@ -86,6 +88,9 @@ class Gateway:
             guard=config.guard,
             dial_timeout_s=config.dial_timeout_s,
             endpoints=self.endpoints,
+        )
+        self._checker = EndpointChecker(
+            self.endpoints, config.network, lambda *place: self._service_dialer.undeliverable(*place) is None
         )
         self._activation = Activation(
             self._service_dialer,
@@ -112,6 +117,7 @@ class Gateway:
         self._handshakes.reconfigure(keys, require_epoch=config.require_epoch)
         self._service_dialer.reconfigure(config.allow, config.policy, dial_timeout_s=config.dial_timeout_s)
         self._activation.reconfigure(config.activate, config.max_held)
+        self._checker.reconsider()
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
@@ -133,14 +139,18 @@ class Gateway:
     async def run(self) -> None:
         """Serve until `close` is called and the last stream has ended. Cancelling ends the streams."""
         unwatch = self._service_dialer.watch()
+        unsubscribe = self._discovery.subscribe(self._checker.follow)
+        self._checker.follow(self._discovery.mesh)
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = self._activation.group = group
                 group.create_task(self._direct.run(self.take))
+                group.create_task(self._checker.run())
                 await self._closed.wait()
         finally:
             self._group = self._activation.group = None
             unwatch()
+            unsubscribe()
             self.close()
 
     def hold(self) -> None:
@@ -158,6 +168,7 @@ class Gateway:
     def close(self) -> None:
         """Accept no more streams. Open streams continue and may still get their second connection."""
         self._closed.set()
+        self._checker.close()
         self._warm.close()
         self.stop_listening()
 

@@ -188,6 +188,15 @@ class ServiceDialer:
             target.service, target.port
         )
 
+    def undeliverable(self, address: Address, port: int, mesh: Mesh) -> str | None:
+        """Return why this address and port may be dialled for no stream at all, None if it may for some."""
+        if not self._allow.allows(address, port):
+            return "is not in gateway.allow"
+        why = refusal(address, self._allow)
+        if why is not None:
+            return f"is {why}"
+        return STOPPED if self._guard.stops(address, port, mesh) else None
+
     def _why_not(
         self, preamble: Preamble, target: AddressTarget | ServiceTarget, address: Address, port: int
     ) -> str | None:

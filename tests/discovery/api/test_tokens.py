@@ -18,6 +18,7 @@ from discovery.api.tokens import (
 )
 from discovery.files.yaml_file import BadFile
 from discovery.model.mesh import AnyRecord, Kind, NetworkSpec, Record, ServiceSpec, VipSpec
+from discovery.model.spec import HealthCheck
 
 SERVICE: AnyRecord = Record(
     kind=Kind.SERVICE,
@@ -25,7 +26,12 @@ SERVICE: AnyRecord = Record(
     id="s",
     revision=1,
     lease="l",
-    spec=ServiceSpec(name="orders.shop", ports={"8443": ["10.1.0.5:8443"], "9443": []}, proxy_protocol=True),
+    spec=ServiceSpec(
+        name="orders.shop",
+        ports={"8443": ["10.1.0.5:8443"], "9443": []},
+        proxy_protocol=True,
+        health=HealthCheck(check="tcp"),
+    ),
 )
 VIP: AnyRecord = Record(
     kind=Kind.VIP, network="b", id="v", revision=1, spec=VipSpec(name="orders.shop", address="10.200.0.1")
@@ -140,6 +146,7 @@ def test_which_records_a_token_sees() -> None:
     assert seen is not None
     assert seen.spec.ports == {"8443": [], "9443": []}
     assert seen.spec.proxy_protocol
+    assert seen.spec.health is None, "a version of another network may not know it"
     assert seen.lease is None
     assert SERVICE.spec.ports["8443"] == ["10.1.0.5:8443"]
     assert redacted(VIP) is None

@@ -219,3 +219,26 @@ def test_a_service_without_an_id_gets_one(name: str) -> None:
 
 def test_every_kind_has_a_spec() -> None:
     assert set(SPEC_TYPES) == set(Kind)
+
+
+@pytest.mark.parametrize(
+    ("health", "path"),
+    [
+        ({"check": "tcp"}, None),
+        ({"check": "tls", "interval_s": 3600}, None),
+        ({"check": "udp"}, "$.spec.health.check"),
+        ({"check": "tcp", "interval_s": 0}, "$.spec.health.interval_s"),
+        ({"check": "tcp", "interval_s": 3601}, "$.spec.health.interval_s"),
+        ({"check": "tcp", "port": 1}, "$.spec.health"),
+        ({}, "$.spec.health"),
+    ],
+)
+def test_checks_of_a_service(health: dict[str, object], path: str | None) -> None:
+    if path is None:
+        checked = spec(Kind.SERVICE, health=health)
+        check_spec(Kind.SERVICE, "b", checked)
+        assert msgspec.to_builtins(checked)["health"] == health
+        return
+    with pytest.raises(BadRecord) as caught:
+        check_spec(Kind.SERVICE, "b", spec(Kind.SERVICE, health=health))
+    assert caught.value.path == path

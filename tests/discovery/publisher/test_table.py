@@ -3,9 +3,10 @@
 from typing import Any
 
 import msgspec
+import pytest
 
 from discovery.model.mesh import ServiceSpec, check_spec
-from discovery.model.spec import MAX_ENDPOINTS, Kind, is_record_id
+from discovery.model.spec import MAX_ENDPOINTS, HealthCheck, Kind, is_record_id
 from discovery.publisher.table import ServiceObject, ServiceTable, SliceObject, record_id
 
 NAME = ("shop", "orders")
@@ -105,3 +106,25 @@ def test_names_and_ids() -> None:
     }
     assert len(ids) == 9
     assert all(is_record_id(item) and item.startswith("k8s-") for item in ids)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "health"),
+    [
+        ("tcp", HealthCheck(check="tcp")),
+        ("tls 30", HealthCheck(check="tls", interval_s=30)),
+        (" tls 30s ", HealthCheck(check="tls", interval_s=30)),
+        ("tls 0", None),
+        ("http", None),
+        ("", None),
+    ],
+)
+def test_checks_are_asked_for_by_an_annotation(annotation: str, health: HealthCheck | None) -> None:
+    table = ServiceTable("cluster.local")
+    found = service("true", {"name": "https", "port": 8443})
+    assert found.metadata.annotations is not None
+    found.metadata.annotations["crossnet.io/health-check"] = annotation
+    table.put_service(found)
+    made = table.spec(NAME)
+    assert made is not None
+    assert made.health == health

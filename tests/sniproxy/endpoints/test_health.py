@@ -109,10 +109,23 @@ def test_where_all_are_left_out_all_are_tried_the_one_that_is_back_soonest_first
     assert health.ordered() == [C, A, D, B]
 
 
-def test_a_check_leaves_out_for_as_long_as_it_asks_for_and_counts_while_it_is_left_out() -> None:
+def test_what_a_check_finds_counts_until_another_check_has_passed() -> None:
     health = Health()
-    assert health.failed(A, "refused", at_least_s=25.0) == LeftOut(failures=1, seconds=25.0)
-    assert health.failed(A, "refused", at_least_s=25.0) == LeftOut(failures=2, seconds=25.0)
+    assert health.failed(A, "no TLS", next_check_s=10.0) == LeftOut(failures=1, seconds=30.0)
+    health.now += 10
+    assert health.failed(A, "no TLS", next_check_s=10.0) is None, "it is left out already, and stays so"
+    assert not health.succeeded(A), "a connect says less than the check"
+    assert health.left_out == 1
+    assert health.succeeded(A, by_check=True)
+    assert health.left_out == 0
+
+
+def test_a_check_that_is_made_no_more_counts_no_more() -> None:
+    health = Health()
+    health.failed(A, "no TLS", next_check_s=10.0)
+    health.now += 30
+    assert health.left_out == 0
+    assert health.succeeded(A)
 
 
 def test_the_status_names_those_that_fail_the_worst_ones_first() -> None:
@@ -152,6 +165,6 @@ def test_whatever_happens_every_endpoint_is_tried_once(steps: list[tuple[Endpoin
         elif step == "order":
             assert sorted(health.ordered()) == sorted(ALL)
         else:
-            health.failed(endpoint, "refused", at_least_s=5.0 if step == "checked" else 0.0)
+            health.failed(endpoint, "refused", next_check_s=5.0 if step == "checked" else None)
         health.now += seconds
         assert sorted(health.ordered()) == sorted(ALL)

@@ -5,12 +5,15 @@ import socket
 
 import pytest
 
-from discovery.model.mesh import GatewaySpec, Kind
+from discovery.model.addresses import TargetList
+from discovery.model.mesh import GatewaySpec, Kind, ServiceSpec
+from discovery.model.spec import HealthCheck
 from sniproxy.relay.health import FAILURES
 from tests.support.fixed_discovery import record
 from tests.support.path import LogLines
 from tests.support.relays import DOMAIN, Running, a_relay
 from tests.support.scripted_gateways import opens, refuses, scripted
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -82,3 +85,12 @@ async def test_a_way_whose_gateway_does_not_trust_us_is_left_out_and_says_why(re
     assert [line["attempts"] for line in seen] == [2] * FAILURES + [1]
     assert {line["reason"] for line in lines.events} == {reason}
     assert lines.events[0]["detail"] == "the gateway refused: said the test"
+
+
+async def test_endpoints_of_the_own_network_are_checked_where_their_record_asks_for_it() -> None:
+    async with a_relay(deliver=TargetList.parse(["127.0.0.0/8:1"])) as running:
+        health = HealthCheck(check="tcp", interval_s=1)
+        spec = ServiceSpec(name="orders.shop.example", ports={"8443": ["127.0.0.1:1", "127.0.0.1:2"]}, health=health)
+        running.discovery.put(record(Kind.SERVICE, "a", "orders", spec))
+        await eventually(lambda: running.sample("crossnet_relay_endpoints_left_out"))
+        assert [line["endpoint"] for line in running.relay.endpoints.status()] == ["127.0.0.1:1"]

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from discovery.model.addresses import TargetList
 from discovery.model.mesh import GatewaySpec, Kind, RelaySpec, ServiceSpec, TurnSpec
+from discovery.model.spec import HealthCheck
 from sniproxy.access.rules import Policy, Rule
 from sniproxy.formats.proxy_protocol import ProxyHeader
 from sniproxy.streams.stream_log import StreamRecord
@@ -22,6 +24,7 @@ from tests.support.gateways import ALLOCATION, Running, Service, Visit, a_gatewa
 from tests.support.hellos import client_hello, message, padding, records, server_name
 from tests.support.preambles import KEY, name_for, preamble
 from tests.support.streams import until_reset
+from tests.support.waiting import eventually
 from turnreg.gateway.handshake import InboundStream, StreamRefused
 
 pytestmark = pytest.mark.anyio
@@ -369,3 +372,14 @@ async def test_a_refused_stream_leaves_no_cycle(refused: str) -> None:
             gc.garbage.clear()
             gc.enable()
         assert left == []
+
+
+async def test_endpoints_are_checked_where_their_record_asks_for_it() -> None:
+    async with a_gateway(allow=TargetList.parse(["127.0.0.0/8:1"])) as running:
+        health = HealthCheck(check="tcp", interval_s=1)
+        spec = ServiceSpec(name=NAME, ports={"8443": ["127.0.0.1:1", "127.0.0.1:2"]}, health=health)
+        running.discovery.put(record(Kind.SERVICE, "b", "orders", spec))
+        await eventually(lambda: running.gateway.endpoints.health.left_out)
+        assert [line["endpoint"] for line in running.gateway.endpoints.status()] == ["127.0.0.1:1"]
+        running.gateway.reconfigure(replace(running.gateway.config, allow=TargetList()), {})
+        assert not running.gateway.endpoints.health.left_out
