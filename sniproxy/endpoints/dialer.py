@@ -9,7 +9,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.model.addresses import format_endpoint, parse_address
 from sniproxy.endpoints.health import Endpoint, EndpointHealth
-from sniproxy.engine.staggered_connect import MIN_STAGGER_S, STAGGER_S, FirstConnected, connect_first
+from sniproxy.engine.staggered_connect import (
+    MIN_STAGGER_S,
+    STAGGER_S,
+    FirstConnected,
+    HeadStart,
+    connect_first,
+    stagger,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +50,7 @@ class ConnectFirst(Protocol):
         timeout_s: float,
         limit_s: float,
         on_failed: Callable[[Endpoint, OSError], None],
-        stagger_s: float = STAGGER_S,
+        head_start_s: HeadStart = stagger,
     ) -> Awaitable[FirstConnected | None]: ...
 
 
@@ -74,7 +81,7 @@ class Attempts:
             self._endpoints,
             timeout_s=timeout_s,
             limit_s=max(timeout_s, LIMIT_S),
-            stagger_s=self._stagger_s,
+            head_start_s=self._head_start_s,
             on_failed=self._on_failed,
         )
         if connected is None:
@@ -84,6 +91,9 @@ class Attempts:
         if self._service:
             self._dialer.note_success(self._service, connected.endpoint)
         return connected
+
+    def _head_start_s(self, endpoint: Endpoint) -> float:
+        return MIN_STAGGER_S if self._dialer.health.is_doubtful(endpoint) else self._stagger_s
 
     def reject(self, endpoint: Endpoint, why: str) -> None:
         """Count an endpoint that was connected to as failed after all."""

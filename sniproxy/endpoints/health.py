@@ -143,6 +143,11 @@ class EndpointHealth:
         state.out_until, state.on_trial, state.answered, state.why = now + seconds, False, False, why
         return None if was_out else LeftOut(failures=state.failures, seconds=seconds)
 
+    def is_doubtful(self, endpoint: Endpoint) -> bool:
+        """Return whether an endpoint failed the last time."""
+        state = self._states.get(endpoint)
+        return state is not None and state.failures > 0
+
     @property
     def left_out(self) -> int:
         """How many endpoints are left out now."""

@@ -22,13 +22,21 @@ STAGGER_S: Final = 0.25
 """How long an endpoint may stay silent before the next one is dialled beside it (RFC 8305 section 8: Connection Attempt Delay)."""
 
 MIN_STAGGER_S: Final = 0.1
-"""The same where there are many: what RFC 8305 section 8 recommends as the least."""
+"""The same for endpoints of which little is hoped for, and where there are many: the least that RFC 8305 section 8 recommends."""
 
 MAX_OUTSTANDING: Final = 16
 """Attempts at a time. One more gives up the oldest, which has been silent for longer than most services take."""
 
 OnFailed: TypeAlias = Callable[[Endpoint, OSError], None]
-"""Told of an endpoint that failed, timed out, or was still silent after `stagger_s` when another answered (TimeoutError)."""
+"""Told of an endpoint that failed, timed out, or was still silent after its head start when another answered (TimeoutError)."""
+
+HeadStart: TypeAlias = Callable[[Endpoint], float]
+"""How many seconds an endpoint may stay silent before the next one is dialled beside it."""
+
+
+def stagger(_endpoint: Endpoint) -> float:
+    """Give every endpoint the head start of RFC 8305."""
+    return STAGGER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ async def connect_first(
     timeout_s: float,
     limit_s: float,
     on_failed: OnFailed,
-    stagger_s: float = STAGGER_S,
+    head_start_s: HeadStart = stagger,
 ) -> FirstConnected | None:
     """Connect to the first endpoint that answers; None if none does, or none was left to try within `limit_s` seconds.
 
@@ -57,7 +65,7 @@ async def connect_first(
         timeout_s: for each endpoint, from its own SYN.
         limit_s: for all together.
     """
-    race = _Race(endpoints, timeout_s=timeout_s, stagger_s=stagger_s, on_failed=on_failed)
+    race = _Race(endpoints, timeout_s=timeout_s, head_start_s=head_start_s, on_failed=on_failed)
     try:
         return await race.run(limit_s)
     finally:
@@ -66,12 +74,12 @@ async def connect_first(
 
 class _Race:
     def __init__(
-        self, endpoints: Iterator[Endpoint], *, timeout_s: float, stagger_s: float, on_failed: OnFailed
+        self, endpoints: Iterator[Endpoint], *, timeout_s: float, head_start_s: HeadStart, on_failed: OnFailed
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._endpoints = endpoints
         self._timeout_s = timeout_s
-        self._stagger_s = stagger_s
+        self._head_start_s = head_start_s
         self._on_failed = on_failed
         self._outstanding: dict[
             socket.socket, tuple[Endpoint, float]
@@ -106,7 +114,7 @@ class _Race:
                 if endpoint is None:
                     are_left = False
                 elif self._dial(endpoint, now):
-                    next_at = now + self._stagger_s
+                    next_at = now + self._head_start_s(endpoint)
                 else:
                     await asyncio.sleep(0)  # hundreds may fail at once, as without a route
             elif not self._settled:
@@ -171,7 +179,7 @@ class _Race:
     def _silent(self, now: float) -> None:
         """Give up the oldest attempt."""
         sock, (_, since) = next(iter(self._outstanding.items()))
-        self._failed(sock, TimeoutError(errno.ETIMEDOUT, f"no answer in {now - since:.3g} s"))
+        self._failed(sock, TimeoutError(errno.ETIMEDOUT, f"no answer in {now - since:.1f} s"))
 
     def _failed(self, sock: socket.socket, error: OSError) -> None:
         endpoint, _ = self._outstanding[sock]
@@ -181,8 +189,8 @@ class _Race:
     def _won(self, sock: socket.socket, now: float) -> FirstConnected:
         endpoint, _ = self._outstanding.pop(sock)
         for other, (place, since) in self._outstanding.items():
-            if now >= since + self._stagger_s and other not in self._settled:
-                error = TimeoutError(errno.ETIMEDOUT, f"no answer in {now - since:.3g} s, and another gave one")
+            if now >= since + self._head_start_s(place) and other not in self._settled:
+                error = TimeoutError(errno.ETIMEDOUT, f"no answer in {now - since:.1f} s, and another gave one")
                 self._on_failed(place, error)
         try:
             return FirstConnected(SocketStream(sock, endpoint), endpoint, self._attempts)

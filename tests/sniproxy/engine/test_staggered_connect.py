@@ -50,7 +50,7 @@ async def first_of(
 ) -> FirstConnected | None:
     before = len(os.listdir("/proc/self/fd"))
     found = await connect_first(
-        iter(endpoints), timeout_s=timeout_s, limit_s=limit_s, stagger_s=stagger_s, on_failed=failures
+        iter(endpoints), timeout_s=timeout_s, limit_s=limit_s, head_start_s=lambda _: stagger_s, on_failed=failures
     )
     if found is not None:
         found.stream.close()
@@ -100,7 +100,11 @@ async def test_the_slow_one_may_still_win() -> None:
         queued = [socket.create_connection(server.getsockname())]
         slow = server.getsockname()
         found = await connect_first(
-            endpoints(slow, server, queued), timeout_s=LONG_S, limit_s=LONG_S, stagger_s=STAGGER_S, on_failed=failures
+            endpoints(slow, server, queued),
+            timeout_s=LONG_S,
+            limit_s=LONG_S,
+            head_start_s=lambda _: STAGGER_S,
+            on_failed=failures,
         )
         assert found is not None
         found.stream.close()
@@ -148,7 +152,7 @@ async def test_so_many_are_waited_for_and_no_more() -> None:
 
     with answering() as good, silent() as bad:
         found = await connect_first(
-            endpoints(bad, good), timeout_s=LONG_S, limit_s=LONG_S, stagger_s=0.001, on_failed=failures
+            endpoints(bad, good), timeout_s=LONG_S, limit_s=LONG_S, head_start_s=lambda _: 0.001, on_failed=failures
         )
         assert found is not None
         found.stream.close()
@@ -166,7 +170,11 @@ async def test_the_next_one_is_not_asked_for_before_its_time() -> None:
 
     with answering() as good, answering() as other:
         found = await connect_first(
-            endpoints(good, other), timeout_s=LONG_S, limit_s=LONG_S, stagger_s=LONG_S, on_failed=Failures()
+            endpoints(good, other),
+            timeout_s=LONG_S,
+            limit_s=LONG_S,
+            head_start_s=lambda _: LONG_S,
+            on_failed=Failures(),
         )
         assert found is not None
         found.stream.close()
