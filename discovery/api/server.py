@@ -237,7 +237,7 @@ class DiscoveryServer:
         path = self._config.tokens_file
         while path is not None:
             await asyncio.sleep(self._timing.reload_s)
-            if not stamp.changed():
+            if not stamp.has_settled():
                 continue
             try:
                 known = await asyncio.to_thread(Tokens.load, path)
@@ -251,7 +251,7 @@ class DiscoveryServer:
     async def _keep_certificates(self, certificates: FileFingerprint, authorities: FileFingerprint) -> None:
         while self._config.tls_cert is not None:
             await asyncio.sleep(self._timing.reload_s)
-            ours, theirs = certificates.changed(), authorities.changed()
+            ours, theirs = certificates.has_settled(), authorities.has_settled()
             if not (ours or theirs):
                 continue
             try:

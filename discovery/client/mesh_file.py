@@ -150,7 +150,7 @@ class StaticDiscovery(Discovery):
         """Read the file again when it changes, until cancelled. A file with errors is logged and not used."""
         while True:
             await asyncio.sleep(self._reload_s)
-            if not self._stamp.changed():
+            if not self._stamp.has_settled():
                 continue
             try:
                 file = await asyncio.to_thread(load_mesh, self._path, self._allowed)

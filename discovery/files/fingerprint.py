@@ -15,11 +15,27 @@ class FileFingerprint:
         """Note the current state of the files. None is ignored."""
         self._paths = [path for path in paths if path is not None]
         self._seen = self._read()
+        self._moving: list[Fingerprint | None] | None = None
 
     def changed(self) -> bool:
         """Return whether they have changed since the last call, or since the object was created."""
         seen, self._seen = self._seen, self._read()
         return seen != self._seen
+
+    def has_settled(self) -> bool:
+        """Return whether they have changed and are as they were at the call before; to be called periodically.
+
+        A file that is being written in place may be cut short and yet valid, such as a list of tokens without any.
+        """
+        found = self._read()
+        if found == self._seen:
+            self._moving = None
+        elif found == self._moving:
+            self._seen, self._moving = found, None
+            return True
+        else:
+            self._moving = found
+        return False
 
     def _read(self) -> list[Fingerprint | None]:
         return [fingerprint(path) for path in self._paths]
