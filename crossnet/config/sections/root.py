@@ -37,6 +37,7 @@ from discovery.model.addresses import TargetList
 from discovery.model.names import BadName, is_under, normalise_domain
 from discovery.model.validation import Fault
 from discovery.store.etcdapi import parse_endpoints
+from turnreg.server.config import MAX_REALM_CHARACTERS, is_realm
 
 ROLES = ("discovery_server", "turn", "turn_servers", "dns", "relay", "gateway", "publisher")
 """In the order in which they start, so that each finds the ones it depends on ready."""
@@ -130,6 +131,13 @@ class Config:
         yield from _apart(self.domain, search_domains() if search is None else search, "a search domain")
         if self.dns is not None:
             yield from _apart(self.domain, self.dns.forward, "a zone that dns.forward sends elsewhere")
+
+    @rule("domain", "turn")
+    def _domain_as_realm(self) -> Iterator[Fault]:
+        if self.turn is not None and self.turn.realm is None and not is_realm(self.domain):
+            yield Fault(
+                ".turn.realm", f"one of at most {MAX_REALM_CHARACTERS} characters", "the domain, which is longer"
+            )
 
     @rule("discovery")
     def _discovery_for_roles(self) -> Iterator[Fault]:

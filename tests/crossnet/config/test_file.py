@@ -196,6 +196,10 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
         ),
         (f"{TURN.replace('10.0.0.7', '[]')}, secret: {{file: token}}}}", "$.turn.relay_address: expected one address of a family, got none"),
         (f"{TURN.replace('10.0.0.7', '0.0.0.0')}, secret: {{file: token}}}}", "$.turn.relay_address: expected an address of this host, got 0.0.0.0"),
+        (
+            f"domain: {'.'.join(['x' * 60] * 3)}\n{TURN}, secret: {{file: token}}}}",
+            "$.turn.realm: expected one of at most 127 characters, got the domain, which is longer",
+        ),
         (f"{TURN}, realm: {'x' * 128}, secret: {{file: token}}}}", "$.turn.realm: expected at most 127 characters, got 128"),
         (
             "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, relay_address: 10.0.0.7, secret: {file: token}}",
