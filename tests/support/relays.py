@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
+from discovery.model.spec import FRAMED
 from sniproxy.endpoints.dialer import ConnectFirst, EndpointDialer
 from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.engine.staggered_connect import connect_first
@@ -81,10 +82,18 @@ class Running:
         self._closing.callback(task.cancel)
         return listener.address[1]
 
-    def add(self, gateway: ScriptedGateway, *, network: str = "b", name: str = "gw-1", zone: str = "") -> None:
-        """Publish a scripted gateway that is dialled directly."""
+    def add(
+        self,
+        gateway: ScriptedGateway,
+        *,
+        network: str = "b",
+        name: str = "gw-1",
+        zone: str = "",
+        proto: Sequence[str] = (),
+    ) -> None:
+        """Publish a scripted gateway that is dialled directly. `proto`: what it speaks beside `framed/1`."""
         address, port = gateway.address
-        spec = GatewaySpec(address=f"{address}:{port}", zone=zone)
+        spec = GatewaySpec(address=f"{address}:{port}", zone=zone, proto=[FRAMED, *proto])
         self.discovery.put(record(Kind.GATEWAY, network, name, spec))
 
     async def connect(self) -> SocketStream:
