@@ -7,6 +7,7 @@ speaks TLS, and with one reason in log and metrics.
 import asyncio
 import itertools
 import logging
+import math
 import os
 import socket
 import time
@@ -57,8 +58,9 @@ log = logging.getLogger(__name__)
 DEFAULT_HELLO_TIMEOUT_S = 5.0
 """From accept to the last byte of the ClientHello, however slowly it comes. Enough for two round trips and a retransmission."""
 
-DEFAULT_IDLE_TIMEOUT_S = 3600.0
-"""Silence in both directions. One hour covers the time for which databases and message brokers leave connections unused."""
+DEFAULT_IDLE_TIMEOUT_S = math.inf
+"""Silence in both directions: no limit. Clients wait for days (LISTEN, server-sent events, connection pools), a lost host is found
+within half a minute anyway, and a full relay ends the longest idle stream of the client that holds most."""
 
 DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
 """Silence after one side has ended. The longest time that a service computes an answer after the request is complete."""
@@ -272,7 +274,7 @@ class Relay:
         stream = os.urandom(16)
         record = self.ledger.open(stream, client=client.peer[0], local=f"{client.local[0]}:{client.local[1]}")
         reason = Reason.OTHER
-        refused = False
+        refused = is_gone = False
         task = asyncio.current_task()
         assert task is not None
         record.end = task.cancel
@@ -282,11 +284,14 @@ class Relay:
             try:
                 reason = await self._carry(client, record, deadlines)
             except StreamRefused as refusal:
-                refused, reason, record.detail = True, refusal.reason, refusal.detail
+                refused, is_gone = True, refusal.is_gone
+                reason, record.detail = refusal.reason, refusal.detail
             finally:
                 deadlines.end(client)
                 self.ledger.close(record, reason)
-            if refused:  # no longer counted as a stream, so clients that linger over their alert keep no others out
+            if (
+                refused and not is_gone
+            ):  # no longer counted as a stream, so clients that linger over their alert keep no others out
                 await self._alerts.send(client, reason)
         finally:
             client.close()
@@ -302,7 +307,9 @@ class Relay:
             raise StreamRefused(Reason.OVERLOADED, refused)
         try:
             with self._hellos.share() as share:
-                hello, data = await read_hello(client, record, share, self.config.max_hello_bytes, deadlines.limit_s)
+                hello, data = await read_hello(
+                    client, record, share, self.config.max_hello_bytes, deadlines.limit_s, local[1]
+                )
                 deadlines.end(client)
                 request = StreamRequest(stream=record.stream, client=peer, local=local, hello=hello, data=data)
                 connected = await self._connect(record, request, source)

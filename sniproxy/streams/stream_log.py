@@ -155,7 +155,8 @@ class StreamLog:
         row = {**record.row(), "reason": reason.value}
         if record.detail:
             row["detail"] = record.detail
-        self._over.append(row)
+        if reason is not Reason.PROBE:  # which come every second, and would leave no room for streams
+            self._over.append(row)
         self._log.info("stream", extra={"event": row})
 
     def drop(self, record: StreamRecord) -> None:
