@@ -21,6 +21,7 @@ from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.engine.staggered_connect import connect_first
 from sniproxy.relay.alerts import MAX_LINGERING
 from sniproxy.relay.relay import Relay, RelayConfig
+from sniproxy.streams.idle_streams import MIN_IDLE_S
 from sniproxy.transport.base import Transport, TransportConfig
 from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.keys import SigningKeys
@@ -134,6 +135,7 @@ async def a_relay(
     transports: Callable[[TransportConfig], Sequence[Transport]] = make_transports,
     dial: ConnectFirst = connect_first,
     max_lingering: int = MAX_LINGERING,
+    min_idle_s: float = MIN_IDLE_S,
     **config: object,
 ) -> AsyncIterator[Running]:
     """Run a relay that delivers to loopback and dials gateways there; `config` are fields of RelayConfig."""
@@ -158,6 +160,7 @@ async def a_relay(
         transports=transports,
         endpoints=EndpointDialer("relay", registry, connect=dial),
         max_lingering=max_lingering,
+        min_idle_s=min_idle_s,
     )
     await relay.open()
     logger, lines = logging.getLogger("crossnet.relay"), StreamLines()
