@@ -24,6 +24,10 @@ log = logging.getLogger("crossnet")
 MAX_TEXT_BYTES = 200
 """Of one text in an event. A DNS name has at most 253 bytes, and nobody reads more."""
 
+PROBED = frozenset({"stream", "connection_refused"})
+PROBE = "probe"
+"""Events and their reason (`sniproxy.streams.end_reason`) that health checks cause."""
+
 LEFT_OUT = "lines_left_out"
 OURS = frozenset({"crossnet", "discovery", "sniproxy", "turnreg", "dnsgw"})
 
@@ -44,16 +48,21 @@ _ENCODE = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+*-]+")
 
 
-def set_up(*, style: str, level: str, refused_per_s: int = 0, stream: TextIO | None = None) -> None:
+def set_up(
+    *, style: str, level: str, refused_per_s: int = 0, probes: bool = True, stream: TextIO | None = None
+) -> None:
     """Configure the process's log.
 
     Args:
         style: `json` or `logfmt`.
         level: lowest level that is written.
         refused_per_s: limit of lines per second for each event (see `LineLimit`); 0: no limit.
+        probes: whether to write a line for each health check, too: a connection that ended without a byte.
         stream: where lines go; None: stderr.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
+    if not probes:
+        handler.addFilter(_is_no_probe)
     if refused_per_s:
         handler.addFilter(LineLimit(refused_per_s))
     handler.setFormatter(JsonFormatter() if style == "json" else LogfmtFormatter())
@@ -74,6 +83,12 @@ def set_up(*, style: str, level: str, refused_per_s: int = 0, stream: TextIO | N
 def _is_ours(record: logging.LogRecord) -> bool:
     """Drop tracebacks of malformed requests, with which anybody could fill the log."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+def _is_no_probe(record: logging.LogRecord) -> bool:
+    """Drop the line of a health check."""
+    event = getattr(record, "event", None)
+    return not (record.msg in PROBED and isinstance(event, Mapping) and event.get("reason") == PROBE)
 
 
 def _is_fatal(record: logging.LogRecord) -> bool:

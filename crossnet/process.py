@@ -34,7 +34,12 @@ objects each, so that it runs after two thousand of them."""
 
 def run(config: Config, chosen: Sequence[str], path: Path | None = None) -> int:
     """Run these roles until a signal ends them; return the exit code. `path` is reloaded when it changes, and on SIGHUP."""
-    logs.set_up(style=config.log.format, level=config.log.level, refused_per_s=config.log.refused_per_second)
+    logs.set_up(
+        style=config.log.format,
+        level=config.log.level,
+        refused_per_s=config.log.refused_per_second,
+        probes=config.log.probes,
+    )
     limit = raise_open_files()
     spare_collections()
     log.info("crossnet", extra={"event": {"version": version("crossnet"), "roles": chosen, "open_files": limit}})

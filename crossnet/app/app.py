@@ -238,8 +238,13 @@ class App:
         first = self.roles.get("dns")
         if first is not None:
             yield from first.changes(old, new)
-        style, level, refused_per_s = new.log.format, new.log.level, new.log.refused_per_second
-        yield partial(logs.set_up, style=style, level=level, refused_per_s=refused_per_s)
+        yield partial(
+            logs.set_up,
+            style=new.log.format,
+            level=new.log.level,
+            refused_per_s=new.log.refused_per_second,
+            probes=new.log.probes,
+        )
         if isinstance(self._discovery, DiscoveryClient | MergedDiscovery):
             yield partial(self._discovery.use_token, new.token.text if new.token else None)
         for role in self.roles.values():

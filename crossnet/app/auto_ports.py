@@ -23,7 +23,13 @@ class AdaptivePorts:
     """Follows discovery for one relay."""
 
     def __init__(
-        self, relay: Relay, discovery: Discovery, range_: tuple[int, int], tell: Callable[[list[int]], None]
+        self,
+        relay: Relay,
+        discovery: Discovery,
+        range_: tuple[int, int],
+        tell: Callable[[list[int]], None],
+        *,
+        own: bool = False,
     ) -> None:
         """Start without ports.
 
@@ -32,11 +38,13 @@ class AdaptivePorts:
             discovery: has the imported services.
             range_: the lowest and the highest port that may be opened.
             tell: called with all ports of the relay when they change.
+            own: also open ports for services of the relay's own network.
         """
         self._relay = relay
         self._discovery = discovery
         self._low, self._high = range_
         self._tell = tell
+        self._own = own
         self._changed = asyncio.Event()
         self._seen: dict[int, float] = {}
         self._failed: dict[int, str] = {}
@@ -52,7 +60,9 @@ class AdaptivePorts:
             while True:
                 self._changed.clear()
                 config = self._relay.config
-                wanted = service_ports(self._discovery.mesh, config.network, config.imports, self._low, self._high)
+                wanted = service_ports(
+                    self._discovery.mesh, config.network, config.imports, self._low, self._high, own=self._own
+                )
                 now = loop.time()
                 self._seen |= dict.fromkeys(wanted, now)
                 self._seen = {port: at for port, at in self._seen.items() if now - at < LINGER_S}

@@ -28,7 +28,7 @@ from dnsgw.config import DnsConfig
 from sniproxy.relay.relay import RelayConfig
 from sniproxy.tunnel import heartbeat
 from sniproxy.tunnel.epoch import proto_of
-from sniproxy.tunnel.preamble import SigningKey
+from sniproxy.tunnel.preamble import UNDERSCORES, SigningKey
 from turnreg.client.control_connection import Credentials
 from turnreg.gateway.gateway import GatewayConfig
 from turnreg.registrar.config import Issued, Register, RegistrarConfig, RestSecret, TurnCredentials
@@ -234,7 +234,7 @@ def gateway_spec(section: GatewaySection, listening: tuple[str, int], epoch: byt
 
 def _protocols(epoch: bytes) -> tuple[str, ...]:
     """Return what a gateway of this version speaks."""
-    return FRAMED, proto_of(epoch), heartbeat.PROTO
+    return FRAMED, proto_of(epoch), heartbeat.PROTO, UNDERSCORES
 
 
 def _credentials(access: TurnAccessSection) -> TurnCredentials:

@@ -22,7 +22,7 @@ _HEAD = """\
 # Configuration
 
 One YAML file configures any set of roles. `crossnet check -c FILE` reports every error in it, or prints it with all defaults.
-Durations are written `300ms`, `5s`, `10m`, `1h`; sizes `64KiB`, `1MiB`. Secrets and keys are kept in files of their own:
+Durations are written `300ms`, `5s`, `10m`, `1h`, `1d`; sizes `64KiB`, `1MiB`. Secrets and keys are kept in files of their own:
 `{file: PATH}`. Relative paths start at the folder of the configuration file.
 
 **Live** settings are taken from the file while the process runs: on SIGHUP, or within two seconds of a change of the file or of a

@@ -4,6 +4,7 @@ Each is an `Annotated` type for a section's field, with which schema.py parses a
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,9 @@ from sniproxy.access.rules import BadRule, NameKind, Rule
 
 MAX_ARGUMENT = 4096
 MAX_DURATION_S = 7 * 24 * 3600.0
+OFF = "off"
 
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _UNITS_BYTES = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
 
@@ -53,19 +55,19 @@ class Listen:
 
 def parse_duration(value: Plain) -> float:
     """Parse a duration and return seconds. Raises Mismatch."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)", value) if isinstance(value, str) else None
     if match is None:
         raise Mismatch
     seconds = float(match[1]) * _UNITS_S[match[2]]
     if seconds > MAX_DURATION_S:
-        raise Mismatch("a duration of at most 168h")
+        raise Mismatch("a duration of at most 7d")
     return seconds
 
 
 def format_duration(seconds: float) -> str:
     """Return the shortest text that `parse_duration` reads as the same duration, to the millisecond."""
     milliseconds = round(seconds * 1000)
-    for unit, length in (("h", 3_600_000), ("m", 60_000), ("s", 1000)):
+    for unit, length in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000)):
         if milliseconds and milliseconds % length == 0:
             return f"{milliseconds // length}{unit}"
     return f"{milliseconds}ms"
@@ -138,6 +140,14 @@ def _more_than_nothing(parse: Callable[[Plain], float]) -> Callable[[Plain, Path
 def _duration_or_zero(value: Plain, folder: Path) -> object:
     del folder
     return 0.0 if value == 0 and not isinstance(value, bool) else parse_duration(value)
+
+
+def _duration_or_off(value: Plain, folder: Path) -> object:
+    return math.inf if value == OFF else _more_than_nothing(parse_duration)(value, folder)
+
+
+def _format_duration_or_off(seconds: float) -> str:
+    return OFF if math.isinf(seconds) else format_duration(seconds)
 
 
 def _whole_seconds(value: Plain, folder: Path) -> object:
@@ -306,6 +316,9 @@ Duration: TypeAlias = Annotated[
     float, Leaf("a duration such as 5s, 250ms or 2m", _more_than_nothing(parse_duration), format_duration)
 ]
 DurationOrZero: TypeAlias = Annotated[float, Leaf("a duration such as 5s, or 0", _duration_or_zero, format_duration)]
+DurationOrOff: TypeAlias = Annotated[
+    float, Leaf("a duration such as 5s, or off", _duration_or_off, _format_duration_or_off)
+]
 WholeSeconds: TypeAlias = Annotated[int, Leaf("a duration such as 5s", _whole_seconds, format_duration)]
 Size: TypeAlias = Annotated[int, Leaf("a size such as 64KiB", _more_than_nothing(parse_size), format_size)]
 Percent: TypeAlias = Annotated[
@@ -329,7 +342,7 @@ Endpoint: TypeAlias = Annotated[Listen, Leaf("ip:port", _text(_endpoint))]
 Target: TypeAlias = Annotated[str, Leaf("CIDR[:PORTS]", _text(_target))]
 Cidr: TypeAlias = Annotated[Network, Leaf("a CIDR", _text(_cidr))]
 TurnServerUrl: TypeAlias = Annotated[str, Leaf("turn:HOST:PORT?transport=tcp", _text(_turn_url))]
-ImportName: TypeAlias = Annotated[str, Leaf("a service name; a label may be *", _matching(r"[a-z0-9*.-]{1,253}"))]
+ImportName: TypeAlias = Annotated[str, Leaf("a service name; a label may be *", _matching(r"[a-z0-9*._-]{1,253}"))]
 Prefer: TypeAlias = Annotated[Literal["local", "remote"], _word("local", "remote")]
 Ports: TypeAlias = Annotated[Literal["listen", "auto"], _word("listen", "auto")]
 LogFormat: TypeAlias = Annotated[Literal["json", "logfmt"], _word("json", "logfmt")]

@@ -92,6 +92,7 @@ Target = AddressTarget | ServiceTarget | PlainName
 
 _ALLOWED = re.compile(r"[a-z0-9_.-]*")
 _LDH = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_SERVICE_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _DECIMAL_QUAD = re.compile(r"(?:[0-9]+-){3}[0-9]+")
 _COMPACT = re.compile(r"p([0-9]+)-(.+)")
@@ -105,12 +106,21 @@ def is_ldh_label(text: str) -> bool:
     return _LDH.fullmatch(text) is not None
 
 
+def is_service_label(text: str) -> bool:
+    """Return whether this is a label of a service name: as `is_ldh_label`, but inner underscores are allowed, too.
+
+    Windows hosts and containers have such names. A label that begins with an underscore is never a service's, since address names
+    have those.
+    """
+    return _SERVICE_LABEL.fullmatch(text) is not None
+
+
 def is_service_name(text: str) -> bool:
-    """Return whether a service may have this name: at least two LDH labels, at most 253 characters, the last label no number."""
+    """Return whether a service may have this name: at least two labels, at most 253 characters, the last label no number."""
     if len(text) > MAX_NAME:
         return False
     labels = text.split(".")
-    return len(labels) > 1 and all(map(is_ldh_label, labels)) and not labels[-1].isdigit()
+    return len(labels) > 1 and all(map(is_service_label, labels)) and not labels[-1].isdigit()
 
 
 def is_under(name: str, domain: str) -> bool:
@@ -263,7 +273,7 @@ def _decode_compact(labels: list[str], network: str, text: str) -> AddressTarget
     if not labels:
         raise BadName(NameReason.INCOMPLETE, f"{text!r} names network {network!r} and no target in it")
     for label in labels:
-        _check_ldh(label)
+        _check_service_label(label)
     compact = _COMPACT.fullmatch(labels[0])
     if len(labels) == 1:
         if compact is None or not _COMPACT_ADDRESS_LIKE.fullmatch(labels[0]):
@@ -300,12 +310,18 @@ def _check_ldh(label: str, what: str = "") -> None:
         subject = f"{what} label {label[:MAX_LABEL]!r}" if what else f"label {label[:MAX_LABEL]!r}"
         if len(label) > MAX_LABEL:
             raise BadName(NameReason.LABEL_TOO_LONG, f"{subject} has {len(label)} characters, the limit is {MAX_LABEL}")
-        raise BadName(NameReason.BAD_LABEL, f"{subject} is not lower-case letters, digits and hyphens between them")
+        allowed = "hyphens" if what else "hyphens or underscores"
+        raise BadName(NameReason.BAD_LABEL, f"{subject} is not lower-case letters, digits and {allowed} between them")
+
+
+def _check_service_label(label: str) -> None:
+    if not is_service_label(label):
+        _check_ldh(label)  # says what is wrong
 
 
 def _check_service(labels: list[str], least: int = 2) -> None:
     for label in labels:
-        _check_ldh(label)
+        _check_service_label(label)
     if len(labels) < least:
         raise BadName(NameReason.NOT_A_TARGET, f"service name {labels[0]!r} has one label, expected at least two")
     if _COMPACT_ADDRESS_LIKE.fullmatch(labels[-1]):

@@ -37,7 +37,7 @@ class Limits:
     new_streams_per_s: int = DEFAULT_NEW_STREAMS_PER_S
 
 
-def _client(address: Address) -> int:
+def client_of(address: Address) -> int:
     """Return a number for each client. Those of IPv6 clients are above those of IPv4 clients."""
     return int(address) if address.version == 4 else (1 << 64) + (int(address) >> 64)
 
@@ -59,7 +59,7 @@ class Admission:
             address: of the client.
             now: seconds of a clock that never goes back.
         """
-        client = _client(address)
+        client = client_of(address)
         streams = self._streams.get(client, 0)
         if 0 < self.limits.max_streams <= streams:
             return f"{streams} streams of this client are open: relay.max_streams_per_client"
@@ -70,7 +70,7 @@ class Admission:
 
     def leave(self, address: Address) -> None:
         """Note the end of an admitted stream."""
-        client = _client(address)
+        client = client_of(address)
         left = self._streams[client] - 1
         if left:
             self._streams[client] = left

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from discovery.model.names import is_ldh_label
+from discovery.model.names import is_service_label
 
 MAX_PATTERN = 253
 """Characters in a pattern, as in a name of the DNS."""
@@ -21,10 +21,10 @@ class NamePattern:
         if len(text) > MAX_PATTERN or len(labels) < 2:
             raise ValueError("a pattern has two labels or more, 253 characters at most")
         for index, label in enumerate(labels):
-            # Labels of mangled names begin with an underscore; the rest must be as in a host name.
-            plain = is_ldh_label(label.removeprefix("_"))
+            # Labels of mangled names begin with an underscore; the rest must be as in a service name.
+            plain = is_service_label(label.removeprefix("_"))
             if not (plain or label == "*" or (label == "**" and index == 0)):
-                raise ValueError("a label is lower-case letters, digits and inner hyphens, or '*', or '**' in front")
+                raise ValueError("a label is lower-case letters, digits and inner '-' or '_', or '*', or '**' in front")
         return cls(labels)
 
     def matches(self, name: str) -> bool:

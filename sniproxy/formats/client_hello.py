@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from discovery.model.names import BadName, normalise
+from sniproxy.formats.other_protocols import LONGEST_START, recognise
 from sniproxy.formats.tls_alert import AlertDescription
 
 DEFAULT_MAX_HELLO_BYTES: Final = 65536
@@ -35,6 +36,7 @@ _HOST_NAME: Final = 0
 _SERVER_NAME: Final = 0  # RFC 6066 section 3
 _ALPN: Final = 16  # RFC 7301 section 3.1
 _SUPPORTED_VERSIONS: Final = 43  # section 4.2.1
+_SSL_3_0: Final = 0x0300
 _ECH: Final = 0xFE0D  # encrypted_client_hello, RFC 9849
 
 # The last label of an address, in any spelling that a resolver might take for an address (10.0.0.5, 010.1, 0x7f.1).
@@ -59,12 +61,16 @@ _ALERTS: Final = {
 
 
 class HelloError(ValueError):
-    """Bytes that are not a ClientHello, or a ClientHello that cannot be routed. `detail` has no raw bytes from the peer."""
+    """Bytes that are not a ClientHello, or a ClientHello that cannot be routed. `detail` has no raw bytes from the peer.
 
-    def __init__(self, reason: HelloReason, detail: str) -> None:
+    `is_probe`: no client sends this, only health checks do.
+    """
+
+    def __init__(self, reason: HelloReason, detail: str, *, is_probe: bool = False) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.is_probe = is_probe
 
     @property
     def alert(self) -> AlertDescription | None:
@@ -108,7 +114,7 @@ class HelloReader:
         self._message = bytearray()  # the reassembled handshake message
         self._size = 0  # of the handshake message with its header; 0 while unknown
         self._hello: Hello | None = None
-        self._refused: tuple[HelloReason, str] | None = None  # not the exception: its traceback holds this reader
+        self._refused: tuple[HelloReason, str, bool] | None = None  # not the exception: its traceback holds this reader
 
     @property
     def raw(self) -> bytes:
@@ -135,12 +141,13 @@ class HelloReader:
         """
         self._raw += data
         if self._refused is not None:
-            raise HelloError(*self._refused)
+            reason, detail, is_probe = self._refused
+            raise HelloError(reason, detail, is_probe=is_probe)
         if self._hello is None:
             try:
                 self._read()
             except HelloError as error:
-                self._refused = error.reason, error.detail
+                self._refused = error.reason, error.detail, error.is_probe
                 raise
         return self._hello
 
@@ -189,13 +196,19 @@ def _record_length(raw: bytearray, at: int, end: int) -> int:
     if content_type != _HANDSHAKE or (at + 1 < end and raw[at + 1] != 3):
         if at:
             raise _bad("another kind of record inside the ClientHello")
-        raise HelloError(HelloReason.NOT_TLS, f"the connection begins with {bytes(raw[:8]).hex(' ')}")
+        raise HelloError(HelloReason.NOT_TLS, _other_protocol(bytes(raw[:LONGEST_START])))
     if at + _RECORD_HEADER > end:
         return 0
     length = raw[at + 3] << 8 | raw[at + 4]
     if not 0 < length <= MAX_RECORD:
         raise _bad(f"a handshake record of {length} bytes")
     return length
+
+
+def _other_protocol(start: bytes) -> str:
+    begins = f"the connection begins with {start[:8].hex(' ')}"
+    known = recognise(start)
+    return begins if known is None else f"{begins}, as {known}"
 
 
 def parse_client_hello(message: bytes) -> Hello:
@@ -226,6 +239,9 @@ def parse_client_hello(message: bytes) -> Hello:
         elif kind == _SUPPORTED_VERSIONS:
             versions = tuple(_versions(value))
     if raw_name is None:
+        if max(versions, default=version) == _SSL_3_0:
+            # Of HAProxy's `ssl-hello-chk`, which takes an alert for a sign of life. No client has used SSL 3.0 since RFC 7568.
+            raise HelloError(HelloReason.NO_SNI, "a ClientHello of SSL 3.0, as in health checks", is_probe=True)
         raise HelloError(HelloReason.NO_SNI, "no server_name extension")
     return Hello(
         server_name=_check_name(raw_name),

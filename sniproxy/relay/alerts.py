@@ -17,11 +17,12 @@ ALERTS: Final = {
     Reason.UNKNOWN_NAME: AlertDescription.UNRECOGNIZED_NAME,
     Reason.AMBIGUOUS_NAME: AlertDescription.UNRECOGNIZED_NAME,
     Reason.AMBIGUOUS_PORT: AlertDescription.UNRECOGNIZED_NAME,
+    Reason.PROBE: AlertDescription.UNRECOGNIZED_NAME,
     Reason.BAD_HELLO: AlertDescription.DECODE_ERROR,
 }
 """The alert for a client that speaks TLS. For all other reasons it is internal_error."""
 
-SILENT: Final = frozenset({Reason.NOT_TLS, Reason.HELLO_TIMEOUT, Reason.CLIENT_RESET})
+SILENT: Final = frozenset({Reason.NOT_TLS, Reason.HELLO_TIMEOUT})
 """Reasons without an alert: no ClientHello was read, so the client may not speak TLS."""
 
 

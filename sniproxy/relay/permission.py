@@ -9,7 +9,7 @@ from discovery.model.names import AddressTarget, ServiceTarget
 from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Flow, Policy
 from sniproxy.transport.base import Candidate
-from sniproxy.tunnel.preamble import MAX_IMPORTS_SENT, decode_target
+from sniproxy.tunnel.preamble import MAX_IMPORTS_SENT, UNDERSCORES, decode_target
 
 
 class Permit:
@@ -84,7 +84,11 @@ class Permit:
         is_remote_address = isinstance(candidate.meant, AddressTarget) and candidate.network != self._network
         if self._policy.rules or not self._imports or not is_remote_address:
             return candidate
-        return replace(candidate, imports=self._imported(candidate.network))
+        imported = self._imported(candidate.network)
+        if UNDERSCORES not in candidate.proto:
+            # To an older gateway they would be a broken preamble, and it knows no services with such names.
+            imported = " ".join(pattern for pattern in imported.split(" ") if "_" not in pattern)
+        return replace(candidate, imports=imported)
 
     def _imported(self, network: str) -> str:
         """Return the patterns of the services imported from a network, separated by spaces."""

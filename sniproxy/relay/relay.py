@@ -7,10 +7,12 @@ speaks TLS, and with one reason in log and metrics.
 import asyncio
 import itertools
 import logging
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
@@ -27,6 +29,7 @@ from sniproxy.access.client_limits import (
     Admission,
     Budget,
     Limits,
+    client_of,
 )
 from sniproxy.access.loop_guard import LoopGuard
 from sniproxy.access.reach import Reach
@@ -42,8 +45,10 @@ from sniproxy.relay.permission import Permit
 from sniproxy.relay.router import Router
 from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S, Connected, Upstreams
 from sniproxy.streams.end_reason import Reason
+from sniproxy.streams.idle_streams import MIN_IDLE_S
+from sniproxy.streams.room import Room
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
-from sniproxy.transport.base import Transport, TransportConfig
+from sniproxy.transport.base import Candidate, Transport, TransportConfig
 from sniproxy.transport.errors import DialError, Unroutable
 from sniproxy.transport.local import undeliverable
 from sniproxy.transport.registry import make_transports
@@ -59,8 +64,9 @@ log = logging.getLogger(__name__)
 DEFAULT_HELLO_TIMEOUT_S = 5.0
 """From accept to the last byte of the ClientHello, however slowly it comes. Enough for two round trips and a retransmission."""
 
-DEFAULT_IDLE_TIMEOUT_S = 3600.0
-"""Silence in both directions. One hour covers the time for which databases and message brokers leave connections unused."""
+DEFAULT_IDLE_TIMEOUT_S = math.inf
+"""Silence in both directions: no limit. Clients wait for days (LISTEN, server-sent events, connection pools), a lost host is found
+within half a minute anyway, and a full relay ends the longest idle stream of the client that holds most."""
 
 DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
 """Silence after one side has ended. The longest time that a service computes an answer after the request is complete."""
@@ -126,6 +132,7 @@ class Relay:
         transports: Callable[[TransportConfig], Sequence[Transport]] = make_transports,
         endpoints: EndpointDialer | None = None,
         max_lingering: int = MAX_LINGERING,
+        min_idle_s: float = MIN_IDLE_S,
     ) -> None:
         """Prepare a relay; nothing is opened yet.
 
@@ -137,6 +144,7 @@ class Relay:
             transports: makes the transports, again for each configuration.
             endpoints: connects to services of the relay's own network; one of its own by default.
             max_lingering: refused clients that are read from at once, so that they get their alert.
+            min_idle_s: how long a stream must have been silent to be ended for another one.
         """
         self._discovery = discovery
         self._make_transports = transports
@@ -150,6 +158,7 @@ class Relay:
         self._adapted: dict[tuple[str, int], Listener] = {}
         self._group: asyncio.TaskGroup | None = None
         self._admission = Admission(Limits())
+        self._room: Room[int] = Room(self.ledger, min_idle_s=min_idle_s)
         self._hellos = Budget(config.max_hello_held_bytes)
         self._deadlines = Deadlines(config.hello_timeout_s)
         self.reconfigure(config, keys)
@@ -278,7 +287,7 @@ class Relay:
         stream = os.urandom(16)
         record = self.ledger.open(stream, client=client.peer[0], local=f"{client.local[0]}:{client.local[1]}")
         reason = Reason.OTHER
-        refused = False
+        refused = is_gone = False
         task = asyncio.current_task()
         assert task is not None
         record.end = task.cancel
@@ -288,37 +297,54 @@ class Relay:
             try:
                 reason = await self._carry(client, record, deadlines)
             except StreamRefused as refusal:
-                refused, reason, record.detail = True, refusal.reason, refusal.detail
+                refused, is_gone = True, refusal.is_gone
+                reason, record.detail = refusal.reason, refusal.detail
             finally:
                 deadlines.end(client)
                 self.ledger.close(record, reason)
-            if refused:  # no longer counted as a stream, so clients that linger over their alert keep no others out
+            if refused and not is_gone:
+                # No longer counted as a stream, so clients that linger over their alert keep no others out.
                 await self._alerts.send(client, reason)
         finally:
             client.close()
 
     async def _carry(self, client: SocketStream, record: StreamRecord, deadlines: Deadlines) -> Reason:
         """Carry one stream from accept to its end. Everything up to the end of the ClientHello has one time limit, from accept."""
-        if len(self.ledger) > self.config.max_streams:
-            raise StreamRefused(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
+        is_beyond = self._room.taken > self.config.max_streams
+        if is_beyond and not math.isinf(self.config.idle_timeout_s):
+            raise self._full()
         peer, local = await read_endpoints(client, record, self.config.proxy_from, deadlines.limit_s)
         source = ip_address(peer[0])
         refused = self._admission.admit(source, time.monotonic())
         if refused is not None:
             raise StreamRefused(Reason.OVERLOADED, refused)
+        holder = client_of(source)
+        self._room.enter(holder)
         try:
             with self._hellos.share() as share:
-                hello, data = await read_hello(client, record, share, self.config.max_hello_bytes, deadlines.limit_s)
+                with self._room.waiting(holder) if is_beyond else nullcontext(True) as may_wait:
+                    if not may_wait:
+                        raise self._full()
+                    hello, data = await read_hello(
+                        client, record, share, self.config.max_hello_bytes, deadlines.limit_s, local[1]
+                    )
                 deadlines.end(client)
                 request = StreamRequest(stream=record.stream, client=peer, local=local, hello=hello, data=data)
-                connected = await self._connect(record, request, source)
+                candidates = self._candidates(record, request, source)
+                if is_beyond and self._room.taken > self.config.max_streams and not self._room.make(holder):
+                    raise self._full()
+                connected = await self._connect(record, request, source, candidates)
             with self._upstreams.carrying(connected.candidate):
-                return await self._move(client, record, request, connected)
+                return await self._move(client, record, request, connected, holder)
         finally:
+            self._room.leave(holder)
             self._admission.leave(source)
 
-    async def _connect(self, record: StreamRecord, request: StreamRequest, source: Address) -> Connected:
-        """Connect a client to the service that its ClientHello asks for. Raises StreamRefused."""
+    def _full(self) -> StreamRefused:
+        return StreamRefused(Reason.OVERLOADED, f"{self.config.max_streams} streams are open: relay.max_streams")
+
+    def _candidates(self, record: StreamRecord, request: StreamRequest, source: Address) -> Sequence[Candidate]:
+        """Return where a stream may go, best first. Raises StreamRefused if that is nowhere."""
         name = request.hello.server_name
         record.mark("hello")
         record.fields["sni"] = name
@@ -343,6 +369,12 @@ class Relay:
         record.mark("route")
         record.fields["network"] = candidates[0].network
         record.fields["target"] = candidates[0].target
+        return candidates
+
+    async def _connect(
+        self, record: StreamRecord, request: StreamRequest, source: Address, candidates: Sequence[Candidate]
+    ) -> Connected:
+        """Connect a client to the service that its ClientHello asks for. Raises StreamRefused."""
         record.state = "dialling"
         try:
             connected = await self._upstreams.connect(request, candidates)
@@ -352,7 +384,7 @@ class Relay:
         record.mark("connect")
         candidate = connected.candidate
         if not candidate.traits.to_gateway:
-            self._check_again(connected, source, name)
+            self._check_again(connected, source, request.hello.server_name)
         record.fields |= {
             "network": candidate.network,
             "target": candidate.target,
@@ -373,7 +405,7 @@ class Relay:
             raise StreamRefused(Reason.DENIED, why)
 
     async def _move(
-        self, client: SocketStream, record: StreamRecord, request: StreamRequest, connected: Connected
+        self, client: SocketStream, record: StreamRecord, request: StreamRequest, connected: Connected, holder: int
     ) -> Reason:
         idle, half_close = self.config.idle_timeout_s, self.config.half_close_timeout_s
         client.unread(request.data[connected.sent :])
@@ -395,10 +427,12 @@ class Relay:
             )
             carry.outbound.moved = connected.sent
             record.carry(up=carry.outbound, down=carry.inbound)
-            return await carry.run()
+            with self._room.carrying(record, holder):
+                return await carry.run()
         splice = Splice(client, connected.stream, idle_timeout_s=idle, half_close_timeout_s=half_close)
         record.carry(up=splice.a_to_b, down=splice.b_to_a)
-        return _ENDS[(await splice.run()).end]
+        with self._room.carrying(record, holder):
+            return _ENDS[(await splice.run()).end]
 
 
 _ENDS = {

@@ -7,6 +7,8 @@ class Reason(StrEnum):
     """Why a stream ended. Every value is a metric label that exists from the start."""
 
     OK = "ok"
+    PROBE = "probe"
+    """A health check or a scan: the client closed or reset the connection without having sent a byte. Not logged by default."""
     CLIENT_RESET = "client_reset"
     SERVER_RESET = "server_reset"
     CLIENT_LOST = "client_lost"
@@ -18,6 +20,8 @@ class Reason(StrEnum):
     TRUNCATED = "truncated"
     """The connection between relay and gateway was cut before both had confirmed the end."""
     IDLE_TIMEOUT = "idle_timeout"
+    EVICTED = "evicted"
+    """Ended to make room for another stream: the longest idle one of the client or network that held most."""
     HELLO_TIMEOUT = "hello_timeout"
     NOT_TLS = "not_tls"
     BAD_HELLO = "bad_hello"

@@ -44,6 +44,8 @@ class StreamRecord:
     detail: str = ""
     end: Callable[[], object] | None = None
     """Ends the stream from outside; set by the owner of the stream."""
+    is_evicted: bool = False
+    """It was ended to make room for another one."""
     _times: dict[str, float] = field(default_factory=dict)
 
     def mark(self, step: str) -> None:
@@ -59,6 +61,17 @@ class StreamRecord:
         if self.end is not None:
             self.detail = self.detail or detail
             self.end()
+
+    def evict(self, detail: str) -> None:
+        """End the stream to make room for another one."""
+        self.is_evicted = True
+        self.stop(detail)
+
+    @property
+    def last_moved(self) -> float:
+        """When the stream last moved a byte, in the loop's time. Only while it is open."""
+        assert self.up is not None
+        return self.up.activity.last
 
     def seconds(self) -> dict[str, float]:
         """Return how long each completed step took, in seconds, by the names in STEPS."""
@@ -144,6 +157,8 @@ class StreamLog:
     def close(self, record: StreamRecord, reason: Reason) -> None:
         """End a record: count the stream and write its log line."""
         self._live.discard(record)
+        if record.is_evicted:
+            reason = Reason.EVICTED
         self._ended[reason].inc()
         for counter, moved in zip(self._moved, record.moved, strict=True):
             counter.inc(moved)
@@ -155,7 +170,8 @@ class StreamLog:
         row = {**record.row(), "reason": reason.value}
         if record.detail:
             row["detail"] = record.detail
-        self._over.append(row)
+        if reason is not Reason.PROBE:  # which come every second, and would leave no room for streams
+            self._over.append(row)
         self._log.info("stream", extra={"event": row})
 
     def drop(self, record: StreamRecord) -> None:

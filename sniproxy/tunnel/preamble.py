@@ -74,6 +74,8 @@ class Tlv(enum.IntEnum):
 TLV_IMPORTS: Final = 0xED
 TLV_FEATURES: Final = 0xEE
 FEATURE_HEARTBEAT: Final = 0x01
+UNDERSCORES: Final = "underscores/1"
+"""In a record's `proto`: names of services, and so the patterns in IMPORTS, may have underscores inside a label."""
 MAX_IMPORTS: Final = 300
 """In bytes: what is left of the 1,024 of a header if all other fields of version 0.1 have their greatest length."""
 MAX_IMPORTS_SENT: Final = MAX_IMPORTS - 4
@@ -373,7 +375,7 @@ _SIZES: Final = {
     Tlv.CONTINUES: 1,
     Tlv.EPOCH: EPOCH_SIZE,
 }
-_PATTERNS: Final = re.compile(rf"[a-z0-9*. -]{{0,{MAX_IMPORTS}}}")
+_PATTERNS: Final = re.compile(rf"[a-z0-9*._ -]{{0,{MAX_IMPORTS}}}")
 _WORD: Final = re.compile(r"[!-~]{1,255}")
 """Ids and names: visible ASCII without spaces. They are compared, not interpreted."""
 

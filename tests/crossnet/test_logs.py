@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crossnet import logs
+from sniproxy.streams import end_reason
 from tests.support.waiting import eventually
 
 
@@ -211,6 +212,20 @@ def test_without_a_loop_the_next_line_triggers_the_summary(root: logging.Logger)
         limit.filter(made)
     (said,) = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert (said["event"], said["lines"], said["of"]) == ("lines_left_out", 2, {"x": 2})
+
+
+@pytest.mark.parametrize("probes", [False, True])
+def test_health_checks_are_written_if_asked_for(root: logging.Logger, probes: bool) -> None:
+    stream = io.StringIO()
+    logs.set_up(style="json", level="info", probes=probes, stream=stream)
+    for name in ("stream", "connection_refused"):
+        for reason in end_reason.Reason:
+            logging.getLogger("crossnet.relay").info(name, extra={"event": {"reason": reason.value}})
+    logging.getLogger("crossnet").info("something", extra={"event": {"reason": "probe"}})
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert len(lines) == 2 * len(end_reason.Reason) + 1 - (0 if probes else 2)
+    assert {line["event"] for line in lines if line["reason"] == logs.PROBE} >= {"something"}
+    assert end_reason.Reason.PROBE.value == logs.PROBE
 
 
 def test_every_error_of_a_configuration_is_logged(root: logging.Logger) -> None:

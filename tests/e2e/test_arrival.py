@@ -75,7 +75,7 @@ async def test_a_header_from_anywhere_else_is_not_tls(header: bytes) -> None:
         (b"PROXY " + b"x" * 200, "not_tls"),
         (V2[:12] + b"\x31" + V2[13:], "not_tls"),
         (V1[:-4], "client_reset"),
-        (b"", "client_reset"),
+        (b"", "probe"),
     ],
 )
 async def test_a_load_balancer_must_send_a_header(sent: bytes, reason: str) -> None:

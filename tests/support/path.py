@@ -28,7 +28,7 @@ from sniproxy.relay.relay import Relay, RelayConfig
 from sniproxy.tunnel import heartbeat
 from sniproxy.tunnel.epoch import proto_of
 from sniproxy.tunnel.keys import SigningKeys
-from sniproxy.tunnel.preamble import SigningKey
+from sniproxy.tunnel.preamble import UNDERSCORES, SigningKey
 from tests.support import memory_transport
 from tests.support.coturn import Coturn
 from tests.support.fixed_discovery import FixedDiscovery, record
@@ -122,7 +122,7 @@ def service_hello(name: str) -> bytes:
 
 def proto(gateway: Gateway) -> list[str]:
     """Return the `proto` entry for records of this gateway."""
-    return [FRAMED, proto_of(gateway.epoch), heartbeat.PROTO]
+    return [FRAMED, proto_of(gateway.epoch), heartbeat.PROTO, UNDERSCORES]
 
 
 @asynccontextmanager

@@ -15,11 +15,13 @@ from prometheus_client import CollectorRegistry
 
 from discovery.model.addresses import TargetList
 from discovery.model.mesh import AnyRecord, GatewaySpec, Kind, NetworkSpec
+from discovery.model.spec import FRAMED
 from sniproxy.endpoints.dialer import ConnectFirst, EndpointDialer
 from sniproxy.engine import Listener, SocketStream, connect
 from sniproxy.engine.staggered_connect import connect_first
 from sniproxy.relay.alerts import MAX_LINGERING
 from sniproxy.relay.relay import Relay, RelayConfig
+from sniproxy.streams.idle_streams import MIN_IDLE_S
 from sniproxy.transport.base import Transport, TransportConfig
 from sniproxy.transport.registry import make_transports
 from sniproxy.tunnel.keys import SigningKeys
@@ -81,10 +83,18 @@ class Running:
         self._closing.callback(task.cancel)
         return listener.address[1]
 
-    def add(self, gateway: ScriptedGateway, *, network: str = "b", name: str = "gw-1", zone: str = "") -> None:
-        """Publish a scripted gateway that is dialled directly."""
+    def add(
+        self,
+        gateway: ScriptedGateway,
+        *,
+        network: str = "b",
+        name: str = "gw-1",
+        zone: str = "",
+        proto: Sequence[str] = (),
+    ) -> None:
+        """Publish a scripted gateway that is dialled directly. `proto`: what it speaks beside `framed/1`."""
         address, port = gateway.address
-        spec = GatewaySpec(address=f"{address}:{port}", zone=zone)
+        spec = GatewaySpec(address=f"{address}:{port}", zone=zone, proto=[FRAMED, *proto])
         self.discovery.put(record(Kind.GATEWAY, network, name, spec))
 
     async def connect(self) -> SocketStream:
@@ -125,6 +135,7 @@ async def a_relay(
     transports: Callable[[TransportConfig], Sequence[Transport]] = make_transports,
     dial: ConnectFirst = connect_first,
     max_lingering: int = MAX_LINGERING,
+    min_idle_s: float = MIN_IDLE_S,
     **config: object,
 ) -> AsyncIterator[Running]:
     """Run a relay that delivers to loopback and dials gateways there; `config` are fields of RelayConfig."""
@@ -149,6 +160,7 @@ async def a_relay(
         transports=transports,
         endpoints=EndpointDialer("relay", registry, connect=dial),
         max_lingering=max_lingering,
+        min_idle_s=min_idle_s,
     )
     await relay.open()
     logger, lines = logging.getLogger("crossnet.relay"), StreamLines()

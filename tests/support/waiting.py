@@ -80,6 +80,14 @@ async def eventually(
         await asyncio.sleep(POLL_INTERVAL_S)
 
 
+async def later() -> None:
+    """Wait until the loop's clock has moved on. It counts whole milliseconds."""
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    while loop.time() == now:
+        await asyncio.sleep(0.001)
+
+
 def listens(address: str, port: int) -> bool:
     """Return whether a connection to this port is accepted, within a second."""
     with contextlib.suppress(OSError), socket.create_connection((address, port), 1):

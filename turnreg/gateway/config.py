@@ -1,5 +1,6 @@
 """Settings of a gateway."""
 
+import math
 from dataclasses import dataclass, field
 
 from discovery.model.addresses import TargetList
@@ -14,7 +15,7 @@ DEFAULT_HELLO_TIMEOUT_S = 5.0
 DEFAULT_DIAL_TIMEOUT_S = 3.0
 """For the TCP handshake with a service in our own network: enough to retransmit a lost SYN after 1 s."""
 
-DEFAULT_IDLE_TIMEOUT_S = 3600.0
+DEFAULT_IDLE_TIMEOUT_S = math.inf
 DEFAULT_HALF_CLOSE_TIMEOUT_S = 600.0
 """As at the relay. The lower of the two ends the stream."""
 

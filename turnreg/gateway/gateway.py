@@ -5,7 +5,6 @@ passes `allow`, the refused ranges and the loop guard. After that, its bytes are
 """
 
 import asyncio
-import collections
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from sniproxy.endpoints.checker import EndpointChecker
 from sniproxy.endpoints.dialer import EndpointDialer
 from sniproxy.engine import ByteStream
 from sniproxy.streams.end_reason import Reason
+from sniproxy.streams.room import Room
 from sniproxy.streams.stream_log import StreamLog, StreamRecord
 from sniproxy.transport.base import Accepted
 from sniproxy.transport.direct import DirectAcceptor
@@ -106,7 +106,8 @@ class Gateway:
         self.ledger = StreamLog("gateway", registry)
         self._metrics = GatewayMetrics(registry, warm=self._warm, remembered=self._handshakes.remembered)
         self._direct = DirectAcceptor(config.id, config.listen)
-        self._streams: collections.Counter[str] = collections.Counter()  # verified streams by network
+        self._room: Room[str] = Room(self.ledger, min_idle_s=config.limits.min_idle_s)
+        """The verified streams by network."""
         self._lingering = 0
         self._group: asyncio.TaskGroup | None = None
         self._closed = asyncio.Event()
@@ -210,7 +211,7 @@ class Gateway:
                     self._note_refused(wire, refusal)
             finally:
                 if arrival.counted and arrival.preamble is not None:
-                    self._streams[arrival.preamble.from_network] -= 1
+                    self._room.leave(arrival.preamble.from_network)
                 if arrival.is_stream:
                     self.ledger.close(arrival.record, reason)
                 else:
@@ -314,7 +315,8 @@ class Gateway:
             )
             arrival.data.clear()  # `arrival` lives as long as the stream
             arrival.record.carry(up=bridge.inbound, down=bridge.outbound)
-            return await bridge.run()
+            with self._room.carrying(arrival.record, preamble.from_network):
+                return await bridge.run()
 
     async def _held(self, arrival: InboundStream, seconds: float) -> None:
         """Tell the relay that opening the stream takes longer."""
@@ -325,14 +327,16 @@ class Gateway:
     def _admit(self, arrival: InboundStream, network: str) -> None:
         """Count a verified stream. Raises StreamRefused if there are too many."""
         most, each = self.config.max_streams, self.config.max_streams_per_network
-        if len(self.ledger) - len(self._handshakes) > most:
-            raise StreamRefused(Reason.OVERLOADED, f"{most} streams are open: gateway.max_streams")
-        if each and self._streams[network] >= each:
+        if each and self._room.held(network) >= each:
             raise StreamRefused(
                 Reason.OVERLOADED, f"{each} streams from {network!r} are open: gateway.max_streams_per_network"
             )
-        self._streams[network] += 1
+        self._room.enter(network)
         arrival.counted = True
+        if self._room.taken - len(self._handshakes) > most:
+            has_no_limit = math.isinf(self.config.idle_timeout_s)
+            if not (has_no_limit and self._room.make(network)):
+                raise StreamRefused(Reason.OVERLOADED, f"{most} streams are open: gateway.max_streams")
 
     async def _hand_over(self, arrival: InboundStream, preamble: Preamble) -> None:
         """Hand a second connection over to its stream."""

@@ -117,7 +117,8 @@ class InboundHandshakes:
 
     async def _read_preamble(self, arrival: InboundStream) -> Preamble | WarmPreamble:
         wire = arrival.framed.stream
-        start = await wire.recv_exactly(_PREAMBLE_START)
+        start = await self._first_bytes(arrival)
+        start += await wire.recv_exactly(_PREAMBLE_START - len(start))
         if classify_first_bytes(start) is not FirstBytes.PROXY:
             raise StreamRefused(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)
         try:
@@ -128,6 +129,18 @@ class InboundHandshakes:
         header = start + await wire.recv_exactly(length - len(start))
         arrival.framed.received += length
         return self.verify(arrival, header)
+
+    async def _first_bytes(self, arrival: InboundStream) -> bytes:
+        """Read what comes first. Raises StreamRefused (probe) if nothing does before the end."""
+        try:
+            data = await arrival.framed.stream.recv(_PREAMBLE_START)
+        except OSError as error:
+            if arrival.evicted:
+                raise
+            raise StreamRefused(Reason.PROBE, "reset without a byte", tell=False) from error
+        if not data:
+            raise StreamRefused(Reason.PROBE, "closed without a byte", tell=False)
+        return data
 
     def verify(self, arrival: InboundStream, header: bytes) -> Preamble | WarmPreamble:
         """Verify a complete header and return its preamble. Raises StreamRefused if it is not valid."""

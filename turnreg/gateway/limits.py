@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from discovery.pacing.backoff import Backoff
+from sniproxy.streams.idle_streams import MIN_IDLE_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,8 @@ class GatewayLimits:
     """Connections kept ready for all relays together: the most that eight relays keep."""
     warm_silence_s: float = 60.0
     """Silence after which a warm connection is closed. A relay sends a PING every 25 s, so two of them are missing by then."""
+    min_idle_s: float = MIN_IDLE_S
+    """How long a stream must have been silent to be ended for another one, where silence has no limit."""
     max_triggers: int = 32
     """Activation triggers that run at once. Requests for all services of a network must not start a thousand processes; the other
     triggers wait."""

@@ -53,7 +53,9 @@ class RelayRole(Role):
         self.publication = RelayPublication(host.config, host.discovery, ports, addresses, host.registry)
         self._publishing = (host.run("publication", self.publication.run()),)
         if section.ports == "auto":
-            adaptive = AdaptivePorts(relay, host.discovery, section.port_range, self.publication.set_ports)
+            adaptive = AdaptivePorts(
+                relay, host.discovery, section.port_range, self.publication.set_ports, own=section.own_ports
+            )
             self._publishing += (host.run("ports", adaptive.run()),)
 
     def changes(self, old: Config, new: Config) -> Iterator[Callable[[], None]]:

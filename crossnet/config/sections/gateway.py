@@ -16,6 +16,7 @@ from crossnet.config.types import (
     ContentType,
     Count,
     Duration,
+    DurationOrOff,
     Endpoint,
     ExistingFile,
     HiddenText,
@@ -196,9 +197,10 @@ class GatewaySection:
     """Time from the start of a connection until its ClientHello is complete."""
     dial_timeout_s: Live[Duration] = gateway.DEFAULT_DIAL_TIMEOUT_S
     """Time for one TCP handshake with a service."""
-    idle_timeout_s: Live[Duration] = gateway.DEFAULT_IDLE_TIMEOUT_S
-    """A stream ends after this long without a byte in either direction. The lower value of relay and gateway applies."""
-    half_close_timeout_s: Live[Duration] = gateway.DEFAULT_HALF_CLOSE_TIMEOUT_S
+    idle_timeout_s: Live[DurationOrOff] = gateway.DEFAULT_IDLE_TIMEOUT_S
+    """A stream ends after this long without a byte in either direction; `off`: never, and a full gateway then ends idle streams to
+    make room. The lower value of relay and gateway applies."""
+    half_close_timeout_s: Live[DurationOrOff] = gateway.DEFAULT_HALF_CLOSE_TIMEOUT_S
     """The same after one direction has ended."""
 
     @rule("rules")

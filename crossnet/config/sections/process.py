@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from crossnet.config.schema import key, rule
-from crossnet.config.types import Count, ExistingFile, KeyFile, LogFormat, LogLevel, NetworkId
+from crossnet.config.types import Boolean, Count, ExistingFile, KeyFile, LogFormat, LogLevel, NetworkId
 from discovery.model.validation import Fault
 
 DEFAULT_REFUSED_PER_S = 100
@@ -23,6 +23,8 @@ class LogSection:
     refused_per_second: Count = DEFAULT_REFUSED_PER_S
     """Limit of lines per second for each event (refused streams, wrong passwords, …). Further lines are summarised in one, and
     counted in the metrics. Streams that were open always get their line. 0: no limit."""
+    probes: Boolean = False
+    """Also write a line for each health check or scan: connections that end without a byte (reason `probe`). Metrics count them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

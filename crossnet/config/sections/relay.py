@@ -12,6 +12,7 @@ from crossnet.config.types import (
     Cidr,
     Count,
     Duration,
+    DurationOrOff,
     IpAddress,
     ListenAddress,
     NetworkId,
@@ -45,6 +46,8 @@ class RelaySection:
     """`auto`: also listen on the ports of imported services, since a plain service name contains no port."""
     port_range: PortRange = (1024, 65535)
     """Ports that `auto` may open; ports below 1024 require a privilege."""
+    own_ports: Boolean = False
+    """`ports: auto` also opens the ports of services that this network imports from itself."""
     allow: Live[tuple[Cidr, ...]] = PRIVATE_RANGES
     """Clients that may use it."""
     rules: Live[tuple[RuleSection, ...]] = ()
@@ -81,9 +84,10 @@ class RelaySection:
     """Time from accept until the ClientHello is complete."""
     dial_timeout_s: Live[Duration] = DEFAULT_DIAL_TIMEOUT_S
     """Time for one TCP handshake with a gateway, a TURN server or a service."""
-    idle_timeout_s: Live[Duration] = relay.DEFAULT_IDLE_TIMEOUT_S
-    """A stream ends after this long without a byte in either direction."""
-    half_close_timeout_s: Live[Duration] = relay.DEFAULT_HALF_CLOSE_TIMEOUT_S
+    idle_timeout_s: Live[DurationOrOff] = relay.DEFAULT_IDLE_TIMEOUT_S
+    """A stream ends after this long without a byte in either direction. `off`: never, since lost hosts are found anyway; a full
+    relay then ends idle streams to make room."""
+    half_close_timeout_s: Live[DurationOrOff] = relay.DEFAULT_HALF_CLOSE_TIMEOUT_S
     """The same after one direction has ended."""
 
     @rule("rules")

@@ -179,7 +179,7 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
         (f"{RELAY}, pool: true}}", "$.relay.pool: expected a whole number 0-1000000, got true"),
         (f"{DNS}, ttl: 5}}", "$.dns.ttl: expected a duration such as 5s, got 5"),
         (f"{DNS}, ttl: 0s}}", "$.dns.ttl: expected whole seconds, 1s or more, got '0s'"),
-        (f"{DNS}, ttl: 200h}}", "$.dns.ttl: expected a duration of at most 168h, got '200h'"),
+        (f"{DNS}, ttl: 200h}}", "$.dns.ttl: expected a duration of at most 7d, got '200h'"),
         (f"{DNS}, upstream: [dns.example]}}", "$.dns.upstream[0]: expected ip, ip:port, tcp://ip, tls://ip#name or https://ip/path#name of a DNS server, got 'dns.example'"),
         (f"{GATEWAY}, accept: [framd]}}", "$.gateway.accept[0]: expected framed, got 'framd'"),
         (f"{GATEWAY}, turn: {{b: {{username: u}}}}}}", "$.gateway.turn.b.password: expected {file: PATH}, got nothing"),

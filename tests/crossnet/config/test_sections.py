@@ -63,7 +63,7 @@ def test_rules_are_read_and_shown_again(tmp_path: Path) -> None:
                 "$.gateway.rules[0].from[1]: expected a CIDR of clients or a network id, got '10.0.0.1/8'",
                 (
                     "$.gateway.rules[0].to[0]: expected a network id, a name or a target (a label is lower-case letters, digits "
-                    "and inner hyphens, or '*', or '**' in front), got 'Big.name'"
+                    "and inner '-' or '_', or '*', or '**' in front), got 'Big.name'"
                 ),
                 "$.gateway.rules[0].names[0]: expected service or address, got 'plain'",
                 "$.gateway.rules[0].ports[0]: expected a port or a range such as 8000-8099, got 0",
@@ -72,7 +72,7 @@ def test_rules_are_read_and_shown_again(tmp_path: Path) -> None:
                 "$.gateway.rules[1].acton: expected a known key such as action, got an unknown key",
                 (
                     "$.gateway.rules[1].to[0]: expected a network id, a name or a target (a label is lower-case letters, digits "
-                    "and inner hyphens, or '*', or '**' in front), got 'a.*b'"
+                    "and inner '-' or '_', or '*', or '**' in front), got 'a.*b'"
                 ),
                 "$.gateway.rules[1].action: expected allow or deny, got nothing",
             ],
@@ -160,7 +160,7 @@ def test_how_services_are_woken_is_read_and_shown_again(tmp_path: Path) -> None:
                 ),
                 (
                     "$.gateway.activate[0].names[1]: expected the name of a service or a pattern of such (a label is lower-case "
-                    "letters, digits and inner hyphens, or '*', or '**' in front), got 'Big.name'"
+                    "letters, digits and inner '-' or '_', or '*', or '**' in front), got 'Big.name'"
                 ),
                 "$.gateway.activate[0].command[0]: expected a program or an argument, as text, got ''",
                 "$.gateway.activate[0].command[1]: expected a program or an argument, as text, got 7",

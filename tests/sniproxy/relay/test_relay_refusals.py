@@ -87,6 +87,7 @@ REFUSED: list[tuple[str, bytes, str | None, str]] = [
     ("PROXY v1", b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2\r\n" + client_hello(NAME), None, "not_tls"),
     ("PROXY v2", bytes.fromhex("0d0a0d0a000d0a515549540a21110000") + client_hello(NAME), None, "not_tls"),
     ("one wrong byte", b"\x80", None, "not_tls"),
+    ("HAProxy's ssl-hello-chk", records(message(version=0x0300)), "unrecognized_name", "probe"),
     *((f"broken: {what}", records(broken), "decode_error", "bad_hello") for what, broken in BROKEN.items()),
 ]
 
@@ -112,7 +113,7 @@ async def test_every_refusal_by_its_bytes_and_its_reason() -> None:
 @pytest.mark.parametrize(
     ("data", "alert", "reason"),
     [
-        (b"", b"", "client_reset"),
+        (b"", b"", "probe"),
         (client_hello(NAME)[:1], ALERT["decode_error"], "bad_hello"),
         (client_hello(NAME)[:100], ALERT["decode_error"], "bad_hello"),
     ],
@@ -127,12 +128,15 @@ async def test_a_client_that_ends_too_early(data: bytes, alert: bytes, reason: s
         client.close()
 
 
-async def test_a_client_that_resets_in_its_hello() -> None:
+@pytest.mark.parametrize(("data", "reason"), [(client_hello(NAME)[:50], "client_reset"), (b"", "probe")])
+async def test_a_client_that_resets_in_its_hello(data: bytes, reason: str) -> None:
     async with a_relay() as running:
         client = await running.connect()
-        await client.send(client_hello(NAME)[:50])
+        await running.opened(state="hello")
+        await client.send(data)
         client.reset()
-        assert (await running.ended())[0]["reason"] == "client_reset"
+        assert (await running.ended())[0]["reason"] == reason
+        assert not running.relay.ledger.ended() or reason != "probe", "probes leave the room to streams"
 
 
 async def test_a_client_that_resets_behind_its_hello_before_it_is_accepted() -> None:
@@ -150,12 +154,14 @@ async def test_a_client_that_resets_behind_its_hello_before_it_is_accepted() -> 
 
 @pytest.mark.parametrize("data", [b"", b"\x16", client_hello(NAME)[:-1]])
 async def test_silence_gets_an_end_and_no_alert(data: bytes) -> None:
+    """A client that waits for the server to speak first, as MySQL's does, is told apart from one that is slow."""
     async with a_relay(hello_timeout_s=0.05) as running:
         client = await running.connect()
         await client.send(data)
         assert await read_all(client) == b""
         line = (await running.ended())[0]
-        assert (line["reason"], line["bytes_up"]) == ("hello_timeout", 0)
+        assert (line["reason"], line["bytes_up"]) == ("hello_timeout" if data else "not_tls", 0)
+        assert ("MySQL" in str(line["detail"])) == (not data)
         client.close()
 
 

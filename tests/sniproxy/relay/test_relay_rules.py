@@ -13,6 +13,7 @@ from sniproxy.access.rules import Policy, Rule
 from sniproxy.engine import SocketStream
 from sniproxy.engine.staggered_connect import Endpoint, FirstConnected, connect_first
 from sniproxy.tunnel.messages import Opened, Ready
+from sniproxy.tunnel.preamble import UNDERSCORES
 from tests.support.fixed_discovery import record
 from tests.support.hellos import client_hello
 from tests.support.relays import ALERT, DOMAIN, Running, a_relay, name_of
@@ -206,6 +207,15 @@ async def test_the_gateway_is_told_what_is_imported_unless_rules_let_addresses_b
         assert await is_carried(running, f"p8443-orders.shop.b.{DOMAIN}")
         told = [visit.preamble.imports for visit in gateway.visits]
         assert told == [None if behind_rules else f"{ORDERS} *.pay.example stock.shop.example", None]
+
+
+@pytest.mark.parametrize("knows", [False, True])
+async def test_an_older_gateway_is_not_told_of_names_with_underscores(knows: bool) -> None:
+    imports = Imports([ImportRule(names=("foo_bar.shop.example", ORDERS, "a_b.*"), sources=("b",))])
+    async with scripted(opens) as gateway, a_relay(imports=imports) as running:
+        running.add(gateway, proto=[UNDERSCORES] if knows else [])
+        assert await is_carried(running, name_of(8443, network="b"))
+    assert gateway.visits[0].preamble.imports == (f"foo_bar.shop.example {ORDERS} a_b.*" if knows else ORDERS)
 
 
 async def test_more_imports_than_the_gateway_can_be_told() -> None:

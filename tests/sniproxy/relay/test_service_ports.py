@@ -29,6 +29,18 @@ def test_only_services_that_are_imported_from_that_network_count() -> None:
     assert service_ports(found, "a", Imports([]), 1, 65535) == []
 
 
+def test_own_services_count_if_asked_for_and_imported() -> None:
+    imports = Imports([ImportRule(names=("*.shop.example",), sources=("a", "b"))])
+    found = mesh(
+        ("a", "one.shop.example", [3333]),
+        ("a", "one.other.example", [4444]),
+        ("b", "two.shop.example", [8443]),
+    )
+    assert service_ports(found, "a", imports, 1, 65535) == [8443]
+    assert service_ports(found, "a", imports, 1, 65535, own=True) == [3333, 8443]
+    assert service_ports(found, "a", IMPORTS, 1, 65535, own=True) == [8443], "imported from b alone"
+
+
 def test_there_is_a_maximum() -> None:
     found = mesh(("b", "one.shop.example", list(range(2000, 2000 + MAX_PORTS + 50))))
     assert service_ports(found, "a", IMPORTS, 1, 65535) == list(range(2000, 2000 + MAX_PORTS))

@@ -96,7 +96,7 @@ preambles = st.builds(
     target=targets,
     hello_digest=st.none() | st.binary(min_size=32, max_size=32),
     attempt=st.integers(0, 255),
-    imports=st.none() | st.text("a-z.* 0", max_size=320),
+    imports=st.none() | st.text("a-z_.* 0", max_size=320),
 )
 
 

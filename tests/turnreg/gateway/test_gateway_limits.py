@@ -13,16 +13,18 @@ from sniproxy.engine.staggered_connect import Endpoint, FirstConnected, connect_
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.messages import Ready
 from sniproxy.tunnel.preamble import SigningKey
-from tests.support.gateways import ALLOCATION, a_gateway
+from tests.support.gateways import ALLOCATION, Visit, a_gateway
 from tests.support.hellos import client_hello
 from tests.support.preambles import KEY, preamble
-from tests.support.streams import read_all
+from tests.support.streams import read_all, until_reset
+from tests.support.waiting import later
 from turnreg.gateway.limits import GatewayLimits
 
 pytestmark = pytest.mark.anyio
 
 NAME = "orders.shop.example"
 HELLO = client_hello(NAME)
+KEY_CB = SigningKey(id="cb-1", secret=bytes(range(128, 160)), from_network="c", to_network="b")
 
 
 async def test_overloaded() -> None:
@@ -38,6 +40,42 @@ async def test_overloaded() -> None:
         third = await running.visit(preamble(service.target, HELLO), HELLO)
         await third.opened()
         for visit in [*strangers, third]:
+            visit.wire.close()
+
+
+async def test_a_full_gateway_ends_the_longest_idle_stream_of_the_network_that_holds_most() -> None:
+    async with a_gateway(max_streams=4, limits=GatewayLimits(min_idle_s=0), keys=(KEY, KEY_CB)) as running:
+        service = await running.service()
+
+        async def visit(stream: int, key: SigningKey = KEY) -> Visit:
+            asked = preamble(service.target, HELLO, from_network=key.from_network, key_id=key.id)
+            made = await running.visit(replace(asked, stream_id=bytes([stream] * 16)), HELLO, key=key)
+            await made.opened()
+            await later()  # so that no two streams have moved at the same time
+            return made
+
+        # The first one of the network that holds less has been idle for longest of all.
+        visits = [await visit(1, KEY_CB), await visit(2), await visit(3), await visit(4)]
+        await visits[1].framed.send_data(b"and more")
+        await service.reach(lambda service: sum(map(len, service.got)) == 4 * len(HELLO) + 8)
+        visits.append(await visit(5, KEY_CB))
+        (line,) = await running.ended()
+        assert (line["reason"], line["stream"]) == ("evicted", "03" * 16)
+        assert "to make room" in str(line["detail"])
+        await until_reset(visits[2].wire)
+        await service.reach(lambda service: service.ends == ["reset"])
+        for each in visits:
+            each.wire.close()
+
+
+async def test_a_full_gateway_with_an_idle_limit_ends_nothing() -> None:
+    async with a_gateway(max_streams=1, idle_timeout_s=3600, limits=GatewayLimits(min_idle_s=0)) as running:
+        service = await running.service()
+        first = await running.visit(preamble(service.target, HELLO), HELLO)
+        await first.opened()
+        second = await running.visit(preamble(service.target, HELLO), HELLO)
+        assert (await second.refused()).reason == "overloaded"
+        for visit in (first, second):
             visit.wire.close()
 
 
