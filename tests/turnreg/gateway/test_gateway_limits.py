@@ -16,7 +16,7 @@ from sniproxy.tunnel.preamble import SigningKey
 from tests.support.gateways import ALLOCATION, a_gateway
 from tests.support.hellos import client_hello
 from tests.support.preambles import KEY, preamble
-from tests.support.streams import read_all
+from tests.support.streams import read_all, until_reset
 from turnreg.gateway.limits import GatewayLimits
 
 pytestmark = pytest.mark.anyio
@@ -54,6 +54,15 @@ async def test_strangers_make_room_for_relays() -> None:
             assert await stranger.wire.recv() == b""
         for gone in [*strangers, visit]:
             gone.wire.close()
+
+
+async def test_a_stranger_behind_a_turn_server_costs_no_local_port() -> None:
+    """A close would keep the port for a minute (TIME_WAIT)."""
+    async with a_gateway() as running:
+        stranger = await running.bound()
+        await stranger.wire.send(b"GET / HTTP/1.1\r\n\r\n")
+        await until_reset(stranger.wire)
+        stranger.wire.close()
 
 
 async def test_refused_relays_that_linger_do_not_count_as_streams() -> None:
