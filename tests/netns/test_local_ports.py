@@ -95,6 +95,8 @@ async def test_two_hundred_streams_a_second_on_six_hundred_ports(tmp_path: Path,
 
                 async with asyncio.TaskGroup() as group:
                     for number in range(STREAMS):
+                        if ends.total() - ends["ok"] > 50:
+                            break  # each failure takes seconds
                         async with room:
                             pass
                         group.create_task(one())
@@ -103,10 +105,12 @@ async def test_two_hundred_streams_a_second_on_six_hundred_ports(tmp_path: Path,
                         with suppress(ValueError):
                             await asyncio.sleep(began + number / STREAMS_PER_S - time.monotonic())
                 took = time.monotonic() - began
-                await mesh.eventually("all are logged", lambda: len(mesh.events("relay")) >= STREAMS)
+                await mesh.eventually("all are logged", lambda: len(mesh.events("relay")) >= ends.total())
             print(f"\n{turn}: {STREAMS / took:.0f} streams/s, most in TIME_WAIT: {most}, ends: {dict(+ends)}")
             assert +ends == {"ok": STREAMS}
-            for part in DIALLERS:
-                assert {line["reason"] for line in mesh.events(part)} == {"ok"}, part
+            lines = mesh.events("relay")
+            assert {line["reason"] for line in lines} == {"ok"}
+            again = sum(line["attempts"] for line in lines) - STREAMS  # READY can be late on a busy machine
+            assert sum(line["reason"] != "ok" for line in mesh.events("gateway")) <= again
             assert not mesh.events("gateway", "bind_failed")
             assert max(most.values()) < PORTS / 10
