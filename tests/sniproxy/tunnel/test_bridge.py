@@ -18,7 +18,7 @@ from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Done, Finished, Message, Opened, Ready
 from sniproxy.tunnel.state import Side
 from tests.support.bridges import GATEWAY, LIMITS, RELAY, TIMING, Half, a_half, digest_of, send_and_end
-from tests.support.streams import nothing_large_kept, pair, read_all, turns, until_reset
+from tests.support.streams import nothing_large_kept, pair, peer_waits, read_all, turns, until_reset
 
 pytestmark = pytest.mark.anyio
 
@@ -372,6 +372,9 @@ async def test_after_done_a_gateway_resets_what_it_has_dialled(dialled: bool) ->
             assert await read_all(half.peer.stream) == b""
         assert await running is Reason.OK
         assert await read_all(half.plain) == b""
+        for peer, waits in ((half.peer.stream, not dialled), (half.plain, False)):
+            peer.close()
+            assert peer_waits(peer) is waits
 
 
 async def test_without_done_a_gateway_closes() -> None:
@@ -382,6 +385,8 @@ async def test_without_done_a_gateway_closes() -> None:
         await finished(half)
         assert await read_all(half.peer.stream) == b""
         assert await running is Reason.OK
+        half.peer.stream.close()
+        assert peer_waits(half.peer.stream)
 
 
 @pytest.mark.parametrize("ends", ["close", "reset"])
