@@ -44,7 +44,7 @@ async def test_each_destination_has_all_ports(host: Namespace, source: str | Non
             with host.entered():
                 listener(closing, port)
                 for _ in range(PORTS):
-                    # Connecting over loopback does not wait, so the thread is still in the namespace.
+                    # Nothing else runs in this thread that should be in another namespace.
                     stream = await connect("127.0.0.1", port, timeout_s=5, local_address=source)
                     closing.callback(stream.close)
         assert shortages.count == count
