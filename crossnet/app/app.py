@@ -17,6 +17,7 @@ from crossnet.admin_server import AdminServer
 from crossnet.app import drain, role_configs
 from crossnet.app.discovery_client import open_discovery
 from crossnet.app.inspection import Inspection
+from crossnet.app.local_ports import LocalPortsMetrics
 from crossnet.app.readiness import ReadinessMetric
 from crossnet.app.role import Role, StartError, beginning
 from crossnet.app.roles import ROLES
@@ -58,6 +59,7 @@ class App:
         self.registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
+        self.registry.register(LocalPortsMetrics())
         Info("crossnet_build", "What runs.", registry=self.registry).info({"version": version("crossnet")})
         whole = set(chosen) == set(config.roles)
         self.roles: dict[str, Role] = {

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from discovery.model.addresses import format_endpoint, parse_address
 from sniproxy.endpoints.health import Endpoint, EndpointHealth
+from sniproxy.engine.local_ports import NoLocalPort
 from sniproxy.engine.staggered_connect import (
     MIN_STAGGER_S,
     STAGGER_S,
@@ -102,7 +103,11 @@ class Attempts:
             self._dialer.note_failure(self._service, endpoint, why)
 
     def _on_failed(self, endpoint: Endpoint, error: OSError) -> None:
-        self.reject(endpoint, error.strerror or str(error))  # the text alone: the error's traceback would make a cycle
+        why = error.strerror or str(error)  # the text alone: the error's traceback would make a cycle
+        if isinstance(error, NoLocalPort):
+            self._failures.append(f"{_shown(endpoint)}: {why}")  # says nothing about the endpoint
+        else:
+            self.reject(endpoint, why)
 
     def _summary(self) -> str:
         more = len(self._failures) - MAX_FAILURES_TOLD

@@ -3,9 +3,9 @@
 import asyncio
 import errno
 import ipaddress
-import os
 import socket
 
+from sniproxy.engine.local_ports import IP_BIND_ADDRESS_NO_PORT, connect_error
 from sniproxy.engine.socket_stream import SocketStream, tune
 
 
@@ -44,6 +44,7 @@ async def connect_socket(
     try:
         tune(own)
         if local_address is not None:
+            own.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             own.bind((local_address, 0))
         code = own.connect_ex((address, port))
         if code in (errno.EINPROGRESS, errno.EALREADY):
@@ -56,7 +57,7 @@ async def connect_socket(
                 loop.remove_writer(own.fileno())
             code = own.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise OSError(code, f"{os.strerror(code)}: {address} port {port}")
+            raise connect_error(code, address, where=f": {address} port {port}")
         return own
     except BaseException:
         own.close()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from sniproxy.engine.local_ports import connect_error
 from sniproxy.engine.socket_stream import SocketStream, tune
 
 Endpoint: TypeAlias = tuple[str, int]
@@ -137,7 +138,7 @@ class _Race:
             tune(sock)
             code = sock.connect_ex(endpoint)
             if code not in (0, errno.EINPROGRESS):
-                raise OSError(code, os.strerror(code))
+                raise connect_error(code, address)
         except OSError as error:
             if sock is not None:
                 sock.close()

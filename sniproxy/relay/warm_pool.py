@@ -218,7 +218,7 @@ class WarmPool:
             try:
                 await ready.left()
             except BaseException:  # for example because the client is gone: nothing owns the connection now
-                ready.connection.stream.close()
+                ready.connection.stream.reset()
                 raise
             if not ready.connection.stream.closed:
                 return ready.connection
@@ -273,4 +273,4 @@ class WarmPool:
             with suppress(ValueError):
                 shelf.ready.remove(ready)
             if fate is not Fate.TAKEN:
-                connection.stream.close()
+                connection.stream.reset()  # carries no stream: a close would keep the local port for a minute (TIME_WAIT)

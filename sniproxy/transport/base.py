@@ -46,6 +46,8 @@ class Traits:
     """Pauses before retries after a reset before the gateway has answered. Empty: such a reset is permanent."""
     needs_second_connection: bool = False
     """Bulk in both directions over one connection can stall, so a large upload moves to its own connection."""
+    gateway_dials: bool = False
+    """The gateway connects, too, to a server in between, and ends its connections so that none keeps a local port (TIME_WAIT)."""
     warmable: bool = False
     """Reaching the gateway takes so long that connections are kept warm for allocations in use."""
 

@@ -20,6 +20,7 @@ TURN = Traits(
     reset_retry_s=(0.1, 0.3, 0.9),
     # When both directions are full, coturn stops reading one of them for ever.
     needs_second_connection=True,
+    gateway_dials=True,
     # Announcement, connection and bind each take a round trip between gateway and server.
     warmable=True,
 )

@@ -11,7 +11,7 @@ never means an end: each end is signalled in band, and confirmed.
       ◀───────────────────────────── FINISHED
       ◀──────────────────── DATA … FINAL_DATA  (the two directions end in any order)
       FINISHED ─────────────────────────────▶
-      DONE ─────────────────────────────────▶  closes the connection
+      DONE ─────────────────────────────────▶  ends the connection
 
 A stream whose connection ends before both have confirmed is truncated.
 

@@ -9,6 +9,7 @@ import ssl
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +117,16 @@ async def read_all(stream: ByteStream, limit_s: float = 20) -> bytes:
         while data := await stream.recv():
             chunks.append(data)
     return b"".join(chunks)
+
+
+def peer_waits(closed: ByteStream) -> bool:
+    """Return whether the kernel keeps the far end of a closed connection over loopback in TIME_WAIT (state 06)."""
+
+    def packed(end: tuple[str, int]) -> str:
+        return f"{socket.inet_aton(end[0])[::-1].hex()}:{end[1]:04x}".upper()
+
+    lines = [line.split() for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()]
+    return [packed(closed.peer), packed(closed.local), "06"] in [line[1:4] for line in lines]
 
 
 async def turns(count: int = 10) -> None:

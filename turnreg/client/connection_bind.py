@@ -190,7 +190,7 @@ class ConnectionBinds:
                 await asyncio.wait({proving})
             await self._connection_bind(wire, connection_id)
         except BaseException as exc:
-            wire.close()
+            wire.reset()  # a close would keep our local port for a minute (TIME_WAIT)
             match exc:
                 case EOFError():
                     raise BindFailed(BindResult.RESET, "the server closed the connection") from exc

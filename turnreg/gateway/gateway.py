@@ -218,9 +218,10 @@ class Gateway:
                     self.ledger.drop(arrival.record)
             if told is not None:  # it no longer counts as a stream, so it keeps no other stream out
                 await self._refuse(arrival.framed, *told)
+                wire.close()
         finally:
             if not arrival.handed_over:
-                wire.close()
+                arrival.let_go()
 
     def _note_refused(self, wire: ByteStream, refusal: StreamRefused) -> None:
         """Log why a connection ended that is not a stream: a second connection or a warm one."""
@@ -312,6 +313,7 @@ class Gateway:
                 second=second if arrival.accepted.traits.needs_second_connection else None,
                 heartbeats=preamble.heartbeats,
                 timing=self._timing,
+                resets_when_done=arrival.accepted.traits.gateway_dials,
             )
             arrival.data.clear()  # `arrival` lives as long as the stream
             arrival.record.carry(up=bridge.inbound, down=bridge.outbound)

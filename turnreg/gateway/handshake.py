@@ -60,6 +60,13 @@ class InboundStream:
     """We closed it to make room before it had sent a complete preamble."""
     data: bytearray = field(default_factory=bytearray)
 
+    def let_go(self) -> None:
+        """End the connection if it is still open. Nobody was told anything on it that could be lost."""
+        if self.accepted.traits.gateway_dials:
+            self.framed.stream.reset()  # a close would keep our local port for a minute (TIME_WAIT)
+        else:
+            self.framed.stream.close()
+
 
 class InboundHandshakes:
     """Verifies preambles, and bounds the connections that have not sent one yet."""
@@ -105,7 +112,7 @@ class InboundHandshakes:
             if len(self._unproven) > self._max_unproven:
                 oldest = self._unproven.pop(next(iter(self._unproven)))
                 oldest.evicted = True
-                oldest.framed.stream.close()  # its task's read fails
+                oldest.let_go()  # its task's read fails
             return await self._read_preamble(arrival)
         except OSError as error:
             if not arrival.evicted:

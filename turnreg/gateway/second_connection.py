@@ -26,9 +26,9 @@ class _Place:
         self.taken = False
 
     def put(self, framed: CapsuleConnection) -> None:
-        """Store a connection. An earlier one is closed: its relay did not get READY on it and dialled again."""
+        """Store a connection. An earlier one is reset: its relay did not get READY on it and dialled again."""
         if self.framed is not None:
-            self.framed.stream.close()
+            self.framed.stream.reset()
         self.framed = framed
         self._arrived.set()
 
@@ -58,7 +58,7 @@ class SecondConnections:
             if self._places.get(key) is place:
                 del self._places[key]
             if place.framed is not None:
-                place.framed.stream.close()
+                place.framed.stream.reset()  # nothing on it but READY: a close would keep the local port (TIME_WAIT)
 
     def awaits(self, preamble: Preamble) -> bool:
         """Tell whether the stream that this preamble continues is open here and has not taken a second connection yet."""

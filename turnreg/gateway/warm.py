@@ -56,6 +56,6 @@ class WarmStreams:
             self._of[network] -= 1
 
     def close(self) -> None:
-        """Close all of them; their relays use other gateways."""
+        """Let all of them go; their relays use other gateways."""
         for framed in self._waiting:
-            framed.stream.close()
+            framed.stream.reset()

@@ -1,14 +1,16 @@
 """A service's endpoints dialled for streams: who is reached, what is remembered, what is said."""
 
+import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from sniproxy.endpoints.dialer import EndpointDialer, NoAnswer
 from sniproxy.endpoints.health import Endpoint
+from sniproxy.engine.local_ports import NoLocalPort
 
 pytestmark = pytest.mark.anyio
 
@@ -120,3 +122,17 @@ async def test_one_that_was_reached_may_be_found_wanting(good: Endpoint) -> None
     connected.stream.close()
     attempts.reject(good, "took no PROXY header")
     assert [shown["why"] for shown in dialer.status()] == ["took no PROXY header"]
+
+
+async def test_a_lack_of_local_ports_is_not_the_endpoints_fault(good: Endpoint) -> None:
+    async def none_free(
+        endpoints: Iterator[Endpoint], *, on_failed: Callable[[Endpoint, OSError], None], **_limits: float
+    ) -> None:
+        for endpoint in endpoints:
+            on_failed(endpoint, NoLocalPort(errno.EADDRNOTAVAIL, "no local port is free"))
+
+    dialer = EndpointDialer("gateway", CollectorRegistry(), connect=none_free)
+    for _ in range(5):
+        with pytest.raises(NoAnswer, match="no local port is free"):
+            await dialer.attempts("orders", [good], lambda _: True).connect(timeout_s=LONG_S)
+    assert not dialer.status()

@@ -20,7 +20,7 @@ from sniproxy.tunnel.capsules import CapsuleError
 from sniproxy.tunnel.connection import CapsuleConnection
 from sniproxy.tunnel.messages import Ping, Pong, Ready, Refused
 from sniproxy.tunnel.state import Side
-from tests.support.streams import pair
+from tests.support.streams import pair, until_reset
 from tests.support.waiting import eventually
 from turnreg.gateway.warm import WarmStreams
 
@@ -205,6 +205,15 @@ async def test_an_allocation_that_nobody_uses_is_let_go() -> None:
         running.pool.used(way())
         await eventually(lambda: not running.pool._shelves)
         assert running.pool.ready == 0
+
+
+async def test_what_is_let_go_keeps_no_local_port() -> None:
+    """A close would keep it for a minute (TIME_WAIT)."""
+    async with a_pool(1, mute) as running:
+        running.pool.used(way())
+        await eventually(lambda: running.pool.ready == 1)
+        running.pool.keep(lambda _candidate: False)
+        await until_reset(running.fars[0].stream)
 
 
 async def test_where_none_can_be_made_it_is_tried_again_and_again() -> None:

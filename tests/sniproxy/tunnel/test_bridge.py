@@ -15,10 +15,10 @@ from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.bridge import StreamBridge
 from sniproxy.tunnel.capsules import CapsuleType, header
 from sniproxy.tunnel.connection import CapsuleConnection
-from sniproxy.tunnel.messages import Finished, Message, Opened, Ready
+from sniproxy.tunnel.messages import Done, Finished, Message, Opened, Ready
 from sniproxy.tunnel.state import Side
 from tests.support.bridges import GATEWAY, LIMITS, RELAY, TIMING, Half, a_half, digest_of, send_and_end
-from tests.support.streams import nothing_large_kept, pair, read_all, turns, until_reset
+from tests.support.streams import nothing_large_kept, pair, peer_waits, read_all, turns, until_reset
 
 pytestmark = pytest.mark.anyio
 
@@ -344,3 +344,58 @@ async def test_bytes_that_were_read_with_the_preamble_go_first(half: Half) -> No
         await half.peer.send_data(b"and more")
         assert await half.plain.recv_exactly(20) == b"ClientHello and more"
         half.plain.reset()
+
+
+# --- TIME_WAIT ------------------------------------------------------------------------------------------------------
+
+
+async def finished(half: Half) -> None:
+    """Play both ends of a stream at a gateway, up to the last FINISHED."""
+    await half.peer.send_data(b"", final=True)
+    half.plain.shutdown_write()
+    assert await read_all(half.plain) == b""
+    while not (half.peer.exhausted and half.peer.ends.finished_received):
+        await half.peer.read()
+    await half.peer.send(Finished())
+
+
+@pytest.mark.parametrize("dialled", [True, False])
+async def test_after_done_a_gateway_resets_what_it_has_dialled(dialled: bool) -> None:
+    """No port of its own stays in TIME_WAIT then. The service sees an ordinary end."""
+    async with a_half(Side.GATEWAY) as half, asyncio.TaskGroup() as group:
+        running = group.create_task(half.bridge(Side.GATEWAY, resets_when_done=dialled).run())
+        await finished(half)
+        await half.peer.send(Done())
+        if dialled:
+            await until_reset(half.peer.stream)
+        else:
+            assert await read_all(half.peer.stream) == b""
+        assert await running is Reason.OK
+        assert await read_all(half.plain) == b""
+        for peer, waits in ((half.peer.stream, not dialled), (half.plain, False)):
+            peer.close()
+            assert peer_waits(peer) is waits
+
+
+async def test_without_done_a_gateway_closes() -> None:
+    """Something may be in flight, such as its own FINISHED, which a reset could overtake in a TURN server."""
+    timing = replace(TIMING, done_s=0.05)
+    async with a_half(Side.GATEWAY) as half, asyncio.TaskGroup() as group:
+        running = group.create_task(half.bridge(Side.GATEWAY, resets_when_done=True, timing=timing).run())
+        await finished(half)
+        assert await read_all(half.peer.stream) == b""
+        assert await running is Reason.OK
+        half.peer.stream.close()
+        assert peer_waits(half.peer.stream)
+
+
+@pytest.mark.parametrize("ends", ["close", "reset"])
+async def test_a_relay_takes_either_end_after_done_for_a_good_one(ends: str) -> None:
+    async with a_half(Side.RELAY) as half, asyncio.TaskGroup() as group:
+        running = group.create_task(half.bridge(Side.RELAY).run())
+        await finished(half)
+        while not half.peer.ends.done:
+            await half.peer.read()
+        getattr(half.peer.stream, ends)()
+        assert await running is Reason.OK
+        assert await read_all(half.plain) == b""

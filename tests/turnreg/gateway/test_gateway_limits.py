@@ -94,6 +94,15 @@ async def test_strangers_make_room_for_relays() -> None:
             gone.wire.close()
 
 
+async def test_a_stranger_behind_a_turn_server_costs_no_local_port() -> None:
+    """A close would keep the port for a minute (TIME_WAIT)."""
+    async with a_gateway() as running:
+        stranger = await running.bound()
+        await stranger.wire.send(b"GET / HTTP/1.1\r\n\r\n")
+        await until_reset(stranger.wire)
+        stranger.wire.close()
+
+
 async def test_refused_relays_that_linger_do_not_count_as_streams() -> None:
     async with a_gateway(max_streams=1, limits=GatewayLimits(max_lingering=3)) as running:
         service = await running.service()
