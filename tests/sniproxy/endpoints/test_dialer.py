@@ -4,6 +4,7 @@ import errno
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -126,7 +127,7 @@ async def test_one_that_was_reached_may_be_found_wanting(good: Endpoint) -> None
 
 async def test_a_lack_of_local_ports_is_not_the_endpoints_fault(good: Endpoint) -> None:
     async def none_free(
-        endpoints: Iterator[Endpoint], *, on_failed: Callable[[Endpoint, OSError], None], **_limits: float
+        endpoints: Iterator[Endpoint], *, on_failed: Callable[[Endpoint, OSError], None], **_limits: Any
     ) -> None:
         for endpoint in endpoints:
             on_failed(endpoint, NoLocalPort(errno.EADDRNOTAVAIL, "no local port is free"))
