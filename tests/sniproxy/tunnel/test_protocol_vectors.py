@@ -289,6 +289,8 @@ def test_the_document_names_every_reason_that_a_gateway_tells() -> None:
         Reason.PATH_LOST,
         Reason.TRUNCATED,
         Reason.IDLE_TIMEOUT,
+        Reason.EVICTED,
+        Reason.PROBE,
         Reason.NO_KEY,
         Reason.UNKNOWN_NETWORK,
         Reason.AMBIGUOUS_PORT,
