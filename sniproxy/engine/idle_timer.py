@@ -86,5 +86,6 @@ class IdleTimer:
                 yield
             finally:
                 self._is_watched = False
+                self._check = None  # a method of whoever has this timer: together a reference cycle for each stream
                 if self._timer is not None:
                     self._timer.cancel()
