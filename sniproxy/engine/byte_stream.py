@@ -101,6 +101,9 @@ class ByteStream(Protocol):
     def lost_peer(self) -> bool:
         """Return whether the far end has stopped answering. To be asked every few seconds."""
 
+    def has_delivered(self, *, all_but: int) -> bool:
+        """Return whether the far end has received all that we wrote but so many bytes, as far as can be known."""
+
     async def flushed(self, limit_s: float) -> bool:
         """Wait at most `limit_s` seconds until the far end has received everything we wrote; return whether it has."""
 

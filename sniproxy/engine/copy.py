@@ -23,6 +23,16 @@ SMALL_SPLICES = 16
 LIMIT_STALLED_S = 10.0
 """After one side was lost: how long the bytes that it had sent may make no progress towards the other."""
 
+MAX_UNREAD = 4096
+"""How many bytes a client may leave unread without having been cut off: a close_notify alert (24 bytes), HTTP/2's GOAWAY, session
+tickets. An aborted download leaves more."""
+
+TAIL_BYTES = 31
+"""Of each copied piece, what is kept: as long as a close_notify."""
+
+Farewell = Callable[[bytes, int], bool]
+"""Gets the tail and the size of a direction's last piece, and returns whether that looks like the last one that will come."""
+
 POOL = PipePool()
 """The pipes of this process. The kernel limits them per user, so all streams share one pool."""
 
@@ -39,9 +49,13 @@ class CopyDirection:
         "_spliceable",
         "activity",
         "first_at",
+        "is_answered",
+        "last_size",
         "moved",
+        "opposite",
         "pace",
         "pipe",
+        "tail",
     )
 
     def __init__(
@@ -63,6 +77,13 @@ class CopyDirection:
         """Payload bytes moved. Final once the direction has ended."""
         self.first_at: float | None = None
         """When the first byte was moved, by time.monotonic()."""
+        self.tail = b""
+        """The last bytes of the last piece, as far as needed to tell how a stream has ended. Nothing if it was spliced."""
+        self.last_size = 0
+        """Bytes in the last piece."""
+        self.is_answered = False
+        """The direction that has this one as its `opposite` has moved something since the last piece."""
+        self.opposite: CopyDirection | None = None
         self.activity = activity
         self.pipe: Pipe | None = None
         self._pool = pool
@@ -90,16 +111,16 @@ class CopyDirection:
         data = await source.recv(min(DEFAULT_READ_BYTES, limit))
         return len(data), data
 
-    def passed(self, size: int) -> None:
-        """Count bytes that came from `read` and have been written."""
+    def passed(self, size: int, tail: bytes = b"") -> None:
+        """Count bytes that came from `read` and have been written. `tail`: the last of them, if they were copied."""
         if self.pipe is None:
-            self.copied(size)
+            self.copied(size, tail)
         else:
             self.spliced(size)
 
-    def copied(self, size: int) -> None:
+    def copied(self, size: int, tail: bytes = b"") -> None:
         """Count bytes that were copied; take a pipe after enough full reads in a row."""
-        self._count(size)
+        self._count(size, tail)
         if size < DEFAULT_READ_BYTES or not self._spliceable:
             self._full_reads = 0
             return
@@ -116,8 +137,12 @@ class CopyDirection:
         if self._small_splices >= SMALL_SPLICES:
             self.release()
 
-    def _count(self, size: int) -> None:
+    def _count(self, size: int, tail: bytes = b"") -> None:
         self.moved += size
+        self.last_size, self.tail = size, tail
+        self.is_answered = False
+        if self.opposite is not None:
+            self.opposite.is_answered = True
         self.activity.touch()
         if self.first_at is None:
             self.first_at = time.monotonic()
@@ -131,12 +156,16 @@ class CopyDirection:
 
 
 class Lost(Exception):
-    """A stream was reset or timed out. `writing`: a write found it, so bytes that it sent before may still wait to be read."""
+    """A stream was reset or timed out.
 
-    def __init__(self, stream: ByteStream, *, writing: bool) -> None:
+    `writing`: a write of `size` bytes found it, so bytes that it sent before may still wait to be read.
+    """
+
+    def __init__(self, stream: ByteStream, *, writing: bool, size: int = 0) -> None:
         super().__init__(f"{stream!r} lost while {'writing' if writing else 'reading'}")
         self.stream = stream
         self.writing = writing
+        self.size = size
 
 
 async def fill(source: ByteStream, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
@@ -184,18 +213,38 @@ async def pump(source: ByteStream, sink: ByteStream, direction: CopyDirection) -
             if not size:
                 return
             try:
+                tail = data[-TAIL_BYTES:]
                 if direction.pipe is None:
                     await sink.send(data)
                     data = b""  # an idle stream keeps nothing of what it has moved
                 else:
                     await drain(direction.pipe, sink)
             except OSError as error:
-                raise Lost(sink, writing=True) from error
-            direction.passed(size)
+                raise Lost(sink, writing=True, size=size) from error
+            direction.passed(size, tail)
             if direction.pace is not None and (pause_s := direction.pace(size)):
                 await asyncio.sleep(pause_s)
     finally:
         direction.release()
+
+
+def has_left(
+    stream: ByteStream, out: CopyDirection, into: CopyDirection | None, farewell: Farewell, *, is_over: bool
+) -> bool:
+    """Return whether the reset of a stream was its end: it had sent its last piece, or is a client that had received its last one.
+
+    Args:
+        stream: it reported the reset to a reader.
+        out: the direction from it.
+        into: the direction to it, None if what it had received does not matter, because it may have had more to send.
+        farewell: recognises a direction's last piece.
+        is_over: the end of that direction was passed on to it.
+    """
+    if farewell(out.tail, out.last_size):
+        return True
+    if into is None or not (is_over or (farewell(into.tail, into.last_size) and not into.is_answered)):
+        return False
+    return stream.has_delivered(all_but=MAX_UNREAD)
 
 
 class End(StrEnum):
@@ -243,13 +292,32 @@ class Splice:
         idle_timeout_s: float,
         half_close_timeout_s: float,
         pool: PipePool = POOL,
+        farewell: Farewell | None = None,
     ) -> None:
+        """Prepare to join two streams.
+
+        Args:
+            a: one of them.
+            b: the other one.
+            idle_timeout_s: seconds without a byte in either direction.
+            half_close_timeout_s: the same, once one direction has ended.
+            pool: the pool that pipes come from.
+            farewell: recognises the last piece of a direction. A reset by the side that has sent or, if it is `a`, received it
+                then counts as its end: that is how those leave that close without reading the rest.
+        """
         self.a, self.b = a, b
+        self._farewell = farewell
+        self._ended: set[ByteStream] = set()
+        """The sides whose end was passed on."""
         self._activity = IdleTimer(idle_timeout_s, check=self._check)
         self._half_close_timeout_s = half_close_timeout_s
         self.a_to_b = CopyDirection(self._activity, a, b, pool=pool)
         self.b_to_a = CopyDirection(self._activity, a, b, pool=pool)
+        if farewell is not None:
+            self.a_to_b.opposite = self.b_to_a
         self._lost: ByteStream | None = None
+        self._left: ByteStream | None = None
+        """It has left by a reset, which is no cut if the other side ends, too."""
         self._is_silent = False
 
     async def run(self) -> Moved:
@@ -262,7 +330,7 @@ class Splice:
             if self._lost is None:
                 end = End.OK
         except TimeoutError:
-            pass
+            self._lost = self._lost or self._left
         finally:
             if self._lost is not None:
                 ends = (End.A_LOST, End.B_LOST) if self._is_silent else (End.A_RESET, End.B_RESET)
@@ -287,15 +355,46 @@ class Splice:
         try:
             await pump(source, sink, direction)
         except Lost as lost:
-            self._lost = self._lost or lost.stream
-            if lost.writing:
-                # What the lost side sent before is still in flight through the other direction, unless that stalls.
-                self._activity.shorten(LIMIT_STALLED_S)
-                return
+            into, out = (self.b_to_a, self.a_to_b) if lost.stream is self.a else (self.a_to_b, self.b_to_a)
+            if not await self._has_left(lost, into, out):
+                self._lost = self._lost or lost.stream
+                if lost.writing:
+                    # What the lost side sent before is still in flight through the other direction, unless that stalls.
+                    self._activity.shorten(LIMIT_STALLED_S)
+                    return
+            else:
+                self._left = lost.stream
         if self._lost is None:
+            self._ended.add(source)
             sink.shutdown_write()
-            self._activity.limit(self._half_close_timeout_s)
+            if self._left is None:
+                self._activity.limit(self._half_close_timeout_s)
+            else:
+                self._activity.shorten(LIMIT_STALLED_S)  # nobody waits for an answer
         else:
             # The end of a lost stream is a cut, even if the kernel reports a clean end once the error was fetched.
             source.reset()
             sink.reset()
+
+    async def _has_left(self, lost: Lost, into: CopyDirection, out: CopyDirection) -> bool:
+        """Return whether a reset is how that side has left, without reading what came last."""
+        if self._farewell is None or self._lost is not None:
+            return False
+        stream = lost.stream
+        other = self.b if stream is self.a else self.a
+        if not lost.writing:
+            return has_left(
+                stream, out, into if stream is self.a else None, self._farewell, is_over=other in self._ended
+            )
+        if stream not in self._ended:
+            return False
+        unread = lost.size
+        try:
+            while unread <= MAX_UNREAD:
+                data = await other.recv(MAX_UNREAD)
+                if not data:
+                    return True
+                unread += len(data)
+        except OSError:
+            pass
+        return False

@@ -312,12 +312,26 @@ class SocketStream:
             self._unanswered_since = now
         return min(unanswered, now - self._unanswered_since) >= UNANSWERED_S
 
+    @property
+    def in_flight(self) -> int:
+        """Bytes that the peer's kernel has not acknowledged, our FIN counted as one; also after the peer's reset."""
+        return int(struct.unpack("i", fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0"))[0])
+
+    def has_delivered(self, *, all_but: int) -> bool:
+        """Return whether the peer's kernel has received all that we wrote but so many bytes; also after its reset.
+
+        It may hold back its acknowledgement of two segments (RFC 9293, section 3.8.6.3).
+        """
+        if self.closed or self._sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return True
+        segment = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+        return self.in_flight <= 2 * segment + all_but
+
     async def flushed(self, limit_s: float) -> bool:
         """Wait at most `limit_s` seconds until the peer's kernel has acknowledged everything we wrote; return whether it has."""
         deadline = self._loop.time() + limit_s
         while not self.closed:
-            unsent = struct.unpack("i", fcntl.ioctl(self.fd, termios.TIOCOUTQ, b"\0\0\0\0"))[0]
-            if not unsent:
+            if not self.in_flight:
                 return True
             if self._loop.time() >= deadline:
                 return False

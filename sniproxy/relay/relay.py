@@ -39,6 +39,7 @@ from sniproxy.endpoints.dialer import EndpointDialer
 from sniproxy.engine import Deadlines, End, Listener, SocketStream, Splice
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
+from sniproxy.formats.close_notify import is_close_notify
 from sniproxy.relay.accept import StreamRefused, read_endpoints, read_hello
 from sniproxy.relay.alerts import MAX_LINGERING, Alerts
 from sniproxy.relay.permission import Permit
@@ -429,7 +430,9 @@ class Relay:
             record.carry(up=carry.outbound, down=carry.inbound)
             with self._room.carrying(record, holder):
                 return await carry.run()
-        splice = Splice(client, connected.stream, idle_timeout_s=idle, half_close_timeout_s=half_close)
+        splice = Splice(
+            client, connected.stream, idle_timeout_s=idle, half_close_timeout_s=half_close, farewell=is_close_notify
+        )
         record.carry(up=splice.a_to_b, down=splice.b_to_a)
         with self._room.carrying(record, holder):
             return _ENDS[(await splice.run()).end]

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sniproxy.engine import ByteStream, CopyDirection, IdleTimer, Lost, drain, fill
-from sniproxy.engine.copy import LIMIT_STALLED_S
+from sniproxy.engine.copy import LIMIT_STALLED_S, MAX_UNREAD, TAIL_BYTES, has_left
 from sniproxy.engine.idle_timer import CHECK_EVERY_S
 from sniproxy.engine.pipes import PIPE_BYTES
+from sniproxy.formats.close_notify import is_close_notify
 from sniproxy.streams.end_reason import Reason
 from sniproxy.tunnel.capsules import HEADER_SIZE, CapsuleError, Control, Payload
 from sniproxy.tunnel.connection import CapsuleConnection
@@ -103,12 +104,18 @@ class StreamBridge:
         """From the plain stream to the connection."""
         self.inbound = CopyDirection(self._activity, plain, connection.stream)
         """From the connection to the plain stream."""
+        if side is Side.RELAY:
+            self.outbound.opposite = self.inbound
         self._cut: Reason | None = None
+        self._left_as: Reason | None = None
+        """The plain stream's peer has left by a reset, which is no cut if the other side confirms the end."""
         self._group: asyncio.TaskGroup | None = None
         self._get_second = second
         self._second: CapsuleConnection | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._delivered = False
+        self._is_sent = False  # the plain stream's end
+        self._ignored = 0
         self._received = 0  # at the relay: bytes that the gateway has confirmed
         self._reported = 0  # at the gateway: bytes that we have confirmed
         self._news = asyncio.Event()  # at the relay there may be room; at the gateway there is something to confirm
@@ -128,7 +135,7 @@ class StreamBridge:
                     task.cancel()
             reason = self._cut or Reason.OK
         except TimeoutError:
-            reason = self._cut or reason
+            reason = self._cut or self._left_as or reason
         finally:
             self._group = None
             self._end(reason)
@@ -207,8 +214,10 @@ class StreamBridge:
 
     def _cut_by(self, lost: Lost) -> None:
         if self._cut is None:
-            plain = Reason.CLIENT_RESET if self._side is Side.RELAY else Reason.SERVER_RESET
-            self._cut = plain if lost.stream is self._plain else Reason.TRUNCATED
+            self._cut = self._reset_by_plain() if lost.stream is self._plain else Reason.TRUNCATED
+
+    def _reset_by_plain(self) -> Reason:
+        return Reason.CLIENT_RESET if self._side is Side.RELAY else Reason.SERVER_RESET
 
     # Out: from the plain stream to the connection
 
@@ -222,10 +231,14 @@ class StreamBridge:
                 try:
                     size, data = await direction.read(plain, room)
                 except OSError as error:
+                    if self._has_left():
+                        self._left_as = self._reset_by_plain()
+                        break
                     await self._linger(out)
                     raise Lost(plain, writing=False) from error
                 if not size:
                     break
+                tail = data[-TAIL_BYTES:]
                 try:
                     if direction.pipe is None:
                         await out.send_data(data)
@@ -234,7 +247,7 @@ class StreamBridge:
                         await out.send_spliced(direction)
                 except OSError as error:
                     raise Lost(out.stream, writing=True) from error
-                direction.passed(size)
+                direction.passed(size, tail)
         finally:
             direction.release()
         if self._cut is not None:
@@ -244,9 +257,13 @@ class StreamBridge:
             await out.send_data(b"", final=True)
         except OSError as error:
             raise Lost(out.stream, writing=True) from error
+        self._is_sent = True
         if out is not self._connection:
             self._connection.ends.end_elsewhere()
-        self._activity.limit(self._half_close_timeout_s)
+        if self._left_as is None:
+            self._activity.limit(self._half_close_timeout_s)
+        else:
+            self._activity.shorten(self._timing.stalled_s)  # nobody waits for an answer
 
     async def _room(self, out: CapsuleConnection) -> tuple[CapsuleConnection, int]:
         """Return the connection that the next bytes go to, and how many may be sent."""
@@ -341,6 +358,7 @@ class StreamBridge:
     async def _copy_in(self, source: CapsuleConnection) -> None:
         """Read once and deliver what was read."""
         size = 0
+        tail = b""
         try:
             events = await source.read(exact=self.inbound.pipe is not None)
         except OSError as error:
@@ -348,11 +366,12 @@ class StreamBridge:
         for event in events:
             if type(event) is Payload:
                 size += len(event.data)
+                tail = bytes(event.data[-TAIL_BYTES:])
                 await self._deliver(event.data)
             elif type(event) is Control:
                 self._handle(parse_control(event))
         if size:
-            self.inbound.copied(size)
+            self.inbound.copied(size, tail)
 
     async def _splice_in(self, source: CapsuleConnection) -> None:
         """Splice at most the rest of the current capsule."""
@@ -375,7 +394,20 @@ class StreamBridge:
         try:
             await self._plain.send(data)
         except OSError as error:
-            raise Lost(self._plain, writing=True) from error
+            if not self._ignores(len(data)):
+                raise Lost(self._plain, writing=True) from error
+
+    def _has_left(self) -> bool:
+        """Return whether the plain stream's reset is how its peer has left. Clients do that which leave a close_notify unread."""
+        if self._cut is not None:
+            return False
+        into = self.inbound if self._side is Side.RELAY else None
+        return has_left(self._plain, self.outbound, into, is_close_notify, is_over=self._delivered)
+
+    def _ignores(self, size: int) -> bool:
+        """Return whether the plain stream's peer, which has sent its end and is gone, misses no more than a close_notify."""
+        self._ignored += size
+        return self._is_sent and self._cut is None and self._ignored <= MAX_UNREAD
 
     def _handle(self, message: Message) -> None:
         """Handle a control capsule that the state machines allow."""
