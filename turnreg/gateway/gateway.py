@@ -292,6 +292,7 @@ class Gateway:
                 first=bytes(arrival.data),
                 second=second if arrival.accepted.traits.needs_second_connection else None,
                 heartbeats=preamble.heartbeats,
+                buffer_bytes=self.config.buffer_bytes,
             )
             arrival.data.clear()  # `arrival` lives as long as the stream
             arrival.record.carry(up=bridge.inbound, down=bridge.outbound)
