@@ -29,6 +29,7 @@ from discovery.client.client import DiscoveryClient
 from discovery.client.contract import Discovery
 from discovery.client.merged import MergedDiscovery
 from discovery.model.addresses import format_endpoint, parse_address
+from sniproxy.streams.stream_memory import StreamMemoryMetrics
 
 __all__ = ["App", "StartError"]
 
@@ -60,6 +61,7 @@ class App:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.registry.register(LocalPortsMetrics())
+        self.registry.register(StreamMemoryMetrics())
         Info("crossnet_build", "What runs.", registry=self.registry).info({"version": version("crossnet")})
         whole = set(chosen) == set(config.roles)
         self.roles: dict[str, Role] = {

@@ -175,6 +175,7 @@ def turn_config(config: Config, section: TurnSection) -> TurnServerConfig:
             max_allocations_per_account=section.max_allocations_per_user,
             max_ports_per_account=max(1, (port_max - port_min + 1) * section.max_port_share_per_user // 100),
             max_connections_per_account=section.max_streams_per_user,
+            buffer_bytes=section.buffer_bytes,
             max_bytes_per_second_per_account=section.max_bytes_per_second_per_user,
         ),
     )

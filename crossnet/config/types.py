@@ -33,6 +33,7 @@ from discovery.model.validation import shown
 from discovery.store.etcdapi import parse_endpoints
 from sniproxy.access.name_pattern import NamePattern
 from sniproxy.access.rules import BadRule, NameKind, Rule
+from sniproxy.engine.buffer_share import MIN_BUFFER_BYTES
 
 MAX_ARGUMENT = 4096
 MAX_DURATION_S = 7 * 24 * 3600.0
@@ -298,6 +299,14 @@ def _store(value: Plain, folder: Path) -> object:
     return f"sqlite:{file_values.relative_path(value.removeprefix('sqlite:'), folder)}"
 
 
+def _buffer_size(value: Plain, folder: Path) -> int:
+    del folder
+    size = parse_size(value)
+    if size < MIN_BUFFER_BYTES:
+        raise Mismatch
+    return size
+
+
 def _word(*words: str) -> Leaf:
     def parsed(value: Plain, folder: Path) -> object:
         del folder
@@ -321,6 +330,9 @@ DurationOrOff: TypeAlias = Annotated[
 ]
 WholeSeconds: TypeAlias = Annotated[int, Leaf("a duration such as 5s", _whole_seconds, format_duration)]
 Size: TypeAlias = Annotated[int, Leaf("a size such as 64KiB", _more_than_nothing(parse_size), format_size)]
+BufferSize: TypeAlias = Annotated[
+    int, Leaf(f"a size such as 1MiB, at least {format_size(MIN_BUFFER_BYTES)}", _buffer_size, format_size)
+]
 Percent: TypeAlias = Annotated[
     int, Leaf("a share such as 50%, from 1% to 100%", _percent, lambda percent: f"{percent}%")
 ]

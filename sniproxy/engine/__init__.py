@@ -4,6 +4,7 @@ The engine knows sockets, byte counts, deadlines and ends of streams. It knows n
 it owns is never given to an asyncio transport, because uvloop refuses to watch the descriptor of a transport.
 """
 
+from sniproxy.engine.buffer_share import DEFAULT_BUFFER_BYTES
 from sniproxy.engine.byte_stream import ByteStream, StreamClosed
 from sniproxy.engine.connect import connect
 from sniproxy.engine.copy import CopyDirection, End, Lost, Moved, Splice, drain, fill, pump, splice
@@ -15,6 +16,7 @@ from sniproxy.engine.socket_stream import SocketStream
 from sniproxy.engine.tls_stream import TlsStream, connect_tls
 
 __all__ = [
+    "DEFAULT_BUFFER_BYTES",
     "ByteStream",
     "CopyDirection",
     "Deadlines",

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from sniproxy.engine.quantum import Quantum
+from sniproxy.engine.socket_memory import SocketMemory
 
 Buffer = bytes | bytearray | memoryview
 """Data that can be written."""
@@ -46,6 +47,10 @@ class ByteStream(Protocol):
     @property
     def quantum(self) -> Quantum:
         """What may still be read before other connections run. Code that parses messages from it spends the quantum too."""
+
+    @property
+    def memory(self) -> SocketMemory | None:
+        """The kernel's memory of the stream's socket; None if it has none."""
 
     @property
     def holds_unread(self) -> bool:
@@ -97,6 +102,12 @@ class ByteStream(Protocol):
     @property
     def is_full(self) -> bool:
         """Whether a writer waits until the stream takes more."""
+
+    def take_full_s(self) -> float:
+        """Return the longest time in seconds for which a writer has waited since the last call, or waits now."""
+
+    def wake_writer(self) -> None:
+        """Let a waiting writer try again."""
 
     def lost_peer(self) -> bool:
         """Return whether the far end has stopped answering. To be asked every few seconds."""

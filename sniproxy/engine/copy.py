@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
+from sniproxy.engine.buffer_share import DEFAULT_BUFFER_BYTES
 from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, ByteStream
+from sniproxy.engine.direction_memory import DirectionMemory
 from sniproxy.engine.idle_timer import IdleTimer
 from sniproxy.engine.pipes import PIPE_BYTES, Pipe, PipePool
 
@@ -36,20 +39,26 @@ Farewell = Callable[[bytes, int], bool]
 POOL = PipePool()
 """The pipes of this process. The kernel limits them per user, so all streams share one pool."""
 
+RUNNING: Final[set["CopyDirection"]] = set()
+"""The directions of this process that have moved enough for the kernel's memory of them to be limited."""
+
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 class CopyDirection:
-    """One direction of a stream: what it has moved, and its pipe while it is worth one."""
+    """One direction of a stream: what it has moved, its pipe while it is worth one, and what the kernel may hold of it."""
 
     __slots__ = (
         "_full_reads",
+        "_look_at",
+        "_memory",
         "_pool",
         "_small_splices",
         "_spliceable",
         "activity",
         "first_at",
         "is_answered",
+        "is_stalled",
         "last_size",
         "moved",
         "opposite",
@@ -61,17 +70,22 @@ class CopyDirection:
     def __init__(
         self,
         activity: IdleTimer,
-        *streams: ByteStream,
+        source: ByteStream,
+        sink: ByteStream,
+        *,
         pool: PipePool = POOL,
         pace: Callable[[int], float] | None = None,
+        buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     ) -> None:
-        """Prepare one direction between these streams.
+        """Prepare one direction.
 
         Args:
             activity: is touched for every move.
-            streams: both ends; a pipe is used only if all of them are spliceable.
+            source: where bytes come from. A pipe is used only if both are spliceable.
+            sink: where they go.
             pool: the pool that the pipe comes from.
             pace: gets the number of bytes moved, and returns for how many seconds to pause.
+            buffer_bytes: what the kernel may hold of this direction while its reader is slow.
         """
         self.moved = 0
         """Payload bytes moved. Final once the direction has ended."""
@@ -90,13 +104,24 @@ class CopyDirection:
         self._full_reads = 0
         self._small_splices = 0
         self.pace = pace
-        self._spliceable = all(stream.spliceable for stream in streams)
+        self._spliceable = source.spliceable and sink.spliceable
+        self._memory = DirectionMemory(source, sink, buffer_bytes)
+        self._look_at = DEFAULT_READ_BYTES
+        self.is_stalled = False
+        """The reader takes nothing, so what is in the pipe should not stay there."""
 
-    def joins(self, stream: ByteStream) -> None:
-        """Note that this stream is at one end from now on. Not to be called during a move."""
-        if not stream.spliceable:
-            self._spliceable = False
-            self.release()
+    def joins(self, *, source: ByteStream | None = None, sink: ByteStream | None = None) -> None:
+        """Note that a stream takes the place of one end from now on. Not to be called during a move."""
+        self._memory.joins(source, sink)
+        for stream in (source, sink):
+            if stream is not None and not stream.spliceable:
+                self._spliceable = False
+                self.release()
+
+    @property
+    def most_in_pipe(self) -> int:
+        """How many bytes may be in the pipe at a time."""
+        return min(PIPE_BYTES, self._memory.share or PIPE_BYTES)
 
     async def read(self, source: ByteStream, limit: int = PIPE_BYTES) -> tuple[int, bytes]:
         """Read what is available, up to `limit` bytes, into the pipe if there is one.
@@ -107,7 +132,7 @@ class CopyDirection:
         Raises as `ByteStream.recv`.
         """
         if self.pipe is not None:
-            return await fill(source, self.pipe, limit), b""
+            return await fill(source, self.pipe, min(limit, self.most_in_pipe)), b""
         data = await source.recv(min(DEFAULT_READ_BYTES, limit))
         return len(data), data
 
@@ -146,6 +171,52 @@ class CopyDirection:
         self.activity.touch()
         if self.first_at is None:
             self.first_at = time.monotonic()
+        if self.moved >= self._look_at:
+            self._adapt(self.activity.last)
+            self._look_at = self.moved + self.most_in_pipe
+
+    def _adapt(self, now: float) -> None:
+        RUNNING.add(self)
+        self.is_stalled = self._memory.adapt(self.moved, now)
+        if self.is_stalled:
+            self._full_reads = 0
+            if self.pipe is not None and not self.pipe.held:
+                self.release()
+
+    def look(self) -> None:
+        """Look at a direction that may not move. To be called every few seconds."""
+        if self in RUNNING:
+            self._adapt(self.activity.now())
+            if self.is_stalled and self.pipe is not None:
+                self._memory.sink.wake_writer()  # `drain` goes on without the pipe
+
+    def take_from_pipe(self) -> bytes:
+        """Take the bytes out of the pipe, and give it back."""
+        pipe = self.pipe
+        assert pipe is not None
+        parts = []
+        while pipe.held:
+            part = os.read(pipe.reader, pipe.held)
+            pipe.held -= len(part)
+            parts.append(part)
+        self.release()
+        return b"".join(parts)
+
+    def end(self) -> None:
+        """Note that the direction has ended: give back what it has."""
+        self.release()
+        RUNNING.discard(self)
+        self._memory.end()
+
+    def held(self) -> dict[str, int]:
+        """Return what the kernel holds of this direction: receive queue, pipe and send queue, in bytes."""
+        receive, send = self._memory.held()
+        return {"receive": receive, "pipe": 0 if self.pipe is None else self.pipe.held, "send": send}
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether it may hold more than a slow stream."""
+        return self._memory.is_begun and self._memory.share is None
 
     def release(self) -> None:
         """Give the pipe back."""
@@ -189,12 +260,17 @@ async def fill(source: ByteStream, pipe: Pipe, limit: int = PIPE_BYTES) -> int:
             return size
 
 
-async def drain(pipe: Pipe, sink: ByteStream) -> None:
-    """Splice everything in the pipe into `sink`."""
+async def drain(direction: CopyDirection, sink: ByteStream) -> None:
+    """Splice everything in the direction's pipe into `sink`. If that stalls, the rest is copied and the pipe given back."""
+    pipe = direction.pipe
+    assert pipe is not None
     while pipe.held:
         try:
             pipe.held -= os.splice(pipe.reader, sink.fd, pipe.held, flags=_FLAGS)
         except BlockingIOError:
+            if direction.is_stalled:
+                await sink.send(direction.take_from_pipe())
+                return
             await sink.writable()
 
 
@@ -218,14 +294,14 @@ async def pump(source: ByteStream, sink: ByteStream, direction: CopyDirection) -
                     await sink.send(data)
                     data = b""  # an idle stream keeps nothing of what it has moved
                 else:
-                    await drain(direction.pipe, sink)
+                    await drain(direction, sink)
             except OSError as error:
                 raise Lost(sink, writing=True, size=size) from error
             direction.passed(size, tail)
             if direction.pace is not None and (pause_s := direction.pace(size)):
                 await asyncio.sleep(pause_s)
     finally:
-        direction.release()
+        direction.end()
 
 
 def has_left(
@@ -293,6 +369,7 @@ class Splice:
         half_close_timeout_s: float,
         pool: PipePool = POOL,
         farewell: Farewell | None = None,
+        buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     ) -> None:
         """Prepare to join two streams.
 
@@ -311,8 +388,8 @@ class Splice:
         """The sides whose end was passed on."""
         self._activity = IdleTimer(idle_timeout_s, check=self._check)
         self._half_close_timeout_s = half_close_timeout_s
-        self.a_to_b = CopyDirection(self._activity, a, b, pool=pool)
-        self.b_to_a = CopyDirection(self._activity, a, b, pool=pool)
+        self.a_to_b = CopyDirection(self._activity, a, b, pool=pool, buffer_bytes=buffer_bytes)
+        self.b_to_a = CopyDirection(self._activity, b, a, pool=pool, buffer_bytes=buffer_bytes)
         if farewell is not None:
             self.a_to_b.opposite = self.b_to_a
         self._lost: ByteStream | None = None
@@ -344,7 +421,9 @@ class Splice:
         return Moved(a_to_b=self.a_to_b.moved, b_to_a=self.b_to_a.moved, end=end)
 
     def _check(self) -> None:
-        """Cut what joins a host that no longer answers."""
+        """Cut what joins a host that no longer answers, and look at what a direction holds."""
+        self.a_to_b.look()
+        self.b_to_a.look()
         for stream in (self.a, self.b):
             if self._lost is None and stream.lost_peer():
                 self._lost, self._is_silent = stream, True

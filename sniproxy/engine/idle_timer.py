@@ -32,6 +32,10 @@ class IdleTimer:
         self._is_watched = False
         self.last = self._loop.time()
 
+    def now(self) -> float:
+        """Return the time of the loop's clock, in seconds."""
+        return self._loop.time()
+
     def touch(self) -> None:
         """Note that a byte was moved."""
         self.last = self._loop.time()

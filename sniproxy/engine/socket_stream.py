@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from sniproxy.engine.byte_stream import DEFAULT_READ_BYTES, Buffer, StreamClosed
 from sniproxy.engine.quantum import Quantum
+from sniproxy.engine.socket_memory import SocketMemory
 from sniproxy.engine.tcp_liveness import UNANSWERED_S, bound_retransmissions, unanswered_s
 
 KEEPALIVE_IDLE_S = 15
@@ -27,6 +28,7 @@ reader pauses (zero window, probes answered) against it, so it would cut streams
 FLUSH_POLL_S = 0.02
 """How often `flushed` looks at the kernel's send queue."""
 
+_TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _GONE = (errno.ENOTCONN, errno.EINVAL, errno.EBADF)
 
@@ -47,7 +49,7 @@ def _endpoint(name: object) -> tuple[str, int]:
 
 def tune(sock: socket.socket) -> None:
     """Turn off Nagle's algorithm and turn on keep-alive. On Linux, accepted sockets inherit these from the listening socket."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+    if sock.family not in _TCP_FAMILIES:
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -69,6 +71,8 @@ class SocketStream:
 
     __slots__ = (
         "_expired",
+        "_full_at",
+        "_full_s",
         "_loop",
         "_low",
         "_read_waiter",
@@ -81,6 +85,7 @@ class SocketStream:
         "closed",
         "fd",
         "local",
+        "memory",
         "peer",
         "quantum",
     )
@@ -105,6 +110,9 @@ class SocketStream:
         self._unanswered_since: float | None = None
         self._read_waiter: asyncio.Future[None] | None = None
         self._write_waiter: asyncio.Future[None] | None = None
+        self._full_at = self._full_s = 0.0
+        self.memory: SocketMemory | None = SocketMemory(sock) if sock.family in _TCP_FAMILIES else None
+        """The kernel's memory of the socket; None if it is not TCP."""
         self.quantum = Quantum()
         """What may still be read before other connections run. Code that parses messages from it spends the quantum too."""
         self.closed = False
@@ -286,6 +294,7 @@ class SocketStream:
             raise StreamClosed(errno.EBADF, "closed on our side")
         assert self._write_waiter is None or self._write_waiter.done(), "one writer at a time"
         self._write_waiter = waiter = self._loop.create_future()
+        self._full_at = self._loop.time()
         if not self._writing:
             self._loop.add_writer(self.fd, self._on_writable)
             self._writing = True
@@ -294,12 +303,23 @@ class SocketStream:
         finally:
             if self._write_waiter is waiter:
                 self._write_waiter = None
+            self._full_s = max(self._full_s, self._loop.time() - self._full_at)
             del waiter
 
     @property
     def is_full(self) -> bool:
         """Whether a writer waits until the peer has read more."""
         return self._write_waiter is not None and not self._write_waiter.done()
+
+    def take_full_s(self) -> float:
+        """Return the longest time for which a writer has waited since the last call, or waits now."""
+        longest, self._full_s = self._full_s, 0.0
+        return max(longest, self._loop.time() - self._full_at) if self.is_full else longest
+
+    def wake_writer(self) -> None:
+        """Let a waiting writer try again."""
+        if self._write_waiter is not None and not self._write_waiter.done():
+            self._write_waiter.set_result(None)
 
     def lost_peer(self) -> bool:
         """Return whether the peer has stopped answering what is in flight (`tcp_liveness`). To be asked every few seconds."""

@@ -36,7 +36,7 @@ from sniproxy.access.reach import Reach
 from sniproxy.access.rules import Policy
 from sniproxy.endpoints.checker import EndpointChecker
 from sniproxy.endpoints.dialer import EndpointDialer
-from sniproxy.engine import Deadlines, End, Listener, SocketStream, Splice
+from sniproxy.engine import DEFAULT_BUFFER_BYTES, Deadlines, End, Listener, SocketStream, Splice
 from sniproxy.engine.host_addresses import is_own_address
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.formats.close_notify import is_close_notify
@@ -116,6 +116,8 @@ class RelayConfig:
     """The rate for one client. 0: no limit."""
     hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES
+    """What the kernel may hold of one direction of a slow stream."""
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
     half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
 
@@ -425,13 +427,19 @@ class Relay:
                 half_close_timeout_s=half_close,
                 second=second if connected.candidate.traits.needs_second_connection else None,
                 heartbeats=heartbeat.PROTO in connected.candidate.proto,
+                buffer_bytes=self.config.buffer_bytes,
             )
             carry.outbound.moved = connected.sent
             record.carry(up=carry.outbound, down=carry.inbound)
             with self._room.carrying(record, holder):
                 return await carry.run()
         splice = Splice(
-            client, connected.stream, idle_timeout_s=idle, half_close_timeout_s=half_close, farewell=is_close_notify
+            client,
+            connected.stream,
+            idle_timeout_s=idle,
+            half_close_timeout_s=half_close,
+            farewell=is_close_notify,
+            buffer_bytes=self.config.buffer_bytes,
         )
         record.carry(up=splice.a_to_b, down=splice.b_to_a)
         with self._room.carrying(record, holder):

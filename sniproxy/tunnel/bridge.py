@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sniproxy.engine import ByteStream, CopyDirection, IdleTimer, Lost, drain, fill
+from sniproxy.engine import DEFAULT_BUFFER_BYTES, ByteStream, CopyDirection, IdleTimer, Lost, drain, fill
 from sniproxy.engine.copy import LIMIT_STALLED_S, MAX_UNREAD, TAIL_BYTES, has_left
 from sniproxy.engine.idle_timer import CHECK_EVERY_S
 from sniproxy.engine.pipes import PIPE_BYTES
@@ -73,6 +73,7 @@ class StreamBridge:
         second: Second | None = None,
         heartbeats: bool = False,
         resets_when_done: bool = False,
+        buffer_bytes: int = DEFAULT_BUFFER_BYTES,
         timing: BridgeTiming = DEFAULT_TIMING,
     ) -> None:
         """Prepare to carry `plain` over `connection`; `run` does it.
@@ -88,6 +89,7 @@ class StreamBridge:
             heartbeats: the other side understands HEARTBEAT and sends it.
             resets_when_done: at a gateway that dialled the connection: after DONE reset it instead of closing it, because whoever
                 closes first keeps the local port for a minute (TIME_WAIT). Without DONE something may be in flight.
+            buffer_bytes: what the kernel may hold of one direction while its reader is slow.
             timing: how long to wait for the other side.
         """
         self._plain = plain
@@ -100,9 +102,9 @@ class StreamBridge:
         now = asyncio.get_running_loop().time()
         self._heartbeats = Heartbeats(now, timing.heartbeat) if heartbeats else None
         self._half_close_timeout_s = half_close_timeout_s
-        self.outbound = CopyDirection(self._activity, plain, connection.stream)
+        self.outbound = CopyDirection(self._activity, plain, connection.stream, buffer_bytes=buffer_bytes)
         """From the plain stream to the connection."""
-        self.inbound = CopyDirection(self._activity, plain, connection.stream)
+        self.inbound = CopyDirection(self._activity, connection.stream, plain, buffer_bytes=buffer_bytes)
         """From the connection to the plain stream."""
         if side is Side.RELAY:
             self.outbound.opposite = self.inbound
@@ -174,7 +176,9 @@ class StreamBridge:
             self._news.set()
 
     def _check(self) -> None:
-        """Cut the stream if one of its ends no longer answers, and say HEARTBEAT if it is time."""
+        """Cut the stream if one of its ends no longer answers, say HEARTBEAT if it is time, and look at what directions hold."""
+        self.outbound.look()
+        self.inbound.look()
         lost = self._lost_end()
         if lost is not None:
             self._cut = self._cut or lost
@@ -249,7 +253,7 @@ class StreamBridge:
                     raise Lost(out.stream, writing=True) from error
                 direction.passed(size, tail)
         finally:
-            direction.release()
+            direction.end()
         if self._cut is not None:
             await self._linger(out)  # after a failed write, a clean end comes from the kernel and not from the peer
             return
@@ -280,7 +284,7 @@ class StreamBridge:
                     await out.send(Continued())
                 except OSError as error:
                     raise Lost(out.stream, writing=True) from error
-                self.outbound.joins(self._second.stream)
+                self.outbound.joins(sink=self._second.stream)
                 return self._second, PIPE_BYTES
             if not self._tasks:
                 self._spawn(self._fetch_second())
@@ -321,7 +325,7 @@ class StreamBridge:
             while not self._connection.ends.complete:
                 await self._take(self._connection)
         finally:
-            self.inbound.release()
+            self.inbound.end()
         await self._finish()
 
     async def _bring_in_rest(self) -> None:
@@ -330,7 +334,7 @@ class StreamBridge:
         try:
             async with asyncio.timeout(self._timing.done_s):
                 self._second = second = await self._get_second()
-                self.inbound.joins(second.stream)
+                self.inbound.joins(source=second.stream)
         except TimeoutError:
             raise EOFError from None
         while not self._delivered:
@@ -378,14 +382,14 @@ class StreamBridge:
         pipe = self.inbound.pipe
         assert pipe is not None
         try:
-            size = await fill(source.stream, pipe, min(source.payload_left, PIPE_BYTES))
+            size = await fill(source.stream, pipe, min(source.payload_left, self.inbound.most_in_pipe))
         except OSError as error:
             raise Lost(source.stream, writing=False) from error
         if not size:
             raise EOFError
         source.skip_payload(size)
         try:
-            await drain(pipe, self._plain)
+            await drain(self.inbound, self._plain)
         except OSError as error:
             raise Lost(self._plain, writing=True) from error
         self.inbound.spliced(size)

@@ -116,7 +116,7 @@ class CapsuleConnection:
             self.ends.sent(CapsuleType.DATA)
             self.sent += pipe.held
             await self._write(header(CapsuleType.DATA, pipe.held), more=True)
-            await drain(pipe, self.stream)
+            await drain(direction, self.stream)
 
     async def _write(self, *buffers: bytes, more: bool = False) -> None:
         self.sent += sum(map(len, buffers))

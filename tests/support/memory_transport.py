@@ -59,6 +59,7 @@ class MemoryStream:
 
     spliceable = False
     fd = -1
+    memory = None
 
     def __init__(self, inward: _Direction, outward: _Direction, local: tuple[str, int], peer: tuple[str, int]) -> None:
         self._in, self._out = inward, outward
@@ -156,6 +157,12 @@ class MemoryStream:
     @property
     def is_full(self) -> bool:
         return len(self._out.data) >= BUFFER_BYTES
+
+    def take_full_s(self) -> float:
+        return 0.0
+
+    def wake_writer(self) -> None:
+        pass
 
     def lost_peer(self) -> bool:
         return False

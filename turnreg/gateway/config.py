@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from discovery.model.addresses import TargetList
 from sniproxy.access.rules import Policy
+from sniproxy.engine import DEFAULT_BUFFER_BYTES
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from turnreg.gateway.activation import DEFAULT_MAX_HELD, ActivationRule
 from turnreg.gateway.limits import GatewayLimits
@@ -48,6 +49,8 @@ class GatewayConfig:
     """Most streams from one network, so that none takes the others' share; 0 for no such limit."""
     hello_timeout_s: float = DEFAULT_HELLO_TIMEOUT_S
     dial_timeout_s: float = DEFAULT_DIAL_TIMEOUT_S
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES
+    """What the kernel may hold of one direction of a slow stream."""
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
     half_close_timeout_s: float = DEFAULT_HALF_CLOSE_TIMEOUT_S
     require_epoch: bool = False

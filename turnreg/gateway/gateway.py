@@ -314,6 +314,7 @@ class Gateway:
                 heartbeats=preamble.heartbeats,
                 timing=self._timing,
                 resets_when_done=arrival.accepted.traits.gateway_dials,
+                buffer_bytes=self.config.buffer_bytes,
             )
             arrival.data.clear()  # `arrival` lives as long as the stream
             arrival.record.carry(up=bridge.inbound, down=bridge.outbound)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from sniproxy.engine.buffer_share import DEFAULT_BUFFER_BYTES
 from turnreg.server.pace import Pace
 from turnreg.stun.message import TRANSPORT_TCP
 
@@ -142,6 +143,8 @@ class Limits:
     as long as a retransmission timeout."""
     max_connections_per_account: int = 16_384
     """Peers, waiting or bound. Each takes two descriptors."""
+    buffer_bytes: int = DEFAULT_BUFFER_BYTES
+    """What the kernel may hold of one direction of a slow stream."""
     max_channels: int = 1024
     """Per allocation. There are numbers for 4096."""
     max_connects_per_allocation: int = 64

@@ -122,7 +122,13 @@ class RelayedAddress:
             waiting.join(None)
 
     async def _stream(self, peer: SocketStream, data: SocketStream) -> None:
-        stream = Splice(peer, data, idle_timeout_s=STREAM_IDLE_TIMEOUT_S, half_close_timeout_s=HALF_CLOSE_TIMEOUT_S)
+        stream = Splice(
+            peer,
+            data,
+            idle_timeout_s=STREAM_IDLE_TIMEOUT_S,
+            half_close_timeout_s=HALF_CLOSE_TIMEOUT_S,
+            buffer_bytes=self._state.table.limits.buffer_bytes,
+        )
         pace = self._allocation.pace
         if pace is not None:
             stream.a_to_b.pace = stream.b_to_a.pace = lambda size: pace.spend(size, self._clock())

@@ -11,6 +11,7 @@ from crossnet.config.types import (
     Accepted,
     Argument,
     Boolean,
+    BufferSize,
     CertificatesFile,
     Cidr,
     ContentType,
@@ -35,6 +36,7 @@ from crossnet.config.types import (
     Weight,
 )
 from discovery.model.validation import Fault
+from sniproxy.engine import DEFAULT_BUFFER_BYTES
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from turnreg.gateway import activation
 from turnreg.gateway import config as gateway
@@ -191,6 +193,8 @@ class GatewaySection:
     """Limit of concurrent streams; further ones are refused."""
     max_streams_per_network: Live[Count] = 0
     """Limit of concurrent streams from one network, so that none takes the share of others; 0: no limit per network."""
+    buffer_bytes: Live[BufferSize] = dataclasses.field(default=DEFAULT_BUFFER_BYTES, metadata=key("buffer"))
+    """Kernel memory for each direction of a stream whose reader is slow. While it moves fast, it may hold more."""
     require_epoch: Live[Boolean] = False
     """Refuse relays of versions without epochs, whose preambles could be replayed after a restart."""
     hello_timeout_s: Live[Duration] = gateway.DEFAULT_HELLO_TIMEOUT_S

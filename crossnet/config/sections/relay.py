@@ -9,6 +9,7 @@ from crossnet.config.schema import Live, OneOrMore, key, rule
 from crossnet.config.sections.policy import RuleSection, faults_of_rules
 from crossnet.config.types import (
     Boolean,
+    BufferSize,
     Cidr,
     Count,
     Duration,
@@ -25,6 +26,7 @@ from crossnet.config.types import (
 from discovery.model.addresses import PRIVATE_RANGES
 from discovery.model.validation import Fault
 from sniproxy.access import client_limits
+from sniproxy.engine import DEFAULT_BUFFER_BYTES
 from sniproxy.formats.client_hello import DEFAULT_MAX_HELLO_BYTES
 from sniproxy.relay import relay
 from sniproxy.relay.upstreams import DEFAULT_DIAL_TIMEOUT_S
@@ -80,6 +82,8 @@ class RelaySection:
         default=client_limits.DEFAULT_NEW_STREAMS_PER_S, metadata=key("new_streams_per_second")
     )
     """Limit of one client's new streams per second; 0: no limit."""
+    buffer_bytes: Live[BufferSize] = dataclasses.field(default=DEFAULT_BUFFER_BYTES, metadata=key("buffer"))
+    """Kernel memory for each direction of a stream whose reader is slow. While it moves fast, it may hold more."""
     hello_timeout_s: Live[Duration] = relay.DEFAULT_HELLO_TIMEOUT_S
     """Time from accept until the ClientHello is complete."""
     dial_timeout_s: Live[Duration] = DEFAULT_DIAL_TIMEOUT_S

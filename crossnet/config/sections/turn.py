@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from crossnet.config.schema import Live, OneOrMore, rule
+from crossnet.config.schema import Live, OneOrMore, key, rule
 from crossnet.config.types import (
     Boolean,
+    BufferSize,
     Cidr,
     Count,
     ExistingFile,
@@ -23,6 +24,7 @@ from crossnet.config.types import (
     TurnServerUrl,
 )
 from discovery.model.validation import Fault
+from sniproxy.engine import DEFAULT_BUFFER_BYTES
 from turnreg.server.allocation import Limits as TurnLimits
 from turnreg.server.config import (
     DEFAULT_PORTS,
@@ -92,6 +94,8 @@ class TurnSection:
     """Limit of one user's share of `ports`; an allocation takes one port. A REST user is identified without the timestamp."""
     max_streams_per_user: Live[Count] = _TURN_LIMITS.max_connections_per_account
     """Limit of one user's concurrent connections."""
+    buffer_bytes: Live[BufferSize] = dataclasses.field(default=DEFAULT_BUFFER_BYTES, metadata=key("buffer"))
+    """Kernel memory for each direction of a stream whose reader is slow. While it moves fast, it may hold more."""
     max_bytes_per_second_per_user: Live[Size | None] = None
     """Limit of one user's bandwidth, both directions together. Streams are slowed down to it, datagrams above it are dropped."""
 

@@ -9,6 +9,7 @@ from crossnet.logs import JsonFormatter, LogfmtFormatter
 from sniproxy.engine import CopyDirection, IdleTimer
 from sniproxy.streams.end_reason import RETRYABLE, Reason
 from sniproxy.streams.stream_log import StreamLog
+from tests.support.streams import pair
 
 pytestmark = pytest.mark.anyio
 
@@ -43,7 +44,10 @@ def tick(ledger: StreamLog, seconds: float) -> None:
 
 
 async def moved(count: int) -> CopyDirection:
-    direction = CopyDirection(IdleTimer(60.0))
+    one, other = await pair()
+    direction = CopyDirection(IdleTimer(60.0), one, other)
+    one.close()
+    other.close()
     direction.moved = count
     return direction
 

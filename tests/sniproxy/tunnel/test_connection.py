@@ -226,7 +226,7 @@ async def test_spliced_data_has_its_header(both: tuple[CapsuleConnection, Capsul
     relay, gateway = both
     await opened(relay, gateway)
     pool = PipePool()
-    direction = CopyDirection(IdleTimer(20.0), pool=pool)
+    direction = CopyDirection(IdleTimer(20.0), relay.stream, gateway.stream, pool=pool)
     direction.pipe = pool.take()
     assert direction.pipe is not None
     payload = os.urandom(300_000)
