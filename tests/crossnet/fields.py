@@ -41,6 +41,7 @@ BY_TYPE: dict[str, Callable[[Any], Any]] = {
     "a port 1-65535": lambda now: now - 1,
     "a duration such as 5s, 250ms or 2m": lambda now: "7s" if now != "7s" else "8s",
     "a duration such as 5s, or 0": lambda now: "7s" if now != "7s" else "8s",
+    "a duration such as 5s, or off": lambda now: "off" if now != "off" else "1d",
     "a duration such as 5s": lambda now: "7s" if now != "7s" else "8s",
     "a size such as 64KiB": lambda _: "48KiB",
     "a size such as 32MiB, or 0": lambda _: "48MiB",
