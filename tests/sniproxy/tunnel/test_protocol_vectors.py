@@ -282,6 +282,7 @@ def test_the_document_shows_the_state_machines() -> None:
 def test_the_document_names_every_reason_that_a_gateway_tells() -> None:
     told = set(Reason) - {  # what only logs and metrics say
         Reason.OK,
+        Reason.PROBE,
         Reason.CLIENT_RESET,
         Reason.SERVER_RESET,
         Reason.CLIENT_LOST,
