@@ -217,13 +217,13 @@ class Client:
         way = candidate("b", "gw-1", (HOST, mesh.ports["gateway"]), f"{HOST}:{mesh.service}")
         asked = replace(self._asked, stream=secrets.token_bytes(16))
         async with asyncio.timeout(LIMIT_S):
-            framed = await opened(self._relay, asked, way)
+            connection = await opened(self._relay, asked, way)
             try:
-                await framed.send_data(request(ECHO))
-                while not await framed.read():
+                await connection.send_data(request(ECHO))
+                while not await connection.read():
                     pass
             finally:
-                framed.stream.close()
+                connection.stream.close()
 
 
 def measure(what: str, attackers: int, seconds: float, folder: Path, service: int, *, first: bool) -> dict[str, Any]:

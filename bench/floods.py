@@ -247,18 +247,18 @@ class Floods:
     async def _framed(self, piece: bytes, gateway: list[Any], key: str, service: int, *, warm: bool) -> None:
         way = candidate("b", "gw-1", (gateway[0], gateway[1]), f"127.0.0.1:{service}")
         relay = opener(key_of(key, "a", "b"))
-        framed = await warmed_up(relay, way) if warm else await opened(relay, call(name_of("b", service)), way)
+        connection = await warmed_up(relay, way) if warm else await opened(relay, call(name_of("b", service)), way)
         if not warm:
-            await framed.send_data(request(UPLOAD))  # the service reads it without a limit
-        sock = _taken(framed.stream)
+            await connection.send_data(request(UPLOAD))  # the service reads it without a limit
+        sock = _taken(connection.stream)
         with sock:
             await asyncio.to_thread(_pour, sock, _filled(piece), self._stop.is_set)
 
 
-def _taken(wire: ByteStream) -> socket.socket:
+def _taken(stream: ByteStream) -> socket.socket:
     """Return a socket of our own for the connection of a stream, and close the stream."""
-    sock = socket.socket(fileno=os.dup(wire.fd))
-    wire.close()
+    sock = socket.socket(fileno=os.dup(stream.fd))
+    stream.close()
     return sock
 
 

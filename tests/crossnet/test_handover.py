@@ -50,16 +50,16 @@ class Service:
     def _serve(self) -> None:
         while True:
             try:
-                wire, _ = self.listening.accept()
+                stream, _ = self.listening.accept()
             except OSError:
                 return
-            threading.Thread(target=self._echo, args=(wire,), daemon=True).start()
+            threading.Thread(target=self._echo, args=(stream,), daemon=True).start()
 
-    def _echo(self, wire: socket.socket) -> None:
-        with wire:
+    def _echo(self, stream: socket.socket) -> None:
+        with stream:
             try:
-                while data := wire.recv(65536):
-                    wire.sendall(data)
+                while data := stream.recv(65536):
+                    stream.sendall(data)
             except OSError:
                 pass
 

@@ -22,9 +22,9 @@ V1 = b"PROXY TCP4 10.7.0.9 192.0.2.1 50000 8443\r\n"
 V2 = ProxyHeader(source=("10.7.0.9", 50000), destination=("192.0.2.1", 8443)).pack()
 
 
-async def echo(wire: SocketStream) -> None:
-    while data := await wire.recv():
-        await wire.send(data)
+async def echo(stream: SocketStream) -> None:
+    while data := await stream.recv():
+        await stream.send(data)
 
 
 def reconfigure(path: Path, **changes: Any) -> None:

@@ -89,8 +89,8 @@ async def test_wide_lists_do_not_allow_special_targets(network: str) -> None:
     async with a_path("direct") as path:
         reached = []
 
-        async def service(wire: SocketStream) -> None:
-            reached.append(wire.peer)
+        async def service(stream: SocketStream) -> None:
+            reached.append(stream.peer)
 
         port = await path.serve(service)
         path.relay.reconfigure(replace(path.relay.config, deliver=EVERYTHING), path.relay._router.keys)
@@ -101,8 +101,8 @@ async def test_wide_lists_do_not_allow_special_targets(network: str) -> None:
         assert reached == []
 
 
-async def read_to_the_end(wire: SocketStream) -> None:
-    await read_all(wire)
+async def read_to_the_end(stream: SocketStream) -> None:
+    await read_all(stream)
 
 
 @pytest.mark.parametrize("turn", ["embedded", "direct"])
@@ -192,16 +192,16 @@ async def captured(path: Path) -> Captured:
 
 async def replay(address: tuple[str, int], data: bytes) -> list[object]:
     """Send these bytes to a gateway. Returns its messages up to REFUSED."""
-    wire = await connect(*address, timeout_s=10)
-    await wire.send(data)
-    framed = CapsuleConnection(wire, Side.RELAY)
+    stream = await connect(*address, timeout_s=10)
+    await stream.send(data)
+    connection = CapsuleConnection(stream, Side.RELAY)
     messages: list[object] = []
     try:
         async with asyncio.timeout(10):
             while not any(isinstance(message, Refused) for message in messages):
-                messages.append(await framed.next_message())
+                messages.append(await connection.next_message())
     finally:
-        wire.close()
+        stream.close()
     return messages
 
 

@@ -10,10 +10,10 @@ from tests.support.path import a_path, name_of
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 
 
-async def echo(wire: SocketStream) -> None:
-    while piece := await wire.recv():
-        await wire.send(piece)
-    wire.shutdown_write()
+async def echo(stream: SocketStream) -> None:
+    while piece := await stream.recv():
+        await stream.send(piece)
+    stream.shutdown_write()
 
 
 @pytest.mark.needs("turnserver")

@@ -37,10 +37,10 @@ def drain_relay(limit: str) -> Any:
 
 async def refused(mesh: Mesh) -> bool:
     try:
-        wire: SocketStream = await mesh.connect()
+        stream: SocketStream = await mesh.connect()
     except ConnectionRefusedError:
         return True
-    wire.close()
+    stream.close()
     return False
 
 

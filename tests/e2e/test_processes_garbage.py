@@ -33,19 +33,19 @@ def endpoint(text: str) -> Endpoint:
 
 async def say(at: Endpoint, data: bytes, *, wait: bool = True, reset: bool = False) -> None:
     """Connect and send data, optionally read to the end, then close or reset."""
-    wire = await connect(*at, timeout_s=LIMIT_S)
+    stream = await connect(*at, timeout_s=LIMIT_S)
     try:
-        await wire.send(data)
+        await stream.send(data)
         if wait:
-            wire.shutdown_write()
-            while await wire.recv():
+            stream.shutdown_write()
+            while await stream.recv():
                 pass
     except OSError:
         pass  # it closes before it has read everything
     finally:
         if reset:
-            wire.reset()
-        wire.close()
+            stream.reset()
+        stream.close()
 
 
 def random_bytes(dice: random.Random) -> bytes:
@@ -103,10 +103,12 @@ async def pour(at: Endpoint) -> None:
 
 async def half_open(at: Endpoint) -> list[SocketStream]:
     """Open connections that send an incomplete message."""
-    wires = [await connect(*at, timeout_s=LIMIT_S) for _ in range(10)]
-    for wire, start in zip(wires, (b"", b"\x16", HELLO[:50], PROXY_SIGNATURE, b"GET /", b"\x00\x03") * 2, strict=False):
-        await wire.send(start)
-    return wires
+    streams = [await connect(*at, timeout_s=LIMIT_S) for _ in range(10)]
+    for stream, start in zip(
+        streams, (b"", b"\x16", HELLO[:50], PROXY_SIGNATURE, b"GET /", b"\x00\x03") * 2, strict=False
+    ):
+        await stream.send(start)
+    return streams
 
 
 def datagrams(at: Endpoint) -> None:
@@ -153,14 +155,14 @@ async def test_every_process_survives_garbage_at_every_port(tmp_path: Path) -> N
         async with talking(mesh) as talk:
             await talk.at_once(20)
             await settled(mesh, parts, before := {part: mesh[part].descriptors() for part in parts})
-            opened = [wire for at in ports.values() for wire in await half_open(at)]
+            opened = [stream for at in ports.values() for stream in await half_open(at)]
             async with asyncio.TaskGroup() as group:
                 for at in ports.values():
                     group.create_task(pour(at))
                 datagrams(ports["dns", "dns"])
                 await talk.at_once(5)
-            for wire in opened:
-                wire.close()
+            for stream in opened:
+                stream.close()
             for part in parts:
                 assert mesh[part].alive, part
                 assert mesh.ready(part), part

@@ -100,13 +100,13 @@ class Site:
         """Open a stream through a tap. Returns the bytes that the relay sent on the successful connection."""
         kept: list[bytearray] = []
 
-        async def between(wire: SocketStream) -> None:
+        async def between(stream: SocketStream) -> None:
             seen = bytearray()
             kept.append(seen)
             onward = await connect("127.0.0.1", self.port, timeout_s=10)
             async with asyncio.TaskGroup() as group:
-                group.create_task(_copy(wire, onward, seen))
-                group.create_task(_copy(onward, wire, bytearray()))
+                group.create_task(_copy(stream, onward, seen))
+                group.create_task(_copy(onward, stream, bytearray()))
 
         tap = await Listener.open("127.0.0.1", 0)
         task = self.group.create_task(tap.serve(between))
@@ -117,19 +117,19 @@ class Site:
 
     async def replay(self, data: bytes) -> str:
         """Send captured bytes to the current process. Returns the reason of REFUSED, or "opened"."""
-        wire = await connect("127.0.0.1", self.port, timeout_s=10)
+        stream = await connect("127.0.0.1", self.port, timeout_s=10)
         try:
-            await wire.send(data)
-            framed = CapsuleConnection(wire, Side.RELAY)
+            await stream.send(data)
+            connection = CapsuleConnection(stream, Side.RELAY)
             async with asyncio.timeout(10):
                 while True:
-                    message = await framed.next_message()
+                    message = await connection.next_message()
                     if isinstance(message, Refused):
                         return message.reason
                     if isinstance(message, Opened):
                         return "opened"
         finally:
-            wire.close()
+            stream.close()
 
 
 async def _copy(source: SocketStream, sink: SocketStream, keep: bytearray) -> None:
@@ -162,17 +162,17 @@ async def a_site(folder: Path) -> AsyncIterator[Site]:
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         site = Site(folder, key, port, service, group)
 
-        async def serve(wire: SocketStream) -> None:
+        async def serve(stream: SocketStream) -> None:
             try:
-                hello = await wire.recv()
+                hello = await stream.recv()
                 site.hellos.append(hello)
-                await wire.send(hello)
-                while await wire.recv():
+                await stream.send(hello)
+                while await stream.recv():
                     pass
             except OSError:
                 pass
             finally:
-                wire.close()
+                stream.close()
 
         serving = group.create_task(service.serve(serve))
         stack.callback(lambda: [process.kill() for process in site.processes])  # type: ignore[func-returns-value]

@@ -26,10 +26,10 @@ ORDERS = "orders.shop.svc.cluster.local"
 ACCESS_DENIED = bytes.fromhex("15030300020231")
 
 
-async def echo(wire: SocketStream) -> None:
+async def echo(stream: SocketStream) -> None:
     with suppress(OSError):  # some clients only check that they get through, and reset
-        while piece := await wire.recv():
-            await wire.send(piece)
+        while piece := await stream.recv():
+            await stream.send(piece)
 
 
 async def is_served(mesh: Mesh, name: str) -> bool:
@@ -48,13 +48,13 @@ async def forged(mesh: Mesh, name: str, target: str) -> str:
     secret = bytes.fromhex((mesh.folder / "ab-1.key").read_text())
     key = SigningKey(id="ab-1", secret=secret, from_network="a", to_network="b")
     hello = client_hello(name)
-    framed = CapsuleConnection(await connect(str(address), port, timeout_s=10), Side.RELAY)
+    connection = CapsuleConnection(await connect(str(address), port, timeout_s=10), Side.RELAY)
     header = sign(preamble(target, hello, authority=name, addressee=record["id"]), key.secret)
-    await framed.stream.send(header, data(hello))
-    framed.sent = len(header)
-    assert await framed.next_message() == Ready()
-    answer = await framed.next_message()
-    framed.stream.reset()
+    await connection.stream.send(header, data(hello))
+    connection.sent = len(header)
+    assert await connection.next_message() == Ready()
+    answer = await connection.next_message()
+    connection.stream.reset()
     assert isinstance(answer, Opened | Refused)
     return answer.reason if isinstance(answer, Refused) else "opened"
 

@@ -74,7 +74,7 @@ async def test_a_second_gateway_takes_over_from_one_that_is_killed(tmp_path: Pat
                     await one.ping()
                     await one.end()
                 except OSError:
-                    one.wire.close()
+                    one.stream.close()
                     lost += 1
             assert lost == cut
             if turn == "embedded":  # the kind of TURN server does not affect leases

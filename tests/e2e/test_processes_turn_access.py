@@ -36,10 +36,10 @@ def rewrite(path: Path, **turn: Any) -> None:
 
 
 async def test_credentials_networks_and_cas_change_without_interrupting_streams(tmp_path: Path) -> None:
-    async def echo(wire: SocketStream) -> None:
+    async def echo(stream: SocketStream) -> None:
         with contextlib.suppress(OSError):
-            while data := await wire.recv(65536):
-                await wire.send(data)
+            while data := await stream.recv(65536):
+                await stream.send(data)
 
     loopback = ["127.0.0.0/8"]
     by_secret = {"secret": {"file": "gw.secret"}, "allow": loopback}

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.anyio
 ACCESS_DENIED = bytes.fromhex("15030300020231")
 
 
-async def echo(wire: SocketStream) -> None:
-    while data := await wire.recv():
-        await wire.send(data)
+async def echo(stream: SocketStream) -> None:
+    while data := await stream.recv():
+        await stream.send(data)
 
 
 def relay_rules(path: Path, *rules: Rule) -> None:

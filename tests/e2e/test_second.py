@@ -23,9 +23,9 @@ TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedde
 BULK = os.urandom(1 << 20) * 16
 
 
-async def _digest(wire: SocketStream) -> bytes:
+async def _digest(stream: SocketStream) -> bytes:
     digest = hashlib.sha256()
-    while data := await wire.recv(1 << 18):
+    while data := await stream.recv(1 << 18):
         digest.update(data)
     return digest.digest()
 
@@ -35,13 +35,13 @@ async def test_an_upload_continues_while_its_client_reads_nothing(turn: str) -> 
     """As on one TCP connection, a full direction to the client must not stop the direction to the service."""
     async with a_path(turn) as path:
 
-        async def service(wire: SocketStream) -> None:
-            await wire.recv_exactly(len(client_hello(name)))
+        async def service(stream: SocketStream) -> None:
+            await stream.recv_exactly(len(client_hello(name)))
             async with asyncio.TaskGroup() as group:
-                answering = group.create_task(wire.send(BULK))
-                uploaded.set_result(await _digest(wire))
+                answering = group.create_task(stream.send(BULK))
+                uploaded.set_result(await _digest(stream))
                 await answering
-            wire.shutdown_write()
+            stream.shutdown_write()
 
         uploaded: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         name = name_of(await path.serve(service))
@@ -62,11 +62,11 @@ async def test_an_upload_continues_while_its_client_reads_nothing(turn: str) -> 
 async def test_a_stream_of_many_small_messages_keeps_one_connection(turn: str) -> None:
     async with a_path(turn) as path:
 
-        async def echo(wire: SocketStream) -> None:
-            await wire.recv_exactly(len(client_hello(name)))
-            while data := await wire.recv():
-                await wire.send(data)
-            wire.shutdown_write()
+        async def echo(stream: SocketStream) -> None:
+            await stream.recv_exactly(len(client_hello(name)))
+            while data := await stream.recv():
+                await stream.send(data)
+            stream.shutdown_write()
 
         name = name_of(await path.serve(echo))
         client = await path.dial(name)
@@ -88,10 +88,10 @@ async def test_without_a_second_connection_an_upload_still_arrives() -> None:
     async with a_path("embedded") as path:
         path.relay._upstreams.second = none  # type: ignore[assignment, method-assign]
 
-        async def service(wire: SocketStream) -> None:
-            await wire.recv_exactly(len(client_hello(name)))
-            await wire.send(await _digest(wire))
-            wire.shutdown_write()
+        async def service(stream: SocketStream) -> None:
+            await stream.recv_exactly(len(client_hello(name)))
+            await stream.send(await _digest(stream))
+            stream.shutdown_write()
 
         name = name_of(await path.serve(service))
         client = await path.dial(name)
@@ -126,12 +126,12 @@ async def test_a_cut_second_connection_is_a_cut_stream(turn: str) -> None:
         arrived: asyncio.Future[SocketStream] = asyncio.get_running_loop().create_future()
         done = asyncio.Event()
 
-        async def service(wire: SocketStream) -> None:
+        async def service(stream: SocketStream) -> None:
             await (
                 dialled.wait()
             )  # until then everything between is full, so the upload has to move to a second connection
-            await wire.recv_exactly(400_000)
-            arrived.set_result(wire)
+            await stream.recv_exactly(400_000)
+            arrived.set_result(stream)
             await done.wait()
 
         client = await path.dial(name_of(await path.serve(service)))
@@ -152,10 +152,10 @@ async def test_a_cut_second_connection_is_a_cut_stream(turn: str) -> None:
 async def test_a_second_connection_for_no_stream_is_refused(turn: str) -> None:
     async with a_path(turn) as path:
 
-        async def service(wire: SocketStream) -> None:
-            await wire.recv()
-            await wire.send(b"x")
-            await read_all(wire)
+        async def service(stream: SocketStream) -> None:
+            await stream.recv()
+            await stream.send(b"x")
+            await read_all(stream)
 
         client = await path.dial(name_of(await path.serve(service)))
         assert await client.recv() == b"x"

@@ -18,11 +18,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 TURNS = [pytest.param("coturn", marks=pytest.mark.needs("turnserver")), "embedded", "memory"]
 
 
-async def echo(wire: SocketStream) -> None:
+async def echo(stream: SocketStream) -> None:
     """Send everything back, including the ClientHello."""
-    while data := await wire.recv():
-        await wire.send(data)
-    wire.shutdown_write()
+    while data := await stream.recv():
+        await stream.send(data)
+    stream.shutdown_write()
 
 
 async def ask(path: Path, name: str, question: bytes = b"question") -> None:

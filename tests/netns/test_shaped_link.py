@@ -60,8 +60,8 @@ async def test_raw_peers_see_what_these_links_do_to_a_turn_server(mesh: Mesh) ->
         await sent.send(b"the end")
         got = b""
         while not got.endswith(b"the end"):
-            got += await bound.wire.recv()
-        for wire in (sent, bound.wire):
+            got += await bound.stream.recv()
+        for wire in (sent, bound.stream):
             wire.close()
         return len(got) - len(b"the end")
 

@@ -111,8 +111,8 @@ class Authority:
             zone = name.rpartition(".")[2] + "."
             reply.authority.append(dns.rrset.from_text(zone, 60, "IN", "SOA", soa))
         limit = 65535 if tcp else max(512, query.payload) if query.edns >= 0 else 512
-        wire = reply.to_wire(max_size=65535)
-        return wire if len(wire) <= limit else self._truncated(reply)
+        stream = reply.to_wire(max_size=65535)
+        return stream if len(stream) <= limit else self._truncated(reply)
 
     @staticmethod
     def _truncated(reply: dns.message.Message) -> bytes:

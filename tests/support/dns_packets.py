@@ -12,8 +12,8 @@ def name(text: str) -> bytes:
 
 
 def question(text: str | bytes, qtype: int = 1, qclass: int = 1) -> bytes:
-    wire = text if isinstance(text, bytes) else name(text)
-    return wire + struct.pack("!HH", qtype, qclass)
+    stream = text if isinstance(text, bytes) else name(text)
+    return stream + struct.pack("!HH", qtype, qclass)
 
 
 def header(ident: int = 0x1234, flags: int = RD, counts: tuple[int, int, int, int] = (1, 0, 0, 0)) -> bytes:

@@ -65,21 +65,21 @@ class StreamLines(LogLines):
 class Visit:
     """A relay's connection to the gateway."""
 
-    framed: CapsuleConnection
+    connection: CapsuleConnection
     is_ready: bool = False
     """The gateway has said READY."""
     waiting_s: int | None = None
     """How long waking the service may take, as the gateway said."""
 
     @property
-    def wire(self) -> ByteStream:
-        return self.framed.stream
+    def stream(self) -> ByteStream:
+        return self.connection.stream
 
     async def answer(self) -> Message:
         """Wait for the next message of the gateway, other than WAITING."""
         async with asyncio.timeout(10):
             while True:
-                message = await self.framed.next_message()
+                message = await self.connection.next_message()
                 self.is_ready = self.is_ready or message == Ready()
                 if not isinstance(message, Waiting):
                     return message
@@ -89,7 +89,7 @@ class Visit:
         """Wait until the gateway says that it wakes the service."""
         assert await self.answer() == Ready()
         async with asyncio.timeout(10):
-            message = await self.framed.next_message()
+            message = await self.connection.next_message()
         assert isinstance(message, Waiting), message
         self.waiting_s = message.seconds
 
@@ -99,7 +99,7 @@ class Visit:
             assert await self.answer() == Ready()
         answer = await self.answer()
         assert isinstance(answer, Refused), answer
-        self.wire.close()
+        self.stream.close()
         return answer
 
     async def opened(self) -> None:
@@ -116,23 +116,23 @@ class Service:
     endpoint: str
     target: str
     """What a preamble asks for."""
-    wires: list[SocketStream] = field(default_factory=list)
+    streams: list[SocketStream] = field(default_factory=list)
     got: list[bytearray] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
     """How streams ended, in the order of their ends: "fin" or "reset"."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def echo(self, wire: SocketStream) -> None:
+    async def echo(self, stream: SocketStream) -> None:
         """Serve one stream."""
-        self.wires.append(wire)
+        self.streams.append(stream)
         self.got.append(got := bytearray())
         self._changed.set()
         try:
-            while piece := await wire.recv():
+            while piece := await stream.recv():
                 got += piece
                 self._changed.set()
-                await wire.send(piece)
-            wire.shutdown_write()
+                await stream.send(piece)
+            stream.shutdown_write()
             self.ends.append("fin")
         except OSError:
             self.ends.append("reset")
@@ -186,8 +186,8 @@ class Running:
         """Connect and send a preamble, signed or as it is, and each payload in a DATA capsule."""
         visit = await (self.bound() if behind_turn else self.connect())
         first = preamble if isinstance(preamble, bytes) else sign(preamble, key.secret)
-        await visit.wire.send(first, *map(data, payload))
-        visit.framed.sent = len(first)
+        await visit.stream.send(first, *map(data, payload))
+        visit.connection.sent = len(first)
         return visit
 
     async def bound(self) -> Visit:

@@ -372,14 +372,14 @@ class Mesh:
             listener = Listener(socket.create_server((self.plan.service, 0), backlog=1024))
         failures: list[BaseException] = []
 
-        async def watched(wire: SocketStream) -> None:
+        async def watched(stream: SocketStream) -> None:
             try:
-                await handle(wire)
+                await handle(stream)
             except BaseException as error:
                 failures.append(error)
                 raise
             finally:
-                wire.close()
+                stream.close()
 
         async with asyncio.TaskGroup() as group:
             task = group.create_task(listener.serve(watched))

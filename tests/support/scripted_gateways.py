@@ -29,7 +29,7 @@ KEY_C = SigningKey(id="ac-1", secret=bytes(range(32, 64)), from_network="a", to_
 class Visit:
     """One connection of a relay."""
 
-    framed: CapsuleConnection
+    connection: CapsuleConnection
     first: bytes
     """What the first read returned: the preamble and what came with it in one segment."""
     began_with: Preamble | WarmPreamble
@@ -41,14 +41,14 @@ class Visit:
         return self.began_with
 
     @property
-    def wire(self) -> ByteStream:
-        return self.framed.stream
+    def stream(self) -> ByteStream:
+        return self.connection.stream
 
     async def payload(self, size: int) -> bytes:
         """Read this much payload."""
         got = bytearray()
         while len(got) < size:
-            for event in await self.framed.read():
+            for event in await self.connection.read():
                 if isinstance(event, Payload):
                     got += event.data
         return bytes(got)
@@ -68,19 +68,19 @@ class ScriptedGateway:
 
 async def opens(visit: Visit) -> None:
     """READY, OPENED, and the connection stays."""
-    await visit.framed.send(Ready())
-    await visit.framed.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+    await visit.connection.send(Ready())
+    await visit.connection.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
     await asyncio.get_running_loop().create_future()
 
 
 async def reset(visit: Visit) -> None:
     """Reset, as a TURN server does without a permission."""
-    visit.wire.reset()
+    visit.stream.reset()
 
 
 async def ends(visit: Visit) -> None:
     """A clean end in place of READY."""
-    visit.wire.close()
+    visit.stream.close()
 
 
 async def silent(visit: Visit) -> None:
@@ -89,14 +89,14 @@ async def silent(visit: Visit) -> None:
 
 
 async def silent_behind_ready(visit: Visit) -> None:
-    await visit.framed.send(Ready())
+    await visit.connection.send(Ready())
     await asyncio.get_running_loop().create_future()
 
 
 async def reset_behind_ready(visit: Visit) -> None:
-    await visit.framed.send(Ready())
-    await visit.wire.flushed(5)
-    visit.wire.reset()
+    await visit.connection.send(Ready())
+    await visit.stream.flushed(5)
+    visit.stream.reset()
 
 
 def refuses(reason: str, *, behind_ready: bool = False, detail: str = "said the test") -> Script:
@@ -104,9 +104,9 @@ def refuses(reason: str, *, behind_ready: bool = False, detail: str = "said the 
 
     async def script(visit: Visit) -> None:
         if behind_ready:
-            await visit.framed.send(Ready())
-        await visit.framed.send(Refused(reason, detail))
-        await visit.framed.discard()
+            await visit.connection.send(Ready())
+        await visit.connection.send(Refused(reason, detail))
+        await visit.connection.discard()
 
     return script
 
@@ -115,7 +115,7 @@ def says(data: bytes) -> Script:
     """These bytes, whatever they mean."""
 
     async def script(visit: Visit) -> None:
-        await visit.wire.send(data)
+        await visit.stream.send(data)
         await asyncio.get_running_loop().create_future()
 
     return script
@@ -128,18 +128,18 @@ async def scripted(*scripts: Script, network: str = "b", addressee: str = "gw-1"
     listener = await Listener.open("127.0.0.1", 0)
     gateway = ScriptedGateway(listener.address)
 
-    async def serve(wire: SocketStream) -> None:
+    async def serve(stream: SocketStream) -> None:
         script = scripts[min(gateway.connections, len(scripts) - 1)]
         gateway.connections += 1
-        first = await wire.recv()
+        first = await stream.recv()
         length = read_length(first)
         assert length is not None
         verifier.epoch = parse(first[:length]).epoch or UNKNOWN_EPOCH  # what a script makes of it is its own
         preamble = verifier.verify(first[:length], addressee=addressee, now_ms=time.time_ns() // 1_000_000)
         assert preamble.to_network == network
-        wire.unread(first[length:])
-        visit = Visit(CapsuleConnection(wire, Side.GATEWAY), first, preamble)
-        visit.framed.received = length
+        stream.unread(first[length:])
+        visit = Visit(CapsuleConnection(stream, Side.GATEWAY), first, preamble)
+        visit.connection.received = length
         gateway.visits.append(visit)
         await script(visit)
 

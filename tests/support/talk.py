@@ -15,26 +15,26 @@ from tests.support.waiting import LIMIT_S
 class Held:
     """An open stream to the echo service."""
 
-    def __init__(self, wire: SocketStream) -> None:
-        self.wire = wire
+    def __init__(self, stream: SocketStream) -> None:
+        self.stream = stream
 
     async def ping(self) -> None:
         """Check that both directions work."""
         message = os.urandom(2000)
         async with asyncio.timeout(LIMIT_S):
-            await self.wire.send(message)
-            assert await self.wire.recv_exactly(len(message)) == message
+            await self.stream.send(message)
+            assert await self.stream.recv_exactly(len(message)) == message
 
     async def end(self) -> None:
         """End our direction, and check that the service ends its own."""
-        self.wire.shutdown_write()
-        assert await read_all(self.wire) == b""
-        self.wire.close()
+        self.stream.shutdown_write()
+        assert await read_all(self.stream) == b""
+        self.stream.close()
 
     async def cut(self) -> None:
         """Check that it is reset, not cleanly ended."""
-        await until_reset(self.wire)
-        self.wire.close()
+        await until_reset(self.stream)
+        self.stream.close()
 
 
 class Talk:
@@ -92,12 +92,12 @@ class Talk:
 async def talking(mesh: Mesh) -> AsyncIterator[Talk]:
     """Run an echo service in network b while the block runs."""
 
-    async def echo(wire: SocketStream) -> None:
+    async def echo(stream: SocketStream) -> None:
         with suppress(OSError):  # some tests cut streams; the client's side checks the outcome
-            await wire.recv_exactly(hello_bytes)
-            while data := await wire.recv():
-                await wire.send(data)
-            wire.shutdown_write()
+            await stream.recv_exactly(hello_bytes)
+            while data := await stream.recv():
+                await stream.send(data)
+            stream.shutdown_write()
 
     async with mesh.serving(echo) as port:
         name = mesh.name(port)

@@ -147,7 +147,7 @@ async def held(
     while not streams.empty():
         holding.taken.append(streams.get_nowait())
     for bound in holding.taken:
-        bound.wire.close()
+        bound.stream.close()
     assert not lost, lost
 
 

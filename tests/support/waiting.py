@@ -1,7 +1,7 @@
 """Waiting for something to happen: for an event that is logged, a state of discovery, or, where nothing announces it, by polling.
 
     wait_until(lambda: mesh.ready("relay"), what="the relay is ready")
-    await eventually(lambda: wire.closed)
+    await eventually(lambda: stream.closed)
 
 Polling is for what another process, another thread or the kernel does. Where there is an event, a future or a queue, wait for that.
 No test asserts how long a wait took: the limit only ends a test that would otherwise hang.

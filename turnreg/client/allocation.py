@@ -29,9 +29,9 @@ MIN_REFRESH_S = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """The bound connection of one peer: the next byte read from the wire is the peer's first byte."""
+    """The bound connection of one peer: the next byte read from the stream is the peer's first byte."""
 
-    wire: SocketStream
+    stream: SocketStream
     peer: tuple[str, int]
     """Its address and port, as the TURN server sees them."""
     via: str
@@ -72,7 +72,7 @@ class Allocation:
         Args:
             address: the server's IP address. All data connections use the same address, port and `dial`: a name could resolve to
                 another server by then.
-            on_stream: called with each bound stream, whose wire it then owns; must not block.
+            on_stream: called with each bound stream, whose byte stream it then owns; must not block.
             via, turn, record: copied into each `Bound`.
             peers: as for `allow`.
             family: FAMILY_IPV4 or FAMILY_IPV6, the family of the relayed address.
@@ -116,7 +116,7 @@ class Allocation:
     @property
     def streams(self) -> int:
         """Number of bound streams that are still open."""
-        self._wires = [wire for wire in self._wires if not wire.closed]
+        self._wires = [stream for stream in self._wires if not stream.closed]
         return len(self._wires)
 
     async def renew(self, credentials: Credentials) -> None:
@@ -144,9 +144,9 @@ class Allocation:
         Raises:
             TurnError: the allocation failed or was lost.
         """
-        wire = await self._connected()
+        stream = await self._connected()
         try:
-            control = ControlConnection(wire, self._credentials, timeout_s=self.timing.transaction_s)
+            control = ControlConnection(stream, self._credentials, timeout_s=self.timing.transaction_s)
             peers = ConnectionBinds(
                 control,
                 record=self.record,
@@ -166,7 +166,7 @@ class Allocation:
                     task.cancel()
         finally:
             self._control = self._group = None
-            wire.close()
+            stream.close()
         if self._error is not None:
             raise self._error
 
@@ -205,7 +205,7 @@ class Allocation:
 
     async def _connected(self) -> SocketStream:
         try:
-            wire = await self._dialled(self.timing.connect_s)
+            stream = await self._dialled(self.timing.connect_s)
         except TimeoutError:
             raise TurnError(TurnReason.CONNECT_FAILED, f"no connection in {self.timing.connect_s:g} s") from None
         except ssl.SSLError as exc:
@@ -213,19 +213,19 @@ class Allocation:
         except OSError as exc:
             raise TurnError(TurnReason.CONNECT_FAILED, describe(exc)) from exc
         with socket.fromfd(
-            wire.fd, socket.AF_INET, socket.SOCK_STREAM
+            stream.fd, socket.AF_INET, socket.SOCK_STREAM
         ) as same:  # the option belongs to the connection, not to the descriptor
             same.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self.timing.user_timeout_s * 1000))
-        return wire
+        return stream
 
     async def _dialled(self, timeout_s: float) -> SocketStream:
         return await self._dial(self.address, self.port, timeout_s=timeout_s)
 
-    def _bound(self, wire: SocketStream, peer: tuple[str, int]) -> None:
+    def _bound(self, stream: SocketStream, peer: tuple[str, int]) -> None:
         if len(self._wires) >= 2 * self._pruned_at + 16:
             self._pruned_at = self.streams
-        self._wires.append(wire)
-        self._on_stream(Bound(wire=wire, peer=peer, via=self._via, turn=self._turn, allocation=self.record))
+        self._wires.append(stream)
+        self._on_stream(Bound(stream=stream, peer=peer, via=self._via, turn=self._turn, allocation=self.record))
 
     # Allocation and lifetime
 

@@ -77,7 +77,7 @@ class ConnectionBinds:
             dial: opens a data connection within that many seconds. Raises OSError, TimeoutError.
             admits: says whether a peer at this address is to be bound at all.
             spawn: runs a task of the allocation; a TurnError from it ends the allocation.
-            on_bound: called with each bound wire, which it then owns, and the peer's address and port.
+            on_bound: called with each bound stream, which it then owns, and the peer's address and port.
             on_result: called with the result for each announced peer.
         """
         self._control = control
@@ -144,7 +144,7 @@ class ConnectionBinds:
         started = loop.time()
         try:
             async with asyncio.timeout(self._timing.bind_s):
-                wire = await self._bound_wire(connection_id, peer)
+                stream = await self._bound_wire(connection_id, peer)
         except asyncio.CancelledError:
             self._queue.clear()  # the allocation ends: no more binds
             raise
@@ -157,10 +157,10 @@ class ConnectionBinds:
             self._window.took(loop.time() - started)
             self._on_result(BindResult.OK)
             try:
-                self._on_bound(wire, peer)
+                self._on_bound(stream, peer)
             except Exception:  # an error in one stream must not end the allocation and all other streams
                 log.exception("stream_error", extra={"event": {"allocation": self._record, "peer": list(peer)}})
-                wire.reset()
+                stream.reset()
         finally:
             self._binding.discard(connection_id)
             self._under_way -= 1
@@ -180,7 +180,7 @@ class ConnectionBinds:
     async def _bind_once(self, connection_id: bytes, peer: tuple[str, int]) -> SocketStream:
         proving = self._prove_nonce(peer[0])
         try:
-            wire = await self._dial(self._timing.bind_s)
+            stream = await self._dial(self._timing.bind_s)
         except TimeoutError:
             raise
         except OSError as exc:
@@ -188,9 +188,9 @@ class ConnectionBinds:
         try:
             if proving is not None:
                 await asyncio.wait({proving})
-            await self._connection_bind(wire, connection_id)
+            await self._connection_bind(stream, connection_id)
         except BaseException as exc:
-            wire.reset()  # a close would keep our local port for a minute (TIME_WAIT)
+            stream.reset()  # a close would keep our local port for a minute (TIME_WAIT)
             match exc:
                 case EOFError():
                     raise BindFailed(BindResult.RESET, "the server closed the connection") from exc
@@ -199,17 +199,17 @@ class ConnectionBinds:
                 case StunError():
                     raise BindFailed(BindResult.MALFORMED, str(exc)) from exc
             raise
-        return wire
+        return stream
 
-    async def _connection_bind(self, wire: SocketStream, connection_id: bytes) -> None:
+    async def _connection_bind(self, stream: SocketStream, connection_id: bytes) -> None:
         """Send ConnectionBind and read its answer and no further: the peer's bytes follow (RFC 6062, section 5.4).
 
         Nothing is written between request and answer: servers drop it.
         """
         bind = request(Method.CONNECTION_BIND).with_bytes(Attribute.CONNECTION_ID, connection_id)
         data, key = self._control.sign(bind)
-        await wire.send(data)
-        answer = await read_message(wire)
+        await stream.send(data)
+        answer = await read_message(stream)
         if answer.transaction_id != bind.transaction_id or answer.method != Method.CONNECTION_BIND:
             raise BindFailed(BindResult.MALFORMED, "an answer to another request")
         if not counts(answer, key, unsigned_success=True):

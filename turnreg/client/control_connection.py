@@ -206,20 +206,20 @@ def counts(answer: Message, key: bytes | None, *, unsigned_success: bool = False
     return answer.message_class is MessageClass.ERROR or unsigned_success
 
 
-async def read_message(wire: SocketStream) -> Message:
+async def read_message(stream: SocketStream) -> Message:
     """Read one whole message and no further. Raises StunError, OSError, and EOFError if the message is incomplete."""
-    head = await wire.recv_exactly(HEADER_BYTES)
+    head = await stream.recv_exactly(HEADER_BYTES)
     length = frame_length(head) or HEADER_BYTES
-    return Message.parse(head + await wire.recv_exactly(length - HEADER_BYTES) if length > HEADER_BYTES else head)
+    return Message.parse(head + await stream.recv_exactly(length - HEADER_BYTES) if length > HEADER_BYTES else head)
 
 
 class ControlConnection:
-    """Transactions on one connected wire. `ask()` gets its answers only while `run()` runs; both raise TurnError."""
+    """Transactions on one connected stream. `ask()` gets its answers only while `run()` runs; both raise TurnError."""
 
     def __init__(
-        self, wire: SocketStream, credentials: Credentials, *, timeout_s: float = TRANSACTION_TIMEOUT_S
+        self, stream: SocketStream, credentials: Credentials, *, timeout_s: float = TRANSACTION_TIMEOUT_S
     ) -> None:
-        self._wire = wire
+        self._stream = stream
         self._credentials = credentials
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
@@ -343,7 +343,7 @@ class ControlConnection:
     async def _send(self, data: bytes) -> None:
         async with self._sending:
             try:
-                await self._wire.send(data)
+                await self._stream.send(data)
             except OSError as exc:
                 raise self.end(TurnError(TurnReason.CONNECTION_LOST, describe(exc))) from exc
             except asyncio.CancelledError:
@@ -368,7 +368,7 @@ class ControlConnection:
 
     async def _read(self, on_indication: Callable[[Message], None]) -> None:
         buffer = b""
-        while data := await self._wire.recv():
+        while data := await self._stream.recv():
             buffer += data
             at = 0
             while True:
@@ -387,13 +387,13 @@ class ControlConnection:
         pending = self._pending.get(message.transaction_id)
         if message.message_class is MessageClass.REQUEST or pending is None or pending.method != message.method:
             log.debug(
-                "an answer that matches no pending request: method %#05x from %s", message.method, self._wire.peer
+                "an answer that matches no pending request: method %#05x from %s", message.method, self._stream.peer
             )
         elif not counts(message, pending.key):
             level = logging.DEBUG if self._forged else logging.WARNING  # warn once: there may be very many
             self._forged += 1
             event = {
-                "server": list(self._wire.peer),
+                "server": list(self._stream.peer),
                 "detail": "an answer without a valid MESSAGE-INTEGRITY is ignored",
             }
             log.log(level, "turn_answer_forged", extra={"event": event})
@@ -404,7 +404,7 @@ class ControlConnection:
         """Close the connection because of `error`. Return the error that it ended with: an earlier one if it had ended before."""
         if self._error is None:
             self._error = error
-            self._wire.close()
+            self._stream.close()
             for pending in self._pending.values():
                 if not pending.answer.done():
                     pending.answer.set_result(None)

@@ -35,16 +35,16 @@ async def mapped_address(address: str, port: int, timeout_s: float = 5.0, dial: 
 
 async def _ask(address: str, port: int, timeout_s: float, dial: Dial) -> str:
     try:
-        wire = await dial(address, port, timeout_s=timeout_s)
+        stream = await dial(address, port, timeout_s=timeout_s)
     except TimeoutError:
         raise
     except OSError as exc:
         raise TurnError(TurnReason.CONNECT_FAILED, describe(exc)) from exc
     try:
         question = request(Method.BINDING)
-        await wire.send(question.pack())
+        await stream.send(question.pack())
         for _ in range(MAX_OTHER_MESSAGES):
-            answer = await read_message(wire)
+            answer = await read_message(stream)
             if answer.transaction_id != question.transaction_id or answer.method != Method.BINDING:
                 continue
             if answer.message_class is not MessageClass.SUCCESS:
@@ -55,4 +55,4 @@ async def _ask(address: str, port: int, timeout_s: float, dial: Dial) -> str:
             return mapped[0]
         raise TurnError(TurnReason.BAD_ANSWER, f"{MAX_OTHER_MESSAGES} messages came, none of them the answer")
     finally:
-        wire.close()
+        stream.close()

@@ -195,9 +195,9 @@ class Gateway:
             accepted.stream.close()
 
     async def _serve(self, accepted: Accepted) -> None:
-        wire = accepted.stream
+        stream = accepted.stream
         arrival = InboundStream(
-            CapsuleConnection(wire, Side.GATEWAY), accepted, self._open_record(wire, accepted.came_by)
+            CapsuleConnection(stream, Side.GATEWAY), accepted, self._open_record(stream, accepted.came_by)
         )
         reason = Reason.OTHER
         told: tuple[Reason, str] | None = None  # not the exception: its traceback holds this frame
@@ -208,7 +208,7 @@ class Gateway:
                 reason, arrival.record.detail = refusal.reason, refusal.detail
                 told = refusal.told
                 if not arrival.is_stream:
-                    self._note_refused(wire, refusal)
+                    self._note_refused(stream, refusal)
             finally:
                 if arrival.counted and arrival.preamble is not None:
                     self._room.leave(arrival.preamble.from_network)
@@ -217,21 +217,21 @@ class Gateway:
                 else:
                     self.ledger.drop(arrival.record)
             if told is not None:  # it no longer counts as a stream, so it keeps no other stream out
-                await self._refuse(arrival.framed, *told)
-                wire.close()
+                await self._refuse(arrival.connection, *told)
+                stream.close()
         finally:
             if not arrival.handed_over:
                 arrival.let_go()
 
-    def _note_refused(self, wire: ByteStream, refusal: StreamRefused) -> None:
+    def _note_refused(self, stream: ByteStream, refusal: StreamRefused) -> None:
         """Log why a connection ended that is not a stream: a second connection or a warm one."""
         self._metrics.refused(refusal.reason)
-        event = {"peer": wire.peer[0], "reason": refusal.reason.value, "detail": refusal.detail}
+        event = {"peer": stream.peer[0], "reason": refusal.reason.value, "detail": refusal.detail}
         log.info("connection_refused", extra={"event": event})
 
-    def _open_record(self, wire: ByteStream, came_by: Mapping[str, str]) -> StreamRecord:
+    def _open_record(self, stream: ByteStream, came_by: Mapping[str, str]) -> StreamRecord:
         # Until the preamble is verified, a stream has a random id, so that its log line can be distinguished.
-        record = self.ledger.open(os.urandom(16), peer=wire.peer[0], **came_by)
+        record = self.ledger.open(os.urandom(16), peer=stream.peer[0], **came_by)
         task = asyncio.current_task()
         assert task is not None
         record.end = task.cancel
@@ -260,8 +260,8 @@ class Gateway:
     async def _begin(self, arrival: InboundStream, preamble: Preamble) -> None:
         """Admit a stream, and read its ClientHello."""
         self._admit(arrival, preamble.from_network)
-        if not arrival.framed.ends.ready:
-            await arrival.framed.send(Ready())
+        if not arrival.connection.ends.ready:
+            await arrival.connection.send(Ready())
         await read_hello(arrival, preamble, self.config.max_hello_bytes)
 
     async def _in_time(self, arrival: InboundStream, reading: Awaitable[T], limit_s: float | None) -> T:
@@ -291,12 +291,12 @@ class Gateway:
         record.mark("connect")
         record.fields["endpoint"] = f"{service.endpoint}"
         try:
-            await arrival.framed.send(Opened(service.address, service.port, service.ms))
+            await arrival.connection.send(Opened(service.address, service.port, service.ms))
         except OSError as error:
-            service.wire.reset()
+            service.stream.reset()
             raise StreamRefused(Reason.TRUNCATED, "cut while we were dialling", tell=False) from error
         except BaseException:
-            service.wire.reset()
+            service.stream.reset()
             raise
         return service
 
@@ -304,8 +304,8 @@ class Gateway:
         """Carry the stream until it ends, and return how it ended. The bridge raises no exceptions."""
         with self._second_connections.expected(preamble) as second:
             bridge = StreamBridge(
-                service.wire,
-                arrival.framed,
+                service.stream,
+                arrival.connection,
                 Side.GATEWAY,
                 idle_timeout_s=self.config.idle_timeout_s,
                 half_close_timeout_s=self.config.half_close_timeout_s,
@@ -325,7 +325,7 @@ class Gateway:
         """Tell the relay that opening the stream takes longer."""
         arrival.record.state = "held"
         with suppress(OSError):  # a lost connection is noticed at the next send
-            await arrival.framed.send(Waiting(math.ceil(seconds)))
+            await arrival.connection.send(Waiting(math.ceil(seconds)))
 
     def _admit(self, arrival: InboundStream, network: str) -> None:
         """Count a verified stream. Raises StreamRefused if there are too many."""
@@ -348,8 +348,8 @@ class Gateway:
         if not arrival.accepted.traits.needs_second_connection or not self._second_connections.awaits(preamble):
             # Refused before READY, so that its relay does not send the rest of an upload here.
             raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
-        await arrival.framed.send(Ready())
-        if not self._second_connections.bring(preamble, arrival.framed):
+        await arrival.connection.send(Ready())
+        if not self._second_connections.bring(preamble, arrival.connection):
             raise StreamRefused(Reason.PROTOCOL_ERROR, lost)
         arrival.handed_over = True
 
@@ -360,10 +360,10 @@ class Gateway:
             raise StreamRefused(Reason.OVERLOADED, full)
         arrival.is_stream = False
         self.ledger.drop(arrival.record)
-        header = await self._in_time(arrival, self._warm.wait(arrival.framed, network), None)
+        header = await self._in_time(arrival, self._warm.wait(arrival.connection, network), None)
         if header is None:
             return Reason.OK
-        arrival.record = self._open_record(arrival.framed.stream, arrival.accepted.came_by)
+        arrival.record = self._open_record(arrival.connection.stream, arrival.accepted.came_by)
         arrival.is_stream = True
         arrival.record.fields["warm"] = True
         opening = self._handshakes.verify(arrival, header)
@@ -372,15 +372,15 @@ class Gateway:
         await self._in_time(arrival, self._begin(arrival, opening), self.config.hello_timeout_s)
         return await self._bridge(arrival, opening, await self._deliver(arrival, opening))
 
-    async def _refuse(self, framed: CapsuleConnection, reason: Reason, detail: str) -> None:
+    async def _refuse(self, connection: CapsuleConnection, reason: Reason, detail: str) -> None:
         """Send REFUSED, and give it time to arrive: in a TURN server, an immediate close could overtake it."""
         try:
-            await framed.send(Refused(reason.value, detail))
+            await connection.send(Refused(reason.value, detail))
         except OSError:
             return
         if self._lingering < self.config.limits.max_lingering:
             self._lingering += 1
             try:
-                await framed.discard()
+                await connection.discard()
             finally:
                 self._lingering -= 1

@@ -45,7 +45,7 @@ class StreamRefused(Exception):
 class InboundStream:
     """State of a connection while it opens a stream."""
 
-    framed: CapsuleConnection
+    connection: CapsuleConnection
     accepted: Accepted
     """The connection and its transport."""
     record: StreamRecord
@@ -63,9 +63,9 @@ class InboundStream:
     def let_go(self) -> None:
         """End the connection if it is still open. Nobody was told anything on it that could be lost."""
         if self.accepted.traits.gateway_dials:
-            self.framed.stream.reset()  # a close would keep our local port for a minute (TIME_WAIT)
+            self.connection.stream.reset()  # a close would keep our local port for a minute (TIME_WAIT)
         else:
-            self.framed.stream.close()
+            self.connection.stream.close()
 
 
 class InboundHandshakes:
@@ -123,9 +123,9 @@ class InboundHandshakes:
             self._unproven.pop(id(arrival), None)
 
     async def _read_preamble(self, arrival: InboundStream) -> Preamble | WarmPreamble:
-        wire = arrival.framed.stream
+        stream = arrival.connection.stream
         start = await self._first_bytes(arrival)
-        start += await wire.recv_exactly(_PREAMBLE_START - len(start))
+        start += await stream.recv_exactly(_PREAMBLE_START - len(start))
         if classify_first_bytes(start) is not FirstBytes.PROXY:
             raise StreamRefused(Reason.PROTOCOL_ERROR, "it does not begin with a preamble", tell=False)
         try:
@@ -133,14 +133,14 @@ class InboundHandshakes:
         except PreambleError as error:
             raise StreamRefused(error.reason, error.detail) from error
         assert length is not None
-        header = start + await wire.recv_exactly(length - len(start))
-        arrival.framed.received += length
+        header = start + await stream.recv_exactly(length - len(start))
+        arrival.connection.received += length
         return self.verify(arrival, header)
 
     async def _first_bytes(self, arrival: InboundStream) -> bytes:
         """Read what comes first. Raises StreamRefused (probe) if nothing does before the end."""
         try:
-            data = await arrival.framed.stream.recv(_PREAMBLE_START)
+            data = await arrival.connection.stream.recv(_PREAMBLE_START)
         except OSError as error:
             if arrival.evicted:
                 raise
@@ -179,19 +179,19 @@ async def read_hello(arrival: InboundStream, preamble: Preamble, max_hello_bytes
         CapsuleError: the relay broke the protocol.
         EOFError, OSError: the connection ended before.
     """
-    framed = arrival.framed
+    connection = arrival.connection
     reader = HelloReader(max_hello_bytes)
     hello = None
     try:
         while hello is None:
-            events = await framed.read()
+            events = await connection.read()
             for index, event in enumerate(events):
                 if isinstance(event, Payload):
                     hello = reader.feed(event.data)
                     if hello is not None:
-                        framed.put_back(events[index + 1 :])
+                        connection.put_back(events[index + 1 :])
                         break
-            if hello is None and framed.exhausted:
+            if hello is None and connection.exhausted:
                 raise StreamRefused(Reason.BAD_HELLO, "the stream ends inside its ClientHello")
         check_hello(preamble, hello.server_name, hello.digest)
     except HelloError as error:

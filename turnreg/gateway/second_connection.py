@@ -18,26 +18,26 @@ def _key(preamble: Preamble) -> _Key:
 class _Place:
     """Holds the second connection of one stream until the stream takes it."""
 
-    __slots__ = ("_arrived", "framed", "taken")
+    __slots__ = ("_arrived", "connection", "taken")
 
     def __init__(self) -> None:
         self._arrived = asyncio.Event()
-        self.framed: CapsuleConnection | None = None
+        self.connection: CapsuleConnection | None = None
         self.taken = False
 
-    def put(self, framed: CapsuleConnection) -> None:
+    def put(self, connection: CapsuleConnection) -> None:
         """Store a connection. An earlier one is reset: its relay did not get READY on it and dialled again."""
-        if self.framed is not None:
-            self.framed.stream.reset()
-        self.framed = framed
+        if self.connection is not None:
+            self.connection.stream.reset()
+        self.connection = connection
         self._arrived.set()
 
     async def take(self) -> CapsuleConnection:
         """Wait for the connection and take it."""
         await self._arrived.wait()
-        assert self.framed is not None
+        assert self.connection is not None
         self.taken = True
-        return self.framed
+        return self.connection
 
 
 class SecondConnections:
@@ -57,17 +57,17 @@ class SecondConnections:
             # If a relay gave up an attempt just as it was opened, the same stream is here twice; the last one counts.
             if self._places.get(key) is place:
                 del self._places[key]
-            if place.framed is not None:
-                place.framed.stream.reset()  # nothing on it but READY: a close would keep the local port (TIME_WAIT)
+            if place.connection is not None:
+                place.connection.stream.reset()  # nothing on it but READY: a close would keep the local port (TIME_WAIT)
 
     def awaits(self, preamble: Preamble) -> bool:
         """Tell whether the stream that this preamble continues is open here and has not taken a second connection yet."""
         place = self._places.get(_key(preamble))
         return place is not None and not place.taken
 
-    def bring(self, preamble: Preamble, framed: CapsuleConnection) -> bool:
+    def bring(self, preamble: Preamble, connection: CapsuleConnection) -> bool:
         """Hand a verified second connection to its stream; False if no stream awaits it."""
         if not self.awaits(preamble):
             return False
-        self._places[_key(preamble)].put(framed)
+        self._places[_key(preamble)].put(connection)
         return True

@@ -41,7 +41,7 @@ class Undeliverable(Exception):
 class ServiceConnection:
     """A connection to a service; the PROXY header has been sent if the service wants one."""
 
-    wire: ByteStream
+    stream: ByteStream
     address: Address
     port: int
     ms: int
@@ -170,7 +170,9 @@ class ServiceDialer:
             except BaseException:
                 stream.reset()
                 raise
-            return ServiceConnection(wire=stream, address=address, port=port, ms=round((loop.time() - started) * 1000))
+            return ServiceConnection(
+                stream=stream, address=address, port=port, ms=round((loop.time() - started) * 1000)
+            )
 
     def _refusal(
         self, preamble: Preamble, target: AddressTarget | ServiceTarget, address: Address, port: int

@@ -29,22 +29,22 @@ class WarmStreams:
         share = share_of(most, networks)
         return f"{share} connections of network {network!r} are kept ready" if self._of[network] >= share else None
 
-    async def wait(self, framed: CapsuleConnection, network: str) -> bytes | None:
+    async def wait(self, connection: CapsuleConnection, network: str) -> bytes | None:
         """Send READY, answer PINGs, and return the preamble in OPEN; None if the connection ended before.
 
         Raises:
             CapsuleError: the relay broke the protocol.
         """
-        framed.ends.warm = True
-        self._waiting[framed] = network
+        connection.ends.warm = True
+        self._waiting[connection] = network
         self._of[network] += 1
         try:
-            await framed.send(Ready())
+            await connection.send(Ready())
             while True:
                 async with asyncio.timeout(self._limits.warm_silence_s):
-                    match await framed.next_message():
+                    match await connection.next_message():
                         case Ping(token):
-                            await framed.send(Pong(token))
+                            await connection.send(Pong(token))
                         case Open(preamble):
                             return preamble
                         case message:
@@ -52,10 +52,10 @@ class WarmStreams:
         except (OSError, EOFError):  # TimeoutError is an OSError
             return None
         finally:
-            del self._waiting[framed]
+            del self._waiting[connection]
             self._of[network] -= 1
 
     def close(self) -> None:
         """Let all of them go; their relays use other gateways."""
-        for framed in self._waiting:
-            framed.stream.reset()
+        for connection in self._waiting:
+            connection.stream.reset()

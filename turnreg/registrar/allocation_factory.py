@@ -227,7 +227,7 @@ class TlsDial:
     async def __call__(self, address: str, port: int, *, timeout_s: float) -> SocketStream:
         """Connect and do the TLS handshake, as `connect_tls` does."""
         try:
-            wire = await connect_tls(
+            stream = await connect_tls(
                 address,
                 port,
                 context=self._context,
@@ -238,9 +238,9 @@ class TlsDial:
         except ssl.SSLError:
             self._session = None  # in case it was the cause
             raise
-        if not wire.session.session_reused and wire.session.version() == "TLSv1.2":
-            self._session = wire.session.session
-        return wire
+        if not stream.session.session_reused and stream.session.version() == "TLSv1.2":
+            self._session = stream.session.session
+        return stream
 
 
 async def _in_time(work: Awaitable[T], timeout_s: float, reason: TurnReason) -> T:

@@ -77,7 +77,7 @@ class _Metrics:
 def accepted(bound: Bound) -> Accepted:
     """Return a bound peer as the connection that a gateway takes."""
     came_by = {"via": bound.via, "turn": bound.turn}
-    return Accepted(stream=bound.wire, traits=TURN, addressee=bound.allocation, came_by=came_by)
+    return Accepted(stream=bound.stream, traits=TURN, addressee=bound.allocation, came_by=came_by)
 
 
 class Registrar:

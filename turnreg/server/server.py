@@ -201,25 +201,25 @@ class TurnServer:
         if failure is not None:
             raise failure
 
-    async def _client(self, wire: SocketStream) -> None:
+    async def _client(self, stream: SocketStream) -> None:
         """Serve one client. During a TLS handshake it counts as unauthenticated."""
-        if not wire.peer[0]:
+        if not stream.peer[0]:
             return  # reset between its connect and our accept
-        if isinstance(wire, TlsStream):
-            self._admit(wire)
+        if isinstance(stream, TlsStream):
+            self._admit(stream)
             try:
-                await wire.handshake(self.config.unauthenticated_timeout_s)
+                await stream.handshake(self.config.unauthenticated_timeout_s)
             except (OSError, TimeoutError):
                 self._state.metrics.refused(Refusal.TLS_FAILED)
                 return
             finally:
-                self._unauthenticated.dismiss(wire)
-        self._admit(wire)
-        session = ClientSession(wire, config=self.config, state=self._state, unauthenticated=self._unauthenticated)
+                self._unauthenticated.dismiss(stream)
+        self._admit(stream)
+        session = ClientSession(stream, config=self.config, state=self._state, unauthenticated=self._unauthenticated)
         await session.run()
 
-    def _admit(self, wire: SocketStream) -> None:
-        crowded_out = self._unauthenticated.admit(wire, client_key(wire.peer[0]))
+    def _admit(self, stream: SocketStream) -> None:
+        crowded_out = self._unauthenticated.admit(stream, client_key(stream.peer[0]))
         if crowded_out is not None:
             self._state.metrics.refused(Refusal.CROWDED_OUT)
             crowded_out.reset()

@@ -33,19 +33,19 @@ class ClientSession:
 
     def __init__(
         self,
-        wire: SocketStream,
+        stream: SocketStream,
         *,
         config: TurnServerConfig,
         state: ServerState,
         unauthenticated: "UnauthenticatedConnections[SocketStream]",
     ) -> None:
-        self._wire = wire
+        self._stream = stream
         self._config = config
         self._state = state
         self._unauthenticated = unauthenticated
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
-        self._five_tuple = FiveTuple(wire.peer, wire.local)
+        self._five_tuple = FiveTuple(stream.peer, stream.local)
         self._unauthenticated_until = self._clock() + config.unauthenticated_timeout_s
         self._reader = MessageReader()
         self._sending = asyncio.Lock()
@@ -72,7 +72,7 @@ class ClientSession:
         finally:
             if self._timer is not None:
                 self._timer.cancel()
-            self._unauthenticated.dismiss(self._wire)
+            self._unauthenticated.dismiss(self._stream)
             if self._live is not None:
                 self._live.end(self._end)
 
@@ -89,13 +89,13 @@ class ClientSession:
         self._timed_out = "too_slow" if allocation is None else "expired"
         if allocation is None:
             self._state.metrics.refused(Refusal.TOO_SLOW)
-        self._wire.close()  # a pending read raises OSError
+        self._stream.close()  # a pending read raises OSError
 
     async def _converse(self, peers: asyncio.TaskGroup) -> str:
         """Answer requests until the connection ends. Returns the reason for the log."""
         while True:
             try:
-                data = await self._wire.recv(READ_BYTES if self._datagrams is None else DATAGRAM_READ_BYTES)
+                data = await self._stream.recv(READ_BYTES if self._datagrams is None else DATAGRAM_READ_BYTES)
             except OSError:
                 return self._timed_out or "client_reset"
             if not data:
@@ -109,12 +109,12 @@ class ClientSession:
         """Answer the messages that have been read. Returns why the connection has ended, None if it has not."""
         try:
             while (message := self._reader.take()) is not None:
-                await self._wire.take_turn()
+                await self._stream.take_turn()
                 if isinstance(message, ChannelData):
-                    self._wire.quantum.spend(0, PAYLOAD_MESSAGES)
+                    self._stream.quantum.spend(0, PAYLOAD_MESSAGES)
                     self._channel_data(message)
                     continue
-                self._wire.quantum.spend(0)
+                self._stream.quantum.spend(0)
                 is_payload = self._datagrams is not None and message.method == Method.SEND
                 if not is_payload and not self._requests.take(1, self._clock()):
                     self._refuse(Refusal.FLOOD)
@@ -156,7 +156,7 @@ class ClientSession:
                 self._end = "given_back"
                 if self._serving is not None:
                     self._serving.cancel()
-                await self._wire.drain_and_close()
+                await self._stream.drain_and_close()
                 return self._end
             case Close(reply=reply):
                 return await self._reply(reply, last=True)
@@ -172,7 +172,7 @@ class ClientSession:
             self._refuse(reply.refusal)
         await self._send(reply.answer)
         if last or (self._live is None and self._refusals >= MAX_REFUSALS):
-            await self._wire.drain_and_close()
+            await self._stream.drain_and_close()
             return "refused"
         return None
 
@@ -196,7 +196,7 @@ class ClientSession:
                     serving = self._relayed.serve()
         self._live = live
         self._serving = peers.create_task(serving)
-        self._unauthenticated.dismiss(self._wire)
+        self._unauthenticated.dismiss(self._stream)
         self._requests = TokenBucket(*CLIENT_REQUESTS, self._clock())
         if self._timer is not None:
             self._timer.cancel()
@@ -217,35 +217,35 @@ class ClientSession:
     async def _join(self, attempt: Attempt, answer: bytes) -> None:
         """Answer the bind, then leave the connection to the peer's task until the stream has ended."""
         waiting = self._state.peers[attempt.connection_id]
-        self._unauthenticated.dismiss(self._wire)
+        self._unauthenticated.dismiss(self._stream)
         if self._timer is not None:
             self._timer.cancel()
         joined: SocketStream | None = None
         try:
             await self._send(answer)
-            self._wire.unread(self._reader.take_rest())
-            joined = self._wire
+            self._stream.unread(self._reader.take_rest())
+            joined = self._stream
         finally:
             waiting.join(joined)
         try:
             await waiting.done
         finally:
             if not waiting.done.done() or waiting.done.cancelled():
-                self._wire.reset()  # the server stops in the middle of a stream: not a clean end
+                self._stream.reset()  # the server stops in the middle of a stream: not a clean end
 
     async def _send(self, data: bytes) -> None:
         """Send one whole message. Indications and answers do not interleave. Raises OSError if the client is gone."""
         rest = memoryview(data)
         if not self._sending.locked():
-            rest = rest[self._wire.try_send((data,)) :]  # nearly always sends all of it
+            rest = rest[self._stream.try_send((data,)) :]  # nearly always sends all of it
             if not rest:
                 return
         async with self._sending:
             try:
                 async with asyncio.timeout(self._config.send_timeout_s):
-                    await self._wire.send(rest)
+                    await self._stream.send(rest)
             except TimeoutError:
-                self._wire.reset()  # half a message may have been sent: nothing can follow it
+                self._stream.reset()  # half a message may have been sent: nothing can follow it
                 raise ConnectionAbortedError(errno.ECONNABORTED, "the client does not read") from None
 
     def _refuse(self, why: Refusal) -> None:

@@ -207,10 +207,10 @@ async def test_a_name_in_two_networks_leads_to_the_first_one_in_the_import() -> 
 
 async def test_a_stream_through_a_gateway() -> None:
     async def answers(visit: Visit) -> None:
-        await visit.framed.send(Ready())
-        await visit.framed.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+        await visit.connection.send(Ready())
+        await visit.connection.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
         assert await visit.payload(len(hello)) == hello
-        await visit.framed.send_data(b"answer")
+        await visit.connection.send_data(b"answer")
         await asyncio.get_running_loop().create_future()
 
     name = f"p8443-10-1-0-5.b.{DOMAIN}"

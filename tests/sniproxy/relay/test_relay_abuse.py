@@ -206,7 +206,7 @@ async def test_clients_that_go_while_their_stream_is_opened_leave_nothing() -> N
             account.end()
         await running.settled()
         for visit in gateway.visits:
-            visit.wire.close()
+            visit.stream.close()
         await eventually(lambda: descriptors() <= before)
 
 

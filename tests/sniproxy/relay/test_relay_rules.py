@@ -77,10 +77,10 @@ async def is_carried(running: Running, name: str) -> bool:
 
 async def opens(visit: Visit) -> None:
     """READY, OPENED, then a reset."""
-    await visit.framed.send(Ready())
-    await visit.framed.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
-    await visit.wire.flushed(5)
-    visit.wire.reset()
+    await visit.connection.send(Ready())
+    await visit.connection.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+    await visit.stream.flushed(5)
+    visit.stream.reset()
 
 
 @asynccontextmanager

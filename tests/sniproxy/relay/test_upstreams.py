@@ -111,7 +111,7 @@ async def test_before_ready_one_segment_of_eight_kib_at_most(size: int) -> None:
     done = asyncio.Event()
 
     async def reads(visit: Visit) -> None:
-        await visit.framed.send(Ready())
+        await visit.connection.send(Ready())
         assert await visit.payload(len(data)) == data
         done.set()
         await silent(visit)
@@ -130,12 +130,12 @@ async def test_nothing_follows_before_ready() -> None:
     waited = asyncio.Event()
 
     async def waits(visit: Visit) -> None:
-        visit.wire.take_unread()
+        visit.stream.take_unread()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await visit.wire.recv()
+                await visit.stream.recv()
         waited.set()
-        visit.wire.reset()
+        visit.stream.reset()
 
     async with scripted(waits, opens) as gateway:
         await opened(upstreams(), [candidate(gateway)], call(data))
@@ -202,7 +202,7 @@ async def test_an_attempt_that_is_given_up_is_cut() -> None:
 
     async def late(visit: Visit) -> None:
         try:
-            while await visit.wire.recv():
+            while await visit.stream.recv():
                 pass
         except ConnectionResetError:
             seen.set()
@@ -281,9 +281,9 @@ async def test_a_refusal_is_read_although_sending_the_hello_failed() -> None:
     """A gateway that refuses reads for two seconds. One that closes at once has still sent its reason."""
 
     async def hasty(visit: Visit) -> None:
-        await visit.wire.send(Ready().pack() + Refused("dial_failed", "at once").pack())
-        await visit.wire.flushed(5)
-        visit.wire.close()  # with unread bytes: a reset
+        await visit.stream.send(Ready().pack() + Refused("dial_failed", "at once").pack())
+        await visit.stream.flushed(5)
+        visit.stream.close()  # with unread bytes: a reset
 
     big = call(client_hello("orders.shop.example", padding(60_000)), os.urandom(300_000))
     async with scripted(hasty) as first, scripted(opens) as second:
@@ -389,12 +389,12 @@ def wakes(*seconds: int, answers: bool) -> Script:
     """READY, then WAITING for each of `seconds`, then OPENED or nothing."""
 
     async def script(visit: Visit) -> None:
-        await visit.framed.send(Ready())
+        await visit.connection.send(Ready())
         for each in seconds:
-            await visit.framed.send(Waiting(each))
+            await visit.connection.send(Waiting(each))
             await asyncio.sleep(0.15)
         if answers:
-            await visit.framed.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
+            await visit.connection.send(Opened(IPv4Address("10.1.0.5"), 8443, 1))
         await asyncio.get_running_loop().create_future()
 
     return script
@@ -421,7 +421,7 @@ async def test_cancelling_leaves_no_connection(script: object) -> None:
                 await upstreams().connect(call(), [candidate(gateway)])
         async with asyncio.timeout(5):
             with pytest.raises((ConnectionResetError, EOFError)):
-                while await gateway.visits[0].wire.recv():
+                while await gateway.visits[0].stream.recv():
                     pass
                 raise EOFError
 

@@ -153,8 +153,8 @@ async def cut(made: Attempt) -> None:
 async def test_ready_means_a_header_without_a_client() -> None:
     async def stand_by(visit: Visit) -> None:
         assert isinstance(visit.began_with, WarmPreamble)
-        visit.framed.ends.warm = True
-        await visit.framed.send(Ready())
+        visit.connection.ends.warm = True
+        await visit.connection.send(Ready())
 
     async with scripted(stand_by) as gateway:
         connection = await upstreams()._warm_up(candidate(gateway.address))

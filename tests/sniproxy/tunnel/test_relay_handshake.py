@@ -37,8 +37,8 @@ def tells(epoch: bytes, key: bytes = KEY.secret, about: bytes = b"") -> Script:
 
     async def script(visit: Visit) -> None:
         detail = stale_detail(epoch, key, about or visit.began_with.once)
-        await visit.framed.send(Refused(Reason.STALE_EPOCH, detail))
-        await visit.framed.discard()
+        await visit.connection.send(Refused(Reason.STALE_EPOCH, detail))
+        await visit.connection.discard()
 
     return script
 

@@ -51,8 +51,8 @@ async def test_a_peer_becomes_a_stream(kind: str) -> None:
             assert bound.peer == writer.get_extra_info("sockname")
             assert (bound.via, bound.turn, bound.allocation) == ("a", "turn-1", "gw-1.a.turn-1")
             writer.write(b"from the peer")
-            assert await bound.wire.recv_exactly(13) == b"from the peer"
-            await bound.wire.send(b"from the service")
+            assert await bound.stream.recv_exactly(13) == b"from the peer"
+            await bound.stream.send(b"from the service")
             assert await reader.readexactly(16) == b"from the service"
             assert holding.results == [BindResult.OK]
             relayed = allocation.relayed
@@ -69,7 +69,7 @@ async def test_bytes_before_the_bind_come_first_and_none_is_read_with_the_answer
             writer.write(early)
             bound = await holding.stream()
             writer.write(b"later")
-            assert await bound.wire.recv_exactly(len(early) + 5) == early + b"later"
+            assert await bound.stream.recv_exactly(len(early) + 5) == early + b"later"
             writer.close()
 
 
@@ -86,7 +86,7 @@ async def test_three_hundred_peers_at_once(kind: str) -> None:
             for _ in range(count):
                 bound = await holding.stream()
                 number, writer = peers.pop(bound.peer)
-                assert await bound.wire.recv_exactly(6) == b"%06d" % number
+                assert await bound.stream.recv_exactly(6) == b"%06d" % number
                 writer.close()
             assert not peers
             assert holding.results == [BindResult.OK] * count
@@ -110,7 +110,7 @@ async def test_a_stream_after_idling_past_the_nonce(kind: str) -> None:
             await asyncio.to_thread(outlive_a_nonce, server)
             _, writer = await careful.peer()
             writer.write(b"x")
-            assert await (await careful.stream()).wire.recv_exactly(1) == b"x"
+            assert await (await careful.stream()).stream.recv_exactly(1) == b"x"
             writer.close()
             # Shows that the above tests something, and that a 438 that can be read is answered with a second bind.
             _, writer = await careless.peer()

@@ -47,7 +47,7 @@ async def test_success(answer: Answer) -> None:
     async with announcing(lambda request: answer(request) + b"payload") as (server, holding):
         server.announce(7)
         bound = await holding.stream()
-        assert await bound.wire.recv_exactly(7) == b"payload"
+        assert await bound.stream.recv_exactly(7) == b"payload"
         assert bound.peer == ("127.0.0.1", 40_000)
         bind = server.requests[-1]
         assert bind.number(Attribute.CONNECTION_ID) == 7

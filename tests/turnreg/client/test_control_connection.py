@@ -255,13 +255,13 @@ async def with_control(work: Callable[[ControlConnection, socket.socket], object
     """Run a Control over a socket pair and return what it ended with."""
     ours, theirs = socket.socketpair()
     with theirs:
-        wire = SocketStream(ours)
-        control = ControlConnection(wire, LOGIN, timeout_s=5)
+        stream = SocketStream(ours)
+        control = ControlConnection(stream, LOGIN, timeout_s=5)
         work(control, theirs)
         with pytest.raises(TurnError) as raised:
             async with asyncio.timeout(10):
                 await control.run(lambda _: None)
-        wire.close()
+        stream.close()
     return raised.value
 
 
@@ -284,8 +284,8 @@ async def test_garbage_ends_it_in_one_way_only() -> None:
 async def test_asking_after_the_end_says_why_it_ended() -> None:
     ours, theirs = socket.socketpair()
     theirs.close()
-    wire = SocketStream(ours)
-    control = ControlConnection(wire, LOGIN)
+    stream = SocketStream(ours)
+    control = ControlConnection(stream, LOGIN)
     with pytest.raises(TurnError) as first:
         await control.run(lambda _: None)
     with pytest.raises(TurnError) as second:
@@ -296,14 +296,14 @@ async def test_asking_after_the_end_says_why_it_ended() -> None:
 async def test_a_server_that_does_not_read_is_given_up_and_not_written_to_again() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
-        wire = SocketStream(ours)
-        while wire.try_send((bytes(65536),)):
+        stream = SocketStream(ours)
+        while stream.try_send((bytes(65536),)):
             pass
-        control = ControlConnection(wire, LOGIN, timeout_s=0.1)
+        control = ControlConnection(stream, LOGIN, timeout_s=0.1)
         with pytest.raises(TurnError) as raised:
             await control.ask(Method.BINDING)
         assert raised.value.reason is TurnReason.TIMEOUT
-        assert wire.closed  # half a request may be out: another one would be read as its end
+        assert stream.closed  # half a request may be out: another one would be read as its end
         with pytest.raises(TurnError):
             await control.ask(Method.BINDING)
 
@@ -313,8 +313,8 @@ async def test_answers_in_any_cut() -> None:
     with theirs:
         theirs.setblocking(False)
         loop = asyncio.get_running_loop()
-        wire = SocketStream(ours)
-        control = ControlConnection(wire, LOGIN)
+        stream = SocketStream(ours)
+        control = ControlConnection(stream, LOGIN)
         indications: list[Message] = []
 
         async def dribble() -> None:
@@ -332,4 +332,4 @@ async def test_answers_in_any_cut() -> None:
             reading.cancel()
         assert answer.xor_address(Attribute.XOR_MAPPED_ADDRESS) == ("192.0.2.1", 1)
         assert len(indications) == 2
-        wire.close()
+        stream.close()

@@ -93,7 +93,9 @@ async def test_a_command_starts_a_server_once_for_all_streams(tmp_path: Path, se
             await each.opened()
         got = b""
         while len(got) < len(HELLO):  # it may have come along with OPENED
-            got += b"".join(bytes(event.data) for event in await visits[0].framed.read() if isinstance(event, Payload))
+            got += b"".join(
+                bytes(event.data) for event in await visits[0].connection.read() if isinstance(event, Payload)
+            )
         assert got == HELLO, "the real server gives it back"
         assert runs(tmp_path) == [NAME]
         assert sample(running, "activations_total", result="ok") == 1
@@ -103,7 +105,7 @@ async def test_a_command_starts_a_server_once_for_all_streams(tmp_path: Path, se
         await again.opened()
         assert runs(tmp_path) == [NAME], "an awake service is dialled at once"
         for each in (*visits, again):
-            each.wire.close()
+            each.stream.close()
         await running.ended(21)
 
 
@@ -135,7 +137,7 @@ async def test_a_call_has_an_endpoint_published(tmp_path: Path) -> None:
             all_held.set()
             for each in visits:
                 await each.opened()
-                each.wire.close()
+                each.stream.close()
         finally:
             await runner.cleanup()
         assert asked == [NAME]
@@ -168,7 +170,7 @@ async def test_a_stream_that_gives_up_leaves_its_turn_to_the_next(tmp_path: Path
         running.discovery.put(asleep(service.endpoint))
         for each in others:
             await each.opened()
-            each.wire.close()
+            each.stream.close()
         assert runs(tmp_path) == [NAME]
         await running.ended(4)
 
@@ -255,7 +257,7 @@ async def test_the_number_of_held_streams_is_limited(tmp_path: Path, bound: str)
         running.discovery.put(asleep(service.endpoint))
         for each in visits:
             await each.opened()
-            each.wire.close()
+            each.stream.close()
         await running.ended(3)
 
 
@@ -268,7 +270,7 @@ async def test_the_number_of_triggers_at_once_is_limited(tmp_path: Path) -> None
         visits = [await visit(running, f"{name}:8443") for name in names]
         await eventually(lambda: runs(tmp_path).count("end") == len(names), 20)
         for each in visits:
-            each.wire.close()
+            each.stream.close()
     at_once = most = 0
     for line in runs(tmp_path):
         at_once += 1 if line == "begin" else -1
@@ -303,7 +305,7 @@ async def test_rules_by_target_are_asked_when_there_is_one(tmp_path: Path) -> No
         service = await running.service(known=False)
         running.discovery.put(asleep(service.endpoint))
         assert (await waiting.refused(after_ready=True)).reason == Reason.DENIED
-        assert not service.wires
+        assert not service.streams
 
 
 # --- the gateway's end ----------------------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ async def test_a_gateway_that_drains_delivers_what_it_holds(tmp_path: Path) -> N
         running.gateway.close()
         running.discovery.put(asleep(service.endpoint))
         await waiting.opened()
-        waiting.wire.close()
+        waiting.stream.close()
         await running.ended(1)
 
 
@@ -328,7 +330,7 @@ async def test_a_gateway_that_ends_ends_its_commands(tmp_path: Path) -> None:
     ) as running:
         waiting = await visit(running)
         await eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    waiting.wire.close()
+    waiting.stream.close()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 

@@ -54,18 +54,18 @@ async def test_a_stream_from_its_preamble_to_its_end() -> None:
         opened = await visit.answer()
         assert isinstance(opened, Opened)
         assert (str(opened.address), opened.port) == ("127.0.0.1", int(service.endpoint.rpartition(":")[2]))
-        await visit.framed.send_data(b"question", final=True)
+        await visit.connection.send_data(b"question", final=True)
         got = bytearray()
-        while not (visit.framed.exhausted and visit.framed.ends.finished_received):
-            for event in await visit.framed.read():
+        while not (visit.connection.exhausted and visit.connection.ends.finished_received):
+            for event in await visit.connection.read():
                 if isinstance(event, Payload):
                     got += event.data
         assert got == HELLO + b"question"
         assert service.got[0] == got
-        await visit.framed.send(Finished())
-        await visit.framed.send(Done())
-        assert await visit.wire.recv() == b"", "the gateway closes"
-        visit.wire.close()
+        await visit.connection.send(Finished())
+        await visit.connection.send(Done())
+        assert await visit.stream.recv() == b"", "the gateway closes"
+        visit.stream.close()
         line = (await running.ended())[0]
     words = (
         "stream peer client sni from_network key_id target attempt endpoint bytes_up bytes_down "
@@ -98,13 +98,13 @@ async def test_a_hello_in_any_pieces(pieces: str) -> None:
         digest = hashlib.sha256(b"".join(_payloads(hello))).digest()
         visit = await running.visit(preamble(service.target, hello_digest=digest), *capsules)
         if pieces == "end behind it":
-            await visit.framed.send_data(b"", final=True)
+            await visit.connection.send_data(b"", final=True)
         await visit.opened()
         got = bytearray()
         while len(got) < len(joined):
-            got += b"".join(bytes(event.data) for event in await visit.framed.read() if isinstance(event, Payload))
+            got += b"".join(bytes(event.data) for event in await visit.connection.read() if isinstance(event, Payload))
         assert got == joined == service.got[0]
-        visit.wire.reset()
+        visit.stream.reset()
         await running.ended()
 
 
@@ -125,7 +125,7 @@ async def test_a_retry_is_the_same_stream_and_another_attempt() -> None:
         for attempt in (1, 2, 3):
             visit = await running.visit(replace(asked, attempt=attempt), HELLO)
             await visit.opened()
-            visit.wire.reset()
+            visit.stream.reset()
         lines = await running.ended(3)
     assert len({line["stream"] for line in lines}) == 1
     assert [line["attempt"] for line in lines] == [1, 2, 3]
@@ -152,30 +152,30 @@ async def test_invalid_capsules_instead_of_a_hello(wrong: bytes, reason: str) ->
     async with a_gateway() as running:
         service = await running.service()
         visit = await running.visit(preamble(service.target, HELLO))
-        await visit.wire.send(wrong)
+        await visit.stream.send(wrong)
         assert (await visit.refused(after_ready=True)).reason == reason
-        assert not service.wires
+        assert not service.streams
 
 
 @pytest.mark.parametrize("stranger", [b"GET / HTTP/1.1\r\n\r\n", HELLO, b"\r\n\r\n\0\r\nQUIX\n" + bytes(20)])
 async def test_strangers_get_no_answer(stranger: bytes) -> None:
     async with a_gateway() as running:
         visit = await running.connect()
-        await visit.wire.send(stranger)
+        await visit.stream.send(stranger)
         with pytest.raises((ConnectionResetError, EOFError)):
-            assert not await visit.wire.recv()
+            assert not await visit.stream.recv()
             raise EOFError
         assert (await running.ended())[0]["reason"] == "protocol_error"
-        visit.wire.close()
+        visit.stream.close()
 
 
 @pytest.mark.parametrize("sent", [0, 15, 16, 100])
 async def test_silence_before_the_preamble_is_whole(sent: int) -> None:
     async with a_gateway(hello_timeout_s=0.05) as running:
         visit = await running.connect()
-        await visit.wire.send(sign(preamble("127.0.0.1:1", HELLO), KEY.secret)[:sent])
-        assert await visit.wire.recv() == b""
-        visit.wire.close()
+        await visit.stream.send(sign(preamble("127.0.0.1:1", HELLO), KEY.secret)[:sent])
+        assert await visit.stream.recv() == b""
+        visit.stream.close()
         assert (await running.ended())[0]["reason"] == "hello_timeout"
 
 
@@ -190,7 +190,7 @@ async def test_a_relay_that_goes_before_its_hello_is_whole() -> None:
         for cut in ("close", "reset"):
             visit = await running.visit(preamble("127.0.0.1:1", HELLO), HELLO[:-1])
             assert await visit.answer() == Ready()
-            getattr(visit.wire, cut)()
+            getattr(visit.stream, cut)()
         assert {line["reason"] for line in await running.ended(2)} == {"truncated"}
 
 
@@ -229,7 +229,7 @@ async def test_targets_that_are_refused() -> None:
             hello = client_hello(name)
             visit = await running.visit(preamble(target, hello, authority=name), hello)
             assert (await visit.refused(after_ready=True)).reason == reason, target
-        assert not service.wires
+        assert not service.streams
 
 
 async def test_a_service_with_a_proxy_header_and_a_dead_endpoint() -> None:
@@ -242,7 +242,7 @@ async def test_a_service_with_a_proxy_header_and_a_dead_endpoint() -> None:
         await visit.opened()
         wanted = ProxyHeader(source=("10.0.0.77", 40000), destination=("10.0.0.9", 443)).pack() + HELLO
         assert await service.received(len(wanted)) == wanted
-        visit.wire.reset()
+        visit.stream.reset()
         assert (await running.ended())[0]["endpoint"] == service.endpoint
 
 
@@ -254,7 +254,7 @@ async def test_rules() -> None:
         assert "rule 1 denies" in (await visit.refused(after_ready=True)).detail
         visit = await running.visit(preamble(service.target, HELLO, client=("192.0.2.9", 1)), HELLO)
         await visit.opened()
-        visit.wire.reset()
+        visit.stream.reset()
 
 
 # --- second connections ---------------------------------------------------------------------------------------------
@@ -278,17 +278,17 @@ async def test_an_upload_goes_on_over_a_second_connection(tries: int) -> None:
             again = replace(asked, attempt=2 + number, continues=True)
             seconds.append(second := await running.visit(again, behind_turn=True))
             assert await second.answer() == Ready()
-        await visit.framed.send(Continued())
-        await second.framed.send_data(b"the rest", final=True)
+        await visit.connection.send(Continued())
+        await second.connection.send_data(b"the rest", final=True)
         await service.received(len(HELLO) + 8)
-        visit.framed.ends.end_elsewhere()
-        while not (visit.framed.exhausted and visit.framed.ends.finished_received):
-            await visit.framed.read()
-        await visit.framed.send(Finished())
-        await visit.framed.send(Done())
+        visit.connection.ends.end_elsewhere()
+        while not (visit.connection.exhausted and visit.connection.ends.finished_received):
+            await visit.connection.read()
+        await visit.connection.send(Finished())
+        await visit.connection.send(Done())
         for connection in [visit, *seconds]:
-            await until_reset(connection.wire)  # the gateway has dialled all of them and keeps no port
-            connection.wire.close()
+            await until_reset(connection.stream)  # the gateway has dialled all of them and keeps no port
+            connection.stream.close()
         await service.reach(lambda service: service.ends == ["fin"])
         assert [line["reason"] for line in await running.ended()] == ["ok"]
         assert len(running.log.events) == 1, "one stream, one line"
@@ -309,12 +309,12 @@ async def test_a_second_connection_that_no_stream_awaits_is_refused_before_ready
             case "directly":
                 again = replace(again, addressee="gw-1")
             case "too late":
-                visit.wire.reset()
+                visit.stream.reset()
                 await running.ended()
         second = await running.visit(again, key=key, behind_turn=who != "directly")
         answer = await second.refused()
         assert (answer.reason, "not open here" in answer.detail) == ("protocol_error", True)
-        visit.wire.close()
+        visit.stream.close()
 
 
 async def test_second_connections_are_served_at_the_limit_and_while_draining() -> None:
@@ -324,8 +324,8 @@ async def test_second_connections_are_served_at_the_limit_and_while_draining() -
         running.gateway.close()
         second = await running.visit(replace(asked, attempt=2, continues=True), behind_turn=True)
         assert await second.answer() == Ready()
-        visit.wire.reset()
-        second.wire.close()
+        visit.stream.reset()
+        second.stream.close()
         await running.ended()
 
 
@@ -335,11 +335,11 @@ async def test_a_second_connection_that_is_never_used_goes_with_its_stream() -> 
         asked, visit = await opened_behind_turn(running, service)
         second = await running.visit(replace(asked, attempt=2, continues=True), behind_turn=True)
         assert await second.answer() == Ready()
-        service.wires[0].reset()
-        await until_reset(visit.wire)
-        await until_reset(second.wire)
-        second.wire.close()
-        visit.wire.close()
+        service.streams[0].reset()
+        await until_reset(visit.stream)
+        await until_reset(second.stream)
+        second.stream.close()
+        visit.stream.close()
 
 
 @pytest.mark.parametrize("refused", ["denied", "dial_failed", "bad_signature"])

@@ -130,7 +130,7 @@ async def test_a_forged_preamble(forge: Callable[[Preamble], bytes], reason: str
         line = (await running.ended())[0]
         assert line["reason"] == reason
         assert "client" not in line, "nothing that is not proven is written down"
-        assert not service.wires, "and nothing is dialled"
+        assert not service.streams, "and nothing is dialled"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ async def test_each_field_is_signed(field: Tlv) -> None:
         )
         visit = await running.visit(replace(parsed[0], tlvs=changed).pack(), HELLO)
         assert (await visit.refused()).reason == "bad_signature"
-        assert not service.wires
+        assert not service.streams
 
 
 @pytest.mark.parametrize("skew_ms", [-59_000, 59_000])
@@ -158,7 +158,7 @@ async def test_clocks_may_differ_by_a_minute(skew_ms: int) -> None:
         service = await running.service()
         visit = await running.visit(preamble(service.target, HELLO, time_ms=now_ms() + skew_ms), HELLO)
         await visit.opened()
-        visit.wire.reset()
+        visit.stream.reset()
 
 
 async def test_a_captured_header_is_good_once_here_and_nowhere_else() -> None:
@@ -171,13 +171,13 @@ async def test_a_captured_header_is_good_once_here_and_nowhere_else() -> None:
         captured = sign(preamble(service.target, HELLO), KEY.secret)
         visit = await running.visit(captured, HELLO)
         await visit.opened()
-        visit.wire.reset()
+        visit.stream.reset()
         for where in (running, other, foreign, running):
             again = await where.visit(captured, HELLO)
             assert (await again.refused()).reason == "replay"
         by_turn = await running.visit(captured, HELLO, behind_turn=True)
         assert (await by_turn.refused()).reason == "replay"
-        assert len(service.wires) == 1
+        assert len(service.streams) == 1
 
 
 HELLOS: dict[str, tuple[bytes, str]] = {
@@ -199,7 +199,7 @@ async def test_a_hello_that_was_not_signed_for(hello: bytes, reason: str) -> Non
         visit = await running.visit(preamble(service.target, HELLO), hello)
         assert (await visit.refused(after_ready=True)).reason == reason
         assert (await running.ended())[0]["reason"] == reason
-        assert not service.wires
+        assert not service.streams
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ async def test_a_preamble_that_was_signed_for_another_hello(changes: dict[str, o
         service = await running.service()
         visit = await running.visit(preamble(service.target, HELLO, **changes), HELLO)
         assert (await visit.refused(after_ready=True)).reason == "bad_signature"
-        assert not service.wires
+        assert not service.streams

@@ -35,12 +35,12 @@ async def test_overloaded() -> None:
         await first.opened()
         second = await running.visit(preamble(service.target, HELLO), HELLO)
         assert (await second.refused()).reason == "overloaded"
-        first.wire.reset()
+        first.stream.reset()
         await running.ended(2)
         third = await running.visit(preamble(service.target, HELLO), HELLO)
         await third.opened()
         for visit in [*strangers, third]:
-            visit.wire.close()
+            visit.stream.close()
 
 
 async def test_a_full_gateway_ends_the_longest_idle_stream_of_the_network_that_holds_most() -> None:
@@ -56,16 +56,16 @@ async def test_a_full_gateway_ends_the_longest_idle_stream_of_the_network_that_h
 
         # The first one of the network that holds less has been idle for longest of all.
         visits = [await visit(1, KEY_CB), await visit(2), await visit(3), await visit(4)]
-        await visits[1].framed.send_data(b"and more")
+        await visits[1].connection.send_data(b"and more")
         await service.reach(lambda service: sum(map(len, service.got)) == 4 * len(HELLO) + 8)
         visits.append(await visit(5, KEY_CB))
         (line,) = await running.ended()
         assert (line["reason"], line["stream"]) == ("evicted", "03" * 16)
         assert "to make room" in str(line["detail"])
-        await until_reset(visits[2].wire)
+        await until_reset(visits[2].stream)
         await service.reach(lambda service: service.ends == ["reset"])
         for each in visits:
-            each.wire.close()
+            each.stream.close()
 
 
 async def test_a_full_gateway_with_an_idle_limit_ends_nothing() -> None:
@@ -76,7 +76,7 @@ async def test_a_full_gateway_with_an_idle_limit_ends_nothing() -> None:
         second = await running.visit(preamble(service.target, HELLO), HELLO)
         assert (await second.refused()).reason == "overloaded"
         for visit in (first, second):
-            visit.wire.close()
+            visit.stream.close()
 
 
 async def test_strangers_make_room_for_relays() -> None:
@@ -89,18 +89,18 @@ async def test_strangers_make_room_for_relays() -> None:
         lines = await running.ended(4)
         assert {line["reason"] for line in lines} == {"overloaded"}
         for stranger in strangers[:4]:
-            assert await stranger.wire.recv() == b""
+            assert await stranger.stream.recv() == b""
         for gone in [*strangers, visit]:
-            gone.wire.close()
+            gone.stream.close()
 
 
 async def test_a_stranger_behind_a_turn_server_costs_no_local_port() -> None:
     """A close would keep the port for a minute (TIME_WAIT)."""
     async with a_gateway() as running:
         stranger = await running.bound()
-        await stranger.wire.send(b"GET / HTTP/1.1\r\n\r\n")
-        await until_reset(stranger.wire)
-        stranger.wire.close()
+        await stranger.stream.send(b"GET / HTTP/1.1\r\n\r\n")
+        await until_reset(stranger.stream)
+        stranger.stream.close()
 
 
 async def test_refused_relays_that_linger_do_not_count_as_streams() -> None:
@@ -115,7 +115,7 @@ async def test_refused_relays_that_linger_do_not_count_as_streams() -> None:
         visit = await running.visit(preamble(service.target, HELLO), HELLO)
         await visit.opened()
         for gone in [*lingering, visit]:
-            gone.wire.close()
+            gone.stream.close()
 
 
 async def test_a_relay_that_disconnects_while_we_dial() -> None:
@@ -131,8 +131,8 @@ async def test_a_relay_that_disconnects_while_we_dial() -> None:
         service = await running.service()
         visit = await running.visit(preamble(service.target, HELLO), HELLO)
         assert await visit.answer() == Ready()
-        await service.reach(lambda service: service.wires)
-        visit.wire.reset()
+        await service.reach(lambda service: service.streams)
+        visit.stream.reset()
         gone.set()
         assert (await running.ended())[0]["reason"] == "truncated"
         await service.reach(lambda service: service.ends)
@@ -148,9 +148,9 @@ async def test_a_gateway_that_drains_says_so_and_serves_what_is_open() -> None:
         running.gateway.close()
         late = await running.visit(preamble(service.target, HELLO, addressee=ALLOCATION), HELLO, behind_turn=True)
         assert (await late.refused()).reason == "draining"
-        await open_one.framed.send_data(b"and more")
+        await open_one.connection.send_data(b"and more")
         await service.received(len(HELLO) + 8)
-        open_one.wire.reset()
+        open_one.stream.reset()
         await running.ended(2)
 
 
@@ -160,11 +160,11 @@ async def test_streams_are_accepted_only_while_it_runs() -> None:
         gateway.close()
         await running.stopped()
         late = await running.bound()
-        assert await late.wire.recv() == b"", "the last stream has ended, nobody is there to say anything"
-        late.wire.close()
+        assert await late.stream.recv() == b"", "the last stream has ended, nobody is there to say anything"
+        late.stream.close()
     after = await running.bound()
-    assert await after.wire.recv() == b""
-    after.wire.close()
+    assert await after.stream.recv() == b""
+    after.stream.close()
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -182,10 +182,10 @@ async def test_cancelling_closes_every_stream_in_every_state(steps: int) -> None
             await asyncio.sleep(0)
     for visit in visits:
         try:
-            await read_all(visit.wire)
+            await read_all(visit.stream)
         except ConnectionResetError:
             pass
-        visit.wire.close()
+        visit.stream.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -208,11 +208,11 @@ async def test_a_defect_in_one_stream_ends_that_stream_alone(
             hit = await running.visit(replace(asked, stream_id=bytes(16)), HELLO, behind_turn=behind_turn)
             with pytest.raises((ConnectionResetError, EOFError)):
                 await hit.answer()
-            hit.wire.close()
+            hit.stream.close()
         assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ZeroDivisionError]
-        await open_one.framed.send_data(b"still there?")
+        await open_one.connection.send_data(b"still there?")
         await service.received(len(HELLO) + 12)
-        open_one.wire.reset()
+        open_one.stream.reset()
         assert [line["reason"] for line in await running.ended(2)] == ["other", "truncated"]
 
 

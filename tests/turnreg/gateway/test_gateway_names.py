@@ -59,7 +59,7 @@ async def refused(running: Running, name: str, target: str, sni: str | None = No
 async def served(running: Running, name: str, target: str) -> None:
     visit = await asks(running, name, target)
     await visit.opened()
-    visit.wire.reset()
+    visit.stream.reset()
 
 
 # --- what a name has ------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ async def test_each_name_of_a_service_has_its_target_and_no_other(name: str) -> 
             assert reason == "wrong_target", target
             assert target in detail
             assert name in detail
-        assert not db.wires
+        assert not db.streams
 
 
 async def test_an_address_name_has_its_address_and_port_and_no_other() -> None:
@@ -84,7 +84,7 @@ async def test_an_address_name_has_its_address_and_port_and_no_other() -> None:
         await served(running, name, orders.endpoint)
         for target in (db.endpoint, db.target, orders.target, "10.77.0.6:22"):
             assert (await refused(running, name, target))[0] == "wrong_target"
-        assert not db.wires
+        assert not db.streams
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ async def test_names_that_do_not_have_the_target(name: str, target: str, reason:
         assert (await refused(running, name, target))[0] == reason
         (line,) = await running.ended()
         assert (line["reason"], line["sni"]) == (reason, name)
-        assert not orders.wires
-        assert not db.wires
+        assert not orders.streams
+        assert not db.streams
 
 
 async def test_a_name_that_leads_to_two_services_leads_to_neither() -> None:
@@ -134,7 +134,7 @@ async def test_without_a_view_of_discovery_nothing_is_delivered(rules: tuple[Rul
         running.discovery.synced = False
         for name, target in ((ORDERS, f"{ORDERS}:8443"), (address_name(service.endpoint), service.endpoint)):
             assert (await refused(running, name, target))[0] == "no_view"
-        assert not service.wires
+        assert not service.streams
         running.discovery.put(record(Kind.NETWORK, "b", "b", NetworkSpec()), known(ORDERS, service.endpoint))
         if rules:
             assert (await refused(running, ORDERS, f"{ORDERS}:8443"))[0] == "no_view", (
@@ -158,7 +158,7 @@ async def test_deny_by_any_name_holds_for_every_name(pattern: str, by: int | str
         name, target = named(orders, by)
         reason, detail = await refused(running, name, target)
         assert (reason, "rule 1 denies" in detail) == ("denied", True)
-        assert not orders.wires
+        assert not orders.streams
         other = await running.service("other.example", known=False)
         await served(running, address_name(other.endpoint), other.endpoint)
 
@@ -205,7 +205,7 @@ async def test_services_that_share_an_endpoint() -> None:
         assert (await refused(running, ORDERS, orders.target))[0] == "denied"
         running.discovery.put(known(DB, db.endpoint))
         assert (await refused(running, ORDERS, orders.target))[0] == "denied", "it was the other's a moment ago"
-        assert not orders.wires
+        assert not orders.streams
 
 
 async def test_an_endpoint_that_came_and_went_between_two_streams() -> None:
@@ -214,7 +214,7 @@ async def test_an_endpoint_that_came_and_went_between_two_streams() -> None:
         running.discovery.remove(Kind.SERVICE, "b", DB)
         for endpoint in (orders.endpoint, db.endpoint):
             assert (await refused(running, address_name(endpoint), endpoint))[0] == "denied"
-        assert not db.wires
+        assert not db.streams
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ async def test_an_address_name_does_not_bypass_the_imports_of_the_relays_network
             visit = await running.visit(asked, hello)
             if is_served:
                 await visit.opened()
-                visit.wire.reset()
+                visit.stream.reset()
             else:
                 answer = await visit.refused(after_ready=True)
                 assert answer.reason == "denied"
@@ -294,13 +294,13 @@ async def test_a_held_stream_is_asked_about_again_when_its_service_wakes() -> No
         await visit.held()
         running.discovery.put(known(ORDERS, db.endpoint))
         assert (await visit.refused(after_ready=True)).reason == "denied"
-        assert not db.wires
+        assert not db.streams
 
 
 @pytest.mark.parametrize("written", ["[::1]", "[0:0:0:0:0:0:0:1]", "[0::0001]"])
 async def test_an_ipv6_endpoint_however_its_record_writes_it(written: str) -> None:
-    async def hold(wire: SocketStream) -> None:
-        while await wire.recv():
+    async def hold(stream: SocketStream) -> None:
+        while await stream.recv():
             pass
 
     listener = await Listener.open("::1", 0)

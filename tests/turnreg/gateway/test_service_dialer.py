@@ -60,8 +60,8 @@ def delivery(
 async def services(count: int = 1, address: str = "127.0.0.1") -> AsyncIterator[list[str]]:
     """Run services that keep connections open; give their endpoints."""
 
-    async def hold(wire: SocketStream) -> None:
-        while await wire.recv():
+    async def hold(stream: SocketStream) -> None:
+        while await stream.recv():
             pass
 
     listeners = [await Listener.open(address, 0) for _ in range(count)]
@@ -100,7 +100,7 @@ async def test_an_address(address: str) -> None:
         delivered = await delivery().connect(asking(endpoint))
         assert delivered.endpoint == endpoint
         assert delivered.ms >= 0
-        delivered.wire.close()
+        delivered.stream.close()
 
 
 async def test_a_services_endpoints_take_turns() -> None:
@@ -110,7 +110,7 @@ async def test_a_services_endpoints_take_turns() -> None:
         for _ in range(6):
             delivered = await delivering.connect(preamble(f"{NAME}:8443"))
             taken.append(delivered.endpoint)
-            delivered.wire.close()
+            delivered.stream.close()
     assert taken == endpoints * 2
 
 
@@ -121,7 +121,7 @@ async def test_the_next_endpoint_on_failure() -> None:
         for _ in range(4):
             delivered = await delivering.connect(preamble(f"{NAME}:8443"))
             assert delivered.endpoint == endpoints[0]
-            delivered.wire.close()
+            delivered.stream.close()
 
 
 async def test_every_living_endpoint_is_within_reach() -> None:
@@ -129,7 +129,7 @@ async def test_every_living_endpoint_is_within_reach() -> None:
         dead = [f"127.0.0.1:{closed_port()}" for _ in range(40)]
         delivered = await delivery(service(*dead, *endpoints)).connect(preamble(f"{NAME}:8443"))
         assert delivered.endpoint == endpoints[0]
-        delivered.wire.close()
+        delivered.stream.close()
 
 
 async def test_a_dead_endpoint_is_dialled_once_and_left_out() -> None:
@@ -139,7 +139,7 @@ async def test_a_dead_endpoint_is_dialled_once_and_left_out() -> None:
         for _ in range(8):
             delivered = await delivering.connect(preamble(f"{NAME}:8443"))
             taken.append(delivered.endpoint)
-            delivered.wire.close()
+            delivered.stream.close()
         [failing] = delivering._endpoints.status()
     assert failing["failures"] == 1
     assert {taken.count(endpoint) for endpoint in endpoints} == {4}
@@ -150,7 +150,7 @@ async def test_endpoints_that_may_not_be_dialled_use_up_no_tries() -> None:
         denied = [f"192.0.2.{number}:8443" for number in range(1, 6)]
         delivered = await delivery(service(*denied, *endpoints)).connect(preamble(f"{NAME}:8443"))
         assert delivered.endpoint == endpoints[0]
-        delivered.wire.close()
+        delivered.stream.close()
 
 
 async def test_a_dead_endpoint_says_more_than_a_denied_one() -> None:
@@ -164,8 +164,8 @@ async def test_a_dead_endpoint_says_more_than_a_denied_one() -> None:
 async def test_a_service_that_asks_for_it_gets_a_proxy_header(asked: bool | Literal["v1", "v2"]) -> None:
     got: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
-    async def read(wire: SocketStream) -> None:
-        got.set_result(await wire.recv())
+    async def read(stream: SocketStream) -> None:
+        got.set_result(await stream.recv())
 
     listener = await Listener.open("127.0.0.1", 0)
     endpoint = f"127.0.0.1:{listener.address[1]}"
@@ -173,7 +173,7 @@ async def test_a_service_that_asks_for_it_gets_a_proxy_header(asked: bool | Lite
         group.create_task(listener.serve(read))
         delivered = await delivery(service(endpoint, proxy_protocol=asked)).connect(preamble(f"{NAME}:8443"))
         header = await got
-        delivered.wire.close()
+        delivered.stream.close()
         listener.close()
     parsed = proxy_protocol.parse_any(header)
     assert parsed is not None
@@ -196,11 +196,11 @@ async def test_real_servers_read_whose_connection_it_is(tmp_path: Path, kind: st
                 (("198.51.100.7", 40000), ("2001:db8::9", 443), ("::ffff:198.51.100.7", "2001:db8::9")),
             ):
                 delivered = await delivering.connect(preamble(f"{NAME}:8443", client=client, local=local))
-                await delivered.wire.send(b"GET / HTTP/1.0\r\n\r\n")
+                await delivered.stream.send(b"GET / HTTP/1.0\r\n\r\n")
                 answer = b""
-                while data := await delivered.wire.recv():
+                while data := await delivered.stream.recv():
                     answer += data
-                delivered.wire.close()
+                delivered.stream.close()
                 # The servers spell IPv4-mapped addresses in their own ways.
                 host, client_port, destination = answer.decode().splitlines()[-1].split(" ")
                 assert (ip_address(host), ip_address(destination)) == tuple(map(ip_address, seen)), asked
@@ -334,7 +334,7 @@ async def test_rules_decide_after_all_that_is_never_allowed() -> None:
         for _ in range(3):
             delivered = await delivering.connect(preamble(f"{NAME}:8443"))
             assert delivered.endpoint == other
-            delivered.wire.close()
+            delivered.stream.close()
         assert "rule 1 denies" in (await refused(delivering, one)).detail
         with pytest.raises(Undeliverable, match="no rule allows"):
             await delivering.connect(asking(other, client=("10.9.0.1", 40000)))

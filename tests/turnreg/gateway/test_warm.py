@@ -38,15 +38,15 @@ def warm_preamble(**changes: object) -> WarmPreamble:
 async def warm(running: Running, **changes: object) -> Visit:
     """Open a connection that waits for a stream."""
     visit = await running.connect()
-    visit.framed.ends.warm = True
-    await visit.wire.send(sign(warm_preamble(**changes), KEY.secret))
+    visit.connection.ends.warm = True
+    await visit.stream.send(sign(warm_preamble(**changes), KEY.secret))
     assert await visit.answer() == Ready()
     return visit
 
 
 async def say(visit: Visit, *messages: Message) -> None:
     for message in messages:
-        await visit.framed.send(message)
+        await visit.connection.send(message)
 
 
 def opening(target: str) -> Open:
@@ -70,12 +70,12 @@ async def test_pings_are_answered_and_a_stream_comes_through() -> None:
             await say(visit, Ping(bytes([number] * 8)))
             assert await visit.answer() == Pong(bytes([number] * 8))
         await say(visit, Ping(TOKEN), opening(service.target))
-        await visit.wire.send(data(HELLO))
+        await visit.stream.send(data(HELLO))
         assert await visit.answer() == Pong(TOKEN)
         assert isinstance(await visit.answer(), Opened)
         assert len(running.gateway.ledger) == 1
         assert waiting(running) == 0
-        visit.wire.reset()
+        visit.stream.reset()
         (line,) = await running.ended()
         assert (line["warm"], line["target"]) == (True, service.target)
 
@@ -93,20 +93,20 @@ async def test_pings_are_answered_and_a_stream_comes_through() -> None:
 async def test_a_warm_preamble_that_is_not_right(changes: dict[str, object], reason: str) -> None:
     async with a_gateway() as running:
         visit = await running.connect()
-        await visit.wire.send(sign(warm_preamble(**changes), KEY.secret))
+        await visit.stream.send(sign(warm_preamble(**changes), KEY.secret))
         assert (await visit.refused()).reason == reason
 
 
 async def test_pings_without_end_are_cut_with_a_reason() -> None:
     async with a_gateway() as running:
         visit = await warm(running)
-        await visit.wire.send(Ping(TOKEN).pack() * 1000)
+        await visit.stream.send(Ping(TOKEN).pack() * 1000)
         with suppress(ConnectionResetError):
-            while await visit.wire.recv():
+            while await visit.stream.recv():
                 pass
         assert running.registry.get_sample_value("crossnet_gateway_connections_refused_total", {"reason": "flood"}) == 1
         assert waiting(running) == 0
-        visit.wire.close()
+        visit.stream.close()
 
 
 async def test_one_network_cannot_take_all_places() -> None:
@@ -114,26 +114,26 @@ async def test_one_network_cannot_take_all_places() -> None:
     async with a_gateway(keys=(KEY, other), limits=GatewayLimits(max_warm=4)) as running:
         kept = [await warm(running) for _ in range(2)]
         third = await running.connect()
-        await third.wire.send(sign(warm_preamble(), KEY.secret))
+        await third.stream.send(sign(warm_preamble(), KEY.secret))
         refused = await third.refused()
         assert (refused.reason, "network 'a'" in refused.detail) == ("overloaded", True)
         fourth = await running.connect()
-        await fourth.wire.send(sign(warm_preamble(key_id="cb-1", from_network="c"), other.secret))
+        await fourth.stream.send(sign(warm_preamble(key_id="cb-1", from_network="c"), other.secret))
         assert await fourth.answer() == Ready()
         for visit in (*kept, fourth):
-            visit.wire.close()
+            visit.stream.close()
 
 
 async def test_a_captured_warm_preamble_is_of_no_use() -> None:
     async with a_gateway() as running:
         captured = sign(warm_preamble(), KEY.secret)
         first = await running.connect()
-        await first.wire.send(captured)
+        await first.stream.send(captured)
         assert await first.answer() == Ready()
         second = await running.connect()
-        await second.wire.send(captured)
+        await second.stream.send(captured)
         assert (await second.refused()).reason == "replay"
-        first.wire.close()
+        first.stream.close()
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,13 @@ async def test_invalid_preambles_in_open(brought: Callable[[], bytes], reason: s
     async with a_gateway() as running:
         visit = await warm(running)
         await say(visit, Open(brought()))
-        await visit.wire.send(data(HELLO))
+        await visit.stream.send(data(HELLO))
         answer = await visit.answer()
         assert isinstance(answer, Refused)
         assert answer.reason == reason
         (line,) = await running.ended()
         assert line["reason"] == reason
-        visit.wire.close()
+        visit.stream.close()
 
 
 async def test_a_captured_open_is_of_no_use_on_another_connection() -> None:
@@ -166,43 +166,43 @@ async def test_a_captured_open_is_of_no_use_on_another_connection() -> None:
         captured = opening(service.target)
         first, second = await warm(running), await warm(running)
         await say(first, captured)
-        await first.wire.send(data(HELLO))
+        await first.stream.send(data(HELLO))
         assert isinstance(await first.answer(), Opened)
         await say(second, captured)
         answer = await second.answer()
         assert isinstance(answer, Refused)
         assert answer.reason == "replay"
         for visit in (first, second):
-            visit.wire.close()
+            visit.stream.close()
 
 
 async def test_data_before_open_ends_it() -> None:
     async with a_gateway() as running:
         visit = await warm(running)
-        await visit.wire.send(header(CapsuleType.DATA, 5) + b"hello")
+        await visit.stream.send(header(CapsuleType.DATA, 5) + b"hello")
         answer = await visit.answer()
         assert isinstance(answer, Refused)
         assert answer.reason == "protocol_error"
         assert waiting(running) == 0
-        visit.wire.close()
+        visit.stream.close()
 
 
 async def test_a_silent_warm_connection_is_closed() -> None:
     async with a_gateway(limits=GatewayLimits(warm_silence_s=0.05)) as running:
         visit = await warm(running)
-        assert await visit.wire.recv() == b""
+        assert await visit.stream.recv() == b""
         assert running.log.events == [], "no stream, no line"
-        visit.wire.close()
+        visit.stream.close()
 
 
 async def test_the_number_of_warm_connections_is_limited() -> None:
     async with a_gateway(limits=GatewayLimits(max_warm=2)) as running:
         kept = [await warm(running) for _ in range(2)]
         third = await running.connect()
-        await third.wire.send(sign(warm_preamble(), KEY.secret))
+        await third.stream.send(sign(warm_preamble(), KEY.secret))
         assert (await third.refused()).reason == "overloaded"
         for visit in kept:
-            visit.wire.close()
+            visit.stream.close()
 
 
 async def test_draining_closes_warm_connections() -> None:
@@ -210,9 +210,9 @@ async def test_draining_closes_warm_connections() -> None:
         visit = await warm(running)
         late = await running.connect()
         running.gateway.close()
-        await until_reset(visit.wire)  # a close would keep the port of a gateway that has dialled it (TIME_WAIT)
+        await until_reset(visit.stream)  # a close would keep the port of a gateway that has dialled it (TIME_WAIT)
         for gone in (visit, late):
-            gone.wire.close()
+            gone.stream.close()
         await running.stopped()
         assert waiting(running) == 0
 
@@ -222,14 +222,14 @@ async def test_warm_connections_do_not_count_as_streams() -> None:
         service = await running.service()
         first, second = await warm(running), await warm(running)
         await say(first, opening(service.target))
-        await first.wire.send(data(HELLO))
+        await first.stream.send(data(HELLO))
         assert isinstance(await first.answer(), Opened)
         await say(second, opening(service.target))
         answer = await second.answer()
         assert isinstance(answer, Refused)
         assert answer.reason == "overloaded"
         for visit in (first, second):
-            visit.wire.close()
+            visit.stream.close()
 
 
 async def test_no_network_takes_the_others_share() -> None:
@@ -239,8 +239,8 @@ async def test_no_network_takes_the_others_share() -> None:
         await first.opened()
         second = await running.visit(preamble(service.target, HELLO), HELLO)
         assert (await second.refused()).reason == "overloaded"
-        first.wire.reset()
+        first.stream.reset()
         await running.ended(2)
         third = await running.visit(preamble(service.target, HELLO), HELLO)
         await third.opened()
-        third.wire.close()
+        third.stream.close()

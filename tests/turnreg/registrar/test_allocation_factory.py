@@ -87,10 +87,10 @@ async def test_streams_through_coturn_resume_one_session(
             await asyncio.to_thread(stock.start)
             resumed = []
             for _ in range(3):
-                wire = await dial(stock.address, stock.port, timeout_s=10)
-                assert isinstance(wire, TlsStream)
-                resumed.append(wire.session.session_reused)
-                getattr(wire, end)()
+                stream = await dial(stock.address, stock.port, timeout_s=10)
+                assert isinstance(stream, TlsStream)
+                resumed.append(stream.session.session_reused)
+                getattr(stream, end)()
             assert resumed == [False, True, True]
             stock.stop()
     finally:
@@ -99,7 +99,7 @@ async def test_streams_through_coturn_resume_one_session(
 
 async def test_a_failed_handshake_drops_the_session(tls_server: RunningServer, ca: str) -> None:
     dial = dialler(parsed(f"turns:127.0.0.1:{tls_server.port}?transport=tcp"), ca)
-    wires = [await dial("127.0.0.1", tls_server.port, timeout_s=10)]
+    streams = [await dial("127.0.0.1", tls_server.port, timeout_s=10)]
     with socket.create_server(("127.0.0.1", 0)) as rude:
 
         def answer() -> None:
@@ -112,11 +112,11 @@ async def test_a_failed_handshake_drops_the_session(tls_server: RunningServer, c
             group.create_task(asyncio.to_thread(answer))
             with pytest.raises(ssl.SSLError):
                 await dial(*rude.getsockname(), timeout_s=10)
-    wires.append(await dial("127.0.0.1", tls_server.port, timeout_s=10))
-    for wire in wires:
-        assert isinstance(wire, TlsStream)
-        assert not wire.session.session_reused
-        wire.close()
+    streams.append(await dial("127.0.0.1", tls_server.port, timeout_s=10))
+    for stream in streams:
+        assert isinstance(stream, TlsStream)
+        assert not stream.session.session_reused
+        stream.close()
 
 
 async def test_a_certificate_that_does_not_verify_is_refused(tls_server: RunningServer, ca: str) -> None:

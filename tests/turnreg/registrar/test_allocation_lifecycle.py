@@ -236,8 +236,8 @@ async def test_keep_alive_detects_silence() -> None:
 
 
 async def test_tcp_user_timeout_ends_the_control_connection_but_no_stream() -> None:
-    def user_timeout_ms(wire: SocketStream) -> int:
-        return wire._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    def user_timeout_ms(stream: SocketStream) -> int:
+        return stream._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
     with embedded() as server:
         async with registrar(turn(RunningServer(server.address, server.port)), RELAYS) as ours:
@@ -247,7 +247,7 @@ async def test_tcp_user_timeout_ends_the_control_connection_but_no_stream() -> N
             assert held.allocations.current is not None
             assert held.allocations.current.allocation is not None
             assert held.allocations.current.allocation._control is not None
-            assert user_timeout_ms(held.allocations.current.allocation._control._wire) == 20_000
+            assert user_timeout_ms(held.allocations.current.allocation._control._stream) == 20_000
             assert user_timeout_ms(bound.stream) == 0  # type: ignore[arg-type]
             bound.stream.close()
             writer.close()

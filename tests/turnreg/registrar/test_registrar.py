@@ -194,8 +194,8 @@ async def test_a_restarted_server_gets_a_new_allocation_and_the_other_one_keeps_
                 writer.write(b"still there")
                 assert await bound.stream.recv_exactly(11) == b"still there"
                 assert ours.count("registrations_total", reason="connection_lost") == 1
-                for wire in (bound.stream, again.stream, writer, other):
-                    wire.close()
+                for stream in (bound.stream, again.stream, writer, other):
+                    stream.close()
     finally:
         stock.close()
 
