@@ -83,7 +83,7 @@ def test_a_receive_queue_that_is_tuned_again_outgrows_its_limit(ends: tuple[sock
 
 
 def test_a_full_queue_is_made_small_and_loses_nothing(ends: tuple[socket.socket, socket.socket]) -> None:
-    """It is made small while the sender goes on. (Linux itself drops packets of a full queue now and then, with or without this.)"""
+    """It is made small while the sender goes on. (Linux drops packets of a full queue now and then, with or without this.)"""
     one, other = ends
     payload = os.urandom(MIB) * 24
     memory = SocketMemory(other)
