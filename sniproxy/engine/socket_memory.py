@@ -5,7 +5,7 @@
   one while the buffer has room, and raises the clamp whenever it enlarges the buffer by itself. SO_RCVBUF ends this tuning. It must
   not be set before the handshake, which would choose a window scale for it. SO_BUF_LOCK (Linux 5.15) starts the tuning again.
 - A buffer must never become smaller than what was announced: the kernel would drop it on arrival, and its sender would wait for
-  a retransmission timeout. So a large buffer shrinks as it empties.
+  a retransmission timeout. So a large buffer is made small once nothing is announced: some time after it was full.
 """
 
 import functools
@@ -72,7 +72,7 @@ class SocketMemory:
     def limit_receive(self, size: int) -> bool:
         """Let the receive queue hold so many bytes, including their overhead. False if the system allows only fewer.
 
-        A queue that has been larger shrinks as it empties, if this is called again and again.
+        The limit of one that has been larger is lowered by later calls, when the sender may send nothing more.
         """
         if not self._is_locked:
             # It keeps its size. Fails before Linux 5.15, where it could never be tuned again: so it stays as it is.
@@ -84,7 +84,7 @@ class SocketMemory:
             self._enlarge(size)
             return self.receive_limit >= size
         if now > size and (window := self._info(_RECEIVE_WINDOW_AT)) is not None:
-            promised = self.held()[0] + OVERHEAD * window
+            promised = self.held()[0] + OVERHEAD * window if window else 0
             if max(size, promised) < min(now, largest_receive()):
                 self._set(socket.SOL_SOCKET, socket.SO_RCVBUF, max(size, promised) // OVERHEAD)
         return True
