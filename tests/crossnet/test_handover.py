@@ -50,16 +50,16 @@ class Service:
     def _serve(self) -> None:
         while True:
             try:
-                stream, _ = self.listening.accept()
+                wire, _ = self.listening.accept()
             except OSError:
                 return
-            threading.Thread(target=self._echo, args=(stream,), daemon=True).start()
+            threading.Thread(target=self._echo, args=(wire,), daemon=True).start()
 
-    def _echo(self, stream: socket.socket) -> None:
-        with stream:
+    def _echo(self, wire: socket.socket) -> None:
+        with wire:
             try:
-                while data := stream.recv(65536):
-                    stream.sendall(data)
+                while data := wire.recv(65536):
+                    wire.sendall(data)
             except OSError:
                 pass
 

@@ -152,9 +152,9 @@ ABSENT = {
 @pytest.mark.parametrize(("name", "reason"), ABSENT.items())
 @pytest.mark.parametrize("of", [V4, NONE], ids=["relay", "no relay"])
 def test_impossible_names_are_nxdomain_with_a_reason(of: Table, name: str, reason: str) -> None:
-    stream = b"".join(bytes([len(label)]) + label.encode("latin-1") for label in name.split(".")) + b"\0"
+    wire = b"".join(bytes([len(label)]) + label.encode("latin-1") for label in name.split(".")) + b"\0"
     for qtype in (Qtype.A, Qtype.AAAA, Qtype.HTTPS, Qtype.ANY):
-        message = ask(of, stream, qtype)
+        message = ask(of, wire, qtype)
         assert message.rcode() == dns.rcode.NXDOMAIN
         assert str(message.authority[0]) == SOA
         assert why(message).startswith(reason)
@@ -399,10 +399,10 @@ def test_garbage_under_the_domain_never_raises(head: bytes, qtype: int) -> None:
 
 @given(st.lists(st.binary(min_size=1, max_size=63), max_size=5), st.sampled_from([1, 28, 33, 65, 255, 6]))
 def test_any_labels_under_the_domain_have_an_answer(labels: list[bytes], qtype: int) -> None:
-    stream = b"".join(bytes([len(label)]) + label for label in labels) + b"\x03svc\x04mesh\x08internal\0"
-    if len(stream) > 255:
+    wire = b"".join(bytes([len(label)]) + label for label in labels) + b"\x03svc\x04mesh\x08internal\0"
+    if len(wire) > 255:
         return
-    data = query(stream, qtype, edns=opt(512))
+    data = query(wire, qtype, edns=opt(512))
     read = scan(data)
     decision = V4.decide(read)
     assert isinstance(decision, Answer)

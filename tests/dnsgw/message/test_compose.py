@@ -7,7 +7,7 @@ import pytest
 from dnsgw.message.compose import joined, retargeted, with_option
 from dnsgw.message.question import scan
 from dnsgw.message.upstream_reply import Message
-from tests.dnsgw.message.test_upstream_reply import ASKED, stream
+from tests.dnsgw.message.test_upstream_reply import ASKED, wire
 from tests.support.dns_packets import name, option, query, question
 
 
@@ -22,7 +22,7 @@ b.svc.mesh.internal. 5 IN A 10.0.0.9
 ;AUTHORITY
 mesh.internal. 5 IN SOA svc.mesh.internal. nobody.invalid. 1 2 3 4 5
 """
-    whole = dns.message.from_wire(joined(ASKED, Message(stream()), 2, Message(stream(end))))
+    whole = dns.message.from_wire(joined(ASKED, Message(wire()), 2, Message(wire(end))))
     assert [str(rrset).lower() for rrset in whole.answer] == [
         "www.example.test. 300 in cname a.example.test.",
         "a.example.test. 200 in cname b.svc.mesh.internal.",
@@ -31,7 +31,7 @@ mesh.internal. 5 IN SOA svc.mesh.internal. nobody.invalid. 1 2 3 4 5
     assert str(whole.authority[0]) == "mesh.internal. 5 IN SOA svc.mesh.internal. nobody.invalid. 1 2 3 4 5"
     assert whole.id == ASKED.id
     assert not whole.flags & (dns.flags.AA | dns.flags.AD)
-    cut = dns.message.from_wire(joined(ASKED, Message(stream()), 1, Message(stream(end))))
+    cut = dns.message.from_wire(joined(ASKED, Message(wire()), 1, Message(wire(end))))
     assert len(cut.answer) == 2
 
 
@@ -42,7 +42,7 @@ def test_records_stand_alone_without_compression(rtype: str) -> None:
     kind = rtype.split()[0]
     text = f"id 1\nflags QR\n;QUESTION\nx.test. IN {kind}\n;ANSWER\nx.test. 9 IN {rtype}\n"
     query_of = scan(query("y.test"))
-    whole = dns.message.from_wire(joined(query_of, Message(stream(text)), 0, Message(stream(text))))
+    whole = dns.message.from_wire(joined(query_of, Message(wire(text)), 0, Message(wire(text))))
     assert str(whole.answer[0]) == f"x.test. 9 IN {rtype}"
 
 
@@ -54,8 +54,8 @@ def test_a_question_about_another_name() -> None:
 
 
 def test_an_option_is_added_to_a_reply() -> None:
-    reply = Message(stream()).as_reply(ASKED, option(65001, b"a"))
+    reply = Message(wire()).as_reply(ASKED, option(65001, b"a"))
     more = dns.message.from_wire(with_option(reply, option(65002, b"bc")))
     assert [option.otype for option in more.options] == [65001, 65002]
-    bare = Message(stream()).as_reply(scan(query("www.example.test")))
+    bare = Message(wire()).as_reply(scan(query("www.example.test")))
     assert with_option(bare, option(65002, b"bc")) == bare

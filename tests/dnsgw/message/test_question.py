@@ -254,13 +254,13 @@ LABELS = st.lists(st.binary(min_size=1, max_size=63), max_size=8)
 
 @given(LABELS, st.integers(0, 65535))
 def test_every_name_of_valid_length_is_read(labels: list[bytes], qtype: int) -> None:
-    stream = b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
-    data = query(stream, qtype)
-    if len(stream) > 255:
+    wire = b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+    data = query(wire, qtype)
+    if len(wire) > 255:
         assert refused(data).fault is Fault.FORMAT
         return
     read = scan(data)
-    assert read.name == stream.lower()
+    assert read.name == wire.lower()
     assert len(read.labels) == len(labels)
     assert all(
         read.name[start + 1 :].startswith(label.lower()) for start, label in zip(read.labels, labels, strict=True)

@@ -34,7 +34,7 @@ ns.example.test. 60 IN A 192.0.2.53
 ASKED = scan(query("WWW.example.test", edns=opt(do=True)))
 
 
-def stream(text: str = CHAIN) -> bytes:
+def wire(text: str = CHAIN) -> bytes:
     return dns.message.from_text(text).to_wire()
 
 
@@ -42,26 +42,26 @@ def test_aliases_are_followed_in_any_order_of_the_records() -> None:
     lines = CHAIN.splitlines()
     turned = [*lines[:6], lines[8], lines[7], lines[6], *lines[9:]]
     for text in (CHAIN, "\n".join(turned)):
-        assert Message(stream(text)).targets == (name("a.example.test"), name("b.svc.mesh.internal"))
+        assert Message(wire(text)).targets == (name("a.example.test"), name("b.svc.mesh.internal"))
 
 
 def test_a_ring_of_aliases_ends() -> None:
     text = "id 1\nflags QR\n;QUESTION\na.test. IN A\n;ANSWER\na.test. 1 IN CNAME b.test.\nb.test. 1 IN CNAME a.test.\n"
-    assert Message(stream(text)).targets == (name("b.test"), name("a.test"))
+    assert Message(wire(text)).targets == (name("b.test"), name("a.test"))
 
 
 def test_a_reply_is_the_clients_and_opt_is_ours() -> None:
-    reply = Message(stream()).as_reply(ASKED, extended_error(ExtendedError.OTHER, "x"))
+    reply = Message(wire()).as_reply(ASKED, extended_error(ExtendedError.OTHER, "x"))
     message = dns.message.from_wire(reply)
     assert reply[12:30] == ASKED.question[:18]
     assert [len(section) for section in (message.answer, message.authority, message.additional)] == [3, 1, 0]
     assert message.flags & dns.flags.AD
     assert message.ednsflags & dns.flags.DO
-    plain = dns.message.from_wire(Message(stream()).as_reply(scan(query("www.example.test"))))
+    plain = dns.message.from_wire(Message(wire()).as_reply(scan(query("www.example.test"))))
     assert plain.edns == -1
     assert not plain.flags & dns.flags.AD
     assert (
-        dns.message.from_wire(Message(stream()).as_reply(scan(query("www.example.test", flags=RD | AD)))).flags
+        dns.message.from_wire(Message(wire()).as_reply(scan(query("www.example.test", flags=RD | AD)))).flags
         & dns.flags.AD
     )
 
@@ -108,11 +108,11 @@ b.svc.mesh.internal. 60 IN TXT x
 
 
 def test_targets_of_bindings_are_found() -> None:
-    message = Message(stream(BINDINGS))
+    message = Message(wire(BINDINGS))
     assert set(message.bindings) == {name("a.svc.mesh.internal"), name("b.svc.mesh.internal")}
     aliases = BINDINGS.replace("HTTPS 3 b.svc.mesh.internal. port=1", "HTTPS 0 b.svc.mesh.internal.")
-    assert Message(stream(aliases)).bindings == (name("a.svc.mesh.internal"),)
-    assert Message(stream()).bindings == ()
+    assert Message(wire(aliases)).bindings == (name("a.svc.mesh.internal"),)
+    assert Message(wire()).bindings == ()
     for end in (b"", b"\0", b"\0\1", b"\0\1\3abc", b"\0\1\xc0"):
         packet = header(1, 0x8180, (1, 1, 0, 0)) + question("www.example.test", 65)
         with pytest.raises(Malformed):
@@ -158,7 +158,7 @@ bank.test. 60 IN A 192.0.2.66
 
 
 def test_records_that_do_not_belong_to_the_question_are_dropped() -> None:
-    reply = dns.message.from_wire(Message(stream(LIES)).as_reply(ASKED))
+    reply = dns.message.from_wire(Message(wire(LIES)).as_reply(ASKED))
     assert sorted(line.lower() for item in reply.answer for line in str(item).splitlines()) == [
         "a.example.test. 300 in a 192.0.2.1",
         "a.example.test. 300 in a 192.0.2.2",
@@ -184,7 +184,7 @@ def test_it_is_not_kept_either() -> None:
     key = key_of(asked)
     assert key is not None
     cache = Cache(CacheConfig())
-    entry = cache.put(asked, key, Message(stream(LIES)), 0.0)
+    entry = cache.put(asked, key, Message(wire(LIES)), 0.0)
     assert entry is not None
     kept = dns.message.from_wire(entry.reply(asked, 1.0))
     assert "192.0.2.66" not in str(kept)
@@ -193,7 +193,7 @@ def test_it_is_not_kept_either() -> None:
 
 def test_the_name_asked_for_has_the_askers_spelling_in_every_record() -> None:
     records = "www.example.test. 60 IN A 192.0.2.1\nwww.example.test. 60 IN A 192.0.2.2\n"
-    data = stream(f"id 1\nflags QR RD RA\n;QUESTION\nwww.example.test. IN A\n;ANSWER\n{records}")
+    data = wire(f"id 1\nflags QR RD RA\n;QUESTION\nwww.example.test. IN A\n;ANSWER\n{records}")
     stop = data.index(b"\xc0\x0c")
     spelled = data[12:stop][:-4].upper()
     written_out = data[:stop] + data[stop:].replace(b"\xc0\x0c", spelled)
@@ -205,7 +205,7 @@ def test_the_name_asked_for_has_the_askers_spelling_in_every_record() -> None:
 
 def test_records_that_belong_are_left_unchanged() -> None:
     for text in (CHAIN, BINDINGS):
-        data = stream(text.split(";AUTHORITY")[0])
+        data = wire(text.split(";AUTHORITY")[0])
         assert Message(data).data is data
 
 
@@ -217,7 +217,7 @@ def test_an_answer_of_nothing_but_something_else_is_none(answer: str) -> None:
     soa = ";AUTHORITY\nexample.test. 60 IN SOA ns.example.test. admin.example.test. 1 2 3 4 5\n"
     for more in ("", soa):
         with pytest.raises(Malformed):
-            Message(stream(f"id 1\nflags QR\n;QUESTION\nwww.example.test. IN A\n;ANSWER\n{answer}\n{more}"))
+            Message(wire(f"id 1\nflags QR\n;QUESTION\nwww.example.test. IN A\n;ANSWER\n{answer}\n{more}"))
 
 
 def test_other_classes_are_not_asked_for() -> None:
@@ -239,7 +239,7 @@ def test_answers_to_no_question_are_none(questions: int, asked: bytes) -> None:
 
 def test_any_is_any_type_of_the_name() -> None:
     text = LIES.replace("www.example.test. IN A\n;ANSWER", "a.example.test. IN ANY\n;ANSWER")
-    reply = dns.message.from_wire(Message(stream(text)).as_reply(scan(query("a.example.test", 255))))
+    reply = dns.message.from_wire(Message(wire(text)).as_reply(scan(query("a.example.test", 255))))
     assert {str(item.name) for item in reply.answer} == {"a.example.test."}
     assert {dns.rdatatype.to_text(item.rdtype) for item in reply.answer} == {"A", "AAAA", "RRSIG"}
 
@@ -271,19 +271,19 @@ a.old.test. 9 IN CNAME a.new.test.
 a.new.test. 9 IN A 192.0.2.1
 """
     asked = scan(query("a.old.test"))
-    assert len(dns.message.from_wire(Message(stream(text)).as_reply(asked)).answer) == 4
+    assert len(dns.message.from_wire(Message(wire(text)).as_reply(asked)).answer) == 4
     more = (
         text
         + "bank.test. 9 IN DNAME new.test.\nold.test. 9 IN RRSIG A 8 3 300 20300101000000 20200101000000 1 o. AAAA\n"
     )
-    kept = dns.message.from_wire(Message(stream(more)).as_reply(asked)).answer
+    kept = dns.message.from_wire(Message(wire(more)).as_reply(asked)).answer
     assert [str(item.name) for item in kept] == ["old.test.", "old.test.", "a.old.test.", "a.new.test."]
 
 
 def test_a_chain_without_an_end_is_none() -> None:
     def chain(count: int) -> bytes:
         links = "".join(f"n{n}.test. 1 IN CNAME n{n + 1}.test.\n" for n in range(count))
-        return stream(f"id 1\nflags QR\n;QUESTION\nn0.test. IN A\n;ANSWER\n{links}n{count}.test. 1 IN A 192.0.2.1\n")
+        return wire(f"id 1\nflags QR\n;QUESTION\nn0.test. IN A\n;ANSWER\n{links}n{count}.test. 1 IN A 192.0.2.1\n")
 
     message = Message(chain(MAX_CHAIN))
     assert len(message.targets) == MAX_CHAIN
@@ -314,7 +314,7 @@ def test_a_message_full_of_long_names_takes_no_long_work() -> None:
 
 @given(st.sampled_from([CHAIN, BINDINGS, LIES]), st.integers(0, 900), st.binary(max_size=12), st.integers(0, 12))
 def test_a_spoilt_reply_is_read_or_malformed(text: str, at: int, spoilt: bytes, skip: int) -> None:
-    data = stream(text)
+    data = wire(text)
     data = data[:at] + spoilt + data[at + skip :]
     try:
         message = Message(data)

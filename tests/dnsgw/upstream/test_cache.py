@@ -44,8 +44,8 @@ def found(cache: Cache, question: Query) -> Entry | None:
 
 
 def replied(entry: Entry, question: Query, now: float) -> dns.message.Message:
-    stream = entry.reply(replace(question, id=7), now)
-    return dns.message.from_wire(stream)
+    wire = entry.reply(replace(question, id=7), now)
+    return dns.message.from_wire(wire)
 
 
 def test_ttls_are_counted_down_and_the_spelling_is_the_askers() -> None:
@@ -114,16 +114,16 @@ def test_negative_answers_without_a_soa_are_not_cached(message: Message) -> None
 
 def test_a_ttl_with_its_sign_set_is_none() -> None:
     """RFC 2181 section 8."""
-    stream = bytearray(answer(asked(), "www.example.test. 60 IN A 192.0.2.1").data)
-    at = stream.rindex((60).to_bytes(4, "big"))
-    stream[at] = 0x80
-    assert kept(Cache(CacheConfig()), asked(), Message(bytes(stream))) is None
+    wire = bytearray(answer(asked(), "www.example.test. 60 IN A 192.0.2.1").data)
+    at = wire.rindex((60).to_bytes(4, "big"))
+    wire[at] = 0x80
+    assert kept(Cache(CacheConfig()), asked(), Message(bytes(wire))) is None
 
 
 def test_a_soa_cut_short_is_malformed() -> None:
-    stream = answer(asked(), authority=(SOA,)).data
-    at = len(stream) - 20 - 5
-    cut = stream[: stream.index(b"\0\6\0\1", 30) + 8] + b"\0\2" + stream[at : at + 2]
+    wire = answer(asked(), authority=(SOA,)).data
+    at = len(wire) - 20 - 5
+    cut = wire[: wire.index(b"\0\6\0\1", 30) + 8] + b"\0\2" + wire[at : at + 2]
     with pytest.raises(Malformed):
         kept(Cache(CacheConfig()), asked(), Message(cut))
 
@@ -171,8 +171,8 @@ def test_an_answer_past_its_end_has_a_short_ttl_and_says_so() -> None:
     assert entry is not None
     assert cache.may_be_stale(entry, 1159)
     assert not cache.may_be_stale(entry, 1160)
-    stream = entry.stale_reply(replace(asked(edns=opt()), id=1), option(15, b"\0\3"))
-    reply = dns.message.from_wire(stream)
+    wire = entry.stale_reply(replace(asked(edns=opt()), id=1), option(15, b"\0\3"))
+    reply = dns.message.from_wire(wire)
     assert reply.answer[0].ttl == 30
     assert reply.options[0].otype == 15
 

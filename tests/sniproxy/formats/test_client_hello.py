@@ -103,13 +103,13 @@ def test_names_that_route(sent: bytes, name: str | None) -> None:
 
 def test_what_comes_behind_the_hello_is_kept_and_not_looked_at() -> None:
     for behind in (CHANGE_CIPHER_SPEC + EARLY_DATA, b"anything", record(b""), records(PLAIN)):
-        for stream in (records(PLAIN) + behind, records(PLAIN, 1) + behind):
+        for wire in (records(PLAIN) + behind, records(PLAIN, 1) + behind):
             reader = HelloReader()
-            hello = reader.feed(stream)
+            hello = reader.feed(wire)
             assert hello is not None
-            assert reader.raw == stream
+            assert reader.raw == wire
             assert reader.feed(b"more") is hello
-            assert reader.raw == stream + b"more"
+            assert reader.raw == wire + b"more"
 
 
 def test_all_fields_of_a_hello() -> None:
@@ -141,9 +141,9 @@ def test_all_fields_of_a_hello() -> None:
 
 
 @pytest.mark.parametrize("wire", OTHER_PROTOCOLS.values(), ids=OTHER_PROTOCOLS.keys())
-def test_not_tls(stream: bytes) -> None:
-    first = 2 if stream[0] == 22 else 1  # refused as soon as the bytes show it
-    for pieces in ([stream], singly(stream[:first])):
+def test_not_tls(wire: bytes) -> None:
+    first = 2 if wire[0] == 22 else 1  # refused as soon as the bytes show it
+    for pieces in ([wire], singly(wire[:first])):
         with pytest.raises(HelloError) as refused:
             read(*pieces)
         assert refused.value.reason is NOT_TLS
@@ -151,8 +151,8 @@ def test_not_tls(stream: bytes) -> None:
 
 
 @pytest.mark.parametrize("wire", FROM_THE_HEADER.values(), ids=FROM_THE_HEADER.keys())
-def test_refused_from_the_header(stream: bytes) -> None:
-    for pieces in ([stream[:-1], stream[-1:]], singly(stream)):
+def test_refused_from_the_header(wire: bytes) -> None:
+    for pieces in ([wire[:-1], wire[-1:]], singly(wire)):
         reader = HelloReader()
         for piece in pieces[:-1]:
             assert reader.feed(piece) is None
@@ -197,9 +197,9 @@ def test_the_limit_is_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("wire", [b"", b"\x16", records(PLAIN)[:-1], records(PLAIN, 1)[:-1], record(PLAIN[:9])])
-def test_an_unfinished_hello_is_nothing_yet(stream: bytes) -> None:
-    assert read(stream) is None
-    assert read(*singly(stream)) is None
+def test_an_unfinished_hello_is_nothing_yet(wire: bytes) -> None:
+    assert read(wire) is None
+    assert read(*singly(wire)) is None
 
 
 # --- any hello, any cut, any mutation -------------------------------------------------------------------------------
@@ -236,22 +236,22 @@ cuts = st.lists(st.integers(0, 5000), max_size=12)
 def test_any_split_gives_the_same(whole: bytes, in_records: list[int], in_segments: list[int]) -> None:
     expected = parse_client_hello(whole)
     assert expected.digest == hashlib.sha256(whole).digest()
-    stream = records_cut(whole, [at % len(whole) for at in in_records])
-    assert read(*cut(stream, in_segments)) == expected
-    assert read(*singly(stream)) == expected
+    wire = records_cut(whole, [at % len(whole) for at in in_records])
+    assert read(*cut(wire, in_segments)) == expected
+    assert read(*singly(wire)) == expected
 
 
 @given(valid_messages(), cuts)
 def test_a_reader_that_waits_for_what_is_missing_sees_the_same(whole: bytes, in_records: list[int]) -> None:
-    stream = records_cut(whole, [at % len(whole) for at in in_records])
+    wire = records_cut(whole, [at % len(whole) for at in in_records])
     reader, at, hello = HelloReader(), 0, None
     while hello is None:
         size = reader.missing
         assert 1 <= size <= MAX_RECORD
-        assert all(read(stream[:end]) is None for end in {at, at + size - 1}), "fewer would not have done"
-        hello = reader.feed(stream[at : at + size])
+        assert all(read(wire[:end]) is None for end in {at, at + size - 1}), "fewer would not have done"
+        hello = reader.feed(wire[at : at + size])
         at += size
-    assert at == len(stream)
+    assert at == len(wire)
     assert hello == parse_client_hello(whole)
 
 
@@ -262,13 +262,13 @@ def test_a_reader_that_waits_for_what_is_missing_sees_the_same(whole: bytes, in_
         (records(PLAIN[:2]) + records(PLAIN[2:]), [1, 4, 2, 5, 2, len(PLAIN) - 4]),
     ],
 )
-def test_how_often_a_slow_hello_is_fed(stream: bytes, sizes: list[int]) -> None:
+def test_how_often_a_slow_hello_is_fed(wire: bytes, sizes: list[int]) -> None:
     reader, at = HelloReader(), 0
     for size in sizes:
         assert reader.missing == size
-        reader.feed(stream[at : at + size])
+        reader.feed(wire[at : at + size])
         at += size
-    assert at == len(stream)
+    assert at == len(wire)
 
 
 def outcome(*pieces: bytes) -> Hello | tuple[HelloReason, str] | None:
@@ -286,23 +286,23 @@ Edit = tuple[int, bytes, int]
 edits_of_hellos = st.lists(st.tuples(st.integers(0, 3000), st.binary(max_size=4), st.integers(0, 4)), max_size=4)
 
 
-def edited(stream: bytes, edits: list[Edit]) -> bytes:
+def edited(wire: bytes, edits: list[Edit]) -> bytes:
     """Insert and delete bytes at the given places."""
     for place, inserted, deleted in edits:
-        at = place % max(len(stream), 1)
-        stream = stream[:at] + inserted + stream[at + deleted :]
-    return stream
+        at = place % max(len(wire), 1)
+        wire = wire[:at] + inserted + wire[at + deleted :]
+    return wire
 
 
 @given(valid_messages(), edits_of_hellos)
 def test_a_mutated_hello_raises_only_hello_errors(whole: bytes, edits: list[Edit]) -> None:
     """However the bytes are split, the result is the same, and a name in the result is in the bytes."""
-    stream = edited(records(whole), edits)
-    result = outcome(stream)
+    wire = edited(records(whole), edits)
+    result = outcome(wire)
     if not isinstance(result, tuple) or result[0] is not NOT_TLS:  # that detail shows the first bytes there are
-        assert outcome(*singly(stream)) == result
+        assert outcome(*singly(wire)) == result
     if isinstance(result, Hello):
-        assert result.raw_name in stream
+        assert result.raw_name in wire
 
 
 @given(st.binary(max_size=600), st.integers(0, 60))
@@ -338,9 +338,9 @@ def executed_lines(call: Callable[[], object]) -> int:
 @pytest.mark.parametrize("fed_singly", [False, True], ids=["one segment", "byte by byte"])
 def test_work_is_linear_in_records_and_segments(fed_singly: bool) -> None:
     def lines(size: int) -> int:
-        stream = records(grow(size, last=SNI), 1)
+        wire = records(grow(size, last=SNI), 1)
         reader = HelloReader()
-        pieces = singly(stream) if fed_singly else [stream]
+        pieces = singly(wire) if fed_singly else [wire]
         return executed_lines(lambda: [reader.feed(piece) for piece in pieces])
 
     assert lines(8_000) < 4.2 * lines(2_000)
@@ -351,13 +351,13 @@ def test_bytes_held_are_bounded() -> None:
     most = MAX_RECORD_HEADERS // 5
     whole = grow(65_536 + 4, last=SNI)
     assert read(records(grow(most, last=SNI), 1)) is not None
-    stream = records_cut(whole, [*range(most - 4), *range(most - 4, len(whole), 16_384)])
-    assert read(stream) is not None
-    assert len(stream) < MAX_RECORD_HEADERS + len(whole)
-    stream = records(whole, 1)
+    wire = records_cut(whole, [*range(most - 4), *range(most - 4, len(whole), 16_384)])
+    assert read(wire) is not None
+    assert len(wire) < MAX_RECORD_HEADERS + len(whole)
+    wire = records(whole, 1)
     reader = HelloReader()
-    assert reader.feed(stream[: 6 * most + 4]) is None
+    assert reader.feed(wire[: 6 * most + 4]) is None
     with pytest.raises(HelloError, match="record headers") as refused:
-        reader.feed(stream[6 * most + 4 : 6 * most + 5])
+        reader.feed(wire[6 * most + 4 : 6 * most + 5])
     assert refused.value.reason is BAD_HELLO
     assert len(reader.raw) < MAX_RECORD_HEADERS + len(whole)

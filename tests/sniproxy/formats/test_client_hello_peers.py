@@ -46,15 +46,15 @@ def read(*pieces: bytes) -> Hello | None:
     ],
 )
 def test_python_ssl(name: str, routes_as: str) -> None:
-    stream = python_hello(name, protocols=["h2"])
-    for pieces in ([stream], [bytes([byte]) for byte in stream]):
+    wire = python_hello(name, protocols=["h2"])
+    for pieces in ([wire], [bytes([byte]) for byte in wire]):
         hello = read(*pieces)
         assert hello is not None
         assert hello.server_name == routes_as
         assert hello.raw_name == name.encode()
         assert hello.alpn == (b"h2",)
         assert 0x0304 in hello.versions
-        assert hello.size == len(stream) - 5
+        assert hello.size == len(wire) - 5
 
 
 @pytest.mark.parametrize("name", ["10.0.0.5", "::1", None])
@@ -65,10 +65,10 @@ def test_python_ssl_sends_no_name_for_an_address(name: str | None) -> None:
 
 
 def test_python_ssl_hello_survives_being_cut_into_records() -> None:
-    stream = python_hello("orders.shop.example")
-    expected = read(stream)
+    wire = python_hello("orders.shop.example")
+    expected = read(wire)
     for size in (1, 7, 100):
-        assert read(records(stream[5:], size)) == expected
+        assert read(records(wire[5:], size)) == expected
 
 
 @pytest.mark.interop
@@ -141,12 +141,12 @@ class Server:
     def _note(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         self._name = name
 
-    def read(self, stream: bytes) -> bytes | None:
+    def read(self, wire: bytes) -> bytes | None:
         """Return the name that the server sees in a connection with this start."""
         self._name = None
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         server = self._context.wrap_bio(incoming, outgoing, server_side=True)
-        incoming.write(stream)
+        incoming.write(wire)
         with suppress(ssl.SSLError):
             server.do_handshake()
         return None if self._name is None else self._name.encode()
@@ -164,8 +164,8 @@ def test_a_real_server_is_hardly_more_tolerant() -> None:
 @given(names, cuts)
 def test_a_real_server_sees_the_same_name(name: bytes, in_records: list[int]) -> None:
     whole = python_hello(name.decode())[5:]
-    stream = records_cut(whole, [at % len(whole) for at in in_records])
-    assert SERVER.read(stream) == parse_client_hello(whole).raw_name == name
+    wire = records_cut(whole, [at % len(whole) for at in in_records])
+    assert SERVER.read(wire) == parse_client_hello(whole).raw_name == name
 
 
 odd_names = st.text(st.characters(max_codepoint=127), max_size=6).map(str.encode)
@@ -203,11 +203,11 @@ def doubtful_messages(draw: st.DrawFn) -> bytes:
 @given(doubtful_messages())
 def test_a_real_server_never_sees_another_name(whole: bytes) -> None:
     """The reason for all strictness: the name that we route by is the name that the server sees."""
-    stream = records(whole)
+    wire = records(whole)
     with suppress(HelloError):
-        hello = read(stream)
+        hello = read(wire)
         assert hello is not None
-        assert SERVER.read(stream) in (hello.raw_name, None)
+        assert SERVER.read(wire) in (hello.raw_name, None)
 
 
 SEEDS = [
@@ -219,9 +219,9 @@ SEEDS = [
 ]
 
 
-def mutated(stream: bytes, source: random.Random) -> bytes:
+def mutated(wire: bytes, source: random.Random) -> bytes:
     """Change some bytes: to extremes, by one, removed, inserted, doubled."""
-    result = bytearray(stream)
+    result = bytearray(wire)
     for _ in range(source.randint(1, 4)):
         at = source.randrange(len(result))
         match source.randrange(6):
@@ -248,13 +248,13 @@ def test_200_000_mutated_hellos() -> None:
     source = random.Random(2026)
     passed = 0
     for _ in range(200_000):
-        stream = mutated(source.choice(SEEDS), source)
+        wire = mutated(source.choice(SEEDS), source)
         try:
-            hello = HelloReader().feed(stream)
+            hello = HelloReader().feed(wire)
         except HelloError:
             continue
         if hello is not None:
             passed += 1
             if passed % 10 == 0:
-                assert SERVER.read(stream) in (hello.raw_name, None), stream.hex()
+                assert SERVER.read(wire) in (hello.raw_name, None), wire.hex()
     assert passed > 20_000

@@ -49,25 +49,25 @@ IPV4 = bytes.fromhex("0a000001 0a000009 d431 01bb")
 
 @given(headers, st.binary(max_size=20))
 def test_what_is_written_is_what_is_read(header: ProxyHeader, behind: bytes) -> None:
-    stream = header.pack()
-    assert parse(stream + behind) == (header, len(stream))
-    assert read_length(stream[:16]) == len(stream)
+    wire = header.pack()
+    assert parse(wire + behind) == (header, len(wire))
+    assert read_length(wire[:16]) == len(wire)
 
 
 @given(headers)
 def test_an_incomplete_header_is_no_header_yet(header: ProxyHeader) -> None:
-    stream = header.pack()
-    for end in range(len(stream)):
-        assert parse(stream[:end]) is None
-        assert read_length(stream[:end]) == (None if end < 16 else len(stream))
+    wire = header.pack()
+    for end in range(len(wire)):
+        assert parse(wire[:end]) is None
+        assert read_length(wire[:end]) == (None if end < 16 else len(wire))
 
 
 def test_bytes() -> None:
     header = ProxyHeader(source=("10.0.0.1", 54321), destination=("10.0.0.9", 443), tlvs=((TLV_AUTHORITY, b"a.b"),))
     assert header.pack() == raw(IPV4 + bytes.fromhex("020003") + b"a.b")
     header = ProxyHeader(source=("fd00::1", 1), destination=("fd00::2", 2))
-    stream = raw(IPv6Address("fd00::1").packed + IPv6Address("fd00::2").packed + bytes.fromhex("00010002"), family=0x21)
-    assert header.pack() == stream
+    wire = raw(IPv6Address("fd00::1").packed + IPv6Address("fd00::2").packed + bytes.fromhex("00010002"), family=0x21)
+    assert header.pack() == wire
     assert ProxyHeader(command=Command.LOCAL).pack() == raw(b"", version=0x20, family=0)
 
 
@@ -79,10 +79,10 @@ def test_ipv4_mapped_addresses_are_written_as_ipv4() -> None:
 
 def test_mixed_families_meet_in_ipv6() -> None:
     header = ProxyHeader(source=("10.0.0.1", 1), destination=("fd00::2", 2))
-    stream = header.pack()
-    assert stream[13] == 0x21
-    assert stream[16:32] == IPv6Address("::ffff:10.0.0.1").packed
-    assert parse(stream) == (header, 52)
+    wire = header.pack()
+    assert wire[13] == 0x21
+    assert wire[16:32] == IPv6Address("::ffff:10.0.0.1").packed
+    assert parse(wire) == (header, 52)
 
 
 def test_the_zone_of_an_address_is_dropped() -> None:
@@ -130,9 +130,9 @@ def test_an_unknown_source_is_none() -> None:
         raw(b"", length=0xFFFF),
     ],
 )
-def test_refused(stream: bytes) -> None:
+def test_refused(wire: bytes) -> None:
     with pytest.raises(ProxyError):
-        parse(stream)
+        parse(wire)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_refused(stream: bytes) -> None:
         (raw(b"", length=11), 16),
     ],
 )
-def test_refused_as_soon_as_it_shows(stream: bytes, shown_by: int) -> None:
-    assert parse(stream[: shown_by - 1]) is None
+def test_refused_as_soon_as_it_shows(wire: bytes, shown_by: int) -> None:
+    assert parse(wire[: shown_by - 1]) is None
     with pytest.raises(ProxyError):
-        parse(stream[:shown_by])
+        parse(wire[:shown_by])
 
 
 @pytest.mark.parametrize(
@@ -191,13 +191,13 @@ def with_checksum(before: bytes, behind: bytes) -> bytes:
 
 @given(st.integers(0, 215))
 def test_a_checksum_is_verified(flipped: int) -> None:
-    stream = with_checksum(bytes.fromhex("020001") + b"a", bytes.fromhex("e00001") + b"b")
-    parsed = parse(stream)
+    wire = with_checksum(bytes.fromhex("020001") + b"a", bytes.fromhex("e00001") + b"b")
+    parsed = parse(wire)
     assert parsed is not None
     assert [kind for kind, _ in parsed[0].tlvs] == [2, 3, 0xE0]
     at, bit = divmod(flipped, 8)
-    at = 16 + at % (len(stream) - 16)  # anywhere in the addresses and TLVs
-    broken = stream[:at] + bytes([stream[at] ^ 1 << bit]) + stream[at + 1 :]
+    at = 16 + at % (len(wire) - 16)  # anywhere in the addresses and TLVs
+    broken = wire[:at] + bytes([wire[at] ^ 1 << bit]) + wire[at + 1 :]
     with pytest.raises(ProxyError):
         # A flipped type may turn the checksum into another TLV, or another TLV into one.
         if all(kind != TLV_CRC32C for kind, _ in (parse(broken) or parsed)[0].tlvs):
@@ -205,9 +205,9 @@ def test_a_checksum_is_verified(flipped: int) -> None:
 
 
 def test_one_checksum_at_most() -> None:
-    stream = with_checksum(b"", b"")
-    again = stream[28:]
-    doubled = stream[:14] + (len(stream) - 16 + len(again)).to_bytes(2, "big") + stream[16:] + again
+    wire = with_checksum(b"", b"")
+    again = wire[28:]
+    doubled = wire[:14] + (len(wire) - 16 + len(again)).to_bytes(2, "big") + wire[16:] + again
     with pytest.raises(ProxyError):
         parse(doubled)
 
@@ -270,11 +270,11 @@ def test_reads_what_haproxy_writes(tmp_path: Path, version: str) -> None:
                     connection, _ = server.accept()
                     with connection:
                         connection.settimeout(10)
-                        stream = b""
-                        while (parsed := parse_any(stream) if stream else None) is None:
+                        wire = b""
+                        while (parsed := parse_any(wire) if wire else None) is None:
                             data = connection.recv(4096)
                             assert data
-                            stream += data
+                            wire += data
                     expected = client.getsockname(), listener.getsockname()
             finally:
                 haproxy.terminate()
@@ -282,7 +282,7 @@ def test_reads_what_haproxy_writes(tmp_path: Path, version: str) -> None:
     header, length = parsed
     assert (header.source, header.destination) == expected
     assert (TLV_CRC32C in dict(header.tlvs)) is (version == "proxy-v2")
-    assert stream[length:] in (b"hello", b"")
+    assert wire[length:] in (b"hello", b"")
 
 
 V1 = b"PROXY TCP4 192.0.2.1 198.51.100.7 56324 443\r\n"

@@ -69,8 +69,8 @@ async def test_what_is_routed_arrives_byte_for_byte(relay: Running) -> None:
 
 
 BAD = [
-    *((what, stream, b"", "not_tls") for what, stream in OTHER_PROTOCOLS.items()),
-    *((what, stream, ALERT["decode_error"], "bad_hello") for what, stream in FROM_THE_HEADER.items()),
+    *((what, wire, b"", "not_tls") for what, wire in OTHER_PROTOCOLS.items()),
+    *((what, wire, ALERT["decode_error"], "bad_hello") for what, wire in FROM_THE_HEADER.items()),
     ("one byte over 64 KiB", records(grow(65_536 + 5, last=SNI)), ALERT["decode_error"], "bad_hello"),
     ("64 KiB in records of one byte", records(grow(65_536 + 4, last=SNI), 1), ALERT["decode_error"], "bad_hello"),
     *((what, records(whole), ALERT["decode_error"], "bad_hello") for what, whole in BROKEN.items()),
@@ -81,9 +81,9 @@ BAD = [
 
 
 async def test_what_is_refused_gets_its_alert_at_once(relay: Running) -> None:
-    for count, (what, stream, alert, reason) in enumerate(BAD, start=1):
+    for count, (what, wire, alert, reason) in enumerate(BAD, start=1):
         client = await relay.connect()
-        await client.send(stream)
+        await client.send(wire)
         assert await read_all(client) == alert, what
         client.close()
         assert (await relay.ended(count))[-1]["reason"] == reason, what

@@ -61,21 +61,21 @@ def capsules(draw: st.DrawFn) -> tuple[bytes, Said]:
     unknown = st.integers(0, (1 << 62) - 1).filter(lambda number: number not in list(CapsuleType))
     number = draw(st.sampled_from(CapsuleType) | unknown)
     value = draw(st.binary(max_size=300))
-    stream = draw(varints(number)) + draw(varints(len(value))) + value
-    return stream, [(number, value, 0)] if number in list(CapsuleType) else []
+    wire = draw(varints(number)) + draw(varints(len(value))) + value
+    return wire, [(number, value, 0)] if number in list(CapsuleType) else []
 
 
-def cut(stream: bytes, cuts: Iterable[int]) -> list[bytes]:
-    edges = [0, *sorted(cuts), len(stream)]
-    return [stream[a:b] for a, b in pairwise(edges)]
+def cut(wire: bytes, cuts: Iterable[int]) -> list[bytes]:
+    edges = [0, *sorted(cuts), len(wire)]
+    return [wire[a:b] for a, b in pairwise(edges)]
 
 
 @given(st.lists(capsules(), max_size=8), st.data())
 def test_any_split_says_the_same(parts: list[tuple[bytes, Said]], data: st.DataObject) -> None:
-    stream = b"".join(part for part, _ in parts)
+    wire = b"".join(part for part, _ in parts)
     expected = [one for _, says in parts for one in says]
-    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=20))
-    for pieces in (cut(stream, cuts), [stream], [bytes([byte]) for byte in stream]):
+    cuts = data.draw(st.lists(st.integers(0, len(wire)), max_size=20))
+    for pieces in (cut(wire, cuts), [wire], [bytes([byte]) for byte in wire]):
         reader = CapsuleReader()
         assert said(event for piece in pieces for event in reader.feed(piece)) == expected
         assert reader.at_boundary
@@ -84,20 +84,20 @@ def test_any_split_says_the_same(parts: list[tuple[bytes, Said]], data: st.DataO
 
 @given(st.lists(capsules(), max_size=8))
 def test_reading_no_more_than_needed_never_takes_payload(parts: list[tuple[bytes, Said]]) -> None:
-    stream = b"".join(part for part, _ in parts)
+    wire = b"".join(part for part, _ in parts)
     reader, at, events = CapsuleReader(), 0, []
-    while at < len(stream):
+    while at < len(wire):
         if reader.payload_left:
             count = reader.payload_left
-            events.append(Payload(memoryview(stream)[at : at + count]))
+            events.append(Payload(memoryview(wire)[at : at + count]))
             reader.skip_payload(count)
         else:
             count = reader.header_bytes_needed or 1  # inside a control capsule
-            new = reader.feed(stream[at : at + count])
+            new = reader.feed(wire[at : at + count])
             assert not any(isinstance(event, Payload) for event in new)
             events += new  # type: ignore[arg-type]
         at += count
-    assert at == len(stream)
+    assert at == len(wire)
     assert said(events) == [one for _, says in parts for one in says]
 
 
@@ -114,10 +114,10 @@ def test_our_own_capsules_are_read_header_by_header(parts: list[tuple[CapsuleTyp
 
 
 def test_a_read_of_what_is_wanted_may_take_payload_of_a_foreign_writer() -> None:
-    stream = varint(DATA, 4) + varint(20, 1) + bytes(range(20))
+    wire = varint(DATA, 4) + varint(20, 1) + bytes(range(20))
     reader = CapsuleReader()
     wanted = reader.header_bytes_wanted
-    assert reader.feed(stream[:wanted]) == [Header(DATA, 20), Payload(memoryview(bytes(range(3))))]
+    assert reader.feed(wire[:wanted]) == [Header(DATA, 20), Payload(memoryview(bytes(range(3))))]
     assert reader.payload_left == 17
     reader.skip_payload(17)
     assert reader.at_boundary
@@ -173,10 +173,10 @@ def test_a_header_is_eight_bytes_with_the_code_points_of_connect_tcp() -> None:
 
 
 def test_payload_is_a_view_not_a_copy() -> None:
-    stream = header(DATA, 100_000) + bytes(100_000)
-    [_, piece] = CapsuleReader().feed(stream)
+    wire = header(DATA, 100_000) + bytes(100_000)
+    [_, piece] = CapsuleReader().feed(wire)
     assert isinstance(piece, Payload)
-    assert piece.data.obj is stream
+    assert piece.data.obj is wire
 
 
 def test_the_largest_payload_is_streamed() -> None:
@@ -196,10 +196,10 @@ def test_the_largest_payload_is_streamed() -> None:
         varint((1 << 62) - 1, 8) + varint((1 << 62) - 1, 8),
     ],
 )
-def test_too_much_is_refused_from_the_header(stream: bytes) -> None:
+def test_too_much_is_refused_from_the_header(wire: bytes) -> None:
     reader = CapsuleReader()
     with pytest.raises(CapsuleError) as refused:
-        reader.feed(stream)
+        reader.feed(wire)
     assert refused.value.reason == "protocol_error"
     with pytest.raises(CapsuleError):  # and nothing behind it is looked at
         reader.feed(header(READY, 0))
@@ -208,8 +208,8 @@ def test_too_much_is_refused_from_the_header(stream: bytes) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in CapsuleType if kind not in (DATA, FINAL_DATA)])
 def test_control_and_unknown_capsules_up_to_their_limit(kind: CapsuleType) -> None:
     unknown = header(0x3FFFFFFF, MAX_UNKNOWN) + bytes(MAX_UNKNOWN)
-    stream = unknown + header(kind, MAX_CONTROL) + b"c" * MAX_CONTROL + unknown
-    assert CapsuleReader().feed(stream) == [Control(kind, b"c" * MAX_CONTROL)]
+    wire = unknown + header(kind, MAX_CONTROL) + b"c" * MAX_CONTROL + unknown
+    assert CapsuleReader().feed(wire) == [Control(kind, b"c" * MAX_CONTROL)]
 
 
 @given(st.lists(st.binary(max_size=40), max_size=10))
