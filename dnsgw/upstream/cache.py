@@ -121,7 +121,7 @@ class Entry:
             for place in message.places
         ]
         bits = key[-1]
-        flags = QR | RD | message.flags & (RA | 0xF) | bits << 4 & CD
+        flags = QR | RA | RD | message.flags & 0xF | bits << 4 & CD  # as `flags_to_client`; only answers to RD are kept
         self.heads = tuple(
             HEADER.pack(0, flags | (message.flags & AD if ad else 0), 1, message.answers, message.authorities, edns)[2:]
             for ad in (0, 1)

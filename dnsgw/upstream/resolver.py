@@ -12,10 +12,10 @@ from typing import TypeAlias
 
 from dnsgw.client_limits import Client, Host, client_of
 from dnsgw.message.names import Malformed
-from dnsgw.message.question import TC, ExtendedError, Query, Rcode, extended_error, retyped
+from dnsgw.message.question import HEADER, TC, ExtendedError, Query, Rcode, extended_error, retyped
 from dnsgw.message.reply import truncate
 from dnsgw.message.upstream_query import subnet_of
-from dnsgw.message.upstream_reply import Message
+from dnsgw.message.upstream_reply import Message, flags_to_client
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.two_generation_cache import TwoGenerationCache
 from dnsgw.upstream.cache import MIN_PREFETCH_USES, RETRY_STALE_S, Cache, CacheConfig, Entry, key_of
@@ -217,8 +217,10 @@ class UpstreamResolver:
                 bindings=message.bindings,
             )
         except Malformed:
-            if int.from_bytes(result[2:4], "big") & TC:  # truncated anywhere: what is left does not matter
-                return UpstreamReply(truncate(query.id.to_bytes(2, "big") + result[2:], query), Outcome.FORWARDED)
+            flags = int.from_bytes(result[2:4], "big")
+            if flags & TC:  # truncated anywhere: what is left does not matter
+                head = HEADER.pack(query.id, flags_to_client(flags, query), 1, 0, 0, 0)
+                return UpstreamReply(truncate(head, query), Outcome.FORWARDED)
             return Failure.MALFORMED
 
     def _give_up(self, query: Query, key: bytes | None, done: Done, failure: Failure) -> None:
