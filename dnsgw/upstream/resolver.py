@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from dnsgw.client_limits import Client, Host, client_of
 from dnsgw.message.names import Malformed
-from dnsgw.message.question import HEADER, TC, ExtendedError, Query, Rcode, extended_error, retyped
+from dnsgw.message.question import AD, HEADER, TC, ExtendedError, Query, Rcode, extended_error, retyped
 from dnsgw.message.reply import truncate
 from dnsgw.message.upstream_query import subnet_of
 from dnsgw.message.upstream_reply import Message, flags_to_client
@@ -60,6 +60,16 @@ class UpstreamReply:
         self.entry = entry
         self.targets = targets
         self.bindings = bindings
+
+    @property
+    def denies_name(self) -> bool:
+        """Whether it says that the name, or the last one of its alias chain, does not exist."""
+        return self.wire[3] & 0xF == Rcode.NXDOMAIN
+
+    def as_nodata(self) -> "UpstreamReply":
+        """Return the same as NODATA in place of NXDOMAIN, for a name that exists. It is upstream's no more, so without AD."""
+        wire = self.wire[:3] + bytes((self.wire[3] & ~(0xF | AD) & 0xFF,)) + self.wire[4:]
+        return UpstreamReply(wire, self.outcome, targets=self.targets, bindings=self.bindings)
 
 
 Done: TypeAlias = Callable[[UpstreamReply | Failure], None]
