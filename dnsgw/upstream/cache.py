@@ -258,7 +258,7 @@ class Cache:
     def _find(self, key: bytes) -> Entry | None:
         return self._main.get(key) or self._small.get(key)
 
-    def put(self, query: Query, key: bytes, message: Message, now: float) -> Entry | None:
+    def put(self, key: bytes, message: Message, now: float) -> Entry | None:
         """Store an answer. Returns its entry, or None if it must not be cached. Raises Malformed."""
         ttl_s = self._lifetime_s(message, int.from_bytes(key[-5:-3], "big"))
         if not ttl_s or not self._config.max_bytes:

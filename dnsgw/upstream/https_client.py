@@ -92,10 +92,22 @@ class HttpsClient:
             writer.transport.abort()
 
     async def _exchange(self, message: bytes) -> bytes:
-        """Send one request and read its response. Raises OSError, EOFError, ValueError, LimitOverrunError."""
-        connection = self._take() or await asyncio.open_connection(
+        """Send one request and read its response. Raises OSError, EOFError, ValueError, LimitOverrunError.
+
+        A kept connection that ends without a response was idle for too long, or had its share of requests; the request is sent
+        again over another one (RFC 9110 section 9.2.2: DNS questions are safe to repeat).
+        """
+        while (kept := self._take()) is not None:
+            try:
+                return await self._request(kept, message)
+            except (OSError, EOFError):
+                continue
+        fresh = await asyncio.open_connection(
             self._host, self._port, ssl=self._tls, server_hostname=self._server_name, limit=MAX_HEAD
         )
+        return await self._request(fresh, message)
+
+    async def _request(self, connection: _Connection, message: bytes) -> bytes:
         reader, writer = connection
         self._busy.add(writer)
         keep = False

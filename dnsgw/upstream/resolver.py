@@ -218,7 +218,7 @@ class UpstreamResolver:
             if self._read is None or self._read[0] is not result:
                 self._read = (result, Message(result))
             message = self._read[1]
-            entry = self.cache.put(query, key, message, now) if key is not None else None
+            entry = self.cache.put(key, message, now) if key is not None else None
             return UpstreamReply(
                 message.as_reply(query),
                 Outcome.FORWARDED,

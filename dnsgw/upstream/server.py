@@ -2,7 +2,7 @@
 
 An upstream has a pool of connected UDP sockets, so the kernel drops packets from elsewhere. Each uses a port that the kernel has
 chosen at random, evenly from net.ipv4.ip_local_port_range, for a limited number of questions and seconds (`UpstreamLimits`). The
-socket for a question is chosen at random, like the id (RFC 5452 section 9). Over TCP and TLS, many questions share one connection.
+socket for a question is chosen at random, like the id (RFC 5452 section 9). `connections.py` has those over TCP and TLS.
 Every upstream remembers its failures and capabilities.
 """
 
@@ -21,6 +21,14 @@ from dnsgw.message.question import option
 from dnsgw.message.upstream_query import encode, respelled, subnet_of
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.capabilities import Capabilities
+from dnsgw.upstream.connections import (
+    CONNECTION_LIMITS,
+    Client,
+    ConnectionLimits,
+    ConnectionPending,
+    Connections,
+    free_id,
+)
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
 from dnsgw.upstream.stream_client import STREAM_TIMING, Spawn, StreamClient, StreamTiming
@@ -56,6 +64,9 @@ class UpstreamLimits:
 
     stream: StreamTiming = STREAM_TIMING
     """Timeouts of its connections."""
+
+    connections: ConnectionLimits = CONNECTION_LIMITS
+    """Limits of its connections, if it does not take all questions on one of them."""
 
 
 UPSTREAM_LIMITS = UpstreamLimits()
@@ -125,8 +136,15 @@ class Upstream:
         self._limits = limits
         self._ports: list[_Port | None] = [None] * limits.pool
         self._retired: set[_Port] = set()
-        self._pipeline: StreamClient[Pending] | None = None
-        self._pipelines: set[StreamClient[Pending]] = set()
+        self._connections = Connections(
+            self,
+            loop,
+            open_connection=self._open_connection,
+            message=self._stream_message,
+            received=received,
+            lost=lost,
+            limits=limits.connections,
+        )
         self._https: HttpsClient | None = None
         self._failures = 0
         self._down_until = 0.0
@@ -137,7 +155,7 @@ class Upstream:
         if way is UpstreamProtocol.HTTPS:
             self._ask_https(exchange, now)
         elif stream or way is not UpstreamProtocol.UDP:
-            self._ask_pipeline(exchange, now)
+            self._connections.ask(exchange)
         else:
             self._ask_port(exchange, now)
 
@@ -202,9 +220,7 @@ class Upstream:
         for port in (*self._retired, *(port for port in ports if port is not None)):
             self._close_port(port)
         self._retired.clear()
-        for pipeline in list(self._pipelines):
-            pipeline.pending.clear()
-            pipeline.close()
+        self._connections.close()
 
     async def ended(self) -> None:
         """Wait until all connections are closed; call `close` first."""
@@ -218,13 +234,11 @@ class Upstream:
             if port is not None and port.pending is pending:
                 self._remove(port)
                 return
-        for pipeline in list(self._pipelines):
-            if pipeline.pending is pending:
-                log.warning(
-                    "dns_upstream_refused",
-                    extra={"event": {"upstream": str(self.destination), "error": "it sends unsolicited answers"}},
-                )
-                pipeline.close()
+        if self._connections.shed(pending):
+            log.warning(
+                "dns_upstream_refused",
+                extra={"event": {"upstream": str(self.destination), "error": "it sends unsolicited answers"}},
+            )
 
     def _message(self, attempt: Attempt, now: float, *, cookies: bool, pad: bool = False) -> bytes:
         """Return the message to send, without its id, and note in `attempt` what its answer must match."""
@@ -250,7 +264,7 @@ class Upstream:
         draw = os.urandom(3)
         port = self._port(draw[2] % len(self._ports), fresh=exchange.trust.get(self) is Trust.RENEWED)
         port.uses += 1
-        ident = _free_id(port.pending, draw)
+        ident = free_id(port.pending, draw)
         query = exchange.query
         attempt = Attempt(exchange, port.pending, ident, query.name + query.question[-4:])
         attempt.source = port.source
@@ -324,33 +338,30 @@ class Upstream:
         if not port.pending and port in self._retired:
             self._remove(port)
 
-    def _ask_pipeline(self, exchange: Exchange, now: float) -> None:
+    def _open_connection(
+        self,
+        pending: ConnectionPending,
+        received: Callable[[bytes, ConnectionPending], None],
+        lost: Callable[[Client], None],
+    ) -> Client:
         if self.spawn is None:
             raise OSError("not running")
-        pipeline = self._pipeline
-        secret = self.destination.way is UpstreamProtocol.TLS
-        # A second attempt does not use the connection on which the first one still waits.
-        if pipeline is None or pipeline.closed or any(attempt.pending is pipeline.pending for attempt in exchange.open):
-            pipeline = StreamClient(
-                Pending(self, stream=True),
-                spawn=self.spawn,
-                received=self._received,
-                lost=self._pipeline_lost,
-                tls=self._tls if secret else None,
-                server_name=self.destination.name or str(self.destination.address),
-                timing=self._limits.stream,
-            )
-            pipeline.open(self._family, self._destination)
-            self._pipeline = pipeline
-            self._pipelines.add(pipeline)
-        ident = _free_id(pipeline.pending, os.urandom(2))
-        query = exchange.query
-        attempt = Attempt(exchange, pipeline.pending, ident, query.name + query.question[-4:])
-        attempt.source = pipeline.source
-        message = self._message(attempt, now, cookies=self.destination.way is UpstreamProtocol.UDP, pad=secret)
-        pipeline.pending[ident] = attempt
-        exchange.open.append(attempt)
-        pipeline.send(ident.to_bytes(2, "big") + message)
+        client = StreamClient(
+            pending,
+            spawn=self.spawn,
+            received=received,
+            lost=lost,
+            tls=self._tls if self.destination.way is UpstreamProtocol.TLS else None,
+            server_name=self.destination.name or str(self.destination.address),
+            timing=self._limits.stream,
+        )
+        client.open(self._family, self._destination)
+        return client
+
+    def _stream_message(self, attempt: Attempt) -> bytes:
+        way = self.destination.way
+        cookies, pad = way is UpstreamProtocol.UDP, way is UpstreamProtocol.TLS
+        return self._message(attempt, self._loop.time(), cookies=cookies, pad=pad)
 
     def _ask_https(self, exchange: Exchange, now: float) -> None:
         if self.spawn is None or self._tls is None:
@@ -362,15 +373,3 @@ class Upstream:
         attempt = pending[0] = Attempt(exchange, pending, 0, query.name + query.question[-4:])
         exchange.open.append(attempt)
         self.spawn(self._https.post(pending, 0, self._message(attempt, now, cookies=False, pad=True)))
-
-    def _pipeline_lost(self, pipeline: StreamClient[Pending]) -> None:
-        self._pipelines.discard(pipeline)
-        if pipeline.pending:
-            self._lost(pipeline.pending)
-
-
-def _free_id(pending: Pending, draw: bytes) -> int:
-    ident = int.from_bytes(draw[:2], "big")
-    while ident in pending:  # far fewer questions are in flight than there are ids
-        ident = int.from_bytes(os.urandom(2), "big")
-    return ident

@@ -89,6 +89,11 @@ class StreamClient(Generic[PendingT]):
         self._sending = False
         self._idle_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def connected(self) -> bool:
+        """Whether it has been established, and the TLS handshake has succeeded."""
+        return self._stream is not None
+
     def open(self, family: socket.AddressFamily, destination: tuple[str, int]) -> None:
         """Start to connect. Raises OSError if that fails at once."""
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

@@ -34,7 +34,7 @@ def answer(
 def kept(cache: Cache, question: Query, message: Message, now: float = 100.0) -> Entry | None:
     key = key_of(question)
     assert key is not None
-    return cache.put(question, key, message, now)
+    return cache.put(key, message, now)
 
 
 def found(cache: Cache, question: Query) -> Entry | None:
