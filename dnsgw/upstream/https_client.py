@@ -54,9 +54,9 @@ class HttpsClient:
         """Runs on the running loop. `received` is called with each answer, `lost` for a question that will get none."""
         self._host = str(destination.address)
         self._port = destination.port
-        self._server_name = destination.name or self._host
+        self._server_name = destination.server_name
         self._tls = tls
-        host = destination.name or (f"[{self._host}]" if destination.address.version == 6 else self._host)
+        host = destination.name or (f"[{destination.host}]" if destination.address.version == 6 else destination.host)
         port = "" if destination.name or destination.port == 443 else f":{destination.port}"
         self._head = (
             f"POST {destination.path} HTTP/1.1\r\nHost: {host}{port}\r\nContent-Type: {_TYPE}\r\nAccept: {_TYPE}\r\n"

@@ -32,6 +32,7 @@ from dnsgw.upstream.connections import (
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
 from dnsgw.upstream.stream_client import STREAM_TIMING, Spawn, StreamClient, StreamTiming
+from sniproxy.engine.socket_address import socket_address
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +287,7 @@ class Upstream:
             return worn
         sock = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            sock.connect(self._destination)
+            sock.connect(socket_address(*self._destination))
             port = _Port(sock, Pending(self, stream=False))
         except OSError:
             sock.close()
@@ -352,7 +353,7 @@ class Upstream:
             received=received,
             lost=lost,
             tls=self._tls if self.destination.way is UpstreamProtocol.TLS else None,
-            server_name=self.destination.name or str(self.destination.address),
+            server_name=self.destination.server_name,
             timing=self._limits.stream,
         )
         client.open(self._family, self._destination)

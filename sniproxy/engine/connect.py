@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 
+from sniproxy.engine.socket_address import socket_address
 from sniproxy.engine.socket_stream import SocketStream, tune
 
 
@@ -44,8 +45,8 @@ async def connect_socket(
     try:
         tune(own)
         if local_address is not None:
-            own.bind((local_address, 0))
-        code = own.connect_ex((address, port))
+            own.bind(socket_address(local_address, 0))
+        code = own.connect_ex(socket_address(address, port))
         if code in (errno.EINPROGRESS, errno.EALREADY):
             established = asyncio.Event()
             loop.add_writer(own.fileno(), established.set)
