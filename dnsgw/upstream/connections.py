@@ -160,9 +160,10 @@ class Connections:
     def _choose(self, exchange: Exchange) -> Client | None:
         """Return a connection that takes this question; None: there is none.
 
-        A second attempt does not use the connection on which the first one still waits.
+        A second attempt does not use the connection on which the first one still waits. If it opened another connection, later
+        questions use that one as well.
         """
-        for client in self._clients:
+        for client in reversed(self._clients):
             pending = client.pending
             if client.closed or any(attempt.pending is pending for attempt in exchange.open):
                 continue

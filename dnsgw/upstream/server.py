@@ -32,6 +32,7 @@ from dnsgw.upstream.connections import (
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
 from dnsgw.upstream.stream_client import STREAM_TIMING, Spawn, StreamClient, StreamTiming
+from sniproxy.engine.network_changes import source_towards
 from sniproxy.engine.socket_address import socket_address
 
 log = logging.getLogger(__name__)
@@ -76,13 +77,16 @@ UPSTREAM_LIMITS = UpstreamLimits()
 class _Port:
     """One connected UDP socket: one source port for a while."""
 
-    __slots__ = ("pending", "sock", "source", "timer", "uses")
+    __slots__ = ("pending", "sock", "source", "stale", "timer", "uses")
 
     def __init__(self, sock: socket.socket, pending: Pending) -> None:
         self.sock = sock
         self.uses = 0
         self.pending = pending
         self.source = packed_source(sock)
+        self.stale = False
+        """The kernel would choose another source by now."""
+
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -101,6 +105,7 @@ class Upstream:
         *,
         received: Callable[[bytes, Pending], None],
         lost: Callable[[Pending], None],
+        moved: Callable[[Pending], None],
         tls: ssl.SSLContext | None = None,
         random_case: bool = True,
         client_subnet: bool = False,
@@ -113,6 +118,7 @@ class Upstream:
             loop: the loop to run on.
             received: called with every packet, and the questions pending at its socket.
             lost: called when pending questions can no longer get an answer.
+            moved: called when pending questions should be asked from another local address.
             tls: for TLS and HTTPS.
             random_case: ask in random case (DNS 0x20), over UDP only.
             client_subnet: forward the clients' subnet option.
@@ -131,6 +137,7 @@ class Upstream:
         self._loop = loop
         self._received = received
         self._lost = lost
+        self._moved = moved
         self._tls = tls
         self._random_case = random_case and destination.way is UpstreamProtocol.UDP
         self._client_subnet = client_subnet
@@ -223,6 +230,31 @@ class Upstream:
         self._retired.clear()
         self._connections.close()
 
+    def renew(self) -> None:
+        """Give up the sockets and connections whose local address is not the one that the kernel would choose now.
+
+        What they wait for is asked again. Without any route nothing changes: the host may get the same address again.
+        """
+        source = source_towards(*self._destination)
+        if source is None:
+            return
+        packed = ip_address(source).packed
+        stale = [
+            port
+            for port in (*self._ports, *self._retired)
+            if port is not None and port.source != packed and not port.stale
+        ]
+        for port in stale:
+            port.stale = True
+            if port not in self._retired:
+                self._replace(port)  # it may still get answers if the host has that address yet
+        self._connections.renew(packed)
+        if self._https is not None:
+            self._https.renew(packed)
+        for port in stale:
+            if port.pending:
+                self._moved(port.pending)
+
     async def ended(self) -> None:
         """Wait until all connections are closed; call `close` first."""
         https, self._https, self.spawn = self._https, None, None
@@ -261,7 +293,7 @@ class Upstream:
                 options += subnet_of(query)
         return encode(query, attempt.question, edns=attempt.edns, options=options, pad=pad)
 
-    def _ask_port(self, exchange: Exchange, now: float) -> None:
+    def _ask_port(self, exchange: Exchange, now: float, *, renewed: bool = False) -> None:
         draw = os.urandom(3)
         port = self._port(draw[2] % len(self._ports), fresh=exchange.trust.get(self) is Trust.RENEWED)
         port.uses += 1
@@ -276,6 +308,14 @@ class Upstream:
             port.sock.send(packet)  # the error belongs to an earlier packet, and this one was not sent
         except BlockingIOError:
             pass  # a full send buffer: the packet is lost, as on the network
+        except OSError:
+            # Usually the host has lost the address that the socket was connected from. All others are looked at as well.
+            if renewed:
+                raise
+            self._replace(port)
+            self.renew()
+            self._ask_port(exchange, now, renewed=True)
+            return
         port.pending[ident] = attempt
         exchange.open.append(attempt)
 

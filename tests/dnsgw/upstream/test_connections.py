@@ -104,6 +104,33 @@ async def test_a_server_that_stops_answering_is_given_up(upstream: Authority) ->
             assert await one.result() is Failure.UNREACHABLE
 
 
+async def test_after_a_connection_without_answers_questions_use_the_next_one(upstream: Authority) -> None:
+    upstream.script = lambda asked: [] if len(upstream.writers) == 1 else [asked.answer]
+    async with asking(upstream.port, attempt_s=0.05, total_s=20) as asker:
+        await asker.ask("first.example.test", tcp=True).answer()
+        before = len(upstream.asked)
+        for n in range(5):
+            await asker.ask(f"n{n}.example.test", tcp=True).answer()
+        assert len(upstream.asked) - before == 5
+        assert upstream.connections == 2
+
+
+async def test_connections_from_another_address_are_given_up(upstream: Authority) -> None:
+    upstream.script = silent
+    async with asking(upstream.port, **PATIENT) as asker:
+        waiting = [asker.ask(f"n{n}.example.test", tcp=True) for n in range(5)]
+        await upstream.heard(5)
+        (server,) = asker.forwarder.upstreams
+        server.renew()
+        assert upstream.connections == 1  # the address is the same
+        upstream.script = None
+        server._connections.renew(b"\x7f\0\0\x02")
+        for one in waiting:
+            await one.answer()
+        assert upstream.connections == 2
+        assert asker.count(UpstreamOutcome.UNREACHABLE) == 0
+
+
 async def test_questions_that_wait_for_a_connection_end_in_time(upstream: Authority) -> None:
     upstream.close_after = 1
     async with asking(upstream.port, attempt_s=0.1, total_s=0.3) as asker:

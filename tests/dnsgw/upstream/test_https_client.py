@@ -17,10 +17,14 @@ from aiohttp import web
 from dnsgw import Outcome
 from dnsgw.metrics import UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
+from dnsgw.upstream.exchange import Pending
+from dnsgw.upstream.https_client import HttpsClient
+from dnsgw.upstream.server import Upstream
 from tests.support.dns_authority import Authority
 from tests.support.dns_meshes import DOMAIN, mesh, relay
 from tests.support.dns_packets import opt, query
 from tests.support.dns_servers import Client, address, running
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -40,6 +44,8 @@ class Secret:
     status: int = 200
     close_after: int | None = None
     """Number of answers over TLS after which a connection is closed."""
+    hold: asyncio.Event | None = None
+    """Answers over HTTPS wait for it."""
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,8 @@ async def serving_https(tls: ssl.SSLContext) -> AsyncIterator[Secret]:
         packet = await request.read()
         assert packet[:2] == b"\0\0"
         (answer,) = secret.authority.packets(packet, ("", 0), tcp=True)
+        if secret.hold is not None:
+            await secret.hold.wait()
         return web.Response(body=answer, status=secret.status, content_type="application/dns-message")
 
     app = web.Application()
@@ -304,6 +312,41 @@ async def test_a_kept_connection_that_ends_without_a_response_is_no_verdict(sign
                 replies = [await client.receive() for _ in range(5)]
                 assert {reply[3] & 15 for reply in replies} == {dns.rcode.NXDOMAIN}
         assert server.metrics.upstream[UpstreamOutcome.UNREACHABLE] == 0
+
+
+async def test_connections_from_another_address_are_given_up(signer: trustme.CA, ca: str) -> None:
+    """Both one that is idle and one that waits for its response."""
+    answered: dict[int, bytes] = {}
+    async with serving_https(context(signer, "dns.example")) as secret, asyncio.TaskGroup() as tasks:
+        place = destination(UpstreamProtocol.HTTPS, secret.port)
+        upstream = Upstream(
+            place, asyncio.get_running_loop(), received=lambda *_: None, lost=lambda _: None, moved=lambda _: None
+        )
+
+        def received(packet: bytes, pending: Pending) -> None:
+            answered[packet[1]] = packet
+            pending.clear()
+
+        client = HttpsClient(place, ssl.create_default_context(cadata=ca), received=received, lost=lambda _: None)
+        secret.hold = asyncio.Event()
+        asking = [
+            tasks.create_task(client.post(Pending(upstream, stream=True), n, query(f"n{n}.{WWW}")[2:]))
+            for n in range(4)
+        ]
+        await eventually(lambda: len(secret.authority.asked) == 4)
+        client.renew(ip_address("127.0.0.1").packed)
+        await asyncio.sleep(0)
+        assert len(secret.authority.asked) == 4
+        client.renew(ip_address("127.0.0.2").packed)
+        await eventually(lambda: len(secret.authority.asked) == 8)
+        secret.hold.set()
+        for one in asking:
+            await one
+        assert sorted(answered) == [0, 1, 2, 3]
+        client.renew(ip_address("127.0.0.2").packed)  # idle ones
+        await client.post(Pending(upstream, stream=True), 9, query(f"n9.{WWW}")[2:])
+        assert 9 in answered
+        await client.close()
 
 
 @pytest.mark.parametrize("case", BAD)
