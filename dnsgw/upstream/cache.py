@@ -241,6 +241,9 @@ class Cache:
         self._leading: dict[bytes, set[bytes]] = {}
         """Keys of the entries whose aliases lead to a name, by that name."""
         self._types: set[bytes] = set()
+        self._denies = False
+        """There was an entry that says that a name does not exist; until then, such entries are not looked for."""
+
         self.hot: dict[bytes, Entry] = {}
         """Entries for `answer_cached`, until `cool`: the resolver has checked that these names are upstream's."""
         self.size = 0
@@ -253,10 +256,11 @@ class Cache:
 
     def get(self, key: bytes) -> Entry | None:
         """Return the entry for a key, or the one that says that the name does not exist; it may have expired."""
-        return self._find(key) or self._find(_of_any_type(key))
-
-    def _find(self, key: bytes) -> Entry | None:
-        return self._main.get(key) or self._small.get(key)
+        entry = self._main.get(key) or self._small.get(key)
+        if entry is None and self._denies:
+            absent = _of_any_type(key)
+            entry = self._main.get(absent) or self._small.get(absent)
+        return entry
 
     def put(self, key: bytes, message: Message, now: float) -> Entry | None:
         """Store an answer. Returns its entry, or None if it must not be cached. Raises Malformed."""
@@ -265,8 +269,8 @@ class Cache:
             return None
         if message.flags & 0xF == Rcode.NXDOMAIN:
             key = self._denied(key, message, now)
-        elif self._find(absent := _of_any_type(key)):
-            self._drop(absent)  # the name exists by now
+        elif self._denies:
+            self._drop(_of_any_type(key))  # the name exists by now
         entry = Entry(key, message, ttl_s, now, self._config)
         if entry.size > self._config.max_bytes * _SMALL_SHARE:
             return None
@@ -295,11 +299,13 @@ class Cache:
         other = _OTHER_ADDRESS.get(key[-5:-3])
         if other is None or message.targets:
             return key
-        twin = self._find(key[:-5] + other + key[-3:])
+        twin_key = key[:-5] + other + key[-3:]
+        twin = self._main.get(twin_key) or self._small.get(twin_key)
         if twin is None or twin.rcode != Rcode.NXDOMAIN or twin.targets or now >= twin.expires:
             return key
         self._drop(key)
-        self._drop(twin.key)
+        self._drop(twin_key)
+        self._denies = True
         return _of_any_type(key)
 
     def heat(self, key: bytes, entry: Entry) -> None:
