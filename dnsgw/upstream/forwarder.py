@@ -20,8 +20,9 @@ from dnsgw.metrics import DnsMetrics, UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress
 from dnsgw.upstream.exchange import Attempt, Done, Exchange, Failure, Pending, QueryTarget, Trust
 from dnsgw.upstream.host_resolvers import Endpoint
+from dnsgw.upstream.limits import UPSTREAM_LIMITS, UpstreamLimits
 from dnsgw.upstream.outstanding import OutstandingQueries
-from dnsgw.upstream.server import UPSTREAM_LIMITS, Upstream, UpstreamLimits
+from dnsgw.upstream.server import Upstream
 from dnsgw.upstream.stream_client import Spawn
 from dnsgw.upstream.suspicion import Suspicion
 from dnsgw.upstream.verify import Opt, Verdict, judge

@@ -12,26 +12,23 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import ip_address
 
-from discovery.pacing.backoff import Backoff
 from dnsgw.message.cookie import OPTION, SECRET_SIZE
 from dnsgw.message.question import option
 from dnsgw.message.upstream_query import encode, respelled, subnet_of
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.capabilities import Capabilities
 from dnsgw.upstream.connections import (
-    CONNECTION_LIMITS,
     Client,
-    ConnectionLimits,
     ConnectionPending,
     Connections,
     free_id,
 )
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
-from dnsgw.upstream.stream_client import STREAM_TIMING, Spawn, StreamClient, StreamTiming
+from dnsgw.upstream.limits import UPSTREAM_LIMITS, UpstreamLimits
+from dnsgw.upstream.stream_client import Spawn, StreamClient
 from sniproxy.engine.network_changes import source_towards
 from sniproxy.engine.socket_address import socket_address
 
@@ -40,38 +37,6 @@ log = logging.getLogger(__name__)
 DOWN_AFTER = 2  # attempts in a row without an answer; a single one may have been lost
 _MAX_DATAGRAM = 65535
 _MAX_DRAIN = 2  # packets read from one socket per callback: there are many sockets, and an answer is some work
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpstreamLimits:
-    """Limits of the sockets to one upstream, and how long it is deferred after failures."""
-
-    pool: int = 64
-    """UDP sockets, opened on first use; at most 256, since one random byte chooses among them."""
-
-    max_uses: int = 32
-    """Questions per socket, and so per port."""
-
-    max_age_s: float = 10.0
-    """Age at which a UDP socket is replaced."""
-
-    max_retired: int = 256
-    """Replaced sockets that still wait for answers; when there are so many, no more are replaced."""
-
-    retired_s: float = 2.0
-    """How long a replaced socket waits for answers: longer than any exchange."""
-
-    down: Backoff = Backoff(1.0, 30.0)
-    """How long an upstream that did not answer comes last."""
-
-    stream: StreamTiming = STREAM_TIMING
-    """Timeouts of its connections."""
-
-    connections: ConnectionLimits = CONNECTION_LIMITS
-    """Limits of its connections, if it does not take all questions on one of them."""
-
-
-UPSTREAM_LIMITS = UpstreamLimits()
 
 
 class _Port:

@@ -7,7 +7,7 @@ import pytest
 from dnsgw.metrics import UpstreamOutcome
 from dnsgw.upstream.connections import CONNECTION_LIMITS, ConnectionLimits
 from dnsgw.upstream.exchange import Failure
-from dnsgw.upstream.server import UpstreamLimits
+from dnsgw.upstream.limits import UpstreamLimits
 from tests.dnsgw.upstream.test_forwarder import RECORDS, Asker, asking, silent
 from tests.support.dns_authority import Authority, serving
 from tests.support.waiting import eventually
