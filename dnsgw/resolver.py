@@ -286,6 +286,8 @@ class Resolver:
             self._counts[Outcome.OVERLOADED if result is Failure.OVERLOADED else Outcome.UPSTREAM_FAILED] += 1
             asked.send(FAILURES[result].reply(asked.query, asked.limit), asked.where)
             return
+        if result.denies_name and self._table.is_above(result.targets[-1] if result.targets else asked.query.name):
+            result = result.as_nodata()
         followed = result.targets and asked.query.qtype not in _UNFOLLOWED and asked.depth < MAX_ALIASES
         ours = self._ours(asked, result) if followed else 0
         if ours:

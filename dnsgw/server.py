@@ -24,6 +24,7 @@ from dnsgw.resolver import RESOLVER_LIMITS, Resolver, ResolverLimits
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.forwarder import TOTAL_S, Forwarder
 from dnsgw.upstream.host_resolvers import DNS_PORT, Endpoint, leads_here, read_resolv_conf
+from sniproxy.engine.network_changes import NetworkChanges
 
 log = logging.getLogger(__name__)
 
@@ -235,10 +236,12 @@ class DnsServer:
                     forwarder.attach(self._tasks.create_task)
                 self._probe_anew()
                 self._spawn(self._follow_resolv_conf())
+                changes = NetworkChanges(self._network_changed)
                 self.started.set()
                 try:
                     await self._closing.wait()
                 finally:
+                    changes.close()
                     for forwarder in self._forwarders:
                         forwarder.attach(None)
                 for task in self._working:
@@ -256,6 +259,10 @@ class DnsServer:
             await forwarder.ended()
         self._close_listeners()
         self._closing.set()
+
+    def _network_changed(self) -> None:
+        for forwarder in self._forwarders:
+            forwarder.renew()
 
     def _probe_anew(self) -> None:
         """Restart the check for forwarding loops, if it is configured."""

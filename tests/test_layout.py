@@ -29,6 +29,7 @@ TESTED_BY = {
     "dnsgw/mesh_zone/dual_stack": "dnsgw/test_resolver",
     "dnsgw/pending_query": "dnsgw/test_resolver",
     "dnsgw/upstream/capabilities": "dnsgw/upstream/test_forwarder",
+    "dnsgw/upstream/limits": "dnsgw/upstream/test_server",
     "dnsgw/upstream/outstanding": "dnsgw/upstream/test_forwarder",
     "sniproxy/engine/byte_stream": "sniproxy/engine/test_socket_stream",
     "sniproxy/relay/accept": "e2e/test_arrival",

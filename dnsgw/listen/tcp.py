@@ -20,6 +20,7 @@ from dnsgw.message.question import HEADER_SIZE
 from dnsgw.resolver import Resolver
 from dnsgw.upstream.host_resolvers import Endpoint
 from sniproxy.engine.quantum import Quantum
+from sniproxy.engine.socket_address import socket_address
 
 MAX_QUERY = 4096  # as over UDP
 MAX_PIPELINED = 128  # unanswered questions of one connection; with so many it is not read
@@ -71,7 +72,7 @@ class TcpListener:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if address.version == 6:
                 self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            self._sock.bind((str(address), port))
+            self._sock.bind(socket_address(address, port))
             self._sock.listen(BACKLOG)
             self._sock.setblocking(False)
         except OSError:

@@ -16,6 +16,7 @@ from dnsgw.listen.client_queue import ClientQueue
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.resolver import Resolver
 from dnsgw.upstream.host_resolvers import Endpoint
+from sniproxy.engine.socket_address import socket_address
 
 MAX_DRAIN = 64  # packets per callback, so that the loop can do other work
 MAX_SORTED = 8  # batches that are read and sorted by client per callback
@@ -66,7 +67,7 @@ class UdpListener:
             if reuse_port:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-            self._sock.bind((str(address), port))
+            self._sock.bind(socket_address(address, port))
         except OSError:
             self._sock.close()
             raise

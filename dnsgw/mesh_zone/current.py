@@ -7,6 +7,7 @@ from discovery.model.mesh import Mesh
 from discovery.model.names import normalise_domain
 from dnsgw.config import DnsConfig
 from dnsgw.mesh_zone.local_zones import LocallyServedZones
+from dnsgw.mesh_zone.names_above import NamesAbove
 from dnsgw.mesh_zone.zone import Table
 
 
@@ -19,6 +20,7 @@ class Tables:
         self.holds_s = 0.0
         """How long the last table is valid, in seconds; 0: until discovery changes."""
 
+        self._names_above = NamesAbove()
         self._relayed: Mesh | None = None
         """The last mesh in which a relay was alive."""
 
@@ -44,6 +46,7 @@ class Tables:
             stale=self._stale_relays(mesh, now) if mesh is not None else None,
             vips=config.vip,
             absent=self._absent,
+            names_above=self._names_above,
         )
 
     def _stale_relays(self, mesh: Mesh, now: float) -> Mesh | None:

@@ -27,6 +27,7 @@ from discovery.model.names import (
     normalise_domain,
 )
 from dnsgw.mesh_zone.local_zones import LocallyServedZones, reverse_zones
+from dnsgw.mesh_zone.names_above import NamesAbove, above
 from dnsgw.mesh_zone.vip import address_of, reverse
 from dnsgw.message.question import (
     HEADER_SIZE,
@@ -81,6 +82,7 @@ class Table:
         stale: Mesh | None = None,
         vips: IPv4Network | IPv6Network | None = None,
         absent: LocallyServedZones = LocallyServedZones(),  # noqa: B008 - it never changes
+        names_above: NamesAbove | None = None,
     ) -> None:
         """Prepare the parts that answers share. Raises BadName for a bad domain.
 
@@ -93,6 +95,7 @@ class Table:
             stale: an earlier mesh whose relays are answered, since `mesh` has none.
             vips: range of the virtual addresses of imported services.
             absent: names that are not forwarded, unless they are imported.
+            names_above: kept from one table to the next; None: a new one.
         """
         self._mesh = mesh
         self._imports = imports
@@ -115,6 +118,8 @@ class Table:
         self._vips = vips
         self._vip_zones = tuple(map(wire_name, reverse_zones(vips))) if vips is not None else ()
         self._vip_names: dict[bytes, str] | None = None
+        self._names_above = names_above or NamesAbove()
+        self._above_zones = frozenset(name for zone in (self._zone, *self._vip_zones) for name in above(zone))
         self._a = self._address_answer(Qtype.A, [a for a in addresses if isinstance(a, IPv4Address)])
         self._aaaa = self._address_answer(Qtype.AAAA, [a for a in addresses if isinstance(a, IPv6Address)])
         self._no_relay = None if addresses else _failure(f"no relay of network {network} is alive")
@@ -138,6 +143,16 @@ class Table:
         if isinstance(decision, Answer):
             (self._absent if decision.rcode == Rcode.NXDOMAIN else self._present)[key] = decision
         return decision
+
+    def is_above(self, name: bytes) -> bool:
+        """Whether a name of ours is below this one, in wire form and lower case: then it exists (RFC 8020)."""
+        if name in self._above_zones:
+            return True
+        return (
+            bool(self._imports)
+            and self._mesh is not None
+            and self._names_above.contains(name, self._mesh, self._imports)
+        )
 
     def imported(self, query: Query) -> Answer | Disposition:
         """Return the answer for an imported name that upstream does not have. FORWARD: it is no longer imported."""
@@ -168,9 +183,9 @@ class Table:
                     return self._pointer(query, zone)
         decision = self._plain(query)
         if decision is Disposition.FORWARD and (found := self._find_absent(query)) is not None:
-            return (
-                self._no_data(found.zone) if found.empty else self._no_name(found.zone, "a name that is not asked for")
-            )
+            if found.empty or self.is_above(query.name):
+                return self._no_data(found.zone)
+            return self._no_name(found.zone, "a name that is not asked for")
         return decision
 
     def _special(self, query: Query) -> Answer | None:

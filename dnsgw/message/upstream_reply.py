@@ -16,11 +16,16 @@ from typing import Final, NamedTuple
 from dnsgw.message.names import POINTER, Malformed, enclosing, name_at, skip_name
 from dnsgw.message.question import (
     AD,
+    CD,
     CLASS_IN,
     HEADER,
     HEADER_SIZE,
     MAX_TCP_REPLY,
     OWNER,
+    QR,
+    RA,
+    RD,
+    TC,
     Qtype,
     Query,
     Rcode,
@@ -54,12 +59,25 @@ _ONE_NAME = frozenset(
 )
 _NAME_BEHIND: dict[int, int] = {Qtype.MX: 2, Qtype.AFSDB: 2, Qtype.RT: 2, Qtype.SRV: 6, Qtype.KX: 2}
 _TTL_SIGN = 0x80000000
+_UPSTREAMS = TC | 0xF  # header flags that are passed on
+_UPSTREAMS_WITH_AD = _UPSTREAMS | AD
 
 # Results of the walk, as bits of one number: a named tuple of flags would cost 5 % of the walk.
 _ODD = 1  # a record may not belong to the question
 _ALIASED = 2
 _BOUND = 4  # there is a service binding
 _UNEVEN = 8  # answers have different TTLs
+
+
+def flags_to_client(flags: int, query: Query) -> int:
+    """Return the header flags of a reply that passes on an upstream's, which had `flags`.
+
+    To clients we are a recursive resolver, whatever upstream is: RA always, never AA (RFC 1035 section 4.1.1), RD and CD as the
+    client set them (RFC 4035 section 3.2.2), and the reserved bit clear. TC and the response code are upstream's, and so is AD,
+    for clients that ask for it (RFC 6840 section 5.8).
+    """
+    wants_ad = query.flags & AD or (query.edns is not None and query.edns.do)
+    return QR | RA | query.flags & (RD | CD) | flags & (_UPSTREAMS_WITH_AD if wants_ad else _UPSTREAMS)
 
 
 class Section:
@@ -313,13 +331,10 @@ class Message:
     def as_reply(self, query: Query, options: bytes = b"") -> bytes:
         """Write it as the reply to this question: with the client's id and spelling, and our own OPT if the client sent one.
 
-        OPT concerns one hop (RFC 6891 section 6.1.1), so only extended errors are passed on, followed by `options`. AD is only for
-        clients that ask for it (RFC 6840 section 5.8). Raises Malformed.
+        OPT concerns one hop (RFC 6891 section 6.1.1), so only extended errors are passed on, followed by `options`.
+        Raises Malformed.
         """
-        flags = self.flags
-        wants_ad = query.flags & AD or (query.edns is not None and query.edns.do)
-        if not wants_ad:
-            flags &= ~AD
+        flags = flags_to_client(self.flags, query)
         rcode = self.rcode
         if rcode > 0xF and query.edns is None:
             flags = flags & ~0xF | Rcode.SERVFAIL

@@ -47,6 +47,7 @@ _OVERHEAD = 800  # bytes of an entry in addition to its body, measured with trac
 _OF_TARGET = 400  # bytes of an alias target, and of the index from it to the entry
 _MAX_TYPES = 64  # query types tracked for flushing a name; with more types, a flush searches all entries
 _ANY_TYPE = b"\0\0"
+_OTHER_ADDRESS = {b"\0\x01": b"\0\x1c", b"\0\x1c": b"\0\x01"}  # A and AAAA
 
 _DO_BIT = 2  # of the last byte of a key; 1 is CD
 _OPTS = (opt_record(do=False), opt_record(do=True))
@@ -121,7 +122,7 @@ class Entry:
             for place in message.places
         ]
         bits = key[-1]
-        flags = QR | RD | message.flags & (RA | 0xF) | bits << 4 & CD
+        flags = QR | RA | RD | message.flags & 0xF | bits << 4 & CD  # as `flags_to_client`; only answers to RD are kept
         self.heads = tuple(
             HEADER.pack(0, flags | (message.flags & AD if ad else 0), 1, message.answers, message.authorities, edns)[2:]
             for ad in (0, 1)
@@ -187,6 +188,11 @@ def key_of(query: Query, qtype: int | None = None) -> bytes | None:
     return query.name + asked + _SUFFIXES[query.flags >> 4 & 1 | (_DO_BIT if do else 0)]
 
 
+def _of_any_type(key: bytes) -> bytes:
+    """Return the key of the entry that says that a name does not exist."""
+    return key[:-5] + _ANY_TYPE + key[-3:]
+
+
 def answer_cached(data: bytes, entries: Mapping[bytes, Entry], now: float, most: int = MAX_UDP_REPLY) -> bytes | None:
     """Answer an ordinary question from one of these entries, in at most `most` bytes; None: parse it with `scan`.
 
@@ -235,6 +241,9 @@ class Cache:
         self._leading: dict[bytes, set[bytes]] = {}
         """Keys of the entries whose aliases lead to a name, by that name."""
         self._types: set[bytes] = set()
+        self._denies = False
+        """There was an entry that says that a name does not exist; until then, such entries are not looked for."""
+
         self.hot: dict[bytes, Entry] = {}
         """Entries for `answer_cached`, until `cool`: the resolver has checked that these names are upstream's."""
         self.size = 0
@@ -248,18 +257,20 @@ class Cache:
     def get(self, key: bytes) -> Entry | None:
         """Return the entry for a key, or the one that says that the name does not exist; it may have expired."""
         entry = self._main.get(key) or self._small.get(key)
-        if entry is None:
-            absent = key[:-5] + _ANY_TYPE + key[-3:]
+        if entry is None and self._denies:
+            absent = _of_any_type(key)
             entry = self._main.get(absent) or self._small.get(absent)
         return entry
 
-    def put(self, query: Query, key: bytes, message: Message, now: float) -> Entry | None:
+    def put(self, key: bytes, message: Message, now: float) -> Entry | None:
         """Store an answer. Returns its entry, or None if it must not be cached. Raises Malformed."""
         ttl_s = self._lifetime_s(message, int.from_bytes(key[-5:-3], "big"))
         if not ttl_s or not self._config.max_bytes:
             return None
-        if message.flags & 0xF == Rcode.NXDOMAIN and not message.targets:
-            key = query.name + _ANY_TYPE + key[-3:]  # RFC 2308 section 5: valid for all types
+        if message.flags & 0xF == Rcode.NXDOMAIN:
+            key = self._denied(key, message, now)
+        elif self._denies:
+            self._drop(_of_any_type(key))  # the name exists by now
         entry = Entry(key, message, ttl_s, now, self._config)
         if entry.size > self._config.max_bytes * _SMALL_SHARE:
             return None
@@ -279,6 +290,23 @@ class Cache:
             self._leading.setdefault(target, set()).add(key)
         self._make_room()
         return entry
+
+    def _denied(self, key: bytes, message: Message, now: float) -> bytes:
+        """Return the key for an NXDOMAIN: for its type, or for all types once both address types have got one.
+
+        By RFC 2308 section 5 one would be enough, but many servers answer so for a type that a name lacks.
+        """
+        other = _OTHER_ADDRESS.get(key[-5:-3])
+        if other is None or message.targets:
+            return key
+        twin_key = key[:-5] + other + key[-3:]
+        twin = self._main.get(twin_key) or self._small.get(twin_key)
+        if twin is None or twin.rcode != Rcode.NXDOMAIN or twin.targets or now >= twin.expires:
+            return key
+        self._drop(key)
+        self._drop(twin_key)
+        self._denies = True
+        return _of_any_type(key)
 
     def heat(self, key: bytes, entry: Entry) -> None:
         """Let `answer_cached` use this entry for this key."""

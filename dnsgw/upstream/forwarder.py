@@ -20,8 +20,9 @@ from dnsgw.metrics import DnsMetrics, UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress
 from dnsgw.upstream.exchange import Attempt, Done, Exchange, Failure, Pending, QueryTarget, Trust
 from dnsgw.upstream.host_resolvers import Endpoint
+from dnsgw.upstream.limits import UPSTREAM_LIMITS, UpstreamLimits
 from dnsgw.upstream.outstanding import OutstandingQueries
-from dnsgw.upstream.server import UPSTREAM_LIMITS, Upstream, UpstreamLimits
+from dnsgw.upstream.server import Upstream
 from dnsgw.upstream.stream_client import Spawn
 from dnsgw.upstream.suspicion import Suspicion
 from dnsgw.upstream.verify import Opt, Verdict, judge
@@ -101,6 +102,7 @@ class Forwarder:
             self._loop,
             received=self._on_packet,
             lost=self._on_lost,
+            moved=self._on_moved,
             tls=self._tls,
             random_case=self._random_case,
             client_subnet=self._client_subnet,
@@ -173,6 +175,11 @@ class Forwarder:
             upstream.close()
         for exchange in list(self._exchanges.values()):
             self._finish(exchange, Failure.CLOSED)
+
+    def renew(self) -> None:
+        """Give up sockets and connections whose local address is not the one that the kernel would choose now."""
+        for upstream in self.upstreams:
+            upstream.renew()
 
     async def ended(self) -> None:
         """Wait until all connections are closed; call `close` first."""
@@ -329,6 +336,12 @@ class Forwarder:
             else:
                 self._refused(exchange, upstream, now)
                 self._attempt(exchange)
+
+    def _on_moved(self, pending: Pending) -> None:
+        """Ask again from another local address. The first attempt may still be answered."""
+        for exchange in dict.fromkeys(attempt.exchange for attempt in list(pending.values())):
+            if self._exchanges.get(exchange.key) is exchange:
+                self._again(exchange, pending.upstream)
 
     def _finish(self, exchange: Exchange, result: bytes | Failure) -> None:
         if exchange.timer is not None:

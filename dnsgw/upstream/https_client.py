@@ -13,6 +13,7 @@ import logging
 import re
 import ssl
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import TypeAlias
 
 from dnsgw.message.question import HEADER_SIZE
@@ -54,9 +55,9 @@ class HttpsClient:
         """Runs on the running loop. `received` is called with each answer, `lost` for a question that will get none."""
         self._host = str(destination.address)
         self._port = destination.port
-        self._server_name = destination.name or self._host
+        self._server_name = destination.server_name
         self._tls = tls
-        host = destination.name or (f"[{self._host}]" if destination.address.version == 6 else self._host)
+        host = destination.name or (f"[{destination.host}]" if destination.address.version == 6 else destination.host)
         port = "" if destination.name or destination.port == 443 else f":{destination.port}"
         self._head = (
             f"POST {destination.path} HTTP/1.1\r\nHost: {host}{port}\r\nContent-Type: {_TYPE}\r\nAccept: {_TYPE}\r\n"
@@ -67,6 +68,8 @@ class HttpsClient:
         self._free = asyncio.Semaphore(MAX_CONNECTIONS)
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
         self._busy: set[asyncio.StreamWriter] = set()
+        self._stale: set[asyncio.StreamWriter] = set()
+        """Those that `renew` has closed."""
 
     async def post(self, pending: Pending, ident: int, message: bytes) -> None:
         """Ask the only question in `pending`, and pass the answer on with the id `ident`.
@@ -91,11 +94,36 @@ class HttpsClient:
         for writer in self._busy:
             writer.transport.abort()
 
+    def renew(self, source: bytes) -> None:
+        """Close the connections that have another local address than this, packed; what they carry is asked again."""
+        for connection in list(self._idle):
+            if _source(connection[1]) != source:
+                self._drop(connection)
+        for writer in list(self._busy):
+            if _source(writer) != source:
+                self._stale.add(writer)
+                writer.transport.abort()
+
     async def _exchange(self, message: bytes) -> bytes:
-        """Send one request and read its response. Raises OSError, EOFError, ValueError, LimitOverrunError."""
-        connection = self._take() or await asyncio.open_connection(
-            self._host, self._port, ssl=self._tls, server_hostname=self._server_name, limit=MAX_HEAD
-        )
+        """Send one request and read its response. Raises OSError, EOFError, ValueError, LimitOverrunError.
+
+        A kept connection that ends without a response was idle for too long, or had its share of requests; the request is sent
+        again over another one (RFC 9110 section 9.2.2: DNS questions are safe to repeat).
+        """
+        while True:
+            kept = self._take()
+            connection = kept or await asyncio.open_connection(
+                self._host, self._port, ssl=self._tls, server_hostname=self._server_name, limit=MAX_HEAD
+            )
+            try:
+                return await self._request(connection, message)
+            except (OSError, EOFError):
+                if kept is None and connection[1] not in self._stale:
+                    raise
+            finally:
+                self._stale.discard(connection[1])
+
+    async def _request(self, connection: _Connection, message: bytes) -> bytes:
         reader, writer = connection
         self._busy.add(writer)
         keep = False
@@ -126,6 +154,12 @@ class HttpsClient:
         if timer is not None:
             timer.cancel()
         connection[1].transport.abort()
+
+
+def _source(writer: asyncio.StreamWriter) -> bytes:
+    """Return the local address of a connection, packed."""
+    name = writer.get_extra_info("sockname")
+    return ip_address(name[0].partition("%")[0]).packed if name else b""
 
 
 async def _response(reader: asyncio.StreamReader) -> tuple[bytes, bool]:

@@ -12,10 +12,10 @@ from typing import TypeAlias
 
 from dnsgw.client_limits import Client, Host, client_of
 from dnsgw.message.names import Malformed
-from dnsgw.message.question import TC, ExtendedError, Query, Rcode, extended_error, retyped
+from dnsgw.message.question import AD, HEADER, TC, ExtendedError, Query, Rcode, extended_error, retyped
 from dnsgw.message.reply import truncate
 from dnsgw.message.upstream_query import subnet_of
-from dnsgw.message.upstream_reply import Message
+from dnsgw.message.upstream_reply import Message, flags_to_client
 from dnsgw.metrics import DnsMetrics, Outcome
 from dnsgw.two_generation_cache import TwoGenerationCache
 from dnsgw.upstream.cache import MIN_PREFETCH_USES, RETRY_STALE_S, Cache, CacheConfig, Entry, key_of
@@ -60,6 +60,16 @@ class UpstreamReply:
         self.entry = entry
         self.targets = targets
         self.bindings = bindings
+
+    @property
+    def denies_name(self) -> bool:
+        """Whether it says that the name, or the last one of its alias chain, does not exist."""
+        return self.wire[3] & 0xF == Rcode.NXDOMAIN
+
+    def as_nodata(self) -> "UpstreamReply":
+        """Return the same as NODATA in place of NXDOMAIN, for a name that exists. It is upstream's no more, so without AD."""
+        wire = self.wire[:3] + bytes((self.wire[3] & ~(0xF | AD) & 0xFF,)) + self.wire[4:]
+        return UpstreamReply(wire, self.outcome, targets=self.targets, bindings=self.bindings)
 
 
 Done: TypeAlias = Callable[[UpstreamReply | Failure], None]
@@ -208,7 +218,7 @@ class UpstreamResolver:
             if self._read is None or self._read[0] is not result:
                 self._read = (result, Message(result))
             message = self._read[1]
-            entry = self.cache.put(query, key, message, now) if key is not None else None
+            entry = self.cache.put(key, message, now) if key is not None else None
             return UpstreamReply(
                 message.as_reply(query),
                 Outcome.FORWARDED,
@@ -217,8 +227,10 @@ class UpstreamResolver:
                 bindings=message.bindings,
             )
         except Malformed:
-            if int.from_bytes(result[2:4], "big") & TC:  # truncated anywhere: what is left does not matter
-                return UpstreamReply(truncate(query.id.to_bytes(2, "big") + result[2:], query), Outcome.FORWARDED)
+            flags = int.from_bytes(result[2:4], "big")
+            if flags & TC:  # truncated anywhere: what is left does not matter
+                head = HEADER.pack(query.id, flags_to_client(flags, query), 1, 0, 0, 0)
+                return UpstreamReply(truncate(head, query), Outcome.FORWARDED)
             return Failure.MALFORMED
 
     def _give_up(self, query: Query, key: bytes | None, done: Done, failure: Failure) -> None:

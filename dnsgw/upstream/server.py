@@ -2,7 +2,7 @@
 
 An upstream has a pool of connected UDP sockets, so the kernel drops packets from elsewhere. Each uses a port that the kernel has
 chosen at random, evenly from net.ipv4.ip_local_port_range, for a limited number of questions and seconds (`UpstreamLimits`). The
-socket for a question is chosen at random, like the id (RFC 5452 section 9). Over TCP and TLS, many questions share one connection.
+socket for a question is chosen at random, like the id (RFC 5452 section 9). `connections.py` has those over TCP and TLS.
 Every upstream remembers its failures and capabilities.
 """
 
@@ -12,18 +12,25 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import ip_address
 
-from discovery.pacing.backoff import Backoff
 from dnsgw.message.cookie import OPTION, SECRET_SIZE
 from dnsgw.message.question import option
 from dnsgw.message.upstream_query import encode, respelled, subnet_of
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
 from dnsgw.upstream.capabilities import Capabilities
+from dnsgw.upstream.connections import (
+    Client,
+    ConnectionPending,
+    Connections,
+    free_id,
+)
 from dnsgw.upstream.exchange import Attempt, Exchange, Pending, Trust
 from dnsgw.upstream.https_client import HttpsClient
-from dnsgw.upstream.stream_client import STREAM_TIMING, Spawn, StreamClient, StreamTiming
+from dnsgw.upstream.limits import UPSTREAM_LIMITS, UpstreamLimits
+from dnsgw.upstream.stream_client import Spawn, StreamClient
+from sniproxy.engine.network_changes import source_towards
+from sniproxy.engine.socket_address import socket_address
 
 log = logging.getLogger(__name__)
 
@@ -32,45 +39,19 @@ _MAX_DATAGRAM = 65535
 _MAX_DRAIN = 2  # packets read from one socket per callback: there are many sockets, and an answer is some work
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpstreamLimits:
-    """Limits of the sockets to one upstream, and how long it is deferred after failures."""
-
-    pool: int = 64
-    """UDP sockets, opened on first use; at most 256, since one random byte chooses among them."""
-
-    max_uses: int = 32
-    """Questions per socket, and so per port."""
-
-    max_age_s: float = 10.0
-    """Age at which a UDP socket is replaced."""
-
-    max_retired: int = 256
-    """Replaced sockets that still wait for answers; when there are so many, no more are replaced."""
-
-    retired_s: float = 2.0
-    """How long a replaced socket waits for answers: longer than any exchange."""
-
-    down: Backoff = Backoff(1.0, 30.0)
-    """How long an upstream that did not answer comes last."""
-
-    stream: StreamTiming = STREAM_TIMING
-    """Timeouts of its connections."""
-
-
-UPSTREAM_LIMITS = UpstreamLimits()
-
-
 class _Port:
     """One connected UDP socket: one source port for a while."""
 
-    __slots__ = ("pending", "sock", "source", "timer", "uses")
+    __slots__ = ("pending", "sock", "source", "stale", "timer", "uses")
 
     def __init__(self, sock: socket.socket, pending: Pending) -> None:
         self.sock = sock
         self.uses = 0
         self.pending = pending
         self.source = packed_source(sock)
+        self.stale = False
+        """The kernel would choose another source by now."""
+
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -89,6 +70,7 @@ class Upstream:
         *,
         received: Callable[[bytes, Pending], None],
         lost: Callable[[Pending], None],
+        moved: Callable[[Pending], None],
         tls: ssl.SSLContext | None = None,
         random_case: bool = True,
         client_subnet: bool = False,
@@ -101,6 +83,7 @@ class Upstream:
             loop: the loop to run on.
             received: called with every packet, and the questions pending at its socket.
             lost: called when pending questions can no longer get an answer.
+            moved: called when pending questions should be asked from another local address.
             tls: for TLS and HTTPS.
             random_case: ask in random case (DNS 0x20), over UDP only.
             client_subnet: forward the clients' subnet option.
@@ -119,14 +102,22 @@ class Upstream:
         self._loop = loop
         self._received = received
         self._lost = lost
+        self._moved = moved
         self._tls = tls
         self._random_case = random_case and destination.way is UpstreamProtocol.UDP
         self._client_subnet = client_subnet
         self._limits = limits
         self._ports: list[_Port | None] = [None] * limits.pool
         self._retired: set[_Port] = set()
-        self._pipeline: StreamClient[Pending] | None = None
-        self._pipelines: set[StreamClient[Pending]] = set()
+        self._connections = Connections(
+            self,
+            loop,
+            open_connection=self._open_connection,
+            message=self._stream_message,
+            received=received,
+            lost=lost,
+            limits=limits.connections,
+        )
         self._https: HttpsClient | None = None
         self._failures = 0
         self._down_until = 0.0
@@ -137,7 +128,7 @@ class Upstream:
         if way is UpstreamProtocol.HTTPS:
             self._ask_https(exchange, now)
         elif stream or way is not UpstreamProtocol.UDP:
-            self._ask_pipeline(exchange, now)
+            self._connections.ask(exchange)
         else:
             self._ask_port(exchange, now)
 
@@ -202,9 +193,32 @@ class Upstream:
         for port in (*self._retired, *(port for port in ports if port is not None)):
             self._close_port(port)
         self._retired.clear()
-        for pipeline in list(self._pipelines):
-            pipeline.pending.clear()
-            pipeline.close()
+        self._connections.close()
+
+    def renew(self) -> None:
+        """Give up the sockets and connections whose local address is not the one that the kernel would choose now.
+
+        What they wait for is asked again. Without any route nothing changes: the host may get the same address again.
+        """
+        source = source_towards(*self._destination)
+        if source is None:
+            return
+        packed = ip_address(source).packed
+        stale = [
+            port
+            for port in (*self._ports, *self._retired)
+            if port is not None and port.source != packed and not port.stale
+        ]
+        for port in stale:
+            port.stale = True
+            if port not in self._retired:
+                self._replace(port)  # it may still get answers if the host has that address yet
+        self._connections.renew(packed)
+        if self._https is not None:
+            self._https.renew(packed)
+        for port in stale:
+            if port.pending:
+                self._moved(port.pending)
 
     async def ended(self) -> None:
         """Wait until all connections are closed; call `close` first."""
@@ -218,13 +232,11 @@ class Upstream:
             if port is not None and port.pending is pending:
                 self._remove(port)
                 return
-        for pipeline in list(self._pipelines):
-            if pipeline.pending is pending:
-                log.warning(
-                    "dns_upstream_refused",
-                    extra={"event": {"upstream": str(self.destination), "error": "it sends unsolicited answers"}},
-                )
-                pipeline.close()
+        if self._connections.shed(pending):
+            log.warning(
+                "dns_upstream_refused",
+                extra={"event": {"upstream": str(self.destination), "error": "it sends unsolicited answers"}},
+            )
 
     def _message(self, attempt: Attempt, now: float, *, cookies: bool, pad: bool = False) -> bytes:
         """Return the message to send, without its id, and note in `attempt` what its answer must match."""
@@ -246,11 +258,11 @@ class Upstream:
                 options += subnet_of(query)
         return encode(query, attempt.question, edns=attempt.edns, options=options, pad=pad)
 
-    def _ask_port(self, exchange: Exchange, now: float) -> None:
+    def _ask_port(self, exchange: Exchange, now: float, *, renewed: bool = False) -> None:
         draw = os.urandom(3)
         port = self._port(draw[2] % len(self._ports), fresh=exchange.trust.get(self) is Trust.RENEWED)
         port.uses += 1
-        ident = _free_id(port.pending, draw)
+        ident = free_id(port.pending, draw)
         query = exchange.query
         attempt = Attempt(exchange, port.pending, ident, query.name + query.question[-4:])
         attempt.source = port.source
@@ -261,6 +273,14 @@ class Upstream:
             port.sock.send(packet)  # the error belongs to an earlier packet, and this one was not sent
         except BlockingIOError:
             pass  # a full send buffer: the packet is lost, as on the network
+        except OSError:
+            # Usually the host has lost the address that the socket was connected from. All others are looked at as well.
+            if renewed:
+                raise
+            self._replace(port)
+            self.renew()
+            self._ask_port(exchange, now, renewed=True)
+            return
         port.pending[ident] = attempt
         exchange.open.append(attempt)
 
@@ -272,7 +292,7 @@ class Upstream:
             return worn
         sock = socket.socket(self._family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            sock.connect(self._destination)
+            sock.connect(socket_address(*self._destination))
             port = _Port(sock, Pending(self, stream=False))
         except OSError:
             sock.close()
@@ -324,33 +344,30 @@ class Upstream:
         if not port.pending and port in self._retired:
             self._remove(port)
 
-    def _ask_pipeline(self, exchange: Exchange, now: float) -> None:
+    def _open_connection(
+        self,
+        pending: ConnectionPending,
+        received: Callable[[bytes, ConnectionPending], None],
+        lost: Callable[[Client], None],
+    ) -> Client:
         if self.spawn is None:
             raise OSError("not running")
-        pipeline = self._pipeline
-        secret = self.destination.way is UpstreamProtocol.TLS
-        # A second attempt does not use the connection on which the first one still waits.
-        if pipeline is None or pipeline.closed or any(attempt.pending is pipeline.pending for attempt in exchange.open):
-            pipeline = StreamClient(
-                Pending(self, stream=True),
-                spawn=self.spawn,
-                received=self._received,
-                lost=self._pipeline_lost,
-                tls=self._tls if secret else None,
-                server_name=self.destination.name or str(self.destination.address),
-                timing=self._limits.stream,
-            )
-            pipeline.open(self._family, self._destination)
-            self._pipeline = pipeline
-            self._pipelines.add(pipeline)
-        ident = _free_id(pipeline.pending, os.urandom(2))
-        query = exchange.query
-        attempt = Attempt(exchange, pipeline.pending, ident, query.name + query.question[-4:])
-        attempt.source = pipeline.source
-        message = self._message(attempt, now, cookies=self.destination.way is UpstreamProtocol.UDP, pad=secret)
-        pipeline.pending[ident] = attempt
-        exchange.open.append(attempt)
-        pipeline.send(ident.to_bytes(2, "big") + message)
+        client = StreamClient(
+            pending,
+            spawn=self.spawn,
+            received=received,
+            lost=lost,
+            tls=self._tls if self.destination.way is UpstreamProtocol.TLS else None,
+            server_name=self.destination.server_name,
+            timing=self._limits.stream,
+        )
+        client.open(self._family, self._destination)
+        return client
+
+    def _stream_message(self, attempt: Attempt) -> bytes:
+        way = self.destination.way
+        cookies, pad = way is UpstreamProtocol.UDP, way is UpstreamProtocol.TLS
+        return self._message(attempt, self._loop.time(), cookies=cookies, pad=pad)
 
     def _ask_https(self, exchange: Exchange, now: float) -> None:
         if self.spawn is None or self._tls is None:
@@ -362,15 +379,3 @@ class Upstream:
         attempt = pending[0] = Attempt(exchange, pending, 0, query.name + query.question[-4:])
         exchange.open.append(attempt)
         self.spawn(self._https.post(pending, 0, self._message(attempt, now, cookies=False, pad=True)))
-
-    def _pipeline_lost(self, pipeline: StreamClient[Pending]) -> None:
-        self._pipelines.discard(pipeline)
-        if pipeline.pending:
-            self._lost(pipeline.pending)
-
-
-def _free_id(pending: Pending, draw: bytes) -> int:
-    ident = int.from_bytes(draw[:2], "big")
-    while ident in pending:  # far fewer questions are in flight than there are ids
-        ident = int.from_bytes(os.urandom(2), "big")
-    return ident

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from dnsgw.message.question import HEADER_SIZE
 from sniproxy.engine import SocketStream, connect, connect_tls
+from sniproxy.engine.socket_address import socket_address
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +90,16 @@ class StreamClient(Generic[PendingT]):
         self._sending = False
         self._idle_timer: asyncio.TimerHandle | None = None
 
+    @property
+    def connected(self) -> bool:
+        """Whether it has been established, and the TLS handshake has succeeded."""
+        return self._stream is not None
+
     def open(self, family: socket.AddressFamily, destination: tuple[str, int]) -> None:
         """Start to connect. Raises OSError if that fails at once."""
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            error = sock.connect_ex(destination)
+            error = sock.connect_ex(socket_address(*destination))
             if error not in (0, errno.EINPROGRESS):
                 raise OSError(error, f"connect: {errno.errorcode.get(error, error)}")
             self.source = ip_address(sock.getsockname()[0].partition("%")[0]).packed

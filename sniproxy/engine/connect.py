@@ -6,6 +6,7 @@ import ipaddress
 import socket
 
 from sniproxy.engine.local_ports import IP_BIND_ADDRESS_NO_PORT, connect_error
+from sniproxy.engine.socket_address import socket_address
 from sniproxy.engine.socket_stream import SocketStream, tune
 
 
@@ -45,8 +46,8 @@ async def connect_socket(
         tune(own)
         if local_address is not None:
             own.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            own.bind((local_address, 0))
-        code = own.connect_ex((address, port))
+            own.bind(socket_address(local_address, 0))
+        code = own.connect_ex(socket_address(address, port))
         if code in (errno.EINPROGRESS, errno.EALREADY):
             established = asyncio.Event()
             loop.add_writer(own.fileno(), established.set)

@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from sniproxy.engine.socket_address import socket_address
 from sniproxy.engine.socket_stream import SocketStream, plain_address, tune
 from sniproxy.engine.tls_stream import TlsStream
 
@@ -102,7 +103,7 @@ class Listener:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((address, port))
+            sock.bind(socket_address(address, port))
             sock.listen(backlog)
         except OSError as error:
             sock.close()

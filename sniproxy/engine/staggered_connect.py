@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from sniproxy.engine.local_ports import connect_error
+from sniproxy.engine.socket_address import socket_address
 from sniproxy.engine.socket_stream import SocketStream, tune
 
 Endpoint: TypeAlias = tuple[str, int]
@@ -136,7 +137,7 @@ class _Race:
             family = socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
             tune(sock)
-            code = sock.connect_ex(endpoint)
+            code = sock.connect_ex(socket_address(address, port))
             if code not in (0, errno.EINPROGRESS):
                 raise connect_error(code, address)
         except OSError as error:

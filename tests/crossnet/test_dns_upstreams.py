@@ -132,3 +132,15 @@ def test_without_cookies_and_random_case(tmp_path: Path) -> None:
         assert ask(resolver, "n9.www.example.test").rstrip().endswith("192.0.2.1")
         (known,) = json.loads(resolver.ask("/status")[1])["upstreams"]
         assert known["random_case"] == "on"
+
+
+@pytest.mark.parametrize(("name", "status"), [("n1.www", "NOERROR"), ("ns AAAA", "NOERROR"), ("nope", "NXDOMAIN")])
+def test_an_authoritative_upstream_is_a_recursive_one_to_clients(tmp_path: Path, name: str, status: str) -> None:
+    """BIND says AA and no RA for its own zone, as CoreDNS does: glibc would take that for a failure, and nslookup go on."""
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    host, *qtype = name.split()
+    with named(tmp_path, "") as port, running(tmp_path, FILE.format(port=port, dns="")) as resolver:
+        for _ in range(3):
+            text = ask(resolver, f"{host}.example.test", *qtype)
+            assert f"status: {status}" in text
+            assert "flags: qr rd ra;" in text, text

@@ -1,6 +1,7 @@
 """Third-party programs as clients: kdig, drill, delv, which validates, and dnsperf, which sends many questions."""
 
 import asyncio
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.support.dns_authority import Asked, Authority, serving
 from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
-from tests.support.dns_servers import address, running
+from tests.support.dns_packets import query
+from tests.support.dns_servers import address, free_port, running
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.anyio, pytest.mark.interop]
 
@@ -84,6 +87,60 @@ async def test_other_askers(upstream: Authority, program: list[str], table: dict
             if wrong:
                 failures.append(f"{arguments}: {wrong} in\n{text}\n")
         assert not failures, "\n".join(failures)
+
+
+UNBOUND = """
+server:
+  interface: 127.0.0.1@{port}
+  username: ""
+  chroot: ""
+  pidfile: ""
+  use-syslog: no
+  do-daemonize: no
+  module-config: "iterator"
+  do-not-query-localhost: no
+  qname-minimisation-strict: yes
+  harden-below-nxdomain: yes
+  local-zone: "local." nodefault
+remote-control:
+  control-enable: no
+stub-zone:
+  name: "local"
+  stub-addr: 127.0.0.1@{ours}
+"""
+
+
+@pytest.mark.needs("unbound")
+@pytest.mark.parametrize("prefer", ["local", "remote"])
+async def test_a_resolver_that_asks_label_by_label_finds_imports(
+    upstream: Authority, tmp_path: Path, prefer: str
+) -> None:
+    """Upstream knows none of the names above them."""
+    async with running(VIEW, upstream.port, imports=imports(prefer)) as server:
+        port = free_port()
+        (tmp_path / "unbound.conf").write_text(UNBOUND.format(port=port, ours=address(server)[1]))
+        process = await asyncio.create_subprocess_exec("unbound", "-d", "-c", str(tmp_path / "unbound.conf"))
+        try:
+            await eventually(lambda: answers_at(port))
+            for name in ("bills.shop.svc.cluster.local", ORDERS):
+                text = await output("dig", "@127.0.0.1", "-p", str(port), "+tries=1", "+noall", "+answer", name)
+                assert text.endswith("10.0.0.9"), text
+            minimised = {asked.name for asked in upstream.asked}
+            assert "svc.cluster.local" in minimised
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+def answers_at(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0.1)
+        try:
+            sock.connect(("127.0.0.1", port))
+            sock.send(query("localhost"))
+            return bool(sock.recv(512))
+        except OSError:
+            return False
 
 
 class Signed:

@@ -71,13 +71,67 @@ async def test_a_foreign_name_is_upstreams_with_our_clients_id_and_spelling(upst
             reply = await client.ask(asked)
         (seen,) = upstream.asked
         assert seen.question.lower() == asked[12:34].lower()
-        # But for OPT, which is for one hop, and the spelling, it is upstream's answer byte for byte.
-        assert (
-            reply[: -len(opt())] == (asked[:2] + seen.answer[2:12] + asked[12:34] + seen.answer[34:])[: len(reply) - 11]
-        )
+        # But for the flags, OPT, which is for one hop, and the spelling, it is upstream's answer byte for byte.
+        whole = asked[:2] + b"\x81\x90" + seen.answer[4:12] + asked[12:34] + seen.answer[34:]
+        assert reply[: -len(opt())] == whole[: len(reply) - 11]
         assert reply.endswith(opt(1232, do=True))
         assert addresses(reply) == ["192.0.2.1"]
         assert server.metrics.queries[Outcome.FORWARDED] == 1
+
+
+QR, AA, RA, Z = 0x8000, 0x0400, 0x0080, 0x0040
+UPSTREAMS = {
+    "authoritative": QR | AA,
+    "authoritative, with all bits": QR | AA | RD | RA | Z | AD | CD,
+    "recursive": QR | RD | RA,
+    "validating": QR | RD | RA | AD,
+}
+CLIENTS = {
+    "libc": (RD, b""),
+    "AD": (RD | AD, b""),
+    "CD": (RD | CD, b""),
+    "EDNS": (RD, opt()),
+    "DO": (RD, opt(do=True)),
+    "DO, CD": (RD | CD, opt(do=True)),
+}
+
+
+@pytest.mark.parametrize(("client_flags", "edns"), CLIENTS.values(), ids=CLIENTS)
+@pytest.mark.parametrize("bits", UPSTREAMS.values(), ids=UPSTREAMS)
+async def test_the_flags_are_a_recursive_resolvers_whatever_upstream_is(
+    upstream: Authority, bits: int, client_flags: int, edns: bytes
+) -> None:
+    def with_bits(asked: Asked) -> list[bytes]:
+        rcode = asked.answer[3] & 0xF if asked.name != "failed.example.test" else dns.rcode.REFUSED
+        return [asked.answer[:2] + (bits | rcode).to_bytes(2, "big") + asked.answer[4:]]
+
+    upstream.script = with_bits
+    wants_ad = client_flags & AD or edns == opt(do=True)
+    expected = QR | RA | RD | client_flags & CD | (bits & AD if wants_ad else 0)
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            for name, qtype, rcode in (
+                ("www.example.test", Qtype.A, 0),
+                ("www.example.test", 65, 0),
+                ("nope.example.test", Qtype.A, 3),
+                ("failed.example.test", Qtype.A, 5),
+            ):
+                # From upstream, from the cache, and from what is prepared of it.
+                for _ in range(3):
+                    reply = await client.ask(query(name, qtype, flags=client_flags, edns=edns))
+                    assert int.from_bytes(reply[2:4], "big") == expected | rcode
+            reply = await client.ask(query("www.example.test", flags=client_flags & ~RD, edns=edns))
+            assert int.from_bytes(reply[2:4], "big") == expected & ~RD  # a question for upstream's own data
+
+
+async def test_a_truncated_answer_that_cannot_be_read_has_our_flags(upstream: Authority) -> None:
+    upstream.script = lambda asked: [
+        asked.answer[:2] + header(flags=QR | AA | 0x0200, counts=(1, 9, 0, 0))[2:] + asked.question
+    ]
+    async with running(VIEW, upstream.port) as server:
+        with Client(address(server)) as client:
+            reply = await client.ask(query("www.example.test", ident=7, edns=opt()))
+            assert reply == header(7, QR | RA | RD | 0x0200, (1, 0, 0, 1)) + question("www.example.test") + opt()
 
 
 async def test_two_spellings_at_once_are_one_question_and_two_replies(upstream: Authority) -> None:

@@ -64,6 +64,12 @@ class Authority:
     close_after: int | None = None
     """Number of answers after which a TCP connection is closed."""
 
+    most_open: int | None = None
+    """Number of TCP connections at a time; more are closed at once."""
+
+    writers: set[asyncio.StreamWriter] = field(default_factory=set)
+    """The open TCP connections."""
+
     news: asyncio.Event = field(default_factory=asyncio.Event)
     transport: asyncio.DatagramTransport | None = None
 
@@ -71,6 +77,11 @@ class Authority:
         """Send an unsolicited packet."""
         assert self.transport is not None
         self.transport.sendto(packet, destination)
+
+    def hang_up(self) -> None:
+        """Close all TCP connections."""
+        for writer in self.writers:
+            writer.close()
 
     def packets(self, packet: bytes, source: tuple[str, int], *, tcp: bool) -> list[bytes]:
         answer = self._answer(packet, tcp=tcp)
@@ -146,6 +157,10 @@ async def serving(
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         authority.connections += 1
+        if authority.most_open is not None and len(authority.writers) >= authority.most_open:
+            writer.close()
+            return
+        authority.writers.add(writer)
         answered = 0
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while authority.close_after is None or answered < authority.close_after:
@@ -155,6 +170,7 @@ async def serving(
                     writer.write(len(answer).to_bytes(2, "big") + answer)
                 answered += 1
                 await writer.drain()
+        authority.writers.discard(writer)
         writer.close()
 
     listening, datagrams = _both(address, port)

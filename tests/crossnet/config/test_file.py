@@ -180,7 +180,7 @@ TURN = "network: a\ndiscovery: http://127.0.0.1:1\nturn: {id: t, listen: '0.0.0.
         (f"{DNS}, ttl: 5}}", "$.dns.ttl: expected a duration such as 5s, got 5"),
         (f"{DNS}, ttl: 0s}}", "$.dns.ttl: expected whole seconds, 1s or more, got '0s'"),
         (f"{DNS}, ttl: 200h}}", "$.dns.ttl: expected a duration of at most 7d, got '200h'"),
-        (f"{DNS}, upstream: [dns.example]}}", "$.dns.upstream[0]: expected ip, ip:port, tcp://ip, tls://ip#name or https://ip/path#name of a DNS server, got 'dns.example'"),
+        (f"{DNS}, upstream: [dns.example]}}", "$.dns.upstream[0]: expected ip, ip%interface, ip:port, tcp://ip, tls://ip#name or https://ip/path#name of a DNS server, got 'dns.example'"),
         (f"{GATEWAY}, accept: [framd]}}", "$.gateway.accept[0]: expected framed, got 'framd'"),
         (f"{GATEWAY}, turn: {{b: {{username: u}}}}}}", "$.gateway.turn.b.password: expected {file: PATH}, got nothing"),
         (f"{GATEWAY}, turn: {{b: {{issue: true, secret: {{file: token}}}}}}}}", "$.gateway.turn.b: expected one of {username, password}, {secret} and {issue: true}, got more"),

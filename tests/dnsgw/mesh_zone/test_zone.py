@@ -12,9 +12,9 @@ from discovery.model.imports import ImportRule, Imports
 from discovery.model.mesh import Mesh
 from dnsgw.mesh_zone.local_zones import LocallyServedZones
 from dnsgw.mesh_zone.zone import MAX_ADDRESSES, Disposition, Table
-from dnsgw.message.question import BadQuery, Qtype, scan
+from dnsgw.message.question import BadQuery, Qtype, scan, wire_name
 from dnsgw.message.reply import Answer
-from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay
+from tests.support.dns_meshes import DOMAIN, ORDERS, imports, mesh, relay, service
 from tests.support.dns_packets import opt, query
 
 ADDRESS = f"p8443-10-1-0-5.b.{DOMAIN}"
@@ -330,6 +330,29 @@ def test_names_that_upstream_knows_nothing_of_are_not_asked_for(name: str, qtype
 def test_above_names_that_are_asked_for_is_no_data() -> None:
     assert is_nodata(ask(V4, "local"))
     assert V4.decide(scan(query("nobody.svc.cluster.local"))) is Disposition.FORWARD
+
+
+def test_names_above_imports_are_no_data_even_in_zones_that_are_not_forwarded() -> None:
+    rules = Imports([ImportRule(names=("stock.depot.local",), sources=("c",))])
+    of = table(mesh(relay("10.0.0.9")).apply([service("c", "stock.depot.local", 443)]), rules)
+    assert is_nodata(ask(of, "depot.local"))
+    assert ask(of, "other.local").rcode() == dns.rcode.NXDOMAIN
+    assert ask(table(mesh(relay("10.0.0.9")), rules), "depot.local").rcode() == dns.rcode.NXDOMAIN
+
+
+@pytest.mark.parametrize(
+    ("name", "is_above"),
+    [
+        ("mesh.internal", True),
+        ("internal", True),
+        ("shop.svc.cluster.local", True),
+        (DOMAIN, False),
+        ("x.internal", False),
+        ("", False),
+    ],
+)
+def test_names_above_ours_exist(name: str, is_above: bool) -> None:
+    assert V4.is_above(wire_name(name)) is is_above
 
 
 def test_imports_take_precedence_over_local_zones() -> None:

@@ -184,7 +184,7 @@ def test_it_is_not_kept_either() -> None:
     key = key_of(asked)
     assert key is not None
     cache = Cache(CacheConfig())
-    entry = cache.put(asked, key, Message(wire(LIES)), 0.0)
+    entry = cache.put(key, Message(wire(LIES)), 0.0)
     assert entry is not None
     kept = dns.message.from_wire(entry.reply(asked, 1.0))
     assert "192.0.2.66" not in str(kept)

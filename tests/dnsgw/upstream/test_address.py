@@ -11,6 +11,9 @@ GOOD = {
     "10.0.0.10:5353": UpstreamAddress(ip_address("10.0.0.10"), 5353),
     "fd00::1": UpstreamAddress(ip_address("fd00::1"), 53),
     "[fd00::1]:5353": UpstreamAddress(ip_address("fd00::1"), 5353),
+    "fe80::1%eth0": UpstreamAddress(ip_address("fe80::1%eth0"), 53),
+    "[fe80::1%br-lan.5]:5353": UpstreamAddress(ip_address("fe80::1%br-lan.5"), 5353),
+    "tls://[fe80::1%2]#dns.example": UpstreamAddress(ip_address("fe80::1%2"), 853, UpstreamProtocol.TLS, "dns.example"),
     "tcp://10.0.0.10": UpstreamAddress(ip_address("10.0.0.10"), 53, UpstreamProtocol.TCP),
     "tls://10.0.0.10": UpstreamAddress(ip_address("10.0.0.10"), 853, UpstreamProtocol.TLS),
     "tls://[fd00::1]:8853#dns.example": UpstreamAddress(
@@ -45,6 +48,12 @@ def test_it_reads_and_shows_the_same(text: str) -> None:
         "tcp://10.0.0.10#name",
         "10.0.0.10 ",
         "[fd00::1",
+        "fe80::1",
+        "[fe80::1]:5353",
+        "fe80::1%",
+        "fe80::1%eth0/64",
+        "fe80::1%" + "x" * 16,
+        "10.0.0.10%eth0",
     ],
 )
 def test_what_is_none(text: str) -> None:

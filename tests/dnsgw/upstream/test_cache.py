@@ -34,7 +34,7 @@ def answer(
 def kept(cache: Cache, question: Query, message: Message, now: float = 100.0) -> Entry | None:
     key = key_of(question)
     assert key is not None
-    return cache.put(question, key, message, now)
+    return cache.put(key, message, now)
 
 
 def found(cache: Cache, question: Query) -> Entry | None:
@@ -83,16 +83,53 @@ def test_lives_are_capped() -> None:
 
 @pytest.mark.parametrize(("soa", "life"), [(SOA, 30), (SOA.replace(" 60 ", " 20 "), 20)])
 def test_negative_answers_are_cached_as_the_soa_says(soa: str, life: int) -> None:
-    """RFC 2308 section 5; and a name that is not there has no other types either."""
+    """RFC 2308 section 5; and a name that has neither address is not there, and has no other types either."""
     cache = Cache(CacheConfig())
     entry = kept(cache, asked("nope.test"), answer(asked("nope.test"), authority=(soa,), rcode=3))
     assert entry is not None
     assert entry.expires == 100 + life
-    assert found(cache, asked("nope.test", Qtype.AAAA)) is entry
+    assert found(cache, asked("nope.test")) is entry
+    assert found(cache, asked("nope.test", Qtype.AAAA)) is None
+    other = asked("nope.test", Qtype.AAAA)
+    entry = kept(cache, other, answer(other, authority=(soa,), rcode=3))
+    assert entry is not None
+    assert all(found(cache, asked("nope.test", qtype)) is entry for qtype in (Qtype.A, Qtype.AAAA, 16))
+    assert len(cache) == 1
     nodata = kept(cache, asked("www.test"), answer(asked("www.test"), authority=(soa,)))
     assert nodata is not None
     assert nodata.expires == 100 + life
     assert found(cache, asked("www.test", Qtype.AAAA)) is None
+
+
+def test_a_name_that_lacks_one_type_is_not_denied() -> None:
+    """Many servers answer NXDOMAIN for a type that a name lacks."""
+    cache = Cache(CacheConfig())
+    half, other = asked("www.test", Qtype.AAAA), asked("www.test")
+    denied = kept(cache, half, answer(half, authority=(SOA,), rcode=3))
+    assert found(cache, other) is None
+    there = kept(cache, other, answer(other, "www.test. 300 IN A 192.0.2.1"))
+    assert found(cache, other) is there
+    assert found(cache, half) is denied
+    kept(cache, half, answer(half, authority=(SOA,), rcode=3))
+    assert found(cache, other) is there
+    assert found(cache, asked("www.test", 16)) is None
+
+
+def test_an_expired_denial_confirms_none() -> None:
+    cache = Cache(CacheConfig())
+    for qtype, now in ((Qtype.A, 100.0), (Qtype.AAAA, 130.0)):
+        kept(cache, asked("nope.test", qtype), answer(asked("nope.test", qtype), authority=(SOA,), rcode=3), now)
+    assert found(cache, asked("nope.test", 16)) is None
+
+
+def test_a_name_that_appears_is_denied_no_longer() -> None:
+    cache = Cache(CacheConfig())
+    for qtype in (Qtype.A, Qtype.AAAA):
+        kept(cache, asked("new.test", qtype), answer(asked("new.test", qtype), authority=(SOA,), rcode=3))
+    assert found(cache, asked("new.test", 16)) is not None
+    kept(cache, asked("new.test"), answer(asked("new.test"), "new.test. 300 IN A 192.0.2.1"))
+    assert found(cache, asked("new.test", 16)) is None
+    assert found(cache, asked("new.test", Qtype.AAAA)) is None
 
 
 @pytest.mark.parametrize(

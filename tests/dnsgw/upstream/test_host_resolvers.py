@@ -22,6 +22,13 @@ def test_resolv_conf_gives_three_name_servers_at_most(tmp_path: Path) -> None:
     assert read_resolv_conf(conf) == (endpoint("192.0.2.1"), endpoint("2001:db8::1"), endpoint("192.0.2.3"))
 
 
+def test_a_link_local_name_server_keeps_its_interface(tmp_path: Path) -> None:
+    conf = tmp_path / "resolv.conf"
+    conf.write_text("nameserver fe80::1%eth0\nnameserver fe80::1%2\n")
+    assert read_resolv_conf(conf) == (endpoint("fe80::1%eth0"), endpoint("fe80::1%2"))
+    assert [str(address) for address, _ in read_resolv_conf(conf)] == ["fe80::1%eth0", "fe80::1%2"]
+
+
 def test_a_resolv_conf_that_cannot_be_read_has_none(tmp_path: Path) -> None:
     assert read_resolv_conf(tmp_path / "missing") == ()
     assert read_resolv_conf(tmp_path) == ()

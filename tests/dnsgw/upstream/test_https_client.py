@@ -15,11 +15,16 @@ import trustme
 from aiohttp import web
 
 from dnsgw import Outcome
+from dnsgw.metrics import UpstreamOutcome
 from dnsgw.upstream.address import UpstreamAddress, UpstreamProtocol
+from dnsgw.upstream.exchange import Pending
+from dnsgw.upstream.https_client import HttpsClient
+from dnsgw.upstream.server import Upstream
 from tests.support.dns_authority import Authority
 from tests.support.dns_meshes import DOMAIN, mesh, relay
 from tests.support.dns_packets import opt, query
 from tests.support.dns_servers import Client, address, running
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -37,6 +42,10 @@ class Secret:
     port: int
     connections: int = 0
     status: int = 200
+    close_after: int | None = None
+    """Number of answers over TLS after which a connection is closed."""
+    hold: asyncio.Event | None = None
+    """Answers over HTTPS wait for it."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,9 @@ async def serving_tls(tls: ssl.SSLContext) -> AsyncIterator[Secret]:
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         secret.connections += 1
         with contextlib.suppress(asyncio.IncompleteReadError, OSError):
-            while True:
+            answered = 0
+            while secret.close_after is None or answered < secret.close_after:
+                answered += 1
                 packet = await reader.readexactly(int.from_bytes(await reader.readexactly(2), "big"))
                 for answer in secret.authority.packets(packet, ("", 0), tcp=True):
                     writer.write(len(answer).to_bytes(2, "big") + answer)
@@ -86,6 +97,8 @@ async def serving_https(tls: ssl.SSLContext) -> AsyncIterator[Secret]:
         packet = await request.read()
         assert packet[:2] == b"\0\0"
         (answer,) = secret.authority.packets(packet, ("", 0), tcp=True)
+        if secret.hold is not None:
+            await secret.hold.wait()
         return web.Response(body=answer, status=secret.status, content_type="application/dns-message")
 
     app = web.Application()
@@ -138,6 +151,17 @@ async def test_many_at_once(signer: trustme.CA, ca: str, way: UpstreamProtocol) 
             assert secret.connections == 1
 
 
+async def test_a_connection_over_tls_that_is_closed_is_no_verdict_on_its_questions(signer: trustme.CA, ca: str) -> None:
+    async with serving_tls(context(signer, "dns.example")) as secret:
+        secret.close_after = 1
+        async with running(VIEW, upstream=(destination(UpstreamProtocol.TLS, secret.port),), upstream_ca=ca) as server:
+            with Client(address(server)) as client:
+                for n in range(10):
+                    client.send(query(f"n{n}.{WWW}", ident=n))
+                replies = [await client.receive() for _ in range(10)]
+        assert all(dns.message.from_wire(reply).answer for reply in replies)
+
+
 @pytest.mark.parametrize("way", SERVING)
 async def test_a_certificate_for_somebody_else_is_no_upstream(
     signer: trustme.CA, ca: str, way: UpstreamProtocol
@@ -184,8 +208,13 @@ OK = b"HTTP/1.1 200 OK\r\n" + TYPE
 
 
 @contextlib.asynccontextmanager
-async def writing(tls: ssl.SSLContext, write: Callable[[bytes], Iterator[bytes]]) -> AsyncIterator[Secret]:
-    """A server that answers the first request of each connection with the bytes that `write` makes of the good answer."""
+async def writing(
+    tls: ssl.SSLContext, write: Callable[[bytes], Iterator[bytes]], *, reads_on: bool = False
+) -> AsyncIterator[Secret]:
+    """A server that answers the first request of each connection with the bytes that `write` makes of the good answer.
+
+    Then it closes the connection, with `reads_on` not before the next request.
+    """
     secret = Secret(Authority(records=dict(RECORDS)), 0)
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -197,6 +226,8 @@ async def writing(tls: ssl.SSLContext, write: Callable[[bytes], Iterator[bytes]]
             for part in write(answer):
                 writer.write(part)
                 await writer.drain()
+            if reads_on:
+                await reader.readuntil(b"\r\n\r\n")
         writer.close()
 
     server = await asyncio.start_server(connection, "127.0.0.1", 0, ssl=tls)
@@ -267,6 +298,55 @@ async def test_other_ways_to_write_an_answer(
         with Client(address(server)) as client:
             for n in range(3):
                 assert dns.message.from_wire(await client.ask(query(f"n{n}.{WWW}"))).answer
+
+
+async def test_a_kept_connection_that_ends_without_a_response_is_no_verdict(signer: trustme.CA, ca: str) -> None:
+    async with (
+        writing(context(signer, "dns.example"), in_chunks, reads_on=True) as secret,
+        running(VIEW, upstream=(destination(UpstreamProtocol.HTTPS, secret.port),), upstream_ca=ca) as server,
+    ):
+        with Client(address(server)) as client:
+            for tag in "abc":
+                for n in range(5):
+                    client.send(query(f"{tag}{n}.{WWW}", ident=n))
+                replies = [await client.receive() for _ in range(5)]
+                assert {reply[3] & 15 for reply in replies} == {dns.rcode.NXDOMAIN}
+        assert server.metrics.upstream[UpstreamOutcome.UNREACHABLE] == 0
+
+
+async def test_connections_from_another_address_are_given_up(signer: trustme.CA, ca: str) -> None:
+    """Both one that is idle and one that waits for its response."""
+    answered: dict[int, bytes] = {}
+    async with serving_https(context(signer, "dns.example")) as secret, asyncio.TaskGroup() as tasks:
+        place = destination(UpstreamProtocol.HTTPS, secret.port)
+        upstream = Upstream(
+            place, asyncio.get_running_loop(), received=lambda *_: None, lost=lambda _: None, moved=lambda _: None
+        )
+
+        def received(packet: bytes, pending: Pending) -> None:
+            answered[packet[1]] = packet
+            pending.clear()
+
+        client = HttpsClient(place, ssl.create_default_context(cadata=ca), received=received, lost=lambda _: None)
+        secret.hold = asyncio.Event()
+        asking = [
+            tasks.create_task(client.post(Pending(upstream, stream=True), n, query(f"n{n}.{WWW}")[2:]))
+            for n in range(4)
+        ]
+        await eventually(lambda: len(secret.authority.asked) == 4)
+        client.renew(ip_address("127.0.0.1").packed)
+        await asyncio.sleep(0)
+        assert len(secret.authority.asked) == 4
+        client.renew(ip_address("127.0.0.2").packed)
+        await eventually(lambda: len(secret.authority.asked) == 8)
+        secret.hold.set()
+        for one in asking:
+            await one
+        assert sorted(answered) == [0, 1, 2, 3]
+        client.renew(ip_address("127.0.0.2").packed)  # idle ones
+        await client.post(Pending(upstream, stream=True), 9, query(f"n9.{WWW}")[2:])
+        assert 9 in answered
+        await client.close()
 
 
 @pytest.mark.parametrize("case", BAD)

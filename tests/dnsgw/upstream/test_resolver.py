@@ -450,3 +450,40 @@ async def test_addresses_of_other_names_do_not_come_along(upstream: Authority, t
             assert [str(item) for item in reply.answer[0]] == [f"0 0 8443 {target}."]
             assert reply.additional == []
             assert reply.edns == (0 if edns else -1)
+
+
+@pytest.mark.parametrize("prefer", ["local", "remote"])
+@pytest.mark.parametrize("name", ["shop.svc.cluster.local", "depot.example", "mesh.internal", "internal"])
+async def test_names_above_ours_exist_whatever_upstream_says(upstream: Authority, name: str, prefer: str) -> None:
+    """RFC 8020: NXDOMAIN would deny the names below as well."""
+    upstream.records["alias.example.test", "CNAME"] = [name]
+    async with running(VIEW, upstream.port, imports=imports(prefer)) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):  # upstream's, and from the cache
+                for qtype in (Qtype.A, Qtype.AAAA, 16, Qtype.NS):
+                    reply = read(await client.ask(query(name, qtype)))
+                    assert (reply.rcode(), reply.answer, len(reply.authority)) == (dns.rcode.NOERROR, [], 1)
+            reply = read(await client.ask(query("alias.example.test")))
+            assert reply.rcode() == dns.rcode.NOERROR
+            assert len(reply.answer) == 1
+            assert read(await client.ask(query("other." + name))).rcode() == dns.rcode.NXDOMAIN
+        assert name in {asked.name for asked in upstream.asked}
+
+
+async def test_records_of_upstream_at_a_name_above_ours_are_upstreams(upstream: Authority) -> None:
+    upstream.records["shop.svc.cluster.local", "A"] = ["192.0.2.7"]
+    async with running(VIEW, upstream.port, imports=imports("remote")) as server:
+        with Client(address(server)) as client:
+            for _ in range(3):
+                (answer,) = answers(await client.ask(query("shop.svc.cluster.local")))
+                assert answer.endswith("192.0.2.7")
+
+
+async def test_a_cached_denial_ends_when_a_name_below_appears(upstream: Authority) -> None:
+    async with running(mesh(relay("10.0.0.9")), upstream.port, imports=imports("remote")) as server:
+        with Client(address(server)) as client:
+            empty = VIEW.apply([Deletion((Kind.SERVICE, "c", "stock.depot.example"), 9)])
+            for view, rcode in ((empty, 3), (VIEW, 0), (empty, 3), (VIEW, 0)):
+                server.apply(view)
+                for _ in range(4):
+                    assert read(await client.ask(query("depot.example"))).rcode() == rcode

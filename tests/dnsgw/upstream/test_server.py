@@ -10,7 +10,7 @@ import pytest
 
 from discovery.pacing.backoff import Backoff
 from dnsgw.upstream.exchange import Failure
-from dnsgw.upstream.server import UPSTREAM_LIMITS, UpstreamLimits
+from dnsgw.upstream.limits import UPSTREAM_LIMITS, UpstreamLimits
 from tests.dnsgw.upstream.test_forwarder import RECORDS, asking, silent
 from tests.support.dns_authority import Authority, serving
 from tests.support.dns_servers import free_port
