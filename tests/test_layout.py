@@ -23,6 +23,7 @@ TESTED_BY = {
     "discovery/files/tls_files": "discovery/client/test_servers",
     "discovery/publisher/config": "discovery/publisher/test_role",
     "discovery/publisher/kubernetes": "discovery/publisher/test_role",
+    "discovery/publisher/objects": "discovery/publisher/test_table",
     "discovery/store/etcdapi": "discovery/store/test_etcd",
     "discovery/store/memory": "discovery/store/test_base",
     "dnsgw/mesh_zone/current": "dnsgw/test_resolver",

@@ -425,8 +425,8 @@ def _service_faults(path: str, spec: ServiceSpec, place: _Place) -> Iterator[Fau
         if not is_port_name(name):
             yield Fault(where, "a name of lower-case letters, digits and inner hyphens, and not a number", shown(name))
         yield from _port_faults(where, number)
-    if spec.member_of:
-        yield from _name_faults(f"{path}.member_of", spec.member_of)
+    if spec.member_of and not (is_service_name(spec.member_of) and spec.name.endswith(f".{spec.member_of}")):
+        yield Fault(f"{path}.member_of", "the end of the name after one of its dots", shown(spec.member_of))
     if spec.health is not None and not 1 <= spec.health.interval_s <= MAX_CHECK_INTERVAL_S:
         yield Fault(f"{path}.health.interval_s", f"seconds 1-{MAX_CHECK_INTERVAL_S}", shown(spec.health.interval_s))
 
