@@ -22,6 +22,7 @@ TESTED_BY = {
     "discovery/client/writer": "discovery/client/test_client",
     "discovery/files/tls_files": "discovery/client/test_servers",
     "discovery/publisher/config": "discovery/publisher/test_role",
+    "discovery/publisher/endpoints": "discovery/publisher/test_table",
     "discovery/publisher/kubernetes": "discovery/publisher/test_role",
     "discovery/publisher/objects": "discovery/publisher/test_table",
     "discovery/store/etcdapi": "discovery/store/test_etcd",

@@ -159,6 +159,10 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Name of the service of which this is one member, such as a pod of a StatefulSet; empty: none. Questions for the SRV records
     of that service are answered with its members."""
 
+    alias_of: str = ""
+    """Name of the service of which this is another name, in another domain; empty: none. A beginning of both names stands for that
+    service."""
+
     @property
     def proxy_version(self) -> int | None:
         """The version of that header, None if the service expects none."""
@@ -185,19 +189,20 @@ SPEC_TYPES: Mapping[Kind, type[Spec]] = {
 }
 
 
-NEGOTIATED = frozenset({"service.member_of", "service.port_names"})
+NEGOTIATED = frozenset({"service.alias_of", "service.member_of", "service.port_names"})
 """Fields that are sent only to peers that say that they know them, since a record with an unknown field is skipped or refused as
 a whole. Without them the other fields keep their meaning."""
 
 
 def with_fields(spec: Spec, known: frozenset[str]) -> Spec:
     """Return a spec without the negotiated fields that a peer does not know."""
-    if isinstance(spec, ServiceSpec) and (spec.member_of or spec.port_names) and not known >= NEGOTIATED:
-        if "service.member_of" not in known:
-            spec = msgspec.structs.replace(spec, member_of="")
-        if "service.port_names" not in known:
-            spec = msgspec.structs.replace(spec, port_names={})
-    return spec
+    if not isinstance(spec, ServiceSpec) or known >= NEGOTIATED:
+        return spec
+    unknown = {name: value for name, value in _UNSET.items() if f"service.{name}" not in known and getattr(spec, name)}
+    return msgspec.structs.replace(spec, **unknown) if unknown else spec
+
+
+_UNSET: Mapping[str, Any] = {"alias_of": "", "member_of": "", "port_names": {}}
 
 
 def is_port_name(text: str) -> bool:
@@ -427,6 +432,8 @@ def _service_faults(path: str, spec: ServiceSpec, place: _Place) -> Iterator[Fau
         yield from _port_faults(where, number)
     if spec.member_of and not (is_service_name(spec.member_of) and spec.name.endswith(f".{spec.member_of}")):
         yield Fault(f"{path}.member_of", "the end of the name after one of its dots", shown(spec.member_of))
+    if spec.alias_of:
+        yield from _name_faults(f"{path}.alias_of", spec.alias_of)
     if spec.health is not None and not 1 <= spec.health.interval_s <= MAX_CHECK_INTERVAL_S:
         yield Fault(f"{path}.health.interval_s", f"seconds 1-{MAX_CHECK_INTERVAL_S}", shown(spec.health.interval_s))
 

@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from discovery.publisher.export import Finding
-from discovery.publisher.kubernetes import KubeApi, KubeError, KubeRefused
+from discovery.publisher.kubernetes import FIELD_MANAGER, KubeApi, KubeError, KubeRefused
 from discovery.publisher.objects import Name
 
 log = logging.getLogger(__name__)
 
-COMPONENT = "crossnet-publisher"
+COMPONENT = FIELD_MANAGER
 MAX_MESSAGE = 1024  # of an Event, in bytes: https://pkg.go.dev/k8s.io/api/events/v1#Event
 
 

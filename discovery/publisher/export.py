@@ -1,9 +1,9 @@
 """What a Service asks to have exported, and what of that cannot be. Sans-IO.
 
 The annotation crossnet.io/export exports a Service: `true` for all its TCP ports, or a comma-separated list of port names or
-numbers. crossnet.io/proxy-protocol is the PROXY protocol header that it expects: `v1`, `v2`, or `true` for v2.
-crossnet.io/health-check has its endpoints checked by relays and gateways: `tcp` or `tls`, and optionally the seconds between two
-checks, such as `tls 30`.
+numbers. A ServiceExport of the same name means `true`, unless there is the annotation as well. crossnet.io/proxy-protocol is the
+PROXY protocol header that the Service expects: `v1`, `v2`, or `true` for v2. crossnet.io/health-check has its endpoints checked by
+relays and gateways: `tcp` or `tls`, and optionally the seconds between two checks, such as `tls 30`.
 """
 
 import re
@@ -57,12 +57,17 @@ class Export:
         return {name: number for name, number in self.ports if is_port_name(name)}
 
 
-def read_export(found: ServiceObject) -> Export | None:
-    """Return what a Service asks for; None: it does not ask to be exported."""
+def read_export(found: ServiceObject, *, by_object: bool = False) -> Export | None:
+    """Return what a Service asks for; None: it does not ask to be exported. `by_object`: there is a ServiceExport for it."""
     annotations = found.metadata.annotations or {}
     wanted = {item.strip() for item in annotations.get(EXPORT, "").split(",")} - {""}
-    if not wanted or wanted == {"false"}:
+    if not wanted and by_object:
+        wanted = {"true"}
+    if not wanted or (wanted == {"false"} and not by_object):
         return None
+    if wanted == {"false"}:
+        message = f"not exported: the annotation {EXPORT} is false, and there is a ServiceExport"
+        return Export(ports=(), proxy_protocol=False, health=None, findings=(Finding("Contradiction", message),))
     findings: list[Finding] = []
     ports: tuple[tuple[str, int], ...] = ()
     if found.spec.type == "ExternalName":

@@ -24,6 +24,7 @@ REQUEST_TIMEOUT_S = 30.0
 WATCH_S = 240
 """The server is asked to end watches after this time, so that one that hangs is noticed soon afterwards."""
 
+FIELD_MANAGER = "crossnet-publisher"
 MAX_ANSWER = 64 * 1024 * 1024
 MAX_TOKEN = 64 * 1024
 MAX_LINE = 4 * 1024 * 1024  # objects in etcd have 1.5 MiB at most
@@ -125,10 +126,19 @@ class KubeApi:
         """Replace some fields of an object (RFC 7396). Raises KubeError."""
         await self._write("PATCH", path, changes, "application/merge-patch+json")
 
-    async def _write(self, method: str, path: str, item: object, content_type: str) -> None:
+    async def apply(self, path: str, item: object) -> None:
+        """Set fields of an object by server-side apply, as their owner. Raises KubeError."""
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        await self._write("PATCH", path, item, "application/apply-patch+yaml", query)
+
+    async def _write(
+        self, method: str, path: str, item: object, content_type: str, query: dict[str, str] | None = None
+    ) -> None:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
         try:
-            async with self._ask(method, path, {}, timeout, msgspec.json.encode(item), content_type) as response:
+            async with self._ask(
+                method, path, query or {}, timeout, msgspec.json.encode(item), content_type
+            ) as response:
                 await _check(response, path)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise KubeError(f"{path}: {explained(error)}") from None

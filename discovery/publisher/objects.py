@@ -78,6 +78,36 @@ class SliceObject(msgspec.Struct):
     ports: list[Port] | None = None
 
 
+class ConditionFields(msgspec.Struct):
+    """A condition of a ServiceExport."""
+
+    type: str = ""
+    status: str = ""
+    reason: str = ""
+    message: str = ""
+    observedGeneration: int = 0  # noqa: N815
+    lastTransitionTime: str = ""  # noqa: N815
+
+
+class ExportStatus(msgspec.Struct):
+    """The status of a ServiceExport."""
+
+    conditions: list[ConditionFields] | None = None
+
+
+class ExportObject(msgspec.Struct):
+    """A ServiceExport of the Multi-Cluster Services API (KEP-1645): exports the Service of the same name."""
+
+    metadata: Metadata
+    status: ExportStatus | None = None
+
+    @property
+    def valid(self) -> ConditionFields | None:
+        """The condition `Valid`, None if it was not written yet."""
+        found = (self.status.conditions if self.status is not None else None) or ()
+        return next((each for each in found if each.type == "Valid"), None)
+
+
 def name_of(metadata: Metadata) -> Name:
     """Return the namespace and name of an object."""
     return (metadata.namespace, metadata.name)

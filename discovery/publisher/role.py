@@ -21,8 +21,9 @@ from discovery.publisher.config import PublisherConfig
 from discovery.publisher.events import EVENT_TIMING, EventTiming, EventWriter
 from discovery.publisher.export import Finding
 from discovery.publisher.kubernetes import Gone, KubeApi, KubeError
-from discovery.publisher.objects import Name, ServiceObject, SliceObject, name_of, resource_version
-from discovery.publisher.table import ServiceTable, record_id
+from discovery.publisher.objects import ExportObject, Name, ServiceObject, SliceObject, name_of, resource_version
+from discovery.publisher.statuses import EXPORTS, StatusWriter
+from discovery.publisher.table import Publication, ServiceTable, record_id
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ BACKOFF = Backoff(0.2, 15.0)
 GIVEN_UP_AFTER = 5
 """Failures in a row to watch from a version before all is listed again. Another cluster, for one, never accepts the version."""
 
-ObjectT = TypeVar("ObjectT", ServiceObject, SliceObject)
+ObjectT = TypeVar("ObjectT", ServiceObject, SliceObject, ExportObject)
 
 
 class _Metrics:
@@ -116,9 +117,15 @@ class Publisher:
             watch_s=config.watch_s,
         )
         self._backoff = backoff
-        self._table = ServiceTable(config.cluster_domain)
+        self._table = ServiceTable(
+            config.cluster_domain,
+            reads_exports=config.service_exports,
+            clusterset_domain=config.clusterset_domain,
+            cluster=config.network,
+        )
         self._metrics = _Metrics(registry if registry is not None else CollectorRegistry())
         self._events = EventWriter(self._api, config.id, timing=event_timing)
+        self._statuses = StatusWriter(self._api, timing=event_timing)
         self._published: set[str] = set()
         self._records_of: dict[Name, frozenset[str]] = {}
         self._findings: dict[Name, tuple[Finding, ...]] = {}
@@ -136,12 +143,14 @@ class Publisher:
         scopes = [f"/namespaces/{namespace}" for namespace in self._config.namespaces] or [""]
         services = [f"/api/v1{scope}/services" for scope in scopes]
         slices = [f"/apis/discovery.k8s.io/v1{scope}/endpointslices" for scope in scopes]
-        self._unlisted = {*services, *slices}
+        exports = [f"{EXPORTS}{scope}/serviceexports" for scope in scopes if self._config.service_exports]
+        self._unlisted = {*services, *slices, *exports}
         unsubscribe = self._discovery.subscribe(self._reconcile)
         table = self._table
         try:
             async with self._api, asyncio.TaskGroup() as group:
                 group.create_task(self._events.run())
+                group.create_task(self._statuses.run())
                 for path in services:
                     group.create_task(
                         self._follow(
@@ -151,7 +160,7 @@ class Publisher:
                                 put=table.put_service,
                                 delete=table.delete_service,
                                 retain=table.retain_services,
-                                known=table.exported,
+                                known=table.service_names,
                             )
                         )
                     )
@@ -165,6 +174,19 @@ class Publisher:
                                 delete=table.delete_slice,
                                 retain=table.retain_slices,
                                 known=table.slice_names,
+                            )
+                        )
+                    )
+                for path in exports:
+                    group.create_task(
+                        self._follow(
+                            _Resource(
+                                path,
+                                ExportObject,
+                                put=table.put_export,
+                                delete=table.delete_export,
+                                retain=table.retain_exports,
+                                known=table.export_names,
                             )
                         )
                     )
@@ -230,12 +252,14 @@ class Publisher:
                 self._discovery.publish(Kind.SERVICE, key, spec, network=self._config.network, leased=False)
             if specs:
                 self._records_of[name] = frozenset(specs)
-            self._report(name, tuple(made.findings))
+            self._report(name, made)
+            self._statuses.put(name, self._table.export(name), made)
         self._metrics.services.set(len(self._published))
         self._metrics.incomplete.set(len(self._findings))
 
-    def _report(self, name: Name, findings: tuple[Finding, ...]) -> None:
+    def _report(self, name: Name, made: Publication) -> None:
         """Say in the log what is new of what cannot be published, and on the Service all of it."""
+        findings = tuple(made.findings)
         before = self._findings.pop(name, ())
         if findings:
             self._findings[name] = findings
@@ -244,7 +268,7 @@ class Publisher:
                 event = {"namespace": name[0], "service": name[1], "reason": finding.reason, "why": finding.message}
                 level = logging.WARNING if finding.warning else logging.INFO
                 log.log(level, "a service is not exported as it asks", extra={"event": event})
-        self._events.put(name, self._table.reference(name), findings)
+        self._events.put(name, (made.uid, made.version), findings if made.uid else ())
 
     def _reconcile(self, mesh: Mesh) -> None:
         """Withdraw records of an earlier run, once the cluster has been listed and discovery is synced."""

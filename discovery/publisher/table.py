@@ -1,21 +1,32 @@
 """Converts Kubernetes Services and EndpointSlices to service records. Sans-IO.
 
 Published are the endpoints that are ready or, if none of a port is, those that end and still serve, as kube-proxy uses them. Of a
-headless Service, each pod with a hostname has a record of its own, such as db-0.db.shop.svc.cluster.local.
+headless Service, each pod with a hostname has a record of its own, such as db-0.db.shop.svc.cluster.local. With a cluster set's
+domain, each record has an alias in it (KEP-1645): db.shop.svc.clusterset.local and, for a pod of cluster b,
+db-0.b.db.shop.svc.clusterset.local.
 """
 
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from discovery.model.addresses import BadAddress, format_endpoint, parse_address, refusal
-from discovery.model.names import MAX_PORT, is_ldh_label, is_service_name
+import msgspec
+
+from discovery.model.names import is_ldh_label, is_service_name
 from discovery.model.spec import MAX_ENDPOINTS, MAX_ID, ServiceSpec
+from discovery.publisher.endpoints import Slice, by_hostname, delivering, read_slice
 from discovery.publisher.export import Export, Finding, listed, read_export
-from discovery.publisher.objects import SERVICE_NAME, EndpointFields, Name, Port, ServiceObject, SliceObject, name_of
+from discovery.publisher.objects import (
+    SERVICE_NAME,
+    ExportObject,
+    Name,
+    ServiceObject,
+    SliceObject,
+    name_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,28 +43,11 @@ class Member(NamedTuple):
     hostname: str = ""
     """Of the pod; empty: the Service itself."""
 
+    domain: str = ""
+    """End of its name in the cluster set; empty: it has its name in the cluster."""
+
 
 ITSELF = Member()
-
-
-class _Endpoint(NamedTuple):
-    addresses: tuple[str, ...]
-    ready: bool
-    ends_serving: bool
-    """It ends, and still serves."""
-
-    hostname: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    service: Name
-    endpoints: tuple[_Endpoint, ...]
-    ports: tuple[tuple[str, int], ...]
-    """Name and number."""
-
-    refused: tuple[str, ...]
-    """Addresses that may not be dialled, or that are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +64,10 @@ class _Service:
 class Publication:
     """What to publish of a Service, and what of it cannot be published."""
 
+    uid: str = ""
+    version: str = ""
+    """Of the Service; empty if it does not ask to be exported."""
+
     specs: dict[Member, ServiceSpec] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
@@ -77,18 +75,34 @@ class Publication:
 class ServiceTable:
     """The Services of a cluster that ask to be exported, and the records to publish."""
 
-    def __init__(self, cluster_domain: str, max_objects: int = MAX_OBJECTS) -> None:
+    def __init__(
+        self,
+        cluster_domain: str,
+        max_objects: int = MAX_OBJECTS,
+        *,
+        reads_exports: bool = False,
+        clusterset_domain: str | None = None,
+        cluster: str = "",
+    ) -> None:
+        """`reads_exports`: ServiceExports are put as well. `cluster` is the name of the cluster in the cluster set."""
         self._domain = cluster_domain
+        self._reads_exports = reads_exports
+        self._clusterset = clusterset_domain
+        self._cluster = cluster
+        self._exports: dict[Name, ExportObject] = {}
+        self._found: dict[Name, ServiceObject] = {}  # of all Services, for ServiceExports that come later; else empty
         self._max_objects = max_objects
         self._services: dict[Name, _Service] = {}
-        self._slices: dict[Name, _Slice] = {}
+        self._slices: dict[Name, Slice] = {}
         self._slices_of: dict[Name, set[Name]] = {}
         self._is_full = False
 
     def put_service(self, found: ServiceObject) -> Name:
         """Store the current state of a Service. Returns its name, since its records may change."""
         name = name_of(found.metadata)
-        export = read_export(found)
+        export = read_export(found, by_object=name in self._exports)
+        if self._reads_exports and (name in self._found or len(self._found) < self._max_objects):
+            self._found[name] = found
         if export is None:
             self._services.pop(name, None)
             return name
@@ -107,7 +121,21 @@ class ServiceTable:
         """Remove a Service. Returns its name, since its records may change."""
         name = name_of(found.metadata)
         self._services.pop(name, None)
+        self._found.pop(name, None)
         return name
+
+    def put_export(self, found: ExportObject) -> Name:
+        """Store the current state of a ServiceExport. Returns the name of its Service, whose records may change."""
+        name = name_of(found.metadata)
+        if name in self._exports or len(self._exports) < self._max_objects:
+            self._exports[name] = found
+        return self._read_again(name)
+
+    def delete_export(self, found: ExportObject) -> Name:
+        """Remove a ServiceExport. Returns the name of its Service, whose records may change."""
+        name = name_of(found.metadata)
+        self._exports.pop(name, None)
+        return self._read_again(name)
 
     def put_slice(self, found: SliceObject) -> Name | None:
         """Store the current state of an EndpointSlice. Returns the name of the Service whose records may change."""
@@ -122,9 +150,7 @@ class ServiceTable:
             return None
         of = (found.metadata.namespace, service)
         self._drop_slice(name)
-        refused: list[str] = []
-        endpoints = tuple(_endpoints(found, refused))
-        self._slices[name] = _Slice(of, endpoints, tuple(_named(found.ports or ())), tuple(refused))
+        self._slices[name] = read_slice(found, of)
         self._slices_of.setdefault(of, set()).add(name)
         return of
 
@@ -134,10 +160,18 @@ class ServiceTable:
 
     def retain_services(self, names: Iterable[Name]) -> set[Name]:
         """Remove all other Services, after a complete list. Returns the removed names."""
-        gone = set(self._services) - set(names)
+        gone = self.service_names() - set(names)
         for name in gone:
-            del self._services[name]
+            self._services.pop(name, None)
+            self._found.pop(name, None)
         return gone
+
+    def retain_exports(self, names: Iterable[Name]) -> set[Name]:
+        """Remove all other ServiceExports, after a complete list. Returns the names of their Services."""
+        gone = set(self._exports) - set(names)
+        for name in gone:
+            del self._exports[name]
+        return {self._read_again(name) for name in gone}
 
     def retain_slices(self, names: Iterable[Name]) -> set[Name]:
         """Remove all other EndpointSlices, after a complete list. Returns the names of their Services."""
@@ -145,24 +179,34 @@ class ServiceTable:
         return {of for name in gone if (of := self._drop_slice(name)) is not None}
 
     def exported(self) -> set[Name]:
-        """Return the names of all Services that ask to be exported."""
-        return set(self._services)
+        """Return the names of all Services that ask to be exported, by themselves or by a ServiceExport."""
+        return self._services.keys() | self._exports.keys()
+
+    def service_names(self) -> set[Name]:
+        """Return the names of all Services that are stored."""
+        return self._services.keys() | self._found.keys()
+
+    def export_names(self) -> set[Name]:
+        """Return the names of all ServiceExports."""
+        return set(self._exports)
+
+    def export(self, name: Name) -> ExportObject | None:
+        """Return the ServiceExport of this name, None if there is none."""
+        return self._exports.get(name)
 
     def slice_names(self) -> set[Name]:
         """Return the names of all EndpointSlices."""
         return set(self._slices)
-
-    def reference(self, name: Name) -> tuple[str, str]:
-        """Return the uid and resourceVersion of a Service; empty if it does not ask to be exported."""
-        service = self._services.get(name)
-        return (service.uid, service.version) if service is not None else ("", "")
 
     def publication(self, name: Name) -> Publication:
         """Return what to publish of a Service, and what of it cannot be published. Nothing, if it does not ask to be exported."""
         made = Publication()
         service = self._services.get(name)
         if service is None:
+            if name in self._exports:
+                made.findings.append(Finding("NoService", "not exported: there is no Service of this name"))
             return made
+        made.uid, made.version = service.uid, service.version
         made.findings += service.export.findings
         full = f"{name[1]}.{name[0]}.svc.{self._domain}"
         if not service.export.ports:
@@ -178,12 +222,26 @@ class ServiceTable:
         made.specs[ITSELF] = self._spec(full, service, slices, made)
         if service.headless:
             self._add_members(full, service, slices, made)
+        if self._clusterset is not None:
+            self._add_aliases(name, self._clusterset, made)
         return made
 
-    def _spec(self, full: str, service: _Service, slices: Sequence[_Slice], made: Publication) -> ServiceSpec:
+    def _add_aliases(self, name: Name, domain: str, made: Publication) -> None:
+        """Add another record for each one, with its name in the cluster set."""
+        of = f"{name[1]}.{name[0]}.svc.{domain}"
+        for member, spec in list(made.specs.items()):
+            full = f"{member.hostname}.{self._cluster}.{of}" if member.hostname else of
+            if not is_service_name(full):
+                made.findings.append(Finding("InvalidName", f"no alias: {full[:253]} cannot be the name of a service"))
+                continue
+            made.specs[Member(member.hostname, f"svc.{domain}")] = msgspec.structs.replace(
+                spec, name=full, member_of=of if spec.member_of else "", health=None, alias_of=spec.name
+            )
+
+    def _spec(self, full: str, service: _Service, slices: Sequence[Slice], made: Publication) -> ServiceSpec:
         ports = {}
         for name, port in service.export.ports:
-            endpoints = _delivering(name, slices, every=service.every_endpoint)
+            endpoints = delivering(name, slices, every=service.every_endpoint)
             if len(endpoints) > MAX_ENDPOINTS:
                 message = f"port {port} has more endpoints than the {MAX_ENDPOINTS} that are exported"
                 made.findings.append(Finding("TooManyEndpoints", message))
@@ -197,16 +255,16 @@ class ServiceTable:
             port_names=export.port_names,
         )
 
-    def _add_members(self, full: str, service: _Service, slices: Sequence[_Slice], made: Publication) -> None:
+    def _add_members(self, full: str, service: _Service, slices: Sequence[Slice], made: Publication) -> None:
         """Add the pods that have a hostname and an endpoint that delivers, as a cluster's own DNS names them."""
         unfit, beyond = [], False
-        for hostname, theirs in sorted(_by_hostname(slices).items()):
+        for hostname, theirs in sorted(by_hostname(slices).items()):
             name = f"{hostname}.{full}"
             if not is_ldh_label(hostname) or not is_service_name(name):
                 unfit.append(hostname[:253])
                 continue
             ports = {
-                str(port): _delivering(port_name, theirs, every=service.every_endpoint)[:MAX_ENDPOINTS]
+                str(port): delivering(port_name, theirs, every=service.every_endpoint)[:MAX_ENDPOINTS]
                 for port_name, port in service.export.ports
             }
             if not any(ports.values()):
@@ -231,6 +289,10 @@ class ServiceTable:
             message = f"more pods have a hostname than the {MAX_MEMBERS} that get a name"
             made.findings.append(Finding("TooManyPods", message))
 
+    def _read_again(self, name: Name) -> Name:
+        found = self._found.get(name)
+        return self.put_service(found) if found is not None else name
+
     def _drop_slice(self, name: Name) -> Name | None:
         known = self._slices.pop(name, None)
         if known is None:
@@ -253,69 +315,3 @@ def record_id(publisher: str, name: Name, member: Member = ITSELF) -> str:
 
 def _without(export: Export, finding: Finding) -> Export:
     return Export(ports=(), proxy_protocol=False, health=None, findings=(*export.findings, finding))
-
-
-def _named(ports: Iterable[Port]) -> Iterator[tuple[str, int]]:
-    for port in ports:
-        if port.is_tcp and port.port is not None and 1 <= port.port <= MAX_PORT:
-            yield port.name or "", port.port
-
-
-def _endpoints(found: SliceObject, refused: list[str]) -> Iterator[_Endpoint]:
-    """Yield the endpoints that may be dialled, and note the addresses of others."""
-    if found.addressType not in ("IPv4", "IPv6"):
-        refused += (
-            f"{address[:63]} ({found.addressType})" for each in found.endpoints or () for address in each.addresses
-        )
-        return
-    for each in found.endpoints or ():
-        addresses = []
-        for address in each.addresses:
-            try:
-                why = refusal(parse_address(address))
-            except BadAddress:
-                why = "not an address"
-            if why is None:
-                addresses.append(address)
-            else:
-                refused.append(f"{address[:63]} ({why})")
-        if addresses:
-            yield _Endpoint(tuple(addresses), *_state(each), each.hostname or "")
-
-
-def _state(found: EndpointFields) -> tuple[bool, bool]:
-    """Return whether an endpoint is ready, and whether it ends and still serves."""
-    conditions = found.conditions
-    if conditions is None:
-        return True, False  # Kubernetes: an unknown `ready` should be interpreted as true
-    ready = conditions.ready is not False
-    return ready, not ready and conditions.serving is True and conditions.terminating is True
-
-
-def _delivering(port_name: str, slices: Iterable[_Slice], *, every: bool) -> list[str]:
-    """Return the endpoints of a port that get streams: those that are ready or, if none is, those that end and still serve.
-
-    `every` does not look at their state.
-    """
-    ready: set[str] = set()
-    ending: set[str] = set()
-    for found in slices:
-        for number in (number for name, number in found.ports if name == port_name):
-            for endpoint in found.endpoints:
-                chosen = ready if every or endpoint.ready else ending if endpoint.ends_serving else None
-                if chosen is not None:
-                    chosen.update(format_endpoint(parse_address(address), number) for address in endpoint.addresses)
-    return sorted(ready or ending)
-
-
-def _by_hostname(slices: Iterable[_Slice]) -> Mapping[str, list[_Slice]]:
-    """Return the endpoints of each hostname, as slices of their own."""
-    found: dict[str, list[_Slice]] = {}
-    for each in slices:
-        of: dict[str, list[_Endpoint]] = {}
-        for endpoint in each.endpoints:
-            if endpoint.hostname:
-                of.setdefault(endpoint.hostname, []).append(endpoint)
-        for hostname, endpoints in of.items():
-            found.setdefault(hostname, []).append(_Slice(each.service, tuple(endpoints), each.ports, ()))
-    return found

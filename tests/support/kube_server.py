@@ -3,9 +3,9 @@
 Versions are opaque text that only this server compares. A list is sent in pages of the same version, whose continuation fails
 after compaction (410). A watch sends each change after its version once, in order, until its timeout; from a compacted version
 it fails with 410, either as an ERROR in the stream, as a kube-apiserver does, or as a status, which is also allowed. Events can
-be created and merged, with the checks that can fail for a publisher. One token is accepted, which may have no right to write. Its
-answers have the structure of a real server's (`test_recording.py` compares them), and it describes its resources well enough for
-kubectl.
+be created and merged, and the status of a ServiceExport applied, with the checks that can fail for a publisher. One token is
+accepted, which may have no right to write. Its answers have the structure of a real server's (`test_recording.py` compares them),
+and it describes its resources well enough for kubectl.
 """
 
 import asyncio
@@ -15,14 +15,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import yaml
 from aiohttp import web
 
 KINDS = {
     "services": ("v1", "Service"),
     "endpointslices": ("discovery.k8s.io/v1", "EndpointSlice"),
     "events": ("v1", "Event"),
+    "serviceexports": ("multicluster.x-k8s.io/v1alpha1", "ServiceExport"),
 }
-PLACES = {"services": "/api/v1", "endpointslices": "/apis/discovery.k8s.io/v1", "events": "/api/v1"}
+PLACES = {
+    resource: f"/apis/{version}" if "/" in version else f"/api/{version}" for resource, (version, _) in KINDS.items()
+}
 VERBS = {"events": ["create", "get", "list", "patch"]}
 READ = ["get", "list", "watch"]
 LIMIT_S = 20.0
@@ -120,8 +124,12 @@ class KubeServer:
 
     async def _tell_resources(self, request: web.Request) -> web.StreamResponse:
         """Answer the requests with which kubectl discovers resources."""
-        group = {"groupVersion": "discovery.k8s.io/v1", "version": "v1"}
-        groups = [{"name": "discovery.k8s.io", "versions": [group], "preferredVersion": group}]
+        groups = []
+        for version, _ in KINDS.values():
+            group, slash, number = version.partition("/")
+            if slash:
+                one = {"groupVersion": version, "version": number}
+                groups.append({"name": group, "versions": [one], "preferredVersion": one})
         told: dict[str, dict[str, Any]] = {
             "/api": {"kind": "APIVersions", "versions": ["v1"]},
             "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups},
@@ -196,6 +204,28 @@ class KubeServer:
         return web.json_response(
             {"kind": "Event", "apiVersion": "v1", **self._objects["events", namespace, name]}, status=201
         )
+
+    async def _apply_status(self, request: web.Request) -> web.StreamResponse:
+        namespace, name = request.match_info["namespace"], request.match_info["name"]
+        if self.refuses_writes:
+            return _forbidden("patch", "serviceexports/status", namespace)
+        if request.content_type != "application/apply-patch+yaml" or not request.query.get("fieldManager"):
+            why = "PatchOptions.meta.k8s.io is invalid: fieldManager: Required value: is required for apply patch"
+            return web.json_response(_status(422, why, "Invalid"), status=422)
+        found = self._objects.get(("serviceexports", namespace, name))
+        if found is None:
+            return _not_found("serviceexports.multicluster.x-k8s.io", name)
+        applied = yaml.safe_load(await request.read())
+        if (applied["apiVersion"], applied["kind"]) != KINDS["serviceexports"]:
+            return web.json_response(_status(400, "the kind does not match", "BadRequest"), status=400)
+        # A list of conditions is a map by `type` (x-kubernetes-list-type: map): those of others stay.
+        conditions = {each["type"]: each for each in found.get("status", {}).get("conditions", ())}
+        conditions |= {each["type"]: each for each in applied["status"]["conditions"]}
+        changed = found | {"status": {"conditions": list(conditions.values())}}
+        if changed != found:
+            self.put("serviceexports", namespace, **_fields_of(changed))
+        version, kind = KINDS["serviceexports"]
+        return web.json_response({"kind": kind, "apiVersion": version, **changed})
 
     async def _merge_event(self, request: web.Request) -> web.StreamResponse:
         namespace, name = request.match_info["namespace"], request.match_info["name"]
@@ -317,6 +347,10 @@ async def kube_server(tls: ssl.SSLContext | None = None) -> AsyncIterator[KubeSe
         application.router.add_get(f"{place}/namespaces/{{namespace}}/{resource}", server._answer)
         application.router.add_get(f"{place}/namespaces/{{namespace}}/{{resource:{resource}}}/{{name}}", server._get)
     application.router.add_post("/api/v1/namespaces/{namespace}/events", server._create_event)
+    place = PLACES["serviceexports"]
+    application.router.add_patch(
+        f"{place}/namespaces/{{namespace}}/serviceexports/{{name}}/status", server._apply_status
+    )
     application.router.add_patch("/api/v1/namespaces/{namespace}/events/{name}", server._merge_event)
     runner = web.AppRunner(application, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
     await runner.setup()

@@ -259,6 +259,8 @@ def test_checks_of_a_service(health: dict[str, object], path: str | None) -> Non
         ({"name": "db-0.db.shop", "member_of": "shop"}, "$.spec.member_of"),
         ({"name": "db-0.db.shop", "member_of": "b.shop"}, "$.spec.member_of"),
         ({"name": "db.shop", "member_of": "db.shop"}, "$.spec.member_of"),
+        ({"alias_of": "orders.shop"}, None),
+        ({"alias_of": "_x"}, "$.spec.alias_of"),
     ],
 )
 def test_names_of_ports_and_members(fields: dict[str, object], path: str | None) -> None:

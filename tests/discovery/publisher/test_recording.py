@@ -277,6 +277,26 @@ async def test_kubectl_shows_the_events_of_a_service(serve: Any, tmp_path: Path)
         assert "(x7 over" in await kubectl("describe", "service", "orders")
 
 
+@pytest.mark.interop
+@pytest.mark.needs("kubectl")
+async def test_kubectl_reads_and_applies_service_exports(serve: Any, tmp_path: Path) -> None:
+    async with over_tls(tmp_path) as (kube, authority), serve() as at:
+        kube.put("serviceexports", "shop", "orders")
+        put_service(kube, "orders", annotations={})
+        async with publishing(kube, at, tmp_path, ca_file=authority, service_exports=True):
+            await kube.until(lambda: "status" in kube.found("serviceexports")[0])
+        command = ["kubectl", "--server", kube.url, "--certificate-authority", str(authority), "--token", kube.token]
+        command += ["--kubeconfig", "/dev/null", "--cache-dir", str(tmp_path / "cache"), "--namespace", "shop"]
+        process = await asyncio.create_subprocess_exec(
+            *command, "get", "serviceexports", "orders", "-o", "json", stdout=asyncio.subprocess.PIPE
+        )
+        async with asyncio.timeout(LIMIT_S):
+            said, _ = await process.communicate()
+        assert process.returncode == 0
+        (condition,) = json.loads(said)["status"]["conditions"]
+        assert (condition["type"], condition["status"], condition["reason"]) == ("Valid", "True", "Valid")
+
+
 async def test_a_cluster_over_tls_is_verified(serve: Any, tmp_path: Path, logged: LogWaiter) -> None:
     async with over_tls(tmp_path) as (kube, authority), serve() as at:
         put_service(kube, "orders")

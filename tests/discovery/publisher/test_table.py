@@ -7,7 +7,7 @@ import pytest
 
 from discovery.model.mesh import ServiceSpec, check_spec
 from discovery.model.spec import MAX_ENDPOINTS, HealthCheck, Kind, is_record_id
-from discovery.publisher.objects import ServiceObject, SliceObject
+from discovery.publisher.objects import ExportObject, Metadata, ServiceObject, SliceObject
 from discovery.publisher.table import ITSELF, MAX_MEMBERS, Member, ServiceTable, record_id
 
 NAME = ("shop", "orders")
@@ -277,3 +277,43 @@ def test_checks_are_asked_for_by_an_annotation(annotation: str, health: HealthCh
     made = spec_of(table)
     assert made is not None
     assert made.health == health
+
+
+def test_records_have_aliases_in_the_cluster_set() -> None:
+    table = ServiceTable("cluster.local", clusterset_domain="clusterset.local", cluster="b")
+    table.put_service(headless())
+    table.put_slice(slice_of("s", PODS[0], ports=HTTPS))
+    specs = table.publication(NAME).specs
+    assert {spec.name: (spec.alias_of, spec.member_of) for spec in specs.values()} == {
+        "orders.shop.svc.cluster.local": ("", ""),
+        "orders-0.orders.shop.svc.cluster.local": ("", "orders.shop.svc.cluster.local"),
+        "orders.shop.svc.clusterset.local": ("orders.shop.svc.cluster.local", ""),
+        "orders-0.b.orders.shop.svc.clusterset.local": (
+            "orders-0.orders.shop.svc.cluster.local",
+            "orders.shop.svc.clusterset.local",
+        ),
+    }
+    assert len({record_id("k8s", NAME, member) for member in specs}) == 4
+    for spec in specs.values():
+        check_spec(Kind.SERVICE, "b", spec)
+
+
+def test_a_service_export_may_come_before_and_after_its_service() -> None:
+    export = ExportObject(Metadata("orders", "shop"))
+    found = service("", {"port": 8443})
+    table = ServiceTable("cluster.local", reads_exports=True)
+    assert table.put_export(export) == NAME
+    assert (reasons(table), spec_of(table)) == (["NoService"], None)
+    assert table.exported() == {NAME}
+    table.put_service(found)
+    assert (reasons(table), ports_of(table)) == ([], {"8443": []})
+    table.delete_export(export)
+    assert (reasons(table), spec_of(table), table.exported()) == ([], None, set())
+    table.put_export(export)
+    assert ports_of(table) == {"8443": []}
+    assert table.retain_exports([]) == {NAME}
+    assert spec_of(table) is None
+    table.put_export(export)
+    assert table.retain_services([]) == {NAME}
+    assert reasons(table) == ["NoService"]
+    assert table.export(NAME) is export
