@@ -1,6 +1,7 @@
 """Members of a StatefulSet, found by SRV at a real resolver and reached one by one through relay and gateway."""
 
 import json
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,6 +13,8 @@ import dns.rdatatype
 import pytest
 
 from sniproxy.engine import SocketStream
+from tests.e2e.test_processes_versions import as_before
+from tests.support.previous import interpreter
 from tests.support.processes import Loopback, Mesh, running_mesh
 from tests.support.streams import read_all
 from tests.support.waiting import eventually
@@ -38,6 +41,31 @@ def saying(text: bytes) -> Callable[[SocketStream], Awaitable[None]]:
 
 def imports_members(document: dict[str, Any]) -> None:
     document["import"][0]["names"] += [f"*.{DB}", "*.*.svc.clusterset.local", f"*.*.{ALIAS}"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # installs that version
+@pytest.mark.parametrize("old", ["relay", "gateway"])
+async def test_parts_of_the_previous_version_read_the_other_fields(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, old: str
+) -> None:
+    """A record with an unknown field would not exist for them."""
+    base = tmp_path_factory.getbasetemp()
+    python = interpreter((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "previous")
+    changes = {"gateway": as_before} if old == "gateway" else {}
+    mesh = Mesh(tmp_path, Loopback(), changes=changes, pythons={old: python})
+    name = f"db-0.{DB}"
+    with running_mesh(mesh):
+        async with mesh.serving(saying(b"db-0")) as port:
+            spec = {"name": name, "ports": {"27017": [f"{mesh.plan.service}:{port}"]}, "member_of": DB}
+            put = mesh.records_command("put", "service", name, json.dumps(spec | {"port_names": {"mongo": 27017}}))
+            assert put.returncode == 0, put.stderr
+            for part in ("relay", "gateway"):
+                await eventually(lambda part=part: name in [it["id"] for it in mesh.records(part, "service")])  # type: ignore[misc]
+            client = await mesh.dial(f"p27017-{name}.b.svc.mesh.internal")
+            client.shutdown_write()
+            assert await read_all(client) == b"db-0"
+            client.close()
 
 
 async def test_each_member_is_reached_by_its_name(tmp_path: Path) -> None:
