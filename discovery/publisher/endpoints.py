@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from discovery.model.addresses import BadAddress, format_endpoint, parse_address, refusal
+from discovery.model.addresses import BadAddress, parse_address, refusal
 from discovery.model.names import MAX_PORT
 from discovery.publisher.objects import EndpointFields, Name, Port, SliceObject
 
@@ -13,6 +13,8 @@ class Endpoint(NamedTuple):
     """An endpoint that may be dialled."""
 
     addresses: tuple[str, ...]
+    """As before the port in `ip:port` and `[v6]:port`."""
+
     ready: bool
     ends_serving: bool
     """It ends, and still serves."""
@@ -57,11 +59,12 @@ def _endpoints(found: SliceObject, refused: list[str]) -> Iterator[Endpoint]:
         addresses = []
         for address in each.addresses:
             try:
-                why = refusal(parse_address(address))
+                parsed = parse_address(address)
+                why = refusal(parsed)
             except BadAddress:
                 why = "not an address"
             if why is None:
-                addresses.append(address)
+                addresses.append(f"[{parsed}]" if parsed.version == 6 else str(parsed))
             else:
                 refused.append(f"{address[:63]} ({why})")
         if addresses:
@@ -89,7 +92,7 @@ def delivering(port_name: str, slices: Iterable[Slice], *, every: bool) -> list[
             for endpoint in found.endpoints:
                 chosen = ready if every or endpoint.ready else ending if endpoint.ends_serving else None
                 if chosen is not None:
-                    chosen.update(format_endpoint(parse_address(address), number) for address in endpoint.addresses)
+                    chosen.update(f"{address}:{number}" for address in endpoint.addresses)
     return sorted(ready or ending)
 
 
