@@ -10,11 +10,15 @@ from aiohttp import hdrs, web
 
 from discovery.http.listener import waiting
 from discovery.model.mesh import BadRecord, Key, Kind, check_key
+from discovery.model.spec import NEGOTIATED
 from discovery.model.validation import shown
 from discovery.store import Store
 
 EPOCH_HEADER = "Crossnet-Epoch"
 STALE_HEADER = "Crossnet-Stale"
+FIELDS_HEADER = "Crossnet-Fields"
+FIELDS = ",".join(sorted(NEGOTIATED))
+MAX_FIELDS_TEXT = 1000
 BODY_TIMEOUT_S = 10.0
 
 BodyT = TypeVar("BodyT")
@@ -96,9 +100,11 @@ async def read_body(request: web.Request, shape: type[BodyT]) -> BodyT:
 
 
 def marks(store: Store) -> dict[str, str]:
-    """Return the headers of every answer: the store's epoch and, if the store is stale, for how many seconds."""
+    """Return the headers of every answer: the store's epoch, the negotiated fields that this server knows and, if the store is
+    stale, for how many seconds.
+    """
     stale_s = store.stale_s
-    return {EPOCH_HEADER: store.epoch} | ({STALE_HEADER: f"{stale_s:.0f}"} if stale_s else {})
+    return {EPOCH_HEADER: store.epoch, FIELDS_HEADER: FIELDS} | ({STALE_HEADER: f"{stale_s:.0f}"} if stale_s else {})
 
 
 def json_answer(value: object, *, status: int = 200, etag: int | None = None) -> web.Response:
@@ -162,6 +168,11 @@ def parse_revision(text: str | None) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise ApiError(400, "bad_request", f"expected a revision, got {shown(text)}")
     return int(text)
+
+
+def parse_fields(text: str | None) -> frozenset[str]:
+    """Parse the negotiated fields that a reader knows. Those that this server does not know are ignored."""
+    return NEGOTIATED.intersection((text or "")[:MAX_FIELDS_TEXT].split(","))
 
 
 def parse_if_match(request: web.Request) -> int | None:

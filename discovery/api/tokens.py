@@ -78,7 +78,7 @@ class Principal:
         """Return why it may not write under this key, None if it may.
 
         `specs` are the current and the new spec: both must have a name that the token covers, so that it can neither take over a
-        service nor rename one.
+        service nor rename one. Neither can it add members or another name to one that it does not cover.
         """
         if self.admin:
             return None
@@ -88,8 +88,10 @@ class Principal:
         if kind not in self.kinds:
             return f"the token may not write {kind} records"
         for spec in specs:
-            if isinstance(spec, ServiceSpec) and not any(matches(glob, spec.name) for glob in self.names):
-                return f"the token does not cover the service name {spec.name!r}"
+            if isinstance(spec, ServiceSpec):
+                for name in filter(None, (spec.name, spec.member_of, spec.alias_of)):
+                    if not any(matches(glob, name) for glob in self.names):
+                        return f"the token does not cover the service name {name!r}"
         return None
 
     def refusal_of_credentials(self) -> str | None:

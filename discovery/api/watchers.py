@@ -1,7 +1,7 @@
 """Watchers: send each change of the store to all readers, as each of them may see it.
 
 A watcher's queue is bounded. A reader that does not keep up gets `reset` and is cut off; it then reads everything again, and
-the others are not affected. A line is encoded once for all readers.
+the others are not affected. A line is encoded once for all readers that may see the same of it and know the same fields.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import msgspec
 
 from discovery.api.tokens import OPEN, SEEN_BY_ALL, Principal, redacted
 from discovery.model.mesh import AnyRecord, Deletion, Kind, Record
+from discovery.model.spec import with_fields
 from discovery.store import Change, Snapshot, Store
 
 
@@ -62,32 +63,35 @@ def mark(kind: Literal["sync", "reset"], revision: int, epoch: str) -> bytes:
 
 
 class _Lines:
-    """The two encodings of one change: for readers who see all of its network, and for others."""
+    """The encodings of one change: for readers who see all of its network and for others, each by the fields that they know."""
 
-    __slots__ = ("_change", "_full", "_more", "_other", "network", "revision")
+    __slots__ = ("_change", "_encoded", "_more", "network", "revision")
 
     def __init__(self, change: Change, more: bool) -> None:
         self._change = change
         self._more = more
-        self._full: bytes | None = None
-        self._other: bytes | None = None
+        self._encoded: dict[tuple[bool, frozenset[str]], bytes] = {}
         self.network = change.key[1]
         self.revision = change.revision
 
-    def for_principal(self, principal: Principal) -> bytes:
+    def for_reader(self, principal: Principal, fields: frozenset[str]) -> bytes:
         """Return the line as a reader may see it; empty if the reader may not see the change."""
-        if principal.sees_all_of(self.network):
-            if self._full is None:
-                self._full = _encode(self._change, self._more)
-            return self._full
-        if self._other is None:
-            visible: Change | None = self._change
+        whole = principal.sees_all_of(self.network)
+        line = self._encoded.get((whole, fields))
+        if line is None:
+            line = self._encoded[whole, fields] = self._encode(whole, fields)
+        return line
+
+    def _encode(self, whole: bool, fields: frozenset[str]) -> bytes:
+        visible: Change | None = self._change
+        if not whole:
             if isinstance(visible, Record):
                 visible = redacted(visible)
             elif self._change.key[0] not in SEEN_BY_ALL:
                 visible = None
-            self._other = _encode(visible, self._more) if visible is not None else b""
-        return self._other
+        if isinstance(visible, Record) and (spec := with_fields(visible.spec, fields)) is not visible.spec:
+            visible = msgspec.structs.replace(visible, spec=spec)
+        return _encode(visible, self._more) if visible is not None else b""
 
 
 def _encode(change: Change, more: bool) -> bytes:
@@ -107,10 +111,11 @@ def _lines(changes: Sequence[Change]) -> Iterator[_Lines]:
 class Watcher:
     """The bounded queue of one reader."""
 
-    __slots__ = ("_bytes", "_limits", "_lines", "_wake", "closed", "overrun", "principal")
+    __slots__ = ("_bytes", "_limits", "_lines", "_wake", "closed", "fields", "overrun", "principal")
 
-    def __init__(self, principal: Principal, limits: WatchLimits) -> None:
+    def __init__(self, principal: Principal, fields: frozenset[str], limits: WatchLimits) -> None:
         self.principal = principal
+        self.fields = fields
         self._limits = limits
         self.overrun = False
         self.closed = False
@@ -168,20 +173,20 @@ class WatchHub:
         self.on_displaced: Callable[[], None] = lambda: None
         # Cache of what new readers get, by network: after a restart all readers connect at once.
         self._groups: dict[str, list[AnyRecord]] | None = None
-        self._encoded: dict[tuple[str, bool], bytes] = {}
+        self._encoded: dict[tuple[str, bool, frozenset[str]], bytes] = {}
         self._stop = store.subscribe(self._on_changes)
 
     def __len__(self) -> int:
         return len(self._watchers)
 
-    def add(self, principal: Principal) -> Watcher:
-        """Start to queue changes for a reader. Raises NoRoom.
+    def add(self, principal: Principal, fields: frozenset[str] = frozenset()) -> Watcher:
+        """Start to queue changes for a reader, who knows these negotiated fields. Raises NoRoom.
 
         If a limit is reached, a newcomer that has fewer watches replaces the latest watch of the token (within its network) or
         network (in total) that has the most. So no client can keep others out.
         """
         self._make_room(principal, [each for each in self._watchers if not each.closed])
-        watcher = Watcher(principal, self._limits)
+        watcher = Watcher(principal, fields, self._limits)
         self._watchers[watcher] = None
         return watcher
 
@@ -223,7 +228,7 @@ class WatchHub:
             watcher.close()
 
     async def backlog(
-        self, principal: Principal, revision: int | None, epoch: str | None
+        self, principal: Principal, revision: int | None, epoch: str | None, fields: frozenset[str] = frozenset()
     ) -> tuple[int, Iterator[bytes]]:
         """Return the revision that the reader will have, and the lines that it has missed, in batches that end with `sync`.
 
@@ -235,14 +240,14 @@ class WatchHub:
             changes = await self._store.since(revision)
         if changes is not None:
             current = max([revision or 0, *(change.revision for change in changes)])
-            return current, self._batches((lines.for_principal(principal) for lines in _lines(changes)), current)
+            return current, self._batches((lines.for_reader(principal, fields) for lines in _lines(changes)), current)
         snapshot = await self._store.snapshot()
-        pieces = self._everything(principal, snapshot)
+        pieces = self._everything(principal, fields, snapshot)
         return snapshot.revision, self._batches(
             [mark("reset", snapshot.revision, self._store.epoch), *pieces], snapshot.revision
         )
 
-    def _everything(self, principal: Principal, snapshot: Snapshot) -> list[bytes]:
+    def _everything(self, principal: Principal, fields: frozenset[str], snapshot: Snapshot) -> list[bytes]:
         """Return all lines, in one piece for each network. Never awaits, so that cached pieces stay current."""
         if self._groups is None:
             self._groups = {}
@@ -250,11 +255,11 @@ class WatchHub:
                 self._groups.setdefault(record.network, []).append(record)
         pieces = []
         for network, records in self._groups.items():
-            place = (network, principal.sees_all_of(network))
+            place = (network, principal.sees_all_of(network), fields)
             encoded = self._encoded.get(place)
             if encoded is None:
                 encoded = self._encoded[place] = b"".join(
-                    _Lines(record, False).for_principal(principal) for record in records
+                    _Lines(record, False).for_reader(principal, fields) for record in records
                 )
             pieces.append(encoded)
         return pieces
@@ -273,11 +278,11 @@ class WatchHub:
 
     def _on_changes(self, changes: Sequence[Change]) -> None:
         self._groups = None
-        for change in changes:
-            for whole in (True, False):
-                self._encoded.pop((change.key[1], whole), None)
+        changed = {change.key[1] for change in changes}
+        for place in [place for place in self._encoded if place[0] in changed]:
+            del self._encoded[place]
         for lines in _lines(changes):
             for watcher in self._watchers:
-                line = lines.for_principal(watcher.principal)
+                line = lines.for_reader(watcher.principal, watcher.fields)
                 if line:
                     watcher.offer(lines.revision, line)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from discovery.api.messages import ApiError, marks, parse_revision
+from discovery.api.messages import ApiError, marks, parse_fields, parse_revision
 from discovery.api.timing import WatchTiming
 from discovery.api.tokens import Principal
 from discovery.api.watchers import NoRoom, Watcher, WatchHub, mark, mark_stale
@@ -45,11 +45,12 @@ class WatchRoute:
     async def watch(self, request: web.Request, principal: Principal) -> web.StreamResponse:
         """Stream records and changes until the client, the server or a timeout ends it. Raises ApiError."""
         revision = parse_revision(request.query.get("from"))
+        fields = parse_fields(request.query.get("fields"))
         response = web.StreamResponse(headers={**marks(self._store), hdrs.CACHE_CONTROL: "no-store"})
         response.content_type = "application/x-ndjson"
         gives_up_at = time.monotonic() + self._timing.stale_watch_s if self._store.stale_s else 0.0
         try:
-            watcher = self._hub.add(principal)
+            watcher = self._hub.add(principal, fields)
         except NoRoom as error:
             self._refused.inc()
             raise ApiError(429, "too_many", str(error)) from None
@@ -58,7 +59,7 @@ class WatchRoute:
             # Changes are queued from here on; those that the backlog already has are skipped by their revision.
             # After a restart all watchers connect at once: they take turns.
             await self._gate.enter(("watch", principal.network), crowd=True)
-            current, backlog = await self._hub.backlog(principal, revision, request.query.get("epoch"))
+            current, backlog = await self._hub.backlog(principal, revision, request.query.get("epoch"), fields)
             async with asyncio.timeout(self._timing.write_timeout_s) as deadline:
                 await response.prepare(request)
                 stream = _Stream(response, deadline, self._timing.write_timeout_s)

@@ -46,6 +46,7 @@ class DiscoveryClient(Discovery):
             key_file=config.key_file,
             insecure=config.insecure,
             on_epoch=lambda epoch: self._writer.note_epoch(epoch),
+            on_fields=lambda: self._writer.note_fields(),
             wall_clock=wall_clock,
         )
         for url in config.urls:

@@ -3,6 +3,7 @@
 Sans-IO: the client carries out `next_work` and reports the result.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from discovery.model.mesh import AnyRecord, Deletion, Key, Kind, Spec
@@ -133,22 +134,34 @@ class DesiredState:
             wanted.revision = revision
             wanted.gone_at = 0  # used once: a revision of another epoch must not make us write forever
 
-    def refuse(self, work: Put | Delete, now: float, why: str = "") -> None:
-        """Note that the server refused. It is retried after RETRY_REFUSED_S."""
+    def refuse(self, work: Put | Delete, now: float, why: str = "") -> bool:
+        """Note that the server refused. It is retried after RETRY_REFUSED_S. Returns whether it was refused for another reason
+        before, or not at all.
+        """
         if isinstance(work, Delete):
             if work.key in self._unwanted:
                 self._unwanted[work.key] = (work, now + RETRY_REFUSED_S)
-            return
+            return True
         wanted = self._wanted.get(work.key)
-        if wanted is not None:
-            wanted.retry_at = now + RETRY_REFUSED_S
-            wanted.refused = why
+        if wanted is None:
+            return True
+        is_new = wanted.refused != why
+        wanted.retry_at = now + RETRY_REFUSED_S
+        wanted.refused = why
+        return is_new
 
     def retry(self) -> None:
         """Retry refused writes at once: the server or our token has changed."""
         for wanted in self._wanted.values():
             if wanted.refused is not None:
                 wanted.retry_at = 0.0
+
+    def write_again(self, keys: Iterable[Key]) -> bool:
+        """Have records written again. Returns whether there are any."""
+        found = [wanted for key in keys if (wanted := self._wanted.get(key)) is not None and wanted.acknowledged]
+        for wanted in found:
+            wanted.acknowledged = False
+        return bool(found)
 
     def lacking(self) -> list[tuple[Key, str]]:
         """Return the records that a role needs and that are not as wanted, and why."""

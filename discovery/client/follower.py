@@ -14,6 +14,7 @@ from discovery.client.refusals import Refusals
 from discovery.client.servers import RequestRefused, ServerRetries, Servers, ServerUnavailable
 from discovery.client.view import BadWatch, View
 from discovery.model.mesh import Deletion
+from discovery.model.spec import NEGOTIATED
 from discovery.pacing.backoff import Backoff
 
 log = logging.getLogger(__name__)
@@ -127,18 +128,29 @@ class ViewFollower:
             await retries.wait()
 
     async def _watch(self, url: URL) -> None:
+        while not await self._watch_from(url):
+            self._view.want_all()
+
+    async def _watch_from(self, url: URL) -> bool:
+        """Watch until the server ends it. Returns False if the view cannot be continued, since its records lack fields."""
         view = self._view
-        query = {}
-        if view.revision is not None and view.epoch is not None:
-            query = {"from": str(view.revision), "epoch": view.epoch}
+        query = {"fields": ",".join(sorted(NEGOTIATED))}
+        resumes = view.revision is not None and view.epoch is not None
+        if resumes:
+            query |= {"from": str(view.revision), "epoch": str(view.epoch)}
         self._metrics.connects.inc()
         skipped = view.skipped
         async with aclosing(self._servers.lines(url, "/v1/watch", query)) as pieces:
             async for piece in pieces:
+                if view.fields != (fields := self._servers.fields(url)):
+                    if resumes:
+                        return False
+                    view.fields = fields
                 self._feed(piece, url)
                 if view.skipped > skipped:
                     skipped = view.skipped
                     log.warning("discovery has %d changes that this version cannot read", skipped)
+        return True
 
     def _feed(self, data: bytes, url: URL) -> None:
         view = self._view

@@ -16,11 +16,13 @@ from yarl import URL
 
 from discovery.files.tls_files import TlsFiles
 from discovery.http.errors import certificate_dates, explained, is_out_of_time
+from discovery.model.spec import NEGOTIATED
 from discovery.pacing.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
 EPOCH_HEADER = "Crossnet-Epoch"
+FIELDS_HEADER = "Crossnet-Fields"
 CLOCK_PRECISION_S = 2.0
 """Differences up to this count as none: the Date header has whole seconds, and was written a moment ago."""
 
@@ -93,9 +95,12 @@ class Servers:
         token: str | None,
         tls: TlsFiles,
         on_epoch: Callable[[str], None],
+        on_fields: Callable[[], None] = lambda: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`on_epoch` is called with the store's epoch for every answer, before the answer is used."""
+        """`on_epoch` is called with the store's epoch for every answer, before the answer is used; `on_fields` when `fields` of a
+        server has changed.
+        """
         self._wall_clock = wall_clock
         self._urls = urls
         self._index = 0
@@ -103,6 +108,8 @@ class Servers:
         self.use_token(token)
         self._tls = tls
         self._on_epoch = on_epoch
+        self._on_fields = on_fields
+        self._fields: dict[URL, frozenset[str]] = {}
         self._session: aiohttp.ClientSession | None = None
         self._users = 0
         self.clock_ahead_s: float | None = None
@@ -121,6 +128,7 @@ class Servers:
         key_file: Path | None = None,
         insecure: bool = False,
         on_epoch: Callable[[str], None] = lambda _: None,
+        on_fields: Callable[[], None] = lambda: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> "Servers":
         """Parse URLs and load certificates. Raises ValueError, OSError, ssl.SSLError."""
@@ -128,7 +136,7 @@ class Servers:
             raise ValueError("expected the URL of a discovery server")
         parsed = [parse_server_url(url, insecure=insecure) for url in urls]
         tls = TlsFiles(ca_file, cert_file, key_file)
-        return cls(parsed, token=token, tls=tls, on_epoch=on_epoch, wall_clock=wall_clock)
+        return cls(parsed, token=token, tls=tls, on_epoch=on_epoch, on_fields=on_fields, wall_clock=wall_clock)
 
     @property
     def current(self) -> URL:
@@ -139,6 +147,10 @@ class Servers:
     def count(self) -> int:
         """Number of servers."""
         return len(self._urls)
+
+    def fields(self, url: URL) -> frozenset[str]:
+        """Return the negotiated fields of records that a server knows; none before its first answer."""
+        return self._fields.get(url, frozenset())
 
     def use_token(self, token: str | None) -> None:
         """Use this token from the next request on."""
@@ -236,6 +248,13 @@ class Servers:
             raise RuntimeError("requests must be made inside connected()")
         return self._session
 
+    def _note_fields(self, response: aiohttp.ClientResponse) -> None:
+        url = response.url.origin()
+        fields = NEGOTIATED.intersection(response.headers.get(FIELDS_HEADER, "").split(","))
+        if fields != self._fields.get(url):
+            self._fields[url] = fields
+            self._on_fields()
+
     def _note_clock(self, response: aiohttp.ClientResponse) -> None:
         """Compare the server's clock with ours: credentials, certificates and signatures depend on both."""
         try:
@@ -256,6 +275,7 @@ class Servers:
         epoch = response.headers.get(EPOCH_HEADER)
         if epoch:
             self._on_epoch(epoch[:64])
+            self._note_fields(response)
         if 200 <= response.status <= most:
             return
         try:

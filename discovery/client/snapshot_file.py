@@ -32,6 +32,7 @@ class _Header(msgspec.Struct, kw_only=True):
     epoch: str
     revision: int
     saved_at: float
+    fields: list[str] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,16 +48,28 @@ class DiskCopy:
     """Unix time in seconds."""
 
     records: tuple[AnyRecord, ...]
+    fields: frozenset[str] = frozenset()
+    """The negotiated fields that the records have."""
 
     def mesh(self) -> Mesh:
         """Return the mesh that was saved."""
         return Mesh.of(self.records)
 
 
-def save(path: Path, network: str, epoch: str, mesh: Iterable[AnyRecord], revision: int, now: float) -> None:
+def save(
+    path: Path,
+    network: str,
+    epoch: str,
+    mesh: Iterable[AnyRecord],
+    revision: int,
+    now: float,
+    fields: frozenset[str] = frozenset(),
+) -> None:
     """Replace the copy atomically. `now` is Unix time. Raises OSError. Blocks: run it in a thread."""
     encode = msgspec.json.Encoder().encode
-    header = _Header(format=FORMAT, network=network, epoch=epoch, revision=revision, saved_at=now)
+    header = _Header(
+        format=FORMAT, network=network, epoch=epoch, revision=revision, saved_at=now, fields=sorted(fields)
+    )
     body = b"".join([encode(header), b"\n", *(encode(record) + b"\n" for record in mesh)])
     unfinished = path.with_name(f"{path.name}.new")
     with _saving:
@@ -130,7 +143,7 @@ class SnapshotKeeper:
         copy = await asyncio.to_thread(load, self._path, self._network) if self._path is not None else None
         if copy is None or self._view.synced:
             return False
-        self._view.restore(copy.mesh(), copy.epoch, copy.revision)
+        self._view.restore(copy.mesh(), copy.epoch, copy.revision, copy.fields)
         self._view.known_at = copy.saved_at
         event = {"records": len(copy.records), "age_s": round(self._wall_clock() - copy.saved_at)}
         log.info("the mesh was restored from its snapshot", extra={"event": event})
@@ -159,7 +172,9 @@ class SnapshotKeeper:
         self._changed.clear()
         records = tuple(view.confirmed())
         try:
-            await asyncio.to_thread(save, path, self._network, view.epoch, records, view.revision, view.known_at)
+            await asyncio.to_thread(
+                save, path, self._network, view.epoch, records, view.revision, view.known_at, view.fields
+            )
         except OSError as error:
             log.warning("the mesh cannot be saved in %s: %s", path, error.strerror or error)
 
@@ -189,4 +204,5 @@ def _parse(data: bytes) -> DiskCopy:
         revision=header.revision,
         saved_at=header.saved_at,
         records=records,
+        fields=frozenset(header.fields),
     )

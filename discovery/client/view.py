@@ -65,6 +65,9 @@ class View:
         self.revision: int | None = None
         """Revision to resume from; None to get all records."""
 
+        self.fields: frozenset[str] = frozenset()
+        """The negotiated fields that the records have: those that both we and the server know, which sent them."""
+
         self.live = False
         """Whether the watch has sent everything up to now."""
 
@@ -83,8 +86,9 @@ class View:
         self._fresh: dict[Key, AnyRecord] | None = None
         self._unconfirmed: dict[Key, float] = {}
 
-    def restore(self, mesh: Mesh, epoch: str, revision: int) -> None:
-        """Start with a saved mesh."""
+    def restore(self, mesh: Mesh, epoch: str, revision: int, fields: frozenset[str] = frozenset()) -> None:
+        """Start with a saved mesh, whose records have these negotiated fields."""
+        self.fields = fields
         self.mesh = mesh.at(revision)
         self.epoch, self.revision = epoch, revision
         self.synced = True
@@ -106,6 +110,10 @@ class View:
                 self.stale_s = 0.0
         self._flush()
         return deletions
+
+    def want_all(self) -> None:
+        """Do not resume: the next watch sends all records."""
+        self.revision = None
 
     def ended(self, now: float = 0.0) -> None:
         """Note that the watch has ended. An incomplete `reset` is dropped."""

@@ -13,6 +13,7 @@ from discovery.client.refusals import Refusals
 from discovery.client.servers import RequestRefused, ServerRetries, Servers, ServerUnavailable
 from discovery.client.view import View
 from discovery.model.mesh import Deletion, Key
+from discovery.model.spec import with_fields
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class RecordWriter:
         self._written_once = False
         self._successor_expected = False
         self._rival_logged_at: dict[Key, float] = {}
+        self._reduced: set[Key] = set()
+        """Records that were written without fields that a server did not know."""
 
     # Wanted records.
 
@@ -119,6 +122,12 @@ class RecordWriter:
             self._desired.epoch_changed()
             self._wanted_changed()
         self._epoch = epoch
+
+    def note_fields(self) -> None:
+        """Write records again that lack fields, since what a server knows has changed: it was upgraded."""
+        if self._desired.write_again(self._reduced):
+            self._wanted_changed()
+        self._reduced.clear()
 
     # Writing.
 
@@ -202,8 +211,10 @@ class RecordWriter:
                 raise
             kind, network, record_id = work.key
             event = {"kind": kind, "network": network, "id": record_id, "why": str(error)}
-            log.error("discovery refused a record of ours", extra={"event": event})
-            self._desired.refuse(work, now, str(error))
+            if self._desired.refuse(
+                work, now, str(error)
+            ):  # not each time: a publisher may have a thousand such records
+                log.error("discovery refused a record of ours", extra={"event": event})
         else:
             self._desired.acknowledge(work, revision, ours=ours)
             self.find_rivals([work.key])
@@ -220,10 +231,18 @@ class RecordWriter:
                 if error.status not in (404, 412):  # already deleted, or replaced by another writer
                     raise
             return 0, True
-        body = {"spec": work.spec, "lease": self._lease if work.leased else None}
+        spec = with_fields(work.spec, self._servers.fields(url))
+        body: dict[str, object] = {"spec": spec, "lease": self._lease if work.leased else None}
         headers = {"If-None-Match": "*"} if work.if_absent else {}
         try:
-            return int((await self._servers.request("PUT", url, path, body, headers=headers))["revision"]), True
+            revision = int((await self._servers.request("PUT", url, path, body, headers=headers))["revision"])
+            if spec != (better := with_fields(work.spec, self._servers.fields(url))):
+                # It was the first answer of this server, and said which fields it knows.
+                body["spec"] = spec = better
+                revision = int((await self._servers.request("PUT", url, path, body))["revision"])
+            if spec != work.spec:
+                self._reduced.add(work.key)
+            return revision, True
         except RequestRefused as error:
             if error.status != 412:
                 raise

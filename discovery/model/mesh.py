@@ -136,6 +136,14 @@ class _Bucket:
         return names
 
     @cached_property
+    def members(self) -> dict[str, tuple[Record[ServiceSpec], ...]]:
+        members: dict[str, list[Record[ServiceSpec]]] = {}
+        for record in self.by_name.values():
+            if record.spec.member_of:
+                members.setdefault(record.spec.member_of, []).append(record)
+        return {of: tuple(sorted(found, key=lambda record: record.spec.name)) for of, found in members.items()}
+
+    @cached_property
     def names(self) -> list[str]:
         return sorted(self.by_name)
 
@@ -233,15 +241,26 @@ class Mesh:
         """Return the service of a network with exactly this name, None if there is none."""
         return self._buckets.get((Kind.SERVICE, network), _NONE).by_name.get(name)
 
+    def members(self, network: str, name: str) -> tuple[Record[ServiceSpec], ...]:
+        """Return the members of a service of a network, such as the pods of a StatefulSet, in order of name."""
+        return self._buckets.get((Kind.SERVICE, network), _NONE).members.get(name, ())
+
     def services_beginning(self, network: str, prefix: str) -> tuple[Record[ServiceSpec], ...]:
-        """Return the services of a network whose name is `prefix` or starts with `prefix` and a dot, in order of name."""
+        """Return the services of a network whose name is `prefix` or starts with `prefix` and a dot, in order of name.
+
+        A service that is only another name of one of them is left out.
+        """
         bucket = self._buckets.get((Kind.SERVICE, network), _NONE)
         names = bucket.names
         exact = bucket.by_name.get(prefix)
         # In the sorted list the names that start with "prefix." end before "prefix/", since '/' follows '.' in ASCII.
         begin, end = bisect_left(names, prefix + "."), bisect_left(names, prefix + "/")
         beginning = tuple(bucket.by_name[name] for name in names[begin:end])
-        return beginning if exact is None else (exact, *beginning)
+        found = beginning if exact is None else (exact, *beginning)
+        if len(found) > 1 and any(record.spec.alias_of for record in found):
+            theirs = {record.spec.name for record in found}
+            return tuple(record for record in found if record.spec.alias_of not in theirs)
+        return found
 
     def __iter__(self) -> Iterator[AnyRecord]:
         for place in sorted(self._buckets):

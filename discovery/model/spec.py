@@ -28,6 +28,7 @@ from discovery.model.validation import Fault, child, shown
 MAX_ID = 63
 MAX_ADDRESSES = 64  # of one relay or TURN server; hosts have only a few
 MAX_PORTS = 64  # of one relay or service
+MAX_PORT_NAMES = 2 * MAX_PORTS
 MAX_TURN_SERVERS = 256  # for which one relay publishes its sources
 MAX_ENDPOINTS = 1000  # of one port; a Kubernetes EndpointSlice holds 100 by default and 1000 at most
 MAX_PROTO = 16
@@ -150,6 +151,18 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     health: HealthCheck | None = None
     """None: endpoints are only left out after a stream found them dead. Other networks do not see it."""
 
+    port_names: dict[str, int] = {}
+    """Ports by the names under which SRV questions ask for them, such as `https: 8443` for _https._tcp. One that is not in `ports`
+    has no effect."""
+
+    member_of: str = ""
+    """Name of the service of which this is one member, such as a pod of a StatefulSet; empty: none. Questions for the SRV records
+    of that service are answered with its members."""
+
+    alias_of: str = ""
+    """Name of the service of which this is another name, in another domain; empty: none. A beginning of both names stands for that
+    service."""
+
     @property
     def proxy_version(self) -> int | None:
         """The version of that header, None if the service expects none."""
@@ -174,6 +187,27 @@ SPEC_TYPES: Mapping[Kind, type[Spec]] = {
     Kind.SERVICE: ServiceSpec,
     Kind.VIP: VipSpec,
 }
+
+
+NEGOTIATED = frozenset({"service.alias_of", "service.member_of", "service.port_names"})
+"""Fields that are sent only to peers that say that they know them, since a record with an unknown field is skipped or refused as
+a whole. Without them the other fields keep their meaning."""
+
+
+def with_fields(spec: Spec, known: frozenset[str]) -> Spec:
+    """Return a spec without the negotiated fields that a peer does not know."""
+    if not isinstance(spec, ServiceSpec) or known >= NEGOTIATED:
+        return spec
+    unknown = {name: value for name, value in _UNSET.items() if f"service.{name}" not in known and getattr(spec, name)}
+    return msgspec.structs.replace(spec, **unknown) if unknown else spec
+
+
+_UNSET: Mapping[str, Any] = {"alias_of": "", "member_of": "", "port_names": {}}
+
+
+def is_port_name(text: str) -> bool:
+    """Return whether a port may have this name: a label that is not a number (RFC 6335 section 5.1 has at most 15 characters)."""
+    return is_ldh_label(text) and not text.isdigit()
 
 
 def is_record_id(text: str) -> bool:
@@ -390,6 +424,16 @@ def _service_faults(path: str, spec: ServiceSpec, place: _Place) -> Iterator[Fau
         except BadAddress:
             yield Fault(where, f"a port 1-{MAX_PORT} without leading zeros as key", shown(port))
         yield from _each(where, endpoints, MAX_ENDPOINTS, place.endpoint_faults)
+    yield from _count(f"{path}.port_names", spec.port_names, MAX_PORT_NAMES)
+    for name, number in spec.port_names.items():
+        where = child(f"{path}.port_names", name)
+        if not is_port_name(name):
+            yield Fault(where, "a name of lower-case letters, digits and inner hyphens, and not a number", shown(name))
+        yield from _port_faults(where, number)
+    if spec.member_of and not (is_service_name(spec.member_of) and spec.name.endswith(f".{spec.member_of}")):
+        yield Fault(f"{path}.member_of", "the end of the name after one of its dots", shown(spec.member_of))
+    if spec.alias_of:
+        yield from _name_faults(f"{path}.alias_of", spec.alias_of)
     if spec.health is not None and not 1 <= spec.health.interval_s <= MAX_CHECK_INTERVAL_S:
         yield Fault(f"{path}.health.interval_s", f"seconds 1-{MAX_CHECK_INTERVAL_S}", shown(spec.health.interval_s))
 

@@ -34,6 +34,12 @@ class PublisherConfig:
     cluster_domain: str = DEFAULT_CLUSTER_DOMAIN
     """Domain of the names of the cluster's services."""
 
+    service_exports: bool = False
+    """Whether a ServiceExport exports the Service of its name."""
+
+    clusterset_domain: str | None = None
+    """Domain in which exported Services have a second name."""
+
     page: int = PAGE
     """Objects in one request of a list."""
 

@@ -12,7 +12,7 @@ from yarl import URL
 
 from discovery.files.tls_files import TlsFiles
 from discovery.http.errors import explained
-from discovery.publisher.table import resource_version
+from discovery.publisher.objects import resource_version
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ REQUEST_TIMEOUT_S = 30.0
 WATCH_S = 240
 """The server is asked to end watches after this time, so that one that hangs is noticed soon afterwards."""
 
+FIELD_MANAGER = "crossnet-publisher"
 MAX_ANSWER = 64 * 1024 * 1024
 MAX_TOKEN = 64 * 1024
 MAX_LINE = 4 * 1024 * 1024  # objects in etcd have 1.5 MiB at most
@@ -37,8 +38,16 @@ class Gone(KubeError):
     """The history after this resourceVersion is no longer available (HTTP 410): all objects must be listed again."""
 
 
+class KubeRefused(KubeError):
+    """The Kubernetes API understood a request and refused it. `status` is the HTTP status."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
 class KubeApi:
-    """Lists and watches objects, inside of `async with`."""
+    """Lists, watches, creates and patches objects, inside of `async with`."""
 
     def __init__(
         self, url: str, *, token_file: Path | None, ca_file: Path | None, page: int = PAGE, watch_s: int = WATCH_S
@@ -97,7 +106,7 @@ class KubeApi:
         timeout = aiohttp.ClientTimeout(total=self._watch_s + REQUEST_TIMEOUT_S, sock_connect=REQUEST_TIMEOUT_S)
         rest = b""
         try:
-            async with self._ask(path, query, timeout) as response:
+            async with self._ask("GET", path, query, timeout) as response:
                 await _check(response, path)
                 while data := await response.content.readany():
                     *lines, rest = (rest + data).split(b"\n")
@@ -109,25 +118,58 @@ class KubeApi:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise KubeError(f"{path}: {explained(error)}") from None
 
+    async def create(self, path: str, item: object) -> None:
+        """Create an object. Raises KubeError; KubeRefused with status 409 if there is one of this name."""
+        await self._write("POST", path, item, "application/json")
+
+    async def merge(self, path: str, changes: object) -> None:
+        """Replace some fields of an object (RFC 7396). Raises KubeError."""
+        await self._write("PATCH", path, changes, "application/merge-patch+json")
+
+    async def apply(self, path: str, item: object) -> None:
+        """Set fields of an object by server-side apply, as their owner. Raises KubeError."""
+        query = {"fieldManager": FIELD_MANAGER, "force": "true"}
+        await self._write("PATCH", path, item, "application/apply-patch+yaml", query)
+
+    async def _write(
+        self, method: str, path: str, item: object, content_type: str, query: dict[str, str] | None = None
+    ) -> None:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+        try:
+            async with self._ask(
+                method, path, query or {}, timeout, msgspec.json.encode(item), content_type
+            ) as response:
+                await _check(response, path)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise KubeError(f"{path}: {explained(error)}") from None
+
     async def _get(self, path: str, query: dict[str, str]) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
         try:
-            async with self._ask(path, query, timeout) as response:
+            async with self._ask("GET", path, query, timeout) as response:
                 await _check(response, path)
                 return msgspec.json.decode(await _read(response), type=dict[str, Any])
         except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError) as error:
             raise KubeError(f"{path}: {explained(error)}") from None
 
     def _ask(
-        self, path: str, query: dict[str, str], timeout: aiohttp.ClientTimeout
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str],
+        timeout: aiohttp.ClientTimeout,
+        body: bytes | None = None,
+        content_type: str | None = None,
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        """Send a GET. Raises OSError, and KubeError for an unusable token."""
+        """Send a request. Raises OSError, and KubeError for an unusable token."""
         if self._session is None:
             raise RuntimeError("requests must be made inside `async with`")
-        return self._session.get(
+        return self._session.request(
+            method,
             self._url.join(URL(path)),
             params=query,
-            headers=self._headers(),
+            data=body,
+            headers=self._headers() | ({"Content-Type": content_type} if content_type is not None else {}),
             timeout=timeout,
             allow_redirects=False,
             ssl=self._tls.current(),
@@ -158,7 +200,7 @@ def _change(line: bytes, path: str) -> tuple[str, dict[str, Any]]:
 
 
 async def _check(response: aiohttp.ClientResponse, path: str) -> None:
-    if response.status == 200:
+    if response.status in (200, 201):
         return
     detail = (await response.content.read(2000)).decode(errors="replace")
     try:
@@ -167,7 +209,7 @@ async def _check(response: aiohttp.ClientResponse, path: str) -> None:
         pass
     if response.status == 410:
         raise Gone(f"{path}: {detail[:200]}")
-    raise KubeError(f"{path}: status {response.status}: {detail[:200]}")
+    raise KubeRefused(response.status, f"{path}: status {response.status}: {detail[:200]}")
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -18,15 +18,12 @@ from discovery.client.contract import Discovery
 from discovery.model.mesh import Kind, Mesh
 from discovery.pacing.backoff import Backoff
 from discovery.publisher.config import PublisherConfig
+from discovery.publisher.events import EVENT_TIMING, EventTiming, EventWriter
+from discovery.publisher.export import Finding
 from discovery.publisher.kubernetes import Gone, KubeApi, KubeError
-from discovery.publisher.table import (
-    Name,
-    ServiceObject,
-    ServiceTable,
-    SliceObject,
-    record_id,
-    resource_version,
-)
+from discovery.publisher.objects import ExportObject, Name, ServiceObject, SliceObject, name_of, resource_version
+from discovery.publisher.statuses import EXPORTS, StatusWriter
+from discovery.publisher.table import Publication, ServiceTable, record_id
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +31,25 @@ BACKOFF = Backoff(0.2, 15.0)
 GIVEN_UP_AFTER = 5
 """Failures in a row to watch from a version before all is listed again. Another cluster, for one, never accepts the version."""
 
-ObjectT = TypeVar("ObjectT", ServiceObject, SliceObject)
+ObjectT = TypeVar("ObjectT", ServiceObject, SliceObject, ExportObject)
 
 
 class _Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.services = Gauge("crossnet_publisher_services", "Services that are published.", registry=registry)
+        self.services = Gauge(
+            "crossnet_publisher_services",
+            "Records of services and of their pods that are published.",
+            registry=registry,
+        )
         self.lists = Counter(
             "crossnet_publisher_lists", "Times that everything was listed, of both kinds.", registry=registry
         )
         self.errors = Counter("crossnet_publisher_errors", "Failures of the Kubernetes API.", registry=registry)
+        self.incomplete = Gauge(
+            "crossnet_publisher_incomplete_services",
+            "Services of which something that they ask for cannot be published.",
+            registry=registry,
+        )
 
 
 @dataclass
@@ -68,8 +74,8 @@ class _Resource(Generic[ObjectT]):
     def replace(self, items: Iterable[dict[str, Any]]) -> set[Name]:
         """Apply a complete list. Returns the Services that may have to be published again."""
         found = [item for item in (_decoded(item, self.shape) for item in items) if item is not None]
-        gone = self.names - {_name(item) for item in found}
-        self.names = {_name(item) for item in found}
+        gone = self.names - {name_of(item.metadata) for item in found}
+        self.names = {name_of(item.metadata) for item in found}
         touched = self.retain(self.known() - gone) if gone else set()
         return touched | {name for item in found if (name := self.put(item)) is not None}
 
@@ -80,9 +86,9 @@ class _Resource(Generic[ObjectT]):
         if item is None:
             return None
         if kind == "DELETED":
-            self.names.discard(_name(item))
+            self.names.discard(name_of(item.metadata))
             return self.delete(item)
-        self.names.add(_name(item))
+        self.names.add(name_of(item.metadata))
         return self.put(item)
 
 
@@ -96,6 +102,7 @@ class Publisher:
         *,
         registry: CollectorRegistry | None = None,
         backoff: Backoff = BACKOFF,
+        event_timing: EventTiming = EVENT_TIMING,
     ) -> None:
         """Raises ValueError, OSError, ssl.SSLError for a configuration that cannot be used."""
         config = config.resolved()
@@ -110,9 +117,18 @@ class Publisher:
             watch_s=config.watch_s,
         )
         self._backoff = backoff
-        self._table = ServiceTable(config.cluster_domain)
+        self._table = ServiceTable(
+            config.cluster_domain,
+            reads_exports=config.service_exports,
+            clusterset_domain=config.clusterset_domain,
+            cluster=config.network,
+        )
         self._metrics = _Metrics(registry if registry is not None else CollectorRegistry())
+        self._events = EventWriter(self._api, config.id, timing=event_timing)
+        self._statuses = StatusWriter(self._api, timing=event_timing)
         self._published: set[str] = set()
+        self._records_of: dict[Name, frozenset[str]] = {}
+        self._findings: dict[Name, tuple[Finding, ...]] = {}
         self._unlisted: set[str] = set()
         self._complete = False
         self._reconciled = False
@@ -127,11 +143,14 @@ class Publisher:
         scopes = [f"/namespaces/{namespace}" for namespace in self._config.namespaces] or [""]
         services = [f"/api/v1{scope}/services" for scope in scopes]
         slices = [f"/apis/discovery.k8s.io/v1{scope}/endpointslices" for scope in scopes]
-        self._unlisted = {*services, *slices}
+        exports = [f"{EXPORTS}{scope}/serviceexports" for scope in scopes if self._config.service_exports]
+        self._unlisted = {*services, *slices, *exports}
         unsubscribe = self._discovery.subscribe(self._reconcile)
         table = self._table
         try:
             async with self._api, asyncio.TaskGroup() as group:
+                group.create_task(self._events.run())
+                group.create_task(self._statuses.run())
                 for path in services:
                     group.create_task(
                         self._follow(
@@ -141,7 +160,7 @@ class Publisher:
                                 put=table.put_service,
                                 delete=table.delete_service,
                                 retain=table.retain_services,
-                                known=table.exported,
+                                known=table.service_names,
                             )
                         )
                     )
@@ -155,6 +174,19 @@ class Publisher:
                                 delete=table.delete_slice,
                                 retain=table.retain_slices,
                                 known=table.slice_names,
+                            )
+                        )
+                    )
+                for path in exports:
+                    group.create_task(
+                        self._follow(
+                            _Resource(
+                                path,
+                                ExportObject,
+                                put=table.put_export,
+                                delete=table.delete_export,
+                                retain=table.retain_exports,
+                                known=table.export_names,
                             )
                         )
                     )
@@ -210,14 +242,33 @@ class Publisher:
             # The existing records are better than those of a cluster that is listed only in part: endpoints would be missing.
             return
         for name in names:
-            key, spec = record_id(self._config.id, name), self._table.spec(name)
-            if spec is not None:
+            made = self._table.publication(name)
+            specs = {record_id(self._config.id, name, member): spec for member, spec in made.specs.items()}
+            for gone in self._records_of.pop(name, frozenset()) - specs.keys():
+                self._published.discard(gone)
+                self._discovery.withdraw(Kind.SERVICE, gone, network=self._config.network)
+            for key, spec in specs.items():
                 self._published.add(key)
                 self._discovery.publish(Kind.SERVICE, key, spec, network=self._config.network, leased=False)
-            elif key in self._published:
-                self._published.discard(key)
-                self._discovery.withdraw(Kind.SERVICE, key, network=self._config.network)
+            if specs:
+                self._records_of[name] = frozenset(specs)
+            self._report(name, made)
+            self._statuses.put(name, self._table.export(name), made)
         self._metrics.services.set(len(self._published))
+        self._metrics.incomplete.set(len(self._findings))
+
+    def _report(self, name: Name, made: Publication) -> None:
+        """Say in the log what is new of what cannot be published, and on the Service all of it."""
+        findings = tuple(made.findings)
+        before = self._findings.pop(name, ())
+        if findings:
+            self._findings[name] = findings
+        for finding in findings:
+            if finding not in before:
+                event = {"namespace": name[0], "service": name[1], "reason": finding.reason, "why": finding.message}
+                level = logging.WARNING if finding.warning else logging.INFO
+                log.log(level, "a service is not exported as it asks", extra={"event": event})
+        self._events.put(name, (made.uid, made.version), findings if made.uid else ())
 
     def _reconcile(self, mesh: Mesh) -> None:
         """Withdraw records of an earlier run, once the cluster has been listed and discovery is synced."""
@@ -233,10 +284,6 @@ class Publisher:
                 where = self._config.network
                 self._discovery.publish(Kind.SERVICE, record.id, record.spec, network=where, leased=False)
                 self._discovery.withdraw(Kind.SERVICE, record.id, network=where)
-
-
-def _name(item: ServiceObject | SliceObject) -> Name:
-    return (item.metadata.namespace, item.metadata.name)
 
 
 def _decoded(data: dict[str, Any], shape: type[ObjectT]) -> ObjectT | None:

@@ -3,7 +3,7 @@
 `.local` is for multicast DNS (RFC 6762 section 22.1). Reverse zones of loopback, link-local and documentation addresses are
 empty everywhere (RFC 6303 section 4). The configuration adds others: reverse zones of private addresses that no resolver of the
 network serves, and names by which a network disables encrypted DNS that would bypass its resolver. Exceptions are Kubernetes'
-`cluster.local`, the clients' search domains, and zones that the configuration forwards.
+`cluster.local` and `clusterset.local` (KEP-1645), the clients' search domains, and zones that the configuration forwards.
 
 Sans-IO.
 """
@@ -16,6 +16,7 @@ from dnsgw.message.question import Query, wire_name
 
 LOCAL = "local"
 CLUSTER = "cluster.local"
+CLUSTERSET = "clusterset.local"
 
 # RFC 6303 sections 4.2 to 4.6. Not the private ranges (4.1 and 4.4): a cluster's own DNS has names for those.
 NOWHERE = tuple(
@@ -70,7 +71,10 @@ class LocallyServedZones:
         self._served |= dict.fromkeys(given, False)
         self._suffixes = tuple(self._served)
         above: set[bytes] = set()
-        for wire in (*map(wire_name, (CLUSTER, *served)), *({wire_name(name) for name in searched} - given)):
+        for wire in (
+            *map(wire_name, (CLUSTER, CLUSTERSET, *served)),
+            *({wire_name(name) for name in searched} - given),
+        ):
             self._served[wire] = True
             position = 0
             while wire[position]:

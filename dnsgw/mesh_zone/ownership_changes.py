@@ -4,8 +4,11 @@ What is cached of such a name is obsolete: when a service moves into this networ
 hide it. Sans-IO.
 """
 
+from collections.abc import Iterator
+
 from discovery.model.imports import Imports
 from discovery.model.mesh import Mesh
+from dnsgw.mesh_zone.srv_names import srv_names
 
 
 def is_imported(name: str, mesh: Mesh, imports: Imports) -> bool:
@@ -27,9 +30,19 @@ def changed_owner(before: Mesh, imports_before: Imports, after: Mesh, imports_af
             names.update(service.spec.name for service in (*old, *new))
         elif old is not new:  # a mesh keeps the same object for what did not change
             names |= {service.spec.name for service in old} ^ {service.spec.name for service in new}
-    return {
+    changed = {
         name for name in names if is_imported(name, before, imports_before) != is_imported(name, after, imports_after)
     }
+    return changed | set(_below(changed, before, imports_before)) | set(_below(changed, after, imports_after))
+
+
+def _below(names: set[str], mesh: Mesh, imports: Imports) -> Iterator[str]:
+    """Yield the names below services at which they have SRV records."""
+    for name in names:
+        for network in _sources(imports):
+            service = mesh.service(network, name)
+            if service is not None:
+                yield from srv_names(service.spec)
 
 
 def _sources(imports: Imports) -> set[str]:

@@ -28,6 +28,7 @@ from discovery.model.names import (
 )
 from dnsgw.mesh_zone.local_zones import LocallyServedZones, reverse_zones
 from dnsgw.mesh_zone.names_above import NamesAbove, above
+from dnsgw.mesh_zone.srv_names import MAX_TARGETS, SrvName, parse_srv_name, target_name, targets
 from dnsgw.mesh_zone.vip import address_of, reverse
 from dnsgw.message.question import (
     HEADER_SIZE,
@@ -45,6 +46,7 @@ from dnsgw.message.reply import Answer, answer_prepared
 from dnsgw.two_generation_cache import TwoGenerationCache
 
 MAX_ADDRESSES = 8  # in one answer: even 8 IPv6 addresses fit in 512 bytes under any name (musl before 1.2.4 has no TCP)
+MAX_TURNS = 8  # orders of the records of an SRV answer, which may be long
 MAX_PREPARED = 32768  # answers kept for names that exist, per generation; some 300 bytes each
 MAX_PREPARED_ABSENT = 4096  # for names that do not exist; fewer, since clients can make up any number of them
 
@@ -161,6 +163,8 @@ class Table:
             return Disposition.FORWARD
         if self._mesh is None:
             return Disposition.NOT_READY
+        if (below := parse_srv_name(text)) is not None:
+            return self._below_service(query, below)
         try:
             resolve(PlainName(text), self._mesh, self._imports, self._domain)
         except Unresolved:
@@ -200,7 +204,11 @@ class Table:
         return None
 
     def _plain(self, query: Query) -> Answer | Disposition:
-        if not self._imports or (text := query.text()) is None or (rule := self._imports.rule_for(text)) is None:
+        if not self._imports or (text := query.text()) is None:
+            return Disposition.FORWARD
+        below = parse_srv_name(text)
+        rule = self._imports.rule_for(text if below is None else below.service.name)
+        if rule is None:
             return Disposition.FORWARD
         if rule.prefer == "local":
             found = self.imported(query)
@@ -255,6 +263,35 @@ class Table:
                 return self._any
             case _:
                 return self._no_data(zone)  # also HTTPS and SVCB: address hints in them would bypass the relay
+
+    def _below_service(self, query: Query, below: SrvName) -> Answer | Disposition:
+        """Answer for a name such as _https._tcp.orders.shop.example. FORWARD: the service is not imported.
+
+        Of a service for which upstream has precedence, ports that it does not have are upstream's as well.
+        """
+        assert self._mesh is not None
+        try:
+            found = resolve(below.service, self._mesh, self._imports, self._domain)
+        except Unresolved:
+            return Disposition.FORWARD
+        if not below.port:
+            return self._no_data(0)  # there are names below it (RFC 8020)
+        records: list[bytes] = []
+        exists = False
+        for priority, target in targets(found, below.port, self._mesh):
+            exists = True
+            name = target_name(target, self._domain)
+            if name is not None and self._port is not None and len(records) < MAX_TARGETS:
+                records.append(record(OWNER, Qtype.SRV, self._ttl_s, srv(name, self._port, priority)))
+        if not exists:
+            if found.rule is not None and found.rule.prefer == "local":
+                return Disposition.FORWARD
+            return self._no_name(query.labels[below.labels], f"the service has no port {below.port!r}")
+        if query.qtype == Qtype.ANY:
+            return self._any
+        if query.qtype != Qtype.SRV:
+            return self._no_data(0)
+        return self._no_relay or (Answer(tails=_turns(records), answers=len(records)) if records else self._no_data(0))
 
     def _vip(self, qtype: int, name: str) -> Answer | None:
         """Answer with the service's virtual address, NODATA for the other family; None: it has none yet, so use the relays'."""
@@ -327,6 +364,13 @@ class Table:
         """SOA for negative caching (RFC 2308); its owner is the part of the question's name that begins at `zone`."""
         owner = (0xC000 | (HEADER_SIZE + zone)).to_bytes(2, "big")
         return record(owner, Qtype.SOA, self._ttl_s, self._soa)
+
+
+def _turns(records: list[bytes]) -> list[bytes]:
+    """Return the records in several orders, since some clients only use the first."""
+    begin = randrange(len(records))
+    ring = (records[begin:] + records[:begin]) * 2
+    return [b"".join(ring[turn : turn + len(records)]) for turn in range(min(len(records), MAX_TURNS))]
 
 
 NOT_READY = Answer(

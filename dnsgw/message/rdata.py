@@ -26,9 +26,9 @@ def soa(domain: str, serial: int, negative_ttl_s: int) -> bytes:
     return _packed(SOA, domain, _RESPONSIBLE, times)
 
 
-def srv(target: str, port: int) -> bytes:
-    """Make an SRV record with priority and weight 0 (RFC 2782)."""
-    return _packed(SRV, 0, 0, port, target)
+def srv(target: str, port: int, priority: int = 0) -> bytes:
+    """Make an SRV record with weight 0 (RFC 2782). Clients try the lowest priority first."""
+    return _packed(SRV, priority, 0, port, target)
 
 
 def hinfo(cpu: str, os: str = "") -> bytes:

@@ -95,8 +95,8 @@ class DnsSection:
     absent: Live[Annotated[tuple[AbsentName, ...], OneOrMore()]] = ()
     """Names that do not exist, with all below them, and networks whose addresses have no names. Examples: [10.0.0.0/8] if nobody
     serves their reverse zones; [use-application-dns.net, mask.icloud.com, mask-h2.icloud.com] if browsers must not bypass this
-    resolver. Always included: local, except cluster.local and names in `forward` or `search`, and the reverse zones of loopback and
-    link-local addresses."""
+    resolver. Always included: local, except cluster.local, clusterset.local and names in `forward` or `search`, and the reverse
+    zones of loopback and link-local addresses."""
     race_s: Live[Duration] = RACE_S
     """How long one upstream has to answer before the next is asked as well."""
     random_case: Live[Boolean] = True

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from crossnet.config.types import Domain, ExistingFile, KubernetesUrl, NetworkId, RecordId
+from crossnet.config.types import Boolean, Domain, ExistingFile, KubernetesUrl, NetworkId, RecordId
 
 CLUSTER_DOMAIN = "cluster.local"
 
@@ -23,3 +23,9 @@ class PublisherSection:
     """Only Services in these namespaces; by default in all."""
     cluster_domain: Domain = CLUSTER_DOMAIN
     """The cluster's domain, in which its services have their names."""
+    service_exports: Boolean = False
+    """Export also Services with a ServiceExport of their name (multicluster.x-k8s.io/v1alpha1, KEP-1645). The cluster must have
+    this kind, and the publisher the right to list and watch it, and to patch its status."""
+    clusterset_domain: Domain | None = None
+    """Exported Services have a second name in this domain, the same in all clusters, usually clusterset.local:
+    orders.shop.svc.clusterset.local. Networks import these names like others."""

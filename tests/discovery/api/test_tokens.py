@@ -198,3 +198,16 @@ def test_invalid_certificate_names(tmp_path: Path) -> None:
         with pytest.raises(BadFile) as caught:
             Tokens.load(path)
         assert len(caught.value.faults) == 1
+
+
+def test_a_member_is_added_only_to_a_service_that_the_token_covers() -> None:
+    key = (Kind.SERVICE, "b", "pod")
+    pod = ServiceSpec(name="db-0.db.shop.x", ports={"1": []}, member_of="db.shop.x")
+
+    def refusal(*names: str) -> str | None:
+        kinds = frozenset({Kind.SERVICE})
+        return Principal(name="n", network="b", kinds=kinds, names=names, owner="o").refusal_to_write(key, [pod])
+
+    assert refusal("**.shop.x") is None
+    assert "'db.shop.x'" in (refusal("*.db.shop.x") or "")
+    assert "'db-0.db.shop.x'" in (refusal("*.shop.x") or "")

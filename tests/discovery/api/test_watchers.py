@@ -9,6 +9,7 @@ import pytest
 from discovery.api.tokens import OPEN, Principal
 from discovery.api.watchers import NoRoom, WatchHub, WatchLimits
 from discovery.model.mesh import Deletion, Kind, NetworkSpec, ServiceSpec
+from discovery.model.spec import NEGOTIATED
 from discovery.store import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -36,6 +37,22 @@ async def test_a_line_is_encoded_once_for_readers_with_the_same_view() -> None:
     assert len(first._lines) == 2
     assert len(second._lines) == 1
     assert len(hub) == 2
+
+
+async def test_negotiated_fields_are_for_readers_who_know_them() -> None:
+    store = MemoryStore()
+    hub = WatchHub(store)
+    spec = ServiceSpec(name="db-0.o.s", ports={"8443": []}, port_names={"https": 8443}, member_of="o.s")
+    old, half, new = hub.add(OPEN), hub.add(OTHER, frozenset({"service.port_names"})), hub.add(OTHER, NEGOTIATED)
+    await store.put(KEY, spec)
+    for reader, fields in ((old, ()), (half, ("port_names",)), (new, ("port_names", "member_of"))):
+        (line,) = lines(reader.next_batch(0))
+        assert set(line["record"]["spec"]) == {"name", "ports", *fields}
+        _, batches = await hub.backlog(reader.principal, None, None, reader.fields)
+        assert lines(b"".join(batches))[1]["record"] == line["record"]
+    await store.put(KEY, SERVICE)
+    _, batches = await hub.backlog(OTHER, None, None, NEGOTIATED)
+    assert "port_names" not in lines(b"".join(batches))[1]["record"]["spec"]
 
 
 async def test_lines_of_the_backlog_are_not_sent_twice() -> None:

@@ -67,7 +67,9 @@ def test_a_refused_write_is_delayed_and_delays_no_other() -> None:
     state = DesiredState()
     state.publish(put(A))
     state.publish(put(B))
-    state.refuse(put(A), 100)
+    assert state.refuse(put(A), 100)
+    assert not state.refuse(put(A), 100)  # for the same reason: logged once
+    assert state.refuse(put(A), 100, "another")
     assert state.next_work(100) == put(B)
     state.acknowledge(put(B), 1)
     assert state.next_work(100) is None

@@ -9,11 +9,13 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from discovery.model.mesh import Kind, Mesh, NetworkSpec, VipSpec
+from discovery.model.mesh import Kind, Mesh, NetworkSpec, ServiceSpec, VipSpec
 from discovery.pacing.backoff import Backoff
 from discovery.store import MemoryStore, SqliteStore
 from tests.discovery.client.clients import OTHER, RELAY, WallClock, client_at, client_of
+from tests.discovery.client.older_server import older_server
 from tests.discovery.waiting import LogWaiter
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -30,6 +32,42 @@ async def test_unknown_kinds_and_fields_are_skipped_and_logged(
         await until(client, lambda mesh: len(mesh.relays("a")) == 2)
         assert client.connected
     assert "cannot read" in caplog.text
+
+
+NAMED = ServiceSpec(name="db-0.o.s", ports={"8443": []}, port_names={"https": 8443}, member_of="o.s")
+PLAIN = ServiceSpec(name="db-0.o.s", ports={"8443": []})
+
+
+def specs(mesh: Mesh, network: str = "b") -> list[ServiceSpec]:
+    return [record.spec for record in mesh.services(network)]
+
+
+async def test_negotiated_fields_arrive_once_the_server_knows_them(
+    serve: Any, run: Any, until: Any, tmp_path: Path
+) -> None:
+    """Records that had not changed since are read again with them: by the client that was there, and by one with a copy on disk."""
+    async with serve() as at, older_server(at) as older:
+        await at.store.put((Kind.SERVICE, "b", "s"), NAMED)
+        copy = tmp_path / "copy"
+        async with run(client_at(older.url, snapshot_file=copy)) as client:
+            await until(client, lambda mesh: specs(mesh) == [PLAIN])
+            older.upgrade()
+            await until(client, lambda mesh: specs(mesh) == [NAMED])
+        older.is_old = True
+        async with run(client_at(older.url, snapshot_file=copy)) as client:
+            await until(client, lambda mesh: specs(mesh) == [PLAIN])
+        async with run(client_at(older.url, snapshot_file=copy)) as client:
+            await eventually(lambda: client.connected)
+            assert "from" in older.watches[-1]  # it resumes as long as nothing differs
+            assert specs(client.mesh) == [PLAIN]
+        older.upgrade()
+        async with run(client_at(older.url, snapshot_file=copy)) as client:
+            await until(client, lambda mesh: specs(mesh) == [NAMED])
+        count = len(older.watches)
+        async with run(client_at(older.url, snapshot_file=copy)) as client:
+            await eventually(lambda: client.connected)
+            assert specs(client.mesh) == [NAMED]
+            assert ["from" in query for query in older.watches[count:]] == [True]
 
 
 async def test_a_restarted_server_finds_its_clients_again(

@@ -8,7 +8,7 @@ import pytest
 from discovery.client.contract import DiscoveryError
 from discovery.client.mesh_file import BadFile, StaticDiscovery, format_mesh, load_mesh
 from discovery.model.addresses import TargetList
-from discovery.model.mesh import Kind, Mesh, RelaySpec, VipSpec
+from discovery.model.mesh import Kind, Mesh, RelaySpec, ServiceSpec, VipSpec
 from tests.discovery.waiting import LogWaiter
 
 DESIGN = """
@@ -68,7 +68,7 @@ def test_all_errors_are_reported_with_their_paths(path: Path) -> None:
         f"{name}: $.services[0].ports.0443: expected a port 1-65535 without leading zeros as key, got '0443'",
         f"{name}: $.services[0].ports.0443[0]: expected an address that may be dialled, got 127.0.0.1:1, which is loopback",
         f"{name}: $.services[1].network: expected a value, got nothing",
-        f"{name}: $.services[1].proxi: expected one of name, ports, proxy_protocol, health, got an unknown key",
+        f"{name}: $.services[1].proxi: expected one of {', '.join(ServiceSpec.__struct_fields__)}, got an unknown key",
         f"{name}: $.services[2].ports.yes: expected a port 1-65535 without leading zeros as key, got 'yes'",
         f"{name}: $.services[3].id: expected an id: lower-case letters, digits, inner '-', '.', '_', 63 at most, got 'S'",
         f"{name}: $.services[4].network: expected a network id: lower-case letters, digits, inner hyphens, got 'B'",

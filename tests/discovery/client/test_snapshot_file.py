@@ -44,10 +44,11 @@ def test_a_saved_mesh_is_loaded(path: Path) -> None:
 
 
 def test_a_save_replaces_the_one_before(path: Path) -> None:
-    save(path, "b", "other", (), 8, 1.0)
+    save(path, "b", "other", (), 8, 1.0, frozenset({"service.port_names"}))
     copy = load(path, "b")
     assert copy is not None
     assert copy.records == ()
+    assert copy.fields == {"service.port_names"}
 
 
 def test_a_view_of_another_network_is_not_ours(path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, VipSpec
-from tests.discovery.client.clients import OTHER, RELAY, CountingStore, WallClock, client_of
+from discovery.model.mesh import Kind, Mesh, NetworkSpec, RelaySpec, ServiceSpec, VipSpec
+from tests.discovery.client.clients import OTHER, RELAY, CountingStore, WallClock, client_at, client_of
+from tests.discovery.client.older_server import older_server
 from tests.discovery.waiting import LogWaiter, stored
 from tests.support.waiting import eventually
 
@@ -56,6 +57,31 @@ async def test_records_published_before_the_run_are_written(serve: Any, run: Any
         async with run(client):
             assert await client.settled(5)
         assert at.store.revision == 4  # both were leased, and were deleted when the client closed
+
+
+async def test_negotiated_fields_are_written_once_the_server_knows_them(serve: Any, run: Any) -> None:
+    named = ServiceSpec(name="o.s", ports={"8443": []}, port_names={"https": 8443})
+    plain = ServiceSpec(name="o.s", ports={"8443": []})
+
+    async def there(at: Any) -> ServiceSpec | None:
+        record = await at.store.get((Kind.SERVICE, "a", "s"))
+        return record.spec if record is not None else None
+
+    async with serve() as at, older_server(at) as older, run(client_at(older.url)) as client:
+        client.publish(Kind.SERVICE, "s", named, leased=False)
+        assert await client.settled(5)
+        assert await there(at) == plain
+        older.upgrade()
+
+        async def named_there() -> bool:
+            return await there(at) == named
+
+        await stored(at.store, named_there)
+        assert await client.settled(5)
+    async with serve() as at, run(client_of(at)) as client:
+        client.publish(Kind.SERVICE, "s", named, leased=False)  # most likely before the first answer
+        assert await client.settled(5)
+        assert await there(at) == named
 
 
 async def test_closing_ends_the_lease_and_leaves_the_rest(serve: Any, run: Any) -> None:

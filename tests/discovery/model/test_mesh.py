@@ -38,6 +38,31 @@ def names(records: Iterable[Record[ServiceSpec]]) -> list[str]:
     return [record.spec.name for record in records]
 
 
+def member(name: str, of: str) -> Record[ServiceSpec]:
+    found = service("b", name)
+    return msgspec.structs.replace(found, spec=msgspec.structs.replace(found.spec, member_of=of))
+
+
+def test_members_are_found_by_their_service() -> None:
+    mesh = Mesh.of(
+        [service("b", "db.x"), member("db-1.db.x", "db.x"), member("db-0.db.x", "db.x"), service("b", "a.db.x")]
+    )
+    assert names(mesh.members("b", "db.x")) == ["db-0.db.x", "db-1.db.x"]
+    assert mesh.members("b", "db-0.db.x") == mesh.members("c", "db.x") == ()
+
+
+def test_a_beginning_stands_for_a_service_and_not_for_its_aliases() -> None:
+    alias = service("b", "orders.shop.svc.clusterset.local")
+    spec = msgspec.structs.replace(alias.spec, alias_of="orders.shop.svc.cluster.local")
+    alias = msgspec.structs.replace(alias, spec=spec)
+    both = [service("b", "orders.shop.svc.cluster.local"), alias]
+    assert names(Mesh.of(both).services_beginning("b", "orders.shop")) == ["orders.shop.svc.cluster.local"]
+    assert names(Mesh.of([alias]).services_beginning("b", "orders.shop")) == ["orders.shop.svc.clusterset.local"]
+    other = service("b", "orders.shop.svc.other")
+    assert len(Mesh.of([*both, other]).services_beginning("b", "orders.shop")) == 2
+    assert names(Mesh.of(both).services_beginning("b", alias.spec.name)) == [alias.spec.name]
+
+
 def test_records_are_found_by_kind_and_network() -> None:
     relay = Record(kind=Kind.RELAY, network="a", id="r", revision=1, spec=RelaySpec(addresses=["10.0.0.9"], ports=[1]))
     turn = Record(

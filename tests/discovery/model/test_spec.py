@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from discovery.model.addresses import TargetList
 from discovery.model.spec import (
+    NEGOTIATED,
     SPEC_TYPES,
     BadRecord,
     GatewaySpec,
@@ -22,6 +23,7 @@ from discovery.model.spec import (
     is_record_id,
     service_id,
     spec_faults,
+    with_fields,
 )
 
 GOOD: dict[Kind, dict[str, Any]] = {
@@ -242,3 +244,42 @@ def test_checks_of_a_service(health: dict[str, object], path: str | None) -> Non
     with pytest.raises(BadRecord) as caught:
         check_spec(Kind.SERVICE, "b", spec(Kind.SERVICE, health=health))
     assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"port_names": {"https": 8443, "h2": 8443, "other": 1}}, None),
+        ({"port_names": {"https": 0}}, "$.spec.port_names.https"),
+        ({"port_names": {"443": 443}}, "$.spec.port_names.443"),
+        ({"port_names": {"_https": 443}}, "$.spec.port_names._https"),
+        ({"port_names": {f"p{number}": 1 for number in range(129)}}, "$.spec.port_names"),
+        ({"name": "db-0.db.shop", "member_of": "db.shop"}, None),
+        ({"name": "db-0.b.db.shop", "member_of": "db.shop"}, None),
+        ({"name": "db-0.db.shop", "member_of": "shop"}, "$.spec.member_of"),
+        ({"name": "db-0.db.shop", "member_of": "b.shop"}, "$.spec.member_of"),
+        ({"name": "db.shop", "member_of": "db.shop"}, "$.spec.member_of"),
+        ({"alias_of": "orders.shop"}, None),
+        ({"alias_of": "_x"}, "$.spec.alias_of"),
+    ],
+)
+def test_names_of_ports_and_members(fields: dict[str, object], path: str | None) -> None:
+    if path is None:
+        checked = spec(Kind.SERVICE, **fields)
+        check_spec(Kind.SERVICE, "b", checked)
+        assert msgspec.to_builtins(checked).items() >= fields.items()
+        return
+    with pytest.raises(BadRecord) as caught:
+        check_spec(Kind.SERVICE, "b", spec(Kind.SERVICE, **fields))
+    assert caught.value.path == path
+
+
+def test_negotiated_fields_are_left_out_for_peers_that_do_not_know_them() -> None:
+    whole = spec(Kind.SERVICE, name="db-0.db.shop", member_of="db.shop", port_names={"https": 8443})
+    assert with_fields(whole, NEGOTIATED) is whole
+    assert with_fields(whole, frozenset()) == spec(Kind.SERVICE, name="db-0.db.shop")
+    assert with_fields(whole, frozenset({"service.member_of"})) == spec(
+        Kind.SERVICE, name="db-0.db.shop", member_of="db.shop"
+    )
+    kinds = {field.partition(".")[0] for field in NEGOTIATED}
+    assert kinds <= {str(kind) for kind in Kind}

@@ -243,6 +243,60 @@ async def test_kubectl_accepts_the_test_server(tmp_path: Path) -> None:
             await watching.wait()
 
 
+@pytest.mark.interop
+@pytest.mark.needs("kubectl")
+async def test_kubectl_shows_the_events_of_a_service(serve: Any, tmp_path: Path) -> None:
+    """kubectl finds them by the fields of the Service, and can create and patch them as a publisher does."""
+    async with over_tls(tmp_path) as (kube, authority), serve() as at:
+        put_service(kube, "orders", annotations={"crossnet.io/export": "htps"})
+        async with publishing(kube, at, tmp_path, ca_file=authority):
+            await kube.until(lambda: len(kube.found("events")) == 1)
+        command = ["kubectl", "--server", kube.url, "--certificate-authority", str(authority), "--token", kube.token]
+        command += ["--kubeconfig", "/dev/null", "--cache-dir", str(tmp_path / "cache"), "--namespace", "shop"]
+
+        async def kubectl(*arguments: str) -> str:
+            process = await asyncio.create_subprocess_exec(
+                *command, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            )
+            async with asyncio.timeout(LIMIT_S):
+                said, _ = await process.communicate()
+            assert process.returncode == 0, said.decode()
+            return said.decode()
+
+        described = await kubectl("describe", "service", "orders")
+        (line,) = (line for line in described.splitlines() if "UnknownPort" in line)
+        assert line.split()[0] == "Warning"
+        assert "crossnet-publisher" in line
+        assert "'htps'; it has https" in line
+
+        (event,) = kube.found("events")
+        event = {**event, "kind": "Event", "apiVersion": "v1", "metadata": {"namespace": "shop", "name": "another"}}
+        (tmp_path / "event.json").write_text(json.dumps(event))
+        assert "created" in await kubectl("create", "--validate=false", "-f", str(tmp_path / "event.json"))
+        assert "patched" in await kubectl("patch", "event", "another", "--type=merge", "-p", '{"count": 7}')
+        assert "(x7 over" in await kubectl("describe", "service", "orders")
+
+
+@pytest.mark.interop
+@pytest.mark.needs("kubectl")
+async def test_kubectl_reads_and_applies_service_exports(serve: Any, tmp_path: Path) -> None:
+    async with over_tls(tmp_path) as (kube, authority), serve() as at:
+        kube.put("serviceexports", "shop", "orders")
+        put_service(kube, "orders", annotations={})
+        async with publishing(kube, at, tmp_path, ca_file=authority, service_exports=True):
+            await kube.until(lambda: "status" in kube.found("serviceexports")[0])
+        command = ["kubectl", "--server", kube.url, "--certificate-authority", str(authority), "--token", kube.token]
+        command += ["--kubeconfig", "/dev/null", "--cache-dir", str(tmp_path / "cache"), "--namespace", "shop"]
+        process = await asyncio.create_subprocess_exec(
+            *command, "get", "serviceexports", "orders", "-o", "json", stdout=asyncio.subprocess.PIPE
+        )
+        async with asyncio.timeout(LIMIT_S):
+            said, _ = await process.communicate()
+        assert process.returncode == 0
+        (condition,) = json.loads(said)["status"]["conditions"]
+        assert (condition["type"], condition["status"], condition["reason"]) == ("Valid", "True", "Valid")
+
+
 async def test_a_cluster_over_tls_is_verified(serve: Any, tmp_path: Path, logged: LogWaiter) -> None:
     async with over_tls(tmp_path) as (kube, authority), serve() as at:
         put_service(kube, "orders")
@@ -254,7 +308,7 @@ async def test_a_cluster_over_tls_is_verified(serve: Any, tmp_path: Path, logged
 
 
 def test_the_manifest_runs_a_publisher_with_no_more_rights_than_it_needs(tmp_path: Path) -> None:
-    """The recorded publisher had exactly these rights."""
+    """The recorded publisher had exactly these rights, except for Events."""
     found = {item["kind"]: item for item in yaml.safe_load_all(MANIFEST.read_text())}
     (tmp_path / "token").write_text("00" * 32 + "\n")
     (tmp_path / "publisher.yaml").write_text(
@@ -265,4 +319,5 @@ def test_the_manifest_runs_a_publisher_with_no_more_rights_than_it_needs(tmp_pat
     assert rights == [
         ([""], ["services"], ["list", "watch"]),
         (["discovery.k8s.io"], ["endpointslices"], ["list", "watch"]),
+        ([""], ["events"], ["create", "patch"]),
     ]

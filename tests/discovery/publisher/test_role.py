@@ -13,6 +13,7 @@ from discovery.client.config import DiscoveryClientConfig
 from discovery.model.mesh import Kind, ServiceSpec
 from discovery.pacing.backoff import Backoff
 from discovery.publisher import Publisher, PublisherConfig
+from discovery.publisher.events import EVENT_TIMING, EventTiming
 from discovery.publisher.table import record_id
 from tests.discovery.waiting import LogWaiter, stored
 from tests.support.kube_server import KubeServer, kube_server
@@ -42,12 +43,12 @@ def put_slice(server: KubeServer, name: str, service: str, *addresses: str, name
 
 @asynccontextmanager
 async def publishing(
-    kube: KubeServer, at: Any, tmp_path: Path, **settings: Any
+    kube: KubeServer, at: Any, tmp_path: Path, *, timing: EventTiming = EVENT_TIMING, **settings: Any
 ) -> AsyncIterator[tuple[Publisher, DiscoveryClient]]:
     (tmp_path / "token").write_text("t0ken\n")
     client = DiscoveryClient(DiscoveryClientConfig(urls=[at.url], network="b"))
     config = PublisherConfig(network="b", api=kube.url, token_file=tmp_path / "token", **settings)
-    publisher = Publisher(config, client, backoff=IMPATIENT)
+    publisher = Publisher(config, client, backoff=IMPATIENT, event_timing=timing)
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(client.run()), group.create_task(publisher.run())]
         try:

@@ -21,6 +21,7 @@ def find(absent: LocallyServedZones, name: str) -> Found | None:
         ("local", (0, True)),  # cluster.local lies below
         ("cluster.local", None),
         ("orders.shop.svc.cluster.local", None),
+        ("orders.shop.svc.clusterset.local", None),  # another implementation of KEP-1645 may be upstream
         ("xcluster.local", (9, False)),
         ("nonlocal", None),
         ("local.example.test", None),
