@@ -189,7 +189,7 @@ SPEC_TYPES: Mapping[Kind, type[Spec]] = {
 }
 
 
-NEGOTIATED = frozenset({"service.alias_of", "service.member_of", "service.port_names"})
+NEGOTIATED = frozenset({"service.alias_of", "service.health", "service.member_of", "service.port_names"})
 """Fields that are sent only to peers that say that they know them, since a record with an unknown field is skipped or refused as
 a whole. Without them the other fields keep their meaning."""
 
@@ -202,7 +202,7 @@ def with_fields(spec: Spec, known: frozenset[str]) -> Spec:
     return msgspec.structs.replace(spec, **unknown) if unknown else spec
 
 
-_UNSET: Mapping[str, Any] = {"alias_of": "", "member_of": "", "port_names": {}}
+_UNSET: Mapping[str, Any] = {"alias_of": "", "health": None, "member_of": "", "port_names": {}}
 
 
 def is_port_name(text: str) -> bool:

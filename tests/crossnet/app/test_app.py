@@ -94,7 +94,7 @@ def test_version_and_configuration_are_logged_at_the_start(relay: Running) -> No
     first, second = relay.events()[:2]
     assert first["event"] == "crossnet"
     assert first["open_files"] >= 1024
-    assert second["config"]["relay"]["idle_timeout"] == "1h"
+    assert second["config"]["relay"]["idle_timeout"] == "off"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

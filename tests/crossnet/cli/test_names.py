@@ -30,7 +30,7 @@ def test_both_forms_are_printed_and_read_back(
 
 
 @pytest.mark.parametrize(
-    "target", ["10.1.0.5", "10.1.0.5:0", "10.1.0:80", "orders:80", "fd00::5:80", "a.b:x", "", "a_b.c:1"]
+    "target", ["10.1.0.5", "10.1.0.5:0", "10.1.0:80", "orders:80", "fd00::5:80", "a.b:x", "", "a b.c:1"]
 )
 def test_an_invalid_target_fails_with_one_line(capsys: pytest.CaptureFixture[str], target: str) -> None:
     assert encode_command(target, "b", D) == 1
