@@ -90,5 +90,6 @@ class IdleTimer:
                 yield
             finally:
                 self._is_watched = False
+                self._check = None  # it belongs to what holds this timer: a reference cycle for each stream
                 if self._timer is not None:
                     self._timer.cancel()

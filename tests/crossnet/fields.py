@@ -43,6 +43,7 @@ BY_TYPE: dict[str, Callable[[Any], Any]] = {
     "a duration such as 5s, or 0": lambda now: "7s" if now != "7s" else "8s",
     "a duration such as 5s": lambda now: "7s" if now != "7s" else "8s",
     "a size such as 64KiB": lambda _: "48KiB",
+    "a size such as 1MiB, at least 512KiB": lambda _: "2MiB",
     "a size such as 32MiB, or 0": lambda _: "48MiB",
     "a share such as 50%, from 1% to 100%": lambda _: "40%",
     "ip:port to listen on": lambda _: f"127.0.0.1:{free_port()}",
