@@ -18,7 +18,8 @@ SHARES: Final = 4
 """Two for the receive queue, which is charged with the overhead of its packets; one for the pipe; one for the send queue."""
 
 EARNED_PART: Final = 4
-"""A direction may hold a quarter of what it has moved since its reader was last slow."""
+"""A direction may hold a quarter of what it has moved since its reader was last slow. What all later hops hold passes through it
+before it sees that a reader is slow: with a half, gateways took slow readers for fast and held 2.5 MiB for each."""
 
 FAST_FROM: Final = 4
 """With so many times its first share a direction counts as fast: after 4 MiB, by default."""

@@ -23,6 +23,9 @@ BULK_READS = 4
 SMALL_SPLICES = 16
 """Splices in a row, each smaller than a full read, after which a direction gives its pipe back."""
 
+FAST_LOOK_BYTES = 8 * PIPE_BYTES
+"""How often the memory of a fast direction is looked at. A look costs some microseconds."""
+
 LIMIT_STALLED_S = 10.0
 """After one side was lost: how long the bytes that it had sent may make no progress towards the other."""
 
@@ -173,7 +176,7 @@ class CopyDirection:
             self.first_at = time.monotonic()
         if self.moved >= self._look_at:
             self._adapt(self.activity.last)
-            self._look_at = self.moved + self.most_in_pipe
+            self._look_at = self.moved + (self._memory.share or FAST_LOOK_BYTES)
 
     def _adapt(self, now: float) -> None:
         RUNNING.add(self)
