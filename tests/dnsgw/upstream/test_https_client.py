@@ -226,6 +226,7 @@ async def writing(
             for part in write(answer):
                 writer.write(part)
                 await writer.drain()
+                await asyncio.sleep(0)  # after an abort, `drain` neither waits nor raises until the loop has run
             if reads_on:
                 await reader.readuntil(b"\r\n\r\n")
         writer.close()
